@@ -1,0 +1,30 @@
+# Two commands do all the set-up they need on a fresh machine: `make quickstart` and `make test`.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test check unit clean
+
+quickstart: $(VENV)/.quickstart  ## LoRA-tune a real language model on real data; everything lands in runs/quickstart/
+	$(BIN)/python examples/quickstart.py
+
+test: check unit  ## lint, types and the whole suite
+
+check: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+unit: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+# One virtual environment; a stamp for each set of extras, renewed when what it installs changes.
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.quickstart $(VENV)/.test: $(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[$*]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,42 @@
+"""LoRA for PyTorch Lightning. The public names; see README.md."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning_lora import inits, variants  # both register what configs name
+from lightning_lora.checkpoint import load_adapter, save_adapter
+from lightning_lora.config import LoRAConfig
+from lightning_lora.inject import apply_lora, get_lora_parameters, merge_lora, merge_report, unload_lora, unmerge_lora
+from lightning_lora.layers import LoRALinear
+from lightning_lora.targeting import find_targets
+
+if TYPE_CHECKING:
+    from lightning_lora.callbacks import LoRACallback
+
+__all__ = [
+    "LoRACallback",
+    "LoRAConfig",
+    "LoRALinear",
+    "apply_lora",
+    "find_targets",
+    "get_lora_parameters",
+    "load_adapter",
+    "merge_lora",
+    "merge_report",
+    "save_adapter",
+    "unload_lora",
+    "unmerge_lora",
+]
+__version__ = "0.1.0"
+
+_REGISTERED = (inits, variants)
+
+
+def __getattr__(name: str) -> Any:
+    # The callback needs Lightning, which takes seconds to import; the plain functions do not.
+    if name == "LoRACallback":
+        from lightning_lora.callbacks import LoRACallback
+
+        return LoRACallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

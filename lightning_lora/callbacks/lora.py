@@ -1,0 +1,145 @@
+"""``LoRACallback``: LoRA for any LightningModule, from ``Trainer(callbacks=[LoRACallback(LoRAConfig(...))])``.
+
+It is thin: it calls the plain functions at the right hooks and leaves the strategy to :mod:`lightning_lora.strategies`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.fingerprint import adapter_root
+from lightning_lora.inject import already_applied, inject, merge_lora, merge_report, tied_weights, trainable_parameters, unmerge_lora
+from lightning_lora.layers.base import lora_layers
+from lightning_lora.strategies import StrategyHooks, check_supported
+from lightning_lora.targeting import TargetReport, find_targets
+
+
+class LoRACallback(Callback):
+    """Adapts the module in ``setup``, trains and checkpoints the adapter only, merges it in ``on_fit_end``.
+
+    The module's own ``configure_optimizers``, schedulers, manual optimization and checkpoint callbacks work as before.
+    Checkpoints hold what trains and the buffers that moved (BatchNorm); resuming from one is step-exact.
+
+    Args:
+        config: what to adapt; default ``LoRAConfig()``.
+        module: name of the submodule to adapt and freeze, for a LightningModule with other parts that train as before;
+            default: all of it.
+        merge_on_fit_end: merge after a completed ``fit``. Checkpoints stay adapters, and loading one (``test(ckpt_path=
+            "best")``) or fitting again unmerges first.
+        check_base: refuse to resume from a checkpoint that was trained on another base.
+        check_gradients: raise after the first training batch if an adapter got no gradient in it. Switch it off for models
+            that use parts of themselves only now and then.
+
+    Attributes:
+        report: what was matched, once ``setup`` has run; ``print`` it.
+    """
+
+    def __init__(
+        self,
+        config: LoRAConfig | None = None,
+        module: str | None = None,
+        merge_on_fit_end: bool = True,
+        check_base: bool = True,
+        check_gradients: bool = True,
+    ) -> None:
+        self.config = config or LoRAConfig()
+        self.module = module
+        self.merge_on_fit_end = merge_on_fit_end
+        self.check_base = check_base
+        self.check_gradients = check_gradients
+        self.report: TargetReport | None = None
+        self._waiting: dict[str, nn.Parameter] = {}
+        self._backward_ran = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Inject, freeze and explain; for a model built in ``configure_model``, right after that ran."""
+        check_supported(trainer.strategy)
+        if stage == "fit":
+            unmerge_lora(pl_module)
+        if any(True for _ in pl_module.parameters()):
+            self._adapt(trainer, pl_module)
+            return
+        original = pl_module.configure_model
+
+        @functools.wraps(original)  # Lightning follows __wrapped__ to see that the user overrode the hook
+        def configure_model() -> None:
+            original()
+            self._adapt(trainer, pl_module)
+
+        pl_module.configure_model = configure_model  # type: ignore[method-assign]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raise ValueError if something that should train is in no optimizer."""
+        held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+        target = self._target(pl_module)
+        forgotten = [name for name, p in target.named_parameters() if p.requires_grad and id(p) not in held]
+        if forgotten:
+            raise ValueError(
+                f"{len(forgotten)} parameters that should train are in no optimizer: {', '.join(forgotten[:4])}. Build the optimizer in"
+                " configure_optimizers, from self.parameters() or get_lora_parameters(self), not in __init__."
+            )
+        self._waiting = {f"{name}.{part}": p for name, layer in lora_layers(target) for part, p in layer.lora_parameters().items()}
+        self._backward_ran = False
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note which adapters have a gradient."""
+        if self._waiting:
+            self._backward_ran = True
+            self._waiting = {name: p for name, p in self._waiting.items() if p.grad is None}
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Raise RuntimeError after the first batch with a backward pass if an adapter got no gradient in it."""
+        if not self._backward_ran or not self._waiting:
+            return
+        without, self._waiting = list(self._waiting), {}
+        if self.check_gradients:
+            raise RuntimeError(
+                f"{len(without)} adapter parameters got no gradient in the first batch: {', '.join(without[:4])}. Either the forward pass"
+                " does not go through these layers (target others), or re-entrant gradient checkpointing cut the graph (pass"
+                " use_reentrant=False, or call model.enable_input_require_grads()). If they are used only now and then, pass"
+                " LoRACallback(check_gradients=False)."
+            )
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Merge layer by layer on the training device; a no-op with ``merge_on_fit_end=False``."""
+        if not self.merge_on_fit_end:
+            return
+        target = self._target(pl_module)
+        merge_lora(target, device=trainer.strategy.root_device)
+        lost = merge_report(target)
+        worst = max(lost, key=lambda name: lost[name])
+        rank_zero_info(f"LoRA merged into {len(lost)} modules; rounding lost at most {lost[worst]:.2%} of an update ({worst}).")
+
+    def _adapt(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        target = self._target(pl_module)
+        if not any(layer.merged for _, layer in lora_layers(target)) and not already_applied(target, self.config):
+            report = find_targets(target, self.config)
+            inject(target, self.config, report)
+            self.report = report
+            trainable, total = trainable_parameters(pl_module)
+            rank_zero_info(f"{report}\ntrainable {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+        if self.merge_on_fit_end:
+            tied = tied_weights(target)
+            if tied:
+                name, others = next(iter(tied.items()))
+                raise ValueError(
+                    f"{name}.weight is tied to {', '.join(others)}, and merging it would change that too: pass LoRACallback("
+                    "merge_on_fit_end=False), and merge_lora(model, untie=True) when you want it merged."
+                )
+        root = ".".join(filter(None, (self.module, adapter_root(target)[0])))
+        StrategyHooks(trainer.strategy, pl_module, root, self.config, self.check_base).install()
+
+    def _target(self, pl_module: LightningModule) -> nn.Module:
+        try:
+            return pl_module.get_submodule(self.module or "")
+        except AttributeError as error:
+            children = ", ".join(name for name, _ in pl_module.named_children())
+            raise ValueError(
+                f"module={self.module!r} is no submodule of {type(pl_module).__name__}; its children are {children}."
+            ) from error

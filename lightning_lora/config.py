@@ -1,0 +1,130 @@
+"""``LoRAConfig``: what to adapt and how, validated once, immutable after.
+
+The fields are the field's own: rank, alpha, dropout, target modules. Names that stand for code elsewhere (``init``,
+``variant``) are looked up in :mod:`lightning_lora.registry` when they are used, so that adding one does not edit this file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from lightning_lora.patterns import compile_pattern, compile_patterns
+
+ALL_LINEAR = "all-linear"
+
+SCALINGS: dict[str, Callable[[float, int], float]] = {
+    "standard": lambda alpha, rank: alpha / rank,  # LoRA, arXiv:2106.09685, section 4.1
+    "rslora": lambda alpha, rank: alpha / math.sqrt(rank),  # rsLoRA, arXiv:2312.03732, equation 3
+}
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """The adapter: ``h = W₀x + scaling · B·A·dropout(x)`` on every module that ``target_modules`` names.
+
+    Args:
+        rank: r, the inner dimension of the update; a whole number ≥ 1.
+        alpha: scaling numerator, finite and > 0.
+        dropout: probability of zeroing an entry of the adapter's input (never the base's), in [0, 1).
+        target_modules: names or regexes (see :mod:`lightning_lora.patterns`), one regex string over the whole module
+            name, or ``"all-linear"``: every linear layer but the output head.
+        exclude_modules: names or regexes never adapted, though targeted.
+        layers: adapt only in blocks with these indices (the first number in a module's name).
+        bias: which biases train: ``none``, ``all`` of the model, or ``lora_only`` those of adapted layers.
+        rank_pattern: pattern → rank, overriding ``rank``; the first that matches a module wins.
+        alpha_pattern: pattern → alpha, likewise.
+        modules_to_save: modules trained in full and saved with the adapter. ``"auto"``: the freshly made heads of
+            Hugging Face classification models; ``[]``: none.
+        scaling: ``standard`` α/r, or ``rslora`` α/√r.
+        init: how A and B start, a name in the registry: ``kaiming`` (A uniform in ±1/√fan_in, B zero), ``gaussian``.
+        variant: the update's formula, a name in the registry: ``plain``.
+        allow_unmatched: accept patterns that match nothing, where others do match.
+
+    Raises:
+        ValueError: a field is out of range; the message names field, value and what is allowed.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    target_modules: Sequence[str] | str = ("q_proj", "v_proj")
+    exclude_modules: Sequence[str] | str = ()
+    layers: Sequence[int] | None = None
+    bias: Literal["none", "all", "lora_only"] = "none"
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    modules_to_save: Sequence[str] | Literal["auto"] = "auto"
+    scaling: Literal["standard", "rslora"] = "standard"
+    init: str = "kaiming"
+    variant: str = "plain"
+    allow_unmatched: bool = False
+
+    def __post_init__(self) -> None:
+        for name, check, rules in (("rank_pattern", _check_rank, self.rank_pattern), ("alpha_pattern", _check_alpha, self.alpha_pattern)):
+            for pattern, value in rules.items():
+                compile_pattern(pattern, name)
+                check(f"{name}[{pattern!r}]", value)
+        _check_rank("rank", self.rank)
+        _check_alpha("alpha", self.alpha)
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout!r}: give a probability in [0, 1), such as 0.05.")
+        if not self.target_modules:
+            raise ValueError(
+                f"target_modules={self.target_modules!r} names nothing; give names such as ['q_proj', 'v_proj'] or 'all-linear'."
+            )
+        if self.target_modules != ALL_LINEAR:
+            compile_patterns(self.target_modules, "target_modules")
+        compile_patterns(self.exclude_modules or (), "exclude_modules")
+        if self.modules_to_save != "auto":
+            if isinstance(self.modules_to_save, str):
+                raise ValueError(f"modules_to_save={self.modules_to_save!r}: give a list of names, or 'auto'.")
+            compile_patterns(self.modules_to_save or (), "modules_to_save")
+        if self.layers is not None and (isinstance(self.layers, str) or not self.layers or not all(_is_index(i) for i in self.layers)):
+            raise ValueError(f"layers={self.layers!r}: give block indices ≥ 0 such as [0, 1], or None for all.")
+        for name, allowed in (("bias", ("none", "all", "lora_only")), ("scaling", tuple(SCALINGS))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}.")
+        # Plain, comparable values whatever the caller (YAML, argparse, numpy-free code) handed in.
+        for name in ("target_modules", "exclude_modules", "layers", "modules_to_save"):
+            given = getattr(self, name)
+            if given is None and name == "exclude_modules":
+                given = ()
+            object.__setattr__(self, name, given if isinstance(given, str) or given is None else tuple(given))
+        for name in ("alpha", "dropout"):
+            object.__setattr__(self, name, float(getattr(self, name)))
+        object.__setattr__(self, "rank_pattern", dict(self.rank_pattern))
+        object.__setattr__(self, "alpha_pattern", {name: float(value) for name, value in self.alpha_pattern.items()})
+
+    def scaling_of(self, rank: int, alpha: float) -> float:
+        """The factor in front of ``B·A`` for a layer of this rank and alpha."""
+        return SCALINGS[self.scaling](alpha, rank)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only, as checkpoints keep it (``LoRAConfig(**d)`` is the way back)."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    def differences(self, other: LoRAConfig) -> list[str]:
+        """What differs, one ``field: mine != theirs`` a line; empty when the two adapt the same way."""
+        pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self) if f.name != "allow_unmatched")
+        return [f"{name}: {mine!r} != {theirs!r}" for name, mine, theirs in pairs if mine != theirs]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _check_rank(name: str, value: object) -> None:
+    if not _is_index(value) or value == 0:
+        raise ValueError(f"{name}={value!r}: the rank is a whole number ≥ 1, such as 8.")
+
+
+def _check_alpha(name: str, value: object) -> None:
+    if not _is_number(value) or not value > 0:  # type: ignore[operator]
+        raise ValueError(f"{name}={value!r}: alpha is a finite number > 0, such as 16.")

@@ -1,0 +1,205 @@
+"""Instruction data from jsonl files, with the loss on the answer only.
+
+A line is ``{"prompt": ..., "response": ...}`` or ``{"messages": [{"role": ..., "content": ...}, ...]}`` whose last message is the
+assistant's. A ``"choices": [...]`` list beside it, holding the response, makes the row a multiple-choice question: validation and
+test then report how often the model, held to the choices, picks the right one.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jsonargparse.typing import PositiveInt
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, SequentialSampler
+from typing_extensions import override
+
+from lightning_lora.data.batching import Example, LengthGroupedBatches, collate_answers, collate_prompts
+from lightning_lora.data.chat import Message, encode_answer, encode_prompt
+
+SHAPE = 'a line is {"prompt": "...", "response": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}'
+
+
+class InstructionDataModule(LightningDataModule):
+    """Prompts and answers from jsonl files, tokenized by the task's tokenizer (so the model is named once, in the task).
+
+    Args:
+        train: Training file.
+        val: Validation file; none, no validation.
+        test: Test file.
+        predict: Prompts to answer; the test file's where this is left out.
+        batch_size: Rows a batch.
+        max_length: Tokens of prompt and answer together; longer rows lose their end, with a warning that counts them.
+        seed: Order of the training rows.
+
+    Raises:
+        ValueError: A file is missing, empty or malformed (with file, line and what a line looks like), or a row has no answer left.
+    """
+
+    def __init__(
+        self,
+        train: str | None = None,
+        val: str | None = None,
+        test: str | None = None,
+        predict: str | None = None,
+        batch_size: PositiveInt = 8,
+        max_length: PositiveInt = 1024,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.files = {"train": train, "val": val, "test": test, "predict": predict or test}
+        self.batch_size, self.max_length, self.seed = batch_size, max_length, seed
+        self.examples: dict[str, list[Example]] = {}
+
+    @override
+    def setup(self, stage: str) -> None:
+        splits = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"], "predict": ["predict"]}[stage]
+        for split in splits:
+            file = self.files[split]
+            if file is None and (stage, split) == ("fit", "val"):
+                continue  # fitting without validation is a choice, the rest is an omission
+            if file is None:
+                raise ValueError(f"data.{split} is not set; {stage} needs a jsonl file there")
+            if split not in self.examples:
+                self.examples[split] = load_examples(file, self._tokenizer, self.max_length, split)
+
+    @property
+    def _tokenizer(self) -> Any:
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        tokenizer = getattr(module, "tokenizer", None)
+        if tokenizer is None:
+            raise ValueError(
+                f"InstructionDataModule takes its tokenizer from the LightningModule, but {type(module).__name__} has no "
+                "`tokenizer`; set self.tokenizer there, or use CausalLMTask"
+            )
+        return tokenizer
+
+    def _loader(self, split: str) -> DataLoader:
+        examples = self.examples[split]
+        if split == "predict":
+            return DataLoader(examples, batch_size=self.batch_size, collate_fn=partial(collate_prompts, pad=self._tokenizer.pad_token_id))  # type: ignore[arg-type]
+        lengths = [len(e) for e in examples]
+        batches = LengthGroupedBatches(SequentialSampler(examples), self.batch_size, False, lengths, split == "train", self.seed)
+        return DataLoader(examples, batch_sampler=batches, collate_fn=partial(collate_answers, pad=self._tokenizer.pad_token_id))  # type: ignore[arg-type]
+
+    @override
+    def train_dataloader(self) -> DataLoader:
+        return self._loader("train")
+
+    @override
+    def val_dataloader(self) -> DataLoader | list:
+        return self._loader("val") if "val" in self.examples else []
+
+    @override
+    def test_dataloader(self) -> DataLoader:
+        return self._loader("test")
+
+    @override
+    def predict_dataloader(self) -> DataLoader:
+        return self._loader("predict")
+
+
+def load_examples(file: str | Path, tokenizer: Any, max_length: int, split: str) -> list[Example]:
+    """Read and encode a jsonl file.
+
+    Args:
+        file: The file.
+        tokenizer: A Hugging Face tokenizer.
+        max_length: Tokens a row may have.
+        split: "train", "val", "test" or "predict"; prediction needs no answers, training no choices.
+
+    Raises:
+        ValueError: See `InstructionDataModule`.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"data.{split}={str(file)!r}: no such file")
+    examples: list[Example] = []
+    lost: list[str] = []
+    cut = 0
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            example = _encode(json.loads(line), tokenizer, split)
+        except ValueError as error:  # json.JSONDecodeError and UnicodeDecodeError are ValueErrors too
+            raise ValueError(f"{where}: {error}") from error
+        room = max_length - len(example.prompt)
+        if len(example) > max_length:
+            cut += 1
+            # What is left of an answer can be learnt from, but half a choice, or half a prompt, cannot be judged.
+            if room <= 0 or example.rivals or split == "predict":
+                lost.append(f"{where} ({len(example)} tokens)")
+            example.answer = example.answer[: max(room, 0)]
+        examples.append(example)
+    if not examples:
+        raise ValueError(f"data.{split}={str(file)!r} is empty; {SHAPE}")
+    if lost:
+        raise ValueError(
+            f"{len(lost)} of {len(examples)} rows lose their answer to max_length={max_length}: {', '.join(lost[:5])}"
+            f"{', ...' if len(lost) > 5 else ''}; raise data.max_length or shorten their prompts"
+        )
+    if cut:
+        warnings.warn(f"{path}: {cut} of {len(examples)} rows are cut to max_length={max_length} tokens", stacklevel=2)
+    return examples
+
+
+def _encode(row: Any, tokenizer: Any, split: str) -> Example:
+    """Encode one parsed line."""
+    messages, answer = _conversation(row, needs_answer=split != "predict")
+    example = Example(encode_prompt(tokenizer, messages), text=messages[-1]["content"])
+    if not example.prompt:
+        raise ValueError("the prompt has no tokens; give the model something to answer")
+    if split == "predict":
+        return example
+    example.answer = encode_answer(tokenizer, messages, answer)
+    if split != "train" and "choices" in row:
+        example.rivals = _rivals(tokenizer, messages, answer, example.answer, row["choices"])
+    return example
+
+
+def _conversation(row: Any, needs_answer: bool) -> tuple[list[Message], str]:
+    """The messages before the answer, and the answer ("" where none is needed)."""
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, got {type(row).__name__}; {SHAPE}")
+    if "messages" in row:
+        messages = row["messages"]
+        if not isinstance(messages, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+            raise ValueError(f"'messages' must be a list of objects with 'role' and 'content'; {SHAPE}")
+        if messages and messages[-1]["role"] == "assistant":
+            messages, answer = messages[:-1], messages[-1]["content"]
+        elif needs_answer:
+            raise ValueError("the last of 'messages' must be the assistant's answer; add it")
+        else:
+            answer = ""
+    else:
+        missing = [key for key in ("prompt", "response") if key not in row and (needs_answer or key == "prompt")]
+        if missing:
+            raise ValueError(f"no {' and no '.join(map(repr, missing))} among the keys {sorted(row)}; {SHAPE}")
+        messages, answer = [{"role": "user", "content": row["prompt"]}], row.get("response", "")
+    if not messages or not all(isinstance(m["content"], str) for m in messages):
+        raise ValueError(f"the prompt must be text; {SHAPE}")
+    if needs_answer and (not isinstance(answer, str) or not answer):
+        raise ValueError(f"the answer is {answer!r}; it must be a text that is not empty, or there is nothing to learn")
+    return messages, answer
+
+
+def _rivals(tokenizer: Any, messages: list[Message], answer: str, ids: list[int], choices: Any) -> list[tuple[int, int]]:
+    """For every other choice, where it departs from the answer and its token there (see `Example`)."""
+    if not isinstance(choices, list) or answer not in choices:
+        raise ValueError(f"'choices' must be a list that holds the answer {answer!r}, got {choices!r}")
+    rivals = set()
+    for choice in choices:
+        if choice == answer:
+            continue
+        other = encode_answer(tokenizer, messages, choice)
+        index = next((i for i, (mine, theirs) in enumerate(zip(ids, other, strict=False)) if mine != theirs), None)
+        if index is None:
+            raise ValueError(f"the choices {answer!r} and {choice!r} begin with the same tokens and cannot be told apart; reword one")
+        rivals.add((index, other[index]))
+    return sorted(rivals)

@@ -1,0 +1,72 @@
+"""Which base an adapter belongs to: a cheap content hash of the frozen weights.
+
+An adapter on a base it was not trained on loads without complaint everywhere and is quietly wrong. The hash reads 64
+entries of each frozen tensor, so it costs milliseconds; it tells other models and other revisions apart, not a change
+of a single entry. It is rounded to bf16: the same checkpoint loaded in fp32 or bf16 is the same base.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection
+from typing import Any
+
+from torch import nn
+
+from lightning_lora.digests import sampled_digest
+from lightning_lora.layers.base import PREFIX, LoRALayer
+
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def clean_name(name: str) -> str:
+    """A parameter's name without what compilers, FSDP and activation checkpointing put into it."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def adapter_root(model: nn.Module) -> tuple[str, nn.Module]:
+    """``(name, module)`` that adapter files are relative to: the model itself, or for a LightningModule with one child
+    that has parameters, that child. So an adapter of ``MyTask(model=llama)`` fits ``llama`` alone, and the other way round.
+    """
+    if hasattr(model, "configure_optimizers"):
+        children = [(name, child) for name, child in model.named_children() if next(child.parameters(), None) is not None]
+        own = any(True for _ in model.parameters(recurse=False))
+        if len(children) == 1 and not own:
+            return children[0]
+    return "", model
+
+
+def base_identity(root: nn.Module, exclude: Collection[str] = ()) -> dict[str, Any]:
+    """The base as an adapter remembers it: ``{"fingerprint", "class", "name"}``, plain strings.
+
+    Args:
+        root: the module that names are relative to, adapted or not, merged or not.
+        exclude: names of base tensors that were trained, and so are no part of the base.
+    """
+    digest = hashlib.sha256()
+    for module_name, module in sorted(root.named_modules(remove_duplicate=False)):
+        for name, parameter in sorted(module.named_parameters(recurse=False, remove_duplicate=False)):
+            full = clean_name(f"{module_name}.{name}" if module_name else name)
+            if name.startswith(PREFIX) or full in exclude:
+                continue
+            merged = isinstance(module, LoRALayer) and name == "weight" and module.base_weight_digest
+            digest.update(f"{full}={merged or sampled_digest(parameter)};".encode())
+    config = getattr(root, "config", None)
+    name = getattr(config, "_name_or_path", "") or getattr(config, "model_type", "") or ""
+    return {"fingerprint": digest.hexdigest()[:32], "class": type(root).__name__, "name": str(name)}
+
+
+def check_base(root: nn.Module, saved: dict[str, Any], exclude: Collection[str], where: str) -> None:
+    """Compare this base with the one an adapter remembers.
+
+    Raises:
+        ValueError: they differ; the message has both hashes and the way to load all the same.
+    """
+    mine = base_identity(root, exclude)
+    if mine["fingerprint"] != saved["fingerprint"]:
+        raise ValueError(
+            f"{where} was trained on another base: fingerprint {saved['fingerprint']} ({saved['class']} {saved['name']!r}), this model has"
+            f" {mine['fingerprint']} ({mine['class']} {mine['name']!r}). Load that base, or pass check_base=False to use the adapter here all the same."
+        )

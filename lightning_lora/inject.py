@@ -1,0 +1,231 @@
+"""The plain functions: put adapters into a model, list them, merge them, take them out. No Lightning needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import overload
+
+import torch
+from torch import nn
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.layers.base import PREFIX, LoRALayer, adapt, lora_layers, restore
+from lightning_lora.registry import INITS, VARIANTS, look_up
+from lightning_lora.targeting import TargetReport, find_targets, hf_ends
+
+
+class LoRAParameters(Sequence[nn.Parameter]):
+    """Parameters in the model's order; ``p in parameters`` compares identity (``==`` on tensors would compare entries)."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters = tuple(parameters)
+        self._ids = frozenset(map(id, self._parameters))
+
+    def __contains__(self, item: object) -> bool:
+        return id(item) in self._ids
+
+    @overload
+    def __getitem__(self, index: int) -> nn.Parameter: ...
+    @overload
+    def __getitem__(self, index: slice) -> LoRAParameters: ...
+    def __getitem__(self, index: int | slice) -> nn.Parameter | LoRAParameters:
+        found = self._parameters[index]
+        return LoRAParameters(found) if isinstance(found, tuple) else found
+
+    def __iter__(self) -> Iterator[nn.Parameter]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+
+def apply_lora(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
+    """Adapt the modules that the config names, in place, and freeze the rest.
+
+    Applying the same config again changes nothing. After it, what trains is: the adapters, the biases that
+    ``config.bias`` names, and the modules trained in full (``config.modules_to_save``).
+
+    Args:
+        model: any module; its parameters keep their names, dtypes and devices.
+        config: what to adapt; default ``LoRAConfig()``.
+
+    Returns:
+        The same ``model``.
+
+    Raises:
+        ValueError: the config does not fit the model, or another config is applied, or the adapters are merged; the
+            model is as it was before.
+    """
+    config = config or LoRAConfig()
+    if already_applied(model, config):
+        return model
+    look_up(INITS, "init", config.init)
+    look_up(VARIANTS, "variant", config.variant)
+    return inject(model, config, find_targets(model, config))
+
+
+def inject(model: nn.Module, config: LoRAConfig, report: TargetReport) -> nn.Module:
+    """Do what a report of :func:`~lightning_lora.targeting.find_targets` says; all of it or, on an error, nothing."""
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in trained:
+            parameter.requires_grad_(False)
+        for target in report.targets:
+            adapt(target.module, config, target.rank, target.alpha)
+        _train_extras(model, config, report)
+        _guard_resize(model)
+    except BaseException:
+        unload_lora(model)
+        for parameter, flag in trained:
+            parameter.requires_grad_(flag)
+        raise
+    return model
+
+
+def already_applied(model: nn.Module, config: LoRAConfig) -> bool:
+    """Whether the model has exactly this config; False if it has no LoRA.
+
+    Raises:
+        ValueError: it has another one, or it is merged.
+    """
+    layers = list(lora_layers(model))
+    if not layers:
+        return False
+    merged = [name for name, layer in layers if layer.merged]
+    if merged:
+        raise ValueError(
+            f"LoRA is merged into {merged[0]!r} and {len(merged) - 1} more; call unmerge_lora(model) or unload_lora(model) first."
+        )
+    for name, layer in layers:
+        different = layer.lora_config.differences(config)
+        if different:
+            raise ValueError(
+                f"{name!r} has another LoRA config ({'; '.join(different)}); call unload_lora(model) before applying a new one."
+            )
+    return True
+
+
+def get_lora_parameters(model: nn.Module) -> LoRAParameters:
+    """Every adapter parameter, each once; membership is by identity."""
+    return LoRAParameters([parameter for _, layer in lora_layers(model) for parameter in layer.lora_parameters().values()])
+
+
+def merge_lora(model: nn.Module, *, untie: bool = False, reversible: bool = True, device: torch.device | str | None = None) -> nn.Module:
+    """Add every update to its base weight: no cost at inference, and a state dict with the base's keys only.
+
+    Sums are taken in fp32 and rounded once. ``merge_report`` tells what the rounding lost. Merging twice changes nothing.
+
+    Args:
+        model: an adapted model.
+        untie: give an adapted layer whose weight another module shares (tied embeddings) a weight of its own.
+        reversible: keep what :func:`unmerge_lora` needs (a few percent of the weights' bytes).
+        device: where to compute, layer by layer (default: where each weight is).
+
+    Returns:
+        The same ``model``.
+
+    Raises:
+        ValueError: an adapter holds NaN or infinity, or a weight is tied and ``untie`` is False; nothing is merged then.
+    """
+    layers = [(name, layer) for name, layer in lora_layers(model) if not layer.merged]
+    for name, layer in layers:
+        for part, parameter in layer.lora_parameters().items():
+            if not torch.isfinite(parameter).all():
+                raise ValueError(
+                    f"{name}.{part} holds NaN or infinity: merging it would spoil the base weight; load a sound adapter first."
+                )
+    tied = tied_weights(model)
+    if tied and not untie:
+        name, others = next(iter(tied.items()))
+        raise ValueError(
+            f"{name}.weight is tied to {', '.join(others)}: merging would change that too. Pass untie=True to give {name} a weight of its own"
+            " (the model's tie_word_embeddings is switched off then), or leave it unmerged."
+        )
+    if tied:
+        _untie_configs(model)
+    for name, layer in layers:
+        if name in tied:
+            layer._owns_weight = False
+        layer.merge_weights(device=device, reversible=reversible)
+    return model
+
+
+def merge_report(model: nn.Module) -> dict[str, float]:
+    """FQN → share of the update that rounding lost in the merge, ‖merged − base − Δ‖ / ‖Δ‖, for every merged layer."""
+    return {name: layer.merge_loss for name, layer in lora_layers(model) if layer.merged}
+
+
+def unmerge_lora(model: nn.Module) -> nn.Module:
+    """Take every update out again; the base weights are bit for bit what they were.
+
+    Raises:
+        ValueError: a layer cannot go back (its way back was not kept, or its adapter changed); the message names it.
+    """
+    for name, layer in lora_layers(model):
+        try:
+            layer.unmerge_weights()
+        except ValueError as error:
+            raise ValueError(f"{name!r} cannot be unmerged: {error}.") from error
+    return model
+
+
+def unload_lora(model: nn.Module) -> nn.Module:
+    """Back to the plain classes, with the weights as they are: merged if merged, the base's if not.
+
+    Parameters stay frozen; ``model.requires_grad_(True)`` is the way to train on.
+    """
+    for _, layer in list(lora_layers(model)):
+        restore(layer)
+    for module in model.modules():
+        module.__dict__.pop("resize_token_embeddings", None)
+    return model
+
+
+def trainable_parameters(model: nn.Module) -> tuple[int, int]:
+    """Elements that train, and all elements."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
+
+
+def tied_weights(model: nn.Module) -> dict[str, list[str]]:
+    """FQN of an adapted layer not merged yet → names of the parameters elsewhere that are the same tensor as its weight."""
+    owners: dict[int, list[str]] = {}
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(f"{module_name}.{name}" if module_name else name)
+    tied = {}
+    for name, layer in lora_layers(model):
+        others = [owner for owner in owners[id(layer.weight)] if owner != (f"{name}.weight" if name else "weight")]
+        if others and not layer.merged:
+            tied[name] = others
+    return tied
+
+
+def _train_extras(model: nn.Module, config: LoRAConfig, report: TargetReport) -> None:
+    for fqn in report.saved:
+        model.get_submodule(fqn).requires_grad_(True)
+    owners = {"none": (), "all": model.modules(), "lora_only": (target.module for target in report.targets)}[config.bias]
+    for module in owners:
+        for name, parameter in module.named_parameters(recurse=False):
+            if "bias" in name and not name.startswith(PREFIX):
+                parameter.requires_grad_(True)
+
+
+def _untie_configs(model: nn.Module) -> None:
+    """Hugging Face ties again on save and load unless the config says not to."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False  # type: ignore[union-attr]
+
+
+def _guard_resize(model: nn.Module) -> None:
+    """``resize_token_embeddings`` swaps or reshapes the embedding and the head: an adapter on either would be lost in silence."""
+    for module in model.modules():
+        if hasattr(type(module), "resize_token_embeddings") and any(isinstance(end, LoRALayer) for end in hf_ends(module)):
+            module.__dict__["resize_token_embeddings"] = _refuse_resize
+
+
+def _refuse_resize(*args: object, **kwargs: object) -> None:
+    raise ValueError(
+        "resize_token_embeddings would drop the adapter on the embedding or the head: resize before apply_lora, or call unload_lora(model) first."
+    )

@@ -1,0 +1,336 @@
+"""``LoRALayer``: a frozen layer that became its own low-rank-adapted subclass, in place.
+
+``adapt`` swaps a module's class for a cached subclass of it and gives it two parameters::
+
+    y = super().forward(x)                  # whatever the base does: nn.Linear, a 4-bit linear, a user's subclass
+    y + scaling · lora_B · lora_A · x       # unless merged
+
+The module stays the same object under the same name, so state-dict keys, tied weights, hooks, ``isinstance`` checks and
+sharding plans stay as they were. A wrapper module would move keys and break tensor-parallel plans; a parametrization of
+the weight would build the dense product, hold many times the activations and could not serve packed weights.
+
+A *kind* (one file each) says how a layer's shape works by filling in four methods; a *variant* is a mixin before the kind
+in the MRO that changes the formula. Neither knows the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora import merging
+from lightning_lora.config import LoRAConfig
+from lightning_lora.digests import sampled_digest
+from lightning_lora.registry import INITS, VARIANTS, kind_of, look_up, qualified_name, why_refused
+
+PREFIX = "lora_"  # of every parameter and submodule that LoRA adds to a layer
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class LoRALayer(nn.Module):
+    """What all kinds share: parameters, the forward pass, merging, state dicts, dtypes, pickling.
+
+    Attributes:
+        lora_A: down-projection, (r, in) for a linear.
+        lora_B: up-projection, (out, r) for a linear.
+        lora_dropout: ``nn.Dropout`` on the adapter's input.
+        rank: r.
+        alpha: scaling numerator.
+        merged: whether the update is in the weight.
+        lora_config: the config that this layer was made from.
+    """
+
+    #: Names of A and B in PEFT's adapter files.
+    peft_names: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
+    #: Whether ``target_modules="all-linear"`` means this kind.
+    is_linear: ClassVar[bool] = False
+    #: Whether the weight is stored (in, out).
+    transposed: ClassVar[bool] = False
+
+    weight: Any  # nn.Parameter; some quantized bases have a subclass of it
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_dropout: nn.Dropout
+    lora_config: LoRAConfig
+    rank: int
+    alpha: float
+    merged: bool
+    _undo: merging.Undo | merging.Original | None
+    _owns_weight: bool
+    _digest: str
+    _device: torch.device
+    lora_base: ClassVar[type[nn.Module]]
+    #: Share of the update that rounding lost in the last merge.
+    merge_loss: float
+
+    # What a kind fills in.
+
+    @classmethod
+    def adapter_shapes(cls, module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of ``lora_A`` and ``lora_B`` for a module of this kind."""
+        raise NotImplementedError(f"{cls.__name__} has to say its adapter's shapes")
+
+    @classmethod
+    def check(cls, module: Any, rank: int, dropout: float) -> None:
+        """Raise ValueError, with the reason only, if this kind cannot adapt this module with this rank and dropout."""
+
+    def lora_update(self, y: Tensor, x: Tensor) -> Tensor:
+        """The base's output ``y`` plus this layer's update for the input ``x``."""
+        raise NotImplementedError(f"{type(self).__name__} has to say its update")
+
+    def lora_delta(self) -> Tensor:
+        """The update as a dense tensor of the weight's shape, in the adapter's dtype."""
+        raise NotImplementedError(f"{type(self).__name__} has to say its dense update")
+
+    def lora_factors(self) -> tuple[Tensor, Tensor]:
+        """The factor that starts random and the one that starts at zero."""
+        return self.lora_A, self.lora_B
+
+    def to_peft(self) -> dict[str, Tensor]:
+        """The adapter's tensors under the names, and in the shapes, that PEFT has for them."""
+        return dict(zip(self.peft_names, (self.lora_A, self.lora_B), strict=True))
+
+    @classmethod
+    def from_peft(cls, module: Any, A: Tensor) -> Tensor:
+        """A tensor A of PEFT's in the shape that this kind has, where the two differ; unchanged if it is no such A."""
+        return A
+
+    # Construction.
+
+    def init_adapter(self, config: LoRAConfig, rank: int, alpha: float) -> None:
+        """Freeze the base parameters and add A and B on the weight's device, at least in fp32."""
+        weight = self.weight
+        dtype = weight.dtype if weight.dtype.is_floating_point and weight.dtype.itemsize >= 4 else torch.float32
+        self.lora_config, self.rank, self.alpha = config, rank, alpha
+        self.merged, self._undo, self._owns_weight = False, None, True
+        for parameter in self.base_parameters().values():
+            parameter.requires_grad_(False)
+        self.lora_dropout = nn.Dropout(config.dropout).train(self.training)
+        for name, shape in zip(("lora_A", "lora_B"), self.adapter_shapes(self, rank), strict=True):
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype)))
+        self.reset_lora_parameters()
+
+    def reset_lora_parameters(self) -> None:
+        """Start A and B anew, as the config's init has it."""
+        with torch.no_grad():
+            look_up(INITS, "init", self.lora_config.init)(self)
+
+    def reset_parameters(self) -> None:
+        """What materialising a meta module calls: the base's own reset, then the adapter's."""
+        base = getattr(super(), "reset_parameters", None)
+        if base is not None:
+            base()
+        if "lora_A" in self._parameters:  # a constructor of the base calls this before there is an adapter
+            self.reset_lora_parameters()
+
+    # Use.
+
+    @property
+    def scaling(self) -> float:
+        """The factor in front of ``B·A``."""
+        return self.lora_config.scaling_of(self.rank, self.alpha)
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base's forward plus the update."""
+        y = super().forward(input, *args, **kwargs)
+        return y if self.merged else self.lora_update(y, input)
+
+    def dropout_now(self) -> float:
+        """The dropout probability in force: 0 in evaluation."""
+        return self.lora_dropout.p if self.lora_dropout.training else 0.0
+
+    def base_parameters(self) -> dict[str, nn.Parameter]:
+        """The layer's own parameters without the adapter's."""
+        return {name: p for name, p in self._parameters.items() if p is not None and not name.startswith(PREFIX)}
+
+    def lora_parameters(self) -> dict[str, nn.Parameter]:
+        """The adapter's parameters."""
+        return {name: p for name, p in self._parameters.items() if p is not None and name.startswith(PREFIX)}
+
+    @property
+    def base_weight_digest(self) -> str | None:
+        """Sampled digest of the base weight while it is merged; None when the weight itself can be read."""
+        return self._digest if self.merged else None
+
+    # Merging.
+
+    def exact_delta(self, device: torch.device | str | None = None) -> Tensor:
+        """The dense update with full-precision products, on ``device`` (default: the weight's)."""
+        own = self._parameters
+        target = torch.device(device) if device is not None else self.weight.device
+        wide = {name: p.detach().to(target, torch.promote_types(p.dtype, torch.float32)) for name, p in self.lora_parameters().items()}
+        self.__dict__["_parameters"] = {**own, **wide}
+        try:
+            with merging.exact_matmul():
+                return self.lora_delta()
+        finally:
+            self.__dict__["_parameters"] = own
+
+    def merge_weights(self, *, device: torch.device | str | None = None, reversible: bool = True) -> None:
+        """``weight += scaling · B·A``, summed in fp32 and rounded once; a no-op on a merged layer.
+
+        A weight that another module uses too is replaced, never written to.
+
+        Args:
+            device: where to compute (default: the weight's device).
+            reversible: keep what :meth:`unmerge_weights` needs.
+
+        Raises:
+            ValueError: the adapter holds NaN or infinity.
+        """
+        if self.merged:
+            return
+        if not all(p.isfinite().all() for p in self.lora_parameters().values()):
+            raise ValueError("the adapter holds NaN or infinity: merging it would spoil the base weight")
+        home, device = self.weight.device, torch.device(device) if device is not None else self.weight.device
+        self._digest, self._device = sampled_digest(self.weight), device
+        delta = self.exact_delta(device)
+        if self._owns_weight:
+            weight = self.weight.data.to(device)
+            self._undo, self.merge_loss = merging.merge(weight, delta, reversible=reversible)
+            if device != home:
+                self.weight.data.copy_(weight)
+        else:
+            shared = self.weight
+            merged, self.merge_loss = merging.merged_weight(shared.data.to(device), delta)
+            self.weight = nn.Parameter(merged.to(home), requires_grad=False)
+            self._undo = merging.Original(shared) if reversible else None
+        self.merged = True
+
+    def unmerge_weights(self) -> None:
+        """Put the base weight back bit for bit; a no-op on a layer that is not merged.
+
+        Raises:
+            ValueError: the way back was not kept, or the adapter changed since the merge.
+        """
+        if not self.merged:
+            return
+        if self._undo is None:
+            raise ValueError(
+                "the way back was not kept (merged with reversible=False, or other weights were loaded since): load the base model again"
+            )
+        if isinstance(self._undo, merging.Undo):
+            # Where it was merged, for the product has to come out the same to the bit.
+            base = merging.unmerge(self.weight.data.to(self._device), self.exact_delta(self._device), self._undo)
+            self.weight.data.copy_(base)
+        else:
+            self.weight = self._undo.weight
+        self.merged, self._undo = False, None
+
+    # What torch calls.
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALayer:
+        # `.to(bfloat16)`, `.half()` and Lightning's half-precision plugins convert the base: fp32 adapters stay fp32,
+        # or small updates would be rounded away.
+        before = {name: p.data for name, p in self.lora_parameters().items()}
+        super()._apply(fn, recurse)
+        for name, parameter in self.lora_parameters().items():
+            if parameter.dtype in _HALF and before[name].dtype not in _HALF:
+                parameter.data = before[name].to(parameter.device)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:  # a merged layer is a plain layer: carrying the adapter too would apply it twice
+            for name in self.lora_parameters():
+                del destination[prefix + name]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.merged:
+            if any(key.startswith(prefix + PREFIX) for key in state_dict):
+                self.unmerge_weights()  # an adapter is coming: it belongs on the base
+            else:
+                _, _, missing, _, errors = args  # torch's own lists: metadata, strict, missing, unexpected, errors
+                failed = len(errors)
+                super()._load_from_state_dict(state_dict, prefix, *args)
+                missing[:] = [key for key in missing if not key.startswith(prefix + PREFIX)]
+                if prefix + "weight" in state_dict and len(errors) == failed:
+                    self._undo = None  # other merged weights are in: the way back no longer fits them
+                return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        """The base's, and the adapter's rank, alpha and dropout."""
+        return f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha:g}, dropout={self.lora_dropout.p:g}, merged={self.merged}"
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _rebuild, (plain_class(type(self)), self.lora_config.variant), self.__dict__
+
+
+def lora_class(base: type[nn.Module], kind: type[LoRALayer], variant: type) -> type[LoRALayer]:
+    """The adapted subclass of ``base``: one for all its instances, so that compilers trace it once."""
+    key = (base, kind, variant)
+    if key not in _CLASSES:
+        if variant is object and issubclass(kind, base):
+            _CLASSES[key] = kind  # LoRALinear is concrete for nn.Linear
+        else:
+            parents = [cls for cls in (variant, kind, base) if cls is not object and not (cls is base and issubclass(kind, base))]
+            _CLASSES[key] = type(f"LoRA{base.__name__}", tuple(parents), {"__module__": base.__module__, "lora_base": base})
+    return _CLASSES[key]
+
+
+_CLASSES: dict[tuple[type, type, type], type[LoRALayer]] = {}
+
+
+def plain_class(adapted: type[LoRALayer]) -> type[nn.Module]:
+    """The class that a module had before it was adapted."""
+    return adapted.lora_base
+
+
+def _rebuild(base: type[nn.Module], variant: str) -> LoRALayer:
+    """Unpickle: the dynamic class is made, not looked up."""
+    kind = kind_of(base.__new__(base))
+    assert kind is not None
+    cls = lora_class(base, kind, look_up(VARIANTS, "variant", variant))
+    return cls.__new__(cls)
+
+
+def adapt(module: nn.Module, config: LoRAConfig, rank: int, alpha: float) -> LoRALayer:
+    """Turn a module into its LoRA subclass, in place; the caller has checked it with :func:`refusal`."""
+    kind = kind_of(module)
+    assert kind is not None
+    module.__class__ = lora_class(type(module), kind, look_up(VARIANTS, "variant", config.variant))
+    assert isinstance(module, LoRALayer)
+    module.init_adapter(config, rank, alpha)
+    return module
+
+
+def restore(layer: LoRALayer) -> nn.Module:
+    """The plain module again, in place, with the weight it has now; the adapter is dropped."""
+    for name in ("lora_config", "rank", "alpha", "merged", "merge_loss", "_undo", "_owns_weight", "_digest", "_device"):
+        layer.__dict__.pop(name, None)
+    for container in (layer._parameters, layer._modules):
+        for name in [name for name in container if name.startswith(PREFIX)]:
+            del container[name]
+    layer.__class__ = plain_class(type(layer))  # type: ignore[assignment]
+    return layer
+
+
+def refusal(module: nn.Module, fqn: str, rank: int, dropout: float) -> str | None:
+    """Why this module cannot be adapted, as a whole sentence; None if it can."""
+    kind = kind_of(module)
+    name = qualified_name(type(module))
+    if kind is None:
+        return why_refused(module, fqn)
+    if "forward" in module.__dict__:
+        return f"{fqn!r} ({name}) has a forward of its own set on the instance, which would bypass the adapter; remove that hook first."
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return f"{fqn!r} ({name}) computes its weight anew at each call (a parametrization, weight_norm or a wrapper); remove that first."
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return f"{fqn!r} ({name}) is lazy and has no shape yet; run one forward pass before applying LoRA."
+    try:
+        kind.check(module, rank, dropout)  # type: ignore[attr-defined]
+    except ValueError as error:
+        return f"{fqn!r} ({name}): {error}."
+    return None
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
+    """``(FQN, layer)`` of every adapted layer; one that two parents share comes once."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALayer):
+            yield name, module

@@ -1,0 +1,76 @@
+"""Convolutions: A convolves with the base's kernel, stride, padding and groups into r channels, B mixes them with 1×1.
+
+``scaling · B∗(A∗x)`` is again a convolution with the base's geometry, with the kernel ``B·A`` per group, so it merges.
+PEFT's A ignores the groups, (r, in, *kernel): its update is not a grouped convolution and cannot merge. Ours goes into
+that shape exactly (zeros between the groups); back only what has zeros there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.layers.base import LoRALayer
+from lightning_lora.registry import register_kind
+
+
+@register_kind(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+class LoRAConv(LoRALayer):
+    """A convolution with a low-rank update: ``lora_A`` (r, in/groups, *kernel), ``lora_B`` (out, r/groups, 1, …)."""
+
+    groups: int
+    kernel_size: tuple[int, ...]
+
+    @classmethod
+    def adapter_shapes(cls, module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """A (r, in/groups, *kernel), B (out, r/groups, 1, …)."""
+        ones = (1,) * len(module.kernel_size)
+        return (rank, module.in_channels // module.groups, *module.kernel_size), (module.out_channels, rank // module.groups, *ones)
+
+    @classmethod
+    def check(cls, module: Any, rank: int, dropout: float) -> None:
+        """The r channels are shared out evenly among the groups."""
+        if rank % module.groups:
+            raise ValueError(
+                f"rank={rank} is not a multiple of groups={module.groups}, so the groups cannot share it evenly; choose one that is"
+            )
+
+    def lora_update(self, y: Tensor, x: Tensor) -> Tensor:
+        """``y + scaling · B∗(A∗dropout(x))``; x (N, in, *spatial), y (N, out, *spatial)."""
+        x = self.lora_dropout(x.to(y.dtype))
+        t = self._conv_forward(x, self.lora_A.to(y.dtype), None)  # type: ignore[operator]  # (N, r, *spatial), padding modes too
+        convolve = (torch.conv1d, torch.conv2d, torch.conv3d)[len(self.kernel_size) - 1]
+        return y + convolve(t * self.scaling, self.lora_B.to(y.dtype), groups=self.groups)
+
+    def lora_delta(self) -> Tensor:
+        """The kernel ``scaling · B·A`` of each group, (out, in/groups, *kernel)."""
+        A = self.lora_A.flatten(1).unflatten(0, (self.groups, -1))  # (groups, r/groups, in/groups·kernel)
+        B = self.lora_B.flatten(1).unflatten(0, (self.groups, -1))  # (groups, out/groups, r/groups)
+        return (B @ A).view(self.weight.shape) * self.scaling
+
+    def to_peft(self) -> dict[str, Tensor]:
+        """A as an ungrouped kernel, (r, in, *kernel)."""
+        tensors = super().to_peft()
+        if self.groups > 1:
+            blocks = self.lora_A.detach().unflatten(0, (self.groups, -1))  # (groups, r/groups, in/groups, *kernel)
+            full = blocks.new_zeros(self.groups, blocks.shape[1], self.groups, *blocks.shape[2:])
+            for group, block in enumerate(blocks):
+                full[group, :, group] = block
+            tensors["lora_A.weight"] = full.flatten(2, 3).flatten(0, 1)
+        return tensors
+
+    @classmethod
+    def from_peft(cls, module: Any, A: Tensor) -> Tensor:
+        """The diagonal blocks of an ungrouped A; ValueError if there is anything beside them."""
+        groups = module.groups
+        if groups == 1 or A.shape[1] != module.in_channels or A.shape[0] % groups:
+            return A
+        full = A.unflatten(1, (groups, -1)).unflatten(0, (groups, -1))  # (groups, r/groups, groups, in/groups, *kernel)
+        blocks = torch.stack([full[group, :, group] for group in range(groups)]).flatten(0, 1)
+        if blocks.count_nonzero() != A.count_nonzero():
+            raise ValueError(
+                f"the adapter of a {type(module).__name__} with groups={groups} mixes the groups, as PEFT's do: it is no grouped convolution and not supported"
+            )
+        return blocks

@@ -1,0 +1,33 @@
+"""Hugging Face's ``Conv1D`` (GPT-2): a linear layer whose weight is stored transposed, (in, out)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lightning_lora import ops
+from lightning_lora.layers.base import LoRALayer
+from lightning_lora.registry import register_kind
+
+
+@register_kind("transformers.pytorch_utils.Conv1D")  # by name: this package does not import transformers
+class LoRAConv1DHF(LoRALayer):
+    """``y = xW + b + scaling · B(A·dropout(x))`` with W (in, out), ``lora_A`` (r, in), ``lora_B`` (out, r)."""
+
+    is_linear = True
+    transposed = True
+
+    @classmethod
+    def adapter_shapes(cls, module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """A (r, in), B (out, r)."""
+        n_in, n_out = module.weight.shape
+        return (rank, n_in), (n_out, rank)
+
+    def lora_update(self, y: Tensor, x: Tensor) -> Tensor:
+        """``y + scaling · B·A·dropout(x)``."""
+        return ops.lora_update(y, x, self.lora_A, self.lora_B, self.scaling, self.dropout_now())
+
+    def lora_delta(self) -> Tensor:
+        """``scaling · (B·A)ᵀ``, (in, out)."""
+        return (self.lora_B @ self.lora_A).t() * self.scaling

@@ -1,0 +1,52 @@
+"""Embeddings: ``y = W₀[ids] + scaling · B·A[:, ids]``.
+
+A one-hot input picks a column of A, so the roles swap at the start: A is zero and B random (as in the authors' own
+loralib), else the first gradient of B would see one random row a token and nothing more. There is no dropout: the
+input is ids, and a dropped id has no meaning (PEFT has none either).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_lora.layers.base import LoRALayer
+from lightning_lora.registry import register_kind
+
+
+@register_kind(nn.Embedding)
+class LoRAEmbedding(LoRALayer):
+    """An ``nn.Embedding`` with a low-rank update: ``lora_A`` (r, num_embeddings), ``lora_B`` (dim, r)."""
+
+    peft_names = ("lora_embedding_A", "lora_embedding_B")
+    padding_idx: int | None
+    num_embeddings: int
+
+    @classmethod
+    def adapter_shapes(cls, module: nn.Embedding, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """A (r, num_embeddings), B (dim, r)."""
+        return (rank, module.num_embeddings), (module.embedding_dim, rank)
+
+    @classmethod
+    def check(cls, module: Any, rank: int, dropout: float) -> None:
+        """``max_norm`` rewrites the base weight in the forward pass, which a frozen base does not allow."""
+        if module.max_norm is not None:
+            raise ValueError(f"max_norm={module.max_norm} changes the frozen weight in every forward pass; set it to None")
+
+    def lora_factors(self) -> tuple[Tensor, Tensor]:
+        """B random, A zero."""
+        return self.lora_B, self.lora_A
+
+    def lora_update(self, y: Tensor, x: Tensor) -> Tensor:
+        """``y + scaling · B·A[:, ids]``; ids of any shape (...), y (..., dim)."""
+        # padding_idx stops the gradient of that row, as in the base.
+        t = F.embedding(x, self.lora_A.t(), padding_idx=self.padding_idx)  # (..., r)
+        # Gemma's embeddings multiply their output: the update is part of it.
+        scale = self.scaling * getattr(self, "embed_scale", 1.0)
+        return y + F.linear((t * scale).to(y.dtype), self.lora_B.to(y.dtype))
+
+    def lora_delta(self) -> Tensor:
+        """``scaling · (B·A)ᵀ``, (num_embeddings, dim)."""
+        return (self.lora_B @ self.lora_A).t() * self.scaling

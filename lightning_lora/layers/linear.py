@@ -1,0 +1,121 @@
+"""Linear layers: ``y = W₀x + b + scaling · B(A·dropout(x))`` (LoRA, arXiv:2106.09685, equation 3).
+
+``LoRALinear`` is the class of an adapted ``nn.Linear`` and the mixin for its subclasses, quantized ones included.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora import ops
+from lightning_lora.config import LoRAConfig
+from lightning_lora.layers.base import PREFIX, LoRALayer
+from lightning_lora.registry import REFUSED, register_kind
+
+REFUSED["torch.nn.modules.linear.NonDynamicallyQuantizableLinear"] = (
+    "nn.MultiheadAttention reads its weight without calling it, so an adapter here would do nothing"
+)
+
+
+@register_kind(nn.Linear)
+class LoRALinear(LoRALayer, nn.Linear):
+    """An ``nn.Linear`` with a low-rank update; constructible, or made from a linear by :meth:`from_linear`.
+
+    Args:
+        in_features: size of the input's last dimension.
+        out_features: size of the output's last dimension.
+        rank: r.
+        alpha: scaling numerator.
+        dropout: probability on the adapter's input.
+        bias: whether the base has a bias.
+        device: of the base and the adapter.
+        dtype: of the base; the adapter is at least fp32.
+
+    Shape:
+        input (..., in), output (..., out), ``lora_A`` (r, in), ``lora_B`` (out, r).
+    """
+
+    lora_base = nn.Linear
+    is_linear = True
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self.init_adapter(LoRAConfig(rank=rank, alpha=alpha, dropout=dropout), rank, float(alpha))
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0) -> LoRALinear:
+        """A LoRA layer over the same weight, frozen; ``linear`` itself is never changed, not by a merge either.
+
+        Args:
+            linear: an ``nn.Linear`` or a subclass.
+            rank: r.
+            alpha: scaling numerator.
+            dropout: probability on the adapter's input.
+
+        Raises:
+            ValueError: this linear cannot be adapted, or a number is out of range.
+        """
+        from lightning_lora.layers.base import adapt, refusal
+
+        config = LoRAConfig(rank=rank, alpha=alpha, dropout=dropout)
+        reason = refusal(linear, type(linear).__name__, rank, dropout)
+        if reason:
+            raise ValueError(reason)
+        layer = _copy(linear)
+        for name, parameter in linear._parameters.items():
+            layer._parameters[name] = None if parameter is None else nn.Parameter(parameter.detach(), requires_grad=False)
+        adapt(layer, config, rank, float(alpha))
+        layer._owns_weight = False
+        assert isinstance(layer, LoRALinear)
+        return layer
+
+    @property
+    def linear(self) -> nn.Linear:
+        """A view of the frozen base as the class it had, over the same tensors."""
+        view = _copy(self)
+        view.__class__ = type(self).lora_base
+        for container in (view._parameters, view._modules):
+            for name in [name for name in container if name.startswith(PREFIX)]:
+                del container[name]
+        return view
+
+    @property
+    def plain_forward(self) -> bool:
+        """Whether the base's forward is ``nn.Linear``'s own, whose output is a fresh tensor that may be added to in place."""
+        return type(self).lora_base.forward is nn.Linear.forward
+
+    @classmethod
+    def adapter_shapes(cls, module: nn.Linear, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """A (r, in), B (out, r)."""
+        return (rank, module.in_features), (module.out_features, rank)
+
+    def lora_update(self, y: Tensor, x: Tensor) -> Tensor:
+        """``y + scaling · B·A·dropout(x)``."""
+        return ops.lora_update(y, x, self.lora_A, self.lora_B, self.scaling, self.dropout_now(), inplace=self.plain_forward)
+
+    def lora_delta(self) -> Tensor:
+        """``scaling · B·A``, (out, in)."""
+        return (self.lora_B @ self.lora_A) * self.scaling
+
+
+def _copy(module: Any) -> Any:
+    """A module of the same class over the same tensors, with containers of its own (no hooks run, nothing is copied)."""
+    new = module.__class__.__new__(module.__class__)
+    new.__dict__.update(module.__dict__)
+    for name, value in module.__dict__.items():
+        if isinstance(value, dict):
+            new.__dict__[name] = value.copy()
+    return new

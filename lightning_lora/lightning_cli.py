@@ -1,0 +1,76 @@
+"""`LoRACLI`: LightningCLI with a language model task, instruction data and a `LoRACallback` under ``lora`` as its defaults."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from typing_extensions import override
+
+from lightning_lora.callbacks import LoRACallback
+
+COMMANDS = ("fit", "validate", "test", "predict")
+LOGGER = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": "lora"}}
+
+
+class LoRACLI(LightningCLI):
+    """Everything LightningCLI does, plus ``--lora.*``; ``model`` and ``data`` may be any class by its ``class_path``.
+
+    Args:
+        args: The command line, a dict, or None for the process's.
+        run: Run the sub-command that ``args`` begins with; otherwise only build ``model``, ``datamodule`` and ``trainer``.
+
+    Raises:
+        jsonargparse.ArgumentError: A key or a value is wrong; the message names it.
+    """
+
+    def __init__(self, args: ArgsType = None, run: bool = True) -> None:
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_kwargs={"overwrite": True},  # a second run in the same folder is no error
+            trainer_defaults={"logger": LOGGER},
+            seed_everything_default=1,
+            parser_kwargs={"exit_on_error": False, **{name: {"exit_on_error": False} for name in COMMANDS}},
+            args=args,
+            run=run,
+        )
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(LoRACallback, "lora")
+        # With a default class, its arguments can stand right under `model:` and `data:`, without class_path and init_args.
+        parser.set_defaults(
+            {
+                "model": {"class_path": "lightning_lora.tasks.CausalLMTask"},
+                "data": {"class_path": "lightning_lora.data.InstructionDataModule"},
+            }
+        )
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        # As in LightningCLI, without its warning that the process has arguments too: a script like the quickstart has its own.
+        self.config = parser.parse_object(args) if isinstance(args, (dict, Namespace)) else parser.parse_args(args)
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self._get(self.config_init, "trainer")
+        callbacks = config.get("callbacks") or []
+        callbacks = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
+        if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            # Lightning's own choice, Rich, shows nothing of a run that is piped into a file.
+            callbacks.append(TQDMProgressBar(refresh_rate=1 if sys.stderr.isatty() else 10))
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    def predict(self, **kwargs: Any) -> None:
+        """The sub-command ``predict``: Lightning would drop what comes back; here it is printed, a JSON object a line."""
+        for batch in self.trainer.predict(**kwargs) or []:
+            for row in batch if isinstance(batch, (list, tuple)) else [batch]:
+                print(json.dumps(row, ensure_ascii=False, default=str))

@@ -1,0 +1,94 @@
+"""The low-rank update of a linear layer: ``y + scale · B·A·dropout(x)``.
+
+``lora_update_reference`` is the definition, two lines that anyone can check against the paper (arXiv:2106.09685,
+equation 3). ``lora_update`` is what the layers call: the same numbers, fewer passes over the big tensors, less kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def lora_update_reference(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
+    """``y + scale · dropout(x)·Aᵀ·Bᵀ`` as the paper has it.
+
+    Args:
+        y: the base layer's output (..., out).
+        x: its input (..., in).
+        A: (r, in).
+        B: (out, r).
+        scale: α/r.
+        dropout: probability; 0 outside training.
+    """
+    t = F.linear(F.dropout(x, dropout), A)  # (..., r)
+    return y + F.linear(t, B) * scale
+
+
+def lora_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0, *, inplace: bool = False) -> Tensor:
+    """The same as :func:`lora_update_reference`, in ``y``'s dtype.
+
+    fp32 adapters on a half-precision base are cast down (they are small); the activations are never cast up.
+
+    Args:
+        y: the base layer's output (..., out).
+        x: its input (..., in).
+        A: (r, in).
+        B: (out, r).
+        scale: α/r.
+        dropout: probability; 0 outside training.
+        inplace: y may be written to: it is a fresh tensor that nobody else holds and its own backward does not need.
+    """
+    x, A, B = x.to(y.dtype), A.to(y.dtype), B.to(y.dtype)
+    # The compiler fuses the definition itself, and torch.func transforms want nothing but plain operations.
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return lora_update_reference(y, x, A, B, scale, dropout)
+    if torch.is_autocast_enabled(y.device.type):  # all operands have y's dtype: nothing is left to cast
+        with torch.autocast(y.device.type, enabled=False):
+            return _LowRankUpdate.apply(y, x, A, B, scale, dropout, inplace)
+    return _LowRankUpdate.apply(y, x, A, B, scale, dropout, inplace)
+
+
+class _LowRankUpdate(torch.autograd.Function):
+    """Accumulates into y and keeps x alone, which the neighbours keep anyway; with dropout also one byte an entry of x.
+
+    With t = dropout(x)·Aᵀ and g the gradient of the output: dt = s·g·B, dB = s·gᵀ·t, dA = dtᵀ·dropout(x), dx = dropout'(dt·A).
+    t is computed again in the backward pass: it costs r/out of the base's product. Every step is differentiable, so
+    second derivatives work.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, inplace: bool) -> Tensor:
+        keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else None
+        ctx.save_for_backward(x, A, B, keep)
+        ctx.scale, ctx.dropout = scale, dropout
+        t = F.linear(_drop(x, keep, dropout), A)  # (..., r)
+        flat, t = y.reshape(-1, y.shape[-1]), t.reshape(-1, t.shape[-1])
+        if inplace and y.is_contiguous():
+            flat.addmm_(t, B.t(), alpha=scale)
+            ctx.mark_dirty(y)
+            return y
+        return torch.addmm(flat, t, B.t(), alpha=scale).view(y.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (g,) = grads
+        x, A, B, keep = ctx.saved_tensors
+        dx = dA = dB = None
+        dropped = _drop(x, keep, ctx.dropout)
+        flat_g, flat_x = g.reshape(-1, g.shape[-1]), dropped.reshape(-1, x.shape[-1])
+        dt = flat_g @ (B * ctx.scale)  # (N, r); the scale goes into the smallest operand
+        if ctx.needs_input_grad[3]:
+            dB = (flat_g.t() @ (flat_x @ A.t())) * ctx.scale
+        if ctx.needs_input_grad[2]:
+            dA = dt.t() @ flat_x
+        if ctx.needs_input_grad[1]:
+            dx = _drop((dt @ A).view(x.shape), keep, ctx.dropout)
+        return g, dx, dA, dB, None, None, None
+
+
+def _drop(x: Tensor, keep: Tensor | None, dropout: float) -> Tensor:
+    return x if keep is None else x * keep * (1 / (1 - dropout))

@@ -1,0 +1,61 @@
+"""Optimizer state by parameter name.
+
+torch numbers parameters by their place in the optimizer, and sharded strategies by their place in the model, so a state
+saved under one cannot be read under another. Names are the same everywhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_lora.fingerprint import clean_name
+
+
+def state_by_name(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
+    """``optimizer.state_dict()`` with names in place of numbers: ``{"state": {fqn: …}, "param_groups": [{"params": [fqn, …], …}]}``."""
+    names = _names(optimizer, model)
+    state = optimizer.state_dict()
+    return {
+        **state,
+        "state": {names[index]: value for index, value in state["state"].items()},
+        "param_groups": [{**group, "params": [names[index] for index in group["params"]]} for group in state["param_groups"]],
+    }
+
+
+def load_by_name(optimizer: Optimizer, model: nn.Module, saved: dict[str, Any]) -> None:
+    """Load what :func:`state_by_name` returned, whatever the order of the parameters here.
+
+    Raises:
+        ValueError: the optimizer has other groups or other parameters; nothing is loaded then.
+    """
+    names = _names(optimizer, model)
+    numbers = {name: index for index, name in names.items()}
+    here, there = optimizer.state_dict()["param_groups"], saved["param_groups"]
+    if len(here) != len(there):
+        raise ValueError(
+            f"the checkpoint's optimizer has {len(there)} parameter groups, this one {len(here)}; build it as it was built then."
+        )
+    for i, (mine, theirs) in enumerate(zip(here, there, strict=True)):
+        different = sorted({names[index] for index in mine["params"]} ^ set(theirs["params"]))
+        if different:
+            raise ValueError(
+                f"optimizer group {i} differs from the checkpoint's in {len(different)} parameters: {', '.join(different[:4])}."
+            )
+    # torch maps by position: keep this optimizer's order.
+    groups = [{**theirs, "params": mine["params"]} for mine, theirs in zip(here, there, strict=True)]
+    optimizer.load_state_dict({**saved, "state": {numbers[name]: value for name, value in saved["state"].items()}, "param_groups": groups})
+
+
+def _names(optimizer: Optimizer, model: nn.Module) -> dict[int, str]:
+    """Number in the optimizer → name in the model."""
+    names = {id(parameter): clean_name(name) for name, parameter in model.named_parameters()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    unknown = [tuple(parameter.shape) for parameter in parameters if id(parameter) not in names]
+    if unknown:
+        raise ValueError(
+            f"the optimizer holds a parameter of shape {unknown[0]} that is not part of {type(model).__name__}; it could not be resumed."
+        )
+    return {index: names[id(parameter)] for index, parameter in enumerate(parameters)}

@@ -1,0 +1,60 @@
+"""Module-name patterns: how one entry of ``target_modules`` (or ``exclude_modules``, ``rank_pattern`` …) matches names.
+
+An entry without a regex metacharacter other than ``.`` is a plain name: it matches the last part of a module's fully
+qualified name (FQN) or a dotted suffix of it, so ``q_proj`` and ``self_attn.q_proj`` both match ``layers.0.self_attn.q_proj``.
+Anything else is a regex over the whole FQN. Matching costs one pass over the module names; a regex with catastrophic
+backtracking is bounded by that count but not by us, as Python's ``re`` has no time limit.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+_METACHARACTERS = set("^$*+?{}[]\\|()")
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """One compiled entry; ``text`` is what the user wrote, for messages."""
+
+    text: str
+    regex: re.Pattern[str]
+
+    def matches(self, fqn: str) -> bool:
+        """Whether the module called ``fqn`` is meant."""
+        return self.regex.fullmatch(fqn) is not None
+
+
+def is_regex(entry: str) -> bool:
+    """Whether an entry of a list is read as a regex rather than as a plain name."""
+    return any(char in _METACHARACTERS for char in entry)
+
+
+def compile_pattern(entry: str, field: str, *, whole: bool = False) -> Pattern:
+    """Compile one entry of the config field ``field``; ``whole`` reads it as a regex whatever it contains.
+
+    Raises:
+        ValueError: the entry is empty, or an invalid regex (the message has the position).
+    """
+    if not isinstance(entry, str) or not entry:
+        raise ValueError(f"{field}: {entry!r} is not a module name or regex; give a non-empty string such as 'q_proj'.")
+    try:
+        source = entry if whole or is_regex(entry) else rf"(?:.*\.)?{re.escape(entry)}"
+        return Pattern(entry, re.compile(source, re.DOTALL))
+    except re.error as error:
+        where = "" if error.pos is None else f" at position {error.pos}"
+        raise ValueError(f"{field}: {entry!r} is not a valid regex: {error.msg}{where}.") from error
+
+
+def compile_patterns(value: str | Iterable[str], field: str) -> tuple[Pattern, ...]:
+    """Compile a field that is a list of entries, or one regex string over the whole FQN."""
+    if isinstance(value, str):
+        return (compile_pattern(value, field, whole=True),)
+    return tuple(compile_pattern(entry, field) for entry in value)
+
+
+def layer_index(fqn: str) -> int | None:
+    """The index of the block that a module sits in: the first whole number in its FQN (``model.layers.3.mlp`` → 3)."""
+    return next((int(part) for part in fqn.split(".") if part.isdigit()), None)

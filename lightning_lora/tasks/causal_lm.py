@@ -1,0 +1,164 @@
+"""Causal language modelling on answers, over any Hugging Face model: the command line's default task.
+
+The output layer is the widest of a language model (for SmolLM2-135M a quarter of the forward, at the quickstart's lengths the largest
+activation by far), and a prompt's positions get no loss. So the logits are computed only where they predict an answer token: models
+whose forward takes a mask as ``logits_to_keep`` get one, the others compute all and the rest is dropped.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from typing_extensions import override
+
+from lightning_lora.data.batching import IGNORE
+from lightning_lora.tasks.hf import DType, generate_text, load_causal_lm
+
+
+class CausalLMTask(LightningModule):
+    """A Hugging Face causal language model that learns to write the answers.
+
+    Logs ``train_loss``, and for validation and test ``{val,test}_loss`` (mean over all answer tokens), ``_perplexity``, and, for rows
+    with choices, ``_accuracy``: how often greedy decoding held to the choices writes the right one.
+
+    Args:
+        model: A hub id or a local folder.
+        gguf_file: A GGUF file in it, unpacked at load (needs the extra ``gguf``).
+        dtype: Of the model's weights; "auto" keeps the checkpoint's own.
+        learning_rate: Of AdamW, after the warm-up.
+        weight_decay: Of AdamW.
+        warmup: Share of the steps over which the learning rate rises.
+        schedule: How the learning rate falls to zero after that, or "constant".
+        gradient_checkpointing: Recompute activations in the backward: about a third more time for far less memory.
+        max_new_tokens: Longest answer that prediction writes.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        gguf_file: str | None = None,
+        dtype: DType = "auto",
+        learning_rate: PositiveFloat = 1e-3,
+        weight_decay: NonNegativeFloat = 0.0,
+        warmup: ClosedUnitInterval = 0.05,
+        schedule: Literal["constant", "linear", "cosine"] = "cosine",
+        gradient_checkpointing: bool = False,
+        max_new_tokens: PositiveInt = 32,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.model, self.tokenizer = load_causal_lm(model, gguf_file, dtype)
+        # Read here, while type(self.model) is still the one of the modeling file: wrappers like FSDP2 put their own in its place.
+        self.keeps_logits = hasattr(sys.modules[type(self.model).__module__], "slice_logits_to_keep")
+        # from_pretrained leaves evaluation mode on and Lightning keeps the mode it finds; checkpointing only acts in training mode.
+        self.model.train()
+        if gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.means = nn.ModuleDict({f"{stage}_{name}": MeanMetric() for stage in ("val", "test") for name in ("loss", "accuracy")})
+
+    @override
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits at the N positions that predict an answer token (N, V), and those tokens (N,), row by row."""
+        labels = batch["labels"][:, 1:]  # position t predicts token t + 1
+        answers = labels != IGNORE  # (B, T - 1)
+        predicts = F.pad(answers, (0, 1), value=False)  # (B, T)
+        inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+        if self.keeps_logits:
+            return self.model(**inputs, logits_to_keep=predicts).logits, labels[answers]
+        return self.model(**inputs).logits[predicts], labels[answers]
+
+    @override
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        logits, answers = self(batch)
+        loss = F.cross_entropy(logits.float(), answers)
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
+        return loss
+
+    def _evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
+        logits, answers = self(batch)
+        logits = logits.float()
+        rows = len(batch["labels"])
+        values = {"loss": F.cross_entropy(logits, answers, reduction="none")}
+        if "rivals" in batch:
+            values["accuracy"] = chosen_right(logits, answers, batch["rivals"]).float()
+        for name, value in values.items():
+            mean = self._mean(stage, name)
+            mean.update(value)
+            self.log(f"{stage}_{name}", mean, prog_bar=True, batch_size=rows)
+
+    def _mean(self, stage: str, name: str) -> MeanMetric:
+        return cast(MeanMetric, self.means[f"{stage}_{name}"])
+
+    @override
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    @override
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self.log("val_perplexity", self._mean("val", "loss").compute().exp())
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self.log("test_perplexity", self._mean("test", "loss").compute().exp())
+
+    @override
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, str]]:
+        """The prompts with what the model writes, greedily."""
+        texts = generate_text(self.model, self.tokenizer, batch["input_ids"], batch["attention_mask"], self.hparams["max_new_tokens"])
+        return [{"prompt": prompt, "response": text} for prompt, text in zip(batch["prompts"], texts, strict=True)]
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = torch.optim.AdamW(
+            [p for p in self.parameters() if p.requires_grad], lr=self.hparams["learning_rate"], weight_decay=self.hparams["weight_decay"]
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._schedule())
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _schedule(self) -> Any:
+        """The learning rate's factor as a function of the optimizer step."""
+        shape, total = self.hparams["schedule"], self.trainer.estimated_stepping_batches
+        if math.isinf(total) and (shape != "constant" or self.hparams["warmup"]):
+            raise ValueError(
+                f"schedule={shape!r} with warmup={self.hparams['warmup']} must know where training ends; set trainer.max_epochs or "
+                "trainer.max_steps, or schedule: constant with warmup: 0"
+            )
+        warm = 0 if math.isinf(total) else round(self.hparams["warmup"] * total)
+
+        def factor(step: int) -> float:
+            if step < warm:
+                return (step + 1) / (warm + 1)  # the first step already moves
+            done = min(1.0, (step - warm) / max(1, total - warm))
+            return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[shape]
+
+        return factor
+
+
+def chosen_right(logits: Tensor, answers: Tensor, rivals: Tensor) -> Tensor:
+    """Which of the rows with choices are answered right: the answer beats every rival where they part.
+
+    Args:
+        logits: (N, V), at the positions that predict the batch's answer tokens.
+        answers: (N,), those tokens.
+        rivals: (M, 3), see `lightning_lora.data.batching.collate_answers`.
+
+    Returns:
+        One bool for every row that has rivals.
+    """
+    row, position, token = rivals.unbind(1)
+    lost = logits[position, token] >= logits[position, answers[position]]
+    rows, row = row.unique(return_inverse=True)
+    return torch.zeros_like(rows).index_add(0, row, lost.long()) == 0

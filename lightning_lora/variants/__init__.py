@@ -1,0 +1,9 @@
+"""The update's formulas, one file each; importing this package registers them.
+
+A variant is a mixin that stands before the kind in an adapted layer's MRO. ``plain``, the LoRA of the paper, adds
+nothing to the kinds, so its mixin is ``object``.
+"""
+
+from lightning_lora.registry import VARIANTS
+
+VARIANTS["plain"] = object
