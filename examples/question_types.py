@@ -118,9 +118,8 @@ def write_splits(questions: list[tuple[str, str]], folder: Path, sizes: dict[str
         files[split] = _write(folder / f"{split}.jsonl", rows[start : start + size])
         start += size
     test = rows[start - sizes["test"] : start]
-    examples = [
-        next((row for row in test if row["messages"][-1]["content"] == word), test[0]) for word in ("person", "number", "description")
-    ]
+    by_word = {row["messages"][-1]["content"]: row for row in reversed(test)}  # the first of each class
+    examples = [by_word[word] for word in ("person", "number", "description")]
     files["predict"] = _write(folder / "predict.jsonl", examples)
     return files
 

@@ -31,10 +31,8 @@ CONFIG = ROOT / "configs" / "quickstart.yaml"
 def main(argv: list[str] | None = None) -> None:
     """Fetch, then run, or sweep the learning rate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--dtype", choices=["bfloat16", "float32"], default=fast_dtype(), help="of the base's weights (default: %(default)s)"
-    )
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "quickstart", help="folder of the results (default: %(default)s)")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default=fast_dtype(), help="of the base weights (%(default)s)")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "quickstart", help="folder of the results (%(default)s)")
     parser.add_argument("--sweep", type=float, nargs="+", metavar="LR", help="only compare learning rates on the validation split")
     options = parser.parse_args(argv)
 
@@ -110,9 +108,7 @@ def run(overrides: list[str], out: Path, started: float) -> dict:
         "merge_max_abs_diff": merge_difference(task, data.predict_dataloader()),
         "dtype": task.hparams["dtype"],
         "learning_rate": task.hparams["learning_rate"],
-        "answers": [
-            {"question": b["prompt"], "before": b["response"], "after": a["response"]} for b, a in zip(said_before, said_after, strict=True)
-        ],
+        "answers": [{**row, "after": later["response"]} for row, later in zip(said_before, said_after, strict=True)],
         "phases": {name: round(value, 1) for name, value in clock.items()},
         "seconds": round(time.perf_counter() - started, 1),
     }
@@ -154,7 +150,7 @@ def report(summary: dict, out: Path) -> None:
     """Print what happened and where it is."""
     print(f"\n{summary['metric']}: {summary['before']:.1%} before, {summary['after']:.1%} after")
     for row in summary["answers"]:
-        print(f"  {row['question']}\n    before: {' '.join(row['before'].split())!r}\n    after:  {row['after']!r}")
+        print(f"  {row['prompt']}\n    before: {' '.join(row['response'].split())!r}\n    after:  {row['after']!r}")
     print(f"trained {summary['trainable']:,} of {summary['total']:,} parameters ({summary['trainable'] / summary['total']:.2%})")
     print(
         f"the adapter takes {summary['adapter_bytes'] / 1e6:.1f} MB, the model {summary['model_bytes'] / 1e6:.0f} MB ({summary['dtype']})"

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from lightning_lora import fingerprint, peft_format
 from lightning_lora.adapter_files import AdapterFile, read_adapter, write_folder
 from lightning_lora.config import LoRAConfig
-from lightning_lora.fingerprint import adapter_root, base_identity, clean_name
+from lightning_lora.fingerprint import base_identity
 from lightning_lora.inject import inject, unmerge_lora
 from lightning_lora.layers.base import PREFIX, LoRALayer, lora_layers
+from lightning_lora.names import adapter_root, clean_name, modules_by_name
 from lightning_lora.targeting import TargetReport, find_targets, saved_modules
 
 
@@ -48,8 +49,9 @@ def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False) 
     extras = extra_tensors(root, config, layers)
     tensors = {f"{fqn}.{part}": tensor for fqn, layer in layers.items() for part, tensor in layer.to_peft().items()}
     tensors |= {peft_format.peft_name(name, layers): tensor for name, tensor in extras.items()}
-    content = AdapterFile(config, tensors, base_identity(root, extras))
-    write_folder(folder, content, peft_format.to_peft(config, layers, saved_modules(root, config)))
+    modules = [name for name in modules_by_name(root) if PREFIX not in name]
+    fields = peft_format.to_peft(config, layers, saved_modules(root, config), modules)
+    write_folder(folder, AdapterFile(config, tensors, base_identity(root, extras)), fields)
     return folder
 
 
@@ -138,7 +140,10 @@ def _fit(root: nn.Module, report: TargetReport, adapter: AdapterFile, where: str
             name = f"{clean_name(target.fqn)}.{part}"
             shapes[name] = shape
             if name in tensors and part == "lora_A" and tuple(tensors[name].shape) != shape:
-                tensors[name] = target.kind.from_peft(target.module, tensors[name])
+                try:
+                    tensors[name] = target.kind.from_peft(target.module, tensors[name])
+                except ValueError as error:
+                    raise ValueError(f"{where}: {name}: {error}.") from error
     base = {clean_name(name): tensor for name, tensor in root.state_dict(keep_vars=True).items() if not _is_adapter(name)}
     extras = extra_tensors(root, config, {clean_name(target.fqn) for target in report.targets})
     shapes |= {name: tuple(tensor.shape) for name, tensor in extras.items() if isinstance(tensor, nn.Parameter) or name in tensors}

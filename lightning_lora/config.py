@@ -7,7 +7,7 @@ The fields are the field's own: rank, alpha, dropout, target modules. Names that
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
@@ -63,6 +63,11 @@ class LoRAConfig:
     allow_unmatched: bool = False
 
     def __post_init__(self) -> None:
+        # Plain, comparable values whatever the caller (YAML, argparse, JSON) handed in.
+        for name in ("target_modules", "exclude_modules", "layers", "modules_to_save"):
+            object.__setattr__(self, name, _sequence(name, getattr(self, name)))
+        for name in ("rank_pattern", "alpha_pattern"):
+            object.__setattr__(self, name, _mapping(name, getattr(self, name)))
         for name, check, rules in (("rank_pattern", _check_rank, self.rank_pattern), ("alpha_pattern", _check_alpha, self.alpha_pattern)):
             for pattern, value in rules.items():
                 compile_pattern(pattern, name)
@@ -77,25 +82,18 @@ class LoRAConfig:
             )
         if self.target_modules != ALL_LINEAR:
             compile_patterns(self.target_modules, "target_modules")
-        compile_patterns(self.exclude_modules or (), "exclude_modules")
+        compile_patterns(self.exclude_modules, "exclude_modules")
         if self.modules_to_save != "auto":
             if isinstance(self.modules_to_save, str):
                 raise ValueError(f"modules_to_save={self.modules_to_save!r}: give a list of names, or 'auto'.")
-            compile_patterns(self.modules_to_save or (), "modules_to_save")
-        if self.layers is not None and (isinstance(self.layers, str) or not self.layers or not all(_is_index(i) for i in self.layers)):
+            compile_patterns(self.modules_to_save, "modules_to_save")
+        if self.layers is not None and (isinstance(self.layers, str) or not self.layers or not all(map(_is_index, self.layers))):
             raise ValueError(f"layers={self.layers!r}: give block indices ≥ 0 such as [0, 1], or None for all.")
         for name, allowed in (("bias", ("none", "all", "lora_only")), ("scaling", tuple(SCALINGS))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}.")
-        # Plain, comparable values whatever the caller (YAML, argparse, numpy-free code) handed in.
-        for name in ("target_modules", "exclude_modules", "layers", "modules_to_save"):
-            given = getattr(self, name)
-            if given is None and name == "exclude_modules":
-                given = ()
-            object.__setattr__(self, name, given if isinstance(given, str) or given is None else tuple(given))
         for name in ("alpha", "dropout"):
             object.__setattr__(self, name, float(getattr(self, name)))
-        object.__setattr__(self, "rank_pattern", dict(self.rank_pattern))
         object.__setattr__(self, "alpha_pattern", {name: float(value) for name, value in self.alpha_pattern.items()})
 
     def scaling_of(self, rank: int, alpha: float) -> float:
@@ -110,6 +108,21 @@ class LoRAConfig:
         """What differs, one ``field: mine != theirs`` a line; empty when the two adapt the same way."""
         pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self) if f.name != "allow_unmatched")
         return [f"{name}: {mine!r} != {theirs!r}" for name, mine, theirs in pairs if mine != theirs]
+
+
+def _sequence(name: str, value: Any) -> Any:
+    """A tuple of what a list field was given; a string stays one, None means none (all, for ``layers``)."""
+    if value is None:
+        return None if name == "layers" else ()
+    if not isinstance(value, (str, Sequence)) and not isinstance(value, (set, frozenset)):
+        raise ValueError(f"{name}={value!r}: give a list.")
+    return value if isinstance(value, str) else tuple(sorted(value) if isinstance(value, (set, frozenset)) else value)
+
+
+def _mapping(name: str, value: Any) -> dict[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"{name}={value!r}: give a mapping from pattern to value.")
+    return dict(value or {})
 
 
 def _is_number(value: object) -> bool:

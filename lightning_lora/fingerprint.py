@@ -15,27 +15,7 @@ from torch import nn
 
 from lightning_lora.digests import sampled_digest
 from lightning_lora.layers.base import PREFIX, LoRALayer
-
-_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-
-
-def clean_name(name: str) -> str:
-    """A parameter's name without what compilers, FSDP and activation checkpointing put into it."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
-
-
-def adapter_root(model: nn.Module) -> tuple[str, nn.Module]:
-    """``(name, module)`` that adapter files are relative to: the model itself, or for a LightningModule with one child
-    that has parameters, that child. So an adapter of ``MyTask(model=llama)`` fits ``llama`` alone, and the other way round.
-    """
-    if hasattr(model, "configure_optimizers"):
-        children = [(name, child) for name, child in model.named_children() if next(child.parameters(), None) is not None]
-        own = any(True for _ in model.parameters(recurse=False))
-        if len(children) == 1 and not own:
-            return children[0]
-    return "", model
+from lightning_lora.names import clean_name
 
 
 def base_identity(root: nn.Module, exclude: Collection[str] = ()) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import PREFIX, LoRALayer, adapt, lora_layers, restore
+from lightning_lora.names import modules_by_name
 from lightning_lora.registry import INITS, VARIANTS, look_up
 from lightning_lora.targeting import TargetReport, find_targets, hf_ends
 
@@ -125,15 +126,13 @@ def merge_lora(model: nn.Module, *, untie: bool = False, reversible: bool = True
         The same ``model``.
 
     Raises:
-        ValueError: an adapter holds NaN or infinity, or a weight is tied and ``untie`` is False; nothing is merged then.
+        ValueError: an adapter holds NaN or infinity, a weight is quantized, or one is tied and ``untie`` is False; nothing is merged then.
     """
     layers = [(name, layer) for name, layer in lora_layers(model) if not layer.merged]
     for name, layer in layers:
-        for part, parameter in layer.lora_parameters().items():
-            if not torch.isfinite(parameter).all():
-                raise ValueError(
-                    f"{name}.{part} holds NaN or infinity: merging it would spoil the base weight; load a sound adapter first."
-                )
+        reason = layer.merge_refusal()
+        if reason:
+            raise ValueError(f"{name!r} cannot be merged: {reason}.")
     tied = tied_weights(model)
     if tied and not untie:
         name, others = next(iter(tied.items()))
@@ -201,8 +200,9 @@ def tied_weights(model: nn.Module) -> dict[str, list[str]]:
 
 
 def _train_extras(model: nn.Module, config: LoRAConfig, report: TargetReport) -> None:
+    modules = modules_by_name(model)
     for fqn in report.saved:
-        model.get_submodule(fqn).requires_grad_(True)
+        modules[fqn].requires_grad_(True)
     owners = {"none": (), "all": model.modules(), "lora_only": (target.module for target in report.targets)}[config.bias]
     for module in owners:
         for name, parameter in module.named_parameters(recurse=False):

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,13 +44,16 @@ class Original:
 @contextmanager
 def exact_matmul() -> Iterator[None]:
     """Full fp32 products, whatever the user set for training (TF32, bf16x3, autocast)."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    kept = [backend.fp32_precision for backend in backends]
     try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
         with torch.no_grad(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        for backend, precision in zip(backends, kept, strict=True):
+            backend.fp32_precision = precision
 
 
 def merged_weight(weight: Tensor, delta: Tensor) -> tuple[Tensor, float]:
@@ -89,7 +93,7 @@ def unmerge(weight: Tensor, delta: Tensor, undo: Undo) -> Tensor:
     Raises:
         ValueError: the recomputed ``delta`` is not the one that was merged.
     """
-    base = (weight.to(delta.dtype) - delta).to(weight.dtype)
+    base = (weight.to(delta.dtype) - delta).to(weight.dtype).contiguous()
     base.view(-1)[undo.index.to(base.device)] = undo.value.to(base.device)
     if checksum(base) != undo.checksum:
         raise ValueError(

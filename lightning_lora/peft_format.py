@@ -35,17 +35,24 @@ _NOT_CODE = {"auto_mapping", "megatron_core", "trust_remote_code"}
 _PLAIN_INITS = (True, False, None, "gaussian", "kaiming")
 
 
-def to_peft(config: LoRAConfig, layers: dict[str, LoRALayer], saved: Iterable[str]) -> dict[str, Any]:
+def to_peft(config: LoRAConfig, layers: dict[str, LoRALayer], saved: Collection[str], modules: Collection[str]) -> dict[str, Any]:
     """The JSON that makes PEFT adapt exactly these layers.
 
     Args:
         config: of the layers.
         layers: FQN → adapted layer.
         saved: FQNs of the modules trained in full.
+        modules: FQNs of all modules of the model.
+
+    Raises:
+        ValueError: PEFT's matching cannot express it.
     """
-    names = list(config.target_modules) if not isinstance(config.target_modules, str) else []
-    # PEFT reads list entries literally: a user's plain names stay as they are, everything else becomes full names.
-    plain = bool(names) and not (config.exclude_modules or config.layers or any(map(is_regex, names)))
+    for name in saved:  # PEFT compares with str.endswith, without a dot before the name
+        other = next((m for m in modules if m.endswith(name) and m not in saved and not m.startswith(f"{name}.")), None)
+        if other is not None:
+            raise ValueError(
+                f"modules_to_save: {name!r} cannot be saved in PEFT's format, which would take {other!r}, a name that ends in it, for it too."
+            )
     return {
         "peft_type": "LORA",
         "task_type": None,
@@ -54,7 +61,7 @@ def to_peft(config: LoRAConfig, layers: dict[str, LoRALayer], saved: Iterable[st
         "r": config.rank,
         "lora_alpha": _whole(config.alpha),
         "lora_dropout": config.dropout,
-        "target_modules": sorted(names if plain else layers),
+        "target_modules": _targets(config, layers, saved, modules),
         "bias": config.bias,
         "use_rslora": config.scaling == "rslora",
         "modules_to_save": sorted(saved) or None,
@@ -99,18 +106,23 @@ def from_peft(fields: dict[str, Any], where: str, tensor_names: Iterable[str]) -
         if name != "auto_mapping":
             warnings.warn(f"{where}: {name}={fields[name]!r} is never acted on: nothing is imported or run for an adapter.", stacklevel=3)
     targets = fields.get("target_modules") or sorted({name.rpartition(".lora_")[0] for name in tensor_names if ".lora_" in name})
+    saved = fields.get("modules_to_save") or ()
+    exclude = fields.get("exclude_modules") or ()
+    # PEFT never adapts what modules_to_save covers, even if it is targeted; we would call that a contradiction.
+    exclude = [rf"(?:{exclude})"] if isinstance(exclude, str) else [*exclude]
+    exclude += [rf"(?:.*\.)?{re.escape(name)}(?:\..*)?" for name in saved]
     targets, layers = _layers(targets, fields.get("layers_to_transform"), fields.get("layers_pattern"))
     return LoRAConfig(
         rank=fields.get("r", 8),
         alpha=fields.get("lora_alpha", 8),
         dropout=fields.get("lora_dropout", 0.0),
         target_modules=targets,
-        exclude_modules=fields.get("exclude_modules") or (),
+        exclude_modules=exclude,
         layers=layers,
         bias=fields.get("bias", "none"),
         rank_pattern={_ours(key): value for key, value in (fields.get("rank_pattern") or {}).items()},
         alpha_pattern={_ours(key): value for key, value in (fields.get("alpha_pattern") or {}).items()},
-        modules_to_save=fields.get("modules_to_save") or (),
+        modules_to_save=saved,
         scaling="rslora" if fields.get("use_rslora") else "standard",
         init="gaussian" if init == "gaussian" else "kaiming",
         allow_unmatched=True,  # PEFT's patterns may hit nothing; the tensors say what must be there
@@ -133,6 +145,16 @@ def peft_name(name: str, adapted: Collection[str]) -> str:
     """The name that a base tensor has in PEFT's files: adapted layers stand one module deeper there."""
     owner, _, last = name.rpartition(".")
     return f"{owner}.base_layer.{last}" if owner in adapted else name
+
+
+def _targets(config: LoRAConfig, layers: Collection[str], saved: Collection[str], modules: Collection[str]) -> list[str] | str:
+    """What PEFT's matcher takes for exactly these layers: the user's plain names if they do, else full names, else a regex."""
+    for names in (config.target_modules, layers):
+        if not isinstance(names, str) and not any(map(is_regex, names)):
+            hit = {m for m in modules if any(m == name or m.endswith(f".{name}") for name in names)}
+            if {m for m in hit if not any(m == s or m.startswith(f"{s}.") for s in saved)} == set(layers):
+                return sorted(names)
+    return "|".join(re.escape(fqn) for fqn in sorted(layers))
 
 
 def _layers(targets: Any, indices: Any, patterns: Any) -> tuple[Any, list[int] | None]:

@@ -24,9 +24,9 @@ from lightning_lora.adapter_files import META, AdapterFile
 from lightning_lora.config import LoRAConfig
 from lightning_lora.digests import checksum
 from lightning_lora.files import write_atomic
-from lightning_lora.fingerprint import clean_name
 from lightning_lora.inject import unmerge_lora
 from lightning_lora.layers.base import PREFIX
+from lightning_lora.names import clean_name
 from lightning_lora.optim.groups import only_trainable
 from lightning_lora.optim.state import load_by_name, state_by_name
 

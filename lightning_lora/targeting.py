@@ -19,6 +19,7 @@ from torch import nn
 
 from lightning_lora.config import ALL_LINEAR, LoRAConfig
 from lightning_lora.layers.base import PREFIX, LoRALayer, refusal
+from lightning_lora.names import clean_name, modules_by_name
 from lightning_lora.patterns import Pattern, compile_pattern, compile_patterns, layer_index
 from lightning_lora.registry import kind_of
 
@@ -103,8 +104,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetReport:
         ValueError: a pattern or layer index hits nothing, a target cannot be adapted, two fields contradict each other.
     """
     # A module that two parents share has two names: either may be targeted, and it is adapted once.
-    named = model.named_modules(remove_duplicate=False)
-    modules = {name: module for name, module in named if name and not name.rpartition(".")[2].startswith(PREFIX)}
+    modules = {name: module for name, module in modules_by_name(model).items() if not name.rpartition(".")[2].startswith(PREFIX)}
     saved = saved_modules(model, config)
     excluded = compile_patterns(config.exclude_modules, "exclude_modules")
     heads = _output_heads(model) if config.target_modules == ALL_LINEAR else set()
@@ -143,7 +143,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetReport:
     for fqn, module in chosen.items():
         rank = _first(ranks, fqn, config.rank, hits["rank_pattern"])
         alpha = _first(alphas, fqn, config.alpha, hits["alpha_pattern"])
-        problem = _problem(model, fqn, module, rank, config, saved)
+        problem = _problem(modules.get(fqn.rpartition(".")[0], model), fqn, module, rank, config, saved)
         if problem:
             problems.append(problem)
         else:
@@ -189,7 +189,7 @@ def fresh_heads(model: nn.Module) -> list[str]:
         backbone = getattr(type(module), "base_model_prefix", None)
         if isinstance(backbone, str) and _FRESH_HEAD.search(type(module).__name__) and hasattr(module, backbone):
             own = [name for name, child in module.named_children() if name != backbone and any(True for _ in child.parameters())]
-            heads += [f"{fqn}.{name}" if fqn else name for name in own]
+            heads += [clean_name(f"{fqn}.{name}" if fqn else name) for name in own]
     return heads
 
 
@@ -199,7 +199,7 @@ def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
     Raises:
         ValueError: an entry matches nothing, or a module without parameters.
     """
-    modules = {name: module for name, module in model.named_modules() if name}
+    modules = modules_by_name(model)
     if config.modules_to_save == "auto":
         return fresh_heads(model)
     saved: list[str] = []
@@ -213,7 +213,23 @@ def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
                 f"modules_to_save: {empty[0]!r} ({type(modules[empty[0]]).__name__}) has no parameters to train; name another module."
             )
         saved += found
-    return list(dict.fromkeys(saved))
+    saved = list(dict.fromkeys(saved))
+    _check_not_tied(model, saved)
+    return saved
+
+
+def _check_not_tied(model: nn.Module, saved: list[str]) -> None:
+    """A module trained in full takes along whatever shares its weight: nobody means that without saying so."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(clean_name(name))
+    for tied in names.values():
+        inside = [name for name in tied if _within(name, saved)]
+        if inside and len(inside) < len(tied):
+            outside = next(name for name in tied if name not in inside)
+            raise ValueError(
+                f"modules_to_save: {inside[0]} is tied to {outside}, which would train along; name both modules, or untie them first."
+            )
 
 
 def hf_ends(module: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
@@ -233,8 +249,7 @@ def _output_heads(model: nn.Module) -> set[nn.Module]:
     return {head for head in heads if head is not None}
 
 
-def _problem(model: nn.Module, fqn: str, module: nn.Module, rank: int, config: LoRAConfig, saved: list[str]) -> str | None:
-    parent = model.get_submodule(fqn.rpartition(".")[0])
+def _problem(parent: nn.Module, fqn: str, module: nn.Module, rank: int, config: LoRAConfig, saved: list[str]) -> str | None:
     for owner, names in _READS_WEIGHTS.items():
         if isinstance(parent, owner) and fqn.rpartition(".")[2] in names:
             return f"{fqn!r}: nn.{owner.__name__} reads this weight without calling the layer in evaluation, so an adapter would be ignored there; exclude it."

@@ -10,14 +10,21 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.fingerprint import adapter_root
 from lightning_lora.inject import already_applied, inject, merge_lora, merge_report, tied_weights, trainable_parameters, unmerge_lora
 from lightning_lora.layers.base import lora_layers
+from lightning_lora.names import adapter_root
 from lightning_lora.strategies import StrategyHooks, check_supported
 from lightning_lora.targeting import TargetReport, find_targets
+
+
+_CURE = (
+    "Either the forward pass does not go through these layers (target others), or re-entrant gradient checkpointing cut the graph (pass"
+    " use_reentrant=False, or call model.enable_input_require_grads()). If they are used only now and then, pass"
+    " LoRACallback(check_gradients=False)."
+)
 
 
 class LoRACallback(Callback):
@@ -70,6 +77,7 @@ class LoRACallback(Callback):
         @functools.wraps(original)  # Lightning follows __wrapped__ to see that the user overrode the hook
         def configure_model() -> None:
             original()
+            del pl_module.configure_model  # the hook has done its work; the module is the user's own again
             self._adapt(trainer, pl_module)
 
         pl_module.configure_model = configure_model  # type: ignore[method-assign]
@@ -77,15 +85,26 @@ class LoRACallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise ValueError if something that should train is in no optimizer."""
         held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
-        target = self._target(pl_module)
-        forgotten = [name for name, p in target.named_parameters() if p.requires_grad and id(p) not in held]
+        trained = {id(p) for p in self._target(pl_module).parameters() if p.requires_grad}
+        forgotten = [name for name, p in pl_module.named_parameters() if id(p) in trained - held]
         if forgotten:
             raise ValueError(
                 f"{len(forgotten)} parameters that should train are in no optimizer: {', '.join(forgotten[:4])}. Build the optimizer in"
                 " configure_optimizers, from self.parameters() or get_lora_parameters(self), not in __init__."
             )
-        self._waiting = {f"{name}.{part}": p for name, layer in lora_layers(target) for part, p in layer.lora_parameters().items()}
+        for index, optimizer in enumerate(trainer.optimizers):
+            if not any(group["params"] for group in optimizer.param_groups):
+                raise ValueError(
+                    f"optimizer {index} ({type(optimizer).__name__}) holds no parameter that trains: LoRA froze all of its own. Limit LoRA to a"
+                    " part with LoRACallback(module=...), or name what it trains in modules_to_save."
+                )
+        self._waiting = {f"{name}.{part}": p for name, layer in lora_layers(pl_module) for part, p in layer.lora_parameters().items()}
         self._backward_ran = False
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Raise RuntimeError, with the cure, where torch would only say that the loss has no gradient."""
+        if self._waiting and not loss.requires_grad:
+            raise RuntimeError(f"the loss does not depend on any adapter. {_CURE}")
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note which adapters have a gradient."""
@@ -99,12 +118,8 @@ class LoRACallback(Callback):
             return
         without, self._waiting = list(self._waiting), {}
         if self.check_gradients:
-            raise RuntimeError(
-                f"{len(without)} adapter parameters got no gradient in the first batch: {', '.join(without[:4])}. Either the forward pass"
-                " does not go through these layers (target others), or re-entrant gradient checkpointing cut the graph (pass"
-                " use_reentrant=False, or call model.enable_input_require_grads()). If they are used only now and then, pass"
-                " LoRACallback(check_gradients=False)."
-            )
+            named = ", ".join(without[:4])
+            raise RuntimeError(f"{len(without)} adapter parameters got no gradient in the first batch: {named}. {_CURE}")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge layer by layer on the training device; a no-op with ``merge_on_fit_end=False``."""
@@ -119,21 +134,26 @@ class LoRACallback(Callback):
     def _adapt(self, trainer: Trainer, pl_module: LightningModule) -> None:
         target = self._target(pl_module)
         if not any(layer.merged for _, layer in lora_layers(target)) and not already_applied(target, self.config):
-            report = find_targets(target, self.config)
+            self.report = report = find_targets(target, self.config)
             inject(target, self.config, report)
-            self.report = report
             trainable, total = trainable_parameters(pl_module)
             rank_zero_info(f"{report}\ntrainable {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
         if self.merge_on_fit_end:
-            tied = tied_weights(target)
-            if tied:
-                name, others = next(iter(tied.items()))
-                raise ValueError(
-                    f"{name}.weight is tied to {', '.join(others)}, and merging it would change that too: pass LoRACallback("
-                    "merge_on_fit_end=False), and merge_lora(model, untie=True) when you want it merged."
-                )
+            self._check_mergeable(target)
         root = ".".join(filter(None, (self.module, adapter_root(target)[0])))
         StrategyHooks(trainer.strategy, pl_module, root, self.config, self.check_base).install()
+
+    def _check_mergeable(self, target: nn.Module) -> None:
+        """Say at the start what would stop the merge at the end."""
+        tied = [(name, f"tied to {', '.join(others)}, and merging would change that too") for name, others in tied_weights(target).items()]
+        packed = [
+            (name, f"quantized ({layer.weight.dtype})") for name, layer in lora_layers(target) if not layer.weight.is_floating_point()
+        ]
+        for name, reason in (tied + packed)[:1]:
+            raise ValueError(
+                f"{name}.weight is {reason}: it cannot be merged at the end of fit. Pass LoRACallback(merge_on_fit_end=False); merge_lora(model,"
+                " untie=True) merges tied weights when you want it."
+            )
 
     def _target(self, pl_module: LightningModule) -> nn.Module:
         try:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler
+from torch.utils.data import Sampler
 
 IGNORE = -100  # the label that cross entropy skips
 WINDOW = 32  # batches sorted together: enough to make lengths alike, few enough to keep the order random
@@ -64,40 +64,35 @@ def collate_prompts(examples: Sequence[Example], pad: int) -> dict[str, Any]:
     }
 
 
-class LengthGroupedBatches(BatchSampler):
-    """Batches of rows of similar length.
+class LengthGroupedSampler(Sampler[int]):
+    """An order of the rows in which batches cut from it have rows of similar length.
 
-    Shuffled, the order depends on ``seed`` and the epoch alone (Lightning calls `set_epoch`), so a resumed run sees the same batches.
-    Lightning may put a ``DistributedSampler`` in ``sampler``'s place; each rank then groups its own share.
+    Shuffled, it depends on ``seed`` and the epoch alone, so a resumed run sees the same batches. The epoch is asked for, not counted:
+    Lightning tells it only to the outermost sampler, which is its own wrapper where several processes share the rows.
 
     Args:
-        sampler: Yields row indices.
-        batch_size: Rows a batch.
-        drop_last: Drop an incomplete last batch.
         lengths: Length of every row of the data set.
-        shuffle: Random order of rows and batches; otherwise sorted by length.
+        batch_size: Rows a batch.
+        epoch: Gives the current epoch; without it, no shuffling: the rows are sorted by length.
         seed: Of the shuffling.
     """
 
-    def __init__(
-        self, sampler: Iterable[int], batch_size: int, drop_last: bool, lengths: Sequence[int], shuffle: bool = False, seed: int = 0
-    ) -> None:
-        super().__init__(sampler, batch_size, drop_last)
-        self.lengths, self.shuffle, self.seed, self.epoch = lengths, shuffle, seed, 0
+    def __init__(self, lengths: Sequence[int], batch_size: int, epoch: Callable[[], int] | None = None, seed: int = 0) -> None:
+        self.lengths, self.batch_size, self.epoch, self.seed = lengths, batch_size, epoch, seed
 
-    def set_epoch(self, epoch: int) -> None:
-        """Give this epoch its own order."""
-        self.epoch = epoch
+    def __len__(self) -> int:
+        return len(self.lengths)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        rows = list(self.sampler)
-        if self.shuffle:
-            rows = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
-        window = WINDOW * self.batch_size if self.shuffle else max(len(rows), 1)
+    def __iter__(self) -> Iterator[int]:
+        size = self.batch_size
+        if self.epoch is None:
+            yield from sorted(range(len(self)), key=self.lengths.__getitem__)
+            return
+        generator = torch.Generator().manual_seed(self.seed + self.epoch())
+        rows = torch.randperm(len(self), generator=generator).tolist()
+        window = size * max(1, min(WINDOW, len(rows) // (4 * size)))  # a quarter of a small data set, or its batches would never mix
         rows = [row for i in range(0, len(rows), window) for row in sorted(rows[i : i + window], key=self.lengths.__getitem__)]
-        batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
-        if self.drop_last and batches and len(batches[-1]) < self.batch_size:
-            batches.pop()
-        order = torch.randperm(len(batches), generator=generator).tolist() if self.shuffle else range(len(batches))
-        yield from (batches[i] for i in order)
+        full = len(rows) // size
+        for batch in torch.randperm(full, generator=generator).tolist():
+            yield from rows[batch * size : (batch + 1) * size]
+        yield from rows[full * size :]

@@ -15,10 +15,10 @@ from typing import Any
 
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_lora.data.batching import Example, LengthGroupedBatches, collate_answers, collate_prompts
+from lightning_lora.data.batching import Example, LengthGroupedSampler, collate_answers, collate_prompts
 from lightning_lora.data.chat import Message, encode_answer, encode_prompt
 
 SHAPE = 'a line is {"prompt": "...", "response": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}'
@@ -79,12 +79,12 @@ class InstructionDataModule(LightningDataModule):
         return tokenizer
 
     def _loader(self, split: str) -> DataLoader:
-        examples = self.examples[split]
-        if split == "predict":
-            return DataLoader(examples, batch_size=self.batch_size, collate_fn=partial(collate_prompts, pad=self._tokenizer.pad_token_id))  # type: ignore[arg-type]
-        lengths = [len(e) for e in examples]
-        batches = LengthGroupedBatches(SequentialSampler(examples), self.batch_size, False, lengths, split == "train", self.seed)
-        return DataLoader(examples, batch_sampler=batches, collate_fn=partial(collate_answers, pad=self._tokenizer.pad_token_id))  # type: ignore[arg-type]
+        examples, pad = self.examples[split], self._tokenizer.pad_token_id
+        if split == "predict":  # in the file's order
+            return DataLoader(examples, batch_size=self.batch_size, collate_fn=partial(collate_prompts, pad=pad))  # type: ignore[arg-type]
+        epoch = (lambda: self.trainer.current_epoch) if split == "train" else None  # type: ignore[union-attr]
+        sampler = LengthGroupedSampler([len(e) for e in examples], self.batch_size, epoch, self.seed)
+        return DataLoader(examples, batch_size=self.batch_size, sampler=sampler, collate_fn=partial(collate_answers, pad=pad))  # type: ignore[arg-type]
 
     @override
     def train_dataloader(self) -> DataLoader:
@@ -126,7 +126,7 @@ def load_examples(file: str | Path, tokenizer: Any, max_length: int, split: str)
             continue
         where = f"{path}:{number}"
         try:
-            example = _encode(json.loads(line), tokenizer, split)
+            example = _encode(json.loads(line.decode()), tokenizer, split)
         except ValueError as error:  # json.JSONDecodeError and UnicodeDecodeError are ValueErrors too
             raise ValueError(f"{where}: {error}") from error
         room = max_length - len(example.prompt)

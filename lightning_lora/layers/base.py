@@ -179,12 +179,13 @@ class LoRALayer(nn.Module):
             reversible: keep what :meth:`unmerge_weights` needs.
 
         Raises:
-            ValueError: the adapter holds NaN or infinity.
+            ValueError: :meth:`merge_refusal` has a reason.
         """
         if self.merged:
             return
-        if not all(p.isfinite().all() for p in self.lora_parameters().values()):
-            raise ValueError("the adapter holds NaN or infinity: merging it would spoil the base weight")
+        reason = self.merge_refusal()
+        if reason:
+            raise ValueError(reason)
         home, device = self.weight.device, torch.device(device) if device is not None else self.weight.device
         self._digest, self._device = sampled_digest(self.weight), device
         delta = self.exact_delta(device)
@@ -199,6 +200,13 @@ class LoRALayer(nn.Module):
             self.weight = nn.Parameter(merged.to(home), requires_grad=False)
             self._undo = merging.Original(shared) if reversible else None
         self.merged = True
+
+    def merge_refusal(self) -> str | None:
+        """Why the update cannot be merged now; None if it can."""
+        if not self.weight.is_floating_point():
+            return f"the weight is quantized ({self.weight.dtype}) and cannot take an update in place: dequantize the base first, or leave it unmerged"
+        spoilt = [name for name, p in self.lora_parameters().items() if not p.isfinite().all()]
+        return f"{spoilt[0]} holds NaN or infinity and would spoil the base weight: load a sound adapter first" if spoilt else None
 
     def unmerge_weights(self) -> None:
         """Put the base weight back bit for bit; a no-op on a layer that is not merged.
@@ -225,11 +233,13 @@ class LoRALayer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALayer:
         # `.to(bfloat16)`, `.half()` and Lightning's half-precision plugins convert the base: fp32 adapters stay fp32,
         # or small updates would be rounded away.
-        before = {name: p.data for name, p in self.lora_parameters().items()}
+        before = {name: (p.data, None if p.grad is None else p.grad.data) for name, p in self.lora_parameters().items()}
         super()._apply(fn, recurse)
         for name, parameter in self.lora_parameters().items():
-            if parameter.dtype in _HALF and before[name].dtype not in _HALF:
-                parameter.data = before[name].to(parameter.device)
+            data, grad = before[name]
+            if parameter.dtype in _HALF and data.dtype not in _HALF:
+                parameter.data = data.to(parameter.device)
+                parameter.grad = None if grad is None else grad.to(parameter.device)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

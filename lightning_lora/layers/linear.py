@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_lora import ops
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers.base import PREFIX, LoRALayer
+from lightning_lora.layers.base import PREFIX, LoRALayer, adapt, refusal
 from lightning_lora.registry import REFUSED, register_kind
 
 REFUSED["torch.nn.modules.linear.NonDynamicallyQuantizableLinear"] = (
@@ -68,8 +68,8 @@ class LoRALinear(LoRALayer, nn.Linear):
         Raises:
             ValueError: this linear cannot be adapted, or a number is out of range.
         """
-        from lightning_lora.layers.base import adapt, refusal
-
+        if isinstance(linear, LoRALayer):
+            raise ValueError(f"linear is a {type(linear).__name__} and has an adapter already; give linear.linear, its base.")
         config = LoRAConfig(rank=rank, alpha=alpha, dropout=dropout)
         reason = refusal(linear, type(linear).__name__, rank, dropout)
         if reason:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_lora.fingerprint import clean_name
+from lightning_lora.names import clean_name
 
 
 def state_by_name(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:

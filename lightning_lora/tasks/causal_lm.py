@@ -21,7 +21,7 @@ from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from lightning_lora.data.batching import IGNORE
-from lightning_lora.tasks.hf import DType, generate_text, load_causal_lm
+from lightning_lora.tasks.hf import DType, enable_checkpointing, generate_text, load_causal_lm
 
 
 class CausalLMTask(LightningModule):
@@ -62,7 +62,7 @@ class CausalLMTask(LightningModule):
         # from_pretrained leaves evaluation mode on and Lightning keeps the mode it finds; checkpointing only acts in training mode.
         self.model.train()
         if gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable_checkpointing(self.model)
         self.means = nn.ModuleDict({f"{stage}_{name}": MeanMetric() for stage in ("val", "test") for name in ("loss", "accuracy")})
 
     @override
@@ -105,6 +105,19 @@ class CausalLMTask(LightningModule):
     @override
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self._evaluate(batch, "test")
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        self._restart()
+
+    @override
+    def on_test_epoch_start(self) -> None:
+        self._restart()
+
+    def _restart(self) -> None:
+        # trainer.validate leaves inference tensors behind, which the validation inside a later fit may not update.
+        for mean in self.means.values():
+            cast(MeanMetric, mean).reset()
 
     @override
     def on_validation_epoch_end(self) -> None:

@@ -56,6 +56,15 @@ def skeleton(model: str, gguf_file: str | None = None) -> Any:
         return transformers.AutoModelForCausalLM.from_config(config)
 
 
+def enable_checkpointing(model: Any) -> None:
+    """Recompute activations in the backward; not re-entrant, which would cut the gradient off below a frozen embedding."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:  # its name in earlier releases, deprecated since
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
 def generate_text(model: Any, tokenizer: Any, input_ids: Any, attention_mask: Any, max_new_tokens: int) -> list[str]:
     """The model's greedy continuation of left-padded prompts ``input_ids (B, T)``, without special tokens."""
     output = model.generate(

@@ -204,15 +204,14 @@ class Nested(nn.Module):
         return self.norm(self.fc(self.inner["layernorm"](self.inner["fc"](x).relu())))
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"target_modules": "fc"},
-        {"target_modules": ["fc"], "exclude_modules": ["inner.fc"]},
-        {"target_modules": ["fc"], "rank_pattern": {"^fc$": 2}},
-    ],
-    ids=["regex", "exclude", "rank"],
-)
+ONLY_THE_OUTER = {
+    "regex": {"target_modules": "fc"},
+    "exclude": {"target_modules": ["fc"], "exclude_modules": ["inner.fc"]},
+    "rank": {"target_modules": ["fc"], "rank_pattern": {"^fc$": 2}},
+}
+
+
+@pytest.mark.parametrize("config", ONLY_THE_OUTER.values(), ids=ONLY_THE_OUTER.keys())
 def test_a_name_that_ends_in_another(config, tmp_path):
     torch.manual_seed(0)
     model = Nested()

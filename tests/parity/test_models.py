@@ -84,7 +84,7 @@ def test_ten_adamw_steps(name, peft):
     for model in pair:
         model.train()
         # eps well above rounding: with 1e-8, an entry whose gradient is near zero moves by its rounding error, whatever computed it
-        optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-3, eps=1e-5)
+        optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-3, eps=1e-4)
         steps = []
         for step in range(10):
             loss = model(**batch(name, seed=step)).loss
@@ -98,4 +98,4 @@ def test_ten_adamw_steps(name, peft):
     for key in theirs:
         close(ours[key], theirs[key], what=key)
         if "key.bias" not in key:  # its gradient is zero but for rounding
-            assert (ours[key] - starts[0][key]).abs().max() > 1e-3, key  # it trained
+            assert (ours[key] - starts[0][key]).abs().max() > 2e-4, key  # it trained

@@ -77,7 +77,7 @@ MODELS |= {
     "PaddedEmb": lambda: Toy((10,), True, emb=nn.Embedding(100, 5, padding_idx=3), flat=nn.Flatten(), lin0=nn.Linear(50, 2)),
     "ConvSame": lambda: conv((2, 3, 3), "conv2d", nn.Conv2d(2, 8, 3, padding="same"), 72),
     "ConvStride": lambda: conv((1, 6, 6), "conv2d", nn.Conv2d(1, 8, (3, 2), stride=(2, 1), padding=(1, 0), bias=False), 120),
-    "Names": lambda: Toy((10,), lora_A=nn.Linear(10, 12), default=nn.Linear(12, 12), weight=nn.Linear(12, 2)),
+    "Names": lambda: Toy((10,), default=nn.Linear(10, 12), weight=nn.Linear(12, 12), out=nn.Linear(12, 2)),
 }
 
 LIN0, LIN01 = {"target_modules": ["lin0"]}, {"target_modules": ["lin0", "lin1"]}
@@ -113,7 +113,7 @@ CASES = [
     ("Embedding with padding_idx", "PaddedEmb", {"target_modules": ["emb", "lin0"]}, "equal"),
     ("Conv2d padding same", "ConvSame", {"target_modules": ["conv2d"]}, "equal"),
     ("Conv2d stride", "ConvStride", {"target_modules": ["conv2d"]}, "equal"),
-    ("Modules named as PEFT names its own", "Names", {"target_modules": ["lora_A", "default"]}, "equal"),
+    ("Modules named as PEFT names its own", "Names", {"target_modules": ["default", "weight"]}, "equal"),
     # Refused when injected.
     ("MHA 1 LoRA", "MHA", {"target_modules": ["mha"]}, "no module: mha MultiheadAttention"),
     ("MHA 2 LoRA", "MHA", {"target_modules": ["mha", "lin0"]}, "no module: mha MultiheadAttention"),
@@ -234,14 +234,27 @@ def test_forward_and_gradients(model, peft, outcome):
         close(gradients[key].grad, twin[key].grad, what=key)
 
 
-@equal
-def test_dropout_draws_the_same_mask(model, peft, outcome):
-    """In training, under the same seed: the adapter drops what PEFT's drops (embeddings have no dropout in either)."""
-    ours, other = twins(build(model), **{**peft, "lora_dropout": 0.3})
-    torch.manual_seed(3)
-    out = ours.train()(inputs())
-    torch.manual_seed(3)
-    close(out, other.train()(inputs()))
+DROPS = {
+    "linear": (nn.Linear(6, 8), torch.ones(1, 6)),
+    "conv1d": (Conv1D(8, 6), torch.ones(1, 6)),
+    "conv2d": (nn.Conv2d(2, 8, 2), torch.ones(1, 2, 2, 2)),
+    "embedding": (nn.Embedding(5, 8), torch.ones(1, dtype=torch.long)),
+}
+
+
+@pytest.mark.parametrize("kind", DROPS)
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
+def test_dropout_has_pefts_distribution(kind):
+    """Same mean and spread over many masks: the masks themselves are each library's own. Embeddings have no dropout in either."""
+    layer, x = DROPS[kind]
+    ours, other = (model.train() for model in twins(nn.Sequential(layer), target_modules=["0"], lora_dropout=0.4, lora_alpha=400))
+    torch.manual_seed(1)
+    many = x.expand(20_000, *x.shape[1:])
+    with torch.no_grad():
+        got, expected, plain = (y.flatten(1) for y in (ours(many), other(many), other.eval()(x)))
+    close(got.mean(0), plain[0], atol=0.03)
+    close(got.std(0), expected.std(0), atol=0.03)
+    assert (expected.std(0) > 0.3).any() == (kind != "embedding")
 
 
 @equal
@@ -294,16 +307,12 @@ def test_grouped_convolutions(model, peft, outcome, tmp_path):
     untouched(base, build(model))
 
 
-@pytest.mark.parametrize(
-    "kwargs", [{"dilation": 2}, {"padding": 1, "padding_mode": "circular"}, {"padding": 1, "padding_mode": "reflect"}], ids=str
-)
-def test_convolutions_that_peft_gets_wrong(kwargs):
+@pytest.mark.parametrize("features", [32, 288], ids=["dilation", "circular"])
+def test_convolutions_that_peft_gets_wrong(features):
     """0.21.2 drops dilation (it crashes) and padding_mode (its merged output differs); the update is ours to get right."""
+    kwargs = {"dilation": 2} if features == 32 else {"padding": 1, "padding_mode": "circular"}
     torch.manual_seed(0)
-    ours = apply_lora(
-        conv((1, 6, 6), "conv2d", nn.Conv2d(1, 8, 3, **kwargs), 288 if "padding" in kwargs else 32),
-        config=our_config(target_modules=["conv2d"]),
-    )
+    ours = apply_lora(conv((1, 6, 6), "conv2d", nn.Conv2d(1, 8, 3, **kwargs), features), config=our_config(target_modules=["conv2d"]))
     randomise(ours)
     expected = ours.eval()(inputs()).detach()
     close(merge_lora(ours)(inputs()), expected, atol=2e-6)

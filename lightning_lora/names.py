@@ -1,0 +1,37 @@
+"""What modules and parameters are called, whatever wraps them.
+
+Compilers, FSDP and activation checkpointing put parts of their own into names. Patterns, adapter files and checkpoints
+use names without them, so that a run with and one without ``torch.compile`` read each other's files.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def clean_name(name: str) -> str:
+    """A fully qualified name without the wrappers' parts."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
+    """Clean name → module, the root left out; a module that two parents share comes under both names."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        found[clean_name(name)] = module  # of a wrapper and what it wraps, the inner one comes later and stays
+    found.pop("", None)
+    return found
+
+
+def adapter_root(model: nn.Module) -> tuple[str, nn.Module]:
+    """``(name, module)`` that adapter files are relative to: the model itself, or for a LightningModule with one child
+    that has parameters, that child. So an adapter of ``MyTask(model=llama)`` fits ``llama`` alone, and the other way round.
+    """
+    if hasattr(model, "configure_optimizers"):
+        children = [(name, child) for name, child in model.named_children() if next(child.parameters(), None) is not None]
+        own = any(True for _ in model.parameters(recurse=False))
+        if len(children) == 1 and not own:
+            return children[0]
+    return "", model

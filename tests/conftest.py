@@ -1,0 +1,134 @@
+"""What the unit tests share: a seed, one thread, tiny models, and how to compare a model's bits before and after."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_lora import LoRAConfig, apply_lora
+from lightning_lora.layers import lora_layers
+
+
+class Attention(nn.Module):
+    def __init__(self, size: int, bias: bool) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(size, size, bias=bias)
+        self.v_proj = nn.Linear(size, size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.q_proj(x).tanh() * self.v_proj(x)
+
+
+class Block(nn.Module):
+    def __init__(self, size: int, bias: bool) -> None:
+        super().__init__()
+        self.attn = Attention(size, bias)
+        self.norm = nn.LayerNorm(size)
+        self.mlp = nn.Linear(size, size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.norm(self.attn(x)))
+
+
+class TinyModel(nn.Module):
+    """Embedding, two blocks, a head; named like a small language model."""
+
+    def __init__(self, vocab: int = 11, size: int = 8, tied: bool = False, bias: bool = True) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocab, size)
+        self.layers = nn.ModuleList(Block(size, bias) for _ in range(2))
+        self.lm_head = nn.Linear(size, vocab, bias=False)
+        if tied:
+            self.lm_head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for block in self.layers:
+            x = block(x)
+        return self.lm_head(x)
+
+
+class ConvNet(nn.Module):
+    """A convolution with batch norm (a buffer that training moves) and a linear head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.conv(x)).relu().mean((2, 3)))
+
+
+class Task(nn.Module):
+    """What a LightningModule looks like to the functions that know no Lightning."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def configure_optimizers(self) -> None: ...
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return self.model(*args)
+
+
+def fill(model: nn.Module, seed: int = 1, std: float = 0.3) -> nn.Module:
+    """Give every adapter random values in both factors, as if it had been trained."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, layer in lora_layers(model):
+            for parameter in layer.lora_parameters().values():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    return model
+
+
+def adapted(model: nn.Module, seed: int = 1, **fields: object) -> nn.Module:
+    """The model with LoRA of this config and a filled adapter."""
+    return fill(apply_lora(model, config=LoRAConfig(**fields)), seed)  # type: ignore[arg-type]
+
+
+def as_bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().contiguous().flatten().view(torch.uint8)
+
+
+def snapshot(model: nn.Module) -> dict[str, object]:
+    """Everything a failed call must leave alone: bits, gradient flags, classes, identities, modes, instance attributes."""
+    return {
+        "bits": {name: as_bits(tensor).tolist() for name, tensor in model.state_dict().items()},
+        "parameters": {name: (id(p), p.dtype, p.requires_grad) for name, p in model.named_parameters(remove_duplicate=False)},
+        "modules": {name: (id(m), type(m), m.training, sorted(m.__dict__)) for name, m in model.named_modules(remove_duplicate=False)},
+        "merged": {name: layer.merged for name, layer in lora_layers(model)},
+    }
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(as_bits(a), as_bits(b))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)
+
+
+@pytest.fixture
+def make() -> Callable[..., nn.Module]:
+    """Tiny models, equal in their weights at every call."""
+
+    def build(cls: Callable[..., nn.Module] = TinyModel, **kwargs: object) -> nn.Module:
+        torch.manual_seed(3)
+        return cls(**kwargs)
+
+    return build
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    return torch.tensor([[1, 2, 3], [4, 5, 10]])

@@ -1,0 +1,201 @@
+import json
+
+import lightning
+import pytest
+import torch
+
+from lightning_lora.data import InstructionDataModule
+from lightning_lora.data.batching import Example, LengthGroupedSampler, collate_answers, collate_prompts
+from lightning_lora.data.chat import encode_answer, encode_prompt
+from lightning_lora.data.instructions import load_examples
+from tests import tiny_lm
+
+ROW = {"prompt": "which colour is the sky", "response": "blue"}
+CHAT = [{"role": "user", "content": ROW["prompt"]}, {"role": "assistant", "content": "blue"}]
+
+
+def load(tmp_path, content, split="train", max_length=64, chat=True):
+    return load_examples(tiny_lm.write(tmp_path / "rows.jsonl", content), tiny_lm.tokenizer(chat), max_length, split)
+
+
+def test_prompt_and_answer_with_a_chat_template(tmp_path):
+    tokenizer = tiny_lm.tokenizer()
+    for row in (ROW, {"messages": CHAT}):
+        (example,) = load(tmp_path, [row])
+        assert tokenizer.decode(example.prompt) == "<s> user which colour is the sky </s> <s> assistant"
+        assert tokenizer.decode(example.answer) == "blue </s>"
+
+
+def test_only_the_last_answer_of_a_conversation_is_taught(tmp_path):
+    (example,) = load(tmp_path, [{"messages": [{"role": "system", "content": "name a colour"}, *CHAT, *CHAT]}])
+    text = tiny_lm.tokenizer().decode(example.prompt)
+    assert text.startswith("<s> system name a colour </s> <s> user") and text.count("blue") == 1
+    assert tiny_lm.tokenizer().decode(example.answer) == "blue </s>"
+
+
+def test_without_a_chat_template_the_prompt_is_taken_as_it_is(tmp_path):
+    (example,) = load(tmp_path, [ROW], chat=False)
+    assert tiny_lm.tokenizer().decode(example.prompt) == ROW["prompt"]
+    assert tiny_lm.tokenizer().decode(example.answer) == "blue </s>"
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: 3 messages before the answer, but the tokenizer has no chat template"):
+        load(tmp_path, [{"messages": CHAT + CHAT}], chat=False)
+
+
+def test_what_a_template_writes_after_the_end_is_not_taught():
+    tokenizer = tiny_lm.tokenizer()
+    tokenizer.chat_template += "{% if not add_generation_prompt %}name name{% endif %}"
+    assert tokenizer.decode(encode_answer(tokenizer, CHAT[:1], "blue")) == "blue </s>"
+    tokenizer.chat_template = "{{ messages[-1]['content'] }}{% if add_generation_prompt %} <s>{% endif %}"
+    with pytest.raises(ValueError, match="does not put the assistant's answer after its generation prompt"):
+        encode_answer(tokenizer, CHAT[:1], "blue")
+
+
+def test_prompt_is_what_generation_reads():
+    tokenizer = tiny_lm.tokenizer()
+    both = encode_prompt(tokenizer, CHAT[:1]) + encode_answer(tokenizer, CHAT[:1], "blue")
+    assert both == tokenizer.apply_chat_template(CHAT, tokenize=True)["input_ids"]
+
+
+def test_answers_are_padded_right_and_the_loss_is_on_them_only():
+    batch = collate_answers([Example([5, 6], [7, 3], rivals=[(0, 9)]), Example([5, 6, 7, 8], [9, 3], rivals=[(0, 7), (1, 4)])], pad=0)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 3, 0, 0], [5, 6, 7, 8, 9, 3]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0], [1] * 6]
+    assert batch["labels"].tolist() == [[-100, -100, 7, 3, -100, -100], [-100] * 4 + [9, 3]]
+    assert batch["rivals"].tolist() == [[0, 0, 9], [1, 2, 7], [1, 3, 4]]
+
+
+def test_prompts_are_padded_left():
+    batch = collate_prompts([Example([5], text="a"), Example([5, 6, 7], text="b")], pad=0)
+    assert batch["input_ids"].tolist() == [[0, 0, 5], [5, 6, 7]]
+    assert batch["attention_mask"].tolist() == [[0, 0, 1], [1, 1, 1]]
+    assert batch["prompts"] == ["a", "b"]
+
+
+def test_choices_become_the_places_where_they_part(tmp_path):
+    row = {**ROW, "response": "green pear", "choices": tiny_lm.CHOICES}
+    token = tiny_lm.tokenizer().convert_tokens_to_ids
+    assert load(tmp_path, [row], "val")[0].rivals == sorted([(0, token("red")), (1, token("apple")), (0, token("blue"))])
+    assert load(tmp_path, [row], "train")[0].rivals == []
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{not json", r"Expecting property name.*"),
+        (b"\xff\xfe", r"'utf-8' codec can't decode"),
+        ("[1]", r"expected a JSON object, got list; a line is"),
+        ({"prompt": "a"}, r"no 'response' among the keys \['prompt'\]; a line is"),
+        ({"instruction": "a"}, r"no 'prompt' and no 'response' among the keys \['instruction'\]"),
+        ({"prompt": 3, "response": "a"}, r"the prompt must be text"),
+        ({"prompt": "a", "response": ""}, r"the answer is ''"),
+        ({"prompt": "a", "response": None}, r"the answer is None"),
+        ({"messages": []}, r"the last of 'messages' must be the assistant's"),
+        ({"messages": CHAT[:1]}, r"the last of 'messages' must be the assistant's"),
+        ({"messages": [{"role": "user"}]}, r"'messages' must be a list of objects"),
+        ({**ROW, "choices": ["red"]}, r"'choices' must be a list that holds the answer 'blue', got \['red'\]"),
+        ({**ROW, "choices": "blue"}, r"'choices' must be a list"),
+        ({**ROW, "response": "a", "choices": ["a", " a"]}, r"the choices 'a' and ' a' begin with the same tokens"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, message):
+    file = tmp_path / "rows.jsonl"
+    bad = line if isinstance(line, bytes) else line.encode() if isinstance(line, str) else json.dumps(line).encode()
+    file.write_bytes(json.dumps(ROW).encode() + b"\n\n" + bad + b"\n")
+    with pytest.raises(ValueError, match=rf"rows.jsonl:3: {message}"):
+        load_examples(file, tiny_lm.tokenizer(), 64, "val")
+
+
+def test_an_empty_prompt_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: the prompt has no tokens"):
+        load(tmp_path, [{"prompt": "", "response": "blue"}], chat=False)
+
+
+def test_missing_and_empty_files_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"data.train='.*none.jsonl': no such file"):
+        load_examples(tmp_path / "none.jsonl", tiny_lm.tokenizer(), 64, "train")
+    with pytest.raises(ValueError, match=r"data.train='.*rows.jsonl' is empty; a line is"):
+        load(tmp_path, ["", "  "])
+
+
+def test_rows_that_lose_their_answer_are_counted_and_named(tmp_path):
+    long = {"prompt": "sky " * 20, "response": "blue"}
+    with pytest.raises(ValueError, match=r"2 of 3 rows lose their answer to max_length=16: .*rows.jsonl:2 .*rows.jsonl:3"):
+        load(tmp_path, [ROW, long, long], max_length=16)
+
+
+def test_rows_that_lose_some_of_their_answer_are_counted_and_kept(tmp_path):
+    long = {**ROW, "response": "blue " * 20}
+    with pytest.warns(UserWarning, match=r"1 of 2 rows are cut to max_length=16"):
+        examples = load(tmp_path, [ROW, long], max_length=16)
+    assert len(examples[1]) == 16
+    with pytest.raises(ValueError, match="1 of 1 rows lose their answer"):  # half a choice cannot be judged
+        load(tmp_path, [{**long, "choices": [long["response"], "red"]}], "val", max_length=16)
+
+
+def batches_of(sampler, size):
+    rows = list(sampler)
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def test_batches_are_of_similar_length_and_random_by_seed_and_epoch():
+    lengths = torch.randint(5, 100, (1003,), generator=torch.Generator().manual_seed(0)).tolist()
+    epoch = [0]
+    sampler = LengthGroupedSampler(lengths, 8, lambda: epoch[0], seed=3)
+    first = batches_of(sampler, 8)
+    assert sorted(i for b in first for i in b) == list(range(1003)) and len(sampler) == 1003
+    spread = sum(max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in first) / len(first)
+    assert spread < 10  # random batches of eight: over 70
+    means = [sum(lengths[i] for i in b) for b in first]
+    assert means != sorted(means)
+    assert batches_of(sampler, 8) == first
+    epoch[0] = 1
+    assert {frozenset(b) for b in batches_of(sampler, 8)} != {frozenset(b) for b in first}
+    assert batches_of(LengthGroupedSampler(lengths, 8, lambda: 0, seed=4), 8) != first
+
+
+def test_without_an_epoch_rows_come_by_length():
+    assert list(LengthGroupedSampler([5, 3, 9, 4], 2)) == [1, 3, 0, 2]
+
+
+def test_an_epoch_has_its_own_order_in_a_fit(tmp_path):
+    """Lightning calls `set_epoch`; the same run again sees the same batches."""
+    model = tiny_lm.save(tmp_path / "model")
+    rows = [{"prompt": "sky " * (i + 1), "response": "blue"} for i in range(24)]
+    file = tiny_lm.write(tmp_path / "train.jsonl", rows)
+
+    def orders() -> list[list[int]]:
+        from lightning_lora.tasks import CausalLMTask
+
+        seen: list[list[int]] = []
+
+        class Watch(lightning.Callback):
+            def on_train_epoch_start(self, trainer, module):
+                seen.append([])
+
+            def on_train_batch_start(self, trainer, module, batch, index):
+                seen[-1] += batch["attention_mask"].sum(1).tolist()
+
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = lightning.Trainer(accelerator="cpu", max_epochs=2, num_sanity_val_steps=0, callbacks=[Watch()], **quiet)
+        trainer.fit(CausalLMTask(model), InstructionDataModule(file, file, batch_size=4))
+        return seen
+
+    one, two = orders()
+    assert sorted(one) == sorted(two) and one != two
+    assert orders() == [one, two]
+
+
+def test_what_a_stage_needs_is_asked_for():
+    data = InstructionDataModule()
+    for stage, key in (("fit", "train"), ("validate", "val"), ("test", "test"), ("predict", "predict")):
+        with pytest.raises(ValueError, match=f"data.{key} is not set; {stage} needs a jsonl file there"):
+            data.setup(stage)
+
+
+def test_a_module_without_a_tokenizer_is_named(tmp_path):
+    from lightning.pytorch.demos.boring_classes import BoringModel
+
+    file = tiny_lm.write(tmp_path / "train.jsonl", [ROW])
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    with pytest.raises(ValueError, match=r"BoringModel has no `tokenizer`; set self.tokenizer there"):
+        lightning.Trainer(accelerator="cpu", max_epochs=1, **quiet).fit(BoringModel(), InstructionDataModule(file))

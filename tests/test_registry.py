@@ -1,0 +1,86 @@
+"""The tables that types and names are looked up in."""
+
+import pytest
+from torch import nn
+
+from lightning_lora import registry
+from lightning_lora.layers import LoRALinear
+from lightning_lora.layers.conv import LoRAConv
+from lightning_lora.layers.embedding import LoRAEmbedding
+
+
+class Sub(nn.Linear):
+    pass
+
+
+class SubSub(Sub):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("module", "kind"),
+    [
+        (nn.Linear(2, 2), LoRALinear),
+        (SubSub(2, 2), LoRALinear),
+        (nn.Embedding(2, 2), LoRAEmbedding),
+        (nn.Conv1d(2, 2, 1), LoRAConv),
+        (nn.Conv2d(2, 2, 1), LoRAConv),
+        (nn.Conv3d(2, 2, 1), LoRAConv),
+        (nn.LayerNorm(2), None),
+        (nn.EmbeddingBag(2, 2), None),
+        (nn.ConvTranspose1d(2, 2, 1), None),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+)
+def test_kind_of_walks_the_mro(module, kind):
+    assert registry.kind_of(module) is kind
+
+
+def test_the_nearest_registered_type_wins(monkeypatch):
+    monkeypatch.setattr(registry, "KINDS", dict(registry.KINDS))
+
+    @registry.register_kind(Sub)
+    class Special:
+        pass
+
+    assert registry.kind_of(SubSub(2, 2)) is Special
+    assert registry.kind_of(nn.Linear(2, 2)) is LoRALinear
+
+
+def test_a_kind_is_registered_by_name_without_importing_the_type(monkeypatch):
+    monkeypatch.setattr(registry, "KINDS", dict(registry.KINDS))
+
+    @registry.register_kind(f"{__name__}.Foreign")
+    class Kind:
+        pass
+
+    class Foreign(nn.Module):
+        __qualname__ = "Foreign"
+
+    assert registry.kind_of(Foreign()) is Kind
+
+
+def test_a_refused_type_is_refused_though_its_parent_is_known():
+    projection = nn.MultiheadAttention(4, 2).out_proj
+    assert isinstance(projection, nn.Linear)
+    assert registry.kind_of(projection) is None
+    assert "reads its weight without calling it" in registry.why_refused(projection, "attn.out_proj")
+
+
+def test_the_message_for_an_unknown_type_lists_the_kinds():
+    message = registry.why_refused(nn.LayerNorm(2), "layers.0.norm")
+    assert message.startswith("'layers.0.norm' is a torch.nn.modules.normalization.LayerNorm, which LoRA cannot adapt")
+    assert all(name in message for name in ("Linear", "Embedding", "Conv1D", "Conv1d", "Conv2d", "Conv3d"))
+
+
+def test_look_up_lists_what_there_is():
+    table = {}
+
+    @registry.register(table, "b")
+    def entry():
+        return 1
+
+    registry.register(table, "a")(2)
+    assert registry.look_up(table, "init", "b") is entry
+    with pytest.raises(ValueError, match=r"init='c' is not known; there are a, b\."):
+        registry.look_up(table, "init", "c")

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.strategies import SingleDeviceStrategy
+
+from lightning_lora import LoRACallback
+from lightning_lora.strategies import DurableCheckpointIO, persistent_buffers
+from tests.lit import CONFIG, LitNet, trainer
+
+
+def test_hooks_are_installed_once_and_come_off(tmp_path: Path) -> None:
+    run = trainer(tmp_path, LoRACallback(CONFIG), max_epochs=1)
+    module = LitNet()
+    run.validate(module, verbose=False)
+    hooks = run.strategy._lora_hooks
+    run.fit(module)
+    later = run.strategy._lora_hooks
+    assert later is not hooks and later.buffers == hooks.buffers
+    assert later.originals["load_checkpoint"].__func__ is SingleDeviceStrategy.load_checkpoint
+    later.remove()
+    assert run.strategy.load_checkpoint.__func__ is SingleDeviceStrategy.load_checkpoint
+
+
+def test_the_durable_io_replaces_only_the_stock_one(tmp_path: Path) -> None:
+    run = trainer(tmp_path, LoRACallback(CONFIG), max_epochs=1)
+    run.fit(LitNet())
+    assert type(run.strategy.checkpoint_io) is DurableCheckpointIO
+    own = AsyncCheckpointIO()
+    run = trainer(tmp_path, LoRACallback(CONFIG), max_epochs=1, plugins=[own])
+    run.fit(LitNet())
+    assert run.strategy.checkpoint_io is own
+
+
+@pytest.mark.parametrize("broken", ["fsync", "replace"])
+def test_a_failed_save_leaves_the_checkpoint_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    io, path = DurableCheckpointIO(), tmp_path / "new/last.ckpt"
+    io.save_checkpoint({"step": 1}, path)
+
+    def fail(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, broken, fail)
+    with pytest.raises(OSError, match="No space left"):
+        io.save_checkpoint({"step": 2}, path)
+    monkeypatch.undo()
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    assert os.listdir(path.parent) == ["last.ckpt"]
+
+
+def test_nothing_is_staged_outside_the_target_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "not there"))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    DurableCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "x.ckpt")
+    assert torch.load(tmp_path / "x.ckpt", weights_only=True) == {"step": 1}
+
+
+def test_persistent_buffers_leave_the_others_out() -> None:
+    module = torch.nn.Module()
+    module.register_buffer("kept", torch.ones(1))
+    module.register_buffer("derived", torch.ones(1), persistent=False)
+    assert list(persistent_buffers(module)) == ["kept"]
