@@ -176,8 +176,8 @@ def _same_adapter(layers: dict[str, LoRALayer], report: TargetReport, config: Lo
     if different:
         name = different[0]
         raise ValueError(
-            f"{where} does not fit the LoRA this model has: {name!r} has (rank, scaling, variant) {here.get(name)}, the file {file.get(name)}"
-            f" ({len(different)} layers differ); call unload_lora(model) first."
+            f"{where} does not fit the LoRA this model has: {name!r} has (rank, scaling, variant) {here.get(name)}, the file"
+            f" {file.get(name)} ({len(different)} layers differ); call unload_lora(model) first."
         )
 
 

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, auto_cli
 
 TRAIN = {
     "fit": "train an adapter",
@@ -65,11 +65,7 @@ def lightning_cli() -> type:
 def _run_tool(command: str, argv: list[str]) -> None:
     from lightning_lora import tools
 
-    function = getattr(tools, command)
-    parser = ArgumentParser(prog=f"lightning-lora {command}", description=TOOLS[command], exit_on_error=False)
-    parser.add_function_arguments(function, as_positional=True, fail_untyped=True)
-    arguments = parser.instantiate_classes(parser.parse_args(argv))
-    function(**vars(arguments))
+    auto_cli(getattr(tools, command), args=argv, prog=f"lightning-lora {command}", exit_on_error=False)
 
 
 def one_line(error: Exception) -> str:

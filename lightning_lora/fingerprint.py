@@ -48,5 +48,6 @@ def check_base(root: nn.Module, saved: dict[str, Any], exclude: Collection[str],
     if mine["fingerprint"] != saved["fingerprint"]:
         raise ValueError(
             f"{where} was trained on another base: fingerprint {saved['fingerprint']} ({saved['class']} {saved['name']!r}), this model has"
-            f" {mine['fingerprint']} ({mine['class']} {mine['name']!r}). Load that base, or pass check_base=False to use the adapter here all the same."
+            f" {mine['fingerprint']} ({mine['class']} {mine['name']!r}). Load that base, or pass check_base=False"
+            " to use the adapter here all the same."
         )

@@ -137,8 +137,8 @@ def merge_lora(model: nn.Module, *, untie: bool = False, reversible: bool = True
     if tied and not untie:
         name, others = next(iter(tied.items()))
         raise ValueError(
-            f"{name}.weight is tied to {', '.join(others)}: merging would change that too. Pass untie=True to give {name} a weight of its own"
-            " (the model's tie_word_embeddings is switched off then), or leave it unmerged."
+            f"{name}.weight is tied to {', '.join(others)}: merging would change that too. Pass untie=True to give it a weight"
+            " of its own (the model's tie_word_embeddings is switched off then), or leave it unmerged."
         )
     if tied:
         _untie_configs(model)
@@ -227,5 +227,6 @@ def _guard_resize(model: nn.Module) -> None:
 
 def _refuse_resize(*args: object, **kwargs: object) -> None:
     raise ValueError(
-        "resize_token_embeddings would drop the adapter on the embedding or the head: resize before apply_lora, or call unload_lora(model) first."
+        "resize_token_embeddings would drop the adapter on the embedding or the head: resize before apply_lora,"
+        " or call unload_lora(model) first."
     )

@@ -51,7 +51,8 @@ def to_peft(config: LoRAConfig, layers: dict[str, LoRALayer], saved: Collection[
         other = next((m for m in modules if m.endswith(name) and m not in saved and not m.startswith(f"{name}.")), None)
         if other is not None:
             raise ValueError(
-                f"modules_to_save: {name!r} cannot be saved in PEFT's format, which would take {other!r}, a name that ends in it, for it too."
+                f"modules_to_save: {name!r} cannot be saved in PEFT's format, which would take {other!r}, a name that ends in it,"
+                " for it too."
             )
     return {
         "peft_type": "LORA",
@@ -92,11 +93,13 @@ def from_peft(fields: dict[str, Any], where: str, tensor_names: Iterable[str]) -
     init = fields.get("init_lora_weights", True)
     if init not in _PLAIN_INITS:
         raise ValueError(
-            f"{where}: init_lora_weights={init!r} trains on a base changed at the start; convert the adapter to plain LoRA when saving it in PEFT."
+            f"{where}: init_lora_weights={init!r} trains on a base changed at the start;"
+            " convert the adapter to plain LoRA when saving it in PEFT."
         )
     if fields.get("loftq_config"):
         raise ValueError(
-            f"{where}: loftq_config={fields['loftq_config']!r} belongs to a base that was changed at the start, which this adapter does not carry."
+            f"{where}: loftq_config={fields['loftq_config']!r} belongs to a base that was changed at the start,"
+            " which this adapter does not carry."
         )
     acting = sorted(name for name in _NOT_CODE & fields.keys() if fields[name] not in (None, False, "megatron.core"))
     unknown = sorted(fields.keys() - _INERT - _HONOURED - _REFUSED - {"trust_remote_code"})

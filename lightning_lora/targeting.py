@@ -252,7 +252,8 @@ def _output_heads(model: nn.Module) -> set[nn.Module]:
 def _problem(parent: nn.Module, fqn: str, module: nn.Module, rank: int, config: LoRAConfig, saved: list[str]) -> str | None:
     for owner, names in _READS_WEIGHTS.items():
         if isinstance(parent, owner) and fqn.rpartition(".")[2] in names:
-            return f"{fqn!r}: nn.{owner.__name__} reads this weight without calling the layer in evaluation, so an adapter would be ignored there; exclude it."
+            reads = f"nn.{owner.__name__} reads this weight without calling the layer in evaluation"
+            return f"{fqn!r}: {reads}, so an adapter would be ignored there; exclude it."
     if _within(fqn, saved):
         return f"{fqn!r} is both in target_modules and in modules_to_save; it can be adapted or trained in full, not both."
     return refusal(module, fqn, rank, config.dropout)
@@ -263,7 +264,8 @@ def _nothing(name: str, text: str, modules: dict[str, nn.Module]) -> str:
     short = dict.fromkeys(fqn.rpartition(".")[2] for fqn in adaptable)
     near = difflib.get_close_matches(text.rpartition(".")[2], list(short), n=4, cutoff=0.5) or list(short)[:8]
     hint = f" A single string is a regex over the whole name; for a plain name give a list: [{text!r}]." if text in short else ""
-    return f"{name}: {text!r} matches no module. Nearest names: {', '.join(near) or 'none'}.{hint} (allow_unmatched=True accepts it beside others.)"
+    names = ", ".join(near) or "none"
+    return f"{name}: {text!r} matches no module. Nearest names: {names}.{hint} (allow_unmatched=True accepts it beside others.)"
 
 
 def _first(rules: Iterable[tuple[Pattern, T]], fqn: str, default: T, hits: Counter[str]) -> T:

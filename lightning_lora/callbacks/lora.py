@@ -19,7 +19,6 @@ from lightning_lora.names import adapter_root
 from lightning_lora.strategies import StrategyHooks, check_supported
 from lightning_lora.targeting import TargetReport, find_targets
 
-
 _CURE = (
     "Either the forward pass does not go through these layers (target others), or re-entrant gradient checkpointing cut the graph (pass"
     " use_reentrant=False, or call model.enable_input_require_grads()). If they are used only now and then, pass"
@@ -95,8 +94,8 @@ class LoRACallback(Callback):
         for index, optimizer in enumerate(trainer.optimizers):
             if not any(group["params"] for group in optimizer.param_groups):
                 raise ValueError(
-                    f"optimizer {index} ({type(optimizer).__name__}) holds no parameter that trains: LoRA froze all of its own. Limit LoRA to a"
-                    " part with LoRACallback(module=...), or name what it trains in modules_to_save."
+                    f"optimizer {index} ({type(optimizer).__name__}) holds no parameter that trains: LoRA froze all of its own. Limit LoRA"
+                    " to a part with LoRACallback(module=...), or name what it trains in modules_to_save."
                 )
         self._waiting = {f"{name}.{part}": p for name, layer in lora_layers(pl_module) for part, p in layer.lora_parameters().items()}
         self._backward_ran = False
@@ -151,8 +150,8 @@ class LoRACallback(Callback):
         ]
         for name, reason in (tied + packed)[:1]:
             raise ValueError(
-                f"{name}.weight is {reason}: it cannot be merged at the end of fit. Pass LoRACallback(merge_on_fit_end=False); merge_lora(model,"
-                " untie=True) merges tied weights when you want it."
+                f"{name}.weight is {reason}: it cannot be merged at the end of fit. Pass LoRACallback(merge_on_fit_end=False);"
+                " merge_lora(model, untie=True) merges tied weights when you want it."
             )
 
     def _target(self, pl_module: LightningModule) -> nn.Module:

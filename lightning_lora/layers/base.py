@@ -204,7 +204,8 @@ class LoRALayer(nn.Module):
     def merge_refusal(self) -> str | None:
         """Why the update cannot be merged now; None if it can."""
         if not self.weight.is_floating_point():
-            return f"the weight is quantized ({self.weight.dtype}) and cannot take an update in place: dequantize the base first, or leave it unmerged"
+            kind = f"the weight is quantized ({self.weight.dtype})"
+            return f"{kind} and cannot take an update in place: dequantize the base first, or leave it unmerged"
         spoilt = [name for name, p in self.lora_parameters().items() if not p.isfinite().all()]
         return f"{spoilt[0]} holds NaN or infinity and would spoil the base weight: load a sound adapter first" if spoilt else None
 

@@ -71,6 +71,7 @@ class LoRAConv(LoRALayer):
         blocks = torch.stack([full[group, :, group] for group in range(groups)]).flatten(0, 1)
         if blocks.count_nonzero() != A.count_nonzero():
             raise ValueError(
-                f"the adapter of a {type(module).__name__} with groups={groups} mixes the groups, as PEFT's do: it is no grouped convolution and not supported"
+                f"the adapter of a {type(module).__name__} with groups={groups} mixes the groups, as PEFT's do:"
+                " it is no grouped convolution and not supported"
             )
         return blocks

@@ -135,7 +135,7 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(folder, examp
         task = CausalLMTask(folder, gradient_checkpointing=on)
         monkeypatch.setattr(task, "log", lambda *args, **kwargs: None)
         calls = []
-        task.model.model.layers[0].mlp.register_forward_hook(lambda *args, calls=calls: calls.append(1))
+        task.model.model.layers[0].self_attn.register_forward_hook(lambda *args, calls=calls: calls.append(1))
         gradients[on] = torch.autograd.grad(task.training_step(batch, 0), [p for p in task.parameters() if p.requires_grad])
         assert len(calls) == (2 if on else 1)
     torch.testing.assert_close(gradients[True], gradients[False])

@@ -1,0 +1,629 @@
+"""What every kind of layer does alike: the formula, merging, dtypes, state dicts, pickles, hooks, the class swap."""
+
+import copy
+import gc
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import LoRAConfig, LoRALinear, apply_lora, merge_lora, unload_lora, unmerge_lora
+from lightning_lora.layers.base import LoRALayer, adapt, lora_class, lora_layers, plain_class, refusal, restore
+from tests.conftest import TinyModel, as_bits, fill, same_bits
+from tests.layers.kinds import CASES
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+HALF = (torch.bfloat16, torch.float16)
+every_kind = pytest.mark.parametrize("kind", CASES)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+# The formula.
+
+
+@every_kind
+@every_dtype
+def test_identity_at_the_start(kind, dtype):
+    case = CASES[kind]
+    x = case.x(dtype)
+    assert same_bits(case.layer(dtype, filled=False)(x), case.base(dtype)(x))
+
+
+@every_kind
+@pytest.mark.parametrize("scaling", ["standard", "rslora"])
+def test_forward_and_gradients_are_the_definition(kind, scaling):
+    case = CASES[kind]
+    layer, x = case.layer(torch.float64, alpha=6, scaling=scaling), case.x(torch.float64)
+    if layer.__class__.__name__ == "LoRAEmbedding" and layer.padding_idx is not None:
+        layer.lora_A.data[:, layer.padding_idx] = 0  # where it starts, and where it stays
+    x.requires_grad_(x.is_floating_point())
+    wanted = [*layer.lora_parameters().values(), *([x] if x.requires_grad else [])]
+    mine, defined = layer(x), case.definition(layer, x)
+    torch.testing.assert_close(mine, defined, rtol=1e-10, atol=1e-10)
+    weight = torch.randn_like(mine)
+    got = torch.autograd.grad((mine * weight).sum(), wanted)
+    expected = torch.autograd.grad((defined * weight).sum(), wanted)
+    if getattr(layer, "padding_idx", None) is not None:
+        expected[0][:, layer.padding_idx] = 0
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+@every_kind
+def test_only_the_adapter_gets_gradients(kind):
+    layer = CASES[kind].layer()
+    layer(CASES[kind].x()).square().sum().backward()
+    assert {name for name, p in layer.named_parameters() if p.grad is not None} == {"lora_A", "lora_B"}
+    assert all(p.grad.count_nonzero() for p in layer.lora_parameters().values())
+    assert not any(p.requires_grad for p in layer.base_parameters().values())
+
+
+@pytest.mark.parametrize(("scaling", "expected"), [("standard", 6 / 4), ("rslora", 6 / 2)])
+def test_rank_alpha_and_scaling(scaling, expected):
+    layer = CASES["linear"].layer(alpha=6, scaling=scaling)
+    assert (layer.rank, layer.alpha, layer.scaling) == (4, 6.0, expected)
+
+
+@pytest.mark.parametrize("kind", ["linear", "linear-subclass", "hf-conv1d", "conv2d", "conv2d-groups"])
+def test_dropout_acts_on_the_adapters_input_alone_and_only_in_training(kind):
+    case = CASES[kind]
+    layer, plain, x = case.layer(dropout=0.5), case.layer(), case.x()
+    layer.eval()
+    assert same_bits(layer(x), plain(x))
+    layer.train()
+    first, second = layer(x), layer(x)
+    assert not torch.equal(first, second)
+    mean = torch.stack([layer(x) for _ in range(600)]).mean(0)
+    torch.testing.assert_close(mean, plain(x), rtol=0, atol=(plain(x) - case.base()(x)).abs().max().item() * 0.35)
+    with torch.no_grad():
+        layer.lora_B.zero_()
+    assert same_bits(layer(x), case.base()(x))  # the base never sees the mask
+
+
+def test_the_dropout_module_is_the_switch():
+    layer = CASES["linear"].layer(dropout=0.5)
+    assert isinstance(layer.lora_dropout, nn.Dropout)
+    layer.lora_dropout.p = 0.0
+    assert same_bits(layer(CASES["linear"].x()), CASES["linear"].layer()(CASES["linear"].x()))
+
+
+def test_an_adapter_made_in_eval_mode_is_in_eval_mode():
+    base = nn.Linear(3, 3).eval()
+    assert not adapt(base, LoRAConfig(dropout=0.5), 2, 4.0).lora_dropout.training
+
+
+# Merging.
+
+
+@every_kind
+@every_dtype
+def test_merge_equals_unmerged_and_unmerge_is_exact(kind, dtype):
+    case = CASES[kind]
+    layer, x = case.layer(dtype).eval(), case.x(dtype)
+    with torch.no_grad():
+        layer.lora_B.mul_(0.3)
+    base, unmerged = layer.weight.detach().clone(), layer(x)
+    adapter = {name: p.detach().clone() for name, p in layer.lora_parameters().items()}
+    if getattr(layer, "padding_idx", None) is not None:
+        layer.lora_A.data[:, layer.padding_idx] = 0
+        unmerged = layer(x)
+    for _ in range(2):
+        layer.merge_weights()
+        assert layer.merged
+        assert not same_bits(layer.weight, base)
+        tolerance = {torch.float32: 1e-5, torch.float64: 1e-12}.get(dtype, 16 * torch.finfo(dtype).eps)
+        assert (layer(x) - unmerged).double().norm() <= tolerance * unmerged.double().norm()
+        layer.merge_weights()  # once is enough
+        layer.unmerge_weights()
+        assert not layer.merged
+        assert same_bits(layer.weight, base)
+        assert same_bits(layer(x), unmerged)
+        layer.unmerge_weights()
+    assert all(same_bits(p, adapter[name]) for name, p in layer.lora_parameters().items() if name == "lora_B")
+
+
+@every_kind
+def test_the_merged_weight_is_the_exact_sum_rounded_once(kind):
+    layer = CASES[kind].layer(torch.bfloat16)
+    with torch.no_grad():
+        layer.lora_B.mul_(0.1)
+    exact = layer.weight.double() + copy.deepcopy(layer).double().lora_delta()
+    torch.set_float32_matmul_precision("medium")
+    with torch.autocast("cpu", torch.bfloat16):
+        layer.merge_weights()
+    assert torch.get_float32_matmul_precision() == "medium"
+    differs = layer.weight != exact.to(torch.bfloat16)  # but for sums that fall next to the middle of two bf16 numbers
+    assert differs.double().mean() < 0.02
+    assert layer.weight.dtype == torch.bfloat16
+    lost = (layer.weight.double() - exact).norm() / copy.deepcopy(layer).double().lora_delta().norm()
+    assert layer.merge_loss == pytest.approx(lost.item(), rel=0.05)
+    assert not layer.weight.requires_grad
+
+
+def test_the_product_is_full_precision_whatever_the_user_set(monkeypatch):
+    layer, seen = CASES["linear"].layer(), []
+    real = LoRALinear.lora_delta
+
+    def spy(self):
+        seen.append((torch.backends.cuda.matmul.fp32_precision, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+        return real(self)
+
+    monkeypatch.setattr(LoRALinear, "lora_delta", spy)
+    torch.set_float32_matmul_precision("high")
+    with torch.autocast("cpu", torch.bfloat16):
+        layer.merge_weights()
+        layer.unmerge_weights()
+    assert seen == [("ieee", False, False)] * 2
+
+
+def test_merging_for_good():
+    layer = CASES["linear"].layer()
+    layer.merge_weights(reversible=False)
+    merged = layer.weight.detach().clone()
+    with pytest.raises(ValueError, match="the way back was not kept"):
+        layer.unmerge_weights()
+    assert layer.merged
+    assert same_bits(layer.weight, merged)
+
+
+def test_an_adapter_that_changed_after_the_merge_is_not_taken_out():
+    layer = CASES["linear"].layer()
+    layer.merge_weights()
+    merged = layer.weight.detach().clone()
+    with torch.no_grad():
+        layer.lora_B[0, 0] += 1
+    with pytest.raises(ValueError, match="would not come back bit for bit"):
+        layer.unmerge_weights()
+    assert layer.merged
+    assert same_bits(layer.weight, merged)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_spoilt_adapter_is_not_merged(value):
+    layer = CASES["linear"].layer()
+    with torch.no_grad():
+        layer.lora_A[0, 0] = value
+    before = layer.weight.detach().clone()
+    with pytest.raises(ValueError, match="lora_A holds NaN or infinity"):
+        layer.merge_weights()
+    assert not layer.merged
+    assert same_bits(layer.weight, before)
+
+
+def test_a_quantized_weight_is_not_merged():
+    layer = CASES["linear"].layer()
+    layer.weight = nn.Parameter(torch.zeros(10, 12, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"the weight is quantized \(torch.int8\)"):
+        layer.merge_weights()
+    assert layer.weight.count_nonzero() == 0
+
+
+def test_merging_on_a_named_device_comes_home():
+    layer = CASES["linear"].layer()
+    base = layer.weight.detach().clone()
+    layer.merge_weights(device="cpu")
+    layer.unmerge_weights()
+    assert same_bits(layer.weight, base)
+
+
+def test_the_way_back_of_a_converted_layer_is_refused():
+    layer = CASES["linear"].layer()
+    layer.merge_weights()
+    layer.to(torch.bfloat16)
+    with pytest.raises(ValueError, match="would not come back bit for bit"):
+        layer.unmerge_weights()
+
+
+@every_kind
+def test_the_digest_of_the_base_is_kept_while_it_is_merged(kind):
+    from lightning_lora.digests import sampled_digest
+
+    layer = CASES[kind].layer()
+    before = sampled_digest(layer.weight)
+    assert layer.base_weight_digest is None
+    layer.merge_weights()
+    assert layer.base_weight_digest == before != sampled_digest(layer.weight)
+
+
+# Dtypes and devices.
+
+
+@every_kind
+@every_dtype
+def test_adapters_are_at_least_fp32(kind, dtype):
+    layer = CASES[kind].layer(dtype)
+    assert {p.dtype for p in layer.lora_parameters().values()} == {torch.float64 if dtype == torch.float64 else torch.float32}
+    assert layer.weight.dtype == dtype
+    assert layer(CASES[kind].x(dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("convert", "base", "adapter"),
+    [
+        (lambda m: m.to(torch.bfloat16), torch.bfloat16, torch.float32),
+        (lambda m: m.bfloat16(), torch.bfloat16, torch.float32),
+        (lambda m: m.half(), torch.float16, torch.float32),
+        (lambda m: m.type(torch.float16), torch.float16, torch.float32),
+        (lambda m: m.double(), torch.float64, torch.float64),
+        (lambda m: m.double().half(), torch.float16, torch.float64),
+        (lambda m: m.half().float(), torch.float32, torch.float32),
+        (lambda m: nn.Sequential(m).to(torch.bfloat16)[0], torch.bfloat16, torch.float32),
+    ],
+    ids=["to", "bfloat16", "half", "type", "double", "double-half", "half-float", "parent"],
+)
+@every_kind
+def test_converting_a_model_never_rounds_an_adapter(kind, convert, base, adapter):
+    layer = CASES[kind].layer()
+    values = {name: p.detach().double() for name, p in layer.lora_parameters().items()}
+    parameters = dict(layer.named_parameters())
+    layer = convert(layer)
+    assert layer.weight.dtype == base
+    for name, p in layer.lora_parameters().items():
+        assert p is parameters[name]  # an optimizer holds it
+        assert p.dtype == adapter
+        assert torch.equal(p.double(), values[name])
+    assert layer(CASES[kind].x(base)).dtype == base
+
+
+def test_gradients_keep_the_adapters_dtype_too():
+    layer, x = CASES["linear"].layer(), CASES["linear"].x()
+    layer(x).sum().backward()
+    before = layer.lora_B.grad.clone()
+    layer.to(torch.bfloat16)
+    assert same_bits(layer.lora_B.grad, before)
+    layer(x.bfloat16()).sum().backward()
+    assert layer.lora_B.grad.dtype == torch.float32
+
+
+@every_kind
+def test_meta_then_materialised(kind):
+    case = CASES[kind]
+    if kind == "hf-conv1d" or not hasattr(case.build(), "reset_parameters"):
+        layer = case.layer(filled=False).to("meta").to_empty(device="cpu")
+    else:
+        with torch.device("meta"):
+            base = case.build()
+        layer = adapt(base, LoRAConfig(rank=4), 4, 16.0)
+        assert layer.lora_A.is_meta
+        layer = layer.to_empty(device="cpu")
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.fill_(torch.nan)  # what empty memory may hold
+    layer.reset_parameters()
+    random, zero = layer.lora_factors()
+    assert zero.count_nonzero() == 0
+    assert random.isfinite().all()
+    assert random.count_nonzero() == random.numel()
+    if kind != "hf-conv1d":
+        assert layer.weight.isfinite().all()
+
+
+# State dicts.
+
+
+@every_kind
+def test_state_dict_keys_are_the_bases_and_two_more(kind):
+    case = CASES[kind]
+    base = case.base().state_dict()
+    layer = case.layer()
+    assert list(layer.state_dict()) == [*base, "lora_A", "lora_B"]
+    layer.merge_weights()
+    assert list(layer.state_dict()) == list(base)
+    plain = case.base()
+    plain.load_state_dict(layer.state_dict())
+    assert same_bits(plain(case.x()), layer(case.x()))
+
+
+@every_kind
+def test_loading_an_adapter_into_a_merged_layer_unmerges_it_first(kind):
+    case = CASES[kind]
+    layer, other = case.layer(), case.layer()
+    fill(other, seed=2)
+    base = layer.weight.detach().clone()
+    layer.merge_weights()
+    layer.load_state_dict(other.state_dict())
+    assert not layer.merged
+    assert same_bits(layer.weight, base)
+    assert same_bits(layer(case.x()), other(case.x()))
+
+
+def test_loading_only_the_adapter_into_a_merged_layer_brings_the_base_back():
+    case = CASES["linear"]
+    layer, base = case.layer(), case.base()
+    layer.merge_weights()
+    layer.load_state_dict({"lora_A": torch.zeros(4, 12), "lora_B": torch.zeros(10, 4)}, strict=False)
+    assert same_bits(layer(case.x()), base(case.x()))
+
+
+def test_loading_merged_weights_into_a_merged_layer_gives_up_the_way_back():
+    case = CASES["linear"]
+    layer = case.layer()
+    layer.merge_weights()
+    result = layer.load_state_dict(case.base().state_dict())
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
+    assert same_bits(layer(case.x()), case.base()(case.x()))
+    with pytest.raises(ValueError, match="other weights were loaded since"):
+        layer.unmerge_weights()
+
+
+def test_a_failed_load_keeps_the_way_back():
+    layer = CASES["linear"].layer()
+    base = layer.weight.detach().clone()
+    layer.merge_weights()
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        layer.load_state_dict({"weight": torch.zeros(3, 3), "bias": torch.zeros(10)})
+    layer.unmerge_weights()
+    assert same_bits(layer.weight, base)
+
+
+def test_loading_into_an_unmerged_layer_is_strict_about_the_adapter():
+    layer = CASES["linear"].layer()
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "lora_A", "lora_B"'):
+        layer.load_state_dict(CASES["linear"].base().state_dict())
+
+
+# Copies and pickles.
+
+
+@every_kind
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_copies_are_whole_and_apart(kind, merged, how):
+    case = CASES[kind]
+    layer, x = case.layer(dropout=0.1).eval(), case.x()
+    base = layer.weight.detach().clone()
+    if merged:
+        layer.merge_weights()
+    if how == "deepcopy":
+        twin = copy.deepcopy(layer)
+    elif how == "pickle":
+        twin = pickle.loads(pickle.dumps(layer))
+    else:
+        buffer = io.BytesIO()
+        torch.save(layer, buffer)
+        buffer.seek(0)
+        twin = torch.load(buffer, weights_only=False)
+    assert type(twin) is type(layer)
+    assert (twin.rank, twin.alpha, twin.lora_config, twin.merged) == (layer.rank, layer.alpha, layer.lora_config, merged)
+    assert same_bits(twin(x), layer(x))
+    twin.unmerge_weights()
+    assert same_bits(twin.weight, base)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.zero_()
+    assert layer.lora_A.count_nonzero()
+    assert layer.weight.count_nonzero()
+    assert [n for n, p in twin.named_parameters() if p.requires_grad] == ["lora_A", "lora_B"]
+
+
+# The class swap.
+
+
+@every_kind
+def test_the_module_stays_itself(kind):
+    case = CASES[kind]
+    module = case.base()
+    cls, parameters, attributes = type(module), dict(module.named_parameters()), set(module.__dict__)
+    layer = adapt(module, LoRAConfig(), case.rank, 16.0)
+    assert layer is module
+    assert isinstance(layer, cls)
+    assert isinstance(layer, LoRALayer)
+    assert all(dict(layer.named_parameters())[name] is p for name, p in parameters.items())
+    assert type(case.layer()) is type(layer)  # one class for all: compilers and guards see one type
+    assert plain_class(type(layer)) is cls
+    back = restore(layer)
+    assert back is module
+    assert type(back) is cls
+    assert set(back.__dict__) == attributes
+    assert list(back.state_dict()) == list(case.base().state_dict())
+
+
+def test_classes_are_made_once_and_named_after_the_base():
+    kind, base = LoRALinear, type(CASES["linear-subclass"].base())
+    assert lora_class(base, kind, object) is lora_class(base, kind, object) is type(CASES["linear-subclass"].layer())
+    assert lora_class(base, kind, object).__name__ == "LoRAOwnForward"
+    assert lora_class(nn.Linear, kind, object) is LoRALinear
+
+
+def test_a_variant_stands_before_the_kind():
+    class Doubled:
+        def lora_update(self, y, x):
+            return super().lora_update(y, x) * 2
+
+    cls = lora_class(nn.Linear, LoRALinear, Doubled)
+    assert cls.__mro__.index(Doubled) < cls.__mro__.index(LoRALinear) < cls.__mro__.index(nn.Linear)
+
+
+@every_kind
+def test_hooks_survive_in_both_directions(kind):
+    case = CASES[kind]
+    module, seen = case.base(), []
+    module.register_forward_pre_hook(lambda *_: seen.append("pre"))
+    module.register_forward_hook(lambda m, args, out: seen.append("post") or out + 1)
+    handle = module.register_full_backward_hook(lambda *_: seen.append("backward"))
+    layer = fill(adapt(module, LoRAConfig(rank=case.rank), case.rank, 16.0))
+    x = case.x()
+    x.requires_grad_(x.is_floating_point())
+    y = layer(x)
+    torch.testing.assert_close(y, case.layer()(case.x()) + 1)
+    if x.requires_grad:
+        y.sum().backward()
+    assert seen == ["pre", "post", "backward"][: 2 + x.requires_grad]
+    handle.remove()
+    restore(layer)
+    seen.clear()
+    layer(case.x())
+    assert seen == ["pre", "post"]
+
+
+@pytest.mark.parametrize("kind", [k for k in CASES if k != "hf-conv1d"])
+def test_repr_tells_the_adapter(kind):
+    layer = CASES[kind].layer(alpha=6, dropout=0.25)
+    assert "rank=4, alpha=6, dropout=0.25, merged=False" in repr(layer)
+    assert CASES[kind].base().extra_repr() in repr(layer)
+    layer.merge_weights()
+    assert "merged=True" in repr(layer)
+
+
+def test_extra_arguments_reach_the_base():
+    layer, x = CASES["linear-subclass"].layer(), CASES["linear-subclass"].x()
+    torch.testing.assert_close(layer(x, shift=2.0), layer(x) + 2)
+    torch.testing.assert_close(layer(x, 3.0), layer(x) + 3)
+    assert layer.calls == 4
+
+
+def test_nothing_keeps_a_dropped_layer_alive():
+    import weakref
+
+    layer = CASES["linear"].layer()
+    layer.merge_weights()
+    reference = weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert reference() is None
+
+
+def test_lora_layers_lists_a_shared_layer_once():
+    model = nn.Module()
+    model.a = model.b = CASES["linear"].layer()
+    model.c = nn.Linear(2, 2)
+    assert [name for name, _ in lora_layers(model)] == ["a"]
+
+
+# What cannot be adapted.
+
+
+class Packed(nn.Linear):
+    """A linear without a weight parameter, as weight_norm or a quantized wrapper leaves it."""
+
+    def __init__(self):
+        super().__init__(3, 3)
+        del self.weight
+        self.weight = torch.zeros(3, 3)
+
+
+def own_forward():
+    module = nn.Linear(3, 3)
+    module.forward = lambda x: x
+    return module
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (lambda: nn.LayerNorm(3), "which LoRA cannot adapt: supported are"),
+        (own_forward, "has a forward of its own set on the instance, which would bypass the adapter"),
+        (Packed, "computes its weight anew at each call"),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), "computes its weight anew at each call"),
+        (lambda: nn.LazyLinear(3), "is lazy and has no shape yet; run one forward pass"),
+        (lambda: nn.Embedding(3, 3, max_norm=1.0), "max_norm=1.0 changes the frozen weight in every forward pass"),
+        (lambda: nn.Conv2d(3, 3, 1, groups=3), "rank=4 is not a multiple of groups=3"),
+    ],
+    ids=["type", "instance-forward", "packed", "weight-norm", "lazy", "max-norm", "groups"],
+)
+def test_refusals_name_the_module_and_the_reason(build, reason):
+    message = refusal(build(), "blocks.0.layer", 4, 0.0)
+    assert message.startswith("'blocks.0.layer'")
+    assert reason in message
+
+
+@every_kind
+def test_what_can_be_adapted_is_not_refused(kind):
+    assert refusal(CASES[kind].base(), "layer", CASES[kind].rank, 0.1) is None
+
+
+# Compilers and transforms.
+
+
+def counting_backend(graphs, backend="eager"):
+    def compile_graph(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+    return compile_graph
+
+
+@pytest.mark.parametrize("kind", ["linear", "hf-conv1d", "embedding", "conv2d-groups"])
+def test_compiled_layers_of_one_class_share_one_graph_and_never_recompile(kind):
+    torch._dynamo.reset()
+    case, graphs = CASES[kind], []
+    layers = [case.layer() for _ in range(3)]
+    for seed, layer in enumerate(layers):
+        fill(layer, seed)
+    step = torch.compile(lambda layer, x: layer(x), backend=counting_backend(graphs), fullgraph=True)
+    optimizer = torch.optim.SGD([p for layer in layers for p in layer.lora_parameters().values()], lr=0.01)
+    for _ in range(2):
+        for layer in layers:
+            out = step(layer, case.x())
+            torch.testing.assert_close(out, layer(case.x()))
+            out.square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(graphs) == 1
+
+
+def test_a_compiled_model_trains_as_an_eager_one(make, ids):
+    torch._dynamo.reset()
+    config = LoRAConfig(target_modules=["q_proj", "v_proj", "embed"], rank=2)
+    graphs, losses = [], []
+    for compiled in (False, True):
+        model = fill(apply_lora(make(TinyModel), config=config))
+        run = torch.compile(model, backend=counting_backend(graphs, "aot_eager"), fullgraph=True) if compiled else model
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(3):
+            loss = run(ids).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    assert losses[:3] == pytest.approx(losses[3:], rel=1e-5)
+    assert losses[0] != losses[2]
+    assert len(graphs) == 1
+
+
+def test_a_compiled_model_follows_merge_and_unmerge(make, ids):
+    torch._dynamo.reset()
+    model = fill(apply_lora(make(TinyModel), config=LoRAConfig(target_modules=["q_proj"], rank=2)))
+    compiled, before = torch.compile(model, backend="eager"), model(ids)
+    torch.testing.assert_close(compiled(ids), before)
+    merge_lora(model)
+    torch.testing.assert_close(compiled(ids), before)
+    unmerge_lora(model)
+    torch.testing.assert_close(compiled(ids), before)
+    unload_lora(model)
+    torch.testing.assert_close(compiled(ids), make(TinyModel)(ids))
+
+
+@pytest.mark.parametrize("kind", ["linear", "hf-conv1d", "embedding", "conv2d"])
+def test_functional_call_and_grad(kind):
+    case = CASES[kind]
+    layer, x = case.layer(), case.x()
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def loss(trained):
+        return torch.func.functional_call(layer, {**parameters, **trained}, x).square().sum()
+
+    trained = {name: parameters[name] for name in ("lora_A", "lora_B")}
+    grads = torch.func.grad(loss)(trained)
+    layer(x).square().sum().backward()
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, layer.get_parameter(name).grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["linear", "linear-subclass", "hf-conv1d", "conv2d"])
+def test_autocast_runs_in_bf16_and_keeps_fp32_gradients(kind):
+    case = CASES[kind]
+    layer, x = case.layer(), case.x()
+    full = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    if kind != "linear-subclass":
+        assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), full, rtol=0.05, atol=0.05 * full.abs().max().item())
+    y.float().square().sum().backward()
+    assert layer.lora_A.grad.dtype == layer.lora_B.grad.dtype == torch.float32
+
+
+def test_bits_helper_sees_the_sign_of_zero():
+    assert not torch.equal(as_bits(torch.tensor(0.0)), as_bits(torch.tensor(-0.0)))
