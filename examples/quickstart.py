@@ -61,6 +61,7 @@ def build(overrides: list[str], out: Path) -> LoRACLI:
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     (out / "metrics.csv").unlink(missing_ok=True)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the rows are in memory, encoded
+    warnings.filterwarnings("ignore", "Experiment logs directory .* exists")  # it was just cleared of what would be lost
     places = ["--trainer.logger.init_args.save_dir", "--trainer.logger.init_args.name", "--trainer.callbacks.init_args.dirpath"]
     outputs = [f"{key}={value}" for key, value in zip(places, [out.parent, out.name, out / "checkpoints"], strict=True)]
     return LoRACLI(["--config", str(CONFIG), *outputs, *overrides], run=False)

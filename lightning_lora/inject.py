@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import PREFIX, LoRALayer, adapt, lora_layers, restore
 from lightning_lora.names import modules_by_name
 from lightning_lora.registry import INITS, VARIANTS, look_up
+from lightning_lora.sharding import reshard
 from lightning_lora.targeting import TargetReport, find_targets, hf_ends
 
 
@@ -75,6 +76,10 @@ def inject(model: nn.Module, config: LoRAConfig, report: TargetReport) -> nn.Mod
             adapt(target.module, config, target.rank, target.alpha)
         _train_extras(model, config, report)
         _guard_resize(model)
+        if _distributed():
+            from lightning_lora import parallel
+
+            parallel.adopt(model, [layer for _, layer in lora_layers(model)])
     except BaseException:
         unload_lora(model)
         for parameter, flag in trained:
@@ -140,11 +145,10 @@ def merge_lora(model: nn.Module, *, untie: bool = False, reversible: bool = True
             f"{name}.weight is tied to {', '.join(others)}: merging would change that too. Pass untie=True to give it a weight"
             " of its own (the model's tie_word_embeddings is switched off then), or leave it unmerged."
         )
-    if tied:
-        _untie_configs(model)
-    for name, layer in layers:
+    configs = _untie_configs(model) if tied else []
+    for name, layer in _ready(model, layers):
         if name in tied:
-            layer._owns_weight = False
+            layer._owns_weight, layer._untied = False, configs
         layer.merge_weights(device=device, reversible=reversible)
     return model
 
@@ -160,11 +164,18 @@ def unmerge_lora(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: a layer cannot go back (its way back was not kept, or its adapter changed); the message names it.
     """
-    for name, layer in lora_layers(model):
+    done: list[LoRALayer] = []
+    for name, layer in _ready(model, [(name, layer) for name, layer in lora_layers(model) if layer.merged]):
         try:
             layer.unmerge_weights()
         except ValueError as error:
+            for earlier in done:  # merging is deterministic: the merged weights come back as they were
+                earlier.merge_weights(device=earlier._device)
             raise ValueError(f"{name!r} cannot be unmerged: {error}.") from error
+        done.append(layer)
+    for layer in done:
+        for config in layer.__dict__.pop("_untied", ()):
+            config.tie_word_embeddings = True
     return model
 
 
@@ -183,6 +194,23 @@ def unload_lora(model: nn.Module) -> nn.Module:
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
     """Elements that train, and all elements."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
+
+
+def _distributed() -> bool:
+    """Whether a model can be sharded; what handles that imports most of torch.distributed."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _ready(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> Iterator[tuple[str, LoRALayer]]:
+    """The layers, each at a time when its weight may be written to."""
+    if not _distributed():
+        yield from layers
+        return
+    from lightning_lora import parallel
+
+    reshard(model)
+    for batch in parallel.summoned(model, layers):
+        yield from batch
 
 
 def tied_weights(model: nn.Module) -> dict[str, list[str]]:
@@ -210,12 +238,13 @@ def _train_extras(model: nn.Module, config: LoRAConfig, report: TargetReport) ->
                 parameter.requires_grad_(True)
 
 
-def _untie_configs(model: nn.Module) -> None:
-    """Hugging Face ties again on save and load unless the config says not to."""
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if getattr(config, "tie_word_embeddings", False):
-            config.tie_word_embeddings = False  # type: ignore[union-attr]
+def _untie_configs(model: nn.Module) -> list[Any]:
+    """Hugging Face ties again on save and load unless the config says not to; the configs that said so."""
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    tied = [config for config in configs if getattr(config, "tie_word_embeddings", False)]
+    for config in tied:
+        config.tie_word_embeddings = False  # type: ignore[union-attr]
+    return tied
 
 
 def _guard_resize(model: nn.Module) -> None:

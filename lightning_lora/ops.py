@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_lora.sharding import is_sharded
+
 
 def lora_update_reference(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
     """``y + scale · dropout(x)·Aᵀ·Bᵀ`` as the paper has it.
@@ -44,7 +46,8 @@ def lora_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropou
     """
     x, A, B = x.to(y.dtype), A.to(y.dtype), B.to(y.dtype)
     # The compiler fuses the definition itself, and torch.func transforms want nothing but plain operations.
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    # DTensors know how to propagate placements through plain operations too.
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or is_sharded(A):
         return lora_update_reference(y, x, A, B, scale, dropout)
     if torch.is_autocast_enabled(y.device.type):  # all operands have y's dtype: nothing is left to cast
         with torch.autocast(y.device.type, enabled=False):

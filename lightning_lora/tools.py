@@ -19,13 +19,13 @@ from lightning_lora.files import sync_folder
 from lightning_lora.tasks.hf import DType, generate_text, load_causal_lm, skeleton
 
 
-def inspect(path: str, gguf_file: str | None = None, config: LoRAConfig = LoRAConfig()) -> None:  # noqa: B008 (frozen)
-    """Print what is in an adapter, or what ``config`` would adapt in a model.
+def inspect(path: str, gguf_file: str | None = None, lora: LoRAConfig = LoRAConfig()) -> None:  # noqa: B008 (frozen)
+    """Print what is in an adapter, or what ``lora`` would adapt in a model.
 
     Args:
         path: An adapter folder, a checkpoint (.ckpt), or a model: a hub id or a folder. A model's weights are not loaded.
         gguf_file: A GGUF file in the model's folder.
-        config: What to adapt.
+        lora: What to adapt.
 
     Raises:
         ValueError: The adapter is broken, or the config does not fit the model.
@@ -37,7 +37,7 @@ def inspect(path: str, gguf_file: str | None = None, config: LoRAConfig = LoRACo
             print(f"{name}  {tuple(tensor.shape)}  {str(tensor.dtype).removeprefix('torch.')}")
         print(f"{len(adapter.tensors)} tensors, {sum(t.numel() for t in adapter.tensors.values()):,} parameters")
         return
-    print(find_targets(skeleton(path, gguf_file), config))
+    print(find_targets(skeleton(path, gguf_file), lora))
 
 
 def merge(model: str, adapter: str, out: str, gguf_file: str | None = None, dtype: DType = "auto", overwrite: bool = False) -> None:

@@ -61,6 +61,7 @@ def config(model, tmp_path):
     return str(tmp_path / "run.yaml")
 
 
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")  # the same folder again
 def test_fit_then_test_and_predict_from_its_checkpoint(config, tmp_path, capsys):
     assert main(["fit", "--config", config, "--lora.config.rank=3"]) == 0
     output = capsys.readouterr()
@@ -73,11 +74,11 @@ def test_fit_then_test_and_predict_from_its_checkpoint(config, tmp_path, capsys)
     assert {tensor.shape[0] for name, tensor in state.items() if name.endswith("lora_A")} == {3}
 
     arguments = ["--config", config, "--lora.config.rank=3", "--ckpt_path", str(checkpoint)]
-    assert main(["test", *arguments, "--trainer.logger=false"]) == 0
+    assert main(["test", *arguments]) == 0
     assert "test_accuracy" in capsys.readouterr().out
-    assert main(["validate", *arguments, "--trainer.logger=false"]) == 0
+    assert main(["validate", *arguments]) == 0
     assert "val_perplexity" in capsys.readouterr().out
-    assert main(["predict", *arguments, "--trainer.logger=false", "--trainer.enable_progress_bar=false"]) == 0
+    assert main(["predict", *arguments, "--trainer.enable_progress_bar=false"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert [line["prompt"] for line in lines] == [row["prompt"] for row in tiny_lm.rows(6)]
 
@@ -112,7 +113,7 @@ OWN += ["--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]
 
 def test_any_module_and_data_fit_under_the_same_command(tmp_path, monkeypatch):
     own = ["--model=tests.test_cli.Head", "--model.width=4", f"--data={BoringDataModule.__module__}.BoringDataModule"]
-    lora = ["--lora.config.target_modules=[layer]", "--lora.merge_on_fit_end=false"]
+    lora = ["--lora.config.target_modules=[layer]", "--lora.config.rank=2", "--lora.merge_on_fit_end=false"]
     cli = LoRACLI([*own, *lora, *OWN, f"--trainer.default_root_dir={tmp_path}"], run=False)
     cli.trainer.fit(cli.model, cli.datamodule)
     assert cli.model.layer.out_features == 4
@@ -147,8 +148,8 @@ def test_a_users_own_lightning_cli_takes_the_callback_from_yaml(tmp_path, monkey
         (["melt"], r"no command 'melt'; there are fit, validate"),
         (["inspect", "/no/such/model"], r"/no/such/model"),
         (["inspect"], r"path"),
-        (["inspect", "{model}", "--config.rank=-2"], r"rank=-2"),
-        (["inspect", "{model}", "--config.target_modules=[q_prej]"], r"q_prej.*q_proj"),
+        (["inspect", "{model}", "--lora.rank=-2"], r"rank=-2"),
+        (["inspect", "{model}", "--lora.target_modules=[q_prej]"], r"q_prej.*q_proj"),
         (["generate", "{model}", ""], r"prompt is empty"),
         (["generate", "{model}", "a", "--max_new_tokens=0"], r"max_new_tokens.*0"),
         (["generate", "{model}", "a", "--adapter=/no/such/adapter"], r"/no/such/adapter"),
@@ -194,14 +195,14 @@ def test_inspect_a_model_reads_no_weights(model, tmp_path, capsys):
     folder = tmp_path / "config-only"
     folder.mkdir()
     (folder / "config.json").write_bytes(Path(model, "config.json").read_bytes())
-    assert main(["inspect", str(folder), "--config.rank=4", "--config.target_modules=all-linear"]) == 0
+    assert main(["inspect", str(folder), "--lora.rank=4", "--lora.target_modules=all-linear"]) == 0
     assert "LoRA on 14 modules" in capsys.readouterr().out
 
 
 def test_inspect_an_adapter_and_a_checkpoint(adapter, config, tmp_path, capsys):
     assert main(["inspect", adapter]) == 0
     output = capsys.readouterr().out
-    assert "rank=4" in output and "q_proj.lora_A  (4, 32)  float32" in output and "8 tensors, 864 parameters" in output
+    assert "rank=4" in output and "q_proj.lora_A  (4, 32)  float32" in output and "8 tensors, 896 parameters" in output
     assert main(["fit", "--config", config, "--trainer.limit_train_batches=1"]) == 0
     (checkpoint,) = (tmp_path / "run").glob("checkpoints/*.ckpt")
     capsys.readouterr()

@@ -124,7 +124,7 @@ def test_dropout_spares_the_base_output():
 
 
 def test_dropout_gradients_of_a_and_b_belong_to_the_mask_of_the_forward_pass():
-    y, x, A, _ = operands(3, 6, dtype=torch.float64, requires_grad=False)
+    x = torch.randn(3, 6, IN, dtype=torch.float64)
     A, B = torch.eye(IN, dtype=torch.float64, requires_grad=True), torch.eye(IN, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(3, 6, IN, dtype=torch.float64)
     out = lora_update(torch.zeros_like(x), x, A, B, 2.0, 0.5)

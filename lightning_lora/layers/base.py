@@ -25,6 +25,7 @@ from lightning_lora import merging
 from lightning_lora.config import LoRAConfig
 from lightning_lora.digests import sampled_digest
 from lightning_lora.registry import INITS, VARIANTS, kind_of, look_up, qualified_name, why_refused
+from lightning_lora.sharding import local, piece_of, whole
 
 PREFIX = "lora_"  # of every parameter and submodule that LoRA adds to a layer
 _HALF = (torch.float16, torch.bfloat16)
@@ -60,6 +61,7 @@ class LoRALayer(nn.Module):
     merged: bool
     _undo: merging.Undo | merging.Original | None
     _owns_weight: bool
+    _untied: list[Any]
     _digest: str
     _device: torch.device
     lora_base: ClassVar[type[nn.Module]]
@@ -98,6 +100,15 @@ class LoRALayer(nn.Module):
         """A tensor A of PEFT's in the shape that this kind has, where the two differ; unchanged if it is no such A."""
         return A
 
+    @classmethod
+    def adapter_placements(cls, placement: Any) -> tuple[Any, Any]:
+        """Where A and B lie on a tensor-parallel mesh dimension on which the weight lies as ``placement`` says.
+
+        Raises:
+            ValueError: this kind cannot be adapted on such a base.
+        """
+        raise ValueError(f"{cls.__name__} on a tensor-parallel base ({placement}) is not supported; apply LoRA before parallelizing")
+
     # Construction.
 
     def init_adapter(self, config: LoRAConfig, rank: int, alpha: float) -> None:
@@ -108,7 +119,8 @@ class LoRALayer(nn.Module):
         self.merged, self._undo, self._owns_weight = False, None, True
         for parameter in self.base_parameters().values():
             parameter.requires_grad_(False)
-        self.lora_dropout = nn.Dropout(config.dropout).train(self.training)
+        # No child module: parallelization plans and module walks see the tree that they know.
+        self.__dict__["lora_dropout"] = nn.Dropout(config.dropout).train(self.training)
         for name, shape in zip(("lora_A", "lora_B"), self.adapter_shapes(self, rank), strict=True):
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype)))
         self.reset_lora_parameters()
@@ -161,7 +173,7 @@ class LoRALayer(nn.Module):
         """The dense update with full-precision products, on ``device`` (default: the weight's)."""
         own = self._parameters
         target = torch.device(device) if device is not None else self.weight.device
-        wide = {name: p.detach().to(target, torch.promote_types(p.dtype, torch.float32)) for name, p in self.lora_parameters().items()}
+        wide = {name: whole(p.detach()).to(target) for name, p in self.lora_parameters().items()}
         self.__dict__["_parameters"] = {**own, **wide}
         try:
             with merging.exact_matmul():
@@ -187,13 +199,14 @@ class LoRALayer(nn.Module):
         if reason:
             raise ValueError(reason)
         home, device = self.weight.device, torch.device(device) if device is not None else self.weight.device
-        self._digest, self._device = sampled_digest(self.weight), device
-        delta = self.exact_delta(device)
+        self._digest, self._device = sampled_digest(whole(self.weight.detach())), device
+        delta = piece_of(self.exact_delta(device), self.weight)
         if self._owns_weight:
-            weight = self.weight.data.to(device)
+            mine = local(self.weight.detach())
+            weight = mine.to(device)
             self._undo, self.merge_loss = merging.merge(weight, delta, reversible=reversible)
             if device != home:
-                self.weight.data.copy_(weight)
+                mine.copy_(weight)
         else:
             shared = self.weight
             merged, self.merge_loss = merging.merged_weight(shared.data.to(device), delta)
@@ -206,7 +219,7 @@ class LoRALayer(nn.Module):
         if not self.weight.is_floating_point():
             kind = f"the weight is quantized ({self.weight.dtype})"
             return f"{kind} and cannot take an update in place: dequantize the base first, or leave it unmerged"
-        spoilt = [name for name, p in self.lora_parameters().items() if not p.isfinite().all()]
+        spoilt = [name for name, p in self.lora_parameters().items() if not whole(p.detach()).isfinite().all()]
         return f"{spoilt[0]} holds NaN or infinity and would spoil the base weight: load a sound adapter first" if spoilt else None
 
     def unmerge_weights(self) -> None:
@@ -223,13 +236,19 @@ class LoRALayer(nn.Module):
             )
         if isinstance(self._undo, merging.Undo):
             # Where it was merged, for the product has to come out the same to the bit.
-            base = merging.unmerge(self.weight.data.to(self._device), self.exact_delta(self._device), self._undo)
-            self.weight.data.copy_(base)
+            mine = local(self.weight.detach())
+            base = merging.unmerge(mine.to(self._device), piece_of(self.exact_delta(self._device), self.weight), self._undo)
+            mine.copy_(base)
         else:
             self.weight = self._undo.weight
         self.merged, self._undo = False, None
 
     # What torch calls.
+
+    def train(self, mode: bool = True) -> LoRALayer:
+        """As in torch; the dropout goes along."""
+        self.lora_dropout.train(mode)
+        return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALayer:
         # `.to(bfloat16)`, `.half()` and Lightning's half-precision plugins convert the base: fp32 adapters stay fp32,
@@ -311,7 +330,19 @@ def adapt(module: nn.Module, config: LoRAConfig, rank: int, alpha: float) -> LoR
 
 def restore(layer: LoRALayer) -> nn.Module:
     """The plain module again, in place, with the weight it has now; the adapter is dropped."""
-    for name in ("lora_config", "rank", "alpha", "merged", "merge_loss", "_undo", "_owns_weight", "_digest", "_device"):
+    for name in (
+        "lora_config",
+        "lora_dropout",
+        "rank",
+        "alpha",
+        "merged",
+        "merge_loss",
+        "_undo",
+        "_owns_weight",
+        "_untied",
+        "_digest",
+        "_device",
+    ):
         layer.__dict__.pop(name, None)
     for container in (layer._parameters, layer._modules):
         for name in [name for name in container if name.startswith(PREFIX)]:

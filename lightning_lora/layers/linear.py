@@ -87,7 +87,7 @@ class LoRALinear(LoRALayer, nn.Linear):
         """A view of the frozen base as the class it had, over the same tensors."""
         view = _copy(self)
         view.__class__ = type(self).lora_base
-        for container in (view._parameters, view._modules):
+        for container in (view._parameters, view.__dict__):
             for name in [name for name in container if name.startswith(PREFIX)]:
                 del container[name]
         return view
@@ -101,6 +101,14 @@ class LoRALinear(LoRALayer, nn.Linear):
     def adapter_shapes(cls, module: nn.Linear, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """A (r, in), B (out, r)."""
         return (rank, module.in_features), (module.out_features, rank)
+
+    @classmethod
+    def adapter_placements(cls, placement: Any) -> tuple[Any, Any]:
+        """Colwise (rows of W split): A whole, B split; rowwise (columns of W split): A split, B whole."""
+        from torch.distributed.tensor import Replicate, Shard
+
+        split = getattr(placement, "dim", None)
+        return (Shard(1) if split == 1 else Replicate()), (Shard(0) if split == 0 else Replicate())
 
     def lora_update(self, y: Tensor, x: Tensor) -> Tensor:
         """``y + scaling · B·A·dropout(x)``."""

@@ -85,9 +85,8 @@ def convolution(layer, x):
         return torch.func.functional_call(plain, {"weight": kernel} | ({} if bias is None else {"bias": bias}), x)
 
     biases = [None] * groups if layer.bias is None else layer.bias.chunk(groups)
-    parts = zip(
-        x.chunk(groups, -ndim - 1), layer.weight.chunk(groups), biases, layer.lora_A.chunk(groups), layer.lora_B.chunk(groups), strict=True
-    )
+    adapters = [p.chunk(groups) for p in layer.lora_parameters().values()]
+    parts = zip(x.chunk(groups, -ndim - 1), layer.weight.chunk(groups), biases, *adapters, strict=True)
     for x_g, W, b, A, B in parts:
         out.append(base_geometry(x_g, W, b) + layer.scaling * conv(base_geometry(x_g, A), B))
     return torch.cat(out, -ndim - 1)

@@ -8,6 +8,7 @@ import copy
 import re
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -171,6 +172,11 @@ def randomise(model: nn.Module, seed: int = 1) -> None:
 
 def theirs(model: nn.Module, **peft: Any) -> PeftModel:
     return get_peft_model(model, LoraConfig(**copy.deepcopy(peft))).eval()  # its dropouts are born training
+
+
+def read_by_peft(model: nn.Module, folder: Path) -> PeftModel:
+    """PEFT's reading of a folder, to train on. A key it misses or a field it does not know is a warning: an error in these tests."""
+    return PeftModel.from_pretrained(model, folder, is_trainable=True).eval()
 
 
 def twins(model: nn.Module, **peft: Any) -> tuple[nn.Module, PeftModel]:

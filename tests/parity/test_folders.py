@@ -5,13 +5,12 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_lora import apply_lora, load_adapter, merge_lora, save_adapter
 
-from .models import DEPRECATED_BY_PEFT, base, batch, close, logits, our_config, our_name, randomise, theirs, trained, twins
+from .models import DEPRECATED_BY_PEFT, base, batch, close, logits, our_config, randomise, read_by_peft, theirs, trained, twins
 
 pytestmark = pytest.mark.filterwarnings(DEPRECATED_BY_PEFT)
 
@@ -129,13 +128,11 @@ def test_peft_reads_ours(name, peft, tmp_path):
     ours, _ = twins(base(name), **peft)
     move_saved_statistics(ours, name, peft)
     save_adapter(ours, tmp_path / "adapter")
-    loaded = PeftModel.from_pretrained(
-        base(name), tmp_path / "adapter"
-    )  # a key it misses, a field it does not know: a warning, an error here
-    weights = {our_name(key): parameter for key, parameter in loaded.named_parameters()}
+    loaded = read_by_peft(base(name), tmp_path / "adapter")
+    weights = trained(loaded)
+    assert weights.keys() == trained(ours).keys()  # biases and saved modules train on there
     for key, parameter in trained(ours).items():
         close(weights[key], parameter, atol=0.0, what=key)
-    assert {key for key in weights if ".lora_" in key} == {key for key in trained(ours) if ".lora_" in key}
     close(logits(loaded, name), logits(ours, name))
     assert (logits(loaded, name) - logits(base(name), name)).abs().max() > 1e-3
 
@@ -180,6 +177,27 @@ def test_a_saved_module_whose_weight_is_tied(tmp_path):
     same_snapshot(before, snapshot(model))
 
 
+@TIED
+def test_two_saved_modules_on_one_weight(tmp_path):
+    """PEFT trains two copies, which drift apart: one weight cannot hold both."""
+    other = theirs(base("llama-tied"), target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    randomise(other)
+    other.save_pretrained(tmp_path)
+    model = base("llama-tied")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"embed_tokens.*lm_head|lm_head.*embed_tokens"):
+        load_adapter(model, tmp_path)
+    same_snapshot(before, snapshot(model))
+
+
+@TIED
+def test_two_saved_modules_on_one_weight_as_we_train_them(tmp_path):
+    ours = apply_lora(base("llama-tied"), config=our_config(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]))
+    randomise(ours)
+    save_adapter(ours, tmp_path)
+    close(logits(read_by_peft(base("llama-tied"), tmp_path), "llama"), logits(ours, "llama"))
+
+
 def test_the_pickle_format_is_refused(tmp_path):
     theirs(base("llama"), target_modules=["q_proj"]).save_pretrained(tmp_path, safe_serialization=False)
     with pytest.raises(ValueError, match=r"adapter_model\.bin"):
@@ -189,7 +207,7 @@ def test_the_pickle_format_is_refused(tmp_path):
 def test_a_merged_model_saves_the_same_adapter(tmp_path):
     ours, other = twins(base("llama"), target_modules=ATTENTION)
     save_adapter(merge_lora(ours), tmp_path)
-    close(logits(PeftModel.from_pretrained(base("llama"), tmp_path), "llama"), logits(other, "llama"))
+    close(logits(read_by_peft(base("llama"), tmp_path), "llama"), logits(other, "llama"))
 
 
 class Nested(nn.Module):
@@ -218,8 +236,8 @@ def test_a_name_that_ends_in_another(config, tmp_path):
     ours = apply_lora(copy.deepcopy(model), config=our_config(r=4, **config))
     randomise(ours)
     save_adapter(ours, tmp_path)
-    loaded = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
-    assert {our_name(key) for key, _ in loaded.named_parameters() if "lora_" in key} == trained(ours).keys()
+    loaded = read_by_peft(copy.deepcopy(model), tmp_path)
+    assert trained(loaded).keys() == trained(ours).keys()
     x = torch.randn(5, 8)
     close(loaded(x), ours(x))
 
@@ -230,6 +248,29 @@ def test_a_saved_module_whose_name_ends_another(tmp_path):
     with pytest.raises(ValueError, match=r"norm.*inner\.layernorm"):
         save_adapter(ours, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+class TwoParents(nn.Module):
+    """One layer under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.ModuleDict({"fc": nn.Linear(8, 8)})
+        self.b = nn.ModuleDict({"fc": self.a["fc"]})
+
+    def forward(self, x):
+        return self.b["fc"](self.a["fc"](x).relu())
+
+
+def test_a_layer_with_two_parents(tmp_path):
+    """PEFT adapts its first use alone, we adapt the layer: the folders cannot mean the same, so they are refused by both names."""
+    model = TwoParents()
+    theirs(copy.deepcopy(model), target_modules=["fc"]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"a\.fc.*b\.fc"):
+        load_adapter(copy.deepcopy(model), tmp_path)
+    ours = apply_lora(copy.deepcopy(model), config=our_config(target_modules=["fc"]))
+    with pytest.raises(ValueError, match=r"a\.fc.*b\.fc"):
+        save_adapter(ours, tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("change", ["missing", "extra", "shape", "another rank"])
@@ -262,7 +303,7 @@ def test_round_trip(name, peft, tmp_path):
     randomise(other)
     other.save_pretrained(tmp_path / "first")
     save_adapter(load_adapter(base(name), tmp_path / "first"), tmp_path / "second")
-    again = PeftModel.from_pretrained(base(name), tmp_path / "second")
+    again = read_by_peft(base(name), tmp_path / "second")
     close(logits(again, name), logits(other, name), atol=0.0)
 
 

@@ -1,0 +1,174 @@
+"""What adapters need when the base is sharded already.
+
+*Before* wrapping there is nothing to do: adapters are parameters like others, and DDP, FSDP2 and tensor-parallel plans treat
+them so. *After* wrapping, a new parameter is one that the wrapper does not know: its gradient would not be reduced, and
+ranks would drift apart without a word. Then adapters are kept whole on every data-parallel rank (they are small) and
+:class:`GradientReducer` averages their gradients in one collective at the end of each backward pass. On a tensor-parallel
+base they become DTensors placed by the base weight: for W split by rows (colwise) B is split and A whole, for W split by
+columns (rowwise) A is split and B whole, so that the update comes out as the base's output does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, Replicate
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_lora.layers.base import LoRALayer
+from lightning_lora.sharding import is_sharded, local
+
+_WRAPPERS = (FSDPModule, FullyShardedDataParallel)
+
+
+class GradientReducer:
+    """Averages the gradients of some parameters over process groups, once at the end of every backward pass.
+
+    Args:
+        parameters: whole on every rank of the groups (or pieces along other mesh dimensions).
+        groups: averaged over one after the other.
+
+    Reducing is linear, so gradients that accumulate over several backward passes come out right too.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], groups: Sequence[Any]) -> None:
+        self.parameters, self.groups = list(parameters), list(groups)
+        self._queued = False
+        for parameter in self.parameters:
+            parameter.register_post_accumulate_grad_hook(self._after_accumulation)
+
+    def _after_accumulation(self, _: Tensor) -> None:
+        if not self._queued:
+            self._queued = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._reduce)
+
+    @torch.no_grad()
+    def _reduce(self) -> None:
+        self._queued = False
+        # All of them on every rank, whatever this rank's batch used: collectives have to match.
+        grads = [torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for p in self.parameters]
+        flat = torch.cat([grad.flatten().float() for grad in grads])
+        for group in self.groups:
+            dist.all_reduce(flat, group=group)
+            flat /= dist.get_world_size(group)
+        for parameter, grad, mean in zip(self.parameters, grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            if parameter.grad is not None:
+                grad.copy_(mean.view_as(grad))
+
+
+def adopt(model: nn.Module, layers: Iterable[LoRALayer]) -> None:
+    """Make adapters that were just injected right on a model that is wrapped already; nothing on one that is not.
+
+    Raises:
+        ValueError: the model is wrapped in DistributedDataParallel, which cannot take parameters in afterwards.
+    """
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "model is wrapped in DistributedDataParallel, which would not reduce new parameters: apply LoRA before wrapping it."
+        )
+    owners = _owners(model)
+    reduced: dict[tuple[int, ...], tuple[list[Any], list[nn.Parameter]]] = {}
+    for layer in layers:
+        owner = owners[layer]
+        groups = [] if owner is None else data_parallel_groups(owner)
+        if is_sharded(layer.weight):
+            _place(layer, data_dims=0 if owner is None else len(groups))
+        if groups:
+            reduced.setdefault(tuple(map(id, groups)), (groups, []))[1].extend(layer.lora_parameters().values())
+    for groups, parameters in reduced.values():
+        broadcast(parameters, groups)
+        GradientReducer(parameters, groups)
+    for module in model.modules():
+        if isinstance(module, _WRAPPERS):
+            _freeze_copies(module)
+
+
+def replicated_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What trains, for ``FullyShardedDataParallel(model, ignored_states=replicated_parameters(model))``.
+
+    FSDP1 flattens a block into one parameter, which would need gradient memory for the frozen base too.
+    """
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def summoned(model: nn.Module, layers: Iterable[tuple[str, LoRALayer]]) -> Iterator[list[tuple[str, LoRALayer]]]:
+    """The layers in batches whose weights are whole and may be written to while the batch is in use.
+
+    Under FSDP1 a batch is what one flat parameter holds, gathered and written back, so that no rank ever has the whole
+    model; otherwise it is all of them.
+    """
+    layers, owners = list(layers), _owners(model)
+    by_owner: dict[nn.Module | None, list[tuple[str, LoRALayer]]] = {}
+    for name, layer in layers:
+        owner = owners[layer]
+        by_owner.setdefault(owner if isinstance(owner, FullyShardedDataParallel) else None, []).append((name, layer))
+    for owner, batch in by_owner.items():
+        with nullcontext() if owner is None else FullyShardedDataParallel.summon_full_params(owner, recurse=False, writeback=True):
+            yield batch
+
+
+def data_parallel_groups(wrapped: nn.Module) -> list[Any]:
+    """The process groups over which a wrapper averages gradients, one a mesh dimension."""
+    if isinstance(wrapped, FullyShardedDataParallel):
+        groups = [wrapped.process_group]
+        replicas = getattr(wrapped, "_inter_node_pg", None)  # hybrid sharding: the copies of a shard
+        return groups if replicas is None else [*groups, replicas]
+    mesh = wrapped._get_fsdp_state()._fsdp_param_group.mesh_info.mesh  # type: ignore[operator]
+    return [mesh.get_group(dim) for dim in range(mesh.ndim)]
+
+
+@torch.no_grad()
+def broadcast(parameters: Iterable[Tensor], groups: Sequence[Any]) -> None:
+    """Every rank of the groups gets the values of their first rank."""
+    for parameter in parameters:
+        for group in groups:
+            dist.broadcast(local(parameter), src=dist.get_global_rank(group, 0), group=group)
+
+
+def _place(layer: LoRALayer, data_dims: int) -> None:
+    """Turn the adapter of a tensor-parallel base into DTensors that match it; the data-parallel mesh dimensions stand first."""
+    mesh, placements = layer.weight.device_mesh, layer.weight.placements[data_dims:]
+    if not placements:
+        return
+    if data_dims:
+        mesh = mesh[mesh.mesh_dim_names[data_dims:]]
+    wanted = zip(*(layer.adapter_placements(placement) for placement in placements), strict=True)
+    for name, target in zip(("lora_A", "lora_B"), wanted, strict=True):
+        full = layer._parameters[name]
+        assert full is not None
+        broadcast([full], [mesh.get_group(dim) for dim in range(mesh.ndim)])
+        replicated = DTensor.from_local(full.detach(), mesh, [Replicate()] * mesh.ndim, run_check=False)
+        layer._parameters[name] = nn.Parameter(replicated.redistribute(placements=target))
+
+
+def _owners(model: nn.Module) -> dict[nn.Module, nn.Module | None]:
+    """Module → the innermost wrapper that it sits in."""
+    owners: dict[nn.Module, nn.Module | None] = {}
+
+    def walk(module: nn.Module, owner: nn.Module | None) -> None:
+        owner = module if isinstance(module, _WRAPPERS) else owner
+        owners.setdefault(module, owner)
+        for child in module.children():
+            walk(child, owner)
+
+    walk(model, None)
+    return owners
+
+
+def _freeze_copies(wrapped: nn.Module) -> None:
+    """Wrappers keep copies of parameters; what was frozen after wrapping has to be frozen there too, or it gets gradients."""
+    if isinstance(wrapped, FullyShardedDataParallel):
+        handle = wrapped._handle
+        if handle is not None and not any(p.requires_grad for p in handle.flat_param._params or ()):
+            handle.flat_param.requires_grad_(False)
+        return
+    group = wrapped._get_fsdp_state()._fsdp_param_group  # type: ignore[operator]
+    for param in () if group is None else group.fsdp_params:
+        if hasattr(param, "_unsharded_param"):
+            param._unsharded_param.requires_grad_(param.sharded_param.requires_grad)

@@ -1,0 +1,49 @@
+"""Pieces of sharded tensors. DTensors are told by what they can do, so that importing this costs nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor (which may also be whole on every rank)."""
+    return hasattr(tensor, "device_mesh")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of a DTensor (a collective: every rank has to ask); any other tensor itself."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's piece of a DTensor, sharing its storage; any other tensor itself."""
+    return tensor._local_tensor if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the unsharded copies that FSDP2 keeps after a forward pass: what is written to them would be lost."""
+    for module in model.modules():
+        if hasattr(module, "reshard") and hasattr(module, "unshard"):
+            module.reshard()  # type: ignore[operator]
+
+
+def piece_of(full: Tensor, like: Tensor) -> Tensor:
+    """This rank's piece of a tensor that every rank has whole, cut as ``like`` is cut; no collective."""
+    if not is_sharded(like):
+        return full
+    mesh: Any = like.device_mesh  # type: ignore[attr-defined]
+    placements: Any = like.placements  # type: ignore[attr-defined]
+    dims = list(range(mesh.ndim))
+    # FSDP on top of tensor parallelism cuts what that left: its mesh dimension stands first but cuts last.
+    if any(hasattr(placement, "split_factor") for placement in placements):
+        dims.reverse()
+    for dim in dims:
+        axis = getattr(placements[dim], "dim", None)
+        if axis is not None:
+            pieces = torch.chunk(full, mesh.size(dim), dim=axis)
+            rank = mesh.get_coordinate()[dim]
+            full = pieces[rank] if rank < len(pieces) else full.narrow(axis, 0, 0)
+    return full

@@ -1,0 +1,77 @@
+"""Processes that stay: importing torch and Lightning takes seconds, so one set of gloo workers runs all distributed tests.
+
+``Pool(2).run(function, *args)`` runs a module-level function on every rank and returns what each returned. An exception on
+any rank is raised here with that rank's traceback; workers that then hang in a collective are replaced.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+TIMEOUT = 120.0
+
+
+class Pool:
+    def __init__(self, world: int) -> None:
+        self.world = world
+        self.workers: list[tuple[Any, Any]] = []
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        if not self.workers:
+            self._start()
+        for _, pipe in self.workers:
+            pipe.send((function, args))
+        results, errors = [], []
+        for rank, (process, pipe) in enumerate(self.workers):
+            # After one rank's error the others may wait for it in a collective for ever.
+            if not pipe.poll(TIMEOUT if not errors else 2.0):
+                errors.append(f"rank {rank} did not answer ({'alive' if process.is_alive() else process.exitcode})")
+                continue
+            ok, value = pipe.recv()
+            (results if ok else errors).append(value)
+        if errors:
+            self.close()
+            raise RuntimeError("\n".join(errors))
+        return results
+
+    def close(self) -> None:
+        for process, _ in self.workers:
+            process.kill()
+            process.join()
+        self.workers = []
+
+    def _start(self) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        context = mp.get_context("spawn")
+        for rank in range(self.world):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(rank, self.world, port, theirs), daemon=True)
+            process.start()
+            self.workers.append((process, ours))
+
+
+def _work(rank: int, world: int, port: int, pipe: Any) -> None:
+    import warnings
+
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+    os.environ.update(environment, WORLD_SIZE=str(world))
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    while True:
+        function, args = pipe.recv()
+        os.environ.update(environment, WORLD_SIZE=str(world))  # Lightning's teardown removes some of these
+        try:
+            pipe.send((True, function(*args)))
+        except BaseException:
+            pipe.send((False, f"rank {rank}: {traceback.format_exc()}"))

@@ -1,0 +1,187 @@
+"""Plain torch, no Lightning: LoRA before and after every wrapper, against one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from lightning_lora import apply_lora, get_lora_parameters, merge_lora, unmerge_lora
+from lightning_lora.parallel import GradientReducer, data_parallel_groups, replicated_parameters
+from lightning_lora.sharding import whole
+from tests.distributed.nets import CONFIG, Block, clean, fill_adapters, make_data, make_net, reference, same_on_all_ranks, train
+
+PLAN = {"fc1": ColwiseParallel(), "fc2": RowwiseParallel()}
+
+
+def fsdp2(model: nn.Module, mesh: Any = None) -> nn.Module:
+    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def fsdp2_used(model: nn.Module) -> nn.Module:
+    """Wrapped, and a forward pass has already run."""
+    model = fsdp2(model)
+    with torch.no_grad():
+        model(make_data()[0])
+    return model
+
+
+def fsdp1(model: nn.Module) -> nn.Module:
+    ignored = replicated_parameters(model) if any("lora_" in name for name, _ in model.named_parameters()) else None
+    wrapped = FSDP(
+        model, auto_wrap_policy=ModuleWrapPolicy({Block}), use_orig_params=True, device_id=torch.device("cpu"), ignored_states=ignored
+    )
+    if ignored:
+        GradientReducer(ignored, data_parallel_groups(wrapped))
+    return wrapped
+
+
+def tensor_parallel(model: nn.Module, mesh: Any = None) -> nn.Module:
+    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    for layer in model.layers:
+        parallelize_module(layer, mesh, PLAN)
+    return model
+
+
+def two_dimensional(model: nn.Module) -> nn.Module:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    return fsdp2(tensor_parallel(model, mesh["tp"]), mesh["dp"])
+
+
+WRAPPERS: dict[str, tuple[Callable[[nn.Module], nn.Module], bool]] = {
+    "ddp": (DDP, True),
+    "fsdp2": (fsdp2, True),
+    "fsdp2 used": (fsdp2_used, True),
+    "fsdp1": (fsdp1, True),
+    "tp": (tensor_parallel, False),
+    "2d": (two_dimensional, True),
+}
+
+
+def wrapped_and_adapted(name: str, order: str) -> tuple[nn.Module, int, int]:
+    """The model, and which part of the batch this rank has."""
+    wrap, data_parallel = WRAPPERS[name]
+    if order == "before":
+        model = wrap(apply_lora(make_net(), config=CONFIG))
+    else:
+        torch.manual_seed(dist.get_rank())  # ranks draw different A: they have to be made the same
+        model = apply_lora(wrap(make_net()), config=CONFIG)
+    fill_adapters(model)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return (model, rank // 2, 2) if name == "2d" else (model, rank, world) if data_parallel else (model, 0, 1)
+
+
+def check_training(name: str, order: str) -> dict[str, float]:
+    model, rank, world = wrapped_and_adapted(name, order)
+    frozen = {n: whole(p).clone() for n, p in model.named_parameters() if not p.requires_grad and "fsdp1" not in name}
+    grads, adapters = train(model, 3, rank, world)
+    wanted_grads, wanted = reference()
+    assert grads.keys() == wanted_grads.keys()
+    assert same_on_all_ranks(adapters)
+    assert all(torch.equal(whole(p), frozen[n]) for n, p in model.named_parameters() if n in frozen)
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+    return {
+        "gradient": max((grads[n] - wanted_grads[n]).abs().max().item() for n in grads),
+        "adapter": max((adapters[n] - wanted[n]).abs().max().item() for n in adapters),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [("ddp", "before"), ("fsdp2", "before"), ("fsdp2", "after"), ("fsdp2 used", "after"), ("fsdp1", "before"), ("fsdp1", "after")]
+    + [("tp", "before"), ("tp", "after")],
+)
+def test_trains_as_one_process_does(pool: Any, name: str, order: str) -> None:
+    for errors in pool.run(check_training, name, order):
+        assert errors["gradient"] < 1e-6 and errors["adapter"] < 1e-6, errors
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_trains_on_two_dimensions(pool4: Any, order: str) -> None:
+    for errors in pool4.run(check_training, "2d", order):
+        assert errors["gradient"] < 1e-6 and errors["adapter"] < 1e-6, errors
+
+
+def count(name: str, order: str | None) -> dict[str, int]:
+    wrap = WRAPPERS[name][0]
+    model = wrap(make_net()) if order is None else wrapped_and_adapted(name, order)[0]
+    x = make_data()[0][:4]
+    model(x).sum().backward()
+    with CommDebugMode() as mode:
+        model(x).sum().backward()
+    counts: dict[str, int] = {}
+    for operation, number in mode.get_comm_counts().items():
+        counts[str(operation).split(".")[-1]] = counts.get(str(operation).split(".")[-1], 0) + number
+    return counts
+
+
+def test_fsdp2_collectives(pool: Any) -> None:
+    plain, before, after = (pool.run(count, "fsdp2", order)[0] for order in (None, "before", "after"))
+    gathers = lambda counts: sum(n for name, n in counts.items() if "all_gather" in name or "allgather" in name)  # noqa: E731
+    others = lambda counts: sum(counts.values()) - gathers(counts)  # noqa: E731
+    assert gathers(before) == gathers(plain) and others(before) <= others(plain), (plain, before)
+    assert gathers(after) == gathers(plain) and others(after) <= 1, (plain, after)
+
+
+def check_merge(name: str, order: str) -> dict[str, Any]:
+    model, _, _ = wrapped_and_adapted(name, order)
+    reference_model = apply_lora(make_net(), config=CONFIG)
+    fill_adapters(reference_model)
+    x = make_data()[0]
+    base = {n: whole(p).clone() for n, p in model.named_parameters() if "lora_" not in n}
+    with torch.no_grad():
+        wanted = reference_model(x)
+        model(x)  # leaves FSDP2's root unsharded
+        merge_lora(model)
+        difference = (model(x) - wanted).abs().max().item()
+        merge_lora(reference_model)
+        weights = {n: p for n, p in reference_model.named_parameters() if "lora_" not in n}
+        merged = {clean(n): whole(p) for n, p in model.named_parameters() if "lora_" not in n}
+        exact = max((merged[n] - weights[n]).abs().max().item() for n in weights)
+        unmerge_lora(model)
+        back = all(torch.equal(whole(p), base[n]) for n, p in model.named_parameters() if n in base)
+    return {"difference": difference, "exact": exact, "back": back}
+
+
+@pytest.mark.parametrize(("name", "order"), [("ddp", "before"), ("fsdp2", "before"), ("fsdp2", "after"), ("tp", "before"), ("tp", "after")])
+def test_merge_and_unmerge(pool: Any, name: str, order: str) -> None:
+    for result in pool.run(check_merge, name, order):
+        assert result["difference"] < 1e-5 and result["exact"] < 1e-6 and result["back"], result
+
+
+def refuse_ddp() -> str:
+    model = DDP(make_net())
+    flags = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match="DistributedDataParallel") as error:
+        apply_lora(model, config=CONFIG)
+    assert [p.requires_grad for p in model.parameters()] == flags and not list(get_lora_parameters(model))
+    return str(error.value)
+
+
+def test_after_ddp_is_refused(pool: Any) -> None:
+    assert "before wrapping" in pool.run(refuse_ddp)[0]
+
+
+def trainable_elements() -> tuple[int, int]:
+    model = wrapped_and_adapted("fsdp1", "before")[0]
+    flat = sum(module._handle.flat_param.numel() for module in FSDP.fsdp_modules(model) if module._handle.flat_param.requires_grad)
+    return flat + sum(p.numel() for p in get_lora_parameters(model)), sum(p.numel() for p in get_lora_parameters(model))
+
+
+def test_fsdp1_gradients_are_the_adapters_only(pool: Any) -> None:
+    for trains, adapters in pool.run(trainable_elements):
+        assert trains == adapters

@@ -1,0 +1,166 @@
+"""LoRALinear by itself: constructible, made from a linear that it never touches, its base in view; subclasses."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import LoRALinear, get_lora_parameters, merge_lora, unload_lora, unmerge_lora
+from lightning_lora.layers.base import LoRALayer
+from tests.conftest import as_bits, fill, same_bits
+from tests.layers.kinds import CASES, OwnForward
+
+
+def test_constructible_with_linears_arguments():
+    layer = LoRALinear(12, 10, rank=3, alpha=6.0, dropout=0.1, bias=False, dtype=torch.bfloat16)
+    assert layer.lora_A.shape == (3, 12)
+    assert layer.lora_B.shape == (10, 3)
+    assert (layer.scaling, layer.lora_dropout.p, layer.bias, layer.merged) == (2.0, 0.1, None, False)
+    assert (layer.weight.dtype, layer.lora_A.dtype) == (torch.bfloat16, torch.float32)
+    assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["lora_A", "lora_B"]
+    assert isinstance(layer, nn.Linear)
+    assert layer.lora_A.count_nonzero()
+    assert not layer.lora_B.count_nonzero()
+
+
+@pytest.mark.parametrize(("kwargs", "message"), [({"rank": 0}, "rank=0"), ({"alpha": -1.0}, "alpha=-1.0"), ({"dropout": 1.0}, "dropout=1.0")])
+def test_numbers_out_of_range(kwargs, message):
+    linear = nn.Linear(4, 3)
+    with pytest.raises(ValueError, match=message):
+        LoRALinear(4, 3, **kwargs)
+    with pytest.raises(ValueError, match=message):
+        LoRALinear.from_linear(linear, **kwargs)
+    assert type(linear) is nn.Linear
+    assert linear.weight.requires_grad
+
+
+@pytest.mark.parametrize("cls", [nn.Linear, OwnForward])
+@pytest.mark.parametrize("bias", [True, False])
+def test_from_linear_never_changes_its_argument(cls, bias):
+    if cls is OwnForward and not bias:
+        bias = True
+    linear = cls(12, 10, bias=bias)
+    linear.register_forward_hook(lambda *args: None)
+    attributes = {name: value.copy() if isinstance(value, dict) else value for name, value in linear.__dict__.items()}
+    parameters = {name: (id(p), as_bits(p)) for name, p in linear.named_parameters()}
+    x = torch.randn(5, 12)
+    y = linear(x)
+
+    layer = LoRALinear.from_linear(linear, rank=4, alpha=8.0, dropout=0.1).eval()
+    assert type(layer).__name__ == f"LoRA{cls.__name__}" if cls is OwnForward else type(layer) is LoRALinear
+    assert layer.weight.data_ptr() == linear.weight.data_ptr()  # no copy
+    assert not any(p.requires_grad for p in layer.base_parameters().values())
+    fill(layer)
+    unmerged = layer(x)
+    layer(x).sum().backward()
+    layer.register_forward_hook(lambda *args: None)
+    merge_lora(layer)
+    torch.testing.assert_close(layer(x), unmerged)
+    assert not same_bits(layer(x), y)
+    assert layer.weight.data_ptr() != linear.weight.data_ptr()  # the first merge copies
+
+    assert type(linear) is cls
+    assert same_bits(linear(x), y)
+    assert all((id(p), True) == (parameters[name][0], torch.equal(as_bits(p), parameters[name][1])) for name, p in linear.named_parameters())
+    assert all(p.requires_grad and p.grad is None for p in linear.parameters())
+    if cls is nn.Linear:
+        assert linear.__dict__.keys() == attributes.keys()
+        assert all(linear.__dict__[name] == value for name, value in attributes.items() if not name.startswith("_"))
+        assert len(linear._forward_hooks) == 1
+
+    unmerge_lora(layer)
+    assert layer.weight.data_ptr() == linear.weight.data_ptr()
+    assert same_bits(layer(x), unmerged)
+    merge_lora(layer)
+    unload_lora(layer)
+    assert type(layer) is cls
+    torch.testing.assert_close(layer(x), unmerged)
+    assert same_bits(linear(x), y)
+
+
+def test_from_linear_merged_for_good_leaves_its_argument_too():
+    linear = nn.Linear(4, 3)
+    before = linear.weight.detach().clone()
+    layer = fill(LoRALinear.from_linear(linear))
+    layer.merge_weights(reversible=False)
+    assert same_bits(linear.weight, before)
+    with pytest.raises(ValueError, match="the way back was not kept"):
+        layer.unmerge_weights()
+
+
+def test_from_linear_refuses_what_it_cannot_adapt():
+    with pytest.raises(ValueError, match="reads its weight without calling it"):
+        LoRALinear.from_linear(nn.MultiheadAttention(4, 2).out_proj)
+    with pytest.raises(ValueError, match=r"linear is a LoRALinear and has an adapter already; give linear\.linear"):
+        LoRALinear.from_linear(LoRALinear(4, 3))
+
+
+def test_from_linear_on_the_base_of_another():
+    first = fill(LoRALinear.from_linear(nn.Linear(4, 3)))
+    second = LoRALinear.from_linear(first.linear, rank=2)
+    x = torch.randn(2, 4)
+    assert same_bits(second(x), first.linear(x))
+
+
+def test_a_copied_from_linear_layer_keeps_the_way_back():
+    layer = fill(LoRALinear.from_linear(nn.Linear(4, 3)))
+    base = layer.weight.detach().clone()
+    layer.merge_weights()
+    twin = copy.deepcopy(layer)
+    twin.unmerge_weights()
+    assert same_bits(twin.weight, base)
+    assert layer.merged
+
+
+@pytest.mark.parametrize("kind", ["linear", "linear-subclass"])
+def test_linear_is_a_view_of_the_base(kind):
+    case = CASES[kind]
+    layer, x = case.layer(dropout=0.1), case.x()
+    view = layer.linear
+    assert type(view) is type(case.base())
+    assert not isinstance(view, LoRALayer)
+    assert list(view.state_dict()) == ["weight", "bias"]
+    assert view.weight is layer.weight
+    assert same_bits(view(x), case.base()(x))
+    assert len(list(get_lora_parameters(layer))) == 2  # taking the view took nothing from the layer
+    assert layer.lora_dropout.p == 0.1
+    assert not hasattr(view, "lora_dropout")
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("linear", True), ("linear-subclass", False)])
+def test_only_nn_linears_own_output_is_written_to(kind, expected):
+    assert CASES[kind].layer().plain_forward is expected
+
+
+def test_a_subclass_that_returns_a_tensor_it_keeps_is_not_spoilt():
+    class Caching(nn.Linear):
+        def forward(self, input):
+            self.last = super().forward(input)
+            return self.last
+
+    model = nn.Sequential(Caching(4, 3))
+    layer = fill(LoRALinear.from_linear(model[0]))
+    x = torch.randn(2, 4)
+    y = layer(x)
+    assert not torch.equal(y, layer.last)
+    assert same_bits(layer.last, model[0](x))
+
+
+def test_saved_activations_are_the_bases_and_the_small_one_only():
+    """What the backward pass keeps: x once (shared), A and B; nothing of the size of the output."""
+    layer, x = CASES["linear-no-bias"].layer(), torch.randn(64, 12, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(x)
+    big = [t for t in saved if t.shape[:1] == (64,)]
+    assert {t.data_ptr() for t in big} == {x.data_ptr()}
+
+
+@pytest.mark.parametrize("shape", [(0, 12), (2, 0, 12)])
+def test_empty_batches(shape):
+    layer = CASES["linear"].layer()
+    y = layer(torch.randn(shape))
+    assert y.shape == (*shape[:-1], 10)
+    y.sum().backward()
+    assert not layer.lora_A.grad.count_nonzero()
