@@ -117,7 +117,7 @@ def run(overrides: list[str], out: Path, started: float) -> dict:
     return summary
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def merge_difference(task, prompts) -> float:
     """Largest difference between merged and unmerged logits, in float32, so that it shows the merge and not bfloat16's rounding."""
     model = task.model.cpu().float().eval()
@@ -153,9 +153,7 @@ def report(summary: dict, out: Path) -> None:
     for row in summary["answers"]:
         print(f"  {row['prompt']}\n    before: {' '.join(row['response'].split())!r}\n    after:  {row['after']!r}")
     print(f"trained {summary['trainable']:,} of {summary['total']:,} parameters ({summary['trainable'] / summary['total']:.2%})")
-    print(
-        f"the adapter takes {summary['adapter_bytes'] / 1e6:.1f} MB, the model {summary['model_bytes'] / 1e6:.0f} MB ({summary['dtype']})"
-    )
+    print(f"the adapter has {summary['adapter_bytes'] / 1e6:.1f} MB, the model {summary['model_bytes'] / 1e6:.0f} MB ({summary['dtype']})")
     print(f"merged and unmerged logits differ by at most {summary['merge_max_abs_diff']:.1e} (in float32)")
     print(f"{summary['seconds']:.0f} s: {', '.join(f'{name} {value:.0f}' for name, value in summary['phases'].items())}")
     print(f"results in {out}: summary.json, adapter/, checkpoints/, metrics.csv, loss.png")

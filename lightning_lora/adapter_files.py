@@ -99,14 +99,14 @@ def _read_folder(folder: Path) -> AdapterFile:
     if meta is None:
         assert fields is not None
         return AdapterFile(peft_format.from_peft(fields, str(folder / CONFIG), named), named, None)
-    config = _config(meta, str(file))
+    config, base, _ = _understood(meta, str(file))
     said = {"r": config.rank, "lora_alpha": config.alpha, "use_rslora": config.scaling == "rslora", "bias": config.bias}
     for name, mine in said.items():
         if fields is not None and fields.get(name) != mine:
             raise ValueError(
                 f"{folder}: {CONFIG} says {name}={fields.get(name)!r}, the tensors were saved with {mine!r}: files of two different saves."
             )
-    return AdapterFile(config, named, meta["base"])
+    return AdapterFile(config, named, base)
 
 
 def _read_checkpoint(file: Path) -> AdapterFile:
@@ -117,20 +117,25 @@ def _read_checkpoint(file: Path) -> AdapterFile:
     meta = checkpoint.get(META) if isinstance(checkpoint, dict) else None
     if meta is None:
         raise ValueError(f"{file} was not written under LoRACallback: it holds no adapter.")
-    prefix = f"{meta['root']}." if meta["root"] else ""
-    tensors = checkpoint["state_dict"]
+    config, base, root = _understood(meta, str(file))
+    prefix, tensors = f"{root}." if root else "", checkpoint.get("state_dict", {})
     outside = [name for name in tensors if not name.startswith(prefix)]
     if outside:
-        raise ValueError(f"{file}: {outside[0]!r} is not part of {meta['root']!r}; load it through Trainer(...).fit(ckpt_path=...).")
-    return AdapterFile(_config(meta, str(file)), {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, meta["base"])
+        raise ValueError(f"{file}: {outside[0]!r} is not part of {root!r}; load it through Trainer(...).fit(ckpt_path=...).")
+    return AdapterFile(config, {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, base)
 
 
-def _config(meta: dict[str, Any], where: str) -> LoRAConfig:
-    if meta["format_version"] > FORMAT_VERSION:
+def _understood(meta: dict[str, Any], where: str) -> tuple[LoRAConfig, dict[str, Any] | None, str]:
+    """Config, base and root of what stands beside the tensors."""
+    try:
+        version = meta["format_version"]
+        if version > FORMAT_VERSION:
+            raise ValueError(f"{where} has format version {version}, this lightning-lora reads up to {FORMAT_VERSION}; update it.")
+        return LoRAConfig(**meta["config"]), meta["base"], meta.get("root", "")
+    except (KeyError, TypeError) as error:
         raise ValueError(
-            f"{where} has format version {meta['format_version']}, this lightning-lora reads up to {FORMAT_VERSION}; update it."
-        )
-    return LoRAConfig(**meta["config"])
+            f"{where}: its {META} metadata is not readable ({error}): a newer version wrote it, or it was changed by hand."
+        ) from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ base is the one that the adapter was trained on, no value is NaN.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.fingerprint import base_identity
 from lightning_lora.inject import inject, unmerge_lora
 from lightning_lora.layers.base import PREFIX, LoRALayer, lora_layers
-from lightning_lora.names import adapter_root, clean_name, modules_by_name
+from lightning_lora.names import adapter_root, clean_name, modules_by_name, second_names
 from lightning_lora.targeting import TargetReport, find_targets, saved_modules
 
 
@@ -51,6 +52,8 @@ def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False) 
     tensors |= {peft_format.peft_name(name, layers): tensor for name, tensor in extras.items()}
     modules = [name for name in modules_by_name(root) if PREFIX not in name]
     fields = peft_format.to_peft(config, layers, saved_modules(root, config), modules)
+    for name, other in _shared(root, layers).items():
+        warnings.warn(f"{name!r} and {other!r} are one module: read by PEFT, the adapter would be on the first only.", stacklevel=2)
     write_folder(folder, AdapterFile(config, tensors, base_identity(root, extras)), fields)
     return folder
 
@@ -78,13 +81,18 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
             f"{path}: {bad[0]} holds NaN or infinity ({len(bad)} tensors do); pass allow_nonfinite=True to load it all the same."
         )
     report = find_targets(root, adapter.config)
+    if adapter.base is None:  # a file of PEFT's, which adapts a module under its first name only
+        for name, other in _shared(root, [clean_name(target.fqn) for target in report.targets]).items():
+            raise ValueError(
+                f"{path}: {name!r} and {other!r} are one module here and two in PEFT, which would have adapted only the first."
+            )
     tensors = _fit(root, report, adapter, str(path))
     if check_base and adapter.base is not None:
         fingerprint.check_base(root, adapter.base, {name for name in tensors if not _is_adapter(name)}, str(path))
 
     layers = adapted_layers(root)
     if layers:
-        _same_adapter(layers, report, adapter.config, str(path))
+        _same_adapter(root, layers, report, adapter.config, str(path))
         unmerge_lora(root)
     else:
         inject(root, adapter.config, report)
@@ -165,24 +173,41 @@ def _fit(root: nn.Module, report: TargetReport, adapter: AdapterFile, where: str
                 f"{where}: {name} has shape {tuple(tensors[name].shape)}, this model and rank={config.rank} need {shape}:"
                 " the adapter is for another base or another rank."
             )
+    owners: dict[int, str] = {}
+    for name in tensors.keys() & base.keys():  # tied here: one parameter cannot take two values
+        other = owners.setdefault(id(base[name]), name)
+        if not torch.equal(tensors[name], tensors[other]):
+            first, second = sorted((name, other))
+            raise ValueError(
+                f"{where}: {first} and {second} are one tied parameter in this model, the file has two values; untie them first."
+            )
     return tensors
 
 
-def _same_adapter(layers: dict[str, LoRALayer], report: TargetReport, config: LoRAConfig, where: str) -> None:
+def _same_adapter(root: nn.Module, layers: dict[str, LoRALayer], report: TargetReport, config: LoRAConfig, where: str) -> None:
     """Raise ValueError unless the layers that are there are those that the file is for."""
     here = {name: (layer.rank, layer.scaling, layer.lora_config.variant) for name, layer in layers.items()}
     file = {clean_name(t.fqn): (t.rank, config.scaling_of(t.rank, t.alpha), config.variant) for t in report.targets}
-    different = sorted(name for name in here.keys() | file.keys() if here.get(name) != file.get(name))
+    different = [
+        f"{name!r} has {here.get(name)}, the file {file.get(name)}" for name in sorted(here | file) if here.get(name) != file.get(name)
+    ]
+    own = next(iter(layers.values())).lora_config
+    for name, mine, theirs in (("bias", own.bias, config.bias), ("modules_to_save", saved_modules(root, own), list(report.saved))):
+        if mine != theirs:
+            different.append(f"{name} is {mine!r}, the file has {theirs!r}")
     if different:
-        name = different[0]
         raise ValueError(
-            f"{where} does not fit the LoRA this model has: {name!r} has (rank, scaling, variant) {here.get(name)}, the file"
-            f" {file.get(name)} ({len(different)} layers differ); call unload_lora(model) first."
+            f"{where} does not fit the LoRA this model has, in {len(different)} places (rank, scaling, variant): {different[0]}; call"
+            " unload_lora(model) first."
         )
 
 
 def _equal(mine: Tensor, theirs: Tensor) -> bool:
     return mine.shape == theirs.shape and torch.equal(mine.detach().cpu(), theirs.to(mine.dtype).cpu())
+
+
+def _shared(root: nn.Module, adapted: Collection[str]) -> dict[str, str]:
+    return {name: other for name, other in second_names(root).items() if name in adapted or other in adapted}
 
 
 def _some(names: list[str]) -> str:

@@ -65,6 +65,7 @@ def lightning_cli() -> type:
 def _run_tool(command: str, argv: list[str]) -> None:
     from lightning_lora import tools
 
+    argv = [f"{argument}=true" if argument == "--overwrite" else argument for argument in argv]  # the parser's booleans want a value
     auto_cli(getattr(tools, command), args=argv, prog=f"lightning-lora {command}", exit_on_error=False)
 
 

@@ -35,7 +35,7 @@ def base_identity(root: nn.Module, exclude: Collection[str] = ()) -> dict[str, A
             digest.update(f"{full}={merged or sampled_digest(parameter)};".encode())
     config = getattr(root, "config", None)
     name = getattr(config, "_name_or_path", "") or getattr(config, "model_type", "") or ""
-    return {"fingerprint": digest.hexdigest()[:32], "class": type(root).__name__, "name": str(name)}
+    return {"fingerprint": digest.hexdigest()[:32], "class": type(getattr(root, "_orig_mod", root)).__name__, "name": str(name)}
 
 
 def check_base(root: nn.Module, saved: dict[str, Any], exclude: Collection[str], where: str) -> None:

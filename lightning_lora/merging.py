@@ -93,10 +93,11 @@ def unmerge(weight: Tensor, delta: Tensor, undo: Undo) -> Tensor:
     Raises:
         ValueError: the recomputed ``delta`` is not the one that was merged.
     """
+    changed = "the base weight would not come back bit for bit: the adapter, the merged weight or the device changed since the merge"
+    if weight.dtype != undo.value.dtype:
+        raise ValueError(changed)
     base = (weight.to(delta.dtype) - delta).to(weight.dtype).contiguous()
     base.view(-1)[undo.index.to(base.device)] = undo.value.to(base.device)
     if checksum(base) != undo.checksum:
-        raise ValueError(
-            "the base weight would not come back bit for bit: the adapter, the merged weight or the device changed since the merge"
-        )
+        raise ValueError(changed)
     return base

@@ -25,6 +25,16 @@ def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def second_names(model: nn.Module) -> dict[str, str]:
+    """First name → another name of the same module, for modules that two parents share."""
+    first: dict[nn.Module, str] = {}
+    found: dict[str, str] = {}
+    for name, module in modules_by_name(model).items():
+        if first.setdefault(module, name) != name:
+            found.setdefault(first[module], name)
+    return found
+
+
 def adapter_root(model: nn.Module) -> tuple[str, nn.Module]:
     """``(name, module)`` that adapter files are relative to: the model itself, or for a LightningModule with one child
     that has parameters, that child. So an adapter of ``MyTask(model=llama)`` fits ``llama`` alone, and the other way round.

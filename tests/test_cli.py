@@ -230,11 +230,11 @@ def test_merge_never_loses_what_is_there(model, adapter, tmp_path, capsys):
     (out / "old").write_text("precious")
     assert main(["merge", model, adapter, str(out)]) == 1
     assert "is not empty; name another folder, or pass --overwrite" in capsys.readouterr().err
-    assert main(["merge", model, "/no/such/adapter", str(out), "--overwrite=true"]) == 1
+    assert main(["merge", model, "/no/such/adapter", str(out), "--overwrite"]) == 1
     assert [file.name for file in tmp_path.rglob("*")] == ["out", "old"]
-    assert main(["merge", model, adapter, model, "--overwrite=true"]) == 1
+    assert main(["merge", model, adapter, model, "--overwrite"]) == 1
     assert "which it is made from" in capsys.readouterr().err and Path(model, "model.safetensors").is_file()
-    assert main(["merge", model, adapter, str(out), "--overwrite=true"]) == 0
+    assert main(["merge", model, adapter, str(out), "--overwrite"]) == 0
     assert not (out / "old").exists() and (out / "model.safetensors").is_file()
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
     assert main(["merge", model, adapter, str(out / "model.safetensors")]) == 1

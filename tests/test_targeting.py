@@ -86,7 +86,11 @@ def test_all_linear_leaves_a_classification_head():
 
 @pytest.mark.parametrize(
     ("cls", "heads"),
-    [(BertForSequenceClassification, ["classifier"]), (BertForTokenClassification, ["classifier"]), (BertForQuestionAnswering, ["qa_outputs"])],
+    [
+        (BertForSequenceClassification, ["classifier"]),
+        (BertForTokenClassification, ["classifier"]),
+        (BertForQuestionAnswering, ["qa_outputs"]),
+    ],
 )
 def test_fresh_heads_of_transformers_models(cls, heads):
     assert fresh_heads(bert(cls)) == heads

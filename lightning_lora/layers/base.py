@@ -21,18 +21,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import merging
 from lightning_lora.config import LoRAConfig
-from lightning_lora.digests import sampled_digest
+from lightning_lora.layers.mergeable import PREFIX, Mergeable
 from lightning_lora.registry import INITS, VARIANTS, kind_of, look_up, qualified_name, why_refused
-from lightning_lora.sharding import local, piece_of, whole
 
-PREFIX = "lora_"  # of every parameter and submodule that LoRA adds to a layer
 _HALF = (torch.float16, torch.bfloat16)
 
 
-class LoRALayer(nn.Module):
-    """What all kinds share: parameters, the forward pass, merging, state dicts, dtypes, pickling.
+class LoRALayer(Mergeable):
+    """What all kinds share: parameters, the forward pass, dtypes, pickling; merging is in :class:`Mergeable`.
 
     Attributes:
         lora_A: down-projection, (r, in) for a linear.
@@ -51,22 +48,13 @@ class LoRALayer(nn.Module):
     #: Whether the weight is stored (in, out).
     transposed: ClassVar[bool] = False
 
-    weight: Any  # nn.Parameter; some quantized bases have a subclass of it
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_dropout: nn.Dropout
     lora_config: LoRAConfig
     rank: int
     alpha: float
-    merged: bool
-    _undo: merging.Undo | merging.Original | None
-    _owns_weight: bool
-    _untied: list[Any]
-    _digest: str
-    _device: torch.device
     lora_base: ClassVar[type[nn.Module]]
-    #: Share of the update that rounding lost in the last merge.
-    merge_loss: float
 
     # What a kind fills in.
 
@@ -82,10 +70,6 @@ class LoRALayer(nn.Module):
     def lora_update(self, y: Tensor, x: Tensor) -> Tensor:
         """The base's output ``y`` plus this layer's update for the input ``x``."""
         raise NotImplementedError(f"{type(self).__name__} has to say its update")
-
-    def lora_delta(self) -> Tensor:
-        """The update as a dense tensor of the weight's shape, in the adapter's dtype."""
-        raise NotImplementedError(f"{type(self).__name__} has to say its dense update")
 
     def lora_factors(self) -> tuple[Tensor, Tensor]:
         """The factor that starts random and the one that starts at zero."""
@@ -154,95 +138,6 @@ class LoRALayer(nn.Module):
         """The dropout probability in force: 0 in evaluation."""
         return self.lora_dropout.p if self.lora_dropout.training else 0.0
 
-    def base_parameters(self) -> dict[str, nn.Parameter]:
-        """The layer's own parameters without the adapter's."""
-        return {name: p for name, p in self._parameters.items() if p is not None and not name.startswith(PREFIX)}
-
-    def lora_parameters(self) -> dict[str, nn.Parameter]:
-        """The adapter's parameters."""
-        return {name: p for name, p in self._parameters.items() if p is not None and name.startswith(PREFIX)}
-
-    @property
-    def base_weight_digest(self) -> str | None:
-        """Sampled digest of the base weight while it is merged; None when the weight itself can be read."""
-        return self._digest if self.merged else None
-
-    # Merging.
-
-    def exact_delta(self, device: torch.device | str | None = None) -> Tensor:
-        """The dense update with full-precision products, on ``device`` (default: the weight's)."""
-        own = self._parameters
-        target = torch.device(device) if device is not None else self.weight.device
-        wide = {name: whole(p.detach()).to(target) for name, p in self.lora_parameters().items()}
-        self.__dict__["_parameters"] = {**own, **wide}
-        try:
-            with merging.exact_matmul():
-                return self.lora_delta()
-        finally:
-            self.__dict__["_parameters"] = own
-
-    def merge_weights(self, *, device: torch.device | str | None = None, reversible: bool = True) -> None:
-        """``weight += scaling · B·A``, summed in fp32 and rounded once; a no-op on a merged layer.
-
-        A weight that another module uses too is replaced, never written to.
-
-        Args:
-            device: where to compute (default: the weight's device).
-            reversible: keep what :meth:`unmerge_weights` needs.
-
-        Raises:
-            ValueError: :meth:`merge_refusal` has a reason.
-        """
-        if self.merged:
-            return
-        reason = self.merge_refusal()
-        if reason:
-            raise ValueError(reason)
-        home, device = self.weight.device, torch.device(device) if device is not None else self.weight.device
-        self._digest, self._device = sampled_digest(whole(self.weight.detach())), device
-        delta = piece_of(self.exact_delta(device), self.weight)
-        if self._owns_weight:
-            mine = local(self.weight.detach())
-            weight = mine.to(device)
-            self._undo, self.merge_loss = merging.merge(weight, delta, reversible=reversible)
-            if device != home:
-                mine.copy_(weight)
-        else:
-            shared = self.weight
-            merged, self.merge_loss = merging.merged_weight(shared.data.to(device), delta)
-            self.weight = nn.Parameter(merged.to(home), requires_grad=False)
-            self._undo = merging.Original(shared) if reversible else None
-        self.merged = True
-
-    def merge_refusal(self) -> str | None:
-        """Why the update cannot be merged now; None if it can."""
-        if not self.weight.is_floating_point():
-            kind = f"the weight is quantized ({self.weight.dtype})"
-            return f"{kind} and cannot take an update in place: dequantize the base first, or leave it unmerged"
-        spoilt = [name for name, p in self.lora_parameters().items() if not whole(p.detach()).isfinite().all()]
-        return f"{spoilt[0]} holds NaN or infinity and would spoil the base weight: load a sound adapter first" if spoilt else None
-
-    def unmerge_weights(self) -> None:
-        """Put the base weight back bit for bit; a no-op on a layer that is not merged.
-
-        Raises:
-            ValueError: the way back was not kept, or the adapter changed since the merge.
-        """
-        if not self.merged:
-            return
-        if self._undo is None:
-            raise ValueError(
-                "the way back was not kept (merged with reversible=False, or other weights were loaded since): load the base model again"
-            )
-        if isinstance(self._undo, merging.Undo):
-            # Where it was merged, for the product has to come out the same to the bit.
-            mine = local(self.weight.detach())
-            base = merging.unmerge(mine.to(self._device), piece_of(self.exact_delta(self._device), self.weight), self._undo)
-            mine.copy_(base)
-        else:
-            self.weight = self._undo.weight
-        self.merged, self._undo = False, None
-
     # What torch calls.
 
     def train(self, mode: bool = True) -> LoRALayer:
@@ -261,26 +156,6 @@ class LoRALayer(nn.Module):
                 parameter.data = data.to(parameter.device)
                 parameter.grad = None if grad is None else grad.to(parameter.device)
         return self
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.merged:  # a merged layer is a plain layer: carrying the adapter too would apply it twice
-            for name in self.lora_parameters():
-                del destination[prefix + name]
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if self.merged:
-            if any(key.startswith(prefix + PREFIX) for key in state_dict):
-                self.unmerge_weights()  # an adapter is coming: it belongs on the base
-            else:
-                _, _, missing, _, errors = args  # torch's own lists: metadata, strict, missing, unexpected, errors
-                failed = len(errors)
-                super()._load_from_state_dict(state_dict, prefix, *args)
-                missing[:] = [key for key in missing if not key.startswith(prefix + PREFIX)]
-                if prefix + "weight" in state_dict and len(errors) == failed:
-                    self._undo = None  # other merged weights are in: the way back no longer fits them
-                return
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         """The base's, and the adapter's rank, alpha and dropout."""

@@ -12,6 +12,8 @@ from lightning_lora import LoRAConfig
 from lightning_lora.layers.base import LoRALayer, adapt
 from tests.conftest import fill
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
 
 class OwnForward(nn.Linear):
     """A user's subclass with a forward, an argument and a state of its own."""

@@ -1,4 +1,4 @@
-"""What every kind of layer does alike: the formula, merging, dtypes, state dicts, pickles, hooks, the class swap."""
+"""What every kind of layer does alike: the formula, dtypes, pickles, hooks, the class swap (merging: test_mergeable.py)."""
 
 import copy
 import gc
@@ -11,11 +11,9 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, LoRALinear, apply_lora, merge_lora, unload_lora, unmerge_lora
 from lightning_lora.layers.base import LoRALayer, adapt, lora_class, lora_layers, plain_class, refusal, restore
-from tests.conftest import TinyModel, as_bits, fill, same_bits
-from tests.layers.kinds import CASES
+from tests.conftest import TinyModel, fill, same_bits
+from tests.layers.kinds import CASES, DTYPES
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-HALF = (torch.bfloat16, torch.float16)
 every_kind = pytest.mark.parametrize("kind", CASES)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
@@ -93,139 +91,6 @@ def test_an_adapter_made_in_eval_mode_is_in_eval_mode():
     assert not adapt(base, LoRAConfig(dropout=0.5), 2, 4.0).lora_dropout.training
 
 
-# Merging.
-
-
-@every_kind
-@every_dtype
-def test_merge_equals_unmerged_and_unmerge_is_exact(kind, dtype):
-    case = CASES[kind]
-    layer, x = case.layer(dtype).eval(), case.x(dtype)
-    with torch.no_grad():
-        layer.lora_B.mul_(0.3)
-    base, unmerged = layer.weight.detach().clone(), layer(x)
-    adapter = {name: p.detach().clone() for name, p in layer.lora_parameters().items()}
-    if getattr(layer, "padding_idx", None) is not None:
-        layer.lora_A.data[:, layer.padding_idx] = 0
-        unmerged = layer(x)
-    for _ in range(2):
-        layer.merge_weights()
-        assert layer.merged
-        assert not same_bits(layer.weight, base)
-        tolerance = {torch.float32: 1e-5, torch.float64: 1e-12}.get(dtype, 16 * torch.finfo(dtype).eps)
-        assert (layer(x) - unmerged).double().norm() <= tolerance * unmerged.double().norm()
-        layer.merge_weights()  # once is enough
-        layer.unmerge_weights()
-        assert not layer.merged
-        assert same_bits(layer.weight, base)
-        assert same_bits(layer(x), unmerged)
-        layer.unmerge_weights()
-    assert all(same_bits(p, adapter[name]) for name, p in layer.lora_parameters().items() if name == "lora_B")
-
-
-@every_kind
-def test_the_merged_weight_is_the_exact_sum_rounded_once(kind):
-    layer = CASES[kind].layer(torch.bfloat16)
-    with torch.no_grad():
-        layer.lora_B.mul_(0.1)
-    exact = layer.weight.double() + copy.deepcopy(layer).double().lora_delta()
-    torch.set_float32_matmul_precision("medium")
-    with torch.autocast("cpu", torch.bfloat16):
-        layer.merge_weights()
-    assert torch.get_float32_matmul_precision() == "medium"
-    differs = layer.weight != exact.to(torch.bfloat16)  # but for sums that fall next to the middle of two bf16 numbers
-    assert differs.double().mean() < 0.02
-    assert layer.weight.dtype == torch.bfloat16
-    lost = (layer.weight.double() - exact).norm() / copy.deepcopy(layer).double().lora_delta().norm()
-    assert layer.merge_loss == pytest.approx(lost.item(), rel=0.05)
-    assert not layer.weight.requires_grad
-
-
-def test_the_product_is_full_precision_whatever_the_user_set(monkeypatch):
-    layer, seen = CASES["linear"].layer(), []
-    real = LoRALinear.lora_delta
-
-    def spy(self):
-        seen.append((torch.backends.cuda.matmul.fp32_precision, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
-        return real(self)
-
-    monkeypatch.setattr(LoRALinear, "lora_delta", spy)
-    torch.set_float32_matmul_precision("high")
-    with torch.autocast("cpu", torch.bfloat16):
-        layer.merge_weights()
-        layer.unmerge_weights()
-    assert seen == [("ieee", False, False)] * 2
-
-
-def test_merging_for_good():
-    layer = CASES["linear"].layer()
-    layer.merge_weights(reversible=False)
-    merged = layer.weight.detach().clone()
-    with pytest.raises(ValueError, match="the way back was not kept"):
-        layer.unmerge_weights()
-    assert layer.merged
-    assert same_bits(layer.weight, merged)
-
-
-def test_an_adapter_that_changed_after_the_merge_is_not_taken_out():
-    layer = CASES["linear"].layer()
-    layer.merge_weights()
-    merged = layer.weight.detach().clone()
-    with torch.no_grad():
-        layer.lora_B[0, 0] += 1
-    with pytest.raises(ValueError, match="would not come back bit for bit"):
-        layer.unmerge_weights()
-    assert layer.merged
-    assert same_bits(layer.weight, merged)
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_spoilt_adapter_is_not_merged(value):
-    layer = CASES["linear"].layer()
-    with torch.no_grad():
-        layer.lora_A[0, 0] = value
-    before = layer.weight.detach().clone()
-    with pytest.raises(ValueError, match="lora_A holds NaN or infinity"):
-        layer.merge_weights()
-    assert not layer.merged
-    assert same_bits(layer.weight, before)
-
-
-def test_a_quantized_weight_is_not_merged():
-    layer = CASES["linear"].layer()
-    layer.weight = nn.Parameter(torch.zeros(10, 12, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"the weight is quantized \(torch.int8\)"):
-        layer.merge_weights()
-    assert layer.weight.count_nonzero() == 0
-
-
-def test_merging_on_a_named_device_comes_home():
-    layer = CASES["linear"].layer()
-    base = layer.weight.detach().clone()
-    layer.merge_weights(device="cpu")
-    layer.unmerge_weights()
-    assert same_bits(layer.weight, base)
-
-
-def test_the_way_back_of_a_converted_layer_is_refused():
-    layer = CASES["linear"].layer()
-    layer.merge_weights()
-    layer.to(torch.bfloat16)
-    with pytest.raises(ValueError, match="would not come back bit for bit"):
-        layer.unmerge_weights()
-
-
-@every_kind
-def test_the_digest_of_the_base_is_kept_while_it_is_merged(kind):
-    from lightning_lora.digests import sampled_digest
-
-    layer = CASES[kind].layer()
-    before = sampled_digest(layer.weight)
-    assert layer.base_weight_digest is None
-    layer.merge_weights()
-    assert layer.base_weight_digest == before != sampled_digest(layer.weight)
-
-
 # Dtypes and devices.
 
 
@@ -297,70 +162,6 @@ def test_meta_then_materialised(kind):
     assert random.count_nonzero() == random.numel()
     if kind != "hf-conv1d":
         assert layer.weight.isfinite().all()
-
-
-# State dicts.
-
-
-@every_kind
-def test_state_dict_keys_are_the_bases_and_two_more(kind):
-    case = CASES[kind]
-    base = case.base().state_dict()
-    layer = case.layer()
-    assert list(layer.state_dict()) == [*base, "lora_A", "lora_B"]
-    layer.merge_weights()
-    assert list(layer.state_dict()) == list(base)
-    plain = case.base()
-    plain.load_state_dict(layer.state_dict())
-    assert same_bits(plain(case.x()), layer(case.x()))
-
-
-@every_kind
-def test_loading_an_adapter_into_a_merged_layer_unmerges_it_first(kind):
-    case = CASES[kind]
-    layer, other = case.layer(), case.layer()
-    fill(other, seed=2)
-    base = layer.weight.detach().clone()
-    layer.merge_weights()
-    layer.load_state_dict(other.state_dict())
-    assert not layer.merged
-    assert same_bits(layer.weight, base)
-    assert same_bits(layer(case.x()), other(case.x()))
-
-
-def test_loading_only_the_adapter_into_a_merged_layer_brings_the_base_back():
-    case = CASES["linear"]
-    layer, base = case.layer(), case.base()
-    layer.merge_weights()
-    layer.load_state_dict({"lora_A": torch.zeros(4, 12), "lora_B": torch.zeros(10, 4)}, strict=False)
-    assert same_bits(layer(case.x()), base(case.x()))
-
-
-def test_loading_merged_weights_into_a_merged_layer_gives_up_the_way_back():
-    case = CASES["linear"]
-    layer = case.layer()
-    layer.merge_weights()
-    result = layer.load_state_dict(case.base().state_dict())
-    assert (result.missing_keys, result.unexpected_keys) == ([], [])
-    assert same_bits(layer(case.x()), case.base()(case.x()))
-    with pytest.raises(ValueError, match="other weights were loaded since"):
-        layer.unmerge_weights()
-
-
-def test_a_failed_load_keeps_the_way_back():
-    layer = CASES["linear"].layer()
-    base = layer.weight.detach().clone()
-    layer.merge_weights()
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        layer.load_state_dict({"weight": torch.zeros(3, 3), "bias": torch.zeros(10)})
-    layer.unmerge_weights()
-    assert same_bits(layer.weight, base)
-
-
-def test_loading_into_an_unmerged_layer_is_strict_about_the_adapter():
-    layer = CASES["linear"].layer()
-    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "lora_A", "lora_B"'):
-        layer.load_state_dict(CASES["linear"].base().state_dict())
 
 
 # Copies and pickles.
@@ -623,7 +424,3 @@ def test_autocast_runs_in_bf16_and_keeps_fp32_gradients(kind):
     torch.testing.assert_close(y.float(), full, rtol=0.05, atol=0.05 * full.abs().max().item())
     y.float().square().sum().backward()
     assert layer.lora_A.grad.dtype == layer.lora_B.grad.dtype == torch.float32
-
-
-def test_bits_helper_sees_the_sign_of_zero():
-    assert not torch.equal(as_bits(torch.tensor(0.0)), as_bits(torch.tensor(-0.0)))

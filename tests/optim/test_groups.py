@@ -96,7 +96,8 @@ def test_only_trainable_keeps_groups_in_place_for_schedulers(make, ids):
     model = apply_lora(make(TinyModel))
     with only_trainable():
         optimizer = torch.optim.SGD(
-            [{"params": model.embed.parameters()}, {"params": model.layers.parameters()}, {"params": model.embed.weight.new_ones(1)}], lr=1.0
+            [{"params": model.embed.parameters()}, {"params": model.layers.parameters()}, {"params": torch.ones(1)}],
+            lr=1.0,
         )
         scheduler = LambdaLR(optimizer, [lambda _: 0.1, lambda _: 0.2, lambda _: 0.3])
     assert [len(group["params"]) for group in optimizer.param_groups] == [0, 8, 0]

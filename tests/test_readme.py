@@ -1,0 +1,189 @@
+"""The README is run: its Python blocks one after another in one namespace, its YAML and its command lines through the real parsers.
+
+Nothing in it can be skipped. The names that it takes for granted (`MyModule`, `model`, `batches`) are tiny stand-ins, made here.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lightning_lora import LoRAConfig, cli, get_lora_parameters, tools
+from lightning_lora.layers import LoRALayer
+from lightning_lora.lightning_cli import LoRACLI
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+def commands() -> Iterator[list[str]]:
+    """Every command line of the bash blocks, as words."""
+    for block in blocks("bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            if words := shlex.split(line, comments=True):
+                yield words
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+
+
+class MyModule(L.LightningModule):
+    """A LightningModule as anyone has it: it knows nothing of LoRA, and hands all its parameters to the optimizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = llama().train()
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        return self.model(**batch).loss
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self.log("test_loss", self.model(**batch).loss, batch_size=2)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(batches(), batch_size=None)
+
+    def test_dataloader(self) -> DataLoader:
+        return DataLoader(batches(), batch_size=None)
+
+
+def batches() -> list[dict[str, torch.Tensor]]:
+    ids = torch.arange(48).reshape(4, 2, 6)
+    return [{"input_ids": rows, "labels": rows} for rows in ids]
+
+
+@pytest.fixture(scope="module")
+def namespace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """What is there after all Python blocks have run, in an empty folder (under `__folder__`)."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("readme")
+        patch.chdir(folder)
+        names: dict[str, Any] = {"MyModule": MyModule, "model": llama(), "batches": batches(), "__folder__": folder}
+        for block in blocks("python"):
+            line = README[: README.index(block)].count("\n")
+            exec(compile("\n" * line + block, str(ROOT / "README.md"), "exec"), names)
+        yield names
+
+
+# Lightning's advice where a block leaves out, for brevity, what a long run would set.
+ADVICE = pytest.mark.filterwarnings("ignore:.*TensorBoard.*", "ignore:.*tensorboard.*", "ignore:`isinstance.treespec, LeafSpec.`")
+
+
+@ADVICE
+def test_the_callback_block(namespace: dict[str, Any]) -> None:
+    """It trained, merged and tested; the base came through."""
+    module, config = namespace["module"], LoRAConfig(target_modules=["q_proj", "v_proj"])
+    layers = [layer for layer in module.modules() if isinstance(layer, LoRALayer)]
+    assert len(layers) == 2 * len(config.target_modules) and all(layer.merged for layer in layers)
+    assert module.model.state_dict().keys() == llama().state_dict().keys()
+    assert namespace["trainer"].callback_metrics["test_loss"] < MyModule().model.eval()(**batches()[0]).loss
+
+
+@ADVICE
+def test_the_plain_loop_block(namespace: dict[str, Any]) -> None:
+    """It trained adapters on every linear but the head, saved them as PEFT does, and the base is back bit for bit."""
+    model, folder = namespace["model"], namespace["__folder__"]
+    assert len(get_lora_parameters(model)) == 2 * 7 * 2
+    assert all(layer.lora_B.any() and not layer.merged for layer in model.modules() if isinstance(layer, LoRALayer))
+    assert sorted(path.name for path in (folder / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    base = llama().state_dict()
+    assert all(torch.equal(tensor, base[name]) for name, tensor in model.state_dict().items() if ".lora_" not in name)
+
+
+class ParseOnly(LoRACLI):
+    """The command line's parser, without what follows: no model is made and nothing runs."""
+
+    def _set_seed(self) -> None: ...
+
+    def instantiate_classes(self) -> None: ...
+
+    def _run_subcommand(self, subcommand: str) -> None: ...
+
+
+def parsed(*words: str) -> Any:
+    """The configuration of a training command."""
+    return ParseOnly(args=list(words)).config[words[0]]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in, but for `run.yaml`, the README's own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(blocks("yaml")[0])
+    return tmp_path
+
+
+@pytest.mark.parametrize("number", range(len(blocks("yaml"))))
+def test_yaml_is_a_config(folder: Path, number: int) -> None:
+    """The parser knows every key and accepts every value; what the file says of LoRA makes a valid config."""
+    file = folder / "block.yaml"
+    file.write_text(blocks("yaml")[number])
+    config = parsed("fit", "--config", str(file))
+    assert LoRAConfig(**config.lora.config.as_dict()) != LoRAConfig()
+    file.write_text(blocks("yaml")[number].replace("lora:", "lora:\n  colour: blue"))
+    with pytest.raises(Exception, match="colour"):  # and would know a wrong one
+        parsed("fit", "--config", str(file))
+
+
+@pytest.mark.parametrize("words", list(commands()), ids=" ".join)
+def test_command_lines(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """make's targets are in the Makefile, scripts are in the repository, and our own commands take these options."""
+    program, *rest = words
+    if program == "make":
+        assert set(rest) <= targets() and rest
+    elif program == "python":
+        assert (ROOT / rest[0]).is_file()
+    elif program == "lightning-lora" and rest[0] in cli.TRAIN:
+        assert parsed(*rest)
+    elif program == "lightning-lora":
+        called: dict[str, Any] = {}
+        original = getattr(tools, rest[0])
+        monkeypatch.setattr(tools, rest[0], functools.wraps(original)(lambda **arguments: called.update(arguments)))
+        assert cli.main(rest) == 0
+        values = {value for value in called.values() if isinstance(value, str)}
+        assert values and values <= set(rest), "what was written arrived"
+    else:
+        assert words[:2] == ["pip", "install"], "a command that this test does not know"
+
+
+def targets() -> set[str]:
+    return {name for line in re.findall(r"^([\w ]+):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE) for name in line.split()}
+
+
+def test_what_is_named_in_the_text_exists() -> None:
+    text = re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE)
+    assert set(re.findall(r"`make (\w+)", text)) <= targets()
+    named = {name for group in re.findall(r"`lightning-lora ([\w|]+)", text) for name in group.split("|")}
+    assert named <= {*cli.TRAIN, *cli.TOOLS}
+    files = re.findall(r"`((?:tests|benchmarks|examples|configs|docs|lightning_lora)/[\w./-]+|[A-Z]{5,}\.md)`", text)
+    assert files and not [name for name in files if not (ROOT / name).exists()]
+
+
+def test_the_readme_has_what_is_run_here() -> None:
+    """Every fence has a language that one of these tests takes."""
+    languages = re.findall(r"^```(\w*)$", README, re.MULTILINE)
+    assert set(languages) - {""} <= {"python", "yaml", "bash", "text"}
+    assert len(languages) == 2 * sum(language != "" for language in languages), "a fence without a language is not run"
+    assert blocks("python") and blocks("yaml") and blocks("bash")
+    assert isinstance(llama(), nn.Module)
