@@ -23,14 +23,6 @@ CPU_STEP = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks/cpu_step.p
 NUMBERS = {"ours_ms", "peft_ms", "ratio", "ours_saved_mb", "peft_saved_mb"}
 
 
-@pytest.fixture(autouse=True)
-def threads() -> object:
-    """The benchmark sets its own number of threads; the other tests get theirs back."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def test_injecting_an_8b_model() -> None:
     """All 224 linears of its 32 blocks in less than half a second. The smallest of three, for the machine is shared."""
     shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}

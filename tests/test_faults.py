@@ -39,6 +39,7 @@ from lightning_lora import (
     unmerge_lora,
 )
 from lightning_lora.layers import LoRALayer
+from tests.conftest import as_bits, same_bits, snapshot
 from tests.lit import LitNet, trainer
 
 CONFIG = LoRAConfig(rank=2, alpha=4, target_modules=["q_proj", "v_proj"])
@@ -71,6 +72,10 @@ class Net(nn.Module):
         return self.head(x)
 
 
+def projections(model: Net) -> list[nn.Module]:
+    return [module for layer in model.layers for module in (layer.q_proj, layer.v_proj)]
+
+
 IDS = torch.arange(8).reshape(2, 4)
 
 
@@ -90,22 +95,6 @@ def adapted(config: LoRAConfig = CONFIG, seed: int = 0, std: float = 0.1, **kwar
     return model
 
 
-def raw(tensor: Tensor) -> bytes:
-    if tensor.is_meta:
-        return b""
-    return bytes(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).tolist())
-
-
-def model_bits(model: nn.Module) -> dict[str, Any]:
-    """Everything that a call could have changed: bits, dtypes, storages, flags, classes, instance attributes."""
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {
-        "tensors": {name: (t.dtype, tuple(t.shape), t.data_ptr(), t.requires_grad, raw(t)) for name, t in tensors},
-        "state": {name: raw(t) for name, t in model.state_dict().items()},
-        "modules": {name: (type(m), m.training, sorted(m.__dict__)) for name, m in model.named_modules(remove_duplicate=False)},
-    }
-
-
 def disk_bits(folder: Path) -> dict[str, bytes | None]:
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
 
@@ -113,13 +102,13 @@ def disk_bits(folder: Path) -> dict[str, bytes | None]:
 @contextmanager
 def refused(*said: str, model: nn.Module | None = None, error: type[Exception] = ValueError, folder: Path | None = None) -> Iterator[None]:
     """What runs inside raises exactly this type with these texts in its message, and changes nothing in the model or on the disk."""
-    model_before, disk_before = model and model_bits(model), folder and disk_bits(folder)
+    model_before, disk_before = model and snapshot(model), folder and disk_bits(folder)
     with pytest.raises(error) as caught:
         yield
     assert type(caught.value) is error
     for text in said:
         assert text in str(caught.value), f"{text!r} is not in {caught.value}"
-    assert (model and model_bits(model)) == model_before
+    assert (model and snapshot(model)) == model_before
     assert (folder and disk_bits(folder)) == disk_before
 
 
@@ -225,9 +214,9 @@ def test_row11_a_weight_that_is_read_without_a_call() -> None:
 
 def test_row12_twice() -> None:
     model = adapted()
-    before = model_bits(model)
+    before = snapshot(model)
     assert apply_lora(model, config=LoRAConfig(**CONFIG.to_dict())) is model
-    assert model_bits(model) == before, "the same config again is a no-op"
+    assert snapshot(model) == before, "the same config again is a no-op"
     with refused("'layers.0.q_proj'", "rank: 2 != 4", "unload_lora(model)", model=model):
         apply_lora(model, config=LoRAConfig(rank=4, alpha=4, target_modules=["q_proj", "v_proj"]))
     with refused("target_modules", "unload_lora(model)", model=model):
@@ -461,21 +450,23 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 def test_row46_merge_twice() -> None:
     model = merge_lora(adapted())
-    before = model_bits(model)
+    before = snapshot(model)
     assert merge_lora(model) is model
-    assert model_bits(model) == before
+    assert snapshot(model) == before
 
 
 @pytest.mark.parametrize("size", [1e-3, 0.1, 3.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_row47_unmerge_is_exact(dtype: torch.dtype, size: float) -> None:
     model = adapted(dtype=dtype, std=size)
-    before, y = model_bits(model), model(IDS)
-    assert merge_lora(model).layers[0].q_proj.merged
-    assert model_bits(model)["state"] != before["state"]
+    before, y = snapshot(model), model(IDS)
+    merge_lora(model)
+    assert all(
+        not same_bits(layer.weight, base.weight) for layer, base in zip(projections(model), projections(net(dtype=dtype)), strict=True)
+    )
     unmerge_lora(model)
-    after = model_bits(model)
-    assert after["tensors"] == before["tensors"] and after["state"] == before["state"]
+    after = snapshot(model)
+    assert after["bits"] == before["bits"] and after["parameters"] == before["parameters"]
     assert torch.equal(model(IDS), y)
 
 
@@ -549,9 +540,9 @@ def test_row51_tied_weights(target: str) -> None:
     y = model(IDS)
     with refused(f"{target}.weight is tied to {other}.weight", "untie=True", model=model):
         merge_lora(model)
-    before = raw(model.get_submodule(other).weight)
+    before = as_bits(model.get_submodule(other).weight)
     merge_lora(model, untie=True)
-    assert model.embed.weight is not model.head.weight and raw(model.get_submodule(other).weight) == before
+    assert model.embed.weight is not model.head.weight and torch.equal(as_bits(model.get_submodule(other).weight), before)
     torch.testing.assert_close(model(IDS), y, rtol=1e-4, atol=1e-5)
     unmerge_lora(model)
     assert model.embed.weight is model.head.weight, "and tied again"
@@ -602,9 +593,9 @@ def test_row53_lazy() -> None:
 FC = LoRAConfig(rank=2, alpha=4, target_modules=["fc1", "fc2"])
 
 
-def base_bits(module: nn.Module) -> dict[str, bytes]:
+def base_bits(module: nn.Module) -> dict[str, list[int]]:
     """The tensors of the user's model by name, the adapters left out."""
-    return {name: raw(tensor) for name, tensor in module.state_dict().items() if ".lora_" not in name}
+    return {name: as_bits(tensor).tolist() for name, tensor in module.state_dict().items() if ".lora_" not in name}
 
 
 def test_row50_a_quantized_base_under_the_callback(tmp_path: Path) -> None:
@@ -726,7 +717,7 @@ def test_row63_an_adapter_loaded_into_a_merged_model(folder: Path, merged: bool)
         merge_lora(model)
     load_adapter(model, folder)
     assert torch.equal(model(IDS), adapted()(IDS))
-    assert {name: raw(t) for name, t in model.state_dict().items()} == {name: raw(t) for name, t in adapted().state_dict().items()}
+    assert snapshot(model)["bits"] == snapshot(adapted())["bits"]
 
 
 def test_row63_the_base_was_not_kept(folder: Path) -> None:

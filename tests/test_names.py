@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from lightning_lora.names import adapter_root, clean_name, modules_by_name
+from lightning_lora.names import adapter_root, clean_name, modules_by_name, second_names
 from tests.conftest import Task, TinyModel
 
 
@@ -53,3 +53,9 @@ def test_adapter_root_of_a_task_is_its_only_child_with_parameters(make):
     owner = Task(model)
     owner.scale = nn.Parameter(torch.ones(1))
     assert adapter_root(owner) == ("", owner)
+
+
+def test_second_names_are_those_of_shared_modules():
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "c": nn.Linear(2, 2)})
+    model["b"] = nn.Sequential(model["a"])
+    assert second_names(model) == {"a": "b.0"}
