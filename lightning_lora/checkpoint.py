@@ -88,7 +88,8 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
             )
     tensors = _fit(root, report, adapter, str(path))
     if check_base and adapter.base is not None:
-        fingerprint.check_base(root, adapter.base, {name for name in tensors if not _is_adapter(name)}, str(path))
+        trained = {name for name in tensors if not _is_adapter(name)}
+        fingerprint.check_base(base_identity(root, trained), adapter.base, str(path))
 
     layers = adapted_layers(root)
     if layers:

@@ -16,6 +16,7 @@ from torch import nn
 from lightning_lora.digests import sampled_digest
 from lightning_lora.layers.base import PREFIX, LoRALayer
 from lightning_lora.names import clean_name
+from lightning_lora.sharding import whole
 
 
 def base_identity(root: nn.Module, exclude: Collection[str] = ()) -> dict[str, Any]:
@@ -32,19 +33,18 @@ def base_identity(root: nn.Module, exclude: Collection[str] = ()) -> dict[str, A
             if name.startswith(PREFIX) or full in exclude:
                 continue
             merged = isinstance(module, LoRALayer) and name == "weight" and module.base_weight_digest
-            digest.update(f"{full}={merged or sampled_digest(parameter)};".encode())
+            digest.update(f"{full}={merged or sampled_digest(whole(parameter.detach()))};".encode())
     config = getattr(root, "config", None)
     name = getattr(config, "_name_or_path", "") or getattr(config, "model_type", "") or ""
     return {"fingerprint": digest.hexdigest()[:32], "class": type(getattr(root, "_orig_mod", root)).__name__, "name": str(name)}
 
 
-def check_base(root: nn.Module, saved: dict[str, Any], exclude: Collection[str], where: str) -> None:
-    """Compare this base with the one an adapter remembers.
+def check_base(mine: dict[str, Any], saved: dict[str, Any], where: str) -> None:
+    """Compare this base with the one an adapter remembers, both as :func:`base_identity` has them.
 
     Raises:
         ValueError: they differ; the message has both hashes and the way to load all the same.
     """
-    mine = base_identity(root, exclude)
     if mine["fingerprint"] != saved["fingerprint"]:
         raise ValueError(
             f"{where} was trained on another base: fingerprint {saved['fingerprint']} ({saved['class']} {saved['name']!r}), this model has"

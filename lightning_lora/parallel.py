@@ -38,13 +38,16 @@ class GradientReducer:
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], groups: Sequence[Any]) -> None:
-        self.parameters, self.groups = list(parameters), list(groups)
+        # A module that is fitted again has its hooks already.
+        self.parameters = [parameter for parameter in parameters if not hasattr(parameter, "_lora_reducer")]
+        self.groups = list(groups)
         self._queued = False
         for parameter in self.parameters:
+            parameter._lora_reducer = self  # type: ignore[attr-defined]
             parameter.register_post_accumulate_grad_hook(self._after_accumulation)
 
     def _after_accumulation(self, _: Tensor) -> None:
-        if not self._queued:
+        if not self._queued and dist.is_initialized():  # the module may go on alone, on one device
             self._queued = True
             torch.autograd.Variable._execution_engine.queue_callback(self._reduce)
 
@@ -121,6 +124,11 @@ def data_parallel_groups(wrapped: nn.Module) -> list[Any]:
         return groups if replicas is None else [*groups, replicas]
     mesh = wrapped._get_fsdp_state()._fsdp_param_group.mesh_info.mesh  # type: ignore[operator]
     return [mesh.get_group(dim) for dim in range(mesh.ndim)]
+
+
+def replicas(tensor: Any) -> list[Any]:
+    """The process groups of the mesh dimensions over which a DTensor is the same on every rank."""
+    return [tensor.device_mesh.get_group(dim) for dim, placement in enumerate(tensor.placements) if placement.is_replicate()]
 
 
 @torch.no_grad()

@@ -47,3 +47,14 @@ def piece_of(full: Tensor, like: Tensor) -> Tensor:
             rank = mesh.get_coordinate()[dim]
             full = pieces[rank] if rank < len(pieces) else full.narrow(axis, 0, 0)
     return full
+
+
+def sharded(full: Tensor, like: Tensor) -> Tensor:
+    """A tensor that every rank has whole as a DTensor that lies as ``like`` does; ``full`` itself if ``like`` is a plain tensor."""
+    if not is_sharded(like):
+        return full
+    from torch.distributed.tensor import DTensor
+
+    piece = piece_of(full, like).to(local(like).device).contiguous()
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    return DTensor.from_local(piece, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())

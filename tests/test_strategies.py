@@ -10,7 +10,8 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_lora import LoRACallback
-from lightning_lora.strategies import DurableCheckpointIO, persistent_buffers
+from lightning_lora.strategies.hooks import persistent_buffers
+from lightning_lora.strategies.io import DurableCheckpointIO
 from tests.lit import CONFIG, LitNet, trainer
 
 
@@ -23,6 +24,7 @@ def test_hooks_are_installed_once_and_come_off(tmp_path: Path) -> None:
     later = run.strategy._lora_hooks
     assert later is not hooks and later.buffers == hooks.buffers
     assert later.originals["load_checkpoint"].__func__ is SingleDeviceStrategy.load_checkpoint
+    assert later.base() is hooks.base()
     later.remove()
     assert run.strategy.load_checkpoint.__func__ is SingleDeviceStrategy.load_checkpoint
 

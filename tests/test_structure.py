@@ -37,6 +37,8 @@ LEVELS = [
     ["fuse", "fingerprint", "peft_format", "optim.groups"],
     ["adapter_files", "optim.*"],
     ["checkpoint", "optim"],
+    ["strategies.io", "strategies.support"],
+    ["strategies.*"],
     ["strategies"],
     ["callbacks.*"],
     ["callbacks"],
@@ -49,7 +51,7 @@ LEVELS = [
 ]
 OPTIONAL = {"transformers", "bitsandbytes", "torchao", "triton", "datasets", "matplotlib", "peft", "gguf"}
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}
-LIGHTNING_FROM = "strategies"
+LIGHTNING_FROM = "strategies.io"
 # Start-up is fast because these import what is slow when it is asked for: Lightning, and most of torch.distributed.
 DEFERS = {"": {"callbacks"}, "cli": {"lightning_cli", "tools"}, "inject": {"parallel"}}
 # Errors are ValueError (wrong input) or RuntimeError (wrong at run time); beside those:
@@ -166,7 +168,7 @@ def test_the_rules_see_the_package() -> None:
     assert "config" in {own(i.module) for i in imports("layers.base")}
     assert [i.top for i in imports("tasks.hf") if i.module == "transformers"] == [False] * 2
     assert any(i.typing for i in imports("inits"))
-    assert any(root(i.module) in LIGHTNING for i in imports("strategies"))
+    assert any(root(i.module) in LIGHTNING for i in imports("callbacks.lora"))
 
 
 @each_file

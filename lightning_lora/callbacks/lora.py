@@ -16,7 +16,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.inject import already_applied, inject, merge_lora, merge_report, tied_weights, trainable_parameters, unmerge_lora
 from lightning_lora.layers.base import lora_layers
 from lightning_lora.names import adapter_root
-from lightning_lora.strategies import StrategyHooks, check_supported
+from lightning_lora.strategies import StrategyHooks, arrange, check_supported, synchronize
 from lightning_lora.targeting import TargetReport, find_targets
 
 _CURE = (
@@ -135,10 +135,12 @@ class LoRACallback(Callback):
         if not any(layer.merged for _, layer in lora_layers(target)) and not already_applied(target, self.config):
             self.report = report = find_targets(target, self.config)
             inject(target, self.config, report)
+            synchronize(pl_module)
             trainable, total = trainable_parameters(pl_module)
             rank_zero_info(f"{report}\ntrainable {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
         if self.merge_on_fit_end:
             self._check_mergeable(target)
+        arrange(trainer.strategy, pl_module)
         root = ".".join(filter(None, (self.module, adapter_root(target)[0])))
         StrategyHooks(trainer.strategy, pl_module, root, self.config, self.check_base).install()
 

@@ -6,27 +6,38 @@ saved under one cannot be read under another. Names are the same everywhere.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lora.names import clean_name
+from lightning_lora.sharding import sharded, whole
 
 
-def state_by_name(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
-    """``optimizer.state_dict()`` with names in place of numbers: ``{"state": {fqn: …}, "param_groups": [{"params": [fqn, …], …}]}``."""
+def state_by_name(optimizer: Optimizer, model: nn.Module, saved: Callable[[Tensor], Tensor] = whole) -> dict[str, Any]:
+    """``optimizer.state_dict()`` with names in place of numbers: ``{"state": {fqn: …}, "param_groups": [{"params": [fqn, …], …}]}``.
+
+    Args:
+        optimizer: over parameters of ``model``.
+        model: the names' owner.
+        saved: what is kept of a tensor; by default all of it, whatever piece of it this rank has.
+    """
     names = _names(optimizer, model)
     state = optimizer.state_dict()
     return {
         **state,
-        "state": {names[index]: value for index, value in state["state"].items()},
+        "state": {
+            names[index]: {slot: saved(value) if isinstance(value, Tensor) else value for slot, value in slots.items()}
+            for index, slots in state["state"].items()
+        },
         "param_groups": [{**group, "params": [names[index] for index in group["params"]]} for group in state["param_groups"]],
     }
 
 
 def load_by_name(optimizer: Optimizer, model: nn.Module, saved: dict[str, Any]) -> None:
-    """Load what :func:`state_by_name` returned, whatever the order of the parameters here.
+    """Load what :func:`state_by_name` returned, whatever the order of the parameters here and however they are sharded.
 
     Raises:
         ValueError: the optimizer has other groups or other parameters; nothing is loaded then.
@@ -46,7 +57,14 @@ def load_by_name(optimizer: Optimizer, model: nn.Module, saved: dict[str, Any]) 
             )
     # torch maps by position: keep this optimizer's order.
     groups = [{**theirs, "params": mine["params"]} for mine, theirs in zip(here, there, strict=True)]
-    optimizer.load_state_dict({**saved, "state": {numbers[name]: value for name, value in saved["state"].items()}, "param_groups": groups})
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {}
+    for name, slots in saved["state"].items():
+        like = parameters[numbers[name]]
+        # Moments have their parameter's shape and are sharded as it is; step counts are not.
+        moments = {slot: value for slot, value in slots.items() if isinstance(value, Tensor) and value.shape == like.shape}
+        state[numbers[name]] = slots | {slot: sharded(value, like) for slot, value in moments.items()}
+    optimizer.load_state_dict({**saved, "state": state, "param_groups": groups})
 
 
 def _names(optimizer: Optimizer, model: nn.Module) -> dict[int, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -137,12 +138,18 @@ def test_fsdp2_collectives(pool: Any) -> None:
     assert gathers(after) == gathers(plain) and others(after) <= 1, (plain, after)
 
 
+def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Base weights, whole, as copies."""
+    with FSDP.summon_full_params(model, writeback=False) if isinstance(model, FSDP) else nullcontext():
+        return {clean(n): whole(p).detach().clone() for n, p in model.named_parameters() if "lora_" not in n}
+
+
 def check_merge(name: str, order: str) -> dict[str, Any]:
     model, _, _ = wrapped_and_adapted(name, order)
     reference_model = apply_lora(make_net(), config=CONFIG)
     fill_adapters(reference_model)
     x = make_data()[0]
-    base = {n: whole(p).clone() for n, p in model.named_parameters() if "lora_" not in n}
+    base = weights_of(model)
     with torch.no_grad():
         wanted = reference_model(x)
         model(x)  # leaves FSDP2's root unsharded
@@ -150,14 +157,18 @@ def check_merge(name: str, order: str) -> dict[str, Any]:
         difference = (model(x) - wanted).abs().max().item()
         merge_lora(reference_model)
         weights = {n: p for n, p in reference_model.named_parameters() if "lora_" not in n}
-        merged = {clean(n): whole(p) for n, p in model.named_parameters() if "lora_" not in n}
+        merged = weights_of(model)
         exact = max((merged[n] - weights[n]).abs().max().item() for n in weights)
         unmerge_lora(model)
-        back = all(torch.equal(whole(p), base[n]) for n, p in model.named_parameters() if n in base)
+        back = all(torch.equal(tensor, base[n]) for n, tensor in weights_of(model).items())
     return {"difference": difference, "exact": exact, "back": back}
 
 
-@pytest.mark.parametrize(("name", "order"), [("ddp", "before"), ("fsdp2", "before"), ("fsdp2", "after"), ("tp", "before"), ("tp", "after")])
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [("ddp", "before"), ("fsdp2", "before"), ("fsdp2", "after"), ("fsdp1", "before"), ("fsdp1", "after")]
+    + [("tp", "before"), ("tp", "after")],
+)
 def test_merge_and_unmerge(pool: Any, name: str, order: str) -> None:
     for result in pool.run(check_merge, name, order):
         assert result["difference"] < 1e-5 and result["exact"] < 1e-6 and result["back"], result

@@ -1,0 +1,64 @@
+"""Which strategies LoRA works under, and what has to be arranged before one wraps the module."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from lightning_lora import parallel
+
+_SUPPORTED = (SingleDeviceStrategy, DDPStrategy, FSDPStrategy, ModelParallelStrategy)
+
+
+def check_supported(strategy: Strategy) -> None:
+    """Refuse what would go wrong in silence.
+
+    Raises:
+        ValueError: the strategy is none we know; or its processes start from a copy of this one, which would keep what they train.
+    """
+    name = type(strategy).__name__
+    if not isinstance(strategy, _SUPPORTED):
+        known = ", ".join(cls.__name__ for cls in _SUPPORTED)
+        raise ValueError(f"strategy={name} is not supported under LoRACallback; there are {known}. For sharding use strategy='lora_fsdp2'.")
+    if isinstance(strategy.launcher, _MultiProcessingLauncher):
+        start = strategy.launcher._start_method
+        raise ValueError(
+            f"strategy={name} with start method {start!r} trains in copies of this process, and the adapters would stay there:"
+            " use strategy='ddp' from a script."
+        )
+    if isinstance(strategy, FSDPStrategy) and not strategy.kwargs.get("use_orig_params", True):
+        raise ValueError("FSDPStrategy(use_orig_params=False) hides the parameters that LoRA trains: leave use_orig_params out.")
+
+
+def arrange(strategy: Strategy, module: LightningModule) -> None:
+    """Prepare a strategy for a module that was just adapted and is not wrapped yet.
+
+    FSDP1 flattens a block, adapters and all, into one parameter, which then needs gradient memory for the frozen base too.
+    So it is told to ignore what trains; that stays whole on every rank, and one collective a step averages its gradients.
+    """
+    if not isinstance(strategy, FSDPStrategy):
+        return
+    # Everything that has a gradient is whole on every rank, so torch's own norm is right; Lightning refuses it under FSDP.
+    strategy.precision_plugin.clip_grad_by_norm = functools.partial(Precision.clip_grad_by_norm, strategy.precision_plugin)  # type: ignore[method-assign]
+    if any(isinstance(child, FullyShardedDataParallel) for child in module.modules()):
+        return  # wrapped by the user, so adopted when the adapters were injected
+    if strategy.kwargs.get("ignored_modules"):
+        raise ValueError(
+            "FSDPStrategy(ignored_modules=...): LoRA has to pass parameters to ignore; give yours as ignored_states=[parameters]."
+        )
+    trained = parallel.replicated_parameters(module)
+    for parameter in trained:
+        if not parameter.is_meta:
+            parameter.data = parameter.data.to(strategy.root_device)  # FSDP moves only what it manages
+    mine: list[Any] = list(strategy.kwargs.get("ignored_states") or [])
+    strategy.kwargs["ignored_states"] = mine + [p for p in trained if not any(p is other for other in mine)]
+    parallel.GradientReducer(trained, [None])  # None: all processes
+
+
+__all__ = ["arrange", "check_supported"]

@@ -1,0 +1,216 @@
+"""One Lightning run under a named strategy, and what it left: the piece that the strategy tests and ``make matrix`` share."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from lightning.fabric.strategies.fsdp import _setup_activation_checkpointing
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_lora import LoRACallback, LoRAConfig
+from lightning_lora.layers import lora_layers
+from lightning_lora.sharding import is_sharded, whole
+from tests.distributed.nets import CONFIG, Block, adapter_tensors, make_data, make_net
+
+ROWS = 8  # of a global batch, whatever the world's size
+
+
+class CPUFSDPStrategy(FSDPStrategy):
+    """Lightning refuses its FSDP strategy on CPUs by type and by device id; nothing else differs here."""
+
+    def _setup_model(self, model: torch.nn.Module) -> torch.nn.Module:
+        if not any(isinstance(child, FullyShardedDataParallel) for child in model.modules()):
+            model = FullyShardedDataParallel(
+                model, mixed_precision=self.mixed_precision_config, device_id=torch.device("cpu"), **self.kwargs
+            )
+        _setup_activation_checkpointing(model, self._activation_checkpointing_kwargs)
+        return model
+
+
+class Share(Dataset):
+    """This process's rows of each global batch."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        x, y = make_data(4 * ROWS)
+        self.batches = [(a.chunk(world)[rank], b.chunk(world)[rank]) for a, b in zip(x.split(ROWS), y.split(ROWS), strict=True)]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.batches[index]
+
+
+class LitShared(L.LightningModule):
+    """A module whose batches are the same global ones under every strategy."""
+
+    tensor_parallel = False
+
+    def __init__(self, late: bool = False) -> None:
+        super().__init__()
+        self.net = None if late else make_net()
+        self.losses: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = F.cross_entropy(self.net(batch[0]), batch[1])
+        shared = loss.detach().clone()
+        if dist.is_initialized():
+            dist.all_reduce(shared)
+            shared /= dist.get_world_size()
+        self.losses.append(shared.item())
+        return loss
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("test", F.cross_entropy(self.net(batch[0]), batch[1]), sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2, foreach=False)
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)}
+
+    def train_dataloader(self) -> DataLoader:
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() and not self.tensor_parallel else (0, 1)
+        return DataLoader(Share(rank, world), batch_size=None)
+
+    test_dataloader = train_dataloader
+
+
+class LitFSDP2(LitShared):
+    """Shards itself in ``configure_model``, as Lightning asks for; ``late`` builds the network there too."""
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            self.net = make_net()
+        if any(is_sharded(p) for p in self.net.parameters()):
+            return
+        mesh = self.device_mesh["data_parallel"]
+        for layer in self.net.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(self.net, mesh=mesh)
+
+
+class LitTensorParallel(LitShared):
+    tensor_parallel = True
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            self.net = make_net()
+        if any(is_sharded(p) for p in self.net.parameters()):
+            return
+        for layer in self.net.layers:
+            parallelize_module(layer, self.device_mesh["tensor_parallel"], {"fc1": ColwiseParallel(), "fc2": RowwiseParallel()})
+
+
+class LitFSDP1(LitShared):
+    """Wraps its blocks itself, so that LoRA comes after."""
+
+    def configure_model(self) -> None:
+        self.net = make_net()
+        for index, layer in enumerate(self.net.layers):
+            self.net.layers[index] = FullyShardedDataParallel(layer, use_orig_params=True, device_id=torch.device("cpu"))
+        self.net = FullyShardedDataParallel(self.net, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+def model_parallel(tensor: bool = False, shards: bool = False) -> Strategy:
+    world = dist.get_world_size()
+    return ModelParallelStrategy(
+        data_parallel_size=1 if tensor else world,
+        tensor_parallel_size=world if tensor else 1,
+        save_distributed_checkpoint=shards,
+        process_group_backend="gloo",
+    )
+
+
+def fsdp1(state: str = "full", **kwargs: Any) -> Strategy:
+    return CPUFSDPStrategy(auto_wrap_policy=ModuleWrapPolicy({Block}), state_dict_type=state, process_group_backend="gloo", **kwargs)
+
+
+# Name → how to make the strategy, and the module that goes with it.
+STRATEGIES: dict[str, tuple[Callable[[], Any], Callable[[], LitShared]]] = {
+    "single": (lambda: "auto", LitShared),
+    "ddp": (lambda: DDPStrategy(process_group_backend="gloo"), LitShared),
+    "fsdp full": (fsdp1, LitShared),
+    "fsdp sharded": (lambda: fsdp1("sharded"), LitShared),
+    "fsdp after": (lambda: CPUFSDPStrategy(process_group_backend="gloo"), lambda: LitFSDP1(late=True)),
+    "fsdp2 full": (model_parallel, LitFSDP2),
+    "fsdp2 DCP": (lambda: model_parallel(shards=True), LitFSDP2),
+    "fsdp2 after": (model_parallel, lambda: LitFSDP2(late=True)),
+    "tp": (lambda: model_parallel(tensor=True), LitTensorParallel),
+    "tp after": (lambda: model_parallel(tensor=True), lambda: LitTensorParallel(late=True)),
+}
+
+
+def run(
+    name: str,
+    folder: str,
+    epochs: int = 2,
+    ckpt: str | None = None,
+    save: bool = False,
+    merge: bool = False,
+    test: bool = False,
+    config: LoRAConfig = CONFIG,
+    weights_only: bool = False,
+    **trainer_kwargs: Any,
+) -> dict[str, Any]:
+    """Fit under a strategy.
+
+    Returns:
+        losses, adapters and moments by name (whole), what the checkpoint file has, test losses: plain and comparable.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    strategy, make = STRATEGIES[name]
+    torch.manual_seed(7)
+    module = make()
+    callbacks: list[L.Callback] = [LoRACallback(config, merge_on_fit_end=merge)]
+    if save:
+        callbacks.append(ModelCheckpoint(folder, filename="last", enable_version_counter=False, save_weights_only=weights_only))
+    devices = dist.get_world_size() if dist.is_initialized() else 1
+    trainer = L.Trainer(
+        accelerator="cpu", devices=devices, strategy=strategy(), max_epochs=epochs, callbacks=callbacks, default_root_dir=folder, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=save, use_distributed_sampler=False, **trainer_kwargs,
+    )  # fmt: skip
+    trainer.fit(module, ckpt_path=ckpt)
+    names = {id(p): n for n, p in clean_parameters(module)}
+    optimizer = trainer.optimizers[0]
+    result: dict[str, Any] = {
+        "losses": module.losses,
+        "adapters": adapter_tensors(module),
+        "moments": {names[id(p)]: whole(s["exp_avg"]).clone() for p, s in optimizer.state.items()},
+        "trained": sorted(names[id(p)] for group in optimizer.param_groups for p in group["params"]),
+        "merged": all(layer.merged for _, layer in lora_layers(module)),
+        "dtypes": {str(p.dtype) for _, layer in lora_layers(module) for p in layer.lora_parameters().values()},
+    }
+    if test:
+        result["test"] = trainer.test(module, verbose=False)[0]["test"]
+    if save:
+        result["saved"] = saved_content(Path(folder) / "last.ckpt")
+    return result
+
+
+def clean_parameters(module: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    from lightning_lora.names import clean_name
+
+    return [(clean_name(name), parameter) for name, parameter in module.named_parameters()]
+
+
+def saved_content(path: Path) -> dict[str, Any]:
+    """Tensor names of a checkpoint, and its size in bytes."""
+    if path.is_dir():
+        from torch.distributed.checkpoint import FileSystemReader
+
+        names = [name for name in FileSystemReader(path).read_metadata().state_dict_metadata if name.startswith("state_dict/")]
+        size = sum(os.path.getsize(path / file) for file in os.listdir(path))
+        return {"names": sorted(name.removeprefix("state_dict/") for name in names), "size": size}
+    return {"names": sorted(torch.load(path, weights_only=True)["state_dict"]), "size": os.path.getsize(path)}

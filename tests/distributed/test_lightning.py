@@ -1,0 +1,92 @@
+"""``LoRACallback`` under every strategy: training, checkpoints, resume from any to any, merge; against one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.runs import STRATEGIES, run
+
+PARALLEL = [name for name in STRATEGIES if name != "single"]
+RESUMABLE = ["single", "ddp", "fsdp full", "fsdp sharded", "fsdp2 full", "fsdp2 DCP"]
+
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:Checkpoint directory")
+
+
+def start(pool: Any, name: str, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
+    """A run's results, one a rank; a single process runs here."""
+    return [run(name, *args, **kwargs)] if name == "single" else pool.run(run_with, name, args, kwargs)
+
+
+def run_with(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return run(name, *args, **kwargs)
+
+
+def close(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        torch.testing.assert_close(mine[name], theirs[name], rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run("single", str(tmp_path_factory.mktemp("single")), 4, save=True, test=True)
+
+
+@pytest.fixture(scope="module")
+def halves(pool: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """Two of four epochs under each strategy, with the checkpoint that this left."""
+    made = {}
+    for name in STRATEGIES:
+        folder = tmp_path_factory.mktemp(name.replace(" ", "_"))
+        made[name] = (folder, start(pool, name, str(folder), 2, save=True)[0])
+    return made
+
+
+@pytest.mark.parametrize("name", PARALLEL)
+def test_trains_as_one_process_does(halves: Any, whole_run: dict[str, Any], name: str) -> None:
+    result = halves[name][1]
+    assert result["losses"] == pytest.approx(whole_run["losses"][:8], abs=1e-6)
+    close(result["adapters"], halves["single"][1]["adapters"])
+    close(result["moments"], halves["single"][1]["moments"])
+    assert result["trained"] == halves["single"][1]["trained"]
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_checkpoints_hold_the_adapter_only(halves: Any, name: str) -> None:
+    saved = halves[name][1]["saved"]
+    assert saved["names"] == sorted(halves["single"][1]["adapters"]) and all("lora_" in key for key in saved["names"])
+    values = sum(t.numel() for t in halves["single"][1]["adapters"].values())
+    assert saved["size"] < 3 * 4 * values + 60_000  # adapters and two moments in fp32, and what Lightning writes beside them
+
+
+@pytest.mark.parametrize("target", RESUMABLE)
+@pytest.mark.parametrize("source", RESUMABLE)
+def test_resumes_from_any_strategy_under_any_other(
+    pool: Any, halves: Any, whole_run: dict[str, Any], tmp_path: Path, source: str, target: str
+) -> None:
+    folder, half = halves[source]
+    for rank in start(pool, target, str(tmp_path), 4, ckpt=str(folder / "last.ckpt")):
+        assert half["losses"] + rank["losses"] == pytest.approx(whole_run["losses"], abs=1e-6)
+        close(rank["adapters"], whole_run["adapters"])
+        close(rank["moments"], whole_run["moments"])
+
+
+@pytest.mark.parametrize("name", ["fsdp after", "fsdp2 after", "tp", "tp after"])
+def test_the_others_resume_too(pool: Any, halves: Any, whole_run: dict[str, Any], tmp_path: Path, name: str) -> None:
+    for source, target in ((name, name), (name, "single"), ("single", name)):
+        folder, half = halves[source]
+        result = start(pool, target, str(tmp_path), 4, ckpt=str(folder / "last.ckpt"))[0]
+        assert half["losses"] + result["losses"] == pytest.approx(whole_run["losses"], abs=1e-6)
+        close(result["moments"], whole_run["moments"])
+
+
+@pytest.mark.parametrize("name", PARALLEL)
+def test_merges_at_the_end(pool: Any, whole_run: dict[str, Any], tmp_path: Path, name: str) -> None:
+    for rank in start(pool, name, str(tmp_path), 4, merge=True, test=True):
+        assert rank["merged"]
+        assert rank["test"] == pytest.approx(whole_run["test"], abs=1e-5)
+        close(rank["adapters"], whole_run["adapters"])
