@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_lora import inits, variants  # both register what configs name
+from lightning_lora import inits, variants  # noqa: F401 (both register what configs name)
 from lightning_lora.checkpoint import load_adapter, save_adapter
 from lightning_lora.config import LoRAConfig
 from lightning_lora.inject import apply_lora, get_lora_parameters, merge_lora, merge_report, unload_lora, unmerge_lora
@@ -29,8 +29,6 @@ __all__ = [
     "unmerge_lora",
 ]
 __version__ = "0.1.0"
-
-_REGISTERED = (inits, variants)
 
 
 def __getattr__(name: str) -> Any:

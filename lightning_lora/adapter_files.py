@@ -4,6 +4,7 @@ The safetensors metadata carries what PEFT's format has no place for: our format
 identity. Two files cannot be renamed in one step, so when a folder is overwritten with another config the old JSON is
 removed first and the new one written last: a crash leaves a matching pair, or tensors without a JSON, which still load
 here because the tensors carry their config. It never leaves a mixed pair.
+(Over a folder that PEFT wrote, whose tensors carry nothing, a crash between the two leaves one that says its JSON is missing.)
 """
 
 from __future__ import annotations
@@ -95,11 +96,10 @@ def _read_folder(folder: Path) -> AdapterFile:
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise ValueError(f"{file} is not a readable safetensors file (truncated?): {error}") from error
     named = {peft_format.our_name(name, str(file)): tensor for name, tensor in tensors.items() if ".original_module." not in name}
-    fields = None if meta is not None and not (folder / CONFIG).is_file() else _read_json(folder / CONFIG)
-    if meta is None:
-        assert fields is not None
-        return AdapterFile(peft_format.from_peft(fields, str(folder / CONFIG), named), named, None)
+    if meta is None:  # PEFT's
+        return AdapterFile(peft_format.from_peft(_read_json(folder / CONFIG), str(folder / CONFIG), named), named, None)
     config, base, _ = _understood(meta, str(file))
+    fields = _read_json(folder / CONFIG) if (folder / CONFIG).is_file() else None
     said = {"r": config.rank, "lora_alpha": config.alpha, "use_rslora": config.scaling == "rslora", "bias": config.bias}
     for name, mine in said.items():
         if fields is not None and fields.get(name) != mine:

@@ -108,6 +108,10 @@ def already_applied(model: nn.Module, config: LoRAConfig) -> bool:
             raise ValueError(
                 f"{name!r} has another LoRA config ({'; '.join(different)}); call unload_lora(model) before applying a new one."
             )
+    plain = [target.fqn for target in find_targets(model, config).targets if not isinstance(target.module, LoRALayer)]
+    if plain:
+        here = layers[0][0]
+        raise ValueError(f"{here!r} has LoRA with this config, {plain[0]!r}, which it targets too, has not; call unload_lora(model) first.")
     return True
 
 
@@ -173,9 +177,6 @@ def unmerge_lora(model: nn.Module) -> nn.Module:
                 earlier.merge_weights(device=earlier._device)
             raise ValueError(f"{name!r} cannot be unmerged: {error}.") from error
         done.append(layer)
-    for layer in done:
-        for config in layer.__dict__.pop("_untied", ()):
-            config.tie_word_embeddings = True
     return model
 
 
@@ -187,7 +188,8 @@ def unload_lora(model: nn.Module) -> nn.Module:
     for _, layer in list(lora_layers(model)):
         restore(layer)
     for module in model.modules():
-        module.__dict__.pop("resize_token_embeddings", None)
+        if module.__dict__.get("resize_token_embeddings") is _refuse_resize:
+            del module.resize_token_embeddings
     return model
 
 

@@ -58,17 +58,17 @@ def lora_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropou
 class _LowRankUpdate(torch.autograd.Function):
     """Accumulates into y and keeps x alone, which the neighbours keep anyway; with dropout also one byte an entry of x.
 
-    With t = dropout(x)·Aᵀ and g the gradient of the output: dt = s·g·B, dB = s·gᵀ·t, dA = dtᵀ·dropout(x), dx = dropout'(dt·A).
-    t is computed again in the backward pass: it costs r/out of the base's product. Every step is differentiable, so
-    second derivatives work.
+    With x₀ the input with its dropped entries at zero, s the scale (over 1 − p with dropout), t = x₀·Aᵀ and g the gradient of
+    the output: dt = s·g·B, dB = s·gᵀ·t, dA = dtᵀ·x₀, dx = dt·A with the same entries at zero. t is computed again in the
+    backward pass: it costs r/out of the base's product. Every step is differentiable, so second derivatives work.
     """
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, inplace: bool) -> Tensor:
-        keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else None
-        ctx.save_for_backward(x, A, B, keep)
-        ctx.scale, ctx.dropout = scale, dropout
-        t = F.linear(_drop(x, keep, dropout), A)  # (..., r)
+        dropped, probability = drop_mask(x, dropout) if dropout else (None, 0.0)
+        ctx.save_for_backward(x, A, B, dropped)
+        ctx.scale = scale = scale / (1 - probability)
+        t = F.linear(_zero(x, dropped), A)  # (..., r)
         flat, t = y.reshape(-1, y.shape[-1]), t.reshape(-1, t.shape[-1])
         if inplace and y.is_contiguous():
             flat.addmm_(t, B.t(), alpha=scale)
@@ -79,19 +79,31 @@ class _LowRankUpdate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (g,) = grads
-        x, A, B, keep = ctx.saved_tensors
+        x, A, B, dropped = ctx.saved_tensors
         dx = dA = dB = None
-        dropped = _drop(x, keep, ctx.dropout)
-        flat_g, flat_x = g.reshape(-1, g.shape[-1]), dropped.reshape(-1, x.shape[-1])
+        flat_g, flat_x = g.reshape(-1, g.shape[-1]), _zero(x, dropped).reshape(-1, x.shape[-1])
         dt = flat_g @ (B * ctx.scale)  # (N, r); the scale goes into the smallest operand
         if ctx.needs_input_grad[3]:
             dB = (flat_g.t() @ (flat_x @ A.t())) * ctx.scale
         if ctx.needs_input_grad[2]:
             dA = dt.t() @ flat_x
         if ctx.needs_input_grad[1]:
-            dx = _drop((dt @ A).view(x.shape), keep, ctx.dropout)
+            dx = _zero((dt @ A).view(x.shape), dropped)
         return g, dx, dA, dB, None, None, None
 
 
-def _drop(x: Tensor, keep: Tensor | None, dropout: float) -> Tensor:
-    return x if keep is None else x * keep * (1 / (1 - dropout))
+def drop_mask(x: Tensor, dropout: float) -> tuple[Tensor, float]:
+    """Which entries of x to drop, and with what probability exactly.
+
+    On a CPU, drawing one random number an entry takes longer than the rank-r products. There one 64-bit draw serves four
+    entries, so the probability is a multiple of 2⁻¹⁶.
+    """
+    if x.device.type != "cpu":
+        return torch.empty_like(x, dtype=torch.bool).bernoulli_(dropout), dropout
+    level = round(dropout * 2**16)
+    draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    return (draws.view(torch.int16)[: x.numel()] < level - 2**15).view(x.shape), level / 2**16
+
+
+def _zero(x: Tensor, dropped: Tensor | None) -> Tensor:
+    return x if dropped is None else x.masked_fill(dropped, 0)

@@ -5,6 +5,12 @@
     y = super().forward(x)                  # whatever the base does: nn.Linear, a 4-bit linear, a user's subclass
     y + scaling · lora_B · lora_A · x       # unless merged
 
+It is exact for bases that are linear in their weight with the input as it is; a subclass that does more in its forward (scales
+the output, say) trains as written, but its merge would differ: give such a base a kind of its own.
+
+It is exact for bases that are linear in their weight with the input as it is; a subclass that does more in its forward (scales
+the output, say) trains as written, but its merge would differ: give such a base a kind of its own.
+
 The module stays the same object under the same name, so state-dict keys, tied weights, hooks, ``isinstance`` checks and
 sharding plans stay as they were. A wrapper module would move keys and break tensor-parallel plans; a parametrization of
 the weight would build the dense product, hold many times the activations and could not serve packed weights.
@@ -159,10 +165,13 @@ class LoRALayer(Mergeable):
 
     def extra_repr(self) -> str:
         """The base's, and the adapter's rank, alpha and dropout."""
-        return f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha:g}, dropout={self.lora_dropout.p:g}, merged={self.merged}"
+        mine = f"rank={self.rank}, alpha={self.alpha:g}, dropout={self.lora_dropout.p:g}, merged={self.merged}"
+        return ", ".join(filter(None, (super().extra_repr(), mine)))
+
+    __repr__ = nn.Module.__repr__  # some bases have one of their own that would hide the adapter
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _rebuild, (plain_class(type(self)), self.lora_config.variant), self.__dict__
+        return _rebuild, (type(self).lora_base, self.lora_config.variant), self.__dict__
 
 
 def lora_class(base: type[nn.Module], kind: type[LoRALayer], variant: type) -> type[LoRALayer]:
@@ -178,11 +187,6 @@ def lora_class(base: type[nn.Module], kind: type[LoRALayer], variant: type) -> t
 
 
 _CLASSES: dict[tuple[type, type, type], type[LoRALayer]] = {}
-
-
-def plain_class(adapted: type[LoRALayer]) -> type[nn.Module]:
-    """The class that a module had before it was adapted."""
-    return adapted.lora_base
 
 
 def _rebuild(base: type[nn.Module], variant: str) -> LoRALayer:
@@ -222,7 +226,7 @@ def restore(layer: LoRALayer) -> nn.Module:
     for container in (layer._parameters, layer._modules):
         for name in [name for name in container if name.startswith(PREFIX)]:
             del container[name]
-    layer.__class__ = plain_class(type(layer))  # type: ignore[assignment]
+    layer.__class__ = type(layer).lora_base  # type: ignore[assignment]
     return layer
 
 

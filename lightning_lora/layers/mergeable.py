@@ -121,6 +121,10 @@ class Mergeable(nn.Module):
         else:
             self.weight = self._undo.weight
         self.merged, self._undo = False, None
+        for config in self.__dict__.pop("_untied", ()):
+            config.tie_word_embeddings = True
+        for config in self.__dict__.pop("_untied", ()):
+            config.tie_word_embeddings = True
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

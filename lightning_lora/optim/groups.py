@@ -36,7 +36,7 @@ def lora_param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0, lo
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             last = name.rpartition(".")[2]
-            group = last if last in groups else "other" if parameter.ndim > 1 else "no_decay"
+            group = last if last in ("lora_A", "lora_B") else "other" if parameter.ndim > 1 else "no_decay"
             groups[group].setdefault("params", []).append(parameter)
     found = [{"name": name, **group} for name, group in groups.items() if "params" in group]
     if not found:

@@ -24,7 +24,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from lightning_lora import fingerprint
+from lightning_lora import fingerprint, parallel
 from lightning_lora.adapter_files import META, AdapterFile
 from lightning_lora.config import LoRAConfig
 from lightning_lora.digests import checksum
@@ -203,8 +203,6 @@ def synchronize(module: nn.Module) -> None:
     """Give every rank the first rank's values of what trains, where several ranks hold the same."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
-    from lightning_lora import parallel
-
     world = torch.distributed.group.WORLD
     for parameter in module.parameters():
         if parameter.requires_grad and not parameter.is_meta:

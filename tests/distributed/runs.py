@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -177,10 +176,18 @@ def run(
     if save:
         callbacks.append(ModelCheckpoint(folder, filename="last", enable_version_counter=False, save_weights_only=weights_only))
     devices = dist.get_world_size() if dist.is_initialized() else 1
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "use_distributed_sampler": False}
     trainer = L.Trainer(
-        accelerator="cpu", devices=devices, strategy=strategy(), max_epochs=epochs, callbacks=callbacks, default_root_dir=folder, logger=False,
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=save, use_distributed_sampler=False, **trainer_kwargs,
-    )  # fmt: skip
+        accelerator="cpu",
+        devices=devices,
+        strategy=strategy(),
+        max_epochs=epochs,
+        callbacks=callbacks,
+        default_root_dir=folder,
+        enable_checkpointing=save,
+        **quiet,
+        **trainer_kwargs,
+    )
     trainer.fit(module, ckpt_path=ckpt)
     names = {id(p): n for n, p in clean_parameters(module)}
     optimizer = trainer.optimizers[0]
@@ -206,11 +213,14 @@ def clean_parameters(module: torch.nn.Module) -> list[tuple[str, torch.nn.Parame
 
 
 def saved_content(path: Path) -> dict[str, Any]:
-    """Tensor names of a checkpoint, and its size in bytes."""
+    """Names of a checkpoint's model tensors, and how many elements all its tensors have."""
     if path.is_dir():
         from torch.distributed.checkpoint import FileSystemReader
 
-        names = [name for name in FileSystemReader(path).read_metadata().state_dict_metadata if name.startswith("state_dict/")]
-        size = sum(os.path.getsize(path / file) for file in os.listdir(path))
-        return {"names": sorted(name.removeprefix("state_dict/") for name in names), "size": size}
-    return {"names": sorted(torch.load(path, weights_only=True)["state_dict"]), "size": os.path.getsize(path)}
+        known = FileSystemReader(path).read_metadata().state_dict_metadata
+        names = [name.removeprefix("state_dict/") for name in known if name.startswith("state_dict/")]
+        return {"names": sorted(names), "elements": sum(meta.size.numel() for meta in known.values())}
+    checkpoint = torch.load(path, weights_only=True)
+    moments = [v for o in checkpoint.get("optimizer_states", ()) for s in o["state"].values() for v in s.values()]
+    tensors = [t for t in [*checkpoint["state_dict"].values(), *moments] if isinstance(t, torch.Tensor)]
+    return {"names": sorted(checkpoint["state_dict"]), "elements": sum(t.numel() for t in tensors)}

@@ -73,6 +73,9 @@ WRAPPERS: dict[str, tuple[Callable[[nn.Module], nn.Module], bool]] = {
 }
 
 
+BOTH = [("ddp", "before"), *((name, order) for name in ("fsdp2", "fsdp1", "tp") for order in ("before", "after"))]
+
+
 def wrapped_and_adapted(name: str, order: str) -> tuple[nn.Module, int, int]:
     """The model, and which part of the batch this rank has."""
     wrap, data_parallel = WRAPPERS[name]
@@ -103,8 +106,7 @@ def check_training(name: str, order: str) -> dict[str, float]:
 
 @pytest.mark.parametrize(
     ("name", "order"),
-    [("ddp", "before"), ("fsdp2", "before"), ("fsdp2", "after"), ("fsdp2 used", "after"), ("fsdp1", "before"), ("fsdp1", "after")]
-    + [("tp", "before"), ("tp", "after")],
+    [*BOTH, ("fsdp2 used", "after")],
 )
 def test_trains_as_one_process_does(pool: Any, name: str, order: str) -> None:
     for errors in pool.run(check_training, name, order):
@@ -166,8 +168,7 @@ def check_merge(name: str, order: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("name", "order"),
-    [("ddp", "before"), ("fsdp2", "before"), ("fsdp2", "after"), ("fsdp1", "before"), ("fsdp1", "after")]
-    + [("tp", "before"), ("tp", "after")],
+    BOTH,
 )
 def test_merge_and_unmerge(pool: Any, name: str, order: str) -> None:
     for result in pool.run(check_merge, name, order):

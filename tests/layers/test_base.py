@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRALinear, apply_lora, merge_lora, unload_lora, unmerge_lora
-from lightning_lora.layers.base import LoRALayer, adapt, lora_class, lora_layers, plain_class, refusal, restore
+from lightning_lora.layers.base import LoRALayer, adapt, lora_class, lora_layers, refusal, restore
 from tests.conftest import TinyModel, fill, same_bits
 from tests.layers.kinds import CASES, DTYPES
 
@@ -212,7 +212,7 @@ def test_the_module_stays_itself(kind):
     assert isinstance(layer, LoRALayer)
     assert all(dict(layer.named_parameters())[name] is p for name, p in parameters.items())
     assert type(case.layer()) is type(layer)  # one class for all: compilers and guards see one type
-    assert plain_class(type(layer)) is cls
+    assert type(layer).lora_base is cls
     back = restore(layer)
     assert back is module
     assert type(back) is cls
