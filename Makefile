@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check unit clean
+.PHONY: quickstart test check unit matrix clean
 
 quickstart: $(VENV)/.quickstart  ## LoRA-tune a real language model on real data; everything lands in runs/quickstart/
 	$(BIN)/python examples/quickstart.py
@@ -17,6 +17,9 @@ check: $(VENV)/.test
 
 unit: $(VENV)/.test
 	$(BIN)/python -m pytest
+
+matrix: $(VENV)/.test  ## what works under which strategy, printed by running it
+	$(BIN)/python -m tests.matrix
 
 # One virtual environment; a stamp for each set of extras, renewed when what it installs changes.
 $(VENV)/bin/python:

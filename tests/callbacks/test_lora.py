@@ -483,8 +483,6 @@ def test_a_fresh_classification_head_trains_and_is_kept(tmp_path: Path, bert: nn
 def test_gradient_checkpointing(tmp_path: Path, bert: nn.Module, reentrant: bool | None) -> None:
     if reentrant is not None:
         bert.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    if reentrant:
-        bert.enable_input_require_grads()
     module = LitBert(bert)
     torch.manual_seed(1)
     fit(tmp_path, module, 1, lora=LoRACallback(LoRAConfig(rank=2, target_modules=["query", "value"]), merge_on_fit_end=False))

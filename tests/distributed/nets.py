@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import LoRAConfig, apply_lora
 from lightning_lora.layers import lora_layers
@@ -31,14 +32,18 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
+    checkpointing: str | None = None  # "non-reentrant" or "reentrant"
+
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.layers, self.head = nn.Linear(8, 16), nn.ModuleList(Block() for _ in range(2)), nn.Linear(16, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.embed(x)
+        if self.checkpointing == "reentrant":
+            x.requires_grad_()  # what users have to do: such checkpoints cut the graph where no input needs a gradient
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x) if self.checkpointing is None else checkpoint(layer, x, use_reentrant=self.checkpointing == "reentrant")
         return self.head(x)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -22,7 +24,8 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_lora import LoRACallback, LoRAConfig
 from lightning_lora.layers import lora_layers
 from lightning_lora.sharding import is_sharded, whole
-from tests.distributed.nets import CONFIG, Block, adapter_tensors, make_data, make_net
+from lightning_lora.strategies import LoRAFSDP2Strategy
+from tests.distributed.nets import CONFIG, Block, Net, adapter_tensors, make_data, make_net
 
 ROWS = 8  # of a global batch, whatever the world's size
 
@@ -116,6 +119,8 @@ class LitFSDP1(LitShared):
     """Wraps its blocks itself, so that LoRA comes after."""
 
     def configure_model(self) -> None:
+        if self.net is not None:
+            return
         self.net = make_net()
         for index, layer in enumerate(self.net.layers):
             self.net.layers[index] = FullyShardedDataParallel(layer, use_orig_params=True, device_id=torch.device("cpu"))
@@ -146,9 +151,38 @@ STRATEGIES: dict[str, tuple[Callable[[], Any], Callable[[], LitShared]]] = {
     "fsdp2 full": (model_parallel, LitFSDP2),
     "fsdp2 DCP": (lambda: model_parallel(shards=True), LitFSDP2),
     "fsdp2 after": (model_parallel, lambda: LitFSDP2(late=True)),
+    "lora_fsdp2": (lambda: LoRAFSDP2Strategy(process_group_backend="gloo"), LitShared),
     "tp": (lambda: model_parallel(tensor=True), LitTensorParallel),
     "tp after": (lambda: model_parallel(tensor=True), lambda: LitTensorParallel(late=True)),
 }
+
+
+# Strategy flag → what the refusal says, all in one process: they are refused before any process starts or communicates.
+REFUSED = {
+    "ddp_spawn": "start method 'spawn'",
+    "ddp_fork": "start method 'fork'",
+    "ddp_notebook": "start method 'fork'",
+    "deepspeed": "DeepSpeed",
+}
+
+
+def refuse(name: str, folder: str) -> None:
+    """Check that a strategy is refused by name, with the way out."""
+    from lightning_lora.strategies import check_supported
+
+    if name == "deepspeed":  # not installed here: its class is what the check goes by
+        from lightning.pytorch.strategies import DeepSpeedStrategy
+
+        strategy: Any = DeepSpeedStrategy.__new__(DeepSpeedStrategy)
+        trainer: Any = SimpleNamespace(strategy=strategy, callbacks=[])
+    else:
+        trainer = L.Trainer(accelerator="cpu", devices=2, strategy=name, default_root_dir=folder, logger=False, enable_checkpointing=False)
+    try:
+        check_supported(trainer)
+    except ValueError as error:
+        assert REFUSED[name] in str(error) and "use strategy=" in str(error), error
+        return
+    raise AssertionError(f"{name} was not refused")
 
 
 def run(
@@ -161,6 +195,7 @@ def run(
     test: bool = False,
     config: LoRAConfig = CONFIG,
     weights_only: bool = False,
+    checkpointing: str | None = None,
     **trainer_kwargs: Any,
 ) -> dict[str, Any]:
     """Fit under a strategy.
@@ -171,6 +206,7 @@ def run(
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     strategy, make = STRATEGIES[name]
     torch.manual_seed(7)
+    Net.checkpointing = checkpointing
     module = make()
     callbacks: list[L.Callback] = [LoRACallback(config, merge_on_fit_end=merge)]
     if save:
@@ -199,6 +235,9 @@ def run(
         "merged": all(layer.merged for _, layer in lora_layers(module)),
         "dtypes": {str(p.dtype) for _, layer in lora_layers(module) for p in layer.lora_parameters().values()},
     }
+    if merge:
+        with FullyShardedDataParallel.summon_full_params(trainer.strategy.model) if "fsdp" in name and "2" not in name else nullcontext():
+            result["base"] = {n: whole(p).detach().clone() for n, p in clean_parameters(module) if "lora_" not in n}
     if test:
         result["test"] = trainer.test(module, verbose=False)[0]["test"]
     if save:

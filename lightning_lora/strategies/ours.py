@@ -1,0 +1,127 @@
+"""``strategy="lora_fsdp2"``: FSDP2 and tensor parallelism for any model, without a ``configure_model`` of the user's.
+
+Lightning's ``ModelParallelStrategy`` asks the user to shard the model by hand. The model says enough itself: its repeated blocks
+are what FSDP2 shards one by one, and Hugging Face models carry a plan for tensor parallelism. Sharding happens after LoRA is
+injected, so that adapters are sharded with their block and cost no collective.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import timedelta
+from typing import Literal
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch import nn
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from typing_extensions import override
+
+from lightning_lora.sharding import is_sharded
+
+# The styles of Hugging Face's plans that torch has as they are. Others (gathered outputs, embeddings, experts) leave the module whole,
+# which is right, if less memory is saved.
+_STYLES: dict[str, type[ParallelStyle]] = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
+
+
+class LoRAFSDP2Strategy(ModelParallelStrategy):
+    """FSDP2 over a model's blocks; with ``tensor_parallel_size`` above 1 also its own tensor-parallel plan.
+
+    Args:
+        data_parallel_size: processes that share the batch; "auto": all that ``tensor_parallel_size`` leaves.
+        tensor_parallel_size: processes that share each layer.
+        save_distributed_checkpoint: checkpoints as folders of shards instead of one portable file.
+        process_group_backend: default by device.
+        timeout: of collectives.
+
+    Raises:
+        ValueError: the model has no repeated blocks, or tensor parallelism is asked for and it has no plan.
+    """
+
+    strategy_name = "lora_fsdp2"
+
+    def __init__(
+        self,
+        data_parallel_size: Literal["auto"] | int = "auto",
+        tensor_parallel_size: int = 1,
+        save_distributed_checkpoint: bool = False,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        super().__init__(data_parallel_size, tensor_parallel_size, save_distributed_checkpoint, process_group_backend, timeout)
+
+    @override
+    def setup_environment(self) -> None:
+        if self._data_parallel_size == "auto":
+            assert isinstance(self._tensor_parallel_size, int)
+            self._data_parallel_size = self.num_nodes * self.num_processes // self._tensor_parallel_size
+        super().setup_environment()
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        module = self.lightning_module
+        assert module is not None
+        if not any(is_sharded(parameter) for parameter in module.parameters()):
+            if self.device_mesh["tensor_parallel"].size() > 1:
+                tensor_parallel(module, self.device_mesh["tensor_parallel"])
+            # The mesh over which LightningModules shard; of size 1 where all processes share each layer.
+            shard_blocks(module, self.device_mesh["data_parallel"])
+        # Lightning wants configure_model overridden here, since that is where others shard.
+        module.configure_model = lambda: None  # type: ignore[method-assign]
+        try:
+            super().setup(trainer)
+        finally:
+            del module.configure_model
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a model: what Hugging Face says may not be split, else the members of its longest list of equals.
+
+    Raises:
+        ValueError: there are none.
+    """
+    names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    if not blocks:
+        lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
+        alike = [members for members in lists if len(Counter(map(type, members))) == 1 and any(True for _ in members[0].parameters())]
+        blocks = max(alike, key=len, default=[])
+    if not blocks:
+        raise ValueError(
+            f"{type(model).__name__} has no repeated blocks to shard (no _no_split_modules, no nn.ModuleList of equals): use"
+            " ModelParallelStrategy and shard it in configure_model."
+        )
+    return blocks
+
+
+def shard_blocks(model: nn.Module, mesh: DeviceMesh) -> None:
+    """``fully_shard`` every block, then each child of the LightningModule that has parameters, as its root."""
+    for block in blocks_of(model):
+        fully_shard(block, mesh=mesh)
+    for child in model.children():
+        if any(True for _ in child.parameters()):
+            fully_shard(child, mesh=mesh)
+
+
+def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Split layers as the plan of the Hugging Face models inside says.
+
+    Raises:
+        ValueError: none of them has a plan.
+    """
+    planned = [module for module in model.modules() if getattr(module, "_tp_plan", None)]
+    if not planned:
+        raise ValueError(f"{type(model).__name__} has no model with a tensor-parallel plan (_tp_plan); use tensor_parallel_size=1.")
+    top = planned[0]
+    plan = {name: _STYLES[style]() for name, style in top._tp_plan.items() if style in _STYLES}  # type: ignore[union-attr, operator]
+    parallelize_module(top, mesh, plan)
+
+
+StrategyRegistry.register(
+    LoRAFSDP2Strategy.strategy_name, LoRAFSDP2Strategy, description="FSDP2 over a model's own blocks, adapters sharded with them"
+)
+
+__all__ = ["LoRAFSDP2Strategy", "blocks_of", "shard_blocks", "tensor_parallel"]
