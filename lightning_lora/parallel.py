@@ -76,14 +76,14 @@ def adopt(model: nn.Module, layers: Iterable[LoRALayer]) -> None:
             "model is wrapped in DistributedDataParallel, which would not reduce new parameters: apply LoRA before wrapping it."
         )
     owners = _owners(model)
-    reduced: dict[tuple[int, ...], tuple[list[Any], list[nn.Parameter]]] = {}
+    reduced: dict[tuple[str, ...], tuple[list[Any], list[nn.Parameter]]] = {}
     for layer in layers:
         owner = owners[layer]
         groups = [] if owner is None else data_parallel_groups(owner)
         if is_sharded(layer.weight):
             _place(layer, data_dims=0 if owner is None else len(groups))
         if groups:
-            reduced.setdefault(tuple(map(id, groups)), (groups, []))[1].extend(layer.lora_parameters().values())
+            reduced.setdefault(tuple(group.group_name for group in groups), (groups, []))[1].extend(layer.lora_parameters().values())
     for groups, parameters in reduced.values():
         broadcast(parameters, groups)
         GradientReducer(parameters, groups)
