@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_lora import inits, variants  # noqa: F401 (both register what configs name)
 from lightning_lora.checkpoint import load_adapter, save_adapter
 from lightning_lora.config import LoRAConfig
+from lightning_lora.export import export_merged
 from lightning_lora.inject import apply_lora, get_lora_parameters, merge_lora, merge_report, unload_lora, unmerge_lora
 from lightning_lora.layers import LoRALinear
 from lightning_lora.targeting import find_targets
@@ -19,6 +20,7 @@ __all__ = [
     "LoRAConfig",
     "LoRALinear",
     "apply_lora",
+    "export_merged",
     "find_targets",
     "get_lora_parameters",
     "load_adapter",

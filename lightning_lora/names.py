@@ -6,7 +6,7 @@ use names without them, so that a run with and one without ``torch.compile`` rea
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -22,6 +22,16 @@ def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
     for name, module in model.named_modules(remove_duplicate=False):
         found[clean_name(name)] = module  # of a wrapper and what it wraps, the inner one comes later and stays
     found.pop("", None)
+    return found
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Name → buffer, of the buffers that a state dict has."""
+    found = {}
+    for prefix, child in module.named_modules():
+        for name, buffer in child._buffers.items():
+            if buffer is not None and name not in child._non_persistent_buffers_set:
+                found[clean_name(f"{prefix}.{name}" if prefix else name)] = buffer
     return found
 
 

@@ -135,8 +135,13 @@ def replicas(tensor: Any) -> list[Any]:
 def broadcast(parameters: Iterable[Tensor], groups: Sequence[Any]) -> None:
     """Every rank of the groups gets the values of their first rank."""
     for parameter in parameters:
+        mine = local(parameter)
         for group in groups:
-            dist.broadcast(local(parameter), src=dist.get_global_rank(group, 0), group=group)
+            # NCCL takes what is on the GPU only, and Lightning moves modules there after they are adapted.
+            moved = mine.to("cuda") if dist.get_backend(group) == "nccl" else mine
+            dist.broadcast(moved, src=dist.get_global_rank(group, 0), group=group)
+            if moved is not mine:
+                mine.copy_(moved)
 
 
 def _place(layer: LoRALayer, data_dims: int) -> None:

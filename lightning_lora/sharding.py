@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,6 +29,38 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "reshard") and hasattr(module, "unshard"):
             module.reshard()  # type: ignore[operator]
+
+
+def whole_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    """``(module name, module, parameter name, parameter)`` of every parameter, at a moment when it can be read whole.
+
+    FSDP1's are gathered a flat parameter at a time, so the order may differ from the model's. Others are as they are; a DTensor
+    still wants :func:`whole`.
+    """
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    units = FullyShardedDataParallel.fsdp_modules(model)
+    flat = {module for unit in units for module in _managed(unit)}
+    for name, module in model.named_modules():
+        if module not in flat:
+            for parameter_name, parameter in module.named_parameters(recurse=False):
+                yield name, module, parameter_name, parameter
+    names = {module: name for name, module in model.named_modules()}
+    for unit in units:
+        with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False):
+            for module in _managed(unit):
+                for parameter_name, parameter in module.named_parameters(recurse=False):
+                    yield names[module], module, parameter_name, parameter
+
+
+def _managed(unit: nn.Module) -> Iterator[nn.Module]:
+    """The modules whose parameters an FSDP1 unit flattened: those in it but in no unit further in."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    for child in unit.children():
+        if not isinstance(child, FullyShardedDataParallel):
+            yield child
+            yield from _managed(child)
 
 
 def piece_of(full: Tensor, like: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_lora import LoRACallback
-from lightning_lora.strategies.hooks import persistent_buffers
+from lightning_lora.names import persistent_buffers
 from lightning_lora.strategies.io import DurableCheckpointIO
 from tests.lit import CONFIG, LitNet, trainer
 

@@ -36,7 +36,7 @@ LEVELS = [
     ["inject"],
     ["fuse", "fingerprint", "peft_format", "optim.groups"],
     ["adapter_files", "optim.*"],
-    ["checkpoint", "optim"],
+    ["checkpoint", "export", "optim"],
     ["strategies.io", "strategies.support"],
     ["strategies.*"],
     ["strategies"],

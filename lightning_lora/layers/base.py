@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.mergeable import PREFIX, Mergeable
 from lightning_lora.registry import INITS, VARIANTS, kind_of, look_up, qualified_name, why_refused
+from lightning_lora.sharding import is_sharded
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -159,8 +160,12 @@ class LoRALayer(Mergeable):
         for name, parameter in self.lora_parameters().items():
             data, grad = before[name]
             if parameter.dtype in _HALF and data.dtype not in _HALF:
-                parameter.data = data.to(parameter.device)
-                parameter.grad = None if grad is None else grad.to(parameter.device)
+                data, grad = data.to(parameter.device), None if grad is None else grad.to(parameter.device)
+                if is_sharded(parameter):  # a DTensor keeps its dtype when its data is set
+                    torch.utils.swap_tensors(parameter, nn.Parameter(data, requires_grad=parameter.requires_grad))
+                else:
+                    parameter.data = data
+                parameter.grad = grad
         return self
 
     def extra_repr(self) -> str:

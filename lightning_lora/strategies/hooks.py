@@ -29,7 +29,7 @@ from lightning_lora.adapter_files import META, AdapterFile
 from lightning_lora.config import LoRAConfig
 from lightning_lora.digests import checksum
 from lightning_lora.inject import unmerge_lora
-from lightning_lora.names import clean_name
+from lightning_lora.names import clean_name, persistent_buffers
 from lightning_lora.optim.groups import only_trainable
 from lightning_lora.optim.state import load_by_name, state_by_name
 from lightning_lora.sharding import is_sharded, local, piece_of, reshard, whole
@@ -226,16 +226,6 @@ def check_equal(module: nn.Module) -> None:
             f"{len(different)} parameters that train differ between processes after the first step: {different[0]} and others. Their"
             " gradients were not averaged: was something injected or unfrozen after the model was wrapped?"
         )
-
-
-def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Name → buffer, of the buffers that a state dict has."""
-    found = {}
-    for prefix, child in module.named_modules():
-        for name, buffer in child._buffers.items():
-            if buffer is not None and name not in child._non_persistent_buffers_set:
-                found[clean_name(f"{prefix}.{name}" if prefix else name)] = buffer
-    return found
 
 
 def buffer_digest(buffer: Tensor) -> str:

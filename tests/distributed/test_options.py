@@ -1,0 +1,242 @@
+"""What Trainer options do under sharding: accumulation, clipping, precision, meta models, compilation; Hugging Face models; export."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import WeightAveraging
+from safetensors.torch import load_file
+
+from lightning_lora import LoRACallback, LoRAConfig, apply_lora, export_merged, merge_lora
+from lightning_lora.layers import lora_layers
+from lightning_lora.sharding import whole
+from lightning_lora.strategies import LoRAFSDP2Strategy, check_equal, check_supported
+from tests.distributed.nets import fill_adapters, make_net
+from tests.distributed.runs import LitFSDP2, LitShared, Share, model_parallel, run
+from tests.distributed.test_wrapping import wrapped_and_adapted
+
+SHARDED = ["ddp", "fsdp full", "fsdp after", "fsdp2 full", "fsdp2 after", "lora_fsdp2", "tp"]
+
+
+def run_with(name: str, folder: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    return run(name, folder, 2, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The same run in one process, made once for each set of options."""
+    made: dict[str, dict[str, Any]] = {}
+
+    def get(**kwargs: Any) -> dict[str, Any]:
+        if str(kwargs) not in made:
+            made[str(kwargs)] = run("single", str(tmp_path_factory.mktemp("alone")), 2, **kwargs)
+        return made[str(kwargs)]
+
+    return get
+
+
+@pytest.mark.parametrize("options", [{"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.05}], ids=["accumulate", "clip by norm"])
+@pytest.mark.parametrize("name", SHARDED)
+def test_options_act_as_in_one_process(pool: Any, alone: Any, tmp_path: Path, name: str, options: dict[str, Any]) -> None:
+    wanted, plain = alone(**options), alone()
+    assert wanted["losses"] != plain["losses"]  # the option does something
+    for rank in pool.run(run_with, name, str(tmp_path), options):
+        assert rank["losses"] == pytest.approx(wanted["losses"], abs=1e-6)
+        for key, tensor in rank["adapters"].items():
+            torch.testing.assert_close(tensor, wanted["adapters"][key], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("name", [name for name in SHARDED if name != "tp"])
+def test_adapters_and_moments_stay_fp32(pool: Any, alone: Any, tmp_path: Path, name: str, precision: str) -> None:
+    for rank in pool.run(run_with, name, str(tmp_path), {"precision": precision}):
+        assert rank["dtypes"] == {"torch.float32"}
+        assert {tensor.dtype for tensor in rank["moments"].values()} == {torch.float32}
+        assert rank["losses"] == pytest.approx(alone(precision=precision)["losses"], abs=0.05)
+
+
+def check_meta() -> dict[str, Any]:
+    """A model built on the meta device, sharded, materialised by Lightning, its base loaded afterwards."""
+
+    class Meta(LitFSDP2):
+        def on_fit_start(self) -> None:
+            base = make_net().state_dict()
+            with torch.no_grad():
+                for name, parameter in self.net.named_parameters():
+                    if "lora_" not in name:
+                        full = base[name].to(parameter.dtype)
+                        parameter.copy_(torch.distributed.tensor.distribute_tensor(full, parameter.device_mesh, parameter.placements))
+            self.started = {name: whole(p.detach()).clone() for name, p in self.net.named_parameters() if "lora_" in name}
+
+    module = Meta(late=True)
+    with torch.device("meta"):
+        module.net = type(make_net())()
+    config = LoRAConfig(rank=4, alpha=8, target_modules=["q", "v", "fc1", "fc2"])
+    trainer = L.Trainer(
+        accelerator="cpu", devices=2, strategy=model_parallel(), max_epochs=1, callbacks=[LoRACallback(config, merge_on_fit_end=False)],
+        logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, use_distributed_sampler=False,
+    )  # fmt: skip
+    trainer.fit(module)
+    return {"started": module.started, "meta": any(p.is_meta for p in module.parameters()), "losses": module.losses}
+
+
+def test_meta_models_get_initialised_adapters(pool: Any) -> None:
+    first, second = pool.run(check_meta)
+    assert not first["meta"] and first["losses"][-1] < 10
+    for name, tensor in first["started"].items():
+        assert torch.equal(tensor, second["started"][name])
+        assert (tensor == 0).all() if name.endswith("lora_B") else tensor.std() > 0
+        bound = tensor.shape[1] ** -0.5
+        assert tensor.abs().max() <= bound
+
+
+def test_compiled_blocks_train_the_same(pool: Any, alone: Any, tmp_path: Path) -> None:
+    for name in ("ddp", "fsdp2 full"):
+        for rank in pool.run(run_compiled, name, str(tmp_path)):
+            assert rank["losses"] == pytest.approx(alone()["losses"], abs=1e-5)
+
+
+def run_compiled(name: str, folder: str) -> dict[str, Any]:
+    from tests.distributed import runs
+
+    strategy, make = runs.STRATEGIES[name]
+
+    def compiled() -> LitShared:
+        module = make()
+        for layer in module.net.layers:
+            layer.compile(backend="eager")
+        return module
+
+    runs.STRATEGIES[name] = (strategy, compiled)
+    try:
+        return run(name, folder, 2)
+    finally:
+        runs.STRATEGIES[name] = (strategy, make)
+
+
+def diverge() -> str:
+    model = apply_lora(make_net(), config=LoRAConfig(target_modules=["fc1"]))
+    torch.manual_seed(3)
+    next(lora_layers(model))[1].lora_B.data.normal_()
+    check_equal(model)
+    next(lora_layers(model))[1].lora_B.data.add_(dist.get_rank())
+    with pytest.raises(RuntimeError, match=r"1 parameters that train differ between processes.*layers\.0\.fc1\.lora_B") as error:
+        check_equal(model)
+    return str(error.value)
+
+
+def test_ranks_that_drifted_apart_are_an_error(pool: Any) -> None:
+    assert all("not averaged" in message for message in pool.run(diverge))
+
+
+def test_weight_averaging_is_refused(tmp_path: Path) -> None:
+    for callbacks in ([WeightAveraging(), LoRACallback()], [LoRACallback(), WeightAveraging()]):
+        trainer = L.Trainer(accelerator="cpu", callbacks=callbacks, logger=False, enable_checkpointing=False, default_root_dir=tmp_path)
+        with pytest.raises(ValueError, match="WeightAveraging copies the whole model: before LoRACallback in the list"):
+            check_supported(trainer)
+
+
+def test_flat_parameters_are_refused(tmp_path: Path) -> None:
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path)
+    from lightning.pytorch.strategies import FSDPStrategy
+
+    trainer.strategy.__class__, trainer.strategy.kwargs = FSDPStrategy, {"use_orig_params": False}
+    trainer.strategy._launcher = None
+    with pytest.raises(ValueError, match="use_orig_params=False"):
+        check_supported(trainer)
+
+
+# Hugging Face models under lora_fsdp2.
+
+
+class LitLlama(LitShared):
+    def __init__(self, tensor: int = 1) -> None:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        super().__init__(late=True)
+        torch.manual_seed(0)
+        self.tensor = tensor
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+        self.net = LlamaForCausalLM(LlamaConfig(vocab_size=64, tie_word_embeddings=True, **sizes)).train()
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        ids = (batch[0].abs() * 20).long().clamp(max=63)
+        loss = self.net(input_ids=ids, labels=ids).loss
+        shared = loss.detach().clone()
+        if dist.is_initialized():
+            dist.all_reduce(shared)
+            shared /= dist.get_world_size()
+        self.losses.append(shared.item())
+        return loss
+
+    def train_dataloader(self) -> Any:
+        rank, world = (dist.get_rank() // self.tensor, dist.get_world_size() // self.tensor) if dist.is_initialized() else (0, 1)
+        return torch.utils.data.DataLoader(Share(rank, world), batch_size=None)
+
+
+def fit_llama(tensor: int | None) -> list[float]:
+    warnings.simplefilter("ignore")
+    torch.manual_seed(7)
+    module = LitLlama(tensor or 1)
+    strategy: Any = "auto" if tensor is None else LoRAFSDP2Strategy(tensor_parallel_size=tensor, process_group_backend="gloo")
+    config = LoRAConfig(rank=4, target_modules="all-linear")
+    trainer = L.Trainer(
+        accelerator="cpu", devices=dist.get_world_size() if tensor else 1, strategy=strategy, max_epochs=2, logger=False,
+        callbacks=[LoRACallback(config, merge_on_fit_end=False)], enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, use_distributed_sampler=False,
+    )  # fmt: skip
+    trainer.fit(module)
+    return module.losses
+
+
+@pytest.fixture(scope="module")
+def llama_losses() -> list[float]:
+    return fit_llama(None)
+
+
+def test_fsdp2_finds_the_blocks_of_a_hugging_face_model(pool: Any, llama_losses: list[float]) -> None:
+    for losses in pool.run(fit_llama, 1):
+        assert losses == pytest.approx(llama_losses, abs=2e-6)
+
+
+def test_tensor_parallel_by_the_models_own_plan(pool: Any, llama_losses: list[float]) -> None:
+    for losses in pool.run(fit_llama, 2):
+        assert losses == pytest.approx(llama_losses, abs=2e-6)
+
+
+def test_two_dimensions_by_the_models_own_plan(pool4: Any, llama_losses: list[float]) -> None:
+    for losses in pool4.run(fit_llama, 2):
+        assert losses == pytest.approx(llama_losses, abs=2e-6)
+
+
+def test_lora_fsdp2_is_registered_for_yaml() -> None:
+    from lightning.pytorch.strategies import StrategyRegistry
+
+    assert isinstance(StrategyRegistry.get("lora_fsdp2"), LoRAFSDP2Strategy)
+
+
+# Export.
+
+
+def export(name: str, folder: str) -> None:
+    export_merged(wrapped_and_adapted(name, "before")[0], folder, shard_bytes=4000)
+
+
+@pytest.mark.parametrize("name", ["fsdp1", "fsdp2", "tp"])
+def test_export_merges_tensor_by_tensor(pool: Any, tmp_path: Path, name: str) -> None:
+    pool.run(export, name, str(tmp_path / "merged"))
+    wanted = apply_lora(make_net(), config=LoRAConfig(rank=4, alpha=8, target_modules=["q", "v", "fc1", "fc2"]))
+    fill_adapters(wanted)
+    merge_lora(wanted)
+    files = list((tmp_path / "merged").glob("model-*-of-*.safetensors"))
+    assert len(files) > 2 and (tmp_path / "merged/model.safetensors.index.json").is_file()
+    found = {key.replace("module.", ""): tensor for file in files for key, tensor in load_file(file).items()}
+    assert found.keys() == wanted.state_dict().keys()
+    for key, tensor in wanted.state_dict().items():
+        torch.testing.assert_close(found[key], tensor, rtol=0, atol=1e-6)
