@@ -4,7 +4,7 @@ Everything goes through `LoRACLI` and ``configs/quickstart.yaml``, so it is what
 before and after. SmolLM2-135M-Instruct learns to name the type of answer that a question asks for (six words to choose from).
 
 Accuracy is the model's choice: greedy decoding that may write nothing but the six words. The prompt lists them, and before and after
-are scored alike. Learning rate and epoch were chosen on the validation split; the test split is only read for the two numbers.
+are scored alike. The learning rate was chosen on the validation split; the test split is only read for the two numbers.
 """
 
 from __future__ import annotations

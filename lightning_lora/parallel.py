@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.sharding import is_sharded, local
+from lightning_lora.sharding import is_sharded, local, whole
 
 _WRAPPERS = (FSDPModule, FullyShardedDataParallel)
 
@@ -142,6 +142,39 @@ def broadcast(parameters: Iterable[Tensor], groups: Sequence[Any]) -> None:
             dist.broadcast(moved, src=dist.get_global_rank(group, 0), group=group)
             if moved is not mine:
                 mine.copy_(moved)
+
+
+@torch.no_grad()
+def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale gradients down to a total 2-norm, whatever mix of plain tensors and DTensors they are (torch takes only one kind).
+
+    Args:
+        parameters: those without a gradient are passed over.
+        max_norm: of all gradients together.
+
+    Returns:
+        The norm before clipping, the same on every rank.
+    """
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    squares: dict[tuple[str, ...], Tensor] = {}
+    groups: dict[tuple[str, ...], list[Any]] = {}
+    for grad in grads:
+        # A plain gradient, and a DTensor's along mesh dimensions where it is whole, is the same on every rank: counted once.
+        if is_sharded(grad) and any(placement.is_partial() for placement in grad.placements):  # type: ignore[attr-defined]
+            grad = whole(grad)
+        cut = [d for d, placement in enumerate(grad.placements) if placement.is_shard()] if is_sharded(grad) else []  # type: ignore[attr-defined]
+        split = [grad.device_mesh.get_group(d) for d in cut]  # type: ignore[attr-defined]
+        key = tuple(group.group_name for group in split)
+        groups[key] = split
+        squares[key] = squares.get(key, 0) + local(grad).float().square().sum()
+    for key, square in squares.items():
+        for group in groups[key]:
+            dist.all_reduce(square, group=group)
+    norm = torch.stack(list(squares.values())).sum().sqrt()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+    for grad in grads:
+        local(grad).mul_(scale.to(grad.dtype))
+    return norm
 
 
 def _place(layer: LoRALayer, data_dims: int) -> None:

@@ -11,6 +11,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.optim import Optimizer
 
 from lightning_lora import parallel
 
@@ -51,10 +52,11 @@ def arrange(strategy: Strategy, module: LightningModule) -> None:
     FSDP1 flattens a block, adapters and all, into one parameter, which then needs gradient memory for the frozen base too.
     So it is told to ignore what trains; that stays whole on every rank, and one collective a step averages its gradients.
     """
+    if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)):
+        # Lightning refuses to clip by norm under FSDP, and torch cannot where only some layers are tensor-parallel.
+        strategy.precision_plugin.clip_grad_by_norm = functools.partial(_clip, strategy.precision_plugin)  # type: ignore[method-assign]
     if not isinstance(strategy, FSDPStrategy):
         return
-    # Everything that has a gradient is whole on every rank, so torch's own norm is right; Lightning refuses it under FSDP.
-    strategy.precision_plugin.clip_grad_by_norm = functools.partial(Precision.clip_grad_by_norm, strategy.precision_plugin)  # type: ignore[method-assign]
     if any(isinstance(child, FullyShardedDataParallel) for child in module.modules()):
         return  # wrapped by the user, so adopted when the adapters were injected
     if strategy.kwargs.get("ignored_modules"):
@@ -68,6 +70,11 @@ def arrange(strategy: Strategy, module: LightningModule) -> None:
     mine: list[Any] = list(strategy.kwargs.get("ignored_states") or [])
     strategy.kwargs["ignored_states"] = mine + [p for p in trained if not any(p is other for other in mine)]
     parallel.GradientReducer(trained, [None])  # None: all processes
+
+
+def _clip(precision: Precision, optimizer: Optimizer, clip_val: int | float) -> None:
+    if clip_val > 0:
+        parallel.clip_grad_norm(precision.main_params(optimizer), clip_val)
 
 
 __all__ = ["arrange", "check_supported"]

