@@ -5,6 +5,7 @@ Every cell is a run compared with a single process. The last line counts: ``N pa
 
 from __future__ import annotations
 
+import logging
 import sys
 import tempfile
 import warnings
@@ -89,6 +90,7 @@ def _run(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, 
 def main(names: list[str] | None = None) -> int:
     """Print the table; the exit code is the number of failed cells."""
     warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     counts: Counter[str] = Counter()
     print(f"| strategy | {' | '.join(CELLS)} |\n|---|{'---|' * len(CELLS)}")
     pool = Pool(2)

@@ -203,7 +203,8 @@ def run(
     Returns:
         losses, adapters and moments by name (whole), what the checkpoint file has, test losses: plain and comparable.
     """
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    if dist.is_initialized():  # a worker's: quiet
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     strategy, make = STRATEGIES[name]
     torch.manual_seed(7)
     Net.checkpointing = checkpointing
