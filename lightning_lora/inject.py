@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from lightning_lora.config import LoRAConfig
+from lightning_lora.heads import hf_ends
 from lightning_lora.layers.base import PREFIX, LoRALayer, adapt, lora_layers, restore
 from lightning_lora.names import modules_by_name
 from lightning_lora.registry import INITS, VARIANTS, look_up
 from lightning_lora.sharding import reshard
-from lightning_lora.targeting import TargetReport, find_targets, hf_ends
+from lightning_lora.targeting import TargetReport, find_targets
 
 
 class LoRAParameters(Sequence[nn.Parameter]):

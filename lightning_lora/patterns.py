@@ -8,6 +8,7 @@ backtracking is bounded by that count but not by us, as Python's ``re`` has no t
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -53,6 +54,15 @@ def compile_patterns(value: str | Iterable[str], field: str) -> tuple[Pattern, .
     if isinstance(value, str):
         return (compile_pattern(value, field, whole=True),)
     return tuple(compile_pattern(entry, field) for entry in value)
+
+
+def no_match(field: str, text: str, names: Iterable[str]) -> str:
+    """The message for a pattern that hits none of the modules called ``names``: the nearest last parts of their names."""
+    short = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    near = difflib.get_close_matches(text.rpartition(".")[2], short, n=4, cutoff=0.5) or short[:8]
+    hint = f" A single string is a regex over the whole name; for a plain name give a list: [{text!r}]." if text in short else ""
+    found = ", ".join(near) or "none"
+    return f"{field}: {text!r} matches no module. Nearest names: {found}.{hint} (allow_unmatched=True accepts it beside others.)"
 
 
 def layer_index(fqn: str) -> int | None:

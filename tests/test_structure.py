@@ -28,7 +28,7 @@ LEVELS = [
     ["patterns", "files", "names", "registry", "sharding"],
     ["config", "digests", "ops", "kernels.*"],
     ["merging"],
-    ["layers.mergeable"],
+    ["heads", "layers.mergeable"],
     ["layers.base"],
     ["layers.*", "variants.*", "inits", "data_inits", "quantize"],
     ["layers", "variants"],

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from lightning_lora import LoRAConfig, apply_lora, find_targets
-from lightning_lora.targeting import fresh_heads
+from lightning_lora.heads import fresh_heads
 from tests.conftest import ConvNet, TinyModel, snapshot
 
 SIZES = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
