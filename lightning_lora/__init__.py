@@ -10,20 +10,24 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.export import export_merged
 from lightning_lora.inject import apply_lora, get_lora_parameters, merge_lora, merge_report, unload_lora, unmerge_lora
 from lightning_lora.layers import LoRALinear
+from lightning_lora.optim import lora_param_groups
 from lightning_lora.targeting import find_targets
 
 if TYPE_CHECKING:
     from lightning_lora.callbacks import LoRACallback
+    from lightning_lora.strategies import LoRAFSDP2Strategy
 
 __all__ = [
     "LoRACallback",
     "LoRAConfig",
+    "LoRAFSDP2Strategy",
     "LoRALinear",
     "apply_lora",
     "export_merged",
     "find_targets",
     "get_lora_parameters",
     "load_adapter",
+    "lora_param_groups",
     "merge_lora",
     "merge_report",
     "save_adapter",
@@ -34,9 +38,13 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    # The callback needs Lightning, which takes seconds to import; the plain functions do not.
+    # These need Lightning, which takes seconds to import; the plain functions do without it.
     if name == "LoRACallback":
         from lightning_lora.callbacks import LoRACallback
 
         return LoRACallback
+    if name == "LoRAFSDP2Strategy":
+        from lightning_lora.strategies import LoRAFSDP2Strategy
+
+        return LoRAFSDP2Strategy
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

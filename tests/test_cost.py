@@ -67,8 +67,10 @@ def test_the_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"ours {result['ours_saved_mb']:.2f} MB   PEFT {result['peft_saved_mb']:.2f} MB" in memory
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_step_takes_no_longer_than_pefts(dtype: str) -> None:
-    """The median of 30 paired ratios of CPU time on one thread, which a busy neighbour hardly moves. Measured: 0.94 and 0.86."""
-    result = CPU_STEP["main"](f"--hidden 128 --layers 2 --seq 128 --batch 4 --steps 30 --dtype {dtype}".split())
+def test_a_step_takes_no_longer_than_pefts(dtype: str, dropout: float) -> None:
+    """The median of 20 paired ratios of CPU time on one thread, which a busy neighbour hardly moves. Measured: 0.78 to 0.94."""
+    words = f"--hidden 128 --layers 2 --seq 128 --batch 4 --steps 20 --dtype {dtype} --dropout {dropout}"
+    result = CPU_STEP["main"](words.split())
     assert result["ratio"] <= 1.0

@@ -53,7 +53,7 @@ OPTIONAL = {"transformers", "bitsandbytes", "torchao", "triton", "datasets", "ma
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}
 LIGHTNING_FROM = "strategies.io"
 # Start-up is fast because these import what is slow when it is asked for: Lightning, and most of torch.distributed.
-DEFERS = {"": {"callbacks"}, "cli": {"lightning_cli", "tools"}, "inject": {"parallel"}}
+DEFERS = {"": {"callbacks", "strategies"}, "cli": {"lightning_cli", "tools"}, "inject": {"parallel"}}
 # Errors are ValueError (wrong input) or RuntimeError (wrong at run time); beside those:
 OTHER_ERRORS = {
     ("", "AttributeError"),  # what the import system expects of a module's __getattr__

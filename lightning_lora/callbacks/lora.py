@@ -9,6 +9,7 @@ import functools
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
@@ -154,7 +155,7 @@ class LoRACallback(Callback):
             synchronize(pl_module)
             trainable, total = trainable_parameters(pl_module)
             rank_zero_info(f"{report}\ntrainable {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
-        if self.merge_on_fit_end:
+        if self.merge_on_fit_end and trainer.state.fn == TrainerFn.FITTING:
             self._check_mergeable(target)
         arrange(trainer.strategy, pl_module)
         root = ".".join(filter(None, (self.module, adapter_root(target)[0])))

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.plugins.precision import BitsandbytesPrecision, Precision, TransformerEnginePrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -23,7 +23,7 @@ def check_supported(trainer: Trainer) -> None:
 
     Raises:
         ValueError: the strategy is none we know; or its processes start from a copy of this one, which would keep what they
-            train; or another callback keeps copies of all weights, which would put the base into adapter checkpoints.
+            train; or a precision plugin or a callback undoes what LoRA did.
     """
     strategy, callbacks = trainer.strategy, trainer.callbacks  # type: ignore[attr-defined]
     name = type(strategy).__name__
@@ -35,6 +35,12 @@ def check_supported(trainer: Trainer) -> None:
         raise ValueError(
             f"strategy={name} with start method {start!r} trains in copies of this process, and the adapters would stay there:"
             " use strategy='ddp' from a script."
+        )
+    precision = trainer.precision_plugin
+    if isinstance(precision, (TransformerEnginePrecision, BitsandbytesPrecision)):
+        raise ValueError(
+            f"plugins: {type(precision).__name__} replaces every linear layer after LoRA was injected, adapters and all: convert the"
+            " model before it goes into the LightningModule, and leave the plugin out."
         )
     averaging = next((callback for callback in callbacks if isinstance(callback, WeightAveraging)), None)
     if averaging is not None:

@@ -266,6 +266,8 @@ def test_tied_weights_are_refused_at_the_start_not_after_the_training(tmp_path: 
     with pytest.raises(ValueError, match=r"net\.fc1\.weight is tied to net\.tied\.weight.*merge_on_fit_end=False"):
         fit(tmp_path, module, 1)
     assert module.losses == []
+    module.net.tied.weight = module.net.fc1.weight
+    trainer(tmp_path, LoRACallback(CONFIG)).test(module, verbose=False)  # no merge is due there
 
 
 @pytest.mark.filterwarnings("ignore:.*`LightningModule` that was compiled")

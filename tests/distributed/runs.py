@@ -174,7 +174,7 @@ def refuse(name: str, folder: str) -> None:
         from lightning.pytorch.strategies import DeepSpeedStrategy
 
         strategy: Any = DeepSpeedStrategy.__new__(DeepSpeedStrategy)
-        trainer: Any = SimpleNamespace(strategy=strategy, callbacks=[])
+        trainer: Any = SimpleNamespace(strategy=strategy, callbacks=[], precision_plugin=None)
     else:
         trainer = L.Trainer(accelerator="cpu", devices=2, strategy=name, default_root_dir=folder, logger=False, enable_checkpointing=False)
     try:

@@ -84,6 +84,14 @@ def test_the_others_resume_too(pool: Any, halves: Any, whole_run: dict[str, Any]
         close(result["moments"], whole_run["moments"])
 
 
+@pytest.mark.parametrize("target", ["ddp", "fsdp full", "fsdp2 DCP"])
+def test_resumes_on_another_number_of_processes(pool4: Any, halves: Any, whole_run: dict[str, Any], tmp_path: Path, target: str) -> None:
+    folder, half = halves["fsdp2 DCP"]  # two processes wrote it
+    for rank in start(pool4, target, str(tmp_path), 4, ckpt=str(folder / "last.ckpt")):
+        assert half["losses"] + rank["losses"] == pytest.approx(whole_run["losses"], abs=1e-6)
+        close(rank["moments"], whole_run["moments"])
+
+
 @pytest.fixture(scope="module")
 def merged_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return run("single", str(tmp_path_factory.mktemp("merged")), 2, merge=True, test=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -11,13 +12,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.plugins.precision import BitsandbytesPrecision, TransformerEnginePrecision
+from lightning.pytorch.strategies import FSDPStrategy
 from safetensors.torch import load_file
 
 from lightning_lora import LoRACallback, LoRAConfig, apply_lora, export_merged, merge_lora
 from lightning_lora.layers import lora_layers
 from lightning_lora.sharding import whole
 from lightning_lora.strategies import LoRAFSDP2Strategy, check_equal, check_supported
-from tests.distributed.nets import fill_adapters, make_net
+from tests.distributed import runs
+from tests.distributed.nets import Block, fill_adapters, make_net
 from tests.distributed.runs import LitFSDP2, LitShared, Share, model_parallel, run
 from tests.distributed.test_wrapping import wrapped_and_adapted
 
@@ -103,9 +107,21 @@ def test_compiled_blocks_train_the_same(pool: Any, alone: Any, tmp_path: Path) -
             assert rank["losses"] == pytest.approx(alone()["losses"], abs=1e-5)
 
 
-def run_compiled(name: str, folder: str) -> dict[str, Any]:
-    from tests.distributed import runs
+def test_lightnings_activation_checkpointing(pool: Any, alone: Any, tmp_path: Path) -> None:
+    for rank in pool.run(run_checkpointed, str(tmp_path)):
+        assert rank["losses"] == pytest.approx(alone()["losses"], abs=1e-6)
+        assert rank["saved"]["names"] == sorted(alone()["adapters"])  # without the wrapper's part in their names
 
+
+def run_checkpointed(folder: str) -> dict[str, Any]:
+    runs.STRATEGIES["fsdp checkpointed"] = (lambda: runs.fsdp1(activation_checkpointing_policy={Block}), LitShared)
+    try:
+        return run("fsdp checkpointed", folder, 2, save=True)
+    finally:
+        del runs.STRATEGIES["fsdp checkpointed"]
+
+
+def run_compiled(name: str, folder: str) -> dict[str, Any]:
     strategy, make = runs.STRATEGIES[name]
 
     def compiled() -> LitShared:
@@ -143,12 +159,16 @@ def test_weight_averaging_is_refused(tmp_path: Path) -> None:
             check_supported(trainer)
 
 
-def test_flat_parameters_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("plugin", [TransformerEnginePrecision, BitsandbytesPrecision])
+def test_precision_plugins_that_replace_layers_are_refused(tmp_path: Path, plugin: type) -> None:
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path)
-    from lightning.pytorch.strategies import FSDPStrategy
+    trainer.strategy.precision_plugin = plugin.__new__(plugin)
+    with pytest.raises(ValueError, match=f"{plugin.__name__} replaces every linear layer"):
+        check_supported(trainer)
 
-    trainer.strategy.__class__, trainer.strategy.kwargs = FSDPStrategy, {"use_orig_params": False}
-    trainer.strategy._launcher = None
+
+def test_flat_parameters_are_refused() -> None:
+    trainer = SimpleNamespace(strategy=FSDPStrategy(use_orig_params=False), callbacks=[], precision_plugin=None)
     with pytest.raises(ValueError, match="use_orig_params=False"):
         check_supported(trainer)
 
