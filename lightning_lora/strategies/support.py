@@ -70,9 +70,10 @@ def arrange(strategy: Strategy, module: LightningModule) -> None:
             "FSDPStrategy(ignored_modules=...): LoRA has to pass parameters to ignore; give yours as ignored_states=[parameters]."
         )
     trained = parallel.replicated_parameters(module)
+    if any(parameter.is_meta for parameter in trained):
+        raise ValueError("FSDPStrategy with a module on the meta device would leave the adapters there: use strategy='lora_fsdp2'.")
     for parameter in trained:
-        if not parameter.is_meta:
-            parameter.data = parameter.data.to(strategy.root_device)  # FSDP moves only what it manages
+        parameter.data = parameter.data.to(strategy.root_device)  # FSDP moves only what it manages
     mine: list[Any] = list(strategy.kwargs.get("ignored_states") or [])
     strategy.kwargs["ignored_states"] = mine + [p for p in trained if not any(p is other for other in mine)]
     parallel.GradientReducer(trained, [None])  # None: all processes

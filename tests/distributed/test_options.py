@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from lightning_lora import LoRACallback, LoRAConfig, apply_lora, export_merged, merge_lora
 from lightning_lora.layers import lora_layers
 from lightning_lora.sharding import whole
-from lightning_lora.strategies import LoRAFSDP2Strategy, check_equal, check_supported
+from lightning_lora.strategies import LoRAFSDP2Strategy, arrange, check_equal, check_supported
 from tests.distributed import runs
 from tests.distributed.nets import Block, fill_adapters, make_net
 from tests.distributed.runs import LitFSDP2, LitShared, Share, model_parallel, run
@@ -171,6 +171,20 @@ def test_flat_parameters_are_refused() -> None:
     trainer = SimpleNamespace(strategy=FSDPStrategy(use_orig_params=False), callbacks=[], precision_plugin=None)
     with pytest.raises(ValueError, match="use_orig_params=False"):
         check_supported(trainer)
+
+
+def meta_under_fsdp1() -> str:
+    module = LitShared(late=True)
+    with torch.device("meta"):
+        module.net = type(make_net())()
+    apply_lora(module.net, config=LoRAConfig(target_modules=["fc1"]))
+    with pytest.raises(ValueError, match=r"meta device.*lora_fsdp2") as error:
+        arrange(runs.fsdp1(), module)
+    return str(error.value)
+
+
+def test_meta_modules_under_fsdp1_are_refused(pool: Any) -> None:
+    assert all(pool.run(meta_under_fsdp1))
 
 
 # Hugging Face models under lora_fsdp2.
