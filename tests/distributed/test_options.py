@@ -202,13 +202,7 @@ class LitLlama(LitShared):
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         ids = (batch[0].abs() * 20).long().clamp(max=63)
-        loss = self.net(input_ids=ids, labels=ids).loss
-        shared = loss.detach().clone()
-        if dist.is_initialized():
-            dist.all_reduce(shared)
-            shared /= dist.get_world_size()
-        self.losses.append(shared.item())
-        return loss
+        return self.noted(self.net(input_ids=ids, labels=ids).loss)
 
     def train_dataloader(self) -> Any:
         rank, world = (dist.get_rank() // self.tensor, dist.get_world_size() // self.tensor) if dist.is_initialized() else (0, 1)
