@@ -1,0 +1,75 @@
+"""The kinds other than linear under data-parallel wrappers, before and after wrapping, against one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lightning_lora import LoRAConfig, apply_lora, merge_lora, unmerge_lora
+from lightning_lora.sharding import whole
+from tests.distributed.nets import adapter_tensors, fill_adapters
+from tests.distributed.test_wrapping import WRAPPERS
+
+KINDS = LoRAConfig(rank=4, alpha=8, target_modules=["embed", "conv", "linear"])
+
+
+class Kinds(nn.Module):
+    """Embedding, convolution and Hugging Face's Conv1D; the wrappers look for ``layers``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(16, 8)
+        self.layers = nn.ModuleList(nn.ModuleDict({"conv": nn.Conv1d(8, 8, 3, padding=1), "linear": Conv1D(8, 8)}) for _ in range(2))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)  # (N, T, 8)
+        for layer in self.layers:
+            x = x + layer["linear"](layer["conv"](x.transpose(1, 2)).transpose(1, 2).contiguous()).tanh()
+        return x
+
+
+def make() -> Kinds:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return Kinds()
+
+
+def gradients(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    model(ids).square().mean().backward()
+    return adapter_tensors(model, lambda p: p.grad)
+
+
+def check(name: str, order: str) -> dict[str, Any]:
+    wrap = root_only if name == "fsdp2" else WRAPPERS[name][0]
+    model = wrap(apply_lora(make(), config=KINDS)) if order == "before" else apply_lora(wrap(make()), config=KINDS)
+    alone = apply_lora(make(), config=KINDS)
+    for each in (model, alone):
+        fill_adapters(each)
+    ids = torch.arange(32).reshape(4, 8) % 16
+    mine, wanted = gradients(model, ids.chunk(dist.get_world_size())[dist.get_rank()]), gradients(alone, ids)
+    assert mine.keys() == wanted.keys() and len(mine) == 10
+    base = {n: whole(p.detach()).clone() for n, p in model.named_parameters() if "lora_" not in n}
+    with torch.no_grad():
+        merged = (merge_lora(model)(ids) - alone(ids)).abs().max().item()
+    unmerge_lora(model)
+    back = all(torch.equal(whole(p.detach()), base[n]) for n, p in model.named_parameters() if n in base)
+    return {"gradient": max((mine[n] - wanted[n]).abs().max().item() for n in wanted), "merged": merged, "back": back}
+
+
+def root_only(model: nn.Module) -> nn.Module:
+    """The blocks here are called part by part, so FSDP2's hooks belong on the whole."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    return fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+
+
+@pytest.mark.parametrize(("name", "order"), [("ddp", "before"), ("fsdp2", "before"), ("fsdp2", "after")])
+def test_embedding_and_convolution(pool: Any, name: str, order: str) -> None:
+    for result in pool.run(check, name, order):
+        assert result["gradient"] < 1e-6 and result["merged"] < 1e-5 and result["back"], result
