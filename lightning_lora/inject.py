@@ -81,7 +81,7 @@ def inject(model: nn.Module, config: LoRAConfig, report: TargetReport) -> nn.Mod
         if _distributed():
             from lightning_lora import parallel
 
-            parallel.adopt(model, [layer for _, layer in lora_layers(model)])
+            parallel.adopt(model, lora_layers(model))
     except BaseException:
         unload_lora(model)
         for parameter, flag in trained:

@@ -65,11 +65,12 @@ class GradientReducer:
                 grad.copy_(mean.view_as(grad))
 
 
-def adopt(model: nn.Module, layers: Iterable[LoRALayer]) -> None:
+def adopt(model: nn.Module, layers: Iterable[tuple[str, LoRALayer]]) -> None:
     """Make adapters that were just injected right on a model that is wrapped already; nothing on one that is not.
 
     Raises:
-        ValueError: the model is wrapped in DistributedDataParallel, which cannot take parameters in afterwards.
+        ValueError: the model is wrapped in DistributedDataParallel, which cannot take parameters in afterwards, or a layer's kind
+            does not know its place on a tensor-parallel base.
     """
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ValueError(
@@ -77,11 +78,14 @@ def adopt(model: nn.Module, layers: Iterable[LoRALayer]) -> None:
         )
     owners = _owners(model)
     reduced: dict[tuple[str, ...], tuple[list[Any], list[nn.Parameter]]] = {}
-    for layer in layers:
+    for name, layer in layers:
         owner = owners[layer]
         groups = [] if owner is None else data_parallel_groups(owner)
         if is_sharded(layer.weight):
-            _place(layer, data_dims=0 if owner is None else len(groups))
+            try:
+                _place(layer, data_dims=0 if owner is None else len(groups))
+            except ValueError as error:
+                raise ValueError(f"{name!r}: {error}.") from error
         if groups:
             reduced.setdefault(tuple(group.group_name for group in groups), (groups, []))[1].extend(layer.lora_parameters().values())
     for groups, parameters in reduced.values():

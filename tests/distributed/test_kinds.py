@@ -8,6 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import LoRAConfig, apply_lora, merge_lora, unmerge_lora
@@ -63,9 +66,6 @@ def check(name: str, order: str) -> dict[str, Any]:
 
 def root_only(model: nn.Module) -> nn.Module:
     """The blocks here are called part by part, so FSDP2's hooks belong on the whole."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     return fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
 
 
@@ -73,3 +73,18 @@ def root_only(model: nn.Module) -> nn.Module:
 def test_embedding_and_convolution(pool: Any, name: str, order: str) -> None:
     for result in pool.run(check, name, order):
         assert result["gradient"] < 1e-6 and result["merged"] < 1e-5 and result["back"], result
+
+
+def refused_after_tensor_parallel() -> str:
+    model = make()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    parallelize_module(model, mesh, {"embed": ColwiseParallel()})
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match=r"'embed': LoRAEmbedding on a tensor-parallel base .* apply LoRA before parallelizing") as error:
+        apply_lora(model, config=LoRAConfig(target_modules=["embed"]))
+    assert [type(module) for module in model.modules()] == classes and not any("lora_" in name for name, _ in model.named_parameters())
+    return str(error.value)
+
+
+def test_after_tensor_parallelism_they_are_refused_by_name(pool: Any) -> None:
+    assert all(pool.run(refused_after_tensor_parallel))
