@@ -1,0 +1,80 @@
+"""``torch.compile`` for each of a model's repeated blocks, in place: one graph serves them all.
+
+A transformer is one block many times over, so compiling a block is quick and done once, and nothing outside it is traced (an
+attention mask made under tracing made a whole compiled model slower than its blocks compiled one by one). Names and state-dict
+keys stay: ``block.compile()`` puts a compiled call beside the module, not a module around it.
+
+Gradient checkpointing stays outside the compiled call, whichever came first. A merged layer takes another branch of its forward,
+so merging compiles once more. A second batch shape too: from then on the graph takes any shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+_WRAPPED_IN = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # the attributes of torch's own wrappers
+
+
+def compile_layers(model: nn.Module, backend: str | Callable[..., Any] = "inductor") -> list[str]:
+    """Compile each of a model's repeated blocks in place; ones that are compiled already stay so.
+
+    Blocks are what the model itself names in ``_no_split_modules`` (Hugging Face), else the elements of every list of at least two
+    modules of one class; never a block inside a block.
+
+    Args:
+        model: any module, wrapped or not.
+        backend: of ``torch.compile``.
+
+    Returns:
+        The blocks' names.
+
+    Raises:
+        ValueError: the model has no repeated blocks.
+    """
+    blocks = dict(repeated_blocks(model))
+    if not blocks:
+        raise ValueError(
+            f"{type(model).__name__} has no repeated blocks to compile (an nn.ModuleList or nn.Sequential of at least two modules of one"
+            ' class). Leave compile="layer" out, and call .compile() on the parts that take the time.'
+        )
+    for block in blocks.values():
+        if block._compiled_call_impl is None:
+            block.compile(backend=backend)
+    return list(blocks)
+
+
+def uncompile_layers(model: nn.Module) -> None:
+    """Let every block run as written again; what was compiled is found again if they are compiled anew."""
+    for _, block in repeated_blocks(model):
+        block._compiled_call_impl = None
+
+
+def repeated_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """``(FQN, block)`` of every block of a model that is one of several of its class, outermost only."""
+    named = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    found = [(fqn, block) for fqn, block in _listed(model) if named & {cls.__name__ for cls in type(block).__mro__}]
+    within = ""
+    for fqn, block in found or list(_listed(model)):
+        if not within or not fqn.startswith(within):
+            within = f"{fqn}."
+            yield fqn, block
+
+
+def _listed(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The elements, taken out of torch's wrappers, of lists of at least two modules of one class that have modules inside."""
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1:
+            elements = [_unwrapped(f"{name}.{index}" if name else index, element) for index, element in module.named_children()]
+            first = elements[0][1]
+            if all(type(element) is type(first) for _, element in elements) and any(True for _ in first.children()):
+                yield from elements
+
+
+def _unwrapped(fqn: str, module: nn.Module) -> tuple[str, nn.Module]:
+    for attribute in _WRAPPED_IN:
+        if attribute in module._modules:
+            return _unwrapped(f"{fqn}.{attribute}", module._modules[attribute])  # type: ignore[arg-type]
+    return fqn, module

@@ -1,0 +1,127 @@
+"""Cross entropy through a frozen output layer, a block of rows at a time: the logits never exist all at once.
+
+With 128k words the logits of 8192 tokens take 2 GiB in bf16, and several times that as fp32 and as gradients. A frozen layer wants no
+gradient of its own, so the forward pass can go the whole way to the gradient of the hidden states, block by block: two products, as
+in the plain way, and one block's logits. torch 2.13 has the same in ``F.linear_cross_entropy``, releases before it have not; Liger's
+needs a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lightning_lora.sharding import is_sharded
+
+IGNORE = -100  # as in torch's cross entropy
+
+
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, *, chunk: int = 2048, compiled: bool = False
+) -> Tensor:
+    """``F.cross_entropy(F.linear(hidden, weight, bias).float(), labels)``, with no more than ``chunk`` rows of logits at a time.
+
+    If the weight or the bias trains, or is sharded, it is computed just so. Second derivatives are not supported otherwise.
+
+    Args:
+        hidden: (N, d); under autocast in any floating dtype.
+        weight: (V, d), frozen.
+        labels: (N,), class indices; rows with -100 do not count.
+        bias: (V,), frozen.
+        chunk: rows of logits at a time.
+        compiled: compile what is elementwise in it; on a GPU half the passes over the logits.
+
+    Returns:
+        The mean over the rows that count, in fp32 (float64 for float64).
+
+    Raises:
+        ValueError: ``chunk`` is no positive number.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk!r} must be a positive number of rows.")
+    head = [tensor for tensor in (weight, bias) if tensor is not None]
+    wants_grad = torch.is_grad_enabled()
+    if any(is_sharded(tensor) or (tensor.requires_grad and wants_grad) for tensor in head):
+        return F.cross_entropy(_wide(F.linear(hidden, weight, bias)), labels, ignore_index=IGNORE)
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    with torch.autocast(kind, enabled=False):
+        return _ChunkedCrossEntropy.apply(hidden, weight, bias, labels, chunk, compiled, wants_grad and hidden.requires_grad)
+
+
+def unchunkable(head: nn.Module | None) -> str | None:
+    """Why the loss through this output layer cannot be taken in blocks; None if it can."""
+    if type(head) is not nn.Linear:
+        return f"its output layer is a {type(head).__name__}, not a plain nn.Linear"
+    if "forward" in head.__dict__:
+        return "its output layer has a forward of its own set on the instance"
+    parameters = list(head.parameters())
+    if any(p.requires_grad for p in parameters):
+        return "its output layer trains"
+    if any(is_sharded(p) for p in parameters) or head.weight.shape != (head.out_features, head.in_features):
+        return "its output layer is sharded"
+    return None
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Keeps the gradient of the hidden states, unscaled, so that it neither under- nor overflows in half precision."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk: int, compiled: bool, wants_grad: bool
+    ) -> Tensor:
+        grad = torch.empty_like(hidden) if wants_grad else None
+        step = _compiled() if compiled else _loss_and_gradient
+        losses = []
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, start + chunk)
+            logits = F.linear(hidden[rows], weight, bias)  # (n, V)
+            if compiled:  # the last block is shorter, and the number of answers moves from batch to batch
+                torch._dynamo.maybe_mark_dynamic(logits, 0)
+                torch._dynamo.maybe_mark_dynamic(labels[rows], 0)
+            loss, dlogits = step(logits, labels[rows])
+            losses.append(loss)
+            if grad is not None:
+                torch.mm(dlogits, weight, out=grad[rows])
+            del logits, dlogits
+        counts = labels != IGNORE
+        count = counts.sum()
+        if grad is not None:
+            grad.masked_fill_(~counts[:, None], 0)
+        ctx.save_for_backward(grad, count)
+        return (torch.stack(losses).sum() if losses else hidden.new_zeros((), dtype=_wide(hidden).dtype)) / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        grad, count = ctx.saved_tensors
+        return grad * (grads[0] / count.clamp(min=1)).to(grad.dtype), *[None] * 6  # no row counts: no gradient, as torch has it
+
+
+def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The summed loss, and its gradient for each row of logits that counts: the softmax, less one at the label."""
+    counts = labels != IGNORE
+    label = torch.where(counts, labels, 0)[:, None]  # (n, 1)
+    logp = torch.log_softmax(logits, dim=-1, dtype=_wide(logits[:0]).dtype)  # (n, V)
+    picked = logp.gather(1, label)  # (n, 1)
+    loss = -torch.where(counts[:, None], picked, 0).sum()
+    # Rounded before the one is taken off, the entry of a label that is nearly sure would lose all its digits.
+    return loss, logp.exp_().to(logits.dtype).scatter_(1, label, torch.expm1(picked).to(logits.dtype))
+
+
+@functools.cache
+def _compiled() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    return torch.compile(_loss_and_gradient)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """At least fp32."""
+    return tensor.float() if tensor.dtype.itemsize < 4 else tensor
