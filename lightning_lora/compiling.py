@@ -53,24 +53,26 @@ def uncompile_layers(model: nn.Module) -> None:
 
 
 def repeated_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """``(FQN, block)`` of every block of a model that is one of several of its class, outermost only."""
+    """``(FQN, block)`` of what a model consists of many times over, see :func:`compile_layers`."""
     named = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
-    found = [(fqn, block) for fqn, block in _listed(model) if named & {cls.__name__ for cls in type(block).__mro__}]
-    within = ""
-    for fqn, block in found or list(_listed(model)):
-        if not within or not fqn.startswith(within):
+    lists = [list(_elements(name, module)) for name, module in model.named_modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
+    found = [(fqn, block) for blocks in lists for fqn, block in blocks if named & {cls.__name__ for cls in type(block).__mro__}]
+    within = "."
+    for fqn, block in found or [pair for blocks in lists if _alike(blocks) for pair in blocks]:
+        if not fqn.startswith(within):
             within = f"{fqn}."
             yield fqn, block
 
 
-def _listed(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The elements, taken out of torch's wrappers, of lists of at least two modules of one class that have modules inside."""
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1:
-            elements = [_unwrapped(f"{name}.{index}" if name else index, element) for index, element in module.named_children()]
-            first = elements[0][1]
-            if all(type(element) is type(first) for _, element in elements) and any(True for _ in first.children()):
-                yield from elements
+def _elements(name: str, listed: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """A list's elements, taken out of torch's wrappers."""
+    for index, element in listed.named_children():
+        yield _unwrapped(f"{name}.{index}" if name else index, element)
+
+
+def _alike(blocks: list[tuple[str, nn.Module]]) -> bool:
+    """Whether they are several of one class, with modules inside."""
+    return len(blocks) > 1 and len({type(block) for _, block in blocks}) == 1 and any(True for _ in blocks[0][1].children())
 
 
 def _unwrapped(fqn: str, module: nn.Module) -> tuple[str, nn.Module]:
