@@ -9,7 +9,8 @@ needs a GPU.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,18 +58,38 @@ def chunked_cross_entropy(
         return _ChunkedCrossEntropy.apply(hidden, weight, bias, labels, chunk, compiled, wants_grad and hidden.requires_grad)
 
 
-def unchunkable(head: nn.Module | None) -> str | None:
+def unchunkable(head: Any) -> str | None:
     """Why the loss through this output layer cannot be taken in blocks; None if it can."""
     if type(head) is not nn.Linear:
         return f"its output layer is a {type(head).__name__}, not a plain nn.Linear"
     if "forward" in head.__dict__:
         return "its output layer has a forward of its own set on the instance"
-    parameters = list(head.parameters())
-    if any(p.requires_grad for p in parameters):
-        return "its output layer trains"
-    if any(is_sharded(p) for p in parameters) or head.weight.shape != (head.out_features, head.in_features):
+    weight = head._parameters.get("weight")  # FSDP1 leaves a flat piece of it here, or nothing
+    if weight is None or is_sharded(weight) or weight.shape != (head.out_features, head.in_features):
         return "its output layer is sharded"
+    if any(p.requires_grad for p in head.parameters()):
+        return "its output layer trains"
     return None
+
+
+@contextmanager
+def bypassed(head: nn.Module) -> Iterator[list[Tensor]]:
+    """While it lasts, the output layer hands on its input; the list receives it at each call.
+
+    The model's own forward stays in charge of everything before, so this fits any model whose last step is its output layer. What
+    comes out of the model is the same object, if nothing is done to the logits (Gemma caps them, Cohere and Granite scale them).
+    """
+    inputs: list[Tensor] = []
+
+    def forward(hidden: Tensor) -> Tensor:
+        inputs.append(hidden)
+        return hidden
+
+    head.__dict__["forward"] = forward
+    try:
+        yield inputs
+    finally:
+        del head.__dict__["forward"]
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -103,7 +124,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         grad, count = ctx.saved_tensors
-        return grad * (grads[0] / count.clamp(min=1)).to(grad.dtype), *[None] * 6  # no row counts: no gradient, as torch has it
+        scale = grads[0] / count.clamp(min=1)  # where no row counts there is no gradient, as in torch
+        return (_wide(grad) * scale).to(grad.dtype), *[None] * 6  # in half precision the scale would lose digits, or overflow
 
 
 def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
