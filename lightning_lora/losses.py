@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from lightning_lora.sharding import is_sharded
 
@@ -28,7 +27,7 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """``F.cross_entropy(F.linear(hidden, weight, bias).float(), labels)``, with no more than ``chunk`` rows of logits at a time.
 
-    If the weight or the bias trains, or is sharded, it is computed just so. Second derivatives are not supported otherwise.
+    If the weight or the bias trains, or is sharded, it is computed just so.
 
     Args:
         hidden: (N, d); under autocast in any floating dtype.
@@ -43,6 +42,7 @@ def chunked_cross_entropy(
 
     Raises:
         ValueError: ``chunk`` is no positive number.
+        RuntimeError: in the backward pass, if second derivatives are asked for.
     """
     if chunk < 1:
         raise ValueError(f"chunk={chunk!r} must be a positive number of rows.")
@@ -104,11 +104,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         losses = []
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            logits = F.linear(hidden[rows], weight, bias)  # (n, V)
+            logits, answers = F.linear(hidden[rows], weight, bias), labels[rows]  # (n, V), (n,)
             if compiled:  # the last block is shorter, and the number of answers moves from batch to batch
                 torch._dynamo.maybe_mark_dynamic(logits, 0)
-                torch._dynamo.maybe_mark_dynamic(labels[rows], 0)
-            loss, dlogits = step(logits, labels[rows])
+                torch._dynamo.maybe_mark_dynamic(answers, 0)
+            loss, dlogits = step(logits, answers)
             losses.append(loss)
             if grad is not None:
                 torch.mm(dlogits, weight, out=grad[rows])
@@ -121,8 +121,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (torch.stack(losses).sum() if losses else hidden.new_zeros((), dtype=_wide(hidden).dtype)) / count
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        if torch.is_grad_enabled():  # without create_graph=True it is off here
+            raise RuntimeError("chunked_cross_entropy has no second derivatives; use torch.nn.functional.cross_entropy for those.")
         grad, count = ctx.saved_tensors
         scale = grads[0] / count.clamp(min=1)  # where no row counts there is no gradient, as in torch
         return (_wide(grad) * scale).to(grad.dtype), *[None] * 6  # in half precision the scale would lose digits, or overflow

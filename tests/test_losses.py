@@ -123,9 +123,8 @@ def test_a_head_that_trains_gets_its_gradient(which):
 def test_second_derivatives_are_refused():
     hidden, *rest = make()
     hidden.requires_grad_()
-    (grad,) = torch.autograd.grad(chunked_cross_entropy(hidden, *rest), hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(chunked_cross_entropy(hidden, *rest), hidden, create_graph=True)
 
 
 def test_backward_may_run_twice():
@@ -141,7 +140,8 @@ def test_compiled_it_is_the_same_and_takes_any_number_of_rows(monkeypatch):
     weight, labels, bias = rest
     torch._dynamo.reset()
     counter = CompileCounter()
-    monkeypatch.setattr(losses, "_compiled", lambda compiled=torch.compile(losses._loss_and_gradient, backend=counter): compiled)
+    compiled = torch.compile(losses._loss_and_gradient, backend=counter)
+    monkeypatch.setattr(losses, "_compiled", lambda: compiled)
     for rows in (70, 50, 64, 31, 70):
         ours, theirs = (
             both(lambda h, f=f, n=rows: f(h, weight, labels[:n], bias), hidden[:rows])
