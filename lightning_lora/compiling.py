@@ -4,8 +4,9 @@ A transformer is one block many times over, so compiling a block is quick and do
 attention mask made under tracing made a whole compiled model slower than its blocks compiled one by one). Names and state-dict
 keys stay: ``block.compile()`` puts a compiled call beside the module, not a module around it.
 
-Gradient checkpointing stays outside the compiled call, whichever came first. A merged layer takes another branch of its forward,
-so merging compiles once more. A second batch shape too: from then on the graph takes any shape.
+A block is compiled anew where its input needs no gradient (the first one, above a frozen embedding: a shorter graph; none if the model
+has ``enable_input_require_grads()``), for evaluation, once merged, and when the batch's rows or length change for the first time: from
+then on that size may be any. Gradient checkpointing and sharding stay around the compiled call, whichever came first.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
+GRAPHS = 64  # more than blocks of a few classes need for all of those
 _WRAPPED_IN = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # the attributes of torch's own wrappers
 
 
@@ -40,6 +43,8 @@ def compile_layers(model: nn.Module, backend: str | Callable[..., Any] = "induct
             f"{type(model).__name__} has no repeated blocks to compile (an nn.ModuleList or nn.Sequential of at least two modules of one"
             ' class). Leave compile="layer" out, and call .compile() on the parts that take the time.'
         )
+    # All modules' calls are one piece of code to the compiler, which counts graphs by that and after eight leaves it uncompiled.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     for block in blocks.values():
         if block._compiled_call_impl is None:
             block.compile(backend=backend)
