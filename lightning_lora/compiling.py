@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 GRAPHS = 64  # more than blocks of a few classes need for all of those
+_CONTAINERS = {nn.ModuleList, nn.ModuleDict}
 _WRAPPED_IN = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # the attributes of torch's own wrappers
 
 
@@ -62,10 +63,10 @@ def repeated_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     named = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     lists = [list(_elements(name, module)) for name, module in model.named_modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
     found = [(fqn, block) for blocks in lists for fqn, block in blocks if named & {cls.__name__ for cls in type(block).__mro__}]
-    within = "."
+    inside: set[nn.Module] = set()
     for fqn, block in found or [pair for blocks in lists if _alike(blocks) for pair in blocks]:
-        if not fqn.startswith(within):
-            within = f"{fqn}."
+        if block not in inside:
+            inside.update(block.modules())
             yield fqn, block
 
 
@@ -76,8 +77,9 @@ def _elements(name: str, listed: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _alike(blocks: list[tuple[str, nn.Module]]) -> bool:
-    """Whether they are several of one class, with modules inside."""
-    return len(blocks) > 1 and len({type(block) for _, block in blocks}) == 1 and any(True for _ in blocks[0][1].children())
+    """Whether they are several of one class that can be called, with modules inside."""
+    classes = {type(block) for _, block in blocks}
+    return len(blocks) > 1 and len(classes) == 1 and not classes & _CONTAINERS and any(True for _ in blocks[0][1].children())
 
 
 def _unwrapped(fqn: str, module: nn.Module) -> tuple[str, nn.Module]:
