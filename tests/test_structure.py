@@ -26,7 +26,7 @@ NAME = "lightning_lora"
 # never name each other. A new file belongs to the level of its pattern, or gets one here. "" is the package itself.
 LEVELS = [
     ["patterns", "files", "names", "registry", "sharding"],
-    ["config", "digests", "ops", "kernels.*"],
+    ["config", "digests", "ops", "losses", "compiling", "kernels.*"],
     ["merging"],
     ["heads", "layers.mergeable"],
     ["layers.base"],

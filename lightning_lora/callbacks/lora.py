@@ -6,13 +6,14 @@ It is thin: it calls the plain functions at the right hooks and leaves the strat
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from lightning_lora.compiling import compile_layers, uncompile_layers
 from lightning_lora.config import LoRAConfig
 from lightning_lora.inject import (
     already_applied,
@@ -51,6 +52,9 @@ class LoRACallback(Callback):
         check_base: refuse to resume from a checkpoint that was trained on another base.
         check_gradients: raise after the first training batch if an adapter got no gradient in it. Switch it off for models
             that use parts of themselves only now and then.
+        compile: "layer" compiles each of the model's repeated blocks in place, see
+            :func:`~lightning_lora.compiling.compile_layers`, until the run is over; prediction, which would compile anew for
+            every token that it generates, runs as written.
 
     Attributes:
         report: what was matched, once ``setup`` has run; ``print`` it.
@@ -63,13 +67,18 @@ class LoRACallback(Callback):
         merge_on_fit_end: bool = True,
         check_base: bool = True,
         check_gradients: bool = True,
+        compile: Literal["layer"] | None = None,
     ) -> None:
+        if compile not in (None, "layer"):
+            raise ValueError(f"compile={compile!r} is not known; it is None or 'layer'.")
         self.config = config or LoRAConfig()
         self.module = module
         self.merge_on_fit_end = merge_on_fit_end
         self.check_base = check_base
         self.check_gradients = check_gradients
+        self.compile = compile
         self.report: TargetReport | None = None
+        self._compiled: nn.Module | None = None
         self._waiting: dict[str, nn.Parameter] = {}
         self._backward_ran = self._compare = False
 
@@ -147,8 +156,21 @@ class LoRACallback(Callback):
         worst = max(lost, key=lambda name: lost[name])
         rank_zero_info(f"LoRA merged into {len(lost)} modules; rounding lost at most {lost[worst]:.2%} of an update ({worst}).")
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let compiled blocks run as written again."""
+        if self._compiled is not None:
+            uncompile_layers(self._compiled)
+            self._compiled = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Lightning tears nothing down then."""
+        self.teardown(trainer, pl_module, "")
+
     def _adapt(self, trainer: Trainer, pl_module: LightningModule) -> None:
         target = self._target(pl_module)
+        if self.compile and trainer.state.fn != TrainerFn.PREDICTING:
+            compile_layers(target)
+            self._compiled = target
         if not any(layer.merged for _, layer in lora_layers(target)) and not already_applied(target, self.config):
             self.report = report = find_targets(target, self.config)
             inject(target, self.config, report)

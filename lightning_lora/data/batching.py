@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-IGNORE = -100  # the label that cross entropy skips
+from lightning_lora.losses import IGNORE
+
 WINDOW = 32  # batches sorted together: enough to make lengths alike, few enough to keep the order random
 
 

@@ -2,7 +2,9 @@
 
 The output layer is the widest of a language model (for SmolLM2-135M a quarter of the forward, at the quickstart's lengths the largest
 activation by far), and a prompt's positions get no loss. So the logits are computed only where they predict an answer token: models
-whose forward takes a mask as ``logits_to_keep`` get one, the others compute all and the rest is dropped.
+whose forward takes a mask as ``logits_to_keep`` get one, the others compute all and the rest is dropped. In training, a frozen output
+layer's logits never exist all at once (:mod:`lightning_lora.losses`); a layer that trains, is adapted or sharded, and models that do
+something to their logits, have them all, and the log says why.
 """
 
 from __future__ import annotations
@@ -15,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
-from lightning_lora.data.batching import IGNORE
+from lightning_lora.losses import IGNORE, bypassed, chunked_cross_entropy, unchunkable
 from lightning_lora.tasks.hf import DType, enable_checkpointing, generate_text, load_causal_lm
 
 
@@ -59,6 +62,8 @@ class CausalLMTask(LightningModule):
         self.model, self.tokenizer = load_causal_lm(model, gguf_file, dtype)
         # Read here, while type(self.model) is still the one of the modeling file: wrappers like FSDP2 put their own in its place.
         self.keeps_logits = hasattr(sys.modules[type(self.model).__module__], "slice_logits_to_keep")
+        self._needs_logits: str | None = None  # why the loss cannot be taken in blocks, once that was seen
+        self._told = False
         # from_pretrained leaves evaluation mode on and Lightning keeps the mode it finds; checkpointing only acts in training mode.
         self.model.train()
         if gradient_checkpointing:
@@ -68,20 +73,44 @@ class CausalLMTask(LightningModule):
     @override
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Logits at the N positions that predict an answer token (N, V), and those tokens (N,), row by row."""
+        logits, predicts, answers = self._outputs(batch)
+        return logits if self.keeps_logits else logits[predicts], answers
+
+    def _outputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """The model's logits, where it predicts an answer token (B, T), and those tokens (N,)."""
         labels = batch["labels"][:, 1:]  # position t predicts token t + 1
         answers = labels != IGNORE  # (B, T - 1)
         predicts = F.pad(answers, (0, 1), value=False)  # (B, T)
         inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
         if self.keeps_logits:
-            return self.model(**inputs, logits_to_keep=predicts).logits, labels[answers]
-        return self.model(**inputs).logits[predicts], labels[answers]
+            inputs["logits_to_keep"] = predicts
+        return self.model(**inputs).logits, predicts, labels[answers]
 
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        logits, answers = self(batch)
-        loss = F.cross_entropy(logits.float(), answers)
+        loss = self._chunked_loss(batch)
+        if loss is None:
+            logits, answers = self(batch)
+            loss = F.cross_entropy(logits.float(), answers)
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
         return loss
+
+    def _chunked_loss(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """The loss without all the logits at once; None if this model has to have them."""
+        head = self.model.get_output_embeddings()
+        reason = self._needs_logits or unchunkable(head)
+        if reason is None:
+            with bypassed(head) as inputs:
+                hidden, predicts, answers = self._outputs(batch)
+            if len(inputs) == 1 and hidden is inputs[0]:
+                hidden = hidden if self.keeps_logits else hidden[predicts]
+                compiled = hidden.is_cuda and any(module._compiled_call_impl is not None for module in self.model.modules())
+                return chunked_cross_entropy(hidden, head.weight, answers, head.bias, compiled=compiled)
+            reason = self._needs_logits = f"{type(self.model).__name__} does something to its logits"
+        if not self._told:
+            self._told = True
+            rank_zero_info(f"The loss takes all logits at once: {reason}.")
+        return None
 
     def _evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
         logits, answers = self(batch)

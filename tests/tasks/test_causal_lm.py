@@ -6,6 +6,7 @@ import torch
 import transformers
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
+from lightning_lora import LoRAConfig, apply_lora
 from lightning_lora.data import InstructionDataModule
 from lightning_lora.data.batching import collate_answers, collate_prompts
 from lightning_lora.data.instructions import load_examples
@@ -65,6 +66,71 @@ def test_loss_and_gradients_equal_those_of_hugging_face(kind, examples, monkeypa
     torch.testing.assert_close(ours, theirs)
     answer_tokens = (batch["labels"] != -100).sum().item()
     assert seen_by_head == (batch["labels"].numel() if kind == "whole" else answer_tokens)
+
+
+HEADS = {  # the last asks for a second forward, once: only there is it seen that the model does something to its logits
+    "frozen": (tiny_lm.llama, lambda model: model.requires_grad_(False), None),
+    "bias": (lambda: small("GPTJ", rotary_dim=4), lambda model: model.requires_grad_(False), None),
+    "trains": (tiny_lm.llama, lambda model: None, "its output layer trains"),
+    "adapter": (tiny_lm.llama, lambda model: adapted(model, ["lm_head"]), "its output layer is a LoRALinear"),
+    "capped": (lambda: small("Gemma2", final_logit_softcapping=0.5), lambda model: model.requires_grad_(False), "does something to"),
+    "scaled": (lambda: small("Cohere", logit_scale=4.0), lambda model: model.requires_grad_(False), "does something to its logits"),
+    "divided": (lambda: small("Granite", logits_scaling=8.0), lambda model: model.requires_grad_(False), "does something to its logits"),
+}
+
+
+def small(name, **kwargs):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    tokens = {"num_key_value_heads": 4, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "initializer_range": 0.3}
+    return getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**sizes, **tokens, **kwargs))
+
+
+def adapted(model, targets):
+    return apply_lora(model, config=LoRAConfig(rank=2, target_modules=targets))
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+@pytest.mark.parametrize("kind", HEADS)
+def test_frozen_head_takes_the_loss_in_blocks_where_the_rule_allows(kind, keeps, examples, monkeypatch):
+    make, change, reason = HEADS[kind]
+    model, said, chunked = make(), [], []
+    change(model)
+    trained = model.get_input_embeddings().requires_grad_() if not any(p.requires_grad for p in model.parameters()) else model
+    if trained is not model and model.get_output_embeddings().weight is trained.weight:  # tied: train something else
+        trained = model.base_model.layers[0].requires_grad_()
+        model.get_input_embeddings().requires_grad_(False)
+    monkeypatch.setattr(causal_lm, "load_causal_lm", lambda *args: (model, tiny_lm.tokenizer()))
+    monkeypatch.setattr(causal_lm, "rank_zero_info", said.append)
+    chunk = causal_lm.chunked_cross_entropy
+    monkeypatch.setattr(
+        causal_lm, "chunked_cross_entropy", lambda *args, **kw: chunked.append(args[0].shape) or chunk(*args, chunk=7, **kw)
+    )
+    task, batch = CausalLMTask("any"), collate_answers(examples, pad=0)
+    task.keeps_logits = task.keeps_logits and keeps
+    monkeypatch.setattr(task, "log", lambda *args, **kwargs: None)
+    calls = []
+    model.base_model.register_forward_hook(lambda *args: calls.append(1))
+
+    parameters = [p for p in trained.parameters() if p.requires_grad]
+    reference = model(**{k: batch[k] for k in ("input_ids", "attention_mask", "labels")}).loss
+    theirs = torch.autograd.grad(reference, parameters)
+    for _ in range(2):
+        loss = task.training_step(batch, 0)
+        torch.testing.assert_close(loss, reference)
+        torch.testing.assert_close(torch.autograd.grad(loss, parameters), theirs)
+    answer_tokens = (batch["labels"] != -100).sum().item()
+    assert chunked == ([] if reason else [(answer_tokens, 32)] * 2)
+    assert len(calls) == 1 + 2 + (reason is not None and "does something" in reason)
+    assert len(said) == (reason is not None) and (reason is None or reason in said[0])
+    assert "forward" not in model.get_output_embeddings().__dict__
+
+
+def test_evaluation_has_its_logits_whatever_the_training_does(folder, examples):
+    task, batch = CausalLMTask(folder), collate_answers(examples, pad=0)
+    task.model.requires_grad_(False)
+    logits, answers = task(batch)
+    assert logits.shape == (len(answers), task.model.config.vocab_size)
 
 
 def test_choice_is_what_greedy_decoding_held_to_the_choices_writes(folder, examples):

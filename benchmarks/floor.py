@@ -1,0 +1,384 @@
+"""How close to the frozen model LoRA comes: time and memory of a training step in every mode, in one run on one device.
+
+    python benchmarks/floor.py                                # Llama-3.2-1B's shape, 4 x 2048 tokens, all-linear r=16
+    python benchmarks/floor.py --shape 8b --batch 2 --modes floor,peft,ours-layer-chunk,ours-layer-chunk-drop
+    python benchmarks/floor.py --profile ours-layer-chunk     # its kernels by time
+    python benchmarks/floor.py --growth                       # over rank, length and depth
+    python benchmarks/floor.py --costs --shape 8b             # injection, saving, merging
+    python benchmarks/floor.py --shape tiny --backend eager   # the same in seconds, on a CPU too
+
+The floor is what no LoRA can avoid: forward and backward of the frozen base to its input's embedding, no adapter, each decoder layer
+compiled, cross entropy through the frozen head in blocks of 2048 rows. A mode is a method and what is done to it, joined by dashes:
+
+    frozen, full, peft, ours    no adapter; every weight trains; PEFT; this package
+    layer                       each decoder layer compiled (`compile="layer"`)
+    chunk                       the chunked loss without autocast (`bf16-true`; PEFT's adapters are bf16 then, its fastest). Other modes
+                                have Hugging Face's loss under bf16 autocast, and fp32 adapters: what a user gets who sets nothing
+    ckpt                        gradient checkpointing
+    graph                       the whole step as one CUDA graph
+    drop                        dropout (--dropout)
+
+Random weights and tokens, bf16 base, fused AdamW, median of the steps. *x alike* is to the frozen model with the same loss, compiled
+or not alike. A mode that fails says why in its row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, __version__
+
+from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, merge_lora, save_adapter, unmerge_lora
+from lightning_lora.compiling import compile_layers
+from lightning_lora.losses import chunked_cross_entropy
+
+NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+SHAPES = {
+    "tiny": (64, 128, 2, 4, 2, 16, 256),
+    "1b": (2048, 8192, 16, 32, 8, 64, 128256),  # Llama-3.2-1B, with a tied head
+    "8b": (4096, 14336, 32, 32, 8, 128, 128256),  # Llama-3.1-8B
+}
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FLAGS = {"layer", "chunk", "ckpt", "graph", "drop"}
+MODES = (
+    "floor,frozen,frozen-layer,full,full-layer,peft,peft-drop,peft-layer-chunk,peft-layer-chunk-drop,ours,ours-drop,ours-layer,"
+    "ours-layer-drop,ours-layer-chunk,ours-layer-chunk-drop"
+)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured, apart from the mode."""
+
+    shape: str = "1b"
+    batch: int = 4
+    seq: int = 2048
+    rank: int = 16
+    dropout: float = 0.1
+    layers: int | None = None  # fewer than the shape has
+    steps: int = 12
+    warmup: int = 5
+    backend: str = "inductor"
+
+
+@dataclass
+class Result:
+    """Of one mode; times in ms, memory in GiB."""
+
+    ms: float = 0.0
+    gib: float = 0.0
+    setup: float = 0.0
+    loss: float = 0.0
+    error: str = ""
+    kernels: dict[str, tuple[float, float]] = field(default_factory=dict)  # name → ms and calls a step
+
+
+def parse(mode: str) -> tuple[str, set[str]]:
+    """The method and the flags of a mode's name."""
+    method, *flags = ("frozen-layer-chunk" + mode.removeprefix("floor") if mode.startswith("floor") else mode).split("-")
+    if method not in METHODS or set(flags) - FLAGS:
+        raise SystemExit(f"mode {mode!r}: a method of {', '.join(METHODS)} (or floor), then any of {', '.join(sorted(FLAGS))}")
+    return method, set(flags)
+
+
+def alike(mode: str) -> str:
+    """The frozen mode with the same loss, compiled or not."""
+    flags = parse(mode)[1]
+    return "-".join(["frozen", *(flag for flag in ("layer", "chunk") if flag in flags)]).replace("frozen-layer-chunk", "floor")
+
+
+def build(setting: Setting) -> Any:
+    """The model, made and filled on the device."""
+    sizes = dict(zip(NAMES, SHAPES[setting.shape], strict=True))
+    sizes["num_hidden_layers"] = setting.layers or sizes["num_hidden_layers"]
+    config = LlamaConfig(
+        **sizes, max_position_embeddings=max(8192, setting.seq), rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        tie_word_embeddings=setting.shape != "8b", use_cache=False, attn_implementation="sdpa",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(DEVICE):
+            return LlamaForCausalLM(config).train()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def frozen(model: Any, setting: Setting, dropout: float, flags: set[str]) -> Any:
+    return model.requires_grad_(False)
+
+
+def full(model: Any, setting: Setting, dropout: float, flags: set[str]) -> Any:
+    return model
+
+
+def peft(model: Any, setting: Setting, dropout: float, flags: set[str]) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=setting.rank, lora_alpha=2 * setting.rank, lora_dropout=dropout, target_modules=LINEARS)
+    return get_peft_model(model, config, autocast_adapter_dtype="chunk" not in flags)
+
+
+def ours(model: Any, setting: Setting, dropout: float, flags: set[str]) -> Any:
+    return apply_lora(model, config=LoRAConfig(rank=setting.rank, alpha=2 * setting.rank, dropout=dropout, target_modules=LINEARS))
+
+
+METHODS: dict[str, Callable[..., Any]] = {"frozen": frozen, "full": full, "peft": peft, "ours": ours}
+
+
+def training_step(mode: str, setting: Setting) -> Callable[[int], Tensor]:
+    """The step to measure: forward, backward and the optimizer, over four batches in turn."""
+    method, flags = parse(mode)
+    base = build(setting)
+    model = METHODS[method](base, setting, setting.dropout if "drop" in flags else 0.0, flags).train()
+    if "ckpt" in flags:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    if "layer" in flags:
+        compile_layers(model, backend=setting.backend)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=DEVICE == "cuda", capturable="graph" in flags) if trained else None
+    generator = torch.Generator().manual_seed(1)
+    batches = [torch.randint(0, base.config.vocab_size, (setting.batch, setting.seq), generator=generator).to(DEVICE) for _ in range(4)]
+
+    def step(ids: Tensor) -> Tensor:
+        inputs = {"input_ids": ids} if trained else {"inputs_embeds": base.get_input_embeddings()(ids).requires_grad_()}
+        if "chunk" in flags:
+            hidden = base.model(**inputs).last_hidden_state.flatten(0, 1)
+            labels = F.pad(ids[:, 1:], (0, 1), value=-100).flatten()
+            loss = chunked_cross_entropy(hidden, base.lm_head.weight, labels, compiled=DEVICE == "cuda" and "layer" in flags)
+        else:
+            with torch.autocast(DEVICE, torch.bfloat16):
+                loss = model(**inputs, labels=ids).loss
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    if "graph" not in flags:
+        return lambda k: step(batches[k % 4])
+    ids, graph = batches[0].clone(), torch.cuda.CUDAGraph()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(ids)
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        loss = step(ids)
+
+    def replay(k: int) -> Tensor:
+        ids.copy_(batches[k % 4])
+        graph.replay()
+        return loss
+
+    return replay
+
+
+def measure(mode: str, setting: Setting, profile: bool = False) -> Result:
+    """Run one mode in a fresh model; what goes wrong becomes the result's error."""
+    result, began = Result(), time.perf_counter()
+    reset()
+    try:
+        step = training_step(mode, setting)
+        for k in range(setting.warmup):
+            step(k)
+        synchronize()
+        result.setup = time.perf_counter() - began
+        if DEVICE == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        marks = [mark()]
+        for k in range(setting.steps):
+            loss = step(k)
+            marks.append(mark())
+        synchronize()
+        result.ms = statistics.median(elapsed(a, b) for a, b in pairwise(marks))
+        result.gib = torch.cuda.max_memory_allocated() / GIB if DEVICE == "cuda" else 0.0
+        result.loss = loss.item()
+        if profile:
+            result.kernels = kernels(step, 3)
+    except Exception as error:
+        result.error = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    return result
+
+
+def reset() -> None:
+    """Forget the mode before: its memory, and its compiled code."""
+    torch._dynamo.reset()
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+
+
+def synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def mark() -> Any:
+    if DEVICE == "cpu":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def elapsed(a: Any, b: Any) -> float:
+    """Milliseconds between two marks."""
+    return (b - a) * 1e3 if DEVICE == "cpu" else a.elapsed_time(b)
+
+
+def kernels(step: Callable[[int], Tensor], steps: int) -> dict[str, tuple[float, float]]:
+    """Kernel (on a CPU: operator) → device milliseconds and calls a step, by torch.profiler."""
+    with torch.profiler.profile() as profiler:
+        for k in range(steps):
+            step(k)
+        synchronize()
+    kind = torch.autograd.DeviceType.CUDA if DEVICE == "cuda" else torch.autograd.DeviceType.CPU
+    found: dict[str, tuple[float, float]] = {}
+    for event in profiler.events():
+        if event.device_type == kind and not event.is_user_annotation:  # a span around kernels would count them twice
+            spent, calls = found.get(event.name, (0.0, 0.0))
+            spent += (event.device_time if DEVICE == "cuda" else event.self_cpu_time_total) / 1e3 / steps
+            found[event.name] = spent, calls + 1 / steps
+    return dict(sorted(found.items(), key=lambda item: -item[1][0]))
+
+
+def row(name: str, result: Result, floor: Result | None, same: Result | None) -> None:
+    def times(value: float, other: Result | None, what: str) -> str:
+        reference = getattr(other, what) if other is not None else 0.0
+        return f"{value / reference:.2f}" if reference else "–"
+
+    if result.error:
+        print(f"| {name} | {result.error} | | | | | |", flush=True)
+        return
+    print(
+        f"| {name} | {result.ms:.1f} | {times(result.ms, floor, 'ms')} | {times(result.ms, same, 'ms')} | {result.gib:.1f} |"
+        f" {times(result.gib, floor, 'gib')} | {result.setup:.0f} |",
+        flush=True,
+    )
+
+
+def head(first: str) -> None:
+    print(f"\n| {first} | ms | x floor | x alike | GiB | x floor | set-up s |\n|---|---|---|---|---|---|---|", flush=True)
+
+
+def table(modes: list[str], setting: Setting) -> dict[str, Result]:
+    """Each mode in turn."""
+    head(f"{setting.shape}, {setting.batch} x {setting.seq}, r={setting.rank}")
+    results: dict[str, Result] = {}
+    for mode in modes:
+        results[mode] = measure(mode, setting)
+        row(mode, results[mode], results.get("floor"), results.get(alike(mode)))
+    return results
+
+
+def growth(modes: list[str], setting: Setting) -> dict[str, Result]:
+    """How the modes' cost grows over rank, length (as many tokens each time, as far as that goes) and depth."""
+    tiny, tokens = setting.shape == "tiny", setting.batch * setting.seq
+    ranks, lengths, depths = ((8, 32), (16,), (1,)) if tiny else ((8, 16, 64, 256), (512, 2048, 8192, 32768), (4, 8, 16))
+    points = [(f"rank {rank}", replace(setting, rank=rank)) for rank in ranks]
+    points += [(f"length {seq}", replace(setting, seq=seq, batch=max(1, tokens // seq))) for seq in lengths]
+    points += [(f"{layers} layers", replace(setting, layers=layers)) for layers in depths]
+    head(f"{setting.shape}")
+    results: dict[str, Result] = {}
+    floor: Result | None = None
+    for name, point in points:
+        if floor is None or not name.startswith("rank"):  # the floor has no rank
+            floor = measure("floor", point)
+            row(f"{name}, floor" if not name.startswith("rank") else "floor", floor, None, None)
+        for mode in modes:
+            result = results[f"{name}, {mode}"] = measure(mode, point)
+            row(f"{name}, {mode}", result, floor, None)
+    return results
+
+
+def costs(setting: Setting) -> dict[str, tuple[float, float, float]]:
+    """Seconds, GiB at the peak and GiB kept of what is done once: injecting, saving, merging, unmerging."""
+    reset()
+    model = build(setting)
+    torch.mm(*(torch.ones(2, 256, 256, device=DEVICE)))  # the library of matrix products loads once
+    print(f"\n| {setting.shape}, r={setting.rank} | s | target | GiB at the peak | GiB kept |\n|---|---|---|---|---|", flush=True)
+    done: dict[str, tuple[float, float, float]] = {}
+
+    def timed(what: str, target: str, call: Callable[[], Any]) -> None:
+        synchronize()
+        before = torch.cuda.memory_allocated() if DEVICE == "cuda" else 0
+        if DEVICE == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        call()
+        synchronize()
+        seconds = time.perf_counter() - began
+        peak, kept = (
+            ((torch.cuda.max_memory_allocated() - before) / GIB, (torch.cuda.memory_allocated() - before) / GIB) if before else (0, 0)
+        )
+        done[what] = seconds, peak, kept
+        print(f"| {what} | {seconds:.2f} | {target} | {peak:.2f} | {kept:.2f} |", flush=True)
+
+    timed("inject", "0.5", lambda: ours(model, setting, 0.0, set()))
+    for parameter in get_lora_parameters(model):
+        nn.init.normal_(parameter, std=0.005)
+    with tempfile.TemporaryDirectory() as folder:
+        timed("save", "1", lambda: save_adapter(model, Path(folder) / "adapter"))
+    timed("merge", "2", lambda: merge_lora(model))
+    timed("unmerge", "", lambda: unmerge_lora(model))
+    return done
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="1b")
+    parser.add_argument("--batch", type=int, help="rows (4)")
+    parser.add_argument("--seq", type=int, help="tokens a row (2048; tiny: 32)")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--dropout", type=float, default=0.1, help="of the modes with drop")
+    parser.add_argument("--modes", help="comma-separated; default: all the table needs")
+    parser.add_argument("--steps", type=int, default=12, help="that count")
+    parser.add_argument("--warmup", type=int, default=5, help="steps before those")
+    parser.add_argument("--backend", default="inductor", help="of torch.compile")
+    parser.add_argument("--profile", metavar="MODE", help="the 25 kernels of a mode that take longest")
+    parser.add_argument("--growth", action="store_true", help="rank 8 to 256, length 512 to 32k, depth")
+    parser.add_argument("--costs", action="store_true", help="injection, saving, merging")
+    options = parser.parse_args(argv)
+    setting = Setting(
+        options.shape, options.batch or 4, options.seq or (32 if options.shape == "tiny" else 2048), options.rank, options.dropout, None,
+        options.steps, options.warmup, options.backend,
+    )  # fmt: skip
+    modes = (options.modes or ("ours-layer-chunk" if options.growth else MODES)).split(",")
+    for mode in [*modes, *filter(None, [options.profile])]:
+        parse(mode)
+    warnings.simplefilter("ignore")
+    print(
+        f"torch {torch.__version__}, transformers {__version__}, {torch.cuda.get_device_name() if DEVICE == 'cuda' else 'CPU'}", flush=True
+    )
+    if options.profile:
+        result = measure(options.profile, setting, profile=True)
+        busy, calls = (sum(values) for values in zip(*result.kernels.values(), strict=True)) if result.kernels else (0, 0)
+        print(f"{options.profile}: {result.error or f'{result.ms:.1f} ms a step, busy {busy:.1f} ms in {calls:.0f} kernels'}\n")
+        print("| kernel | ms a step | calls a step |\n|---|---|---|")
+        for name, (spent, count) in list(result.kernels.items())[:25]:
+            print(f"| {name[:110].replace('|', '/')} | {spent:.3f} | {count:.0f} |", flush=True)
+        return {options.profile: result}
+    if options.costs:
+        return dict(costs(setting))
+    return dict(growth(modes, setting) if options.growth else table(modes, setting))
+
+
+if __name__ == "__main__":
+    main()

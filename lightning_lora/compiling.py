@@ -1,0 +1,89 @@
+"""``torch.compile`` for each of a model's repeated blocks, in place: one graph serves them all.
+
+A transformer is one block many times over, so compiling a block is quick and done once, and nothing outside it is traced (an
+attention mask made under tracing made a whole compiled model slower than its blocks compiled one by one). Names and state-dict
+keys stay: ``block.compile()`` puts a compiled call beside the module, not a module around it.
+
+A block is compiled anew where its input needs no gradient (the first one, above a frozen embedding: a shorter graph; none if the model
+has ``enable_input_require_grads()``), for evaluation, once merged, and when the batch's rows or length change for the first time: from
+then on that size may be any. Gradient checkpointing and sharding stay around the compiled call, whichever came first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+GRAPHS = 64  # more than blocks of a few classes need for all of those
+_CONTAINERS = {nn.ModuleList, nn.ModuleDict}
+_WRAPPED_IN = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # the attributes of torch's own wrappers
+
+
+def compile_layers(model: nn.Module, backend: str | Callable[..., Any] = "inductor") -> list[str]:
+    """Compile each of a model's repeated blocks in place; ones that are compiled already stay so.
+
+    Blocks are what the model itself names in ``_no_split_modules`` (Hugging Face), else the elements of every list of at least two
+    modules of one class; never a block inside a block.
+
+    Args:
+        model: any module, wrapped or not.
+        backend: of ``torch.compile``.
+
+    Returns:
+        The blocks' names.
+
+    Raises:
+        ValueError: the model has no repeated blocks.
+    """
+    blocks = dict(repeated_blocks(model))
+    if not blocks:
+        raise ValueError(
+            f"{type(model).__name__} has no repeated blocks to compile (an nn.ModuleList or nn.Sequential of at least two modules of one"
+            ' class). Leave compile="layer" out, and call .compile() on the parts that take the time.'
+        )
+    # All modules' calls are one piece of code to the compiler, which counts graphs by that and after eight leaves it uncompiled.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+    for block in blocks.values():
+        if block._compiled_call_impl is None:
+            block.compile(backend=backend)
+    return list(blocks)
+
+
+def uncompile_layers(model: nn.Module) -> None:
+    """Let every block run as written again; what was compiled is found again if they are compiled anew."""
+    for _, block in repeated_blocks(model):
+        block._compiled_call_impl = None
+
+
+def repeated_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """``(FQN, block)`` of what a model consists of many times over, see :func:`compile_layers`."""
+    named = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    lists = [list(_elements(name, module)) for name, module in model.named_modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
+    found = [(fqn, block) for blocks in lists for fqn, block in blocks if named & {cls.__name__ for cls in type(block).__mro__}]
+    inside: set[nn.Module] = set()
+    for fqn, block in found or [pair for blocks in lists if _alike(blocks) for pair in blocks]:
+        if block not in inside:
+            inside.update(block.modules())
+            yield fqn, block
+
+
+def _elements(name: str, listed: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """A list's elements, taken out of torch's wrappers."""
+    for index, element in listed.named_children():
+        yield _unwrapped(f"{name}.{index}" if name else index, element)
+
+
+def _alike(blocks: list[tuple[str, nn.Module]]) -> bool:
+    """Whether they are several of one class that can be called, with modules inside."""
+    classes = {type(block) for _, block in blocks}
+    return len(blocks) > 1 and len(classes) == 1 and not classes & _CONTAINERS and any(True for _ in blocks[0][1].children())
+
+
+def _unwrapped(fqn: str, module: nn.Module) -> tuple[str, nn.Module]:
+    for attribute in _WRAPPED_IN:
+        if attribute in module._modules:
+            return _unwrapped(f"{fqn}.{attribute}", module._modules[attribute])  # type: ignore[arg-type]
+    return fqn, module
