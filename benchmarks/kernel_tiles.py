@@ -30,7 +30,9 @@ def tensor(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
 
-def cases(rows: int, hidden: int, wide: int, narrow: int, rank: int, p: float) -> Iterator[tuple[str, str, float, Callable, Callable | None]]:
+def cases(
+    rows: int, hidden: int, wide: int, narrow: int, rank: int, p: float
+) -> Iterator[tuple[str, str, float, Callable, Callable | None]]:
     """Kernel, sizes, bytes moved at the least, ours, torch's."""
     for cols, r in ((hidden, 3 * rank), (hidden, rank), (wide, rank)):
         x, A, t, y = tensor(rows, cols), tensor(r, cols), tensor(rows, r), tensor(rows, cols)
@@ -43,9 +45,15 @@ def cases(rows: int, hidden: int, wide: int, narrow: int, rank: int, p: float) -
         for cols in (hidden, narrow, wide):
             g, B, t, y = tensor(rows, cols), tensor(cols, rank), tensor(rows, rank), tensor(rows, cols)
             size = f"{rows}x{cols} r={rank}"
-            low_rank.WIDEST_BOTH = 10**9
+            low_rank.NARROWEST_BOTH = 0
             yield "both", size, g.nbytes, lambda: low_rank.both(g, B, t), lambda: plain.both(g, B, t)
-        yield "add_", size.replace(str(wide), str(narrow)), 2 * y.nbytes * narrow // wide, lambda: low_rank.add_(y[:, :narrow], t, B[:narrow]), None
+        yield (
+            "add_",
+            size.replace(str(wide), str(narrow)),
+            2 * y.nbytes * narrow // wide,
+            lambda: low_rank.add_(y[:, :narrow], t, B[:narrow]),
+            None,
+        )
     g, u, dh, t, dtd = tensor(rows, wide), tensor(rows, wide), tensor(rows, wide), tensor(rows, 2 * rank), tensor(rows, rank)
     Bg, Bu, Ad = tensor(wide, rank), tensor(wide, rank), tensor(rank, wide)
     drop = low_rank.draw_drop(g, p)[0] if p else None
@@ -63,8 +71,12 @@ CANDIDATES = {
     "add_": [Tiles(*c) for c in itertools.product((32, 64, 128), (64, 128, 256), (4, 8), (2,))],
     "reduce": [Tiles(*c) for c in itertools.product((32, 64, 128), (64, 128, 256), (4, 8), (3, 4))],
     "both": [Tiles(*c) for c in itertools.product((32, 64, 128), (64, 128, 256), (4, 8), (3, 4))],
-    "forward": [Tiles(*c) for c in itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3))],
-    "backward": [Tiles(*c) for c in itertools.product((16, 32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3))],
+    "forward": [Tiles(*c) for c in itertools.product((32, 64, 128), (64, 128), (4, 8), (2, 3), (None, 128)) if c[0] * c[1] <= 128 * 64],
+    "backward": [
+        Tiles(*c)
+        for c in itertools.product((32, 64, 128), (32, 64), (4, 8), (1, 2, 3), (None, 168, 128))
+        if c[2] == 4 or (c[4] != 168 and c[0] * c[1] > 32 * 64)
+    ],
 }
 
 
@@ -78,14 +90,18 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--kernels", default="project,add_,reduce,both,forward,backward")
     parser.add_argument("--search", action="store_true")
+    parser.add_argument("--programs", type=int, default=low_rank.PROGRAMS)
     parser.add_argument("--compile", help="I/N: only run each candidate once, those numbered I modulo N")
     options = parser.parse_args()
+    low_rank.PROGRAMS = options.programs
     source = torch.empty(2**30, device="cuda", dtype=torch.uint8)
     speed = 2 * source.nbytes / milliseconds(lambda: source.clone()) / 1e3  # bytes a microsecond
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}, copy {speed / 1e6:.2f} TB/s")
     wanted = options.kernels.split(",")
     share, count = map(int, (options.compile or "0/1").split("/"))
-    for kernel, size, moved, ours, theirs in cases(options.rows, options.hidden, options.wide, options.narrow, options.rank, options.dropout):
+    for kernel, size, moved, ours, theirs in cases(
+        options.rows, options.hidden, options.wide, options.narrow, options.rank, options.dropout
+    ):
         if kernel not in wanted:
             continue
         table = gated.TILES if kernel in gated.TILES else low_rank.TILES
@@ -103,13 +119,15 @@ def main() -> None:
                 except Exception as error:  # a candidate that does not fit the device
                     if "out of resource" not in str(error):
                         print(kernel, tiles, repr(error)[:200])
-            for us, tiles in sorted(results)[:4]:
+            for us, tiles in sorted(results, key=lambda r: r[0])[:4]:
                 print(f"  {kernel} {size} {us:.1f} {tiles}")
             if results:
-                table[kernel] = Tiles(*min(results)[1])
+                table[kernel] = Tiles(*min(results, key=lambda r: r[0])[1])
         if not options.compile:
             other = milliseconds(theirs) * 1e3 if theirs else float("nan")
-            print(f"{kernel:9} {size:28} ours {milliseconds(ours) * 1e3:7.1f} us, torch {other:7.1f}, floor {moved / speed:7.1f}", flush=True)
+            print(
+                f"{kernel:9} {size:28} ours {milliseconds(ours) * 1e3:7.1f} us, torch {other:7.1f}, floor {moved / speed:7.1f}", flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -57,66 +57,67 @@ def lora_linears(
 
 class _Linears(torch.autograd.Function):
     """With t = drop(x)·Aᵀ for the stacked and scaled A, and g_k the gradient of y_k: dt_k = g_k·B_k, dB_k = g_kᵀ·t_k,
-    dA = dtᵀ·drop(x), dx = Σ g_k·W_k + drop(dt·A)."""  # noqa: D205, D209
+    dA = dtᵀ·drop(x), dx = Σ g_k·W_k + drop(dt·A)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mask: Tensor | None, settings: tuple[Any, ...], *tensors: Any) -> tuple[Tensor, ...]:
         fast, threshold, scales, n = settings
-        weights, biases, As, Bs = (tensors[k * n : k * n + n] for k in range(4))
-        A = stacked(As, scales, x.dtype)
-        lows = [B.to(x.dtype) for B in Bs]
-        *ys, t = call(_forward, x, A, mask, threshold, fast, list(weights), list(biases), lows)
+        weights, biases, As, Bs = (list(tensors[k * n : k * n + n]) for k in range(4))
+        found = call(_forward, x, mask, threshold, fast, list(scales), weights, biases, As, Bs)
         # A frozen A (LoRA-FA) has no gradient to take from x.
         keep = x if any(ctx.needs_input_grad[3 + 2 * n : 3 + 3 * n]) else None
-        ctx.save_for_backward(keep, mask, t, A, *tensors)
+        ctx.save_for_backward(keep, mask, *found[n:], *tensors)
         ctx.settings = settings
         ctx.set_materialize_grads(False)
-        return tuple(ys)
+        return tuple(found[:n])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         fast, threshold, scales, n = ctx.settings
-        x, mask, t, A, *tensors = ctx.saved_tensors
+        x, mask, t, A, *rest = ctx.saved_tensors
+        lows, tensors = rest[:n], rest[n:]
         weights, biases, As, Bs = (tensors[k * n : k * n + n] for k in range(4))
-        needs_x, needs_bias, needs_A = ctx.needs_input_grad[0], ctx.needs_input_grad[3 + n : 3 + 2 * n], x is not None
-        dtype = t.dtype
-        zero = next(g for g in grads if g is not None)
-        gs = [zero.new_zeros(zero.shape[0], B.shape[0]) if g is None else g for g, B in zip(grads, Bs, strict=True)]
+        needs_x, needs_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[3 + n : 3 + 2 * n]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            return _differentiable(ctx, lambda x, drop: _definition(x, drop, scales, weights, biases, As, Bs), x, mask, A.shape[1], grads)
-        lows = [B.to(dtype) for B in Bs]
-        dx, dA, *dBs = call(_backward, gs, x, t, A, mask, threshold, fast, list(weights), lows, needs_x)
-        dx, dA = (dx if needs_x else None), (dA if needs_A else None)
-        dAs = [None] * n if dA is None else [d * s for d, s in zip(dA.split([a.shape[0] for a in As]), scales, strict=True)]
-        dAs = [None if d is None else d.to(a.dtype) for d, a in zip(dAs, As, strict=True)]
-        dBs = [d.to(B.dtype) for d, B in zip(dBs, Bs, strict=True)]
+            definition = lambda drop: _definition(x, drop, scales, weights, biases, As, Bs)  # noqa: E731
+            return differentiable(ctx, definition, [x, None, None, *tensors], [(mask, A.shape[1])], grads)
+        some = next(g for g in grads if g is not None)
+        gs = [some.new_zeros(some.shape[0], B.shape[0]) if g is None else g for g, B in zip(grads, Bs, strict=True)]
+        dx, *found = call(_backward, gs, x, t, A, mask, threshold, fast, list(scales), weights, lows, needs_x)
+        dBs, dAs = found[:n], [None] * n if x is None else found[n].split([a.shape[0] for a in As])
         dbiases = [g.sum(0).to(b.dtype) if b is not None and need else None for g, b, need in zip(gs, biases, needs_bias, strict=True)]
-        return dx, None, None, *[None] * n, *dbiases, *dAs, *dBs
+        dAs = [None if d is None else d.to(a.dtype) for d, a in zip(dAs, As, strict=True)]
+        return dx if needs_x else None, None, None, *[None] * n, *dbiases, *dAs, *(d.to(B.dtype) for d, B in zip(dBs, Bs, strict=True))
 
 
-def stacked(As: Sequence[Tensor], scales: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """The A's below one another, each times its scale (which is cheapest here), in the dtype of the activations."""
-    return torch.cat([(A * s).to(dtype) for A, s in zip(As, scales, strict=True)])
+def working_copies(As: Sequence[Tensor], Bs: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """The A's below one another and the B's, in the dtype of the activations: one copy operation for all of them."""
+    shapes = [(sum(A.shape[0] for A in As), As[0].shape[1]), *(B.shape for B in Bs)]
+    A, *lows = (torch.empty(shape, dtype=dtype, device=As[0].device) for shape in shapes)
+    torch._foreach_copy_([*A.split([A.shape[0] for A in As]), *lows], [*As, *Bs])
+    return A, lows
 
 
 def _forward(
     x: Tensor,
-    A: Tensor,
     mask: Tensor | None,
     threshold: int,
     fast: bool,
+    scales: list[float],
     weights: list[Tensor],
     biases: list[Tensor | None],
+    As: list[Tensor],
     Bs: list[Tensor],
 ) -> list[Tensor]:
-    """The outputs and t, from operands of one dtype."""
+    """The outputs; then t, and A and the B's in x's dtype, for the backward pass."""
     backend, drop = _backend(fast), None if mask is None else (mask, threshold)
-    t = backend.project(x, A, drop)
+    A, lows = working_copies(As, Bs, x.dtype)
+    t = scaled(backend.project(x, A, drop, scales[0]), scales, lows)
     ys = []
-    for W, bias, B, part in zip(weights, biases, Bs, _split(t, Bs), strict=True):
+    for W, bias, B, part in zip(weights, biases, lows, _split(t, lows), strict=True):
         y = F.linear(x, W.to(x.dtype), None if bias is None else bias.to(x.dtype))
         ys.append(backend.add_(y, part, B))
-    return [*ys, t]
+    return [*ys, t, A, *lows]
 
 
 def _backward(
@@ -127,46 +128,60 @@ def _backward(
     mask: Tensor | None,
     threshold: int,
     fast: bool,
+    scales: list[float],
     weights: list[Tensor],
     Bs: list[Tensor],
     needs_x: bool,
 ) -> list[Tensor]:
-    """dx (empty unless needed), dA (empty without x) and the dB's."""
+    """dx (empty unless needed), the dB's, and with x the dA's below one another."""
     backend, drop = _backend(fast), None if mask is None else (mask, threshold)
-    pairs = [backend.both(g, B, part) for g, B, part in zip(gs, Bs, _split(t, Bs), strict=True)]
-    dt = torch.cat([pair[0].to(t.dtype) for pair in pairs], 1) if len(pairs) > 1 else pairs[0][0].to(t.dtype)
+    dt = torch.empty_like(t)
+    dBs = []
+    for g, B, scale, part, dpart in zip(gs, Bs, scales, _split(t, Bs), _split(dt, Bs), strict=True):
+        torch.addmm(dpart, g, B, beta=0, alpha=scale, out=dpart)
+        dBs.append(backend.reduce(g, part))
     dx = t.new_empty(0)
     if needs_x:
         dx = gs[0] @ weights[0].to(t.dtype)
         for g, W in zip(gs[1:], weights[1:], strict=True):
             dx.addmm_(g, W.to(t.dtype))
         dx = backend.add_(dx, dt, A.t(), drop)
-    dA = t.new_empty(0) if x is None else backend.reduce(dt, x, drop)
-    return [dx, dA, *(pair[1].contiguous() for pair in pairs)]
+    return [dx, *dBs, *([] if x is None else [backend.reduce(dt, x, drop)])]
 
 
-def _forward_shapes(x: Tensor, A: Tensor, mask: Any, threshold: int, fast: bool, weights: Any, biases: Any, Bs: Any) -> list[Tensor]:
-    return [*(x.new_empty(x.shape[0], W.shape[0]) for W in weights), x.new_empty(x.shape[0], A.shape[0])]
+def scaled(t: Tensor, scales: Sequence[float], Bs: Sequence[Tensor]) -> Tensor:
+    """t, all of which has the first scale, with each sibling's own."""
+    for part, scale in zip(_split(t, Bs), scales, strict=True):
+        if scale != scales[0]:
+            part.mul_(scale / scales[0])
+    return t
+
+
+def _forward_shapes(
+    x: Tensor, mask: Any, threshold: int, fast: bool, scales: Any, weights: Any, biases: Any, As: Any, Bs: Any
+) -> list[Tensor]:
+    rows, rank = x.shape[0], sum(A.shape[0] for A in As)
+    ys = [x.new_empty(rows, W.shape[0]) for W in weights]
+    return [*ys, x.new_empty(rows, rank), x.new_empty(rank, x.shape[1]), *(x.new_empty(B.shape) for B in Bs)]
 
 
 def _backward_shapes(
-    gs: Any, x: Any, t: Tensor, A: Tensor, mask: Any, threshold: int, fast: bool, weights: Any, Bs: Any, needs_x: bool
+    gs: Any, x: Any, t: Tensor, A: Tensor, mask: Any, threshold: int, fast: bool, scales: Any, weights: Any, Bs: Any, needs_x: bool
 ) -> list[Tensor]:
     sums = torch.float32 if fast else t.dtype
     dx = t.new_empty(*((t.shape[0], A.shape[1]) if needs_x else (0,)))
-    dA = t.new_empty(0) if x is None else A.new_empty(A.shape, dtype=sums)
-    return [dx, dA, *(B.new_empty(B.shape, dtype=sums) for B in Bs)]
+    return [dx, *(B.new_empty(B.shape, dtype=sums) for B in Bs), *([] if x is None else [A.new_empty(A.shape, dtype=sums)])]
 
 
 opaque(
-    "linears_forward(Tensor x, Tensor A, Tensor? mask, int threshold, bool fast, Tensor[] weights, Tensor?[] biases, Tensor[] Bs)"
-    " -> Tensor[]",
+    "linears_forward(Tensor x, Tensor? mask, int threshold, bool fast, float[] scales, Tensor[] weights, Tensor?[] biases, Tensor[] As,"
+    " Tensor[] Bs) -> Tensor[]",
     _forward,
     _forward_shapes,
 )
 opaque(
-    "linears_backward(Tensor[] gs, Tensor? x, Tensor t, Tensor A, Tensor? mask, int threshold, bool fast, Tensor[] weights,"
-    " Tensor[] Bs, bool needs_x) -> Tensor[]",
+    "linears_backward(Tensor[] gs, Tensor? x, Tensor t, Tensor A, Tensor? mask, int threshold, bool fast, float[] scales,"
+    " Tensor[] weights, Tensor[] Bs, bool needs_x) -> Tensor[]",
     _backward,
     _backward_shapes,
 )
@@ -186,21 +201,30 @@ def _backend(fast: bool) -> Any:
 
 def _definition(x: Tensor, drop: plain.Drop | None, scales: Any, weights: Any, biases: Any, As: Any, Bs: Any) -> tuple[Tensor, ...]:
     """Operations that autograd knows, for second derivatives."""
-    parts = plain.project(x, stacked(As, scales, x.dtype), drop).split([A.shape[0] for A in As], 1)
+    parts = [plain.project(x, A.to(x.dtype), drop, s) for A, s in zip(As, scales, strict=True)]
     bases = [F.linear(x, W.to(x.dtype), None if b is None else b.to(x.dtype)) for W, b in zip(weights, biases, strict=True)]
     return tuple(y + part @ B.to(x.dtype).t() for y, part, B in zip(bases, parts, Bs, strict=True))
 
 
-def _differentiable(ctx: Any, definition: Any, x: Tensor | None, mask: Tensor | None, features: int, grads: Sequence[Tensor | None]) -> Any:
-    """The gradients of a definition, with a graph of their own."""
+def differentiable(
+    ctx: Any, definition: Any, inputs: Sequence[Any], masks: Sequence[tuple[Tensor | None, int]], grads: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a definition, with a graph of their own.
+
+    Args:
+        ctx: of the autograd function, with ``settings`` that start with ``fast`` and ``threshold``.
+        definition: from a drop for each of ``masks`` to the outputs.
+        inputs: the function's, as they were saved.
+        masks: mask (or seed) and features of each tensor that is dropped from.
+        grads: of the outputs.
+    """
+    x = inputs[0]
     if x is None:
         raise RuntimeError("second derivatives (create_graph=True) need the layer's input, which is not kept while lora_A is frozen.")
     fast, threshold, *_ = ctx.settings
-    if mask is not None and fast:
-        mask = _as_mask(x, features, (mask, threshold))
-    inputs = [x, None, None, *ctx.saved_tensors[4:]]
+    drops = [None if mask is None else (_as_mask(x, features, (mask, threshold)) if fast else mask, 0) for mask, features in masks]
     wanted = [t for t, need in zip(inputs, ctx.needs_input_grad, strict=True) if need]
-    pairs = [(y, g) for y, g in zip(definition(x, None if mask is None else (mask, 0)), grads, strict=True) if g is not None]
+    pairs = [(y, g) for y, g in zip(definition(*drops), grads, strict=True) if g is not None]
     ys, gs = zip(*pairs, strict=True)
     found = iter(torch.autograd.grad(ys, wanted, gs, create_graph=True, allow_unused=True))
     return tuple(next(found) if need else None for need in ctx.needs_input_grad)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.fuse import fuse
+from lightning_lora.fuse import fuse, unfuse
 from lightning_lora.heads import hf_ends
 from lightning_lora.layers.base import PREFIX, LoRALayer, adapt, lora_layers, restore
 from lightning_lora.names import modules_by_name
@@ -189,6 +189,7 @@ def unload_lora(model: nn.Module) -> nn.Module:
 
     Parameters stay frozen; ``model.requires_grad_(True)`` is the way to train on.
     """
+    unfuse(model)
     for _, layer in list(lora_layers(model)):
         restore(layer)
     for module in model.modules():

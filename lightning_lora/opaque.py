@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_LIBRARY = torch.library.Library("lightning_lora", "DEF")  # noqa: TOR901
+_LIBRARY = torch.library.Library("lightning_lora", "DEF")
 _OPERATIONS: dict[Callable[..., list[Tensor]], Any] = {}
 
 

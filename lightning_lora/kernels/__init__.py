@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 FEW_ROWS = 1024  # tokens under which launching a Triton kernel costs more than it saves
+WIDEST_GATED = 64  # the largest rank whose sums fit in the registers of the gated MLP's kernel
 
 
 _RUNS: dict[int, bool] = {}  # CUDA device → whether it runs the kernels
@@ -31,7 +32,13 @@ def look_at(device: torch.device) -> None:
 
 
 def usable(x: Tensor) -> bool:
-    """Whether the Triton kernels serve for tensors like x (..., features): half precision, enough rows, a GPU from Ampere on."""
-    if not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16) or x.numel() < FEW_ROWS * x.shape[-1]:
+    """Whether the Triton kernels serve for tensors like x (..., features): half precision, enough rows, a GPU from Ampere on.
+
+    Under autocast, x may still be in the dtype that it will be cast from.
+    """
+    if not x.is_cuda or x.numel() < FEW_ROWS * x.shape[-1]:
+        return False
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    if dtype not in (torch.bfloat16, torch.float16):
         return False
     return _RUNS.get(x.device.index, False)

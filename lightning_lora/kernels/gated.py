@@ -15,12 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_lora.kernels.dropout import kept
-from lightning_lora.kernels.low_rank import Tiles, split
+from lightning_lora.kernels.low_rank import Tiles, block_of, cdiv, split
 from lightning_lora.kernels.plain import Drop
 
-WIDEST = 64  # the largest rank whose sums fit in registers
 LOOP = 8  # column tiles that a program of the forward pass takes
-TILES = {"forward": Tiles(64, 64, num_stages=2), "backward": Tiles(64, 64, num_stages=2)}
+TILES = {"forward": Tiles(64, 128, num_stages=3), "backward": Tiles(64, 64, num_stages=2)}
+PROGRAMS = 1584  # of the backward pass: they last unequally, so several waves
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def _sigmoid(x, FAST: tl.constexpr):
 
 @triton.jit
 def _forward(
-    g, u, h, t, bg, bu, ad, td, seed, rows, cols, rg, ru, rd, stride_t, threshold,
+    g, u, h, t, bg, bu, ad, td, seed, rows, cols, rg, ru, rd, stride_t, threshold, scale,
     BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, LOOP: tl.constexpr, DROP: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BT + tl.arange(0, BT)
@@ -63,12 +63,12 @@ def _forward(
         wd = tl.load(ad + r[None, :] * cols + c[:, None], mask=(c < cols)[:, None] & (r < rd)[None, :], other=0.0)
         total = tl.dot(out.to(h.dtype.element_ty), wd, total, input_precision="ieee")
     td += tl.program_id(1).to(tl.int64) * rows * rd
-    tl.store(td + row[:, None] * rd + r[None, :], total, mask=here & (r < rd)[None, :])
+    tl.store(td + row[:, None] * rd + r[None, :], total * scale, mask=here & (r < rd)[None, :])
 
 
 @triton.jit
 def _backward(
-    dh, g, u, dg, du, t, bg, bu, ad, dtd, dt, dbg, dbu, dad, seed, rows, cols, rg, ru, rd, stride_t, stride_dtd, span, threshold,
+    dh, g, u, dg, du, t, bg, bu, ad, dtd, dt, sums, seed, rows, cols, rg, ru, rd, stride_t, stride_dtd, span, threshold, scale,
     BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, DROP: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     column, part = tl.program_id(0) * BC, tl.program_id(1)
@@ -111,15 +111,18 @@ def _backward(
         sum_u = tl.dot(tl.trans(tu), grad_u, sum_u, input_precision="ieee")
         sum_d = tl.dot(tl.trans(gd), out.to(dg.dtype.element_ty), sum_d, input_precision="ieee")
         to = dt + row[:, None] * (rg + ru) + r[None, :]
-        tl.atomic_add(to, tl.dot(grad_g, tl.trans(wg), input_precision="ieee"), mask=here & (r < rg)[None, :], sem="relaxed")
-        tl.atomic_add(to + rg, tl.dot(grad_u, tl.trans(wu), input_precision="ieee"), mask=here & (r < ru)[None, :], sem="relaxed")
-    tl.store(dbg + (part * rg + r)[:, None] * cols + c[None, :], sum_g, mask=there & (r < rg)[:, None])
-    tl.store(dbu + (part * ru + r)[:, None] * cols + c[None, :], sum_u, mask=there & (r < ru)[:, None])
-    tl.store(dad + (part * rd + r)[:, None] * cols + c[None, :], sum_d, mask=there & (r < rd)[:, None])
+        tl.atomic_add(to, tl.dot(grad_g, tl.trans(wg), input_precision="ieee") * scale, mask=here & (r < rg)[None, :], sem="relaxed")
+        tl.atomic_add(to + rg, tl.dot(grad_u, tl.trans(wu), input_precision="ieee") * scale, mask=here & (r < ru)[None, :], sem="relaxed")
+    sums += (part * (rg + ru + rd) + r)[:, None].to(tl.int64) * cols + c[None, :]
+    tl.store(sums, sum_g, mask=there & (r < rg)[:, None])
+    tl.store(sums + rg * cols, sum_u, mask=there & (r < ru)[:, None])
+    tl.store(sums + (rg + ru) * cols, sum_d, mask=there & (r < rd)[:, None])
 
 
-def forward(g: Tensor, u: Tensor, t: Tensor, Bg: Tensor, Bu: Tensor, Ad: Tensor, drop: Drop | None) -> tuple[Tensor, Tensor]:
-    """``h = silu(g + tg·Bgᵀ)·(u + tu·Buᵀ)`` and ``drop(h)·Adᵀ``, with ``t = [tg | tu]``.
+def forward(
+    g: Tensor, u: Tensor, t: Tensor, Bg: Tensor, Bu: Tensor, Ad: Tensor, drop: Drop | None, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """``h = silu(g + tg·Bgᵀ)·(u + tu·Buᵀ)`` and ``scale·drop(h)·Adᵀ``, with ``t = [tg | tu]``.
 
     Args:
         g: the gate projection's base output (N, C), contiguous; not written to.
@@ -129,26 +132,36 @@ def forward(g: Tensor, u: Tensor, t: Tensor, Bg: Tensor, Bu: Tensor, Ad: Tensor,
         Bu: (C, ru), contiguous.
         Ad: (rd, C), contiguous.
         drop: the down projection's.
+        scale: the down projection's.
 
     Returns:
         h (N, C) and (N, rd).
     """
     (rows, cols), (rg, ru, rd) = g.shape, (Bg.shape[1], Bu.shape[1], Ad.shape[0])
     tiles = TILES["forward"]
-    blocks = triton.cdiv(cols, tiles.BC * LOOP)
+    blocks = cdiv(cols, tiles.BC * LOOP)
     h = torch.empty_like(g)
     td = torch.empty(blocks, rows, rd, device=g.device, dtype=torch.float32)
     seed, threshold = drop or (g, 0)
     fast = g.is_cuda and g.dtype != torch.float32
-    _forward[(triton.cdiv(rows, tiles.BT), blocks)](
-        g, u, h, t, Bg, Bu, Ad, td, seed, rows, cols, rg, ru, rd, t.stride(0), threshold,
-        BR=_block(rg, ru, rd), LOOP=LOOP, DROP=drop is not None,
+    _forward[(cdiv(rows, tiles.BT), blocks)](
+        g, u, h, t, Bg, Bu, Ad, td, seed, rows, cols, rg, ru, rd, t.stride(0), threshold, scale,
+        BR=block_of(max(rg, ru, rd)), LOOP=LOOP, DROP=drop is not None,
         EVEN=rows % tiles.BT == 0 and cols % (tiles.BC * LOOP) == 0, FAST=fast, **tiles.options)  # fmt: skip
     return h, td.sum(0).to(g.dtype)
 
 
 def backward(
-    dh: Tensor, g: Tensor, u: Tensor, t: Tensor, Bg: Tensor, Bu: Tensor, Ad: Tensor, dtd: Tensor, drop: Drop | None
+    dh: Tensor,
+    g: Tensor,
+    u: Tensor,
+    t: Tensor,
+    Bg: Tensor,
+    Bu: Tensor,
+    Ad: Tensor,
+    dtd: Tensor,
+    drop: Drop | None,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of everything around :func:`forward`; ``dh`` is overwritten.
 
@@ -162,26 +175,23 @@ def backward(
         Ad: as in the forward pass.
         dtd: gradient of ``drop(h)·Adᵀ`` (N, rd).
         drop: as in the forward pass.
+        scale: factor of the returned dt: t came with it.
 
     Returns:
         dg (N, C), du (N, C), dt (N, rg + ru), and in fp32 dBg (C, rg), dBu (C, ru), dAd (rd, C).
     """
     (rows, cols), (rg, ru, rd) = g.shape, (Bg.shape[1], Bu.shape[1], Ad.shape[0])
     tiles = TILES["backward"]
-    blocks = triton.cdiv(cols, tiles.BC)
-    parts, span = split(rows, tiles.BT, blocks)
+    blocks = cdiv(cols, tiles.BC)
+    parts, span = split(rows, tiles.BT, blocks, PROGRAMS)
     dg, du = dh, torch.empty_like(u)
     dt = torch.zeros(rows, rg + ru, device=g.device, dtype=torch.float32)
-    sums = [torch.empty(parts, r, cols, device=g.device, dtype=torch.float32) for r in (rg, ru, rd)]
+    sums = torch.empty(parts, rg + ru + rd, cols, device=g.device, dtype=torch.float32)
     seed, threshold = drop or (g, 0)
     fast = g.is_cuda and g.dtype != torch.float32
     _backward[(blocks, parts)](
-        dh, g, u, dg, du, t, Bg, Bu, Ad, dtd, dt, *sums, seed, rows, cols, rg, ru, rd, t.stride(0), dtd.stride(0), span, threshold,
-        BR=_block(rg, ru, rd), DROP=drop is not None,
+        dh, g, u, dg, du, t, Bg, Bu, Ad, dtd, dt, sums, seed, rows, cols, rg, ru, rd, t.stride(0), dtd.stride(0), span, threshold, scale,
+        BR=block_of(max(rg, ru, rd)), DROP=drop is not None,
         EVEN=rows % tiles.BT == 0 and cols % tiles.BC == 0, FAST=fast, **tiles.options)  # fmt: skip
-    dBg, dBu, dAd = (parts_.sum(0) for parts_ in sums)
+    dBg, dBu, dAd = sums.sum(0).split([rg, ru, rd])
     return dg, du, dt.to(g.dtype), dBg.t(), dBu.t(), dAd
-
-
-def _block(*ranks: int) -> int:
-    return max(16, triton.next_power_of_2(max(ranks)))

@@ -19,7 +19,6 @@ from lightning_lora.kernels.dropout import kept
 from lightning_lora.kernels.plain import Drop
 
 PROGRAMS = 528  # that fill an H100: four on each of its 132 multiprocessors
-NARROWEST_BOTH = 2048  # columns from which one pass for two products beats two passes
 
 
 class Tiles(NamedTuple):
@@ -41,7 +40,6 @@ TILES = {
     "project": Tiles(64, 128, num_stages=5),
     "add_": Tiles(64, 128, num_stages=2),
     "reduce": Tiles(32, 64),
-    "both": Tiles(32, 256, num_stages=3),
 }
 
 
@@ -53,7 +51,7 @@ def draw_drop(x: Tensor, dropout: float) -> tuple[Drop, float]:
 
 @triton.jit
 def _project(
-    x, a, out, seed, rows, cols, rank, stride_x, stride_ar, stride_ac, threshold,
+    x, a, out, seed, rows, cols, rank, stride_x, stride_ar, stride_ac, threshold, scale,
     BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BT + tl.arange(0, BT)
@@ -68,7 +66,7 @@ def _project(
             tile = tl.where(kept(tl.load(seed), row, column, cols, threshold, BT, BC), tile, 0.0)
         weight = tl.load(a + c[:, None] * stride_ac, mask=(r < rank)[None, :] & (c < cols)[:, None], other=0.0)
         total = tl.dot(tile, weight, total, input_precision="ieee")
-    tl.store(out + row[:, None] * rank + r[None, :], total, mask=(row < rows)[:, None] & (r < rank)[None, :])
+    tl.store(out + row[:, None] * rank + r[None, :], total * scale, mask=(row < rows)[:, None] & (r < rank)[None, :])
 
 
 @triton.jit
@@ -114,38 +112,17 @@ def _reduce(
     tl.store(out + r[:, None] * cols + c[None, :], total, mask=(r < rank)[:, None] & (c < cols)[None, :])
 
 
-@triton.jit
-def _both(
-    g, b, t, dt, db, rows, cols, rank, stride_g, stride_bc, stride_br, stride_t, span,
-    BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
-):  # fmt: skip
-    block, part = tl.program_id(0), tl.program_id(1)
-    c = block * BC + tl.arange(0, BC)
-    r = tl.arange(0, BR)
-    weight = tl.load(b + c[:, None] * stride_bc + r[None, :] * stride_br, mask=(c < cols)[:, None] & (r < rank)[None, :], other=0.0)
-    dt += block.to(tl.int64) * rows * rank
-    total = tl.zeros((BC, BR), tl.float32)
-    for start in range(part * span, min(part * span + span, rows), BT):
-        row = start + tl.arange(0, BT)
-        inside = (row < rows)[:, None] & (r < rank)[None, :]
-        tile = tl.load(g + row.to(tl.int64)[:, None] * stride_g + c[None, :], mask=(row < rows)[:, None] & (c < cols)[None, :], other=0.0)
-        tl.store(dt + row[:, None] * rank + r[None, :], tl.dot(tile, weight, input_precision="ieee"), mask=inside)
-        mine = tl.load(t + row[:, None] * stride_t + r[None, :], mask=inside, other=0.0)
-        total = tl.dot(tl.trans(tile), mine, total, input_precision="ieee")
-    db += part.to(tl.int64) * cols * rank
-    tl.store(db + c[:, None] * rank + r[None, :], total, mask=(c < cols)[:, None] & (r < rank)[None, :])
-
-
-def project(x: Tensor, A: Tensor, drop: Drop | None = None) -> Tensor:
-    """``drop(x)·Aᵀ``: (N, D), (R, D) → (N, R)."""
+def project(x: Tensor, A: Tensor, drop: Drop | None = None, scale: float = 1.0) -> Tensor:
+    """``scale·drop(x)·Aᵀ``: (N, D), (R, D) → (N, R)."""
     if drop is None and x.is_cuda:
-        return x @ A.t()
+        out = torch.empty(x.shape[0], A.shape[0], device=x.device, dtype=x.dtype)
+        return torch.addmm(out, x, A.t(), beta=0, alpha=scale, out=out)
     (rows, cols), rank = x.shape, A.shape[0]
     x, out = rows_first(x), torch.empty(rows, rank, device=x.device, dtype=x.dtype)
     BR, tiles = block_of(rank), TILES["project"]
-    grid = (triton.cdiv(rows, tiles.BT), triton.cdiv(rank, BR))
+    grid = (cdiv(rows, tiles.BT), cdiv(rank, BR))
     seed, threshold = drop or (x, 0)
-    _project[grid](x, A, out, seed, rows, cols, rank, x.stride(0), A.stride(0), A.stride(1), threshold,
+    _project[grid](x, A, out, seed, rows, cols, rank, x.stride(0), A.stride(0), A.stride(1), threshold, scale,
                    BR=BR, DROP=drop is not None, **tiles.options)  # fmt: skip
     return out
 
@@ -155,7 +132,7 @@ def add_(y: Tensor, t: Tensor, B: Tensor, drop: Drop | None = None) -> Tensor:
     (rows, cols), rank = y.shape, t.shape[1]
     tiles = TILES["add_"]
     seed, threshold = drop or (y, 0)
-    _add[(triton.cdiv(rows, tiles.BT), triton.cdiv(cols, tiles.BC))](
+    _add[(cdiv(rows, tiles.BT), cdiv(cols, tiles.BC))](
         y, t, B, seed, rows, cols, rank, y.stride(0), t.stride(0), B.stride(0), B.stride(1), threshold,
         BR=block_of(rank), DROP=drop is not None, **tiles.options)  # fmt: skip
     return y
@@ -167,7 +144,7 @@ def reduce(t: Tensor, x: Tensor, drop: Drop | None = None) -> Tensor:
         return torch.mm(t.t(), x, out_dtype=torch.float32)
     (rows, cols), rank = x.shape, t.shape[1]
     x, BR, tiles = rows_first(x), block_of(rank), TILES["reduce"]
-    blocks = (triton.cdiv(cols, tiles.BC), triton.cdiv(rank, BR))
+    blocks = (cdiv(cols, tiles.BC), cdiv(rank, BR))
     parts, span = split(rows, tiles.BT, blocks[0] * blocks[1])
     out = torch.empty(parts, rank, cols, device=x.device, dtype=torch.float32)
     seed, threshold = drop or (x, 0)
@@ -176,19 +153,9 @@ def reduce(t: Tensor, x: Tensor, drop: Drop | None = None) -> Tensor:
     return out.sum(0)
 
 
-def both(g: Tensor, B: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """``g·B`` and ``gᵀ·t``: (N, C), (C, R), (N, R) → (N, R), (C, R) in fp32."""
-    (rows, cols), rank = g.shape, t.shape[1]
-    g, BR, tiles = rows_first(g), block_of(rank), TILES["both"]
-    if rank > BR or (g.is_cuda and cols < NARROWEST_BOTH):
-        return project(g, B.t()), reduce(t, g).t()
-    blocks = triton.cdiv(cols, tiles.BC)
-    parts, span = split(rows, tiles.BT, blocks)
-    dt = torch.empty(blocks, rows, rank, device=g.device, dtype=torch.float32)
-    db = torch.empty(parts, cols, rank, device=g.device, dtype=torch.float32)
-    _both[(blocks, parts)](g, B, t, dt, db, rows, cols, rank, g.stride(0), B.stride(0), B.stride(1), t.stride(0), span,
-                           BR=BR, **tiles.options)  # fmt: skip
-    return dt.sum(0), db.sum(0)
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up; Triton's own takes longer than a launch may."""
+    return -(-a // b)
 
 
 def rows_first(x: Tensor) -> Tensor:
@@ -198,11 +165,11 @@ def rows_first(x: Tensor) -> Tensor:
 
 def block_of(rank: int) -> int:
     """How many of the rank's entries one program handles: a power of two, at least the 16 that a matrix unit takes."""
-    return min(64, max(16, triton.next_power_of_2(rank)))
+    return 16 if rank <= 16 else 32 if rank <= 32 else 64
 
 
-def split(rows: int, block: int, programs: int) -> tuple[int, int]:
+def split(rows: int, block: int, programs: int, target: int = PROGRAMS) -> tuple[int, int]:
     """In how many parts of how many rows to sum, so that the programs fill the device."""
-    parts = max(1, min(triton.cdiv(PROGRAMS, programs), triton.cdiv(rows, 4 * block)))
-    span = triton.cdiv(triton.cdiv(rows, parts), block) * block
-    return triton.cdiv(rows, span), span
+    parts = max(1, min(cdiv(target, programs), cdiv(rows, 4 * block)))
+    span = cdiv(cdiv(rows, parts), block) * block
+    return cdiv(rows, span), span

@@ -30,9 +30,9 @@ def zeroed(x: Tensor, drop: Drop | None) -> Tensor:
     return x if drop is None else x.masked_fill(drop[0], 0)
 
 
-def project(x: Tensor, A: Tensor, drop: Drop | None = None) -> Tensor:
-    """``drop(x)·Aᵀ``: (N, D), (R, D) → (N, R)."""
-    return zeroed(x, drop) @ A.t()
+def project(x: Tensor, A: Tensor, drop: Drop | None = None, scale: float = 1.0) -> Tensor:
+    """``scale·drop(x)·Aᵀ``: (N, D), (R, D) → (N, R)."""
+    return (zeroed(x, drop) @ A.t()) * scale
 
 
 def add_(y: Tensor, t: Tensor, B: Tensor, drop: Drop | None = None) -> Tensor:
@@ -43,8 +43,3 @@ def add_(y: Tensor, t: Tensor, B: Tensor, drop: Drop | None = None) -> Tensor:
 def reduce(t: Tensor, x: Tensor, drop: Drop | None = None) -> Tensor:
     """``tᵀ·drop(x)``, the sum over the tokens: (N, R), (N, D) → (R, D)."""
     return t.t() @ zeroed(x, drop)
-
-
-def both(g: Tensor, B: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """``g·B`` and ``gᵀ·t``: (N, C), (C, R), (N, R) → (N, R), (C, R)."""
-    return g @ B, g.t() @ t

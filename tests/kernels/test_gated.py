@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from lightning_lora.kernels import gated, low_rank, plain
+from lightning_lora.kernels import gated, plain
 from tests.kernels.operands import DTYPES, TOLERANCE, error, tensor
 from tests.kernels.test_low_rank import drop_of
 
@@ -24,11 +24,13 @@ def test_forward_and_backward(rows, cols, ranks, p, dtype):
     leaves = [z.detach().double().requires_grad_() for z in (g, u, t, Bg, Bu, Ad)]
     g64, u64, t64, Bg64, Bu64, Ad64 = leaves
     h64 = F.silu(g64 + t64[:, :rg] @ Bg64.t()) * (u64 + t64[:, rg:] @ Bu64.t())
-    td64 = plain.project(h64, Ad64, mask)
-    exact = torch.autograd.grad([h64, td64], leaves, [dh.double(), dtd.double()])
+    td64 = plain.project(h64, Ad64, mask, 3.0)
+    *first, dt64, dBg64, dBu64, dAd64 = torch.autograd.grad([h64, td64], leaves, [dh.double(), dtd.double() / 3])
 
-    h, td = gated.forward(g, u, t, Bg, Bu, Ad, drop)
-    grads = gated.backward(dh.clone(), g, u, t, Bg, Bu, Ad, dtd, drop)
+    exact = (*first, dt64 * 0.5, dBg64, dBu64, dAd64)
+
+    h, td = gated.forward(g, u, t, Bg, Bu, Ad, drop, 3.0)
+    grads = gated.backward(dh.clone(), g, u, t, Bg, Bu, Ad, dtd, drop, 0.5)
     assert error(h, h64.detach()) < TOLERANCE[dtype]
     assert error(td, td64.detach()) < TOLERANCE[dtype] * 2
     for name, mine, truth in zip(("dg", "du", "dt", "dBg", "dBu", "dAd"), grads, exact, strict=True):
@@ -42,7 +44,3 @@ def test_the_inputs_are_left_alone():
     gated.forward(g, u, t, Bg, Bu, Ad, None)
     gated.backward(tensor(20, 40, seed=2), g, u, t, Bg, Bu, Ad, dtd, None)
     assert all(torch.equal(a, b) for a, b in zip(before, (g, u, t, Bg, Bu, Ad, dtd), strict=True))
-
-
-def test_ranks_beyond_the_registers_are_not_offered():
-    assert gated.WIDEST >= low_rank.block_of(64)

@@ -1,0 +1,177 @@
+"""A gated MLP, ``down(silu(gate(x))·up(x))``, and the low-rank updates of its three projections as one operation on a GPU.
+
+The middle is the biggest tensor of a block, and every pass over it counts. Here the rank-r work on it happens inside the two elementwise
+passes that any implementation makes (:mod:`lightning_lora.kernels.gated`). Kept for the backward pass: x, the base products of gate and up,
+and the rank-r products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_lora.fused_ops import differentiable, scaled, working_copies
+from lightning_lora.kernels import plain
+from lightning_lora.opaque import call, opaque
+
+
+def lora_gated_mlp(
+    x: Tensor, weights: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor], scales: Sequence[float], dropout: float = 0.0
+) -> Tensor:
+    """``down(silu(gate(x))·up(x))`` with adapted projections; with dropout, gate and up drop the same entries of x.
+
+    Args:
+        x: (..., in), half precision, where :func:`lightning_lora.kernels.usable` holds.
+        weights: of gate (wide, in), up (wide, in) and down (out, wide), frozen.
+        As: three factors (r_k, in) or, of down, (r_k, wide).
+        Bs: three factors (wide, r_k) or, of down, (out, r_k).
+        scales: α/r of each.
+        dropout: probability; 0 outside training.
+
+    Returns:
+        (..., out), in x's dtype, or autocast's where it is on.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return lora_gated_mlp(x.to(torch.get_autocast_dtype(x.device.type)), weights, As, Bs, scales, dropout)
+    from lightning_lora.kernels import low_rank
+
+    flat = x.reshape(-1, x.shape[-1])
+    seed = seed_down = None
+    threshold, p = 0, 0.0
+    if dropout:
+        (seed, threshold), p = low_rank.draw_drop(flat, dropout)
+        (seed_down, _), _ = low_rank.draw_drop(flat, dropout)
+    settings = (True, threshold, tuple(s / (1 - p) for s in scales))
+    return _GatedMLP.apply(flat, seed, seed_down, settings, *weights, *As, *Bs).view(*x.shape[:-1], weights[2].shape[0])
+
+
+class _GatedMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seed: Any, seed_down: Any, settings: tuple[Any, ...], *tensors: Tensor) -> Tensor:
+        _, threshold, scales = settings
+        y, *kept = call(_forward, x, seed, seed_down, threshold, list(scales), *(list(tensors[k : k + 3]) for k in (0, 3, 6)))
+        ctx.save_for_backward(x, seed, seed_down, *kept, *tensors)
+        ctx.settings = settings
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        _, threshold, scales = ctx.settings
+        x, seed, seed_down, g, u, t, t_down, A, A_down, *rest = ctx.saved_tensors
+        lows, tensors = rest[:3], rest[3:]
+        weights, As, Bs = tensors[:3], tensors[3:6], tensors[6:]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            inputs = [x, None, None, None, *tensors]
+            masks = [(seed, A.shape[1]), (seed_down, A_down.shape[1])]
+            return differentiable(ctx, lambda *drops: (_definition(x, *drops, scales, *tensors),), inputs, masks, grads)
+        needs_x = ctx.needs_input_grad[0]
+        operands = (grads[0], x, g, u, t, t_down, A, A_down, seed, seed_down, threshold, list(scales), weights, lows, needs_x)
+        dx, dA, dA_down, *dBs = call(_backward, *operands)
+        dAs = [*dA.split([a.shape[0] for a in As[:2]]), dA_down]
+        found = (d.to(p.dtype) for d, p in zip([*dAs, *dBs], [*As, *Bs], strict=True))
+        return (dx if needs_x else None), None, None, None, None, None, None, *found
+
+
+def _forward(
+    x: Tensor,
+    seed: Any,
+    seed_down: Any,
+    threshold: int,
+    scales: list[float],
+    weights: list[Tensor],
+    As: list[Tensor],
+    Bs: list[Tensor],
+) -> list[Tensor]:
+    """The output; then for the backward pass gate's and up's base products, the rank-r products, and the adapters in x's dtype."""
+    from lightning_lora.kernels import gated, low_rank
+
+    drop, drop_down = _drop(seed, threshold), _drop(seed_down, threshold)
+    A, lows = working_copies(As[:2], Bs, x.dtype)
+    A_down = As[2].to(x.dtype, copy=True)
+    t = scaled(low_rank.project(x, A, drop, scales[0]), scales[:2], lows[:2])
+    g, u = (F.linear(x, W.to(x.dtype)) for W in weights[:2])
+    h, t_down = gated.forward(g, u, t, lows[0], lows[1], A_down, drop_down, scales[2])
+    y = low_rank.add_(F.linear(h, weights[2].to(x.dtype)), t_down, lows[2])
+    return [y, g, u, t, t_down, A, A_down, *lows]
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    g: Tensor,
+    u: Tensor,
+    t: Tensor,
+    t_down: Tensor,
+    A: Tensor,
+    A_down: Tensor,
+    seed: Any,
+    seed_down: Any,
+    threshold: int,
+    scales: list[float],
+    weights: list[Tensor],
+    Bs: list[Tensor],
+    needs_x: bool,
+) -> list[Tensor]:
+    """dx (empty unless needed), dA of gate and up, dA of down, and the three dB's."""
+    from lightning_lora.kernels import gated, low_rank
+
+    drop, drop_down = _drop(seed, threshold), _drop(seed_down, threshold)
+    gate, up, down = (W.to(x.dtype) for W in weights)
+    dt_down = low_rank.project(dy, Bs[2].t(), None, scales[2])
+    dB_down = low_rank.reduce(dy, t_down)
+    dh = dy @ down
+    dg, du, dt, dB_gate, dB_up, dA_down = gated.backward(dh, g, u, t, Bs[0], Bs[1], A_down, dt_down, drop_down, scales[0])
+    dt = scaled(dt, scales[:2], Bs[:2])
+    dx = x.new_empty(0)
+    if needs_x:
+        dx = low_rank.add_((dg @ gate).addmm_(du, up), dt, A.t(), drop)
+    return [dx, low_rank.reduce(dt, x, drop), dA_down.contiguous(), dB_gate.contiguous(), dB_up.contiguous(), dB_down]
+
+
+def _forward_shapes(
+    x: Tensor, seed: Any, seed_down: Any, threshold: int, scales: Any, weights: list[Tensor], As: list[Tensor], Bs: list[Tensor]
+) -> list[Tensor]:
+    rank = As[0].shape[0] + As[1].shape[0]
+    widths = (weights[2].shape[0], weights[0].shape[0], weights[1].shape[0], rank, As[2].shape[0])
+    copies = ((rank, x.shape[1]), As[2].shape, *(B.shape for B in Bs))
+    return [*(x.new_empty(x.shape[0], width) for width in widths), *(x.new_empty(shape) for shape in copies)]
+
+
+def _backward_shapes(dy: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
+    A, A_down, Bs, needs_x = rest[4], rest[5], rest[11], rest[12]
+    dx = x.new_empty(*(x.shape if needs_x else (0,)))
+    return [dx, *(x.new_empty(like.shape, dtype=torch.float32) for like in (A, A_down, *Bs))]
+
+
+opaque(
+    "gated_mlp_forward(Tensor x, Tensor? seed, Tensor? seed_down, int threshold, float[] scales, Tensor[] weights, Tensor[] As,"
+    " Tensor[] Bs) -> Tensor[]",
+    _forward,
+    _forward_shapes,
+)
+opaque(
+    "gated_mlp_backward(Tensor dy, Tensor x, Tensor g, Tensor u, Tensor t, Tensor t_down, Tensor A, Tensor A_down, Tensor? seed,"
+    " Tensor? seed_down, int threshold, float[] scales, Tensor[] weights, Tensor[] Bs, bool needs_x) -> Tensor[]",
+    _backward,
+    _backward_shapes,
+)
+
+
+def _drop(seed: Tensor | None, threshold: int) -> plain.Drop | None:
+    return None if seed is None else (seed, threshold)
+
+
+def _definition(x: Tensor, drop: Any, drop_down: Any, scales: Any, *tensors: Tensor) -> Tensor:
+    """Operations that autograd knows, for second derivatives."""
+    (gate, up, down), As, Bs = (W.to(x.dtype) for W in tensors[:3]), tensors[3:6], tensors[6:]
+
+    def update(z: Tensor, k: int, drop: Any) -> Tensor:
+        return plain.project(z, As[k].to(z.dtype), drop, scales[k]) @ Bs[k].to(z.dtype).t()
+
+    h = F.silu(F.linear(x, gate) + update(x, 0, drop)) * (F.linear(x, up) + update(x, 1, drop))
+    return F.linear(h, down) + update(h, 2, drop_down)
