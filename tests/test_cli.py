@@ -134,6 +134,7 @@ def test_a_users_own_lightning_cli_takes_the_callback_from_yaml(tmp_path, monkey
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["fit", "--lora.compile=model"], r"compile.*model"),
         (["fit", "--lora.config.rank=0"], r"rank=0: the rank is a whole number"),
         (["fit", "--lora.config.rank=1.5"], r'"lora.config".*Expected a <class .int.>. Got value: 1.5'),
         (["fit", "--lora.config.bias=some"], r"bias.*some"),
