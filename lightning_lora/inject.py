@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lightning_lora.config import LoRAConfig
+from lightning_lora.fuse import fuse
 from lightning_lora.heads import hf_ends
 from lightning_lora.layers.base import PREFIX, LoRALayer, adapt, lora_layers, restore
 from lightning_lora.names import modules_by_name
@@ -75,6 +76,7 @@ def inject(model: nn.Module, config: LoRAConfig, report: TargetReport) -> nn.Mod
             parameter.requires_grad_(False)
         for target in report.targets:
             adapt(target.module, config, target.rank, target.alpha)
+        fuse(model)
         _train_extras(model, config, report)
         _guard_resize(model)
         let_gradients_in(model)

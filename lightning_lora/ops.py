@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_lora.kernels import plain
 from lightning_lora.sharding import is_sharded
 
 
@@ -65,10 +66,10 @@ class _LowRankUpdate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, inplace: bool) -> Tensor:
-        dropped, probability = drop_mask(x, dropout) if dropout else (None, 0.0)
-        ctx.save_for_backward(x, A, B, dropped)
+        drop, probability = plain.draw_drop(x, dropout) if dropout else (None, 0.0)
+        ctx.save_for_backward(x, A, B, drop and drop[0])
         ctx.scale = scale = scale / (1 - probability)
-        t = F.linear(_zero(x, dropped), A)  # (..., r)
+        t = F.linear(plain.zeroed(x, drop), A)  # (..., r)
         flat, t = y.reshape(-1, y.shape[-1]), t.reshape(-1, t.shape[-1])
         if inplace and y.is_contiguous():
             flat.addmm_(t, B.t(), alpha=scale)
@@ -79,31 +80,15 @@ class _LowRankUpdate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (g,) = grads
-        x, A, B, dropped = ctx.saved_tensors
+        x, A, B, mask = ctx.saved_tensors
+        drop = None if mask is None else (mask, 0)
         dx = dA = dB = None
-        flat_g, flat_x = g.reshape(-1, g.shape[-1]), _zero(x, dropped).reshape(-1, x.shape[-1])
+        flat_g, flat_x = g.reshape(-1, g.shape[-1]), plain.zeroed(x, drop).reshape(-1, x.shape[-1])
         dt = flat_g @ (B * ctx.scale)  # (N, r); the scale goes into the smallest operand
         if ctx.needs_input_grad[3]:
             dB = (flat_g.t() @ (flat_x @ A.t())) * ctx.scale
         if ctx.needs_input_grad[2]:
             dA = dt.t() @ flat_x
         if ctx.needs_input_grad[1]:
-            dx = _zero((dt @ A).view(x.shape), dropped)
+            dx = plain.zeroed((dt @ A).view(x.shape), drop)
         return g, dx, dA, dB, None, None, None
-
-
-def drop_mask(x: Tensor, dropout: float) -> tuple[Tensor, float]:
-    """Which entries of x to drop, and with what probability exactly.
-
-    On a CPU, drawing one random number an entry takes longer than the rank-r products. There one 64-bit draw serves four
-    entries, so the probability is a multiple of 2⁻¹⁶.
-    """
-    if x.device.type != "cpu":
-        return torch.empty_like(x, dtype=torch.bool).bernoulli_(dropout), dropout
-    level = round(dropout * 2**16)
-    draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    return (draws.view(torch.int16)[: x.numel()] < level - 2**15).view(x.shape), level / 2**16
-
-
-def _zero(x: Tensor, dropped: Tensor | None) -> Tensor:
-    return x if dropped is None else x.masked_fill(dropped, 0)

@@ -27,6 +27,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_lora import kernels
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.mergeable import PREFIX, Mergeable
 from lightning_lora.registry import INITS, VARIANTS, kind_of, look_up, qualified_name, why_refused
@@ -115,6 +116,7 @@ class LoRALayer(Mergeable):
         for name, shape in zip(("lora_A", "lora_B"), self.adapter_shapes(self, rank), strict=True):
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype)))
         self.reset_lora_parameters()
+        kernels.look_at(weight.device)
 
     def reset_lora_parameters(self) -> None:
         """Start A and B anew, as the config's init has it."""
@@ -167,6 +169,7 @@ class LoRALayer(Mergeable):
                 else:
                     parameter.data = data
                 parameter.grad = grad
+        kernels.look_at(self.weight.device)
         return self
 
     def extra_repr(self) -> str:
@@ -218,6 +221,7 @@ def restore(layer: LoRALayer) -> nn.Module:
     for name in (
         "lora_config",
         "lora_dropout",
+        "lora_siblings",
         "rank",
         "alpha",
         "merged",

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import ops
+from lightning_lora import kernels, ops
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import PREFIX, LoRALayer, adapt, refusal
+from lightning_lora.layers.siblings import Siblings, compute
 from lightning_lora.registry import REFUSED, register_kind
+from lightning_lora.sharding import is_sharded
 
 REFUSED["torch.nn.modules.linear.NonDynamicallyQuantizableLinear"] = (
     "nn.MultiheadAttention reads its weight without calling it, so an adapter here would do nothing"
@@ -40,6 +42,8 @@ class LoRALinear(LoRALayer, nn.Linear):
 
     lora_base = nn.Linear
     is_linear = True
+    #: The linears that are computed together with this one; :func:`lightning_lora.fuse.fuse` sets it.
+    lora_siblings: Siblings | None = None
 
     def __init__(
         self,
@@ -96,6 +100,32 @@ class LoRALinear(LoRALayer, nn.Linear):
     def plain_forward(self) -> bool:
         """Whether the base's forward is ``nn.Linear``'s own, whose output is a fresh tensor that may be added to in place."""
         return type(self).lora_base.forward is nn.Linear.forward
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base's forward plus the update; one operation for both where nothing stands in the way."""
+        if not self.merged and not args and not kwargs:
+            y = None if self.lora_siblings is None else self.lora_siblings.output(self, input)
+            if y is not None:
+                return y
+            if self.fusable(input):
+                return compute([self], input)[0]
+        return super().forward(input, *args, **kwargs)
+
+    def fusable(self, x: Tensor) -> bool:
+        """Whether base and update can be one operation for x: a plain linear with the plain update, frozen, whole, in one dtype."""
+        cls, weight = type(self), self.weight
+        return (
+            self.plain_forward
+            and cls.lora_update is LoRALinear.lora_update
+            and not self.merged
+            and not weight.requires_grad
+            and weight.dim() == 2  # FSDP1 flattens it between uses
+            and weight.device == x.device
+            and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
+            and not (is_sharded(weight) or is_sharded(x) or is_sharded(self.lora_A))
+            # Where the kernels do not serve, a compiler fuses the definition itself; torch.func wants plain operations.
+            and (kernels.usable(x) if torch.compiler.is_compiling() else not torch._C._are_functorch_transforms_active())
+        )
 
     @classmethod
     def adapter_shapes(cls, module: nn.Linear, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

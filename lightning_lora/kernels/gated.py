@@ -1,0 +1,187 @@
+"""Triton kernels for a gated MLP's middle, ``h = silu(gate)·up``, with the rank-r work of its three projections inside.
+
+The elementwise pass reads and writes tensors of (tokens, intermediate size), the biggest of a block. What the projections' adapters
+need of those tensors happens while they are in registers. Forward: the gate's and the up projection's updates and the down
+projection's ``t = drop(h)·Aᵀ``. Backward: the down projection's gradient through its A, and the sums for all three adapters.
+
+N tokens, C intermediate features, r the rank of each projection (they may differ). Sums in fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightning_lora.kernels.dropout import kept
+from lightning_lora.kernels.low_rank import Tiles, split
+from lightning_lora.kernels.plain import Drop
+
+WIDEST = 64  # the largest rank whose sums fit in registers
+LOOP = 8  # column tiles that a program of the forward pass takes
+TILES = {"forward": Tiles(64, 64, num_stages=2), "backward": Tiles(64, 64, num_stages=2)}
+
+
+@triton.jit
+def _sigmoid(x, FAST: tl.constexpr):
+    """In one instruction where half precision hides its error of 2⁻¹¹; a full-range division takes ten."""
+    if FAST:
+        half = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x * 0.5], dtype=tl.float32, is_pure=True, pack=1)
+        return half * 0.5 + 0.5
+    else:
+        return tl.sigmoid(x)
+
+
+@triton.jit
+def _forward(
+    g, u, h, t, bg, bu, ad, td, seed, rows, cols, rg, ru, rd, stride_t, threshold,
+    BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, LOOP: tl.constexpr, DROP: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BT + tl.arange(0, BT)
+    r = tl.arange(0, BR)
+    here = (row < rows)[:, None] | EVEN
+    tg = tl.load(t + row[:, None] * stride_t + r[None, :], mask=here & (r < rg)[None, :], other=0.0)
+    tu = tl.load(t + row[:, None] * stride_t + rg + r[None, :], mask=here & (r < ru)[None, :], other=0.0)
+    total = tl.zeros((BT, BR), tl.float32)
+    for k in range(LOOP):
+        column = (tl.program_id(1) * LOOP + k) * BC
+        c = column + tl.arange(0, BC)
+        there = (c < cols)[None, :] | EVEN
+        inside = here & there
+        at = row.to(tl.int64)[:, None] * cols + c[None, :]
+        gate = tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(u + at, mask=inside, other=0.0).to(tl.float32)
+        wg = tl.load(bg + c[None, :] * rg + r[:, None], mask=there & (r < rg)[:, None], other=0.0)
+        wu = tl.load(bu + c[None, :] * ru + r[:, None], mask=there & (r < ru)[:, None], other=0.0)
+        gate = tl.dot(tg, wg, gate, input_precision="ieee")
+        up = tl.dot(tu, wu, up, input_precision="ieee")
+        out = gate * _sigmoid(gate, FAST) * up
+        tl.store(h + at, out.to(h.dtype.element_ty), mask=inside)
+        if DROP:
+            out = tl.where(kept(tl.load(seed), row, column, cols, threshold, BT, BC), out, 0.0)
+        wd = tl.load(ad + r[None, :] * cols + c[:, None], mask=(c < cols)[:, None] & (r < rd)[None, :], other=0.0)
+        total = tl.dot(out.to(h.dtype.element_ty), wd, total, input_precision="ieee")
+    td += tl.program_id(1).to(tl.int64) * rows * rd
+    tl.store(td + row[:, None] * rd + r[None, :], total, mask=here & (r < rd)[None, :])
+
+
+@triton.jit
+def _backward(
+    dh, g, u, dg, du, t, bg, bu, ad, dtd, dt, dbg, dbu, dad, seed, rows, cols, rg, ru, rd, stride_t, stride_dtd, span, threshold,
+    BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, DROP: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    column, part = tl.program_id(0) * BC, tl.program_id(1)
+    c = column + tl.arange(0, BC)
+    r = tl.arange(0, BR)
+    there = (c < cols)[None, :] | EVEN
+    wg = tl.load(bg + c[None, :] * rg + r[:, None], mask=there & (r < rg)[:, None], other=0.0)
+    wu = tl.load(bu + c[None, :] * ru + r[:, None], mask=there & (r < ru)[:, None], other=0.0)
+    wd = tl.load(ad + r[:, None] * cols + c[None, :], mask=there & (r < rd)[:, None], other=0.0)
+    sum_g = tl.zeros((BR, BC), tl.float32)
+    sum_u = tl.zeros((BR, BC), tl.float32)
+    sum_d = tl.zeros((BR, BC), tl.float32)
+    for start in range(part * span, min(part * span + span, rows), BT):
+        row = start + tl.arange(0, BT)
+        here = (row < rows)[:, None] | EVEN
+        inside = here & there
+        at = row.to(tl.int64)[:, None] * cols + c[None, :]
+        grad = tl.load(dh + at, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(u + at, mask=inside, other=0.0).to(tl.float32)
+        tg = tl.load(t + row[:, None] * stride_t + r[None, :], mask=here & (r < rg)[None, :], other=0.0)
+        tu = tl.load(t + row[:, None] * stride_t + rg + r[None, :], mask=here & (r < ru)[None, :], other=0.0)
+        gd = tl.load(dtd + row[:, None] * stride_dtd + r[None, :], mask=here & (r < rd)[None, :], other=0.0)
+        gate = tl.dot(tg, wg, gate, input_precision="ieee")
+        up = tl.dot(tu, wu, up, input_precision="ieee")
+        sigmoid = _sigmoid(gate, FAST)
+        silu = gate * sigmoid
+        out = silu * up
+        if DROP:
+            keep = kept(tl.load(seed), row, column, cols, threshold, BT, BC)
+            grad += tl.where(keep, tl.dot(gd, wd, input_precision="ieee"), 0.0)
+            out = tl.where(keep, out, 0.0)
+        else:
+            grad = tl.dot(gd, wd, grad, input_precision="ieee")
+        grad_g = (grad * up * (silu * (1.0 - sigmoid) + sigmoid)).to(dg.dtype.element_ty)
+        grad_u = (grad * silu).to(dg.dtype.element_ty)
+        tl.store(dg + at, grad_g, mask=inside)
+        tl.store(du + at, grad_u, mask=inside)
+        sum_g = tl.dot(tl.trans(tg), grad_g, sum_g, input_precision="ieee")
+        sum_u = tl.dot(tl.trans(tu), grad_u, sum_u, input_precision="ieee")
+        sum_d = tl.dot(tl.trans(gd), out.to(dg.dtype.element_ty), sum_d, input_precision="ieee")
+        to = dt + row[:, None] * (rg + ru) + r[None, :]
+        tl.atomic_add(to, tl.dot(grad_g, tl.trans(wg), input_precision="ieee"), mask=here & (r < rg)[None, :], sem="relaxed")
+        tl.atomic_add(to + rg, tl.dot(grad_u, tl.trans(wu), input_precision="ieee"), mask=here & (r < ru)[None, :], sem="relaxed")
+    tl.store(dbg + (part * rg + r)[:, None] * cols + c[None, :], sum_g, mask=there & (r < rg)[:, None])
+    tl.store(dbu + (part * ru + r)[:, None] * cols + c[None, :], sum_u, mask=there & (r < ru)[:, None])
+    tl.store(dad + (part * rd + r)[:, None] * cols + c[None, :], sum_d, mask=there & (r < rd)[:, None])
+
+
+def forward(g: Tensor, u: Tensor, t: Tensor, Bg: Tensor, Bu: Tensor, Ad: Tensor, drop: Drop | None) -> tuple[Tensor, Tensor]:
+    """``h = silu(g + tg·Bgᵀ)·(u + tu·Buᵀ)`` and ``drop(h)·Adᵀ``, with ``t = [tg | tu]``.
+
+    Args:
+        g: the gate projection's base output (N, C), contiguous; not written to.
+        u: the up projection's, likewise.
+        t: (N, rg + ru).
+        Bg: (C, rg), contiguous.
+        Bu: (C, ru), contiguous.
+        Ad: (rd, C), contiguous.
+        drop: the down projection's.
+
+    Returns:
+        h (N, C) and (N, rd).
+    """
+    (rows, cols), (rg, ru, rd) = g.shape, (Bg.shape[1], Bu.shape[1], Ad.shape[0])
+    tiles = TILES["forward"]
+    blocks = triton.cdiv(cols, tiles.BC * LOOP)
+    h = torch.empty_like(g)
+    td = torch.empty(blocks, rows, rd, device=g.device, dtype=torch.float32)
+    seed, threshold = drop or (g, 0)
+    fast = g.is_cuda and g.dtype != torch.float32
+    _forward[(triton.cdiv(rows, tiles.BT), blocks)](
+        g, u, h, t, Bg, Bu, Ad, td, seed, rows, cols, rg, ru, rd, t.stride(0), threshold,
+        BR=_block(rg, ru, rd), LOOP=LOOP, DROP=drop is not None,
+        EVEN=rows % tiles.BT == 0 and cols % (tiles.BC * LOOP) == 0, FAST=fast, **tiles.options)  # fmt: skip
+    return h, td.sum(0).to(g.dtype)
+
+
+def backward(
+    dh: Tensor, g: Tensor, u: Tensor, t: Tensor, Bg: Tensor, Bu: Tensor, Ad: Tensor, dtd: Tensor, drop: Drop | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of everything around :func:`forward`; ``dh`` is overwritten.
+
+    Args:
+        dh: gradient of h without the adapter's share (N, C), contiguous.
+        g: as in the forward pass.
+        u: as in the forward pass.
+        t: as in the forward pass.
+        Bg: as in the forward pass.
+        Bu: as in the forward pass.
+        Ad: as in the forward pass.
+        dtd: gradient of ``drop(h)·Adᵀ`` (N, rd).
+        drop: as in the forward pass.
+
+    Returns:
+        dg (N, C), du (N, C), dt (N, rg + ru), and in fp32 dBg (C, rg), dBu (C, ru), dAd (rd, C).
+    """
+    (rows, cols), (rg, ru, rd) = g.shape, (Bg.shape[1], Bu.shape[1], Ad.shape[0])
+    tiles = TILES["backward"]
+    blocks = triton.cdiv(cols, tiles.BC)
+    parts, span = split(rows, tiles.BT, blocks)
+    dg, du = dh, torch.empty_like(u)
+    dt = torch.zeros(rows, rg + ru, device=g.device, dtype=torch.float32)
+    sums = [torch.empty(parts, r, cols, device=g.device, dtype=torch.float32) for r in (rg, ru, rd)]
+    seed, threshold = drop or (g, 0)
+    fast = g.is_cuda and g.dtype != torch.float32
+    _backward[(blocks, parts)](
+        dh, g, u, dg, du, t, Bg, Bu, Ad, dtd, dt, *sums, seed, rows, cols, rg, ru, rd, t.stride(0), dtd.stride(0), span, threshold,
+        BR=_block(rg, ru, rd), DROP=drop is not None,
+        EVEN=rows % tiles.BT == 0 and cols % tiles.BC == 0, FAST=fast, **tiles.options)  # fmt: skip
+    dBg, dBu, dAd = (parts_.sum(0) for parts_ in sums)
+    return dg, du, dt.to(g.dtype), dBg.t(), dBu.t(), dAd
+
+
+def _block(*ranks: int) -> int:
+    return max(16, triton.next_power_of_2(max(ranks)))

@@ -1,0 +1,208 @@
+"""Triton kernels for the rank-r products: each reads the big tensor once, at the speed of memory.
+
+The functions are those of :mod:`lightning_lora.kernels.plain`, for any size and rank and for tensors whose last dimension is
+contiguous. Sums are taken in fp32; ``drop`` is a seed (:func:`draw_drop`), never a stored mask. All are deterministic: where
+several programs add to one result, each writes its part and torch sums them. Without dropout the library's products are as fast
+for two of them (``benchmarks/kernel_tiles.py``), and are used.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightning_lora.kernels.dropout import kept
+from lightning_lora.kernels.plain import Drop
+
+PROGRAMS = 528  # that fill an H100: four on each of its 132 multiprocessors
+NARROWEST_BOTH = 2048  # columns from which one pass for two products beats two passes
+
+
+class Tiles(NamedTuple):
+    """How a kernel cuts its work: tokens and columns of a tile, warps of a program, loads in flight, registers of a thread."""
+
+    BT: int
+    BC: int
+    num_warps: int = 4
+    num_stages: int = 4
+    maxnreg: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What a launch takes."""
+        return self._asdict()
+
+
+TILES = {
+    "project": Tiles(64, 128, num_stages=5),
+    "add_": Tiles(64, 128, num_stages=2),
+    "reduce": Tiles(32, 64),
+    "both": Tiles(32, 256, num_stages=3),
+}
+
+
+def draw_drop(x: Tensor, dropout: float) -> tuple[Drop, float]:
+    """A seed for one call's mask with its threshold, and the probability exactly: a multiple of 2⁻¹⁶."""
+    threshold = round(dropout * 2**16)
+    return (torch.randint(2**62, (1,), device=x.device), threshold), threshold / 2**16
+
+
+@triton.jit
+def _project(
+    x, a, out, seed, rows, cols, rank, stride_x, stride_ar, stride_ac, threshold,
+    BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, DROP: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BT + tl.arange(0, BT)
+    r = tl.program_id(1) * BR + tl.arange(0, BR)
+    x += row.to(tl.int64)[:, None] * stride_x
+    a += r[None, :] * stride_ar
+    total = tl.zeros((BT, BR), tl.float32)
+    for column in range(0, cols, BC):
+        c = column + tl.arange(0, BC)
+        tile = tl.load(x + c[None, :], mask=(row < rows)[:, None] & (c < cols)[None, :], other=0.0)
+        if DROP:
+            tile = tl.where(kept(tl.load(seed), row, column, cols, threshold, BT, BC), tile, 0.0)
+        weight = tl.load(a + c[:, None] * stride_ac, mask=(r < rank)[None, :] & (c < cols)[:, None], other=0.0)
+        total = tl.dot(tile, weight, total, input_precision="ieee")
+    tl.store(out + row[:, None] * rank + r[None, :], total, mask=(row < rows)[:, None] & (r < rank)[None, :])
+
+
+@triton.jit
+def _add(
+    y, t, b, seed, rows, cols, rank, stride_y, stride_t, stride_bc, stride_br, threshold,
+    BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, DROP: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BT + tl.arange(0, BT)
+    column = tl.program_id(1) * BC
+    c = column + tl.arange(0, BC)
+    inside = (row < rows)[:, None] & (c < cols)[None, :]
+    y += row.to(tl.int64)[:, None] * stride_y + c[None, :]
+    old = tl.load(y, mask=inside, other=0.0)
+    total = tl.zeros((BT, BC), tl.float32)
+    for start in range(0, rank, BR):
+        r = start + tl.arange(0, BR)
+        part = tl.load(t + row[:, None] * stride_t + r[None, :], mask=(row < rows)[:, None] & (r < rank)[None, :], other=0.0)
+        weight = tl.load(b + c[None, :] * stride_bc + r[:, None] * stride_br, mask=(c < cols)[None, :] & (r < rank)[:, None], other=0.0)
+        total = tl.dot(part, weight, total, input_precision="ieee")
+    if DROP:
+        total = tl.where(kept(tl.load(seed), row, column, cols, threshold, BT, BC), total, 0.0)
+    tl.store(y, (old.to(tl.float32) + total).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _reduce(
+    t, x, out, seed, rows, cols, rank, stride_t, stride_x, span, threshold,
+    BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, DROP: tl.constexpr,
+):  # fmt: skip
+    column = tl.program_id(0) * BC
+    c = column + tl.arange(0, BC)
+    r = tl.program_id(1) * BR + tl.arange(0, BR)
+    part = tl.program_id(2)
+    total = tl.zeros((BR, BC), tl.float32)
+    for start in range(part * span, min(part * span + span, rows), BT):
+        row = start + tl.arange(0, BT)
+        tile = tl.load(x + row.to(tl.int64)[:, None] * stride_x + c[None, :], mask=(row < rows)[:, None] & (c < cols)[None, :], other=0.0)
+        if DROP:
+            tile = tl.where(kept(tl.load(seed), row, column, cols, threshold, BT, BC), tile, 0.0)
+        weight = tl.load(t + row[None, :] * stride_t + r[:, None], mask=(row < rows)[None, :] & (r < rank)[:, None], other=0.0)
+        total = tl.dot(weight, tile, total, input_precision="ieee")
+    out += part.to(tl.int64) * rank * cols
+    tl.store(out + r[:, None] * cols + c[None, :], total, mask=(r < rank)[:, None] & (c < cols)[None, :])
+
+
+@triton.jit
+def _both(
+    g, b, t, dt, db, rows, cols, rank, stride_g, stride_bc, stride_br, stride_t, span,
+    BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    block, part = tl.program_id(0), tl.program_id(1)
+    c = block * BC + tl.arange(0, BC)
+    r = tl.arange(0, BR)
+    weight = tl.load(b + c[:, None] * stride_bc + r[None, :] * stride_br, mask=(c < cols)[:, None] & (r < rank)[None, :], other=0.0)
+    dt += block.to(tl.int64) * rows * rank
+    total = tl.zeros((BC, BR), tl.float32)
+    for start in range(part * span, min(part * span + span, rows), BT):
+        row = start + tl.arange(0, BT)
+        inside = (row < rows)[:, None] & (r < rank)[None, :]
+        tile = tl.load(g + row.to(tl.int64)[:, None] * stride_g + c[None, :], mask=(row < rows)[:, None] & (c < cols)[None, :], other=0.0)
+        tl.store(dt + row[:, None] * rank + r[None, :], tl.dot(tile, weight, input_precision="ieee"), mask=inside)
+        mine = tl.load(t + row[:, None] * stride_t + r[None, :], mask=inside, other=0.0)
+        total = tl.dot(tl.trans(tile), mine, total, input_precision="ieee")
+    db += part.to(tl.int64) * cols * rank
+    tl.store(db + c[:, None] * rank + r[None, :], total, mask=(c < cols)[:, None] & (r < rank)[None, :])
+
+
+def project(x: Tensor, A: Tensor, drop: Drop | None = None) -> Tensor:
+    """``drop(x)·Aᵀ``: (N, D), (R, D) → (N, R)."""
+    if drop is None and x.is_cuda:
+        return x @ A.t()
+    (rows, cols), rank = x.shape, A.shape[0]
+    x, out = rows_first(x), torch.empty(rows, rank, device=x.device, dtype=x.dtype)
+    BR, tiles = block_of(rank), TILES["project"]
+    grid = (triton.cdiv(rows, tiles.BT), triton.cdiv(rank, BR))
+    seed, threshold = drop or (x, 0)
+    _project[grid](x, A, out, seed, rows, cols, rank, x.stride(0), A.stride(0), A.stride(1), threshold,
+                   BR=BR, DROP=drop is not None, **tiles.options)  # fmt: skip
+    return out
+
+
+def add_(y: Tensor, t: Tensor, B: Tensor, drop: Drop | None = None) -> Tensor:
+    """``y += drop(t·Bᵀ)`` in place: (N, C), (N, R), (C, R) → y."""
+    (rows, cols), rank = y.shape, t.shape[1]
+    tiles = TILES["add_"]
+    seed, threshold = drop or (y, 0)
+    _add[(triton.cdiv(rows, tiles.BT), triton.cdiv(cols, tiles.BC))](
+        y, t, B, seed, rows, cols, rank, y.stride(0), t.stride(0), B.stride(0), B.stride(1), threshold,
+        BR=block_of(rank), DROP=drop is not None, **tiles.options)  # fmt: skip
+    return y
+
+
+def reduce(t: Tensor, x: Tensor, drop: Drop | None = None) -> Tensor:
+    """``tᵀ·drop(x)``, the sum over the tokens: (N, R), (N, D) → (R, D) in fp32."""
+    if drop is None and x.is_cuda:
+        return torch.mm(t.t(), x, out_dtype=torch.float32)
+    (rows, cols), rank = x.shape, t.shape[1]
+    x, BR, tiles = rows_first(x), block_of(rank), TILES["reduce"]
+    blocks = (triton.cdiv(cols, tiles.BC), triton.cdiv(rank, BR))
+    parts, span = split(rows, tiles.BT, blocks[0] * blocks[1])
+    out = torch.empty(parts, rank, cols, device=x.device, dtype=torch.float32)
+    seed, threshold = drop or (x, 0)
+    _reduce[(*blocks, parts)](t, x, out, seed, rows, cols, rank, t.stride(0), x.stride(0), span, threshold,
+                              BR=BR, DROP=drop is not None, **tiles.options)  # fmt: skip
+    return out.sum(0)
+
+
+def both(g: Tensor, B: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """``g·B`` and ``gᵀ·t``: (N, C), (C, R), (N, R) → (N, R), (C, R) in fp32."""
+    (rows, cols), rank = g.shape, t.shape[1]
+    g, BR, tiles = rows_first(g), block_of(rank), TILES["both"]
+    if rank > BR or (g.is_cuda and cols < NARROWEST_BOTH):
+        return project(g, B.t()), reduce(t, g).t()
+    blocks = triton.cdiv(cols, tiles.BC)
+    parts, span = split(rows, tiles.BT, blocks)
+    dt = torch.empty(blocks, rows, rank, device=g.device, dtype=torch.float32)
+    db = torch.empty(parts, cols, rank, device=g.device, dtype=torch.float32)
+    _both[(blocks, parts)](g, B, t, dt, db, rows, cols, rank, g.stride(0), B.stride(0), B.stride(1), t.stride(0), span,
+                           BR=BR, **tiles.options)  # fmt: skip
+    return dt.sum(0), db.sum(0)
+
+
+def rows_first(x: Tensor) -> Tensor:
+    """x with a contiguous last dimension."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def block_of(rank: int) -> int:
+    """How many of the rank's entries one program handles: a power of two, at least the 16 that a matrix unit takes."""
+    return min(64, max(16, triton.next_power_of_2(rank)))
+
+
+def split(rows: int, block: int, programs: int) -> tuple[int, int]:
+    """In how many parts of how many rows to sum, so that the programs fill the device."""
+    parts = max(1, min(triton.cdiv(PROGRAMS, programs), triton.cdiv(rows, 4 * block)))
+    span = triton.cdiv(triton.cdiv(rows, parts), block) * block
+    return triton.cdiv(rows, span), span

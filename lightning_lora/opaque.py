@@ -1,0 +1,35 @@
+"""Functions that a compiler calls but does not look into: it would copy what they add to in place.
+
+Eager code calls the function itself, which costs nothing; under ``torch.compile`` the call becomes one operation of the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("lightning_lora", "DEF")  # noqa: TOR901
+_OPERATIONS: dict[Callable[..., list[Tensor]], Any] = {}
+
+
+def opaque(schema: str, function: Callable[..., list[Tensor]], shapes: Callable[..., list[Tensor]]) -> None:
+    """Make a function an operation.
+
+    Args:
+        schema: its name and signature in torch's schema language.
+        function: from tensors to a list of new tensors, none of them a view of an argument, all contiguous.
+        shapes: from the same arguments to empty tensors like the function's.
+    """
+    _LIBRARY.define(schema)
+    name = schema.partition("(")[0]
+    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    _LIBRARY._register_fake(name, shapes)
+    _OPERATIONS[function] = getattr(torch.ops.lightning_lora, name).default
+
+
+def call(function: Callable[..., list[Tensor]], *operands: Any) -> list[Tensor]:
+    """The function's result, through its operation where a compiler is tracing."""
+    return (_OPERATIONS[function] if torch.compiler.is_compiling() else function)(*operands)

@@ -1,0 +1,95 @@
+"""The Triton kernels against the plain functions in float64: every size, rank and stride, with and without dropout."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from lightning_lora.kernels import low_rank, plain
+from tests.kernels.operands import DTYPES, TOLERANCE, error, strided, tensor
+
+SIZES = [(70, 48, 5), (130, 136, 16), (64, 300, 40), (17, 24, 1), (33, 160, 100)]  # tokens, features, rank
+MAKERS = {"contiguous": tensor, "strided": strided}
+
+
+def drop_of(x, p):
+    """A seed for the kernels and the same mask as a tensor for the plain functions; read off the kernel itself."""
+    drop, exact = low_rank.draw_drop(x, p)
+    ones = torch.ones(x.shape, device=x.device)
+    eye = torch.eye(x.shape[1], device=x.device)
+    return drop, (low_rank.project(ones, eye, drop) == 0, 0), exact
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize(("rows", "cols", "rank"), SIZES)
+def test_equal_the_plain_functions(rows, cols, rank, p, make, dtype):
+    x, y = make(rows, cols, dtype=dtype), make(rows, cols, dtype=dtype, seed=1)
+    A, t = make(rank, cols, dtype=dtype), make(rows, rank, dtype=dtype)
+    drop, mask = drop_of(x, p)[:2] if p else (None, None)
+    x64, y64, A64, t64 = (z.double() for z in (x, y, A, t))
+    for name, mine, exact in (
+        ("project", low_rank.project(x, A, drop), plain.project(x64, A64, mask)),
+        ("reduce", low_rank.reduce(t, x, drop), plain.reduce(t64, x64, mask)),
+        ("add_", low_rank.add_(y, t, A.t(), drop), plain.add_(y64, t64, A64.t(), mask)),
+    ):
+        assert error(mine, exact) < TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize(("rows", "cols", "rank"), [*SIZES, (40, low_rank.NARROWEST_BOTH + 8, 3)])
+def test_both_products_in_one_pass(rows, cols, rank, make, dtype):
+    g, B, t = make(rows, cols, dtype=dtype), make(cols, rank, dtype=dtype), make(rows, rank, dtype=dtype)
+    for mine, exact in zip(low_rank.both(g, B, t), plain.both(g.double(), B.double(), t.double()), strict=True):
+        assert error(mine, exact) < TOLERANCE[dtype]
+
+
+def test_add_writes_nowhere_else():
+    wide = torch.zeros(20, 40, device=tensor(1).device)
+    low_rank.add_(wide[3:12, 5:29], tensor(9, 4), tensor(24, 4))
+    assert wide[3:12, 5:29].abs().min() > 0
+    assert not wide[:3].any() and not wide[12:].any() and not wide[:, :5].any() and not wide[:, 29:].any()
+
+
+def test_splitting_covers_every_row_once():
+    for rows in (1, 63, 64, 65, 1000, 8192, 8193):
+        for programs in (1, 7, 500, 5000):
+            parts, span = low_rank.split(rows, 64, programs)
+            assert span % 64 == 0
+            assert (parts - 1) * span < rows <= parts * span
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_drops_each_entry_on_its_own(p):
+    x = tensor(256, 512)
+    _, (mask, _), exact = drop_of(x, p)
+    assert abs(exact - p) <= 2**-17
+    n, dropped = mask.numel(), mask.double()
+    deviation = (p * (1 - p)) ** 0.5
+    assert abs(dropped.mean().item() - p) < 4 * deviation / n**0.5
+    for axis, count in ((0, 256), (1, 512)):  # the means over rows and over columns scatter as independent draws do
+        assert dropped.mean(axis).std().item() == pytest.approx(deviation / count**0.5, rel=0.2)
+    centred = dropped - dropped.mean()
+    for shifted in (centred.roll(1, 0), centred.roll(1, 1), centred.roll(8, 1), centred.roll((1, 3), (0, 1))):
+        assert abs((centred * shifted).mean().item()) / deviation**2 < 4 / n**0.5
+    assert not torch.equal(mask, drop_of(x, p)[1][0])  # another seed, another mask
+
+
+def test_the_mask_does_not_depend_on_the_tiles():
+    """The same entries are dropped in all three kernels, whose tiles differ."""
+    x = torch.ones(100, 200, device=tensor(1).device)
+    drop, (mask, _), _ = drop_of(x, 0.4)
+    assert torch.equal(low_rank.reduce(torch.eye(100, device=x.device), x, drop) == 0, mask)
+    assert torch.equal(low_rank.add_(torch.zeros_like(x), torch.ones_like(x[:, :1]), torch.ones_like(x[0])[:, None], drop) == 0, mask)
+
+
+def test_the_seed_comes_from_torchs_generator():
+    x = tensor(8, 16)
+    torch.manual_seed(3)
+    first = low_rank.draw_drop(x, 0.5)
+    torch.manual_seed(3)
+    second = low_rank.draw_drop(x, 0.5)
+    assert torch.equal(first[0][0], second[0][0])
+    assert (first[0][1], first[1]) == (2**15, 0.5)
