@@ -30,7 +30,9 @@ def tensor(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
 
-def cases(rows: int, hidden: int, wide: int, narrow: int, rank: int, p: float) -> Iterator[tuple[str, str, float, Callable, Callable | None]]:
+def cases(
+    rows: int, hidden: int, wide: int, narrow: int, rank: int, p: float
+) -> Iterator[tuple[str, str, float, Callable, Callable | None]]:
     """Kernel, sizes, bytes moved at the least, ours, torch's."""
     for cols, r in ((hidden, 3 * rank), (hidden, rank), (wide, rank)):
         x, A, t, y = tensor(rows, cols), tensor(r, cols), tensor(rows, r), tensor(rows, cols)
@@ -45,7 +47,13 @@ def cases(rows: int, hidden: int, wide: int, narrow: int, rank: int, p: float) -
             size = f"{rows}x{cols} r={rank}"
             low_rank.WIDEST_BOTH = 10**9
             yield "both", size, g.nbytes, lambda: low_rank.both(g, B, t), lambda: plain.both(g, B, t)
-        yield "add_", size.replace(str(wide), str(narrow)), 2 * y.nbytes * narrow // wide, lambda: low_rank.add_(y[:, :narrow], t, B[:narrow]), None
+        yield (
+            "add_",
+            size.replace(str(wide), str(narrow)),
+            2 * y.nbytes * narrow // wide,
+            lambda: low_rank.add_(y[:, :narrow], t, B[:narrow]),
+            None,
+        )
     g, u, dh, t, dtd = tensor(rows, wide), tensor(rows, wide), tensor(rows, wide), tensor(rows, 2 * rank), tensor(rows, rank)
     Bg, Bu, Ad = tensor(wide, rank), tensor(wide, rank), tensor(rank, wide)
     drop = low_rank.draw_drop(g, p)[0] if p else None
@@ -85,7 +93,9 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}, copy {speed / 1e6:.2f} TB/s")
     wanted = options.kernels.split(",")
     share, count = map(int, (options.compile or "0/1").split("/"))
-    for kernel, size, moved, ours, theirs in cases(options.rows, options.hidden, options.wide, options.narrow, options.rank, options.dropout):
+    for kernel, size, moved, ours, theirs in cases(
+        options.rows, options.hidden, options.wide, options.narrow, options.rank, options.dropout
+    ):
         if kernel not in wanted:
             continue
         table = gated.TILES if kernel in gated.TILES else low_rank.TILES
@@ -109,7 +119,9 @@ def main() -> None:
                 table[kernel] = Tiles(*min(results)[1])
         if not options.compile:
             other = milliseconds(theirs) * 1e3 if theirs else float("nan")
-            print(f"{kernel:9} {size:28} ours {milliseconds(ours) * 1e3:7.1f} us, torch {other:7.1f}, floor {moved / speed:7.1f}", flush=True)
+            print(
+                f"{kernel:9} {size:28} ours {milliseconds(ours) * 1e3:7.1f} us, torch {other:7.1f}, floor {moved / speed:7.1f}", flush=True
+            )
 
 
 if __name__ == "__main__":

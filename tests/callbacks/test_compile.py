@@ -76,12 +76,11 @@ def compiled(module: nn.Module) -> bool:
     return any(child._compiled_call_impl is not None for child in module.modules())
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_fit_test_predict_and_fit_again_as_if_not_compiled(tmp_path: Path, counter: CompileCounter, late: bool) -> None:
+def test_fit_test_predict_and_fit_again_as_if_not_compiled(tmp_path: Path, counter: CompileCounter) -> None:
     seen, results = [], []
     for how in (None, "layer"):
         torch.manual_seed(5)
-        module = LitDeep(late)
+        module = LitDeep(late=True)
         keep = ModelCheckpoint(tmp_path / str(how), save_last=True, enable_version_counter=False)
         callback = LoRACallback(CONFIG, compile=how)
 
