@@ -17,6 +17,7 @@ compiled, cross entropy through the frozen head in blocks of 2048 rows. A mode i
     ckpt                        gradient checkpointing
     graph                       the whole step as one CUDA graph
     drop                        dropout (--dropout)
+    unfused                     of ours, each adapted linear by itself
 
 Random weights and tokens, bf16 base, fused AdamW, median of the steps. *x alike* is to the frozen model with the same loss, compiled
 or not alike. A mode that fails says why in its row.
@@ -43,6 +44,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, __version__
 
 from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, merge_lora, save_adapter, unmerge_lora
 from lightning_lora.compiling import compile_layers
+from lightning_lora.fuse import unfuse
 from lightning_lora.losses import chunked_cross_entropy
 
 NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
@@ -52,7 +54,7 @@ SHAPES = {
     "8b": (4096, 14336, 32, 32, 8, 128, 128256),  # Llama-3.1-8B
 }
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-FLAGS = {"layer", "chunk", "ckpt", "graph", "drop"}
+FLAGS = {"layer", "chunk", "ckpt", "graph", "drop", "unfused"}
 MODES = (
     "floor,frozen,frozen-layer,full,full-layer,peft,peft-drop,peft-layer-chunk,peft-layer-chunk-drop,ours,ours-drop,ours-layer,"
     "ours-layer-drop,ours-layer-chunk,ours-layer-chunk-drop"
@@ -135,7 +137,10 @@ def peft(model: Any, setting: Setting, dropout: float, flags: set[str]) -> Any:
 
 
 def ours(model: Any, setting: Setting, dropout: float, flags: set[str]) -> Any:
-    return apply_lora(model, config=LoRAConfig(rank=setting.rank, alpha=2 * setting.rank, dropout=dropout, target_modules=LINEARS))
+    apply_lora(model, config=LoRAConfig(rank=setting.rank, alpha=2 * setting.rank, dropout=dropout, target_modules=LINEARS))
+    if "unfused" in flags:
+        unfuse(model)
+    return model
 
 
 METHODS: dict[str, Callable[..., Any]] = {"frozen": frozen, "full": full, "peft": peft, "ours": ours}

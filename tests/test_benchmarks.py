@@ -26,7 +26,7 @@ QUICK = ["--shape", "tiny", "--backend", "eager", "--steps", "1", "--warmup", "1
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
 def test_floor_measures_every_mode(capsys: pytest.CaptureFixture[str]) -> None:
-    modes = "floor,frozen,full,peft-drop,peft-layer-chunk,ours,ours-layer-ckpt-drop,ours-layer-chunk"
+    modes = "floor,full,peft-drop,ours-unfused,ours-layer-chunk-ckpt-drop"
     results = FLOOR["main"]([*QUICK, "--modes", modes])
     assert list(results) == modes.split(",") and not [result.error for result in results.values() if result.error]
     assert all(0 < result.ms < 60_000 for result in results.values())

@@ -120,6 +120,13 @@ def test_any_module_and_data_fit_under_the_same_command(tmp_path, monkeypatch):
     assert cli.model.layer.lora_B.abs().max() > 0 and not cli.model.layer.weight.requires_grad
 
 
+def test_compile_from_yaml(tmp_path):
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"lora": {"compile": "layer"}}))
+    own = ["--model=tests.test_cli.Head", "--model.width=4", f"--data={BoringDataModule.__module__}.BoringDataModule"]
+    cli = LoRACLI(["--config", str(tmp_path / "own.yaml"), *own, *OWN, f"--trainer.default_root_dir={tmp_path}"], run=False)
+    assert [callback.compile for callback in cli.trainer.callbacks if isinstance(callback, LoRACallback)] == ["layer"]
+
+
 def test_a_users_own_lightning_cli_takes_the_callback_from_yaml(tmp_path, monkeypatch):
     content = {"trainer": {"callbacks": [{"class_path": "lightning_lora.LoRACallback", "init_args": {"merge_on_fit_end": False}}]}}
     content["trainer"]["callbacks"][0]["init_args"]["config"] = {"rank": 2, "target_modules": ["layer"]}
@@ -134,6 +141,7 @@ def test_a_users_own_lightning_cli_takes_the_callback_from_yaml(tmp_path, monkey
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["fit", "--lora.compile=model"], r"lora.compile.*Expected a .*layer"),
         (["fit", "--lora.config.rank=0"], r"rank=0: the rank is a whole number"),
         (["fit", "--lora.config.rank=1.5"], r'"lora.config".*Expected a <class .int.>. Got value: 1.5'),
         (["fit", "--lora.config.bias=some"], r"bias.*some"),

@@ -53,7 +53,7 @@ def stack() -> nn.Module:
     model = apply_lora(nn.Sequential(*(Block() for _ in range(3))), config=LoRAConfig(rank=2, target_modules=["fc"]))
     for parameter in get_lora_parameters(model):
         nn.init.normal_(parameter, std=0.3)
-    return model
+    return model.double()
 
 
 def step(model: Any, rows: int = 2, length: int = 8) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
@@ -76,10 +76,8 @@ CHECKPOINTING = {
     ("checkpointing", "first", "dropout"),
     [
         ("none", "compiled first", 0.0),
-        ("hf", "compiled first", 0.0),
         ("hf", "checkpointed first", 0.5),
         ("torch", "compiled first", 0.5),
-        ("torch", "checkpointed first", 0.0),
     ],
 )
 def test_one_graph_for_all_layers_and_none_more_over_the_steps(checkpointing: str, first: str, dropout: float) -> None:
@@ -110,7 +108,7 @@ def test_shapes_evaluation_and_merging_compile_anew_once_each() -> None:
     compile_layers(model, counter)
 
     def both(*shape: int) -> None:
-        x = torch.randn(*shape, 8, generator=torch.Generator().manual_seed(1))
+        x = torch.randn(*shape, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         results = []
         for each in (model, plain):
             inputs = x.clone().requires_grad_()
@@ -126,11 +124,11 @@ def test_shapes_evaluation_and_merging_compile_anew_once_each() -> None:
     with torch.no_grad():
         both(2, 8)
         both(4, 11)
-        before, evaluation = model(torch.ones(3, 4, 8)), counts[-1]
+        before, evaluation = model(torch.ones(3, 4, 8, dtype=torch.float64)), counts[-1]
         merge_lora(model), merge_lora(plain)
         both(2, 8)
         both(4, 11)
-        torch.testing.assert_close(model(torch.ones(3, 4, 8)), before)
+        torch.testing.assert_close(model(torch.ones(3, 4, 8, dtype=torch.float64)), before)
         merged = counts[-1]
         unmerge_lora(model), unmerge_lora(plain)
     model.train(), plain.train()

@@ -145,7 +145,8 @@ class LoRALayer(Mergeable):
 
     def dropout_now(self) -> float:
         """The dropout probability in force: 0 in evaluation."""
-        return self.lora_dropout.p if self.lora_dropout.training else 0.0
+        # Lightning sets `training` back after validation, module by module without a call: `lora_dropout`, no child, would stay behind.
+        return self.lora_dropout.p if self.training else 0.0
 
     # What torch calls.
 

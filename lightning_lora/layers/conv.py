@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lora.layers.base import LoRALayer
@@ -39,7 +40,7 @@ class LoRAConv(LoRALayer):
 
     def lora_update(self, y: Tensor, x: Tensor) -> Tensor:
         """``y + scaling · B∗(A∗dropout(x))``; x (N, in, *spatial), y (N, out, *spatial)."""
-        x = self.lora_dropout(x.to(y.dtype))
+        x = F.dropout(x.to(y.dtype), self.dropout_now())
         t = self._conv_forward(x, self.lora_A.to(y.dtype), None)  # type: ignore[operator]  # (N, r, *spatial), padding modes too
         convolve = (torch.conv1d, torch.conv2d, torch.conv3d)[len(self.kernel_size) - 1]
         return y + convolve(t * self.scaling, self.lora_B.to(y.dtype), groups=self.groups)

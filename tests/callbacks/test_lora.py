@@ -69,6 +69,23 @@ def test_trains_as_a_plain_loop_does(tmp_path: Path, late: bool) -> None:
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0, msg=name)
 
 
+def test_dropout_is_on_again_after_validation(tmp_path: Path) -> None:
+    """Lightning puts modes back without calling ``train``."""
+    seen = []
+
+    class Note(LitNet):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            seen.append([layer.dropout_now() for _, layer in lora_layers(self)])
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            assert [layer.dropout_now() for _, layer in lora_layers(self)] == [0.0, 0.0]
+
+    config = LoRAConfig(rank=2, dropout=0.25, target_modules=["fc1", "fc2"])
+    fit(tmp_path, Note(), lora=LoRACallback(config))
+    assert seen == [[0.25, 0.25]] * 8
+
+
 SCHEDULES = {
     "StepLR": lambda o: S.StepLR(o, 1, gamma=0.5),
     "LambdaLR": lambda o: S.LambdaLR(o, lambda step: 0.9**step),

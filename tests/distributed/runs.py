@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
+from unittest.mock import patch
 
 import lightning as L
 import torch
@@ -22,6 +24,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_lora import LoRACallback, LoRAConfig
+from lightning_lora.callbacks import lora
+from lightning_lora.compiling import compile_layers
 from lightning_lora.layers import lora_layers
 from lightning_lora.sharding import is_sharded, whole
 from lightning_lora.strategies import LoRAFSDP2Strategy
@@ -199,6 +203,7 @@ def run(
     config: LoRAConfig = CONFIG,
     weights_only: bool = False,
     checkpointing: str | None = None,
+    compile: Literal["layer"] | None = None,
     **trainer_kwargs: Any,
 ) -> dict[str, Any]:
     """Fit under a strategy.
@@ -212,7 +217,7 @@ def run(
     torch.manual_seed(7)
     Net.checkpointing = checkpointing
     module = make()
-    callbacks: list[L.Callback] = [LoRACallback(config, merge_on_fit_end=merge)]
+    callbacks: list[L.Callback] = [LoRACallback(config, merge_on_fit_end=merge, compile=compile)]
     if save:
         callbacks.append(ModelCheckpoint(folder, filename="last", enable_version_counter=False, save_weights_only=weights_only))
     devices = dist.get_world_size() if dist.is_initialized() else 1
@@ -228,7 +233,8 @@ def run(
         **quiet,
         **trainer_kwargs,
     )
-    trainer.fit(module, ckpt_path=ckpt)
+    with patch.object(lora, "compile_layers", partial(compile_layers, backend="eager")):
+        trainer.fit(module, ckpt_path=ckpt)
     names = {id(p): n for n, p in clean_parameters(module)}
     optimizer = trainer.optimizers[0]
     result: dict[str, Any] = {

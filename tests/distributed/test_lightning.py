@@ -119,3 +119,11 @@ def test_gradient_checkpointing(pool: Any, halves: Any, tmp_path: Path, name: st
     result = start(pool, name, str(tmp_path), 2, checkpointing=mode)[0]
     assert result["losses"] == pytest.approx(halves["single"][1]["losses"], abs=1e-6)
     close(result["adapters"], halves["single"][1]["adapters"])
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp full", "fsdp2 full", "lora_fsdp2"])
+def test_compiled_layers(pool: Any, halves: Any, tmp_path: Path, name: str) -> None:
+    """Wrapped by the strategy after they were compiled, or before, and checkpointed: the same numbers."""
+    result = start(pool, name, str(tmp_path), 2, compile="layer", checkpointing="non-reentrant", merge=True)[0]
+    assert result["losses"] == pytest.approx(halves["single"][1]["losses"], abs=1e-6) and result["merged"]
+    close(result["adapters"], halves["single"][1]["adapters"])
