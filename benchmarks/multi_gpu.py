@@ -94,9 +94,7 @@ class Workers:
 
 def step_rows(workers: Workers, options: argparse.Namespace, say: Callable[[dict[str, Any]], None]) -> None:
     """The table of strategies."""
-    print(
-        "| strategy | model | ms | x frozen | tokens/s | scaling | GiB a GPU | collectives | moved, MB |\n|---|---|---|---|---|---|---|---|---|"
-    )
+    print("| strategy | model | ms | x frozen | tokens/s | scaling | GiB a GPU | collectives | moved, MB |\n" + "|---" * 9 + "|")
     alone: dict[str, float] = {}  # model → tokens/s of one device
     frozen: float | None = None  # milliseconds
     for strategy in ["one", *(name for name in runs.STRATEGIES if name != "one")]:

@@ -10,7 +10,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -250,7 +250,7 @@ def split(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 class Traffic(TorchDispatchMode):
     """Collectives by kind: how many, and how many bytes (the larger of what goes in and what comes out)."""
 
-    KINDS = {"allgather": "all-gather", "reducescatter": "reduce-scatter", "allreduce": "all-reduce", "broadcast": "broadcast", "alltoall": "all-to-all"}  # fmt: skip
+    KINDS: ClassVar = {"allgather": "all-gather", "reducescatter": "reduce-scatter", "allreduce": "all-reduce", "broadcast": "broadcast"}
 
     def __init__(self) -> None:
         super().__init__()
