@@ -24,7 +24,6 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-import multi_gpu_files as files
 import multi_gpu_runs as runs
 import torch
 
@@ -129,6 +128,8 @@ def step_rows(workers: Workers, options: argparse.Namespace, say: Callable[[dict
 
 def save_rows(workers: Workers, options: argparse.Namespace, say: Callable[[dict[str, Any]], None]) -> None:
     """Seconds and bytes of a save, the model under FSDP2."""
+    import multi_gpu_files as files  # Lightning takes seconds to import, in every process
+
     print("\n| what is saved | seconds | MB |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for what in ("adapter folder", "checkpoint, one file", "checkpoint, DCP"):
@@ -144,6 +145,8 @@ def save_rows(workers: Workers, options: argparse.Namespace, say: Callable[[dict
 
 def resume_rows(workers: Workers, options: argparse.Namespace, say: Callable[[dict[str, Any]], None]) -> None:
     """One process is killed; half as many go on from the last checkpoint; then all go on from theirs."""
+    import multi_gpu_files as files
+
     world, fewer = workers.world, max(1, workers.world // 2)
     other = workers if fewer == world else Workers(fewer, options.cpu)
     print("\n| a run of 8 steps, lora_fsdp2 | result |\n|---|---|")
