@@ -37,7 +37,7 @@ class Workers:
         self.world, self.cpu = world, cpu
         self.members: list[tuple[Any, Any]] = []
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 600.0) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 300.0) -> list[Any]:
         """What each rank returned.
 
         Raises:

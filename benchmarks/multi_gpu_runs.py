@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import logging
 import os
@@ -199,6 +200,7 @@ def tensor_size(strategy: str) -> int:
     return {"tp": world, "tp after": world, "tp x fsdp2": 2 - world % 2}.get(strategy, 1)
 
 
+@functools.cache  # a mesh has process groups of its own
 def mesh_of(device: torch.device, tensor: int = 1) -> DeviceMesh:
     return init_device_mesh(device.type, (dist.get_world_size() // tensor, tensor), mesh_dim_names=("dp", "tp"))
 
@@ -213,7 +215,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> nn.Module
 
 def nf4(model: nn.Module, device: torch.device) -> nn.Module:
     """The base in 4 bits under FSDP2, adapters sharded with it: a block at a time is made, quantized, adapted and cut."""
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn import Linear4bit, Params4bit
     from torch.distributed.fsdp import fully_shard
 
     from lightning_lora.strategies.ours import blocks_of
@@ -222,11 +224,11 @@ def nf4(model: nn.Module, device: torch.device) -> nn.Module:
     for block in blocks_of(model):
         for name, linear in [(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear)]:
             fill(linear, device)
-            # Stored as bf16 numbers, so that FSDP may cut it.
-            packed = Linear4bit(
-                linear.in_features, linear.out_features, False, torch.bfloat16, quant_type="nf4", quant_storage=torch.bfloat16
-            )
-            packed.load_state_dict(linear.state_dict())
+            sizes = (linear.in_features, linear.out_features)
+            packed = Linear4bit(*sizes, False, torch.bfloat16, quant_type="nf4", device="meta")
+            # Stored as bf16 numbers, so that FSDP may cut it; moving it is what quantizes it.
+            stored = {"quant_type": "nf4", "quant_storage": torch.bfloat16, "module": packed}
+            packed.weight = Params4bit(linear.weight.data, requires_grad=False, **stored)
             block.set_submodule(name, packed.to(device))
         ours(block)
         fully_shard(block, mesh=mesh)
