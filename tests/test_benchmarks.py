@@ -52,6 +52,7 @@ def test_multi_gpu_counts_what_fsdp2_moves(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("devices", [1, 2])
 def test_multi_gpu_runs_whole(tmp_path: Path, devices: int) -> None:
     rows, printed = multi_gpu(tmp_path, "--devices", str(devices), "--parts", "steps", "save", "resume", "nf4")
