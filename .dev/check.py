@@ -1,10 +1,10 @@
 """fused vs reference on GPU, tiny-ish llama, bf16 + fp32 adapters"""
 
-import torch, copy
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
 from lightning_lora import *
 from lightning_lora import kernels
-from lightning_lora.fuse import unfuse
 
 cfg = LlamaConfig(
     hidden_size=512,

@@ -1,4 +1,9 @@
-import sys, time, cProfile, pstats, torch
+import cProfile
+import pstats
+import sys
+import time
+
+import torch
 
 sys.path.insert(0, "benchmarks")
 import floor as F

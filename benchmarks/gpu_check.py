@@ -9,6 +9,7 @@ Every line is a measurement; the last says whether all stayed within their bound
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import time
@@ -123,6 +124,10 @@ def fit(
     compiled: bool = False,
     precision: str = "bf16-true",
 ) -> list[float]:
+    gc.collect()  # a trainer and its module are a cycle: the model of the mode before would count as this one's memory
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     batch = (2, 32) if options.tiny else (2, 1024)
     task = Task(shape(options.tiny), checkpointing, compiled, batch, options.steps)
     torch.manual_seed(2)
@@ -136,8 +141,6 @@ def fit(
     dtypes = {str(p.dtype) for p in get_lora_parameters(task)} | {str(task.net.model.layers[0].mlp.up_proj.weight.dtype)}
     memory = f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device == "cuda" else ""
     print(f"{name}: loss {task.losses[0]:.4f} → {task.losses[-1]:.4f} in {time.perf_counter() - started:.0f} s{memory}, {sorted(dtypes)}")
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     return task.losses
 
 

@@ -21,11 +21,14 @@ from lightning_lora.heads import saved_modules
 from lightning_lora.inject import inject, unmerge_lora
 from lightning_lora.layers.base import PREFIX, LoRALayer, lora_layers
 from lightning_lora.names import adapter_root, clean_name, modules_by_name, second_names
+from lightning_lora.sharding import is_flattened, on_first_rank, whole
 from lightning_lora.targeting import TargetReport, find_targets
 
 
 def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False) -> Path:
     """Write the adapter of a model, merged or not, so that PEFT and the servers that read its format can load it.
+
+    On a sharded model every rank has to call it; the first one writes, and all return once the files are there.
 
     Args:
         model: an adapted model, or a LightningModule around one (names are relative to the model inside).
@@ -43,10 +46,7 @@ def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False) 
     layers = adapted_layers(root)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no LoRA layers to save; call apply_lora(model, config=...) first.")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"folder={str(folder)!r} is a file; choose another.")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise ValueError(f"folder={str(folder)!r} is not empty; choose another or pass overwrite=True.")
+    on_first_rank(lambda: _check_free(folder, overwrite))
     config = next(iter(layers.values())).lora_config
     extras = extra_tensors(root, config, layers)
     tensors = {f"{fqn}.{part}": tensor for fqn, layer in layers.items() for part, tensor in layer.to_peft().items()}
@@ -55,7 +55,9 @@ def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False) 
     fields = peft_format.to_peft(config, layers, saved_modules(root, config), modules)
     for name, other in _shared(root, layers).items():
         warnings.warn(f"{name!r} and {other!r} are one module: read by PEFT, the adapter would be on the first only.", stacklevel=2)
-    write_folder(folder, AdapterFile(config, tensors, base_identity(root, extras)), fields)
+    base = None if is_flattened(root) else base_identity(root, extras)
+    content = AdapterFile(config, {name: whole(tensor.detach()) for name, tensor in tensors.items()}, base)
+    on_first_rank(lambda: write_folder(folder, content, fields))
     return folder
 
 
@@ -131,6 +133,13 @@ def extra_tensors(root: nn.Module, config: LoRAConfig, adapted: Collection[str])
         if not _is_adapter(name) and (full or trained_bias or statistic):
             extras[name] = tensor
     return extras
+
+
+def _check_free(folder: Path, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"folder={str(folder)!r} is a file; choose another.")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise ValueError(f"folder={str(folder)!r} is not empty; choose another or pass overwrite=True.")
 
 
 def _is_adapter(name: str) -> bool:

@@ -18,7 +18,7 @@ from lightning_lora import merging
 from lightning_lora.files import write_atomic
 from lightning_lora.layers.base import PREFIX, LoRALayer
 from lightning_lora.names import adapter_root, clean_name, persistent_buffers
-from lightning_lora.sharding import whole, whole_parameters
+from lightning_lora.sharding import is_first_rank, whole, whole_parameters
 
 
 def export_merged(model: nn.Module, folder: str | Path, *, overwrite: bool = False, shard_bytes: int = 5_000_000_000) -> Path:
@@ -39,7 +39,7 @@ def export_merged(model: nn.Module, folder: str | Path, *, overwrite: bool = Fal
     folder, (_, root) = Path(folder), adapter_root(model)
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise ValueError(f"folder={str(folder)!r} is not empty; choose another or pass overwrite=True.")
-    writer = _Shards(folder, shard_bytes) if _first() else None
+    writer = _Shards(folder, shard_bytes) if is_first_rank() else None
     seen: set[int] = set()
     for module_name, module, name, parameter in whole_parameters(root):
         if name.startswith(PREFIX) or id(parameter) in seen:  # of tied weights one name is enough
@@ -96,7 +96,3 @@ class _Shards:
 
     def _staged(self, number: int) -> str:
         return f".model-{number:05d}.part"
-
-
-def _first() -> bool:
-    return not (torch.distributed.is_available() and torch.distributed.is_initialized()) or torch.distributed.get_rank() == 0

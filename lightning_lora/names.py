@@ -47,8 +47,11 @@ def second_names(model: nn.Module) -> dict[str, str]:
 
 def adapter_root(model: nn.Module) -> tuple[str, nn.Module]:
     """``(name, module)`` that adapter files are relative to: the model itself, or for a LightningModule with one child
-    that has parameters, that child. So an adapter of ``MyTask(model=llama)`` fits ``llama`` alone, and the other way round.
+    that has parameters, that child, and for DDP's wrapper what it wraps. So an adapter of ``MyTask(model=llama)`` fits ``llama``
+    alone, and the other way round.
     """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return "module", model.module
     if hasattr(model, "configure_optimizers"):
         children = [(name, child) for name, child in model.named_children() if next(child.parameters(), None) is not None]
         own = any(True for _ in model.parameters(recurse=False))

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.base import LoRALayer, lora_layers
 from lightning_lora.sharding import is_sharded, local, whole
 
 _WRAPPERS = (FSDPModule, FullyShardedDataParallel)
@@ -94,6 +94,19 @@ def adopt(model: nn.Module, layers: Iterable[tuple[str, LoRALayer]]) -> None:
     for module in model.modules():
         if isinstance(module, _WRAPPERS):
             _freeze_copies(module)
+
+
+def place_adapters(model: nn.Module) -> None:
+    """Lay adapters of linears that a tensor-parallel plan has cut with their base as :func:`adopt` would have laid them."""
+    for _, layer in lora_layers(model):
+        if isinstance(layer, nn.Linear) and is_sharded(layer.weight):
+            wanted = zip(*map(layer.adapter_placements, layer.weight.placements), strict=True)
+            for name, placements in zip(("lora_A", "lora_B"), wanted, strict=True):
+                parameter = layer._parameters[name]
+                assert isinstance(parameter, DTensor)
+                layer._parameters[name] = nn.Parameter(
+                    parameter.detach().redistribute(placements=placements), requires_grad=parameter.requires_grad
+                )
 
 
 def replicated_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,6 +29,36 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "reshard") and hasattr(module, "unshard"):
             module.reshard()  # type: ignore[operator]
+
+
+def is_flattened(model: nn.Module) -> bool:
+    """Whether FSDP1 has flattened parameters of it, which then are no longer what their names say."""
+    return any("_fsdp_wrapped_module" in module._modules for module in model.modules())
+
+
+def is_first_rank() -> bool:
+    """Whether this is the only process or the first of several."""
+    return not (torch.distributed.is_available() and torch.distributed.is_initialized()) or torch.distributed.get_rank() == 0
+
+
+def on_first_rank(action: Callable[[], object]) -> None:
+    """Do something on the first rank while the others wait; what it raises there is raised on all of them, so that none hangs.
+
+    Raises:
+        OSError, ValueError: the action's.
+    """
+    error: Exception | None = None
+    if is_first_rank():
+        try:
+            action()
+        except (OSError, ValueError) as caught:
+            error = caught
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        box = [error]
+        torch.distributed.broadcast_object_list(box)
+        error = box[0]
+    if error is not None:
+        raise error
 
 
 def whole_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:

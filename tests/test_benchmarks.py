@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +25,49 @@ def test_gpu_check_is_within_its_bounds() -> None:
 
 FLOOR = runpy.run_path(str(BENCHMARKS / "floor.py"))
 QUICK = ["--shape", "tiny", "--backend", "eager", "--steps", "1", "--warmup", "1"]
+
+
+def multi_gpu(tmp_path: Path, *options: str) -> tuple[list[dict[str, Any]], str]:
+    """The rows of a run on gloo processes, and what it printed."""
+    command = [sys.executable, "-W", "ignore", str(BENCHMARKS / "multi_gpu.py"), "--cpu", "--shape", "tiny", "--steps", "1", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(BENCHMARKS.parent)}
+    done = subprocess.run(
+        [*command, "--json", str(tmp_path / "rows.json")], capture_output=True, text=True, env=environment, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads((tmp_path / "rows.json").read_text())["rows"], done.stdout
+
+
+def test_multi_gpu_counts_what_fsdp2_moves(tmp_path: Path) -> None:
+    rows, printed = multi_gpu(tmp_path, "--devices", "2", "--only", "fsdp2", "--parts", "steps")
+    by_name = {(row["strategy"], row["model"]): row for row in rows}
+    assert len(by_name) == len(rows) == 6 and not any("failed" in row for row in rows), printed
+    # Two blocks and a root: gathered forward, the blocks again backward; adapters are scattered with their block.
+    frozen, ours = by_name["fsdp2", "frozen"]["traffic"], by_name["fsdp2", "ours"]["traffic"]
+    assert {kind: count for kind, (count, _) in frozen.items()} == {"all-gather": 5}
+    assert {kind: count for kind, (count, _) in ours.items()} == {"all-gather": 5, "reduce-scatter": 2}
+    # A block: q, k, v, o, gate, up, down and two norms in bf16; the root: embedding, norm, head. Adapters in fp32.
+    block, root, adapter = 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64), 2 * (2 * 256 * 64 + 64), 4 * 16 * (4 * (64 + 64) + 3 * (64 + 128))
+    assert frozen["all-gather"][1] == 4 * block + root
+    assert ours["all-gather"][1] == 4 * (block + adapter) + root and ours["reduce-scatter"][1] == 2 * adapter
+    assert by_name["fsdp2", "ours"]["x_frozen"] == by_name["fsdp2", "ours"]["ms"] / by_name["fsdp2", "frozen"]["ms"]
+    assert by_name["one", "ours"]["traffic"] == {} and by_name["fsdp2", "ours"]["tokens"] == 2 * by_name["one", "ours"]["tokens"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("devices", [1, 2])
+def test_multi_gpu_runs_whole(tmp_path: Path, devices: int) -> None:
+    rows, printed = multi_gpu(tmp_path, "--devices", str(devices), "--parts", "steps", "save", "resume", "nf4")
+    quantized = rows.pop()
+    assert "traffic" in quantized if find_spec("bitsandbytes") else "bitsandbytes" in quantized["failed"], printed
+    failed = {(row.get("strategy"), row.get("model")) for row in rows if "failed" in row or row.get("what") == "failed"}
+    assert failed == {("tp", "PEFT"), ("tp x fsdp2", "PEFT")}, printed  # torch's plans know no PEFT layer
+    resumed = [row for row in rows if "different" in row]
+    assert [row["different"] for row in resumed] == [0, 0] and all(row["tensors"] > 100 for row in resumed), printed
+    (end,) = (row for row in rows if "adapter_difference" in row)
+    assert end["adapter_difference"] <= (0 if devices == 1 else 1e-3), printed
+    assert [row["bytes"] > 0 for row in rows if row["part"] == "save"] == [True] * 3, printed
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it

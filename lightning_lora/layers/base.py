@@ -169,7 +169,7 @@ class LoRALayer(Mergeable):
                 else:
                     parameter.data = data
                 parameter.grad = grad
-        kernels.look_at(self.weight.device)
+        kernels.look_at(next(iter(self.lora_parameters().values())).device)
         return self
 
     def extra_repr(self) -> str:

@@ -21,8 +21,8 @@ class LoRAConv1DHF(LoRALayer):
     @classmethod
     def adapter_shapes(cls, module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """A (r, in), B (out, r)."""
-        n_in, n_out = module.weight.shape
-        return (rank, n_in), (n_out, rank)
+        # Not the weight's shape: FSDP1 leaves a flat piece of it.
+        return (rank, module.nx), (module.nf, rank)
 
     def lora_update(self, y: Tensor, x: Tensor) -> Tensor:
         """``y + scaling · B·A·dropout(x)``."""

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from typing_extensions import override
 
+from lightning_lora.parallel import place_adapters
 from lightning_lora.sharding import is_sharded
 
 # The styles of Hugging Face's plans that torch has as they are. Others (gathered outputs, embeddings, experts) leave the module whole,
@@ -118,6 +119,8 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
     top = planned[0]
     plan = {name: _STYLES[style]() for name, style in top._tp_plan.items() if style in _STYLES}  # type: ignore[union-attr, operator]
     parallelize_module(top, mesh, plan)
+    # torch cuts every parameter of a linear as it cuts the weight; an adapter cut along r would send its products around.
+    place_adapters(top)
 
 
 StrategyRegistry.register(

@@ -10,13 +10,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import LoRAConfig, apply_lora, merge_lora, unmerge_lora
-from lightning_lora.sharding import whole
+from lightning_lora.sharding import is_sharded
 from tests.distributed.nets import adapter_tensors, fill_adapters
-from tests.distributed.test_wrapping import WRAPPERS
+from tests.distributed.test_wrapping import WRAPPERS, fsdp1, weights_of
 
 KINDS = LoRAConfig(rank=4, alpha=8, target_modules=["embed", "conv", "linear"])
 
@@ -48,19 +49,21 @@ def gradients(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def check(name: str, order: str) -> dict[str, Any]:
-    wrap = root_only if name == "fsdp2" else WRAPPERS[name][0]
+    wrap = {"fsdp2": root_only, "fsdp1": fsdp1_root, "tp": tensor_parallel, "tp rowwise": rowwise}.get(name) or WRAPPERS[name][0]
     model = wrap(apply_lora(make(), config=KINDS)) if order == "before" else apply_lora(wrap(make()), config=KINDS)
     alone = apply_lora(make(), config=KINDS)
     for each in (model, alone):
         fill_adapters(each)
     ids = torch.arange(32).reshape(4, 8) % 16
-    mine, wanted = gradients(model, ids.chunk(dist.get_world_size())[dist.get_rank()]), gradients(alone, ids)
+    part = ids if name.startswith("tp") else ids.chunk(dist.get_world_size())[dist.get_rank()]
+    mine, wanted = gradients(model, part), gradients(alone, ids)
     assert mine.keys() == wanted.keys() and len(mine) == 10
-    base = {n: whole(p.detach()).clone() for n, p in model.named_parameters() if "lora_" not in n}
+    assert is_sharded(model.embed.weight) or not name.startswith("tp")
+    base = weights_of(model)
     with torch.no_grad():
         merged = (merge_lora(model)(ids) - alone(ids)).abs().max().item()
     unmerge_lora(model)
-    back = all(torch.equal(whole(p.detach()), base[n]) for n, p in model.named_parameters() if n in base)
+    back = all(torch.equal(tensor, base[n]) for n, tensor in weights_of(model).items())
     return {"gradient": max((mine[n] - wanted[n]).abs().max().item() for n in wanted), "merged": merged, "back": back}
 
 
@@ -69,7 +72,34 @@ def root_only(model: nn.Module) -> nn.Module:
     return fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
 
 
-@pytest.mark.parametrize(("name", "order"), [("ddp", "before"), ("fsdp2", "before"), ("fsdp2", "after")])
+def fsdp1_root(model: nn.Module) -> nn.Module:
+    return fsdp1(model, auto_wrap_policy=None)
+
+
+def tensor_parallel(model: nn.Module) -> nn.Module:
+    """The embedding split by columns; torch has no style for the other kinds, which stay whole beside it."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    return parallelize_module(model, mesh, {"embed": ColwiseParallel(output_layouts=Replicate())})
+
+
+def rowwise(model: nn.Module) -> nn.Module:
+    """The embedding split by rows, its vocabulary."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    return parallelize_module(model, mesh, {"embed": RowwiseParallel(input_layouts=Replicate())})
+
+
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [
+        ("ddp", "before"),
+        ("fsdp2", "before"),
+        ("fsdp2", "after"),
+        ("fsdp1", "before"),
+        ("fsdp1", "after"),
+        ("tp", "before"),
+        ("tp rowwise", "before"),
+    ],
+)
 def test_embedding_and_convolution(pool: Any, name: str, order: str) -> None:
     for result in pool.run(check, name, order):
         assert result["gradient"] < 1e-6 and result["merged"] < 1e-5 and result["back"], result

@@ -15,11 +15,13 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision, TransformerEnginePrecision
 from lightning.pytorch.strategies import FSDPStrategy
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_lora import LoRACallback, LoRAConfig, apply_lora, export_merged, merge_lora
 from lightning_lora.layers import lora_layers
 from lightning_lora.sharding import whole
 from lightning_lora.strategies import LoRAFSDP2Strategy, arrange, check_equal, check_supported
+from lightning_lora.strategies.ours import tensor_parallel
 from tests.distributed import runs
 from tests.distributed.nets import Block, fill_adapters, make_net
 from tests.distributed.runs import LitFSDP2, LitShared, Share, model_parallel, run
@@ -237,6 +239,19 @@ def test_fsdp2_finds_the_blocks_of_a_hugging_face_model(pool: Any, llama_losses:
 def test_tensor_parallel_by_the_models_own_plan(pool: Any, llama_losses: list[float]) -> None:
     for losses in pool.run(fit_llama, 2):
         assert losses == pytest.approx(llama_losses, abs=2e-6)
+
+
+def placed() -> dict[str, str]:
+    model = apply_lora(LitLlama().net, config=LoRAConfig(rank=4, target_modules="all-linear"))
+    tensor_parallel(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+    block = model.model.layers[0]
+    layers = {"column": block.self_attn.q_proj, "row": block.mlp.down_proj}
+    return {f"{name} {part}": str(p.placements[0]) for name, layer in layers.items() for part, p in layer.lora_parameters().items()}
+
+
+def test_no_adapter_is_cut_along_its_rank(pool: Any) -> None:
+    for where in pool.run(placed):
+        assert where == {"column lora_A": "R", "column lora_B": "S(0)", "row lora_A": "S(1)", "row lora_B": "R"}
 
 
 def test_two_dimensions_by_the_models_own_plan(pool4: Any, llama_losses: list[float]) -> None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -41,14 +41,19 @@ def fsdp2_used(model: nn.Module) -> nn.Module:
     return model
 
 
-def fsdp1(model: nn.Module) -> nn.Module:
+def fsdp1(model: nn.Module, **kwargs: Any) -> nn.Module:
     ignored = replicated_parameters(model) if any("lora_" in name for name, _ in model.named_parameters()) else None
-    wrapped = FSDP(
-        model, auto_wrap_policy=ModuleWrapPolicy({Block}), use_orig_params=True, device_id=torch.device("cpu"), ignored_states=ignored
-    )
+    kwargs = {"auto_wrap_policy": ModuleWrapPolicy({Block}), "ignored_states": ignored, **kwargs}
+    wrapped = FSDP(model, use_orig_params=True, device_id=torch.device("cpu"), **kwargs)
     if ignored:
         GradientReducer(ignored, data_parallel_groups(wrapped))
     return wrapped
+
+
+def fsdp1_hybrid(model: nn.Module) -> nn.Module:
+    """Shards over two processes, copied over two such pairs."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards"))
+    return fsdp1(model, sharding_strategy=ShardingStrategy.HYBRID_SHARD, device_mesh=mesh)
 
 
 def tensor_parallel(model: nn.Module, mesh: Any = None) -> nn.Module:
@@ -70,6 +75,7 @@ WRAPPERS: dict[str, tuple[Callable[[nn.Module], nn.Module], bool]] = {
     "fsdp1": (fsdp1, True),
     "tp": (tensor_parallel, False),
     "2d": (two_dimensional, True),
+    "fsdp1 hybrid": (fsdp1_hybrid, True),
 }
 
 
@@ -114,8 +120,9 @@ def test_trains_as_one_process_does(pool: Any, name: str, order: str) -> None:
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
-def test_trains_on_two_dimensions(pool4: Any, order: str) -> None:
-    for errors in pool4.run(check_training, "2d", order):
+@pytest.mark.parametrize("name", ["2d", "fsdp1 hybrid"])
+def test_trains_on_two_dimensions(pool4: Any, name: str, order: str) -> None:
+    for errors in pool4.run(check_training, name, order):
         assert errors["gradient"] < 1e-6 and errors["adapter"] < 1e-6, errors
 
 

@@ -1,0 +1,326 @@
+"""What the processes of ``multi_gpu.py`` do: build a model that no rank of a sharded run ever has whole, take steps, save, resume."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import logging
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+SHAPES = {
+    "tiny": (64, 128, 2, 4, 4, 256),
+    "1b": (2048, 8192, 16, 32, 8, 128256),
+    "8b": (4096, 14336, 32, 32, 8, 128256),
+    "70b": (8192, 28672, 80, 64, 8, 128256),
+}
+
+
+def work(rank: int, world: int, port: int, pipe: Any, cpu: bool) -> None:
+    """A process: functions come through the pipe, what they return goes back."""
+    warnings.simplefilter("ignore")
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+    os.environ.update(environment, WORLD_SIZE=str(world))
+    if cpu:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", rank=rank, world_size=world)
+    else:
+        torch.cuda.set_device(rank)
+        dist.init_process_group("nccl", rank=rank, world_size=world, device_id=torch.device("cuda", rank))
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:  # the parent is gone
+            return
+        os.environ.update(environment, WORLD_SIZE=str(world))  # Lightning's teardown removes some of these
+        try:
+            pipe.send((True, function(*args)))
+        except Exception as error:  # a row of the table says it
+            pipe.send((False, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"))
+
+
+def empty_model(options: argparse.Namespace, layers: int | None = None) -> nn.Module:
+    """A Llama on the current default device, bf16."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = dict(zip(SIZES, SHAPES[options.shape], strict=True))
+    sizes["num_hidden_layers"] = min(layers or 10**9, sizes["num_hidden_layers"])
+    model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=False, use_cache=False)).bfloat16().train()
+    if options.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+@torch.no_grad()
+def fill(module: nn.Module, device: torch.device) -> None:
+    """Give one module's own meta tensors storage and values, the same on every rank; children are left alone."""
+    module.to_empty(device=device, recurse=False)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in module.named_parameters(recurse=False):
+        piece = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if "Norm" in type(module).__name__:
+            piece.fill_(1)
+        else:
+            piece.normal_(std=0.0 if name == "lora_B" else 0.02, generator=generator)
+    if hasattr(module, "inv_freq"):  # buffers that a constructor computes
+        for name, buffer in type(module)(module.config).named_buffers(recurse=False):
+            module.register_buffer(name, buffer.to(device), persistent=False)
+
+
+def fill_all(model: nn.Module, device: torch.device) -> nn.Module:
+    for module in model.modules():
+        fill(module, device)
+    return model
+
+
+# Models: what is done to a base before it is wrapped.
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    model.requires_grad_(False)
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    return model
+
+
+def ours(model: nn.Module) -> nn.Module:
+    from lightning_lora import LoRAConfig, apply_lora
+
+    return apply_lora(model, config=LoRAConfig(rank=16, alpha=32, target_modules=LINEARS))
+
+
+def peft(model: nn.Module) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=LINEARS))
+
+
+MODELS: dict[str, Callable[[nn.Module], nn.Module]] = {"frozen": frozen, "ours": ours, "PEFT": peft}
+
+
+# Strategies: (meta model, what to do to it, device, mesh of all processes) → a model that runs.
+
+Adapt = Callable[[nn.Module], nn.Module]
+
+
+def one(model: nn.Module, adapt: Adapt, device: torch.device) -> nn.Module:
+    return fill_all(adapt(model), device)
+
+
+def ddp(model: nn.Module, adapt: Adapt, device: torch.device) -> nn.Module:
+    model = fill_all(adapt(model), device)
+    if not any(p.requires_grad for p in model.parameters()):
+        return model  # DDP refuses a model that has nothing to reduce
+    return nn.parallel.DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device.index])
+
+
+def fsdp2(model: nn.Module, adapt: Adapt, device: torch.device) -> nn.Module:
+    return shard(adapt(model), mesh_of(device)["dp"], device)
+
+
+def fsdp2_after(model: nn.Module, adapt: Adapt, device: torch.device) -> nn.Module:
+    return adapt(shard(model, mesh_of(device)["dp"], device))
+
+
+def fsdp1(model: nn.Module, adapt: Adapt, device: torch.device) -> nn.Module:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    from lightning_lora.parallel import GradientReducer, data_parallel_groups, replicated_parameters
+    from lightning_lora.strategies.ours import blocks_of
+
+    model = adapt(model)
+    policy: Any = ModuleWrapPolicy({type(blocks_of(model)[0])})
+    ignored: list[nn.Parameter] = []
+    if adapt is peft:  # PEFT's own way: a unit for every adapter, since one flat parameter cannot mix dtypes
+        from peft.utils.other import fsdp_auto_wrap_policy
+
+        policy = fsdp_auto_wrap_policy(model)
+    elif adapt is ours:
+        for module in model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if parameter.requires_grad:  # FSDP1 materialises only what it manages
+                    module.register_parameter(name, nn.Parameter(torch.empty_like(parameter, device=device)))
+        ignored = replicated_parameters(model)
+    wrapped = FullyShardedDataParallel(
+        model,
+        auto_wrap_policy=policy,
+        use_orig_params=True,
+        device_id=device,
+        ignored_states=ignored or None,
+        param_init_fn=lambda module: fill(module, device),
+    )
+    if ignored:
+        GradientReducer(ignored, data_parallel_groups(wrapped))
+    return wrapped
+
+
+def tp(model: nn.Module, adapt: Adapt, device: torch.device) -> nn.Module:
+    return fill_all(split(adapt(model), mesh_of(device, dist.get_world_size())["tp"]), device)
+
+
+def tp_after(model: nn.Module, adapt: Adapt, device: torch.device) -> nn.Module:
+    return adapt(fill_all(split(model, mesh_of(device, dist.get_world_size())["tp"]), device))
+
+
+def tp_fsdp2(model: nn.Module, adapt: Adapt, device: torch.device) -> nn.Module:
+    mesh = mesh_of(device, tensor_size("tp x fsdp2"))
+    return shard(split(adapt(model), mesh["tp"]), mesh["dp"], device)
+
+
+STRATEGIES: dict[str, Callable[[nn.Module, Adapt, torch.device], nn.Module]] = {
+    "one": one,
+    "ddp": ddp,
+    "fsdp2": fsdp2,
+    "fsdp2 after": fsdp2_after,
+    "fsdp1": fsdp1,
+    "tp": tp,
+    "tp after": tp_after,
+    "tp x fsdp2": tp_fsdp2,
+}
+
+
+def tensor_size(strategy: str) -> int:
+    """How many processes share each layer."""
+    world = dist.get_world_size()
+    return {"tp": world, "tp after": world, "tp x fsdp2": 2 - world % 2}.get(strategy, 1)
+
+
+@functools.cache  # a mesh has process groups of its own
+def mesh_of(device: torch.device, tensor: int = 1) -> DeviceMesh:
+    return init_device_mesh(device.type, (dist.get_world_size() // tensor, tensor), mesh_dim_names=("dp", "tp"))
+
+
+def shard(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> nn.Module:
+    """FSDP2 block by block as ``lora_fsdp2`` has it, then this rank's pieces materialised."""
+    from lightning_lora.strategies.ours import shard_blocks
+
+    shard_blocks(nn.ModuleDict({"net": model}), mesh)
+    return fill_all(model, device)
+
+
+def nf4(model: nn.Module, device: torch.device) -> nn.Module:
+    """The base in 4 bits under FSDP2, adapters sharded with it: a block at a time is made, quantized, adapted and cut."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+    from torch.distributed.fsdp import fully_shard
+
+    from lightning_lora.strategies.ours import blocks_of
+
+    mesh = mesh_of(device)["dp"]
+    for block in blocks_of(model):
+        for name, linear in [(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear)]:
+            fill(linear, device)
+            sizes = (linear.in_features, linear.out_features)
+            packed = Linear4bit(*sizes, False, torch.bfloat16, quant_type="nf4", device="meta")
+            # Stored as bf16 numbers, so that FSDP may cut it; moving it is what quantizes it.
+            stored = {"quant_type": "nf4", "quant_storage": torch.bfloat16, "module": packed}
+            packed.weight = Params4bit(linear.weight.data, requires_grad=False, **stored)
+            block.set_submodule(name, packed.to(device))
+        ours(block)
+        fully_shard(block, mesh=mesh)
+    for module in model.modules():
+        if any(tensor.is_meta for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
+            fill(module, device)
+    model.get_input_embeddings().requires_grad_(False)
+    for parameter in (*model.lm_head.parameters(), *model.model.norm.parameters()):
+        parameter.requires_grad_(False)
+    return fully_shard(model, mesh=mesh)
+
+
+def split(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """Tensor parallelism by the model's own plan, as ``lora_fsdp2`` has it."""
+    from lightning_lora.strategies.ours import tensor_parallel
+
+    tensor_parallel(model.get_base_model() if hasattr(model, "get_base_model") else model, mesh)  # PEFT's wrapper has names of its own
+    return model
+
+
+class Traffic(TorchDispatchMode):
+    """Collectives by kind: how many, and how many bytes (the larger of what goes in and what comes out)."""
+
+    KINDS: ClassVar = {"allgather": "all-gather", "reducescatter": "reduce-scatter", "allreduce": "all-reduce", "broadcast": "broadcast"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, list[int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # their collectives come by once they are plain tensors
+        out = func(*args, **(kwargs or {}))
+        if func.namespace in ("c10d", "_c10d_functional", "c10d_functional"):
+            flat = func._schema.name.split("::")[1].replace("_", "")
+            kind = next((name for part, name in self.KINDS.items() if part in flat), None)
+            if kind is not None:
+                count, size = self.found.get(kind, (0, 0))
+                tensors = [sum(t.nbytes for t in torch.utils._pytree.tree_leaves(nest) if isinstance(t, Tensor)) for nest in (*args, out)]
+                self.found[kind] = [count + 1, size + max(tensors)]
+        return out
+
+
+def device_here(options: argparse.Namespace) -> torch.device:
+    return torch.device("cpu") if options.cpu else torch.device("cuda", torch.cuda.current_device())
+
+
+def built(strategy: str, model: str, options: argparse.Namespace) -> tuple[nn.Module, torch.optim.Optimizer | None]:
+    """A model under a strategy, and AdamW over what trains in it."""
+    device = device_here(options)
+    gc.collect()  # models are parts of cycles: an earlier one would count as this one's memory
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    with torch.device("meta"):
+        empty = empty_model(options)
+    wrapped = nf4(empty, device) if model == "nf4" else STRATEGIES[strategy](empty, MODELS[model], device)
+    trained = [p for p in wrapped.parameters() if p.requires_grad]
+    return wrapped, torch.optim.AdamW(trained, lr=1e-4, fused=device.type == "cuda") if trained else None
+
+
+def measure(strategy: str, model: str, options: argparse.Namespace) -> dict[str, Any] | None:
+    """Step time, peak memory and traffic on this rank; None on ranks that have no part in it."""
+    if strategy == "one" and dist.get_rank():
+        return None
+    device = device_here(options)
+    peak = (lambda: torch.cuda.max_memory_allocated() / 2**30) if device.type == "cuda" else lambda: 0.0
+    wrapped, optimizer = built(strategy, model, options)
+    build_gib, shared = peak(), tensor_size(strategy)
+    generator = torch.Generator().manual_seed(dist.get_rank() // shared)  # who shares layers shares the batch
+    ids = torch.randint(0, SHAPES[options.shape][-1], (options.rows * shared, options.length), generator=generator).to(device)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = wrapped(input_ids=ids, labels=ids).loss
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    times = []
+    for index in range(options.steps + 3):
+        if index == 3 and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    peak_gib = peak()
+    with Traffic() as traffic:
+        step()
+    tokens = options.rows * options.length * (1 if strategy == "one" else dist.get_world_size())
+    found = {"ms": statistics.median(times[3:]) * 1e3, "tokens": tokens, "peak_gib": peak_gib, "build_gib": build_gib}
+    return {**found, "traffic": traffic.found}

@@ -1,0 +1,46 @@
+"""``save_adapter`` on a sharded model: one whole adapter, written once, that a single process loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lightning_lora import apply_lora, load_adapter, save_adapter
+from tests.distributed.nets import CONFIG, adapter_tensors, fill_adapters, make_net
+from tests.distributed.test_wrapping import BOTH, wrapped_and_adapted
+
+
+def save(name: str, order: str, folder: str) -> bool:
+    model = wrapped_and_adapted(name, order)[0]
+    save_adapter(model, folder)
+    there = Path(folder, "adapter_config.json").is_file()
+    with pytest.raises(ValueError, match=r"is not empty; choose another or pass overwrite=True"):  # on every rank, or one would wait
+        save_adapter(model, folder)
+    save_adapter(model, folder, overwrite=True)
+    return there
+
+
+@pytest.mark.parametrize(("name", "order"), BOTH)
+def test_a_sharded_model_saves_a_whole_adapter(pool: Any, tmp_path: Path, name: str, order: str) -> None:
+    assert all(pool.run(save, name, order, str(tmp_path / "adapter")))
+    wanted = apply_lora(make_net(), config=CONFIG)
+    fill_adapters(wanted)
+    loaded = adapter_tensors(load_adapter(make_net(), tmp_path / "adapter"))
+    for key, tensor in adapter_tensors(wanted).items():
+        assert torch.equal(loaded[key], tensor)
+
+
+def save_where_it_fails(folder: str) -> str:
+    Path(folder).touch() if dist.get_rank() == 0 else None
+    dist.barrier()
+    with pytest.raises(ValueError, match="is a file; choose another") as error:
+        save_adapter(wrapped_and_adapted("ddp", "before")[0], folder)
+    return str(error.value)
+
+
+def test_a_refusal_of_the_first_rank_is_raised_on_all(pool: Any, tmp_path: Path) -> None:
+    assert len(set(pool.run(save_where_it_fails, str(tmp_path / "file")))) == 1
