@@ -26,6 +26,7 @@ from lightning_lora.inject import (
 )
 from lightning_lora.layers.base import lora_layers
 from lightning_lora.names import adapter_root
+from lightning_lora.optim.groups import check_ratio
 from lightning_lora.strategies import StrategyHooks, arrange, check_equal, check_supported, synchronize
 from lightning_lora.targeting import TargetReport, find_targets
 
@@ -51,6 +52,7 @@ class LoRACallback(Callback):
         check_base: refuse to resume from a checkpoint that was trained on another base.
         check_gradients: raise after the first training batch if an adapter got no gradient in it. Switch it off for models
             that use parts of themselves only now and then.
+        lora_plus_ratio: λ of LoRA+ (arXiv:2402.12354), how many times A's learning rate B gets, under any scheduler; the paper suggests 16.
 
     Attributes:
         report: what was matched, once ``setup`` has run; ``print`` it.
@@ -63,10 +65,13 @@ class LoRACallback(Callback):
         merge_on_fit_end: bool = True,
         check_base: bool = True,
         check_gradients: bool = True,
+        lora_plus_ratio: float = 1.0,
     ) -> None:
+        check_ratio(lora_plus_ratio)
         self.config = config or LoRAConfig()
         self.module = module
         self.merge_on_fit_end = merge_on_fit_end
+        self.lora_plus_ratio = lora_plus_ratio
         self.check_base = check_base
         self.check_gradients = check_gradients
         self.report: TargetReport | None = None
@@ -159,7 +164,7 @@ class LoRACallback(Callback):
             self._check_mergeable(target)
         arrange(trainer.strategy, pl_module)
         root = ".".join(filter(None, (self.module, adapter_root(target)[0])))
-        StrategyHooks(trainer.strategy, pl_module, root, self.config, self.check_base).install()
+        StrategyHooks(trainer.strategy, pl_module, root, self.config, self.check_base, self.lora_plus_ratio).install()
 
     def _check_mergeable(self, target: nn.Module) -> None:
         """Say at the start what would stop the merge at the end."""
