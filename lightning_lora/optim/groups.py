@@ -25,7 +25,7 @@ def lora_param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0, lo
         weight_decay: for matrices; vectors (biases, norms) get none.
         lora_plus_ratio: λ, how many times ``lr`` B gets (LoRA+, arXiv:2402.12354, suggests 16). B is the factor that starts at zero,
             which for an embedding is ``lora_A``. Schedulers that set every group's rate from one number (OneCycleLR, CyclicLR) would
-            undo it: give them a list, or see :func:`~lightning_lora.optim.lora_plus`, which holds under any.
+            undo it: give them a list, or see :func:`~lightning_lora.optim.apply_lora_plus`, which holds under any.
 
     Returns:
         Groups with ``name``, ``params``, ``lr`` and ``weight_decay``; empty ones are left out. As PEFT's ``create_loraplus_optimizer``

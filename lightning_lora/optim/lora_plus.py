@@ -25,7 +25,7 @@ SPLIT = "lora_plus_split"
 _RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # what torch's schedulers keep in a group
 
 
-def lora_plus(optimizer: Optimizer, model: nn.Module, ratio: float, *schedulers: Any) -> None:
+def apply_lora_plus(optimizer: Optimizer, model: nn.Module, ratio: float, *schedulers: Any) -> None:
     """Give the B's that an optimizer holds ``ratio`` times their group's learning rate, under any scheduler.
 
     ``LoRACallback(lora_plus_ratio=16)`` calls it; in a plain loop call it once the optimizer and its schedulers are built.

@@ -31,7 +31,7 @@ from lightning_lora.digests import checksum
 from lightning_lora.inject import unmerge_lora
 from lightning_lora.names import clean_name, persistent_buffers
 from lightning_lora.optim.groups import only_trainable
-from lightning_lora.optim.lora_plus import check_kept, holds_b, lora_plus
+from lightning_lora.optim.lora_plus import apply_lora_plus, check_kept, holds_b
 from lightning_lora.optim.state import load_by_name, state_by_name
 from lightning_lora.sharding import is_sharded, local, piece_of, reshard, whole
 from lightning_lora.strategies.io import REST, DurableCheckpointIO, read_folder, write_folder
@@ -105,7 +105,7 @@ class StrategyHooks:
             check_kept(optimizer)
             if self.lora_plus_ratio != 1 and holds_b(optimizer, self.module):
                 mine = [scheduler for scheduler in schedulers if scheduler.optimizer is optimizer]
-                lora_plus(optimizer, self.module, self.lora_plus_ratio, *mine)
+                apply_lora_plus(optimizer, self.module, self.lora_plus_ratio, *mine)
 
     def lightning_module_state_dict(self) -> dict[str, Tensor]:
         """What trains, and the buffers that moved: never a frozen base tensor."""

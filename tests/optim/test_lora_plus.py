@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import lr_scheduler as S
 
 from lightning_lora import LoRACallback, LoRAConfig, apply_lora, get_lora_parameters
-from lightning_lora.optim import lora_param_groups, lora_plus
+from lightning_lora.optim import apply_lora_plus, lora_param_groups
 from tests.conftest import TinyModel, same_bits
 from tests.lit import CONFIG, LitNet, trainer
 
@@ -190,7 +190,7 @@ def test_an_optimizer_that_counts_in_its_groups_counts_b_apart_and_tensor_rates_
     model = apply_lora(make(TinyModel))
     optimizer = Counting(get_lora_parameters(model), lr=torch.tensor(RATE), foreach=False)
     scheduler = S.ExponentialLR(optimizer, 0.5)
-    lora_plus(optimizer, model, 4, scheduler)
+    apply_lora_plus(optimizer, model, 4, scheduler)
     assert isinstance(scheduler, S.ExponentialLR) and "step" not in scheduler.state_dict()
     rate = optimizer.param_groups[1]["lr"]
     for _ in range(3):
@@ -206,7 +206,7 @@ def test_the_factor_that_starts_at_zero_is_b(make: Any, ids: torch.Tensor) -> No
     model = apply_lora(make(TinyModel), config=LoRAConfig(target_modules=["embed", "mlp"]))
     before = copy.deepcopy(model)
     optimizer = torch.optim.SGD(get_lora_parameters(model), lr=RATE)
-    lora_plus(optimizer, model, RATIO)
+    apply_lora_plus(optimizer, model, RATIO)
     model(ids).square().mean().backward()
     optimizer.step()
     for (name, p), old in zip(model.named_parameters(), before.parameters(), strict=True):
@@ -224,7 +224,7 @@ def test_groups_are_pefts(make: Any) -> None:
     there = create_loraplus_optimizer(theirs, torch.optim.AdamW, **rates)
     here = torch.optim.AdamW(lora_param_groups(ours, lr=RATE, weight_decay=0.3, lora_plus_ratio=RATIO))
     split = torch.optim.AdamW([p for p in ours.parameters() if p.requires_grad], lr=RATE, weight_decay=0.3)
-    lora_plus(split, ours, RATIO)
+    apply_lora_plus(split, ours, RATIO)
 
     def table(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[float, float]]:
         groups = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
@@ -256,7 +256,7 @@ def test_what_would_undo_or_repeat_the_ratio_is_refused(tmp_path: Path, make: An
         fit(tmp_path, Own(), 4, 1)
     model = apply_lora(make(TinyModel))
     with pytest.raises(ValueError, match="lora_plus_ratio=4: SGD holds no B of an adapter of TinyModel"):
-        lora_plus(torch.optim.SGD([torch.ones(1)], lr=RATE), model, 4)
+        apply_lora_plus(torch.optim.SGD([torch.ones(1)], lr=RATE), model, 4)
 
 
 def test_a_resume_with_another_ratio_is_refused(tmp_path: Path) -> None:
