@@ -106,7 +106,7 @@ def galore_param_groups(
 
 def _refusal(weight: Tensor, rank: int) -> str | None:
     if not weight.requires_grad:
-        return "is frozen, and GaLore trains the weights themselves: train without LoRA, unfreeze it"
+        return "is frozen, and GaLore trains the weights themselves: train without LoRA (full_finetuning: true)"
     if is_sharded(weight):
         return "is sharded, and its singular vectors need all of it: train under DDP"
     if weight.ndim != 2:

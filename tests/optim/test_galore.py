@@ -76,11 +76,11 @@ def test_what_is_not_projected_takes_adamws_step(make: Any, ids: Tensor) -> None
     ours, theirs = make(TinyModel), make(TinyModel)
     groups = galore_param_groups(ours, lr=1e-2, weight_decay=0.1, rank=2, target_modules=["mlp"])
     kept = [p for group in groups[1:] for p in group["params"]]
-    optimizer = galore_optimizer(groups, eps=1e-8)
+    optimizer = galore_optimizer(groups, eps=1e-14)
     names = {id(p): name for name, p in ours.named_parameters()}
     there = dict(theirs.named_parameters())
     reference = torch.optim.AdamW(
-        [{"params": [there[names[id(p)]] for p in g["params"]], "weight_decay": g["weight_decay"]} for g in groups[1:]], lr=1e-2, eps=1e-8
+        [{"params": [there[names[id(p)]] for p in g["params"]], "weight_decay": g["weight_decay"]} for g in groups[1:]], lr=1e-2, eps=1e-14
     )
     for model, step in ((ours, optimizer), (theirs, reference)):
         model(ids).square().mean().backward()
