@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import io
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, apply_lora
 from lightning_lora.optim import GaLoreConfig, galore_optimizer, galore_param_groups
 from lightning_lora.optim.galore import SIDES
 from tests.conftest import ConvNet, TinyModel, same_bits
+from tests.lit import LitNet, trainer
 
 
 class Projected(nn.Module):
@@ -192,3 +195,33 @@ def test_without_the_library_the_error_names_the_extra(make: Any, monkeypatch: p
     monkeypatch.setitem(sys.modules, "pytorch_optimizer.optimizer.galore", None)
     with pytest.raises(ImportError, match=r"pip install 'lightning-lora\[galore\]'"):
         galore_optimizer(galore_param_groups(make(TinyModel), lr=0.1, rank=2))
+
+
+class Lit(LitNet):
+    """LitNet without LoRA, its gradients projected; a subspace lasts three optimizer steps."""
+
+    def configure_optimizers(self) -> Any:
+        return galore_optimizer(galore_param_groups(self, lr=1e-2, weight_decay=0.1, rank=2, update_proj_gap=3))
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:Checkpoint directory")
+def test_lightning_accumulates_and_resumes_to_the_bit(tmp_path: Path) -> None:
+    whole, first, second = Lit(), Lit(), Lit()
+    trainer(tmp_path, max_epochs=4, accumulate_grad_batches=2).fit(whole)
+    saving = ModelCheckpoint(tmp_path, save_last=True, enable_version_counter=False)
+    trainer(tmp_path, saving, max_epochs=2, accumulate_grad_batches=2).fit(first)
+    run = trainer(tmp_path, max_epochs=4, accumulate_grad_batches=2)
+    run.fit(second, ckpt_path=tmp_path / "last.ckpt")
+    assert first.losses + second.losses == whole.losses and run.global_step == 8
+    assert all(same_bits(p, q) for p, q in zip(whole.parameters(), second.parameters(), strict=True))
+
+    plain = Lit()  # the same by hand: one step on the mean of two batches' gradients
+    optimizer = plain.configure_optimizers()
+    for _ in range(4):
+        for index, batch in enumerate(plain.train_dataloader()):
+            (plain.step(batch) / 2).backward()
+            if index % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+    for (name, p), q in zip(plain.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6, msg=name)
