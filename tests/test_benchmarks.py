@@ -76,5 +76,16 @@ def test_a_member_that_fails_is_told_and_the_rest_goes_on(family: dict, capsys: 
     assert family["main"](["--members", "one"]) == 0
 
 
-def test_a_members_error_comes_out_of_its_process(family: dict) -> None:
+def test_a_members_error_comes_out_of_its_process(family: dict, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], **kwargs: Any) -> subprocess.CompletedProcess:
+        """The child's work here: importing everything once more takes seconds."""
+        assert command[:2] == [sys.executable, str(BENCHMARKS / "family.py")]
+        capsys.readouterr()
+        code = family["main"](command[2:])
+        return subprocess.CompletedProcess(command, code, *capsys.readouterr())
+
+    monkeypatch.setattr(subprocess, "run", run)
     assert "nothing.yaml" in family["child"]("nothing", ["--tiny", "--steps=2"])["error"]
+    killed = subprocess.CompletedProcess([], -9, "", "")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: killed)
+    assert family["child"]("killed", [])["error"] == "exit code -9: it said nothing"
