@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from jsonargparse import Namespace
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from typing_extensions import override
@@ -46,6 +46,7 @@ class LoRACLI(LightningCLI):
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(LoRACallback, "lora")
+        parser.add_argument("--full_finetuning", type=bool, default=False, help="Train every weight, without what stands under lora.")
         # With a default class, its arguments can stand right under `model:` and `data:`, without class_path and init_args.
         parser.set_defaults(
             {
@@ -68,6 +69,12 @@ class LoRACLI(LightningCLI):
             # Lightning's own choice, Rich, shows nothing of a run that is piped into a file.
             callbacks.append(TQDMProgressBar(refresh_rate=1 if sys.stderr.isatty() else 10))
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    @override
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        if self._get(self.config_init, "full_finetuning"):
+            callbacks = [callback for callback in callbacks if not isinstance(callback, LoRACallback)]
+        return super()._instantiate_trainer(config, callbacks)
 
     def predict(self, **kwargs: Any) -> None:
         """The sub-command ``predict``: Lightning would drop what comes back; here it is printed, a JSON object a line."""

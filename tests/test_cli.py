@@ -83,6 +83,37 @@ def test_fit_then_test_and_predict_from_its_checkpoint(config, tmp_path, capsys)
     assert [line["prompt"] for line in lines] == [row["prompt"] for row in tiny_lm.rows(6)]
 
 
+def test_galore_trains_every_weight_from_yaml_and_resumes(config, model, tmp_path):
+    layer = tmp_path / "galore.yaml"
+    layer.write_text("full_finetuning: true\nmodel: {galore: {rank: 4, update_proj_gap: 2}}\n")
+    checkpoint = {
+        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "init_args": {"dirpath": str(tmp_path / "saved"), "save_last": True},
+    }
+    arguments = ["--config", config, "--config", str(layer), f"--trainer.callbacks={json.dumps([checkpoint])}"]
+    assert main(["fit", *arguments]) == 0
+    saved = torch.load(tmp_path / "saved" / "last.ckpt", weights_only=True)
+    base = transformers.AutoModelForCausalLM.from_pretrained(model).state_dict()
+    weights = {name.removeprefix("model."): tensor for name, tensor in saved["state_dict"].items() if name.startswith("model.")}
+    assert weights.keys() == base.keys() and not any(torch.equal(weights[name], base[name]) for name in base)
+    groups = saved["optimizer_states"][0]["param_groups"]
+    assert [(group["name"], group.get("rank")) for group in groups] == [("galore", 4), ("other", None), ("no_decay", None)]
+    assert saved["optimizer_states"][0]["state"][0]["exp_avg"].shape == (32, 4)
+    resumed = ["--trainer.max_epochs=2", "--ckpt_path", str(tmp_path / "saved" / "last.ckpt")]
+    with pytest.warns(UserWarning, match="exists and is not empty"):
+        assert main(["fit", *arguments, *resumed]) == 0
+
+
+def test_lora_plus_from_yaml_in_one_line(config, tmp_path):
+    content = yaml.safe_load(Path(config).read_text())
+    content["lora"]["lora_plus_ratio"] = 16
+    Path(config).write_text(yaml.safe_dump(content))
+    assert main(["fit", "--config", config]) == 0
+    (checkpoint,) = (tmp_path / "run").glob("checkpoints/*.ckpt")
+    a, b = torch.load(checkpoint, weights_only=True)["optimizer_states"][0]["param_groups"]
+    assert b["initial_lr"] == 16 * a["initial_lr"] == pytest.approx(0.16) and all(name.endswith("lora_B") for name in b["params"])
+
+
 def test_a_second_fit_in_the_same_folder_works(config, tmp_path):
     once = ["fit", "--config", config, "--trainer.limit_train_batches=1", "--trainer.enable_checkpointing=false"]
     assert main([*once, "--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}"]) == 0
@@ -146,6 +177,9 @@ def test_a_users_own_lightning_cli_takes_the_callback_from_yaml(tmp_path, monkey
         (["fit", "--lora.config.rank=1.5"], r'"lora.config".*Expected a <class .int.>. Got value: 1.5'),
         (["fit", "--lora.config.bias=some"], r"bias.*some"),
         (["fit", "--model.learning_rate=-1"], r"learning_rate.*-1"),
+        (["fit", "--lora.lora_plus_ratio=0"], r"lora_plus_ratio=0"),
+        (["fit", "--model.galore.rank=4"], r"q_proj.weight is frozen, .*full_finetuning: true"),
+        (["fit", "--model.galore.rank=0"], r"rank=0"),
         (["fit", "--data.batch_size=0"], r"batch_size.*0"),
         (["fit", "--trainer.nothing=1"], r"nothing"),
         (["fit", "--config=none.yaml"], r"none.yaml"),

@@ -49,7 +49,7 @@ LEVELS = [
     ["tools", "lightning_cli"],
     ["cli"],
 ]
-OPTIONAL = {"transformers", "bitsandbytes", "torchao", "triton", "datasets", "matplotlib", "peft", "gguf"}
+OPTIONAL = {"transformers", "bitsandbytes", "torchao", "triton", "datasets", "matplotlib", "peft", "gguf", "pytorch_optimizer"}
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}
 LIGHTNING_FROM = "strategies.io"
 # Start-up is fast because these import what is slow when it is asked for: Lightning, and most of torch.distributed.
@@ -60,6 +60,7 @@ OTHER_ERRORS = {
     ("layers.base", "NotImplementedError"),  # a kind that is not finished
     ("layers.mergeable", "NotImplementedError"),  # a kind that is not finished
     ("tasks.hf", "ImportError"),  # an extra is not installed
+    ("optim.galore", "ImportError"),  # likewise
 }
 
 

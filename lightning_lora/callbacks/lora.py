@@ -27,6 +27,7 @@ from lightning_lora.inject import (
 )
 from lightning_lora.layers.base import lora_layers
 from lightning_lora.names import adapter_root
+from lightning_lora.optim.groups import check_ratio
 from lightning_lora.strategies import StrategyHooks, arrange, check_equal, check_supported, synchronize
 from lightning_lora.targeting import TargetReport, find_targets
 
@@ -55,6 +56,7 @@ class LoRACallback(Callback):
         compile: "layer" compiles each of the model's repeated blocks in place, see
             :func:`~lightning_lora.compiling.compile_layers`, until the run is over; prediction, which would compile anew for
             every token that it generates, runs as written.
+        lora_plus_ratio: λ of LoRA+ (arXiv:2402.12354), how many times A's learning rate B gets, under any scheduler; the paper suggests 16.
 
     Attributes:
         report: what was matched, once ``setup`` has run; ``print`` it.
@@ -68,12 +70,15 @@ class LoRACallback(Callback):
         check_base: bool = True,
         check_gradients: bool = True,
         compile: Literal["layer"] | None = None,
+        lora_plus_ratio: float = 1.0,
     ) -> None:
         if compile not in (None, "layer"):
             raise ValueError(f"compile={compile!r} is not known; it is None or 'layer'.")
+        check_ratio(lora_plus_ratio)
         self.config = config or LoRAConfig()
         self.module = module
         self.merge_on_fit_end = merge_on_fit_end
+        self.lora_plus_ratio = lora_plus_ratio
         self.check_base = check_base
         self.check_gradients = check_gradients
         self.compile = compile
@@ -181,7 +186,7 @@ class LoRACallback(Callback):
             self._check_mergeable(target)
         arrange(trainer.strategy, pl_module)
         root = ".".join(filter(None, (self.module, adapter_root(target)[0])))
-        StrategyHooks(trainer.strategy, pl_module, root, self.config, self.check_base).install()
+        StrategyHooks(trainer.strategy, pl_module, root, self.config, self.check_base, self.lora_plus_ratio).install()
 
     def _check_mergeable(self, target: nn.Module) -> None:
         """Say at the start what would stop the merge at the end."""

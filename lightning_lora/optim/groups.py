@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from lightning_lora.layers.base import lora_layers
+
+#: In a group of B's whose rate is a multiple of A's: that multiple.
+RATIO = "lora_plus_ratio"
 
 
 def lora_param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0, lora_plus_ratio: float = 1.0) -> list[dict[str, Any]]:
@@ -17,31 +23,46 @@ def lora_param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0, lo
         model: an adapted model; every parameter that requires a gradient ends up in exactly one group.
         lr: learning rate of A and of all else that trains.
         weight_decay: for matrices; vectors (biases, norms) get none.
-        lora_plus_ratio: λ, how many times ``lr`` B gets (LoRA+, arXiv:2402.12354, suggests 16).
+        lora_plus_ratio: λ, how many times ``lr`` B gets (LoRA+, arXiv:2402.12354, suggests 16). B is the factor that starts at zero,
+            which for an embedding is ``lora_A``. Schedulers that set every group's rate from one number (OneCycleLR, CyclicLR) would
+            undo it: give them a list, or see :func:`~lightning_lora.optim.apply_lora_plus`, which holds under any.
 
     Returns:
-        Groups with ``name``, ``params``, ``lr`` and ``weight_decay``; empty ones are left out.
+        Groups with ``name``, ``params``, ``lr`` and ``weight_decay``; empty ones are left out. As PEFT's ``create_loraplus_optimizer``
+        makes them, but that PEFT gives vectors B's rate too, and both factors of an embedding a fixed rate (1e-6).
 
     Raises:
         ValueError: nothing in the model trains, or the ratio is not a number > 0.
     """
-    if not lora_plus_ratio > 0:
-        raise ValueError(f"lora_plus_ratio={lora_plus_ratio!r}: give a number > 0; 1 means the same rate for A and B.")
+    check_ratio(lora_plus_ratio)
+    zero = {id(factor) for factor in zero_factors(model)}
     groups: dict[str, dict[str, Any]] = {
         "lora_A": {"lr": lr, "weight_decay": weight_decay},
-        "lora_B": {"lr": lr * lora_plus_ratio, "weight_decay": weight_decay},
+        "lora_B": {"lr": lr * lora_plus_ratio, "weight_decay": weight_decay, **({RATIO: lora_plus_ratio} if lora_plus_ratio != 1 else {})},
         "other": {"lr": lr, "weight_decay": weight_decay},
         "no_decay": {"lr": lr, "weight_decay": 0.0},
     }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            last = name.rpartition(".")[2]
-            group = last if last in ("lora_A", "lora_B") else "other" if parameter.ndim > 1 else "no_decay"
+            factor = name.rpartition(".")[2] in ("lora_A", "lora_B")
+            adapter = "lora_B" if id(parameter) in zero else "lora_A"
+            group = adapter if factor else "other" if parameter.ndim > 1 else "no_decay"
             groups[group].setdefault("params", []).append(parameter)
     found = [{"name": name, **group} for name, group in groups.items() if "params" in group]
     if not found:
         raise ValueError(f"{type(model).__name__} has no parameter that trains; call apply_lora(model, config=...) first.")
     return found
+
+
+def zero_factors(model: nn.Module) -> list[Tensor]:
+    """The B's of LoRA+: of every adapted layer the factor that starts at zero."""
+    return [layer.lora_factors()[1] for _, layer in lora_layers(model)]
+
+
+def check_ratio(ratio: float) -> None:
+    """Raise ValueError if it is not a finite number > 0."""
+    if not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or not 0 < ratio < math.inf:
+        raise ValueError(f"lora_plus_ratio={ratio!r}: give a number > 0, such as 16; 1 means the same rate for A and B.")
 
 
 @contextmanager
@@ -58,7 +79,9 @@ def only_trainable() -> Iterator[None]:
         params = [params] if not isinstance(params, (list, tuple)) and hasattr(params, "requires_grad") else list(params)
         # torch accepts (name, parameter) pairs too.
         kept = [p for p in params if (p[1] if isinstance(p, tuple) else p).requires_grad]
-        original(self, {**param_group, "params": kept})
+        # An emptied group has no names that torch could see, and it wants all groups with names or none.
+        names: dict[str, list[str]] = {"param_names": []} if not kept and any(isinstance(p, tuple) for p in params) else {}
+        original(self, {**param_group, **names, "params": kept})
 
     Optimizer.add_param_group = add_param_group  # type: ignore[method-assign]
     try:

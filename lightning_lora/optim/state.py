@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lora.names import clean_name
+from lightning_lora.optim.groups import RATIO
 from lightning_lora.sharding import sharded, whole
 
 
@@ -47,13 +48,19 @@ def load_by_name(optimizer: Optimizer, model: nn.Module, saved: dict[str, Any]) 
     here, there = optimizer.state_dict()["param_groups"], saved["param_groups"]
     if len(here) != len(there):
         raise ValueError(
-            f"the checkpoint's optimizer has {len(there)} parameter groups, this one {len(here)}; build it as it was built then."
+            f"the checkpoint's optimizer has {len(there)} parameter groups, this one {len(here)}; build it as it was built then"
+            " (lora_plus_ratio splits groups too)."
         )
     for i, (mine, theirs) in enumerate(zip(here, there, strict=True)):
         different = sorted({names[index] for index in mine["params"]} ^ set(theirs["params"]))
         if different:
             raise ValueError(
                 f"optimizer group {i} differs from the checkpoint's in {len(different)} parameters: {', '.join(different[:4])}."
+            )
+        if mine.get(RATIO) != theirs.get(RATIO):
+            raise ValueError(
+                f"lora_plus_ratio is {theirs.get(RATIO, 1)!r} in the checkpoint, {mine.get(RATIO, 1)!r} here; resume with the same, or load"
+                " the adapter (load_adapter) into a new run."
             )
     # torch maps by position: keep this optimizer's order.
     groups = [{**theirs, "params": mine["params"]} for mine, theirs in zip(here, there, strict=True)]

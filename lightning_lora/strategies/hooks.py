@@ -31,6 +31,7 @@ from lightning_lora.digests import checksum
 from lightning_lora.inject import unmerge_lora
 from lightning_lora.names import clean_name, persistent_buffers
 from lightning_lora.optim.groups import only_trainable
+from lightning_lora.optim.lora_plus import apply_lora_plus, check_kept, holds_b
 from lightning_lora.optim.state import load_by_name, state_by_name
 from lightning_lora.sharding import is_sharded, local, piece_of, reshard, whole
 from lightning_lora.strategies.io import REST, DurableCheckpointIO, read_folder, write_folder
@@ -55,9 +56,13 @@ class StrategyHooks:
         root: name of the child that adapter files are relative to ("" for the module itself).
         config: what it was adapted with.
         check_base: refuse checkpoints that were trained on another base.
+        lora_plus_ratio: how many times A's learning rate B gets.
     """
 
-    def __init__(self, strategy: Strategy, module: LightningModule, root: str, config: LoRAConfig, check_base: bool) -> None:
+    def __init__(
+        self, strategy: Strategy, module: LightningModule, root: str, config: LoRAConfig, check_base: bool, lora_plus_ratio: float = 1.0
+    ) -> None:
+        self.lora_plus_ratio = lora_plus_ratio
         self.strategy, self.module, self.root, self.config, self.check_base = strategy, module, root, config, check_base
         # Persistent buffers as they are before any training or restoring: those that differ later belong into checkpoints.
         self.buffers = {name: buffer_digest(buffer) for name, buffer in persistent_buffers(module).items()}
@@ -91,10 +96,16 @@ class StrategyHooks:
     # Each of these stands before the strategy's method of the same name.
 
     def setup_optimizers(self, trainer: Trainer) -> None:
-        """``configure_optimizers``, on adapters that are the same on every rank, without frozen parameters."""
+        """``configure_optimizers``, on adapters that are the same on every rank, without frozen parameters; then LoRA+."""
         synchronize(self.module)
         with only_trainable():
             self.originals["setup_optimizers"](trainer)
+        schedulers = [config.scheduler for config in self.strategy.lr_scheduler_configs]
+        for optimizer in self.strategy.optimizers:
+            check_kept(optimizer)
+            if self.lora_plus_ratio != 1 and holds_b(optimizer, self.module):
+                mine = [scheduler for scheduler in schedulers if scheduler.optimizer is optimizer]
+                apply_lora_plus(optimizer, self.module, self.lora_plus_ratio, *mine)
 
     def lightning_module_state_dict(self) -> dict[str, Tensor]:
         """What trains, and the buffers that moved: never a frozen base tensor."""

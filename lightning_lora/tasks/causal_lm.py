@@ -20,10 +20,12 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from lightning_lora.losses import IGNORE, bypassed, chunked_cross_entropy, unchunkable
+from lightning_lora.optim import GaLoreConfig, galore_optimizer, galore_param_groups
 from lightning_lora.tasks.hf import DType, enable_checkpointing, generate_text, load_causal_lm
 
 
@@ -43,6 +45,7 @@ class CausalLMTask(LightningModule):
         schedule: How the learning rate falls to zero after that, or "constant".
         gradient_checkpointing: Recompute activations in the backward: about a third more time for far less memory.
         max_new_tokens: Longest answer that prediction writes.
+        galore: Full-parameter training with GaLore in AdamW's place (needs the extra ``galore``, and no LoRA).
     """
 
     def __init__(
@@ -56,9 +59,11 @@ class CausalLMTask(LightningModule):
         schedule: Literal["constant", "linear", "cosine"] = "cosine",
         gradient_checkpointing: bool = False,
         max_new_tokens: PositiveInt = 32,
+        galore: GaLoreConfig | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.galore = galore
+        self.save_hyperparameters(ignore="galore")  # a checkpoint holds plain types
         self.model, self.tokenizer = load_causal_lm(model, gguf_file, dtype)
         # Read here, while type(self.model) is still the one of the modeling file: wrappers like FSDP2 put their own in its place.
         self.keeps_logits = hasattr(sys.modules[type(self.model).__module__], "slice_logits_to_keep")
@@ -164,9 +169,12 @@ class CausalLMTask(LightningModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = torch.optim.AdamW(
-            [p for p in self.parameters() if p.requires_grad], lr=self.hparams["learning_rate"], weight_decay=self.hparams["weight_decay"]
-        )
+        rates = {"lr": self.hparams["learning_rate"], "weight_decay": self.hparams["weight_decay"]}
+        optimizer: Optimizer
+        if self.galore is None:
+            optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], **rates)
+        else:
+            optimizer = galore_optimizer(galore_param_groups(self, **rates, config=self.galore))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._schedule())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

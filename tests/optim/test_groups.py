@@ -25,8 +25,8 @@ def test_every_trained_parameter_is_in_exactly_one_group(model):
     groups = {group["name"]: group for group in lora_param_groups(model, lr=0.1, weight_decay=0.01)}
     held = [id(p) for group in groups.values() for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters() if p.requires_grad)
-    assert names_of(model, groups["lora_A"]) == {"embed.lora_A", *(f"layers.{i}.attn.q_proj.lora_A" for i in (0, 1))}
-    assert names_of(model, groups["lora_B"]) == {"embed.lora_B", *(f"layers.{i}.attn.q_proj.lora_B" for i in (0, 1))}
+    assert names_of(model, groups["lora_A"]) == {"embed.lora_B", *(f"layers.{i}.attn.q_proj.lora_A" for i in (0, 1))}
+    assert names_of(model, groups["lora_B"]) == {"embed.lora_A", *(f"layers.{i}.attn.q_proj.lora_B" for i in (0, 1))}
     assert names_of(model, groups["other"]) == {"lm_head.weight"}
     assert all(p.ndim == 1 for p in groups["no_decay"]["params"])
     assert len(groups["no_decay"]["params"]) == 2 * 4
@@ -61,7 +61,7 @@ def test_a_rate_for_b_moves_b_more(make, ids):
     assert moved[4.0] == pytest.approx(4 * moved[1.0])
 
 
-@pytest.mark.parametrize("ratio", [0, -1.0, float("nan")])
+@pytest.mark.parametrize("ratio", [0, -1.0, float("nan"), float("inf"), "16", True])
 def test_a_ratio_out_of_range(model, ratio):
     with pytest.raises(ValueError, match=r"lora_plus_ratio=.*: give a number > 0"):
         lora_param_groups(model, lr=0.1, lora_plus_ratio=ratio)

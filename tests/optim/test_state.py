@@ -70,7 +70,7 @@ def test_several_groups_keep_their_settings(build, ids):
     model = build()
     optimizer = torch.optim.AdamW(lora_param_groups(model, lr=0.01, lora_plus_ratio=4, weight_decay=0.1))
     step(model, optimizer, ids, 2)
-    other = torch.optim.AdamW(lora_param_groups(model, lr=1.0))
+    other = torch.optim.AdamW(lora_param_groups(model, lr=1.0, lora_plus_ratio=4))
     load_by_name(other, model, state_by_name(optimizer, model))
     assert [(g["lr"], g["weight_decay"]) for g in other.param_groups] == [(0.01, 0.1), (0.04, 0.1), (0.01, 0.0)]
     for parameter in get_lora_parameters(model):
@@ -91,6 +91,10 @@ def test_a_fresh_optimizer_round_trips(build):
         (
             lambda saved: saved["param_groups"][0]["params"].remove("layers.0.attn.q_proj.lora_A"),
             r"optimizer group 0 differs .* in 1 parameters: layers\.0\.attn\.q_proj\.lora_A",
+        ),
+        (
+            lambda saved: saved["param_groups"][1].update(lora_plus_ratio=4),
+            "lora_plus_ratio is 4 in the checkpoint, 1 here; resume with the same, or load the adapter",
         ),
         (lambda saved: saved["param_groups"][1]["params"].append("gone.lora_B"), r"optimizer group 1 differs .*: gone\.lora_B"),
     ],

@@ -1,0 +1,167 @@
+"""GaLore (arXiv:2403.03507): every weight trains, with its gradient's moments kept in a rank-r subspace.
+
+For a weight (m, n) with m ≥ n, P (r, n) holds the gradient's leading right singular vectors, taken anew every ``update_proj_gap`` steps
+(m < n: the left ones, on the other side)::
+
+    R = G·Pᵀ                            # (m, r)
+    W ← W - lr · scale · Adam(R)·P      # moments in (m, r) instead of (m, n)
+
+The optimizer is ``pytorch_optimizer.GaLore``; here are the groups it wants, and what it lacks: it keeps P in an object, which a
+checkpoint cannot hold (``torch.load`` refuses it), so states are saved and loaded as plain tensors. It differs from the paper where it
+does not matter much: the first subspace lasts one step less than the others, and the singular vectors are computed in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_lora.config import ALL_LINEAR, LoRAConfig
+from lightning_lora.sharding import is_sharded
+from lightning_lora.targeting import find_targets
+
+# Which sides the gradient is projected on. The library's "random" is not among them: it takes singular vectors all the same.
+SIDES = ("std", "reverse_std", "left", "right", "full")
+
+
+@dataclass(frozen=True)
+class GaLoreConfig:
+    """Which gradients are projected, and how.
+
+    Args:
+        rank: r of the subspace; at most the smaller side of every targeted weight.
+        update_proj_gap: T, optimizer steps between two subspaces.
+        scale: α, on the projected update; the paper's 0.25 goes with a learning rate of 1e-2 for pre-training.
+        projection_type: ``std`` projects the longer side away, ``reverse_std`` the shorter, ``left`` and ``right`` one side always,
+            ``full`` both.
+        target_modules: names or regexes, as in ``LoRAConfig``; ``"all-linear"`` is every linear but the output head.
+        exclude_modules: never projected, though targeted.
+
+    Raises:
+        ValueError: a field is out of range; the message names field, value and what is allowed.
+    """
+
+    rank: int = 128
+    update_proj_gap: int = 200
+    scale: float = 0.25
+    projection_type: Literal["std", "reverse_std", "left", "right", "full"] = "std"
+    target_modules: Sequence[str] | str = ALL_LINEAR
+    exclude_modules: Sequence[str] | str = ()
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "update_proj_gap"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r}: give a whole number ≥ 1.")
+        if not isinstance(self.scale, (int, float)) or isinstance(self.scale, bool) or not 0 < self.scale < float("inf"):
+            raise ValueError(f"scale={self.scale!r}: give a finite number > 0, such as 0.25.")
+        if self.projection_type not in SIDES:
+            raise ValueError(f"projection_type={self.projection_type!r}: choose one of {', '.join(SIDES)}.")
+        LoRAConfig(target_modules=self.target_modules, exclude_modules=self.exclude_modules)
+
+
+def galore_param_groups(
+    model: nn.Module, lr: float, weight_decay: float = 0.0, config: GaLoreConfig | None = None, **fields: Any
+) -> list[dict[str, Any]]:
+    """Groups for ``pytorch_optimizer.GaLore``: ``galore_optimizer(galore_param_groups(model, lr=1e-4, rank=64))``.
+
+    Args:
+        model: a plain model, all of which trains; frozen parameters are left out.
+        lr: learning rate; that of projected weights is ``scale`` times it in effect.
+        weight_decay: for matrices; vectors (biases, norms) get none.
+        config: what is projected; or its ``fields`` one by one.
+        fields: of :class:`GaLoreConfig`, in place of ``config``.
+
+    Returns:
+        ``galore`` (targeted weights), ``other`` (matrices that are not: embeddings, output heads) and ``no_decay`` (vectors).
+
+    Raises:
+        ValueError: a pattern hits nothing, or a targeted weight is frozen, no matrix, sharded, or smaller than the rank.
+    """
+    if config is not None and fields:
+        raise ValueError(f"config and {', '.join(fields)} are both given; give one or the other.")
+    config = config or GaLoreConfig(**fields)
+    patterns = LoRAConfig(rank=1, target_modules=config.target_modules, exclude_modules=config.exclude_modules, modules_to_save=[])
+    projected = {}
+    for target in find_targets(model, patterns).targets:
+        weight = target.module.weight
+        assert isinstance(weight, Tensor)
+        reason = _refusal(weight, config.rank)
+        if reason:
+            raise ValueError(f"{target.fqn}.weight {reason}, or leave it out with exclude_modules.")
+        projected[id(weight)] = weight
+    how = {name: value for name, value in asdict(config).items() if not name.endswith("_modules")}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in projected]
+    groups = [
+        {"name": "galore", "params": list(projected.values()), "lr": lr, "weight_decay": weight_decay, **how},
+        {"name": "other", "params": [p for p in others if p.ndim > 1], "lr": lr, "weight_decay": weight_decay},
+        {"name": "no_decay", "params": [p for p in others if p.ndim <= 1], "lr": lr, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _refusal(weight: Tensor, rank: int) -> str | None:
+    if not weight.requires_grad:
+        return "is frozen, and GaLore trains the weights themselves: train without LoRA (full_finetuning: true)"
+    if is_sharded(weight):
+        return "is sharded, and its singular vectors need all of it: train under DDP"
+    if weight.ndim != 2:
+        return f"has shape {tuple(weight.shape)}, and only matrices are projected (FSDP1 flattens them): train under DDP"
+    if rank > min(weight.shape):
+        return f"is {weight.shape[0]}×{weight.shape[1]}, and rank={rank} is above its smaller side: give a smaller rank"
+    return None
+
+
+def galore_optimizer(groups: list[dict[str, Any]], **kwargs: Any) -> Optimizer:
+    """``pytorch_optimizer.GaLore`` whose state dict is plain tensors and numbers, so that training resumes to the step.
+
+    Args:
+        groups: of :func:`galore_param_groups`.
+        kwargs: the optimizer's own, such as ``betas`` and ``eps``.
+
+    Raises:
+        ImportError: pytorch_optimizer is not installed; names the extra.
+    """
+    try:
+        from pytorch_optimizer.optimizer.galore import GaLore
+    except ModuleNotFoundError as error:
+        raise ImportError("GaLore needs the package pytorch_optimizer; pip install 'lightning-lora[galore]'") from error
+    optimizer = GaLore(groups, **kwargs)
+    optimizer.register_state_dict_post_hook(_to_tensors)
+    optimizer.register_step_pre_hook(_from_tensors)
+    return optimizer
+
+
+# A projector's content as slots of a parameter's state: torch moves tensors to the parameter's device and dtype when it loads them.
+_STEP, _PARTS = "projector_step", ("projector", "projector_right")
+
+
+def _to_tensors(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint gets: each projector as its one matrix, or two, and the step that they are of."""
+    state = {}
+    for index, slots in state_dict["state"].items():
+        projector = slots.get("projector")
+        if projector is not None and not isinstance(projector, Tensor):
+            matrices = projector.ortho_matrix if isinstance(projector.ortho_matrix, tuple) else (projector.ortho_matrix,)
+            slots = slots | dict(zip(_PARTS, matrices, strict=False)) | {_STEP: projector.last_svd_step}
+        state[index] = slots
+    return state_dict | {"state": state}
+
+
+def _from_tensors(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Before a step, make projectors of what was loaded. Not at load: the library goes over the loaded slots again after torch has."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if "rank" in group else ():
+            slots = optimizer.state.get(parameter, {})
+            if isinstance(slots.get("projector"), Tensor):
+                from pytorch_optimizer.optimizer.utils.galore import GaLoreProjector
+
+                projector = GaLoreProjector(**{name: group[name] for name in ("rank", "update_proj_gap", "scale", "projection_type")})
+                matrices = tuple(slots.pop(part) for part in _PARTS if part in slots)
+                projector.ortho_matrix = matrices if len(matrices) > 1 else matrices[0]
+                projector.last_svd_step = slots.pop(_STEP)
+                slots["projector"] = projector
