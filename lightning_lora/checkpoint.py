@@ -47,6 +47,7 @@ def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False) 
         raise ValueError(f"folder={str(folder)!r} is a file; choose another.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise ValueError(f"folder={str(folder)!r} is not empty; choose another or pass overwrite=True.")
+    layers = next(iter(layers.values())).exported(layers)
     config = next(iter(layers.values())).lora_config
     extras = extra_tensors(root, config, layers)
     tensors = {f"{fqn}.{part}": tensor for fqn, layer in layers.items() for part, tensor in layer.to_peft().items()}
@@ -146,7 +147,7 @@ def _fit(root: nn.Module, report: TargetReport, adapter: AdapterFile, where: str
     tensors, config = dict(adapter.tensors), adapter.config
     shapes: dict[str, tuple[int, ...]] = {}
     for target in report.targets:
-        for part, shape in zip(("lora_A", "lora_B"), target.kind.adapter_shapes(target.module, target.rank), strict=True):
+        for part, shape in target.kind.parameter_shapes(target.module, target.rank).items():
             name = f"{clean_name(target.fqn)}.{part}"
             shapes[name] = shape
             if name in tensors and part == "lora_A" and tuple(tensors[name].shape) != shape:

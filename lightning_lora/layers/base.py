@@ -71,12 +71,21 @@ class LoRALayer(Mergeable):
         raise NotImplementedError(f"{cls.__name__} has to say its adapter's shapes")
 
     @classmethod
+    def parameter_shapes(cls, module: Any, rank: int) -> dict[str, tuple[int, ...]]:
+        """Name → shape of everything that an adapter on such a module consists of: A, B and what a variant adds."""
+        return dict(zip(("lora_A", "lora_B"), cls.adapter_shapes(module, rank), strict=True))
+
+    @classmethod
     def check(cls, module: Any, rank: int, dropout: float) -> None:
-        """Raise ValueError, with the reason only, if this kind cannot adapt this module with this rank and dropout."""
+        """Raise ValueError, with the reason only, if this kind or variant cannot adapt this module with this rank and dropout."""
 
     def lora_update(self, y: Tensor, x: Tensor) -> Tensor:
         """The base's output ``y`` plus this layer's update for the input ``x``."""
         raise NotImplementedError(f"{type(self).__name__} has to say its update")
+
+    def update_factors(self) -> tuple[Tensor, Tensor]:
+        """A and B as the update multiplies them; a variant may put something between them."""
+        return self.lora_A, self.lora_B
 
     def lora_factors(self) -> tuple[Tensor, Tensor]:
         """The factor that starts random and the one that starts at zero."""
@@ -85,6 +94,11 @@ class LoRALayer(Mergeable):
     def to_peft(self) -> dict[str, Tensor]:
         """The adapter's tensors under the names, and in the shapes, that PEFT has for them."""
         return dict(zip(self.peft_names, (self.lora_A, self.lora_B), strict=True))
+
+    @classmethod
+    def exported(cls, layers: dict[str, LoRALayer]) -> dict[str, LoRALayer]:
+        """FQN → layer as adapter files have it: the layers themselves, but for variants that are a way to train and no format."""
+        return layers
 
     @classmethod
     def from_peft(cls, module: Any, A: Tensor) -> Tensor:
@@ -112,7 +126,7 @@ class LoRALayer(Mergeable):
             parameter.requires_grad_(False)
         # No child module: parallelization plans and module walks see the tree that they know.
         self.__dict__["lora_dropout"] = nn.Dropout(config.dropout).train(self.training)
-        for name, shape in zip(("lora_A", "lora_B"), self.adapter_shapes(self, rank), strict=True):
+        for name, shape in self.parameter_shapes(self, rank).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype)))
         self.reset_lora_parameters()
 
@@ -202,11 +216,17 @@ def _rebuild(base: type[nn.Module], variant: str) -> LoRALayer:
     return cls.__new__(cls)
 
 
-def adapt(module: nn.Module, config: LoRAConfig, rank: int, alpha: float) -> LoRALayer:
-    """Turn a module into its LoRA subclass, in place; the caller has checked it with :func:`refusal`."""
+def adapted_class(module: nn.Module, variant: str) -> type[LoRALayer]:
+    """The class that a module has once it is adapted with this variant, whether it is adapted yet or not."""
     kind = kind_of(module)
     assert kind is not None
-    module.__class__ = lora_class(type(module), kind, look_up(VARIANTS, "variant", config.variant))
+    base = type(module).lora_base if isinstance(module, LoRALayer) else type(module)
+    return lora_class(base, kind, look_up(VARIANTS, "variant", variant))
+
+
+def adapt(module: nn.Module, config: LoRAConfig, rank: int, alpha: float) -> LoRALayer:
+    """Turn a module into its LoRA subclass, in place; the caller has checked it with :func:`refusal`."""
+    module.__class__ = adapted_class(module, config.variant)
     assert isinstance(module, LoRALayer)
     module.init_adapter(config, rank, alpha)
     return module
@@ -235,7 +255,7 @@ def restore(layer: LoRALayer) -> nn.Module:
     return layer
 
 
-def refusal(module: nn.Module, fqn: str, rank: int, dropout: float) -> str | None:
+def refusal(module: nn.Module, fqn: str, rank: int, dropout: float, variant: str = "plain") -> str | None:
     """Why this module cannot be adapted, as a whole sentence; None if it can."""
     kind = kind_of(module)
     name = qualified_name(type(module))
@@ -249,7 +269,7 @@ def refusal(module: nn.Module, fqn: str, rank: int, dropout: float) -> str | Non
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return f"{fqn!r} ({name}) is lazy and has no shape yet; run one forward pass before applying LoRA."
     try:
-        kind.check(module, rank, dropout)  # type: ignore[attr-defined]
+        adapted_class(module, variant).check(module, rank, dropout)
     except ValueError as error:
         return f"{fqn!r} ({name}): {error}."
     return None

@@ -40,14 +40,15 @@ class LoRAConv(LoRALayer):
     def lora_update(self, y: Tensor, x: Tensor) -> Tensor:
         """``y + scaling · B∗(A∗dropout(x))``; x (N, in, *spatial), y (N, out, *spatial)."""
         x = self.lora_dropout(x.to(y.dtype))
-        t = self._conv_forward(x, self.lora_A.to(y.dtype), None)  # type: ignore[operator]  # (N, r, *spatial), padding modes too
+        A, B = self.update_factors()
+        t = self._conv_forward(x, A.to(y.dtype), None)  # type: ignore[operator]  # (N, r, *spatial), padding modes too
         convolve = (torch.conv1d, torch.conv2d, torch.conv3d)[len(self.kernel_size) - 1]
-        return y + convolve(t * self.scaling, self.lora_B.to(y.dtype), groups=self.groups)
+        return y + convolve(t * self.scaling, B.to(y.dtype), groups=self.groups)
 
     def lora_delta(self) -> Tensor:
         """The kernel ``scaling · B·A`` of each group, (out, in/groups, *kernel)."""
-        A = self.lora_A.flatten(1).unflatten(0, (self.groups, -1))  # (groups, r/groups, in/groups·kernel)
-        B = self.lora_B.flatten(1).unflatten(0, (self.groups, -1))  # (groups, out/groups, r/groups)
+        A, B = (factor.flatten(1).unflatten(0, (self.groups, -1)) for factor in self.update_factors())
+        # (groups, out/groups, r/groups) @ (groups, r/groups, in/groups·kernel)
         return (B @ A).view(self.weight.shape) * self.scaling
 
     def to_peft(self) -> dict[str, Tensor]:

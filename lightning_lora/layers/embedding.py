@@ -42,11 +42,13 @@ class LoRAEmbedding(LoRALayer):
     def lora_update(self, y: Tensor, x: Tensor) -> Tensor:
         """``y + scaling · B·A[:, ids]``; ids of any shape (...), y (..., dim)."""
         # padding_idx stops the gradient of that row, as in the base.
-        t = F.embedding(x, self.lora_A.t(), padding_idx=self.padding_idx)  # (..., r)
+        A, B = self.update_factors()
+        t = F.embedding(x, A.t(), padding_idx=self.padding_idx)  # (..., r)
         # Gemma's embeddings multiply their output: the update is part of it.
         scale = self.scaling * getattr(self, "embed_scale", 1.0)
-        return y + F.linear((t * scale).to(y.dtype), self.lora_B.to(y.dtype))
+        return y + F.linear((t * scale).to(y.dtype), B.to(y.dtype))
 
     def lora_delta(self) -> Tensor:
         """``scaling · (B·A)ᵀ``, (num_embeddings, dim)."""
-        return (self.lora_B @ self.lora_A).t() * self.scaling
+        A, B = self.update_factors()
+        return (B @ A).t() * self.scaling

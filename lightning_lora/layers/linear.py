@@ -112,11 +112,12 @@ class LoRALinear(LoRALayer, nn.Linear):
 
     def lora_update(self, y: Tensor, x: Tensor) -> Tensor:
         """``y + scaling · B·A·dropout(x)``."""
-        return ops.lora_update(y, x, self.lora_A, self.lora_B, self.scaling, self.dropout_now(), inplace=self.plain_forward)
+        return ops.lora_update(y, x, *self.update_factors(), self.scaling, self.dropout_now(), inplace=self.plain_forward)
 
     def lora_delta(self) -> Tensor:
         """``scaling · B·A``, (out, in)."""
-        return (self.lora_B @ self.lora_A) * self.scaling
+        A, B = self.update_factors()
+        return (B @ A) * self.scaling
 
 
 def _copy(module: Any) -> Any:
