@@ -189,8 +189,12 @@ def _fit(root: nn.Module, report: TargetReport, adapter: AdapterFile, where: str
 
 def _same_adapter(root: nn.Module, layers: dict[str, LoRALayer], report: TargetReport, config: LoRAConfig, where: str) -> None:
     """Raise ValueError unless the layers that are there are those that the file is for."""
-    here = {name: (layer.rank, layer.scaling, layer.lora_config.variant) for name, layer in layers.items()}
-    file = {clean_name(t.fqn): (t.rank, config.scaling_of(t.rank, t.alpha), config.variant) for t in report.targets}
+
+    def key(config: LoRAConfig, rank: int, alpha: float) -> tuple[int, float, str]:
+        return rank, config.scaling_of(rank, alpha), config.variant
+
+    here = {name: key(layer.lora_config, layer.rank, layer.alpha) for name, layer in layers.items()}
+    file = {clean_name(t.fqn): key(config, t.rank, t.alpha) for t in report.targets}
     different = [
         f"{name!r} has {here.get(name)}, the file {file.get(name)}" for name in sorted(here | file) if here.get(name) != file.get(name)
     ]

@@ -21,6 +21,8 @@ LOGGER = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"sa
 class LoRACLI(LightningCLI):
     """Everything LightningCLI does, plus ``--lora.*``; ``model`` and ``data`` may be any class by its ``class_path``.
 
+    A LoRACallback among ``trainer.callbacks``, such as AdaLoRACallback, takes the place of the one under ``lora``.
+
     Args:
         args: The command line, a dict, or None for the process's.
         run: Run the sub-command that ``args`` begins with; otherwise only build ``model``, ``datamodule`` and ``trainer``.
@@ -67,6 +69,14 @@ class LoRACLI(LightningCLI):
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             # Lightning's own choice, Rich, shows nothing of a run that is piped into a file.
             callbacks.append(TQDMProgressBar(refresh_rate=1 if sys.stderr.isatty() else 10))
+        own = next((c for c in callbacks if isinstance(c, LoRACallback)), None)
+        if own is not None:
+            parser, given = self._parser(self.subcommand), self._get(self.config, "lora")
+            if given != parser.get_defaults()["lora"]:
+                raise ValueError(
+                    f"lora: and trainer.callbacks both set up LoRA ({type(own).__name__} there): move what is under lora to it."
+                )
+            parser.callback_keys.remove("lora")
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def predict(self, **kwargs: Any) -> None:

@@ -62,6 +62,8 @@ class StrategyHooks:
         # Persistent buffers as they are before any training or restoring: those that differ later belong into checkpoints.
         self.buffers = {name: buffer_digest(buffer) for name, buffer in persistent_buffers(module).items()}
         self.originals: dict[str, Callable[..., Any]] = {}
+        #: Called with the config of a checkpoint before it is held against the module, which it may change to fit.
+        self.before_load: Callable[[LoRAConfig], None] | None = None
         self._base: dict[str, Any] | None = None
         # FSDP1 flattens the weights: read before it wraps, or not at all.
         self._flattened = any(isinstance(child, FullyShardedDataParallel) for child in module.modules())
@@ -131,7 +133,10 @@ class StrategyHooks:
                 f"{path} was not written under LoRACallback. To start from a full checkpoint load it into the module before fit; to test"
                 " it leave LoRACallback out."
             )
-        different = LoRAConfig(**meta["config"]).differences(self.config)
+        theirs = LoRAConfig(**meta["config"])
+        if self.before_load is not None:
+            self.before_load(theirs)
+        different = theirs.differences(self.config)
         if different:
             raise ValueError(f"{path} was made with another LoRA config (its value != yours): {'; '.join(different)}.")
         missing = sorted(name for name in self._trained_names() if name not in saved)

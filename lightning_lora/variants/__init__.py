@@ -5,5 +5,8 @@ nothing to the kinds, so its mixin is ``object``.
 """
 
 from lightning_lora.registry import VARIANTS
+from lightning_lora.variants.adalora import shrink_adalora
 
 VARIANTS["plain"] = object
+
+__all__ = ["shrink_adalora"]
