@@ -40,7 +40,7 @@ class LoRAConfig:
             Hugging Face classification models; ``[]``: none.
         scaling: ``standard`` α/r, or ``rslora`` α/√r.
         init: how A and B start, a name in the registry: ``kaiming`` (A uniform in ±1/√fan_in, B zero), ``gaussian``.
-        variant: the update's formula, a name in the registry: ``plain``.
+        variant: the update's formula, a name in the registry: ``plain``, ``dora``, ``lora_fa`` (:mod:`lightning_lora.variants`).
         allow_unmatched: accept patterns that match nothing, where others do match.
 
     Raises:

@@ -114,10 +114,6 @@ class LoRALinear(LoRALayer, nn.Linear):
         """``y + scaling · B·A·dropout(x)``."""
         return ops.lora_update(y, x, self.lora_A, self.lora_B, self.scaling, self.dropout_now(), inplace=self.plain_forward)
 
-    def lora_delta(self) -> Tensor:
-        """``scaling · B·A``, (out, in)."""
-        return (self.lora_B @ self.lora_A) * self.scaling
-
 
 def _copy(module: Any) -> Any:
     """A module of the same class over the same tensors, with containers of its own (no hooks run, nothing is copied)."""
