@@ -101,6 +101,7 @@ def _read_folder(folder: Path) -> AdapterFile:
     config, base, _ = _understood(meta, str(file))
     fields = _read_json(folder / CONFIG) if (folder / CONFIG).is_file() else None
     said = {"r": config.rank, "lora_alpha": config.alpha, "use_rslora": config.scaling == "rslora", "bias": config.bias}
+    said |= peft_format.variant_fields(config)
     for name, mine in said.items():
         if fields is not None and fields.get(name) != mine:
             raise ValueError(

@@ -193,7 +193,9 @@ class RankAllocator:
 
     def _score(self, grad_scale: float) -> None:
         weights = [local(p.detach()) for p in self.parameters.values()]
-        gradients = [torch.zeros_like(w) if p.grad is None else local(_gradient(p)) for p, w in zip(self.parameters.values(), weights, strict=True)]
+        gradients = [
+            torch.zeros_like(w) if p.grad is None else local(_gradient(p)) for p, w in zip(self.parameters.values(), weights, strict=True)
+        ]
         mean, spread = ([local(t) for t in kept.values()] for kept in (self.sensitivity, self.uncertainty))
         now = torch._foreach_mul(weights, gradients)
         torch._foreach_abs_(now)

@@ -150,9 +150,9 @@ def _fit(root: nn.Module, report: TargetReport, adapter: AdapterFile, where: str
         for part, shape in target.kind.parameter_shapes(target.module, target.rank).items():
             name = f"{clean_name(target.fqn)}.{part}"
             shapes[name] = shape
-            if name in tensors and part == "lora_A" and tuple(tensors[name].shape) != shape:
+            if name in tensors and tuple(tensors[name].shape) != shape:
                 try:
-                    tensors[name] = target.kind.from_peft(target.module, tensors[name])
+                    tensors[name] = target.kind.from_peft(target.module, part, tensors[name])
                 except ValueError as error:
                     raise ValueError(f"{where}: {name}: {error}.") from error
     base = {clean_name(name): tensor for name, tensor in root.state_dict(keep_vars=True).items() if not _is_adapter(name)}

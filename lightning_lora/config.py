@@ -40,7 +40,8 @@ class LoRAConfig:
             Hugging Face classification models; ``[]``: none.
         scaling: ``standard`` α/r, or ``rslora`` α/√r.
         init: how A and B start, a name in the registry: ``kaiming`` (A uniform in ±1/√fan_in, B zero), ``gaussian``.
-        variant: the update's formula, a name in the registry: ``plain``, ``adalora`` (what its callback sets).
+        variant: the update's formula, a name in the registry: ``plain``, ``dora``, ``lora_fa``, ``adalora``
+            (:mod:`lightning_lora.variants`).
         allow_unmatched: accept patterns that match nothing, where others do match.
 
     Raises:

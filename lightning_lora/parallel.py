@@ -186,12 +186,6 @@ def _place(layer: LoRALayer, data_dims: int) -> None:
     mesh, placements = layer.weight.device_mesh, layer.weight.placements[data_dims:]
     if not placements:
         return
-    placeless = sorted(layer.lora_parameters().keys() - {"lora_A", "lora_B"})
-    if placeless:
-        raise ValueError(
-            f"variant={layer.lora_config.variant!r} adds {', '.join(placeless)}, which has no place on a tensor-parallel base;"
-            " apply LoRA before parallelizing"
-        )
     if data_dims:
         mesh = mesh[mesh.mesh_dim_names[data_dims:]]
     wanted = zip(*(layer.adapter_placements(placement) for placement in placements), strict=True)

@@ -32,7 +32,7 @@ class Target:
     fqn: str
     module: nn.Module = field(repr=False)
     type_name: str  # the module's type before it is adapted
-    kind: type[LoRALayer]  # the class that it has once it is adapted
+    kind: type[LoRALayer]  # the class that it gets
     rank: int
     alpha: float
 
@@ -145,11 +145,11 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetReport:
         rank = next((config.rank_pattern[text] for text in ranks.matching(fqn)), config.rank)
         alpha = next((config.alpha_pattern[text] for text in alphas.matching(fqn)), config.alpha)
         problem = _problem(modules.get(fqn.rpartition(".")[0], model), fqn, module, rank, config, saved)
-        kind = kind_of(module)
+        kind = adapted_class(module, config.variant)
         if problem or kind is None:
             problems.append(problem or why_refused(module, fqn))
         else:
-            targets.append(Target(fqn, module, type(module).__name__, adapted_class(module, config.variant), rank, alpha))
+            targets.append(Target(fqn, module, type(module).__name__, kind, rank, alpha))
 
     fields = (wanted, excluded, ranks, alphas)
     if not (config.allow_unmatched and targets):

@@ -162,7 +162,9 @@ class AdaLoRACallback(LoRACallback):
             self.allocator.load_state_dict(self._saved)
             self._saved = None
         elif trainer.global_step > 0:
-            raise ValueError("the checkpoint holds no state of AdaLoRACallback, so its schedule cannot be resumed; start anew from its weights.")
+            raise ValueError(
+                "the checkpoint holds no state of AdaLoRACallback, so its schedule cannot be resumed; start anew from its weights."
+            )
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Add the regularizer's gradient."""
@@ -188,7 +190,9 @@ class AdaLoRACallback(LoRACallback):
         target = self._target(pl_module)
         layers = [layer for _, layer in lora_layers(target)]
         if any(is_sharded(layer.lora_A) for layer in layers):
-            rank_zero_info("AdaLoRA: the adapters are sharded and keep their size; load a checkpoint on one process and shrink_adalora there.")
+            rank_zero_info(
+                "AdaLoRA: the adapters are sharded and keep their size; load a checkpoint on one process and shrink_adalora there."
+            )
         else:
             full = [(layer, type(layer), layer.lora_parameters(), layer.rank) for layer in layers]
             self.ranks = shrink_adalora(target)

@@ -27,8 +27,3 @@ class LoRAConv1DHF(LoRALayer):
     def lora_update(self, y: Tensor, x: Tensor) -> Tensor:
         """``y + scaling · B·A·dropout(x)``."""
         return ops.lora_update(y, x, *self.update_factors(), self.scaling, self.dropout_now())
-
-    def lora_delta(self) -> Tensor:
-        """``scaling · (B·A)ᵀ``, (in, out)."""
-        A, B = self.update_factors()
-        return (B @ A).t() * self.scaling

@@ -35,7 +35,7 @@ class LoRAEmbedding(LoRALayer):
         if module.max_norm is not None:
             raise ValueError(f"max_norm={module.max_norm} changes the frozen weight in every forward pass; set it to None")
 
-    def lora_factors(self) -> tuple[Tensor, Tensor]:
+    def lora_factors(self) -> tuple[nn.Parameter, nn.Parameter]:
         """B random, A zero."""
         return self.lora_B, self.lora_A
 
@@ -48,7 +48,10 @@ class LoRAEmbedding(LoRALayer):
         scale = self.scaling * getattr(self, "embed_scale", 1.0)
         return y + F.linear((t * scale).to(y.dtype), B.to(y.dtype))
 
-    def lora_delta(self) -> Tensor:
-        """``scaling · (B·A)ᵀ``, (num_embeddings, dim)."""
-        A, B = self.update_factors()
-        return (B @ A).t() * self.scaling
+    def to_matrix(self, tensor: Tensor) -> Tensor:
+        """(dim, num_embeddings): the inputs are one-hot."""
+        return tensor.t()
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        """(num_embeddings, dim)."""
+        return matrix.t()

@@ -114,11 +114,6 @@ class LoRALinear(LoRALayer, nn.Linear):
         """``y + scaling · B·A·dropout(x)``."""
         return ops.lora_update(y, x, *self.update_factors(), self.scaling, self.dropout_now(), inplace=self.plain_forward)
 
-    def lora_delta(self) -> Tensor:
-        """``scaling · B·A``, (out, in)."""
-        A, B = self.update_factors()
-        return (B @ A) * self.scaling
-
 
 def _copy(module: Any) -> Any:
     """A module of the same class over the same tensors, with containers of its own (no hooks run, nothing is copied)."""

@@ -55,6 +55,11 @@ class AdaLoRALayer(LoRALayer):
                 f"variant='adalora' starts with a random A, which would change the row of padding_idx={module.padding_idx}; exclude it"
             )
 
+    @classmethod
+    def adapter_placements(cls, placement: Any) -> tuple[Any, Any]:
+        """Not on a tensor-parallel base: E has no place there."""
+        raise ValueError(f"variant='adalora' on a tensor-parallel base ({placement}) is not supported; use variant='plain'")
+
     def init_adapter(self, config: LoRAConfig, rank: int, alpha: float) -> None:
         """As every variant; the start is AdaLoRA's own, so ``config.init`` has to be the default."""
         if config.init != _INIT:
@@ -142,7 +147,9 @@ def _made_plain(layer: LoRALayer, config: LoRAConfig) -> LoRALayer:
     del layer._parameters["lora_E"]
     for name, factor in factors.items():
         layer._parameters[name] = nn.Parameter(factor, requires_grad=layer._parameters[name].requires_grad)  # type: ignore[union-attr]
-    layer.__class__ = adapted_class(layer, config.variant)
+    cls = adapted_class(layer, config.variant)
+    assert cls is not None
+    layer.__class__ = cls  # type: ignore[assignment]
     layer.lora_config, layer.rank = config, len(kept)
     return layer
 
