@@ -27,7 +27,7 @@ from lightning_lora import parallel
 from lightning_lora.layers.base import lora_layers
 from lightning_lora.names import clean_name
 from lightning_lora.sharding import is_sharded, local, piece_of, sharded, whole
-from lightning_lora.variants.adalora import AdaLoRALayer
+from lightning_lora.variants.adalora import AdaLoRA
 
 
 class RankAllocator:
@@ -64,7 +64,7 @@ class RankAllocator:
         beta2: float = 0.85,
         orth_reg_weight: float = 0.1,
     ) -> None:
-        self.layers = {clean_name(name): layer for name, layer in lora_layers(model) if isinstance(layer, AdaLoRALayer)}
+        self.layers = {clean_name(name): layer for name, layer in lora_layers(model) if isinstance(layer, AdaLoRA)}
         if not self.layers:
             raise ValueError(f"{type(model).__name__} has no AdaLoRA layers; apply a LoRAConfig with variant='adalora' first.")
         self.start = sum(layer.rank for layer in self.layers.values())

@@ -28,7 +28,7 @@ _INIT = LoRAConfig().init
 
 
 @register(VARIANTS, "adalora")
-class AdaLoRALayer(LoRALayer):
+class AdaLoRA(LoRALayer):
     """The mixin: ``lora_E`` (r, 1) between A and B.
 
     Works with every kind where row i of A meets column i of B and nothing else.
@@ -106,7 +106,7 @@ def shrink_adalora(model: nn.Module) -> dict[str, int]:
         ValueError: there is no AdaLoRA in the model, or it is merged or sharded; nothing is changed then.
     """
     prefix, root = adapter_root(model)
-    layers = {name: layer for name, layer in lora_layers(root) if isinstance(layer, AdaLoRALayer)}
+    layers = {name: layer for name, layer in lora_layers(root) if isinstance(layer, AdaLoRA)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no AdaLoRA layers to shrink; apply a LoRAConfig with variant='adalora' first.")
     for name, layer in layers.items():
@@ -121,7 +121,7 @@ def shrink_adalora(model: nn.Module) -> dict[str, int]:
     return found
 
 
-def kept_triplets(layer: AdaLoRALayer) -> list[int]:
+def kept_triplets(layer: AdaLoRA) -> list[int]:
     """Indices of the triplets that add something."""
     return layer.lora_E.detach().flatten().nonzero().flatten().tolist()
 
@@ -138,7 +138,7 @@ def _plain_config(layers: Iterable[tuple[str, Any]]) -> LoRAConfig:
 @torch.no_grad()
 def _made_plain(layer: LoRALayer, config: LoRAConfig) -> LoRALayer:
     """A layer turned into the plain LoRA that it computes, with parameters of its own."""
-    assert isinstance(layer, AdaLoRALayer)
+    assert isinstance(layer, AdaLoRA)
     kept = kept_triplets(layer) or [0]
     # Plain LoRA divides alpha by the rank that is left, AdaLoRA by the one at the start: the quotient goes into B.
     ratio = layer.scaling / config.scaling_of(len(kept), layer.alpha)
