@@ -127,15 +127,11 @@ class RankAllocator:
                     local(_gradient(parameter)).add_(piece_of(gradient, parameter))
 
     @torch.no_grad()
-    def after_step(self, grad_scale: float = 1.0) -> None:
-        """Score, choose and mask; once after each optimizer step, while its gradients are there.
-
-        Args:
-            grad_scale: what the gradients are still multiplied by (a loss scaler's, where the optimizer divides by it itself).
-        """
+    def after_step(self) -> None:
+        """Score, choose and mask; once after each optimizer step, while its gradients are there."""
         self.step += 1
         if self.step < self.prunes_until:
-            self._score(grad_scale)
+            self._score()
         due = self.tinit < self.step < self.prunes_until and self.step % self.deltaT == 0
         if due or self.step == self.prunes_until:
             self.keep = self._choose(self.budget(self.step))
@@ -191,7 +187,7 @@ class RankAllocator:
         self.sensitivity = {name: torch.zeros_like(p.detach()) for name, p in self.parameters.items()}
         self.uncertainty = {name: torch.zeros_like(p.detach()) for name, p in self.parameters.items()}
 
-    def _score(self, grad_scale: float) -> None:
+    def _score(self) -> None:
         weights = [local(p.detach()) for p in self.parameters.values()]
         gradients = [
             torch.zeros_like(w) if p.grad is None else local(_gradient(p)) for p, w in zip(self.parameters.values(), weights, strict=True)
@@ -199,8 +195,6 @@ class RankAllocator:
         mean, spread = ([local(t) for t in kept.values()] for kept in (self.sensitivity, self.uncertainty))
         now = torch._foreach_mul(weights, gradients)
         torch._foreach_abs_(now)
-        if grad_scale != 1.0:
-            torch._foreach_div_(now, grad_scale)
         torch._foreach_lerp_(mean, now, 1 - self.beta1)
         torch._foreach_sub_(now, mean)
         torch._foreach_abs_(now)

@@ -146,16 +146,6 @@ def test_scores_are_the_definition():
     assert flat[kept].min() > flat[~kept].max()
 
 
-def test_gradients_that_are_still_scaled_score_as_those_that_are_not():
-    plain, scaled = model(), model()
-    first, second = (RankAllocator(net, 2, 10) for net in (plain, scaled))
-    loss_of(plain, 1).backward()
-    (loss_of(scaled, 1) * 1024).backward()
-    first.after_step()
-    second.after_step(grad_scale=1024.0)
-    torch.testing.assert_close(first.scores(), second.scores(), rtol=1e-12, atol=0)
-
-
 def test_a_module_left_out_of_a_batch_has_no_sensitivity_in_it():
     net = model()
     allocator = RankAllocator(net, 2, 10)

@@ -210,10 +210,10 @@ class AdaLoRACallback(LoRACallback):
         self._saved = state_dict or None
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """The hook: a fused optimizer gets gradients that a loss scaler has not divided yet, and skips bad steps itself."""
-        scale, bad = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
+        """The hook. Under a loss scaler fused optimizers unscale the gradients, and skip bad steps, themselves."""
+        bad = getattr(optimizer, "found_inf", None)
         if self.allocator is not None and not (isinstance(bad, torch.Tensor) and bad.item()):
-            self.allocator.after_step(1.0 if scale is None else float(scale))
+            self.allocator.after_step()
 
     def _grow(self, pl_module: LightningModule) -> None:
         """Take the shrinking back, on the module that was shrunk; another one is none of ours."""
