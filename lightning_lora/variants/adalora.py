@@ -106,7 +106,7 @@ def shrink_adalora(model: nn.Module) -> dict[str, int]:
         ValueError: there is no AdaLoRA in the model, or it is merged or sharded; nothing is changed then.
     """
     prefix, root = adapter_root(model)
-    layers = {name: layer for name, layer in lora_layers(root) if isinstance(layer, AdaLoRA)}
+    layers = {clean_name(name): layer for name, layer in lora_layers(root) if isinstance(layer, AdaLoRA)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no AdaLoRA layers to shrink; apply a LoRAConfig with variant='adalora' first.")
     for name, layer in layers.items():
@@ -115,7 +115,7 @@ def shrink_adalora(model: nn.Module) -> dict[str, int]:
         if is_sharded(layer.lora_A):
             raise ValueError(f"{name!r} is sharded and cannot shrink; load a checkpoint into the model on one process and shrink it there.")
     found = {f"{prefix}.{name}" if prefix else name: len(kept_triplets(layer)) for name, layer in layers.items()}
-    config = _plain_config((clean_name(name), layer) for name, layer in layers.items())
+    config = _plain_config(layers.items())
     for layer in layers.values():
         _made_plain(layer, config)
     return found
