@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pydoc
 import sys
 from typing import Any
 
@@ -21,7 +22,8 @@ LOGGER = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"sa
 class LoRACLI(LightningCLI):
     """Everything LightningCLI does, plus ``--lora.*``; ``model`` and ``data`` may be any class by its ``class_path``.
 
-    A LoRACallback among ``trainer.callbacks``, such as AdaLoRACallback, takes the place of the one under ``lora``.
+    A callback of a class made from LoRACallback among ``trainer.callbacks``, such as AdaLoRACallback, takes what stands under ``lora``,
+    and its place.
 
     Args:
         args: The command line, a dict, or None for the process's.
@@ -62,6 +64,21 @@ class LoRACLI(LightningCLI):
         self.config = parser.parse_object(args) if isinstance(args, (dict, Namespace)) else parser.parse_args(args)
 
     @override
+    def before_instantiate_classes(self) -> None:
+        config, parser = self.config.get(str(self.subcommand), self.config), self._parser(self.subcommand)
+        callbacks = config.get("trainer.callbacks") or []
+        for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+            cls = pydoc.locate(callback.class_path)
+            if not isinstance(cls, type) or not issubclass(cls, LoRACallback):
+                continue
+            here = {name: callback.init_args[name] for name in vars(config.lora)}
+            if here["config"] is None:
+                callback.init_args.update(config.lora)
+            elif config.lora not in (parser.get_defaults()["lora"], Namespace(here)):
+                raise ValueError(f"trainer.callbacks: {cls.__name__} has a config of its own, and lora is set too; leave one of them out.")
+            parser.callback_keys = [key for key in parser.callback_keys if key != "lora"]
+
+    @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self._get(self.config_init, "trainer")
         callbacks = config.get("callbacks") or []
@@ -69,14 +86,6 @@ class LoRACLI(LightningCLI):
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             # Lightning's own choice, Rich, shows nothing of a run that is piped into a file.
             callbacks.append(TQDMProgressBar(refresh_rate=1 if sys.stderr.isatty() else 10))
-        own = next((c for c in callbacks if isinstance(c, LoRACallback)), None)
-        if own is not None:
-            parser, given = self._parser(self.subcommand), self._get(self.config, "lora")
-            if given != parser.get_defaults()["lora"]:
-                raise ValueError(
-                    f"lora: and trainer.callbacks both set up LoRA ({type(own).__name__} there): move what is under lora to it."
-                )
-            parser.callback_keys.remove("lora")
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def predict(self, **kwargs: Any) -> None:
