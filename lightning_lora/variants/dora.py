@@ -12,6 +12,7 @@ frozen and kept, the second costs what r more tokens would.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, ClassVar
 
 import torch
@@ -147,6 +148,12 @@ class DoRA(LoRALayer):
 
     def to_peft(self) -> dict[str, Tensor]:
         """With m as PEFT has it: for convolutions (1, out, 1, …)."""
+        if self.factor_matrices()[0].shape[:-2].numel() > 1:
+            warnings.warn(
+                f"{self} is a grouped convolution under DoRA: PEFT 0.21 takes other norms there, and would compute something else"
+                " from this file.",
+                stacklevel=3,
+            )
         m = self.per_output(self.lora_magnitude_vector)
         return super().to_peft() | {MAGNITUDE: m if m.ndim == 1 else m.unsqueeze(0)}
 

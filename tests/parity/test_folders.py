@@ -311,7 +311,6 @@ def test_round_trip(name, peft, tmp_path):
 
 
 REFUSED = [
-    ("use_dora", True),
     ("lora_bias", True),
     *(("init_lora_weights", init) for init in ("pissa", "pissa_niter_4", "olora", "loftq", "corda", "eva", "mica", "lora_ga")),
     ("loftq_config", {"loftq_bits": 4, "loftq_iter": 1}),
