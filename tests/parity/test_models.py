@@ -57,7 +57,8 @@ def gradients(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     model(**batch(name)).loss.backward()
     for key, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, key
-    return {key: parameter.grad for key, parameter in trained(model).items()}
+    flat = {key for key in trained(model) if key.endswith("magnitude_vector")}  # PEFT's of a convolution has more dimensions
+    return {key: p.grad.flatten() if key in flat else p.grad for key, p in trained(model).items()}
 
 
 @cases
