@@ -42,7 +42,10 @@ CASES = {
     "resnet": ("resnet", {"target_modules": ["convolution"], "modules_to_save": ["classifier"]}),
     "resnet-bias": ("resnet", {"target_modules": ["convolution", "classifier.1"], "bias": "all", "r": 2}),
     "llama-dora": ("llama", {"target_modules": ATTENTION_MLP["llama"], "use_dora": True}),
-    "llama-dora-embedding": ("llama", {"target_modules": ["embed_tokens", "q_proj", "lm_head"], "r": 4, "use_dora": True, "use_rslora": True}),
+    "llama-dora-embedding": (
+        "llama",
+        {"target_modules": ["embed_tokens", "q_proj", "lm_head"], "r": 4, "use_dora": True, "use_rslora": True},
+    ),
     "bert-dora-bias": ("bert", {"target_modules": ["query", "value"], "bias": "all", "use_dora": True}),
     "gpt2-dora": ("gpt2", {"target_modules": ATTENTION_MLP["gpt2"], "fan_in_fan_out": True, "use_dora": True}),
     # A convolution, but none before a batch norm, which takes the magnitude out again: its gradient is zero but for rounding.
