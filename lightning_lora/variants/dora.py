@@ -13,6 +13,7 @@ frozen and kept, the second costs what r more tokens would.
 from __future__ import annotations
 
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -87,11 +88,11 @@ class DoRA(LoRALayer):
 
     def _rescaled(self, z: Tensor) -> Tensor:
         """``g∘(z − b) + b``."""
-        gain, bias = self.per_output(self.lora_magnitude_vector / self.norm()), self._parameters.get("bias")
-        bias = None if bias is None else self.per_output(bias)
+        gain, own = self.per_output(self.lora_magnitude_vector / self.norm()), self._parameters.get("bias")
+        bias = None if own is None else self.per_output(own)
         if _transformed() or is_sharded(z):
             return (z * gain if bias is None else (z - bias) * gain + bias).to(z.dtype)
-        with torch.autocast(z.device.type, enabled=False):
+        with _no_autocast(z):
             return _Rescale.apply(z, gain, bias)
 
     @torch.no_grad()
@@ -101,7 +102,7 @@ class DoRA(LoRALayer):
 
     def _norm_of(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
         W, s = self.to_matrix(weight), self.scaling  # W (…, out, in), A (…, r, in), B (…, out, r)
-        with torch.autocast(W.device.type, enabled=False):
+        with _no_autocast(W):
             cross = (A.to(W.dtype) @ W.mT).mT.to(B.dtype) * (2 * s)  # (…, out, r); this way round is the faster one
             square = (torch.add(cross, B @ (A @ A.mT), alpha=s * s) * B).sum(-1).flatten() + self._square(W, B.dtype)
         return square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()
@@ -177,6 +178,10 @@ def _transformed() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
+def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+
+
 def _square(W: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.linalg.vector_norm(W, dim=-1, dtype=dtype).square().flatten()
 
@@ -206,7 +211,7 @@ class _Rescale(torch.autograd.Function):
         wide = None if bias is None else gain.dtype  # with a bias two sums are subtracted, and half precision would show
 
         def summed(tensor: Tensor) -> Tensor:
-            return (tensor.sum(others, dtype=wide) if others else tensor).to(gain.dtype).view(gain.shape)
+            return (tensor.sum(others, dtype=wide) if others else tensor.clone()).to(gain.dtype).view(gain.shape)
 
         buffer = None if torch.is_grad_enabled() else torch.empty_like(z)  # None: for derivatives of these
         if ctx.needs_input_grad[1]:
