@@ -101,12 +101,15 @@ def _read_folder(folder: Path) -> AdapterFile:
     config, base, _ = _understood(meta, str(file))
     fields = _read_json(folder / CONFIG) if (folder / CONFIG).is_file() else None
     said = {"r": config.rank, "lora_alpha": config.alpha, "use_rslora": config.scaling == "rslora", "bias": config.bias}
-    said |= peft_format.variant_fields(config)
     for name, mine in said.items():
         if fields is not None and fields.get(name) != mine:
             raise ValueError(
                 f"{folder}: {CONFIG} says {name}={fields.get(name)!r}, the tensors were saved with {mine!r}: files of two different saves."
             )
+    if fields is not None and (other := peft_format.variant_of(fields)) != peft_format.variant_of(peft_format.variant_fields(config)):
+        raise ValueError(
+            f"{folder}: {CONFIG} is of a {other!r} adapter, the tensors were saved with {config.variant!r}: files of two different saves."
+        )
     return AdapterFile(config, named, base)
 
 

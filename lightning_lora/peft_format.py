@@ -135,13 +135,13 @@ def from_peft(fields: dict[str, Any], where: str, tensor_names: Iterable[str]) -
         modules_to_save=saved,
         scaling="rslora" if fields.get("use_rslora") else "standard",
         init="gaussian" if init == "gaussian" else "kaiming",
-        variant=_variant(fields),
+        variant=variant_of(fields),
         allow_unmatched=True,  # PEFT's patterns may hit nothing; the tensors say what must be there
     )
 
 
-def _variant(fields: dict[str, Any]) -> str:
-    """The variant whose fields the JSON has; some (with none of their own) are plain LoRA to PEFT."""
+def variant_of(fields: dict[str, Any]) -> str:
+    """The variant whose fields the JSON has; those with none of their own are plain LoRA to PEFT."""
     said = {name: getattr(mixin, "peft_fields", {}) for name, mixin in VARIANTS.items()}
     return next((name for name, mine in said.items() if mine and all(fields.get(key) == mine[key] for key in mine)), "plain")
 

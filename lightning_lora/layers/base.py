@@ -318,3 +318,12 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
     for name, module in model.named_modules():
         if isinstance(module, LoRALayer):
             yield name, module
+
+
+def kept_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """``(name, parameter)`` of what a checkpoint has to hold: all that trains, and every adapter parameter though some variants
+    freeze one, since it started at random.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or name.rpartition(".")[2].startswith(PREFIX):
+            yield name, parameter

@@ -29,6 +29,7 @@ from lightning_lora.adapter_files import META, AdapterFile
 from lightning_lora.config import LoRAConfig
 from lightning_lora.digests import checksum
 from lightning_lora.inject import unmerge_lora
+from lightning_lora.layers.base import kept_parameters
 from lightning_lora.names import clean_name, persistent_buffers
 from lightning_lora.optim.groups import only_trainable
 from lightning_lora.optim.state import load_by_name, state_by_name
@@ -99,8 +100,8 @@ class StrategyHooks:
             self.originals["setup_optimizers"](trainer)
 
     def lightning_module_state_dict(self) -> dict[str, Tensor]:
-        """What trains, and the buffers that moved: never a frozen base tensor."""
-        trained = {clean_name(name): self._saved(p.detach()) for name, p in self.module.named_parameters() if p.requires_grad}
+        """The adapter, what else trains, and the buffers that moved: never a frozen base tensor."""
+        trained = {clean_name(name): self._saved(p.detach()) for name, p in kept_parameters(self.module)}
         buffers = persistent_buffers(self.module)
         moved = {name: self._saved(buffer) for name, buffer in buffers.items() if buffer_digest(buffer) != self.buffers.get(name)}
         return trained | moved
@@ -139,7 +140,7 @@ class StrategyHooks:
         different = theirs.differences(self.config)
         if different:
             raise ValueError(f"{path} was made with another LoRA config (its value != yours): {'; '.join(different)}.")
-        missing = sorted(name for name in self._trained_names() if name not in saved)
+        missing = sorted(name for name in self._kept_names() if name not in saved)
         if missing:
             raise ValueError(f"{path} lacks {len(missing)} tensors that train here: {', '.join(missing[:4])}.")
         mine = self.base()
@@ -187,11 +188,11 @@ class StrategyHooks:
 
     def _base_identity(self) -> dict[str, Any]:
         prefix = f"{self.root}." if self.root else ""
-        trained = {name.removeprefix(prefix) for name in self._trained_names()}
+        trained = {name.removeprefix(prefix) for name in self._kept_names()}
         return fingerprint.base_identity(self.module.get_submodule(self.root), trained)
 
-    def _trained_names(self) -> list[str]:
-        return [clean_name(name) for name, p in self.module.named_parameters() if p.requires_grad]
+    def _kept_names(self) -> list[str]:
+        return [clean_name(name) for name, _ in kept_parameters(self.module)]
 
     def _in_shards(self) -> bool:
         """Whether the user asked for a folder of shards."""
@@ -205,12 +206,12 @@ class StrategyHooks:
 
 
 def synchronize(module: nn.Module) -> None:
-    """Give every rank the first rank's values of what trains, where several ranks hold the same."""
+    """Give every rank the first rank's values of the adapter and what else trains, where several ranks hold the same."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     world = torch.distributed.group.WORLD
-    for parameter in module.parameters():
-        if parameter.requires_grad and not parameter.is_meta:
+    for _, parameter in kept_parameters(module):
+        if not parameter.is_meta:
             parallel.broadcast([parameter], parallel.replicas(parameter) if is_sharded(parameter) else [world])
 
 
@@ -222,7 +223,7 @@ def check_equal(module: nn.Module) -> None:
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
-    mine = {clean_name(name): checksum(p) for name, p in module.named_parameters() if p.requires_grad and not is_sharded(p)}
+    mine = {clean_name(name): checksum(p) for name, p in kept_parameters(module) if not is_sharded(p)}
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, mine)
     different = [name for name in mine if any(other.get(name) != mine[name] for other in everyone)]

@@ -12,6 +12,8 @@ frozen and kept, the second costs what r more tokens would.
 
 from __future__ import annotations
 
+import warnings
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -86,11 +88,11 @@ class DoRA(LoRALayer):
 
     def _rescaled(self, z: Tensor) -> Tensor:
         """``g∘(z − b) + b``."""
-        gain, bias = self.per_output(self.lora_magnitude_vector / self.norm()), self._parameters.get("bias")
-        bias = None if bias is None else self.per_output(bias)
+        gain, own = self.per_output(self.lora_magnitude_vector / self.norm()), self._parameters.get("bias")
+        bias = None if own is None else self.per_output(own)
         if _transformed() or is_sharded(z):
-            return (z * gain if bias is None else torch.addcmul((1 - gain) * bias, z, gain)).to(z.dtype)
-        with torch.autocast(z.device.type, enabled=False):
+            return (z * gain if bias is None else (z - bias) * gain + bias).to(z.dtype)
+        with _no_autocast(z):
             return _Rescale.apply(z, gain, bias)
 
     @torch.no_grad()
@@ -100,8 +102,8 @@ class DoRA(LoRALayer):
 
     def _norm_of(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
         W, s = self.to_matrix(weight), self.scaling  # W (…, out, in), A (…, r, in), B (…, out, r)
-        with torch.autocast(W.device.type, enabled=False):
-            cross = (W @ A.mT.to(W.dtype)).to(B.dtype) * (2 * s)  # (…, out, r)
+        with _no_autocast(W):
+            cross = (A.to(W.dtype) @ W.mT).mT.to(B.dtype) * (2 * s)  # (…, out, r); this way round is the faster one
             square = (torch.add(cross, B @ (A @ A.mT), alpha=s * s) * B).sum(-1).flatten() + self._square(W, B.dtype)
         return square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()
 
@@ -147,6 +149,12 @@ class DoRA(LoRALayer):
 
     def to_peft(self) -> dict[str, Tensor]:
         """With m as PEFT has it: for convolutions (1, out, 1, …)."""
+        if self.factor_matrices()[0].shape[:-2].numel() > 1:
+            warnings.warn(
+                f"{self} is a grouped convolution under DoRA: PEFT 0.21 takes other norms there, and would compute something else"
+                " from this file.",
+                stacklevel=3,
+            )
         m = self.per_output(self.lora_magnitude_vector)
         return super().to_peft() | {MAGNITUDE: m if m.ndim == 1 else m.unsqueeze(0)}
 
@@ -170,37 +178,48 @@ def _transformed() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
+def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+
+
 def _square(W: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.linalg.vector_norm(W, dim=-1, dtype=dtype).square().flatten()
 
 
 class _Rescale(torch.autograd.Function):
-    """``g∘z + (1 − g)∘b``, g and b broadcast over z; computed in g's dtype, rounded once to z's."""
+    """``z + h∘(z − b)`` with h = g − 1 in z's dtype: rounding h costs little where rounding g would freeze small changes of m.
+
+    h and b are one number an output and broadcast over z. The passes over z are what DoRA costs, so there is one forward and two,
+    in one buffer, backward.
+    """
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(z, gain, bias)
-        out = torch.empty_like(z)
-        return torch.mul(z, gain, out=out) if bias is None else torch.addcmul((1 - gain) * bias, z, gain, out=out)
+        h = (gain - 1).to(z.dtype)
+        y = torch.addcmul(z, z, h)
+        return y if bias is None else y.sub_(h * bias.to(z.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad,) = grads
         z, gain, bias = ctx.saved_tensors
-        dz = dgain = dbias = None
-        if ctx.needs_input_grad[0]:
-            dz = (grad * gain).to(z.dtype)
+        h, dz, dgain, dbias = (gain - 1).to(z.dtype), None, None, None
+        axis = z.ndim - gain.ndim
+        others = [dim for dim in range(z.ndim) if dim != axis]
+
+        wide = None if bias is None else gain.dtype  # with a bias two sums are subtracted, and half precision would show
+
+        def summed(tensor: Tensor) -> Tensor:
+            return (tensor.sum(others, dtype=wide) if others else tensor.clone()).to(gain.dtype).view(gain.shape)
+
+        buffer = None if torch.is_grad_enabled() else torch.empty_like(z)  # None: for derivatives of these
         if ctx.needs_input_grad[1]:
-            dgain = _sum_to(grad * z, gain)
-            if bias is not None:
-                dgain = dgain - _sum_to(grad, gain) * bias
-        if ctx.needs_input_grad[2]:
-            dbias = _sum_to(grad, gain).mul(1 - gain).to(bias.dtype)
+            dgain = summed(torch.mul(grad, z, out=buffer))
+        if bias is not None and (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
+            total = summed(grad)
+            dgain = None if dgain is None else dgain - total * bias
+            dbias = (total * (1 - gain)).to(bias.dtype) if ctx.needs_input_grad[2] else None
+        if ctx.needs_input_grad[0]:
+            dz = torch.addcmul(grad, grad, h, out=buffer)
         return dz, dgain, dbias
-
-
-def _sum_to(tensor: Tensor, gain: Tensor) -> Tensor:
-    """Summed over all but the output dimension, in the gain's dtype and shape."""
-    axis = tensor.ndim - gain.ndim
-    dims = [dim for dim in range(tensor.ndim) if dim != axis]
-    return (tensor.sum(dims, dtype=gain.dtype) if dims else tensor.to(gain.dtype)).view(gain.shape)
