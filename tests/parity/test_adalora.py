@@ -91,9 +91,16 @@ def test_scores_budgets_and_masks_over_the_whole_schedule():
     assert len({int(keep.sum()) for keep in allocator.keep.values()}) > 1  # it did find different ranks
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "resnet"])
-@pytest.mark.parametrize("scaling", ["standard", "rslora"])
-@pytest.mark.parametrize("when", ["as trained", "shrunk", "merged"])
+@pytest.mark.parametrize(
+    ("name", "scaling", "when"),
+    [
+        ("llama", "standard", "as trained"),
+        ("llama", "standard", "shrunk"),
+        ("llama", "rslora", "merged"),
+        ("gpt2", "rslora", "shrunk"),
+        ("resnet", "standard", "shrunk"),
+    ],
+)
 def test_peft_reads_what_is_left_as_plain_lora(name, scaling, when, tmp_path: Path):
     fields = {"rank": 5, "alpha": 7, "scaling": scaling, "variant": "adalora", "modules_to_save": []}
     model = fill(apply_lora(base(name), LoRAConfig(target_modules=TARGETS[name], **fields)))
