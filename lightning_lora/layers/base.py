@@ -179,16 +179,6 @@ class LoRALayer(Mergeable):
         """The base's forward alone."""
         return super().forward(input, *args, **kwargs)
 
-    def base_weight(self) -> Tensor:
-        """The frozen weight in a floating dtype.
-
-        Raises:
-            ValueError: it is packed, and nothing here knows how to unpack it.
-        """
-        if not self.weight.is_floating_point():
-            raise ValueError(f"the weight of {type(self).lora_base.__name__} is quantized ({self.weight.dtype}) in a way that is not known")
-        return self.weight
-
     def lora_delta(self) -> Tensor:
         """``scaling · B·A`` in the weight's shape."""
         A, B = self.factor_matrices()

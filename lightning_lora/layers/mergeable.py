@@ -38,6 +38,16 @@ class Mergeable(nn.Module):
         """The update as a dense tensor of the weight's shape, in the adapter's dtype."""
         raise NotImplementedError(f"{type(self).__name__} has to say its dense update")
 
+    def base_weight(self) -> Tensor:
+        """The base weight in a floating dtype.
+
+        Raises:
+            ValueError: it is packed, and nothing here knows how to unpack it.
+        """
+        if not self.weight.is_floating_point():
+            raise ValueError(f"the weight is quantized ({self.weight.dtype}) in a way that is not known")
+        return self.weight
+
     def merge_delta(self) -> Tensor:
         """What merging adds to the weight, computed from the adapter alone; then :meth:`merge_gain` multiplies."""
         return self.lora_delta()

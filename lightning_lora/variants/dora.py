@@ -113,6 +113,8 @@ class DoRA(LoRALayer):
             return _square(W, dtype)
         weight = self.weight
         key = (weight.data_ptr(), weight._version, weight.dtype, weight.device, dtype)
+        if not key[0]:  # a subclass without a storage of its own: nothing tells that it changed
+            return _square(W, dtype)
         if self.lora_square is None or self.lora_square[0] != key:
             self.lora_square = key, _square(W, dtype)
         return self.lora_square[1]
