@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check unit matrix clean
+.PHONY: quickstart test check unit matrix family clean
 
 quickstart: $(VENV)/.quickstart  ## LoRA-tune a real language model on real data; everything lands in runs/quickstart/
 	$(BIN)/python examples/quickstart.py
@@ -20,6 +20,9 @@ unit: $(VENV)/.test
 
 matrix: $(VENV)/.test  ## what works under which strategy, printed by running it
 	$(BIN)/python -m tests.matrix
+
+family: $(VENV)/.test  ## which variant works on which kind of layer, printed by running it
+	$(BIN)/python -m tests.family
 
 # One virtual environment; a stamp for each set of extras, renewed when what it installs changes.
 $(VENV)/bin/python:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_lora import inits, variants  # noqa: F401 (both register what configs name)
+from lightning_lora import inits  # noqa: F401 (registers what configs name)
 from lightning_lora.checkpoint import load_adapter, save_adapter
 from lightning_lora.config import LoRAConfig
 from lightning_lora.export import export_merged
@@ -12,12 +12,14 @@ from lightning_lora.inject import apply_lora, get_lora_parameters, merge_lora, m
 from lightning_lora.layers import LoRALinear
 from lightning_lora.optim import lora_param_groups
 from lightning_lora.targeting import find_targets
+from lightning_lora.variants import shrink_adalora
 
 if TYPE_CHECKING:
-    from lightning_lora.callbacks import LoRACallback
+    from lightning_lora.callbacks import AdaLoRACallback, LoRACallback
     from lightning_lora.strategies import LoRAFSDP2Strategy
 
 __all__ = [
+    "AdaLoRACallback",
     "LoRACallback",
     "LoRAConfig",
     "LoRAFSDP2Strategy",
@@ -31,6 +33,7 @@ __all__ = [
     "merge_lora",
     "merge_report",
     "save_adapter",
+    "shrink_adalora",
     "unload_lora",
     "unmerge_lora",
 ]
@@ -39,10 +42,10 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     # These need Lightning, which takes seconds to import; the plain functions do without it.
-    if name == "LoRACallback":
-        from lightning_lora.callbacks import LoRACallback
+    if name in ("AdaLoRACallback", "LoRACallback"):
+        from lightning_lora import callbacks
 
-        return LoRACallback
+        return getattr(callbacks, name)
     if name == "LoRAFSDP2Strategy":
         from lightning_lora.strategies import LoRAFSDP2Strategy
 

@@ -106,6 +106,10 @@ def _read_folder(folder: Path) -> AdapterFile:
             raise ValueError(
                 f"{folder}: {CONFIG} says {name}={fields.get(name)!r}, the tensors were saved with {mine!r}: files of two different saves."
             )
+    if fields is not None and (other := peft_format.variant_of(fields)) != peft_format.variant_of(peft_format.variant_fields(config)):
+        raise ValueError(
+            f"{folder}: {CONFIG} is of a {other!r} adapter, the tensors were saved with {config.variant!r}: files of two different saves."
+        )
     return AdapterFile(config, named, base)
 
 

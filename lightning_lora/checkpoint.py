@@ -47,6 +47,7 @@ def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False) 
     if not layers:
         raise ValueError(f"{type(model).__name__} has no LoRA layers to save; call apply_lora(model, config=...) first.")
     on_first_rank(lambda: _check_free(folder, overwrite))
+    layers = next(iter(layers.values())).exported(layers)
     config = next(iter(layers.values())).lora_config
     extras = extra_tensors(root, config, layers)
     tensors = {f"{fqn}.{part}": tensor for fqn, layer in layers.items() for part, tensor in layer.to_peft().items()}
@@ -155,12 +156,12 @@ def _fit(root: nn.Module, report: TargetReport, adapter: AdapterFile, where: str
     tensors, config = dict(adapter.tensors), adapter.config
     shapes: dict[str, tuple[int, ...]] = {}
     for target in report.targets:
-        for part, shape in zip(("lora_A", "lora_B"), target.kind.adapter_shapes(target.module, target.rank), strict=True):
+        for part, shape in target.kind.parameter_shapes(target.module, target.rank).items():
             name = f"{clean_name(target.fqn)}.{part}"
             shapes[name] = shape
-            if name in tensors and part == "lora_A" and tuple(tensors[name].shape) != shape:
+            if name in tensors and tuple(tensors[name].shape) != shape:
                 try:
-                    tensors[name] = target.kind.from_peft(target.module, tensors[name])
+                    tensors[name] = target.kind.from_peft(target.module, part, tensors[name])
                 except ValueError as error:
                     raise ValueError(f"{where}: {name}: {error}.") from error
     base = {clean_name(name): tensor for name, tensor in root.state_dict(keep_vars=True).items() if not _is_adapter(name)}
@@ -197,8 +198,12 @@ def _fit(root: nn.Module, report: TargetReport, adapter: AdapterFile, where: str
 
 def _same_adapter(root: nn.Module, layers: dict[str, LoRALayer], report: TargetReport, config: LoRAConfig, where: str) -> None:
     """Raise ValueError unless the layers that are there are those that the file is for."""
-    here = {name: (layer.rank, layer.scaling, layer.lora_config.variant) for name, layer in layers.items()}
-    file = {clean_name(t.fqn): (t.rank, config.scaling_of(t.rank, t.alpha), config.variant) for t in report.targets}
+
+    def key(config: LoRAConfig, rank: int, alpha: float) -> tuple[int, float, str]:
+        return rank, config.scaling_of(rank, alpha), config.variant
+
+    here = {name: key(layer.lora_config, layer.rank, layer.alpha) for name, layer in layers.items()}
+    file = {clean_name(t.fqn): key(config, t.rank, t.alpha) for t in report.targets}
     different = [
         f"{name!r} has {here.get(name)}, the file {file.get(name)}" for name in sorted(here | file) if here.get(name) != file.get(name)
     ]

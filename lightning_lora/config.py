@@ -15,7 +15,7 @@ from lightning_lora.patterns import compile_pattern, compile_patterns
 
 ALL_LINEAR = "all-linear"
 
-SCALINGS: dict[str, Callable[[float, int], float]] = {
+SCALINGS: dict[str, Callable[[float, float], float]] = {
     "standard": lambda alpha, rank: alpha / rank,  # LoRA, arXiv:2106.09685, section 4.1
     "rslora": lambda alpha, rank: alpha / math.sqrt(rank),  # rsLoRA, arXiv:2312.03732, equation 3
 }
@@ -40,7 +40,8 @@ class LoRAConfig:
             Hugging Face classification models; ``[]``: none.
         scaling: ``standard`` α/r, or ``rslora`` α/√r.
         init: how A and B start, a name in the registry: ``kaiming`` (A uniform in ±1/√fan_in, B zero), ``gaussian``.
-        variant: the update's formula, a name in the registry: ``plain``.
+        variant: the update's formula, a name in the registry: ``plain``, ``dora``, ``lora_fa``, ``adalora``
+            (:mod:`lightning_lora.variants`).
         allow_unmatched: accept patterns that match nothing, where others do match.
 
     Raises:
@@ -96,7 +97,7 @@ class LoRAConfig:
             object.__setattr__(self, name, float(getattr(self, name)))
         object.__setattr__(self, "alpha_pattern", {name: float(value) for name, value in self.alpha_pattern.items()})
 
-    def scaling_of(self, rank: int, alpha: float) -> float:
+    def scaling_of(self, rank: float, alpha: float) -> float:
         """The factor in front of ``B·A`` for a layer of this rank and alpha."""
         return SCALINGS[self.scaling](alpha, rank)
 

@@ -14,7 +14,6 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import merging
 from lightning_lora.files import write_atomic
 from lightning_lora.layers.base import PREFIX, LoRALayer
 from lightning_lora.names import adapter_root, clean_name, persistent_buffers
@@ -48,7 +47,7 @@ def export_merged(model: nn.Module, folder: str | Path, *, overwrite: bool = Fal
         with torch.no_grad():
             tensor = whole(parameter.detach())
             if name == "weight" and isinstance(module, LoRALayer) and not module.merged:
-                tensor, _ = merging.merged_weight(tensor, module.exact_delta())
+                tensor, _ = module.merged_weight()
         if writer is not None:
             writer.add(clean_name(f"{module_name}.{name}" if module_name else name), tensor)
     if writer is not None:

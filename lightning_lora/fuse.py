@@ -74,11 +74,12 @@ class GatedMLP(nn.Module):
         layers: list[Any] = [self.gate_proj, self.up_proj, self.down_proj]
         if len(args) != 1 or kwargs or not kernels.usable(args[0]) or not all([_serves(layer, args[0]) for layer in layers]):
             return super().forward(*args, **kwargs)
+        As, Bs = zip(*[layer.update_factors() for layer in layers], strict=True)
         return lora_gated_mlp(
             args[0],
             [layer.weight for layer in layers],
-            [layer.lora_A for layer in layers],
-            [layer.lora_B for layer in layers],
+            As,
+            Bs,
             [layer.scaling for layer in layers],
             layers[0].dropout_now(),
         )

@@ -75,7 +75,10 @@ def inject(model: nn.Module, config: LoRAConfig, report: TargetReport) -> nn.Mod
         for parameter, _ in trained:
             parameter.requires_grad_(False)
         for target in report.targets:
-            adapt(target.module, config, target.rank, target.alpha)
+            try:
+                adapt(target.module, config, target.rank, target.alpha)
+            except ValueError as error:
+                raise ValueError(f"{target.fqn!r}: {error}.") from error
         fuse(model)
         _train_extras(model, config, report)
         _guard_resize(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pydoc
 import sys
 from typing import Any
 
@@ -20,6 +21,9 @@ LOGGER = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"sa
 
 class LoRACLI(LightningCLI):
     """Everything LightningCLI does, plus ``--lora.*``; ``model`` and ``data`` may be any class by its ``class_path``.
+
+    A callback of a class made from LoRACallback among ``trainer.callbacks``, such as AdaLoRACallback, takes what stands under ``lora``,
+    and its place.
 
     Args:
         args: The command line, a dict, or None for the process's.
@@ -59,6 +63,21 @@ class LoRACLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         # As in LightningCLI, without its warning that the process has arguments too: a script like the quickstart has its own.
         self.config = parser.parse_object(args) if isinstance(args, (dict, Namespace)) else parser.parse_args(args)
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        config, parser = self.config.get(str(self.subcommand), self.config), self._parser(self.subcommand)
+        callbacks = config.get("trainer.callbacks") or []
+        for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+            cls = pydoc.locate(callback.class_path)
+            if not isinstance(cls, type) or not issubclass(cls, LoRACallback):
+                continue
+            here = {name: callback.init_args[name] for name in vars(config.lora)}
+            if here["config"] is None:
+                callback.init_args.update(config.lora)
+            elif config.lora not in (parser.get_defaults()["lora"], Namespace(here)):
+                raise ValueError(f"trainer.callbacks: {cls.__name__} has a config of its own, and lora is set too; leave one of them out.")
+            parser.callback_keys = [key for key in parser.callback_keys if key != "lora"]
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_lora.layers.base import LoRALayer, lora_layers
+from lightning_lora.layers.base import LoRALayer, kept_parameters, lora_layers
 from lightning_lora.sharding import is_sharded, local, whole
 
 _WRAPPERS = (FSDPModule, FullyShardedDataParallel)
@@ -39,7 +39,7 @@ class GradientReducer:
 
     def __init__(self, parameters: Sequence[nn.Parameter], groups: Sequence[Any]) -> None:
         # A module that is fitted again has its hooks already.
-        self.parameters = [parameter for parameter in parameters if not hasattr(parameter, "_lora_reducer")]
+        self.parameters = [p for p in parameters if p.requires_grad and not hasattr(p, "_lora_reducer")]
         self.groups = list(groups)
         self._queued = False
         for parameter in self.parameters:
@@ -110,11 +110,11 @@ def place_adapters(model: nn.Module) -> None:
 
 
 def replicated_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """What trains, for ``FullyShardedDataParallel(model, ignored_states=replicated_parameters(model))``.
+    """The adapters and what else trains, for ``FullyShardedDataParallel(model, ignored_states=replicated_parameters(model))``.
 
     FSDP1 flattens a block into one parameter, which would need gradient memory for the frozen base too.
     """
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [parameter for _, parameter in kept_parameters(model)]
 
 
 def summoned(model: nn.Module, layers: Iterable[tuple[str, LoRALayer]]) -> Iterator[list[tuple[str, LoRALayer]]]:
@@ -207,7 +207,7 @@ def _place(layer: LoRALayer, data_dims: int) -> None:
         assert full is not None
         broadcast([full], [mesh.get_group(dim) for dim in range(mesh.ndim)])
         replicated = DTensor.from_local(full.detach(), mesh, [Replicate()] * mesh.ndim, run_check=False)
-        layer._parameters[name] = nn.Parameter(replicated.redistribute(placements=target))
+        layer._parameters[name] = nn.Parameter(replicated.redistribute(placements=target), requires_grad=full.requires_grad)
 
 
 def _owners(model: nn.Module) -> dict[nn.Module, nn.Module | None]:

@@ -15,6 +15,7 @@ from typing import Any
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.patterns import is_regex
+from lightning_lora.registry import VARIANTS
 
 PREFIX = "base_model.model."  # of every tensor's name in PEFT's files
 
@@ -24,10 +25,10 @@ _INERT = {
 }  # fmt: skip
 _HONOURED = {
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias", "use_rslora",
-    "modules_to_save", "rank_pattern", "alpha_pattern", "init_lora_weights",
+    "modules_to_save", "rank_pattern", "alpha_pattern", "init_lora_weights", "use_dora",
 }  # fmt: skip
 _REFUSED = {
-    "use_dora", "lora_bias", "use_qalora", "use_bdlora", "velora_config", "alora_invocation_tokens", "monteclora_config", "kasa_config",
+    "lora_bias", "use_qalora", "use_bdlora", "velora_config", "alora_invocation_tokens", "monteclora_config", "kasa_config",
     "arrow_config", "layer_replication", "megatron_config", "trainable_token_indices", "target_parameters", "ensure_weight_tying",
 }  # fmt: skip
 _NOT_CODE = {"auto_mapping", "megatron_core", "trust_remote_code"}
@@ -71,7 +72,13 @@ def to_peft(config: LoRAConfig, layers: dict[str, LoRALayer], saved: Collection[
         "alpha_pattern": {_anchored(fqn): _whole(layer.alpha) for fqn, layer in layers.items() if layer.alpha != config.alpha},
         "fan_in_fan_out": any(layer.transposed for layer in layers.values()),
         "init_lora_weights": True,
+        **variant_fields(config),
     }
+
+
+def variant_fields(config: LoRAConfig) -> dict[str, Any]:
+    """What PEFT's JSON says of a variant, beside what it says of plain LoRA."""
+    return getattr(VARIANTS[config.variant], "peft_fields", {})
 
 
 def from_peft(fields: dict[str, Any], where: str, tensor_names: Iterable[str]) -> LoRAConfig:
@@ -128,8 +135,15 @@ def from_peft(fields: dict[str, Any], where: str, tensor_names: Iterable[str]) -
         modules_to_save=saved,
         scaling="rslora" if fields.get("use_rslora") else "standard",
         init="gaussian" if init == "gaussian" else "kaiming",
+        variant=variant_of(fields),
         allow_unmatched=True,  # PEFT's patterns may hit nothing; the tensors say what must be there
     )
+
+
+def variant_of(fields: dict[str, Any]) -> str:
+    """The variant whose fields the JSON has; those with none of their own are plain LoRA to PEFT."""
+    said = {name: getattr(mixin, "peft_fields", {}) for name, mixin in VARIANTS.items()}
+    return next((name for name, mine in said.items() if mine and all(fields.get(key) == mine[key] for key in mine)), "plain")
 
 
 def our_name(name: str, where: str) -> str:

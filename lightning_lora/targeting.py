@@ -17,7 +17,7 @@ from torch import nn
 
 from lightning_lora.config import ALL_LINEAR, LoRAConfig
 from lightning_lora.heads import output_heads, saved_modules, within
-from lightning_lora.layers.base import PREFIX, LoRALayer, refusal
+from lightning_lora.layers.base import PREFIX, LoRALayer, adapted_class, refusal
 from lightning_lora.names import modules_by_name
 from lightning_lora.patterns import compile_patterns, layer_index, no_match
 from lightning_lora.registry import kind_of, why_refused
@@ -32,7 +32,7 @@ class Target:
     fqn: str
     module: nn.Module = field(repr=False)
     type_name: str  # the module's type before it is adapted
-    kind: type[LoRALayer]
+    kind: type[LoRALayer]  # the class that it gets
     rank: int
     alpha: float
 
@@ -44,7 +44,7 @@ class Target:
     @property
     def parameters(self) -> int:
         """Elements that the adapter has."""
-        return sum(math.prod(shape) for shape in self.kind.adapter_shapes(self.module, self.rank))
+        return sum(math.prod(shape) for shape in self.kind.parameter_shapes(self.module, self.rank).values())
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetReport:
         rank = next((config.rank_pattern[text] for text in ranks.matching(fqn)), config.rank)
         alpha = next((config.alpha_pattern[text] for text in alphas.matching(fqn)), config.alpha)
         problem = _problem(modules.get(fqn.rpartition(".")[0], model), fqn, module, rank, config, saved)
-        kind = kind_of(module)
+        kind = adapted_class(module, config.variant)
         if problem or kind is None:
             problems.append(problem or why_refused(module, fqn))
         else:
@@ -182,7 +182,7 @@ def _problem(parent: nn.Module, fqn: str, module: nn.Module, rank: int, config: 
             return f"{fqn!r}: {reads}, so an adapter would be ignored there; exclude it."
     if within(fqn, saved):
         return f"{fqn!r} is both in target_modules and in modules_to_save; it can be adapted or trained in full, not both."
-    return refusal(module, fqn, rank, config.dropout)
+    return refusal(module, fqn, rank, config.dropout, config.variant)
 
 
 def _warn_of_rank(target: Target) -> None:

@@ -215,6 +215,50 @@ def test_a_traceback_on_request(monkeypatch):
         main(["melt"])
 
 
+ADALORA = str(Path(__file__).parents[1] / "configs" / "adalora.yaml")
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")
+def test_adalora_from_its_yaml_on_top_of_another(model, config, tmp_path, capsys, caplog):
+    """`callbacks+` adds to the list; what stands under lora, and on the command line, goes to the callback there."""
+    arguments = ["--config", config, "--config", ADALORA, "--lora.config.rank=8", "--lora.config.target_modules=all-linear"]
+    assert main(["fit", *arguments, "--trainer.max_epochs=5", "--lora.merge_on_fit_end=false"]) == 0
+    assert "LoRA on 14 modules" in caplog.text and "AdaLoRA: 14 modules from rank 8 to 4.00 on average" in caplog.text
+    assert "merged into" not in caplog.text
+    (checkpoint,) = (tmp_path / "run").glob("checkpoints/*.ckpt")
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    found = [int(tensor.count_nonzero()) for name, tensor in state.items() if name.endswith("lora_E")]
+    assert len(found) == 14 and sum(found) == 14 * 4 and len(set(found)) > 1
+
+    saved = tmp_path / "run" / "config.yaml"  # what Lightning writes beside the metrics runs too
+    assert main(["fit", "--config", str(saved), "--trainer.limit_val_batches=1", "--trainer.enable_checkpointing=false"]) == 0
+    assert main(["test", *arguments, f"--ckpt_path={checkpoint}"]) == 0
+    assert "test_accuracy" in capsys.readouterr().out
+    assert main(["merge", model, str(checkpoint), str(tmp_path / "merged")]) == 0
+    ids = torch.arange(4, 14)[None]
+    with torch.no_grad():
+        mine = load_adapter(transformers.AutoModelForCausalLM.from_pretrained(model), checkpoint)(ids).logits
+        merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
+    torch.testing.assert_close(merged, mine, rtol=1e-4, atol=1e-4)
+
+
+def test_two_lora_configs_are_one_too_many(config, capsys):
+    own = ["--trainer.callbacks+=lightning_lora.AdaLoRACallback", "--trainer.callbacks.config.target_modules=[v_proj]"]
+    assert main(["fit", "--config", config, *own]) == 1
+    assert "AdaLoRACallback has a config of its own, and lora is set too" in capsys.readouterr().err
+
+
+def test_a_callback_with_its_own_config_needs_no_lora_section(config, tmp_path, caplog):
+    content = yaml.safe_load(Path(config).read_text())
+    del content["lora"]
+    own = {"target_rank": 2, "init_rank": 4, "config": {"target_modules": ["v_proj"], "alpha": 4}}
+    content["trainer"] |= {"max_epochs": 2, "callbacks": [{"class_path": "lightning_lora.AdaLoRACallback", "init_args": own}]}
+    file = tmp_path / "own.yaml"
+    file.write_text(yaml.safe_dump(content))
+    assert main(["fit", "--config", str(file)]) == 0
+    assert "AdaLoRA: 2 modules from rank 4 to 2.00" in caplog.text
+
+
 def test_help_lists_every_command(capsys):
     for arguments in ([], ["--help"], ["-h"]):
         assert main(arguments) == 0

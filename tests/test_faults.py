@@ -299,7 +299,8 @@ OURS_A0 = "layers.0.q_proj.lora_A"
 FILE, JSON = "adapter_model.safetensors", "adapter_config.json"
 
 BAD_FOLDERS: list[tuple[str, Callable[[Path], object], tuple[str, ...]]] = [
-    ("row14_use_dora", peft(use_dora=True), (JSON, "use_dora=True", "not supported")),
+    ("row16_use_dora", peft(use_dora=True), ("missing", "layers.0.q_proj.lora_magnitude_vector")),
+    ("row18_variant_of_another_save", lambda f: edit_json(f, use_dora=True), (JSON, "'dora'", "'plain'", "two different saves")),
     ("row14_lora_bias", peft(lora_bias=True), (JSON, "lora_bias=True", "not supported")),
     ("row14_replication", peft(layer_replication=[[0, 2]]), (JSON, "layer_replication=[[0, 2]]", "not supported")),
     ("row14_pissa", peft(init_lora_weights="pissa"), (JSON, "init_lora_weights='pissa'", "convert")),

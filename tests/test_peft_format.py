@@ -97,6 +97,7 @@ def test_a_saved_name_that_pefts_matching_would_take_for_another_too():
         ({"init_lora_weights": False}, {"init": "kaiming"}),
         ({"rank_pattern": {"q_proj": 2}}, {"rank_pattern": {"q_proj": 2}}),
         ({"target_modules": None}, {"target_modules": ("layers.0.attn.q_proj",)}),  # the tensors say it
+        ({"use_dora": True}, {"variant": "dora"}),
         ({"use_dora": False, "lora_bias": False, "layer_replication": None, "target_parameters": []}, {"variant": "plain"}),
         ({"loftq_config": {}, "revision": "main", "task_type": "CAUSAL_LM", "inference_mode": True}, {}),
     ],
@@ -110,8 +111,7 @@ def test_fields_we_honour_or_may_ignore(fields, expected):
     ("fields", "message"),
     [
         ({"peft_type": "IA3"}, r"a\.json: peft_type='IA3'; only LORA"),
-        ({"use_dora": True}, r"a\.json: use_dora=True changes what the adapter computes"),
-        ({"lora_bias": True}, "lora_bias=True changes"),
+        ({"lora_bias": True}, r"a\.json: lora_bias=True changes what the adapter computes"),
         ({"layer_replication": [[0, 2]]}, "layer_replication="),
         ({"trainable_token_indices": [1]}, "trainable_token_indices="),
         ({"target_parameters": ["experts.up"]}, "target_parameters="),

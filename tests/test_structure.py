@@ -34,12 +34,13 @@ LEVELS = [
     ["layers", "variants"],
     ["targeting", "parallel"],
     ["inject"],
-    ["fuse", "fingerprint", "peft_format", "optim.groups"],
+    ["allocation", "fuse", "fingerprint", "peft_format", "optim.groups"],
     ["adapter_files", "optim.*"],
     ["checkpoint", "export", "optim"],
     ["strategies.io", "strategies.support"],
     ["strategies.*"],
     ["strategies"],
+    ["callbacks.lora"],
     ["callbacks.*"],
     ["callbacks"],
     [""],
@@ -229,7 +230,8 @@ print(time.perf_counter() - start, *{{name.partition(".")[0] for name in set(sys
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
-    """The package has a `__getattr__`, for the callback alone."""
+    """The package has a `__getattr__`, for the callbacks and the strategy."""
     with pytest.raises(AttributeError, match=f"module '{NAME}' has no attribute 'nothing'"):
         getattr(lightning_lora, "nothing")  # noqa: B009
     assert lightning_lora.LoRACallback.__module__ == f"{NAME}.callbacks.lora"
+    assert lightning_lora.AdaLoRACallback.__module__ == f"{NAME}.callbacks.adalora"

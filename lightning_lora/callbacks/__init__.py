@@ -1,5 +1,6 @@
 """Lightning callbacks."""
 
+from lightning_lora.callbacks.adalora import AdaLoRACallback
 from lightning_lora.callbacks.lora import LoRACallback
 
-__all__ = ["LoRACallback"]
+__all__ = ["AdaLoRACallback", "LoRACallback"]

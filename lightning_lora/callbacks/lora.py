@@ -122,7 +122,8 @@ class LoRACallback(Callback):
                     " to a part with LoRACallback(module=...), or name what it trains in modules_to_save."
                 )
         let_gradients_in(pl_module)  # checkpointing may have been switched on after the adapters came
-        self._waiting = {f"{name}.{part}": p for name, layer in lora_layers(pl_module) for part, p in layer.lora_parameters().items()}
+        adapters = {f"{name}.{part}": p for name, layer in lora_layers(pl_module) for part, p in layer.lora_parameters().items()}
+        self._waiting = {name: p for name, p in adapters.items() if p.requires_grad}
         self._backward_ran, self._compare = False, True
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:

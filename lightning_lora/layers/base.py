@@ -8,15 +8,13 @@
 It is exact for bases that are linear in their weight with the input as it is; a subclass that does more in its forward (scales
 the output, say) trains as written, but its merge would differ: give such a base a kind of its own.
 
-It is exact for bases that are linear in their weight with the input as it is; a subclass that does more in its forward (scales
-the output, say) trains as written, but its merge would differ: give such a base a kind of its own.
-
 The module stays the same object under the same name, so state-dict keys, tied weights, hooks, ``isinstance`` checks and
 sharding plans stay as they were. A wrapper module would move keys and break tensor-parallel plans; a parametrization of
 the weight would build the dense product, hold many times the activations and could not serve packed weights.
 
-A *kind* (one file each) says how a layer's shape works by filling in four methods; a *variant* is a mixin before the kind
-in the MRO that changes the formula. Neither knows the other.
+A *kind* (one file each) says how a layer's shape works; a *variant* is a mixin before the kind in the MRO that changes the
+formula. Neither knows the other: a variant sees the weight and the factors as matrices (:meth:`LoRALayer.to_matrix`,
+:meth:`LoRALayer.factor_matrices`), the output by :meth:`LoRALayer.per_output`, and the base by :meth:`LoRALayer.base_forward`.
 """
 
 from __future__ import annotations
@@ -55,6 +53,8 @@ class LoRALayer(Mergeable):
     is_linear: ClassVar[bool] = False
     #: Whether the weight is stored (in, out).
     transposed: ClassVar[bool] = False
+    #: What PEFT's ``adapter_config.json`` says of this variant, beside what it says of plain LoRA.
+    peft_fields: ClassVar[dict[str, Any]] = {}
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
@@ -73,24 +73,53 @@ class LoRALayer(Mergeable):
 
     @classmethod
     def check(cls, module: Any, rank: int, dropout: float) -> None:
-        """Raise ValueError, with the reason only, if this kind cannot adapt this module with this rank and dropout."""
+        """Raise ValueError, with the reason only, if this kind or variant cannot adapt this module with this rank and dropout."""
 
     def lora_update(self, y: Tensor, x: Tensor) -> Tensor:
         """The base's output ``y`` plus this layer's update for the input ``x``."""
         raise NotImplementedError(f"{type(self).__name__} has to say its update")
 
-    def lora_factors(self) -> tuple[Tensor, Tensor]:
+    def update_factors(self) -> tuple[Tensor, Tensor]:
+        """A and B as the update multiplies them; a variant may put something between them."""
+        return self.lora_A, self.lora_B
+
+    def lora_factors(self) -> tuple[nn.Parameter, nn.Parameter]:
         """The factor that starts random and the one that starts at zero."""
         return self.lora_A, self.lora_B
+
+    def to_matrix(self, tensor: Tensor) -> Tensor:
+        """A tensor of the weight's shape as an (out, in) matrix, or as one a group: (groups, out/groups, in/groups)."""
+        return tensor.t() if self.transposed else tensor
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        """The inverse of :meth:`to_matrix`."""
+        return matrix.t() if self.transposed else matrix
+
+    def factor_matrices(self) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r), or one each a group; ``scaling · B @ A`` is the update of :meth:`to_matrix` of the weight."""
+        return self.update_factors()
+
+    def per_output(self, vector: Tensor) -> Tensor:
+        """One number an output channel, (out,), shaped so that it broadcasts over this layer's output."""
+        return vector
 
     def to_peft(self) -> dict[str, Tensor]:
         """The adapter's tensors under the names, and in the shapes, that PEFT has for them."""
         return dict(zip(self.peft_names, (self.lora_A, self.lora_B), strict=True))
 
     @classmethod
-    def from_peft(cls, module: Any, A: Tensor) -> Tensor:
-        """A tensor A of PEFT's in the shape that this kind has, where the two differ; unchanged if it is no such A."""
-        return A
+    def exported(cls, layers: dict[str, LoRALayer]) -> dict[str, LoRALayer]:
+        """FQN → layer as adapter files have it: the layers themselves, but for variants that are a way to train and no format."""
+        return layers
+
+    @classmethod
+    def from_peft(cls, module: Any, part: str, tensor: Tensor) -> Tensor:
+        """PEFT's tensor for an adapter parameter in the shape that this kind has, where the two differ; else unchanged.
+
+        Raises:
+            ValueError: it cannot be brought into that shape.
+        """
+        return tensor
 
     @classmethod
     def adapter_placements(cls, placement: Any) -> tuple[Any, Any]:
@@ -103,8 +132,13 @@ class LoRALayer(Mergeable):
 
     # Construction.
 
+    @classmethod
+    def parameter_shapes(cls, module: Any, rank: int) -> dict[str, tuple[int, ...]]:
+        """Name → shape of every adapter parameter: A and B, and what a variant has beside them."""
+        return dict(zip(("lora_A", "lora_B"), cls.adapter_shapes(module, rank), strict=True))
+
     def init_adapter(self, config: LoRAConfig, rank: int, alpha: float) -> None:
-        """Freeze the base parameters and add A and B on the weight's device, at least in fp32."""
+        """Freeze the base parameters and add the adapter's on the weight's device, at least in fp32."""
         weight = self.weight
         dtype = weight.dtype if weight.dtype.is_floating_point and weight.dtype.itemsize >= 4 else torch.float32
         self.lora_config, self.rank, self.alpha = config, rank, alpha
@@ -113,13 +147,13 @@ class LoRALayer(Mergeable):
             parameter.requires_grad_(False)
         # No child module: parallelization plans and module walks see the tree that they know.
         self.__dict__["lora_dropout"] = nn.Dropout(config.dropout).train(self.training)
-        for name, shape in zip(("lora_A", "lora_B"), self.adapter_shapes(self, rank), strict=True):
+        for name, shape in self.parameter_shapes(self, rank).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype)))
         self.reset_lora_parameters()
         kernels.look_at(weight.device)
 
     def reset_lora_parameters(self) -> None:
-        """Start A and B anew, as the config's init has it."""
+        """Start the adapter anew, A and B as the config's init has it."""
         with torch.no_grad():
             look_up(INITS, "init", self.lora_config.init)(self)
 
@@ -142,6 +176,15 @@ class LoRALayer(Mergeable):
         """The base's forward plus the update."""
         y = super().forward(input, *args, **kwargs)
         return y if self.merged else self.lora_update(y, input)
+
+    def base_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base's forward alone."""
+        return super().forward(input, *args, **kwargs)
+
+    def lora_delta(self) -> Tensor:
+        """``scaling · B·A`` in the weight's shape."""
+        A, B = self.factor_matrices()
+        return self.from_matrix(B @ A) * self.scaling
 
     def dropout_now(self) -> float:
         """The dropout probability in force: 0 in evaluation."""
@@ -191,8 +234,16 @@ def lora_class(base: type[nn.Module], kind: type[LoRALayer], variant: type) -> t
             _CLASSES[key] = kind  # LoRALinear is concrete for nn.Linear
         else:
             parents = [cls for cls in (variant, kind, base) if cls is not object and not (cls is base and issubclass(kind, base))]
-            _CLASSES[key] = type(f"LoRA{base.__name__}", tuple(parents), {"__module__": base.__module__, "lora_base": base})
+            name = ("LoRA" if variant is object else variant.__name__) + base.__name__
+            _CLASSES[key] = type(name, tuple(parents), {"__module__": base.__module__, "lora_base": base})
     return _CLASSES[key]
+
+
+def adapted_class(module: nn.Module, variant: str) -> type[LoRALayer] | None:
+    """The class that a module (adapted or not) has with this variant; None if no kind adapts it."""
+    base, kind = type(module), kind_of(module)
+    base = base.lora_base if issubclass(base, LoRALayer) else base
+    return None if kind is None else lora_class(base, kind, look_up(VARIANTS, "variant", variant))
 
 
 _CLASSES: dict[tuple[type, type, type], type[LoRALayer]] = {}
@@ -200,17 +251,16 @@ _CLASSES: dict[tuple[type, type, type], type[LoRALayer]] = {}
 
 def _rebuild(base: type[nn.Module], variant: str) -> LoRALayer:
     """Unpickle: the dynamic class is made, not looked up."""
-    kind = kind_of(base.__new__(base))
-    assert kind is not None
-    cls = lora_class(base, kind, look_up(VARIANTS, "variant", variant))
+    cls = adapted_class(base.__new__(base), variant)
+    assert cls is not None
     return cls.__new__(cls)
 
 
 def adapt(module: nn.Module, config: LoRAConfig, rank: int, alpha: float) -> LoRALayer:
     """Turn a module into its LoRA subclass, in place; the caller has checked it with :func:`refusal`."""
-    kind = kind_of(module)
-    assert kind is not None
-    module.__class__ = lora_class(type(module), kind, look_up(VARIANTS, "variant", config.variant))
+    cls = adapted_class(module, config.variant)
+    assert cls is not None
+    module.__class__ = cls
     assert isinstance(module, LoRALayer)
     module.init_adapter(config, rank, alpha)
     return module
@@ -219,9 +269,6 @@ def adapt(module: nn.Module, config: LoRAConfig, rank: int, alpha: float) -> LoR
 def restore(layer: LoRALayer) -> nn.Module:
     """The plain module again, in place, with the weight it has now; the adapter is dropped."""
     for name in (
-        "lora_config",
-        "lora_dropout",
-        "lora_siblings",
         "rank",
         "alpha",
         "merged",
@@ -233,16 +280,16 @@ def restore(layer: LoRALayer) -> nn.Module:
         "_device",
     ):
         layer.__dict__.pop(name, None)
-    for container in (layer._parameters, layer._modules):
+    for container in (layer._parameters, layer._modules, layer.__dict__):
         for name in [name for name in container if name.startswith(PREFIX)]:
             del container[name]
     layer.__class__ = type(layer).lora_base  # type: ignore[assignment]
     return layer
 
 
-def refusal(module: nn.Module, fqn: str, rank: int, dropout: float) -> str | None:
+def refusal(module: nn.Module, fqn: str, rank: int, dropout: float, variant: str = "plain") -> str | None:
     """Why this module cannot be adapted, as a whole sentence; None if it can."""
-    kind = kind_of(module)
+    kind = adapted_class(module, variant)
     name = qualified_name(type(module))
     if kind is None:
         return why_refused(module, fqn)
@@ -254,7 +301,7 @@ def refusal(module: nn.Module, fqn: str, rank: int, dropout: float) -> str | Non
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return f"{fqn!r} ({name}) is lazy and has no shape yet; run one forward pass before applying LoRA."
     try:
-        kind.check(module, rank, dropout)  # type: ignore[attr-defined]
+        kind.check(module, rank, dropout)
     except ValueError as error:
         return f"{fqn!r} ({name}): {error}."
     return None
@@ -265,3 +312,12 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
     for name, module in model.named_modules():
         if isinstance(module, LoRALayer):
             yield name, module
+
+
+def kept_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """``(name, parameter)`` of what a checkpoint has to hold: all that trains, and every adapter parameter though some variants
+    freeze one, since it started at random.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or name.rpartition(".")[2].startswith(PREFIX):
+            yield name, parameter

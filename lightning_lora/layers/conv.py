@@ -41,15 +41,27 @@ class LoRAConv(LoRALayer):
     def lora_update(self, y: Tensor, x: Tensor) -> Tensor:
         """``y + scaling · B∗(A∗dropout(x))``; x (N, in, *spatial), y (N, out, *spatial)."""
         x = F.dropout(x.to(y.dtype), self.dropout_now())
-        t = self._conv_forward(x, self.lora_A.to(y.dtype), None)  # type: ignore[operator]  # (N, r, *spatial), padding modes too
+        A, B = self.update_factors()
+        t = self._conv_forward(x, A.to(y.dtype), None)  # type: ignore[operator]  # (N, r, *spatial), padding modes too
         convolve = (torch.conv1d, torch.conv2d, torch.conv3d)[len(self.kernel_size) - 1]
-        return y + convolve(t * self.scaling, self.lora_B.to(y.dtype), groups=self.groups)
+        return y + convolve(t * self.scaling, B.to(y.dtype), groups=self.groups)
 
-    def lora_delta(self) -> Tensor:
-        """The kernel ``scaling · B·A`` of each group, (out, in/groups, *kernel)."""
-        A = self.lora_A.flatten(1).unflatten(0, (self.groups, -1))  # (groups, r/groups, in/groups·kernel)
-        B = self.lora_B.flatten(1).unflatten(0, (self.groups, -1))  # (groups, out/groups, r/groups)
-        return (B @ A).view(self.weight.shape) * self.scaling
+    def to_matrix(self, tensor: Tensor) -> Tensor:
+        """Kernels (out, in/groups, *kernel) as (groups, out/groups, in/groups·kernel)."""
+        return tensor.flatten(1).unflatten(0, (self.groups, -1))
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        """The inverse."""
+        return matrix.flatten(0, 1).unflatten(1, (-1, *self.kernel_size))
+
+    def factor_matrices(self) -> tuple[Tensor, Tensor]:
+        """A (groups, r/groups, in/groups·kernel), B (groups, out/groups, r/groups)."""
+        A, B = self.update_factors()
+        return self.to_matrix(A), self.to_matrix(B)
+
+    def per_output(self, vector: Tensor) -> Tensor:
+        """(out, 1, …)."""
+        return vector.view(-1, *(1,) * len(self.kernel_size))
 
     def to_peft(self) -> dict[str, Tensor]:
         """A as an ungrouped kernel, (r, in, *kernel)."""
@@ -63,14 +75,14 @@ class LoRAConv(LoRALayer):
         return tensors
 
     @classmethod
-    def from_peft(cls, module: Any, A: Tensor) -> Tensor:
+    def from_peft(cls, module: Any, part: str, tensor: Tensor) -> Tensor:
         """The diagonal blocks of an ungrouped A; ValueError if there is anything beside them."""
         groups = module.groups
-        if groups == 1 or A.shape[1] != module.in_channels or A.shape[0] % groups:
-            return A
-        full = A.unflatten(1, (groups, -1)).unflatten(0, (groups, -1))  # (groups, r/groups, groups, in/groups, *kernel)
+        if part != "lora_A" or groups == 1 or tensor.shape[1] != module.in_channels or tensor.shape[0] % groups:
+            return tensor
+        full = tensor.unflatten(1, (groups, -1)).unflatten(0, (groups, -1))  # (groups, r/groups, groups, in/groups, *kernel)
         blocks = torch.stack([full[group, :, group] for group in range(groups)]).flatten(0, 1)
-        if blocks.count_nonzero() != A.count_nonzero():
+        if blocks.count_nonzero() != tensor.count_nonzero():
             raise ValueError(
                 f"the adapter of a {type(module).__name__} with groups={groups} mixes the groups, as PEFT's do:"
                 " it is no grouped convolution and not supported"

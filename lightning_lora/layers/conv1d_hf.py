@@ -26,8 +26,4 @@ class LoRAConv1DHF(LoRALayer):
 
     def lora_update(self, y: Tensor, x: Tensor) -> Tensor:
         """``y + scaling · B·A·dropout(x)``."""
-        return ops.lora_update(y, x, self.lora_A, self.lora_B, self.scaling, self.dropout_now())
-
-    def lora_delta(self) -> Tensor:
-        """``scaling · (B·A)ᵀ``, (in, out)."""
-        return (self.lora_B @ self.lora_A).t() * self.scaling
+        return ops.lora_update(y, x, *self.update_factors(), self.scaling, self.dropout_now())

@@ -35,18 +35,23 @@ class LoRAEmbedding(LoRALayer):
         if module.max_norm is not None:
             raise ValueError(f"max_norm={module.max_norm} changes the frozen weight in every forward pass; set it to None")
 
-    def lora_factors(self) -> tuple[Tensor, Tensor]:
+    def lora_factors(self) -> tuple[nn.Parameter, nn.Parameter]:
         """B random, A zero."""
         return self.lora_B, self.lora_A
 
     def lora_update(self, y: Tensor, x: Tensor) -> Tensor:
         """``y + scaling · B·A[:, ids]``; ids of any shape (...), y (..., dim)."""
         # padding_idx stops the gradient of that row, as in the base.
-        t = F.embedding(x, self.lora_A.t(), padding_idx=self.padding_idx)  # (..., r)
+        A, B = self.update_factors()
+        t = F.embedding(x, A.t(), padding_idx=self.padding_idx)  # (..., r)
         # Gemma's embeddings multiply their output: the update is part of it.
         scale = self.scaling * getattr(self, "embed_scale", 1.0)
-        return y + F.linear((t * scale).to(y.dtype), self.lora_B.to(y.dtype))
+        return y + F.linear((t * scale).to(y.dtype), B.to(y.dtype))
 
-    def lora_delta(self) -> Tensor:
-        """``scaling · (B·A)ᵀ``, (num_embeddings, dim)."""
-        return (self.lora_B @ self.lora_A).t() * self.scaling
+    def to_matrix(self, tensor: Tensor) -> Tensor:
+        """(dim, num_embeddings): the inputs are one-hot."""
+        return tensor.t()
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        """(num_embeddings, dim)."""
+        return matrix.t()

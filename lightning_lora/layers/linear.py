@@ -142,11 +142,7 @@ class LoRALinear(LoRALayer, nn.Linear):
 
     def lora_update(self, y: Tensor, x: Tensor) -> Tensor:
         """``y + scaling · B·A·dropout(x)``."""
-        return ops.lora_update(y, x, self.lora_A, self.lora_B, self.scaling, self.dropout_now(), inplace=self.plain_forward)
-
-    def lora_delta(self) -> Tensor:
-        """``scaling · B·A``, (out, in)."""
-        return (self.lora_B @ self.lora_A) * self.scaling
+        return ops.lora_update(y, x, *self.update_factors(), self.scaling, self.dropout_now(), inplace=self.plain_forward)
 
 
 def _copy(module: Any) -> Any:

@@ -6,7 +6,8 @@ adapter too would apply it twice. When an adapter is loaded into it, it unmerges
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from lightning_lora.digests import sampled_digest
 from lightning_lora.sharding import local, piece_of, whole
 
 PREFIX = "lora_"  # of every parameter that LoRA adds to a layer
+
+T = TypeVar("T")
 
 
 class Mergeable(nn.Module):
@@ -35,6 +38,24 @@ class Mergeable(nn.Module):
         """The update as a dense tensor of the weight's shape, in the adapter's dtype."""
         raise NotImplementedError(f"{type(self).__name__} has to say its dense update")
 
+    def base_weight(self) -> Tensor:
+        """The base weight in a floating dtype.
+
+        Raises:
+            ValueError: it is packed, and nothing here knows how to unpack it.
+        """
+        if not self.weight.is_floating_point():
+            raise ValueError(f"the weight is quantized ({self.weight.dtype}) in a way that is not known")
+        return self.weight
+
+    def merge_delta(self) -> Tensor:
+        """What merging adds to the weight, computed from the adapter alone; then :meth:`merge_gain` multiplies."""
+        return self.lora_delta()
+
+    def merge_gain(self, delta: Tensor) -> Tensor | None:
+        """What merging multiplies ``weight + delta`` by, in the weight's shape; None for 1. Asked before the merge only."""
+        return None
+
     def base_parameters(self) -> dict[str, nn.Parameter]:
         """The layer's own parameters without the adapter's."""
         return {name: p for name, p in self._parameters.items() if p is not None and not name.startswith(PREFIX)}
@@ -50,13 +71,26 @@ class Mergeable(nn.Module):
 
     def exact_delta(self, device: torch.device | str | None = None) -> Tensor:
         """The dense update with full-precision products, on ``device`` (default: the weight's)."""
+        return self._exactly(device, self.lora_delta)
+
+    def merged_weight(self, device: torch.device | str | None = None) -> tuple[Tensor, float]:
+        """The weight, whole, as a merge would leave it, and the share of the update that rounding lost; nothing is changed."""
+        delta, gain = self._exactly(device, self._merge_parts)
+        return merging.merged_weight(whole(self.weight.detach()).to(delta.device), delta, gain)
+
+    def _merge_parts(self) -> tuple[Tensor, Tensor | None]:
+        delta = self.merge_delta()
+        return delta, self.merge_gain(delta)
+
+    def _exactly(self, device: torch.device | str | None, compute: Callable[[], T]) -> T:
+        """What a method returns when the adapter is whole, on ``device``, and products are full-precision."""
         own = self._parameters
         target = torch.device(device) if device is not None else self.weight.device
         wide = {name: whole(p.detach()).to(target) for name, p in self.lora_parameters().items()}
         self.__dict__["_parameters"] = {**own, **wide}
         try:
             with merging.exact_matmul():
-                return self.lora_delta()
+                return compute()
         finally:
             self.__dict__["_parameters"] = own
 
@@ -79,16 +113,18 @@ class Mergeable(nn.Module):
             raise ValueError(reason)
         home, device = self.weight.device, torch.device(device) if device is not None else self.weight.device
         self._digest, self._device = sampled_digest(whole(self.weight.detach())), device
-        delta = piece_of(self.exact_delta(device), self.weight)
+        delta, gain = self._exactly(device, self._merge_parts)
+        delta = piece_of(delta, self.weight)
+        gain = None if gain is None else piece_of(gain, self.weight)
         if self._owns_weight:
             mine = local(self.weight.detach())
             weight = mine.to(device)
-            self._undo, self.merge_loss = merging.merge(weight, delta, reversible=reversible)
+            self._undo, self.merge_loss = merging.merge(weight, delta, gain, reversible=reversible)
             if device != home:
                 mine.copy_(weight)
         else:
             shared = self.weight
-            merged, self.merge_loss = merging.merged_weight(shared.data.to(device), delta)
+            merged, self.merge_loss = merging.merged_weight(shared.data.to(device), delta, gain)
             self.weight = nn.Parameter(merged.to(home), requires_grad=False)
             self._undo = merging.Original(shared) if reversible else None
         self.merged = True
@@ -116,13 +152,12 @@ class Mergeable(nn.Module):
         if isinstance(self._undo, merging.Undo):
             # Where it was merged, for the product has to come out the same to the bit.
             mine = local(self.weight.detach())
-            base = merging.unmerge(mine.to(self._device), piece_of(self.exact_delta(self._device), self.weight), self._undo)
+            delta = self._exactly(self._device, self.merge_delta)
+            base = merging.unmerge(mine.to(self._device), piece_of(delta, self.weight), self._undo)
             mine.copy_(base)
         else:
             self.weight = self._undo.weight
         self.merged, self._undo = False, None
-        for config in self.__dict__.pop("_untied", ()):
-            config.tie_word_embeddings = True
         for config in self.__dict__.pop("_untied", ()):
             config.tie_word_embeddings = True
 

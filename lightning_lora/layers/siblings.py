@@ -79,12 +79,13 @@ class Siblings:
 
 def compute(layers: list[LoRALinear], x: Tensor) -> tuple[Tensor, ...]:
     """The outputs of layers that are all fusable for x."""
+    As, Bs = zip(*[layer.update_factors() for layer in layers], strict=True)
     return lora_linears(
         x,
         [layer.weight for layer in layers],
         [layer.bias for layer in layers],
-        [layer.lora_A for layer in layers],
-        [layer.lora_B for layer in layers],
+        As,
+        Bs,
         [layer.scaling for layer in layers],
         layers[0].dropout_now(),
     )

@@ -29,6 +29,7 @@ from lightning_lora.adapter_files import META, AdapterFile
 from lightning_lora.config import LoRAConfig
 from lightning_lora.digests import checksum
 from lightning_lora.inject import unmerge_lora
+from lightning_lora.layers.base import kept_parameters
 from lightning_lora.names import clean_name, persistent_buffers
 from lightning_lora.optim.groups import only_trainable
 from lightning_lora.optim.lora_plus import apply_lora_plus, check_kept, holds_b
@@ -67,6 +68,8 @@ class StrategyHooks:
         # Persistent buffers as they are before any training or restoring: those that differ later belong into checkpoints.
         self.buffers = {name: buffer_digest(buffer) for name, buffer in persistent_buffers(module).items()}
         self.originals: dict[str, Callable[..., Any]] = {}
+        #: Called with the config of a checkpoint before it is held against the module, which it may change to fit.
+        self.before_load: Callable[[LoRAConfig], None] | None = None
         self._base: dict[str, Any] | None = None
         # FSDP1 flattens the weights: read before it wraps, or not at all.
         self._flattened = any(isinstance(child, FullyShardedDataParallel) for child in module.modules())
@@ -108,8 +111,8 @@ class StrategyHooks:
                 apply_lora_plus(optimizer, self.module, self.lora_plus_ratio, *mine)
 
     def lightning_module_state_dict(self) -> dict[str, Tensor]:
-        """What trains, and the buffers that moved: never a frozen base tensor."""
-        trained = {clean_name(name): self._saved(p.detach()) for name, p in self.module.named_parameters() if p.requires_grad}
+        """The adapter, what else trains, and the buffers that moved: never a frozen base tensor."""
+        trained = {clean_name(name): self._saved(p.detach()) for name, p in kept_parameters(self.module)}
         buffers = persistent_buffers(self.module)
         moved = {name: self._saved(buffer) for name, buffer in buffers.items() if buffer_digest(buffer) != self.buffers.get(name)}
         return trained | moved
@@ -142,10 +145,13 @@ class StrategyHooks:
                 f"{path} was not written under LoRACallback. To start from a full checkpoint load it into the module before fit; to test"
                 " it leave LoRACallback out."
             )
-        different = LoRAConfig(**meta["config"]).differences(self.config)
+        theirs = LoRAConfig(**meta["config"])
+        if self.before_load is not None:
+            self.before_load(theirs)
+        different = theirs.differences(self.config)
         if different:
             raise ValueError(f"{path} was made with another LoRA config (its value != yours): {'; '.join(different)}.")
-        missing = sorted(name for name in self._trained_names() if name not in saved)
+        missing = sorted(name for name in self._kept_names() if name not in saved)
         if missing:
             raise ValueError(f"{path} lacks {len(missing)} tensors that train here: {', '.join(missing[:4])}.")
         mine = self.base()
@@ -193,11 +199,11 @@ class StrategyHooks:
 
     def _base_identity(self) -> dict[str, Any]:
         prefix = f"{self.root}." if self.root else ""
-        trained = {name.removeprefix(prefix) for name in self._trained_names()}
+        trained = {name.removeprefix(prefix) for name in self._kept_names()}
         return fingerprint.base_identity(self.module.get_submodule(self.root), trained)
 
-    def _trained_names(self) -> list[str]:
-        return [clean_name(name) for name, p in self.module.named_parameters() if p.requires_grad]
+    def _kept_names(self) -> list[str]:
+        return [clean_name(name) for name, _ in kept_parameters(self.module)]
 
     def _in_shards(self) -> bool:
         """Whether the user asked for a folder of shards."""
@@ -211,12 +217,12 @@ class StrategyHooks:
 
 
 def synchronize(module: nn.Module) -> None:
-    """Give every rank the first rank's values of what trains, where several ranks hold the same."""
+    """Give every rank the first rank's values of the adapter and what else trains, where several ranks hold the same."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     world = torch.distributed.group.WORLD
-    for parameter in module.parameters():
-        if parameter.requires_grad and not parameter.is_meta:
+    for _, parameter in kept_parameters(module):
+        if not parameter.is_meta:
             parallel.broadcast([parameter], parallel.replicas(parameter) if is_sharded(parameter) else [world])
 
 
@@ -228,7 +234,7 @@ def check_equal(module: nn.Module) -> None:
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
-    mine = {clean_name(name): checksum(p) for name, p in module.named_parameters() if p.requires_grad and not is_sharded(p)}
+    mine = {clean_name(name): checksum(p) for name, p in kept_parameters(module) if not is_sharded(p)}
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, mine)
     different = [name for name in mine if any(other.get(name) != mine[name] for other in everyone)]

@@ -5,5 +5,9 @@ nothing to the kinds, so its mixin is ``object``.
 """
 
 from lightning_lora.registry import VARIANTS
+from lightning_lora.variants import dora, lora_fa
+from lightning_lora.variants.adalora import shrink_adalora
 
 VARIANTS["plain"] = object
+
+__all__ = ["dora", "lora_fa", "shrink_adalora"]

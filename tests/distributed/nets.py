@@ -68,7 +68,8 @@ def fill_adapters(model: nn.Module) -> None:
     for name, layer in lora_layers(model):
         for part, parameter in layer.lora_parameters().items():
             generator = torch.Generator().manual_seed(sum(map(ord, clean(name) + part)))
-            full = torch.randn(layer.adapter_shapes(layer, layer.rank)[part == "lora_B"], generator=generator) * 0.1
+            full = torch.randn(layer.parameter_shapes(layer, layer.rank)[part], generator=generator) * 0.1
+            full += part not in ("lora_A", "lora_B")  # magnitudes are around one, not around zero
             local(parameter).copy_(piece_of(full, parameter))
 
 
@@ -77,7 +78,8 @@ def adapter_tensors(model: nn.Module, what: Callable[[nn.Parameter], Any] = lamb
     found = {}
     for name, layer in lora_layers(model):
         for part, parameter in layer.lora_parameters().items():
-            found[f"{clean(name)}.{part}"] = whole(what(parameter)).detach().clone()
+            if what(parameter) is not None:  # a frozen factor has no gradient
+                found[f"{clean(name)}.{part}"] = whole(what(parameter)).detach().clone()
     return found
 
 

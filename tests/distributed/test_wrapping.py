@@ -18,7 +18,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from lightning_lora import apply_lora, get_lora_parameters, merge_lora, unmerge_lora
+from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, merge_lora, unmerge_lora
 from lightning_lora.parallel import GradientReducer, data_parallel_groups, replicated_parameters
 from lightning_lora.sharding import whole
 from tests.distributed.nets import CONFIG, Block, clean, fill_adapters, make_data, make_net, reference, same_on_all_ranks, train
@@ -82,24 +82,24 @@ WRAPPERS: dict[str, tuple[Callable[[nn.Module], nn.Module], bool]] = {
 BOTH = [("ddp", "before"), *((name, order) for name in ("fsdp2", "fsdp1", "tp") for order in ("before", "after"))]
 
 
-def wrapped_and_adapted(name: str, order: str) -> tuple[nn.Module, int, int]:
+def wrapped_and_adapted(name: str, order: str, config: LoRAConfig = CONFIG) -> tuple[nn.Module, int, int]:
     """The model, and which part of the batch this rank has."""
     wrap, data_parallel = WRAPPERS[name]
     if order == "before":
-        model = wrap(apply_lora(make_net(), config=CONFIG))
+        model = wrap(apply_lora(make_net(), config=config))
     else:
         torch.manual_seed(dist.get_rank())  # ranks draw different A: they have to be made the same
-        model = apply_lora(wrap(make_net()), config=CONFIG)
+        model = apply_lora(wrap(make_net()), config=config)
     fill_adapters(model)
     rank, world = dist.get_rank(), dist.get_world_size()
     return (model, rank // 2, 2) if name == "2d" else (model, rank, world) if data_parallel else (model, 0, 1)
 
 
-def check_training(name: str, order: str) -> dict[str, float]:
-    model, rank, world = wrapped_and_adapted(name, order)
+def check_training(name: str, order: str, config: LoRAConfig = CONFIG) -> dict[str, float]:
+    model, rank, world = wrapped_and_adapted(name, order, config)
     frozen = {n: whole(p).clone() for n, p in model.named_parameters() if not p.requires_grad and "fsdp1" not in name}
     grads, adapters = train(model, 3, rank, world)
-    wanted_grads, wanted = reference()
+    wanted_grads, wanted = reference(config=config)
     assert grads.keys() == wanted_grads.keys()
     assert same_on_all_ranks(adapters)
     assert all(torch.equal(whole(p), frozen[n]) for n, p in model.named_parameters() if n in frozen)
@@ -153,9 +153,9 @@ def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
         return {clean(n): whole(p).detach().clone() for n, p in model.named_parameters() if "lora_" not in n}
 
 
-def check_merge(name: str, order: str) -> dict[str, Any]:
-    model, _, _ = wrapped_and_adapted(name, order)
-    reference_model = apply_lora(make_net(), config=CONFIG)
+def check_merge(name: str, order: str, config: LoRAConfig = CONFIG) -> dict[str, Any]:
+    model, _, _ = wrapped_and_adapted(name, order, config)
+    reference_model = apply_lora(make_net(), config=config)
     fill_adapters(reference_model)
     x = make_data()[0]
     base = weights_of(model)

@@ -1,4 +1,7 @@
-"""One module of every kind that can be adapted, with an input and the formula of its update in float64."""
+"""One module of every kind that can be adapted, with an input and the formula of its update in float64.
+
+``CASES`` is the one list of bases: the tests of the kinds, and `make family` (kinds × variants), go through it.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,7 +46,10 @@ class Case:
     build: Callable[[], nn.Module]
     input: Callable[[], Tensor]
     definition: Callable[[LoRALayer, Tensor], Tensor]  # (layer in float64, input) → output, from the paper
+    product: Callable[[LoRALayer, Tensor, Tensor], Tensor]  # (layer, A, B) → B·A in the weight's shape
     rank: int = 4
+    out_axis: int = 0  # of the weight
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float64)  # what the base can be; the last is the exact one
 
     def base(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         torch.manual_seed(7)
@@ -59,6 +65,27 @@ class Case:
         torch.manual_seed(8)
         x = self.input()
         return x.to(dtype) if x.is_floating_point() else x
+
+    def apply(self, layer: LoRALayer, W: Tensor, x: Tensor) -> Tensor:
+        """The base's forward with another weight, in the dtype of W."""
+        if isinstance(layer, nn.Embedding):  # in the paper's terms; padding_idx stops gradients, which tests do by hand
+            return F.one_hot(x, layer.num_embeddings).to(W.dtype) @ W * getattr(layer, "embed_scale", 1.0)
+        bias = {} if layer.bias is None else {"bias": layer.bias}
+        return torch.func.functional_call(self.base(W.dtype), {"weight": W, **bias}, x)
+
+
+def plain_product(layer, A, B):
+    return B @ A
+
+
+def transposed_product(layer, A, B):
+    return (B @ A).T
+
+
+def kernel(layer, A, B):
+    """Group by group, as two convolutions in a row compose."""
+    parts = [b.flatten(1) @ a.flatten(1) for a, b in zip(A.chunk(layer.groups), B.chunk(layer.groups), strict=True)]
+    return torch.cat(parts).view(layer.weight.shape)
 
 
 def linear(layer, x):
@@ -96,18 +123,26 @@ def convolution(layer, x):
 
 def conv_case(dims: int, size: int, rank: int = 4, **kwargs: object) -> Case:
     cls = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
-    return Case(lambda: cls(4, 6, **kwargs), lambda: torch.randn(2, 4, *(size,) * dims), convolution, rank)  # type: ignore[arg-type]
+    return Case(lambda: cls(4, 6, **kwargs), lambda: torch.randn(2, 4, *(size,) * dims), convolution, kernel, rank)  # type: ignore[arg-type]
 
 
 CASES = {
-    "linear": Case(lambda: nn.Linear(12, 10), lambda: torch.randn(3, 5, 12), linear),
-    "linear-no-bias": Case(lambda: nn.Linear(12, 10, bias=False), lambda: torch.randn(5, 12), linear),
-    "linear-1d": Case(lambda: nn.Linear(12, 10), lambda: torch.randn(12), linear),
-    "linear-subclass": Case(lambda: OwnForward(12, 10), lambda: torch.randn(5, 12), linear),
-    "hf-conv1d": Case(lambda: Conv1D(10, 12), lambda: torch.randn(3, 5, 12), hf_conv1d),
-    "embedding": Case(lambda: nn.Embedding(11, 10), lambda: torch.randint(11, (3, 5)), embedding),
-    "embedding-padding": Case(lambda: nn.Embedding(11, 10, padding_idx=2), lambda: torch.tensor([[2, 1, 2], [0, 10, 2]]), embedding),
-    "embedding-scaled": Case(lambda: ScaledEmbedding(11, 10, embed_scale=4.0), lambda: torch.randint(11, (7,)), embedding),
+    "linear": Case(lambda: nn.Linear(12, 10), lambda: torch.randn(3, 5, 12), linear, plain_product),
+    "linear-no-bias": Case(lambda: nn.Linear(12, 10, bias=False), lambda: torch.randn(5, 12), linear, plain_product),
+    "linear-1d": Case(lambda: nn.Linear(12, 10), lambda: torch.randn(12), linear, plain_product),
+    "linear-subclass": Case(lambda: OwnForward(12, 10), lambda: torch.randn(5, 12), linear, plain_product),
+    "hf-conv1d": Case(lambda: Conv1D(10, 12), lambda: torch.randn(3, 5, 12), hf_conv1d, transposed_product, out_axis=1),
+    "embedding": Case(lambda: nn.Embedding(11, 10), lambda: torch.randint(11, (3, 5)), embedding, transposed_product, out_axis=1),
+    "embedding-padding": Case(
+        lambda: nn.Embedding(11, 10, padding_idx=2),
+        lambda: torch.tensor([[2, 1, 2], [0, 10, 2]]),
+        embedding,
+        transposed_product,
+        out_axis=1,
+    ),
+    "embedding-scaled": Case(
+        lambda: ScaledEmbedding(11, 10, embed_scale=4.0), lambda: torch.randint(11, (7,)), embedding, transposed_product, out_axis=1
+    ),
     "conv1d": conv_case(1, 9, kernel_size=3, stride=2, padding=1),
     "conv2d": conv_case(2, 7, kernel_size=(3, 2), stride=(1, 2), padding=(2, 1), dilation=(2, 1)),
     "conv2d-groups": conv_case(2, 5, kernel_size=3, groups=2, padding="same", bias=False),

@@ -140,6 +140,7 @@ def our_config(**peft: Any) -> LoRAConfig:
     ours.pop("fan_in_fan_out", None)  # a layer knows how it stores its weight
     if ours.pop("task_type", None) == "SEQ_CLS":
         ours["modules_to_save"] = "auto"
+    ours["variant"] = "dora" if ours.pop("use_dora", False) else "plain"
     ours["scaling"] = "rslora" if ours.pop("use_rslora", False) else "standard"
     init = ours.pop("init_lora_weights", True)
     ours["init"] = "kaiming" if init is True else init
@@ -151,7 +152,8 @@ def our_config(**peft: Any) -> LoRAConfig:
 def our_name(name: str) -> str:
     """PEFT's name of a parameter → ours."""
     name = name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
-    return re.sub(r"\.lora_(?:embedding_)?([AB])\.default(?:\.weight)?$", r".lora_\1", name)
+    name = re.sub(r"\.lora_(?:embedding_)?([AB])\.default(?:\.weight)?$", r".lora_\1", name)
+    return name.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector")
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -167,7 +169,7 @@ def randomise(model: nn.Module, seed: int = 1) -> None:
         for name in sorted(parameters):
             p = parameters[name]
             noise = torch.randn(p.shape, generator=g)
-            p.copy_(noise * 0.05 if ".lora_" in name else p + noise * 0.1)
+            p.copy_(noise * 0.05 if name.endswith((".lora_A", ".lora_B")) else p + noise * 0.1)
 
 
 def theirs(model: nn.Module, **peft: Any) -> PeftModel:
@@ -189,4 +191,6 @@ def twins(model: nn.Module, **peft: Any) -> tuple[nn.Module, PeftModel]:
 
 
 def close(actual: Tensor, expected: Tensor, atol: float = 1e-6, what: str = "") -> None:
+    if what.endswith(".lora_magnitude_vector"):  # PEFT's of a convolution is (1, out, 1, …)
+        actual, expected = actual.flatten(), expected.flatten()
     torch.testing.assert_close(actual, expected, rtol=0.0, atol=atol, msg=lambda text: f"{what}: {text}")

@@ -28,6 +28,8 @@ BOTH = {
     ),
     "llama-first-wins": ("llama", {"target_modules": ATTENTION, "rank_pattern": {"1.self_attn.q_proj": 2, "self_attn.q_proj": 4}}),
     "llama-rslora": ("llama", {"target_modules": ATTENTION, "use_rslora": True, "rank_pattern": {"v_proj": 2}}),
+    "llama-dora": ("llama", {"target_modules": [*ATTENTION, "embed_tokens"], "use_dora": True, "rank_pattern": {"v_proj": 2}}),
+    "vit-dora-conv": ("vit", {"target_modules": ["projection", "q_proj"], "use_dora": True, "use_rslora": True}),
     "llama-layers": ("llama", {"target_modules": ATTENTION, "layers_to_transform": [1]}),
     "llama-exclude": ("llama", {"target_modules": ATTENTION, "exclude_modules": ["layers.0.self_attn.q_proj", "o_proj"]}),
     "llama-exclude-regex": ("llama", {"target_modules": ATTENTION, "exclude_modules": r".*\.1\.self_attn\.(q|k)_proj"}),
@@ -311,7 +313,6 @@ def test_round_trip(name, peft, tmp_path):
 
 
 REFUSED = [
-    ("use_dora", True),
     ("lora_bias", True),
     *(("init_lora_weights", init) for init in ("pissa", "pissa_niter_4", "olora", "loftq", "corda", "eva", "mica", "lora_ga")),
     ("loftq_config", {"loftq_bits": 4, "loftq_iter": 1}),

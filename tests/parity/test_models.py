@@ -41,6 +41,15 @@ CASES = {
     "vit-conv": ("vit", {"target_modules": ["projection", "q_proj", "v_proj"]}),
     "resnet": ("resnet", {"target_modules": ["convolution"], "modules_to_save": ["classifier"]}),
     "resnet-bias": ("resnet", {"target_modules": ["convolution", "classifier.1"], "bias": "all", "r": 2}),
+    "llama-dora": ("llama", {"target_modules": ATTENTION_MLP["llama"], "use_dora": True}),
+    "llama-dora-embedding": (
+        "llama",
+        {"target_modules": ["embed_tokens", "q_proj", "lm_head"], "r": 4, "use_dora": True, "use_rslora": True},
+    ),
+    "bert-dora-bias": ("bert", {"target_modules": ["query", "value"], "bias": "all", "use_dora": True}),
+    "gpt2-dora": ("gpt2", {"target_modules": ATTENTION_MLP["gpt2"], "fan_in_fan_out": True, "use_dora": True}),
+    # A convolution, but none before a batch norm, which takes the magnitude out again: its gradient is zero but for rounding.
+    "vit-dora-conv": ("vit", {"target_modules": ["projection", "q_proj", "v_proj"], "use_dora": True}),
 }
 CASES = {key: (name, {"lora_alpha": 12, **peft}) for key, (name, peft) in CASES.items()}  # scaling 1 would hide it where it is missing
 cases = pytest.mark.parametrize(("name", "peft"), CASES.values(), ids=CASES.keys())
@@ -51,7 +60,8 @@ def gradients(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     model(**batch(name)).loss.backward()
     for key, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, key
-    return {key: parameter.grad for key, parameter in trained(model).items()}
+    flat = {key for key in trained(model) if key.endswith("magnitude_vector")}  # PEFT's of a convolution has more dimensions
+    return {key: p.grad.flatten() if key in flat else p.grad for key, p in trained(model).items()}
 
 
 @cases

@@ -6,9 +6,12 @@ small, with layers of the same types under the same names. What a row says:
 - `equal`: forward, gradients, merged output and the folder, both ways;
 - `grouped`: our update is a kernel of the base's own (grouped) shape, so it merges; PEFT's A sees the channels of all groups, which no such
   kernel does (and it cannot merge). Ours is a special case of PEFT's: PEFT reads our folder, we refuse one of PEFT's by module;
+- `grouped DoRA`: the same, but that PEFT takes the norms of a matrix that is not the update's; saving says so;
 - `no module: …`: `apply_lora` refuses the module, by its full name and type;
-- a field of PEFT's config: a folder with it is refused by that field (it belongs to a later issue: DoRA, trainable tokens, parameters …).
+- a field of PEFT's config: a folder with it is refused by that field (it belongs to a later issue: trainable tokens, parameters …).
 """
+
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -122,30 +125,30 @@ CASES = [
     ("ConvTranspose", "ConvTranspose", {"target_modules": ["up"]}, "no module: up ConvTranspose2d"),
     ("GRU", "GRU", {"target_modules": ["gru", "lin0"]}, "no module: gru GRU"),
     # Refused when a folder is read.
-    ("Vanilla MLP 7 LoRA with DoRA", "MLP", {**LIN0, "use_dora": True}, "use_dora"),
-    ("Vanilla MLP 8 LoRA with DoRA", "MLP", {**LIN01, "use_dora": True}, "use_dora"),
-    ("Vanilla MLP 9 LoRA with DoRA", "MLP", {"target_modules": "lin1", "use_dora": True, "lora_alpha": 32}, "use_dora"),
+    ("Vanilla MLP 7 LoRA with DoRA", "MLP", {**LIN0, "use_dora": True}, "equal"),
+    ("Vanilla MLP 8 LoRA with DoRA", "MLP", {**LIN01, "use_dora": True}, "equal"),
+    ("Vanilla MLP 9 LoRA with DoRA", "MLP", {"target_modules": "lin1", "use_dora": True, "lora_alpha": 32}, "equal"),
     (
         "Embedding + transformers Conv1D 1 DoRA",
         "EmbConv1D",
         {"target_modules": ["conv1d"], "use_dora": True, "fan_in_fan_out": True},
-        "use_dora",
+        "equal",
     ),
-    ("Embedding + transformers Conv1D 2 DoRA", "EmbConv1D", {"target_modules": ["emb"], "use_dora": True}, "use_dora"),
+    ("Embedding + transformers Conv1D 2 DoRA", "EmbConv1D", {"target_modules": ["emb"], "use_dora": True}, "equal"),
     (
         "Embedding + transformers Conv1D 3 DoRA",
         "EmbConv1D",
         {"target_modules": ["emb", "conv1d"], "use_dora": True, "fan_in_fan_out": True},
-        "use_dora",
+        "equal",
     ),
-    ("Conv1d LoRA with DoRA", "Conv1d", {"target_modules": ["conv1d"], "use_dora": True}, "use_dora"),
-    ("Conv2d 1 LoRA with DoRA", "Conv2d", {"target_modules": ["conv2d"], "use_dora": True}, "use_dora"),
-    ("Conv2d 2 LoRA with DoRA", "Conv2d", {"target_modules": ["conv2d", "lin0"], "use_dora": True}, "use_dora"),
-    ("Conv2d Groups LoRA with DoRA", "Conv2dGroups", {"target_modules": ["conv2d"], "use_dora": True}, "use_dora"),
-    ("Conv2d Groups2 LoRA with DoRA", "Conv2dGroups2", {"target_modules": ["conv2d"], "use_dora": True}, "use_dora"),
-    ("Conv3d 1 LoRA with DoRA", "Conv3d", {"target_modules": ["conv3d"], "use_dora": True}, "use_dora"),
-    ("Conv3d 2 LoRA with DoRA", "Conv3d", {"target_modules": ["conv3d", "lin0"], "use_dora": True}, "use_dora"),
-    ("Conv3d 1x1 LoRA with DoRA", "Conv3d1x1", {"target_modules": ["conv3d"], "use_dora": True}, "use_dora"),
+    ("Conv1d LoRA with DoRA", "Conv1d", {"target_modules": ["conv1d"], "use_dora": True}, "equal"),
+    ("Conv2d 1 LoRA with DoRA", "Conv2d", {"target_modules": ["conv2d"], "use_dora": True}, "equal"),
+    ("Conv2d 2 LoRA with DoRA", "Conv2d", {"target_modules": ["conv2d", "lin0"], "use_dora": True}, "equal"),
+    ("Conv2d Groups LoRA with DoRA", "Conv2dGroups", {"target_modules": ["conv2d"], "use_dora": True}, "grouped DoRA"),
+    ("Conv2d Groups2 LoRA with DoRA", "Conv2dGroups2", {"target_modules": ["conv2d"], "use_dora": True}, "grouped DoRA"),
+    ("Conv3d 1 LoRA with DoRA", "Conv3d", {"target_modules": ["conv3d"], "use_dora": True}, "equal"),
+    ("Conv3d 2 LoRA with DoRA", "Conv3d", {"target_modules": ["conv3d", "lin0"], "use_dora": True}, "equal"),
+    ("Conv3d 1x1 LoRA with DoRA", "Conv3d1x1", {"target_modules": ["conv3d"], "use_dora": True}, "equal"),
     ("Vanilla MLP 1 LoRA with KaSA", "MLP", {**LIN0, "kasa_config": KasaConfig(), "r": 4}, "kasa_config"),
     ("Vanilla MLP 1 LoRA with MiCA", "MLP", {**LIN0, "init_lora_weights": "mica", "r": 4}, "init_lora_weights"),
     (
@@ -216,6 +219,11 @@ def inputs() -> Tensor:
     return torch.arange(2160).view(216, 10) % 97
 
 
+def tolerance(peft: dict) -> float:
+    """A few units in the last place of outputs up to 4; DoRA's norms are summed in another order."""
+    return 2e-6 if "use_dora" in peft else 1e-6
+
+
 equal = pytest.mark.parametrize(("model", "peft", "outcome"), rows(lambda outcome: outcome == "equal"))
 
 
@@ -224,7 +232,7 @@ def test_forward_and_gradients(model, peft, outcome):
     ours, other = twins(build(model), **peft)
     ours.eval(), other.eval()
     out, expected = ours(inputs()), other(inputs())
-    close(out, expected)
+    close(out, expected, tolerance(peft))
     assert (out - build(model)(inputs())).abs().max() > 1e-3
     for y in (out, expected):
         nn.functional.nll_loss(y, torch.arange(len(y)) % 2).backward()
@@ -263,7 +271,7 @@ def test_merged(model, peft, outcome):
     before = ours.eval()(inputs()).detach()
     weights = {key: value.clone() for key, value in ours.state_dict().items()}
     merge_lora(ours)
-    close(ours(inputs()), before, atol=2e-6)
+    close(ours(inputs()), before, atol=2 * tolerance(peft))
     if model not in PEFT_CANNOT_MERGE:
         merged, expected = ours.state_dict(), other.merge_and_unload().state_dict()
         for key in expected:
@@ -281,20 +289,25 @@ def test_folders_both_ways(model, peft, outcome, tmp_path):
     read = read_by_peft(build(model), tmp_path / "ours")
     close(read(inputs()), expected)
     loaded = load_adapter(build(model), tmp_path / "theirs")
-    close(loaded.eval()(inputs()), expected)
+    close(loaded.eval()(inputs()), expected, tolerance(peft))
     assert trained(loaded).keys() == trained(ours).keys()
     assert trained(read).keys() == trained(ours).keys()
 
 
-@pytest.mark.parametrize(("model", "peft", "outcome"), rows(lambda outcome: outcome == "grouped"))
+@pytest.mark.parametrize(("model", "peft", "outcome"), rows(lambda outcome: outcome.startswith("grouped")))
 def test_grouped_convolutions(model, peft, outcome, tmp_path):
     ours = apply_lora(build(model), config=our_config(**peft)).eval()
     randomise(ours)
     expected = ours(inputs()).detach()
     assert (expected - build(model)(inputs())).abs().max() > 1e-3
-    save_adapter(ours, tmp_path / "ours")
-    read = read_by_peft(build(model), tmp_path / "ours")
-    close(read(inputs()), expected)
+    dora = outcome == "grouped DoRA"
+    with pytest.warns(UserWarning, match="PEFT 0.21 takes other norms") if dora else nullcontext():
+        save_adapter(ours, tmp_path / "ours")
+    read = read_by_peft(build(model), tmp_path / "ours")(inputs())
+    if dora:
+        assert (read - expected).abs().max() > 1e-4  # if this fails, PEFT was mended: the warning can go
+    else:
+        close(read, expected)
     close(load_adapter(build(model), tmp_path / "ours").eval()(inputs()), expected, atol=0.0)
     close(merge_lora(ours)(inputs()), expected)
 
@@ -346,4 +359,4 @@ def test_folders_refused_by_field(model, peft, outcome, tmp_path):
 
 def test_every_row_is_run():
     assert len({case[0] for case in CASES}) == len(CASES)
-    assert all(case[3] in {"equal", "grouped"} | FIELDS or case[3].startswith("no module: ") for case in CASES)
+    assert all(case[3] in {"equal", "grouped", "grouped DoRA"} | FIELDS or case[3].startswith("no module: ") for case in CASES)

@@ -1,0 +1,236 @@
+"""``AdaLoRACallback``: LoRA whose ranks are found in training, from ``Trainer(callbacks=[AdaLoRACallback(LoRAConfig(...))])``.
+
+It drives :class:`~lightning_lora.allocation.RankAllocator` at three moments. The regularizer goes straight into the gradients,
+in ``on_before_optimizer_step``: there they are complete, averaged over processes, unscaled, and not clipped yet. Scores and
+mask come from a hook of the optimizer itself, right after its step: before anything zeroes the gradients or saves a checkpoint,
+in automatic and manual optimization alike, and not for a step that a loss scaler skipped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_lora.allocation import RankAllocator, steps_of
+from lightning_lora.callbacks.lora import LoRACallback
+from lightning_lora.config import LoRAConfig
+from lightning_lora.inject import unmerge_lora
+from lightning_lora.layers.base import LoRALayer, lora_layers
+from lightning_lora.sharding import is_sharded
+from lightning_lora.variants import shrink_adalora
+
+
+class AdaLoRACallback(LoRACallback):
+    """:class:`LoRACallback` with AdaLoRA (arXiv:2303.10512): starts at ``init_rank``, prunes to ``target_rank`` on average.
+
+    The length of the schedule is the trainer's. After ``fit`` the adapters are plain LoRA, each of the rank that was found
+    (before they are merged, if they are); under strategies that shard adapters they keep their size, and
+    :func:`~lightning_lora.shrink_adalora` on one process shrinks a checkpoint that was loaded. Checkpoints hold AdaLoRA as it is
+    trained; a resumed run goes on step by step.
+
+    Args:
+        config: what to adapt; ``rank`` and ``variant`` are set here.
+        target_rank: average rank at the end; the budget is ``target_rank`` times the number of adapted modules.
+        init_rank: rank of each module at the start.
+        tinit: optimizer steps before pruning begins, or a share of all.
+        tfinal: optimizer steps at the end in which the ranks stand still, or a share of all.
+        deltaT: optimizer steps from one choice to the next.
+        beta1: smoothing of the sensitivity.
+        beta2: smoothing of its uncertainty.
+        orth_reg_weight: γ, of the orthogonality regularizer that is added to the loss.
+        total_steps: optimizer steps of the schedule, where they are not the trainer's: several optimizer steps a batch, endless
+            training, or a run that goes on after its schedule ended.
+        module: as in :class:`LoRACallback`, like those below.
+        merge_on_fit_end: see there.
+        check_base: see there.
+        check_gradients: see there.
+
+    Attributes:
+        allocator: scores, budget and mask, once fit has started.
+        ranks: module name → rank that was found (0: pruned altogether), once fit has ended.
+
+    Raises:
+        ValueError: an argument is out of range, or, when fit starts, the schedule does not fit the run.
+    """
+
+    def __init__(
+        self,
+        config: LoRAConfig | None = None,
+        target_rank: int = 8,
+        init_rank: int = 12,
+        tinit: int | float = 0.1,
+        tfinal: int | float = 0.3,
+        deltaT: int = 1,
+        beta1: float = 0.85,
+        beta2: float = 0.85,
+        orth_reg_weight: float = 0.1,
+        total_steps: int | None = None,
+        module: str | None = None,
+        merge_on_fit_end: bool = True,
+        check_base: bool = True,
+        check_gradients: bool = True,
+    ) -> None:
+        config = config or LoRAConfig()
+        if config.variant not in ("plain", "adalora"):
+            raise ValueError(f"variant={config.variant!r} and AdaLoRACallback exclude each other; leave variant out, or use LoRACallback.")
+        if config.rank not in (LoRAConfig().rank, init_rank):
+            raise ValueError(f"rank={config.rank} and init_rank={init_rank}: give the rank at the start once, as init_rank.")
+        for name, value in (("target_rank", target_rank), ("deltaT", deltaT), ("total_steps", total_steps)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value!r}: give a whole number ≥ 1.")
+        if target_rank >= init_rank and not config.rank_pattern:
+            raise ValueError(f"target_rank={target_rank} is not below init_rank={init_rank}: there would be nothing to prune.")
+        for name, beta in (("beta1", beta1), ("beta2", beta2)):
+            if not 0 < beta < 1:
+                raise ValueError(f"{name}={beta!r}: give a number between 0 and 1, such as 0.85.")
+        if not 0 <= orth_reg_weight < float("inf"):
+            raise ValueError(f"orth_reg_weight={orth_reg_weight!r}: give a finite number ≥ 0; 0 leaves the regularizer out.")
+        for name, steps in (("tinit", tinit), ("tfinal", tfinal)):
+            steps_of(name, steps, 1)
+        super().__init__(replace(config, rank=init_rank, variant="adalora"), module, merge_on_fit_end, check_base, check_gradients)
+        self.trained_config = self.config  # while the adapters are shrunk, `config` is that of the plain LoRA that they are
+        self.target_rank, self.total_steps = target_rank, total_steps
+        self.tinit, self.tfinal, self.deltaT = tinit, tfinal, deltaT
+        self.beta1, self.beta2, self.orth_reg_weight = beta1, beta2, orth_reg_weight
+        self.allocator: RankAllocator | None = None
+        self.ranks: dict[str, int] = {}
+        self._saved: dict[str, Any] | None = None
+        self._full: list[tuple[LoRALayer, type, dict[str, nn.Parameter], int]] = []  # the layers as they were before they shrank
+        self._optimizer: Optimizer | None = None
+        self._hook: Any = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """As in :class:`LoRACallback`; adapters that are to be trained on, or loaded from a checkpoint, get their size back."""
+        if stage == "fit":
+            self._saved = None  # of a checkpoint that was only tested
+            self._grow(pl_module)
+        super().setup(trainer, pl_module, stage)
+        if self._full:
+            hooks = trainer.strategy._lora_hooks  # type: ignore[attr-defined]
+
+            def before_load(config: LoRAConfig) -> None:
+                if config.variant == self.trained_config.variant:
+                    self._grow(pl_module)
+                    hooks.config = self.config
+
+            hooks.before_load = before_load
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Plan the schedule.
+
+        Raises:
+            ValueError: its length is not known, or has no room to prune; or no optimizer, or more than one, holds the adapters.
+        """
+        super().on_fit_start(trainer, pl_module)
+        total = self.total_steps or trainer.estimated_stepping_batches
+        if not 0 < total < float("inf"):
+            raise ValueError(
+                f"the trainer does not know how many optimizer steps it will take (max_epochs={trainer.max_epochs},"
+                f" max_steps={trainer.max_steps}), and AdaLoRA's schedule needs to: set max_steps, or AdaLoRACallback(total_steps=...)."
+            )
+        total, earlier = int(total), self.allocator
+        self.allocator = RankAllocator(
+            self._target(pl_module),
+            self.target_rank,
+            total,
+            steps_of("tinit", self.tinit, total),
+            steps_of("tfinal", self.tfinal, total),
+            self.deltaT,
+            self.beta1,
+            self.beta2,
+            self.orth_reg_weight,
+        )
+        if earlier is not None and self._saved is None and earlier.layers == self.allocator.layers:
+            self._saved = earlier.state_dict()  # the same module is fitted on
+        parameters = {id(layer.lora_E) for layer in self.allocator.layers.values()}
+        holders = [o for o in trainer.optimizers if parameters & {id(p) for group in o.param_groups for p in group["params"]}]
+        if len(holders) != 1:
+            raise ValueError(f"{len(holders)} optimizers hold lora_E: AdaLoRA scores all its layers after the same step; use one for them.")
+        self._optimizer = holders[0]
+        self._hook = self._optimizer.register_step_post_hook(self._after_step)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take up the state of the checkpoint that is resumed, now that everything else has."""
+        assert self.allocator is not None
+        if self._saved is not None:
+            self.allocator.load_state_dict(self._saved)
+            self._saved = None
+        elif trainer.global_step > 0:
+            raise ValueError(
+                "the checkpoint holds no state of AdaLoRACallback, so its schedule cannot be resumed; start anew from its weights."
+            )
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Add the regularizer's gradient."""
+        if self.allocator is not None and optimizer is self._optimizer:
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            still_scaled = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
+            self.allocator.regularize(scaler.get_scale() if still_scaled else 1.0)  # type: ignore[union-attr]
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let go of the optimizer, and say if the schedule was cut short."""
+        allocator = self.allocator
+        assert allocator is not None
+        self._hook.remove()
+        self._optimizer = None
+        if allocator.step < allocator.prunes_until:
+            rank_zero_warn(
+                f"fit ended after {allocator.step} optimizer steps, AdaLoRA's schedule prunes until step {allocator.prunes_until}: the"
+                f" ranks are what they were then, not target_rank={self.target_rank} on average."
+            )
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Shrink the adapters to the ranks found, then as in :class:`LoRACallback`."""
+        target = self._target(pl_module)
+        layers = [layer for _, layer in lora_layers(target)]
+        if any(is_sharded(layer.lora_A) for layer in layers):
+            rank_zero_info(
+                "AdaLoRA: the adapters are sharded and keep their size; load a checkpoint on one process and shrink_adalora there."
+            )
+        else:
+            full = [(layer, type(layer), layer.lora_parameters(), layer.rank) for layer in layers]
+            self.ranks = shrink_adalora(target)
+            self._full, self.config = full, layers[0].lora_config
+            trainer.strategy._lora_hooks.config = self.config  # type: ignore[attr-defined]  # what is saved from now on is plain LoRA
+            rank_zero_info(self._report())
+        super().on_fit_end(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Step, mask and scores, for a checkpoint."""
+        return {} if self.allocator is None else self.allocator.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep them until fit starts."""
+        self._saved = state_dict or None
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """The hook. Under a loss scaler fused optimizers unscale the gradients, and skip bad steps, themselves."""
+        bad = getattr(optimizer, "found_inf", None)
+        if self.allocator is not None and not (isinstance(bad, torch.Tensor) and bad.item()):
+            self.allocator.after_step()
+
+    def _grow(self, pl_module: LightningModule) -> None:
+        """Take the shrinking back, on the module that was shrunk; another one is none of ours."""
+        mine = {id(layer) for _, layer in lora_layers(pl_module)}
+        if self._full and all(id(layer) in mine for layer, *_ in self._full):
+            unmerge_lora(self._target(pl_module))
+            for layer, cls, parameters, rank in self._full:
+                layer.__class__ = cls
+                layer._parameters.update(parameters)
+                layer.lora_config, layer.rank = self.trained_config, rank
+        self._full, self.config = [], self.trained_config
+
+    def _report(self) -> str:
+        found = list(self.ranks.values())
+        gone = [name for name, rank in self.ranks.items() if rank == 0]
+        lost = f" Pruned altogether, kept at rank 1 with B zero: {', '.join(gone)}." if gone else ""
+        return (
+            f"AdaLoRA: {len(found)} modules from rank {self.trained_config.rank} to {sum(found) / len(found):.2f} on average"
+            f" ({min(found)} to {max(found)}).{lost}"
+        )

@@ -1,0 +1,331 @@
+"""AdaLoRACallback: the right gradients and scores in every mode of the Trainer, resume, shrinking, refusals."""
+
+import copy
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_lora import AdaLoRACallback, LoRACallback, LoRAConfig, apply_lora, load_adapter, save_adapter
+from lightning_lora.adapter_files import read_adapter
+from lightning_lora.allocation import RankAllocator
+from lightning_lora.layers import LoRALinear, lora_layers
+from tests.lit import LitNet, make_net, trainer
+from tests.test_allocation import orthogonality
+
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:Checkpoint directory", "ignore:The `srun`")
+
+CONFIG = LoRAConfig(alpha=4, target_modules=["fc1", "fc2"])
+PLAN = {"target_rank": 2, "init_rank": 4, "tinit": 2, "tfinal": 3, "deltaT": 2}
+
+
+def adalora(config=CONFIG, **fields):
+    return AdaLoRACallback(config, **{**PLAN, **fields})
+
+
+def adapters(module):
+    return {f"{n}.{part}": p.detach().clone() for n, layer in lora_layers(module) for part, p in layer.lora_parameters().items()}
+
+
+class Trained(Callback):
+    """Keeps the adapters as they are when training ends, before they shrink, and the allocator's state then."""
+
+    def on_train_end(self, trainer, pl_module):
+        self.adapters = adapters(pl_module)
+        self.state = next(c for c in trainer.callbacks if isinstance(c, AdaLoRACallback)).allocator.state_dict()
+
+
+def fit(folder, module=None, callback=None, extra=(), ckpt_path=None, **kwargs):
+    torch.manual_seed(5)
+    module, callback, trained = module or LitNet(), callback or adalora(), Trained()
+    run = trainer(folder, callback, trained, *extra, **{"max_epochs": 4, **kwargs})
+    run.fit(module, ckpt_path=ckpt_path)
+    return run, module, callback, trained
+
+
+# Against a plain loop with the paper's loss.
+
+
+def loop(folder, accumulate=1, clip=None, steps=16):
+    """What AdaLoRA is: the loss with the regularizer, differentiated by autograd; score and mask after each step."""
+    torch.manual_seed(5)
+    lit = LitNet()
+    apply_lora(lit, LoRAConfig(rank=4, alpha=4, target_modules=["fc1", "fc2"], variant="adalora"))
+    allocator = RankAllocator(lit, 2, steps, 2, 3, 2, orth_reg_weight=0.0)
+    optimizer = torch.optim.AdamW([p for p in lit.parameters() if p.requires_grad], lr=1e-2, eps=1e-4)
+    batches = list(lit.train_dataloader()) * 4
+    for start in range(0, len(batches), accumulate):
+        optimizer.zero_grad()
+        losses = [lit.step(batch) for batch in batches[start : start + accumulate]]
+        (sum(losses) / accumulate + 0.1 * orthogonality(lit)).backward()
+        if clip:
+            nn.utils.clip_grad_norm_([p for p in lit.parameters() if p.requires_grad], clip)
+        optimizer.step()
+        allocator.after_step()
+    return adapters(lit), allocator.state_dict()
+
+
+def same(mine, theirs, atol=2e-6):
+    torch.testing.assert_close(mine.adapters, theirs[0], rtol=0, atol=atol)
+    assert mine.state["step"] == theirs[1]["step"]
+    assert {name: keep.tolist() for name, keep in mine.state["keep"].items()} == {n: keep.tolist() for n, keep in theirs[1]["keep"].items()}
+
+
+class Scaled(MixedPrecision):
+    """16-mixed's loss scaler on a CPU, without its rounding."""
+
+    def __init__(self):
+        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=4096.0, growth_interval=3))
+
+    def autocast_context_manager(self):
+        return torch.autocast("cpu", enabled=False)
+
+
+class Lit(LitNet):
+    fused = False
+
+    def configure_optimizers(self):  # with the usual eps Adam makes much of gradients that are rounding noise
+        return torch.optim.AdamW(self.parameters(), lr=1e-2, eps=1e-4, fused=self.fused)
+
+
+class Fused(Lit):
+    fused = True
+
+
+class Manual(Lit):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.step(batch))
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("module", "kwargs", "reference"),
+    [
+        pytest.param(Lit, {}, {}, id="plain"),
+        pytest.param(Lit, {"accumulate_grad_batches": 2}, {"accumulate": 2, "steps": 8}, id="accumulated"),
+        pytest.param(Lit, {"gradient_clip_val": 0.5}, {"clip": 0.5}, id="clipped"),
+        pytest.param(Lit, {"plugins": Scaled}, {}, id="loss scaler"),
+        pytest.param(Lit, {"plugins": Scaled, "gradient_clip_val": 0.5}, {"clip": 0.5}, id="loss scaler, clipped"),
+        pytest.param(Fused, {"plugins": Scaled}, {}, id="loss scaler, fused optimizer"),
+        pytest.param(Manual, {}, {}, id="manual optimization"),
+    ],
+)
+def test_trains_as_a_plain_loop_with_the_papers_loss(tmp_path, module, kwargs, reference):
+    kwargs = {key: value() if isinstance(value, type) else value for key, value in kwargs.items()}
+    _, _, _, trained = fit(tmp_path, module(), **kwargs)
+    same(trained, loop(tmp_path, **reference))
+    assert trained.state["keep"] and sum(int(keep.sum()) for keep in trained.state["keep"].values()) == 4
+
+
+class Overflows(Lit):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * (float("inf") if self.trainer.global_step == 5 else 1.0)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_the_loss_scaler_skips_counts_for_nothing(tmp_path, fused):
+    module = type("Module", (Overflows, Fused) if fused else (Overflows,), {})()
+    _, _, callback, trained = fit(tmp_path, module, plugins=Scaled())
+    assert callback.allocator.step == 15
+    assert all(tensor.isfinite().all() for tensor in trained.adapters.values())
+    assert sum(callback.ranks.values()) == 4
+
+
+# The end of fit.
+
+
+def test_fit_leaves_plain_lora_of_the_ranks_found(tmp_path):
+    _, module, callback, trained = fit(tmp_path, callback=adalora(merge_on_fit_end=False))
+    assert {name: int(keep.sum()) for name, keep in trained.state["keep"].items()} == callback.ranks
+    assert sum(callback.ranks.values()) == 4
+    layers = dict(lora_layers(module))
+    assert all(type(layer) is LoRALinear and layer.rank == max(1, callback.ranks[name]) for name, layer in layers.items())
+    # What was trained, applied to the base by hand.
+    twin = make_net()
+    apply_lora(twin, callback.trained_config)
+    twin.load_state_dict({name.removeprefix("net."): t for name, t in trained.adapters.items()}, strict=False)
+    x = torch.randn(6, 8)
+    twin.norm.load_state_dict(module.net.norm.state_dict())
+    torch.testing.assert_close(module.net.eval()(x), twin.eval()(x), rtol=1e-5, atol=1e-6)
+    save_adapter(module, tmp_path / "adapter")
+    other = load_adapter(make_net(), tmp_path / "adapter").eval()
+    torch.testing.assert_close(other(x), module.net(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_testing_with_and_without_a_checkpoint(tmp_path, merge):
+    checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, enable_version_counter=False)
+    run, module, _, trained = fit(tmp_path, callback=adalora(merge_on_fit_end=merge), extra=[checkpoint])
+    last = str(tmp_path / "epoch=3.ckpt")
+    plain = run.test(module, verbose=False)[0]["test"]
+    assert all(type(layer) is LoRALinear and layer.merged == merge for _, layer in lora_layers(module))
+    assert run.test(module, ckpt_path=last, verbose=False)[0]["test"] == pytest.approx(plain, abs=1e-5)
+    torch.testing.assert_close(adapters(module), trained.adapters, rtol=0, atol=0)  # in their size again
+    assert run.test(module, verbose=False)[0]["test"] == pytest.approx(plain, abs=1e-5)
+    early = run.test(module, ckpt_path=str(tmp_path / "epoch=0.ckpt"), verbose=False)[0]["test"]
+    assert early != pytest.approx(plain, abs=1e-5)
+    # Another process: a new module, a new callback.
+    fresh = trainer(tmp_path, adalora()).test(LitNet(), ckpt_path=last, verbose=False)
+    assert fresh[0]["test"] == pytest.approx(plain, abs=1e-5)
+    twin = load_adapter(make_net(), last)
+    torch.testing.assert_close(adapters(twin), {n.removeprefix("net."): t for n, t in trained.adapters.items()}, rtol=0, atol=0)
+
+
+def test_a_checkpoint_written_after_fit_is_plain_lora(tmp_path):
+    run, module, callback, _ = fit(tmp_path, callback=adalora(merge_on_fit_end=False))
+    run.save_checkpoint(tmp_path / "after.ckpt", weights_only=True)
+    assert read_adapter(tmp_path / "after.ckpt").config == callback.config
+    twin = load_adapter(make_net(), tmp_path / "after.ckpt")
+    assert [layer.rank for _, layer in lora_layers(twin)] == [layer.rank for _, layer in lora_layers(module)]
+    run.test(module, ckpt_path=str(tmp_path / "after.ckpt"), verbose=False)
+    with pytest.raises(ValueError, match="not part of LitNet; it could not be resumed"):
+        run.save_checkpoint(tmp_path / "whole.ckpt")
+
+
+def test_a_module_that_lost_all_its_triplets_is_named(tmp_path, caplog):
+    class Gone(Callback):
+        def on_train_end(self, trainer, pl_module):
+            pl_module.net.fc1.lora_E.data.zero_()
+
+    with caplog.at_level("INFO", "lightning.pytorch"):
+        _, module, callback, _ = fit(tmp_path, extra=[Gone()])
+    assert callback.ranks["net.fc1"] == 0 and module.net.fc1.rank == 1 and not module.net.fc1.lora_B.any()
+    assert "AdaLoRA: 2 modules from rank 4 to" in caplog.text
+    assert "Pruned altogether, kept at rank 1 with B zero: net.fc1." in caplog.text
+
+
+@pytest.mark.parametrize("part", [None, "net"])
+def test_a_part_of_the_module(tmp_path, part):
+    *_, callback, _ = fit(tmp_path, callback=adalora(module=part))
+    assert sum(callback.ranks.values()) == 4
+    names = {"fc1", "fc2"} if part else {"net.fc1", "net.fc2"}
+    assert callback.ranks.keys() == names and callback.config.rank_pattern.keys() == {"fc1", "fc2"}
+
+
+def test_a_model_built_late(tmp_path):
+    *_, trained = fit(tmp_path, Lit(late=True))
+    same(trained, loop(tmp_path))
+
+
+# Resume.
+
+
+@pytest.mark.parametrize("epoch", [0, 2])  # while it prunes; with the ranks found
+def test_resume_is_step_exact(tmp_path, epoch):
+    checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, enable_version_counter=False)
+    *_, whole = fit(tmp_path, extra=[checkpoint], callback=adalora(tfinal=5))
+    *_, resumed = fit(tmp_path, callback=adalora(tfinal=5), ckpt_path=str(tmp_path / f"{epoch=}.ckpt"))
+    torch.testing.assert_close(resumed.adapters, whole.adapters, rtol=0, atol=0)
+    torch.testing.assert_close(resumed.state, whole.state, rtol=0, atol=0)
+
+
+def test_a_run_may_be_planned_longer_than_it_takes_and_go_on(tmp_path):
+    """Half of a run, and then the other half, with the whole schedule named: the same as in one go."""
+    *_, whole = fit(tmp_path)
+    checkpoint = ModelCheckpoint(tmp_path, filename="half", enable_version_counter=False)
+    with pytest.warns(UserWarning, match=r"ended after 8 optimizer steps, AdaLoRA's schedule prunes until step 13.*target_rank=2"):
+        fit(tmp_path, callback=adalora(total_steps=16), extra=[checkpoint], max_epochs=2)
+    *_, resumed = fit(tmp_path, callback=adalora(total_steps=16), ckpt_path=str(tmp_path / "half.ckpt"))
+    torch.testing.assert_close(resumed.adapters, whole.adapters, rtol=0, atol=1e-6)
+    torch.testing.assert_close(resumed.state, whole.state, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match=r"total_steps=20 here, the checkpoint's schedule has 16, 8 of them done"):
+        fit(tmp_path, max_epochs=5, ckpt_path=str(tmp_path / "half.ckpt"))
+
+
+def test_fitting_on_goes_on(tmp_path):
+    run, module, callback, _ = fit(tmp_path, callback=adalora(total_steps=16))
+    first = dict(callback.ranks)
+    run.fit_loop.max_epochs = 6
+    run.fit(module)
+    assert callback.allocator.step == 24 and callback.ranks == first
+    assert all(layer.merged for _, layer in lora_layers(module))
+
+
+def test_the_same_callback_on_another_module_starts_anew(tmp_path):
+    _, _, callback, first = fit(tmp_path)
+    *_, second = fit(tmp_path, callback=callback)
+    torch.testing.assert_close(second.adapters, first.adapters, rtol=0, atol=0)
+    assert second.state["step"] == 16
+
+
+def test_a_checkpoint_of_another_callback_is_refused(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, filename="plain", enable_version_counter=False)
+    plain = LoRACallback(adalora().config, merge_on_fit_end=False)
+    trainer(tmp_path, plain, checkpoint, max_epochs=1).fit(LitNet())
+    with pytest.raises(ValueError, match="no state of AdaLoRACallback"):
+        fit(tmp_path, ckpt_path=str(tmp_path / "plain.ckpt"))
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_rank": 0}, "target_rank=0: give a whole number"),
+        ({"target_rank": 4}, "target_rank=4 is not below init_rank=4"),
+        ({"deltaT": 0}, "deltaT=0: give a whole number"),
+        ({"total_steps": 0}, "total_steps=0: give a whole number"),
+        ({"tinit": -1}, "tinit=-1: give a whole number of optimizer steps, or a share"),
+        ({"tfinal": 1.0}, "tfinal=1.0: give a whole number of optimizer steps, or a share"),
+        ({"beta1": 1.0}, "beta1=1.0: give a number between 0 and 1"),
+        ({"beta2": 0.0}, "beta2=0.0: give a number between 0 and 1"),
+        ({"orth_reg_weight": -0.1}, "orth_reg_weight=-0.1: give a finite number"),
+        ({"orth_reg_weight": float("nan")}, "orth_reg_weight=nan: give a finite number"),
+        ({"config": LoRAConfig(rank=6)}, "rank=6 and init_rank=4: give the rank at the start once"),
+        ({"config": LoRAConfig(variant="dora")}, "variant='dora' and AdaLoRACallback exclude each other"),
+    ],
+)
+def test_arguments_out_of_range(fields, message):
+    with pytest.raises(ValueError, match=message):
+        adalora(**fields)
+
+
+def test_needs_nothing_but_targets(tmp_path):
+    _, _, callback, _ = fit(tmp_path, callback=AdaLoRACallback(CONFIG, target_rank=2, init_rank=4))
+    allocator = callback.allocator
+    assert (allocator.total_steps, allocator.tinit, allocator.tfinal) == (16, 2, 5) and sum(callback.ranks.values()) == 4
+
+
+def test_a_schedule_that_does_not_fit_the_run(tmp_path):
+    with pytest.raises(ValueError, match="tinit=10 and tfinal=6 leave none of the 16 optimizer steps"):
+        fit(tmp_path, callback=adalora(tinit=10, tfinal=6))
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        while True:
+            yield torch.randn(8), torch.tensor(1)
+
+
+@pytest.mark.parametrize("kwargs", [{"max_epochs": -1}, {"max_epochs": 2}])
+def test_a_run_of_unknown_length(tmp_path, kwargs):
+    module = LitNet()
+    module.train_dataloader = lambda: DataLoader(Endless(), batch_size=8)
+    with pytest.raises(ValueError, match=r"does not know how many optimizer steps.*set max_steps, or AdaLoRACallback\(total_steps"):
+        fit(tmp_path, copy.copy(module), **kwargs)
+    _, _, callback, _ = fit(tmp_path, module, max_epochs=-1, max_steps=12)
+    assert callback.allocator.total_steps == 12 and sum(callback.ranks.values()) == 4
+
+
+def test_adapters_in_two_optimizers(tmp_path):
+    class Two(LitNet):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(layer.parameters(), 0.1) for layer in (self.net.fc1, self.net.fc2)]
+
+    with pytest.raises(ValueError, match="2 optimizers hold lora_E"):
+        fit(tmp_path, Two())
