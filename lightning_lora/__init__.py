@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_lora import inits, variants  # noqa: F401 (both register what configs name)
+from lightning_lora import inits, packings, variants  # noqa: F401 (they register what configs name)
 from lightning_lora.checkpoint import load_adapter, save_adapter
 from lightning_lora.config import LoRAConfig
 from lightning_lora.export import export_merged

@@ -25,8 +25,11 @@ from lightning_lora.inject import (
     unmerge_lora,
 )
 from lightning_lora.layers.base import lora_layers
+from lightning_lora.layers.mergeable import Quantized
 from lightning_lora.names import adapter_root
-from lightning_lora.strategies import StrategyHooks, arrange, check_equal, check_supported, synchronize
+from lightning_lora.packing import format_of, packing_of
+from lightning_lora.quantize import quantize_base
+from lightning_lora.strategies import StrategyHooks, arrange, check_equal, check_supported, convert_base, synchronize
 from lightning_lora.targeting import TargetReport, find_targets
 
 _CURE = (
@@ -46,8 +49,11 @@ class LoRACallback(Callback):
         config: what to adapt; default ``LoRAConfig()``.
         module: name of the submodule to adapt and freeze, for a LightningModule with other parts that train as before;
             default: all of it.
+        quantize: pack the base's linears, all but heads, before the adapters come, e.g. ``"nf4"``: QLoRA in one line. The formats
+            are those of :func:`~lightning_lora.quantize_base`. A base that comes quantized needs none of it.
         merge_on_fit_end: merge after a completed ``fit``. Checkpoints stay adapters, and loading one (``test(ckpt_path=
-            "best")``) or fitting again unmerges first.
+            "best")``) or fitting again unmerges first. Default: yes, but with ``quantize`` only where ``merge_quantized`` says how.
+        merge_quantized: how to merge into a quantized base, ``"dequantize"`` or ``"requantize"`` (see :func:`~lightning_lora.merge_lora`).
         check_base: refuse to resume from a checkpoint that was trained on another base.
         check_gradients: raise after the first training batch if an adapter got no gradient in it. Switch it off for models
             that use parts of themselves only now and then.
@@ -60,17 +66,25 @@ class LoRACallback(Callback):
         self,
         config: LoRAConfig | None = None,
         module: str | None = None,
-        merge_on_fit_end: bool = True,
+        merge_on_fit_end: bool | None = None,
         check_base: bool = True,
         check_gradients: bool = True,
+        quantize: str | None = None,
+        merge_quantized: Quantized | None = None,
     ) -> None:
         self.config = config or LoRAConfig()
         self.module = module
-        self.merge_on_fit_end = merge_on_fit_end
+        if quantize is not None:
+            format_of(quantize)
+        if merge_quantized not in (None, "dequantize", "requantize"):
+            raise ValueError(f"merge_quantized={merge_quantized!r}: choose 'dequantize' or 'requantize'.")
+        self.quantize, self.merge_quantized = quantize, merge_quantized
+        self.merge_on_fit_end = quantize is None or merge_quantized is not None if merge_on_fit_end is None else merge_on_fit_end
         self.check_base = check_base
         self.check_gradients = check_gradients
         self.report: TargetReport | None = None
         self._waiting: dict[str, nn.Parameter] = {}
+        self._packed: dict[str, nn.Module] = {}
         self._backward_ran = self._compare = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -107,6 +121,12 @@ class LoRACallback(Callback):
                     f"optimizer {index} ({type(optimizer).__name__}) holds no parameter that trains: LoRA froze all of its own. Limit LoRA"
                     " to a part with LoRACallback(module=...), or name what it trains in modules_to_save."
                 )
+        plain = [name for name, module in self._packed.items() if packing_of(module) is None]
+        if plain:
+            raise RuntimeError(
+                f"{len(plain)} quantized weights were unpacked on the way to the device: {', '.join(plain[:4])}. precision="
+                f"{trainer.precision!r} converted them: use precision='bf16-mixed' or '32-true', or quantize='nf4'."
+            )
         let_gradients_in(pl_module)  # checkpointing may have been switched on after the adapters came
         self._waiting = {f"{name}.{part}": p for name, layer in lora_layers(pl_module) for part, p in layer.lora_parameters().items()}
         self._backward_ran, self._compare = False, True
@@ -142,7 +162,7 @@ class LoRACallback(Callback):
         if not self.merge_on_fit_end:
             return
         target = self._target(pl_module)
-        merge_lora(target, device=trainer.strategy.root_device)
+        merge_lora(target, device=trainer.strategy.root_device, quantized=self.merge_quantized)
         lost = merge_report(target)
         worst = max(lost, key=lambda name: lost[name])
         rank_zero_info(f"LoRA merged into {len(lost)} modules; rounding lost at most {lost[worst]:.2%} of an update ({worst}).")
@@ -150,11 +170,16 @@ class LoRACallback(Callback):
     def _adapt(self, trainer: Trainer, pl_module: LightningModule) -> None:
         target = self._target(pl_module)
         if not any(layer.merged for _, layer in lora_layers(target)) and not already_applied(target, self.config):
+            convert_base(trainer, pl_module)
+            if self.quantize is not None:
+                device, saved = trainer.strategy.root_device, self.config.modules_to_save
+                quantize_base(target, self.quantize, modules_to_save=saved, device=device)
             self.report = report = find_targets(target, self.config)
             inject(target, self.config, report)
             synchronize(pl_module)
             trainable, total = trainable_parameters(pl_module)
             rank_zero_info(f"{report}\ntrainable {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+        self._packed = {name: module for name, module in pl_module.named_modules() if packing_of(module) is not None}
         if self.merge_on_fit_end and trainer.state.fn == TrainerFn.FITTING:
             self._check_mergeable(target)
         arrange(trainer.strategy, pl_module)
@@ -165,12 +190,16 @@ class LoRACallback(Callback):
         """Say at the start what would stop the merge at the end."""
         tied = [(name, f"tied to {', '.join(others)}, and merging would change that too") for name, others in tied_weights(target).items()]
         packed = [
-            (name, f"quantized ({layer.weight.dtype})") for name, layer in lora_layers(target) if not layer.weight.is_floating_point()
+            (name, f"quantized ({layer.weight.dtype})")
+            for name, layer in lora_layers(target)
+            if not layer.weight.is_floating_point() or packing_of(layer) is not None
+            if self.merge_quantized is None or packing_of(layer) is None
         ]
         for name, reason in (tied + packed)[:1]:
             raise ValueError(
                 f"{name}.weight is {reason}: it cannot be merged at the end of fit. Pass LoRACallback(merge_on_fit_end=False);"
-                " merge_lora(model, untie=True) merges tied weights when you want it."
+                " merge_lora(model, untie=True) merges tied weights when you want it, LoRACallback(merge_quantized='dequantize') or"
+                " 'requantize' says how to merge into a quantized base."
             )
 
     def _target(self, pl_module: LightningModule) -> nn.Module:

@@ -10,10 +10,13 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision, Precision, TransformerEnginePrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
 from lightning_lora import parallel
+from lightning_lora.digests import sampled_digest
+from lightning_lora.packing import remember
 
 _SUPPORTED = (SingleDeviceStrategy, DDPStrategy, FSDPStrategy, ModelParallelStrategy)
 
@@ -37,7 +40,7 @@ def check_supported(trainer: Trainer) -> None:
             " use strategy='ddp' from a script."
         )
     precision = trainer.precision_plugin
-    if isinstance(precision, (TransformerEnginePrecision, BitsandbytesPrecision)):
+    if isinstance(precision, TransformerEnginePrecision):
         raise ValueError(
             f"plugins: {type(precision).__name__} replaces every linear layer after LoRA was injected, adapters and all: convert the"
             " model before it goes into the LightningModule, and leave the plugin out."
@@ -50,6 +53,21 @@ def check_supported(trainer: Trainer) -> None:
         )
     if isinstance(strategy, FSDPStrategy) and not strategy.kwargs.get("use_orig_params", True):
         raise ValueError("FSDPStrategy(use_orig_params=False) hides the parameters that LoRA trains: leave use_orig_params out.")
+
+
+def convert_base(trainer: Trainer, module: LightningModule) -> None:
+    """Let ``BitsandbytesPrecision`` replace the linears now, before adapters come.
+
+    Lightning calls the plugin after ``setup``, when it would take the adapters along; a module that it has converted it leaves alone.
+    """
+    precision = trainer.precision_plugin
+    if not isinstance(precision, BitsandbytesPrecision):
+        return
+    before = {name: sampled_digest(child.weight) for name, child in module.named_modules() if type(child) is nn.Linear and not child.weight.is_meta}
+    precision.convert_module(module)
+    for name, child in module.named_modules():
+        if name in before and type(child) is not nn.Linear:
+            remember(child, before[name])
 
 
 def arrange(strategy: Strategy, module: LightningModule) -> None:
@@ -84,4 +102,4 @@ def _clip(precision: Precision, optimizer: Optimizer, clip_val: int | float) -> 
         parallel.clip_grad_norm(precision.main_params(optimizer), clip_val)
 
 
-__all__ = ["arrange", "check_supported"]
+__all__ = ["arrange", "check_supported", "convert_base"]
