@@ -11,6 +11,7 @@ from lightning_lora.export import export_merged
 from lightning_lora.inject import apply_lora, get_lora_parameters, merge_lora, merge_report, unload_lora, unmerge_lora
 from lightning_lora.layers import LoRALinear
 from lightning_lora.optim import lora_param_groups
+from lightning_lora.quantize import quantize_base
 from lightning_lora.targeting import find_targets
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ __all__ = [
     "lora_param_groups",
     "merge_lora",
     "merge_report",
+    "quantize_base",
     "save_adapter",
     "unload_lora",
     "unmerge_lora",

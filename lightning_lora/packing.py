@@ -19,7 +19,7 @@ from lightning_lora.registry import look_up, qualified_name
 from lightning_lora.sharding import is_sharded, local, whole
 
 PACKINGS: dict[str, Packing] = {}  # qualified name of a layer's or a weight's type → how it is packed
-FORMATS: dict[str, Callable[[nn.Linear, torch.device], None]] = {}  # quantize=… → a function that packs a linear in place
+FORMATS: dict[str, Format] = {}  # quantize=… → what packs a linear
 
 UNKNOWN = "packed:"  # begins the digest of a weight that came quantized
 _DIGEST = "_unpacked_digest"
@@ -61,6 +61,21 @@ class Packing:
         raise NotImplementedError(f"{type(self).__name__} has to say what it stores")
 
 
+@dataclass(frozen=True)
+class Format:
+    """One way to pack a plain linear.
+
+    Attributes:
+        pack: packs its weight in place, computing on a device; the packed weight is where the plain one was.
+        library: imports what it needs, or raises ImportError naming the extra.
+        unit: number that the weight's entries have to be a multiple of.
+    """
+
+    pack: Callable[[nn.Linear, torch.device], None]
+    library: Callable[[], Any]
+    unit: int = 1
+
+
 @dataclass
 class PackedWeight:
     """The way back for a quantized weight: the packed weight itself, and the layer's class, kept while a merged one stands in its place."""
@@ -71,13 +86,13 @@ class PackedWeight:
 
     def put_back(self, module: nn.Module) -> None:
         """Into the layer it was taken from, bit for bit."""
-        module.__class__ = self.layer_class  # type: ignore[assignment]
+        module.__class__ = self.layer_class
         module._parameters["weight"] = self.weight
         module.__dict__.update(self.attributes)
 
 
-def format_of(name: str) -> Callable[[nn.Linear, torch.device], None]:
-    """What packs a linear in place, by the name that ``quantize`` has for the format.
+def format_of(name: str) -> Format:
+    """What packs a linear, by the name that ``quantize`` has for the format.
 
     Raises:
         ValueError: there is none; the message lists what there is.
@@ -128,7 +143,9 @@ def unpacked(module: Any) -> Tensor:
 
 def take(module: Any, packing: Packing) -> PackedWeight:
     """The packed weight with what belongs to it, still in the layer."""
-    return PackedWeight(type(module), module.weight, {name: module.__dict__[name] for name in packing.attributes if name in module.__dict__})
+    return PackedWeight(
+        type(module), module.weight, {name: module.__dict__[name] for name in packing.attributes if name in module.__dict__}
+    )
 
 
 def elements(module: nn.Module, name: str, parameter: Tensor) -> int:

@@ -45,37 +45,25 @@ def quantize_base(
             module, or no plain ``nn.Linear``; nothing is packed then.
         ImportError: the library is not installed; names the extra.
     """
-    pack = format_of(how)
+    form = format_of(how)
+    form.library()
     report = find_targets(model, LoRAConfig(rank=1, target_modules=targets, modules_to_save=modules_to_save))
     layers = {target.fqn: target.module for target in report.targets if packing_of(target.module) is None}
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     for fqn, layer in layers.items():
-        reason = _refusal(layer, fqn, owners)
+        reason = _refusal(layer, fqn, owners, form.unit)
         if reason:
             raise ValueError(f"quantize={how!r}: {fqn!r} ({type(layer).__name__}) {reason}.")
-    done: list[tuple[nn.Module, type[nn.Module], dict, nn.Parameter]] = []
-    for fqn, layer in layers.items():
+    for layer in layers.values():  # everything that can be wrong was looked at: no second copy of the model is kept to go back to
         assert isinstance(layer, nn.Linear)
-        done.append((layer, type(layer), layer.__dict__.copy(), layer.weight))
-        try:
-            digest = sampled_digest(layer.weight)
-            pack(layer, torch.device(device) if device is not None else layer.weight.device)
-        except BaseException as error:
-            for module, cls, attributes, weight in done:
-                module.__class__ = cls  # type: ignore[assignment]
-                module.__dict__.clear()
-                module.__dict__.update(attributes)
-                module._parameters["weight"] = weight
-            if isinstance(error, ValueError):
-                raise ValueError(f"quantize={how!r}: {fqn!r}: {error}.") from error
-            raise
-        remember(layer, digest)
+        remember(layer, sampled_digest(layer.weight))
+        form.pack(layer, torch.device(device) if device is not None else layer.weight.device)
     return model
 
 
-def _refusal(layer: nn.Module, fqn: str, owners: dict[int, list[str]]) -> str | None:
+def _refusal(layer: nn.Module, fqn: str, owners: dict[int, list[str]], unit: int) -> str | None:
     """Why a linear cannot be packed; None if it can."""
     if isinstance(layer, LoRALayer):
         return "has an adapter already: quantize the base first, then apply LoRA"
@@ -88,5 +76,7 @@ def _refusal(layer: nn.Module, fqn: str, owners: dict[int, list[str]]) -> str | 
         return "is sharded already: quantize before the model is parallelized"
     if not weight.is_floating_point():
         return f"has a weight of dtype {weight.dtype}: it is quantized, by a library that is not known here"
+    if weight.numel() % unit:
+        return f"has {weight.numel()} entries, and this format packs multiples of {unit}: leave it out of the targets, or use 'nf4'"
     others = [name for name in owners[id(weight)] if name != f"{fqn}.weight"]
     return f"shares its weight with {others[0]}, which would keep the unpacked one: leave it out of the targets" if others else None

@@ -40,7 +40,7 @@ class Target:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the base weight."""
-        shape = self.module.weight.shape  # type: ignore[union-attr]
+        shape = self.module.weight.shape
         return (self.module.out_features, self.module.in_features) if packing_of(self.module) else tuple(shape)  # type: ignore
 
     @property

@@ -27,13 +27,13 @@ NAME = "lightning_lora"
 LEVELS = [
     ["patterns", "files", "names", "registry", "sharding"],
     ["config", "digests", "ops", "kernels.*"],
-    ["merging"],
+    ["merging", "packing"],
     ["heads", "layers.mergeable"],
     ["layers.base"],
-    ["layers.*", "variants.*", "inits", "data_inits", "quantize"],
-    ["layers", "variants"],
+    ["layers.*", "variants.*", "inits", "data_inits", "packings.*"],
+    ["layers", "variants", "packings"],
     ["targeting", "parallel"],
-    ["inject"],
+    ["inject", "quantize"],
     ["fuse", "fingerprint", "peft_format", "optim.groups"],
     ["adapter_files", "optim.*"],
     ["checkpoint", "export", "optim"],
@@ -59,6 +59,9 @@ OTHER_ERRORS = {
     ("", "AttributeError"),  # what the import system expects of a module's __getattr__
     ("layers.base", "NotImplementedError"),  # a kind that is not finished
     ("layers.mergeable", "NotImplementedError"),  # a kind that is not finished
+    ("packing", "NotImplementedError"),  # a packing that is not finished
+    ("packings.ao", "ImportError"),  # an extra is not installed
+    ("packings.bnb", "ImportError"),  # an extra is not installed
     ("tasks.hf", "ImportError"),  # an extra is not installed
 }
 

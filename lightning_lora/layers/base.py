@@ -132,7 +132,7 @@ class LoRALayer(Mergeable):
         """Be the adapted class of another base: what a quantized layer's is once its weight is a plain one."""
         kind = kind_of(base.__new__(base))
         assert kind is not None
-        self.__class__ = lora_class(base, kind, look_up(VARIANTS, "variant", self.lora_config.variant))  # type: ignore[assignment]
+        self.__class__ = lora_class(base, kind, look_up(VARIANTS, "variant", self.lora_config.variant))
 
     # Use.
 

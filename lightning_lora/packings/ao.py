@@ -5,15 +5,13 @@ Any other of torchao's weights can be trained on and merged by dequantizing.
 
 from __future__ import annotations
 
-import math
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.packing import FORMATS, PACKINGS, Packing
-from lightning_lora.registry import register
+from lightning_lora.packing import FORMATS, PACKINGS, Format, Packing
 
 
 def _library() -> ModuleType:
@@ -71,27 +69,24 @@ class PackedNF4(PackedSubclass):
         module._parameters["weight"] = nn.Parameter(new, requires_grad=False)
 
 
-PACKINGS["torchao.utils.TorchAOBaseTensor"] = PackedSubclass()
-PACKINGS["torchao.quantization.Int8Tensor"] = PackedInt8()
-PACKINGS["torchao.quantization.quantize_.workflows.nf4.nf4_tensor.NF4Tensor"] = PackedNF4()
-
-
-@register(FORMATS, "torchao-nf4")
 def pack_nf4(linear: nn.Linear, device: torch.device) -> None:
     """4-bit NormalFloat with double quantization."""
-    blocks, rest = divmod(linear.weight.numel(), 64)
-    if rest:
-        raise ValueError(f"its weight has {linear.weight.numel()} entries, and torchao's NF4 packs multiples of 64: use quantize='nf4'")
-    _library()
     from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
 
-    packed = to_nf4(linear.weight.detach().to(device).contiguous(), 64, math.gcd(blocks, 256))
+    packed = to_nf4(linear.weight.detach().to(device).contiguous())
     linear.weight = nn.Parameter(packed.to(linear.weight.device), requires_grad=False)
 
 
-@register(FORMATS, "torchao-int8")
 def pack_int8(linear: nn.Linear, device: torch.device) -> None:
     """8-bit weights with a scale for each row; inputs stay as they are."""
     ao = _library()
     packed = ao.Int8Tensor.from_hp(linear.weight.detach().to(device).contiguous(), ao.granularity.PerRow())
     linear.weight = nn.Parameter(packed.to(linear.weight.device), requires_grad=False)
+
+
+PACKINGS["torchao.utils.TorchAOBaseTensor"] = PackedSubclass()
+PACKINGS["torchao.quantization.Int8Tensor"] = PackedInt8()
+PACKINGS["torchao.quantization.quantize_.workflows.nf4.nf4_tensor.NF4Tensor"] = PackedNF4()
+# 64 entries a block, 256 blocks a block of scales: other sizes can be had, but a copy of the weight goes back to these.
+FORMATS["torchao-nf4"] = Format(pack_nf4, _library, unit=64 * 256)
+FORMATS["torchao-int8"] = Format(pack_int8, _library)

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.packing import FORMATS, PACKINGS, Packing
-from lightning_lora.registry import register
+from lightning_lora.packing import FORMATS, PACKINGS, Format, Packing
 from lightning_lora.sharding import whole
 
 
@@ -111,12 +110,7 @@ class Packed8bit(Packing):
         return [module.weight.detach().as_subclass(Tensor), module.weight.SCB if module.weight.SCB is not None else module.state.SCB]
 
 
-PACKINGS["bitsandbytes.nn.modules.Linear4bit"] = Packed4bit()
-PACKINGS["bitsandbytes.nn.modules.Linear8bitLt"] = Packed8bit()
-
-
-@register(FORMATS, "nf4")
-def pack_nf4(linear: nn.Linear, device: torch.device) -> None:
+def pack_nf4(linear: Any, device: torch.device) -> None:
     """4-bit NormalFloat with double quantization, computing in the weight's own dtype."""
     modules = _library().nn
     made = modules.Linear4bit(1, 1, linear.bias is not None, linear.weight.dtype, True, "nf4", device="meta")
@@ -125,8 +119,7 @@ def pack_nf4(linear: nn.Linear, device: torch.device) -> None:
     linear.quant_state = linear.weight.quant_state
 
 
-@register(FORMATS, "int8")
-def pack_int8(linear: nn.Linear, device: torch.device) -> None:
+def pack_int8(linear: Any, device: torch.device) -> None:
     """8-bit rows; inputs above 6 are multiplied in 16 bit, as LLM.int8() has it."""
     modules = _library().nn
     made = modules.Linear8bitLt(1, 1, linear.bias is not None, has_fp16_weights=False, threshold=6.0, device="meta")
@@ -143,3 +136,9 @@ def _become(linear: Any, made: Any, weight: Any, device: torch.device) -> None:
     linear._load_state_dict_pre_hooks.update(made._load_state_dict_pre_hooks)
     linear.__dict__.update({name: value for name, value in made.__dict__.items() if name not in linear.__dict__})
     linear._parameters["weight"] = weight.to(device).to(home)
+
+
+PACKINGS["bitsandbytes.nn.modules.Linear4bit"] = Packed4bit()
+PACKINGS["bitsandbytes.nn.modules.Linear8bitLt"] = Packed8bit()
+FORMATS["nf4"] = Format(pack_nf4, _library)
+FORMATS["int8"] = Format(pack_int8, _library)

@@ -63,7 +63,11 @@ def convert_base(trainer: Trainer, module: LightningModule) -> None:
     precision = trainer.precision_plugin
     if not isinstance(precision, BitsandbytesPrecision):
         return
-    before = {name: sampled_digest(child.weight) for name, child in module.named_modules() if type(child) is nn.Linear and not child.weight.is_meta}
+    before = {
+        name: sampled_digest(child.weight)
+        for name, child in module.named_modules()
+        if type(child) is nn.Linear and not child.weight.is_meta
+    }
     precision.convert_module(module)
     for name, child in module.named_modules():
         if name in before and type(child) is not nn.Linear:
