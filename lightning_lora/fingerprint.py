@@ -23,6 +23,8 @@ from lightning_lora.names import clean_name
 from lightning_lora.packing import UNKNOWN, weight_digest
 from lightning_lora.sharding import whole
 
+LINEAR = nn.Linear  # Lightning's plugins put a class of their own under that name while a model is built
+
 
 def base_identity(root: nn.Module, exclude: Collection[str] = ()) -> dict[str, Any]:
     """The base as an adapter remembers it: ``{"fingerprint", "class", "name", "rest", "quantized"}``, plain types.
@@ -42,7 +44,7 @@ def base_identity(root: nn.Module, exclude: Collection[str] = ()) -> dict[str, A
             value = _digest(module, name, parameter)
             quantized |= value.startswith(UNKNOWN)
             digest.update(f"{full}={value};".encode())
-            if name != "weight" or not isinstance(module, nn.Linear):
+            if name != "weight" or not isinstance(module, LINEAR):
                 rest.update(f"{full}={value};".encode())
     config = getattr(root, "config", None)
     name = getattr(config, "_name_or_path", "") or getattr(config, "model_type", "") or ""

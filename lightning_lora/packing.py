@@ -106,7 +106,7 @@ def packing_of(module: nn.Module) -> Packing | None:
     return packing if packing is not None and packing.is_packed(module) else None
 
 
-def prepare(module: nn.Module, dtype: torch.dtype | None = None) -> None:
+def prepare(module: Any, dtype: torch.dtype | None = None) -> None:
     """Make a layer ready for adapters, on it or before it; a no-op for plain ones.
 
     Args:
@@ -117,8 +117,11 @@ def prepare(module: nn.Module, dtype: torch.dtype | None = None) -> None:
         ValueError: it cannot be trained on; the reason only.
     """
     packing = _candidate(module)
-    if packing is not None:
-        packing.prepare(module, dtype)
+    if packing is None:
+        return
+    if not packing.is_packed(module) and not module.weight.is_meta:
+        remember(module, sampled_digest(module.weight))
+    packing.prepare(module, dtype)
 
 
 def plain_dtype(model: nn.Module) -> torch.dtype | None:

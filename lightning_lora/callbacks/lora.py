@@ -84,7 +84,6 @@ class LoRACallback(Callback):
         self.check_gradients = check_gradients
         self.report: TargetReport | None = None
         self._waiting: dict[str, nn.Parameter] = {}
-        self._packed: dict[str, nn.Module] = {}
         self._backward_ran = self._compare = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -121,12 +120,6 @@ class LoRACallback(Callback):
                     f"optimizer {index} ({type(optimizer).__name__}) holds no parameter that trains: LoRA froze all of its own. Limit LoRA"
                     " to a part with LoRACallback(module=...), or name what it trains in modules_to_save."
                 )
-        plain = [name for name, module in self._packed.items() if packing_of(module) is None]
-        if plain:
-            raise RuntimeError(
-                f"{len(plain)} quantized weights were unpacked on the way to the device: {', '.join(plain[:4])}. precision="
-                f"{trainer.precision!r} converted them: use precision='bf16-mixed' or '32-true', or quantize='nf4'."
-            )
         let_gradients_in(pl_module)  # checkpointing may have been switched on after the adapters came
         self._waiting = {f"{name}.{part}": p for name, layer in lora_layers(pl_module) for part, p in layer.lora_parameters().items()}
         self._backward_ran, self._compare = False, True
@@ -179,7 +172,6 @@ class LoRACallback(Callback):
             synchronize(pl_module)
             trainable, total = trainable_parameters(pl_module)
             rank_zero_info(f"{report}\ntrainable {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
-        self._packed = {name: module for name, module in pl_module.named_modules() if packing_of(module) is not None}
         if self.merge_on_fit_end and trainer.state.fn == TrainerFn.FITTING:
             self._check_mergeable(target)
         arrange(trainer.strategy, pl_module)

@@ -10,13 +10,10 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision, Precision, TransformerEnginePrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
 from lightning_lora import parallel
-from lightning_lora.digests import sampled_digest
-from lightning_lora.packing import remember
 
 _SUPPORTED = (SingleDeviceStrategy, DDPStrategy, FSDPStrategy, ModelParallelStrategy)
 
@@ -60,18 +57,8 @@ def convert_base(trainer: Trainer, module: LightningModule) -> None:
 
     Lightning calls the plugin after ``setup``, when it would take the adapters along; a module that it has converted it leaves alone.
     """
-    precision = trainer.precision_plugin
-    if not isinstance(precision, BitsandbytesPrecision):
-        return
-    before = {
-        name: sampled_digest(child.weight)
-        for name, child in module.named_modules()
-        if type(child) is nn.Linear and not child.weight.is_meta
-    }
-    precision.convert_module(module)
-    for name, child in module.named_modules():
-        if name in before and type(child) is not nn.Linear:
-            remember(child, before[name])
+    if isinstance(trainer.precision_plugin, BitsandbytesPrecision):
+        trainer.precision_plugin.convert_module(module)
 
 
 def arrange(strategy: Strategy, module: LightningModule) -> None:
