@@ -30,6 +30,8 @@ class Packing:
 
     #: What else an instance holds that goes with the packed weight.
     attributes: ClassVar[tuple[str, ...]] = ()
+    #: Whether FSDP2 can take the packed weight apart and put it together again.
+    shards: ClassVar[bool] = False
     #: The layer's class once its weight is a plain one; None: the class it has.
     plain_class: ClassVar[type[nn.Module] | None] = None
 
@@ -119,6 +121,8 @@ def prepare(module: Any, dtype: torch.dtype | None = None) -> None:
     packing = _candidate(module)
     if packing is None:
         return
+    if is_sharded(module.weight) and not packing.shards:
+        raise ValueError(f"its quantized weight ({type(module).__name__}) does not work sharded: use 'nf4', or do not shard it")
     if not packing.is_packed(module) and not module.weight.is_meta:
         remember(module, sampled_digest(module.weight))
     packing.prepare(module, dtype)

@@ -58,6 +58,8 @@ class PackedInt8(PackedSubclass):
 class PackedNF4(PackedSubclass):
     """``NF4Tensor``: blocks of 64 values share a scale, and these are 8-bit themselves."""
 
+    shards = True
+
     def unpack(self, module: Any) -> Tensor:
         """In the dtype it was packed from."""
         return module.weight.detach().get_original_weight()

@@ -27,6 +27,7 @@ def _library() -> ModuleType:
 class Packed4bit(Packing):
     """``Linear4bit``: blocks of 64 values share a scale; with double quantization the scales are 8-bit themselves."""
 
+    shards = True
     attributes = ("quant_state", "quant_storage", "compute_dtype", "compute_type_is_set", "support_avx512bf16_for_cpu")
     plain_class = nn.Linear
 

@@ -199,6 +199,7 @@ def run(
     config: LoRAConfig = CONFIG,
     weights_only: bool = False,
     checkpointing: str | None = None,
+    quantize: str | None = None,
     **trainer_kwargs: Any,
 ) -> dict[str, Any]:
     """Fit under a strategy.
@@ -212,7 +213,7 @@ def run(
     torch.manual_seed(7)
     Net.checkpointing = checkpointing
     module = make()
-    callbacks: list[L.Callback] = [LoRACallback(config, merge_on_fit_end=merge)]
+    callbacks: list[L.Callback] = [LoRACallback(config, merge_on_fit_end=merge, quantize=quantize)]
     if save:
         callbacks.append(ModelCheckpoint(folder, filename="last", enable_version_counter=False, save_weights_only=weights_only))
     devices = dist.get_world_size() if dist.is_initialized() else 1
