@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +150,44 @@ def test_precision_plugins_leave_it_packed(how: str, precision: Any, tmp_path: P
     fit(tmp_path, module, LoRACallback(CONFIG, quantize=how), precision=precision)
     assert packed(module) == {"net.up", "net.down", "net.head"}
     assert module.net.up.lora_A.dtype == torch.float32
+
+
+@pytest.fixture
+def eager() -> Iterator[None]:
+    """torchao compiles its optimizers, which takes many seconds: here the same functions run as they are."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def optimizers() -> dict[str, Any]:
+    import bitsandbytes.optim
+    import torchao.optim
+
+    return {
+        "bnb AdamW8bit": bitsandbytes.optim.AdamW8bit,
+        "bnb PagedAdamW8bit": bitsandbytes.optim.PagedAdamW8bit,
+        "bnb PagedAdamW32bit": bitsandbytes.optim.PagedAdamW32bit,
+        "ao AdamW8bit": torchao.optim.AdamW8bit,
+        "ao AdamW4bit": torchao.optim.AdamW4bit,
+    }
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("name", ["bnb AdamW8bit", "bnb PagedAdamW8bit", "bnb PagedAdamW32bit", "ao AdamW8bit", "ao AdamW4bit"])
+def test_small_optimizer_states_resume_exactly(name: str, tmp_path: Path, eager: None) -> None:
+    """The libraries' optimizers get what trains, keep its state in few bits, and go on from a checkpoint as if nothing had been."""
+    config = LoRAConfig(rank=64, target_modules=["up", "down"])  # both libraries keep small tensors in 32 bit
+
+    def make() -> Lit:
+        return Lit(optimizer=lambda parameters: optimizers()[name](parameters, lr=1e-2))
+
+    whole, first, rest = make(), make(), make()
+    run = fit(tmp_path / "whole", whole, LoRACallback(config, quantize="nf4"), epochs=2)
+    assert len(run.optimizers[0].param_groups[0]["params"]) == 4
+    fit(tmp_path / "parts", first, LoRACallback(config, quantize="nf4"), epochs=1)
+    fit(tmp_path / "rest", rest, LoRACallback(config, quantize="nf4"), epochs=2, ckpt_path=tmp_path / "parts" / "epoch=0.ckpt")
+    assert first.losses + rest.losses == whole.losses and len(set(whole.losses)) == 4
+    if "32" not in name:
+        small, large = (tmp_path / kind / "epoch=0.ckpt" for kind in ("parts", "adam"))
+        fit(tmp_path / "adam", Lit(), LoRACallback(config, quantize="nf4"), epochs=1)
+        assert small.stat().st_size < 0.7 * large.stat().st_size
