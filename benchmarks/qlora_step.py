@@ -67,6 +67,7 @@ def ours(model: nn.Module) -> nn.Module:
 
 
 def peft(model: nn.Module) -> nn.Module:
+    model.is_loaded_in_4bit = True  # as transformers' own loader leaves it: PEFT takes its layer for 4-bit bases by this
     return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=LINEARS))
 
 

@@ -27,3 +27,18 @@ def test_step_measures(name: str) -> None:
     step = runpy.run_path(str(BENCHMARKS / "step.py"))
     milliseconds, _ = step["measure"](step[name], Namespace(tiny=True, steps=1), False, 0.0)
     assert 0 < milliseconds < 60_000
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("name", ["frozen", "ours", "PEFT"])
+def test_qlora_step_measures(name: str, checkpointed: bool) -> None:
+    """The model is made packed, block by block: no linear of it is ever seen unpacked but the head."""
+    from lightning_lora.packing import packing_of
+
+    step = runpy.run_path(str(BENCHMARKS / "qlora_step.py"))
+    milliseconds, _ = step["measure"](name, Namespace(tiny=True, steps=1), False, checkpointed)
+    assert 0 < milliseconds < 60_000
+    model = step["MODES"][name](step["build"](step["TINY"], "cpu"))
+    assert len([module for module in model.modules() if packing_of(module) is not None]) == 2 * 7
+    assert not any(parameter.is_meta for parameter in model.parameters())
