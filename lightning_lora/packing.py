@@ -30,6 +30,8 @@ class Packing:
 
     #: What else an instance holds that goes with the packed weight.
     attributes: ClassVar[tuple[str, ...]] = ()
+    #: Whether :meth:`repack` is known.
+    repacks: ClassVar[bool] = True
     #: Whether FSDP2 can take the packed weight apart and put it together again.
     shards: ClassVar[bool] = False
     #: The layer's class once its weight is a plain one; None: the class it has.

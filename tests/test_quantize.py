@@ -30,6 +30,7 @@ from lightning_lora.fingerprint import base_identity
 from lightning_lora.inject import trainable_parameters
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.packing import packing_of
+from tests import tiny_lm
 from tests.conftest import TinyModel, adapted, fill, same_bits, snapshot
 from tests.quantized import BITSANDBYTES, FORMATS, Stack, inputs, packed_linear, packed_stack, plain_stack
 
@@ -317,3 +318,43 @@ def test_parity_with_peft(how: str) -> None:
         mine, layer = getattr(ours, name), getattr(theirs.base_model.model, name)
         assert torch.allclose(mine.lora_A.grad, layer.lora_A["default"].weight.grad, rtol=1e-4, atol=1e-5)
         assert torch.allclose(mine.lora_B.grad, layer.lora_B["default"].weight.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*come quantized.*", "ignore:Casting fp32 inputs")
+@pytest.mark.parametrize("how", ["4bit", "8bit", "torchao"])
+def test_a_model_that_transformers_loaded_quantized(how: str, tmp_path: Any) -> None:
+    """Adapters go on it as it is; what is not packed tells which base it is; the export is a plain model."""
+    import transformers
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    folder = tiny_lm.save(tmp_path / "model")
+    configs = {
+        "4bit": lambda: transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
+        "8bit": lambda: transformers.BitsAndBytesConfig(load_in_8bit=True),
+        "torchao": lambda: transformers.TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False)),
+    }
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=configs[how](), device_map="cpu")
+    fill(apply_lora(model, LoRAConfig(rank=2, target_modules="all-linear"))).train()
+    assert len([name for name, module in model.named_modules() if packing_of(module) is not None]) == 2 * 7
+    ids = torch.tensor([[2, 5, 9, 3]])
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in get_lora_parameters(model))
+    with pytest.warns(UserWarning, match="came quantized"):
+        load_adapter(tiny_lm.llama(), save_adapter(model, tmp_path / "adapter"))
+    plain = transformers.AutoModelForCausalLM.from_pretrained(export_merged(model, tmp_path / "export"))
+    model.eval()
+    with torch.no_grad():
+        mine, theirs = model(input_ids=ids).logits.float(), plain(input_ids=ids).logits.float()
+    assert (mine - theirs).norm() < 0.05 * theirs.norm()  # LLM.int8() packs its input too in evaluation, which is most of this
+
+
+def test_a_format_that_is_not_packed_again_is_refused_before_anything_is_merged() -> None:
+    model = adapted(packed_stack("torchao-int8"), **CONFIG)
+    packing = packing_of(model.up)
+    type(packing).repacks = False
+    try:
+        with pytest.raises(ValueError, match=r"'up' cannot be merged: its weight, a Int8Tensor, is not packed again here"):
+            merge_lora(model, quantized="requantize")
+    finally:
+        type(packing).repacks = True
+    assert not model.up.merged

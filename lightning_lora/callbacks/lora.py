@@ -9,6 +9,7 @@ import functools
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -173,19 +174,20 @@ class LoRACallback(Callback):
             trainable, total = trainable_parameters(pl_module)
             rank_zero_info(f"{report}\ntrainable {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
         if self.merge_on_fit_end and trainer.state.fn == TrainerFn.FITTING:
-            self._check_mergeable(target)
+            self._check_mergeable(target, isinstance(trainer.strategy, ModelParallelStrategy))
         arrange(trainer.strategy, pl_module)
         root = ".".join(filter(None, (self.module, adapter_root(target)[0])))
         StrategyHooks(trainer.strategy, pl_module, root, self.config, self.check_base).install()
 
-    def _check_mergeable(self, target: nn.Module) -> None:
+    def _check_mergeable(self, target: nn.Module, sharded: bool) -> None:
         """Say at the start what would stop the merge at the end."""
         tied = [(name, f"tied to {', '.join(others)}, and merging would change that too") for name, others in tied_weights(target).items()]
+        how = "quantized and will be sharded" if sharded else "quantized"
         packed = [
-            (name, f"quantized ({layer.weight.dtype})")
+            (name, f"{how} ({layer.weight.dtype})")
             for name, layer in lora_layers(target)
             if not layer.weight.is_floating_point() or packing_of(layer) is not None
-            if self.merge_quantized is None or packing_of(layer) is None
+            if self.merge_quantized is None or packing_of(layer) is None or sharded
         ]
         for name, reason in (tied + packed)[:1]:
             raise ValueError(

@@ -132,7 +132,8 @@ class Mergeable(nn.Module):
 
     def merge_refusal(self, quantized: Quantized | None = None) -> str | None:
         """Why the update cannot be merged now; None if it can."""
-        if packing.packing_of(self) is not None:
+        how = packing.packing_of(self)
+        if how is not None:
             if is_sharded(self.weight):
                 return "its quantized weight is sharded: save the adapter and merge in a single process"
             if quantized not in ("dequantize", "requantize"):
@@ -140,6 +141,8 @@ class Mergeable(nn.Module):
                     f"its weight is quantized, and how to merge into that is a choice (quantized={quantized!r}): quantized='dequantize'"
                     " makes it a 16-bit layer, exact to rounding; quantized='requantize' keeps it packed and rounds the update to its grid"
                 )
+            if quantized == "requantize" and not how.repacks:
+                return f"its weight, a {type(self.weight.data).__name__}, is not packed again here: pass quantized='dequantize'"
         elif not self.weight.is_floating_point():
             kind = f"the weight is quantized ({self.weight.dtype})"
             return f"{kind} and cannot take an update in place: dequantize the base first, or leave it unmerged"
@@ -164,7 +167,10 @@ class Mergeable(nn.Module):
             base = merging.unmerge(mine.to(self._device), piece_of(self.exact_delta(self._device), self.weight), self._undo)
             mine.copy_(base)
         elif isinstance(self._undo, packing.PackedWeight):
+            home = self.weight.device  # the model may have moved since, and what was kept aside did not
             self._undo.put_back(self)
+            if self.weight.device != home:
+                self.to(home)
         else:
             self.weight = self._undo.weight
         self.merged, self._undo = False, None

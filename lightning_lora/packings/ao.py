@@ -25,6 +25,8 @@ def _library() -> ModuleType:
 class PackedSubclass(Packing):
     """A weight that says itself how it is unpacked and what it is made of."""
 
+    repacks = False
+
     def prepare(self, module: Any, dtype: torch.dtype | None) -> None:
         """Drop the representation that ``quantize_`` puts on the instance: it would hide the adapter, and cannot be pickled."""
         module.__dict__.pop("extra_repr", None)
@@ -32,11 +34,6 @@ class PackedSubclass(Packing):
     def unpack(self, module: Any) -> Tensor:
         """In the dtype that the weight gives itself out as."""
         return module.weight.detach().dequantize()
-
-    def repack(self, module: Any, weight: Tensor) -> None:
-        """Not known for every format."""
-        kind = type(module.weight.data).__name__
-        raise ValueError(f"its weight is a torchao {kind}, which is not packed again here: pass quantized='dequantize'")
 
     def codes(self, module: Any) -> list[Tensor]:
         """Its inner tensors."""
@@ -46,6 +43,8 @@ class PackedSubclass(Packing):
 
 class PackedInt8(PackedSubclass):
     """``Int8Tensor``: a scale for each row."""
+
+    repacks = True
 
     def repack(self, module: Any, weight: Tensor) -> None:
         """With a scale for each row, or for the whole weight if it has one."""
@@ -58,7 +57,7 @@ class PackedInt8(PackedSubclass):
 class PackedNF4(PackedSubclass):
     """``NF4Tensor``: blocks of 64 values share a scale, and these are 8-bit themselves."""
 
-    shards = True
+    repacks = shards = True
 
     def unpack(self, module: Any) -> Tensor:
         """In the dtype it was packed from."""

@@ -14,7 +14,7 @@ from lightning.pytorch.plugins.precision import BitsandbytesPrecision
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_lora import LoRACallback, LoRAConfig, load_adapter, merge_report
+from lightning_lora import LoRACallback, LoRAConfig, apply_lora, load_adapter, merge_report
 from lightning_lora.layers.base import lora_layers
 from lightning_lora.packing import packing_of
 from tests.lit import trainer
@@ -115,6 +115,14 @@ def test_merging_at_the_end_is_asked_for(how: str, quantized: Any, tmp_path: Pat
     assert packed(module) == ({"net.head"} if quantized == "dequantize" else {"net.up", "net.down", "net.head"})
     run.test(module, ckpt_path="best", verbose=False)  # unmerges
     assert packed(module) == {"net.up", "net.down", "net.head"} and not merge_report(module)
+
+
+def test_a_merge_of_what_will_be_sharded_is_refused_at_the_start() -> None:
+    callback = LoRACallback(CONFIG, merge_quantized="dequantize")
+    model = apply_lora(packed_stack("nf4"), CONFIG)
+    callback._check_mergeable(model, sharded=False)
+    with pytest.raises(ValueError, match=r"up.weight is quantized and will be sharded .*merge_on_fit_end=False"):
+        callback._check_mergeable(model, sharded=True)
 
 
 def test_wrong_choices_are_refused_at_once() -> None:
