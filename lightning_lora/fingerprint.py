@@ -23,34 +23,34 @@ from lightning_lora.names import clean_name
 from lightning_lora.packing import UNKNOWN, weight_digest
 from lightning_lora.sharding import whole
 
+HALF, QUANTIZED = 16, "q"
 LINEAR = nn.Linear  # Lightning's plugins put a class of their own under that name while a model is built
 
 
 def base_identity(root: nn.Module, exclude: Collection[str] = ()) -> dict[str, Any]:
-    """The base as an adapter remembers it: ``{"fingerprint", "class", "name", "rest", "quantized"}``, plain types.
+    """The base as an adapter remembers it: ``{"fingerprint", "class", "name"}``, plain strings.
 
-    ``rest`` is the fingerprint without the weights of linear layers, ``quantized`` whether some came packed.
+    The first half of the fingerprint is of all but the weights of linear layers, the second of these; it begins with a q where some
+    of them came packed.
 
     Args:
         root: the module that names are relative to, adapted or not, merged or not.
         exclude: names of base tensors that were trained, and so are no part of the base.
     """
-    digest, rest, quantized = hashlib.sha256(), hashlib.sha256(), False
+    rest, linear, mark = hashlib.sha256(), hashlib.sha256(), ""
     for module_name, module in sorted(root.named_modules(remove_duplicate=False)):
         for name, parameter in sorted(module.named_parameters(recurse=False, remove_duplicate=False)):
             full = clean_name(f"{module_name}.{name}" if module_name else name)
             if name.startswith(PREFIX) or full in exclude:
                 continue
             value = _digest(module, name, parameter)
-            quantized |= value.startswith(UNKNOWN)
-            digest.update(f"{full}={value};".encode())
-            if name != "weight" or not isinstance(module, LINEAR):
-                rest.update(f"{full}={value};".encode())
+            mark = QUANTIZED if value.startswith(UNKNOWN) else mark
+            half = linear if name == "weight" and isinstance(module, LINEAR) else rest
+            half.update(f"{full}={value};".encode())
     config = getattr(root, "config", None)
     name = getattr(config, "_name_or_path", "") or getattr(config, "model_type", "") or ""
-    kind = type(getattr(root, "_orig_mod", root)).__name__
-    prints = {"fingerprint": digest.hexdigest()[:32], "rest": rest.hexdigest()[:32]}
-    return {**prints, "class": kind, "name": str(name), "quantized": quantized}
+    fingerprint = rest.hexdigest()[:HALF] + (mark + linear.hexdigest())[:HALF]
+    return {"fingerprint": fingerprint, "class": type(getattr(root, "_orig_mod", root)).__name__, "name": str(name)}
 
 
 def check_base(mine: dict[str, Any], saved: dict[str, Any], where: str) -> None:
@@ -59,9 +59,10 @@ def check_base(mine: dict[str, Any], saved: dict[str, Any], where: str) -> None:
     Raises:
         ValueError: they differ; the message has both hashes and the way to load all the same.
     """
-    if mine["fingerprint"] == saved["fingerprint"]:
+    one, other = mine["fingerprint"], saved["fingerprint"]
+    if one == other:
         return
-    if (mine["quantized"] or saved.get("quantized")) and mine["rest"] == saved.get("rest"):
+    if QUANTIZED in one[HALF:] + other[HALF:] and one[:HALF] == other[:HALF]:
         warnings.warn(
             f"{where}: one of the two bases came quantized, so only what is not packed (embeddings, norms, biases) could be compared; that"
             " is the same.",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.packing import FORMATS, PACKINGS, Format, Packing
+from lightning_lora.sharding import local
 
 
 def _library() -> ModuleType:
@@ -36,8 +37,8 @@ class PackedSubclass(Packing):
         return module.weight.detach().dequantize()
 
     def codes(self, module: Any) -> list[Tensor]:
-        """Its inner tensors."""
-        weight = module.weight.detach()
+        """Its inner tensors; under sharding this rank's piece."""
+        weight = local(module.weight.detach())
         return [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
 
 

@@ -72,12 +72,11 @@ def packed(module: nn.Module) -> set[str]:
     return {name for name, child in module.named_modules() if packing_of(child) is not None}
 
 
-@each_format
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("how, late", [*((how, False) for how in FORMATS), ("nf4", True)])
 def test_one_argument_makes_it_qlora(how: str, late: bool, tmp_path: Path) -> None:
     """The base is packed before the adapters come and stays packed; validation passes in between do no harm; nothing merges by itself."""
     module = Lit(late=late)
-    fit(tmp_path, module, LoRACallback(CONFIG, quantize=how), epochs=8)
+    fit(tmp_path, module, LoRACallback(CONFIG, quantize=how), epochs=6)
     assert packed(module) == {"net.up", "net.down", "net.head"}
     assert not any(layer.merged for _, layer in lora_layers(module))
     assert sum(module.losses[-2:]) < 0.9 * sum(module.losses[:2])
@@ -99,8 +98,7 @@ def test_checkpoints_hold_adapters_and_resume_is_exact(how: str, tmp_path: Path)
     assert torch.equal(plain.up.lora_B, load_adapter(packed_stack(how), file).up.lora_B)
 
 
-@each_format
-@pytest.mark.parametrize("quantized", ["dequantize", "requantize"])
+@pytest.mark.parametrize("how, quantized", [("nf4", "requantize"), *((how, "dequantize") for how in FORMATS)])
 def test_merging_at_the_end_is_asked_for(how: str, quantized: Any, tmp_path: Path) -> None:
     for callback, module in (
         (LoRACallback(CONFIG), Lit(packed_stack(how))),
@@ -133,8 +131,9 @@ def test_wrong_choices_are_refused_at_once() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
-@pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "int8-training"])
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(
+    "mode, late", [*((mode, False) for mode in ("nf4", "nf4-dq", "fp4", "int8", "int8-training")), ("nf4-dq", True), ("int8", True)]
+)
 def test_lightnings_own_plugin(mode: Any, late: bool, tmp_path: Path) -> None:
     """It would replace layers after setup, adapters and all: here it converts first."""
     dtype = torch.float16 if mode.startswith("int8") else torch.float32
@@ -151,8 +150,7 @@ def test_lightnings_own_plugin(mode: Any, late: bool, tmp_path: Path) -> None:
         load_adapter(plain_stack(), tmp_path / "last.ckpt")  # known as the same base
 
 
-@each_format
-@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("how, precision", [("nf4", "bf16-mixed"), *((how, "bf16-true") for how in FORMATS)])
 def test_precision_plugins_leave_it_packed(how: str, precision: Any, tmp_path: Path) -> None:
     module = Lit()
     fit(tmp_path, module, LoRACallback(CONFIG, quantize=how), precision=precision)
