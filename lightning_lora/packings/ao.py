@@ -38,7 +38,7 @@ class PackedSubclass(Packing):
 
     def codes(self, module: Any) -> list[Tensor]:
         """Its inner tensors; under sharding this rank's piece."""
-        weight = local(module.weight.detach())
+        weight: Any = local(module.weight.detach())
         return [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
 
 
