@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_lora import inits  # noqa: F401 (registers what configs name)
+from lightning_lora import inits, packings  # noqa: F401 (they register what configs name)
 from lightning_lora.checkpoint import load_adapter, save_adapter
 from lightning_lora.config import LoRAConfig
 from lightning_lora.export import export_merged
 from lightning_lora.inject import apply_lora, get_lora_parameters, merge_lora, merge_report, unload_lora, unmerge_lora
 from lightning_lora.layers import LoRALinear
 from lightning_lora.optim import lora_param_groups
+from lightning_lora.quantize import quantize_base
 from lightning_lora.targeting import find_targets
 from lightning_lora.variants import shrink_adalora
 
@@ -32,6 +33,7 @@ __all__ = [
     "lora_param_groups",
     "merge_lora",
     "merge_report",
+    "quantize_base",
     "save_adapter",
     "shrink_adalora",
     "unload_lora",

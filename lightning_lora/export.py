@@ -1,11 +1,12 @@
 """The merged model as a folder of safetensors, written tensor by tensor: no process ever holds all of it.
 
 Under sharding each weight is gathered alone, merged, handed to the first process and freed. The files are what
-``from_pretrained`` reads: numbered shards and an index, or one file if it is small.
+``from_pretrained`` reads: numbered shards and an index, or one file if it is small. Quantized weights are written unpacked, one by one.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from lightning_lora.files import write_atomic
 from lightning_lora.layers.base import PREFIX, LoRALayer
 from lightning_lora.names import adapter_root, clean_name, persistent_buffers
+from lightning_lora.packing import packing_of, unpacked
 from lightning_lora.sharding import is_first_rank, whole, whole_parameters
 
 
@@ -33,7 +35,7 @@ def export_merged(model: nn.Module, folder: str | Path, *, overwrite: bool = Fal
         The folder.
 
     Raises:
-        ValueError: the folder is not empty and ``overwrite`` is False.
+        ValueError: the folder is not empty and ``overwrite`` is False, or a quantized weight is sharded.
     """
     folder, (_, root) = Path(folder), adapter_root(model)
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
@@ -45,7 +47,8 @@ def export_merged(model: nn.Module, folder: str | Path, *, overwrite: bool = Fal
             continue
         seen.add(id(parameter))
         with torch.no_grad():
-            tensor = whole(parameter.detach())
+            packed = name == "weight" and packing_of(module) is not None
+            tensor = _unpacked(module, module_name) if packed else whole(parameter.detach())
             if name == "weight" and isinstance(module, LoRALayer) and not module.merged:
                 tensor, _ = module.merged_weight()
         if writer is not None:
@@ -56,8 +59,17 @@ def export_merged(model: nn.Module, folder: str | Path, *, overwrite: bool = Fal
         writer.close()
         config = getattr(root, "config", None)
         if hasattr(config, "save_pretrained"):
+            config = copy.copy(config)
+            config.__dict__.pop("quantization_config", None)  # nothing of what was written is quantized
             config.save_pretrained(folder)  # type: ignore[union-attr]
     return folder
+
+
+def _unpacked(module: nn.Module, name: str) -> Tensor:
+    try:
+        return unpacked(module)
+    except ValueError as error:
+        raise ValueError(f"{name!r} cannot be exported: {error}.") from error
 
 
 class _Shards:

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.names import clean_name, modules_by_name
+from lightning_lora.packing import packing_of
 from lightning_lora.patterns import compile_patterns, no_match
 
 _FRESH_HEAD = re.compile(r"For\w*(Classification|MultipleChoice|QuestionAnswering)$")
@@ -47,6 +48,9 @@ def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
             raise ValueError(
                 f"modules_to_save: {empty[0]!r} ({type(modules[empty[0]]).__name__}) has no parameters to train; name another module."
             )
+        packed = [f"{fqn}.{part}" for fqn in found for part, child in modules[fqn].named_modules() if packing_of(child)]
+        if packed:
+            raise ValueError(f"modules_to_save: {packed[0].rstrip('.')!r} is quantized and cannot be trained in full; adapt it instead.")
         saved += found
     saved = list(dict.fromkeys(saved))
     _check_not_tied(model, saved)

@@ -12,7 +12,9 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.fuse import fuse, unfuse
 from lightning_lora.heads import hf_ends
 from lightning_lora.layers.base import PREFIX, LoRALayer, adapt, lora_layers, restore
+from lightning_lora.layers.mergeable import Quantized
 from lightning_lora.names import modules_by_name
+from lightning_lora.packing import elements, plain_dtype, prepare
 from lightning_lora.registry import INITS, VARIANTS, look_up
 from lightning_lora.sharding import reshard
 from lightning_lora.targeting import TargetReport, find_targets
@@ -74,6 +76,7 @@ def inject(model: nn.Module, config: LoRAConfig, report: TargetReport) -> nn.Mod
     try:
         for parameter, _ in trained:
             parameter.requires_grad_(False)
+        _prepare_quantized(model)
         for target in report.targets:
             try:
                 adapt(target.module, config, target.rank, target.alpha)
@@ -127,7 +130,14 @@ def get_lora_parameters(model: nn.Module) -> LoRAParameters:
     return LoRAParameters([parameter for _, layer in lora_layers(model) for parameter in layer.lora_parameters().values()])
 
 
-def merge_lora(model: nn.Module, *, untie: bool = False, reversible: bool = True, device: torch.device | str | None = None) -> nn.Module:
+def merge_lora(
+    model: nn.Module,
+    *,
+    untie: bool = False,
+    reversible: bool = True,
+    device: torch.device | str | None = None,
+    quantized: Quantized | None = None,
+) -> nn.Module:
     """Add every update to its base weight: no cost at inference, and a state dict with the base's keys only.
 
     Sums are taken in fp32 and rounded once. ``merge_report`` tells what the rounding lost. Merging twice changes nothing.
@@ -137,16 +147,21 @@ def merge_lora(model: nn.Module, *, untie: bool = False, reversible: bool = True
         untie: give an adapted layer whose weight another module shares (tied embeddings) a weight of its own.
         reversible: keep what :func:`unmerge_lora` needs (a few percent of the weights' bytes).
         device: where to compute, layer by layer (default: where each weight is).
+        quantized: how to merge into a quantized weight, which has no default. ``"dequantize"``: the layer becomes a plain one with a
+            weight in the dtype it was quantized from, and only the rounding to that is lost. ``"requantize"``: it stays packed, and the
+            update is rounded to the grid of a few bits, which loses more than most updates are worth; look at ``merge_report``.
+            Either way the packed weight is kept for :func:`unmerge_lora`, unless ``reversible`` is False.
 
     Returns:
         The same ``model``.
 
     Raises:
-        ValueError: an adapter holds NaN or infinity, a weight is quantized, or one is tied and ``untie`` is False; nothing is merged then.
+        ValueError: an adapter holds NaN or infinity, a weight is quantized and ``quantized`` does not say how to merge into it, or one
+            is tied and ``untie`` is False; nothing is merged then.
     """
     layers = [(name, layer) for name, layer in lora_layers(model) if not layer.merged]
     for name, layer in layers:
-        reason = layer.merge_refusal()
+        reason = layer.merge_refusal(quantized)
         if reason:
             raise ValueError(f"{name!r} cannot be merged: {reason}.")
     tied = tied_weights(model)
@@ -160,12 +175,15 @@ def merge_lora(model: nn.Module, *, untie: bool = False, reversible: bool = True
     for name, layer in _ready(model, layers):
         if name in tied:
             layer._owns_weight, layer._untied = False, configs
-        layer.merge_weights(device=device, reversible=reversible)
+        layer.merge_weights(device=device, reversible=reversible, quantized=quantized)
     return model
 
 
 def merge_report(model: nn.Module) -> dict[str, float]:
-    """FQN → share of the update that rounding lost in the merge, ‖merged − base − Δ‖ / ‖Δ‖, for every merged layer."""
+    """FQN → share of the update that rounding lost in the merge, ‖merged − base − Δ‖ / ‖Δ‖, for every merged layer.
+
+    Of a quantized base it is measured against the unpacked weight; 1 and more means that nothing of the update is left to rely on.
+    """
     return {name: layer.merge_loss for name, layer in lora_layers(model) if layer.merged}
 
 
@@ -181,7 +199,7 @@ def unmerge_lora(model: nn.Module) -> nn.Module:
             layer.unmerge_weights()
         except ValueError as error:
             for earlier in done:  # merging is deterministic: the merged weights come back as they were
-                earlier.merge_weights(device=earlier._device)
+                earlier.merge_weights(device=earlier._device, quantized=getattr(earlier, "_quantized", None))
             raise ValueError(f"{name!r} cannot be unmerged: {error}.") from error
         done.append(layer)
     return model
@@ -203,7 +221,18 @@ def unload_lora(model: nn.Module) -> nn.Module:
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
     """Elements that train, and all elements."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
+    sizes = {p: elements(module, name, p) for module in model.modules() for name, p in module._parameters.items() if p is not None}
+    return sum(size for p, size in sizes.items() if p.requires_grad), sum(sizes.values())
+
+
+def _prepare_quantized(model: nn.Module) -> None:
+    """Gradients pass through every quantized layer, adapted or not."""
+    dtype = plain_dtype(model)
+    for name, module in model.named_modules():
+        try:
+            prepare(module, dtype)
+        except ValueError as error:
+            raise ValueError(f"{name!r}: {error}.") from error
 
 
 def _distributed() -> bool:

@@ -19,6 +19,7 @@ from lightning_lora.config import ALL_LINEAR, LoRAConfig
 from lightning_lora.heads import output_heads, saved_modules, within
 from lightning_lora.layers.base import PREFIX, LoRALayer, adapted_class, refusal
 from lightning_lora.names import modules_by_name
+from lightning_lora.packing import packing_of
 from lightning_lora.patterns import compile_patterns, layer_index, no_match
 from lightning_lora.registry import kind_of, why_refused
 
@@ -39,7 +40,8 @@ class Target:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the base weight."""
-        return tuple(self.module.weight.shape)  # type: ignore[arg-type]
+        shape = self.module.weight.shape
+        return (self.module.out_features, self.module.in_features) if packing_of(self.module) else tuple(shape)  # type: ignore
 
     @property
     def parameters(self) -> int:

@@ -9,6 +9,7 @@ import functools
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -26,9 +27,12 @@ from lightning_lora.inject import (
     unmerge_lora,
 )
 from lightning_lora.layers.base import lora_layers
+from lightning_lora.layers.mergeable import Quantized
 from lightning_lora.names import adapter_root
 from lightning_lora.optim.groups import check_ratio
-from lightning_lora.strategies import StrategyHooks, arrange, check_equal, check_supported, synchronize
+from lightning_lora.packing import format_of, packing_of
+from lightning_lora.quantize import quantize_base
+from lightning_lora.strategies import StrategyHooks, arrange, check_equal, check_supported, convert_base, synchronize
 from lightning_lora.targeting import TargetReport, find_targets
 
 _CURE = (
@@ -48,8 +52,11 @@ class LoRACallback(Callback):
         config: what to adapt; default ``LoRAConfig()``.
         module: name of the submodule to adapt and freeze, for a LightningModule with other parts that train as before;
             default: all of it.
+        quantize: pack the base's linears, all but heads, before the adapters come, e.g. ``"nf4"``: QLoRA in one line. The formats
+            are those of :func:`~lightning_lora.quantize_base`. A base that comes quantized needs none of it.
         merge_on_fit_end: merge after a completed ``fit``. Checkpoints stay adapters, and loading one (``test(ckpt_path=
-            "best")``) or fitting again unmerges first.
+            "best")``) or fitting again unmerges first. Default: yes, but with ``quantize`` only where ``merge_quantized`` says how.
+        merge_quantized: how to merge into a quantized base, ``"dequantize"`` or ``"requantize"`` (see :func:`~lightning_lora.merge_lora`).
         check_base: refuse to resume from a checkpoint that was trained on another base.
         check_gradients: raise after the first training batch if an adapter got no gradient in it. Switch it off for models
             that use parts of themselves only now and then.
@@ -66,18 +73,25 @@ class LoRACallback(Callback):
         self,
         config: LoRAConfig | None = None,
         module: str | None = None,
-        merge_on_fit_end: bool = True,
+        merge_on_fit_end: bool | None = None,
         check_base: bool = True,
         check_gradients: bool = True,
         compile: Literal["layer"] | None = None,
         lora_plus_ratio: float = 1.0,
+        quantize: str | None = None,
+        merge_quantized: Quantized | None = None,
     ) -> None:
         if compile not in (None, "layer"):
             raise ValueError(f"compile={compile!r} is not known; it is None or 'layer'.")
         check_ratio(lora_plus_ratio)
         self.config = config or LoRAConfig()
         self.module = module
-        self.merge_on_fit_end = merge_on_fit_end
+        if quantize is not None:
+            format_of(quantize)
+        if merge_quantized not in (None, "dequantize", "requantize"):
+            raise ValueError(f"merge_quantized={merge_quantized!r}: choose 'dequantize' or 'requantize'.")
+        self.quantize, self.merge_quantized = quantize, merge_quantized
+        self.merge_on_fit_end = quantize is None or merge_quantized is not None if merge_on_fit_end is None else merge_on_fit_end
         self.lora_plus_ratio = lora_plus_ratio
         self.check_base = check_base
         self.check_gradients = check_gradients
@@ -157,7 +171,7 @@ class LoRACallback(Callback):
         if not self.merge_on_fit_end:
             return
         target = self._target(pl_module)
-        merge_lora(target, device=trainer.strategy.root_device)
+        merge_lora(target, device=trainer.strategy.root_device, quantized=self.merge_quantized)
         lost = merge_report(target)
         worst = max(lost, key=lambda name: lost[name])
         rank_zero_info(f"LoRA merged into {len(lost)} modules; rounding lost at most {lost[worst]:.2%} of an update ({worst}).")
@@ -178,27 +192,36 @@ class LoRACallback(Callback):
             compile_layers(target)
             self._compiled = target
         if not any(layer.merged for _, layer in lora_layers(target)) and not already_applied(target, self.config):
+            convert_base(trainer, pl_module)
+            if self.quantize is not None:
+                device, saved = trainer.strategy.root_device, self.config.modules_to_save
+                quantize_base(target, self.quantize, modules_to_save=saved, device=device)
             self.report = report = find_targets(target, self.config)
             inject(target, self.config, report)
             synchronize(pl_module)
             trainable, total = trainable_parameters(pl_module)
             rank_zero_info(f"{report}\ntrainable {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
         if self.merge_on_fit_end and trainer.state.fn == TrainerFn.FITTING:
-            self._check_mergeable(target)
+            self._check_mergeable(target, isinstance(trainer.strategy, ModelParallelStrategy))
         arrange(trainer.strategy, pl_module)
         root = ".".join(filter(None, (self.module, adapter_root(target)[0])))
         StrategyHooks(trainer.strategy, pl_module, root, self.config, self.check_base, self.lora_plus_ratio).install()
 
-    def _check_mergeable(self, target: nn.Module) -> None:
+    def _check_mergeable(self, target: nn.Module, sharded: bool) -> None:
         """Say at the start what would stop the merge at the end."""
         tied = [(name, f"tied to {', '.join(others)}, and merging would change that too") for name, others in tied_weights(target).items()]
+        how = "quantized and will be sharded" if sharded else "quantized"
         packed = [
-            (name, f"quantized ({layer.weight.dtype})") for name, layer in lora_layers(target) if not layer.weight.is_floating_point()
+            (name, f"{how} ({layer.weight.dtype})")
+            for name, layer in lora_layers(target)
+            if not layer.weight.is_floating_point() or packing_of(layer) is not None
+            if self.merge_quantized is None or packing_of(layer) is None or sharded
         ]
         for name, reason in (tied + packed)[:1]:
             raise ValueError(
                 f"{name}.weight is {reason}: it cannot be merged at the end of fit. Pass LoRACallback(merge_on_fit_end=False);"
-                " merge_lora(model, untie=True) merges tied weights when you want it."
+                " merge_lora(model, untie=True) merges tied weights when you want it, LoRACallback(merge_quantized='dequantize') or"
+                " 'requantize' says how to merge into a quantized base."
             )
 
     def _target(self, pl_module: LightningModule) -> nn.Module:

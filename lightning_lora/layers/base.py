@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import kernels
+from lightning_lora import kernels, packing
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.mergeable import PREFIX, Mergeable
 from lightning_lora.registry import INITS, VARIANTS, kind_of, look_up, qualified_name, why_refused
@@ -139,6 +139,7 @@ class LoRALayer(Mergeable):
 
     def init_adapter(self, config: LoRAConfig, rank: int, alpha: float) -> None:
         """Freeze the base parameters and add the adapter's on the weight's device, at least in fp32."""
+        packing.prepare(self)
         weight = self.weight
         dtype = weight.dtype if weight.dtype.is_floating_point and weight.dtype.itemsize >= 4 else torch.float32
         self.lora_config, self.rank, self.alpha = config, rank, alpha
@@ -164,6 +165,12 @@ class LoRALayer(Mergeable):
             base()
         if "lora_A" in self._parameters:  # a constructor of the base calls this before there is an adapter
             self.reset_lora_parameters()
+
+    def become(self, base: type[nn.Module]) -> None:
+        """Be the adapted class of another base: what a quantized layer's is once its weight is a plain one."""
+        kind = kind_of(base.__new__(base))
+        assert kind is not None
+        self.__class__ = lora_class(base, kind, look_up(VARIANTS, "variant", self.lora_config.variant))
 
     # Use.
 
@@ -278,6 +285,7 @@ def restore(layer: LoRALayer) -> nn.Module:
         "_untied",
         "_digest",
         "_device",
+        "_quantized",
     ):
         layer.__dict__.pop(name, None)
     for container in (layer._parameters, layer._modules, layer.__dict__):

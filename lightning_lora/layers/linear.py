@@ -14,6 +14,7 @@ from lightning_lora import kernels, ops
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import PREFIX, LoRALayer, adapt, refusal
 from lightning_lora.layers.siblings import Siblings, compute
+from lightning_lora.packing import packing_of
 from lightning_lora.registry import REFUSED, register_kind
 from lightning_lora.sharding import is_sharded
 
@@ -80,7 +81,8 @@ class LoRALinear(LoRALayer, nn.Linear):
             raise ValueError(reason)
         layer = _copy(linear)
         for name, parameter in linear._parameters.items():
-            layer._parameters[name] = None if parameter is None else nn.Parameter(parameter.detach(), requires_grad=False)
+            if parameter is not None and not (name == "weight" and packing_of(linear)):  # a packed weight is frozen and never written to
+                layer._parameters[name] = nn.Parameter(parameter.detach(), requires_grad=False)
         adapt(layer, config, rank, float(alpha))
         layer._owns_weight = False
         assert isinstance(layer, LoRALinear)

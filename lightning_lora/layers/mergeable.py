@@ -7,16 +7,16 @@ adapter too would apply it twice. When an adapter is loaded into it, it unmerges
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import merging
-from lightning_lora.digests import sampled_digest
-from lightning_lora.sharding import local, piece_of, whole
+from lightning_lora import merging, packing
+from lightning_lora.sharding import is_sharded, local, piece_of, whole
 
 PREFIX = "lora_"  # of every parameter that LoRA adds to a layer
+Quantized = Literal["dequantize", "requantize"]  # how to merge into a quantized weight
 
 T = TypeVar("T")
 
@@ -28,25 +28,20 @@ class Mergeable(nn.Module):
     merged: bool
     #: Share of the update that rounding lost in the last merge.
     merge_loss: float
-    _undo: merging.Undo | merging.Original | None
+    _undo: merging.Undo | merging.Original | packing.PackedWeight | None
     _owns_weight: bool
     _untied: list[Any]
     _digest: str
     _device: torch.device
+    _quantized: Quantized | None
 
     def lora_delta(self) -> Tensor:
         """The update as a dense tensor of the weight's shape, in the adapter's dtype."""
         raise NotImplementedError(f"{type(self).__name__} has to say its dense update")
 
     def base_weight(self) -> Tensor:
-        """The base weight in a floating dtype.
-
-        Raises:
-            ValueError: it is packed, and nothing here knows how to unpack it.
-        """
-        if not self.weight.is_floating_point():
-            raise ValueError(f"the weight is quantized ({self.weight.dtype}) in a way that is not known")
-        return self.weight
+        """The base weight in a floating dtype; that of a quantized base unpacked."""
+        return packing.unpacked(self)
 
     def merge_delta(self) -> Tensor:
         """What merging adds to the weight, computed from the adapter alone; then :meth:`merge_gain` multiplies."""
@@ -55,6 +50,10 @@ class Mergeable(nn.Module):
     def merge_gain(self, delta: Tensor) -> Tensor | None:
         """What merging multiplies ``weight + delta`` by, in the weight's shape; None for 1. Asked before the merge only."""
         return None
+
+    def become(self, base: type[nn.Module]) -> None:
+        """Be an adapted layer over another base class."""
+        raise NotImplementedError(f"{type(self).__name__} has to know how its class is made")
 
     def base_parameters(self) -> dict[str, nn.Parameter]:
         """The layer's own parameters without the adapter's."""
@@ -94,7 +93,9 @@ class Mergeable(nn.Module):
         finally:
             self.__dict__["_parameters"] = own
 
-    def merge_weights(self, *, device: torch.device | str | None = None, reversible: bool = True) -> None:
+    def merge_weights(
+        self, *, device: torch.device | str | None = None, reversible: bool = True, quantized: Quantized | None = None
+    ) -> None:
         """``weight += scaling · B·A``, summed in fp32 and rounded once; a no-op on a merged layer.
 
         A weight that another module uses too is replaced, never written to.
@@ -102,17 +103,22 @@ class Mergeable(nn.Module):
         Args:
             device: where to compute (default: the weight's device).
             reversible: keep what :meth:`unmerge_weights` needs.
+            quantized: what a quantized weight becomes: one of 16 bit in a plain layer ("dequantize"), or the sum quantized again
+                ("requantize").
 
         Raises:
             ValueError: :meth:`merge_refusal` has a reason.
         """
         if self.merged:
             return
-        reason = self.merge_refusal()
+        reason = self.merge_refusal(quantized)
         if reason:
             raise ValueError(reason)
+        if packing.packing_of(self) is not None:
+            self._merge_packed(device, reversible, quantized)
+            return
         home, device = self.weight.device, torch.device(device) if device is not None else self.weight.device
-        self._digest, self._device = sampled_digest(whole(self.weight.detach())), device
+        self._digest, self._device = packing.weight_digest(self), device
         delta, gain = self._exactly(device, self._merge_parts)
         delta = piece_of(delta, self.weight)
         gain = None if gain is None else piece_of(gain, self.weight)
@@ -129,9 +135,41 @@ class Mergeable(nn.Module):
             self._undo = merging.Original(shared) if reversible else None
         self.merged = True
 
-    def merge_refusal(self) -> str | None:
+    def _merge_packed(self, device: torch.device | str | None, reversible: bool, quantized: Quantized | None) -> None:
+        """Merge into a quantized weight; the packed tensors themselves are kept for the way back."""
+        how = packing.packing_of(self)
+        assert how is not None
+        original, digest = packing.take(self, how), packing.weight_digest(self)
+        home, self._device = self.weight.device, torch.device(device) if device is not None else self.weight.device
+        base, delta = self.base_weight().to(self._device), self.exact_delta(self._device)
+        exact = base.to(delta.dtype) + delta
+        if quantized == "requantize":
+            how.repack(self, exact.to(home))
+        else:
+            self.weight = nn.Parameter(exact.to(base.dtype).to(home), requires_grad=False)
+            for name in original.attributes:
+                del self.__dict__[name]
+            if how.plain_class is not None:
+                self.become(how.plain_class)
+        lost = (self.base_weight().to(exact) - exact).norm()
+        self.merge_loss = float(lost / delta.norm()) if delta.any() else 0.0
+        self._undo, self._quantized = original if reversible else None, quantized
+        self.merged, self._digest = True, digest
+
+    def merge_refusal(self, quantized: Quantized | None = None) -> str | None:
         """Why the update cannot be merged now; None if it can."""
-        if not self.weight.is_floating_point():
+        how = packing.packing_of(self)
+        if how is not None:
+            if is_sharded(self.weight):
+                return "its quantized weight is sharded: save the adapter and merge in a single process"
+            if quantized not in ("dequantize", "requantize"):
+                return (
+                    f"its weight is quantized, and how to merge into that is a choice (quantized={quantized!r}): quantized='dequantize'"
+                    " makes it a 16-bit layer, exact to rounding; quantized='requantize' keeps it packed and rounds the update to its grid"
+                )
+            if quantized == "requantize" and not how.repacks:
+                return f"its weight, a {type(self.weight.data).__name__}, is not packed again here: pass quantized='dequantize'"
+        elif not self.weight.is_floating_point():
             kind = f"the weight is quantized ({self.weight.dtype})"
             return f"{kind} and cannot take an update in place: dequantize the base first, or leave it unmerged"
         spoilt = [name for name, p in self.lora_parameters().items() if not whole(p.detach()).isfinite().all()]
@@ -155,6 +193,11 @@ class Mergeable(nn.Module):
             delta = self._exactly(self._device, self.merge_delta)
             base = merging.unmerge(mine.to(self._device), piece_of(delta, self.weight), self._undo)
             mine.copy_(base)
+        elif isinstance(self._undo, packing.PackedWeight):
+            home = self.weight.device  # the model may have moved since, and what was kept aside did not
+            self._undo.put_back(self)
+            if self.weight.device != home:
+                self.to(home)
         else:
             self.weight = self._undo.weight
         self.merged, self._undo = False, None

@@ -2,6 +2,6 @@
 
 from lightning_lora.strategies.hooks import StrategyHooks, check_equal, synchronize
 from lightning_lora.strategies.ours import LoRAFSDP2Strategy
-from lightning_lora.strategies.support import arrange, check_supported
+from lightning_lora.strategies.support import arrange, check_supported, convert_base
 
-__all__ = ["LoRAFSDP2Strategy", "StrategyHooks", "arrange", "check_equal", "check_supported", "synchronize"]
+__all__ = ["LoRAFSDP2Strategy", "StrategyHooks", "arrange", "check_equal", "check_supported", "convert_base", "synchronize"]

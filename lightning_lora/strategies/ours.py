@@ -20,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from typing_extensions import override
 
+from lightning_lora.packing import packing_of
 from lightning_lora.parallel import place_adapters
 from lightning_lora.sharding import is_sharded
 
@@ -111,8 +112,11 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
     """Split layers as the plan of the Hugging Face models inside says.
 
     Raises:
-        ValueError: none of them has a plan.
+        ValueError: none of them has a plan, or a layer is quantized.
     """
+    packed = [name for name, module in model.named_modules() if packing_of(module) is not None]
+    if packed:
+        raise ValueError(f"tensor_parallel_size > 1: {packed[0]!r} is quantized and cannot be split by rows or columns; use 1.")
     planned = [module for module in model.modules() if getattr(module, "_tp_plan", None)]
     if not planned:
         raise ValueError(f"{type(model).__name__} has no model with a tensor-parallel plan (_tp_plan); use tensor_parallel_size=1.")

@@ -11,9 +11,11 @@ from lightning.pytorch.plugins.precision import BitsandbytesPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_lora import parallel
+from lightning_lora.packing import packing_of
 
 _SUPPORTED = (SingleDeviceStrategy, DDPStrategy, FSDPStrategy, ModelParallelStrategy)
 
@@ -37,7 +39,7 @@ def check_supported(trainer: Trainer) -> None:
             " use strategy='ddp' from a script."
         )
     precision = trainer.precision_plugin
-    if isinstance(precision, (TransformerEnginePrecision, BitsandbytesPrecision)):
+    if isinstance(precision, TransformerEnginePrecision):
         raise ValueError(
             f"plugins: {type(precision).__name__} replaces every linear layer after LoRA was injected, adapters and all: convert the"
             " model before it goes into the LightningModule, and leave the plugin out."
@@ -52,12 +54,22 @@ def check_supported(trainer: Trainer) -> None:
         raise ValueError("FSDPStrategy(use_orig_params=False) hides the parameters that LoRA trains: leave use_orig_params out.")
 
 
+def convert_base(trainer: Trainer, module: LightningModule) -> None:
+    """Let ``BitsandbytesPrecision`` replace the linears now, before adapters come.
+
+    Lightning calls the plugin after ``setup``, when it would take the adapters along; a module that it has converted it leaves alone.
+    """
+    if isinstance(trainer.precision_plugin, BitsandbytesPrecision):
+        trainer.precision_plugin.convert_module(module)
+
+
 def arrange(strategy: Strategy, module: LightningModule) -> None:
     """Prepare a strategy for a module that was just adapted and is not wrapped yet.
 
     FSDP1 flattens a block, adapters and all, into one parameter, which then needs gradient memory for the frozen base too.
     So it is told to ignore what trains; that stays whole on every rank, and one collective a step averages its gradients.
     """
+    _check_packed(strategy, module)
     if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)):
         # Lightning refuses to clip by norm under FSDP, and torch cannot where only some layers are tensor-parallel.
         strategy.precision_plugin.clip_grad_by_norm = functools.partial(_clip, strategy.precision_plugin)  # type: ignore[method-assign]
@@ -79,9 +91,30 @@ def arrange(strategy: Strategy, module: LightningModule) -> None:
     parallel.GradientReducer(trained, [None])  # None: all processes
 
 
+def _check_packed(strategy: Strategy, module: LightningModule) -> None:
+    """Which quantized weights a strategy can handle; DDP is told to leave them alone, as they never change."""
+    packed = {name: packing for name, child in module.named_modules() if (packing := packing_of(child)) is not None}
+    if not packed:
+        return
+    if isinstance(strategy, FSDPStrategy):
+        raise ValueError(
+            f"strategy={type(strategy).__name__} flattens a block into one parameter, and {next(iter(packed))!r} is quantized: use"
+            " strategy='lora_fsdp2'."
+        )
+    whole = [name for name, packing in packed.items() if not packing.shards]
+    if isinstance(strategy, ModelParallelStrategy) and whole:
+        raise ValueError(
+            f"strategy={type(strategy).__name__} cannot shard {whole[0]!r} ({type(module.get_submodule(whole[0])).__name__}), whose 8-bit"
+            " weight does not come apart: use quantize='nf4' or 'torchao-nf4', or strategy='ddp'."
+        )
+    if isinstance(strategy, DDPStrategy):
+        names = [f"{name}.weight" for name in packed]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
+
+
 def _clip(precision: Precision, optimizer: Optimizer, clip_val: int | float) -> None:
     if clip_val > 0:
         parallel.clip_grad_norm(precision.main_params(optimizer), clip_val)
 
 
-__all__ = ["arrange", "check_supported"]
+__all__ = ["arrange", "check_supported", "convert_base"]

@@ -205,6 +205,7 @@ def run(
     checkpointing: str | None = None,
     compile: Literal["layer"] | None = None,
     lora_plus_ratio: float = 1.0,
+    quantize: str | None = None,
     **trainer_kwargs: Any,
 ) -> dict[str, Any]:
     """Fit under a strategy.
@@ -218,7 +219,8 @@ def run(
     torch.manual_seed(7)
     Net.checkpointing = checkpointing
     module = make()
-    callbacks: list[L.Callback] = [LoRACallback(config, merge_on_fit_end=merge, compile=compile, lora_plus_ratio=lora_plus_ratio)]
+    callback = LoRACallback(config, merge_on_fit_end=merge, compile=compile, lora_plus_ratio=lora_plus_ratio, quantize=quantize)
+    callbacks: list[L.Callback] = [callback]
     if save:
         callbacks.append(ModelCheckpoint(folder, filename="last", enable_version_counter=False, save_weights_only=weights_only))
     devices = dist.get_world_size() if dist.is_initialized() else 1

@@ -1,0 +1,142 @@
+"""A QLoRA training step's time and memory: the frozen NF4 model, ours, PEFT; eager and with each block compiled; checkpointed or not.
+
+    python benchmarks/qlora_step.py           # Llama-3-8B's shape, 1 x 2048 tokens, all-linear r=16, on a GPU
+    python benchmarks/qlora_step.py --tiny    # the same steps in seconds, on a CPU too
+
+Random weights, made and packed block by block on the device, so that the 16 GB of the bf16 model never exist: 4-bit NormalFloat with
+double quantization by bitsandbytes, bf16 embeddings, norms and head, fp32 adapters under autocast, 8-bit AdamW. *Frozen* is forward
+and backward to the embedding's output with no adapter: what no QLoRA can avoid. All is measured in this one run, the peak after the
+first four steps; ratios are to the frozen model run the same way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import bitsandbytes
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, __version__
+
+from lightning_lora import LoRAConfig, apply_lora, quantize_base
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+TINY, LLAMA_8B = (64, 128, 2, 4, 2, 256), (4096, 14336, 32, 32, 8, 128256)
+
+
+def build(sizes: Sequence[int], device: str) -> nn.Module:
+    """A packed model with random weights: on the meta device first, then one block after the other."""
+    config = LlamaConfig(**dict(zip(NAMES, sizes, strict=True)), tie_word_embeddings=False, use_cache=False, rope_theta=500000.0)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).bfloat16()
+    torch.manual_seed(0)
+    with torch.device(device):
+        rotary = type(model.model.rotary_emb)(config)  # its buffers are computed, not drawn
+    for block in model.model.layers:
+        draw(block.to_empty(device=device))
+        quantize_base(block, "nf4")
+    for part in (model.model.embed_tokens, model.model.norm, model.lm_head):
+        draw(part.to_empty(device=device))
+    model.model.rotary_emb = rotary
+    return model
+
+
+def draw(module: nn.Module) -> None:
+    """Weights as Llama starts them: normal matrices, norms at one."""
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else nn.init.ones_(parameter)
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    for module in model.modules():  # as ours does: bitsandbytes' CPU inference layout has no backward
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    model.requires_grad_(False)
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    return model
+
+
+def ours(model: nn.Module) -> nn.Module:
+    return apply_lora(model, LoRAConfig(rank=16, alpha=32, target_modules=LINEARS))
+
+
+def peft(model: nn.Module) -> nn.Module:
+    model.is_loaded_in_4bit = True  # as transformers' own loader leaves it: PEFT takes its layer for 4-bit bases by this
+    return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=LINEARS))
+
+
+MODES: dict[str, Callable[[nn.Module], nn.Module]] = {"frozen": frozen, "ours": ours, "PEFT": peft}
+
+
+def measure(name: str, options: argparse.Namespace, compiled: bool, checkpointed: bool) -> tuple[float, float]:
+    """Median milliseconds a step, and peak GiB."""
+    torch._dynamo.reset()
+    cuda = torch.cuda.is_available()
+    device, sizes = "cuda" if cuda else "cpu", TINY if options.tiny else LLAMA_8B
+    model = build(sizes, device)
+    if checkpointed:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        key = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+        enable(**{f"{key}_checkpointing_kwargs": {"use_reentrant": False}})
+    model = MODES[name](model).train()
+    if compiled:
+        for block in [m for m in model.modules() if type(m).__name__ == "LlamaDecoderLayer"]:
+            block.compile()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = bitsandbytes.optim.AdamW8bit(trained, lr=1e-4) if trained else None
+    ids = torch.randint(0, sizes[-1], (1, 32) if options.tiny else (options.batch, options.seq), device=device)
+    times = []
+    for step in range(options.steps + 4):
+        if step == 4 and cuda:
+            torch.cuda.reset_peak_memory_stats()
+        if cuda:
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        with torch.autocast(device, torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+        if cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
+    del model, optimizer, trained, loss
+    gc.collect()
+    if cuda:
+        torch.cuda.empty_cache()
+    return statistics.median(times[4:]) * 1e3, peak
+
+
+def main(argv: list[str] | None = None) -> dict[str, tuple[float, float]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="a small shape")
+    parser.add_argument("--steps", type=int, default=8, help="counted steps, after four")
+    parser.add_argument("--batch", type=int, default=1, help="rows")
+    parser.add_argument("--seq", type=int, default=2048, help="tokens a row")
+    parser.add_argument("--no-compile", action="store_true", help="eager only")
+    options = parser.parse_args(argv)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    print(f"torch {torch.__version__}, transformers {__version__}, bitsandbytes {bitsandbytes.__version__}, {device}")
+    print("| mode | ms | x frozen | GiB | x frozen |\n|---|---|---|---|---|")
+    results: dict[str, tuple[float, float]] = {}
+    for compiled in (False,) if options.no_compile else (False, True):
+        for checkpointed in (False, True):
+            how = f"{'blocks compiled' if compiled else 'eager'}{', checkpointed' if checkpointed else ''}"
+            for name in MODES:
+                ms, peak = results[f"{name}, {how}"] = measure(name, options, compiled, checkpointed)
+                base_ms, base_peak = results[f"frozen, {how}"]
+                ratio = peak / base_peak if base_peak else 0
+                print(f"| {name}, {how} | {ms:.1f} | {ms / base_ms:.2f} | {peak:.2f} | {ratio:.2f} |", flush=True)
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Quantized bases under DDP and FSDP2, before and after wrapping, against one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_lora import LoRAConfig, apply_lora, export_merged, merge_lora
+from lightning_lora.layers import lora_layers
+from lightning_lora.packing import packing_of
+from lightning_lora.sharding import is_sharded, reshard
+from lightning_lora.strategies import arrange
+from tests.distributed.nets import adapter_tensors, fill_adapters, same_on_all_ranks
+from tests.distributed.runs import LitShared, fsdp1, model_parallel, run
+from tests.quantized import inputs, packed_stack
+
+CONFIG = LoRAConfig(rank=4, alpha=8, target_modules=["up", "down"])
+SHARDS = ["nf4", "torchao-nf4"]
+
+
+def worst(mine: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    """Largest relative error."""
+    assert mine.keys() == wanted.keys()
+    return max(float((mine[name] - wanted[name]).norm() / wanted[name].norm()) for name in wanted)
+
+
+def shard(model: nn.Module) -> nn.Module:
+    for part in (model.up, model.down):
+        fully_shard(part)
+    return fully_shard(model)
+
+
+def gradients(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    model(x).square().mean().backward()
+    return adapter_tensors(model, lambda p: p.grad)
+
+
+def compare(how: str, order: str) -> tuple[float, bool]:
+    """Largest error of the gradients, and whether the packed weights are in pieces."""
+    base = packed_stack(how).train()
+    if order == "ddp":
+        arrange(DDPStrategy(), apply_lora(base, CONFIG))  # type: ignore[arg-type]
+        model: nn.Module = DistributedDataParallel(base)
+    else:
+        model = shard(apply_lora(base, CONFIG)) if order == "before" else apply_lora(shard(base), CONFIG)
+    alone = apply_lora(packed_stack(how).train(), CONFIG)
+    for each in (model, alone):
+        fill_adapters(each)
+    x = inputs(8)
+    for _ in range(2):  # the second time from weights that were sharded again in between
+        for parameter in (*model.parameters(), *alone.parameters()):
+            parameter.grad = None
+        mine, wanted = gradients(model, x.chunk(dist.get_world_size())[dist.get_rank()]), gradients(alone, x)
+        assert mine.keys() == wanted.keys() and len(mine) == 4
+    reshard(model)
+    return worst(mine, wanted), all(is_sharded(layer.weight) and packing_of(layer) is not None for _, layer in lora_layers(model))
+
+
+@pytest.mark.parametrize("how", SHARDS)
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_gradients_under_fsdp2(pool: Any, how: str, order: str) -> None:
+    for error, in_pieces in pool.run(compare, how, order):
+        assert error < 1e-6 and in_pieces
+
+
+def test_gradients_of_torchaos_nf4_under_ddp(pool: Any) -> None:
+    """DDP would broadcast the packed weights, which this one does not know how."""
+    assert all(error < 1e-6 for error, _ in pool.run(compare, "torchao-nf4", "ddp"))
+
+
+def merge_sharded(folder: str) -> None:
+    model = shard(apply_lora(packed_stack("nf4"), CONFIG))
+    with pytest.raises(ValueError, match=r"'up' cannot be merged: its quantized weight is sharded: save the adapter"):
+        merge_lora(model, quantized="dequantize")
+    with pytest.raises(ValueError, match=r"'up' cannot be exported: its quantized weight is sharded"):
+        export_merged(model, folder)
+
+
+def test_a_sharded_quantized_weight_is_not_merged(pool: Any, tmp_path: Path) -> None:
+    pool.run(merge_sharded, str(tmp_path))
+
+
+@pytest.mark.parametrize("how, name", [("nf4", "ddp"), ("torchao-int8", "ddp"), ("nf4", "lora_fsdp2"), ("nf4", "fsdp2 DCP")])
+def test_a_lightning_run_is_that_of_one_process(pool: Any, how: str, name: str, tmp_path: Path) -> None:
+    """Losses and adapters, checkpoints without a base tensor, and a resume from what one process wrote."""
+    alone = run("single", str(tmp_path / "single"), quantize=how)
+    first = run("single", str(tmp_path / "first"), epochs=1, save=True, quantize=how)
+    for result in pool.run(spread, name, str(tmp_path / "spread"), how):
+        assert result["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+        assert worst(result["adapters"], alone["adapters"]) < 1e-4
+        assert all(".lora_" in saved for saved in result["saved"]["names"])
+    assert first["losses"] == alone["losses"][: len(first["losses"])]
+    if name == "lora_fsdp2":
+        resumed = pool.run(spread, name, str(tmp_path / "resumed"), how, str(tmp_path / "first" / "last.ckpt"))
+        assert worst(resumed[0]["adapters"], alone["adapters"]) < 1e-4
+
+
+def spread(name: str, folder: str, how: str, ckpt: str | None = None) -> dict[str, Any]:
+    result = run(name, folder, ckpt=ckpt, save=ckpt is None, quantize=how)
+    assert same_on_all_ranks(result["adapters"])
+    return result
+
+
+def refusals() -> list[str]:
+    said = []
+    for strategy, how in ((fsdp1(), "nf4"), (model_parallel(), "int8"), (model_parallel(), "torchao-int8")):
+        module = LitShared(late=True)
+        module.net = apply_lora(packed_stack(how), CONFIG)
+        with pytest.raises(ValueError) as error:
+            arrange(strategy, module)
+        said.append(str(error.value))
+    return said
+
+
+def test_what_cannot_be_sharded_is_named(pool: Any) -> None:
+    flat, int8, ao = pool.run(refusals)[0]
+    assert "flattens a block into one parameter, and 'net.up' is quantized: use strategy='lora_fsdp2'" in flat
+    assert "cannot shard 'net.up' (LoRALinear8bitLt), whose 8-bit weight does not come apart: use quantize='nf4'" in int8
+    assert "cannot shard 'net.up' (LoRALinear)" in ao

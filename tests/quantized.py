@@ -1,0 +1,52 @@
+"""Quantized bases that the tests share: one layer or model a format, and what they unpack to.
+
+A row of a kind × variant suite is ``packed_linear(name)`` for every name in ``FORMATS``: adapt it, and take ``layer.base_weight()`` where
+the definition has W. Tolerances are those of the dtype, except for "int8", whose evaluation pass quantizes the input as well.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+
+from lightning_lora import quantize_base
+
+for library in ("bitsandbytes.backends.cpu.ops", "torchao"):  # they warn that they look for extra kernels
+    logging.getLogger(library).setLevel(logging.ERROR)
+
+FORMATS = ["nf4", "int8", "torchao-nf4", "torchao-int8"]
+BITSANDBYTES = ["nf4", "int8"]
+
+
+class Stack(nn.Module):
+    """Norm → two linears, one with a bias → head; sizes that every format can pack."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(128)
+        self.up, self.down = nn.Linear(128, 256), nn.Linear(256, 128, bias=False)
+        self.head = nn.Linear(128, 128)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.down(self.up(self.norm(x)).relu()))
+
+
+def plain_stack(dtype: torch.dtype = torch.float32) -> Stack:
+    torch.manual_seed(5)
+    return Stack().to(dtype)
+
+
+def packed_stack(how: str, dtype: torch.dtype = torch.float32) -> Stack:
+    """The same weights with the two inner linears packed."""
+    return quantize_base(plain_stack(dtype), how, targets=["up", "down"])
+
+
+def packed_linear(how: str, dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Linear:
+    torch.manual_seed(6)
+    return quantize_base(nn.Sequential(nn.Linear(128, 256, bias=bias)).to(dtype), how)[0]
+
+
+def inputs(rows: int = 5) -> torch.Tensor:
+    return torch.randn(rows, 128, generator=torch.Generator().manual_seed(9))
