@@ -7,15 +7,12 @@ for when they are called on that very tensor; they share the product with their 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_lora.fused_ops import lora_linears
-
-if TYPE_CHECKING:
-    from lightning_lora.layers.linear import LoRALinear
 
 logger = logging.getLogger(__name__)
 
@@ -28,13 +25,13 @@ class Siblings:
         layers: they.
     """
 
-    def __init__(self, names: list[str], layers: list[LoRALinear]) -> None:
+    def __init__(self, names: list[str], layers: list[Any]) -> None:
         self.names, self.layers = names, layers
         self.input: Tensor | None = None
         self.version = 0
         self.waiting: dict[int, Tensor] = {}
 
-    def output(self, layer: LoRALinear, x: Tensor) -> Tensor | None:
+    def output(self, layer: Any, x: Tensor) -> Tensor | None:
         """``layer``'s output for x; None if it has to be computed alone."""
         index = -1
         for k, other in enumerate(self.layers):
@@ -77,7 +74,7 @@ class Siblings:
         return {**self.__dict__, "input": None, "waiting": {}}
 
 
-def compute(layers: list[LoRALinear], x: Tensor) -> tuple[Tensor, ...]:
+def compute(layers: list[Any], x: Tensor) -> tuple[Tensor, ...]:
     """The outputs of layers that are all fusable for x."""
     As, Bs = zip(*[layer.update_factors() for layer in layers], strict=True)
     return lora_linears(
