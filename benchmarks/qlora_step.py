@@ -32,7 +32,7 @@ TINY, LLAMA_8B = (64, 128, 2, 4, 2, 256), (4096, 14336, 32, 32, 8, 128256)
 
 def build(sizes: Sequence[int], device: str) -> nn.Module:
     """A packed model with random weights: on the meta device first, then one block after the other."""
-    config = LlamaConfig(**dict(zip(NAMES, sizes, strict=True)), tie_word_embeddings=False, use_cache=False, rope_theta=500000.0)
+    config = LlamaConfig(**dict(zip(NAMES, sizes, strict=True)), tie_word_embeddings=False, use_cache=False)
     with torch.device("meta"):
         model = LlamaForCausalLM(config).bfloat16()
     torch.manual_seed(0)

@@ -194,6 +194,7 @@ class LoRACallback(Callback):
         if not any(layer.merged for _, layer in lora_layers(target)) and not already_applied(target, self.config):
             convert_base(trainer, pl_module)
             if self.quantize is not None:
+                find_targets(target, self.config)  # a config that does not fit is refused before anything is packed
                 device, saved = trainer.strategy.root_device, self.config.modules_to_save
                 quantize_base(target, self.quantize, modules_to_save=saved, device=device)
             self.report = report = find_targets(target, self.config)

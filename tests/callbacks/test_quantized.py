@@ -123,6 +123,13 @@ def test_a_merge_of_what_will_be_sharded_is_refused_at_the_start() -> None:
         callback._check_mergeable(model, sharded=True)
 
 
+def test_a_config_that_does_not_fit_packs_nothing(tmp_path: Path) -> None:
+    module = Lit()
+    with pytest.raises(ValueError, match="sideways"):
+        fit(tmp_path, module, LoRACallback(LoRAConfig(target_modules=["sideways"]), quantize="nf4"))
+    assert not packed(module)
+
+
 def test_wrong_choices_are_refused_at_once() -> None:
     with pytest.raises(ValueError, match=r"quantize='nf3' is not known; there are int8, nf4"):
         LoRACallback(quantize="nf3")
