@@ -140,9 +140,15 @@ def plain_dtype(model: nn.Module) -> torch.dtype | None:
 
 
 def unpacked(module: Any) -> Tensor:
-    """The layer's weight in floating point: itself, or what a quantized one unpacks to."""
+    """The layer's weight in floating point: itself, or what a quantized one unpacks to.
+
+    Raises:
+        ValueError: it is sharded, or packed in a way that no packing knows; the reason only.
+    """
     packing = packing_of(module)
     if packing is None:
+        if not module.weight.is_floating_point():
+            raise ValueError(f"the weight is quantized ({module.weight.dtype}) in a way that is not known")
         return module.weight
     if is_sharded(module.weight):
         raise ValueError("its quantized weight is sharded and no process can unpack it: save the adapter and do this in a single process")

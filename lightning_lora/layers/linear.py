@@ -120,6 +120,8 @@ class LoRALinear(LoRALayer, nn.Linear):
             self.plain_forward
             and cls.lora_update is LoRALinear.lora_update
             and not self.merged
+            and type(weight) in (Tensor, nn.Parameter)  # FSDP1 has a plain tensor in its place; other classes have products of their own
+            and weight.is_floating_point()
             and not weight.requires_grad
             and weight.dim() == 2  # FSDP1 flattens it between uses
             and weight.device == x.device

@@ -41,7 +41,9 @@ class Mergeable(nn.Module):
 
     def base_weight(self) -> Tensor:
         """The base weight in a floating dtype; that of a quantized base unpacked."""
-        return packing.unpacked(self)
+        # Most are plain parameters, and a compiler cannot look for packings.
+        plain = type(self.weight) is nn.Parameter and self.weight.is_floating_point()
+        return self.weight if plain else packing.unpacked(self)
 
     def merge_delta(self) -> Tensor:
         """What merging adds to the weight, computed from the adapter alone; then :meth:`merge_gain` multiplies."""
@@ -75,7 +77,8 @@ class Mergeable(nn.Module):
     def merged_weight(self, device: torch.device | str | None = None) -> tuple[Tensor, float]:
         """The weight, whole, as a merge would leave it, and the share of the update that rounding lost; nothing is changed."""
         delta, gain = self._exactly(device, self._merge_parts)
-        return merging.merged_weight(whole(self.weight.detach()).to(delta.device), delta, gain)
+        weight = whole(self.weight.detach()) if packing.packing_of(self) is None else packing.unpacked(self)
+        return merging.merged_weight(weight.to(delta.device), delta, gain)
 
     def _merge_parts(self) -> tuple[Tensor, Tensor | None]:
         delta = self.merge_delta()
