@@ -15,7 +15,6 @@ compiled, cross entropy through the frozen head in blocks of 2048 rows. A mode i
     chunk                       the chunked loss without autocast (`bf16-true`; PEFT's adapters are bf16 then, its fastest). Other modes
                                 have Hugging Face's loss under bf16 autocast, and fp32 adapters: what a user gets who sets nothing
     ckpt                        gradient checkpointing
-    graph                       the whole step as one CUDA graph
     drop                        dropout (--dropout)
     unfused                     of ours, each adapted linear by itself
 
@@ -54,7 +53,7 @@ SHAPES = {
     "8b": (4096, 14336, 32, 32, 8, 128, 128256),  # Llama-3.1-8B
 }
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-FLAGS = {"layer", "chunk", "ckpt", "graph", "drop", "unfused"}
+FLAGS = {"layer", "chunk", "ckpt", "drop", "unfused"}
 MODES = (
     "floor,frozen,frozen-layer,full,full-layer,peft,peft-drop,peft-layer-chunk,peft-layer-chunk-drop,ours,ours-drop,ours-layer,"
     "ours-layer-drop,ours-layer-chunk,ours-layer-chunk-drop"
@@ -156,7 +155,7 @@ def training_step(mode: str, setting: Setting) -> Callable[[int], Tensor]:
     if "layer" in flags:
         compile_layers(model, backend=setting.backend)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=DEVICE == "cuda", capturable="graph" in flags) if trained else None
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=DEVICE == "cuda") if trained else None
     generator = torch.Generator().manual_seed(1)
     batches = [torch.randint(0, base.config.vocab_size, (setting.batch, setting.seq), generator=generator).to(DEVICE) for _ in range(4)]
 
@@ -175,24 +174,7 @@ def training_step(mode: str, setting: Setting) -> Callable[[int], Tensor]:
             optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    if "graph" not in flags:
-        return lambda k: step(batches[k % 4])
-    ids, graph = batches[0].clone(), torch.cuda.CUDAGraph()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step(ids)
-    torch.cuda.current_stream().wait_stream(side)
-    with torch.cuda.graph(graph):
-        loss = step(ids)
-
-    def replay(k: int) -> Tensor:
-        ids.copy_(batches[k % 4])
-        graph.replay()
-        return loss
-
-    return replay
+    return lambda k: step(batches[k % 4])
 
 
 def measure(mode: str, setting: Setting, profile: bool = False) -> Result:

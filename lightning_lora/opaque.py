@@ -20,12 +20,18 @@ def opaque(schema: str, function: Callable[..., list[Tensor]], shapes: Callable[
 
     Args:
         schema: its name and signature in torch's schema language.
-        function: from tensors to a list of new tensors, none of them a view of an argument, all contiguous.
+        function: from tensors to a list of tensors, contiguous, none of them a view of another or of an argument.
         shapes: from the same arguments to empty tensors like the function's.
     """
     _LIBRARY.define(schema)
     name = schema.partition("(")[0]
-    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+
+    def fresh(*operands: Any) -> list[Tensor]:
+        """An operation may not hand back an argument."""
+        given = {id(t) for operand in operands for t in (operand if isinstance(operand, (list, tuple)) else (operand,))}
+        return [t.clone() if id(t) in given else t for t in function(*operands)]
+
+    _LIBRARY.impl(name, fresh, "CompositeExplicitAutograd")
     _LIBRARY._register_fake(name, shapes)
     _OPERATIONS[function] = getattr(torch.ops.lightning_lora, name).default
 

@@ -46,10 +46,7 @@ class AdaLoRACallback(LoRACallback):
         orth_reg_weight: γ, of the orthogonality regularizer that is added to the loss.
         total_steps: optimizer steps of the schedule, where they are not the trainer's: several optimizer steps a batch, endless
             training, or a run that goes on after its schedule ended.
-        module: as in :class:`LoRACallback`, like those below.
-        merge_on_fit_end: see there.
-        check_base: see there.
-        check_gradients: see there.
+        **kwargs: as in :class:`LoRACallback`.
 
     Attributes:
         allocator: scores, budget and mask, once fit has started.
@@ -71,10 +68,7 @@ class AdaLoRACallback(LoRACallback):
         beta2: float = 0.85,
         orth_reg_weight: float = 0.1,
         total_steps: int | None = None,
-        module: str | None = None,
-        merge_on_fit_end: bool = True,
-        check_base: bool = True,
-        check_gradients: bool = True,
+        **kwargs: Any,
     ) -> None:
         config = config or LoRAConfig()
         if config.variant not in ("plain", "adalora"):
@@ -93,7 +87,7 @@ class AdaLoRACallback(LoRACallback):
             raise ValueError(f"orth_reg_weight={orth_reg_weight!r}: give a finite number ≥ 0; 0 leaves the regularizer out.")
         for name, steps in (("tinit", tinit), ("tfinal", tfinal)):
             steps_of(name, steps, 1)
-        super().__init__(replace(config, rank=init_rank, variant="adalora"), module, merge_on_fit_end, check_base, check_gradients)
+        super().__init__(replace(config, rank=init_rank, variant="adalora"), **kwargs)
         self.trained_config = self.config  # while the adapters are shrunk, `config` is that of the plain LoRA that they are
         self.target_rank, self.total_steps = target_rank, total_steps
         self.tinit, self.tfinal, self.deltaT = tinit, tfinal, deltaT
