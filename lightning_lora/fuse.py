@@ -8,7 +8,6 @@ layers, inputs that differ after all) is computed layer by layer, as if this had
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -59,7 +58,7 @@ def unfuse(model: nn.Module) -> None:
     """Compute every adapted linear by itself again."""
     for module in model.modules():
         if isinstance(module, GatedMLP):
-            module.__class__ = type(module).gated_base
+            module.__class__ = type(module).gated_base  # type: ignore[assignment]
         if isinstance(module, LoRALinear):
             module.lora_siblings = None
 
@@ -72,7 +71,9 @@ class GatedMLP(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the class that the module had."""
         layers: list[Any] = [self.gate_proj, self.up_proj, self.down_proj]
-        if len(args) != 1 or kwargs or not kernels.usable(args[0]) or not all([_serves(layer, args[0]) for layer in layers]):
+        if len(args) != 1 or kwargs or not kernels.usable(args[0]):
+            return super().forward(*args, **kwargs)
+        if not all([_serves(layer, args[0]) for layer in layers]) or len({layer.dropout_now() for layer in layers}) > 1:
             return super().forward(*args, **kwargs)
         As, Bs = zip(*[layer.update_factors() for layer in layers], strict=True)
         return lora_gated_mlp(
@@ -88,11 +89,15 @@ class GatedMLP(nn.Module):
         return _rebuild, (type(self).gated_base,), self.__dict__
 
 
-@functools.cache
 def _gated_class(base: type[nn.Module]) -> type[GatedMLP]:
     """The subclass of ``base``, under its name: one for all its instances, so that compilers trace it once."""
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "gated_base": base}
-    return type(base.__name__, (GatedMLP, base), names)
+    if base not in _CLASSES:
+        names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "gated_base": base}
+        _CLASSES[base] = type(base.__name__, (GatedMLP, base), names)
+    return _CLASSES[base]
+
+
+_CLASSES: dict[type[nn.Module], type[GatedMLP]] = {}
 
 
 def _rebuild(base: type[nn.Module]) -> GatedMLP:

@@ -78,10 +78,12 @@ class _Linears(torch.autograd.Function):
         lows, tensors = rest[:n], rest[n:]
         weights, biases, As, Bs = (tensors[k * n : k * n + n] for k in range(4))
         needs_x, needs_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[3 + n : 3 + 2 * n]
+        some = next((g for g in grads if g is not None), None)
+        if some is None:
+            return (None,) * (3 + 4 * n)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             definition = lambda drop: _definition(x, drop, scales, weights, biases, As, Bs)  # noqa: E731
             return differentiable(ctx, definition, [x, None, None, *tensors], [(mask, A.shape[1])], grads)
-        some = next(g for g in grads if g is not None)
         gs = [some.new_zeros(some.shape[0], B.shape[0]) if g is None else g for g, B in zip(grads, Bs, strict=True)]
         dx, *found = call(_backward, gs, x, t, A, mask, threshold, fast, list(scales), weights, lows, needs_x)
         dBs, dAs = found[:n], [None] * n if x is None else found[n].split([a.shape[0] for a in As])

@@ -1,5 +1,6 @@
 """What the unit tests share: a seed, one thread, tiny models, and how to compare a model's bits before and after."""
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -8,6 +9,9 @@ from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, apply_lora
 from lightning_lora.layers import lora_layers
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # has to be set before the kernels are imported
 
 
 class Attention(nn.Module):

@@ -54,14 +54,14 @@ def test_splitting_covers_every_row_once():
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_dropout_drops_each_entry_on_its_own(p):
-    x = tensor(256, 512)
+    x = tensor(128, 256)
     _, (mask, _), exact = drop_of(x, p)
     assert abs(exact - p) <= 2**-17
     n, dropped = mask.numel(), mask.double()
     deviation = (p * (1 - p)) ** 0.5
     assert abs(dropped.mean().item() - p) < 4 * deviation / n**0.5
-    for axis, count in ((0, 256), (1, 512)):  # the means over rows and over columns scatter as independent draws do
-        assert dropped.mean(axis).std().item() == pytest.approx(deviation / count**0.5, rel=0.2)
+    for axis, count in ((0, 128), (1, 256)):  # the means over rows and over columns scatter as independent draws do
+        assert dropped.mean(axis).std().item() == pytest.approx(deviation / count**0.5, rel=0.25)
     centred = dropped - dropped.mean()
     for shifted in (centred.roll(1, 0), centred.roll(1, 1), centred.roll(8, 1), centred.roll((1, 3), (0, 1))):
         assert abs((centred * shifted).mean().item()) / deviation**2 < 4 / n**0.5

@@ -1,0 +1,52 @@
+"""Every kernel compiles for an H100 (sm_90), on a machine that has none: Triton carries the assembler."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+CODE = """
+import inspect, json, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from lightning_lora.kernels import gated, low_rank
+
+FLOATS = {"td", "dt", "sums"}
+HALVES = {"x", "a", "y", "t", "b", "g", "u", "h", "bg", "bu", "ad", "dh", "dg", "du", "dtd"}
+
+def compile(kernel, tiles, **constants):
+    options = tiles.options
+    constants |= {name: options.pop(name) for name in ("BT", "BC")}
+    names = list(inspect.signature(kernel.fn).parameters)
+    kinds = {"seed": "*i64", "scale": "fp32", "out": "*fp32" if kernel is low_rank._reduce else "*bf16"}
+    kinds |= dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(HALVES, "*bf16") | dict.fromkeys(constants, "constexpr")
+    signature = {name: kinds.get(name, "i32") for name in names}
+    aligned = {(k,): [["tt.divisibility", 16]] for k, name in enumerate(names) if name not in constants and name not in ("threshold", "scale")}
+    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={k: v for k, v in options.items() if v is not None})
+    return len(built.asm["cubin"]), built.metadata.shared
+
+found = {}
+for name, kernel in (("project", low_rank._project), ("add_", low_rank._add), ("reduce", low_rank._reduce)):
+    found[name] = compile(kernel, low_rank.TILES[name], BR=16, DROP=True)
+more = dict(BR=16, DROP=True, EVEN=True, FAST=True)
+found["forward"] = compile(gated._forward, gated.TILES["forward"], LOOP=gated.LOOP, **more)
+found["backward"] = compile(gated._backward, gated.TILES["backward"], **more)
+print(json.dumps(found))
+"""
+
+
+def test_for_an_h100():
+    environment = {**os.environ, "TRITON_DEFAULT_FP_FUSION": "1"}
+    environment.pop("TRITON_INTERPRET", None)  # this has to be known before the kernels are imported, hence the process
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 5
+    for name, (size, shared) in found.items():
+        assert size > 0 and shared <= 227 * 1024, name  # what a program may have on an H100

@@ -1,0 +1,176 @@
+"""What is recognised in real models, that it changes no number and no name, and that it can be undone."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+from transformers import (
+    BertConfig,
+    BertModel,
+    GemmaConfig,
+    GemmaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, kernels, unload_lora
+from lightning_lora.fuse import GatedMLP, fuse, unfuse
+from tests.conftest import fill
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
+IDS = torch.arange(12).view(2, 6)
+
+
+def llama():
+    return LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2, use_cache=False))
+
+
+MODELS = {
+    "llama": (llama, 2, True),
+    "mistral": (lambda: MistralForCausalLM(MistralConfig(**SIZES, num_key_value_heads=2, head_dim=8, use_cache=False)), 2, True),
+    "gemma": (lambda: GemmaForCausalLM(GemmaConfig(**SIZES, num_key_value_heads=2, head_dim=8, use_cache=False)), 2, False),  # GELU
+    "bert": (lambda: BertModel(BertConfig(**SIZES)), 1, False),
+}
+
+
+def adapted(name, **options):
+    torch.manual_seed(0)
+    make, *_ = MODELS[name]
+    return fill(apply_lora(make(), config=LoRAConfig(rank=3, target_modules="all-linear", **options)))
+
+
+def run(model):
+    model.zero_grad()
+    out = model(input_ids=IDS)
+    out = out.logits if hasattr(out, "logits") else out.last_hidden_state
+    out.square().mean().backward()
+    return [out.detach(), *(p.grad.clone() for p in get_lora_parameters(model) if p.grad is not None)]  # BERT's pooler is not used
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_recognised_and_the_same_numbers(name):
+    _, groups, gated = MODELS[name]
+    model = adapted(name)
+    keys, classes = list(model.state_dict()), [type(m).__name__ for m in model.modules()]
+    assert len(fuse(model)) == groups * 2  # fusing again finds the same
+    assert sum(isinstance(m, GatedMLP) for m in model.modules()) == 2 * gated
+    fused = run(model)
+    unfuse(model)
+    assert not any(isinstance(m, GatedMLP) or getattr(m, "lora_siblings", None) for m in model.modules())
+    assert_close(fused, run(model))
+    assert (keys, classes) == (list(model.state_dict()), [type(m).__name__ for m in model.modules()])
+
+
+def test_a_model_without_adapters_has_nothing_to_fuse():
+    model = llama()
+    assert fuse(model) == []
+    assert not any(isinstance(m, GatedMLP) for m in model.modules())
+
+
+def test_unloading_takes_everything_back():
+    model, before = adapted("llama"), [type(m) for m in llama().modules()]
+    unload_lora(model)
+    assert [type(m) for m in model.modules()] == before
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+def test_copies(copied):
+    model = adapted("llama")
+    twin = copied(model)
+    assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
+    assert_close(run(twin), run(model))
+
+
+class MLP(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(*size, bias=False) for size in ((16, 24), (16, 24), (24, 16)))
+        self.act_fn = nn.SiLU()
+
+    def forward(self, hidden_states):
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class Other(MLP):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))  # the other way round
+
+
+class Half(MLP):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)) * 0.5
+
+
+def mlp(cls=MLP, targets=("gate_proj", "up_proj", "down_proj"), **options):
+    torch.manual_seed(0)
+    return fill(apply_lora(nn.Sequential(cls()), config=LoRAConfig(rank=3, target_modules=targets, **options)))[0]
+
+
+def test_a_gated_mlp_is_known_by_its_instructions():
+    assert isinstance(mlp(), GatedMLP)
+    assert not any(isinstance(mlp(cls), GatedMLP) for cls in (Other, Half))
+    assert not isinstance(mlp(targets=("gate_proj", "up_proj")), GatedMLP)
+    relu = MLP()
+    relu.act_fn = nn.ReLU()
+    apply_lora(nn.Sequential(relu), config=LoRAConfig(target_modules="all-linear"))
+    assert not isinstance(relu, GatedMLP)
+
+
+def hooked(model):
+    model.up_proj.register_forward_hook(lambda module, inputs, output: output * 2)
+
+
+def merged(model):
+    model.up_proj.merge_weights()
+
+
+def training_weight(model):
+    model.up_proj.weight.requires_grad_()
+
+
+def other_dropout(model):
+    model.train()
+    model.up_proj.lora_dropout.p = 0.5
+
+
+def nothing(model):
+    pass
+
+
+STEPS_ASIDE = {"not": nothing, "hook": hooked, "merged": merged, "trained weight": training_weight, "dropout": other_dropout}
+
+
+@pytest.mark.parametrize("case", STEPS_ASIDE)
+def test_steps_aside_by_rule(case, monkeypatch):
+    """With kernels that serve, the fused pass is taken only where it means the same."""
+    pytest.importorskip("triton")
+    model, x = mlp(), torch.randn(5, 16)
+    STEPS_ASIDE[case](model)
+    torch.manual_seed(1)
+    expected = model(x)
+    monkeypatch.setattr(kernels, "usable", lambda x: True)
+    taken = []
+    import lightning_lora.fuse as module
+
+    run_fused = module.lora_gated_mlp
+    monkeypatch.setattr(module, "lora_gated_mlp", lambda *args: taken.append(1) or run_fused(*args))
+    monkeypatch.setattr("lightning_lora.fused_ops._backend", lambda fast: __import__("lightning_lora.kernels.plain").kernels.plain)
+    torch.manual_seed(1)
+    assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    assert taken == ([1] if case == "not" else [])
+
+
+def test_deterministic_algorithms_are_respected(monkeypatch):
+    monkeypatch.setattr(kernels, "usable", lambda x: True)
+    monkeypatch.setattr("lightning_lora.fused_ops._backend", lambda fast: __import__("lightning_lora.kernels.plain").kernels.plain)
+    monkeypatch.setattr("lightning_lora.fuse.lora_gated_mlp", lambda *args: pytest.fail("its sums are not deterministic"))
+    torch.use_deterministic_algorithms(True)
+    try:
+        mlp()(torch.randn(5, 16))
+    finally:
+        torch.use_deterministic_algorithms(False)

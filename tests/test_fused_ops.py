@@ -1,0 +1,171 @@
+"""`lora_linears` against the definition, layer by layer: values, gradients, dropout, dtypes, what it keeps, compilers."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch.autograd import gradcheck, gradgradcheck
+from torch.testing import assert_close
+
+from lightning_lora import fused_ops, kernels
+from lightning_lora.fused_ops import lora_linears
+from lightning_lora.kernels import plain
+
+IN, OUTS, RANKS, SCALES = 5, (4, 6, 3), (3, 2, 4), (0.7, 2.0, 0.7)
+
+
+def operands(n=3, batch=(2, 3), bias=True, dtype=torch.float64):
+    """x, and for each sibling W, bias, A, B; only x, A and B require a gradient."""
+    torch.manual_seed(0)
+    x = torch.randn(*batch, IN, dtype=dtype, requires_grad=True)
+    Ws = [torch.randn(out, IN, dtype=dtype) for out in OUTS[:n]]
+    biases = [torch.randn(out, dtype=dtype) if bias else None for out in OUTS[:n]]
+    As = [torch.randn(r, IN, dtype=dtype, requires_grad=True) for r in RANKS[:n]]
+    Bs = [torch.randn(out, r, dtype=dtype, requires_grad=True) for out, r in zip(OUTS, RANKS, strict=True)][:n]
+    return x, Ws, biases, As, Bs
+
+
+def definition(x, Ws, biases, As, Bs, scales, keep=None):
+    dropped = x if keep is None else x * keep
+    return tuple(
+        F.linear(x, W, b) + F.linear(F.linear(dropped, A), B) * s for W, b, A, B, s in zip(Ws, biases, As, Bs, scales, strict=True)
+    )
+
+
+def gradients(ys, leaves):
+    torch.manual_seed(1)
+    return torch.autograd.grad(sum((y * torch.randn_like(y)).sum() for y in ys), leaves)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("batch", [(), (6,), (2, 3), (0,)], ids=str)
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_equals_the_definition_with_every_gradient(n, batch, bias):
+    x, Ws, biases, As, Bs = operands(n, batch, bias)
+    mine, defined = lora_linears(x, Ws, biases, As, Bs, SCALES[:n]), definition(x, Ws, biases, As, Bs, SCALES[:n])
+    assert_close(mine, defined)
+    assert_close(gradients(mine, [x, *As, *Bs]), gradients(defined, [x, *As, *Bs]))
+
+
+def test_dropout_drops_the_same_entries_for_all(monkeypatch):
+    x, Ws, biases, As, Bs = operands()
+    mask = torch.rand(6, IN) < 0.4
+    monkeypatch.setattr(plain, "draw_drop", lambda flat, p: ((mask, 0), 0.4))
+    mine = lora_linears(x, Ws, biases, As, Bs, SCALES, dropout=0.4)
+    defined = definition(x, Ws, biases, As, Bs, SCALES, (~mask).view(x.shape) / 0.6)
+    assert_close(mine, defined)
+    assert_close(gradients(mine, [x, *As, *Bs]), gradients(defined, [x, *As, *Bs]))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_first_and_second_derivatives(dropout):
+    x, Ws, biases, As, Bs = operands(2, (2,))
+
+    def function(x, A1, A2, B1, B2):
+        torch.manual_seed(3)
+        return lora_linears(x, Ws, biases, [A1, A2], [B1, B2], SCALES[:2], dropout)
+
+    assert gradcheck(function, (x, *As, *Bs))
+    assert gradgradcheck(function, (x, *As, *Bs))
+
+
+def test_outputs_that_nobody_uses():
+    x, Ws, biases, As, Bs = operands()
+    mine, defined = lora_linears(x, Ws, biases, As, Bs, SCALES)[1:2], definition(x, Ws, biases, As, Bs, SCALES)[1:2]
+    found = torch.autograd.grad(mine[0].sum(), [x, As[1], Bs[1], Bs[0]], allow_unused=True)
+    assert_close(found[:3], torch.autograd.grad(defined[0].sum(), [x, As[1], Bs[1]]))
+    assert not found[3].any()
+
+
+def test_biases_can_train():
+    x, Ws, biases, As, Bs = operands()
+    biases[1].requires_grad_()
+    mine, defined = lora_linears(x, Ws, biases, As, Bs, SCALES), definition(x, Ws, biases, As, Bs, SCALES)
+    assert_close(gradients(mine, [biases[1]]), gradients(defined, [biases[1]]))
+
+
+def saved(call):
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        call()
+    return kept
+
+
+def test_keeps_x_once_and_the_rank_r_product():
+    x, Ws, biases, As, Bs = operands(batch=(50,))
+    big = [t for t in saved(lambda: lora_linears(x, Ws, biases, As, Bs, SCALES)) if t.shape[:1] == (50,)]
+    assert sorted(tuple(t.shape) for t in big) == [(50, IN), (50, sum(RANKS))]
+    assert any(t.data_ptr() == x.data_ptr() for t in big)
+
+
+def test_frozen_a_keeps_no_x():
+    """LoRA-FA: the point of freezing A."""
+    x, Ws, biases, As, Bs = operands(batch=(50,))
+    frozen = [A.detach() for A in As]
+    assert [t.shape[1] for t in saved(lambda: lora_linears(x, Ws, biases, frozen, Bs, SCALES)) if t.shape[0] == 50] == [sum(RANKS)]
+    mine, defined = lora_linears(x, Ws, biases, frozen, Bs, SCALES), definition(x, Ws, biases, frozen, Bs, SCALES)
+    assert_close(gradients(mine, [x, *Bs]), gradients(defined, [x, *Bs]))
+    (dx,) = torch.autograd.grad(lora_linears(x, Ws, biases, As, Bs, SCALES)[0].square().sum(), x, create_graph=True)
+    assert dx.requires_grad
+    with pytest.raises(RuntimeError, match="second derivatives .* not kept while lora_A is frozen"):
+        torch.autograd.grad(lora_linears(x, Ws, biases, frozen, Bs, SCALES)[0].square().sum(), x, create_graph=True)
+
+
+def test_half_precision_with_fp32_adapters():
+    x, Ws, biases, As, Bs = operands(batch=(20,), dtype=torch.float32)
+    low = x.detach().bfloat16().requires_grad_()
+    ys = lora_linears(low, [W.bfloat16() for W in Ws], [b.bfloat16() for b in biases], As, Bs, SCALES)
+    found = gradients(ys, [low, *As, *Bs])
+    assert [y.dtype for y in ys] == [torch.bfloat16] * 3
+    assert [g.dtype for g in found] == [torch.bfloat16] + [torch.float32] * 6
+    for mine, exact in zip(ys, definition(x.double(), *([t.double() for t in z] for z in (Ws, biases, As, Bs)), SCALES), strict=True):
+        assert_close(mine.double(), exact, rtol=2**-5, atol=2**-3)
+
+
+def test_under_autocast_in_its_dtype():
+    x, Ws, biases, As, Bs = operands(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        ys = lora_linears(x, Ws, biases, As, Bs, SCALES)
+    assert ys[0].dtype == torch.bfloat16
+    assert [g.dtype for g in gradients(ys, [x, As[0]])] == [torch.float32] * 2
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_compiled_it_is_two_operations_and_the_same_numbers(monkeypatch, dropout):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    monkeypatch.setattr(kernels, "usable", lambda x: True)
+    monkeypatch.setattr(fused_ops, "_backend", lambda fast: plain)
+    monkeypatch.setattr(plain, "draw_drop", lambda flat, p: ((torch.ones_like(flat, dtype=torch.bool).tril(), 0), 0.5))
+    torch._dynamo.reset()
+    x, Ws, biases, As, Bs = operands(dtype=torch.float32)
+    compiled = torch.compile(lora_linears, backend=aot_autograd(fw_compiler=backend, bw_compiler=backend), fullgraph=True)
+    mine = compiled(x, Ws, biases, As, Bs, SCALES, dropout)
+    found = gradients(mine, [x, *As, *Bs])
+    defined = lora_linears(x, Ws, biases, As, Bs, SCALES, dropout)
+    assert_close(mine, defined)
+    assert_close(found, gradients(defined, [x, *As, *Bs]))
+    names = [str(node.target) for graph in graphs for node in graph.graph.nodes if "lightning_lora" in str(node.target)]
+    assert names == ["lightning_lora.linears_forward.default", "lightning_lora.linears_backward.default"]
+    # The compiler may not see products that it would do its own way.
+    assert not [node for graph in graphs for node in graph.graph.nodes if "mm" in str(node.target)]
+
+
+def test_operations_say_their_shapes_right():
+    """What the compiler is told of an operation against what it does."""
+    x, Ws, biases, As, Bs = (t.detach() if isinstance(t, torch.Tensor) else t for t in operands(dtype=torch.float32))
+    x, As, Bs = x.reshape(-1, IN), [A.detach() for A in As], [B.detach() for B in Bs]
+    forward = (x, None, 0, False, list(SCALES), Ws, biases, As, Bs)
+    ys = fused_ops._forward(*forward)
+    backward = ([torch.randn_like(y) for y in ys[:3]], x, ys[3], ys[4], None, 0, False, list(SCALES), Ws, Bs, True)
+    for operation, shapes, given in (
+        (torch.ops.lightning_lora.linears_forward, fused_ops._forward_shapes, forward),
+        (torch.ops.lightning_lora.linears_backward, fused_ops._backward_shapes, backward),
+    ):
+        real, told = operation(*given), shapes(*given)
+        assert [(t.shape, t.dtype, t.stride()) for t in real] == [(t.shape, t.dtype, t.stride()) for t in told]

@@ -1,0 +1,79 @@
+"""A gated MLP as one operation against its definition, the kernels under Triton's interpreter (or on the GPU that is there)."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+pytest.importorskip("triton")
+
+from lightning_lora import gated_ops
+from lightning_lora.kernels import low_rank
+from tests.kernels.operands import tensor
+
+ROWS, IN, WIDE, OUT, RANKS, SCALES = 20, 16, 24, 12, (4, 3, 5), (0.5, 2.0, 1.5)
+
+
+def operands():
+    sizes = ((WIDE, IN), (WIDE, IN), (OUT, WIDE))
+    Ws = [tensor(*size, seed=k) * 0.3 for k, size in enumerate(sizes)]
+    As = [(tensor(r, size[1], seed=k) * 0.3).requires_grad_() for k, (r, size) in enumerate(zip(RANKS, sizes, strict=True))]
+    Bs = [(tensor(size[0], r, seed=k) * 0.3).requires_grad_() for k, (r, size) in enumerate(zip(RANKS, sizes, strict=True))]
+    return tensor(ROWS, IN).requires_grad_(), Ws, As, Bs
+
+
+def definition(x, Ws, As, Bs, keep=1.0, keep_down=1.0):
+    def project(z, k, mask):
+        return F.linear(z, Ws[k].to(z)) + F.linear(F.linear(z * mask, As[k].to(z)), Bs[k].to(z)) * SCALES[k]
+
+    return project(F.silu(project(x, 0, keep)) * project(x, 1, keep), 2, keep_down)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_equals_the_definition_with_every_gradient(batched):
+    x, Ws, As, Bs = operands()
+    given = x.view(4, 5, IN) if batched else x
+    mine, exact = gated_ops.lora_gated_mlp(given, Ws, As, Bs, SCALES), definition(given.double(), Ws, As, Bs)
+    assert_close(mine.double(), exact, rtol=1e-4, atol=1e-5)
+    found = torch.autograd.grad(mine.square().sum(), [x, *As, *Bs])
+    assert_close(found, torch.autograd.grad(exact.square().sum(), [x, *As, *Bs]), rtol=1e-3, atol=1e-4)
+
+
+def test_dropout_and_second_derivatives():
+    x, Ws, As, Bs = operands()
+    torch.manual_seed(2)
+    mine = gated_ops.lora_gated_mlp(x, Ws, As, Bs, SCALES, 0.5)
+    torch.manual_seed(2)
+    masks = []
+    for size in (IN, WIDE):  # drawn in this order
+        drop, _ = low_rank.draw_drop(x, 0.5)
+        masks.append(low_rank.project(torch.ones(ROWS, size, device=x.device), torch.eye(size, device=x.device), drop) * 2)
+    exact = definition(x.double(), Ws, As, Bs, *masks)
+    assert_close(mine.double(), exact, rtol=1e-4, atol=1e-5)
+    first = torch.autograd.grad(mine.square().sum(), [x, *As, *Bs], create_graph=True)
+    defined = torch.autograd.grad(exact.square().sum(), [x, *As, *Bs], create_graph=True)
+    assert_close(first, defined, rtol=1e-3, atol=1e-4)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), [x, *As, *Bs])
+    assert_close(second, torch.autograd.grad(sum(g.square().sum() for g in defined), [x, *As, *Bs]), rtol=1e-2, atol=1e-2)
+
+
+def test_only_adapters_train_when_x_does_not():
+    x, Ws, As, Bs = operands()
+    x = x.detach()
+    gated_ops.lora_gated_mlp(x, Ws, As, Bs, SCALES).sum().backward()
+    assert all(p.grad is not None for p in (*As, *Bs))
+
+
+def test_operations_say_their_shapes_right():
+    x, Ws, As, Bs = operands()
+    x, As, Bs = x.detach(), [A.detach() for A in As], [B.detach() for B in Bs]
+    forward = (x, None, None, 0, list(SCALES), Ws, As, Bs)
+    y, *kept = gated_ops._forward(*forward)
+    g, u, t, t_down, A, A_down, *lows = kept
+    backward = (torch.randn_like(y), x, g, u, t, t_down, A, A_down, None, None, 0, list(SCALES), Ws, lows, True)
+    for operation, shapes, given in (
+        (torch.ops.lightning_lora.gated_mlp_forward, gated_ops._forward_shapes, forward),
+        (torch.ops.lightning_lora.gated_mlp_backward, gated_ops._backward_shapes, backward),
+    ):
+        real, told = operation(*given), shapes(*given)
+        assert [(t.shape, t.dtype, t.stride()) for t in real] == [(t.shape, t.dtype, t.stride()) for t in told]
