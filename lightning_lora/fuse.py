@@ -8,6 +8,10 @@ layers, inputs that differ after all) is computed layer by layer, as if this had
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,17 +21,6 @@ from lightning_lora import kernels
 from lightning_lora.gated_ops import lora_gated_mlp
 from lightning_lora.layers import LoRALinear
 from lightning_lora.layers.siblings import Siblings
-
-#: Names under which models keep projections of one input, side by side in one parent.
-TOGETHER = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
-    ("q_lin", "k_lin", "v_lin"),
-    ("to_q", "to_k", "to_v"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-    ("wi_0", "wi_1"),
-)
 
 
 def fuse(model: nn.Module) -> list[Siblings]:
@@ -39,36 +32,103 @@ def fuse(model: nn.Module) -> list[Siblings]:
     Returns:
         The groups there are now.
     """
+    unfuse(model)
     groups = []
-    for name, parent in model.named_modules():
-        if _is_gated_mlp(parent):
-            parent.__class__ = _gated_class(type(parent))
-        for family in TOGETHER:
-            children = [(f"{name}.{child}", getattr(parent, child, None)) for child in family]
-            found = [(fqn, layer) for fqn, layer in children if isinstance(layer, LoRALinear)]
-            if len(found) > 1:
-                group = Siblings([fqn for fqn, _ in found], [layer for _, layer in found])
-                groups.append(group)
-                for layer in group.layers:
-                    layer.lora_siblings = group
+    for parent in list(model.modules()):
+        adapted = {name: child for name, child in parent.named_children() if isinstance(child, LoRALinear)}
+        families = calls_together(type(parent)) if len(adapted) > 1 else []
+        sets = [[adapted[name] for name in family if name in adapted] for family in families]
+        mine = [Siblings(layers) for layers in sets if len(layers) > 1]
+        for group in mine:
+            for layer in group.layers:
+                layer.lora_siblings = group
+        mixins = [*([GatedMLP] if _is_gated_mlp(parent) else []), *([Sharing] if mine else [])]
+        if mixins:
+            parent.__dict__["lora_groups"] = mine
+            parent.__class__ = _fused_class(type(parent), *mixins)
+        groups += mine
     return groups
 
 
 def unfuse(model: nn.Module) -> None:
     """Compute every adapted linear by itself again."""
     for module in model.modules():
-        if isinstance(module, GatedMLP):
-            module.__class__ = type(module).gated_base  # type: ignore[assignment]
-        if isinstance(module, LoRALinear):
-            module.lora_siblings = None
+        if isinstance(module, LoRALinear) and module.lora_siblings is not None:
+            module.lora_siblings.disband()
+        if "lora_groups" in module.__dict__:
+            del module.__dict__["lora_groups"]
+            module.__class__ = type(module).fused_base  # type: ignore[attr-defined]
+
+
+def calls_together(cls: type[nn.Module]) -> list[list[str]]:
+    """Which children a module's forward calls on one variable, in one block of statements that does not assign it in between.
+
+    Read from the source of ``cls.forward``, so that nothing has to be tried out; no source, no answer. ``self.q_proj(x)`` and
+    ``self.k_proj(x)`` are such calls. Cross-attention's ``self.k_proj(memory)`` is not, nor is a call that an ``if`` may leave out.
+    """
+    if cls not in _TOGETHER:
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward))))
+        except (OSError, TypeError, SyntaxError):  # built at run time, or not written in Python
+            tree = ast.Module([], [])
+        _TOGETHER[cls] = [family for family in _families(tree) if len(family) > 1]
+    return _TOGETHER[cls]
+
+
+_TOGETHER: dict[type[nn.Module], list[list[str]]] = {}
+
+
+def _families(tree: ast.Module) -> Iterator[list[str]]:
+    calls = [call for call in map(_child_call, ast.walk(tree)) if call is not None]
+    once = {name for name, _ in calls if [other for other, _ in calls].count(name) == 1}
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        families: dict[str, list[str]] = {}  # variable → children called on it so far
+        for statement in body if isinstance(body, list) else ():
+            parts = list(ast.walk(statement))
+            # A statement with blocks of its own, or with an expression that decides what runs, may leave its calls out.
+            if isinstance(statement, _SIMPLE) and not any(isinstance(part, _DECIDING) for part in parts):
+                for name, argument in filter(None, map(_child_call, parts)):
+                    if name in once:
+                        families.setdefault(argument, []).append(name)
+            for part in parts:
+                if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
+                    yield families.pop(part.id, [])
+        yield from families.values()
+
+
+_SIMPLE = (ast.Assign, ast.AnnAssign, ast.Return, ast.Expr)
+_DECIDING = (ast.IfExp, ast.BoolOp, ast.comprehension, ast.Lambda)
+
+
+def _child_call(node: ast.AST) -> tuple[str, str] | None:
+    """``("q_proj", "x")`` for ``self.q_proj(x)``."""
+    match node:
+        case ast.Call(ast.Attribute(ast.Name("self"), name), [ast.Name(argument)], []):
+            return name, argument
+    return None
+
+
+class Sharing(nn.Module):
+    """A mixin before the class of a module with siblings: they share while its forward runs."""
+
+    lora_groups: list[Siblings]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the class that the module had."""
+        for group in self.lora_groups:
+            group.open = True
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            for group in self.lora_groups:
+                group.close()
 
 
 class GatedMLP(nn.Module):
     """A mixin before the class of a gated MLP: its forward pass as one operation where that serves, else its own."""
 
-    gated_base: type[nn.Module]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the class that the module had."""
         layers: list[Any] = [self.gate_proj, self.up_proj, self.down_proj]
         if len(args) != 1 or kwargs or not kernels.usable(args[0]):
@@ -76,32 +136,29 @@ class GatedMLP(nn.Module):
         if not all([_serves(layer, args[0]) for layer in layers]) or len({layer.dropout_now() for layer in layers}) > 1:
             return super().forward(*args, **kwargs)
         As, Bs = zip(*[layer.update_factors() for layer in layers], strict=True)
-        return lora_gated_mlp(
-            args[0],
-            [layer.weight for layer in layers],
-            As,
-            Bs,
-            [layer.scaling for layer in layers],
-            layers[0].dropout_now(),
-        )
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _rebuild, (type(self).gated_base,), self.__dict__
+        weights, scales = [layer.weight for layer in layers], [layer.scaling for layer in layers]
+        return lora_gated_mlp(args[0], weights, As, Bs, scales, layers[0].dropout_now())
 
 
-def _gated_class(base: type[nn.Module]) -> type[GatedMLP]:
+def _fused_class(base: type[nn.Module], *mixins: type[nn.Module]) -> type[nn.Module]:
     """The subclass of ``base``, under its name: one for all its instances, so that compilers trace it once."""
-    if base not in _CLASSES:
-        names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "gated_base": base}
-        _CLASSES[base] = type(base.__name__, (GatedMLP, base), names)
-    return _CLASSES[base]
+    key = (base, *mixins)
+    if key not in _CLASSES:
+        names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "fused_base": base, "__reduce_ex__": _reduce}
+        _CLASSES[key] = type(base.__name__, (*mixins, base), {**names, "fused_mixins": mixins})
+    return _CLASSES[key]
 
 
-_CLASSES: dict[type[nn.Module], type[GatedMLP]] = {}
+_CLASSES: dict[tuple[type[nn.Module], ...], type[nn.Module]] = {}
 
 
-def _rebuild(base: type[nn.Module]) -> GatedMLP:
-    cls = _gated_class(base)
+def _reduce(module: Any, protocol: Any) -> tuple[Any, ...]:
+    cls = type(module)
+    return _rebuild, (cls.fused_base, *cls.fused_mixins), module.__dict__
+
+
+def _rebuild(base: type[nn.Module], *mixins: type[nn.Module]) -> nn.Module:
+    cls = _fused_class(base, *mixins)
     return cls.__new__(cls)
 
 

@@ -87,9 +87,15 @@ class _Linears(torch.autograd.Function):
         gs = [some.new_zeros(some.shape[0], B.shape[0]) if g is None else g for g, B in zip(grads, Bs, strict=True)]
         dx, *found = call(_backward, gs, x, t, A, mask, threshold, fast, list(scales), weights, lows, needs_x)
         dBs, dAs = found[:n], [None] * n if x is None else found[n].split([a.shape[0] for a in As])
-        dbiases = [g.sum(0).to(b.dtype) if b is not None and need else None for g, b, need in zip(gs, biases, needs_bias, strict=True)]
-        dAs = [None if d is None else d.to(a.dtype) for d, a in zip(dAs, As, strict=True)]
-        return dx if needs_x else None, None, None, *[None] * n, *dbiases, *dAs, *(d.to(B.dtype) for d, B in zip(dBs, Bs, strict=True))
+        # An output that nobody used has no gradient, which is not the same as a gradient of zero.
+        dBs = [None if g is None else d for g, d in zip(grads, dBs, strict=True)]
+        dAs = [None if g is None else d for g, d in zip(grads, dAs, strict=True)]
+        dbiases = [
+            g.sum(0).to(b.dtype) if g is not None and b is not None and need else None
+            for g, b, need in zip(grads, biases, needs_bias, strict=True)
+        ]
+        found = [None if d is None else d.to(p.dtype) for d, p in zip([*dAs, *dBs], [*As, *Bs], strict=True)]
+        return dx if needs_x else None, None, None, *[None] * n, *dbiases, *found
 
 
 def working_copies(As: Sequence[Tensor], Bs: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:

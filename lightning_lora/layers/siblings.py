@@ -6,7 +6,6 @@ for when they are called on that very tensor; they share the product with their 
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -14,22 +13,25 @@ from torch import Tensor
 
 from lightning_lora.fused_ops import lora_linears
 
-logger = logging.getLogger(__name__)
-
 
 class Siblings:
-    """Adapted linears that read the same tensor.
+    """Adapted linears whose parent calls them one after the other on the same tensor.
+
+    They share while their parent's forward runs (``open`` to ``close``); called by themselves they are computed by themselves.
 
     Args:
-        names: their names in the parent, for messages.
-        layers: they.
+        layers: they, in any order; what decides that they belong together is :mod:`lightning_lora.fuse`.
     """
 
-    def __init__(self, names: list[str], layers: list[Any]) -> None:
-        self.names, self.layers = names, layers
-        self.input: Tensor | None = None
-        self.version = 0
-        self.waiting: dict[int, Tensor] = {}
+    def __init__(self, layers: list[Any]) -> None:
+        self.layers = layers
+        self.open = False
+        # Input, what else decided the outputs, and those not asked for yet. One attribute, so that threads see all or nothing of it.
+        self.held: tuple[Tensor, tuple[Any, ...], dict[int, Tensor]] | None = None
+
+    def close(self) -> None:
+        """Drop what was not asked for: nothing outlives the parent's forward pass."""
+        self.open, self.held = False, None
 
     def output(self, layer: Any, x: Tensor) -> Tensor | None:
         """``layer``'s output for x; None if it has to be computed alone."""
@@ -37,41 +39,38 @@ class Siblings:
         for k, other in enumerate(self.layers):
             if other is layer:
                 index = k
-        if index < 0:  # a replica of the layer that the group was made for
+        if not self.open or index < 0:  # a replica of the layer that the group was made for has no index
             return None
-        if index in self.waiting:
-            if self.input is x and self._unchanged(x):
-                return self._hand_out(index)
-            self._give_up()
+        held, key = self.held, self._key(x)
+        if held is not None and held[0] is x and held[1] == key:
+            y = held[2].pop(index, None)
+            if y is not None:
+                return y
+        if not all([getattr(other, "lora_siblings", None) is self and other.fusable(x) for other in self.layers]):
             return None
-        # Outputs still waiting were not asked for: a sibling was not used, or recomputation stopped early.
-        self.input, self.waiting = None, {}
-        if not all([other.fusable(x) for other in self.layers]) or len({other.dropout_now() for other in self.layers}) > 1:
+        if len({other.dropout_now() for other in self.layers}) > 1:
             return None
-        self.input, self.waiting = x, dict(enumerate(compute(self.layers, x)))
-        if not torch.compiler.is_compiling() and not x.is_inference():
-            self.version = x._version
-        return self._hand_out(index)
-
-    def _hand_out(self, index: int) -> Tensor:
-        y = self.waiting.pop(index)
-        if not self.waiting:
-            self.input = None
+        waiting = dict(enumerate(compute(self.layers, x)))
+        y = waiting.pop(index)
+        self.held = (x, key, waiting)
         return y
 
-    def _unchanged(self, x: Tensor) -> bool:
-        return torch.compiler.is_compiling() or x.is_inference() or x._version == self.version
-
-    def _give_up(self) -> None:
-        """They did not read the same tensor after all (cross-attention, a hook that replaces an input)."""
-        self.input, self.waiting = None, {}
+    def disband(self) -> None:
+        """Let each be computed alone."""
+        self.close()
         for layer in self.layers:
-            layer.lora_siblings = None
-        if not torch.compiler.is_compiling():
-            logger.info("%s read different inputs; from here on each is computed alone.", ", ".join(self.names))
+            layer.__dict__.pop("lora_siblings", None)
 
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "input": None, "waiting": {}}
+    @staticmethod
+    def _key(x: Tensor) -> tuple[Any, ...]:
+        """What else may change between two calls in one forward pass and decide the output."""
+        if torch.compiler.is_compiling():  # one trace is one state
+            return ()
+        kind, version = x.device.type, 0 if x.is_inference() else x._version
+        return (version, torch.is_grad_enabled(), torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "open": False, "held": None}
 
 
 def compute(layers: list[Any], x: Tensor) -> tuple[Tensor, ...]:
