@@ -43,7 +43,7 @@ def fuse(model: nn.Module) -> list[Siblings]:
             for layer in group.layers:
                 layer.lora_siblings = group
         mixins = [*([GatedMLP] if _is_gated_mlp(parent) else []), *([Sharing] if mine else [])]
-        if mixins:
+        if mixins and not isinstance(parent, (Sharing, GatedMLP)):
             parent.__dict__["lora_groups"] = mine
             parent.__class__ = _fused_class(type(parent), *mixins)
         groups += mine
@@ -55,9 +55,11 @@ def unfuse(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, LoRALinear) and module.lora_siblings is not None:
             module.lora_siblings.disband()
-        if "lora_groups" in module.__dict__:
+        if "fused_base" in type(module).__dict__:
             del module.__dict__["lora_groups"]
             module.__class__ = type(module).fused_base  # type: ignore[attr-defined]
+        elif isinstance(module, Sharing):  # another class, FSDP2's, has been put on top
+            module.lora_groups = []
 
 
 def calls_together(cls: type[nn.Module]) -> list[list[str]]:

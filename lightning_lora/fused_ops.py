@@ -86,16 +86,16 @@ class _Linears(torch.autograd.Function):
             return differentiable(ctx, definition, [x, None, None, *tensors], [(mask, A.shape[1])], grads)
         gs = [some.new_zeros(some.shape[0], B.shape[0]) if g is None else g for g, B in zip(grads, Bs, strict=True)]
         dx, *found = call(_backward, gs, x, t, A, mask, threshold, fast, list(scales), weights, lows, needs_x)
-        dBs, dAs = found[:n], [None] * n if x is None else found[n].split([a.shape[0] for a in As])
-        # An output that nobody used has no gradient, which is not the same as a gradient of zero.
-        dBs = [None if g is None else d for g, d in zip(grads, dBs, strict=True)]
-        dAs = [None if g is None else d for g, d in zip(grads, dAs, strict=True)]
+        dAs = [None] * n if x is None else found[n].split([a.shape[0] for a in As])
         dbiases = [
             g.sum(0).to(b.dtype) if g is not None and b is not None and need else None
             for g, b, need in zip(grads, biases, needs_bias, strict=True)
         ]
-        found = [None if d is None else d.to(p.dtype) for d, p in zip([*dAs, *dBs], [*As, *Bs], strict=True)]
-        return dx if needs_x else None, None, None, *[None] * n, *dbiases, *found
+        # An output that nobody used has no gradient, which is not the same as a gradient of zero.
+        used = [g is not None for g in grads] * 2
+        pairs = zip([*dAs, *found[:n]], [*As, *Bs], used, strict=True)
+        factors = [d.to(p.dtype) if d is not None and needed else None for d, p, needed in pairs]
+        return dx if needs_x else None, None, None, *[None] * n, *dbiases, *factors
 
 
 def working_copies(As: Sequence[Tensor], Bs: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:

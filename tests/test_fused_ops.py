@@ -108,7 +108,7 @@ def test_frozen_a_keeps_no_x():
     assert_close(gradients(mine, [x, *Bs]), gradients(defined, [x, *Bs]))
     (dx,) = torch.autograd.grad(lora_linears(x, Ws, biases, As, Bs, SCALES)[0].square().sum(), x, create_graph=True)
     assert dx.requires_grad
-    with pytest.raises(RuntimeError, match="second derivatives .* not kept while lora_A is frozen"):
+    with pytest.raises(RuntimeError, match=r"second derivatives .* not kept while lora_A is frozen"):
         torch.autograd.grad(lora_linears(x, Ws, biases, frozen, Bs, SCALES)[0].square().sum(), x, create_graph=True)
 
 

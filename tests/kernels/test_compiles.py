@@ -26,7 +26,8 @@ def compile(kernel, tiles, **constants):
     kinds = {"seed": "*i64", "scale": "fp32", "out": "*fp32" if kernel is low_rank._reduce else "*bf16"}
     kinds |= dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(HALVES, "*bf16") | dict.fromkeys(constants, "constexpr")
     signature = {name: kinds.get(name, "i32") for name in names}
-    aligned = {(k,): [["tt.divisibility", 16]] for k, name in enumerate(names) if name not in constants and name not in ("threshold", "scale")}
+    loose = {"threshold", "scale", *constants}
+    aligned = {(k,): [["tt.divisibility", 16]] for k, name in enumerate(names) if name not in loose}
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={k: v for k, v in options.items() if v is not None})
     return len(built.asm["cubin"]), built.metadata.shared

@@ -1,0 +1,57 @@
+"""When the Triton kernels are used."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lightning_lora import kernels
+
+
+def gpu_tensor(rows=2048, features=4096, dtype=torch.bfloat16, index=0):
+    """What `usable` asks a tensor on a GPU."""
+    return SimpleNamespace(
+        is_cuda=True, dtype=dtype, shape=(rows, features), numel=lambda: rows * features, device=SimpleNamespace(index=index)
+    )
+
+
+@pytest.fixture
+def device(monkeypatch):
+    monkeypatch.setattr(kernels, "_RUNS", {0: True, 1: False})
+
+
+def test_a_cpu_has_none():
+    kernels.look_at(torch.device("cpu"))
+    assert not kernels.usable(torch.ones(4096, 64, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, True),
+        ({"dtype": torch.float16}, True),
+        ({"dtype": torch.float32}, False),
+        ({"rows": kernels.FEW_ROWS - 1}, False),
+        ({"rows": kernels.FEW_ROWS}, True),
+        ({"index": 1}, False),  # looked at, and does not run them
+        ({"index": 2}, False),  # not looked at
+    ],
+)
+def test_half_precision_and_enough_rows(device, options, expected):
+    assert kernels.usable(gpu_tensor(**options)) is expected
+
+
+def test_autocast_decides_the_dtype(device):
+    with torch.autocast("cuda", torch.bfloat16, enabled=False):
+        assert not kernels.usable(gpu_tensor(dtype=torch.float32))
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        assert kernels.usable(gpu_tensor(dtype=torch.float32))
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+
+
+def test_a_compiler_keeps_small_inputs(device, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not kernels.usable(gpu_tensor(rows=2048))
+    assert kernels.usable(gpu_tensor(rows=8192))
