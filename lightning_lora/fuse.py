@@ -83,10 +83,9 @@ _TOGETHER: dict[type[nn.Module], list[list[str]]] = {}
 def _families(tree: ast.Module) -> Iterator[list[str]]:
     calls = [call for call in map(_child_call, ast.walk(tree)) if call is not None]
     once = {name for name, _ in calls if [other for other, _ in calls].count(name) == 1}
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
+    for body in _blocks(tree.body[0]) if tree.body else ():
         families: dict[str, list[str]] = {}  # variable → children called on it so far
-        for statement in body if isinstance(body, list) else ():
+        for statement in body:
             parts = list(ast.walk(statement))
             # A statement with blocks of its own, or with an expression that decides what runs, may leave its calls out.
             if isinstance(statement, _SIMPLE) and not any(isinstance(part, _DECIDING) for part in parts):
@@ -97,6 +96,16 @@ def _families(tree: ast.Module) -> Iterator[list[str]]:
                 if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
                     yield families.pop(part.id, [])
         yield from families.values()
+
+
+def _blocks(node: ast.AST) -> Iterator[list[ast.stmt]]:
+    """The lists of statements in a function; not those of functions in it, which may run later or elsewhere."""
+    body = getattr(node, "body", None)
+    if isinstance(body, list):
+        yield body
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield from _blocks(child)
 
 
 _SIMPLE = (ast.Assign, ast.AnnAssign, ast.Return, ast.Expr)
@@ -135,7 +144,8 @@ class GatedMLP(nn.Module):
         layers: list[Any] = [self.gate_proj, self.up_proj, self.down_proj]
         if len(args) != 1 or kwargs or not kernels.usable(args[0]):
             return super().forward(*args, **kwargs)
-        if not all([_serves(layer, args[0]) for layer in layers]) or len({layer.dropout_now() for layer in layers}) > 1:
+        same = len({layer.dropout_now() for layer in layers}) == 1
+        if not same or not _is_silu(self.act_fn) or not all([_serves(layer, args[0]) for layer in layers]):
             return super().forward(*args, **kwargs)
         As, Bs = zip(*[layer.update_factors() for layer in layers], strict=True)
         weights, scales = [layer.weight for layer in layers], [layer.scaling for layer in layers]
@@ -146,8 +156,10 @@ def _fused_class(base: type[nn.Module], *mixins: type[nn.Module]) -> type[nn.Mod
     """The subclass of ``base``, under its name: one for all its instances, so that compilers trace it once."""
     key = (base, *mixins)
     if key not in _CLASSES:
-        names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "fused_base": base, "__reduce_ex__": _reduce}
-        _CLASSES[key] = type(base.__name__, (*mixins, base), {**names, "fused_mixins": mixins})
+        names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "fused_base": base}
+        _CLASSES[key] = type(
+            base.__name__, (*mixins, base), {**names, "fused_mixins": mixins, "__reduce_ex__": _reduce, "__setstate__": _restore}
+        )
     return _CLASSES[key]
 
 
@@ -156,7 +168,14 @@ _CLASSES: dict[tuple[type[nn.Module], ...], type[nn.Module]] = {}
 
 def _reduce(module: Any, protocol: Any) -> tuple[Any, ...]:
     cls = type(module)
-    return _rebuild, (cls.fused_base, *cls.fused_mixins), module.__dict__
+    return _rebuild, (cls.fused_base, *cls.fused_mixins), module.__getstate__()
+
+
+def _restore(module: Any, state: dict[str, Any]) -> None:
+    super(type(module), module).__setstate__(state)
+    for group in module.lora_groups:  # layers travel without: a copy of one would take the others along
+        for layer in group.layers:
+            layer.lora_siblings = group
 
 
 def _rebuild(base: type[nn.Module], *mixins: type[nn.Module]) -> nn.Module:
@@ -169,6 +188,7 @@ def _serves(layer: Any, x: Tensor) -> bool:
         isinstance(layer, LoRALinear)
         and layer.fusable(x)
         and layer.bias is None
+        and "forward" not in layer.__dict__
         and layer.rank <= kernels.WIDEST_GATED
         and layer.lora_A.requires_grad
         and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
@@ -183,12 +203,20 @@ def _is_gated_mlp(module: Any) -> bool:
         return False
     if len({layer.lora_config.dropout for layer in layers if isinstance(layer, LoRALinear)}) > 1:
         return False
-    silu = (
-        type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
-        or getattr(module, "act_fn", None) is nn.functional.silu
-    )
     code = getattr(type(module).forward, "__code__", None)
-    return silu and code is not None and any(_instructions(code) == _instructions(form.__code__) for form in _FORMS)
+    return (
+        _is_silu(getattr(module, "act_fn", None))
+        and code is not None
+        and any(_instructions(code) == _instructions(form.__code__) for form in _FORMS)
+    )
+
+
+def _is_silu(function: Any) -> bool:
+    """Whether it is SiLU and nobody watches it."""
+    if isinstance(function, nn.Module):
+        watched = function._forward_hooks or function._forward_pre_hooks or function._backward_hooks or function._backward_pre_hooks
+        return type(function).__name__ in ("SiLU", "SiLUActivation") and not watched
+    return function is nn.functional.silu
 
 
 def _instructions(code: Any) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora import kernels
+from lightning_lora.autocast import autocast_dtype
 from lightning_lora.kernels import plain
 from lightning_lora.opaque import call, opaque
 
@@ -42,10 +43,10 @@ def lora_linears(
     Returns:
         n tensors (..., out_k), in x's dtype, or autocast's where it is on.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            return lora_linears(x.to(torch.get_autocast_dtype(device)), weights, biases, As, Bs, scales, dropout)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        with torch.autocast(x.device.type, enabled=False):
+            return lora_linears(x.to(dtype), weights, biases, As, Bs, scales, dropout)
     flat = x.reshape(-1, x.shape[-1])
     fast = kernels.usable(flat)
     drop, p = _backend(fast).draw_drop(flat, dropout) if dropout else (None, 0.0)
@@ -145,11 +146,9 @@ def _backward(
 ) -> list[Tensor]:
     """dx (empty unless needed), the dB's, and with x the dA's below one another."""
     backend, drop = _backend(fast), None if mask is None else (mask, threshold)
-    dt = torch.empty_like(t)
-    dBs = []
-    for g, B, scale, part, dpart in zip(gs, Bs, scales, _split(t, Bs), _split(dt, Bs), strict=True):
-        torch.addmm(dpart, g, B, beta=0, alpha=scale, out=dpart)
-        dBs.append(backend.reduce(g, part))
+    parts = [backend.project(g, B.t(), None, scale) for g, B, scale in zip(gs, Bs, scales, strict=True)]
+    dt = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    dBs = [backend.reduce(g, part) for g, part in zip(gs, _split(t, Bs), strict=True)]
     dx = t.new_empty(0)
     if needs_x:
         dx = gs[0] @ weights[0].to(t.dtype)

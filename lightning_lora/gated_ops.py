@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_lora.autocast import autocast_dtype
 from lightning_lora.fused_ops import differentiable, scaled, working_copies
 from lightning_lora.kernels import plain
 from lightning_lora.opaque import call, opaque
@@ -35,9 +36,10 @@ def lora_gated_mlp(
     Returns:
         (..., out), in x's dtype, or autocast's where it is on.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    dtype = autocast_dtype(x)
+    if dtype is not None:
         with torch.autocast(x.device.type, enabled=False):
-            return lora_gated_mlp(x.to(torch.get_autocast_dtype(x.device.type)), weights, As, Bs, scales, dropout)
+            return lora_gated_mlp(x.to(dtype), weights, As, Bs, scales, dropout)
     from lightning_lora.kernels import low_rank
 
     flat = x.reshape(-1, x.shape[-1])

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_lora.autocast import autocast_dtype
 from lightning_lora.sharding import is_sharded
 
 IGNORE = -100  # as in torch's cross entropy
@@ -50,9 +51,8 @@ def chunked_cross_entropy(
     wants_grad = torch.is_grad_enabled()
     if any(is_sharded(tensor) or (tensor.requires_grad and wants_grad) for tensor in head):
         return F.cross_entropy(_wide(F.linear(hidden, weight, bias)), labels, ignore_index=IGNORE)
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+    kind, dtype = hidden.device.type, autocast_dtype(hidden)
+    if dtype is not None:
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     with torch.autocast(kind, enabled=False):
         return _ChunkedCrossEntropy.apply(hidden, weight, bias, labels, chunk, compiled, wants_grad and hidden.requires_grad)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_lora.autocast import autocast_dtype
 from lightning_lora.kernels import plain
 from lightning_lora.sharding import is_sharded
 
@@ -50,7 +51,7 @@ def lora_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropou
     # DTensors know how to propagate placements through plain operations too.
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or is_sharded(A):
         return lora_update_reference(y, x, A, B, scale, dropout)
-    if torch.is_autocast_enabled(y.device.type):  # all operands have y's dtype: nothing is left to cast
+    if autocast_dtype(y) is not None:  # all operands have y's dtype: nothing is left to cast
         with torch.autocast(y.device.type, enabled=False):
             return _LowRankUpdate.apply(y, x, A, B, scale, dropout, inplace)
     return _LowRankUpdate.apply(y, x, A, B, scale, dropout, inplace)

@@ -25,7 +25,8 @@ NAME = "lightning_lora"
 # Lowest first; a file imports from lower levels only. So there are no cycles, and kinds, variants and inits, which share a level,
 # never name each other. A new file belongs to the level of its pattern, or gets one here. "" is the package itself.
 LEVELS = [
-    ["patterns", "files", "names", "registry", "sharding", "opaque", "kernels", "kernels.plain", "kernels.dropout"],
+    ["patterns", "files", "names", "registry", "sharding", "opaque", "autocast"],
+    ["kernels", "kernels.plain", "kernels.dropout"],
     ["config", "digests", "ops", "losses", "compiling", "kernels.low_rank"],
     ["merging", "packing", "fused_ops", "kernels.gated"],
     ["heads", "layers.mergeable", "gated_ops"],

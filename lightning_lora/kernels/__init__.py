@@ -7,10 +7,15 @@ imports them unless :func:`usable` says so. Each is tested against float64.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 
 import torch
 from torch import Tensor
+
+from lightning_lora.autocast import autocast_dtype
+
+logger = logging.getLogger(__name__)
 
 # Smaller inputs are bound by launching, not by computing, and a kernel takes longer to launch than it saves.
 FEW_ROWS = 1024
@@ -23,15 +28,25 @@ _RUNS: dict[int, bool] = {}  # CUDA device → whether it runs the kernels
 
 
 def look_at(device: torch.device) -> None:
-    """Note whether a device runs Triton kernels. Layers call it when they come to a device, for a compiler cannot ask later.
+    """Note whether a device runs Triton kernels, and say once if it does not.
 
-    ``LIGHTNING_LORA_KERNELS=plain`` in the environment says that none does.
+    Layers call it when they come to a device, for a compiler cannot ask later. ``LIGHTNING_LORA_KERNELS=plain`` in the environment
+    switches the kernels off.
     """
-    if device.type == "cuda" and device.index not in _RUNS:
-        wanted = os.environ.get("LIGHTNING_LORA_KERNELS") != "plain" and torch.version.hip is None
-        _RUNS[device.index] = (
-            wanted and importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
-        )
+    if device.type != "cuda" or device.index in _RUNS:
+        return
+    capability, reason = torch.cuda.get_device_capability(device), None
+    if os.environ.get("LIGHTNING_LORA_KERNELS") == "plain":
+        reason = "LIGHTNING_LORA_KERNELS=plain"
+    elif torch.version.hip is not None:
+        reason = "they are for NVIDIA GPUs"
+    elif importlib.util.find_spec("triton") is None:
+        reason = "triton is not installed"
+    elif capability < (8, 0):
+        reason = f"its compute capability is {capability[0]}.{capability[1]}, under 8.0"
+    _RUNS[device.index] = reason is None
+    if reason is not None:
+        logger.warning("%s goes without the Triton kernels: %s.", device, reason)
 
 
 def usable(x: Tensor) -> bool:
@@ -42,7 +57,6 @@ def usable(x: Tensor) -> bool:
     few = FEW_ENTRIES_COMPILED if torch.compiler.is_compiling() else FEW_ROWS * x.shape[-1]
     if not x.is_cuda or x.numel() < few:
         return False
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-    if dtype not in (torch.bfloat16, torch.float16):
+    if (autocast_dtype(x) or x.dtype) not in (torch.bfloat16, torch.float16):
         return False
     return _RUNS.get(x.device.index, False)

@@ -230,7 +230,9 @@ class LoRALayer(Mergeable):
     __repr__ = nn.Module.__repr__  # some bases have one of their own that would hide the adapter
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _rebuild, (type(self).lora_base, self.lora_config.variant), self.__dict__
+        state = self.__getstate__()  # torch's leaves out what does not travel, such as compiled code
+        state.pop("lora_siblings", None)  # the parent has them; a copy of one layer would take the others along
+        return _rebuild, (type(self).lora_base, self.lora_config.variant), state
 
 
 def lora_class(base: type[nn.Module], kind: type[LoRALayer], variant: type) -> type[LoRALayer]:

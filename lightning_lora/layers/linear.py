@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import kernels, ops
+from lightning_lora.autocast import autocast_dtype
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import PREFIX, LoRALayer, adapt, refusal
 from lightning_lora.layers.siblings import Siblings, compute
@@ -125,7 +126,7 @@ class LoRALinear(LoRALayer, nn.Linear):
             and not weight.requires_grad
             and weight.dim() == 2  # FSDP1 flattens it between uses
             and weight.device == x.device
-            and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
+            and (x.dtype == weight.dtype or autocast_dtype(x) is not None)
             and not (is_sharded(weight) or is_sharded(x) or is_sharded(self.lora_A))
             # Where the kernels do not serve, a compiler fuses the definition itself; torch.func wants plain operations.
             and (kernels.usable(x) if torch.compiler.is_compiling() else not torch._C._are_functorch_transforms_active())

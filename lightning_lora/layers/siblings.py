@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lora.autocast import autocast_dtype
 from lightning_lora.fused_ops import lora_linears
 
 
@@ -66,8 +67,7 @@ class Siblings:
         """What else may change between two calls in one forward pass and decide the output."""
         if torch.compiler.is_compiling():  # one trace is one state
             return ()
-        kind, version = x.device.type, 0 if x.is_inference() else x._version
-        return (version, torch.is_grad_enabled(), torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        return (0 if x.is_inference() else x._version, torch.is_grad_enabled(), autocast_dtype(x))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "open": False, "held": None}

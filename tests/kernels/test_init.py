@@ -11,7 +11,12 @@ from lightning_lora import kernels
 def gpu_tensor(rows=2048, features=4096, dtype=torch.bfloat16, index=0):
     """What `usable` asks a tensor on a GPU."""
     return SimpleNamespace(
-        is_cuda=True, dtype=dtype, shape=(rows, features), numel=lambda: rows * features, device=SimpleNamespace(index=index)
+        is_cuda=True,
+        dtype=dtype,
+        shape=(rows, features),
+        numel=lambda: rows * features,
+        device=torch.device("cuda", index),
+        is_floating_point=lambda: True,
     )
 
 
@@ -49,6 +54,21 @@ def test_autocast_decides_the_dtype(device):
         assert kernels.usable(gpu_tensor(dtype=torch.float32))
     finally:
         torch.set_autocast_enabled("cuda", False)
+
+
+@pytest.mark.parametrize(
+    ("why", "capability", "reason"),
+    [(None, (9, 0), None), ("plain", (9, 0), "LIGHTNING_LORA_KERNELS=plain"), (None, (7, 5), "its compute capability is 7.5, under 8.0")],
+)
+def test_a_device_is_looked_at_once_and_what_is_missing_is_said(monkeypatch, caplog, why, capability, reason):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(kernels, "_RUNS", {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setenv("LIGHTNING_LORA_KERNELS", why or "")
+    for _ in range(2):
+        kernels.look_at(torch.device("cuda", 0))
+    assert {0: reason is None} == kernels._RUNS
+    assert [record.message for record in caplog.records] == ([f"cuda:0 goes without the Triton kernels: {reason}."] if reason else [])
 
 
 def test_a_compiler_keeps_small_inputs(device, monkeypatch):
