@@ -125,6 +125,9 @@ class Sharing(nn.Module):
 
     lora_groups: list[Siblings]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Not the base's, which may want arguments: what is made here is no subclass of the user's."""
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the class that the module had."""
         for group in self.lora_groups:
@@ -138,6 +141,9 @@ class Sharing(nn.Module):
 
 class GatedMLP(nn.Module):
     """A mixin before the class of a gated MLP: its forward pass as one operation where that serves, else its own."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """As in :class:`Sharing`."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the class that the module had."""

@@ -18,6 +18,7 @@ from lightning_lora import kernels
 from lightning_lora.autocast import autocast_dtype
 from lightning_lora.kernels import plain
 from lightning_lora.opaque import call, opaque
+from lightning_lora.ops import NO_INPUT
 
 
 def lora_linears(
@@ -229,7 +230,7 @@ def differentiable(
     """
     x = inputs[0]
     if x is None:
-        raise RuntimeError("second derivatives (create_graph=True) need the layer's input, which is not kept while lora_A is frozen.")
+        raise RuntimeError(NO_INPUT)
     fast, threshold, *_ = ctx.settings
     drops = [None if mask is None else (_as_mask(x, features, (mask, threshold)) if fast else mask, 0) for mask, features in masks]
     wanted = [t for t, need in zip(inputs, ctx.needs_input_grad, strict=True) if need]

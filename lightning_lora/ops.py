@@ -57,20 +57,25 @@ def lora_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropou
     return _LowRankUpdate.apply(y, x, A, B, scale, dropout, inplace)
 
 
+NO_INPUT = "second derivatives (create_graph=True) need the layer's input, which is not kept while lora_A is frozen."
+
+
 class _LowRankUpdate(torch.autograd.Function):
     """Accumulates into y and keeps x alone, which the neighbours keep anyway; with dropout also one byte an entry of x.
 
     With x₀ the input with its dropped entries at zero, s the scale (over 1 − p with dropout), t = x₀·Aᵀ and g the gradient of
     the output: dt = s·g·B, dB = s·gᵀ·t, dA = dtᵀ·x₀, dx = dt·A with the same entries at zero. t is computed again in the
-    backward pass: it costs r/out of the base's product. Every step is differentiable, so second derivatives work.
+    backward pass: it costs r/out of the base's product. Every step is differentiable, so second derivatives work; but not those of a
+    layer whose A is frozen (LoRA-FA), which keeps t in the place of x.
     """
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, inplace: bool) -> Tensor:
         drop, probability = plain.draw_drop(x, dropout) if dropout else (None, 0.0)
-        ctx.save_for_backward(x, A, B, drop and drop[0])
         ctx.scale = scale = scale / (1 - probability)
         t = F.linear(plain.zeroed(x, drop), A)  # (..., r)
+        keep, instead = (x, None) if ctx.needs_input_grad[2] else (None, t)
+        ctx.save_for_backward(keep, instead, A, B, drop and drop[0])
         flat, t = y.reshape(-1, y.shape[-1]), t.reshape(-1, t.shape[-1])
         if inplace and y.is_contiguous():
             flat.addmm_(t, B.t(), alpha=scale)
@@ -81,15 +86,21 @@ class _LowRankUpdate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (g,) = grads
-        x, A, B, mask = ctx.saved_tensors
+        x, t, A, B, mask = ctx.saved_tensors
         drop = None if mask is None else (mask, 0)
         dx = dA = dB = None
-        flat_g, flat_x = g.reshape(-1, g.shape[-1]), plain.zeroed(x, drop).reshape(-1, x.shape[-1])
+        flat_g = g.reshape(-1, g.shape[-1])
         dt = flat_g @ (B * ctx.scale)  # (N, r); the scale goes into the smallest operand
-        if ctx.needs_input_grad[3]:
-            dB = (flat_g.t() @ (flat_x @ A.t())) * ctx.scale
-        if ctx.needs_input_grad[2]:
+        if x is None:
+            if torch.is_grad_enabled():
+                raise RuntimeError(NO_INPUT)
+            t = t.reshape(-1, t.shape[-1])
+        else:
+            flat_x = plain.zeroed(x, drop).reshape(-1, x.shape[-1])
+            t = flat_x @ A.t()
             dA = dt.t() @ flat_x
+        if ctx.needs_input_grad[3]:
+            dB = (flat_g.t() @ t) * ctx.scale
         if ctx.needs_input_grad[1]:
-            dx = plain.zeroed((dt @ A).view(x.shape), drop)
+            dx = plain.zeroed((dt @ A).view(*g.shape[:-1], A.shape[1]), drop)
         return g, dx, dA, dB, None, None, None

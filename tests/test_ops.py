@@ -206,3 +206,20 @@ def test_torch_func_grad_and_vmap():
     defined = torch.autograd.grad(lora_update_reference(y, x, A, B, 0.7).square().sum(), [A, B])
     torch.testing.assert_close((dA, dB), defined)
     torch.testing.assert_close((each_A.sum(0), each_B.sum(0)), defined)  # per-sample gradients add up
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_frozen_a_keeps_no_x(dropout):
+    """LoRA-FA on bases that have products of their own, quantized ones: t is kept in the place of x."""
+    y, x, A, B = operands(50)
+    saved = []
+    torch.manual_seed(1)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = lora_update(y * 1, x, A.detach(), B, 0.7, dropout)
+    assert sorted(t.shape[1] for t in saved if t.shape[0] == 50) == [RANK] + [IN] * bool(dropout)  # and the mask, a byte an entry
+    found = torch.autograd.grad(out.square().sum(), [y, x, B])
+    torch.manual_seed(1)
+    defined = lora_update(y * 1, x, A, B, 0.7, dropout)
+    torch.testing.assert_close(found, torch.autograd.grad(defined.square().sum(), [y, x, B]))
+    with pytest.raises(RuntimeError, match="not kept while lora_A is frozen"):
+        torch.autograd.grad(lora_update(y * 1, x, A.detach(), B, 0.7).square().sum(), x, create_graph=True)

@@ -27,7 +27,8 @@ NAME = "lightning_lora"
 LEVELS = [
     ["patterns", "files", "names", "registry", "sharding", "opaque", "autocast"],
     ["kernels", "kernels.plain", "kernels.dropout"],
-    ["config", "digests", "ops", "losses", "compiling", "kernels.low_rank"],
+    ["ops"],
+    ["config", "digests", "losses", "compiling", "kernels.low_rank"],
     ["merging", "packing", "fused_ops", "kernels.gated"],
     ["heads", "layers.mergeable", "gated_ops"],
     ["layers.base"],

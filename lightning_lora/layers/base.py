@@ -66,6 +66,9 @@ class LoRALayer(Mergeable):
 
     # What a kind fills in.
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Not the base's, which may want arguments: what is made here is no subclass of the user's."""
+
     @classmethod
     def adapter_shapes(cls, module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of ``lora_A`` and ``lora_B`` for a module of this kind."""

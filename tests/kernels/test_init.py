@@ -10,14 +10,8 @@ from lightning_lora import kernels
 
 def gpu_tensor(rows=2048, features=4096, dtype=torch.bfloat16, index=0):
     """What `usable` asks a tensor on a GPU."""
-    return SimpleNamespace(
-        is_cuda=True,
-        dtype=dtype,
-        shape=(rows, features),
-        numel=lambda: rows * features,
-        device=torch.device("cuda", index),
-        is_floating_point=lambda: True,
-    )
+    answers = {"numel": lambda: rows * features, "is_floating_point": lambda: True}
+    return SimpleNamespace(is_cuda=True, dtype=dtype, shape=(rows, features), device=torch.device("cuda", index), **answers)
 
 
 @pytest.fixture

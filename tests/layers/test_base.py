@@ -424,3 +424,12 @@ def test_autocast_runs_in_bf16_and_keeps_fp32_gradients(kind):
     torch.testing.assert_close(y.float(), full, rtol=0.05, atol=0.05 * full.abs().max().item())
     y.float().square().sum().backward()
     assert layer.lora_A.grad.dtype == layer.lora_B.grad.dtype == torch.float32
+
+
+def test_a_base_that_checks_its_subclasses():
+    class Strict(nn.Linear):
+        def __init_subclass__(cls, name, **kwargs):
+            raise TypeError("wants a name")
+
+    model = apply_lora(nn.Sequential(Strict(4, 3)), config=LoRAConfig(rank=2, target_modules=["0"]))
+    assert type(model[0]).__name__ == "LoRAStrict"
