@@ -50,6 +50,7 @@ class Case:
     rank: int = 4
     out_axis: int = 0  # of the weight
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float64)  # what the base can be; the last is the exact one
+    quantized: str | None = None  # how merge_lora is to merge into it
 
     def base(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         torch.manual_seed(7)
