@@ -8,16 +8,13 @@ layers, inputs that differ after all) is computed layer by layer, as if this had
 
 from __future__ import annotations
 
-import ast
-import inspect
-import textwrap
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora import kernels
+from lightning_lora.forwards import calls_together, is_gated_mlp
 from lightning_lora.gated_ops import lora_gated_mlp
 from lightning_lora.layers import LoRALinear
 from lightning_lora.layers.siblings import Siblings
@@ -60,64 +57,6 @@ def unfuse(model: nn.Module) -> None:
             module.__class__ = type(module).fused_base  # type: ignore[attr-defined]
         elif isinstance(module, Sharing):  # another class, FSDP2's, has been put on top
             module.lora_groups = []
-
-
-def calls_together(cls: type[nn.Module]) -> list[list[str]]:
-    """Which children a module's forward calls on one variable, in one block of statements that does not assign it in between.
-
-    Read from the source of ``cls.forward``, so that nothing has to be tried out; no source, no answer. ``self.q_proj(x)`` and
-    ``self.k_proj(x)`` are such calls. Cross-attention's ``self.k_proj(memory)`` is not, nor is a call that an ``if`` may leave out.
-    """
-    if cls not in _TOGETHER:
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward))))
-        except (OSError, TypeError, SyntaxError):  # built at run time, or not written in Python
-            tree = ast.Module([], [])
-        _TOGETHER[cls] = [family for family in _families(tree) if len(family) > 1]
-    return _TOGETHER[cls]
-
-
-_TOGETHER: dict[type[nn.Module], list[list[str]]] = {}
-
-
-def _families(tree: ast.Module) -> Iterator[list[str]]:
-    calls = [call for call in map(_child_call, ast.walk(tree)) if call is not None]
-    once = {name for name, _ in calls if [other for other, _ in calls].count(name) == 1}
-    for body in _blocks(tree.body[0]) if tree.body else ():
-        families: dict[str, list[str]] = {}  # variable → children called on it so far
-        for statement in body:
-            parts = list(ast.walk(statement))
-            # A statement with blocks of its own, or with an expression that decides what runs, may leave its calls out.
-            if isinstance(statement, _SIMPLE) and not any(isinstance(part, _DECIDING) for part in parts):
-                for name, argument in filter(None, map(_child_call, parts)):
-                    if name in once:
-                        families.setdefault(argument, []).append(name)
-            for part in parts:
-                if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
-                    yield families.pop(part.id, [])
-        yield from families.values()
-
-
-def _blocks(node: ast.AST) -> Iterator[list[ast.stmt]]:
-    """The lists of statements in a function; not those of functions in it, which may run later or elsewhere."""
-    body = getattr(node, "body", None)
-    if isinstance(body, list):
-        yield body
-    for child in ast.iter_child_nodes(node):
-        if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            yield from _blocks(child)
-
-
-_SIMPLE = (ast.Assign, ast.AnnAssign, ast.Return, ast.Expr)
-_DECIDING = (ast.IfExp, ast.BoolOp, ast.comprehension, ast.Lambda)
-
-
-def _child_call(node: ast.AST) -> tuple[str, str] | None:
-    """``("q_proj", "x")`` for ``self.q_proj(x)``."""
-    match node:
-        case ast.Call(ast.Attribute(ast.Name("self"), name), [ast.Name(argument)], []):
-            return name, argument
-    return None
 
 
 class Sharing(nn.Module):
@@ -203,18 +142,10 @@ def _serves(layer: Any, x: Tensor) -> bool:
 
 
 def _is_gated_mlp(module: Any) -> bool:
-    """Whether a module's forward is, instruction by instruction, one of those below, with SiLU and three adapted projections."""
+    """Whether a module is a gated MLP with SiLU and three adapted projections."""
     layers = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    if not all(isinstance(layer, LoRALinear) for layer in layers) or "forward" in module.__dict__:
-        return False
-    if len({layer.lora_config.dropout for layer in layers if isinstance(layer, LoRALinear)}) > 1:
-        return False
-    code = getattr(type(module).forward, "__code__", None)
-    return (
-        _is_silu(getattr(module, "act_fn", None))
-        and code is not None
-        and any(_instructions(code) == _instructions(form.__code__) for form in _FORMS)
-    )
+    adapted = all(isinstance(layer, LoRALinear) for layer in layers) and "forward" not in module.__dict__
+    return adapted and is_gated_mlp(type(module)) and _is_silu(getattr(module, "act_fn", None))
 
 
 def _is_silu(function: Any) -> bool:
@@ -223,19 +154,3 @@ def _is_silu(function: Any) -> bool:
         watched = function._forward_hooks or function._forward_pre_hooks or function._backward_hooks or function._backward_pre_hooks
         return type(function).__name__ in ("SiLU", "SiLUActivation") and not watched
     return function is nn.functional.silu
-
-
-def _instructions(code: Any) -> tuple[Any, ...]:
-    return code.co_code, code.co_names, code.co_argcount
-
-
-def _expression(self: Any, x: Tensor) -> Tensor:
-    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-
-
-def _statement(self: Any, x: Tensor) -> Tensor:
-    down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-    return down_proj
-
-
-_FORMS = (_expression, _statement)

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, kernels, unload_lora
-from lightning_lora.fuse import GatedMLP, calls_together, fuse, unfuse
+from lightning_lora.fuse import GatedMLP, fuse, unfuse
 from tests.conftest import fill
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
@@ -174,66 +174,6 @@ def test_deterministic_algorithms_are_respected(monkeypatch):
         mlp()(torch.randn(5, 16))
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-class Forms(nn.Module):
-    def straight(self, x):
-        q = self.a(x)
-        k = self.b(x).tanh()
-        return q + self.c(x) * k
-
-    def other_variable(self, x, y):
-        return self.a(x) + self.b(y)
-
-    def assigned_in_between(self, x):
-        y = self.a(x)
-        x = y * 2
-        return self.b(x)
-
-    def in_a_branch(self, x):
-        y = self.a(x)
-        if y.sum() > 0:
-            y = y + self.b(x)
-        return y + self.c(x)
-
-    def decided(self, x):
-        y = self.a(x)
-        return y + (self.b(x) if y.any() else self.c(x))
-
-    def twice(self, x):
-        return self.a(x) + self.a(x) + self.b(x)
-
-    def in_a_loop(self, x):
-        for _ in range(2):
-            x = self.a(x) + self.b(x)
-        return x
-
-    def more_arguments(self, x):
-        return self.a(x, 1) + self.b(x)
-
-
-TOGETHER = {
-    "straight": [["a", "b", "c"]],
-    "other_variable": [],
-    "assigned_in_between": [],
-    "in_a_branch": [["a", "c"]],
-    "decided": [],
-    "twice": [],
-    "in_a_loop": [["a", "b"]],
-    "more_arguments": [],
-}
-
-
-@pytest.mark.parametrize("form", TOGETHER)
-def test_calls_together_are_read_from_the_source(form):
-    cls = type("Module", (nn.Module,), {"forward": getattr(Forms, form)})
-    assert [sorted(family) for family in calls_together(cls)] == TOGETHER[form]
-
-
-def test_without_a_source_nothing_is_together():
-    names = {}
-    exec("def forward(self, x):\n    return self.a(x) + self.b(x)", names)
-    assert calls_together(type("Module", (nn.Module,), {"forward": names["forward"]})) == []
 
 
 def test_fifty_steps_in_bf16_lose_as_the_definition_does():
