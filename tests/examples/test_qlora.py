@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-import yaml
 
 from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, load_adapter, quantize_base
 from lightning_lora.cli import main
@@ -16,6 +15,7 @@ from tests import quantized, tiny_lm
 from tests.conftest import fill
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+LAYERS = ["--config", str(CONFIGS / "quickstart.yaml"), "--config", str(CONFIGS / "qlora.yaml")]
 
 
 @pytest.fixture
@@ -36,30 +36,21 @@ def overrides(tmp_path, monkeypatch):
     ]
 
 
-def test_it_differs_from_the_quickstart_in_what_it_says():
-    quickstart, qlora = (yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) for name in ("quickstart", "qlora"))
-    assert qlora["data"] == quickstart["data"]
-    assert qlora["lora"].pop("quantize") == "nf4"
-    assert qlora["model"] == quickstart["model"]
-
-
 @pytest.mark.filterwarnings("ignore:Experiment logs directory")
 def test_one_line_makes_a_run_qlora(overrides, tmp_path):
     """It learns, every linear but the head is packed, and what it leaves is an adapter of the model before it was packed."""
-    assert main(["fit", "--config", str(CONFIGS / "qlora.yaml"), *overrides, "--trainer.max_epochs=6"]) == 0
-    with (tmp_path / "runs" / "qlora" / "metrics.csv").open() as file:
+    assert main(["fit", *LAYERS, *overrides, "--trainer.max_epochs=6"]) == 0
+    with (tmp_path / "runs" / "quickstart" / "metrics.csv").open() as file:
         losses = [float(row["train_loss"]) for row in csv.DictReader(file) if row.get("train_loss")]
     assert len(losses) == 18 and sum(losses[-5:]) < 0.2 * sum(losses[:5])
     plain = load_adapter(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model"), tmp_path / "checkpoints" / "best.ckpt")
     assert plain.model.layers[0].mlp.up_proj.lora_B.any()
-    assert main(["test", "--config", str(CONFIGS / "qlora.yaml"), *overrides, f"--ckpt_path={tmp_path / 'checkpoints' / 'best.ckpt'}"]) == 0
+    assert main(["test", *LAYERS, *overrides, f"--ckpt_path={tmp_path / 'checkpoints' / 'best.ckpt'}"]) == 0
 
 
 @pytest.mark.parametrize("how", [how for how in quantized.FORMATS if how != "torchao-nf4"])  # whose layers have to be larger
 def test_every_format_from_the_command_line(how, overrides):
-    cli = LoRACLI(
-        ["--config", str(CONFIGS / "qlora.yaml"), *overrides, f"--lora.quantize={how}", "--trainer.limit_train_batches=1"], run=False
-    )
+    cli = LoRACLI([*LAYERS, *overrides, f"--lora.quantize={how}", "--trainer.limit_train_batches=1"], run=False)
     cli.trainer.fit(cli.model, cli.datamodule)
     packed = [name for name, module in cli.model.model.named_modules() if packing_of(module) is not None]
     assert len(packed) == 2 * 7 and "lm_head" not in packed
