@@ -74,6 +74,14 @@ def peft(model: nn.Module) -> nn.Module:
 MODES: dict[str, Callable[[nn.Module], nn.Module]] = {"frozen": frozen, "ours": ours, "PEFT": peft}
 
 
+HOW = {  # whether each block is compiled, and checkpointed
+    "compiled": (True, False),
+    "eager": (False, False),
+    "eager-checkpointed": (False, True),
+    "compiled-checkpointed": (True, True),
+}
+
+
 def measure(name: str, options: argparse.Namespace, compiled: bool, checkpointed: bool) -> tuple[float, float]:
     """Median milliseconds a step, and peak GiB."""
     torch._dynamo.reset()
@@ -121,20 +129,18 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[float, float]]:
     parser.add_argument("--steps", type=int, default=8, help="counted steps, after four")
     parser.add_argument("--batch", type=int, default=1, help="rows")
     parser.add_argument("--seq", type=int, default=2048, help="tokens a row")
-    parser.add_argument("--no-compile", action="store_true", help="eager only")
+    parser.add_argument("--how", nargs="+", choices=HOW, default=list(HOW), metavar="HOW", help=f"of {', '.join(HOW)}; default all")
     options = parser.parse_args(argv)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"torch {torch.__version__}, transformers {__version__}, bitsandbytes {bitsandbytes.__version__}, {device}")
     print("| mode | ms | x frozen | GiB | x frozen |\n|---|---|---|---|---|")
     results: dict[str, tuple[float, float]] = {}
-    for compiled in (False,) if options.no_compile else (False, True):
-        for checkpointed in (False, True):
-            how = f"{'blocks compiled' if compiled else 'eager'}{', checkpointed' if checkpointed else ''}"
-            for name in MODES:
-                ms, peak = results[f"{name}, {how}"] = measure(name, options, compiled, checkpointed)
-                base_ms, base_peak = results[f"frozen, {how}"]
-                ratio = peak / base_peak if base_peak else 0
-                print(f"| {name}, {how} | {ms:.1f} | {ms / base_ms:.2f} | {peak:.2f} | {ratio:.2f} |", flush=True)
+    for how in options.how:
+        for name in MODES:
+            ms, peak = results[f"{name}, {how}"] = measure(name, options, *HOW[how])
+            base_ms, base_peak = results[f"frozen, {how}"]
+            ratio = peak / base_peak if base_peak else 0
+            print(f"| {name}, {how} | {ms:.1f} | {ms / base_ms:.2f} | {peak:.2f} | {ratio:.2f} |", flush=True)
     return results
 
 
