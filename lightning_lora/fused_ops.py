@@ -83,7 +83,7 @@ class _Linears(torch.autograd.Function):
         some = next((g for g in grads if g is not None), None)
         if some is None:
             return (None,) * (3 + 4 * n)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+        if not torch.compiler.is_compiling() and wants_definition(some):
             definition = lambda drop: _definition(x, drop, scales, weights, biases, As, Bs)  # noqa: E731
             return differentiable(ctx, definition, [x, None, None, *tensors], [(mask, A.shape[1])], grads)
         gs = [some.new_zeros(some.shape[0], B.shape[0]) if g is None else g for g, B in zip(grads, Bs, strict=True)]
@@ -216,6 +216,11 @@ def _definition(x: Tensor, drop: plain.Drop | None, scales: Any, weights: Any, b
     return tuple(y + part @ B.to(x.dtype).t() for y, part, B in zip(bases, parts, Bs, strict=True))
 
 
+def wants_definition(grad: Tensor) -> bool:
+    """Whether a backward pass is differentiated again (create_graph=True) or vectorized (is_grads_batched=True): plain operations then."""
+    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
 def differentiable(
     ctx: Any, definition: Any, inputs: Sequence[Any], masks: Sequence[tuple[Tensor | None, int]], grads: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
@@ -234,9 +239,11 @@ def differentiable(
     fast, threshold, *_ = ctx.settings
     drops = [None if mask is None else (_as_mask(x, features, (mask, threshold)) if fast else mask, 0) for mask, features in masks]
     wanted = [t for t, need in zip(inputs, ctx.needs_input_grad, strict=True) if need]
-    pairs = [(y, g) for y, g in zip(definition(*drops), grads, strict=True) if g is not None]
+    with torch.enable_grad():
+        outputs = definition(*drops)
+    pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None]
     ys, gs = zip(*pairs, strict=True)
-    found = iter(torch.autograd.grad(ys, wanted, gs, create_graph=True, allow_unused=True))
+    found = iter(torch.autograd.grad(ys, wanted, gs, create_graph=torch.is_grad_enabled(), allow_unused=True))
     return tuple(next(found) if need else None for need in ctx.needs_input_grad)
 
 

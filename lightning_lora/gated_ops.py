@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.autocast import autocast_dtype
-from lightning_lora.fused_ops import differentiable, scaled, working_copies
+from lightning_lora.fused_ops import differentiable, scaled, wants_definition, working_copies
 from lightning_lora.kernels import plain
 from lightning_lora.opaque import call, opaque
 
@@ -67,7 +67,7 @@ class _GatedMLP(torch.autograd.Function):
         x, seed, seed_down, g, u, t, t_down, A, A_down, *rest = ctx.saved_tensors
         lows, tensors = rest[:3], rest[3:]
         weights, As, Bs = tensors[:3], tensors[3:6], tensors[6:]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+        if not torch.compiler.is_compiling() and wants_definition(grads[0]):
             inputs = [x, None, None, None, *tensors]
             masks = [(seed, A.shape[1]), (seed_down, A_down.shape[1])]
             return differentiable(ctx, lambda *drops: (_definition(x, *drops, scales, *tensors),), inputs, masks, grads)

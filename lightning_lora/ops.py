@@ -57,7 +57,11 @@ def lora_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropou
     return _LowRankUpdate.apply(y, x, A, B, scale, dropout, inplace)
 
 
-NO_INPUT = "second derivatives (create_graph=True) need the layer's input, which is not kept while lora_A is frozen."
+NO_INPUT = (
+    "second derivatives (create_graph=True) and vectorized Jacobians need the layer's input, which is not kept while lora_A is frozen."
+)
+    "second derivatives (create_graph=True) and vectorized Jacobians need the layer's input, which is not kept while lora_A is frozen."
+)
 
 
 class _LowRankUpdate(torch.autograd.Function):

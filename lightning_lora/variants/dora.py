@@ -215,7 +215,9 @@ class _Rescale(torch.autograd.Function):
         def summed(tensor: Tensor) -> Tensor:
             return (tensor.sum(others, dtype=wide) if others else tensor.clone()).to(gain.dtype).view(gain.shape)
 
-        buffer = None if torch.is_grad_enabled() else torch.empty_like(z)  # None: for derivatives of these
+        # None: for derivatives of these, and for vectorized Jacobians (is_grads_batched=True)
+        plain = torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad)
+        buffer = None if plain else torch.empty_like(z)
         if ctx.needs_input_grad[1]:
             dgain = summed(torch.mul(grad, z, out=buffer))
         if bias is not None and (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):

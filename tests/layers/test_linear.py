@@ -165,3 +165,11 @@ def test_empty_batches(shape):
     assert y.shape == (*shape[:-1], 10)
     y.sum().backward()
     assert not layer.lora_A.grad.count_nonzero()
+
+
+@pytest.mark.parametrize("variant", ["plain", "dora", "adalora"])
+def test_a_vectorized_jacobian(variant):
+    """As torch.autograd.functional.jacobian(vectorize=True) takes it."""
+    layer, x = CASES["linear"].layer(torch.float64, variant=variant), torch.randn(2, 12, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian
+    torch.testing.assert_close(jacobian(layer, x, vectorize=True), jacobian(layer, x))
