@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 from transformers import (
     BertConfig,
@@ -198,3 +199,21 @@ def test_fifty_steps_in_bf16_lose_as_the_definition_does():
     together, alone = losses(True), losses(False)
     assert together[-1] < together[0] - 0.05
     assert together == pytest.approx(alone, abs=1e-3)
+
+
+def test_compiled_blocks_are_one_graph_with_the_fused_operations(monkeypatch):
+    """With kernels that serve (here under the interpreter): siblings, the output projection and the gated MLP, in every block."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(kernels, "usable", lambda x: True)
+    torch._dynamo.reset()
+    model = adapted("llama").train()
+    model.enable_input_require_grads()  # else the first block's graph has no gradient for its input
+    eager = run(model)
+    counter = CompileCounterWithBackend("aot_eager")
+    for block in model.model.layers:
+        block.compile(backend=counter, fullgraph=True)
+    for _ in range(2):
+        assert_close(run(model), eager)
+    assert counter.frame_count == 1
+    calls = [node for node in counter.graphs[0].graph.nodes if str(node.target) == "autograd_function_apply"]
+    assert len(calls) == 3
