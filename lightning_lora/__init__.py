@@ -8,8 +8,9 @@ from lightning_lora import inits, packings  # noqa: F401 (they register what con
 from lightning_lora.checkpoint import load_adapter, save_adapter
 from lightning_lora.config import LoRAConfig
 from lightning_lora.export import export_merged
-from lightning_lora.inject import apply_lora, get_lora_parameters, merge_lora, merge_report, unload_lora, unmerge_lora
+from lightning_lora.inject import apply_lora, get_lora_parameters, unload_lora
 from lightning_lora.layers import LoRALinear
+from lightning_lora.merge_model import merge_lora, merge_report, unmerge_lora
 from lightning_lora.optim import lora_param_groups
 from lightning_lora.quantize import quantize_base
 from lightning_lora.targeting import find_targets

@@ -18,8 +18,9 @@ from lightning_lora.adapter_files import AdapterFile, read_adapter, write_folder
 from lightning_lora.config import LoRAConfig
 from lightning_lora.fingerprint import base_identity
 from lightning_lora.heads import saved_modules
-from lightning_lora.inject import inject, unmerge_lora
+from lightning_lora.inject import inject
 from lightning_lora.layers.base import PREFIX, LoRALayer, lora_layers
+from lightning_lora.merge_model import unmerge_lora
 from lightning_lora.names import adapter_root, clean_name, modules_by_name, second_names
 from lightning_lora.sharding import is_flattened, on_first_rank, whole
 from lightning_lora.targeting import TargetReport, find_targets

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
-_LIBRARY = torch.library.Library("lightning_lora", "DEF")
+_LIBRARY = library.Library("lightning_lora", "DEF")
 _OPERATIONS: dict[Callable[..., list[Tensor]], Any] = {}
 
 

@@ -71,12 +71,12 @@ class Format:
 
     Attributes:
         pack: packs its weight in place, computing on a device; the packed weight is where the plain one was.
-        library: imports what it needs, or raises ImportError naming the extra.
+        check_installed: imports what it needs, or raises ImportError naming the extra.
         unit: number that the weight's entries have to be a multiple of.
     """
 
     pack: Callable[[nn.Linear, torch.device], None]
-    library: Callable[[], Any]
+    check_installed: Callable[[], Any]
     unit: int = 1
 
 

@@ -46,7 +46,7 @@ def quantize_base(
         ImportError: the library is not installed; names the extra.
     """
     form = format_of(how)
-    form.library()
+    form.check_installed()
     report = find_targets(model, LoRAConfig(rank=1, target_modules=targets, modules_to_save=modules_to_save))
     layers = {target.fqn: target.module for target in report.targets if packing_of(target.module) is None}
     owners: dict[int, list[str]] = {}

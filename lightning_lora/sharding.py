@@ -14,6 +14,11 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "device_mesh")
 
 
+def is_distributed() -> bool:
+    """Whether a model can be sharded; what handles that imports most of torch.distributed."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The full tensor of a DTensor (a collective: every rank has to ask); any other tensor itself."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]

@@ -17,7 +17,8 @@ from torch import nn
 
 from lightning_lora.config import ALL_LINEAR, LoRAConfig
 from lightning_lora.heads import output_heads, saved_modules, within
-from lightning_lora.layers.base import PREFIX, LoRALayer, adapted_class, refusal
+from lightning_lora.layers.adapting import refusal
+from lightning_lora.layers.base import PREFIX, LoRALayer, adapted_class
 from lightning_lora.names import modules_by_name
 from lightning_lora.packing import packing_of
 from lightning_lora.patterns import compile_patterns, layer_index, no_match

@@ -18,8 +18,9 @@ from lightning_lora import (
     unload_lora,
     unmerge_lora,
 )
-from lightning_lora.inject import tied_weights, trainable_parameters
+from lightning_lora.inject import trainable_parameters
 from lightning_lora.layers import lora_layers
+from lightning_lora.merge_model import tied_weights
 from lightning_lora.registry import INITS
 from tests.conftest import ConvNet, Task, TinyModel, adapted, as_bits, fill, same_bits, snapshot
 

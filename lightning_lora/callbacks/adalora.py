@@ -20,8 +20,8 @@ from torch.optim import Optimizer
 from lightning_lora.allocation import RankAllocator, steps_of
 from lightning_lora.callbacks.lora import LoRACallback
 from lightning_lora.config import LoRAConfig
-from lightning_lora.inject import unmerge_lora
 from lightning_lora.layers.base import LoRALayer, lora_layers
+from lightning_lora.merge_model import unmerge_lora
 from lightning_lora.sharding import is_sharded
 from lightning_lora.variants import shrink_adalora
 

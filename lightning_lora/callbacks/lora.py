@@ -16,18 +16,10 @@ from torch import Tensor, nn
 
 from lightning_lora.compiling import compile_layers, uncompile_layers
 from lightning_lora.config import LoRAConfig
-from lightning_lora.inject import (
-    already_applied,
-    inject,
-    let_gradients_in,
-    merge_lora,
-    merge_report,
-    tied_weights,
-    trainable_parameters,
-    unmerge_lora,
-)
+from lightning_lora.inject import already_applied, inject, let_gradients_in, trainable_parameters
 from lightning_lora.layers.base import lora_layers
 from lightning_lora.layers.mergeable import Quantized
+from lightning_lora.merge_model import merge_lora, merge_report, tied_weights, unmerge_lora
 from lightning_lora.names import adapter_root
 from lightning_lora.optim.groups import check_ratio
 from lightning_lora.packing import format_of, packing_of

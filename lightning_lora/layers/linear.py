@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from lightning_lora import kernels, ops
 from lightning_lora.autocast import autocast_dtype
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers.base import PREFIX, LoRALayer, adapt, refusal
+from lightning_lora.layers.adapting import adapt, refusal
+from lightning_lora.layers.base import PREFIX, LoRALayer
 from lightning_lora.layers.siblings import Siblings, compute
 from lightning_lora.packing import packing_of
 from lightning_lora.registry import REFUSED, register_kind

@@ -28,8 +28,8 @@ from lightning_lora import fingerprint, parallel
 from lightning_lora.adapter_files import META, AdapterFile
 from lightning_lora.config import LoRAConfig
 from lightning_lora.digests import checksum
-from lightning_lora.inject import unmerge_lora
 from lightning_lora.layers.base import kept_parameters
+from lightning_lora.merge_model import unmerge_lora
 from lightning_lora.names import clean_name, persistent_buffers
 from lightning_lora.optim.groups import only_trainable
 from lightning_lora.optim.lora_plus import apply_lora_plus, check_kept, holds_b

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import LoRAConfig
-from lightning_lora.layers.base import LoRALayer, adapt
+from lightning_lora.layers.adapting import adapt
+from lightning_lora.layers.base import LoRALayer
 from tests.conftest import fill
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

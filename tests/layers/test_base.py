@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRALinear, apply_lora, merge_lora, unload_lora, unmerge_lora
-from lightning_lora.layers.base import LoRALayer, adapt, lora_class, lora_layers, refusal, restore
+from lightning_lora.layers.adapting import adapt, refusal, restore
+from lightning_lora.layers.base import LoRALayer, lora_class, lora_layers
 from tests.conftest import TinyModel, fill, same_bits
 from tests.layers.kinds import CASES, DTYPES
 

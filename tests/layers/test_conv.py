@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_lora import LoRAConfig
-from lightning_lora.layers.base import adapt
+from lightning_lora.layers.adapting import adapt
 from lightning_lora.layers.conv import LoRAConv
 from tests.conftest import fill, same_bits
 from tests.layers.kinds import CASES

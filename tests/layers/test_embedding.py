@@ -57,7 +57,7 @@ def test_the_update_of_a_scaled_embedding_is_scaled_too(dtype):
 @pytest.mark.parametrize("scale", [0.5, 30.0])
 def test_merged_scaled_embeddings_agree(scale):
     from lightning_lora import LoRAConfig
-    from lightning_lora.layers.base import adapt
+    from lightning_lora.layers.adapting import adapt
 
     layer = fill(adapt(ScaledEmbedding(11, 10, embed_scale=scale), LoRAConfig(), 4, 8.0))
     assert isinstance(layer, LoRALayer)

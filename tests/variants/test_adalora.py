@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, apply_lora, load_adapter, merge_lora, save_adapter, shrink_adalora, unmerge_lora
 from lightning_lora.layers import lora_layers
-from lightning_lora.layers.base import refusal
+from lightning_lora.layers.adapting import refusal
 from lightning_lora.variants.adalora import AdaLoRA
 from tests.conftest import Task, TinyModel, fill, same_bits, snapshot
 from tests.layers.kinds import CASES

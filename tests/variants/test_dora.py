@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, apply_lora, load_adapter, lora_param_groups, merge_lora, save_adapter
-from lightning_lora.layers.base import adapt, refusal
+from lightning_lora.layers.adapting import adapt, refusal
 from lightning_lora.variants.dora import _Rescale
 from tests.conftest import TinyModel, same_bits, snapshot
 from tests.layers.kinds import CASES

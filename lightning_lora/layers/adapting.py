@@ -1,0 +1,61 @@
+"""A module becomes its LoRA subclass, in place, and the plain module again; and why it cannot."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.layers.base import PREFIX, LoRALayer, adapted_class
+from lightning_lora.registry import qualified_name, why_refused
+
+
+def refusal(module: nn.Module, fqn: str, rank: int, dropout: float, variant: str = "plain") -> str | None:
+    """Why this module cannot be adapted, as a whole sentence; None if it can."""
+    kind = adapted_class(module, variant)
+    name = qualified_name(type(module))
+    if kind is None:
+        return why_refused(module, fqn)
+    if "forward" in module.__dict__:
+        return f"{fqn!r} ({name}) has a forward of its own set on the instance, which would bypass the adapter; remove that hook first."
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return f"{fqn!r} ({name}) computes its weight anew at each call (a parametrization, weight_norm or a wrapper); remove that first."
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return f"{fqn!r} ({name}) is lazy and has no shape yet; run one forward pass before applying LoRA."
+    try:
+        kind.check(module, rank, dropout)
+    except ValueError as error:
+        return f"{fqn!r} ({name}): {error}."
+    return None
+
+
+def adapt(module: nn.Module, config: LoRAConfig, rank: int, alpha: float) -> LoRALayer:
+    """Turn a module into its LoRA subclass, in place; the caller has checked it with :func:`refusal`."""
+    cls = adapted_class(module, config.variant)
+    assert cls is not None
+    module.__class__ = cls
+    assert isinstance(module, LoRALayer)
+    module.init_adapter(config, rank, alpha)
+    return module
+
+
+def restore(layer: LoRALayer) -> nn.Module:
+    """The plain module again, in place, with the weight it has now; the adapter is dropped."""
+    for name in (
+        "rank",
+        "alpha",
+        "merged",
+        "merge_loss",
+        "_undo",
+        "_owns_weight",
+        "_untied",
+        "_digest",
+        "_device",
+        "_quantized",
+    ):
+        layer.__dict__.pop(name, None)
+    for container in (layer._parameters, layer._modules, layer.__dict__):
+        for name in [name for name in container if name.startswith(PREFIX)]:
+            del container[name]
+    layer.__class__ = type(layer).lora_base  # type: ignore[assignment]
+    return layer
