@@ -94,7 +94,7 @@ def _forward(
 
     drop, drop_down = _drop(seed, threshold), _drop(seed_down, threshold)
     A, lows = working_copies(As[:2], Bs, x.dtype)
-    A_down = As[2].to(x.dtype, copy=True)
+    A_down = As[2].to(x.dtype, copy=True, memory_format=torch.contiguous_format)
     t = scaled(low_rank.project(x, A, drop, scales[0]), scales[:2], lows[:2])
     g, u = (F.linear(x, W.to(x.dtype)) for W in weights[:2])
     h, t_down = gated.forward(g, u, t, lows[0], lows[1], A_down, drop_down, scales[2])

@@ -143,7 +143,7 @@ def reduce(t: Tensor, x: Tensor, drop: Drop | None = None) -> Tensor:
     if drop is None and x.is_cuda:
         return torch.mm(t.t(), x, out_dtype=torch.float32)
     (rows, cols), rank = x.shape, t.shape[1]
-    x, BR, tiles = rows_first(x), block_of(rank), TILES["reduce"]
+    t, x, BR, tiles = rows_first(t), rows_first(x), block_of(rank), TILES["reduce"]
     blocks = (cdiv(cols, tiles.BC), cdiv(rank, BR))
     parts, span = split(rows, tiles.BT, blocks[0] * blocks[1])
     out = torch.empty(parts, rank, cols, device=x.device, dtype=torch.float32)

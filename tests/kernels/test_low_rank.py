@@ -37,6 +37,15 @@ def test_equal_the_plain_functions(rows, cols, rank, p, make, dtype):
         assert error(mine, exact) < TOLERANCE[dtype], name
 
 
+def test_a_gradient_that_a_sum_expanded():
+    """Its rows and columns all lie on one number in memory."""
+    expanded, x = tensor(1, 1).expand(70, 48), tensor(70, 5)
+    drop, mask, _ = drop_of(x, 0.3)
+    assert error(low_rank.project(expanded, tensor(5, 48)), plain.project(expanded.double(), tensor(5, 48).double())) < TOLERANCE[x.dtype]
+    for mine, exact in ((None, None), (drop, mask)):
+        assert error(low_rank.reduce(expanded, x, mine), plain.reduce(expanded.double(), x.double(), exact)) < TOLERANCE[x.dtype]
+
+
 def test_add_writes_nowhere_else():
     wide = torch.zeros(20, 40, device=tensor(1).device)
     low_rank.add_(wide[3:12, 5:29], tensor(9, 4), tensor(24, 4))
