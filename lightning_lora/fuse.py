@@ -2,8 +2,8 @@
 
 Linears that read the same input (q, k, v) share the pass over it. On a GPU a gated MLP is computed as one operation.
 
-Parameters stay in their layers and state dicts are unchanged. Whatever does not fit (another variant, a quantized or sharded base, merged
-layers, inputs that differ after all) is computed layer by layer, as if this had not been called.
+Parameters stay in their layers and state dicts are unchanged. Whatever does not fit (another variant, a sharded base, a quantized one whose
+products nobody knows how to take, merged layers, inputs that differ after all) is computed layer by layer, as if this had not been called.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class GatedMLP(nn.Module):
         if not same or not _is_silu(self.act_fn) or not all([_serves(layer, args[0]) for layer in layers]):
             return super().forward(*args, **kwargs)
         As, Bs = zip(*[layer.update_factors() for layer in layers], strict=True)
-        weights, scales = [layer.weight for layer in layers], [layer.scaling for layer in layers]
+        weights, scales = [layer.stored_weight() for layer in layers], [layer.scaling for layer in layers]
         return lora_gated_mlp(args[0], weights, As, Bs, scales, layers[0].dropout_now())
 
 

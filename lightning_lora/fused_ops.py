@@ -19,11 +19,12 @@ from lightning_lora.autocast import autocast_dtype
 from lightning_lora.kernels import plain
 from lightning_lora.opaque import call, opaque
 from lightning_lora.ops import NO_INPUT
+from lightning_lora.stored import Stored, put_together, taken_apart
 
 
 def lora_linears(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor | Stored],
     biases: Sequence[Tensor | None],
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
@@ -34,7 +35,7 @@ def lora_linears(
 
     Args:
         x: (..., in).
-        weights: n frozen weights (out_k, in).
+        weights: n frozen weights (out_k, in), or what they are packed in.
         biases: n biases (out_k,), or None.
         As: n factors (r_k, in), of any floating dtype.
         Bs: n factors (out_k, r_k).
@@ -52,8 +53,9 @@ def lora_linears(
     fast = kernels.usable(flat)
     drop, p = _backend(fast).draw_drop(flat, dropout) if dropout else (None, 0.0)
     mask, threshold = drop or (None, 0)
-    settings = (fast, threshold, tuple(s / (1 - p) for s in scales), len(weights))
-    ys = _Linears.apply(flat, mask, settings, *weights, *biases, *As, *Bs)
+    tensors, layouts = taken_apart(weights)
+    settings = (fast, threshold, tuple(s / (1 - p) for s in scales), layouts)
+    ys = _Linears.apply(flat, mask, settings, *biases, *As, *Bs, *tensors)
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
 
 
@@ -63,11 +65,12 @@ class _Linears(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mask: Tensor | None, settings: tuple[Any, ...], *tensors: Any) -> tuple[Tensor, ...]:
-        fast, threshold, scales, n = settings
-        weights, biases, As, Bs = (list(tensors[k * n : k * n + n]) for k in range(4))
-        found = call(_forward, x, mask, threshold, fast, list(scales), weights, biases, As, Bs)
+        fast, threshold, scales, layouts = settings
+        n = len(layouts)
+        biases, As, Bs = (list(tensors[k * n : k * n + n]) for k in range(3))
+        found = call(_forward, x, mask, threshold, fast, list(scales), list(tensors[3 * n :]), layouts, biases, As, Bs)
         # A frozen A (LoRA-FA) has no gradient to take from x.
-        keep = x if any(ctx.needs_input_grad[3 + 2 * n : 3 + 3 * n]) else None
+        keep = x if any(ctx.needs_input_grad[3 + n : 3 + 2 * n]) else None
         ctx.save_for_backward(keep, mask, *found[n:], *tensors)
         ctx.settings = settings
         ctx.set_materialize_grads(False)
@@ -75,19 +78,21 @@ class _Linears(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        fast, threshold, scales, n = ctx.settings
+        fast, threshold, scales, layouts = ctx.settings
         x, mask, t, A, *rest = ctx.saved_tensors
+        n = len(layouts)
         lows, tensors = rest[:n], rest[n:]
-        weights, biases, As, Bs = (tensors[k * n : k * n + n] for k in range(4))
-        needs_x, needs_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[3 + n : 3 + 2 * n]
+        biases, As, Bs = (tensors[k * n : k * n + n] for k in range(3))
+        weights = tensors[3 * n :]
+        needs_x, needs_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[3 : 3 + n]
         some = next((g for g in grads if g is not None), None)
         if some is None:
-            return (None,) * (3 + 4 * n)
+            return (None,) * (3 + len(tensors))
         if not torch.compiler.is_compiling() and wants_definition(some):
-            definition = lambda drop: _definition(x, drop, scales, weights, biases, As, Bs)  # noqa: E731
+            definition = lambda drop: _definition(x, drop, scales, weights, layouts, biases, As, Bs)  # noqa: E731
             return differentiable(ctx, definition, [x, None, None, *tensors], [(mask, A.shape[1])], grads)
         gs = [some.new_zeros(some.shape[0], B.shape[0]) if g is None else g for g, B in zip(grads, Bs, strict=True)]
-        dx, *found = call(_backward, gs, x, t, A, mask, threshold, fast, list(scales), weights, lows, needs_x)
+        dx, *found = call(_backward, gs, x, t, A, mask, threshold, fast, list(scales), weights, layouts, lows, needs_x)
         dAs = [None] * n if x is None else found[n].split([a.shape[0] for a in As])
         dbiases = [
             g.sum(0).to(b.dtype) if g is not None and b is not None and need else None
@@ -97,7 +102,7 @@ class _Linears(torch.autograd.Function):
         used = [g is not None for g in grads] * 2
         pairs = zip([*dAs, *found[:n]], [*As, *Bs], used, strict=True)
         factors = [d.to(p.dtype) if d is not None and needed else None for d, p, needed in pairs]
-        return dx if needs_x else None, None, None, *[None] * n, *dbiases, *factors
+        return dx if needs_x else None, None, None, *dbiases, *factors, *[None] * len(weights)
 
 
 def working_copies(As: Sequence[Tensor], Bs: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
@@ -117,6 +122,7 @@ def _forward(
     fast: bool,
     scales: list[float],
     weights: list[Tensor],
+    layouts: list[str],
     biases: list[Tensor | None],
     As: list[Tensor],
     Bs: list[Tensor],
@@ -126,8 +132,8 @@ def _forward(
     A, lows = working_copies(As, Bs, x.dtype)
     t = scaled(backend.project(x, A, drop, scales[0]), scales, lows)
     ys = []
-    for W, bias, B, part in zip(weights, biases, lows, _split(t, lows), strict=True):
-        y = F.linear(x, W.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    for W, bias, B, part in zip(put_together(weights, layouts), biases, lows, _split(t, lows), strict=True):
+        y = F.linear(x, W.dense(x.dtype), None if bias is None else bias.to(x.dtype))
         ys.append(backend.add_(y, part, B))
     return [*ys, t, A, *lows]
 
@@ -142,6 +148,7 @@ def _backward(
     fast: bool,
     scales: list[float],
     weights: list[Tensor],
+    layouts: list[str],
     Bs: list[Tensor],
     needs_x: bool,
 ) -> list[Tensor]:
@@ -152,9 +159,10 @@ def _backward(
     dBs = [backend.reduce(g, part) for g, part in zip(gs, _split(t, Bs), strict=True)]
     dx = t.new_empty(0)
     if needs_x:
-        dx = gs[0] @ weights[0].to(t.dtype)
-        for g, W in zip(gs[1:], weights[1:], strict=True):
-            dx.addmm_(g, W.to(t.dtype))
+        first, *others = put_together(weights, layouts)
+        dx = gs[0] @ first.dense(t.dtype)
+        for g, W in zip(gs[1:], others, strict=True):
+            dx.addmm_(g, W.dense(t.dtype))
         dx = backend.add_(dx, dt, A.t(), drop)
     return [dx, *dBs, *([] if x is None else [backend.reduce(dt, x, drop)])]
 
@@ -168,15 +176,26 @@ def scaled(t: Tensor, scales: Sequence[float], Bs: Sequence[Tensor]) -> Tensor:
 
 
 def _forward_shapes(
-    x: Tensor, mask: Any, threshold: int, fast: bool, scales: Any, weights: Any, biases: Any, As: Any, Bs: Any
+    x: Tensor, mask: Any, threshold: int, fast: bool, scales: Any, weights: Any, layouts: Any, biases: Any, As: Any, Bs: Any
 ) -> list[Tensor]:
     rows, rank = x.shape[0], sum(A.shape[0] for A in As)
-    ys = [x.new_empty(rows, W.shape[0]) for W in weights]
+    ys = [x.new_empty(rows, B.shape[0]) for B in Bs]
     return [*ys, x.new_empty(rows, rank), x.new_empty(rank, x.shape[1]), *(x.new_empty(B.shape) for B in Bs)]
 
 
 def _backward_shapes(
-    gs: Any, x: Any, t: Tensor, A: Tensor, mask: Any, threshold: int, fast: bool, scales: Any, weights: Any, Bs: Any, needs_x: bool
+    gs: Any,
+    x: Any,
+    t: Tensor,
+    A: Tensor,
+    mask: Any,
+    threshold: int,
+    fast: bool,
+    scales: Any,
+    weights: Any,
+    layouts: Any,
+    Bs: Any,
+    needs_x: bool,
 ) -> list[Tensor]:
     sums = torch.float32 if fast else t.dtype
     dx = t.new_empty(*((t.shape[0], A.shape[1]) if needs_x else (0,)))
@@ -184,14 +203,14 @@ def _backward_shapes(
 
 
 opaque(
-    "linears_forward(Tensor x, Tensor? mask, int threshold, bool fast, float[] scales, Tensor[] weights, Tensor?[] biases, Tensor[] As,"
-    " Tensor[] Bs) -> Tensor[]",
+    "linears_forward(Tensor x, Tensor? mask, int threshold, bool fast, float[] scales, Tensor[] weights, str[] layouts,"
+    " Tensor?[] biases, Tensor[] As, Tensor[] Bs) -> Tensor[]",
     _forward,
     _forward_shapes,
 )
 opaque(
     "linears_backward(Tensor[] gs, Tensor? x, Tensor t, Tensor A, Tensor? mask, int threshold, bool fast, float[] scales,"
-    " Tensor[] weights, Tensor[] Bs, bool needs_x) -> Tensor[]",
+    " Tensor[] weights, str[] layouts, Tensor[] Bs, bool needs_x) -> Tensor[]",
     _backward,
     _backward_shapes,
 )
@@ -209,10 +228,13 @@ def _backend(fast: bool) -> Any:
     return plain
 
 
-def _definition(x: Tensor, drop: plain.Drop | None, scales: Any, weights: Any, biases: Any, As: Any, Bs: Any) -> tuple[Tensor, ...]:
+def _definition(
+    x: Tensor, drop: plain.Drop | None, scales: Any, weights: Any, layouts: Any, biases: Any, As: Any, Bs: Any
+) -> tuple[Tensor, ...]:
     """Operations that autograd knows, for second derivatives."""
     parts = [plain.project(x, A.to(x.dtype), drop, s) for A, s in zip(As, scales, strict=True)]
-    bases = [F.linear(x, W.to(x.dtype), None if b is None else b.to(x.dtype)) for W, b in zip(weights, biases, strict=True)]
+    pairs = zip(put_together(weights, layouts), biases, strict=True)
+    bases = [F.linear(x, W.dense(x.dtype), None if b is None else b.to(x.dtype)) for W, b in pairs]
     return tuple(y + part @ B.to(x.dtype).t() for y, part, B in zip(bases, parts, Bs, strict=True))
 
 

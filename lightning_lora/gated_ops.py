@@ -18,16 +18,17 @@ from lightning_lora.autocast import autocast_dtype
 from lightning_lora.fused_ops import differentiable, scaled, wants_definition, working_copies
 from lightning_lora.kernels import plain
 from lightning_lora.opaque import call, opaque
+from lightning_lora.stored import Stored, put_together, taken_apart
 
 
 def lora_gated_mlp(
-    x: Tensor, weights: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor], scales: Sequence[float], dropout: float = 0.0
+    x: Tensor, weights: Sequence[Tensor | Stored], As: Sequence[Tensor], Bs: Sequence[Tensor], scales: Sequence[float], dropout: float = 0.0
 ) -> Tensor:
     """``down(silu(gate(x))·up(x))`` with adapted projections; with dropout, gate and up drop the same entries of x.
 
     Args:
         x: (..., in), half precision, where :func:`lightning_lora.kernels.usable` holds.
-        weights: of gate (wide, in), up (wide, in) and down (out, wide), frozen.
+        weights: of gate (wide, in), up (wide, in) and down (out, wide), frozen, or what they are packed in.
         As: three factors (r_k, in) or, of down, (r_k, wide).
         Bs: three factors (wide, r_k) or, of down, (out, r_k).
         scales: α/r of each.
@@ -48,35 +49,38 @@ def lora_gated_mlp(
     if dropout:
         (seed, threshold), p = low_rank.draw_drop(flat, dropout)
         (seed_down, _), _ = low_rank.draw_drop(flat, dropout)
-    settings = (True, threshold, tuple(s / (1 - p) for s in scales))
-    return _GatedMLP.apply(flat, seed, seed_down, settings, *weights, *As, *Bs).view(*x.shape[:-1], weights[2].shape[0])
+    tensors, layouts = taken_apart(weights)
+    settings = (True, threshold, tuple(s / (1 - p) for s in scales), layouts)
+    return _GatedMLP.apply(flat, seed, seed_down, settings, *As, *Bs, *tensors).view(*x.shape[:-1], Bs[2].shape[0])
 
 
 class _GatedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, seed: Any, seed_down: Any, settings: tuple[Any, ...], *tensors: Tensor) -> Tensor:
-        _, threshold, scales = settings
-        y, *kept = call(_forward, x, seed, seed_down, threshold, list(scales), *(list(tensors[k : k + 3]) for k in (0, 3, 6)))
+        _, threshold, scales, layouts = settings
+        As, Bs, weights = list(tensors[:3]), list(tensors[3:6]), list(tensors[6:])
+        y, *kept = call(_forward, x, seed, seed_down, threshold, list(scales), weights, layouts, As, Bs)
         ctx.save_for_backward(x, seed, seed_down, *kept, *tensors)
         ctx.settings = settings
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        _, threshold, scales = ctx.settings
+        _, threshold, scales, layouts = ctx.settings
         x, seed, seed_down, g, u, t, t_down, A, A_down, *rest = ctx.saved_tensors
         lows, tensors = rest[:3], rest[3:]
-        weights, As, Bs = tensors[:3], tensors[3:6], tensors[6:]
+        As, Bs, weights = tensors[:3], tensors[3:6], tensors[6:]
         if not torch.compiler.is_compiling() and wants_definition(grads[0]):
             inputs = [x, None, None, None, *tensors]
             masks = [(seed, A.shape[1]), (seed_down, A_down.shape[1])]
-            return differentiable(ctx, lambda *drops: (_definition(x, *drops, scales, *tensors),), inputs, masks, grads)
+            definition = lambda drop, drop_down: (_definition(x, drop, drop_down, scales, weights, layouts, As, Bs),)  # noqa: E731
+            return differentiable(ctx, definition, inputs, masks, grads)
         needs_x = ctx.needs_input_grad[0]
-        operands = (grads[0], x, g, u, t, t_down, A, A_down, seed, seed_down, threshold, list(scales), weights, lows, needs_x)
+        operands = (grads[0], x, g, u, t, t_down, A, A_down, seed, seed_down, threshold, list(scales), weights, layouts, lows, needs_x)
         dx, dA, dA_down, *dBs = call(_backward, *operands)
         dAs = [*dA.split([a.shape[0] for a in As[:2]]), dA_down]
         found = (d.to(p.dtype) for d, p in zip([*dAs, *dBs], [*As, *Bs], strict=True))
-        return (dx if needs_x else None), None, None, None, None, None, None, *found
+        return (dx if needs_x else None), None, None, None, *found, *[None] * len(weights)
 
 
 def _forward(
@@ -86,6 +90,7 @@ def _forward(
     threshold: int,
     scales: list[float],
     weights: list[Tensor],
+    layouts: list[str],
     As: list[Tensor],
     Bs: list[Tensor],
 ) -> list[Tensor]:
@@ -96,9 +101,10 @@ def _forward(
     A, lows = working_copies(As[:2], Bs, x.dtype)
     A_down = As[2].to(x.dtype, copy=True, memory_format=torch.contiguous_format)
     t = scaled(low_rank.project(x, A, drop, scales[0]), scales[:2], lows[:2])
-    g, u = (F.linear(x, W.to(x.dtype)) for W in weights[:2])
+    gate, up, down = put_together(weights, layouts)
+    g, u = F.linear(x, gate.dense(x.dtype)), F.linear(x, up.dense(x.dtype))
     h, t_down = gated.forward(g, u, t, lows[0], lows[1], A_down, drop_down, scales[2])
-    y = low_rank.add_(F.linear(h, weights[2].to(x.dtype)), t_down, lows[2])
+    y = low_rank.add_(F.linear(h, down.dense(x.dtype)), t_down, lows[2])
     return [y, g, u, t, t_down, A, A_down, *lows]
 
 
@@ -116,6 +122,7 @@ def _backward(
     threshold: int,
     scales: list[float],
     weights: list[Tensor],
+    layouts: list[str],
     Bs: list[Tensor],
     needs_x: bool,
 ) -> list[Tensor]:
@@ -123,42 +130,42 @@ def _backward(
     from lightning_lora.kernels import gated, low_rank
 
     drop, drop_down = _drop(seed, threshold), _drop(seed_down, threshold)
-    gate, up, down = (W.to(x.dtype) for W in weights)
+    gate, up, down = put_together(weights, layouts)
     dt_down = low_rank.project(dy, Bs[2].t(), None, scales[2])
     dB_down = low_rank.reduce(dy, t_down)
-    dh = dy @ down
+    dh = dy @ down.dense(x.dtype)
     dg, du, dt, dB_gate, dB_up, dA_down = gated.backward(dh, g, u, t, Bs[0], Bs[1], A_down, dt_down, drop_down, scales[0])
     dt = scaled(dt, scales[:2], Bs[:2])
     dx = x.new_empty(0)
     if needs_x:
-        dx = low_rank.add_((dg @ gate).addmm_(du, up), dt, A.t(), drop)
+        dx = low_rank.add_((dg @ gate.dense(x.dtype)).addmm_(du, up.dense(x.dtype)), dt, A.t(), drop)
     return [dx, low_rank.reduce(dt, x, drop), dA_down.contiguous(), dB_gate.contiguous(), dB_up.contiguous(), dB_down]
 
 
 def _forward_shapes(
-    x: Tensor, seed: Any, seed_down: Any, threshold: int, scales: Any, weights: list[Tensor], As: list[Tensor], Bs: list[Tensor]
+    x: Tensor, seed: Any, seed_down: Any, threshold: int, scales: Any, weights: Any, layouts: Any, As: list[Tensor], Bs: list[Tensor]
 ) -> list[Tensor]:
     rank = As[0].shape[0] + As[1].shape[0]
-    widths = (weights[2].shape[0], weights[0].shape[0], weights[1].shape[0], rank, As[2].shape[0])
+    widths = (Bs[2].shape[0], Bs[0].shape[0], Bs[1].shape[0], rank, As[2].shape[0])
     copies = ((rank, x.shape[1]), As[2].shape, *(B.shape for B in Bs))
     return [*(x.new_empty(x.shape[0], width) for width in widths), *(x.new_empty(shape) for shape in copies)]
 
 
 def _backward_shapes(dy: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
-    A, A_down, Bs, needs_x = rest[4], rest[5], rest[11], rest[12]
+    A, A_down, Bs, needs_x = rest[4], rest[5], rest[12], rest[13]
     dx = x.new_empty(*(x.shape if needs_x else (0,)))
     return [dx, *(x.new_empty(like.shape, dtype=torch.float32) for like in (A, A_down, *Bs))]
 
 
 opaque(
-    "gated_mlp_forward(Tensor x, Tensor? seed, Tensor? seed_down, int threshold, float[] scales, Tensor[] weights, Tensor[] As,"
-    " Tensor[] Bs) -> Tensor[]",
+    "gated_mlp_forward(Tensor x, Tensor? seed, Tensor? seed_down, int threshold, float[] scales, Tensor[] weights, str[] layouts,"
+    " Tensor[] As, Tensor[] Bs) -> Tensor[]",
     _forward,
     _forward_shapes,
 )
 opaque(
     "gated_mlp_backward(Tensor dy, Tensor x, Tensor g, Tensor u, Tensor t, Tensor t_down, Tensor A, Tensor A_down, Tensor? seed,"
-    " Tensor? seed_down, int threshold, float[] scales, Tensor[] weights, Tensor[] Bs, bool needs_x) -> Tensor[]",
+    " Tensor? seed_down, int threshold, float[] scales, Tensor[] weights, str[] layouts, Tensor[] Bs, bool needs_x) -> Tensor[]",
     _backward,
     _backward_shapes,
 )
@@ -168,9 +175,9 @@ def _drop(seed: Tensor | None, threshold: int) -> plain.Drop | None:
     return None if seed is None else (seed, threshold)
 
 
-def _definition(x: Tensor, drop: Any, drop_down: Any, scales: Any, *tensors: Tensor) -> Tensor:
+def _definition(x: Tensor, drop: Any, drop_down: Any, scales: Any, weights: Any, layouts: Any, As: Any, Bs: Any) -> Tensor:
     """Operations that autograd knows, for second derivatives."""
-    (gate, up, down), As, Bs = (W.to(x.dtype) for W in tensors[:3]), tensors[3:6], tensors[6:]
+    gate, up, down = (W.dense(x.dtype) for W in put_together(weights, layouts))
 
     def update(z: Tensor, k: int, drop: Any) -> Tensor:
         return plain.project(z, As[k].to(z.dtype), drop, scales[k]) @ Bs[k].to(z.dtype).t()

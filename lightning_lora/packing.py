@@ -1,8 +1,9 @@
 """Quantized weights: how a layer that stores its weight packed is read, written and made plain again.
 
-The forward pass of a quantized base needs none of this: an adapted layer calls it through ``super().forward``. Merging, exporting
-and naming the base do. One :class:`Packing` a storage format, found by the qualified name of the layer's type or of its weight's, so
-that no library is imported for a model that does not use it.
+The forward pass of a quantized base needs none of this: an adapted layer calls it through ``super().forward``, or hands the
+packed tensors to one operation for both (:mod:`lightning_lora.stored`). Merging, exporting and naming the base do. One :class:`Packing`
+a storage format, found by the qualified name of the layer's type or of its weight's, so that no library is imported for a model that
+does not use it.
 """
 
 from __future__ import annotations

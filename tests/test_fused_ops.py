@@ -160,9 +160,9 @@ def test_operations_say_their_shapes_right():
     """What the compiler is told of an operation against what it does."""
     x, Ws, biases, As, Bs = (t.detach() if isinstance(t, torch.Tensor) else t for t in operands(dtype=torch.float32))
     x, As, Bs = x.reshape(-1, IN), [A.detach() for A in As], [B.detach() for B in Bs]
-    forward = (x, None, 0, False, list(SCALES), Ws, biases, As, Bs)
+    forward = (x, None, 0, False, list(SCALES), Ws, [""] * 3, biases, As, Bs)
     ys = fused_ops._forward(*forward)
-    backward = ([torch.randn_like(y) for y in ys[:3]], x, ys[3], ys[4], None, 0, False, list(SCALES), Ws, Bs, True)
+    backward = ([torch.randn_like(y) for y in ys[:3]], x, ys[3], ys[4], None, 0, False, list(SCALES), Ws, [""] * 3, Bs, True)
     for operation, shapes, given in (
         (torch.ops.lightning_lora.linears_forward, fused_ops._forward_shapes, forward),
         (torch.ops.lightning_lora.linears_backward, fused_ops._backward_shapes, backward),

@@ -75,10 +75,10 @@ def test_factors_that_lie_transposed():
 def test_operations_say_their_shapes_right():
     x, Ws, As, Bs = operands()
     x, As, Bs = x.detach(), [A.detach() for A in As], [B.detach() for B in Bs]
-    forward = (x, None, None, 0, list(SCALES), Ws, As, Bs)
+    forward = (x, None, None, 0, list(SCALES), Ws, [""] * 3, As, Bs)
     y, *kept = gated_ops._forward(*forward)
     g, u, t, t_down, A, A_down, *lows = kept
-    backward = (torch.randn_like(y), x, g, u, t, t_down, A, A_down, None, None, 0, list(SCALES), Ws, lows, True)
+    backward = (torch.randn_like(y), x, g, u, t, t_down, A, A_down, None, None, 0, list(SCALES), Ws, [""] * 3, lows, True)
     for operation, shapes, given in (
         (torch.ops.lightning_lora.gated_mlp_forward, gated_ops._forward_shapes, forward),
         (torch.ops.lightning_lora.gated_mlp_backward, gated_ops._backward_shapes, backward),

@@ -27,7 +27,7 @@ NAME = "lightning_lora"
 LEVELS = [
     ["patterns", "files", "names", "registry", "sharding", "opaque", "autocast", "forwards"],
     ["kernels", "kernels.plain", "kernels.dropout"],
-    ["ops"],
+    ["ops", "stored"],
     ["config", "digests", "losses", "compiling", "kernels.low_rank"],
     ["merging", "packing", "fused_ops", "kernels.gated"],
     ["heads", "layers.mergeable", "gated_ops"],

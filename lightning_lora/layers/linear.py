@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora import kernels, ops
-from lightning_lora.autocast import autocast_dtype
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.adapting import adapt, refusal
 from lightning_lora.layers.base import PREFIX, LoRALayer
@@ -19,6 +18,7 @@ from lightning_lora.layers.siblings import Siblings, compute
 from lightning_lora.packing import packing_of
 from lightning_lora.registry import REFUSED, register_kind
 from lightning_lora.sharding import is_sharded
+from lightning_lora.stored import Storage, Stored, storage_of
 
 REFUSED["torch.nn.modules.linear.NonDynamicallyQuantizableLinear"] = (
     "nn.MultiheadAttention reads its weight without calling it, so an adapter here would do nothing"
@@ -47,6 +47,12 @@ class LoRALinear(LoRALayer, nn.Linear):
     is_linear = True
     #: The linears that are computed together with this one; :func:`lightning_lora.fuse.fuse` sets it.
     lora_siblings: Siblings | None = None
+    #: How the base stores what its forward multiplies by; None if that does more, or is not known.
+    lora_storage: ClassVar[Storage | None] = storage_of(nn.Linear)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.lora_storage = storage_of(cls.lora_base)
 
     def __init__(
         self,
@@ -116,22 +122,22 @@ class LoRALinear(LoRALayer, nn.Linear):
         return super().forward(input, *args, **kwargs)
 
     def fusable(self, x: Tensor) -> bool:
-        """Whether base and update can be one operation for x: a plain linear with the plain update, frozen, whole, in one dtype."""
-        cls, weight = type(self), self.weight
+        """Whether base and update can be one operation for x: the base's product is known, the update the plain one, nothing in pieces."""
+        cls = type(self)
         return (
-            self.plain_forward
+            cls.lora_storage is not None
             and cls.lora_update is LoRALinear.lora_update
             and not self.merged
-            and type(weight) in (Tensor, nn.Parameter)  # FSDP1 has a plain tensor in its place; other classes have products of their own
-            and weight.is_floating_point()
-            and not weight.requires_grad
-            and weight.dim() == 2  # FSDP1 flattens it between uses
-            and weight.device == x.device
-            and (x.dtype == weight.dtype or autocast_dtype(x) is not None)
-            and not (is_sharded(weight) or is_sharded(x) or is_sharded(self.lora_A))
+            and not (is_sharded(x) or is_sharded(self.lora_A))
+            and cls.lora_storage.serves(self, x)
             # Where the kernels do not serve, a compiler fuses the definition itself; torch.func wants plain operations.
             and (kernels.usable(x) if torch.compiler.is_compiling() else not torch._C._are_functorch_transforms_active())
         )
+
+    def stored_weight(self) -> Stored:
+        """The base's weight as operations take it; for a layer that is :meth:`fusable`."""
+        assert self.lora_storage is not None
+        return self.lora_storage.stored(self)
 
     @classmethod
     def adapter_shapes(cls, module: nn.Linear, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

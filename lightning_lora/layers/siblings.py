@@ -78,7 +78,7 @@ def compute(layers: list[Any], x: Tensor) -> tuple[Tensor, ...]:
     As, Bs = zip(*[layer.update_factors() for layer in layers], strict=True)
     return lora_linears(
         x,
-        [layer.weight for layer in layers],
+        [layer.stored_weight() for layer in layers],
         [layer.bias for layer in layers],
         As,
         Bs,

@@ -6,14 +6,17 @@ come to is packed at once, so that what it is does not depend on where it was mo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.autocast import autocast_dtype
 from lightning_lora.packing import FORMATS, PACKINGS, Format, Packing
-from lightning_lora.sharding import whole
+from lightning_lora.sharding import is_sharded, whole
+from lightning_lora.stored import LAYOUTS, STORAGES, Layout, Storage, Stored
 
 
 def _library() -> ModuleType:
@@ -72,6 +75,50 @@ def _state(module: Any) -> Any:
     """Scales and shape of a 4-bit weight: on the weight, and on the layer for when FSDP puts a plain tensor in the weight's place."""
     state = getattr(module.weight, "quant_state", None)
     return module.quant_state if state is None else state
+
+
+class Storage4bit(Storage):
+    """What ``Linear4bit.forward`` multiplies by: the weight, unpacked to the dtype it computes in, anew in each pass."""
+
+    def serves(self, module: Any, x: Tensor) -> bool:
+        """Not in evaluation: without gradients bitsandbytes has kernels that multiply by the packed weight.
+
+        A layer in training is served without gradients too, for a checkpointed block runs so first and has to draw the same dropout then.
+        """
+        weight, state = module.weight, _state(module)
+        return (
+            state is not None
+            and not getattr(state, "packing_format_for_cpu", False)  # rewritten for inference
+            and state.shape == (module.out_features, module.in_features)
+            and not is_sharded(weight)
+            and not weight.requires_grad
+            and weight.device == x.device
+            and module.compute_dtype in (None, x.dtype)  # None: not known before the first input, whose dtype it will be
+            and autocast_dtype(x) in (None, x.dtype)
+            and (module.training or torch.is_grad_enabled())
+        )
+
+    def stored(self, module: Any) -> Stored:
+        """The 4-bit numbers with their scales; if these are packed too, with what they are packed in."""
+        state = _state(module)
+        tensors, layout = (module.weight, state.absmax), f"{state.quant_type} {state.blocksize} {module.out_features} {module.in_features}"
+        if not state.nested:
+            return Stored(tensors, f"bitsandbytes-4bit {layout}")
+        scales = state.state2
+        return Stored((*tensors, state.offset, scales.absmax, scales.code), f"bitsandbytes-4bit-nested {layout} {scales.blocksize}")
+
+
+def _dense4bit(tensors: Sequence[Tensor], details: Sequence[str], dtype: torch.dtype) -> Tensor:
+    """The weight of a :class:`Storage4bit`, which bitsandbytes unpacks."""
+    functional, (kind, *numbers) = _library().functional, details
+    block, rows, columns, *nested_block = map(int, numbers)
+    codes, absmax, *nested = tensors
+    offset = scales = None
+    if nested:
+        offset, nested_absmax, code = nested
+        scales = functional.QuantState(nested_absmax, code=code, blocksize=nested_block[0], dtype=torch.float32)
+    state = functional.QuantState(absmax, torch.Size((rows, columns)), None, block, kind, dtype, offset, scales)
+    return functional.dequantize_4bit(codes.view(-1, 1), state)
 
 
 class Packed8bit(Packing):
@@ -141,5 +188,8 @@ def _become(linear: Any, made: Any, weight: Any, device: torch.device) -> None:
 
 PACKINGS["bitsandbytes.nn.modules.Linear4bit"] = Packed4bit()
 PACKINGS["bitsandbytes.nn.modules.Linear8bitLt"] = Packed8bit()
+STORAGES["bitsandbytes.nn.modules.Linear4bit.forward"] = Storage4bit()
+LAYOUTS["bitsandbytes-4bit"] = Layout(2, _dense4bit)
+LAYOUTS["bitsandbytes-4bit-nested"] = Layout(5, _dense4bit)
 FORMATS["nf4"] = Format(pack_nf4, _library)
 FORMATS["int8"] = Format(pack_int8, _library)
