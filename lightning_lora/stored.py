@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.autocast import autocast_dtype
+from lightning_lora.registry import qualified_name
 from lightning_lora.sharding import is_sharded
 
 
@@ -62,13 +63,13 @@ class Storage:
 
 
 LAYOUTS: dict[str, Layout] = {"": Layout(1, lambda tensors, details, dtype: tensors[0].to(dtype))}
-STORAGES: dict[str, Storage] = {"torch.nn.modules.linear.Linear.forward": Storage()}  # by the qualified name of the forward
+STORAGES: dict[str, Storage] = {"torch.nn.modules.linear.Linear": Storage()}  # by the qualified name of the class that has the forward
 
 
 def storage_of(base: type[nn.Module]) -> Storage | None:
     """How layers of this class store what their forward multiplies by; None if that does more, or is not known."""
-    forward = base.forward
-    return STORAGES.get(f"{getattr(forward, '__module__', '')}.{getattr(forward, '__qualname__', '')}")
+    owner = next(cls for cls in base.__mro__ if "forward" in vars(cls))
+    return STORAGES.get(qualified_name(owner))
 
 
 def taken_apart(weights: Sequence[Tensor | Stored]) -> tuple[list[Tensor], list[str]]:

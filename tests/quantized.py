@@ -7,11 +7,14 @@ the definition has W. Tolerances are those of the dtype, except for "int8", whos
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import nn
 
 from lightning_lora import quantize_base
+from lightning_lora.packing import packing_of
+from lightning_lora.stored import Stored, storage_of
 
 for library in ("bitsandbytes.backends.cpu.ops", "torchao"):  # they warn that they look for extra kernels
     logging.getLogger(library).setLevel(logging.ERROR)
@@ -46,6 +49,24 @@ def packed_stack(how: str, dtype: torch.dtype = torch.float32) -> Stack:
 def packed_linear(how: str, dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Linear:
     torch.manual_seed(6)
     return quantize_base(nn.Sequential(nn.Linear(128, 256, bias=bias)).to(dtype), how)[0]
+
+
+def linear4bit(out: int, width: int, kind: str = "nf4", nested: bool = True, bias: bool = False, **options: Any) -> Any:
+    """A layer of bitsandbytes itself, packed; ``options`` are its own."""
+    from bitsandbytes.nn import Linear4bit
+
+    torch.manual_seed(out)
+    layer = Linear4bit(width, out, bias, compress_statistics=nested, quant_type=kind, **options).to("cpu").requires_grad_(False)
+    layer.support_avx512bf16_for_cpu = False
+    return layer
+
+
+def stored4bit(*shape: int, **options: Any) -> tuple[Stored, torch.Tensor]:
+    """A 4-bit weight as an operation takes it, and what it unpacks to."""
+    layer = linear4bit(*shape, **options)
+    storage = storage_of(type(layer))
+    assert storage is not None
+    return storage.stored(layer), packing_of(layer).unpack(layer)  # type: ignore[union-attr]
 
 
 def inputs(rows: int = 5) -> torch.Tensor:

@@ -91,7 +91,6 @@ class Storage4bit(Storage):
             and not getattr(state, "packing_format_for_cpu", False)  # rewritten for inference
             and state.shape == (module.out_features, module.in_features)
             and not is_sharded(weight)
-            and not weight.requires_grad
             and weight.device == x.device
             and module.compute_dtype in (None, x.dtype)  # None: not known before the first input, whose dtype it will be
             and autocast_dtype(x) in (None, x.dtype)
@@ -188,7 +187,7 @@ def _become(linear: Any, made: Any, weight: Any, device: torch.device) -> None:
 
 PACKINGS["bitsandbytes.nn.modules.Linear4bit"] = Packed4bit()
 PACKINGS["bitsandbytes.nn.modules.Linear8bitLt"] = Packed8bit()
-STORAGES["bitsandbytes.nn.modules.Linear4bit.forward"] = Storage4bit()
+STORAGES["bitsandbytes.nn.modules.Linear4bit"] = Storage4bit()
 LAYOUTS["bitsandbytes-4bit"] = Layout(2, _dense4bit)
 LAYOUTS["bitsandbytes-4bit-nested"] = Layout(5, _dense4bit)
 FORMATS["nf4"] = Format(pack_nf4, _library)
