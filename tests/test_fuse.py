@@ -19,7 +19,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, kernels, unload_lora
+from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, kernels, quantize_base, unload_lora
 from lightning_lora.fuse import GatedMLP, fuse, unfuse
 from tests.conftest import fill
 
@@ -39,10 +39,11 @@ MODELS = {
 }
 
 
-def adapted(name, **options):
+def adapted(name, quantize=None, **options):
     torch.manual_seed(0)
     make, *_ = MODELS[name]
-    return fill(apply_lora(make(), config=LoRAConfig(rank=3, target_modules="all-linear", **options))).eval()
+    base = make() if quantize is None else quantize_base(make(), quantize)
+    return fill(apply_lora(base, config=LoRAConfig(rank=3, target_modules="all-linear", **options))).eval()
 
 
 def run(model):
@@ -107,9 +108,10 @@ class Half(MLP):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)) * 0.5
 
 
-def mlp(cls=MLP, targets=("gate_proj", "up_proj", "down_proj"), **options):
+def mlp(cls=MLP, targets=("gate_proj", "up_proj", "down_proj"), quantize=None, **options):
     torch.manual_seed(0)
-    return fill(apply_lora(nn.Sequential(cls()), config=LoRAConfig(rank=3, target_modules=targets, **options)))[0]
+    base = nn.Sequential(cls()) if quantize is None else quantize_base(nn.Sequential(cls()), quantize)
+    return fill(apply_lora(base, config=LoRAConfig(rank=3, target_modules=targets, **options)))[0]
 
 
 def test_a_gated_mlp_is_known_by_its_instructions():
@@ -146,11 +148,11 @@ def nothing(model):
 STEPS_ASIDE = {"not": nothing, "hook": hooked, "merged": merged, "trained weight": training_weight, "dropout": other_dropout}
 
 
-@pytest.mark.parametrize("case", STEPS_ASIDE)
-def test_steps_aside_by_rule(case, monkeypatch):
+@pytest.mark.parametrize(("case", "quantize"), [*((case, None) for case in STEPS_ASIDE), ("not", "nf4"), ("hook", "nf4"), ("not", "int8")])
+def test_steps_aside_by_rule(case, quantize, monkeypatch):
     """With kernels that serve, the fused pass is taken only where it means the same."""
     pytest.importorskip("triton")
-    model, x = mlp(), torch.randn(5, 16)
+    model, x = mlp(quantize=quantize), torch.randn(5, 16)
     STEPS_ASIDE[case](model)
     torch.manual_seed(1)
     expected = model(x)
@@ -163,7 +165,7 @@ def test_steps_aside_by_rule(case, monkeypatch):
     monkeypatch.setattr("lightning_lora.fused_ops._backend", lambda fast: __import__("lightning_lora.kernels.plain").kernels.plain)
     torch.manual_seed(1)
     assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
-    assert taken == ([1] if case == "not" else [])
+    assert taken == ([1] if case == "not" and quantize != "int8" else [])
 
 
 def test_deterministic_algorithms_are_respected(monkeypatch):
@@ -201,12 +203,13 @@ def test_fifty_steps_in_bf16_lose_as_the_definition_does():
     assert together == pytest.approx(alone, abs=1e-3)
 
 
-def test_compiled_blocks_are_one_graph_with_the_fused_operations(monkeypatch):
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_compiled_blocks_are_one_graph_with_the_fused_operations(quantize, monkeypatch):
     """With kernels that serve (here under the interpreter): siblings, the output projection and the gated MLP, in every block."""
     pytest.importorskip("triton")
     monkeypatch.setattr(kernels, "usable", lambda x: True)
     torch._dynamo.reset()
-    model = adapted("llama").train()
+    model = adapted("llama", quantize).train()
     model.enable_input_require_grads()  # else the first block's graph has no gradient for its input
     eager = run(model)
     counter = CompileCounterWithBackend("aot_eager")

@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, merge_lora, unload_lora, unmerge_lora
+from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, merge_lora, quantize_base, unload_lora, unmerge_lora
 from lightning_lora.fuse import unfuse
 from lightning_lora.layers import siblings
 from tests.conftest import fill
@@ -30,9 +30,10 @@ class Cross(Attention):
         return self.q_proj(x).sum(-1) + (self.k_proj(memory) * self.v_proj(memory)).sum(-1)
 
 
-def attention(targets=("q_proj", "k_proj", "v_proj"), cls=Attention, **options):
+def attention(targets=("q_proj", "k_proj", "v_proj"), cls=Attention, quantize=None, **options):
     torch.manual_seed(0)
-    return fill(apply_lora(cls(), config=LoRAConfig(rank=2, target_modules=targets, **options)))
+    base = cls() if quantize is None else quantize_base(cls(), quantize)
+    return fill(apply_lora(base, config=LoRAConfig(rank=2, target_modules=targets, **options)))
 
 
 def plain(model):
@@ -137,9 +138,24 @@ def test_nothing_waits_after_an_error():
     assert waiting(model) == {} and not model.q_proj.lora_siblings.open
 
 
+def test_4_bit_layers_share_too(calls):
+    model, x = attention(quantize="nf4"), torch.randn(3, 8)
+    expected = run(plain(model), x)
+    calls.clear()
+    assert_close(run(model, x), expected)
+    assert calls == [3]
+    with torch.no_grad():
+        model.eval()(x)
+    assert calls == [3]  # that is bitsandbytes' own
+    attention(quantize="int8")(x)
+    assert calls == [3]
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing(reentrant):
-    model = attention(dropout=0.5).train()
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_gradient_checkpointing(reentrant, quantize):
+    """A checkpointed forward may run without gradients first; it has to take the same path, with the same dropout, both times."""
+    model = attention(dropout=0.5, quantize=quantize).train()
     x = torch.randn(3, 8, requires_grad=True)
 
     def gradients(forward):
