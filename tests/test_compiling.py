@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import nn
 from functorch.compile import make_boxed_func
+from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing, checkpoint_wrapper
 
-from lightning_lora import LoRAConfig, kernels, apply_lora, get_lora_parameters, merge_lora, unmerge_lora
+from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, kernels, merge_lora, unmerge_lora
 from lightning_lora.compiling import compile_layers, repeated_blocks, uncompile_layers
 
 pytestmark = pytest.mark.filterwarnings(
