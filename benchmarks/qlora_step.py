@@ -24,6 +24,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, __version__
 
 from lightning_lora import LoRAConfig, apply_lora, quantize_base
+from lightning_lora.compiling import compile_layers
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
@@ -94,8 +95,7 @@ def measure(name: str, options: argparse.Namespace, compiled: bool, checkpointed
         enable(**{f"{key}_checkpointing_kwargs": {"use_reentrant": False}})
     model = MODES[name](model).train()
     if compiled:
-        for block in [m for m in model.modules() if type(m).__name__ == "LlamaDecoderLayer"]:
-            block.compile()
+        compile_layers(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = bitsandbytes.optim.AdamW8bit(trained, lr=1e-4) if trained else None
     ids = torch.randint(0, sizes[-1], (1, 32) if options.tiny else (options.batch, options.seq), device=device)

@@ -49,6 +49,9 @@ def compile_layers(model: nn.Module, backend: str | Callable[..., Any] = "induct
         )
     # All modules' calls are one piece of code to the compiler, which counts graphs by that and after eight leaves it uncompiled.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+    # Linears of one input hand each other their outputs (layers/siblings.py). Without this the compiler leaves a block that does so inside
+    # a checkpoint uncompiled: eager code would do it in the second forward pass too. Nothing of it is there once the block has returned.
+    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     for block in blocks.values():
         if block._compiled_call_impl is None:
             block.compile(backend=_rebuilding(backend))

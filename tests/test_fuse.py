@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, kernels, quantize_base, unload_lora
+from lightning_lora.compiling import compile_layers
 from lightning_lora.fuse import GatedMLP, fuse, unfuse
 from tests.conftest import fill
 
@@ -203,20 +204,24 @@ def test_fifty_steps_in_bf16_lose_as_the_definition_does():
     assert together == pytest.approx(alone, abs=1e-3)
 
 
-@pytest.mark.parametrize("quantize", [None, "nf4"])
-def test_compiled_blocks_are_one_graph_with_the_fused_operations(quantize, monkeypatch):
+@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing(_enable)?` is deprecated:FutureWarning")
+@pytest.mark.parametrize(("quantize", "checkpointed"), [(None, False), ("nf4", False), ("nf4", True)])
+def test_compiled_blocks_are_one_graph_with_the_fused_operations(quantize, checkpointed, monkeypatch):
     """With kernels that serve (here under the interpreter): siblings, the output projection and the gated MLP, in every block."""
     pytest.importorskip("triton")
     monkeypatch.setattr(kernels, "usable", lambda x: True)
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     model = adapted("llama", quantize).train()
     model.enable_input_require_grads()  # else the first block's graph has no gradient for its input
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     eager = run(model)
     counter = CompileCounterWithBackend("aot_eager")
-    for block in model.model.layers:
-        block.compile(backend=counter, fullgraph=True)
+    compile_layers(model, counter)
     for _ in range(2):
         assert_close(run(model), eager)
-    assert counter.frame_count == 1
-    calls = [node for node in counter.graphs[0].graph.nodes if str(node.target) == "autograd_function_apply"]
+    assert counter.frame_count == 1 and not torch._dynamo.utils.counters["graph_break"]
+    inside = next((module for name, module in counter.graphs[0].named_children() if name.startswith("wrap_body")), counter.graphs[0])
+    calls = [node for node in inside.graph.nodes if str(node.target) == "autograd_function_apply"]
     assert len(calls) == 3
