@@ -2,7 +2,8 @@
 
 ``lora_linears`` computes, for siblings k such as a block's q, k and v projections, ``y_k = x·W_kᵀ + b_k + s_k·drop(x)·A_kᵀ·B_kᵀ``: what
 :func:`lightning_lora.ops.lora_update_reference` says of each alone, with the A's stacked into one product, every update added into the
-base product's output, and one gradient for x. For the backward pass it keeps x, once for all of them, and the rank-r product.
+base product's output, and one gradient for x. For the backward pass it keeps x, once for all of them, and the rank-r product; a packed W
+(:mod:`lightning_lora.stored`) as it is.
 """
 
 from __future__ import annotations
@@ -133,8 +134,7 @@ def _forward(
     t = scaled(backend.project(x, A, drop, scales[0]), scales, lows)
     ys = []
     for W, bias, B, part in zip(put_together(weights, layouts), biases, lows, _split(t, lows), strict=True):
-        y = F.linear(x, W.dense(x.dtype), None if bias is None else bias.to(x.dtype))
-        ys.append(backend.add_(y, part, B))
+        ys.append(backend.add_(W.linear(x, bias), part, B))
     return [*ys, t, A, *lows]
 
 

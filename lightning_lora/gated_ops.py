@@ -102,9 +102,9 @@ def _forward(
     A_down = As[2].to(x.dtype, copy=True, memory_format=torch.contiguous_format)
     t = scaled(low_rank.project(x, A, drop, scales[0]), scales[:2], lows[:2])
     gate, up, down = put_together(weights, layouts)
-    g, u = F.linear(x, gate.dense(x.dtype)), F.linear(x, up.dense(x.dtype))
+    g, u = gate.linear(x), up.linear(x)
     h, t_down = gated.forward(g, u, t, lows[0], lows[1], A_down, drop_down, scales[2])
-    y = low_rank.add_(F.linear(h, down.dense(x.dtype)), t_down, lows[2])
+    y = low_rank.add_(down.linear(h), t_down, lows[2])
     return [y, g, u, t, t_down, A, A_down, *lows]
 
 

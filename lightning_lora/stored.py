@@ -1,7 +1,7 @@
 """Frozen weights as an operation takes them: the tensors that a layer stores, and the layout that they are in.
 
-A packed weight is made dense inside the operation that multiplies by it, and again in the backward pass, one weight at a time: neither
-autograd nor a compiler ever holds it. Which layers can be read so is told by their forward, for it has to do what the operation does.
+A packed weight is unpacked inside the operation that multiplies by it, and again in the backward pass, one weight at a time: neither
+autograd nor a compiler ever holds it dense. Which layers can be read so is told by their forward, for it has to do what the operation does.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lora.autocast import autocast_dtype
@@ -33,12 +34,19 @@ class Stored(NamedTuple):
         name, *details = self.layout.split(" ")
         return LAYOUTS[name].dense(self.tensors, details, dtype)
 
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x·Wᵀ + b`` in x's dtype, without a gradient."""
+        name, *details = self.layout.split(" ")
+        return LAYOUTS[name].linear(self.tensors, details, x, None if bias is None else bias.to(x.dtype))
+
 
 class Layout(NamedTuple):
-    """How many tensors a weight is stored in, and the function from them, the layout's details and a dtype to the weight."""
+    """How many tensors a weight is stored in, and functions from them and the layout's details: with a dtype to the weight, with x and
+    a bias to the product."""
 
     tensors: int
     dense: Callable[[Sequence[Tensor], Sequence[str], torch.dtype], Tensor]
+    linear: Callable[[Sequence[Tensor], Sequence[str], Tensor, Tensor | None], Tensor]
 
 
 class Storage:
@@ -62,7 +70,13 @@ class Storage:
         return Stored((module.weight,))
 
 
-LAYOUTS: dict[str, Layout] = {"": Layout(1, lambda tensors, details, dtype: tensors[0].to(dtype))}
+LAYOUTS: dict[str, Layout] = {
+    "": Layout(
+        1,
+        dense=lambda tensors, details, dtype: tensors[0].to(dtype),
+        linear=lambda tensors, details, x, bias: F.linear(x, tensors[0].to(x.dtype), bias),
+    )
+}
 STORAGES: dict[str, Storage] = {"torch.nn.modules.linear.Linear": Storage()}  # by the qualified name of the class that has the forward
 
 

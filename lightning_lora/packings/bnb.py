@@ -108,16 +108,25 @@ class Storage4bit(Storage):
 
 
 def _dense4bit(tensors: Sequence[Tensor], details: Sequence[str], dtype: torch.dtype) -> Tensor:
-    """The weight of a :class:`Storage4bit`, which bitsandbytes unpacks."""
-    functional, (kind, *numbers) = _library().functional, details
+    """The weight of a :class:`Storage4bit`."""
+    return _library().functional.dequantize_4bit(tensors[0].view(-1, 1), _rebuilt(tensors, details, dtype))
+
+
+def _linear4bit(tensors: Sequence[Tensor], details: Sequence[str], x: Tensor, bias: Tensor | None) -> Tensor:
+    """The product with it, for a few rows by a kernel that unpacks as it goes."""
+    return _library().matmul_4bit(x, tensors[0], _rebuilt(tensors, details, x.dtype), bias=bias)
+
+
+def _rebuilt(tensors: Sequence[Tensor], details: Sequence[str], dtype: torch.dtype) -> Any:
+    """bitsandbytes' description of the weight, which cannot be an operation's argument."""
+    make, (kind, *numbers) = _library().functional.QuantState, details
     block, rows, columns, *nested_block = map(int, numbers)
-    codes, absmax, *nested = tensors
+    _, absmax, *nested = tensors
     offset = scales = None
     if nested:
         offset, nested_absmax, code = nested
-        scales = functional.QuantState(nested_absmax, code=code, blocksize=nested_block[0], dtype=torch.float32)
-    state = functional.QuantState(absmax, torch.Size((rows, columns)), None, block, kind, dtype, offset, scales)
-    return functional.dequantize_4bit(codes.view(-1, 1), state)
+        scales = make(nested_absmax, code=code, blocksize=nested_block[0], dtype=torch.float32)
+    return make(absmax, torch.Size((rows, columns)), None, block, kind, dtype, offset, scales)
 
 
 class Packed8bit(Packing):
@@ -188,7 +197,7 @@ def _become(linear: Any, made: Any, weight: Any, device: torch.device) -> None:
 PACKINGS["bitsandbytes.nn.modules.Linear4bit"] = Packed4bit()
 PACKINGS["bitsandbytes.nn.modules.Linear8bitLt"] = Packed8bit()
 STORAGES["bitsandbytes.nn.modules.Linear4bit"] = Storage4bit()
-LAYOUTS["bitsandbytes-4bit"] = Layout(2, _dense4bit)
-LAYOUTS["bitsandbytes-4bit-nested"] = Layout(5, _dense4bit)
+LAYOUTS["bitsandbytes-4bit"] = Layout(2, _dense4bit, _linear4bit)
+LAYOUTS["bitsandbytes-4bit-nested"] = Layout(5, _dense4bit, _linear4bit)
 FORMATS["nf4"] = Format(pack_nf4, _library)
 FORMATS["int8"] = Format(pack_int8, _library)
