@@ -14,21 +14,25 @@ import torch
 import transformers
 from torch import Tensor
 
-from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, kernels
+from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, kernels, quantize_base
 from lightning_lora.compiling import compile_layers, uncompile_layers
 from lightning_lora.fuse import unfuse
+from lightning_lora.layers import lora_layers
+from lightning_lora.packing import packing_of
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 TOKENS = (6, 2048)  # with the hidden size more entries than a compiler keeps for itself
 
 
-def llama(layers: int = 2, dropout: float = 0.0) -> Any:
+def llama(layers: int = 2, dropout: float = 0.0, quantize: str | None = None) -> Any:
     """bf16, fp32 adapters that do something."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 4}
     config = transformers.LlamaConfig(vocab_size=512, num_hidden_layers=layers, use_cache=False, attn_implementation="sdpa", **sizes)
     model = transformers.LlamaForCausalLM(config).to(DEVICE, torch.bfloat16).train()
+    if quantize is not None:
+        quantize_base(model, quantize)
     apply_lora(model, config=LoRAConfig(rank=16, alpha=32, dropout=dropout, target_modules="all-linear"))
     for parameter in get_lora_parameters(model):
         torch.nn.init.normal_(parameter, std=0.02)
@@ -61,8 +65,18 @@ def served(model: Any, monkeypatch: pytest.MonkeyPatch) -> int:
     return sum(answers)
 
 
-def test_a_step_is_as_exact_as_with_plain_operations(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = llama()
+def unpacked(model: Any) -> Any:
+    """The same model with plain linears."""
+    for _, layer in lora_layers(model):
+        if packing_of(layer) is not None:
+            layer.weight = torch.nn.Parameter(layer.base_weight(), requires_grad=False)
+            layer.become(torch.nn.Linear)
+    return model
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_a_step_is_as_exact_as_with_plain_operations(quantize: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama(quantize=quantize)
     assert served(model, monkeypatch)
     found = {"fused": run(model)}
     compile_layers(model)
@@ -71,7 +85,7 @@ def test_a_step_is_as_exact_as_with_plain_operations(monkeypatch: pytest.MonkeyP
     unfuse(model)
     monkeypatch.setattr(kernels, "usable", lambda x: False)
     found["plain"] = run(model)
-    exact = run(model.double())
+    exact = run(unpacked(model).double())
     errors = {way: error(tensors, exact) for way, tensors in found.items()}
     print(errors)
     assert errors["plain"] < 0.1
