@@ -81,10 +81,7 @@ class Storage4bit(Storage):
     """What ``Linear4bit.forward`` multiplies by: the weight, unpacked to the dtype it computes in, anew in each pass."""
 
     def serves(self, module: Any, x: Tensor) -> bool:
-        """Not in evaluation: without gradients bitsandbytes has kernels that multiply by the packed weight.
-
-        A layer in training is served without gradients too, for a checkpointed block runs so first and has to draw the same dropout then.
-        """
+        """Where that is x's dtype: else bitsandbytes casts the input, and the output back."""
         weight, state = module.weight, _state(module)
         return (
             state is not None
@@ -94,7 +91,6 @@ class Storage4bit(Storage):
             and weight.device == x.device
             and module.compute_dtype in (None, x.dtype)  # None: not known before the first input, whose dtype it will be
             and autocast_dtype(x) in (None, x.dtype)
-            and (module.training or torch.is_grad_enabled())
         )
 
     def stored(self, module: Any) -> Stored:

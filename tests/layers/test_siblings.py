@@ -144,9 +144,6 @@ def test_4_bit_layers_share_too(calls):
     calls.clear()
     assert_close(run(model, x), expected)
     assert calls == [3]
-    with torch.no_grad():
-        model.eval()(x)
-    assert calls == [3]  # that is bitsandbytes' own
     attention(quantize="int8")(x)
     assert calls == [3]
 

@@ -57,11 +57,6 @@ def adapted(bias: bool = True, dtype: torch.dtype = torch.float32, **fields: Any
     ].train()
 
 
-def evaluated(layer: Any) -> None:
-    layer.eval()
-    torch.set_grad_enabled(False)
-
-
 def for_inference(layer: Any) -> None:
     layer.weight.quant_state.packing_format_for_cpu = True
 
@@ -81,9 +76,7 @@ def unset_dtype(layer: Any) -> None:
 CASES = {  # what was done to the layer → whether it is served
     "nothing": (lambda layer: None, True),
     "dtype not known yet": (unset_dtype, True),
-    "evaluation mode with gradients": (lambda layer: layer.eval(), True),
-    "training without gradients": (lambda layer: torch.set_grad_enabled(False), True),  # as a checkpointed block runs first
-    "evaluation": (evaluated, False),
+    "evaluation": (lambda layer: layer.eval(), True),
     "another compute dtype": (other_dtype, False),
     "rewritten for inference": (for_inference, False),
     "packed transposed": (from_transposed, False),
@@ -95,11 +88,10 @@ CASES = {  # what was done to the layer → whether it is served
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_served(case: str) -> None:
     layer, (change, served) = adapted(), CASES[case]
-    try:
-        change(layer)
-        assert layer.fusable(torch.randn(3, 128)) is served
-    finally:
-        torch.set_grad_enabled(True)
+    change(layer)
+    for gradients in (True, False):  # a checkpointed block runs without them first, and has to draw the same dropout then
+        with torch.set_grad_enabled(gradients):
+            assert layer.fusable(torch.randn(3, 128)) is served
 
 
 def test_autocast_has_to_be_in_the_same_dtype() -> None:
