@@ -16,8 +16,6 @@ from lightning_lora.layers.adapting import adapt
 from lightning_lora.layers.base import LoRALayer
 from tests.conftest import fill
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
 
 class OwnForward(nn.Linear):
     """A user's subclass with a forward, an argument and a state of its own."""

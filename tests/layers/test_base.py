@@ -12,8 +12,8 @@ from torch import nn
 from lightning_lora import LoRAConfig, LoRALinear, apply_lora, merge_lora, unload_lora, unmerge_lora
 from lightning_lora.layers.adapting import adapt, refusal, restore
 from lightning_lora.layers.base import LoRALayer, lora_class, lora_layers
-from tests.conftest import TinyModel, fill, same_bits
-from tests.layers.kinds import CASES, DTYPES
+from tests.conftest import DTYPES, TinyModel, fill, same_bits
+from tests.layers.kinds import CASES
 
 every_kind = pytest.mark.parametrize("kind", CASES)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
