@@ -1,6 +1,8 @@
-"""A module becomes its LoRA subclass, in place, and the plain module again; and why it cannot."""
+"""A module becomes its LoRA subclass, in place, and the plain module again; and why it cannot. Who may not change it takes a twin."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import nn
 
@@ -59,3 +61,10 @@ def restore(layer: LoRALayer) -> nn.Module:
             del container[name]
     layer.__class__ = type(layer).lora_base  # type: ignore[assignment]
     return layer
+
+
+def twin(module: nn.Module) -> Any:
+    """Another module of the same class over the same tensors, with containers of its own; no constructor runs, no hook."""
+    new = module.__class__.__new__(module.__class__)
+    new.__dict__.update({name: value.copy() if isinstance(value, dict) else value for name, value in module.__dict__.items()})
+    return new

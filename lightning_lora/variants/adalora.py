@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
+from lightning_lora.layers.adapting import twin
 from lightning_lora.layers.base import LoRALayer, adapted_class, lora_layers
 from lightning_lora.names import adapter_root, clean_name
 from lightning_lora.registry import VARIANTS, register
@@ -87,7 +88,7 @@ class AdaLoRA(LoRALayer):
     def exported(cls, layers: dict[str, LoRALayer]) -> dict[str, LoRALayer]:
         """The plain LoRA that they compute."""
         config = _plain_config(layers.items())
-        return {fqn: _made_plain(_twin(layer), config) for fqn, layer in layers.items()}
+        return {fqn: _made_plain(twin(layer), config) for fqn, layer in layers.items()}
 
 
 def shrink_adalora(model: nn.Module) -> dict[str, int]:
@@ -152,10 +153,3 @@ def _made_plain(layer: LoRALayer, config: LoRAConfig) -> LoRALayer:
     layer.__class__ = cls  # type: ignore[assignment]
     layer.lora_config, layer.rank = config, len(kept)
     return layer
-
-
-def _twin(layer: LoRALayer) -> LoRALayer:
-    """Another module over the same tensors, with containers of its own."""
-    twin = layer.__class__.__new__(layer.__class__)
-    twin.__dict__.update({name: value.copy() if isinstance(value, dict) else value for name, value in layer.__dict__.items()})
-    return twin
