@@ -30,7 +30,7 @@ LEVELS = [
     ["ops"],
     ["config", "digests", "losses", "compiling", "kernels.low_rank"],
     ["merging", "packing", "fused_ops", "kernels.gated"],
-    ["heads", "layers.mergeable", "gated_ops"],
+    ["heads", "layers.classes", "layers.mergeable", "gated_ops"],
     ["layers.base"],
     ["layers.siblings", "layers.adapting"],
     ["layers.*", "variants.*", "inits", "data_inits", "packings.*"],

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRAConfig, LoRALinear, apply_lora, merge_lora, unload_lora, unmerge_lora
+from lightning_lora import LoRAConfig, apply_lora, merge_lora, unload_lora, unmerge_lora
 from lightning_lora.layers.adapting import adapt
-from lightning_lora.layers.base import lora_class, lora_layers
+from lightning_lora.layers.base import lora_layers
 from tests.conftest import TinyModel, fill, same_bits
 from tests.layers.kinds import CASES, every_dtype, every_kind
 
@@ -195,23 +195,7 @@ def test_copies_are_whole_and_apart(kind, merged, how):
     assert [n for n, p in twin.named_parameters() if p.requires_grad] == ["lora_A", "lora_B"]
 
 
-# The class swap.
-
-
-def test_classes_are_made_once_and_named_after_the_base():
-    kind, base = LoRALinear, type(CASES["linear-subclass"].base())
-    assert lora_class(base, kind, object) is lora_class(base, kind, object) is type(CASES["linear-subclass"].layer())
-    assert lora_class(base, kind, object).__name__ == "LoRAOwnForward"
-    assert lora_class(nn.Linear, kind, object) is LoRALinear
-
-
-def test_a_variant_stands_before_the_kind():
-    class Doubled:
-        def lora_update(self, y, x):
-            return super().lora_update(y, x) * 2
-
-    cls = lora_class(nn.Linear, LoRALinear, Doubled)
-    assert cls.__mro__.index(Doubled) < cls.__mro__.index(LoRALinear) < cls.__mro__.index(nn.Linear)
+# The layer as a module.
 
 
 @pytest.mark.parametrize("kind", [k for k in CASES if k != "hf-conv1d"])
@@ -338,12 +322,3 @@ def test_autocast_runs_in_bf16_and_keeps_fp32_gradients(kind):
     torch.testing.assert_close(y.float(), full, rtol=0.05, atol=0.05 * full.abs().max().item())
     y.float().square().sum().backward()
     assert layer.lora_A.grad.dtype == layer.lora_B.grad.dtype == torch.float32
-
-
-def test_a_base_that_checks_its_subclasses():
-    class Strict(nn.Linear):
-        def __init_subclass__(cls, name, **kwargs):
-            raise TypeError("wants a name")
-
-    model = apply_lora(nn.Sequential(Strict(4, 3)), config=LoRAConfig(rank=2, target_modules=["0"]))
-    assert type(model[0]).__name__ == "LoRAStrict"
