@@ -14,6 +14,7 @@ compiled, cross entropy through the frozen head in blocks of 2048 rows. A mode i
     layer                       each decoder layer compiled (`compile="layer"`)
     chunk                       the chunked loss without autocast (`bf16-true`; PEFT's adapters are bf16 then, its fastest). Other modes
                                 have Hugging Face's loss under bf16 autocast, and fp32 adapters: what a user gets who sets nothing
+    graph                       with layer: each compiled layer's passes recorded as CUDA graphs and replayed
     ckpt                        gradient checkpointing
     drop                        dropout (--dropout)
     unfused                     of ours, each adapted linear by itself
@@ -32,6 +33,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.backends.registry import lookup_backend
 from transformers import LlamaConfig, LlamaForCausalLM, __version__
 
 from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, merge_lora, save_adapter, unmerge_lora
@@ -53,7 +56,7 @@ SHAPES = {
     "8b": (4096, 14336, 32, 32, 8, 128, 128256),  # Llama-3.1-8B
 }
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-FLAGS = {"layer", "chunk", "ckpt", "drop", "unfused"}
+FLAGS = {"layer", "chunk", "graph", "ckpt", "drop", "unfused"}
 MODES = (
     "floor,frozen,frozen-layer,full,full-layer,peft,peft-drop,peft-layer-chunk,peft-layer-chunk-drop,ours,ours-drop,ours-layer,"
     "ours-layer-drop,ours-layer-chunk,ours-layer-chunk-drop"
@@ -145,6 +148,11 @@ def ours(model: Any, setting: Setting, dropout: float, flags: set[str]) -> Any:
 METHODS: dict[str, Callable[..., Any]] = {"frozen": frozen, "full": full, "peft": peft, "ours": ours}
 
 
+def recorded(backend: str) -> Callable[..., Any]:
+    """Inductor with CUDA graphs; they take memory of their own."""
+    return partial(lookup_backend(backend), config_patches={"triton.cudagraphs": True})
+
+
 def training_step(mode: str, setting: Setting) -> Callable[[int], Tensor]:
     """The step to measure: forward, backward and the optimizer, over four batches in turn."""
     method, flags = parse(mode)
@@ -153,13 +161,15 @@ def training_step(mode: str, setting: Setting) -> Callable[[int], Tensor]:
     if "ckpt" in flags:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     if "layer" in flags:
-        compile_layers(model, backend=setting.backend)
+        compile_layers(model, backend=recorded(setting.backend) if "graph" in flags else setting.backend)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=DEVICE == "cuda") if trained else None
     generator = torch.Generator().manual_seed(1)
     batches = [torch.randint(0, base.config.vocab_size, (setting.batch, setting.seq), generator=generator).to(DEVICE) for _ in range(4)]
 
     def step(ids: Tensor) -> Tensor:
+        if "graph" in flags:
+            torch.compiler.cudagraph_mark_step_begin()  # else a layer would take the one before it for the step before it
         inputs = {"input_ids": ids} if trained else {"inputs_embeds": base.get_input_embeddings()(ids).requires_grad_()}
         if "chunk" in flags:
             hidden = base.model(**inputs).last_hidden_state.flatten(0, 1)

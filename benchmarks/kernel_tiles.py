@@ -5,7 +5,8 @@
     python benchmarks/kernel_tiles.py --search        # every candidate; minutes, most of them compiling
 
 *Floor* is the bytes that have to be read and written once, over the device's copy speed. For ``forward`` and ``backward``, the gated MLP's
-middle with three adapters' work inside, torch's column is the compiled middle without any adapter.
+middle with three adapters' work inside, torch's column is the compiled middle without any adapter. The last table is two orders of one
+sum: the update added to the base product, or the base product accumulated onto the update.
 """
 
 from __future__ import annotations
@@ -62,6 +63,20 @@ def cases(rows: int, hidden: int, wide: int, rank: int, p: float) -> Iterator[Ca
     yield Case("backward", size, 5 * g.nbytes, partial(gated.backward, dh, g, u, t, Bg, Bu, Ad, dtd, drop), backward)
 
 
+def orders(rows: int, hidden: int, wide: int, rank: int) -> Iterator[tuple[str, list[Callable[[], Any]]]]:
+    """For linears of three sizes: the base product alone, the update added after it, and the update before it."""
+    for width, cols in ((hidden, hidden), (wide, hidden), (hidden, hidden // 4)):
+        x, W, t, B = tensor(rows, width), tensor(cols, width), tensor(rows, rank), tensor(cols, rank)
+        yield (
+            f"{width} -> {cols}",
+            [
+                partial(F.linear, x, W),
+                lambda x=x, W=W, t=t, B=B: low_rank.add_(F.linear(x, W), t, B),
+                lambda x=x, W=W, t=t, B=B: (t @ B.t()).addmm_(x, W.t()),
+            ],
+        )
+
+
 def candidates(kernel: str) -> list[Tiles]:
     """Tiles to try: the gated kernels hold more at once, so theirs are smaller."""
     large = kernel in gated.TILES
@@ -103,6 +118,9 @@ def main() -> None:
             search(case)
         ours, torchs, floor = milliseconds(case.ours), milliseconds(case.torchs), case.moved / speed
         print(f"| {case.kernel} | {case.size} | {ours * 1e3:.1f} | {torchs * 1e3:.1f} | {floor * 1e3:.1f} |", flush=True)
+    print("\n| linear | alone, us | then add_ | update first |\n|---|---|---|---|")
+    for name, ways in orders(options.rows, options.hidden, options.wide, options.rank):
+        print(f"| {name} |", " | ".join(f"{milliseconds(way) * 1e3:.1f}" for way in ways), "|", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,14 @@ then on that size may be any. Gradient checkpointing and sharding stay around th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.backends.registry import lookup_backend
+from torch._functorch import config as autograd_config
 
 from lightning_lora.blocks import repeated_blocks
 
@@ -46,8 +49,26 @@ def compile_layers(model: nn.Module, backend: str | Callable[..., Any] = "induct
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     for block in blocks.values():
         if block._compiled_call_impl is None:
-            block.compile(backend=backend)
+            block.compile(backend=_rebuilding(backend))
     return list(blocks)
+
+
+# The compiler keeps a result for the backward pass if an operation there has to have it in memory, or if it is used in places far apart:
+# it takes time to be dearer than memory. The inputs of adapters' products are both.
+_REBUILD = {"ban_recompute_materialized_backward": False, "ban_recompute_used_far_apart": False}
+
+
+@functools.cache  # the compiler knows its own work again by the very object that did it
+def _rebuilding(backend: str | Callable[..., Any]) -> Callable[..., Any]:
+    """The backend, told to compute elementwise results again in the backward pass."""
+    compile = lookup_backend(backend) if isinstance(backend, str) else backend
+
+    @functools.wraps(compile)
+    def rebuilding(*args: Any, **kwargs: Any) -> Any:
+        with autograd_config.patch(_REBUILD):
+            return compile(*args, **kwargs)
+
+    return rebuilding
 
 
 def uncompile_layers(model: nn.Module) -> None:

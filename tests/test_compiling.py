@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing, checkpoint_wrapper
 
-from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, merge_lora, unmerge_lora
+from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, kernels, merge_lora, unmerge_lora
 from lightning_lora.blocks import repeated_blocks
 from lightning_lora.compiling import compile_layers, uncompile_layers
 
@@ -158,6 +161,33 @@ def test_with_its_backward_traced_it_gives_the_same_numbers() -> None:
     model.enable_input_require_grads()
     assert compile_layers(model, "aot_eager") == ["model.layers.0", "model.layers.1"]
     torch.testing.assert_close(step(model), step(llama(2)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_block_keeps_no_more_wide_tensors_than_the_frozen_one(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The norms' outputs and the gated MLP's middle, which the adapters' gradients read, are computed again."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(kernels, "usable", lambda x: fused)
+    kept: list[list[torch.Size]] = []
+
+    def forward(graph: Any, inputs: Any) -> Any:
+        outputs = next(node for node in graph.graph.nodes if node.op == "output").args[0]
+        made = [node.meta["val"] for node in outputs[1:] if node is not None and node.op != "placeholder"]
+        kept[-1] += [value.shape for value in made if isinstance(value, torch.Tensor) and value.numel() >= 16 * 32]
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(
+        fw_compiler=forward, bw_compiler=lambda graph, _: make_boxed_func(graph.forward), partition_fn=min_cut_rematerialization_partition
+    )
+    for model in (llama(1), transformers.LlamaForCausalLM(llama(1).config).requires_grad_(False)):
+        model.enable_input_require_grads()
+        kept.append([])
+        compile_layers(model, backend)
+        ids = torch.arange(16).view(2, 8)
+        model(input_ids=ids, labels=ids).loss.backward()
+    ours, frozen = kept
+    # Attention's output is kept in two layouts: the attention's own backward pass reads one, the output projection's adapter the other.
+    assert len(frozen) == 5 and len(ours) <= 6
 
 
 def test_compiles_the_repeated_blocks_and_nothing_else() -> None:

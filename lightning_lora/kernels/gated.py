@@ -19,8 +19,13 @@ from lightning_lora.kernels.low_rank import Tiles, block_of, cdiv, split
 from lightning_lora.kernels.plain import Drop
 
 LOOP = 8  # column tiles that a program of the forward pass takes
-TILES = {"forward": Tiles(64, 128, num_stages=3), "backward": Tiles(64, 64, num_stages=2)}
+TILES = {"forward": Tiles(64, 128, num_stages=2), "backward": Tiles(64, 64, num_stages=2)}
 PROGRAMS = 1584  # of the backward pass: they last unequally, so several waves
+
+
+def tiles_of(kernel: str, BR: int) -> Tiles:
+    """The table's; at the widest ranks nothing is fetched ahead, for which smaller GPUs (99 KiB a program) have no room."""
+    return TILES[kernel] if BR < 64 else TILES[kernel]._replace(num_stages=1)
 
 
 @triton.jit
@@ -36,7 +41,8 @@ def _sigmoid(x, FAST: tl.constexpr):
 @triton.jit
 def _forward(
     g, u, h, t, bg, bu, ad, td, seed, rows, cols, rg, ru, rd, stride_t, threshold, scale,
-    BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, LOOP: tl.constexpr, DROP: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr,
+    DROP: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BT + tl.arange(0, BT)
     r = tl.arange(0, BR)
@@ -44,7 +50,7 @@ def _forward(
     tg = tl.load(t + row[:, None] * stride_t + r[None, :], mask=here & (r < rg)[None, :], other=0.0)
     tu = tl.load(t + row[:, None] * stride_t + rg + r[None, :], mask=here & (r < ru)[None, :], other=0.0)
     total = tl.zeros((BT, BR), tl.float32)
-    for k in range(LOOP):
+    for k in tl.range(0, LOOP, num_stages=STAGES):  # named, also loads that no product reads are fetched ahead
         column = (tl.program_id(1) * LOOP + k) * BC
         c = column + tl.arange(0, BC)
         there = (c < cols)[None, :] | EVEN
@@ -69,7 +75,7 @@ def _forward(
 @triton.jit
 def _backward(
     dh, g, u, dg, du, t, bg, bu, ad, dtd, dt, sums, seed, rows, cols, rg, ru, rd, stride_t, stride_dtd, span, threshold, scale,
-    BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, DROP: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr, DROP: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     column, part = tl.program_id(0) * BC, tl.program_id(1)
     c = column + tl.arange(0, BC)
@@ -81,7 +87,7 @@ def _backward(
     sum_g = tl.zeros((BR, BC), tl.float32)
     sum_u = tl.zeros((BR, BC), tl.float32)
     sum_d = tl.zeros((BR, BC), tl.float32)
-    for start in range(part * span, min(part * span + span, rows), BT):
+    for start in tl.range(part * span, min(part * span + span, rows), BT, num_stages=STAGES):
         row = start + tl.arange(0, BT)
         here = (row < rows)[:, None] | EVEN
         inside = here & there
@@ -138,7 +144,8 @@ def forward(
         h (N, C) and (N, rd).
     """
     (rows, cols), (rg, ru, rd) = g.shape, (Bg.shape[1], Bu.shape[1], Ad.shape[0])
-    tiles = TILES["forward"]
+    BR = block_of(max(rg, ru, rd))
+    tiles = tiles_of("forward", BR)
     blocks = cdiv(cols, tiles.BC * LOOP)
     h = torch.empty_like(g)
     td = torch.empty(blocks, rows, rd, device=g.device, dtype=torch.float32)
@@ -146,7 +153,7 @@ def forward(
     fast = g.is_cuda and g.dtype != torch.float32
     _forward[(cdiv(rows, tiles.BT), blocks)](
         g, u, h, t, Bg, Bu, Ad, td, seed, rows, cols, rg, ru, rd, t.stride(0), threshold, scale,
-        BR=block_of(max(rg, ru, rd)), LOOP=LOOP, DROP=drop is not None,
+        BR=BR, LOOP=LOOP, STAGES=tiles.num_stages, DROP=drop is not None,
         EVEN=rows % tiles.BT == 0 and cols % (tiles.BC * LOOP) == 0, FAST=fast, **tiles.options)  # fmt: skip
     return h, td.sum(0).to(g.dtype)
 
@@ -181,7 +188,8 @@ def backward(
         dg (N, C), du (N, C), dt (N, rg + ru), and in fp32 dBg (C, rg), dBu (C, ru), dAd (rd, C).
     """
     (rows, cols), (rg, ru, rd) = g.shape, (Bg.shape[1], Bu.shape[1], Ad.shape[0])
-    tiles = TILES["backward"]
+    BR = block_of(max(rg, ru, rd))
+    tiles = tiles_of("backward", BR)
     blocks = cdiv(cols, tiles.BC)
     parts, span = split(rows, tiles.BT, blocks, PROGRAMS)
     dg, du = dh, torch.empty_like(u)
@@ -191,7 +199,7 @@ def backward(
     fast = g.is_cuda and g.dtype != torch.float32
     _backward[(blocks, parts)](
         dh, g, u, dg, du, t, Bg, Bu, Ad, dtd, dt, sums, seed, rows, cols, rg, ru, rd, t.stride(0), dtd.stride(0), span, threshold, scale,
-        BR=block_of(max(rg, ru, rd)), DROP=drop is not None,
+        BR=BR, STAGES=tiles.num_stages, DROP=drop is not None,
         EVEN=rows % tiles.BT == 0 and cols % tiles.BC == 0, FAST=fast, **tiles.options)  # fmt: skip
     dBg, dBu, dAd = sums.sum(0).split([rg, ru, rd])
     return dg, du, dt.to(g.dtype), dBg.t(), dBu.t(), dAd

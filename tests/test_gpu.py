@@ -1,0 +1,112 @@
+"""What only a GPU shows: the kernels at real sizes in half precision. Everything here is skipped where there is none.
+
+    python -m pytest tests/test_gpu.py tests/kernels tests/test_fused_ops.py tests/test_gated_ops.py
+
+A number counts as right if its error against float64 is no larger than what the plain operations make in the same precision.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, kernels
+from lightning_lora.compiling import compile_layers, uncompile_layers
+from lightning_lora.fuse import unfuse
+
+DEVICE = "cuda"
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+TOKENS = (6, 2048)  # with the hidden size more entries than a compiler keeps for itself
+
+
+def llama(layers: int = 2, dropout: float = 0.0) -> Any:
+    """bf16, fp32 adapters that do something."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=512, num_hidden_layers=layers, use_cache=False, attn_implementation="sdpa", **sizes)
+    model = transformers.LlamaForCausalLM(config).to(DEVICE, torch.bfloat16).train()
+    apply_lora(model, config=LoRAConfig(rank=16, alpha=32, dropout=dropout, target_modules="all-linear"))
+    for parameter in get_lora_parameters(model):
+        torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def batch(k: int = 0) -> Tensor:
+    return torch.randint(512, TOKENS, generator=torch.Generator().manual_seed(k)).to(DEVICE)
+
+
+def run(model: Any) -> list[Tensor]:
+    """Loss and every adapter's gradient, in float64."""
+    loss = model(input_ids=batch(), labels=batch()).loss
+    return [t.detach().double() for t in (loss, *torch.autograd.grad(loss, list(get_lora_parameters(model))))]
+
+
+def error(found: list[Tensor], exact: list[Tensor]) -> float:
+    """The largest relative error of a tensor."""
+    return max(((a - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True))
+
+
+def served(model: Any, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many times a forward pass asks whether the kernels serve and is told that they do."""
+    answers: list[bool] = []
+    usable = kernels.usable
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "usable", lambda x: answers.append(usable(x)) or answers[-1])
+        with torch.no_grad():
+            model(input_ids=batch())
+    return sum(answers)
+
+
+def test_a_step_is_as_exact_as_with_plain_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    assert served(model, monkeypatch)
+    found = {"fused": run(model)}
+    compile_layers(model)
+    found["compiled"] = run(model)
+    uncompile_layers(model)
+    unfuse(model)
+    monkeypatch.setattr(kernels, "usable", lambda x: False)
+    found["plain"] = run(model)
+    exact = run(model.double())
+    errors = {way: error(tensors, exact) for way, tensors in found.items()}
+    print(errors)
+    assert errors["plain"] < 0.1
+    assert errors["fused"] < 1.2 * errors["plain"] and errors["compiled"] < 1.2 * errors["plain"]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_fifty_steps_lose_as_with_plain_operations(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def losses(fused: bool) -> list[float]:
+        model = llama()
+        if compiled and fused:
+            compile_layers(model)
+        monkeypatch.setattr(kernels, "usable", usable if fused else lambda x: False)
+        optimizer = torch.optim.AdamW(get_lora_parameters(model), lr=1e-3)
+        found = []
+        for k in range(50):
+            loss = model(input_ids=batch(k), labels=batch(k)).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        return found
+
+    usable = kernels.usable
+    mine, plain = losses(True), losses(False)
+    print(max(abs(a - b) for a, b in zip(mine, plain, strict=True)))
+    assert plain[-1] < plain[0] - 0.05
+    assert mine == pytest.approx(plain, abs=1e-3)
+
+
+def test_dropout_is_unbiased() -> None:
+    """Over many draws the mean gradient is the one without dropout."""
+    model, plain = llama(1, dropout=0.5), llama(1)
+    mean = [torch.zeros_like(t) for t in run(plain)]
+    for _ in range(64):
+        for total, drawn in zip(mean, run(model), strict=True):
+            total += drawn / 64
+    assert error(mean[1:], run(plain)[1:]) < 0.2
