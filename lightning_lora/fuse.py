@@ -57,7 +57,7 @@ def unfuse(model: nn.Module) -> None:
             module.__class__ = type(module).fused_base  # type: ignore[attr-defined]
         elif isinstance(module, (Sharing, GatedMLP)):  # another class, FSDP2's, has been put on top
             del module.__dict__["lora_groups"]
-            module.__class__ = _without_fused(type(module))
+            module.__class__ = _without_fused(type(module))  # type: ignore[assignment]
 
 
 class Sharing(nn.Module):
