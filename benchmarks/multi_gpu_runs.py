@@ -140,11 +140,11 @@ def fsdp1(model: nn.Module, adapt: Adapt, device: torch.device) -> nn.Module:
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
+    from lightning_lora.blocks import repeated_blocks
     from lightning_lora.parallel import GradientReducer, data_parallel_groups, replicated_parameters
-    from lightning_lora.strategies.ours import blocks_of
 
     model = adapt(model)
-    policy: Any = ModuleWrapPolicy({type(blocks_of(model)[0])})
+    policy: Any = ModuleWrapPolicy({type(repeated_blocks(model)[0][1])})
     ignored: list[nn.Parameter] = []
     if adapt is peft:  # PEFT's own way: a unit for every adapter, since one flat parameter cannot mix dtypes
         from peft.utils.other import fsdp_auto_wrap_policy
@@ -218,10 +218,10 @@ def nf4(model: nn.Module, device: torch.device) -> nn.Module:
     from bitsandbytes.nn import Linear4bit, Params4bit
     from torch.distributed.fsdp import fully_shard
 
-    from lightning_lora.strategies.ours import blocks_of
+    from lightning_lora.blocks import repeated_blocks
 
     mesh = mesh_of(device)["dp"]
-    for block in blocks_of(model):
+    for _, block in repeated_blocks(model):
         for name, linear in [(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear)]:
             fill(linear, device)
             sizes = (linear.in_features, linear.out_features)

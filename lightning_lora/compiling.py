@@ -12,7 +12,7 @@ then on that size may be any. Gradient checkpointing and sharding stay around th
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,16 +20,14 @@ from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch._functorch import config as autograd_config
 
+from lightning_lora.blocks import repeated_blocks
+
 GRAPHS = 64  # more than blocks of a few classes need for all of those
-_CONTAINERS = {nn.ModuleList, nn.ModuleDict}
-_WRAPPED_IN = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # the attributes of torch's own wrappers
 
 
 def compile_layers(model: nn.Module, backend: str | Callable[..., Any] = "inductor") -> list[str]:
-    """Compile each of a model's repeated blocks in place; ones that are compiled already stay so.
-
-    Blocks are what the model itself names in ``_no_split_modules`` (Hugging Face), else the elements of every list of at least two
-    modules of one class; never a block inside a block.
+    """Compile each of a model's repeated blocks (:func:`~lightning_lora.blocks.repeated_blocks`) in place; ones that are compiled
+    already stay so.
 
     Args:
         model: any module, wrapped or not.
@@ -80,34 +78,3 @@ def uncompile_layers(model: nn.Module) -> None:
     """Let every block run as written again; what was compiled is found again if they are compiled anew."""
     for _, block in repeated_blocks(model):
         block._compiled_call_impl = None
-
-
-def repeated_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """``(FQN, block)`` of what a model consists of many times over, see :func:`compile_layers`."""
-    named = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
-    lists = [list(_elements(name, module)) for name, module in model.named_modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
-    found = [(fqn, block) for blocks in lists for fqn, block in blocks if named & {cls.__name__ for cls in type(block).__mro__}]
-    inside: set[nn.Module] = set()
-    for fqn, block in found or [pair for blocks in lists if _alike(blocks) for pair in blocks]:
-        if block not in inside:
-            inside.update(block.modules())
-            yield fqn, block
-
-
-def _elements(name: str, listed: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """A list's elements, taken out of torch's wrappers."""
-    for index, element in listed.named_children():
-        yield _unwrapped(f"{name}.{index}" if name else index, element)
-
-
-def _alike(blocks: list[tuple[str, nn.Module]]) -> bool:
-    """Whether they are several of one class that can be called, with modules inside."""
-    classes = {type(block) for _, block in blocks}
-    return len(blocks) > 1 and len(classes) == 1 and not classes & _CONTAINERS and any(True for _ in blocks[0][1].children())
-
-
-def _unwrapped(fqn: str, module: nn.Module) -> tuple[str, nn.Module]:
-    for attribute in _WRAPPED_IN:
-        if attribute in module._modules:
-            return _unwrapped(f"{fqn}.{attribute}", module._modules[attribute])  # type: ignore[arg-type]
-    return fqn, module

@@ -55,8 +55,9 @@ def unfuse(model: nn.Module) -> None:
         if "fused_base" in type(module).__dict__:
             del module.__dict__["lora_groups"]
             module.__class__ = type(module).fused_base  # type: ignore[attr-defined]
-        elif isinstance(module, Sharing):  # another class, FSDP2's, has been put on top
-            module.lora_groups = []
+        elif isinstance(module, (Sharing, GatedMLP)):  # another class, FSDP2's, has been put on top
+            del module.__dict__["lora_groups"]
+            module.__class__ = _without_fused(type(module))  # type: ignore[assignment]
 
 
 class Sharing(nn.Module):
@@ -89,8 +90,9 @@ class GatedMLP(nn.Module):
         layers: list[Any] = [self.gate_proj, self.up_proj, self.down_proj]
         if len(args) != 1 or kwargs or not kernels.usable(args[0]):
             return super().forward(*args, **kwargs)
-        same = len({layer.dropout_now() for layer in layers}) == 1
-        if not same or not _is_silu(self.act_fn) or not all([_serves(layer, args[0]) for layer in layers]):
+        if not _is_silu(self.act_fn) or not all([_serves(layer, args[0]) for layer in layers]):
+            return super().forward(*args, **kwargs)
+        if len({layer.dropout_now() for layer in layers}) > 1:
             return super().forward(*args, **kwargs)
         As, Bs = zip(*[layer.update_factors() for layer in layers], strict=True)
         weights, scales = [layer.stored_weight() for layer in layers], [layer.scaling for layer in layers]
@@ -106,6 +108,14 @@ def _fused_class(base: type[nn.Module], *mixins: type[nn.Module]) -> type[nn.Mod
             base.__name__, (*mixins, base), {**names, "fused_mixins": mixins, "__reduce_ex__": _reduce, "__setstate__": _restore}
         )
     return _CLASSES[key]
+
+
+def _without_fused(cls: type[nn.Module]) -> type[nn.Module]:
+    """A class that was put on top of a fused one, on top of that one's base."""
+    if (cls,) not in _CLASSES:
+        bases = tuple(base.__dict__.get("fused_base", base) for base in cls.__bases__)
+        _CLASSES[(cls,)] = type(cls.__name__, bases, {name: value for name, value in vars(cls).items() if name != "__doc__"})
+    return _CLASSES[(cls,)]
 
 
 _CLASSES: dict[tuple[type[nn.Module], ...], type[nn.Module]] = {}

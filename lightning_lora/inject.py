@@ -132,8 +132,21 @@ def get_lora_parameters(model: nn.Module) -> LoRAParameters:
 def unload_lora(model: nn.Module) -> nn.Module:
     """Back to the plain classes, with the weights as they are: merged if merged, the base's if not.
 
-    Parameters stay frozen; ``model.requires_grad_(True)`` is the way to train on.
+    Parameters stay frozen; ``model.requires_grad_(True)`` is the way to train on. A sharded model is to be given whole, as it was wrapped.
+
+    Args:
+        model: any module.
+
+    Returns:
+        The same ``model``.
+
+    Raises:
+        ValueError: FSDP1 flattened adapters into one parameter with their base.
     """
+    if is_distributed():
+        from lightning_lora import parallel
+
+        parallel.forget(model)
     unfuse(model)
     for _, layer in list(lora_layers(model)):
         restore(layer)

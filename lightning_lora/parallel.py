@@ -21,8 +21,8 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_lora.layers.base import LoRALayer, kept_parameters, lora_layers
-from lightning_lora.sharding import is_sharded, local, whole
+from lightning_lora.layers.base import PREFIX, LoRALayer, kept_parameters, lora_layers
+from lightning_lora.sharding import is_sharded, local, reshard, whole
 
 _WRAPPERS = (FSDPModule, FullyShardedDataParallel)
 
@@ -94,6 +94,32 @@ def adopt(model: nn.Module, layers: Iterable[tuple[str, LoRALayer]]) -> None:
     for module in model.modules():
         if isinstance(module, _WRAPPERS):
             _freeze_copies(module)
+
+
+def forget(model: nn.Module) -> None:
+    """Take the adapters out of the wrappers' lists before they are dropped: wrappers put back what they list, at the next forward pass.
+
+    Raises:
+        ValueError: FSDP1 flattened an adapter into one parameter with its base; nothing is changed then.
+    """
+    reshard(model)
+    units = [(name, module) for name, module in model.named_modules() if isinstance(module, _WRAPPERS)]
+    for name, unit in units:
+        handle = unit._handle if isinstance(unit, FullyShardedDataParallel) else None
+        for part, module, _ in () if handle is None else handle.flat_param._param_infos:
+            if _of_adapter(module, part):
+                raise ValueError(
+                    f"{name or type(model).__name__!r}: FSDP1 flattened {part} into one parameter with the base, from which it cannot be"
+                    " taken: wrap with ignored_states=replicated_parameters(model), or load a checkpoint into a model that is not wrapped."
+                )
+    for _, unit in units:
+        group = unit._get_fsdp_state()._fsdp_param_group if isinstance(unit, FSDPModule) else None
+        if group is not None:
+            group.fsdp_params = [p for p in group.fsdp_params if not _of_adapter(p._module_info.module, p._module_info.param_name)]
+
+
+def _of_adapter(module: nn.Module, name: str) -> bool:
+    return isinstance(module, LoRALayer) and name.startswith(PREFIX)
 
 
 def place_adapters(model: nn.Module) -> None:

@@ -55,9 +55,9 @@ def look_up(table: dict[str, T], field: str, name: str) -> T:
     return table[name]
 
 
-def kind_of(module: nn.Module) -> type | None:
-    """The kind that adapts this module, by the first registered type in its MRO; None for an unsupported one."""
-    names = [qualified_name(cls) for cls in type(module).__mro__]
+def kind_of(cls: type[nn.Module]) -> type | None:
+    """The kind that adapts modules of this class, by the first registered type in its MRO; None for an unsupported one."""
+    names = [qualified_name(parent) for parent in cls.__mro__]
     if any(name in REFUSED for name in names):
         return None
     return next((KINDS[name] for name in names if name in KINDS), None)

@@ -18,7 +18,8 @@ from torch import nn
 from lightning_lora.config import ALL_LINEAR, LoRAConfig
 from lightning_lora.heads import output_heads, saved_modules, within
 from lightning_lora.layers.adapting import refusal
-from lightning_lora.layers.base import PREFIX, LoRALayer, adapted_class
+from lightning_lora.layers.base import PREFIX, LoRALayer
+from lightning_lora.layers.classes import adapted_class
 from lightning_lora.names import modules_by_name
 from lightning_lora.packing import packing_of
 from lightning_lora.patterns import compile_patterns, layer_index, no_match
@@ -111,7 +112,7 @@ class _AllLinear(_Field):
     def __init__(self, model: nn.Module, modules: dict[str, nn.Module], saved: list[str]) -> None:
         self.name, self.hits = "target_modules", Counter({ALL_LINEAR: 0})
         heads = output_heads(model)
-        kinds = {fqn: kind_of(module) for fqn, module in modules.items() if module not in heads and not within(fqn, saved)}
+        kinds = {fqn: kind_of(type(module)) for fqn, module in modules.items() if module not in heads and not within(fqn, saved)}
         self.linears = {fqn for fqn, kind in kinds.items() if kind is not None and kind.is_linear}  # type: ignore[attr-defined]
 
     def matching(self, fqn: str) -> list[str]:
@@ -148,7 +149,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetReport:
         rank = next((config.rank_pattern[text] for text in ranks.matching(fqn)), config.rank)
         alpha = next((config.alpha_pattern[text] for text in alphas.matching(fqn)), config.alpha)
         problem = _problem(modules.get(fqn.rpartition(".")[0], model), fqn, module, rank, config, saved)
-        kind = adapted_class(module, config.variant)
+        kind = adapted_class(type(module), config.variant)
         if problem or kind is None:
             problems.append(problem or why_refused(module, fqn))
         else:
@@ -168,7 +169,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetReport:
 
 def _unmatched(fields: Iterable[_Field], config: LoRAConfig, modules: dict[str, nn.Module], chosen: Iterable[str]) -> list[str]:
     """What the config names that is not there."""
-    adaptable = [fqn for fqn, module in modules.items() if kind_of(module) is not None] or list(modules)
+    adaptable = [fqn for fqn, module in modules.items() if kind_of(type(module)) is not None] or list(modules)
     problems = [no_match(each.name, text, adaptable) for each in fields for text, count in each.hits.items() if not count]
     hit = {layer_index(fqn) for fqn in chosen}
     missing = [index for index in config.layers or () if index not in hit]

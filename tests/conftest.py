@@ -14,6 +14,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # has to be set before the kernels are imported
 
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+#: A config's fields that adapt seven layers of TinyModel, of two kinds.
+ALL = {"target_modules": ["q_proj", "v_proj", "mlp", "embed"], "rank": 4}
+
+
 class Attention(nn.Module):
     def __init__(self, size: int, bias: bool) -> None:
         super().__init__()
@@ -110,6 +115,11 @@ def snapshot(model: nn.Module) -> dict[str, object]:
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(as_bits(a), as_bits(b))
+
+
+def base_bits(model: nn.Module) -> dict[str, list[int]]:
+    """The state of the user's model by name, the adapters left out."""
+    return {name: as_bits(tensor).tolist() for name, tensor in model.state_dict().items() if "lora_" not in name}
 
 
 @pytest.fixture(autouse=True)

@@ -18,9 +18,7 @@ from torch import nn
 from lightning_lora import LoRAConfig, apply_lora, load_adapter, merge_lora, save_adapter, unload_lora, unmerge_lora
 from lightning_lora.adapter_files import CONFIG, META, TENSORS, read_adapter
 from lightning_lora.layers import lora_layers
-from tests.conftest import ConvNet, Task, TinyModel, adapted, as_bits, same_bits, snapshot
-
-ALL = {"target_modules": ["q_proj", "v_proj", "mlp", "embed"], "rank": 4}
+from tests.conftest import ALL, ConvNet, Task, TinyModel, adapted, base_bits, same_bits, snapshot
 
 
 @pytest.fixture
@@ -502,9 +500,9 @@ def test_a_process_killed_while_it_saves_leaves_the_old_or_the_new_adapter(tmp_p
 
 def test_loading_keeps_unmerge_exact(make, folder):
     model = make(TinyModel)
-    base = {name: as_bits(tensor) for name, tensor in model.state_dict().items()}
+    base = base_bits(model)
     unload_lora(unmerge_lora(merge_lora(load_adapter(model, folder))))
-    assert all(torch.equal(as_bits(tensor), base[name]) for name, tensor in model.state_dict().items())
+    assert base_bits(model) == base
 
 
 def test_loading_applies_lora_as_apply_lora_does(make, folder):

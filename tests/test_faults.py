@@ -39,7 +39,7 @@ from lightning_lora import (
     unmerge_lora,
 )
 from lightning_lora.layers import LoRALayer
-from tests.conftest import as_bits, same_bits, snapshot
+from tests.conftest import DTYPES, as_bits, base_bits, same_bits, snapshot
 from tests.lit import LitNet, trainer
 
 CONFIG = LoRAConfig(rank=2, alpha=4, target_modules=["q_proj", "v_proj"])
@@ -446,8 +446,6 @@ def test_row30_no_such_folder(tmp_path: Path) -> None:
 
 # Merging.
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
 
 def test_row46_merge_twice() -> None:
     model = merge_lora(adapted())
@@ -592,11 +590,6 @@ def test_row53_lazy() -> None:
 # Under a Trainer.
 
 FC = LoRAConfig(rank=2, alpha=4, target_modules=["fc1", "fc2"])
-
-
-def base_bits(module: nn.Module) -> dict[str, list[int]]:
-    """The tensors of the user's model by name, the adapters left out."""
-    return {name: as_bits(tensor).tolist() for name, tensor in module.state_dict().items() if ".lora_" not in name}
 
 
 def test_row50_a_quantized_base_under_the_callback(tmp_path: Path) -> None:

@@ -6,9 +6,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from lightning_lora import LoRAConfig, apply_lora, merge_lora, unload_lora, unmerge_lora
 from lightning_lora.fingerprint import base_identity, check_base
-from tests.conftest import TinyModel, adapted
-
-ALL = {"target_modules": ["q_proj", "v_proj", "mlp", "embed"], "rank": 4}
+from tests.conftest import ALL, TinyModel, adapted
 
 
 def fingerprint(model, exclude=()):

@@ -125,6 +125,27 @@ def test_a_gated_mlp_is_known_by_its_instructions():
     assert not isinstance(relu, GatedMLP)
 
 
+def test_undone_below_a_class_that_was_put_on_top(monkeypatch):
+    """As FSDP2 does; once unloaded the module is plain, and fused again when adapters come again."""
+    model = nn.Sequential(mlp())
+    model[0].__class__ = type("FSDPMLP", (type(model[0]),), {"wrapped": True})
+    monkeypatch.setattr(kernels, "usable", lambda x: True)
+    unload_lora(model)
+    assert type(model[0]).__name__ == "FSDPMLP" and model[0].wrapped and isinstance(model[0], MLP)
+    assert not isinstance(model[0], GatedMLP) and "lora_groups" not in model[0].__dict__
+    assert_close(model(torch.ones(2, 16)), MLP.forward(model[0], torch.ones(2, 16)))
+    apply_lora(model, config=LoRAConfig(rank=3, target_modules="all-linear"))
+    assert isinstance(model[0], GatedMLP) and isinstance(model[0], MLP) and model[0].wrapped
+
+
+def test_one_projection_without_its_adapter_is_computed_as_written(monkeypatch):
+    model = mlp()
+    expected = model(torch.ones(2, 16))
+    unload_lora(model.up_proj)
+    monkeypatch.setattr(kernels, "usable", lambda x: True)
+    assert model(torch.ones(2, 16)).shape == expected.shape
+
+
 def hooked(model):
     model.up_proj.register_forward_hook(lambda module, inputs, output: output * 2)
 

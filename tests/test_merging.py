@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from lightning_lora import merging
-from tests.conftest import same_bits
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+from tests.conftest import DTYPES, same_bits
 
 
 def weight_and_delta(dtype, size=0.1, shape=(48, 40)):

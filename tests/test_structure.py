@@ -25,12 +25,12 @@ NAME = "lightning_lora"
 # Lowest first; a file imports from lower levels only. So there are no cycles, and kinds, variants and inits, which share a level,
 # never name each other. A new file belongs to the level of its pattern, or gets one here. "" is the package itself.
 LEVELS = [
-    ["patterns", "files", "names", "registry", "sharding", "opaque", "autocast", "forwards"],
+    ["patterns", "files", "names", "registry", "sharding", "opaque", "autocast", "forwards", "blocks"],
     ["kernels", "kernels.plain", "kernels.dropout"],
     ["ops", "stored"],
     ["config", "digests", "losses", "compiling", "kernels.low_rank"],
     ["merging", "packing", "fused_ops", "kernels.gated"],
-    ["heads", "layers.mergeable", "gated_ops"],
+    ["heads", "layers.classes", "layers.mergeable", "gated_ops"],
     ["layers.base"],
     ["layers.siblings", "layers.adapting"],
     ["layers.*", "variants.*", "inits", "data_inits", "packings.*"],

@@ -46,7 +46,8 @@ class AdaLoRACallback(LoRACallback):
         orth_reg_weight: γ, of the orthogonality regularizer that is added to the loss.
         total_steps: optimizer steps of the schedule, where they are not the trainer's: several optimizer steps a batch, endless
             training, or a run that goes on after its schedule ended.
-        **kwargs: as in :class:`LoRACallback`.
+        **kwargs: as in :class:`LoRACallback`. ``lora_plus_ratio`` scales B's rate here too, as in PEFT, but LoRA+ was worked out for a
+            B that starts at zero, and here E does: try it against 1.
 
     Attributes:
         allocator: scores, budget and mask, once fit has started.

@@ -1,17 +1,20 @@
-"""A module becomes its LoRA subclass, in place, and the plain module again; and why it cannot."""
+"""A module becomes its LoRA subclass, in place, and the plain module again; and why it cannot. Who may not change it takes a twin."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers.base import PREFIX, LoRALayer, adapted_class
+from lightning_lora.layers.base import PREFIX, LoRALayer
+from lightning_lora.layers.classes import adapted_class
 from lightning_lora.registry import qualified_name, why_refused
 
 
 def refusal(module: nn.Module, fqn: str, rank: int, dropout: float, variant: str = "plain") -> str | None:
     """Why this module cannot be adapted, as a whole sentence; None if it can."""
-    kind = adapted_class(module, variant)
+    kind = adapted_class(type(module), variant)
     name = qualified_name(type(module))
     if kind is None:
         return why_refused(module, fqn)
@@ -31,7 +34,7 @@ def refusal(module: nn.Module, fqn: str, rank: int, dropout: float, variant: str
 
 def adapt(module: nn.Module, config: LoRAConfig, rank: int, alpha: float) -> LoRALayer:
     """Turn a module into its LoRA subclass, in place; the caller has checked it with :func:`refusal`."""
-    cls = adapted_class(module, config.variant)
+    cls = adapted_class(type(module), config.variant)
     assert cls is not None
     module.__class__ = cls
     assert isinstance(module, LoRALayer)
@@ -59,3 +62,10 @@ def restore(layer: LoRALayer) -> nn.Module:
             del container[name]
     layer.__class__ = type(layer).lora_base  # type: ignore[assignment]
     return layer
+
+
+def twin(module: nn.Module) -> Any:
+    """Another module of the same class over the same tensors, with containers of its own; no constructor runs, no hook."""
+    new = module.__class__.__new__(module.__class__)
+    new.__dict__.update({name: value.copy() if isinstance(value, dict) else value for name, value in module.__dict__.items()})
+    return new

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 from lightning_lora import kernels, packing
 from lightning_lora.config import LoRAConfig
+from lightning_lora.layers.classes import adapted_class
 from lightning_lora.layers.mergeable import PREFIX, Mergeable
-from lightning_lora.registry import INITS, VARIANTS, kind_of, look_up
+from lightning_lora.registry import INITS, look_up
 from lightning_lora.sharding import is_sharded
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -171,9 +172,9 @@ class LoRALayer(Mergeable):
 
     def become(self, base: type[nn.Module]) -> None:
         """Be the adapted class of another base: what a quantized layer's is once its weight is a plain one."""
-        kind = kind_of(base.__new__(base))
-        assert kind is not None
-        self.__class__ = lora_class(base, kind, look_up(VARIANTS, "variant", self.lora_config.variant))
+        cls = adapted_class(base, self.lora_config.variant)
+        assert cls is not None
+        self.__class__ = cls
 
     # Use.
 
@@ -238,34 +239,11 @@ class LoRALayer(Mergeable):
         return _rebuild, (type(self).lora_base, self.lora_config.variant), state
 
 
-def lora_class(base: type[nn.Module], kind: type[LoRALayer], variant: type) -> type[LoRALayer]:
-    """The adapted subclass of ``base``: one for all its instances, so that compilers trace it once."""
-    key = (base, kind, variant)
-    if key not in _CLASSES:
-        if variant is object and issubclass(kind, base):
-            _CLASSES[key] = kind  # LoRALinear is concrete for nn.Linear
-        else:
-            parents = [cls for cls in (variant, kind, base) if cls is not object and not (cls is base and issubclass(kind, base))]
-            name = ("LoRA" if variant is object else variant.__name__) + base.__name__
-            _CLASSES[key] = type(name, tuple(parents), {"__module__": base.__module__, "lora_base": base})
-    return _CLASSES[key]
-
-
-def adapted_class(module: nn.Module, variant: str) -> type[LoRALayer] | None:
-    """The class that a module (adapted or not) has with this variant; None if no kind adapts it."""
-    base, kind = type(module), kind_of(module)
-    base = base.lora_base if issubclass(base, LoRALayer) else base
-    return None if kind is None else lora_class(base, kind, look_up(VARIANTS, "variant", variant))
-
-
-_CLASSES: dict[tuple[type, type, type], type[LoRALayer]] = {}
-
-
 def _rebuild(base: type[nn.Module], variant: str) -> LoRALayer:
     """Unpickle: the dynamic class is made, not looked up."""
-    cls = adapted_class(base.__new__(base), variant)
-    assert cls is not None
-    return cls.__new__(cls)
+    cls: Any = adapted_class(base, variant)
+    layer: LoRALayer = cls.__new__(cls)
+    return layer
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lightning_lora import kernels, ops
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers.adapting import adapt, refusal
-from lightning_lora.layers.base import PREFIX, LoRALayer
+from lightning_lora.layers.adapting import adapt, refusal, restore, twin
+from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.siblings import Siblings, compute
 from lightning_lora.packing import packing_of
 from lightning_lora.registry import REFUSED, register_kind
@@ -87,7 +87,7 @@ class LoRALinear(LoRALayer, nn.Linear):
         reason = refusal(linear, type(linear).__name__, rank, dropout)
         if reason:
             raise ValueError(reason)
-        layer = _copy(linear)
+        layer = twin(linear)
         for name, parameter in linear._parameters.items():
             if parameter is not None and not (name == "weight" and packing_of(linear)):  # a packed weight is frozen and never written to
                 layer._parameters[name] = nn.Parameter(parameter.detach(), requires_grad=False)
@@ -99,11 +99,8 @@ class LoRALinear(LoRALayer, nn.Linear):
     @property
     def linear(self) -> nn.Linear:
         """A view of the frozen base as the class it had, over the same tensors."""
-        view = _copy(self)
-        view.__class__ = type(self).lora_base
-        for container in (view._parameters, view.__dict__):
-            for name in [name for name in container if name.startswith(PREFIX)]:
-                del container[name]
+        view = restore(twin(self))
+        assert isinstance(view, nn.Linear)
         return view
 
     @property
@@ -155,13 +152,3 @@ class LoRALinear(LoRALayer, nn.Linear):
     def lora_update(self, y: Tensor, x: Tensor) -> Tensor:
         """``y + scaling · B·A·dropout(x)``."""
         return ops.lora_update(y, x, *self.update_factors(), self.scaling, self.dropout_now(), inplace=self.plain_forward)
-
-
-def _copy(module: Any) -> Any:
-    """A module of the same class over the same tensors, with containers of its own (no hooks run, nothing is copied)."""
-    new = module.__class__.__new__(module.__class__)
-    new.__dict__.update(module.__dict__)
-    for name, value in module.__dict__.items():
-        if isinstance(value, dict):
-            new.__dict__[name] = value.copy()
-    return new

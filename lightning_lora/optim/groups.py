@@ -24,8 +24,9 @@ def lora_param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0, lo
         lr: learning rate of A and of all else that trains.
         weight_decay: for matrices; vectors (biases, norms) get none.
         lora_plus_ratio: λ, how many times ``lr`` B gets (LoRA+, arXiv:2402.12354, suggests 16). B is the factor that starts at zero,
-            which for an embedding is ``lora_A``. Schedulers that set every group's rate from one number (OneCycleLR, CyclicLR) would
-            undo it: give them a list, or see :func:`~lightning_lora.optim.apply_lora_plus`, which holds under any.
+            which for an embedding is ``lora_A``. AdaLoRA starts B at random and E, between the two, at zero: the paper's analysis does
+            not cover it, and B gets λ, E one, as in PEFT. Schedulers that set every group's rate from one number (OneCycleLR,
+            CyclicLR) would undo it: give them a list, or see :func:`~lightning_lora.optim.apply_lora_plus`, which holds under any.
 
     Returns:
         Groups with ``name``, ``params``, ``lr`` and ``weight_decay``; empty ones are left out. As PEFT's ``create_loraplus_optimizer``
@@ -55,7 +56,7 @@ def lora_param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0, lo
 
 
 def zero_factors(model: nn.Module) -> list[Tensor]:
-    """The B's of LoRA+: of every adapted layer the factor that starts at zero."""
+    """The B's of LoRA+: of every adapted layer the factor that starts at zero; of AdaLoRA, where E does, B."""
     return [layer.lora_factors()[1] for _, layer in lora_layers(model)]
 
 

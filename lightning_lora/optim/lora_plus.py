@@ -32,7 +32,8 @@ def apply_lora_plus(optimizer: Optimizer, model: nn.Module, ratio: float, *sched
 
     Args:
         optimizer: any; each of its groups that holds B's is split in two, with equal settings but the rate.
-        model: an adapted model. B is the factor that starts at zero (an embedding's ``lora_A``).
+        model: an adapted model. B is the factor that starts at zero (an embedding's ``lora_A``); with AdaLoRA, where that is E, it is
+            B all the same, as in PEFT, though the paper says nothing of that.
         ratio: λ, > 0; the paper suggests 16. Weight decay is as the optimizer has it: AdamW's grows with the rate.
         schedulers: those that set this optimizer's rates, built before the call; they work on the groups that they were built on.
 

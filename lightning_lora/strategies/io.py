@@ -61,8 +61,9 @@ def write_folder(checkpoint: dict[str, Any], path: Path) -> None:
     staged, old = (path.with_name(f".{path.name}.{suffix}") for suffix in ("tmp", "old"))
     first = dist.get_rank() == 0
     if first:
-        for leftover in (staged, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(staged, ignore_errors=True)
+        if path.exists():  # else a kill between the two renames below left the last checkpoint there
+            shutil.rmtree(old, ignore_errors=True)
         staged.mkdir(parents=True)
     dist.barrier()
     dcp.save(tensors, checkpoint_id=staged)

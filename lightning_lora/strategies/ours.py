@@ -7,7 +7,6 @@ injected, so that adapters are sharded with their block and cost no collective.
 
 from __future__ import annotations
 
-from collections import Counter
 from datetime import timedelta
 from typing import Literal
 
@@ -20,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from typing_extensions import override
 
+from lightning_lora.blocks import repeated_blocks
 from lightning_lora.packing import packing_of
 from lightning_lora.parallel import place_adapters
 from lightning_lora.sharding import is_sharded
@@ -79,29 +79,19 @@ class LoRAFSDP2Strategy(ModelParallelStrategy):
             del module.configure_model
 
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a model: what Hugging Face says may not be split, else the members of its longest list of equals.
+def shard_blocks(model: nn.Module, mesh: DeviceMesh) -> None:
+    """``fully_shard`` every repeated block, then each child of the LightningModule that has parameters, as its root.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are no blocks.
     """
-    names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
-    blocks = [module for module in model.modules() if type(module).__name__ in names]
-    if not blocks:
-        lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
-        alike = [members for members in lists if len(Counter(map(type, members))) == 1 and any(True for _ in members[0].parameters())]
-        blocks = max(alike, key=len, default=[])
+    blocks = repeated_blocks(model)
     if not blocks:
         raise ValueError(
-            f"{type(model).__name__} has no repeated blocks to shard (no _no_split_modules, no nn.ModuleList of equals): use"
-            " ModelParallelStrategy and shard it in configure_model."
+            f"{type(model).__name__} has no repeated blocks to shard (an nn.ModuleList or nn.Sequential of at least two modules of one"
+            " class): use ModelParallelStrategy and shard it in configure_model."
         )
-    return blocks
-
-
-def shard_blocks(model: nn.Module, mesh: DeviceMesh) -> None:
-    """``fully_shard`` every block, then each child of the LightningModule that has parameters, as its root."""
-    for block in blocks_of(model):
+    for _, block in blocks:
         fully_shard(block, mesh=mesh)
     for child in model.children():
         if any(True for _ in child.parameters()):
@@ -131,4 +121,4 @@ StrategyRegistry.register(
     LoRAFSDP2Strategy.strategy_name, LoRAFSDP2Strategy, description="FSDP2 over a model's own blocks, adapters sharded with them"
 )
 
-__all__ = ["LoRAFSDP2Strategy", "blocks_of", "shard_blocks", "tensor_parallel"]
+__all__ = ["LoRAFSDP2Strategy", "shard_blocks", "tensor_parallel"]

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers.base import LoRALayer, adapted_class, lora_layers
+from lightning_lora.layers.adapting import twin
+from lightning_lora.layers.base import LoRALayer, lora_layers
+from lightning_lora.layers.classes import adapted_class
 from lightning_lora.names import adapter_root, clean_name
 from lightning_lora.registry import VARIANTS, register
 from lightning_lora.sharding import is_sharded
@@ -87,7 +89,7 @@ class AdaLoRA(LoRALayer):
     def exported(cls, layers: dict[str, LoRALayer]) -> dict[str, LoRALayer]:
         """The plain LoRA that they compute."""
         config = _plain_config(layers.items())
-        return {fqn: _made_plain(_twin(layer), config) for fqn, layer in layers.items()}
+        return {fqn: _made_plain(twin(layer), config) for fqn, layer in layers.items()}
 
 
 def shrink_adalora(model: nn.Module) -> dict[str, int]:
@@ -147,15 +149,8 @@ def _made_plain(layer: LoRALayer, config: LoRAConfig) -> LoRALayer:
     del layer._parameters["lora_E"]
     for name, factor in factors.items():
         layer._parameters[name] = nn.Parameter(factor, requires_grad=layer._parameters[name].requires_grad)  # type: ignore[union-attr]
-    cls = adapted_class(layer, config.variant)
+    cls = adapted_class(type(layer), config.variant)
     assert cls is not None
-    layer.__class__ = cls  # type: ignore[assignment]
+    layer.__class__ = cls
     layer.lora_config, layer.rank = config, len(kept)
     return layer
-
-
-def _twin(layer: LoRALayer) -> LoRALayer:
-    """Another module over the same tensors, with containers of its own."""
-    twin = layer.__class__.__new__(layer.__class__)
-    twin.__dict__.update({name: value.copy() if isinstance(value, dict) else value for name, value in layer.__dict__.items()})
-    return twin

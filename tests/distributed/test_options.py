@@ -15,15 +15,18 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.plugins.precision import TransformerEnginePrecision
 from lightning.pytorch.strategies import FSDPStrategy
 from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 
 from lightning_lora import LoRACallback, LoRAConfig, apply_lora, export_merged, merge_lora
 from lightning_lora.layers import lora_layers
 from lightning_lora.sharding import whole
 from lightning_lora.strategies import LoRAFSDP2Strategy, arrange, check_equal, check_supported
-from lightning_lora.strategies.ours import tensor_parallel
+from lightning_lora.strategies.ours import shard_blocks, tensor_parallel
 from tests.distributed import runs
-from tests.distributed.nets import Block, fill_adapters, make_net
+from tests.distributed.nets import CONFIG, Block, clean, fill_adapters, make_net, train
 from tests.distributed.runs import LitFSDP2, LitShared, Share, model_parallel, run
 from tests.distributed.test_wrapping import wrapped_and_adapted
 
@@ -256,6 +259,47 @@ def test_no_adapter_is_cut_along_its_rank(pool: Any) -> None:
 def test_two_dimensions_by_the_models_own_plan(pool4: Any, llama_losses: list[float]) -> None:
     for losses in pool4.run(fit_llama, 2):
         assert losses == pytest.approx(llama_losses, abs=2e-6)
+
+
+class EncoderDecoder(nn.Module):
+    """Two lists of blocks, one of them checkpointed by torch's wrapper."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.embed, self.head = nn.Linear(8, 16), nn.Linear(16, 4)
+            self.encoder = nn.ModuleList(Block() for _ in range(3))
+            self.decoder = nn.Sequential(*(checkpoint_wrapper(Block()) for _ in range(2)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        for block in self.encoder:
+            x = block(x)
+        return self.head(self.decoder(x))
+
+
+def trained(sharded: bool) -> tuple[list[str], list[dict[str, torch.Tensor]]]:
+    """What was sharded one by one; gradients and adapters of a few steps."""
+    model = nn.ModuleDict({"net": apply_lora(EncoderDecoder(), config=CONFIG)})  # a LightningModule has the net as a child
+    fill_adapters(model)
+    if sharded:
+        shard_blocks(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+    rank, world = (dist.get_rank(), dist.get_world_size()) if sharded else (0, 1)
+    units = [clean(name) for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+    return units, list(train(model["net"], 3, rank, world))
+
+
+def test_the_blocks_of_every_list_are_sharded_one_by_one(pool: Any) -> None:
+    _, wanted = trained(sharded=False)
+    for units, found in pool.run(trained, True):
+        assert units == ["net", *(f"net.encoder.{i}" for i in range(3)), *(f"net.decoder.{i}" for i in range(2))]
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+
+
+def test_a_model_without_blocks_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Linear has no repeated blocks to shard .* use ModelParallelStrategy"):
+        shard_blocks(nn.Linear(2, 2), None)  # type: ignore[arg-type]
 
 
 def test_lora_fsdp2_is_registered_for_yaml() -> None:

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 
 from lightning_lora import apply_lora, load_adapter, save_adapter
+from lightning_lora.strategies.io import read_folder, write_folder
 from tests.distributed.nets import CONFIG, adapter_tensors, fill_adapters, make_net
 from tests.distributed.test_wrapping import BOTH, wrapped_and_adapted
 
@@ -32,6 +34,33 @@ def test_a_sharded_model_saves_a_whole_adapter(pool: Any, tmp_path: Path, name: 
     loaded = adapter_tensors(load_adapter(make_net(), tmp_path / "adapter"))
     for key, tensor in adapter_tensors(wanted).items():
         assert torch.equal(loaded[key], tensor)
+
+
+def folder_after_a_kill(folder: str) -> tuple[list[str], list[str]]:
+    """What stands there after a save that fails and one that does not, where a kill between two renames left only the old checkpoint."""
+    path, first = Path(folder, "last.ckpt"), dist.get_rank() == 0
+    write_folder({"state_dict": {"x": torch.ones(2)}}, path)
+    if first:
+        path.rename(path.with_name(".last.ckpt.old"))
+    dist.barrier()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="disk full"):
+        patch.setattr(dcp, "save", fails)
+        write_folder({"state_dict": {"x": torch.zeros(2)}}, path)
+    dist.barrier()
+    failed = sorted(p.name for p in Path(folder).iterdir())
+    dist.barrier()
+    write_folder({"state_dict": {"x": torch.zeros(2)}}, path)
+    assert torch.equal(read_folder(path)["state_dict"]["x"], torch.zeros(2))
+    return failed, sorted(p.name for p in Path(folder).iterdir())
+
+
+def fails(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError("disk full")
+
+
+def test_a_folder_of_shards_is_kept_until_the_next_is_whole(pool: Any, tmp_path: Path) -> None:
+    for failed, done in pool.run(folder_after_a_kill, str(tmp_path)):
+        assert ".last.ckpt.old" in failed and "last.ckpt" not in failed and done == ["last.ckpt"]
 
 
 def save_where_it_fails(folder: str) -> str:

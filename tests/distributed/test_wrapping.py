@@ -18,7 +18,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, merge_lora, unmerge_lora
+from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, merge_lora, unload_lora, unmerge_lora
 from lightning_lora.parallel import GradientReducer, data_parallel_groups, replicated_parameters
 from lightning_lora.sharding import whole
 from tests.distributed.nets import CONFIG, Block, clean, fill_adapters, make_data, make_net, reference, same_on_all_ranks, train
@@ -180,6 +180,42 @@ def check_merge(name: str, order: str, config: LoRAConfig = CONFIG) -> dict[str,
 def test_merge_and_unmerge(pool: Any, name: str, order: str) -> None:
     for result in pool.run(check_merge, name, order):
         assert result["difference"] < 1e-5 and result["exact"] < 1e-6 and result["back"], result
+
+
+def unload_and_apply_again(name: str, order: str) -> dict[str, Any]:
+    model, rank, world = wrapped_and_adapted(name, order)
+    train(model, 1, rank, world)  # wrappers know by now what they hold
+    unload_lora(model)
+    x = make_data()[0]
+    with torch.no_grad():
+        base, out = make_net()(x), model(x)
+        names = [n for n, _ in model.named_parameters() if "lora_" in n]
+    apply_lora(model, config=CONFIG)
+    fill_adapters(model)
+    grads, adapters = train(model, 3, rank, world)
+    wanted_grads, wanted = reference()
+    assert grads.keys() == wanted_grads.keys() and same_on_all_ranks(adapters)
+    errors = [(out - base).abs().max().item(), *((adapters[n] - wanted[n]).abs().max().item() for n in wanted)]
+    return {"left": names, "error": max(errors)}
+
+
+@pytest.mark.parametrize(("name", "order"), [pair for pair in BOTH if pair[0] != "ddp"])
+def test_unloaded_adapters_stay_away_and_new_ones_train(pool: Any, name: str, order: str) -> None:
+    """FSDP2 registers the parameters that it lists at every forward pass."""
+    for result in pool.run(unload_and_apply_again, name, order):
+        assert result["left"] == [] and result["error"] < 1e-5, result
+
+
+def refuse_flattened() -> str:
+    model = FSDP(apply_lora(make_net(), config=CONFIG), use_orig_params=True, device_id=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"FSDP1 flattened lora_A .* ignored_states=replicated_parameters") as error:
+        unload_lora(model)
+    assert len(get_lora_parameters(model)) == 16
+    return str(error.value)
+
+
+def test_unloading_what_fsdp1_flattened_is_refused(pool: Any) -> None:
+    assert len(set(pool.run(refuse_flattened))) == 1
 
 
 def refuse_ddp() -> str:

@@ -6,6 +6,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,9 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from lightning_lora import LoRAConfig
 from lightning_lora.layers.adapting import adapt
 from lightning_lora.layers.base import LoRALayer
-from tests.conftest import fill
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+from tests.conftest import DTYPES, fill
 
 
 class OwnForward(nn.Linear):
@@ -152,3 +151,6 @@ CASES = {
     "conv2d-reflect": conv_case(2, 6, kernel_size=3, padding=2, padding_mode="reflect", stride=2, groups=2),
     "conv3d": conv_case(3, 4, kernel_size=2, padding=1, dilation=2),
 }
+
+every_kind = pytest.mark.parametrize("kind", CASES)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))

@@ -9,10 +9,7 @@ from torch import nn
 from lightning_lora import LoRALinear
 from lightning_lora.digests import sampled_digest
 from tests.conftest import fill, same_bits
-from tests.layers.kinds import CASES, DTYPES
-
-every_kind = pytest.mark.parametrize("kind", CASES)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+from tests.layers.kinds import CASES, every_dtype, every_kind
 
 
 @every_kind

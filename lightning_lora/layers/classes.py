@@ -1,0 +1,35 @@
+"""The class of an adapted layer: a subclass of the class it had, made when it is first asked for.
+
+``Linear4bit`` with DoRA is ``DoRALinear4bit(DoRA, LoRALinear, Linear4bit)``: the variant changes the formula of the kind, and the kind
+calls the base. One class serves all layers that share the three, so that compilers trace it once. A pickle names base and
+variant, not the class, which another process may not have made yet.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lightning_lora.registry import VARIANTS, kind_of, look_up
+
+_CLASSES: dict[tuple[type, type, type], type[Any]] = {}
+
+
+def adapted_class(cls: type[nn.Module], variant: str) -> type[Any] | None:
+    """The class that modules of this class (adapted or not) have with this variant; None if no kind adapts them."""
+    base, kind = getattr(cls, "lora_base", cls), kind_of(cls)
+    return None if kind is None else lora_class(base, kind, look_up(VARIANTS, "variant", variant))
+
+
+def lora_class(base: type[nn.Module], kind: type, variant: type) -> type[Any]:
+    """The subclass of ``base`` with this kind and this variant's mixin."""
+    key = (base, kind, variant)
+    if key not in _CLASSES:
+        if variant is object and issubclass(kind, base):
+            _CLASSES[key] = kind  # LoRALinear is concrete for nn.Linear
+        else:
+            parents = [cls for cls in (variant, kind, base) if cls is not object and not (cls is base and issubclass(kind, base))]
+            name = ("LoRA" if variant is object else variant.__name__) + base.__name__
+            _CLASSES[key] = type(name, tuple(parents), {"__module__": base.__module__, "lora_base": base})
+    return _CLASSES[key]

@@ -1,0 +1,111 @@
+"""A module that becomes adapted stays itself and comes back; what cannot be adapted says why; a twin is another module."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import LoRAConfig
+from lightning_lora.layers.adapting import adapt, refusal, restore, twin
+from lightning_lora.layers.base import LoRALayer
+from tests.conftest import fill
+from tests.layers.kinds import CASES, every_kind
+
+
+@every_kind
+def test_the_module_stays_itself(kind):
+    case = CASES[kind]
+    module = case.base()
+    cls, parameters, attributes = type(module), dict(module.named_parameters()), set(module.__dict__)
+    layer = adapt(module, LoRAConfig(), case.rank, 16.0)
+    assert layer is module
+    assert isinstance(layer, cls)
+    assert isinstance(layer, LoRALayer)
+    assert all(dict(layer.named_parameters())[name] is p for name, p in parameters.items())
+    assert type(case.layer()) is type(layer)  # one class for all: compilers and guards see one type
+    assert type(layer).lora_base is cls
+    back = restore(layer)
+    assert back is module
+    assert type(back) is cls
+    assert set(back.__dict__) == attributes
+    assert list(back.state_dict()) == list(case.base().state_dict())
+
+
+@every_kind
+def test_hooks_survive_in_both_directions(kind):
+    case = CASES[kind]
+    module, seen = case.base(), []
+    module.register_forward_pre_hook(lambda *_: seen.append("pre"))
+    module.register_forward_hook(lambda m, args, out: seen.append("post") or out + 1)
+    handle = module.register_full_backward_hook(lambda *_: seen.append("backward"))
+    layer = fill(adapt(module, LoRAConfig(rank=case.rank), case.rank, 16.0))
+    x = case.x()
+    x.requires_grad_(x.is_floating_point())
+    y = layer(x)
+    torch.testing.assert_close(y, case.layer()(case.x()) + 1)
+    if x.requires_grad:
+        y.sum().backward()
+    assert seen == ["pre", "post", "backward"][: 2 + x.requires_grad]
+    handle.remove()
+    restore(layer)
+    seen.clear()
+    layer(case.x())
+    assert seen == ["pre", "post"]
+
+
+class Packed(nn.Linear):
+    """A linear without a weight parameter, as weight_norm or a quantized wrapper leaves it."""
+
+    def __init__(self):
+        super().__init__(3, 3)
+        del self.weight
+        self.weight = torch.zeros(3, 3)
+
+
+def own_forward():
+    module = nn.Linear(3, 3)
+    module.forward = lambda x: x
+    return module
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (lambda: nn.LayerNorm(3), "which LoRA cannot adapt: supported are"),
+        (own_forward, "has a forward of its own set on the instance, which would bypass the adapter"),
+        (Packed, "computes its weight anew at each call"),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), "computes its weight anew at each call"),
+        (lambda: nn.LazyLinear(3), "is lazy and has no shape yet; run one forward pass"),
+        (lambda: nn.Embedding(3, 3, max_norm=1.0), "max_norm=1.0 changes the frozen weight in every forward pass"),
+        (lambda: nn.Conv2d(3, 3, 1, groups=3), "rank=4 is not a multiple of groups=3"),
+    ],
+    ids=["type", "instance-forward", "packed", "weight-norm", "lazy", "max-norm", "groups"],
+)
+def test_refusals_name_the_module_and_the_reason(build, reason):
+    message = refusal(build(), "blocks.0.layer", 4, 0.0)
+    assert message.startswith("'blocks.0.layer'")
+    assert reason in message
+
+
+@every_kind
+def test_what_can_be_adapted_is_not_refused(kind):
+    assert refusal(CASES[kind].base(), "layer", CASES[kind].rank, 0.1) is None
+
+
+@every_kind
+def test_a_twin_has_the_tensors_and_containers_of_its_own(kind):
+    layer = CASES[kind].layer().eval()
+    layer.register_forward_hook(lambda module, args, out: out)
+    parameters, keys, x = dict(layer.named_parameters()), set(layer.__dict__), CASES[kind].x()
+    y, hooks = layer(x), len(layer._forward_hooks)
+    other = twin(layer)
+    assert type(other) is type(layer)
+    assert other is not layer
+    assert all(dict(other.named_parameters())[name] is p for name, p in parameters.items())
+    torch.testing.assert_close(other(x), y, rtol=0, atol=0)
+    other.register_forward_hook(lambda module, args, out: None)
+    restore(other)
+    assert isinstance(layer, LoRALayer)
+    assert dict(layer.named_parameters()) == parameters
+    assert set(layer.__dict__) == keys
+    assert len(layer._forward_hooks) == hooks
+    torch.testing.assert_close(layer(x), y, rtol=0, atol=0)
