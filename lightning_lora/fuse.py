@@ -17,6 +17,7 @@ from lightning_lora import kernels
 from lightning_lora.forwards import calls_together, is_gated_mlp
 from lightning_lora.gated_ops import lora_gated_mlp
 from lightning_lora.layers import LoRALinear
+from lightning_lora.layers.classes import without
 from lightning_lora.layers.siblings import Siblings
 
 
@@ -52,12 +53,9 @@ def unfuse(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, LoRALinear) and module.lora_siblings is not None:
             module.lora_siblings.disband()
-        if "fused_base" in type(module).__dict__:
+        if isinstance(module, (Sharing, GatedMLP)):
             del module.__dict__["lora_groups"]
-            module.__class__ = type(module).fused_base  # type: ignore[attr-defined]
-        elif isinstance(module, (Sharing, GatedMLP)):  # another class, FSDP2's, has been put on top
-            del module.__dict__["lora_groups"]
-            module.__class__ = _without_fused(type(module))  # type: ignore[assignment]
+            module.__class__ = without(type(module), "fused_base")
 
 
 class Sharing(nn.Module):
@@ -108,14 +106,6 @@ def _fused_class(base: type[nn.Module], *mixins: type[nn.Module]) -> type[nn.Mod
             base.__name__, (*mixins, base), {**names, "fused_mixins": mixins, "__reduce_ex__": _reduce, "__setstate__": _restore}
         )
     return _CLASSES[key]
-
-
-def _without_fused(cls: type[nn.Module]) -> type[nn.Module]:
-    """A class that was put on top of a fused one, on top of that one's base."""
-    if (cls,) not in _CLASSES:
-        bases = tuple(base.__dict__.get("fused_base", base) for base in cls.__bases__)
-        _CLASSES[(cls,)] = type(cls.__name__, bases, {name: value for name, value in vars(cls).items() if name != "__doc__"})
-    return _CLASSES[(cls,)]
 
 
 _CLASSES: dict[tuple[type[nn.Module], ...], type[nn.Module]] = {}

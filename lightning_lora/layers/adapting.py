@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import PREFIX, LoRALayer
-from lightning_lora.layers.classes import adapted_class
+from lightning_lora.layers.classes import adapted_class, without
 from lightning_lora.registry import qualified_name, why_refused
 
 
@@ -60,7 +60,8 @@ def restore(layer: LoRALayer) -> nn.Module:
     for container in (layer._parameters, layer._modules, layer.__dict__):
         for name in [name for name in container if name.startswith(PREFIX)]:
             del container[name]
-    layer.__class__ = type(layer).lora_base  # type: ignore[assignment]
+    cls: Any = type(layer)
+    layer.__class__ = without(cls, "lora_base") if hasattr(cls, "unshard") else cls.lora_base  # FSDP2's stays on top of the base
     return layer
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from lightning_lora.registry import VARIANTS, kind_of, look_up
 
 _CLASSES: dict[tuple[type, type, type], type[Any]] = {}
+_UNDONE: dict[tuple[type, str], type[Any]] = {}
 
 
 def adapted_class(cls: type[nn.Module], variant: str) -> type[Any] | None:
@@ -33,3 +34,13 @@ def lora_class(base: type[nn.Module], kind: type, variant: type) -> type[Any]:
             name = ("LoRA" if variant is object else variant.__name__) + base.__name__
             _CLASSES[key] = type(name, tuple(parents), {"__module__": base.__module__, "lora_base": base})
     return _CLASSES[key]
+
+
+def without(cls: type[Any], mark: str) -> type[Any]:
+    """What one of our classes was made from, its attribute ``mark``; if another was put on top, as FSDP2 does, that one on top of it."""
+    if mark in vars(cls):
+        return getattr(cls, mark)
+    if (cls, mark) not in _UNDONE:
+        bases = tuple(getattr(base, mark, base) for base in cls.__bases__)
+        _UNDONE[(cls, mark)] = type(cls.__name__, bases, {name: value for name, value in vars(cls).items() if name != "__doc__"})
+    return _UNDONE[(cls, mark)]

@@ -30,6 +30,15 @@ def test_the_module_stays_itself(kind):
     assert list(back.state_dict()) == list(case.base().state_dict())
 
 
+def test_a_class_that_fsdp2_put_on_top_stays_on_top():
+    module = adapt(nn.Linear(4, 3), LoRAConfig(), 2, 4.0)
+    module.__class__ = type("FSDPLoRALinear", (type("FSDPModule", (), {"unshard": None}), type(module)), {"wrapped": True})
+    for _ in range(2):
+        back = restore(module)
+        assert back.wrapped and hasattr(back, "unshard") and isinstance(back, nn.Linear) and not isinstance(back, LoRALayer)
+        assert isinstance(adapt(back, LoRAConfig(), 2, 4.0), LoRALayer) and hasattr(back, "unshard")
+
+
 @every_kind
 def test_hooks_survive_in_both_directions(kind):
     case = CASES[kind]
