@@ -51,6 +51,9 @@ class Siblings:
             return None
         if len({other.dropout_now() for other in self.layers}) > 1:
             return None
+        # These hand each layer an input of its own; FSDP2's, around what it shards by itself, also frees the weight when that is done.
+        if any([other._forward_pre_hooks or other._backward_hooks or other._backward_pre_hooks for other in self.layers]):
+            return None
         waiting = dict(enumerate(compute(self.layers, x)))
         y = waiting.pop(index)
         self.held = (x, key, waiting)

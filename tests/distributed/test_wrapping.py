@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, ShardingStrategy, fully_shard
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-from torch.distributed.fsdp import ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -38,6 +38,14 @@ def fsdp2_used(model: nn.Module) -> nn.Module:
     model = fsdp2(model)
     with torch.no_grad():
         model(make_data()[0])
+    return model
+
+
+def fsdp2_linears(model: nn.Module) -> nn.Module:
+    """Every linear by itself, its weight whole from the forward pass to the backward pass, as FSDP2 leaves those in nothing else."""
+    for layer in model.layers:
+        for linear in (layer.q, layer.v, layer.fc1, layer.fc2):
+            fully_shard(linear)
     return model
 
 
@@ -72,6 +80,7 @@ WRAPPERS: dict[str, tuple[Callable[[nn.Module], nn.Module], bool]] = {
     "ddp": (DDP, True),
     "fsdp2": (fsdp2, True),
     "fsdp2 used": (fsdp2_used, True),
+    "fsdp2 linears": (fsdp2_linears, True),
     "fsdp1": (fsdp1, True),
     "tp": (tensor_parallel, False),
     "2d": (two_dimensional, True),
@@ -112,7 +121,7 @@ def check_training(name: str, order: str, config: LoRAConfig = CONFIG) -> dict[s
 
 @pytest.mark.parametrize(
     ("name", "order"),
-    [*BOTH, ("fsdp2 used", "after")],
+    [*BOTH, ("fsdp2 used", "after"), ("fsdp2 linears", "before"), ("fsdp2 linears", "after")],
 )
 def test_trains_as_one_process_does(pool: Any, name: str, order: str) -> None:
     for errors in pool.run(check_training, name, order):
@@ -185,7 +194,9 @@ def test_merge_and_unmerge(pool: Any, name: str, order: str) -> None:
 def unload_and_apply_again(name: str, order: str) -> dict[str, Any]:
     model, rank, world = wrapped_and_adapted(name, order)
     train(model, 1, rank, world)  # wrappers know by now what they hold
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     unload_lora(model)
+    assert all(isinstance(module, FSDPModule) for module in units)
     x = make_data()[0]
     with torch.no_grad():
         base, out = make_net()(x), model(x)
@@ -199,7 +210,7 @@ def unload_and_apply_again(name: str, order: str) -> dict[str, Any]:
     return {"left": names, "error": max(errors)}
 
 
-@pytest.mark.parametrize(("name", "order"), [pair for pair in BOTH if pair[0] != "ddp"])
+@pytest.mark.parametrize(("name", "order"), [*BOTH[1:], ("fsdp2 linears", "before"), ("fsdp2 linears", "after")])
 def test_unloaded_adapters_stay_away_and_new_ones_train(pool: Any, name: str, order: str) -> None:
     """FSDP2 registers the parameters that it lists at every forward pass."""
     for result in pool.run(unload_and_apply_again, name, order):

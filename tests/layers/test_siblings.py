@@ -64,6 +64,17 @@ def waiting(model):
     return {} if held is None else held[2]
 
 
+@pytest.mark.parametrize("hook", ["register_forward_pre_hook", "register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_layers_whose_hooks_change_the_input_are_computed_once_each(hook, calls):
+    model, x = attention(), torch.randn(3, 8, requires_grad=True)
+    for layer in model.children():
+        getattr(layer, hook)(lambda module, inputs, *_: (inputs[0] * 2,) if hook == "register_forward_pre_hook" else None)
+    expected = run(plain(model), x)
+    calls.clear()
+    assert_close(run(model, x), expected)
+    assert calls == []  # of several: each by itself
+
+
 @pytest.mark.parametrize("targets", [("q_proj", "k_proj", "v_proj"), ("q_proj", "v_proj")])
 def test_one_product_and_the_same_numbers(targets, calls):
     model, x = attention(targets), torch.randn(3, 8)
