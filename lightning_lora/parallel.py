@@ -70,7 +70,7 @@ def adopt(model: nn.Module, layers: Iterable[tuple[str, LoRALayer]]) -> None:
 
     Raises:
         ValueError: the model is wrapped in DistributedDataParallel, which cannot take parameters in afterwards, or a layer's kind
-            does not know its place on a tensor-parallel base.
+            does not know its place on a tensor-parallel base, or FSDP2 shards nothing where it is.
     """
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ValueError(
@@ -80,12 +80,12 @@ def adopt(model: nn.Module, layers: Iterable[tuple[str, LoRALayer]]) -> None:
     reduced: dict[tuple[str, ...], tuple[list[Any], list[nn.Parameter]]] = {}
     for name, layer in layers:
         owner = owners[layer]
-        groups = [] if owner is None else data_parallel_groups(owner)
-        if is_sharded(layer.weight):
-            try:
-                _place(layer, data_dims=0 if owner is None else len(groups))
-            except ValueError as error:
-                raise ValueError(f"{name!r}: {error}.") from error
+        try:
+            groups = [] if owner is None else data_parallel_groups(owner)
+            if is_sharded(layer.weight):
+                _place(layer, data_dims=len(groups))
+        except ValueError as error:
+            raise ValueError(f"{name!r}: {error}.") from error
         if groups:
             reduced.setdefault(tuple(group.group_name for group in groups), (groups, []))[1].extend(layer.lora_parameters().values())
     for groups, parameters in reduced.values():
@@ -100,22 +100,34 @@ def forget(model: nn.Module) -> None:
     """Take the adapters out of the wrappers' lists before they are dropped: wrappers put back what they list, at the next forward pass.
 
     Raises:
-        ValueError: FSDP1 flattened an adapter into one parameter with its base; nothing is changed then.
+        ValueError: FSDP1 flattened an adapter into one parameter with its base, or a unit of FSDP2 holds nothing but adapters; nothing is
+            changed then.
     """
     reshard(model)
-    units = [(name, module) for name, module in model.named_modules() if isinstance(module, _WRAPPERS)]
-    for name, unit in units:
-        handle = unit._handle if isinstance(unit, FullyShardedDataParallel) else None
-        for part, module, _ in () if handle is None else handle.flat_param._param_infos:
-            if _of_adapter(module, part):
+    kept: list[tuple[Any, list[Any]]] = []
+    for name, unit in [(name, module) for name, module in model.named_modules() if isinstance(module, _WRAPPERS)]:
+        where = f"{name or type(model).__name__!r}"
+        if isinstance(unit, FullyShardedDataParallel):
+            for part, module, _ in () if unit._handle is None else unit._handle.flat_param._param_infos:
+                if _of_adapter(module, part):
+                    raise ValueError(
+                        f"{where}: FSDP1 flattened {part} into one parameter with the base, from which it cannot be taken:"
+                        " wrap with ignored_states=replicated_parameters(model), or load a checkpoint into a model that is not wrapped."
+                    )
+        elif (group := _group_of(unit)) is not None:
+            kept.append((group, [p for p in group.fsdp_params if not _of_adapter(p._module_info.module, p._module_info.param_name)]))
+            if not kept[-1][1]:
                 raise ValueError(
-                    f"{name or type(model).__name__!r}: FSDP1 flattened {part} into one parameter with the base, from which it cannot be"
-                    " taken: wrap with ignored_states=replicated_parameters(model), or load a checkpoint into a model that is not wrapped."
+                    f"{where}: FSDP2 shards nothing but adapters there (ignored_params), and cannot be left with nothing: load a checkpoint"
+                    " into a model that is not wrapped."
                 )
-    for _, unit in units:
-        group = unit._get_fsdp_state()._fsdp_param_group if isinstance(unit, FSDPModule) else None
-        if group is not None:
-            group.fsdp_params = [p for p in group.fsdp_params if not _of_adapter(p._module_info.module, p._module_info.param_name)]
+    for group, parameters in kept:
+        group.fsdp_params = parameters
+
+
+def _group_of(unit: Any) -> Any:
+    """What a unit of FSDP2 shards; None if that is nothing."""
+    return unit._get_fsdp_state()._fsdp_param_group
 
 
 def _of_adapter(module: nn.Module, name: str) -> bool:
@@ -165,7 +177,10 @@ def data_parallel_groups(wrapped: nn.Module) -> list[Any]:
         groups = [wrapped.process_group]
         replicas = getattr(wrapped, "_inter_node_pg", None)  # hybrid sharding: the copies of a shard
         return groups if replicas is None else [*groups, replicas]
-    mesh = wrapped._get_fsdp_state()._fsdp_param_group.mesh_info.mesh  # type: ignore[operator]
+    group = _group_of(wrapped)
+    if group is None:
+        raise ValueError("FSDP2 shards nothing there (ignored_params) and has no mesh: apply LoRA before wrapping")
+    mesh = group.mesh_info.mesh
     return [mesh.get_group(dim) for dim in range(mesh.ndim)]
 
 
@@ -257,7 +272,7 @@ def _freeze_copies(wrapped: nn.Module) -> None:
         if handle is not None and not any(p.requires_grad for p in handle.flat_param._params or ()):
             handle.flat_param.requires_grad_(False)
         return
-    group = wrapped._get_fsdp_state()._fsdp_param_group  # type: ignore[operator]
+    group = _group_of(wrapped)
     for param in () if group is None else group.fsdp_params:
         if hasattr(param, "_unsharded_param"):
             param._unsharded_param.requires_grad_(param.sharded_param.requires_grad)

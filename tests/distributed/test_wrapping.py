@@ -229,6 +229,25 @@ def test_unloading_what_fsdp1_flattened_is_refused(pool: Any) -> None:
     assert len(set(pool.run(refuse_flattened))) == 1
 
 
+def refuse_emptied(order: str) -> str:
+    """The base's parameters are none of FSDP2's."""
+    model = make_net() if order == "after" else apply_lora(make_net(), config=CONFIG)
+    base = {parameter for name, parameter in model.named_parameters() if "lora_" not in name}
+    for layer in model.layers:
+        fully_shard(layer, ignored_params=base)
+    adapters = len(get_lora_parameters(model))
+    with pytest.raises(ValueError, match="FSDP2 shards nothing") as error:
+        apply_lora(model, config=CONFIG) if order == "after" else unload_lora(model)
+    assert len(get_lora_parameters(model)) == adapters
+    model(make_data()[0])
+    return str(error.value)
+
+
+@pytest.mark.parametrize(("order", "where"), [("before", "'layers.0'"), ("after", "'layers.0.q'")])
+def test_units_that_are_left_with_nothing_are_refused(pool: Any, order: str, where: str) -> None:
+    assert all(message.startswith(where) for message in pool.run(refuse_emptied, order))
+
+
 def refuse_ddp() -> str:
     model = DDP(make_net())
     flags = [p.requires_grad for p in model.parameters()]
