@@ -89,6 +89,9 @@ class _Linears(torch.autograd.Function):
         some = next((g for g in grads if g is not None), None)
         if some is None:
             return (None,) * (3 + len(tensors))
+        if autocast_dtype(some) is not None:  # in the forward's dtypes, whatever the backward pass is called under
+            with torch.autocast(some.device.type, enabled=False):
+                return _Linears.backward(ctx, *grads)
         if not torch.compiler.is_compiling() and wants_definition(some):
             definition = lambda drop: _definition(x, drop, scales, weights, layouts, biases, As, Bs)  # noqa: E731
             return differentiable(ctx, definition, [x, None, None, *tensors], [(mask, A.shape[1])], grads)

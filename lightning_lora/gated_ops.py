@@ -66,6 +66,9 @@ class _GatedMLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        if autocast_dtype(grads[0]) is not None:  # in the forward's dtypes, whatever the backward pass is called under
+            with torch.autocast(grads[0].device.type, enabled=False):
+                return _GatedMLP.backward(ctx, *grads)
         _, threshold, scales, layouts = ctx.settings
         x, seed, seed_down, g, u, t, t_down, A, A_down, *rest = ctx.saved_tensors
         lows, tensors = rest[:3], rest[3:]

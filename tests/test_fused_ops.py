@@ -131,6 +131,18 @@ def test_under_autocast_in_its_dtype():
     assert [g.dtype for g in gradients(ys, [x, As[0]])] == [torch.float32] * 2
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_backward_pass_under_autocast_is_in_the_dtype_of_the_forward_pass(create_graph):
+    x, Ws, biases, As, Bs = operands(dtype=torch.float32)
+    expected = gradients(lora_linears(x, Ws, biases, As, Bs, SCALES), [x, *As, *Bs])
+    ys = lora_linears(x, Ws, biases, As, Bs, SCALES)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.manual_seed(1)
+        loss = sum((y * torch.randn_like(y)).sum() for y in ys)
+        found = torch.autograd.grad(loss, [x, *As, *Bs], create_graph=create_graph)
+    assert_close(found, expected)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_compiled_it_is_two_operations_and_the_same_numbers(monkeypatch, dropout):
     graphs = []

@@ -39,6 +39,15 @@ def test_equals_the_definition_with_every_gradient(batched):
     assert_close(found, torch.autograd.grad(exact.square().sum(), [x, *As, *Bs]), rtol=1e-3, atol=1e-4)
 
 
+def test_a_backward_pass_under_autocast_is_in_the_dtype_of_the_forward_pass():
+    x, Ws, As, Bs = operands()
+    mine = gated_ops.lora_gated_mlp(x, Ws, As, Bs, SCALES).square().sum()
+    expected = torch.autograd.grad(mine, [x, *As, *Bs], retain_graph=True)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        found = torch.autograd.grad(mine, [x, *As, *Bs])
+    assert_close(found, expected)
+
+
 def test_dropout_and_second_derivatives():
     x, Ws, As, Bs = operands()
     torch.manual_seed(2)
