@@ -26,13 +26,11 @@ def repeated_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     named = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     lists = [list(_elements(name, module)) for name, module in model.named_modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
     found = [(fqn, block) for blocks in lists for fqn, block in blocks if named & {cls.__name__ for cls in type(block).__mro__}]
-    outermost: list[tuple[str, nn.Module]] = []
-    inside: set[nn.Module] = set()
+    names: dict[nn.Module, str] = {}
     for fqn, block in found or [pair for blocks in lists if _alike(blocks) for pair in blocks]:
-        if block not in inside:
-            inside.update(block.modules())
-            outermost.append((fqn, block))
-    return outermost
+        names.setdefault(block, fqn)
+    inside = {module for block in names for child in block.children() for module in child.modules()}
+    return [(fqn, block) for block, fqn in names.items() if block not in inside]
 
 
 def _elements(name: str, listed: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -43,7 +43,7 @@ def compile_layers(model: nn.Module, backend: str | Callable[..., Any] = "induct
     if not blocks:
         raise ValueError(
             f"{type(model).__name__} has no repeated blocks to compile (an nn.ModuleList or nn.Sequential of at least two modules of one"
-            ' class). Leave compile="layer" out, and call .compile() on the parts that take the time.'
+            ' class that have modules inside). Leave compile="layer" out, and call .compile() on the parts that take the time.'
         )
     # All modules' calls are one piece of code to the compiler, which counts graphs by that and after eight leaves it uncompiled.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)

@@ -51,6 +51,12 @@ def test_a_block_in_two_lists_comes_once() -> None:
     assert len(repeated_blocks(nn.ModuleDict({"a": blocks, "b": nn.ModuleList([blocks[1], blocks[0]])}))) == 2
 
 
+def test_never_a_block_inside_a_block_whichever_list_comes_first() -> None:
+    parts = several(2)
+    model = nn.ModuleDict({"parts": parts, "blocks": nn.ModuleList(Block(part) for part in parts)})
+    assert [name for name, _ in repeated_blocks(model)] == ["blocks.0", "blocks.1"]
+
+
 @pytest.mark.parametrize("adapted", [False, True])
 def test_a_hugging_face_model_names_them_itself(adapted: bool) -> None:
     """Also a list of one, and though their class is another once they share work."""

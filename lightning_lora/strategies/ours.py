@@ -89,7 +89,7 @@ def shard_blocks(model: nn.Module, mesh: DeviceMesh) -> None:
     if not blocks:
         raise ValueError(
             f"{type(model).__name__} has no repeated blocks to shard (an nn.ModuleList or nn.Sequential of at least two modules of one"
-            " class): use ModelParallelStrategy and shard it in configure_model."
+            " class that have modules inside): use ModelParallelStrategy and shard it in configure_model."
         )
     for _, block in blocks:
         fully_shard(block, mesh=mesh)
