@@ -38,9 +38,12 @@ class DurableCheckpointIO(TorchCheckpointIO):
             return
         path = Path(path)
         os.makedirs(path.parent, exist_ok=True)
-        if (path / REST).is_file():  # a folder of shards stands where the file is to be
-            shutil.rmtree(path)
-        write_atomic(path, lambda file: torch.save(checkpoint, file))
+        shards = (path / REST).is_file()  # a folder of them stands where the file is to be
+        if shards:
+            _remove(_staged(path))
+        write_atomic(_staged(path) if shards else path, lambda file: torch.save(checkpoint, file))
+        if shards:
+            _swap(path)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         """To the CPU, said in a word: Lightning's default, a function, is refused for torchao's low-bit optimizer states."""
@@ -58,25 +61,39 @@ def write_folder(checkpoint: dict[str, Any], path: Path) -> None:
 
     tensors: dict[str, Tensor] = {}
     rest = _take_tensors({name: checkpoint[name] for name in ("state_dict", "optimizer_states") if name in checkpoint}, "", tensors)
-    staged, old = (path.with_name(f".{path.name}.{suffix}") for suffix in ("tmp", "old"))
-    first = dist.get_rank() == 0
+    staged, first = _staged(path), dist.get_rank() == 0
     if first:
-        shutil.rmtree(staged, ignore_errors=True)
-        if path.exists():  # else a kill between the two renames below left the last checkpoint there
-            shutil.rmtree(old, ignore_errors=True)
+        _remove(staged)
         staged.mkdir(parents=True)
     dist.barrier()
     dcp.save(tensors, checkpoint_id=staged)
     if first:
         write_atomic(staged / REST, lambda file: torch.save({**checkpoint, **rest}, file))
-        if path.is_dir():
-            os.replace(path, old)
-        elif path.exists():
-            path.unlink()
-        os.replace(staged, path)
-        sync_folder(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        _swap(path)
     dist.barrier()
+
+
+def _staged(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _swap(path: Path) -> None:
+    """Put what is staged in the target's place, whichever of them is a folder; after a kill between the two renames the old one is there
+    beside it, until the next save is whole."""
+    old = path.with_name(f".{path.name}.old")
+    if os.path.lexists(path):  # else such a kill left the last checkpoint at old
+        _remove(old)
+        os.replace(path, old)
+    os.replace(_staged(path), path)
+    sync_folder(path.parent)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def read_folder(path: Path) -> dict[str, Any]:

@@ -42,6 +42,7 @@ def folder_after_a_kill(folder: str) -> tuple[list[str], list[str]]:
     write_folder({"state_dict": {"x": torch.ones(2)}}, path)
     if first:
         path.rename(path.with_name(".last.ckpt.old"))
+        path.with_name(".last.ckpt.tmp").touch()  # and one of a file, before that, its staging file
     dist.barrier()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="disk full"):
         patch.setattr(dcp, "save", fails)
