@@ -170,8 +170,8 @@ def _backward(
 
 def scaled(t: Tensor, scales: Sequence[float], Bs: Sequence[Tensor]) -> Tensor:
     """t, all of which has the first scale, with each sibling's own."""
-    for part, scale in zip(_split(t, Bs), scales, strict=True):
-        if scale != scales[0]:
+    if any(scale != scales[0] for scale in scales):
+        for part, scale in zip(_split(t, Bs), scales, strict=True):
             part.mul_(scale / scales[0])
     return t
 
