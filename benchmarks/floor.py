@@ -11,6 +11,7 @@ The floor is what no LoRA can avoid: forward and backward of the frozen base to 
 compiled, cross entropy through the frozen head in blocks of 2048 rows. A mode is a method and what is done to it, joined by dashes:
 
     frozen, full, peft, ours    no adapter; every weight trains; PEFT; this package
+    peftdora, dora              DoRA in place of LoRA
     layer                       each decoder layer compiled (`compile="layer"`)
     chunk                       the chunked loss without autocast (`bf16-true`; PEFT's adapters are bf16 then, its fastest). Other modes
                                 have Hugging Face's loss under bf16 autocast, and fp32 adapters: what a user gets who sets nothing
@@ -131,21 +132,29 @@ def full(model: Any, setting: Setting, dropout: float, flags: set[str]) -> Any:
     return model
 
 
-def peft(model: Any, setting: Setting, dropout: float, flags: set[str]) -> Any:
+def peft(model: Any, setting: Setting, dropout: float, flags: set[str], **options: Any) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=setting.rank, lora_alpha=2 * setting.rank, lora_dropout=dropout, target_modules=LINEARS)
+    config = LoraConfig(r=setting.rank, lora_alpha=2 * setting.rank, lora_dropout=dropout, target_modules=LINEARS, **options)
     return get_peft_model(model, config, autocast_adapter_dtype="chunk" not in flags)
 
 
-def ours(model: Any, setting: Setting, dropout: float, flags: set[str]) -> Any:
-    apply_lora(model, config=LoRAConfig(rank=setting.rank, alpha=2 * setting.rank, dropout=dropout, target_modules=LINEARS))
+def ours(model: Any, setting: Setting, dropout: float, flags: set[str], **options: Any) -> Any:
+    config = LoRAConfig(rank=setting.rank, alpha=2 * setting.rank, dropout=dropout, target_modules=LINEARS, **options)
+    apply_lora(model, config=config)
     if "unfused" in flags:
         unfuse(model)
     return model
 
 
-METHODS: dict[str, Callable[..., Any]] = {"frozen": frozen, "full": full, "peft": peft, "ours": ours}
+METHODS: dict[str, Callable[..., Any]] = {
+    "frozen": frozen,
+    "full": full,
+    "peft": peft,
+    "peftdora": partial(peft, use_dora=True),
+    "ours": ours,
+    "dora": partial(ours, variant="dora"),
+}
 
 
 def recorded(backend: str) -> Callable[..., Any]:

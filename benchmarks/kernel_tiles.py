@@ -2,7 +2,7 @@
 
     python benchmarks/kernel_tiles.py                 # the tiles in use, Llama-3.1-8B's sizes, 8192 tokens, r=16, on a GPU
     python benchmarks/kernel_tiles.py --dropout 0.1
-    python benchmarks/kernel_tiles.py --search        # every candidate; minutes, most of them compiling
+    python benchmarks/kernel_tiles.py --search --kernels forward,backward   # every candidate; minutes, most of them compiling
 
 *Floor* is the bytes that have to be read and written once, over the device's copy speed. For ``forward`` and ``backward``, the gated MLP's
 middle with three adapters' work inside, torch's column is the compiled middle without any adapter. The last table is two orders of one
@@ -78,10 +78,11 @@ def orders(rows: int, hidden: int, wide: int, rank: int) -> Iterator[tuple[str, 
 
 
 def candidates(kernel: str) -> list[Tiles]:
-    """Tiles to try: the gated kernels hold more at once, so theirs are smaller."""
-    large = kernel in gated.TILES
-    columns = (32, 64, 128) if large else (64, 128, 256)
-    return [Tiles(*c) for c in itertools.product((32, 64, 128), columns, (4, 8), (1, 2, 3) if large else (2, 3, 5), (None, 128))]
+    """Tiles to try: the gated kernels hold more at once, so theirs are smaller, and what they gain by is fetching ahead."""
+    if kernel in gated.TILES:
+        sizes = ((64, 32), (64, 64), (64, 128), (128, 32), (32, 64))
+        return [Tiles(*size, *rest) for size, rest in itertools.product(sizes, itertools.product((4, 8), (1, 2, 3)))]
+    return [Tiles(*c) for c in itertools.product((32, 64, 128), (64, 128, 256), (4, 8), (2, 3, 5))]
 
 
 def search(case: Case) -> None:
@@ -108,12 +109,15 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--search", action="store_true", help="try other tiles")
+    parser.add_argument("--kernels", default="project,add_,reduce,forward,backward", help="comma-separated")
     options = parser.parse_args()
     source = torch.empty(2**30, device="cuda", dtype=torch.uint8)
     speed = 2 * source.nbytes / milliseconds(source.clone)  # bytes a millisecond
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}, copy {speed / 1e9:.2f} TB/s")
     print("| kernel | size | ours, us | torch, us | floor, us |\n|---|---|---|---|---|")
     for case in cases(options.rows, options.hidden, options.wide, options.rank, options.dropout):
+        if case.kernel not in options.kernels.split(","):
+            continue
         if options.search:
             search(case)
         ours, torchs, floor = milliseconds(case.ours), milliseconds(case.torchs), case.moved / speed

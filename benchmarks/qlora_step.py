@@ -1,12 +1,14 @@
 """A QLoRA training step's time and memory: the frozen NF4 model, ours, PEFT; eager and with each block compiled; checkpointed or not.
 
     python benchmarks/qlora_step.py           # Llama-3-8B's shape, 1 x 2048 tokens, all-linear r=16, on a GPU
+    python benchmarks/qlora_step.py --batch 2 --how compiled --chunk
     python benchmarks/qlora_step.py --tiny    # the same steps in seconds, on a CPU too
 
 Random weights, made and packed block by block on the device, so that the 16 GB of the bf16 model never exist: 4-bit NormalFloat with
 double quantization by bitsandbytes, bf16 embeddings, norms and head, fp32 adapters under autocast, 8-bit AdamW. *Frozen* is forward
 and backward to the embedding's output with no adapter: what no QLoRA can avoid. All is measured in this one run, the peak after the
-first four steps; ratios are to the frozen model run the same way.
+first four steps; ratios are to the frozen model run the same way. The loss is Hugging Face's, or with ``--chunk`` taken through the
+frozen head 2048 rows at a time, as this package's causal-LM task does.
 """
 
 from __future__ import annotations
@@ -19,12 +21,14 @@ from collections.abc import Callable, Sequence
 
 import bitsandbytes
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, __version__
 
 from lightning_lora import LoRAConfig, apply_lora, quantize_base
 from lightning_lora.compiling import compile_layers
+from lightning_lora.losses import chunked_cross_entropy
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
@@ -93,7 +97,7 @@ def measure(name: str, options: argparse.Namespace, compiled: bool, checkpointed
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         key = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
         enable(**{f"{key}_checkpointing_kwargs": {"use_reentrant": False}})
-    model = MODES[name](model).train()
+    base, model = model, MODES[name](model).train()
     if compiled:
         compile_layers(model)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -107,7 +111,7 @@ def measure(name: str, options: argparse.Namespace, compiled: bool, checkpointed
             torch.cuda.synchronize()
         started = time.perf_counter()
         with torch.autocast(device, torch.bfloat16):
-            loss = model(input_ids=ids, labels=ids).loss
+            loss = chunked(base, ids, cuda and compiled) if options.chunk else model(input_ids=ids, labels=ids).loss
         loss.backward()
         if optimizer is not None:
             optimizer.step()
@@ -116,11 +120,17 @@ def measure(name: str, options: argparse.Namespace, compiled: bool, checkpointed
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
-    del model, optimizer, trained, loss
+    del base, model, optimizer, trained, loss
     gc.collect()
     if cuda:
         torch.cuda.empty_cache()
     return statistics.median(times[4:]) * 1e3, peak
+
+
+def chunked(base: nn.Module, ids: torch.Tensor, compiled: bool) -> torch.Tensor:
+    """The next-token loss without all the logits at once."""
+    hidden = base.model(input_ids=ids).last_hidden_state.flatten(0, 1)
+    return chunked_cross_entropy(hidden, base.lm_head.weight, F.pad(ids[:, 1:], (0, 1), value=-100).flatten(), compiled=compiled)
 
 
 def main(argv: list[str] | None = None) -> dict[str, tuple[float, float]]:
@@ -129,6 +139,7 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[float, float]]:
     parser.add_argument("--steps", type=int, default=8, help="counted steps, after four")
     parser.add_argument("--batch", type=int, default=1, help="rows")
     parser.add_argument("--seq", type=int, default=2048, help="tokens a row")
+    parser.add_argument("--chunk", action="store_true", help="the chunked loss")
     parser.add_argument("--how", nargs="+", choices=HOW, default=list(HOW), metavar="HOW", help=f"of {', '.join(HOW)}; default all")
     options = parser.parse_args(argv)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

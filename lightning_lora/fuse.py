@@ -132,6 +132,7 @@ def _serves(layer: Any, x: Tensor) -> bool:
     return (
         isinstance(layer, LoRALinear)
         and layer.fusable(x)
+        and type(layer).lora_output is LoRALinear.lora_output
         and layer.bias is None
         and "forward" not in layer.__dict__
         and layer.rank <= kernels.WIDEST_GATED

@@ -110,7 +110,8 @@ class _Linears(torch.autograd.Function):
 
 
 def working_copies(As: Sequence[Tensor], Bs: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-    """The A's below one another and the B's, contiguous and in the dtype of the activations: one copy operation for all that need it."""
+    """The A's below one another, and each of the B's (or what else is to be copied), contiguous and in the dtype of the activations: one
+    operation for all of them."""
     if all(factor.dtype == dtype for factor in (*As, *Bs)):
         return (As[0].contiguous() if len(As) == 1 else torch.cat(list(As))), [B.contiguous() for B in Bs]
     shapes = [(sum(A.shape[0] for A in As), As[0].shape[1]), *(B.shape for B in Bs)]
@@ -172,8 +173,8 @@ def _backward(
 
 def scaled(t: Tensor, scales: Sequence[float], Bs: Sequence[Tensor]) -> Tensor:
     """t, all of which has the first scale, with each sibling's own."""
-    for part, scale in zip(_split(t, Bs), scales, strict=True):
-        if scale != scales[0]:
+    if any(scale != scales[0] for scale in scales):
+        for part, scale in zip(_split(t, Bs), scales, strict=True):
             part.mul_(scale / scales[0])
     return t
 

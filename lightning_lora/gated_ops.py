@@ -101,8 +101,7 @@ def _forward(
     from lightning_lora.kernels import gated, low_rank
 
     drop, drop_down = _drop(seed, threshold), _drop(seed_down, threshold)
-    A, lows = working_copies(As[:2], Bs, x.dtype)
-    A_down = As[2].to(x.dtype, copy=True, memory_format=torch.contiguous_format)
+    A, (*lows, A_down) = working_copies(As[:2], [*Bs, As[2]], x.dtype)
     t = scaled(low_rank.project(x, A, drop, scales[0]), scales[:2], lows[:2])
     gate, up, down = put_together(weights, layouts)
     g, u = gate.linear(x), up.linear(x)

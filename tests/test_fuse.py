@@ -167,7 +167,14 @@ def nothing(model):
     pass
 
 
-STEPS_ASIDE = {"not": nothing, "hook": hooked, "merged": merged, "trained weight": training_weight, "dropout": other_dropout}
+def dora(model):
+    """Its outputs are not the sums that the kernel would take."""
+    unload_lora(model)
+    fill(apply_lora(model, config=LoRAConfig(rank=3, variant="dora", target_modules="all-linear")))
+    assert isinstance(model, GatedMLP)
+
+
+STEPS_ASIDE = {"not": nothing, "dora": dora, "hook": hooked, "merged": merged, "trained weight": training_weight, "dropout": other_dropout}
 
 
 @pytest.mark.parametrize(("case", "quantize"), [*((case, None) for case in STEPS_ASIDE), ("not", "nf4"), ("hook", "nf4"), ("not", "int8")])

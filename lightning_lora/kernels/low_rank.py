@@ -22,13 +22,12 @@ PROGRAMS = 528  # that fill an H100: four on each of its 132 multiprocessors
 
 
 class Tiles(NamedTuple):
-    """How a kernel cuts its work: tokens and columns of a tile, warps of a program, loads in flight, registers of a thread."""
+    """How a kernel cuts its work: tokens and columns of a tile, warps of a program, loads in flight."""
 
     BT: int
     BC: int
     num_warps: int = 4
     num_stages: int = 4
-    maxnreg: int | None = None
 
     @property
     def options(self) -> dict[str, int]:

@@ -83,6 +83,10 @@ class LoRALayer(Mergeable):
         """The base's output ``y`` plus this layer's update for the input ``x``."""
         raise NotImplementedError(f"{type(self).__name__} has to say its update")
 
+    def lora_output(self, z: Tensor) -> Tensor:
+        """What the layer returns, given the base's output plus the update; a variant may do something to the sum."""
+        return z
+
     def update_factors(self) -> tuple[Tensor, Tensor]:
         """A and B as the update multiplies them; a variant may put something between them."""
         return self.lora_A, self.lora_B
@@ -186,7 +190,7 @@ class LoRALayer(Mergeable):
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's forward plus the update."""
         y = super().forward(input, *args, **kwargs)
-        return y if self.merged else self.lora_update(y, input)
+        return y if self.merged else self.lora_output(self.lora_update(y, input))
 
     def base_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's forward alone."""

@@ -112,10 +112,10 @@ class LoRALinear(LoRALayer, nn.Linear):
         """The base's forward plus the update; one operation for both where nothing stands in the way."""
         if not self.merged and not args and not kwargs:
             y = None if self.lora_siblings is None else self.lora_siblings.output(self, input)
+            if y is None and self.fusable(input):
+                y = compute([self], input)[0]
             if y is not None:
-                return y
-            if self.fusable(input):
-                return compute([self], input)[0]
+                return self.lora_output(y)
         return super().forward(input, *args, **kwargs)
 
     def fusable(self, x: Tensor) -> bool:

@@ -71,22 +71,21 @@ class DoRA(LoRALayer):
 
     # The formula.
 
-    def lora_update(self, y: Tensor, x: Tensor) -> Tensor:
-        """``g∘(W·x + s·B·A·x) + b`` from the base's ``y = W·x + b``."""
-        dropout = super().dropout_now() if x.is_floating_point() else 0.0  # a dropped id has no meaning
-        rest = None
-        if dropout:
-            x = F.dropout(x, dropout)
-            again = self.base_forward(x)
-            rest, y = y - again, again
-        y = self._rescaled(super().lora_update(y, x))
-        return y if rest is None else y + rest
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``g∘(W·x + s·B·A·x) + b``, or with dropout the three terms above."""
+        dropout = super().dropout_now() if input.is_floating_point() else 0.0  # a dropped id has no meaning
+        if self.merged or not dropout:
+            return super().forward(input, *args, **kwargs)
+        x = F.dropout(input, dropout)
+        again = self.base_forward(x, *args, **kwargs)
+        rest = self.base_forward(input, *args, **kwargs) - again
+        return self.lora_output(self.lora_update(again, x)) + rest
 
     def dropout_now(self) -> float:
         """0: what the kind's update gets has been through it."""
         return 0.0
 
-    def _rescaled(self, z: Tensor) -> Tensor:
+    def lora_output(self, z: Tensor) -> Tensor:
         """``g∘(z − b) + b``."""
         gain, own = self.per_output(self.lora_magnitude_vector / self.norm()), self._parameters.get("bias")
         bias = None if own is None else self.per_output(own)

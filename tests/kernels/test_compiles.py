@@ -29,7 +29,7 @@ def compile(kernel, tiles, capability=90, **constants):
     loose = {"threshold", "scale", *constants}
     aligned = {(k,): [["tt.divisibility", 16]] for k, name in enumerate(names) if name not in loose}
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={k: v for k, v in options.items() if v is not None})
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return len(built.asm["cubin"]), built.metadata.shared
 
 found = {}

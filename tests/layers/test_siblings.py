@@ -75,9 +75,10 @@ def test_layers_whose_hooks_change_the_input_are_computed_once_each(hook, calls)
     assert calls == []  # of several: each by itself
 
 
+@pytest.mark.parametrize("variant", ["plain", "dora"])  # DoRA does its own to each output
 @pytest.mark.parametrize("targets", [("q_proj", "k_proj", "v_proj"), ("q_proj", "v_proj")])
-def test_one_product_and_the_same_numbers(targets, calls):
-    model, x = attention(targets), torch.randn(3, 8)
+def test_one_product_and_the_same_numbers(targets, variant, calls):
+    model, x = attention(targets, variant=variant), torch.randn(3, 8)
     expected = run(plain(model), x)
     calls.clear()
     assert_close(run(model, x), expected)
@@ -217,8 +218,8 @@ def test_dropout_that_differs_is_no_group(calls):
     assert calls == []
 
 
-def test_variants_and_frozen_weights_that_train_stay_out(calls):
-    attention(variant="dora")(torch.randn(3, 8))
+def test_doras_dropout_and_frozen_weights_that_train_stay_out(calls):
+    attention(variant="dora", dropout=0.5).train()(torch.randn(3, 8))
     model = attention()
     model.k_proj.weight.requires_grad_()
     model(torch.randn(3, 8)).sum().backward()
