@@ -17,8 +17,8 @@ def repeated_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """``(FQN, block)`` of every repeated block, in the model's order; never a block inside a block.
 
     They are the listed modules that the model itself names in ``_no_split_modules`` (Hugging Face), else the elements of every
-    ``nn.ModuleList`` or ``nn.Sequential`` of at least two modules of one class that have modules inside. Every list counts, for an
-    encoder's blocks are no reason to leave the decoder's out.
+    ``nn.ModuleList`` or ``nn.Sequential`` of at least two modules of one class that have modules and parameters inside.
+    Every list counts, for an encoder's blocks are no reason to leave the decoder's out.
 
     Args:
         model: any module, wrapped or not; blocks come out of torch's wrappers.
@@ -40,9 +40,11 @@ def _elements(name: str, listed: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _alike(blocks: list[tuple[str, nn.Module]]) -> bool:
-    """Whether they are several of one class that can be called, with modules inside."""
+    """Whether they are several of one class that can be called, with modules and parameters inside: metrics have none."""
     classes = {type(block) for _, block in blocks}
-    return len(blocks) > 1 and len(classes) == 1 and not classes & _CONTAINERS and any(True for _ in blocks[0][1].children())
+    if len(blocks) < 2 or len(classes) > 1 or classes & _CONTAINERS:
+        return False
+    return all(any(True for _ in inside) for inside in (blocks[0][1].children(), blocks[0][1].parameters()))
 
 
 def _unwrapped(fqn: str, module: nn.Module) -> tuple[str, nn.Module]:

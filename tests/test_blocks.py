@@ -7,6 +7,7 @@ import torch
 import transformers
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torchmetrics import MeanMetric, MetricCollection
 
 from lightning_lora import LoRAConfig, apply_lora
 from lightning_lora.blocks import repeated_blocks
@@ -39,6 +40,7 @@ def several(number: int) -> nn.ModuleList:
         (nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]), []),
         (nn.Sequential(Block(), nn.ReLU()), []),
         (several(1), []),
+        (nn.ModuleList([MetricCollection([MeanMetric()]) for _ in range(2)]), []),  # one a validation set
     ],
 )
 def test_the_outermost_elements_of_every_list_of_equals(model: nn.Module, names: list[str]) -> None:
