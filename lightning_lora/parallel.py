@@ -10,6 +10,7 @@ columns (rowwise) A is split and B whole, so that the update comes out as the ba
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -42,11 +43,13 @@ class GradientReducer:
         self.parameters = [p for p in parameters if p.requires_grad and not hasattr(p, "_lora_reducer")]
         self.groups = list(groups)
         self._queued = False
+        # The garbage collector does not see hooks: a strong reference in there would keep the parameters for ever.
+        accumulated = weakref.WeakMethod(self._after_accumulation)
         for parameter in self.parameters:
             parameter._lora_reducer = self  # type: ignore[attr-defined]
-            parameter.register_post_accumulate_grad_hook(self._after_accumulation)
+            parameter.register_post_accumulate_grad_hook(lambda _: accumulated()())  # type: ignore[misc]
 
-    def _after_accumulation(self, _: Tensor) -> None:
+    def _after_accumulation(self) -> None:
         if not self._queued and dist.is_initialized():  # the module may go on alone, on one device
             self._queued = True
             torch.autograd.Variable._execution_engine.queue_callback(self._reduce)
@@ -122,6 +125,8 @@ def forget(model: nn.Module) -> None:
                     " into a model that is not wrapped."
                 )
     for group, parameters in kept:
+        for gone in set(group.fsdp_params).difference(parameters):
+            gone._post_load_hook_handle.remove()  # it would look for the adapter whenever a state dict is loaded
         group.fsdp_params = parameters
 
 
