@@ -179,29 +179,15 @@ def scaled(t: Tensor, scales: Sequence[float], Bs: Sequence[Tensor]) -> Tensor:
     return t
 
 
-def _forward_shapes(
-    x: Tensor, mask: Any, threshold: int, fast: bool, scales: Any, weights: Any, layouts: Any, biases: Any, As: Any, Bs: Any
-) -> list[Tensor]:
-    rows, rank = x.shape[0], sum(A.shape[0] for A in As)
+def _forward_shapes(x: Tensor, *rest: Any) -> list[Tensor]:
+    rows, (As, Bs) = x.shape[0], rest[-2:]
+    rank = sum(A.shape[0] for A in As)
     ys = [x.new_empty(rows, B.shape[0]) for B in Bs]
     return [*ys, x.new_empty(rows, rank), x.new_empty(rank, x.shape[1]), *(x.new_empty(B.shape) for B in Bs)]
 
 
-def _backward_shapes(
-    gs: Any,
-    x: Any,
-    t: Tensor,
-    A: Tensor,
-    mask: Any,
-    threshold: int,
-    fast: bool,
-    scales: Any,
-    weights: Any,
-    layouts: Any,
-    Bs: Any,
-    needs_x: bool,
-) -> list[Tensor]:
-    sums = torch.float32 if fast else t.dtype
+def _backward_shapes(gs: Any, x: Any, t: Tensor, A: Tensor, mask: Any, threshold: int, fast: bool, *rest: Any) -> list[Tensor]:
+    sums, (Bs, needs_x) = torch.float32 if fast else t.dtype, rest[-2:]
     dx = t.new_empty(*((t.shape[0], A.shape[1]) if needs_x else (0,)))
     return [dx, *(B.new_empty(B.shape, dtype=sums) for B in Bs), *([] if x is None else [A.new_empty(A.shape, dtype=sums)])]
 
