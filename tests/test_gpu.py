@@ -76,6 +76,8 @@ def unpacked(model: Any) -> Any:
 
 @pytest.mark.parametrize("quantize", [None, "nf4"])
 def test_a_step_is_as_exact_as_with_plain_operations(quantize: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if quantize is not None:
+        pytest.importorskip("bitsandbytes")
     model = llama(quantize=quantize)
     assert served(model, monkeypatch)
     found = {"fused": run(model)}
