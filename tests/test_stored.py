@@ -5,6 +5,7 @@ import weakref
 import pytest
 import torch
 from functorch.compile import make_boxed_func
+from torch import library
 from torch._dynamo.backends.common import aot_autograd
 from torch.nn.functional import linear, silu
 from torch.testing import assert_close
@@ -181,7 +182,7 @@ def test_operations_say_their_shapes_right(options):
     ys = fused_ops._forward(*forward)
     backward = ([torch.randn_like(y) for y in ys[:3]], x, ys[3], ys[4], None, 0, False, list(SCALES), tensors, layouts, Bs, True)
     for operation, given in ((torch.ops.lightning_lora.linears_forward, forward), (torch.ops.lightning_lora.linears_backward, backward)):
-        torch.library.opcheck(operation.default, given, test_utils=["test_schema", "test_faketensor"])
+        library.opcheck(operation.default, given, test_utils=["test_schema", "test_faketensor"])
 
 
 WIDE = 48
