@@ -218,7 +218,7 @@ def measure(mode: str, setting: Setting, profile: bool = False) -> Result:
         result.loss = loss.item()
         if profile:
             result.kernels = kernels(step, 3)
-    except Exception as error:
+    except Exception as error:  # out of memory, or anything that a method fails by: its row of the table says so
         result.error = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
     return result
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+BLOCKS = "an nn.ModuleList or nn.Sequential of at least two modules of one class that have modules and parameters inside"
 _CONTAINERS = {nn.ModuleList, nn.ModuleDict}
 _WRAPPED_IN = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # the attributes of torch's own wrappers
 

@@ -20,7 +20,7 @@ from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch._functorch import config as autograd_config
 
-from lightning_lora.blocks import repeated_blocks
+from lightning_lora.blocks import BLOCKS, repeated_blocks
 
 GRAPHS = 64  # more than blocks of a few classes need for all of those
 
@@ -42,8 +42,8 @@ def compile_layers(model: nn.Module, backend: str | Callable[..., Any] = "induct
     blocks = dict(repeated_blocks(model))
     if not blocks:
         raise ValueError(
-            f"{type(model).__name__} has no repeated blocks to compile (an nn.ModuleList or nn.Sequential of at least two modules of one"
-            ' class that have modules inside). Leave compile="layer" out, and call .compile() on the parts that take the time.'
+            f'{type(model).__name__} has no repeated blocks to compile ({BLOCKS}). Leave compile="layer" out, and call .compile() on the'
+            " parts that take the time."
         )
     # All modules' calls are one piece of code to the compiler, which counts graphs by that and after eight leaves it uncompiled.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)

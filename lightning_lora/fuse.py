@@ -137,7 +137,7 @@ def _serves(layer: Any, x: Tensor) -> bool:
         and "forward" not in layer.__dict__
         and layer.rank <= kernels.WIDEST_GATED
         and layer.lora_A.requires_grad
-        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+        and not _watched(layer)
         and not torch.are_deterministic_algorithms_enabled()  # the kernel's sums over the intermediate features are not
     )
 
@@ -152,6 +152,10 @@ def _is_gated_mlp(module: Any) -> bool:
 def _is_silu(function: Any) -> bool:
     """Whether it is SiLU and nobody watches it."""
     if isinstance(function, nn.Module):
-        watched = function._forward_hooks or function._forward_pre_hooks or function._backward_hooks or function._backward_pre_hooks
-        return type(function).__name__ in ("SiLU", "SiLUActivation") and not watched
+        return type(function).__name__ in ("SiLU", "SiLUActivation") and not _watched(function)
     return function is nn.functional.silu
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether hooks want to see its calls."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)

@@ -49,7 +49,7 @@ def lora_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropou
     x, A, B = x.to(y.dtype), A.to(y.dtype), B.to(y.dtype)
     # The compiler fuses the definition itself, and torch.func transforms want nothing but plain operations.
     # DTensors know how to propagate placements through plain operations too.
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or is_sharded(A):
+    if transformed() or is_sharded(A):
         return lora_update_reference(y, x, A, B, scale, dropout)
     if autocast_dtype(y) is not None:  # all operands have y's dtype: nothing is left to cast
         with torch.autocast(y.device.type, enabled=False):
@@ -60,6 +60,11 @@ def lora_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropou
 NO_INPUT = (
     "second derivatives (create_graph=True) and vectorized Jacobians need the layer's input, which is not kept while lora_A is frozen."
 )
+
+
+def transformed() -> bool:
+    """Whether a compiler or a torch.func transform is looking: they take plain operations."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 class _LowRankUpdate(torch.autograd.Function):

@@ -31,13 +31,13 @@ class Stored(NamedTuple):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight in a dtype; a new tensor if it is packed."""
-        name, *details = self.layout.split(" ")
-        return LAYOUTS[name].dense(self.tensors, details, dtype)
+        layout, details = _read(self.layout)
+        return layout.dense(self.tensors, details, dtype)
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x·Wᵀ + b`` in x's dtype, without a gradient."""
-        name, *details = self.layout.split(" ")
-        return LAYOUTS[name].linear(self.tensors, details, x, None if bias is None else bias.to(x.dtype))
+        layout, details = _read(self.layout)
+        return layout.linear(self.tensors, details, x, None if bias is None else bias.to(x.dtype))
 
 
 class Layout(NamedTuple):
@@ -96,6 +96,12 @@ def put_together(tensors: Sequence[Tensor], layouts: Sequence[str]) -> Iterator[
     """The inverse of :func:`taken_apart`."""
     start = 0
     for layout in layouts:
-        end = start + LAYOUTS[layout.partition(" ")[0]].tensors
+        end = start + _read(layout)[0].tensors
         yield Stored(tuple(tensors[start:end]), layout)
         start = end
+
+
+def _read(layout: str) -> tuple[Layout, list[str]]:
+    """What :attr:`Stored.layout` says."""
+    name, *details = layout.split(" ")
+    return LAYOUTS[name], details

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +57,32 @@ class TinyModel(nn.Module):
         for block in self.layers:
             x = block(x)
         return self.lm_head(x)
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], tuple[Callable[..., Any], list[Any]]]:
+    """Compiles a function as where the kernels serve, with torch operations in their place and one known dropout mask; and its graphs."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    from lightning_lora import fused_ops, kernels
+    from lightning_lora.kernels import plain
+
+    monkeypatch.setattr(kernels, "usable", lambda x: True)
+    monkeypatch.setattr(fused_ops, "_backend", lambda fast: plain)
+    monkeypatch.setattr(plain, "draw_drop", lambda flat, p: ((torch.ones_like(flat, dtype=torch.bool).tril(), 0), 0.5))
+    torch._dynamo.reset()
+
+    def compile(function: Callable[..., Any]) -> tuple[Callable[..., Any], list[Any]]:
+        graphs: list[Any] = []
+
+        def backend(graph: Any, inputs: Any) -> Any:
+            graphs.append(graph)
+            return make_boxed_func(graph.forward)
+
+        return torch.compile(function, backend=aot_autograd(fw_compiler=backend, bw_compiler=backend), fullgraph=True), graphs
+
+    return compile
 
 
 class ConvNet(nn.Module):

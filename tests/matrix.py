@@ -106,7 +106,7 @@ def main(names: list[str] | None = None) -> int:
                     else:
                         getattr(matrix, cell.replace("-", "_"))(name)
                         row.append("passed")
-                except Exception as error:
+                except Exception as error:  # whatever it is, it is this cell's result, and counted
                     row.append("failed")
                     print(f"{name}, {cell}: {type(error).__name__}: {error}", file=sys.stderr)
             counts.update(row)

@@ -3,12 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from functorch.compile import make_boxed_func
-from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
-from lightning_lora import fused_ops, kernels
+from lightning_lora import fused_ops
 from lightning_lora.fused_ops import lora_linears
 from lightning_lora.kernels import plain
 
@@ -144,19 +142,9 @@ def test_a_backward_pass_under_autocast_is_in_the_dtype_of_the_forward_pass(crea
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_compiled_it_is_two_operations_and_the_same_numbers(monkeypatch, dropout):
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return make_boxed_func(graph.forward)
-
-    monkeypatch.setattr(kernels, "usable", lambda x: True)
-    monkeypatch.setattr(fused_ops, "_backend", lambda fast: plain)
-    monkeypatch.setattr(plain, "draw_drop", lambda flat, p: ((torch.ones_like(flat, dtype=torch.bool).tril(), 0), 0.5))
-    torch._dynamo.reset()
+def test_compiled_it_is_two_operations_and_the_same_numbers(traced, dropout):
     x, Ws, biases, As, Bs = operands(dtype=torch.float32)
-    compiled = torch.compile(lora_linears, backend=aot_autograd(fw_compiler=backend, bw_compiler=backend), fullgraph=True)
+    compiled, graphs = traced(lora_linears)
     mine = compiled(x, Ws, biases, As, Bs, SCALES, dropout)
     found = gradients(mine, [x, *As, *Bs])
     defined = lora_linears(x, Ws, biases, As, Bs, SCALES, dropout)

@@ -4,13 +4,11 @@ import weakref
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
 from torch import library
-from torch._dynamo.backends.common import aot_autograd
 from torch.nn.functional import linear, silu
 from torch.testing import assert_close
 
-from lightning_lora import fused_ops, kernels
+from lightning_lora import fused_ops
 from lightning_lora.fused_ops import lora_linears
 from lightning_lora.kernels import plain
 from lightning_lora.stored import LAYOUTS, put_together, taken_apart
@@ -146,20 +144,10 @@ def test_nothing_dense_is_kept():
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_compiled_the_weight_is_unpacked_out_of_sight(monkeypatch, dropout):
+def test_compiled_the_weight_is_unpacked_out_of_sight(traced, dropout):
     """Two operations, and no dense weight among what the forward graph hands to the backward."""
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return make_boxed_func(graph.forward)
-
-    monkeypatch.setattr(kernels, "usable", lambda x: True)
-    monkeypatch.setattr(fused_ops, "_backend", lambda fast: plain)
-    monkeypatch.setattr(plain, "draw_drop", lambda flat, p: ((torch.ones_like(flat, dtype=torch.bool).tril(), 0), 0.5))
-    torch._dynamo.reset()
     x, stored, _, biases, As, Bs = siblings()
-    compiled = torch.compile(lora_linears, backend=aot_autograd(fw_compiler=backend, bw_compiler=backend), fullgraph=True)
+    compiled, graphs = traced(lora_linears)
     mine = compiled(x, stored, biases, As, Bs, SCALES, dropout)
     found = gradients(mine, [x, *As, *Bs])
     eager = lora_linears(x, stored, biases, As, Bs, SCALES, dropout)

@@ -192,7 +192,7 @@ def test_the_rules_see_the_package() -> None:
 
 @each_file
 def test_no_handler_swallows_what_it_does_not_know(file: str) -> None:
-    """Neither `except:` nor `except Exception`; `except BaseException` only to clean up and raise again."""
+    """A handler names what it is for; one for everything only cleans up and raises it again."""
     for node in ast.walk(tree(file)):
         if isinstance(node, ast.ExceptHandler):
             names = {name.id for name in ast.walk(node.type) if isinstance(name, ast.Name)} if node.type else {"nothing"}

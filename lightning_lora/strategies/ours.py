@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from typing_extensions import override
 
-from lightning_lora.blocks import repeated_blocks
+from lightning_lora.blocks import BLOCKS, repeated_blocks
 from lightning_lora.packing import packing_of
 from lightning_lora.parallel import place_adapters
 from lightning_lora.sharding import is_sharded
@@ -88,8 +88,7 @@ def shard_blocks(model: nn.Module, mesh: DeviceMesh) -> None:
     blocks = repeated_blocks(model)
     if not blocks:
         raise ValueError(
-            f"{type(model).__name__} has no repeated blocks to shard (an nn.ModuleList or nn.Sequential of at least two modules of one"
-            " class that have modules inside): use ModelParallelStrategy and shard it in configure_model."
+            f"{type(model).__name__} has no repeated blocks to shard ({BLOCKS}): use ModelParallelStrategy and shard it in configure_model."
         )
     for _, block in blocks:
         fully_shard(block, mesh=mesh)

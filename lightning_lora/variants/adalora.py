@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.adapting import twin
 from lightning_lora.layers.base import LoRALayer, lora_layers
-from lightning_lora.layers.classes import adapted_class
 from lightning_lora.names import adapter_root, clean_name
 from lightning_lora.registry import VARIANTS, register
 from lightning_lora.sharding import is_sharded
@@ -149,8 +148,6 @@ def _made_plain(layer: LoRALayer, config: LoRAConfig) -> LoRALayer:
     del layer._parameters["lora_E"]
     for name, factor in factors.items():
         layer._parameters[name] = nn.Parameter(factor, requires_grad=layer._parameters[name].requires_grad)  # type: ignore[union-attr]
-    cls = adapted_class(type(layer), config.variant)
-    assert cls is not None
-    layer.__class__ = cls
     layer.lora_config, layer.rank = config, len(kept)
+    layer.become(layer.lora_base)
     return layer

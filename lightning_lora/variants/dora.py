@@ -20,7 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_lora.fused_ops import wants_definition
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.ops import transformed
 from lightning_lora.registry import VARIANTS, register
 from lightning_lora.sharding import is_sharded, local, piece_of, whole
 
@@ -89,7 +91,7 @@ class DoRA(LoRALayer):
         """``g∘(z − b) + b``."""
         gain, own = self.per_output(self.lora_magnitude_vector / self.norm()), self._parameters.get("bias")
         bias = None if own is None else self.per_output(own)
-        if _transformed() or is_sharded(z):
+        if transformed() or is_sharded(z):
             return (z * gain if bias is None else (z - bias) * gain + bias).to(z.dtype)
         with _no_autocast(z):
             return _Rescale.apply(z, gain, bias)
@@ -108,7 +110,7 @@ class DoRA(LoRALayer):
 
     def _square(self, W: Tensor, dtype: torch.dtype) -> Tensor:
         """‖W‖² of every output, computed again only if the weight changed."""
-        if _transformed() or is_sharded(W) or self.weight.is_inference() or self.weight.is_meta:
+        if transformed() or is_sharded(W) or self.weight.is_inference() or self.weight.is_meta:
             return _square(W, dtype)
         weight = self.weight
         key = (weight.data_ptr(), weight._version, weight.dtype, weight.device, dtype)
@@ -174,11 +176,6 @@ class DoRA(LoRALayer):
             self.reset_magnitude()
 
 
-def _transformed() -> bool:
-    """Whether a compiler or a torch.func transform is looking: they take plain operations."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-
-
 def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
@@ -214,9 +211,7 @@ class _Rescale(torch.autograd.Function):
         def summed(tensor: Tensor) -> Tensor:
             return (tensor.sum(others, dtype=wide) if others else tensor.clone()).to(gain.dtype).view(gain.shape)
 
-        # None: for derivatives of these, and for vectorized Jacobians (is_grads_batched=True)
-        plain = torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad)
-        buffer = None if plain else torch.empty_like(z)
+        buffer = None if wants_definition(grad) else torch.empty_like(z)
         if ctx.needs_input_grad[1]:
             dgain = summed(torch.mul(grad, z, out=buffer))
         if bias is not None and (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
