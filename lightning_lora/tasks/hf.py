@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,10 +24,12 @@ def load_causal_lm(model: str, gguf_file: str | None = None, dtype: DType = "aut
 
     Raises:
         ImportError: A GGUF file is asked for and the package that reads it is not installed; names the extra.
-        OSError: From transformers, where there is no such model.
+        ValueError: There is no such folder.
+        OSError: From transformers, where there is no such model on the hub.
     """
     import transformers
 
+    _check_there(model)
     source: dict[str, Any] = {}
     quantization: dict[str, Any] = {}
     if gguf_file is not None:
@@ -49,11 +52,22 @@ def skeleton(model: str, gguf_file: str | None = None) -> Any:
     """
     import transformers
 
+    _check_there(model)
     if gguf_file is not None:
         return load_causal_lm(model, gguf_file)[0]
     config = transformers.AutoConfig.from_pretrained(model)
     with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def _check_there(model: str) -> None:
+    """Transformers takes what is no folder for a hub id, and says of a missing folder that it is a malformed id."""
+    path = Path(model)
+    if (model.startswith((".", "~")) or path.is_absolute() or len(path.parts) > 2) and not path.is_dir():
+        raise ValueError(
+            f"model={model!r} is no folder (seen from {Path.cwd()}), and hub ids have the form 'name' or 'owner/name'. What"
+            " configs/quickstart.yaml names is fetched by `make quickstart`."
+        )
 
 
 def enable_checkpointing(model: Any) -> None:

@@ -238,3 +238,10 @@ def test_gguf_without_its_package_names_the_extra(folder, monkeypatch):
     monkeypatch.setattr(hf, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"gguf_file='x.gguf' needs the package gguf; pip install 'lightning-lora\[gguf\]'"):
         CausalLMTask(folder, gguf_file="x.gguf")
+
+
+@pytest.mark.parametrize("model", ["./nowhere", "a/b/c", "/nowhere/model"])
+def test_a_folder_that_is_not_there_is_named(model: str) -> None:
+    for load in (hf.load_causal_lm, hf.skeleton):
+        with pytest.raises(ValueError, match=rf"model='{model}' is no folder.*make quickstart"):
+            load(model)
