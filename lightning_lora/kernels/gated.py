@@ -15,17 +15,30 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_lora.kernels.dropout import kept
-from lightning_lora.kernels.low_rank import Tiles, block_of, cdiv, split
+from lightning_lora.kernels.low_rank import Tiles, block_of, cdiv, shared_memory, split
 from lightning_lora.kernels.plain import Drop
 
 LOOP = 8  # column tiles that a program of the forward pass takes
-TILES = {"forward": Tiles(64, 128, num_stages=2), "backward": Tiles(64, 64, num_stages=2)}
+# While random numbers are drawn, fewer registers are left for what is fetched ahead.
+TILES = {
+    "forward": Tiles(64, 128, num_stages=2),
+    "forward, dropping": Tiles(64, 64, num_stages=3),
+    "backward": Tiles(64, 64, num_stages=3),
+    "backward, dropping": Tiles(64, 64, num_stages=2),
+}
 PROGRAMS = 1584  # of the backward pass: they last unequally, so several waves
 
 
-def tiles_of(kernel: str, BR: int) -> Tiles:
-    """The table's; at the widest ranks nothing is fetched ahead, for which smaller GPUs (99 KiB a program) have no room."""
-    return TILES[kernel] if BR < 64 else TILES[kernel]._replace(num_stages=1)
+def tiles_of(kernel: str, BR: int, itemsize: int, shared: int) -> Tiles:
+    """For a block of the ranks, bytes an entry, and bytes of shared memory."""
+    tiles = TILES[kernel]
+    # How many tensors of (tokens, C) a step of the loop reads, and the side of its three blocks of an adapter.
+    big, side = (2, tiles.BC) if kernel.startswith("forward") else (3, tiles.BT)
+    return tiles.within(shared, (big * tiles.BT * tiles.BC + 3 * side * BR) * itemsize)
+
+
+def _named(kernel: str, drop: Drop | None) -> str:
+    return kernel if drop is None else f"{kernel}, dropping"
 
 
 @triton.jit
@@ -145,7 +158,7 @@ def forward(
     """
     (rows, cols), (rg, ru, rd) = g.shape, (Bg.shape[1], Bu.shape[1], Ad.shape[0])
     BR = block_of(max(rg, ru, rd))
-    tiles = tiles_of("forward", BR)
+    tiles = tiles_of(_named("forward", drop), BR, g.itemsize, shared_memory(g.device))
     blocks = cdiv(cols, tiles.BC * LOOP)
     h = torch.empty_like(g)
     td = torch.empty(blocks, rows, rd, device=g.device, dtype=torch.float32)
@@ -189,7 +202,7 @@ def backward(
     """
     (rows, cols), (rg, ru, rd) = g.shape, (Bg.shape[1], Bu.shape[1], Ad.shape[0])
     BR = block_of(max(rg, ru, rd))
-    tiles = tiles_of("backward", BR)
+    tiles = tiles_of(_named("backward", drop), BR, g.itemsize, shared_memory(g.device))
     blocks = cdiv(cols, tiles.BC)
     parts, span = split(rows, tiles.BT, blocks, PROGRAMS)
     dg, du = dh, torch.empty_like(u)
