@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lora.autocast import autocast_dtype
@@ -103,13 +104,18 @@ class Storage4bit(Storage):
         return Stored((*tensors, state.offset, scales.absmax, scales.code), f"bitsandbytes-4bit-nested {layout} {scales.blocksize}")
 
 
+_MOST_ROWS = 1536  # for which bitsandbytes has such kernels
+
+
 def _dense4bit(tensors: Sequence[Tensor], details: Sequence[str], dtype: torch.dtype) -> Tensor:
     """The weight of a :class:`Storage4bit`."""
     return _library().functional.dequantize_4bit(tensors[0].view(-1, 1), _rebuilt(tensors, details, dtype))
 
 
 def _linear4bit(tensors: Sequence[Tensor], details: Sequence[str], x: Tensor, bias: Tensor | None) -> Tensor:
-    """The product with it, for a few rows by a kernel that unpacks as it goes."""
+    """The product with it, for fewer rows by the library's choice of a kernel that unpacks as it goes."""
+    if x.shape[0] > _MOST_ROWS:  # what it would come to by itself, after more of Python
+        return F.linear(x, _dense4bit(tensors, details, x.dtype), bias)
     return _library().matmul_4bit(x, tensors[0], _rebuilt(tensors, details, x.dtype), bias=bias)
 
 

@@ -26,8 +26,9 @@ def test_is_unpacked_as_bitsandbytes_does(options: dict[str, Any], dtype: torch.
     stored, dense = stored4bit(48, 96, **options)
     assert len(stored.tensors) == (5 if options.get("nested", True) else 2)
     assert torch.equal(stored.dense(dtype), dense.to(dtype))
-    x, bias = torch.randn(3, 96).to(dtype), torch.randn(48)
-    assert torch.equal(stored.linear(x, bias), torch.nn.functional.linear(x, dense.to(dtype), bias.to(dtype)))
+    for rows in (3, 1600):
+        x, bias = torch.randn(rows, 96).to(dtype), torch.randn(48)
+        assert torch.equal(stored.linear(x, bias), torch.nn.functional.linear(x, dense.to(dtype), bias.to(dtype)))
     assert sum(t.nbytes for t in stored.tensors) < dense.numel() * 0.75 + 1100  # bytes; the table of the packed scales is 1024
 
 
