@@ -3,7 +3,7 @@
     python benchmarks/floor.py                                # Llama-3.2-1B's shape, 4 x 2048 tokens, all-linear r=16
     python benchmarks/floor.py --shape 8b --batch 2 --modes floor,peft,ours-layer-chunk,ours-layer-chunk-drop
     python benchmarks/floor.py --profile ours-layer-chunk     # its kernels by time
-    python benchmarks/floor.py --growth                       # over rank, length and depth
+    python benchmarks/floor.py --growth                       # over rank, length and depth; --shape small --batch 1 --seq 1024 on a CPU
     python benchmarks/floor.py --costs --shape 8b             # injection, saving, merging
     python benchmarks/floor.py --shape tiny --backend eager   # the same in seconds, on a CPU too
 
@@ -15,7 +15,8 @@ compiled, cross entropy through the frozen head in blocks of 2048 rows. A mode i
     layer                       each decoder layer compiled (`compile="layer"`)
     chunk                       the chunked loss without autocast (`bf16-true`; PEFT's adapters are bf16 then, its fastest). Other modes
                                 have Hugging Face's loss under bf16 autocast, and fp32 adapters: what a user gets who sets nothing
-    graph                       with layer: each compiled layer's passes recorded as CUDA graphs and replayed
+    graph                       with layer: each compiled layer's passes recorded as CUDA graphs and replayed. Its memory is what is
+                                reserved, gaps included, for replays allocate nothing; of other modes it is what is allocated
     ckpt                        gradient checkpointing
     drop                        dropout (--dropout)
     unfused                     of ours, each adapted linear by itself
@@ -42,17 +43,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._dynamo.backends.registry import lookup_backend
 from transformers import LlamaConfig, LlamaForCausalLM, __version__
 
 from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, merge_lora, save_adapter, unmerge_lora
-from lightning_lora.compiling import compile_layers
+from lightning_lora.compiling import begin_step, compile_layers, keep_gradients
 from lightning_lora.fuse import unfuse
 from lightning_lora.losses import chunked_cross_entropy
 
 NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
 SHAPES = {
     "tiny": (64, 128, 2, 4, 2, 16, 256),
+    "small": (512, 1408, 4, 8, 4, 64, 4096),  # for a CPU
     "1b": (2048, 8192, 16, 32, 8, 64, 128256),  # Llama-3.2-1B, with a tied head
     "8b": (4096, 14336, 32, 32, 8, 128, 128256),  # Llama-3.1-8B
 }
@@ -157,11 +158,6 @@ METHODS: dict[str, Callable[..., Any]] = {
 }
 
 
-def recorded(backend: str) -> Callable[..., Any]:
-    """Inductor with CUDA graphs; they take memory of their own."""
-    return partial(lookup_backend(backend), config_patches={"triton.cudagraphs": True})
-
-
 def training_step(mode: str, setting: Setting) -> Callable[[int], Tensor]:
     """The step to measure: forward, backward and the optimizer, over four batches in turn."""
     method, flags = parse(mode)
@@ -170,7 +166,7 @@ def training_step(mode: str, setting: Setting) -> Callable[[int], Tensor]:
     if "ckpt" in flags:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     if "layer" in flags:
-        compile_layers(model, backend=recorded(setting.backend) if "graph" in flags else setting.backend)
+        compile_layers(model, backend=setting.backend, cuda_graphs="graph" in flags)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=DEVICE == "cuda") if trained else None
     generator = torch.Generator().manual_seed(1)
@@ -178,7 +174,7 @@ def training_step(mode: str, setting: Setting) -> Callable[[int], Tensor]:
 
     def step(ids: Tensor) -> Tensor:
         if "graph" in flags:
-            torch.compiler.cudagraph_mark_step_begin()  # else a layer would take the one before it for the step before it
+            begin_step()
         inputs = {"input_ids": ids} if trained else {"inputs_embeds": base.get_input_embeddings()(ids).requires_grad_()}
         if "chunk" in flags:
             hidden = base.model(**inputs).last_hidden_state.flatten(0, 1)
@@ -188,6 +184,8 @@ def training_step(mode: str, setting: Setting) -> Callable[[int], Tensor]:
             with torch.autocast(DEVICE, torch.bfloat16):
                 loss = model(**inputs, labels=ids).loss
         loss.backward()
+        if "graph" in flags:
+            keep_gradients(trained)
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -207,6 +205,7 @@ def measure(mode: str, setting: Setting, profile: bool = False) -> Result:
         synchronize()
         result.setup = time.perf_counter() - began
         if DEVICE == "cuda":
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         marks = [mark()]
         for k in range(setting.steps):
@@ -214,7 +213,8 @@ def measure(mode: str, setting: Setting, profile: bool = False) -> Result:
             marks.append(mark())
         synchronize()
         result.ms = statistics.median(elapsed(a, b) for a, b in pairwise(marks))
-        result.gib = torch.cuda.max_memory_allocated() / GIB if DEVICE == "cuda" else 0.0
+        if DEVICE == "cuda":
+            result.gib = (torch.cuda.max_memory_reserved if "graph" in parse(mode)[1] else torch.cuda.max_memory_allocated)() / GIB
         result.loss = loss.item()
         if profile:
             result.kernels = kernels(step, 3)

@@ -1,14 +1,15 @@
-"""A QLoRA training step's time and memory: the frozen NF4 model, ours, PEFT; eager and with each block compiled; checkpointed or not.
+"""A QLoRA training step's time and memory: the frozen NF4 model, ours, PEFT; eager, with each block compiled, and with each recorded as
+CUDA graphs; checkpointed or not.
 
     python benchmarks/qlora_step.py           # Llama-3-8B's shape, 1 x 2048 tokens, all-linear r=16, on a GPU
     python benchmarks/qlora_step.py --batch 2 --how compiled --chunk
     python benchmarks/qlora_step.py --tiny    # the same steps in seconds, on a CPU too
 
 Random weights, made and packed block by block on the device, so that the 16 GB of the bf16 model never exist: 4-bit NormalFloat with
-double quantization by bitsandbytes, bf16 embeddings, norms and head, fp32 adapters under autocast, 8-bit AdamW. *Frozen* is forward
+double quantization by bitsandbytes, bf16 embeddings, norms and head, fp32 adapters under autocast, fused AdamW. *Frozen* is forward
 and backward to the embedding's output with no adapter: what no QLoRA can avoid. All is measured in this one run, the peak after the
 first four steps; ratios are to the frozen model run the same way. The loss is Hugging Face's, or with ``--chunk`` taken through the
-frozen head 2048 rows at a time, as this package's causal-LM task does.
+frozen head 2048 rows at a time, as this package's causal-LM task does. Recorded rows' memory is what is reserved, gaps included.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, __version__
 
 from lightning_lora import LoRAConfig, apply_lora, quantize_base
-from lightning_lora.compiling import compile_layers
+from lightning_lora.compiling import begin_step, compile_layers, keep_gradients
 from lightning_lora.losses import chunked_cross_entropy
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -79,15 +80,16 @@ def peft(model: nn.Module) -> nn.Module:
 MODES: dict[str, Callable[[nn.Module], nn.Module]] = {"frozen": frozen, "ours": ours, "PEFT": peft}
 
 
-HOW = {  # whether each block is compiled, and checkpointed
-    "compiled": (True, False),
-    "eager": (False, False),
-    "eager-checkpointed": (False, True),
-    "compiled-checkpointed": (True, True),
+HOW = {  # whether each block is compiled, checkpointed, and recorded as CUDA graphs
+    "compiled": (True, False, False),
+    "eager": (False, False, False),
+    "eager-checkpointed": (False, True, False),
+    "compiled-checkpointed": (True, True, False),
+    "recorded": (True, False, True),
 }
 
 
-def measure(name: str, options: argparse.Namespace, compiled: bool, checkpointed: bool) -> tuple[float, float]:
+def measure(name: str, options: argparse.Namespace, compiled: bool, checkpointed: bool, recorded: bool) -> tuple[float, float]:
     """Median milliseconds a step, and peak GiB."""
     torch._dynamo.reset()
     cuda = torch.cuda.is_available()
@@ -99,27 +101,32 @@ def measure(name: str, options: argparse.Namespace, compiled: bool, checkpointed
         enable(**{f"{key}_checkpointing_kwargs": {"use_reentrant": False}})
     base, model = model, MODES[name](model).train()
     if compiled:
-        compile_layers(model)
+        compile_layers(model, cuda_graphs=recorded)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = bitsandbytes.optim.AdamW8bit(trained, lr=1e-4) if trained else None
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=cuda) if trained else None
     ids = torch.randint(0, sizes[-1], (1, 32) if options.tiny else (options.batch, options.seq), device=device)
     times = []
     for step in range(options.steps + 4):
         if step == 4 and cuda:
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         if cuda:
             torch.cuda.synchronize()
         started = time.perf_counter()
+        if recorded:
+            begin_step()
         with torch.autocast(device, torch.bfloat16):
             loss = chunked(base, ids, cuda and compiled) if options.chunk else model(input_ids=ids, labels=ids).loss
         loss.backward()
+        if recorded:
+            keep_gradients(trained)
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()
         if cuda:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
+    peak = (torch.cuda.max_memory_reserved if recorded else torch.cuda.max_memory_allocated)() / 2**30 if cuda else 0.0
     del base, model, optimizer, trained, loss
     gc.collect()
     if cuda:

@@ -7,12 +7,16 @@ keys stay: ``block.compile()`` puts a compiled call beside the module, not a mod
 A block is compiled anew where its input needs no gradient (the first one, above a frozen embedding: a shorter graph; none if the model
 has ``enable_input_require_grads()``), for evaluation, once merged, and when the batch's rows or length change for the first time: from
 then on that size may be any. Gradient checkpointing and sharding stay around the compiled call, whichever came first.
+
+Small steps take as long as the CPU needs to launch their kernels. With CUDA graphs each block's passes are recorded once and replayed by
+one launch, from and to fixed memory: who trains so calls :func:`begin_step` before each batch and :func:`keep_gradients` after each
+backward pass, as ``LoRACallback`` does.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,18 +24,21 @@ from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch._functorch import config as autograd_config
 
+from lightning_lora import kernels
 from lightning_lora.blocks import BLOCKS, repeated_blocks
 
 GRAPHS = 64  # more than blocks of a few classes need for all of those
 
 
-def compile_layers(model: nn.Module, backend: str | Callable[..., Any] = "inductor") -> list[str]:
+def compile_layers(model: nn.Module, backend: str | Callable[..., Any] = "inductor", cuda_graphs: bool = False) -> list[str]:
     """Compile each of a model's repeated blocks (:func:`~lightning_lora.blocks.repeated_blocks`) in place; ones that are compiled
     already stay so.
 
     Args:
         model: any module, wrapped or not.
         backend: of ``torch.compile``.
+        cuda_graphs: record the compiled passes as CUDA graphs: for batches of one size or few, since each is recorded for itself, and
+            keeps its memory until ``torch.compiler.reset()``; for parameters that stay where they are, so not for FSDP. Inductor only.
 
     Returns:
         The blocks' names.
@@ -50,10 +57,35 @@ def compile_layers(model: nn.Module, backend: str | Callable[..., Any] = "induct
     # Linears of one input hand each other their outputs (layers/siblings.py). Without this the compiler leaves a block that does so inside
     # a checkpoint uncompiled: eager code would do it in the second forward pass too. Nothing of it is there once the block has returned.
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+    kernels.recording = cuda_graphs
     for block in blocks.values():
         if block._compiled_call_impl is None:
-            block.compile(backend=_rebuilding(backend))
+            block.compile(backend=_rebuilding(_recording(backend) if cuda_graphs else backend))
     return list(blocks)
+
+
+def begin_step() -> None:
+    """Before a batch, with CUDA graphs: what was replayed so far may be written over. Without this a block would take the one before it
+    for the step before it."""
+    torch.compiler.cudagraph_mark_step_begin()
+
+
+def keep_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """After a backward pass, with CUDA graphs: copy the gradients out of the memory that the next step writes over."""
+    held = [(p, p.grad) for p in parameters if p.grad is not None and p.grad.layout == torch.strided]
+    if held:
+        copies = torch._foreach_mul([gradient for _, gradient in held], 1)  # a few launches for all of them
+        for (parameter, _), copy in zip(held, copies, strict=True):
+            parameter.grad = copy
+
+
+@functools.cache
+def _recording(backend: str | Callable[..., Any]) -> Callable[..., Any]:
+    return functools.partial(_looked_up(backend), config_patches={"triton.cudagraphs": True})
+
+
+def _looked_up(backend: str | Callable[..., Any]) -> Callable[..., Any]:
+    return lookup_backend(backend) if isinstance(backend, str) else backend
 
 
 # The compiler keeps a result for the backward pass if an operation there has to have it in memory, or if it is used in places far apart:
@@ -64,7 +96,7 @@ _REBUILD = {"ban_recompute_materialized_backward": False, "ban_recompute_used_fa
 @functools.cache  # the compiler knows its own work again by the very object that did it
 def _rebuilding(backend: str | Callable[..., Any]) -> Callable[..., Any]:
     """The backend, told to compute elementwise results again in the backward pass."""
-    compile = lookup_backend(backend) if isinstance(backend, str) else backend
+    compile = _looked_up(backend)
 
     @functools.wraps(compile)
     def rebuilding(*args: Any, **kwargs: Any) -> Any:
@@ -76,5 +108,6 @@ def _rebuilding(backend: str | Callable[..., Any]) -> Callable[..., Any]:
 
 def uncompile_layers(model: nn.Module) -> None:
     """Let every block run as written again; what was compiled is found again if they are compiled anew."""
+    kernels.recording = False
     for _, block in repeated_blocks(model):
         block._compiled_call_impl = None

@@ -174,7 +174,7 @@ def test_qlora_step_measures(name: str, checkpointed: bool) -> None:
     from lightning_lora.packing import packing_of
 
     step = runpy.run_path(str(BENCHMARKS / "qlora_step.py"))
-    milliseconds, _ = step["measure"](name, Namespace(tiny=True, steps=1, chunk=checkpointed), False, checkpointed)
+    milliseconds, _ = step["measure"](name, Namespace(tiny=True, steps=1, chunk=checkpointed), False, checkpointed, False)
     assert 0 < milliseconds < 60_000
     model = step["MODES"][name](step["build"](step["TINY"], "cpu"))
     assert len([module for module in model.modules() if packing_of(module) is not None]) == 2 * 7

@@ -17,7 +17,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 
 from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, kernels, merge_lora, unmerge_lora
 from lightning_lora.blocks import repeated_blocks
-from lightning_lora.compiling import compile_layers, uncompile_layers
+from lightning_lora.compiling import compile_layers, keep_gradients, uncompile_layers
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`(is_)?gradient_checkpointing(_enable)?` is deprecated:FutureWarning",
@@ -188,6 +188,34 @@ def test_a_block_keeps_no_more_wide_tensors_than_the_frozen_one(fused: bool, mon
     ours, frozen = kept
     # Attention's output is kept in two layouts: the attention's own backward pass reads one, the output projection's adapter the other.
     assert len(frozen) == 5 and len(ours) <= 6
+
+
+def test_recording_is_the_backends_work_and_lets_kernels_serve_small_inputs() -> None:
+    asked = []
+
+    def backend(graph: Any, inputs: Any, config_patches: Any = None) -> Any:
+        asked.append(config_patches)
+        return graph.forward
+
+    model = stack()
+    compile_layers(model, backend, cuda_graphs=True)
+    assert kernels.recording
+    model(torch.ones(2, 8, dtype=torch.float64, requires_grad=True))
+    assert asked == [{"triton.cudagraphs": True}]
+    uncompile_layers(model)
+    assert not kernels.recording
+
+
+def test_gradients_are_kept_from_being_written_over() -> None:
+    trained, frozen, table = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3)), nn.Embedding(4, 2, sparse=True)
+    ((trained * torch.tensor([1.0, -2.0, 3.0])).sum() + table(torch.tensor([1])).sum()).backward()
+    replayed, sparse = trained.grad, table.weight.grad
+    keep_gradients([trained, frozen, table.weight])
+    assert replayed is not None
+    replayed.zero_()
+    assert trained.grad is not None and trained.grad.tolist() == [1.0, -2.0, 3.0]
+    assert frozen.grad is None and table.weight.grad is sparse
+    keep_gradients([frozen])
 
 
 def test_compiles_the_repeated_blocks_and_nothing_else() -> None:

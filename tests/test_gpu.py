@@ -7,30 +7,40 @@ A number counts as right if its error against float64 is no larger than what the
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import transformers
 from torch import Tensor
 
-from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, kernels, quantize_base
+from lightning_lora import LoRACallback, LoRAConfig, apply_lora, get_lora_parameters, kernels, quantize_base
 from lightning_lora.compiling import compile_layers, uncompile_layers
 from lightning_lora.fuse import unfuse
 from lightning_lora.layers import lora_layers
 from lightning_lora.packing import packing_of
 
 DEVICE = "cuda"
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+    pytest.mark.filterwarnings("default"),  # a GPU's torch is often another release, with warnings of its own
+]
 TOKENS = (6, 2048)  # with the hidden size more entries than a compiler keeps for itself
 
 
-def llama(layers: int = 2, dropout: float = 0.0, quantize: str | None = None) -> Any:
-    """bf16, fp32 adapters that do something."""
+def base(layers: int = 2) -> Any:
+    """bf16."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 4}
     config = transformers.LlamaConfig(vocab_size=512, num_hidden_layers=layers, use_cache=False, attn_implementation="sdpa", **sizes)
-    model = transformers.LlamaForCausalLM(config).to(DEVICE, torch.bfloat16).train()
+    return transformers.LlamaForCausalLM(config).to(DEVICE, torch.bfloat16).train()
+
+
+def llama(layers: int = 2, dropout: float = 0.0, quantize: str | None = None) -> Any:
+    """With fp32 adapters that do something."""
+    model = base(layers)
     if quantize is not None:
         quantize_base(model, quantize)
     apply_lora(model, config=LoRAConfig(rank=16, alpha=32, dropout=dropout, target_modules="all-linear"))
@@ -126,3 +136,50 @@ def test_dropout_is_unbiased() -> None:
         for total, drawn in zip(mean, run(model), strict=True):
             total += drawn / 64
     assert error(mean[1:], run(plain)[1:]) < 0.2
+
+
+class Lit(L.LightningModule):
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.model, self.rate, self.losses = base(), rate, []
+
+    def on_fit_start(self) -> None:
+        for parameter in get_lora_parameters(self):
+            torch.nn.init.normal_(parameter, std=0.02)
+
+    def training_step(self, ids: Tensor, _: int) -> Tensor:
+        loss = self.model(input_ids=ids, labels=ids).loss
+        self.losses.append(loss.item())
+        return loss
+
+    validation_step = training_step
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(get_lora_parameters(self), lr=self.rate)
+
+
+def losses(folder: Path, batches: list[Tensor], graphs: bool, dropout: float = 0.0, rate: float = 1e-3) -> list[float]:
+    """Of two batches to check, and then twice of eight that are accumulated in twos, two to validate on after each four."""
+    torch._dynamo.reset()
+    module, config = Lit(rate), LoRAConfig(rank=16, alpha=32, dropout=dropout, target_modules="all-linear")
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False}
+    trainer = L.Trainer(
+        default_root_dir=folder, accelerator="gpu", devices=1, max_epochs=2, accumulate_grad_batches=2, val_check_interval=4,
+        callbacks=[LoRACallback(config, compile="layer", cuda_graphs=graphs, merge_on_fit_end=False)], **quiet,
+    )  # fmt: skip
+    L.seed_everything(0)
+    trainer.fit(module, *(torch.utils.data.DataLoader(each, batch_size=None) for each in (batches, batches[:2])))
+    return module.losses
+
+
+def test_recorded_blocks_train_as_compiled_ones(tmp_path: Path) -> None:
+    recorded, compiled = (losses(tmp_path, [batch(k) for k in range(8)], graphs) for graphs in (True, False))
+    print(max(abs(a - b) for a, b in zip(recorded, compiled, strict=True)))
+    assert compiled[-1] < compiled[0] - 0.02
+    assert recorded == pytest.approx(compiled, abs=2e-3) and len(recorded) == 2 + 2 * (8 + 2 * 2)
+
+
+def test_recorded_dropout_draws_anew(tmp_path: Path) -> None:
+    found = losses(tmp_path, [batch()] * 8, True, dropout=0.5, rate=0.0)
+    assert len(set(found[2:6])) == 4
+    assert found[6] == found[7] == found[0]

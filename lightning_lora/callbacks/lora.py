@@ -9,12 +9,12 @@ import functools
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_lora.compiling import compile_layers, uncompile_layers
+from lightning_lora.compiling import begin_step, compile_layers, keep_gradients, uncompile_layers
 from lightning_lora.config import LoRAConfig
 from lightning_lora.inject import already_applied, inject, let_gradients_in, trainable_parameters
 from lightning_lora.layers.base import lora_layers
@@ -55,6 +55,8 @@ class LoRACallback(Callback):
         compile: "layer" compiles each of the model's repeated blocks in place, see
             :func:`~lightning_lora.compiling.compile_layers`, until the run is over; prediction, which would compile anew for
             every token that it generates, runs as written.
+        cuda_graphs: with ``compile="layer"``, record each compiled block as CUDA graphs, which takes the launching of kernels off the
+            step: for batches of one size or few (each is recorded for itself), not for sharded models.
         lora_plus_ratio: λ of LoRA+ (arXiv:2402.12354), how many times A's learning rate B gets, under any scheduler; the paper suggests 16.
 
     Attributes:
@@ -72,9 +74,12 @@ class LoRACallback(Callback):
         lora_plus_ratio: float = 1.0,
         quantize: str | None = None,
         merge_quantized: Quantized | None = None,
+        cuda_graphs: bool = False,
     ) -> None:
         if compile not in (None, "layer"):
             raise ValueError(f"compile={compile!r} is not known; it is None or 'layer'.")
+        if cuda_graphs and compile is None:
+            raise ValueError("cuda_graphs=True records compiled blocks: pass compile='layer' with it.")
         check_ratio(lora_plus_ratio)
         self.config = config or LoRAConfig()
         self.module = module
@@ -87,7 +92,7 @@ class LoRACallback(Callback):
         self.lora_plus_ratio = lora_plus_ratio
         self.check_base = check_base
         self.check_gradients = check_gradients
-        self.compile = compile
+        self.compile, self.cuda_graphs = compile, cuda_graphs
         self.report: TargetReport | None = None
         self._compiled: nn.Module | None = None
         self._waiting: dict[str, nn.Parameter] = {}
@@ -139,15 +144,26 @@ class LoRACallback(Callback):
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note which adapters have a gradient."""
+        if self.cuda_graphs:
+            keep_gradients(pl_module.parameters())
         if self._waiting:
             self._backward_ran = True
             self._waiting = {name: p for name, p in self._waiting.items() if p.grad is None}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Raise RuntimeError after the first optimizer step if it left different adapters on different processes."""
+        self._begin_step()
         if self._compare and trainer.global_step > 0:
             self._compare = False
             check_equal(pl_module)
+
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Each batch is a step for recorded graphs."""
+        self._begin_step()
+
+    def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Each batch is a step for recorded graphs."""
+        self._begin_step()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Raise RuntimeError after the first batch with a backward pass if an adapter got no gradient in it."""
@@ -181,7 +197,8 @@ class LoRACallback(Callback):
     def _adapt(self, trainer: Trainer, pl_module: LightningModule) -> None:
         target = self._target(pl_module)
         if self.compile and trainer.state.fn != TrainerFn.PREDICTING:
-            compile_layers(target)
+            self._check_recordable(trainer)
+            compile_layers(target, cuda_graphs=self.cuda_graphs)
             self._compiled = target
         if not any(layer.merged for _, layer in lora_layers(target)) and not already_applied(target, self.config):
             convert_base(trainer, pl_module)
@@ -199,6 +216,21 @@ class LoRACallback(Callback):
         arrange(trainer.strategy, pl_module)
         root = ".".join(filter(None, (self.module, adapter_root(target)[0])))
         StrategyHooks(trainer.strategy, pl_module, root, self.config, self.check_base, self.lora_plus_ratio).install()
+
+    def _begin_step(self) -> None:
+        if self.cuda_graphs:
+            begin_step()
+
+    def _check_recordable(self, trainer: Trainer) -> None:
+        if not self.cuda_graphs:
+            return
+        if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
+            raise ValueError(
+                f"cuda_graphs=True with strategy={type(trainer.strategy).__name__}: it moves the parameters between uses, and a recorded"
+                " graph reads them where they were. Leave cuda_graphs out."
+            )
+        if trainer.strategy.root_device.type != "cuda":
+            rank_zero_warn(f"cuda_graphs=True has no effect on {trainer.strategy.root_device}: blocks are compiled, nothing is recorded.")
 
     def _check_mergeable(self, target: nn.Module, sharded: bool) -> None:
         """Say at the start what would stop the merge at the end."""

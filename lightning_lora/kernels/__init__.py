@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 FEW_ROWS = 1024
 # A compiler launches its own kernels faster: 1B of 4 x 512 tokens took 50 ms with the plain definition compiled, 69 with such operations.
 FEW_ENTRIES_COMPILED = 12 * 2**20
+#: Whether blocks that are compiled now are recorded as CUDA graphs, which launch every kernel alike; ``compile_layers`` sets it.
+recording = False
 WIDEST_GATED = 64  # the largest rank whose sums fit in the registers of the gated MLP's kernel
 
 
@@ -54,7 +56,7 @@ def usable(x: Tensor) -> bool:
 
     Under autocast, x may still be in the dtype that it will be cast from.
     """
-    few = FEW_ENTRIES_COMPILED if torch.compiler.is_compiling() else FEW_ROWS * x.shape[-1]
+    few = FEW_ENTRIES_COMPILED if torch.compiler.is_compiling() and not recording else FEW_ROWS * x.shape[-1]
     if not x.is_cuda or x.numel() < few:
         return False
     if (autocast_dtype(x) or x.dtype) not in (torch.bfloat16, torch.float16):

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from lightning_lora import LoRACallback, LoRAConfig
 from lightning_lora.callbacks import lora
-from lightning_lora.compiling import compile_layers
+from lightning_lora.compiling import compile_layers, keep_gradients
 from lightning_lora.layers import lora_layers
 from tests.lit import LitNet, Net, bits, trainer
 
@@ -145,3 +148,42 @@ def test_a_model_without_blocks_is_refused_as_it_is(tmp_path: Path) -> None:
 def test_another_value_is_refused() -> None:
     with pytest.raises(ValueError, match=r"compile='model' is not known; it is None or 'layer'"):
         LoRACallback(CONFIG, compile="model")
+
+
+def test_with_cuda_graphs_each_batch_is_a_step_and_gradients_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What there is to see of it on a CPU; tests/test_gpu.py trains with graphs that are recorded."""
+    made, begun, kept, validated = CompileCounter(), [], [], []
+
+    class Note(LitDeep):
+        def on_validation_batch_end(self, *args: object) -> None:
+            validated.append(1)
+
+    recorder = lambda graph, inputs, config_patches: made(graph, inputs)  # noqa: E731
+    monkeypatch.setattr(lora, "compile_layers", functools.partial(compile_layers, backend=recorder))
+    monkeypatch.setattr(lora, "begin_step", lambda: begun.append(1))
+    monkeypatch.setattr(lora, "keep_gradients", lambda parameters: (kept.append(1), keep_gradients(parameters)))
+    results = []
+    for options in ({}, {"compile": "layer", "cuda_graphs": True}):
+        torch.manual_seed(5)
+        validated.clear()
+        module, run = Note(), trainer(tmp_path, LoRACallback(CONFIG, **options), max_epochs=2, accumulate_grad_batches=2)
+        with pytest.warns(UserWarning, match="cuda_graphs=True has no effect on cpu") if options else nullcontext():
+            run.fit(module)
+            fitted = len(begun)
+            run.test(module, verbose=False)
+        results.append(bits(module))
+        if options:
+            batches = run.fit_loop.epoch_loop.batch_progress.total.ready
+            assert len(kept) == batches > 0 and len(begun) > fitted == batches + len(validated) > batches
+    assert results[0].keys() == results[1].keys()
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_cuda_graphs_where_there_is_nothing_to_record_are_an_error() -> None:
+    with pytest.raises(ValueError, match="cuda_graphs=True records compiled blocks: pass compile='layer'"):
+        LoRACallback(CONFIG, cuda_graphs=True)
+    callback = LoRACallback(CONFIG, compile="layer", cuda_graphs=True)
+    with pytest.raises(
+        ValueError, match=r"cuda_graphs=True with strategy=ModelParallelStrategy: it moves the parameters.*Leave cuda_graphs out"
+    ):
+        callback._check_recordable(SimpleNamespace(strategy=ModelParallelStrategy()))

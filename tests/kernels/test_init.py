@@ -69,3 +69,5 @@ def test_a_compiler_keeps_small_inputs(device, monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert not kernels.usable(gpu_tensor(rows=2048))
     assert kernels.usable(gpu_tensor(rows=8192))
+    monkeypatch.setattr(kernels, "recording", True)  # a recorded graph launches every kernel alike
+    assert kernels.usable(gpu_tensor(rows=2048)) and not kernels.usable(gpu_tensor(rows=512))
