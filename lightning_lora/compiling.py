@@ -38,35 +38,44 @@ def compile_layers(model: nn.Module, backend: str | Callable[..., Any] = "induct
         model: any module, wrapped or not.
         backend: of ``torch.compile``.
         cuda_graphs: record the compiled passes as CUDA graphs: for batches of one size or few, since each is recorded for itself, and
-            keeps its memory until ``torch.compiler.reset()``; for parameters that stay where they are, so not for FSDP. Inductor only.
+            keeps its memory until the process ends or ``torch.compiler.reset()``; for parameters that stay where they are, so not for
+            FSDP. What a block gives out is written over in the next step: clone what is to be kept.
 
     Returns:
         The blocks' names.
 
     Raises:
-        ValueError: the model has no repeated blocks.
+        ValueError: the model has no repeated blocks; or one is to be recorded that is compiled already, or by a backend that cannot.
     """
+    if cuda_graphs and isinstance(backend, str) and backend != "inductor":
+        raise ValueError(f"backend={backend!r} records no CUDA graphs: use 'inductor', or leave cuda_graphs out.")
     blocks = dict(repeated_blocks(model))
     if not blocks:
         raise ValueError(
             f'{type(model).__name__} has no repeated blocks to compile ({BLOCKS}). Leave compile="layer" out, and call .compile() on the'
             " parts that take the time."
         )
+    for name, block in blocks.items():
+        if cuda_graphs and not isinstance(block._compiled_call_impl, (_Recorded, type(None))):
+            raise ValueError(
+                f"{name} is compiled already, without CUDA graphs: call uncompile_layers(model) first, or leave cuda_graphs out."
+            )
     # All modules' calls are one piece of code to the compiler, which counts graphs by that and after eight leaves it uncompiled.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     # Linears of one input hand each other their outputs (layers/siblings.py). Without this the compiler leaves a block that does so inside
     # a checkpoint uncompiled: eager code would do it in the second forward pass too. Nothing of it is there once the block has returned.
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
-    kernels.recording = cuda_graphs
     for block in blocks.values():
         if block._compiled_call_impl is None:
             block.compile(backend=_rebuilding(_recording(backend) if cuda_graphs else backend))
+            if cuda_graphs:
+                block._compiled_call_impl = _Recorded(block._compiled_call_impl)  # type: ignore[arg-type]  # compile() has set it
     return list(blocks)
 
 
 def begin_step() -> None:
     """Before a batch, with CUDA graphs: what was replayed so far may be written over. Without this a block would take the one before it
-    for the step before it."""
+    for the step before it. Once called, torch begins no step by itself any more in this process, for no recorded module."""
     torch.compiler.cudagraph_mark_step_begin()
 
 
@@ -77,6 +86,20 @@ def keep_gradients(parameters: Iterable[nn.Parameter]) -> None:
         copies = torch._foreach_mul([gradient for _, gradient in held], 1)  # a few launches for all of them
         for (parameter, _), copy in zip(held, copies, strict=True):
             parameter.grad = copy
+
+
+class _Recorded:
+    """A compiled call that says so to what is traced inside it."""
+
+    def __init__(self, compiled: Callable[..., Any]) -> None:
+        self.compiled = compiled
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        outer, kernels.recording = kernels.recording, True
+        try:
+            return self.compiled(*args, **kwargs)
+        finally:
+            kernels.recording = outer
 
 
 @functools.cache
@@ -108,6 +131,5 @@ def _rebuilding(backend: str | Callable[..., Any]) -> Callable[..., Any]:
 
 def uncompile_layers(model: nn.Module) -> None:
     """Let every block run as written again; what was compiled is found again if they are compiled anew."""
-    kernels.recording = False
     for _, block in repeated_blocks(model):
         block._compiled_call_impl = None

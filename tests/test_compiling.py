@@ -191,19 +191,23 @@ def test_a_block_keeps_no_more_wide_tensors_than_the_frozen_one(fused: bool, mon
 
 
 def test_recording_is_the_backends_work_and_lets_kernels_serve_small_inputs() -> None:
-    asked = []
+    asked, x = [], torch.ones(2, 8, dtype=torch.float64, requires_grad=True)
 
     def backend(graph: Any, inputs: Any, config_patches: Any = None) -> Any:
-        asked.append(config_patches)
+        asked.append((config_patches, kernels.recording))
         return graph.forward
 
-    model = stack()
-    compile_layers(model, backend, cuda_graphs=True)
-    assert kernels.recording
-    model(torch.ones(2, 8, dtype=torch.float64, requires_grad=True))
-    assert asked == [{"triton.cudagraphs": True}]
-    uncompile_layers(model)
-    assert not kernels.recording
+    recorded, other = stack(), stack()
+    compile_layers(recorded, backend, cuda_graphs=True)
+    compile_layers(other, backend)
+    for model in (recorded, other, recorded):  # neither has the other compiled anew
+        model(x)
+    assert asked == [({"triton.cudagraphs": True}, True), (None, False)] and not kernels.recording
+    compile_layers(recorded, backend, cuda_graphs=True)
+    with pytest.raises(ValueError, match=r"0 is compiled already, without CUDA graphs: call uncompile_layers"):
+        compile_layers(other, backend, cuda_graphs=True)
+    with pytest.raises(ValueError, match="backend='eager' records no CUDA graphs: use 'inductor'"):
+        compile_layers(stack(), "eager", cuda_graphs=True)
 
 
 def test_gradients_are_kept_from_being_written_over() -> None:

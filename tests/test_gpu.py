@@ -160,7 +160,10 @@ class Lit(L.LightningModule):
 
 def losses(folder: Path, batches: list[Tensor], graphs: bool, dropout: float = 0.0, rate: float = 1e-3) -> list[float]:
     """Of two batches to check, and then twice of eight that are accumulated in twos, two to validate on after each four."""
+    from torch._inductor import cudagraph_trees  # takes seconds, and warns
+
     torch._dynamo.reset()
+    cudagraph_trees.reset_cudagraph_trees()
     module, config = Lit(rate), LoRAConfig(rank=16, alpha=32, dropout=dropout, target_modules="all-linear")
     quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False}
     trainer = L.Trainer(
@@ -169,6 +172,8 @@ def losses(folder: Path, batches: list[Tensor], graphs: bool, dropout: float = 0
     )  # fmt: skip
     L.seed_everything(0)
     trainer.fit(module, *(torch.utils.data.DataLoader(each, batch_size=None) for each in (batches, batches[:2])))
+    recorder = cudagraph_trees.get_container(torch.cuda.current_device()).tree_manager
+    assert graphs is (recorder is not None and bool(recorder.roots))
     return module.losses
 
 

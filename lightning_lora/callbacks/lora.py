@@ -56,7 +56,8 @@ class LoRACallback(Callback):
             :func:`~lightning_lora.compiling.compile_layers`, until the run is over; prediction, which would compile anew for
             every token that it generates, runs as written.
         cuda_graphs: with ``compile="layer"``, record each compiled block as CUDA graphs, which takes the launching of kernels off the
-            step: for batches of one size or few (each is recorded for itself), not for sharded models.
+            step: for batches of one size or few (each is recorded for itself), not for sharded models. In manual optimization gradients
+            have to come by ``manual_backward``; what blocks give out has to be cloned if it is kept over batches.
         lora_plus_ratio: λ of LoRA+ (arXiv:2402.12354), how many times A's learning rate B gets, under any scheduler; the paper suggests 16.
 
     Attributes:
@@ -93,6 +94,7 @@ class LoRACallback(Callback):
         self.check_base = check_base
         self.check_gradients = check_gradients
         self.compile, self.cuda_graphs = compile, cuda_graphs
+        self._recorded = False
         self.report: TargetReport | None = None
         self._compiled: nn.Module | None = None
         self._waiting: dict[str, nn.Parameter] = {}
@@ -144,7 +146,7 @@ class LoRACallback(Callback):
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note which adapters have a gradient."""
-        if self.cuda_graphs:
+        if self._recorded:
             keep_gradients(pl_module.parameters())
         if self._waiting:
             self._backward_ran = True
@@ -188,7 +190,7 @@ class LoRACallback(Callback):
         """Let compiled blocks run as written again."""
         if self._compiled is not None:
             uncompile_layers(self._compiled)
-            self._compiled = None
+            self._compiled, self._recorded = None, False
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Lightning tears nothing down then."""
@@ -197,8 +199,8 @@ class LoRACallback(Callback):
     def _adapt(self, trainer: Trainer, pl_module: LightningModule) -> None:
         target = self._target(pl_module)
         if self.compile and trainer.state.fn != TrainerFn.PREDICTING:
-            self._check_recordable(trainer)
-            compile_layers(target, cuda_graphs=self.cuda_graphs)
+            self._recorded = self.cuda_graphs and self._recordable(trainer)
+            compile_layers(target, cuda_graphs=self._recorded)
             self._compiled = target
         if not any(layer.merged for _, layer in lora_layers(target)) and not already_applied(target, self.config):
             convert_base(trainer, pl_module)
@@ -218,19 +220,20 @@ class LoRACallback(Callback):
         StrategyHooks(trainer.strategy, pl_module, root, self.config, self.check_base, self.lora_plus_ratio).install()
 
     def _begin_step(self) -> None:
-        if self.cuda_graphs:
+        if self._recorded:
             begin_step()
 
-    def _check_recordable(self, trainer: Trainer) -> None:
-        if not self.cuda_graphs:
-            return
+    def _recordable(self, trainer: Trainer) -> bool:
+        """Whether CUDA graphs, which were asked for, can be had."""
         if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
             raise ValueError(
                 f"cuda_graphs=True with strategy={type(trainer.strategy).__name__}: it moves the parameters between uses, and a recorded"
                 " graph reads them where they were. Leave cuda_graphs out."
             )
-        if trainer.strategy.root_device.type != "cuda":
-            rank_zero_warn(f"cuda_graphs=True has no effect on {trainer.strategy.root_device}: blocks are compiled, nothing is recorded.")
+        device = trainer.strategy.root_device
+        if device.type != "cuda":
+            rank_zero_warn(f"cuda_graphs=True has no effect on {device}: blocks are compiled, nothing is recorded.")
+        return device.type == "cuda"
 
     def _check_mergeable(self, target: nn.Module, sharded: bool) -> None:
         """Say at the start what would stop the merge at the end."""

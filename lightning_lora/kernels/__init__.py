@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 FEW_ROWS = 1024
 # A compiler launches its own kernels faster: 1B of 4 x 512 tokens took 50 ms with the plain definition compiled, 69 with such operations.
 FEW_ENTRIES_COMPILED = 12 * 2**20
-#: Whether blocks that are compiled now are recorded as CUDA graphs, which launch every kernel alike; ``compile_layers`` sets it.
+#: True while a block runs that is recorded as CUDA graphs, which launch every kernel alike (:mod:`lightning_lora.compiling`).
 recording = False
 WIDEST_GATED = 64  # the largest rank whose sums fit in the registers of the gated MLP's kernel
 

@@ -36,8 +36,9 @@ class Tiles(NamedTuple):
         return self._asdict()
 
     def within(self, shared: int, loads: int) -> Tiles:
-        """With fewer loads in flight where not all fit in a program's shared memory, both in bytes."""
-        room = max(1, shared // loads)
+        """With fewer loads in flight where they might not fit in a program's shared memory, both in bytes; what is at work is in registers,
+        and up to 24 KiB of other things are beside them."""
+        room = 1 + max(0, shared - 24 * 2**10) // loads
         return self if room >= self.num_stages else self._replace(num_stages=room)
 
 

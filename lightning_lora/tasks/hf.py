@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ def load_causal_lm(model: str, gguf_file: str | None = None, dtype: DType = "aut
 
     Raises:
         ImportError: A GGUF file is asked for and the package that reads it is not installed; names the extra.
-        ValueError: There is no such folder.
+        ValueError: It can only be a folder, and there is none.
         OSError: From transformers, where there is no such model on the hub.
     """
     import transformers
@@ -60,13 +61,13 @@ def skeleton(model: str, gguf_file: str | None = None) -> Any:
         return transformers.AutoModelForCausalLM.from_config(config)
 
 
-def _check_there(model: str) -> None:
+def _check_there(model: str | os.PathLike[str]) -> None:
     """Transformers takes what is no folder for a hub id, and says of a missing folder that it is a malformed id."""
-    path = Path(model)
-    if (model.startswith((".", "~")) or path.is_absolute() or len(path.parts) > 2) and not path.is_dir():
+    name, path = os.fspath(model), Path(model)
+    if not path.is_dir() and (name.startswith((".", "~")) or path.is_absolute() or len(path.parts) > 2):
+        cure = " `make quickstart` fetches it." if name.startswith(".cache/quickstart") else ""
         raise ValueError(
-            f"model={model!r} is no folder (seen from {Path.cwd()}), and hub ids have the form 'name' or 'owner/name'. What"
-            " configs/quickstart.yaml names is fetched by `make quickstart`."
+            f"model={name!r} is no folder (seen from {Path.cwd()}; ~ stays as it is), nor a hub id: 'name' or 'owner/name'.{cure}"
         )
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -152,38 +152,39 @@ def test_another_value_is_refused() -> None:
 
 def test_with_cuda_graphs_each_batch_is_a_step_and_gradients_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What there is to see of it on a CPU; tests/test_gpu.py trains with graphs that are recorded."""
-    made, begun, kept, validated = CompileCounter(), [], [], []
-
-    class Note(LitDeep):
-        def on_validation_batch_end(self, *args: object) -> None:
-            validated.append(1)
-
+    made, log = CompileCounter(), []
+    forward = Deep.forward
+    monkeypatch.setattr(Deep, "forward", lambda net, x: (log.append("forward"), forward(net, x))[1])
     recorder = lambda graph, inputs, config_patches: made(graph, inputs)  # noqa: E731
     monkeypatch.setattr(lora, "compile_layers", functools.partial(compile_layers, backend=recorder))
-    monkeypatch.setattr(lora, "begin_step", lambda: begun.append(1))
-    monkeypatch.setattr(lora, "keep_gradients", lambda parameters: (kept.append(1), keep_gradients(parameters)))
+    monkeypatch.setattr(lora, "begin_step", lambda: log.append("begin"))
+    monkeypatch.setattr(lora, "keep_gradients", lambda parameters: (log.append("keep"), keep_gradients(parameters)))
+    monkeypatch.setattr(LoRACallback, "_recordable", lambda self, trainer: True)
     results = []
     for options in ({}, {"compile": "layer", "cuda_graphs": True}):
         torch.manual_seed(5)
-        validated.clear()
-        module, run = Note(), trainer(tmp_path, LoRACallback(CONFIG, **options), max_epochs=2, accumulate_grad_batches=2)
-        with pytest.warns(UserWarning, match="cuda_graphs=True has no effect on cpu") if options else nullcontext():
-            run.fit(module)
-            fitted = len(begun)
-            run.test(module, verbose=False)
-        results.append(bits(module))
-        if options:
-            batches = run.fit_loop.epoch_loop.batch_progress.total.ready
-            assert len(kept) == batches > 0 and len(begun) > fitted == batches + len(validated) > batches
-    assert results[0].keys() == results[1].keys()
-    torch.testing.assert_close(results[1], results[0])
+        log.clear()
+        module, run = LitDeep(), trainer(tmp_path, LoRACallback(CONFIG, **options), max_epochs=2, accumulate_grad_batches=2)
+        run.fit(module)
+        run.test(module, verbose=False)
+        results.append((bits(module), len(log)))
+    (plain, forwards), (recorded, _) = results
+    torch.testing.assert_close(recorded, plain)
+    assert made.frame_count > 0 and log.count("keep") == run.fit_loop.epoch_loop.batch_progress.total.ready > 0
+    assert log.count("begin") == log.count("forward") == forwards
+    assert all(before == "begin" for before, here in itertools.pairwise(log) if here == "forward")
+    assert all(before == "forward" for before, here in itertools.pairwise(log) if here == "keep")
+
+
+def test_cuda_graphs_on_a_cpu_say_that_they_do_nothing(tmp_path: Path, counter: CompileCounter) -> None:
+    with pytest.warns(UserWarning, match="cuda_graphs=True has no effect on cpu"):
+        trainer(tmp_path, LoRACallback(CONFIG, compile="layer", cuda_graphs=True), max_epochs=1, limit_val_batches=0).fit(LitDeep())
+    assert counter.frame_count > 0
 
 
 def test_cuda_graphs_where_there_is_nothing_to_record_are_an_error() -> None:
     with pytest.raises(ValueError, match="cuda_graphs=True records compiled blocks: pass compile='layer'"):
         LoRACallback(CONFIG, cuda_graphs=True)
     callback = LoRACallback(CONFIG, compile="layer", cuda_graphs=True)
-    with pytest.raises(
-        ValueError, match=r"cuda_graphs=True with strategy=ModelParallelStrategy: it moves the parameters.*Leave cuda_graphs out"
-    ):
-        callback._check_recordable(SimpleNamespace(strategy=ModelParallelStrategy()))
+    with pytest.raises(ValueError, match=r"cuda_graphs=True with strategy=ModelParallelStrategy: it moves.*Leave cuda_graphs out"):
+        callback._recordable(SimpleNamespace(strategy=ModelParallelStrategy()))

@@ -36,7 +36,7 @@ def compile(kernel, tiles, capability=90, **constants):
 found = {}
 for name, kernel in (("add_", low_rank._add), ("reduce", low_rank._reduce)):
     found[name] = compile(kernel, low_rank.TILES[name], BR=16, DROP=True)
-for capability, rank, drop in ((90, 16, False), (86, 64, True)):
+for capability, rank, drop in ((90, 16, False), (86, 32, False), (86, 64, True)):
     shared = SHARED[capability]
     tiles = low_rank.project_tiles(rank, 2, shared)
     found[f"project, rank {rank}, sm_{capability}"] = compile(low_rank._project, tiles, capability, BR=rank, DROP=drop)
@@ -54,6 +54,6 @@ def test_for_an_h100_and_for_smaller_gpus():
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 8
+    assert len(found) == 11
     for name, (size, shared) in found.items():
         assert size > 0 and shared <= (99 if "sm_86" in name else 227) * 1024, name

@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 
 import lightning
 import pytest
@@ -240,8 +241,13 @@ def test_gguf_without_its_package_names_the_extra(folder, monkeypatch):
         CausalLMTask(folder, gguf_file="x.gguf")
 
 
-@pytest.mark.parametrize("model", ["./nowhere", "a/b/c", "/nowhere/model"])
-def test_a_folder_that_is_not_there_is_named(model: str) -> None:
+@pytest.mark.parametrize("model", ["./nowhere", "a/b/c", "/nowhere/model", "~/model", ".cache/quickstart/none", Path("/nowhere")])
+def test_a_folder_that_is_not_there_is_named(model):
     for load in (hf.load_causal_lm, hf.skeleton):
-        with pytest.raises(ValueError, match=rf"model='{model}' is no folder.*make quickstart"):
+        with pytest.raises(ValueError, match=rf"model='{model}' is no folder.*nor a hub id") as error:
             load(model)
+        assert ("make quickstart" in str(error.value)) is ("quickstart" in str(model))
+
+
+def test_a_folder_may_be_a_path(folder):
+    assert hf.load_causal_lm(Path(folder))[1].pad_token is not None and hf.skeleton(Path(folder)).lm_head.weight.is_meta
