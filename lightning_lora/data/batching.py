@@ -33,12 +33,13 @@ class Example:
         return len(self.prompt) + len(self.answer)
 
 
-def collate_answers(examples: Sequence[Example], pad: int) -> dict[str, Tensor]:
+def collate_answers(examples: Sequence[Example], pad: int, multiple: int = 1) -> dict[str, Tensor]:
     """Right-padded batch: ``input_ids``, ``attention_mask``, ``labels`` (B, T), and ``rivals`` (M, 3) if a row has choices.
 
-    A row of ``rivals`` is (row of the batch, index among the batch's answer tokens counted row by row, rival token).
+    T is the longest row's length, rounded up to a ``multiple``. A row of ``rivals`` is (row of the batch, index among the batch's answer
+    tokens counted row by row, rival token).
     """
-    length = max(len(e) for e in examples)
+    length = -(-max(len(e) for e in examples) // multiple) * multiple
     rows = [e.prompt + e.answer for e in examples]
     labels = [[IGNORE] * len(e.prompt) + e.answer for e in examples]
     batch = {

@@ -35,6 +35,7 @@ class InstructionDataModule(LightningDataModule):
         batch_size: Rows a batch.
         max_length: Tokens of prompt and answer together; longer rows lose their end, with a warning that counts them.
         seed: Order of the training rows.
+        pad_to_multiple_of: Batches have lengths that are multiples of it, but for prediction: so that a compiler meets few sizes.
 
     Raises:
         ValueError: A file is missing, empty or malformed (with file, line and what a line looks like), or a row has no answer left.
@@ -49,10 +50,12 @@ class InstructionDataModule(LightningDataModule):
         batch_size: PositiveInt = 8,
         max_length: PositiveInt = 1024,
         seed: int = 0,
+        pad_to_multiple_of: PositiveInt = 1,
     ) -> None:
         super().__init__()
         self.files = {"train": train, "val": val, "test": test, "predict": predict or test}
         self.batch_size, self.max_length, self.seed = batch_size, max_length, seed
+        self.pad_to_multiple_of = pad_to_multiple_of
         self.examples: dict[str, list[Example]] = {}
 
     @override
@@ -84,7 +87,8 @@ class InstructionDataModule(LightningDataModule):
             return DataLoader(examples, batch_size=self.batch_size, collate_fn=partial(collate_prompts, pad=pad))  # type: ignore[arg-type]
         epoch = (lambda: self.trainer.current_epoch) if split == "train" else None  # type: ignore[union-attr]
         sampler = LengthGroupedSampler([len(e) for e in examples], self.batch_size, epoch, self.seed)
-        return DataLoader(examples, batch_size=self.batch_size, sampler=sampler, collate_fn=partial(collate_answers, pad=pad))  # type: ignore[arg-type]
+        collate = partial(collate_answers, pad=pad, multiple=self.pad_to_multiple_of)
+        return DataLoader(examples, batch_size=self.batch_size, sampler=sampler, collate_fn=collate)  # type: ignore[arg-type]
 
     @override
     def train_dataloader(self) -> DataLoader:

@@ -64,6 +64,16 @@ def test_answers_are_padded_right_and_the_loss_is_on_them_only():
     assert batch["rivals"].tolist() == [[0, 0, 9], [1, 2, 7], [1, 3, 4]]
 
 
+@pytest.mark.parametrize(("multiple", "length"), [(1, 6), (4, 8), (6, 6), (64, 64)])
+def test_lengths_are_multiples(multiple, length):
+    examples = [Example([5, 6], [7, 3], rivals=[(0, 9)]), Example([5, 6, 7, 8], [9, 3])]
+    batch, plain = collate_answers(examples, pad=0, multiple=multiple), collate_answers(examples, pad=0)
+    for name, filler in (("input_ids", 0), ("attention_mask", 0), ("labels", -100)):
+        assert batch[name].shape == (2, length)
+        assert torch.equal(batch[name][:, :6], plain[name]) and (batch[name][:, 6:] == filler).all()
+    assert torch.equal(batch["rivals"], plain["rivals"])
+
+
 def test_prompts_are_padded_left():
     batch = collate_prompts([Example([5], text="a"), Example([5, 6, 7], text="b")], pad=0)
     assert batch["input_ids"].tolist() == [[0, 0, 5], [5, 6, 7]]
@@ -173,11 +183,12 @@ def test_an_epoch_has_its_own_order_in_a_fit(tmp_path):
                 seen.append([])
 
             def on_train_batch_start(self, trainer, module, batch, index):
+                assert batch["input_ids"].shape[1] % 16 == 0
                 seen[-1] += batch["attention_mask"].sum(1).tolist()
 
         quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
         trainer = lightning.Trainer(accelerator="cpu", max_epochs=2, num_sanity_val_steps=0, callbacks=[Watch()], **quiet)
-        trainer.fit(CausalLMTask(model), InstructionDataModule(file, file, batch_size=4))
+        trainer.fit(CausalLMTask(model), InstructionDataModule(file, file, batch_size=4, pad_to_multiple_of=16))
         return seen
 
     one, two = orders()
