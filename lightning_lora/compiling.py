@@ -67,7 +67,7 @@ def compile_layers(model: nn.Module, backend: str | Callable[..., Any] = "induct
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     for block in blocks.values():
         if block._compiled_call_impl is None:
-            block.compile(backend=_rebuilding(_recording(backend) if cuda_graphs else backend))
+            block.compile(backend=_prepared(backend, cuda_graphs))
             if cuda_graphs:
                 block._compiled_call_impl = _Recorded(block._compiled_call_impl)  # type: ignore[arg-type]  # compile() has set it
     return list(blocks)
@@ -102,31 +102,23 @@ class _Recorded:
             kernels.recording = outer
 
 
-@functools.cache
-def _recording(backend: str | Callable[..., Any]) -> Callable[..., Any]:
-    return functools.partial(_looked_up(backend), config_patches={"triton.cudagraphs": True})
-
-
-def _looked_up(backend: str | Callable[..., Any]) -> Callable[..., Any]:
-    return lookup_backend(backend) if isinstance(backend, str) else backend
-
-
 # The compiler keeps a result for the backward pass if an operation there has to have it in memory, or if it is used in places far apart:
 # it takes time to be dearer than memory. The inputs of adapters' products are both.
 _REBUILD = {"ban_recompute_materialized_backward": False, "ban_recompute_used_far_apart": False}
 
 
 @functools.cache  # the compiler knows its own work again by the very object that did it
-def _rebuilding(backend: str | Callable[..., Any]) -> Callable[..., Any]:
-    """The backend, told to compute elementwise results again in the backward pass."""
-    compile = _looked_up(backend)
+def _prepared(backend: str | Callable[..., Any], cuda_graphs: bool) -> Callable[..., Any]:
+    """The backend, told to compute elementwise results again in the backward pass, and maybe to record what it compiles."""
+    compile = lookup_backend(backend) if isinstance(backend, str) else backend
+    options = {"config_patches": {"triton.cudagraphs": True}} if cuda_graphs else {}
 
     @functools.wraps(compile)
-    def rebuilding(*args: Any, **kwargs: Any) -> Any:
+    def prepared(*args: Any, **kwargs: Any) -> Any:
         with autograd_config.patch(_REBUILD):
-            return compile(*args, **kwargs)
+            return compile(*args, **kwargs, **options)
 
-    return rebuilding
+    return prepared
 
 
 def uncompile_layers(model: nn.Module) -> None:
