@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_lora.kernels.dropout import kept
-from lightning_lora.kernels.low_rank import Tiles, block_of, cdiv, shared_memory, split
+from lightning_lora.kernels.low_rank import Tiles, block_of, cdiv, split
 from lightning_lora.kernels.plain import Drop
 
 LOOP = 8  # column tiles that a program of the forward pass takes
@@ -29,16 +29,11 @@ TILES = {
 PROGRAMS = 1584  # of the backward pass: they last unequally, so several waves
 
 
-def tiles_of(kernel: str, BR: int, itemsize: int, shared: int) -> Tiles:
-    """For a block of the ranks, bytes an entry, and bytes of shared memory."""
-    tiles = TILES[kernel]
-    # How many tensors of (tokens, C) a step of the loop reads, and the side of its three blocks of an adapter.
-    big, side = (2, tiles.BC) if kernel.startswith("forward") else (3, tiles.BT)
-    return tiles.within(shared, (big * tiles.BT * tiles.BC + 3 * side * BR) * itemsize)
-
-
-def _named(kernel: str, drop: Drop | None) -> str:
-    return kernel if drop is None else f"{kernel}, dropping"
+def tiles_of(kernel: str, BR: int, drop: bool) -> Tiles:
+    """The table's; at the widest ranks nothing is fetched ahead: smaller GPUs (99 KiB a program) have no room, an H100 none for two
+    programs on a multiprocessor."""
+    tiles = TILES[f"{kernel}, dropping" if drop else kernel]
+    return tiles if BR < 64 else tiles._replace(num_stages=1)
 
 
 @triton.jit
@@ -158,7 +153,7 @@ def forward(
     """
     (rows, cols), (rg, ru, rd) = g.shape, (Bg.shape[1], Bu.shape[1], Ad.shape[0])
     BR = block_of(max(rg, ru, rd))
-    tiles = tiles_of(_named("forward", drop), BR, g.itemsize, shared_memory(g.device))
+    tiles = tiles_of("forward", BR, drop is not None)
     blocks = cdiv(cols, tiles.BC * LOOP)
     h = torch.empty_like(g)
     td = torch.empty(blocks, rows, rd, device=g.device, dtype=torch.float32)
@@ -202,7 +197,7 @@ def backward(
     """
     (rows, cols), (rg, ru, rd) = g.shape, (Bg.shape[1], Bu.shape[1], Ad.shape[0])
     BR = block_of(max(rg, ru, rd))
-    tiles = tiles_of(_named("backward", drop), BR, g.itemsize, shared_memory(g.device))
+    tiles = tiles_of("backward", BR, drop is not None)
     blocks = cdiv(cols, tiles.BC)
     parts, span = split(rows, tiles.BT, blocks, PROGRAMS)
     dg, du = dh, torch.empty_like(u)

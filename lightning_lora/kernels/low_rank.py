@@ -8,7 +8,6 @@ for two of them (``benchmarks/kernel_tiles.py``), and are used.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -35,32 +34,12 @@ class Tiles(NamedTuple):
         """What a launch takes."""
         return self._asdict()
 
-    def within(self, shared: int, loads: int) -> Tiles:
-        """With fewer loads in flight where they might not fit in a program's shared memory, both in bytes; what is at work is in registers,
-        and up to 24 KiB of other things are beside them."""
-        room = 1 + max(0, shared - 24 * 2**10) // loads
-        return self if room >= self.num_stages else self._replace(num_stages=room)
-
 
 TILES = {
     "project": Tiles(64, 128, num_stages=5),
     "add_": Tiles(64, 128, num_stages=2),
     "reduce": Tiles(32, 64),
 }
-
-
-def project_tiles(BR: int, itemsize: int, shared: int) -> Tiles:
-    """For a block of the rank, bytes an entry, and bytes of shared memory."""
-    tiles = TILES["project"]
-    return tiles.within(shared, (tiles.BT + BR) * tiles.BC * itemsize)
-
-
-@functools.cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes of it that a program may have; an H100's where the kernels are interpreted."""
-    if device.type != "cuda":
-        return 227 * 2**10
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # type: ignore[attr-defined]  # not in the stubs
 
 
 def draw_drop(x: Tensor, dropout: float) -> tuple[Drop, float]:
@@ -139,8 +118,7 @@ def project(x: Tensor, A: Tensor, drop: Drop | None = None, scale: float = 1.0) 
         return torch.addmm(out, x, A.t(), beta=0, alpha=scale, out=out)
     (rows, cols), rank = x.shape, A.shape[0]
     x, out = rows_first(x), torch.empty(rows, rank, device=x.device, dtype=x.dtype)
-    BR = block_of(rank)
-    tiles = project_tiles(BR, x.itemsize, shared_memory(x.device))
+    BR, tiles = block_of(rank), TILES["project"]
     grid = (cdiv(rows, tiles.BT), cdiv(rank, BR))
     seed, threshold = drop or (x, 0)
     _project[grid](x, A, out, seed, rows, cols, rank, x.stride(0), A.stride(0), A.stride(1), threshold, scale,

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from lightning_lora.kernels import low_rank, plain
-from tests.kernels.operands import DTYPES, TOLERANCE, error, strided, tensor
+from tests.kernels.operands import DEVICE, DTYPES, TOLERANCE, error, strided, tensor
 
 SIZES = [(70, 48, 5), (130, 136, 16), (64, 300, 40), (17, 24, 1), (33, 160, 100)]  # tokens, features, rank
 MAKERS = {"contiguous": tensor, "strided": strided}
@@ -15,9 +15,8 @@ MAKERS = {"contiguous": tensor, "strided": strided}
 def drop_of(x, p):
     """A seed for the kernels and the same mask as a tensor for the plain functions; read off the kernel itself."""
     drop, exact = low_rank.draw_drop(x, p)
-    ones = torch.ones(x.shape, device=x.device)
-    eye = torch.eye(x.shape[1], device=x.device)
-    return drop, (low_rank.project(ones, eye, drop) == 0, 0), exact
+    zeros, ones = torch.zeros(x.shape, device=x.device), torch.ones(max(x.shape), 1, device=x.device)
+    return drop, (low_rank.add_(zeros, ones[: x.shape[0]], ones[: x.shape[1]], drop) == 0, 0), exact
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -79,10 +78,11 @@ def test_dropout_drops_each_entry_on_its_own(p):
 
 def test_the_mask_does_not_depend_on_the_tiles():
     """The same entries are dropped in all three kernels, whose tiles differ."""
-    x = torch.ones(100, 200, device=tensor(1).device)
+    x = torch.ones(100, 200, dtype=DTYPES[0], device=DEVICE)
     drop, (mask, _), _ = drop_of(x, 0.4)
-    assert torch.equal(low_rank.reduce(torch.eye(100, device=x.device), x, drop) == 0, mask)
-    assert torch.equal(low_rank.add_(torch.zeros_like(x), torch.ones_like(x[:, :1]), torch.ones_like(x[0])[:, None], drop) == 0, mask)
+    rows, columns = (torch.eye(size, dtype=x.dtype, device=DEVICE) for size in x.shape)
+    assert torch.equal(low_rank.reduce(rows, x, drop) == 0, mask)
+    assert torch.equal(low_rank.project(x, columns, drop) == 0, mask)
 
 
 def test_the_seed_comes_from_torchs_generator():
