@@ -213,6 +213,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--length", type=int, help="tokens a sequence; default 2048, tiny 32")
     parser.add_argument("--steps", type=int, default=10, help="counted steps, after three")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    parser.add_argument("--compile", action="store_true", help="each block compiled")
     parser.add_argument("--only", nargs="+", choices=list(runs.STRATEGIES), help="these strategies, beside the single device")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=["steps", "save", "resume"])
     parser.add_argument("--json", type=Path, default=Path("runs/multi_gpu.json"))
@@ -229,7 +230,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
 
     name = f"{devices} x {torch.cuda.get_device_name()}" if not options.cpu else f"{devices} gloo processes"
     head = f"{name}, torch {torch.__version__}, {options.shape}, {options.rows} x {options.length} tokens a device"
-    print(head + (", gradient checkpointing" if options.checkpointing else ""), flush=True)
+    head += "".join(f", {what}" for what, on in (("gradient checkpointing", options.checkpointing), ("blocks compiled", options.compile)) if on)
+    print(head, flush=True)
     results: list[dict[str, Any]] = []
     options.json.parent.mkdir(parents=True, exist_ok=True)
 

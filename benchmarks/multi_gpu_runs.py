@@ -286,6 +286,11 @@ def built(strategy: str, model: str, options: argparse.Namespace) -> tuple[nn.Mo
     with torch.device("meta"):
         empty = empty_model(options)
     wrapped = nf4(empty, device) if model == "nf4" else STRATEGIES[strategy](empty, MODELS[model], device)
+    if options.compile:
+        from lightning_lora.compiling import compile_layers
+
+        torch._dynamo.reset()
+        compile_layers(wrapped)
     trained = [p for p in wrapped.parameters() if p.requires_grad]
     return wrapped, torch.optim.AdamW(trained, lr=1e-4, fused=device.type == "cuda") if trained else None
 
