@@ -101,7 +101,9 @@ def step_rows(workers: Workers, options: argparse.Namespace, say: Callable[[dict
             continue
         after = strategy.endswith(" after")  # its frozen model is the one before; PEFT has nothing for a model that is sharded already
         frozen = frozen if after else None
-        for model in ("ours",) if after else ("frozen", "ours", "PEFT"):
+        for model in ("ours",) if after else runs.MODELS:
+            if model not in options.models:
+                continue
             row: dict[str, Any] = {"part": "steps", "strategy": strategy, "model": model}
             try:
                 ranks = workers.run(runs.measure, strategy, model, options)
@@ -215,6 +217,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     parser.add_argument("--compile", action="store_true", help="each block compiled")
     parser.add_argument("--only", nargs="+", choices=list(runs.STRATEGIES), help="these strategies, beside the single device")
+    parser.add_argument("--models", nargs="+", choices=list(runs.MODELS), default=list(runs.MODELS))
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=["steps", "save", "resume"])
     parser.add_argument("--json", type=Path, default=Path("runs/multi_gpu.json"))
     options = parser.parse_args(argv)
@@ -230,7 +233,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
 
     name = f"{devices} x {torch.cuda.get_device_name()}" if not options.cpu else f"{devices} gloo processes"
     head = f"{name}, torch {torch.__version__}, {options.shape}, {options.rows} x {options.length} tokens a device"
-    head += "".join(f", {what}" for what, on in (("gradient checkpointing", options.checkpointing), ("blocks compiled", options.compile)) if on)
+    head += ", gradient checkpointing" * options.checkpointing + ", blocks compiled" * options.compile
     print(head, flush=True)
     results: list[dict[str, Any]] = []
     options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -132,6 +132,10 @@ def fsdp2(model: nn.Module, adapt: Adapt, device: torch.device) -> nn.Module:
     return shard(adapt(model), mesh_of(device)["dp"], device)
 
 
+def fsdp2_kept(model: nn.Module, adapt: Adapt, device: torch.device) -> nn.Module:
+    return shard(adapt(model), mesh_of(device)["dp"], device, reshard_after_forward=False)
+
+
 def fsdp2_after(model: nn.Module, adapt: Adapt, device: torch.device) -> nn.Module:
     return adapt(shard(model, mesh_of(device)["dp"], device))
 
@@ -187,6 +191,7 @@ STRATEGIES: dict[str, Callable[[nn.Module, Adapt, torch.device], nn.Module]] = {
     "ddp": ddp,
     "fsdp2": fsdp2,
     "fsdp2 after": fsdp2_after,
+    "fsdp2 kept": fsdp2_kept,
     "fsdp1": fsdp1,
     "tp": tp,
     "tp after": tp_after,
@@ -205,11 +210,11 @@ def mesh_of(device: torch.device, tensor: int = 1) -> DeviceMesh:
     return init_device_mesh(device.type, (dist.get_world_size() // tensor, tensor), mesh_dim_names=("dp", "tp"))
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> nn.Module:
+def shard(model: nn.Module, mesh: DeviceMesh, device: torch.device, reshard_after_forward: bool = True) -> nn.Module:
     """FSDP2 block by block as ``lora_fsdp2`` has it, then this rank's pieces materialised."""
     from lightning_lora.strategies.ours import shard_blocks
 
-    shard_blocks(nn.ModuleDict({"net": model}), mesh)
+    shard_blocks(nn.ModuleDict({"net": model}), mesh, reshard_after_forward)
     return fill_all(model, device)
 
 

@@ -32,7 +32,7 @@ LEVELS = [
     ["merging", "packing", "fused_ops", "kernels.gated"],
     ["heads", "layers.classes", "layers.mergeable", "gated_ops"],
     ["layers.base"],
-    ["layers.siblings", "layers.adapting"],
+    ["layers.siblings", "layers.pieces", "layers.adapting"],
     ["layers.*", "variants.*", "inits", "data_inits", "packings.*"],
     ["layers", "variants", "packings"],
     ["targeting", "parallel", "fuse"],

@@ -38,6 +38,8 @@ class LoRAFSDP2Strategy(ModelParallelStrategy):
         save_distributed_checkpoint: checkpoints as folders of shards instead of one portable file.
         process_group_backend: default by device.
         timeout: of collectives.
+        reshard_after_forward: drop a block's gathered weights after the forward pass, and gather them again for the backward pass. False
+            keeps them in between: half the traffic, and at the peak the memory of a model that is not sharded.
 
     Raises:
         ValueError: the model has no repeated blocks, or tensor parallelism is asked for and it has no plan.
@@ -52,8 +54,10 @@ class LoRAFSDP2Strategy(ModelParallelStrategy):
         save_distributed_checkpoint: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
+        reshard_after_forward: bool = True,
     ) -> None:
         super().__init__(data_parallel_size, tensor_parallel_size, save_distributed_checkpoint, process_group_backend, timeout)
+        self.reshard_after_forward = reshard_after_forward
 
     @override
     def setup_environment(self) -> None:
@@ -70,7 +74,7 @@ class LoRAFSDP2Strategy(ModelParallelStrategy):
             if self.device_mesh["tensor_parallel"].size() > 1:
                 tensor_parallel(module, self.device_mesh["tensor_parallel"])
             # The mesh over which LightningModules shard; of size 1 where all processes share each layer.
-            shard_blocks(module, self.device_mesh["data_parallel"])
+            shard_blocks(module, self.device_mesh["data_parallel"], self.reshard_after_forward)
         # Lightning wants configure_model overridden here, since that is where others shard.
         module.configure_model = lambda: None  # type: ignore[method-assign]
         try:
@@ -79,8 +83,13 @@ class LoRAFSDP2Strategy(ModelParallelStrategy):
             del module.configure_model
 
 
-def shard_blocks(model: nn.Module, mesh: DeviceMesh) -> None:
+def shard_blocks(model: nn.Module, mesh: DeviceMesh, reshard_after_forward: bool = True) -> None:
     """``fully_shard`` every repeated block, then each child of the LightningModule that has parameters, as its root.
+
+    Args:
+        model: a LightningModule, or another parent of what is to be sharded.
+        mesh: of one dimension.
+        reshard_after_forward: as :class:`LoRAFSDP2Strategy` has it.
 
     Raises:
         ValueError: there are no blocks.
@@ -91,7 +100,7 @@ def shard_blocks(model: nn.Module, mesh: DeviceMesh) -> None:
             f"{type(model).__name__} has no repeated blocks to shard ({BLOCKS}): use ModelParallelStrategy and shard it in configure_model."
         )
     for _, block in blocks:
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward)
     for child in model.children():
         if any(True for _ in child.parameters()):
             fully_shard(child, mesh=mesh)

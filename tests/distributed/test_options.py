@@ -213,11 +213,13 @@ class LitLlama(LitShared):
         return torch.utils.data.DataLoader(Share(rank, world), batch_size=None)
 
 
-def fit_llama(tensor: int | None) -> list[float]:
+def fit_llama(tensor: int | None, reshard: bool = True) -> list[float]:
     warnings.simplefilter("ignore")
     torch.manual_seed(7)
     module = LitLlama(tensor or 1)
-    strategy: Any = "auto" if tensor is None else LoRAFSDP2Strategy(tensor_parallel_size=tensor, process_group_backend="gloo")
+    strategy: Any = "auto"
+    if tensor is not None:
+        strategy = LoRAFSDP2Strategy(tensor_parallel_size=tensor, process_group_backend="gloo", reshard_after_forward=reshard)
     config = LoRAConfig(rank=4, target_modules="all-linear")
     trainer = L.Trainer(
         accelerator="cpu", devices=dist.get_world_size() if tensor else 1, strategy=strategy, max_epochs=2, logger=False,
@@ -235,6 +237,11 @@ def llama_losses() -> list[float]:
 
 def test_fsdp2_finds_the_blocks_of_a_hugging_face_model(pool: Any, llama_losses: list[float]) -> None:
     for losses in pool.run(fit_llama, 1):
+        assert losses == pytest.approx(llama_losses, abs=2e-6)
+
+
+def test_fsdp2_keeps_what_it_gathered(pool: Any, llama_losses: list[float]) -> None:
+    for losses in pool.run(fit_llama, 1, False):
         assert losses == pytest.approx(llama_losses, abs=2e-6)
 
 
