@@ -125,6 +125,8 @@ def step_rows(workers: Workers, options: argparse.Namespace, say: Callable[[dict
             ratio, scaling = (f"{row[key]:.2f}" if row[key] else "" for key in ("x_frozen", "scaling"))
             line = (strategy, model, f"{row['ms']:.1f}", ratio, f"{speed:,.0f}", scaling, memory, counts, f"{moved:,.1f}")
             print(f"| {' | '.join(line)} |", flush=True)
+            if row["profile"]:
+                print("  " + ", ".join(f"{kind} {ms:.1f}" for kind, ms in row["profile"].items()), flush=True)
             say(row)
 
 
@@ -216,6 +218,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--steps", type=int, default=10, help="counted steps, after three")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     parser.add_argument("--compile", action="store_true", help="each block compiled")
+    parser.add_argument("--profile", action="store_true", help="milliseconds by kind of kernel, under each row")
     parser.add_argument("--only", nargs="+", choices=list(runs.STRATEGIES), help="these strategies, beside the single device")
     parser.add_argument("--models", nargs="+", choices=list(runs.MODELS), default=list(runs.MODELS))
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=["steps", "save", "resume"])

@@ -11,14 +11,14 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from multi_gpu_meters import Traffic, profiled
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
@@ -254,29 +254,6 @@ def split(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     return model
 
 
-class Traffic(TorchDispatchMode):
-    """Collectives by kind: how many, and how many bytes (the larger of what goes in and what comes out)."""
-
-    KINDS: ClassVar = {"allgather": "all-gather", "reducescatter": "reduce-scatter", "allreduce": "all-reduce", "broadcast": "broadcast"}
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: dict[str, list[int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # their collectives come by once they are plain tensors
-        out = func(*args, **(kwargs or {}))
-        if func.namespace in ("c10d", "_c10d_functional", "c10d_functional"):
-            flat = func._schema.name.split("::")[1].replace("_", "")
-            kind = next((name for part, name in self.KINDS.items() if part in flat), None)
-            if kind is not None:
-                count, size = self.found.get(kind, (0, 0))
-                tensors = [sum(t.nbytes for t in torch.utils._pytree.tree_leaves(nest) if isinstance(t, Tensor)) for nest in (*args, out)]
-                self.found[kind] = [count + 1, size + max(tensors)]
-        return out
-
-
 def device_here(options: argparse.Namespace) -> torch.device:
     return torch.device("cpu") if options.cpu else torch.device("cuda", torch.cuda.current_device())
 
@@ -329,8 +306,9 @@ def measure(strategy: str, model: str, options: argparse.Namespace) -> dict[str,
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     peak_gib = peak()
+    shares = profiled(step) if options.profile else {}
     with Traffic() as traffic:
         step()
     tokens = options.rows * options.length * (1 if strategy == "one" else dist.get_world_size())
     found = {"ms": statistics.median(times[3:]) * 1e3, "tokens": tokens, "peak_gib": peak_gib, "build_gib": build_gib}
-    return {**found, "traffic": traffic.found}
+    return {**found, "traffic": traffic.found, "profile": shares}

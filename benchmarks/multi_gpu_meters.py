@@ -1,0 +1,65 @@
+"""What ``multi_gpu.py`` reads off a step beside its time: the collectives, and the kernels by kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# What a kernel is, by a piece of its name; the first that fits.
+KERNELS = {
+    "communication": ("nccl", "Memcpy PtoP"),
+    "products": ("nvjet", "gemm"),
+    "attention": ("flash", "fmha", "sdpa", "cudnn"),
+    "gathered, copied out": ("split_with_sizes",),
+    "copied in, optimizer": ("multi_tensor_apply",),
+}
+
+
+class Traffic(TorchDispatchMode):
+    """Collectives by kind: how many, and how many bytes (the larger of what goes in and what comes out)."""
+
+    KINDS: ClassVar = {"allgather": "all-gather", "reducescatter": "reduce-scatter", "allreduce": "all-reduce", "broadcast": "broadcast"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, list[int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # their collectives come by once they are plain tensors
+        out = func(*args, **(kwargs or {}))
+        if func.namespace in ("c10d", "_c10d_functional", "c10d_functional"):
+            flat = func._schema.name.split("::")[1].replace("_", "")
+            kind = next((name for part, name in self.KINDS.items() if part in flat), None)
+            if kind is not None:
+                count, size = self.found.get(kind, (0, 0))
+                tensors = [sum(t.nbytes for t in torch.utils._pytree.tree_leaves(nest) if isinstance(t, Tensor)) for nest in (*args, out)]
+                self.found[kind] = [count + 1, size + max(tensors)]
+        return out
+
+
+def profiled(step: Callable[[], None], steps: int = 2) -> dict[str, float]:
+    """Milliseconds of a step by kind of kernel, and how much of it something other than communication was running (*computing*)."""
+    with torch.profiler.profile() as profiler:
+        for _ in range(steps):
+            step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    found: dict[str, float] = {}
+    busy: list[tuple[float, float]] = []
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
+            kind = next((kind for kind, names in KERNELS.items() if any(name in event.name for name in names)), "the rest")
+            found[kind] = found.get(kind, 0.0) + event.device_time / 1e3 / steps
+            if kind != "communication":
+                busy.append((event.time_range.start, event.time_range.end))
+    end = 0.0
+    for start, stop in sorted(busy):
+        found["computing"] = found.get("computing", 0.0) + max(0.0, stop - max(start, end)) / 1e3 / steps
+        end = max(end, stop)
+    return found
