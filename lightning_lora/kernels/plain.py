@@ -42,7 +42,7 @@ def add_(y: Tensor, t: Tensor, B: Tensor, drop: Drop | None = None) -> Tensor:
 
 def gained(z: Tensor, t: Tensor, B: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
     """``gain∘(z − bias + t·Bᵀ) + bias``, a new tensor: (N, C), (N, R), (C, R), (C,), (C,) → (N, C)."""
-    return rescaled(z, gain, bias).addmm_(t, (B * gain[:, None]).to(B.dtype).t())
+    return rescaled(z, gain, bias).addmm_(t, rescaled(B.t(), gain, None))
 
 
 def rescaled(z: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
@@ -67,7 +67,7 @@ def gained_backward(dy: Tensor, z: Tensor, t: Tensor, B: Tensor, gain: Tensor, b
     if bias is not None:
         dgain -= dy.sum(0, dtype=wide) * bias
     dz = torch.addcmul(dy, dy, (gain - 1).to(dy.dtype), out=buffer)
-    return dz, (dB * gain[:, None]).to(dB.dtype), dgain
+    return dz, rescaled(dB.t(), gain, None).t(), dgain
 
 
 def reduce(t: Tensor, x: Tensor, drop: Drop | None = None) -> Tensor:
