@@ -36,8 +36,8 @@ def squared_norms(W: Tensor, A: Tensor, B: Tensor, scale: float, own: Callable[[
 
 
 def _served(W: Tensor) -> bool:
-    plain = W.ndim == 2 and W.is_cuda and not is_sharded(W) and not torch._C._are_functorch_transforms_active()
-    return plain and W.stride(1) == 1 and kernels.run(W)
+    plain = torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()
+    return plain and W.ndim == 2 and not is_sharded(W) and W.stride(1) == 1 and kernels.run(W)
 
 
 def _squares(W: Tensor, A: Tensor, B: Tensor, scale: float) -> list[Tensor]:
