@@ -1,6 +1,9 @@
-"""What autocast makes of a tensor."""
+"""What autocast makes of a tensor, and its absence."""
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,3 +15,8 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if kind == "meta" or x.dtype == torch.float64 or not x.is_floating_point() or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """No autocast on x's device, which on the meta device there is none of."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)

@@ -92,9 +92,12 @@ class GatedMLP(nn.Module):
             return super().forward(*args, **kwargs)
         if len({layer.dropout_now() for layer in layers}) > 1:
             return super().forward(*args, **kwargs)
+        gains = [layer.output_gain() for layer in layers]
+        if len({gain is None for gain in gains}) > 1:
+            return super().forward(*args, **kwargs)
         As, Bs = zip(*[layer.update_factors() for layer in layers], strict=True)
         weights, scales = [layer.stored_weight() for layer in layers], [layer.scaling for layer in layers]
-        return lora_gated_mlp(args[0], weights, As, Bs, scales, layers[0].dropout_now())
+        return lora_gated_mlp(args[0], weights, As, Bs, scales, layers[0].dropout_now(), () if gains[0] is None else gains)
 
 
 def _fused_class(base: type[nn.Module], *mixins: type[nn.Module]) -> type[nn.Module]:
@@ -132,7 +135,6 @@ def _serves(layer: Any, x: Tensor) -> bool:
     return (
         isinstance(layer, LoRALinear)
         and layer.fusable(x)
-        and type(layer).lora_output is LoRALinear.lora_output
         and layer.bias is None
         and "forward" not in layer.__dict__
         and layer.rank <= kernels.WIDEST_GATED

@@ -167,14 +167,27 @@ def nothing(model):
     pass
 
 
-def dora(model):
-    """Its outputs are not the sums that the kernel would take."""
+def dora(model, **options):
     unload_lora(model)
-    fill(apply_lora(model, config=LoRAConfig(rank=3, variant="dora", target_modules="all-linear")))
+    fill(apply_lora(model, config=LoRAConfig(rank=3, variant="dora", target_modules="all-linear", **options)))
     assert isinstance(model, GatedMLP)
 
 
-STEPS_ASIDE = {"not": nothing, "dora": dora, "hook": hooked, "merged": merged, "trained weight": training_weight, "dropout": other_dropout}
+def doras_dropout(model):
+    """It acts on the base's product too."""
+    dora(model, dropout=0.5)
+    model.train()
+
+
+SERVED = {"not": nothing, "dora": dora}
+STEPS_ASIDE = {
+    **SERVED,
+    "dora's dropout": doras_dropout,
+    "hook": hooked,
+    "merged": merged,
+    "trained weight": training_weight,
+    "dropout": other_dropout,
+}
 
 
 @pytest.mark.parametrize(("case", "quantize"), [*((case, None) for case in STEPS_ASIDE), ("not", "nf4"), ("hook", "nf4"), ("not", "int8")])
@@ -194,7 +207,7 @@ def test_steps_aside_by_rule(case, quantize, monkeypatch):
     monkeypatch.setattr("lightning_lora.fused_ops._backend", lambda fast: __import__("lightning_lora.kernels.plain").kernels.plain)
     torch.manual_seed(1)
     assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
-    assert taken == ([1] if case == "not" and quantize != "int8" else [])
+    assert taken == ([1] if case in SERVED and quantize != "int8" else [])
 
 
 def test_deterministic_algorithms_are_respected(monkeypatch):
@@ -232,15 +245,36 @@ def test_fifty_steps_in_bf16_lose_as_the_definition_does():
     assert together == pytest.approx(alone, abs=1e-3)
 
 
+def test_a_model_with_gains_is_as_its_layers_one_by_one(monkeypatch):
+    """Under the interpreter: siblings, output projections and the gated MLP in one operation each, and every gradient."""
+    pytest.importorskip("triton")
+    model = adapted("llama", variant="dora")
+    with torch.no_grad():  # gains near 1, as they are
+        for name, p in model.named_parameters():
+            if "magnitude" in name:
+                p.copy_(model.get_submodule(name.rpartition(".")[0]).norm() * (1 + 0.2 * p))
+    alone = copy.deepcopy(model)
+    unfuse(alone)
+    expected = run(alone)
+    taken, operation = [], GatedMLP.forward.__globals__["lora_gated_mlp"]
+    monkeypatch.setattr("lightning_lora.fuse.lora_gated_mlp", lambda *args: taken.append(len(args[-1])) or operation(*args))
+    monkeypatch.setattr(kernels, "usable", lambda x: True)
+    assert_close(run(model), expected, rtol=1e-3, atol=1e-5)
+    assert taken == [3, 3]
+
+
 @pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing(_enable)?` is deprecated:FutureWarning")
-@pytest.mark.parametrize(("quantize", "checkpointed"), [(None, False), ("nf4", False), ("nf4", True)])
-def test_compiled_blocks_are_one_graph_with_the_fused_operations(quantize, checkpointed, monkeypatch):
+@pytest.mark.parametrize(
+    ("quantize", "checkpointed", "variant"),
+    [(None, False, "plain"), ("nf4", False, "plain"), ("nf4", True, "plain"), (None, False, "dora")],
+)
+def test_compiled_blocks_are_one_graph_with_the_fused_operations(quantize, checkpointed, variant, monkeypatch):
     """With kernels that serve (here under the interpreter): siblings, the output projection and the gated MLP, in every block."""
     pytest.importorskip("triton")
     monkeypatch.setattr(kernels, "usable", lambda x: True)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model = adapted("llama", quantize).train()
+    model = adapted("llama", quantize, variant=variant).train()
     model.enable_input_require_grads()  # else the first block's graph has no gradient for its input
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -31,6 +31,19 @@ def definition(x, Ws, biases, As, Bs, scales, keep=None):
     )
 
 
+def with_gains(n=3, batch=(2, 3), bias=True):
+    """Operands, and a gain for each sibling but the second, whose output is the sum itself."""
+    given = operands(n, batch, bias)
+    return *given, [torch.randn(B.shape[0], dtype=torch.float64, requires_grad=True) if k != 1 else None for k, B in enumerate(given[4])]
+
+
+def gained(x, Ws, biases, As, Bs, scales, gains, keep=None):
+    """The definition with gains."""
+    sums = definition(x, Ws, [None] * len(Ws), As, Bs, scales, keep)
+    scaled = [y if gain is None else y * gain for y, gain in zip(sums, gains, strict=True)]
+    return tuple(y if b is None else y + b for y, b in zip(scaled, biases, strict=True))
+
+
 def gradients(ys, leaves):
     torch.manual_seed(1)
     return torch.autograd.grad(sum((y * torch.randn_like(y)).sum() for y in ys), leaves)
@@ -81,6 +94,73 @@ def test_biases_can_train():
     biases[1].requires_grad_()
     mine, defined = lora_linears(x, Ws, biases, As, Bs, SCALES), definition(x, Ws, biases, As, Bs, SCALES)
     assert_close(gradients(mine, [biases[1]]), gradients(defined, [biases[1]]))
+
+
+@pytest.fixture(params=["plain", "kernels"])
+def backend(request, monkeypatch):
+    """Both, where there is no GPU too; and how near to float64 they are."""
+    if request.param == "plain":
+        return {}
+    pytest.importorskip("triton")
+    monkeypatch.setattr(fused_ops.kernels, "usable", lambda x: True)
+    return {"rtol": 1e-4, "atol": 1e-5}
+
+
+def near(given, backend):
+    """The same operands in the precision of the backend."""
+    if not backend:
+        return given
+    low = lambda t: None if t is None else t.detach().float().requires_grad_(t.requires_grad)  # noqa: E731
+    return tuple(low(part) if isinstance(part, torch.Tensor) else [low(t) for t in part] for part in given)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("n", [1, 3])
+def test_gains_with_every_gradient(n, bias, backend):
+    def values(x, Ws, biases, As, Bs, gains, function):
+        ys = function(x, Ws, biases, As, Bs, SCALES[:n], gains=gains)
+        leaves = [t for t in (x, *As, *Bs, *gains, *biases) if t is not None and t.requires_grad]
+        loss = sum((y * torch.linspace(-1, 1, y.numel()).view(y.shape).to(y)).sum() for y in ys)
+        return [*ys, *torch.autograd.grad(loss, leaves)]
+
+    given = with_gains(n, bias=bias)
+    if bias:
+        given[2][0].requires_grad_()
+    for mine, exact in zip(values(*near(given, backend), lora_linears), values(*given, gained), strict=True):
+        assert_close(mine.double(), exact, **backend)
+
+
+def test_gains_that_are_frozen_keep_no_base_product(backend):
+    x, Ws, biases, As, Bs, gains = near(with_gains(batch=(50,)), backend)
+    call = lambda: lora_linears(x, Ws, biases, As, Bs, SCALES, 0.0, gains)  # noqa: E731
+    assert sorted(t.shape[1] for t in saved(call) if t.shape[:1] == (50,)) == [3, 4, IN, sum(RANKS)]
+    expected = gradients(call(), [x, *As, *Bs])
+    gains = [None if gain is None else gain.detach() for gain in gains]
+    assert sorted(t.shape[1] for t in saved(call) if t.shape[:1] == (50,)) == [IN, sum(RANKS)]
+    assert_close(gradients(call(), [x, *As, *Bs]), expected)
+
+
+def test_gains_of_outputs_that_nobody_uses(backend):
+    x, Ws, biases, As, Bs, gains = near(with_gains(), backend)
+    y = lora_linears(x, Ws, biases, As, Bs, SCALES, 0.0, gains)[2]
+    found = torch.autograd.grad(y.sum(), [x, As[2], Bs[2], gains[2], gains[0]], allow_unused=True)
+    exact = gained(x, Ws, biases, As, Bs, SCALES, gains)[2]
+    assert_close(found[:4], torch.autograd.grad(exact.sum(), [x, As[2], Bs[2], gains[2]]))
+    assert found[4] is None
+
+
+def test_gains_first_and_second_derivatives():
+    x, Ws, biases, As, Bs, gains = with_gains(1, (2,))
+    function = lambda x, A, B, gain: lora_linears(x, Ws, biases, [A], [B], SCALES[:1], 0.0, [gain])  # noqa: E731
+    assert gradcheck(function, (x, *As, *Bs, *gains))
+    assert gradgradcheck(function, (x, *As, *Bs, *gains))
+
+
+def test_a_gain_of_one_leaves_the_bits_of_the_base():
+    x, Ws, biases, As, Bs = operands(dtype=torch.float32)
+    Bs, ones = [B.detach() * 0 for B in Bs], [torch.ones(len(B)) for B in Bs]
+    for y, W, b in zip(lora_linears(x, Ws, biases, As, Bs, SCALES, 0.0, ones), Ws, biases, strict=True):
+        assert torch.equal(y, F.linear(x.reshape(-1, IN), W, b).view(y.shape))
 
 
 def saved(call):
@@ -141,28 +221,33 @@ def test_a_backward_pass_under_autocast_is_in_the_dtype_of_the_forward_pass(crea
     assert_close(found, expected)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_compiled_it_is_two_operations_and_the_same_numbers(traced, dropout):
+@pytest.mark.parametrize(("dropout", "scaled"), [(0.0, False), (0.5, False), (0.0, True)])
+def test_compiled_it_is_two_operations_and_the_same_numbers(traced, dropout, scaled):
     x, Ws, biases, As, Bs = operands(dtype=torch.float32)
+    gains = [torch.randn(4, requires_grad=True), None, torch.randn(3)] if scaled else ()
+    leaves = [x, *As, *Bs, *gains[:1]]
     compiled, graphs = traced(lora_linears)
-    mine = compiled(x, Ws, biases, As, Bs, SCALES, dropout)
-    found = gradients(mine, [x, *As, *Bs])
-    defined = lora_linears(x, Ws, biases, As, Bs, SCALES, dropout)
+    mine = compiled(x, Ws, biases, As, Bs, SCALES, dropout, gains)
+    found = gradients(mine, leaves)
+    defined = lora_linears(x, Ws, biases, As, Bs, SCALES, dropout, gains)
     assert_close(mine, defined)
-    assert_close(found, gradients(defined, [x, *As, *Bs]))
+    assert_close(found, gradients(defined, leaves))
     names = [str(node.target) for graph in graphs for node in graph.graph.nodes if "lightning_lora" in str(node.target)]
     assert names == ["lightning_lora.linears_forward.default", "lightning_lora.linears_backward.default"]
     # The compiler may not see products that it would do its own way.
     assert not [node for graph in graphs for node in graph.graph.nodes if "mm" in str(node.target)]
 
 
-def test_operations_say_their_shapes_right():
+@pytest.mark.parametrize("n", [0, 3])
+def test_operations_say_their_shapes_right(n):
     """What the compiler is told of an operation against what it does."""
     x, Ws, biases, As, Bs = (t.detach() if isinstance(t, torch.Tensor) else t for t in operands(dtype=torch.float32))
     x, As, Bs = x.reshape(-1, IN), [A.detach() for A in As], [B.detach() for B in Bs]
-    forward = (x, None, 0, False, list(SCALES), Ws, [""] * 3, biases, As, Bs)
+    gains = [torch.randn(len(B)) if k < n else None for k, B in enumerate(Bs)]
+    forward = (x, None, 0, False, list(SCALES), Ws, [""] * 3, biases, As, Bs, gains)
     ys = fused_ops._forward(*forward)
-    backward = ([torch.randn_like(y) for y in ys[:3]], x, ys[3], ys[4], None, 0, False, list(SCALES), Ws, [""] * 3, Bs, True)
+    dys, zs = [torch.randn_like(y) for y in ys[:3]], ys[8:] or [None] * 3
+    backward = (dys, x, ys[3], ys[4], None, 0, False, list(SCALES), Ws, [""] * 3, Bs, biases, gains, zs, True)
     for operation, shapes, given in (
         (torch.ops.lightning_lora.linears_forward, fused_ops._forward_shapes, forward),
         (torch.ops.lightning_lora.linears_backward, fused_ops._backward_shapes, backward),

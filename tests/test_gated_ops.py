@@ -22,21 +22,27 @@ def operands():
     return tensor(ROWS, IN).requires_grad_(), Ws, As, Bs
 
 
-def definition(x, Ws, As, Bs, keep=1.0, keep_down=1.0):
+def gains_of(Bs):
+    return [(tensor(B.shape[0], seed=k) * 0.3 + 1).requires_grad_() for k, B in enumerate(Bs)]
+
+
+def definition(x, Ws, As, Bs, keep=1.0, keep_down=1.0, gains=()):
     def project(z, k, mask):
-        return F.linear(z, Ws[k].to(z)) + F.linear(F.linear(z * mask, As[k].to(z)), Bs[k].to(z)) * SCALES[k]
+        y = F.linear(z, Ws[k].to(z)) + F.linear(F.linear(z * mask, As[k].to(z)), Bs[k].to(z)) * SCALES[k]
+        return y * gains[k].to(z) if gains else y
 
     return project(F.silu(project(x, 0, keep)) * project(x, 1, keep), 2, keep_down)
 
 
-@pytest.mark.parametrize("batched", [False, True])
-def test_equals_the_definition_with_every_gradient(batched):
+@pytest.mark.parametrize(("batched", "gained"), [(False, False), (True, False), (True, True)])
+def test_equals_the_definition_with_every_gradient(batched, gained):
     x, Ws, As, Bs = operands()
-    given = x.view(4, 5, IN) if batched else x
-    mine, exact = gated_ops.lora_gated_mlp(given, Ws, As, Bs, SCALES), definition(given.double(), Ws, As, Bs)
+    gains = gains_of(Bs) if gained else []
+    given, leaves = x.view(4, 5, IN) if batched else x, [x, *As, *Bs, *gains]
+    mine, exact = gated_ops.lora_gated_mlp(given, Ws, As, Bs, SCALES, 0.0, gains), definition(given.double(), Ws, As, Bs, gains=gains)
     assert_close(mine.double(), exact, rtol=1e-4, atol=1e-5)
-    found = torch.autograd.grad(mine.square().sum(), [x, *As, *Bs])
-    assert_close(found, torch.autograd.grad(exact.square().sum(), [x, *As, *Bs]), rtol=1e-3, atol=1e-4)
+    found = torch.autograd.grad(mine.square().sum(), leaves)
+    assert_close(found, torch.autograd.grad(exact.square().sum(), leaves), rtol=1e-3, atol=1e-4)
 
 
 def test_a_backward_pass_under_autocast_is_in_the_dtype_of_the_forward_pass():
@@ -48,22 +54,25 @@ def test_a_backward_pass_under_autocast_is_in_the_dtype_of_the_forward_pass():
     assert_close(found, expected)
 
 
-def test_dropout_and_second_derivatives():
+@pytest.mark.parametrize("gained", [False, True])
+def test_dropout_and_second_derivatives(gained):
     x, Ws, As, Bs = operands()
+    gains = gains_of(Bs) if gained else []
+    leaves = [x, *As, *Bs, *gains]
     torch.manual_seed(2)
-    mine = gated_ops.lora_gated_mlp(x, Ws, As, Bs, SCALES, 0.5)
+    mine = gated_ops.lora_gated_mlp(x, Ws, As, Bs, SCALES, 0.5, gains)
     torch.manual_seed(2)
     masks = []
     for size in (IN, WIDE):  # drawn in this order
         drop, _ = low_rank.draw_drop(x, 0.5)
         masks.append(low_rank.project(torch.ones(ROWS, size, device=x.device), torch.eye(size, device=x.device), drop) * 2)
-    exact = definition(x.double(), Ws, As, Bs, *masks)
+    exact = definition(x.double(), Ws, As, Bs, *masks, gains)
     assert_close(mine.double(), exact, rtol=1e-4, atol=1e-5)
-    first = torch.autograd.grad(mine.square().sum(), [x, *As, *Bs], create_graph=True)
-    defined = torch.autograd.grad(exact.square().sum(), [x, *As, *Bs], create_graph=True)
+    first = torch.autograd.grad(mine.square().sum(), leaves, create_graph=True)
+    defined = torch.autograd.grad(exact.square().sum(), leaves, create_graph=True)
     assert_close(first, defined, rtol=1e-3, atol=1e-4)
-    second = torch.autograd.grad(sum(g.square().sum() for g in first), [x, *As, *Bs])
-    assert_close(second, torch.autograd.grad(sum(g.square().sum() for g in defined), [x, *As, *Bs]), rtol=1e-2, atol=1e-2)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+    assert_close(second, torch.autograd.grad(sum(g.square().sum() for g in defined), leaves), rtol=1e-2, atol=1e-2)
 
 
 def test_only_adapters_train_when_x_does_not():
@@ -81,13 +90,17 @@ def test_factors_that_lie_transposed():
     assert_close(gated_ops.lora_gated_mlp(x, Ws, As, Bs, SCALES), expected)
 
 
-def test_operations_say_their_shapes_right():
+@pytest.mark.parametrize("gained", [False, True])
+def test_operations_say_their_shapes_right(gained):
     x, Ws, As, Bs = operands()
+    gains = [gain.detach() for gain in gains_of(Bs)] if gained else []
     x, As, Bs = x.detach(), [A.detach() for A in As], [B.detach() for B in Bs]
-    forward = (x, None, None, 0, list(SCALES), Ws, [""] * 3, As, Bs)
+    forward = (x, None, None, 0, list(SCALES), Ws, [""] * 3, As, Bs, gains)
     y, *kept = gated_ops._forward(*forward)
+    *kept, z_down = kept if gained else (*kept, None)
     g, u, t, t_down, A, A_down, *lows = kept
-    backward = (torch.randn_like(y), x, g, u, t, t_down, A, A_down, None, None, 0, list(SCALES), Ws, [""] * 3, lows, True)
+    settings = (None, None, 0, list(SCALES), Ws, [""] * 3)
+    backward = (torch.randn_like(y), x, g, u, t, t_down, z_down, A, A_down, *settings, lows, gains, True)
     for operation, shapes, given in (
         (torch.ops.lightning_lora.gated_mlp_forward, gated_ops._forward_shapes, forward),
         (torch.ops.lightning_lora.gated_mlp_backward, gated_ops._backward_shapes, backward),

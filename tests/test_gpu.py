@@ -1,6 +1,6 @@
 """What only a GPU shows: the kernels at real sizes in half precision. Everything here is skipped where there is none.
 
-    python -m pytest tests/test_gpu.py tests/kernels tests/test_fused_ops.py tests/test_gated_ops.py
+    python -m pytest tests/test_gpu.py tests/kernels tests/test_fused_ops.py tests/test_gated_ops.py tests/test_norms.py
 
 A number counts as right if its error against float64 is no larger than what the plain operations make in the same precision.
 """
@@ -38,14 +38,17 @@ def base(layers: int = 2) -> Any:
     return transformers.LlamaForCausalLM(config).to(DEVICE, torch.bfloat16).train()
 
 
-def llama(layers: int = 2, dropout: float = 0.0, quantize: str | None = None) -> Any:
+def llama(layers: int = 2, dropout: float = 0.0, quantize: str | None = None, variant: str = "plain") -> Any:
     """With fp32 adapters that do something."""
     model = base(layers)
     if quantize is not None:
         quantize_base(model, quantize)
-    apply_lora(model, config=LoRAConfig(rank=16, alpha=32, dropout=dropout, target_modules="all-linear"))
+    apply_lora(model, config=LoRAConfig(rank=16, alpha=32, dropout=dropout, target_modules="all-linear", variant=variant))
     for parameter in get_lora_parameters(model):
-        torch.nn.init.normal_(parameter, std=0.02)
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.02)
+        else:  # a magnitude, which started at the norm
+            parameter.data.mul_(1 + 0.1 * torch.randn_like(parameter))
     return model
 
 
@@ -84,11 +87,11 @@ def unpacked(model: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("quantize", [None, "nf4"])
-def test_a_step_is_as_exact_as_with_plain_operations(quantize: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("quantize", "variant"), [(None, "plain"), ("nf4", "plain"), (None, "dora"), ("nf4", "dora")])
+def test_a_step_is_as_exact_as_with_plain_operations(quantize: str | None, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if quantize is not None:
         pytest.importorskip("bitsandbytes")
-    model = llama(quantize=quantize)
+    model = llama(quantize=quantize, variant=variant)
     assert served(model, monkeypatch)
     found = {"fused": run(model)}
     compile_layers(model)
@@ -96,6 +99,7 @@ def test_a_step_is_as_exact_as_with_plain_operations(quantize: str | None, monke
     uncompile_layers(model)
     unfuse(model)
     monkeypatch.setattr(kernels, "usable", lambda x: False)
+    monkeypatch.setattr(kernels, "run", lambda x: False)  # the norms'
     found["plain"] = run(model)
     exact = run(unpacked(model).double())
     errors = {way: error(tensors, exact) for way, tensors in found.items()}

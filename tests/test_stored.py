@@ -166,9 +166,11 @@ def test_operations_say_their_shapes_right(options):
     x, stored, _, biases, As, Bs = siblings(**options)
     x, As, Bs = x.detach(), [A.detach() for A in As], [B.detach() for B in Bs]
     tensors, layouts = taken_apart(stored)
-    forward = (x, None, 0, False, list(SCALES), tensors, layouts, biases, As, Bs)
+    gains = [torch.rand(len(Bs[0])), None, None]
+    forward = (x, None, 0, False, list(SCALES), tensors, layouts, biases, As, Bs, gains)
     ys = fused_ops._forward(*forward)
-    backward = ([torch.randn_like(y) for y in ys[:3]], x, ys[3], ys[4], None, 0, False, list(SCALES), tensors, layouts, Bs, True)
+    dys, zs = [torch.randn_like(y) for y in ys[:3]], [ys[8], None, None]
+    backward = (dys, x, ys[3], ys[4], None, 0, False, list(SCALES), tensors, layouts, Bs, biases, gains, zs, True)
     for operation, given in ((torch.ops.lightning_lora.linears_forward, forward), (torch.ops.lightning_lora.linears_backward, backward)):
         library.opcheck(operation.default, given, test_utils=["test_schema", "test_faketensor"])
 

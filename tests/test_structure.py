@@ -29,8 +29,8 @@ LEVELS = [
     ["kernels", "kernels.plain", "kernels.dropout"],
     ["ops", "stored"],
     ["config", "digests", "losses", "compiling", "kernels.low_rank"],
-    ["merging", "packing", "fused_ops", "kernels.gated"],
-    ["heads", "layers.classes", "layers.mergeable", "gated_ops"],
+    ["merging", "packing", "fused_ops", "kernels.gated", "kernels.norms"],
+    ["heads", "layers.classes", "layers.mergeable", "gated_ops", "gains", "norms"],
     ["layers.base"],
     ["layers.siblings", "layers.pieces", "layers.adapting"],
     ["layers.*", "variants.*", "inits", "data_inits", "packings.*"],
@@ -64,9 +64,10 @@ DEFERS = {
     "merge_model": {"parallel"},
     "fused_ops": {"kernels.low_rank"},
     "gated_ops": {"kernels.low_rank", "kernels.gated"},
+    "norms": {"kernels.norms"},
 }
 # Triton's kernels are decorated when their files are imported, so these are imported where they are used.
-KERNELS = {"kernels.dropout", "kernels.low_rank", "kernels.gated"}
+KERNELS = {"kernels.dropout", "kernels.low_rank", "kernels.gated", "kernels.norms"}
 # Errors are ValueError (wrong input) or RuntimeError (wrong at run time); beside those:
 OTHER_ERRORS = {
     ("", "AttributeError"),  # what the import system expects of a module's __getattr__

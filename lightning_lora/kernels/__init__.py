@@ -1,7 +1,7 @@
 """The rank-r work of a LoRA step as few passes over the big tensors, in two versions behind the same functions.
 
-``plain`` is torch operations, for every device and dtype. ``low_rank`` and ``gated`` are Triton kernels for NVIDIA GPUs; nothing
-imports them unless :func:`usable` says so. Each is tested against float64.
+``plain`` is torch operations, for every device and dtype. ``low_rank``, ``gated`` and ``norms`` are Triton kernels for NVIDIA GPUs;
+nothing imports them unless :func:`usable` or :func:`run` says so. Each is tested against float64.
 """
 
 from __future__ import annotations
@@ -52,13 +52,14 @@ def look_at(device: torch.device) -> None:
 
 
 def usable(x: Tensor) -> bool:
-    """Whether the Triton kernels serve for tensors like x (..., features): half precision, enough rows, a GPU from Ampere on.
+    """Whether the Triton kernels serve for tensors like x (..., features): where they run, with enough rows.
 
     Under autocast, x may still be in the dtype that it will be cast from.
     """
     few = FEW_ENTRIES_COMPILED if torch.compiler.is_compiling() and not recording else FEW_ROWS * x.shape[-1]
-    if not x.is_cuda or x.numel() < few:
-        return False
-    if (autocast_dtype(x) or x.dtype) not in (torch.bfloat16, torch.float16):
-        return False
-    return _RUNS.get(x.device.index, False)
+    return x.is_cuda and x.numel() >= few and run(x)
+
+
+def run(x: Tensor) -> bool:
+    """Whether the Triton kernels run on x, however small: half precision, a GPU from Ampere on."""
+    return x.is_cuda and (autocast_dtype(x) or x.dtype) in (torch.bfloat16, torch.float16) and _RUNS.get(x.device.index, False)

@@ -3,11 +3,14 @@
 The elementwise pass reads and writes tensors of (tokens, intermediate size), the biggest of a block. What the projections' adapters
 need of those tensors happens while they are in registers. Forward: the gate's and the up projection's updates and the down
 projection's ``t = drop(h)·Aᵀ``. Backward: the down projection's gradient through its A, and the sums for all three adapters.
+Gate and up may have a gain (:mod:`lightning_lora.gains`); it takes no pass either.
 
 N tokens, C intermediate features, r the rank of each projection (they may differ). Sums in fp32.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -48,9 +51,9 @@ def _sigmoid(x, FAST: tl.constexpr):
 
 @triton.jit
 def _forward(
-    g, u, h, t, bg, bu, ad, td, seed, rows, cols, rg, ru, rd, stride_t, threshold, scale,
+    g, u, h, t, bg, bu, ad, gg, gu, td, seed, rows, cols, rg, ru, rd, stride_t, threshold, scale,
     BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr,
-    DROP: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
+    DROP: tl.constexpr, GAIN: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BT + tl.arange(0, BT)
     r = tl.arange(0, BR)
@@ -70,6 +73,9 @@ def _forward(
         wu = tl.load(bu + c[None, :] * ru + r[:, None], mask=there & (r < ru)[:, None], other=0.0)
         gate = tl.dot(tg, wg, gate, input_precision="ieee")
         up = tl.dot(tu, wu, up, input_precision="ieee")
+        if GAIN:
+            gate *= tl.load(gg + c, mask=(c < cols) | EVEN, other=0.0).to(tl.float32)[None, :]
+            up *= tl.load(gu + c, mask=(c < cols) | EVEN, other=0.0).to(tl.float32)[None, :]
         out = gate * _sigmoid(gate, FAST) * up
         tl.store(h + at, out.to(h.dtype.element_ty), mask=inside)
         if DROP:
@@ -82,8 +88,10 @@ def _forward(
 
 @triton.jit
 def _backward(
-    dh, g, u, dg, du, t, bg, bu, ad, dtd, dt, sums, seed, rows, cols, rg, ru, rd, stride_t, stride_dtd, span, threshold, scale,
-    BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr, DROP: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
+    dh, g, u, dg, du, t, bg, bu, ad, gg, gu, dtd, dt, sums, sums_gg, sums_gu, seed,
+    rows, cols, rg, ru, rd, stride_t, stride_dtd, span, threshold, scale,
+    BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr,
+    DROP: tl.constexpr, GAIN: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     column, part = tl.program_id(0) * BC, tl.program_id(1)
     c = column + tl.arange(0, BC)
@@ -108,6 +116,12 @@ def _backward(
         gd = tl.load(dtd + row[:, None] * stride_dtd + r[None, :], mask=here & (r < rd)[None, :], other=0.0)
         gate = tl.dot(tg, wg, gate, input_precision="ieee")
         up = tl.dot(tu, wu, up, input_precision="ieee")
+        if GAIN:
+            gain_g = tl.load(gg + c, mask=(c < cols) | EVEN, other=0.0).to(tl.float32)[None, :]
+            gain_u = tl.load(gu + c, mask=(c < cols) | EVEN, other=0.0).to(tl.float32)[None, :]
+            before_g, before_u = gate, up
+            gate *= gain_g
+            up *= gain_u
         sigmoid = _sigmoid(gate, FAST)
         silu = gate * sigmoid
         out = silu * up
@@ -117,8 +131,17 @@ def _backward(
             out = tl.where(keep, out, 0.0)
         else:
             grad = tl.dot(gd, wd, grad, input_precision="ieee")
-        grad_g = (grad * up * (silu * (1.0 - sigmoid) + sigmoid)).to(dg.dtype.element_ty)
-        grad_u = (grad * silu).to(dg.dtype.element_ty)
+        grad_g = grad * up * (silu * (1.0 - sigmoid) + sigmoid)
+        if GAIN:  # each tile's sums are written: kept, they would take registers
+            tile = start // BT * cols + c
+            tl.store(sums_gg + tile, tl.sum(grad_g * before_g, 0), mask=(c < cols) | EVEN)
+            grad_g *= gain_g
+        grad_g = grad_g.to(dg.dtype.element_ty)
+        grad_u = grad * silu
+        if GAIN:
+            tl.store(sums_gu + tile, tl.sum(grad_u * before_u, 0), mask=(c < cols) | EVEN)
+            grad_u *= gain_u
+        grad_u = grad_u.to(dg.dtype.element_ty)
         tl.store(dg + at, grad_g, mask=inside)
         tl.store(du + at, grad_u, mask=inside)
         sum_g = tl.dot(tl.trans(tg), grad_g, sum_g, input_precision="ieee")
@@ -134,9 +157,17 @@ def _backward(
 
 
 def forward(
-    g: Tensor, u: Tensor, t: Tensor, Bg: Tensor, Bu: Tensor, Ad: Tensor, drop: Drop | None, scale: float = 1.0
+    g: Tensor,
+    u: Tensor,
+    t: Tensor,
+    Bg: Tensor,
+    Bu: Tensor,
+    Ad: Tensor,
+    drop: Drop | None,
+    scale: float = 1.0,
+    gains: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
-    """``h = silu(g + tg·Bgᵀ)·(u + tu·Buᵀ)`` and ``scale·drop(h)·Adᵀ``, with ``t = [tg | tu]``.
+    """``h = silu(gg∘(g + tg·Bgᵀ))·(gu∘(u + tu·Buᵀ))`` and ``scale·drop(h)·Adᵀ``, with ``t = [tg | tu]``.
 
     Args:
         g: the gate projection's base output (N, C), contiguous; not written to.
@@ -147,6 +178,7 @@ def forward(
         Ad: (rd, C), contiguous.
         drop: the down projection's.
         scale: the down projection's.
+        gains: gg and gu, (C,) both, or none.
 
     Returns:
         h (N, C) and (N, rd).
@@ -160,8 +192,8 @@ def forward(
     seed, threshold = drop or (g, 0)
     fast = g.is_cuda and g.dtype != torch.float32
     _forward[(cdiv(rows, tiles.BT), blocks)](
-        g, u, h, t, Bg, Bu, Ad, td, seed, rows, cols, rg, ru, rd, t.stride(0), threshold, scale,
-        BR=BR, LOOP=LOOP, STAGES=tiles.num_stages, DROP=drop is not None,
+        g, u, h, t, Bg, Bu, Ad, *(gains or (g, u)), td, seed, rows, cols, rg, ru, rd, t.stride(0), threshold, scale,
+        BR=BR, LOOP=LOOP, STAGES=tiles.num_stages, DROP=drop is not None, GAIN=bool(gains),
         EVEN=rows % tiles.BT == 0 and cols % (tiles.BC * LOOP) == 0, FAST=fast, **tiles.options)  # fmt: skip
     return h, td.sum(0).to(g.dtype)
 
@@ -177,7 +209,8 @@ def backward(
     dtd: Tensor,
     drop: Drop | None,
     scale: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    gains: Sequence[Tensor] = (),
+) -> tuple[Tensor, ...]:
     """The gradients of everything around :func:`forward`; ``dh`` is overwritten.
 
     Args:
@@ -191,9 +224,10 @@ def backward(
         dtd: gradient of ``drop(h)·Adᵀ`` (N, rd).
         drop: as in the forward pass.
         scale: factor of the returned dt: t came with it.
+        gains: as in the forward pass.
 
     Returns:
-        dg (N, C), du (N, C), dt (N, rg + ru), and in fp32 dBg (C, rg), dBu (C, ru), dAd (rd, C).
+        dg (N, C), du (N, C), dt (N, rg + ru), and in fp32 dBg (C, rg), dBu (C, ru), dAd (rd, C) and with gains theirs, (C,) each.
     """
     (rows, cols), (rg, ru, rd) = g.shape, (Bg.shape[1], Bu.shape[1], Ad.shape[0])
     BR = block_of(max(rg, ru, rd))
@@ -203,11 +237,13 @@ def backward(
     dg, du = dh, torch.empty_like(u)
     dt = torch.zeros(rows, rg + ru, device=g.device, dtype=torch.float32)
     sums = torch.empty(parts, rg + ru + rd, cols, device=g.device, dtype=torch.float32)
+    sums_of_gains = [torch.empty(cdiv(rows, tiles.BT), cols, device=g.device, dtype=torch.float32) for _ in gains]
     seed, threshold = drop or (g, 0)
     fast = g.is_cuda and g.dtype != torch.float32
     _backward[(blocks, parts)](
-        dh, g, u, dg, du, t, Bg, Bu, Ad, dtd, dt, sums, seed, rows, cols, rg, ru, rd, t.stride(0), dtd.stride(0), span, threshold, scale,
-        BR=BR, STAGES=tiles.num_stages, DROP=drop is not None,
+        dh, g, u, dg, du, t, Bg, Bu, Ad, *(gains or (g, u)), dtd, dt, sums, *(sums_of_gains or (sums, sums)), seed,
+        rows, cols, rg, ru, rd, t.stride(0), dtd.stride(0), span, threshold, scale,
+        BR=BR, STAGES=tiles.num_stages, DROP=drop is not None, GAIN=bool(gains),
         EVEN=rows % tiles.BT == 0 and cols % tiles.BC == 0, FAST=fast, **tiles.options)  # fmt: skip
     dBg, dBu, dAd = sums.sum(0).split([rg, ru, rd])
-    return dg, du, dt.to(g.dtype), dBg.t(), dBu.t(), dAd
+    return dg, du, dt.to(g.dtype), dBg.t(), dBu.t(), dAd, *(part.sum(0) for part in sums_of_gains)

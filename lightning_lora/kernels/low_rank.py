@@ -38,6 +38,8 @@ class Tiles(NamedTuple):
 TILES = {
     "project": Tiles(64, 128, num_stages=5),
     "add_": Tiles(64, 128, num_stages=2),
+    "gained": Tiles(64, 128, num_stages=2),
+    "gained_backward": Tiles(64, 128, num_stages=2),
     "reduce": Tiles(32, 64),
 }
 
@@ -69,6 +71,18 @@ def _project(
 
 
 @triton.jit
+def _update(t, b, row, c, rows, cols, rank, stride_t, stride_bc, stride_br, BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr):
+    """A tile of t·Bᵀ."""
+    total = tl.zeros((BT, BC), tl.float32)
+    for start in range(0, rank, BR):
+        r = start + tl.arange(0, BR)
+        part = tl.load(t + row[:, None] * stride_t + r[None, :], mask=(row < rows)[:, None] & (r < rank)[None, :], other=0.0)
+        weight = tl.load(b + c[None, :] * stride_bc + r[:, None] * stride_br, mask=(c < cols)[None, :] & (r < rank)[:, None], other=0.0)
+        total = tl.dot(part, weight, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
 def _add(
     y, t, b, seed, rows, cols, rank, stride_y, stride_t, stride_bc, stride_br, threshold,
     BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, DROP: tl.constexpr,
@@ -79,15 +93,46 @@ def _add(
     inside = (row < rows)[:, None] & (c < cols)[None, :]
     y += row.to(tl.int64)[:, None] * stride_y + c[None, :]
     old = tl.load(y, mask=inside, other=0.0)
-    total = tl.zeros((BT, BC), tl.float32)
-    for start in range(0, rank, BR):
-        r = start + tl.arange(0, BR)
-        part = tl.load(t + row[:, None] * stride_t + r[None, :], mask=(row < rows)[:, None] & (r < rank)[None, :], other=0.0)
-        weight = tl.load(b + c[None, :] * stride_bc + r[:, None] * stride_br, mask=(c < cols)[None, :] & (r < rank)[:, None], other=0.0)
-        total = tl.dot(part, weight, total, input_precision="ieee")
+    total = _update(t, b, row, c, rows, cols, rank, stride_t, stride_bc, stride_br, BT, BC, BR)
     if DROP:
         total = tl.where(kept(tl.load(seed), row, column, cols, threshold, BT, BC), total, 0.0)
     tl.store(y, (old.to(tl.float32) + total).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gained(
+    z, t, b, gain, bias, y, rows, cols, rank, stride_z, stride_t, stride_bc, stride_br,
+    BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BT + tl.arange(0, BT)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    inside = (row < rows)[:, None] & (c < cols)[None, :]
+    old = tl.load(z + row.to(tl.int64)[:, None] * stride_z + c[None, :], mask=inside, other=0.0)
+    factor = tl.load(gain + c, mask=c < cols, other=0.0).to(tl.float32)
+    out = old.to(tl.float32) + _update(t, b, row, c, rows, cols, rank, stride_t, stride_bc, stride_br, BT, BC, BR)
+    if BIAS:  # so that a gain of 1 changes nothing
+        out += (factor - 1.0)[None, :] * (out - tl.load(bias + c, mask=c < cols, other=0.0).to(tl.float32)[None, :])
+    else:
+        out *= factor[None, :]
+    tl.store(y + row.to(tl.int64)[:, None] * cols + c[None, :], out.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gained_backward(
+    dy, z, t, b, gain, bias, dz, sums, rows, cols, rank, stride_y, stride_z, stride_t, stride_bc, stride_br,
+    BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BT + tl.arange(0, BT)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    inside = (row < rows)[:, None] & (c < cols)[None, :]
+    grad = tl.load(dy + row.to(tl.int64)[:, None] * stride_y + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    old = tl.load(z + row.to(tl.int64)[:, None] * stride_z + c[None, :], mask=inside, other=0.0)
+    factor = tl.load(gain + c, mask=c < cols, other=0.0).to(tl.float32)
+    tl.store(dz + row.to(tl.int64)[:, None] * cols + c[None, :], (grad * factor[None, :]).to(dz.dtype.element_ty), mask=inside)
+    out = old.to(tl.float32) + _update(t, b, row, c, rows, cols, rank, stride_t, stride_bc, stride_br, BT, BC, BR)
+    if BIAS:
+        out -= tl.load(bias + c, mask=c < cols, other=0.0).to(tl.float32)[None, :]
+    tl.store(sums + tl.program_id(0).to(tl.int64) * cols + c, tl.sum(grad * out, 0), mask=c < cols)
 
 
 @triton.jit
@@ -135,6 +180,29 @@ def add_(y: Tensor, t: Tensor, B: Tensor, drop: Drop | None = None) -> Tensor:
         y, t, B, seed, rows, cols, rank, y.stride(0), t.stride(0), B.stride(0), B.stride(1), threshold,
         BR=block_of(rank), DROP=drop is not None, **tiles.options)  # fmt: skip
     return y
+
+
+def gained(z: Tensor, t: Tensor, B: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+    """``gain∘(z − bias + t·Bᵀ) + bias``, a new tensor: (N, C), (N, R), (C, R), (C,), (C,) → (N, C)."""
+    (rows, cols), rank, tiles = z.shape, t.shape[1], TILES["gained"]
+    z, y = rows_first(z), torch.empty(rows, cols, device=z.device, dtype=z.dtype)
+    _gained[(cdiv(rows, tiles.BT), cdiv(cols, tiles.BC))](
+        z, t, B, gain, gain if bias is None else bias, y, rows, cols, rank, z.stride(0), t.stride(0), B.stride(0), B.stride(1),
+        BR=block_of(rank), BIAS=bias is not None, **tiles.options)  # fmt: skip
+    return y
+
+
+def gained_backward(dy: Tensor, z: Tensor, t: Tensor, B: Tensor, gain: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Of :func:`gained`: the gradient dz = gain∘dy of its sum (N, C), dB = dzᵀ·t (C, R) in fp32, and the gain's (C,) in its dtype."""
+    (rows, cols), rank, tiles = z.shape, t.shape[1], TILES["gained_backward"]
+    dy, z, dz = rows_first(dy), rows_first(z), torch.empty(rows, cols, device=z.device, dtype=z.dtype)
+    grid = (cdiv(rows, tiles.BT), cdiv(cols, tiles.BC))
+    sums = torch.empty(grid[0], cols, device=z.device, dtype=torch.float32)
+    _gained_backward[grid](
+        dy, z, t, B, gain, gain if bias is None else bias, dz, sums, rows, cols, rank,
+        dy.stride(0), z.stride(0), t.stride(0), B.stride(0), B.stride(1),
+        BR=block_of(rank), BIAS=bias is not None, **tiles.options)  # fmt: skip
+    return dz, reduce(dz, t), sums.sum(0, dtype=gain.dtype)
 
 
 def reduce(t: Tensor, x: Tensor, drop: Drop | None = None) -> Tensor:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from lightning_lora import kernels, packing
 from lightning_lora.config import LoRAConfig
+from lightning_lora.gains import rescaled
 from lightning_lora.layers.classes import adapted_class
 from lightning_lora.layers.mergeable import PREFIX, Mergeable
 from lightning_lora.registry import INITS, look_up
@@ -83,9 +84,13 @@ class LoRALayer(Mergeable):
         """The base's output ``y`` plus this layer's update for the input ``x``."""
         raise NotImplementedError(f"{type(self).__name__} has to say its update")
 
-    def lora_output(self, z: Tensor) -> Tensor:
-        """What the layer returns, given the base's output plus the update; a variant may do something to the sum."""
-        return z
+    def output_gain(self) -> Tensor | None:
+        """What the sum of base product and update is multiplied by before the bias, (out,), at least fp32; a variant may have one."""
+        return None
+
+    def is_one_sum(self) -> bool:
+        """Whether the output now is ``gain∘(W·x + update) + b`` and no more: what one operation may compute in the layer's place."""
+        return True
 
     def update_factors(self) -> tuple[Tensor, Tensor]:
         """A and B as the update multiplies them; a variant may put something between them."""
@@ -191,6 +196,14 @@ class LoRALayer(Mergeable):
         """The base's forward plus the update."""
         y = super().forward(input, *args, **kwargs)
         return y if self.merged else self.lora_output(self.lora_update(y, input))
+
+    def lora_output(self, z: Tensor) -> Tensor:
+        """What the layer returns, given the base's output plus the update: with the gain, if there is one, on all but the bias."""
+        gain = self.output_gain()
+        if gain is None:
+            return z
+        bias = self._parameters.get("bias")
+        return rescaled(z, self.per_output(gain), None if bias is None else self.per_output(bias))
 
     def base_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's forward alone."""

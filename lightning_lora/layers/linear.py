@@ -110,7 +110,7 @@ class LoRALinear(LoRALayer, nn.Linear):
         return type(self).lora_base.forward is nn.Linear.forward
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base's forward plus the update; one operation for both where nothing stands in the way."""
+        """The base's forward plus the update; one operation for both, and for the gain, where nothing stands in the way."""
         if not self.merged and not args and not kwargs:
             y = None if self.lora_siblings is None else self.lora_siblings.output(self, input)
             if y is None and self.fusable(input):
@@ -118,7 +118,7 @@ class LoRALinear(LoRALayer, nn.Linear):
             if y is None and self.cut_alike(input):
                 y = on_pieces(self, input)
             if y is not None:
-                return self.lora_output(y)
+                return y
         return super().forward(input, *args, **kwargs)
 
     def fusable(self, x: Tensor) -> bool:
@@ -127,6 +127,7 @@ class LoRALinear(LoRALayer, nn.Linear):
         return (
             cls.lora_storage is not None
             and cls.lora_update is LoRALinear.lora_update
+            and self.is_one_sum()
             and not self.merged
             and not (is_sharded(x) or is_sharded(self.lora_A))
             and cls.lora_storage.serves(self, x)

@@ -87,4 +87,5 @@ def compute(layers: list[Any], x: Tensor) -> tuple[Tensor, ...]:
         Bs,
         [layer.scaling for layer in layers],
         layers[0].dropout_now(),
+        [layer.output_gain() for layer in layers],
     )

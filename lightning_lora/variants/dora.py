@@ -6,22 +6,21 @@ The norm is a constant to the gradient (section 4.3), and ``m`` starts at ‖W�
 acts on the input of all that was adapted and never on the base's own (as in the authors' code and PEFT's):
 ``W·x + (g − 1)∘W·x̃ + g∘s·B·A·x̃`` with g = m/‖·‖ and x̃ the input after dropout. It costs a second product with W.
 
-The norm needs no dense B·A: with one row of W and B at a time, ‖W + sBA‖² = ‖W‖² + 2s·(W·Aᵀ)·B + s²·(B·A·Aᵀ)·B. The first term is
-frozen and kept, the second costs what r more tokens would.
+The norm needs no dense B·A (:mod:`lightning_lora.norms`); its frozen part ‖W‖² is kept where that saves a pass.
 """
 
 from __future__ import annotations
 
 import warnings
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_lora.fused_ops import wants_definition
+from lightning_lora.autocast import no_autocast
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.norms import squared_norms
 from lightning_lora.ops import transformed
 from lightning_lora.registry import VARIANTS, register
 from lightning_lora.sharding import is_sharded, local, piece_of, whole
@@ -75,10 +74,9 @@ class DoRA(LoRALayer):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``g∘(W·x + s·B·A·x) + b``, or with dropout the three terms above."""
-        dropout = super().dropout_now() if input.is_floating_point() else 0.0  # a dropped id has no meaning
-        if self.merged or not dropout:
+        if self.merged or self.is_one_sum() or not input.is_floating_point():  # a dropped id has no meaning
             return super().forward(input, *args, **kwargs)
-        x = F.dropout(input, dropout)
+        x = F.dropout(input, super().dropout_now())
         again = self.base_forward(x, *args, **kwargs)
         rest = self.base_forward(input, *args, **kwargs) - again
         return self.lora_output(self.lora_update(again, x)) + rest
@@ -87,14 +85,13 @@ class DoRA(LoRALayer):
         """0: what the kind's update gets has been through it."""
         return 0.0
 
-    def lora_output(self, z: Tensor) -> Tensor:
-        """``g∘(z − b) + b``."""
-        gain, own = self.per_output(self.lora_magnitude_vector / self.norm()), self._parameters.get("bias")
-        bias = None if own is None else self.per_output(own)
-        if transformed() or is_sharded(z):
-            return (z * gain if bias is None else (z - bias) * gain + bias).to(z.dtype)
-        with _no_autocast(z):
-            return _Rescale.apply(z, gain, bias)
+    def is_one_sum(self) -> bool:
+        """Not with dropout, which acts on the input of the base's product too."""
+        return not super().dropout_now()
+
+    def output_gain(self) -> Tensor:
+        """g."""
+        return self.lora_magnitude_vector / self.norm()
 
     @torch.no_grad()
     def norm(self) -> Tensor:
@@ -102,10 +99,9 @@ class DoRA(LoRALayer):
         return self._norm_of(self.base_weight(), *self.factor_matrices())
 
     def _norm_of(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        W, s = self.to_matrix(weight), self.scaling  # W (…, out, in), A (…, r, in), B (…, out, r)
-        with _no_autocast(W):
-            cross = (A.to(W.dtype) @ W.mT).mT.to(B.dtype) * (2 * s)  # (…, out, r); this way round is the faster one
-            square = (torch.add(cross, B @ (A @ A.mT), alpha=s * s) * B).sum(-1).flatten() + self._square(W, B.dtype)
+        W = self.to_matrix(weight)
+        with no_autocast(W):
+            square = squared_norms(W, A, B, self.scaling, lambda: self._square(W, B.dtype))
         return square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()
 
     def _square(self, W: Tensor, dtype: torch.dtype) -> Tensor:
@@ -176,48 +172,5 @@ class DoRA(LoRALayer):
             self.reset_magnitude()
 
 
-def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
-
-
 def _square(W: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.linalg.vector_norm(W, dim=-1, dtype=dtype).square().flatten()
-
-
-class _Rescale(torch.autograd.Function):
-    """``z + h∘(z − b)`` with h = g − 1 in z's dtype: rounding h costs little where rounding g would freeze small changes of m.
-
-    h and b are one number an output and broadcast over z. The passes over z are what DoRA costs, so there is one forward and two,
-    in one buffer, backward.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(z, gain, bias)
-        h = (gain - 1).to(z.dtype)
-        y = torch.addcmul(z, z, h)
-        return y if bias is None else y.sub_(h * bias.to(z.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        (grad,) = grads
-        z, gain, bias = ctx.saved_tensors
-        h, dz, dgain, dbias = (gain - 1).to(z.dtype), None, None, None
-        axis = z.ndim - gain.ndim
-        others = [dim for dim in range(z.ndim) if dim != axis]
-
-        wide = None if bias is None else gain.dtype  # with a bias two sums are subtracted, and half precision would show
-
-        def summed(tensor: Tensor) -> Tensor:
-            return (tensor.sum(others, dtype=wide) if others else tensor.clone()).to(gain.dtype).view(gain.shape)
-
-        buffer = None if wants_definition(grad) else torch.empty_like(z)
-        if ctx.needs_input_grad[1]:
-            dgain = summed(torch.mul(grad, z, out=buffer))
-        if bias is not None and (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
-            total = summed(grad)
-            dgain = None if dgain is None else dgain - total * bias
-            dbias = (total * (1 - gain)).to(bias.dtype) if ctx.needs_input_grad[2] else None
-        if ctx.needs_input_grad[0]:
-            dz = torch.addcmul(grad, grad, h, out=buffer)
-        return dz, dgain, dbias

@@ -14,16 +14,16 @@ import inspect, json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from lightning_lora.kernels import gated, low_rank
+from lightning_lora.kernels import gated, low_rank, norms
 
-FLOATS = {"td", "dt", "sums"}
-HALVES = {"x", "a", "y", "t", "b", "g", "u", "h", "bg", "bu", "ad", "dh", "dg", "du", "dtd"}
+FLOATS = {"td", "dt", "sums", "gain", "gg", "gu", "sums_gg", "sums_gu"}
+HALVES = {"x", "a", "y", "t", "b", "g", "u", "h", "bg", "bu", "ad", "dh", "dg", "du", "dtd", "w", "z", "dy", "dz", "bias"}
 
 def compile(kernel, tiles, capability=90, **constants):
     options = tiles.options
     constants |= {name: options.pop(name) for name in ("BT", "BC")}
     names = list(inspect.signature(kernel.fn).parameters)
-    kinds = {"seed": "*i64", "scale": "fp32", "out": "*fp32" if kernel is low_rank._reduce else "*bf16"}
+    kinds = {"seed": "*i64", "scale": "fp32", "out": "*fp32" if kernel in (low_rank._reduce, norms._squares) else "*bf16"}
     kinds |= dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(HALVES, "*bf16") | dict.fromkeys(constants, "constexpr")
     signature = {name: kinds.get(name, "i32") for name in names}
     loose = {"threshold", "scale", *constants}
@@ -36,10 +36,13 @@ found = {}
 for name, kernel in (("project", low_rank._project), ("add_", low_rank._add), ("reduce", low_rank._reduce)):
     found[name] = compile(kernel, low_rank.TILES[name], BR=16, DROP=True)
 found["project, rank 64, sm_86"] = compile(low_rank._project, low_rank.TILES["project"], 86, BR=64, DROP=True)
-for capability, rank, drop in ((90, 16, False), (86, 32, False), (86, 64, True)):
+for name, kernel in (("gained", low_rank._gained), ("gained_backward", low_rank._gained_backward)):
+    found[name] = compile(kernel, low_rank.TILES[name], BR=16, BIAS=True)
+found["squares, rank 64, sm_86"] = compile(norms._squares, norms.TILES, 86, BR=64)
+for capability, rank, drop, gain in ((90, 16, False, False), (86, 32, False, True), (86, 64, True, False)):
     for name, kernel, extra in (("forward", gated._forward, {"LOOP": gated.LOOP}), ("backward", gated._backward, {})):
         tiles = gated.tiles_of(name, rank, drop)
-        more = dict(BR=rank, DROP=drop, EVEN=True, FAST=True, STAGES=tiles.num_stages, **extra)
+        more = dict(BR=rank, DROP=drop, GAIN=gain, EVEN=True, FAST=True, STAGES=tiles.num_stages, **extra)
         found[f"{name}, rank {rank}, sm_{capability}"] = compile(kernel, tiles, capability, **more)
 print(json.dumps(found))
 """
@@ -51,6 +54,6 @@ def test_for_an_h100_and_for_smaller_gpus():
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 10
+    assert len(found) == 13
     for name, (size, shared) in found.items():
         assert size > 0 and shared <= (99 if "sm_86" in name else 227) * 1024, name  # what a program may have

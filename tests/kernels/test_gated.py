@@ -13,27 +13,34 @@ from tests.kernels.test_low_rank import drop_of
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize(("rows", "cols", "ranks"), [(70, 96, (4, 4, 4)), (130, 552, (16, 16, 16)), (33, 72, (3, 20, 8))])
-def test_forward_and_backward(rows, cols, ranks, p, dtype):
+@pytest.mark.parametrize(
+    ("rows", "cols", "ranks", "gained"),
+    [(70, 96, (4, 4, 4), False), (130, 552, (16, 16, 16), False), (33, 72, (3, 20, 8), False), (70, 72, (3, 5, 8), True)],
+)
+def test_forward_and_backward(rows, cols, ranks, gained, p, dtype):
     rg, ru, rd = ranks
     g, u, dh = (tensor(rows, cols, dtype=dtype, seed=k) for k in range(3))
     t, dtd = tensor(rows, rg + ru + 5, dtype=dtype)[:, : rg + ru], tensor(rows, rd, dtype=dtype)
     Bg, Bu, Ad = tensor(cols, rg, dtype=dtype), tensor(cols, ru, dtype=dtype), tensor(rd, cols, dtype=dtype)
     drop, mask = drop_of(g, p)[:2] if p else (None, None)
 
-    leaves = [z.detach().double().requires_grad_() for z in (g, u, t, Bg, Bu, Ad)]
-    g64, u64, t64, Bg64, Bu64, Ad64 = leaves
-    h64 = F.silu(g64 + t64[:, :rg] @ Bg64.t()) * (u64 + t64[:, rg:] @ Bu64.t())
+    gains = [tensor(cols, seed=k) for k in range(2)] if gained else []
+
+    leaves = [z.detach().double().requires_grad_() for z in (g, u, t, Bg, Bu, Ad, *gains)]
+    g64, u64, t64, Bg64, Bu64, Ad64, *gains64 = leaves
+    gate, up = gains64 or (1.0, 1.0)
+    h64 = F.silu(gate * (g64 + t64[:, :rg] @ Bg64.t())) * (up * (u64 + t64[:, rg:] @ Bu64.t()))
     td64 = plain.project(h64, Ad64, mask, 3.0)
-    *first, dt64, dBg64, dBu64, dAd64 = torch.autograd.grad([h64, td64], leaves, [dh.double(), dtd.double() / 3])
+    dg64, du64, dt64, *rest = torch.autograd.grad([h64, td64], leaves, [dh.double(), dtd.double() / 3])
 
-    exact = (*first, dt64 * 0.5, dBg64, dBu64, dAd64)
+    exact = (dg64, du64, dt64 * 0.5, *rest)
 
-    h, td = gated.forward(g, u, t, Bg, Bu, Ad, drop, 3.0)
-    grads = gated.backward(dh.clone(), g, u, t, Bg, Bu, Ad, dtd, drop, 0.5)
+    h, td = gated.forward(g, u, t, Bg, Bu, Ad, drop, 3.0, gains)
+    grads = gated.backward(dh.clone(), g, u, t, Bg, Bu, Ad, dtd, drop, 0.5, gains)
     assert error(h, h64.detach()) < TOLERANCE[dtype]
     assert error(td, td64.detach()) < TOLERANCE[dtype] * 2
-    for name, mine, truth in zip(("dg", "du", "dt", "dBg", "dBu", "dAd"), grads, exact, strict=True):
+    names = ("dg", "du", "dt", "dBg", "dBu", "dAd", "dgg", "dgu")
+    for name, mine, truth in zip(names[: len(exact)], grads, exact, strict=True):
         assert error(mine, truth) < TOLERANCE[dtype] * 2, name
 
 

@@ -13,7 +13,6 @@ from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, apply_lora, load_adapter, lora_param_groups, merge_lora, save_adapter
 from lightning_lora.layers.adapting import adapt, refusal
-from lightning_lora.variants.dora import _Rescale
 from tests.conftest import TinyModel, same_bits, snapshot
 from tests.layers.kinds import CASES
 from tests.lit import CONFIG, LitNet, bits, make_net, trainer
@@ -130,28 +129,6 @@ def test_dropouts_gradients_are_the_definitions():
     gain = m / (W + s * B @ A).norm(dim=1).detach()
     y = F.linear(x, W, layer.bias) + (gain - 1) * (dropped @ W.T) + gain * s * (dropped @ A.T @ B.T)
     torch.testing.assert_close(got, torch.autograd.grad(y.square().sum(), wanted), rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize(
-    ("shape", "vector"), [((5, 3), (3,)), ((2, 4, 3), (3,)), ((3,), (3,)), ((2, 3, 4, 2), (3, 1, 1)), ((3, 4), (3, 1))]
-)
-@pytest.mark.parametrize("bias", [False, True])
-def test_first_and_second_derivatives(shape, vector, bias):
-    z, gain, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in (shape, vector, vector))
-    b = b if bias else None
-    torch.testing.assert_close(_Rescale.apply(z, gain, b), gain * z if b is None else gain * (z - b) + b)
-    assert torch.autograd.gradcheck(_Rescale.apply, (z, gain, b))
-    assert torch.autograd.gradgradcheck(_Rescale.apply, (z, gain, b))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_small_changes_of_the_magnitude_are_felt_in_half_precision(dtype):
-    """g = 1.003 rounds to 1 in bf16; its effect on outputs must not."""
-    z, gain = torch.linspace(1, 2, 256).view(64, 4).to(dtype), torch.full((4,), 1.003)
-    assert gain.to(torch.bfloat16).eq(1).all()
-    y = _Rescale.apply(z, gain, None)
-    assert y.dtype == dtype
-    assert (y.double().mean() / (z.double() * 1.003).mean() - 1).abs() < 1e-3
 
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["bf16 base", "autocast"])
