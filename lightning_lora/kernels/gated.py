@@ -22,20 +22,22 @@ from lightning_lora.kernels.low_rank import Tiles, block_of, cdiv, split
 from lightning_lora.kernels.plain import Drop
 
 LOOP = 8  # column tiles that a program of the forward pass takes
-# While random numbers are drawn, fewer registers are left for what is fetched ahead.
+# While random numbers are drawn or gains are applied, fewer registers are left for what is fetched ahead.
 TILES = {
     "forward": Tiles(64, 128, num_stages=2),
     "forward, dropping": Tiles(64, 64, num_stages=3),
+    "forward, gained": Tiles(64, 128, num_stages=2),
     "backward": Tiles(64, 64, num_stages=3),
     "backward, dropping": Tiles(64, 64, num_stages=2),
+    "backward, gained": Tiles(64, 64, num_stages=3),
 }
 PROGRAMS = 1584  # of the backward pass: they last unequally, so several waves
 
 
-def tiles_of(kernel: str, BR: int, drop: bool) -> Tiles:
+def tiles_of(kernel: str, BR: int, drop: bool, gained: bool = False) -> Tiles:
     """The table's; at the widest ranks nothing is fetched ahead: smaller GPUs (99 KiB a program) have no room, an H100 none for two
     programs on a multiprocessor."""
-    tiles = TILES[f"{kernel}, dropping" if drop else kernel]
+    tiles = TILES[kernel + (", dropping" if drop else ", gained" if gained else "")]
     return tiles if BR < 64 else tiles._replace(num_stages=1)
 
 
@@ -185,7 +187,7 @@ def forward(
     """
     (rows, cols), (rg, ru, rd) = g.shape, (Bg.shape[1], Bu.shape[1], Ad.shape[0])
     BR = block_of(max(rg, ru, rd))
-    tiles = tiles_of("forward", BR, drop is not None)
+    tiles = tiles_of("forward", BR, drop is not None, bool(gains))
     blocks = cdiv(cols, tiles.BC * LOOP)
     h = torch.empty_like(g)
     td = torch.empty(blocks, rows, rd, device=g.device, dtype=torch.float32)
@@ -231,7 +233,7 @@ def backward(
     """
     (rows, cols), (rg, ru, rd) = g.shape, (Bg.shape[1], Bu.shape[1], Ad.shape[0])
     BR = block_of(max(rg, ru, rd))
-    tiles = tiles_of("backward", BR, drop is not None)
+    tiles = tiles_of("backward", BR, drop is not None, bool(gains))
     blocks = cdiv(cols, tiles.BC)
     parts, span = split(rows, tiles.BT, blocks, PROGRAMS)
     dg, du = dh, torch.empty_like(u)

@@ -116,7 +116,7 @@ class LoRALinear(LoRALayer, nn.Linear):
             if y is None and self.fusable(input):
                 y = compute([self], input)[0]
             if y is None and self.cut_alike(input):
-                y = on_pieces(self, input)
+                y = self.lora_output(on_pieces(self, input))
             if y is not None:
                 return y
         return super().forward(input, *args, **kwargs)

@@ -41,7 +41,7 @@ for name, kernel in (("gained", low_rank._gained), ("gained_backward", low_rank.
 found["squares, rank 64, sm_86"] = compile(norms._squares, norms.TILES, 86, BR=64)
 for capability, rank, drop, gain in ((90, 16, False, False), (86, 32, False, True), (86, 64, True, False)):
     for name, kernel, extra in (("forward", gated._forward, {"LOOP": gated.LOOP}), ("backward", gated._backward, {})):
-        tiles = gated.tiles_of(name, rank, drop)
+        tiles = gated.tiles_of(name, rank, drop, gain)
         more = dict(BR=rank, DROP=drop, GAIN=gain, EVEN=True, FAST=True, STAGES=tiles.num_stages, **extra)
         found[f"{name}, rank {rank}, sm_{capability}"] = compile(kernel, tiles, capability, **more)
 print(json.dumps(found))
