@@ -16,7 +16,6 @@ import argparse
 import json
 import multiprocessing as mp
 import os
-import socket
 import tempfile
 import time
 from collections.abc import Callable
@@ -79,13 +78,12 @@ class Workers:
         self.members = []
 
     def _start(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        # They meet over a file: a port that was free may be taken by the time they have started.
+        meeting = Path(tempfile.mkdtemp(), "meeting")
         context = mp.get_context("spawn")
         for rank in range(self.world):
             ours, theirs = context.Pipe()
-            process = context.Process(target=runs.work, args=(rank, self.world, port, theirs, self.cpu), daemon=True)
+            process = context.Process(target=runs.work, args=(rank, self.world, meeting.as_uri(), theirs, self.cpu), daemon=True)
             process.start()
             theirs.close()  # so that a process's death closes the pipe
             self.members.append((process, ours))

@@ -30,18 +30,18 @@ SHAPES = {
 }
 
 
-def work(rank: int, world: int, port: int, pipe: Any, cpu: bool) -> None:
+def work(rank: int, world: int, meeting: str, pipe: Any, cpu: bool) -> None:
     """A process: functions come through the pipe, what they return goes back."""
     warnings.simplefilter("ignore")
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+    environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
     os.environ.update(environment, WORLD_SIZE=str(world))
     if cpu:
         torch.set_num_threads(1)
-        dist.init_process_group("gloo", rank=rank, world_size=world)
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
     else:
         torch.cuda.set_device(rank)
-        dist.init_process_group("nccl", rank=rank, world_size=world, device_id=torch.device("cuda", rank))
+        dist.init_process_group("nccl", init_method=meeting, rank=rank, world_size=world, device_id=torch.device("cuda", rank))
     while True:
         try:
             function, args = pipe.recv()

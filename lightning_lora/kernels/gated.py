@@ -29,7 +29,7 @@ TILES = {
     "forward, gained": Tiles(64, 128, num_stages=2),
     "backward": Tiles(64, 64, num_stages=3),
     "backward, dropping": Tiles(64, 64, num_stages=2),
-    "backward, gained": Tiles(64, 64, num_stages=3),
+    "backward, gained": Tiles(64, 64, num_stages=2),
 }
 PROGRAMS = 1584  # of the backward pass: they last unequally, so several waves
 

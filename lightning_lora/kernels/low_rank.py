@@ -39,7 +39,7 @@ TILES = {
     "project": Tiles(64, 128, num_stages=5),
     "add_": Tiles(64, 128, num_stages=2),
     "gained": Tiles(64, 128, num_stages=2),
-    "gained_backward": Tiles(64, 128, num_stages=2),
+    "gained_backward": Tiles(128, 64, num_stages=2),
     "reduce": Tiles(32, 64),
 }
 
