@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
-import socket
+import tempfile
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 TIMEOUT = 120.0
@@ -46,18 +47,17 @@ class Pool:
         self.workers = []
 
     def _start(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        # They meet over a file: a port that was free may be taken by the time they have started.
+        meeting = Path(tempfile.mkdtemp(), "meeting").as_uri()
         context = mp.get_context("spawn")
         for rank in range(self.world):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(rank, self.world, port, theirs), daemon=True)
+            process = context.Process(target=_work, args=(rank, self.world, meeting, theirs), daemon=True)
             process.start()
             self.workers.append((process, ours))
 
 
-def _work(rank: int, world: int, port: int, pipe: Any) -> None:
+def _work(rank: int, world: int, meeting: str, pipe: Any) -> None:
     import warnings
 
     import torch
@@ -65,9 +65,9 @@ def _work(rank: int, world: int, port: int, pipe: Any) -> None:
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+    environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
     os.environ.update(environment, WORLD_SIZE=str(world))
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
     while True:
         function, args = pipe.recv()
         os.environ.update(environment, WORLD_SIZE=str(world))  # Lightning's teardown removes some of these
