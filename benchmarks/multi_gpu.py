@@ -6,8 +6,9 @@
     python benchmarks/multi_gpu.py --cpu --shape tiny --devices 2             # the same on gloo processes, in seconds
 
 Every line is a measurement, or says why there is none. *frozen* is the same model under the same strategy, forward and backward to the
-embedding's output with no adapter; *scaling* is tokens/s over (devices x the unwrapped model's tokens/s on one of them). *moved* counts,
-on the first rank, the larger of what goes into and what comes out of each collective: gathered bytes, bytes before they are scattered.
+embedding's output with no adapter; *scaling* is tokens/s over (devices x the unwrapped model's tokens/s on one of them); *loss* is the
+first rank's of the last counted step. *moved* counts, on the first rank, the larger of what goes into and what comes out of each
+collective: gathered bytes, bytes before they are scattered.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class Workers:
 
 def step_rows(workers: Workers, options: argparse.Namespace, say: Callable[[dict[str, Any]], None]) -> None:
     """The table of strategies."""
-    print("| strategy | model | ms | x frozen | tokens/s | scaling | GiB a GPU | collectives | moved, MB |\n" + "|---" * 9 + "|")
+    print("| strategy | model | ms | x frozen | tokens/s | scaling | GiB a GPU | loss | collectives | moved, MB |\n" + "|---" * 10 + "|")
     alone: dict[str, float] = {}  # model → tokens/s of one device
     frozen: float | None = None  # milliseconds
     for strategy in ["one", *(name for name in runs.STRATEGIES if name != "one")]:
@@ -106,7 +107,7 @@ def step_rows(workers: Workers, options: argparse.Namespace, say: Callable[[dict
             try:
                 ranks = workers.run(runs.measure, strategy, model, options)
             except RuntimeError as error:
-                print(f"| {strategy} | {model} | failed: {error} |" + " |" * 6, flush=True)
+                print(f"| {strategy} | {model} | failed: {error} |" + " |" * 7, flush=True)
                 say(row | {"failed": str(error)})
                 continue
             found = {key: max(rank[key] for rank in ranks if rank) for key in ("ms", "peak_gib", "build_gib")}
@@ -121,7 +122,18 @@ def step_rows(workers: Workers, options: argparse.Namespace, say: Callable[[dict
             moved = sum(size for _, size in row["traffic"].values()) / 1e6
             memory = f"{row['peak_gib']:.1f}" if not options.cpu else "not counted"
             ratio, scaling = (f"{row[key]:.2f}" if row[key] else "" for key in ("x_frozen", "scaling"))
-            line = (strategy, model, f"{row['ms']:.1f}", ratio, f"{speed:,.0f}", scaling, memory, counts, f"{moved:,.1f}")
+            line = (
+                strategy,
+                model,
+                f"{row['ms']:.1f}",
+                ratio,
+                f"{speed:,.0f}",
+                scaling,
+                memory,
+                f"{row['loss']:.4f}",
+                counts,
+                f"{moved:,.1f}",
+            )
             print(f"| {' | '.join(line)} |", flush=True)
             if row["profile"]:
                 print("  " + ", ".join(f"{kind} {ms:.1f}" for kind, ms in row["profile"].items()), flush=True)

@@ -43,7 +43,7 @@ class Traffic(TorchDispatchMode):
         return out
 
 
-def profiled(step: Callable[[], None], steps: int = 2) -> dict[str, float]:
+def profiled(step: Callable[[], object], steps: int = 2) -> dict[str, float]:
     """Milliseconds of a step by kind of kernel, and how much of it something other than communication was running (*computing*)."""
     with torch.profiler.profile() as profiler:
         for _ in range(steps):

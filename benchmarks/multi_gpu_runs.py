@@ -136,6 +136,12 @@ def fsdp2_kept(model: nn.Module, adapt: Adapt, device: torch.device) -> nn.Modul
     return shard(adapt(model), mesh_of(device)["dp"], device, reshard_after_forward=False)
 
 
+def fsdp2_in_place(model: nn.Module, adapt: Adapt, device: torch.device) -> nn.Module:
+    from multi_gpu_in_place import gather_in_place
+
+    return gather_in_place(fsdp2(model, adapt, device))
+
+
 def fsdp2_after(model: nn.Module, adapt: Adapt, device: torch.device) -> nn.Module:
     return adapt(shard(model, mesh_of(device)["dp"], device))
 
@@ -192,6 +198,7 @@ STRATEGIES: dict[str, Callable[[nn.Module, Adapt, torch.device], nn.Module]] = {
     "fsdp2": fsdp2,
     "fsdp2 after": fsdp2_after,
     "fsdp2 kept": fsdp2_kept,
+    "fsdp2 in place": fsdp2_in_place,
     "fsdp1": fsdp1,
     "tp": tp,
     "tp after": tp_after,
@@ -288,20 +295,21 @@ def measure(strategy: str, model: str, options: argparse.Namespace) -> dict[str,
     generator = torch.Generator().manual_seed(dist.get_rank() // shared)  # who shares layers shares the batch
     ids = torch.randint(0, SHAPES[options.shape][-1], (options.rows * shared, options.length), generator=generator).to(device)
 
-    def step() -> None:
+    def step() -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16):
-            loss = wrapped(input_ids=ids, labels=ids).loss
+            loss: torch.Tensor = wrapped(input_ids=ids, labels=ids).loss
         loss.backward()
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()
+        return loss.detach()
 
     times = []
     for index in range(options.steps + 3):
         if index == 3 and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
-        step()
+        loss = step()
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
@@ -310,5 +318,5 @@ def measure(strategy: str, model: str, options: argparse.Namespace) -> dict[str,
     with Traffic() as traffic:
         step()
     tokens = options.rows * options.length * (1 if strategy == "one" else dist.get_world_size())
-    found = {"ms": statistics.median(times[3:]) * 1e3, "tokens": tokens, "peak_gib": peak_gib, "build_gib": build_gib}
+    found = {"ms": statistics.median(times[3:]) * 1e3, "tokens": tokens, "peak_gib": peak_gib, "build_gib": build_gib, "loss": loss.item()}
     return {**found, "traffic": traffic.found, "profile": shares}
