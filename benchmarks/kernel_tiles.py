@@ -1,7 +1,7 @@
 """Each Triton kernel's time beside the torch operations it replaces and beside what memory allows, and a search over its tiles.
 
     python benchmarks/kernel_tiles.py                 # the tiles in use, Llama-3.1-8B's sizes, 8192 tokens, r=16, on a GPU
-    python benchmarks/kernel_tiles.py --dropout 0.1
+    python benchmarks/kernel_tiles.py --dropout 0.1   # --gains: the gated kernels with output gains
     python benchmarks/kernel_tiles.py --search --kernels forward,backward   # every candidate; minutes, most of them compiling
 
 *Floor* is the bytes that have to be read and written once, over the device's copy speed. For ``forward`` and ``backward``, the gated MLP's
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
-from lightning_lora.kernels import gated, low_rank, plain
+from lightning_lora.kernels import gated, low_rank, norms, plain
 from lightning_lora.kernels.low_rank import Tiles
 
 
@@ -62,6 +62,9 @@ def cases(rows: int, hidden: int, wide: int, rank: int, p: float, gained: bool) 
             partial(low_rank.gained_backward, x, *operands),
             partial(plain.gained_backward, x, *operands),
         )
+    W, A, B = tensor(wide, hidden), tensor(rank, hidden), tensor(wide, rank)
+    squares = partial(norms.squares, W, A, B, 1.0)
+    yield Case("squares", f"{wide}x{hidden} r={rank}", W.nbytes, squares, lambda: (W + B @ A).float().square().sum(1))
     g, u, dh, t, dtd = tensor(rows, wide), tensor(rows, wide), tensor(rows, wide), tensor(rows, 2 * rank), tensor(rows, rank)
     Bg, Bu, Ad = tensor(wide, rank), tensor(wide, rank), tensor(rank, wide)
     drop = low_rank.draw_drop(g, p)[0] if p else None
@@ -98,7 +101,7 @@ def candidates(kernel: str) -> list[Tiles]:
 
 def search(case: Case) -> None:
     """Leave the fastest candidate in the table, and print the best four."""
-    table = gated.TILES if case.kernel in gated.TILES else low_rank.TILES
+    table = next(table for table in (gated.TILES, norms.TILES, low_rank.TILES) if case.kernel in table)
     results: list[tuple[float, Tiles]] = []
     for tiles in candidates(case.kernel):
         table[case.kernel] = tiles
@@ -121,7 +124,7 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--gains", action="store_true", help="of the gated kernels, with output gains (DoRA)")
     parser.add_argument("--search", action="store_true", help="try other tiles")
-    parser.add_argument("--kernels", default="project,add_,reduce,gained,gained_backward,forward,backward", help="comma-separated")
+    parser.add_argument("--kernels", default="project,add_,reduce,gained,gained_backward,squares,forward,backward", help="comma-separated")
     options = parser.parse_args()
     source = torch.empty(2**30, device="cuda", dtype=torch.uint8)
     speed = 2 * source.nbytes / milliseconds(source.clone)  # bytes a millisecond

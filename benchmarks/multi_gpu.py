@@ -17,6 +17,7 @@ import argparse
 import json
 import multiprocessing as mp
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -36,6 +37,7 @@ class Workers:
     def __init__(self, world: int, cpu: bool) -> None:
         self.world, self.cpu = world, cpu
         self.members: list[tuple[Any, Any]] = []
+        self.folder = ""
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 300.0) -> list[Any]:
         """What each rank returned.
@@ -77,10 +79,12 @@ class Workers:
             process.join()
             pipe.close()
         self.members = []
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _start(self) -> None:
         # They meet over a file: a port that was free may be taken by the time they have started.
-        meeting = Path(tempfile.mkdtemp(), "meeting")
+        self.folder = tempfile.mkdtemp()
+        meeting = Path(self.folder, "meeting")
         context = mp.get_context("spawn")
         for rank in range(self.world):
             ours, theirs = context.Pipe()

@@ -2,8 +2,9 @@
 
 Linears that read the same input (q, k, v) share the pass over it. On a GPU a gated MLP is computed as one operation.
 
-Parameters stay in their layers and state dicts are unchanged. Whatever does not fit (another variant, a sharded base, a quantized one whose
-products nobody knows how to take, merged layers, inputs that differ after all) is computed layer by layer, as if this had not been called.
+Parameters stay in their layers and state dicts are unchanged. Whatever does not fit (DoRA with dropout, a sharded base, a quantized one
+whose products nobody knows how to take, merged layers, inputs that differ after all) is computed layer by layer, as if this had not been
+called.
 """
 
 from __future__ import annotations
@@ -90,14 +91,12 @@ class GatedMLP(nn.Module):
             return super().forward(*args, **kwargs)
         if not _is_silu(self.act_fn) or not all([_serves(layer, args[0]) for layer in layers]):
             return super().forward(*args, **kwargs)
-        if len({layer.dropout_now() for layer in layers}) > 1:
+        if len({(layer.dropout_now(), type(layer).output_gain) for layer in layers}) > 1:
             return super().forward(*args, **kwargs)
-        gains = [layer.output_gain() for layer in layers]
-        if len({gain is None for gain in gains}) > 1:
-            return super().forward(*args, **kwargs)
+        gains = [gain for gain in [layer.output_gain() for layer in layers] if gain is not None]
         As, Bs = zip(*[layer.update_factors() for layer in layers], strict=True)
         weights, scales = [layer.stored_weight() for layer in layers], [layer.scaling for layer in layers]
-        return lora_gated_mlp(args[0], weights, As, Bs, scales, layers[0].dropout_now(), () if gains[0] is None else gains)
+        return lora_gated_mlp(args[0], weights, As, Bs, scales, layers[0].dropout_now(), gains)
 
 
 def _fused_class(base: type[nn.Module], *mixins: type[nn.Module]) -> type[nn.Module]:

@@ -38,7 +38,7 @@ class _Rescale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(z, gain, bias)
-        return plain.rescaled(z, gain, bias)
+        return plain.times_gain(z, gain, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

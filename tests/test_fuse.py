@@ -22,6 +22,7 @@ from transformers import (
 from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, kernels, quantize_base, unload_lora
 from lightning_lora.compiling import compile_layers
 from lightning_lora.fuse import GatedMLP, fuse, unfuse
+from lightning_lora.layers.adapting import adapt, restore
 from tests.conftest import fill
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
@@ -179,10 +180,24 @@ def doras_dropout(model):
     model.train()
 
 
+def mixed(model):
+    """One projection has a gain, the others have none."""
+    down = restore(model.down_proj)
+    fill(adapt(down, LoRAConfig(rank=3, variant="dora"), 3, 6.0))
+
+
+def own_output(model):
+    """As a variant of another package might do."""
+    layer = model.up_proj
+    layer.__class__ = type("Loud", (type(layer),), {"lora_output": lambda self, z: 2 * z})
+
+
 SERVED = {"not": nothing, "dora": dora}
 STEPS_ASIDE = {
     **SERVED,
     "dora's dropout": doras_dropout,
+    "mixed": mixed,
+    "own output": own_output,
     "hook": hooked,
     "merged": merged,
     "trained weight": training_weight,
@@ -198,6 +213,8 @@ def test_steps_aside_by_rule(case, quantize, monkeypatch):
     STEPS_ASIDE[case](model)
     torch.manual_seed(1)
     expected = model(x)
+    if case == "own output":
+        assert not torch.allclose(expected, mlp()(x))
     monkeypatch.setattr(kernels, "usable", lambda x: True)
     taken = []
     import lightning_lora.fuse as module

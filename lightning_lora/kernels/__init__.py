@@ -1,4 +1,4 @@
-"""The rank-r work of a LoRA step as few passes over the big tensors, in two versions behind the same functions.
+"""The rank-r work of a LoRA step as few passes over the big tensors; what a layer calls is there in two versions.
 
 ``plain`` is torch operations, for every device and dtype. ``low_rank``, ``gated`` and ``norms`` are Triton kernels for NVIDIA GPUs;
 nothing imports them unless :func:`usable` or :func:`run` says so. Each is tested against float64.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_lora.kernels.low_rank import Tiles, block_of, cdiv
 
-TILES = Tiles(64, 128, num_stages=2)  # rows and columns of W
+TILES = {"squares": Tiles(64, 128, num_stages=2)}  # rows and columns of W
 
 
 @triton.jit
@@ -45,12 +45,13 @@ def squares(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
         (parts, out), fp32.
     """
     (rows, cols), rank = W.shape, A.shape[0]
-    grid = (cdiv(rows, TILES.BT), parts(cols))
+    tiles = TILES["squares"]
+    grid = (cdiv(rows, tiles.BT), parts(cols))
     out = torch.empty(grid[1], rows, device=W.device, dtype=torch.float32)
-    _squares[grid](W, A, B, out, rows, cols, rank, W.stride(0), *A.stride(), *B.stride(), scale, BR=block_of(rank), **TILES.options)
+    _squares[grid](W, A, B, out, rows, cols, rank, W.stride(0), *A.stride(), *B.stride(), scale, BR=block_of(rank), **tiles.options)
     return out
 
 
 def parts(cols: int) -> int:
     """In how many parts :func:`squares` hands out a sum over this many columns."""
-    return cdiv(cols, TILES.BC)
+    return cdiv(cols, TILES["squares"].BC)

@@ -42,10 +42,10 @@ def add_(y: Tensor, t: Tensor, B: Tensor, drop: Drop | None = None) -> Tensor:
 
 def gained(z: Tensor, t: Tensor, B: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
     """``gain∘(z − bias + t·Bᵀ) + bias``, a new tensor: (N, C), (N, R), (C, R), (C,), (C,) → (N, C)."""
-    return rescaled(z, gain, bias).addmm_(t, rescaled(B.t(), gain, None))
+    return times_gain(z, gain, bias).addmm_(t, times_gain(B.t(), gain, None))
 
 
-def rescaled(z: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+def times_gain(z: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
     """``gain∘(z − bias) + bias``, both one number an output and broadcast over z.
 
     As ``z + h∘(z − bias)`` with h = gain − 1 in z's dtype: rounding h costs little where rounding the gain would freeze small changes
@@ -67,7 +67,7 @@ def gained_backward(dy: Tensor, z: Tensor, t: Tensor, B: Tensor, gain: Tensor, b
     if bias is not None:
         dgain -= dy.sum(0, dtype=wide) * bias
     dz = torch.addcmul(dy, dy, (gain - 1).to(dy.dtype), out=buffer)
-    return dz, rescaled(dB.t(), gain, None).t(), dgain
+    return dz, times_gain(dB.t(), gain, None).t(), dgain
 
 
 def reduce(t: Tensor, x: Tensor, drop: Drop | None = None) -> Tensor:

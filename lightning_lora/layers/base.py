@@ -198,7 +198,8 @@ class LoRALayer(Mergeable):
         return y if self.merged else self.lora_output(self.lora_update(y, input))
 
     def lora_output(self, z: Tensor) -> Tensor:
-        """What the layer returns, given the base's output plus the update: with the gain, if there is one, on all but the bias."""
+        """What the layer returns, given the base's output plus the update: with the gain, if there is one, on all but the bias. For what
+        is not computed as one operation; a variant that does something else here is not."""
         gain = self.output_gain()
         if gain is None:
             return z

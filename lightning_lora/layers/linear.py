@@ -14,7 +14,7 @@ from lightning_lora import kernels, ops
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.adapting import adapt, refusal, restore, twin
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.layers.pieces import cut_alike, on_pieces
+from lightning_lora.layers.pieces import on_pieces
 from lightning_lora.layers.siblings import Siblings, compute
 from lightning_lora.packing import packing_of
 from lightning_lora.registry import REFUSED, register_kind
@@ -115,8 +115,8 @@ class LoRALinear(LoRALayer, nn.Linear):
             y = None if self.lora_siblings is None else self.lora_siblings.output(self, input)
             if y is None and self.fusable(input):
                 y = compute([self], input)[0]
-            if y is None and self.cut_alike(input):
-                y = self.lora_output(on_pieces(self, input))
+            if y is None and is_sharded(input) and self.plain_forward and self.is_one_sum() and self.output_gain() is None:
+                y = on_pieces(self, input)
             if y is not None:
                 return y
         return super().forward(input, *args, **kwargs)
@@ -126,7 +126,6 @@ class LoRALinear(LoRALayer, nn.Linear):
         cls = type(self)
         return (
             cls.lora_storage is not None
-            and cls.lora_update is LoRALinear.lora_update
             and self.is_one_sum()
             and not self.merged
             and not (is_sharded(x) or is_sharded(self.lora_A))
@@ -135,9 +134,10 @@ class LoRALinear(LoRALayer, nn.Linear):
             and (kernels.usable(x) if torch.compiler.is_compiling() else not torch._C._are_functorch_transforms_active())
         )
 
-    def cut_alike(self, x: Tensor) -> bool:
-        """Whether tensor parallelism has cut x and a plain update with the base, see :mod:`lightning_lora.layers.pieces`."""
-        return is_sharded(x) and self.plain_forward and type(self).lora_update is LoRALinear.lora_update and cut_alike(self, x)
+    def is_one_sum(self) -> bool:
+        """Not for a variant with an update or an output of its own."""
+        cls = type(self)
+        return super().is_one_sum() and cls.lora_update is LoRALinear.lora_update and cls.lora_output is LoRALinear.lora_output
 
     def stored_weight(self) -> Stored:
         """The base's weight as operations take it; for a layer that is :meth:`fusable`."""

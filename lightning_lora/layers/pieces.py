@@ -17,41 +17,44 @@ from torch import Tensor
 
 from lightning_lora import kernels, ops
 from lightning_lora.autocast import autocast_dtype
-from lightning_lora.fused_ops import lora_linears
+from lightning_lora.fused_ops import lora_linears, wants_definition
 from lightning_lora.sharding import is_sharded
 
 
-def cut_alike(layer: Any, x: Tensor) -> bool:
-    """Whether a plain update's factors, x and the base weight lie on the ranks as described above."""
-    weight, factors = layer.weight, layer.update_factors()
-    if not all(map(is_sharded, (x, weight, *factors))) or weight.device_mesh.ndim != 1 or weight.requires_grad:
-        return False
-    cut, mine, A, B = (tensor.placements[0] for tensor in (weight, x, *factors))
-    if cut.is_shard(0):
-        alike = mine.is_replicate() and A.is_replicate() and B.is_shard(0)
-    else:  # a bias is added to the sum, by the base
-        alike = cut.is_shard(1) and mine.is_shard(x.ndim - 1) and A.is_shard(1) and B.is_replicate() and layer.bias is None
-    same = x.dtype == weight.dtype or autocast_dtype(x) is not None
-    return alike and same and not layer.dropout_now()  # whose mask DTensors keep alike on all ranks
+def on_pieces(layer: Any, x: Any) -> Tensor | None:
+    """The output as the base would leave it, a DTensor of columns or of shares; None if x, W and the factors do not lie as said above.
 
-
-def on_pieces(layer: Any, x: Any) -> Tensor:
-    """The output of a layer that is :func:`cut_alike`, as the base would leave it: a DTensor of columns, or of shares."""
+    Args:
+        layer: a linear with a plain update.
+        x: a DTensor (..., in).
+    """
     from torch.distributed.tensor import DTensor, Partial, Shard
 
-    mesh, (cut,), last = layer.weight.device_mesh, layer.weight.placements, x.ndim - 1
+    weight, bias, factors, last = layer.weight, layer.bias, layer.update_factors(), x.ndim - 1
+    tensors = [weight, x, *factors, *([] if bias is None else [bias])]
+    if not all(map(is_sharded, tensors)) or any(tensor.device_mesh.ndim != 1 for tensor in tensors) or weight.requires_grad:
+        return None
+    cut, mine, A, B, *own = (tensor.placements[0] for tensor in tensors)
     colwise = cut.is_shard(0)
-    A, B = (_piece(factor) for factor in layer.update_factors())
-    piece, weight = x.to_local(grad_placements=[Partial() if colwise else Shard(last)]), layer.weight.to_local()
-    bias = None if layer.bias is None else layer.bias.to_local()
+    if colwise:
+        alike = mine.is_replicate() and A.is_replicate() and B.is_shard(0) and all(place.is_shard(0) for place in own)
+    else:  # a bias is added to the sum, by the base
+        alike = cut.is_shard(1) and mine.is_shard(last) and A.is_shard(1) and B.is_replicate() and not own
+    same = x.dtype == weight.dtype or autocast_dtype(x) is not None
+    if not (alike and same) or layer.dropout_now():  # dropout's mask is what DTensors keep alike on all ranks
+        return None
+    piece, W = x.to_local(grad_placements=[Partial() if colwise else Shard(last)]), weight.to_local()
+    (low, high), b = map(_piece, factors), None if bias is None else bias.to_local()
     if torch.compiler.is_compiling() and not kernels.usable(piece):  # it fuses the definition itself
-        y = ops.lora_update(F.linear(piece, weight, bias), piece, A, B, layer.scaling)
+        y = ops.lora_update(F.linear(piece, W, b), piece, low, high, layer.scaling)
     else:
-        (y,) = lora_linears(piece, [weight], [bias], [A], [B], [layer.scaling])
-    shape = torch.Size((*x.shape[:-1], layer.weight.shape[0]))
-    placement = Shard(last) if colwise else Partial()
+        (y,) = lora_linears(piece, [W], [b], [low], [high], [layer.scaling])
+    if y.requires_grad and not torch.compiler.is_compiling():
+        y.register_hook(_first_derivative)
+    shape = torch.Size((*x.shape[:-1], weight.shape[0]))
     strides = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(y, mesh, [placement], run_check=False, shape=shape, stride=strides)
+    placement = Shard(last) if colwise else Partial()
+    return DTensor.from_local(y, weight.device_mesh, [placement], run_check=False, shape=shape, stride=strides)
 
 
 def _piece(factor: Any) -> Tensor:
@@ -63,3 +66,16 @@ def _piece(factor: Any) -> Tensor:
         return piece
     whole: Tensor = factor.redistribute(placements=factor.placements).to_local(grad_placements=[Partial()])
     return whole
+
+
+def _first_derivative(grad: Tensor) -> None:
+    """What crosses between ranks has no derivative of its own.
+
+    Raises:
+        RuntimeError: second derivatives are asked for, or many gradients at once.
+    """
+    if wants_definition(grad):
+        raise RuntimeError(
+            "second derivatives (create_graph=True) and vectorized Jacobians are not to be had under tensor parallelism: take them on a"
+            " model that is not split."
+        )

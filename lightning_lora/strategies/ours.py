@@ -2,7 +2,7 @@
 
 Lightning's ``ModelParallelStrategy`` asks the user to shard the model by hand. The model says enough itself: its repeated blocks
 are what FSDP2 shards one by one, and Hugging Face models carry a plan for tensor parallelism. Sharding happens after LoRA is
-injected, so that adapters are sharded with their block and cost no collective.
+injected, so that adapters are sharded with their block and cost no all-gather.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ class DoRA(LoRALayer):
 
     def is_one_sum(self) -> bool:
         """Not with dropout, which acts on the input of the base's product too."""
-        return not super().dropout_now()
+        return super().is_one_sum() and not super().dropout_now()
 
     def output_gain(self) -> Tensor:
         """g."""

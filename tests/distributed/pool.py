@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import shutil
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -21,6 +22,7 @@ class Pool:
     def __init__(self, world: int) -> None:
         self.world = world
         self.workers: list[tuple[Any, Any]] = []
+        self.folder = ""
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         if not self.workers:
@@ -45,10 +47,12 @@ class Pool:
             process.kill()
             process.join()
         self.workers = []
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _start(self) -> None:
         # They meet over a file: a port that was free may be taken by the time they have started.
-        meeting = Path(tempfile.mkdtemp(), "meeting").as_uri()
+        self.folder = tempfile.mkdtemp()
+        meeting = Path(self.folder, "meeting").as_uri()
         context = mp.get_context("spawn")
         for rank in range(self.world):
             ours, theirs = context.Pipe()

@@ -227,6 +227,9 @@ def fit_llama(tensor: int | None, reshard: bool = True) -> list[float]:
         enable_checkpointing=False, use_distributed_sampler=False,
     )  # fmt: skip
     trainer.fit(module)
+    if tensor is not None:  # FSDP2 gathers again where it has a mesh to gather over after the forward pass
+        units = [block._get_fsdp_state()._fsdp_param_group for block in module.net.model.layers]
+        assert all((unit.post_forward_mesh_info is not None) is reshard for unit in units)
     return module.losses
 
 

@@ -38,7 +38,7 @@ for name, kernel in (("project", low_rank._project), ("add_", low_rank._add), ("
 found["project, rank 64, sm_86"] = compile(low_rank._project, low_rank.TILES["project"], 86, BR=64, DROP=True)
 for name, kernel in (("gained", low_rank._gained), ("gained_backward", low_rank._gained_backward)):
     found[name] = compile(kernel, low_rank.TILES[name], BR=16, BIAS=True)
-found["squares, rank 64, sm_86"] = compile(norms._squares, norms.TILES, 86, BR=64)
+found["squares, rank 64, sm_86"] = compile(norms._squares, norms.TILES["squares"], 86, BR=64)
 for capability, rank, drop, gain in ((90, 16, False, False), (86, 32, False, True), (86, 64, True, False)):
     for name, kernel, extra in (("forward", gated._forward, {"LOOP": gated.LOOP}), ("backward", gated._backward, {})):
         tiles = gated.tiles_of(name, rank, drop, gain)
