@@ -54,6 +54,9 @@ class InPlaceGroup(FSDPParamGroup):
     def wait_for_unshard(self) -> None:
         if self._all_gather_result is None:
             return
+        if self.comm_ctx.all_gather_state is not None:  # the root's buffer, which the next group drops
+            self._wait_all_gather_streams_on_event(self.comm_ctx.all_gather_state.event)
+            self.comm_ctx.all_gather_state = None
         self.device_handle.current_stream().wait_event(self._all_gather_result.all_gather_event)
         for param in self.fsdp_params:
             param.init_unsharded_param()
