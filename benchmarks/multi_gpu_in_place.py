@@ -75,13 +75,13 @@ def gather(outputs: list[torch.Tensor], pieces: list[torch.Tensor], group: Any, 
             dist.all_gather_into_tensor(output, piece, group=group)
 
 
-def gather_in_place(model: nn.Module) -> nn.Module:
-    """Have the blocks of a model under FSDP2 gather so."""
+def gather_in_place(model: Any) -> nn.Module:
+    """Have the blocks of a model gather so; the model is itself a unit of FSDP2, their root."""
     blocks: list[Any] = [block for _, block in repeated_blocks(model) if isinstance(block, FSDPModule)]
     for block in blocks:
         group = block._get_fsdp_state()._fsdp_param_group
         assert all(param.fsdp_placement.dim == 0 for param in group.fsdp_params) and group._all_gather_process_group.size() > 1
         group.__class__ = InPlaceGroup
-    for block, following in pairwise(blocks):
-        block.set_modules_to_forward_prefetch([following])
+    for unit, following in pairwise([model, *blocks]):
+        unit.set_modules_to_forward_prefetch([following])
     return model
