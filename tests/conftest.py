@@ -1,6 +1,7 @@
 """What the unit tests share: a seed, one thread, tiny models, and how to compare a model's bits before and after."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -62,6 +63,9 @@ class TinyModel(nn.Module):
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], tuple[Callable[..., Any], list[Any]]]:
     """Compiles a function as where the kernels serve, with torch operations in their place and one known dropout mask; and its graphs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, at this import, in some releases
+        import torch._inductor.cudagraph_trees  # which the reset below imports
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
 
