@@ -126,19 +126,8 @@ def step_rows(workers: Workers, options: argparse.Namespace, say: Callable[[dict
             moved = sum(size for _, size in row["traffic"].values()) / 1e6
             memory = f"{row['peak_gib']:.1f}" if not options.cpu else "not counted"
             ratio, scaling = (f"{row[key]:.2f}" if row[key] else "" for key in ("x_frozen", "scaling"))
-            line = (
-                strategy,
-                model,
-                f"{row['ms']:.1f}",
-                ratio,
-                f"{speed:,.0f}",
-                scaling,
-                memory,
-                f"{row['loss']:.4f}",
-                counts,
-                f"{moved:,.1f}",
-            )
-            print(f"| {' | '.join(line)} |", flush=True)
+            time_and_speed = f"{row['ms']:.1f} | {ratio} | {speed:,.0f} | {scaling} | {memory} | {row['loss']:.4f}"
+            print(f"| {strategy} | {model} | {time_and_speed} | {counts} | {moved:,.1f} |", flush=True)
             if row["profile"]:
                 print("  " + ", ".join(f"{kind} {ms:.1f}" for kind, ms in row["profile"].items()), flush=True)
             say(row)

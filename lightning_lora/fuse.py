@@ -91,9 +91,9 @@ class GatedMLP(nn.Module):
             return super().forward(*args, **kwargs)
         if not _is_silu(self.act_fn) or not all([_serves(layer, args[0]) for layer in layers]):
             return super().forward(*args, **kwargs)
-        if len({(layer.dropout_now(), type(layer).output_gain) for layer in layers}) > 1:
+        if len({(layer.dropout_now(), layer.has_gain) for layer in layers}) > 1:
             return super().forward(*args, **kwargs)
-        gains = [gain for gain in [layer.output_gain() for layer in layers] if gain is not None]
+        gains = [layer.output_gain() for layer in layers] if layers[0].has_gain else ()
         As, Bs = zip(*[layer.update_factors() for layer in layers], strict=True)
         weights, scales = [layer.stored_weight() for layer in layers], [layer.scaling for layer in layers]
         return lora_gated_mlp(args[0], weights, As, Bs, scales, layers[0].dropout_now(), gains)

@@ -79,7 +79,7 @@ class _Linears(torch.autograd.Function):
         keep = x if any(ctx.needs_input_grad[3 + n : 3 + 2 * n]) else None
         ys, (t, A, *lows), products = found[:n], found[n : 2 * n + 2], iter(found[2 * n + 2 :])
         zs = [None if gain is None else next(products) for gain in gains]
-        zs = [z if need else None for z, need in zip(zs, ctx.needs_input_grad[3 + 3 * n :], strict=False)]
+        zs = [z if need else None for z, need in zip(zs, ctx.needs_input_grad[3 + 3 * n : 3 + 4 * n], strict=True)]
         ctx.save_for_backward(keep, mask, t, A, *lows, *zs, *tensors)
         ctx.settings = settings
         ctx.set_materialize_grads(False)

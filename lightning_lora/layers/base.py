@@ -88,6 +88,11 @@ class LoRALayer(Mergeable):
         """What the sum of base product and update is multiplied by before the bias, (out,), at least fp32; a variant may have one."""
         return None
 
+    @property
+    def has_gain(self) -> bool:
+        """Whether there is an :meth:`output_gain`, which may take work to say."""
+        return type(self).output_gain is not LoRALayer.output_gain
+
     def is_one_sum(self) -> bool:
         """Whether the output now is ``gain∘(W·x + update) + b`` and no more: what one operation may compute in the layer's place."""
         return True

@@ -115,7 +115,7 @@ class LoRALinear(LoRALayer, nn.Linear):
             y = None if self.lora_siblings is None else self.lora_siblings.output(self, input)
             if y is None and self.fusable(input):
                 y = compute([self], input)[0]
-            if y is None and is_sharded(input) and self.plain_forward and self.is_one_sum() and self.output_gain() is None:
+            if y is None and is_sharded(input) and self.plain_forward and self.is_one_sum() and not self.has_gain:
                 y = on_pieces(self, input)
             if y is not None:
                 return y
