@@ -101,7 +101,7 @@ def backend(request, monkeypatch):
     """Both, where there is no GPU too; and how near to float64 they are."""
     if request.param == "plain":
         return {}
-    pytest.importorskip("triton")
+    request.getfixturevalue("interpreted")
     monkeypatch.setattr(fused_ops.kernels, "usable", lambda x: True)
     return {"rtol": 1e-4, "atol": 1e-5}
 
