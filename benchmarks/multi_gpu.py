@@ -129,7 +129,8 @@ def step_rows(workers: Workers, options: argparse.Namespace, say: Callable[[dict
             time_and_speed = f"{row['ms']:.1f} | {ratio} | {speed:,.0f} | {scaling} | {memory} | {row['loss']:.4f}"
             print(f"| {strategy} | {model} | {time_and_speed} | {counts} | {moved:,.1f} |", flush=True)
             if row["profile"]:
-                print("  " + ", ".join(f"{kind} {ms:.1f}" for kind, ms in row["profile"].items()), flush=True)
+                print("  " + ", ".join(f"{kind} {ms:.1f}" for kind, ms in row["profile"].items()), end="; ")
+                print(f"launched in {row['launched_ms']:.1f}; by rank {[round(rank['ms'], 1) for rank in ranks if rank]}", flush=True)
             say(row)
 
 
@@ -221,6 +222,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--steps", type=int, default=10, help="counted steps, after three")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     parser.add_argument("--compile", action="store_true", help="each block compiled")
+    parser.add_argument("--pull-frozen", action="store_true", help="of the parts resume and nf4: LoRAFSDP2Strategy(pull_frozen=True)")
     parser.add_argument("--profile", action="store_true", help="milliseconds by kind of kernel, under each row")
     parser.add_argument("--only", nargs="+", choices=list(runs.STRATEGIES), help="these strategies, beside the single device")
     parser.add_argument("--models", nargs="+", choices=list(runs.MODELS), default=list(runs.MODELS))

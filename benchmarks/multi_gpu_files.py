@@ -125,7 +125,7 @@ def fit(folder: str, stop: int, ckpt: str | None, kill_at: int | None, rows: int
     trainer = L.Trainer(
         accelerator="cpu" if options.cpu else "gpu",
         devices=dist.get_world_size(),
-        strategy=LoRAFSDP2Strategy(process_group_backend="gloo" if options.cpu else "nccl"),
+        strategy=LoRAFSDP2Strategy(process_group_backend="gloo" if options.cpu else "nccl", pull_frozen=options.pull_frozen),
         precision="bf16-true",
         max_steps=stop,
         callbacks=[

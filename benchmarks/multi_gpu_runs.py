@@ -18,6 +18,7 @@ import torch.distributed as dist
 from multi_gpu_meters import Traffic, profiled
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -136,10 +137,12 @@ def fsdp2_kept(model: nn.Module, adapt: Adapt, device: torch.device) -> nn.Modul
     return shard(adapt(model), mesh_of(device)["dp"], device, reshard_after_forward=False)
 
 
-def fsdp2_in_place(model: nn.Module, adapt: Adapt, device: torch.device) -> nn.Module:
-    from multi_gpu_in_place import gather_in_place
+def fsdp2_pulled(model: nn.Module, adapt: Adapt, device: torch.device) -> nn.Module:
+    return shard(adapt(model), mesh_of(device)["dp"], device, pull_frozen=True)
 
-    return gather_in_place(fsdp2(model, adapt, device))
+
+def fsdp2_pulled_kept(model: nn.Module, adapt: Adapt, device: torch.device) -> nn.Module:
+    return shard(adapt(model), mesh_of(device)["dp"], device, pull_frozen=True, reshard_after_forward=False)
 
 
 def fsdp2_after(model: nn.Module, adapt: Adapt, device: torch.device) -> nn.Module:
@@ -194,11 +197,13 @@ def tp_fsdp2(model: nn.Module, adapt: Adapt, device: torch.device) -> nn.Module:
 
 STRATEGIES: dict[str, Callable[[nn.Module, Adapt, torch.device], nn.Module]] = {
     "one": one,
+    "apart": one,
     "ddp": ddp,
     "fsdp2": fsdp2,
     "fsdp2 after": fsdp2_after,
     "fsdp2 kept": fsdp2_kept,
-    "fsdp2 in place": fsdp2_in_place,
+    "fsdp2 pulled": fsdp2_pulled,
+    "fsdp2 pulled kept": fsdp2_pulled_kept,
     "fsdp1": fsdp1,
     "tp": tp,
     "tp after": tp_after,
@@ -217,23 +222,30 @@ def mesh_of(device: torch.device, tensor: int = 1) -> DeviceMesh:
     return init_device_mesh(device.type, (dist.get_world_size() // tensor, tensor), mesh_dim_names=("dp", "tp"))
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, device: torch.device, reshard_after_forward: bool = True) -> nn.Module:
+def shard(model: nn.Module, mesh: DeviceMesh, device: torch.device, **how: bool) -> nn.Module:
     """FSDP2 block by block as ``lora_fsdp2`` has it, then this rank's pieces materialised."""
     from lightning_lora.strategies.ours import shard_blocks
 
-    shard_blocks(nn.ModuleDict({"net": model}), mesh, reshard_after_forward)
-    return fill_all(model, device)
+    shard_blocks(nn.ModuleDict({"net": model}), mesh, **how)
+    fill_all(model, device)
+    if how.get("pull_frozen"):
+        from lightning_lora.strategies.pulled import average
+
+        average(model, mesh.get_group())
+    return model
 
 
-def nf4(model: nn.Module, device: torch.device) -> nn.Module:
+def nf4(model: nn.Module, device: torch.device, pull_frozen: bool) -> nn.Module:
     """The base in 4 bits under FSDP2, adapters sharded with it: a block at a time is made, quantized, adapted and cut."""
     from bitsandbytes.nn import Linear4bit, Params4bit
     from torch.distributed.fsdp import fully_shard
 
     from lightning_lora.blocks import repeated_blocks
+    from lightning_lora.strategies.pulled import average, pull
 
     mesh = mesh_of(device)["dp"]
-    for _, block in repeated_blocks(model):
+    blocks = [block for _, block in repeated_blocks(model)]
+    for block in blocks:
         for name, linear in [(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear)]:
             fill(linear, device)
             sizes = (linear.in_features, linear.out_features)
@@ -243,14 +255,18 @@ def nf4(model: nn.Module, device: torch.device) -> nn.Module:
             packed.weight = Params4bit(linear.weight.data, requires_grad=False, **stored)
             block.set_submodule(name, packed.to(device))
         ours(block)
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, ignored_params={p for p in block.parameters() if p.requires_grad and pull_frozen})
     for module in model.modules():
         if any(tensor.is_meta for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
             fill(module, device)
     model.get_input_embeddings().requires_grad_(False)
     for parameter in (*model.lm_head.parameters(), *model.model.norm.parameters()):
         parameter.requires_grad_(False)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    if pull_frozen:
+        pull(model, blocks)
+        average(model, mesh.get_group())
+    return model
 
 
 def split(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
@@ -274,7 +290,7 @@ def built(strategy: str, model: str, options: argparse.Namespace) -> tuple[nn.Mo
         torch.cuda.reset_peak_memory_stats()
     with torch.device("meta"):
         empty = empty_model(options)
-    wrapped = nf4(empty, device) if model == "nf4" else STRATEGIES[strategy](empty, MODELS[model], device)
+    wrapped = nf4(empty, device, options.pull_frozen) if model == "nf4" else STRATEGIES[strategy](empty, MODELS[model], device)
     if options.compile:
         from lightning_lora.compiling import compile_layers
 
@@ -282,6 +298,12 @@ def built(strategy: str, model: str, options: argparse.Namespace) -> tuple[nn.Mo
         compile_layers(wrapped)
     trained = [p for p in wrapped.parameters() if p.requires_grad]
     return wrapped, torch.optim.AdamW(trained, lr=1e-4, fused=device.type == "cuda") if trained else None
+
+
+def shared_gib(model: nn.Module) -> float:
+    """What lies in memory that GPUs share, which torch's allocator does not count."""
+    groups = [module._get_fsdp_state()._fsdp_param_group for module in model.modules() if isinstance(module, FSDPModule)]
+    return sum(param._sharded_param_data.nbytes for group in groups for param in getattr(group, "sources", None) or ()) / 2**30
 
 
 def measure(strategy: str, model: str, options: argparse.Namespace) -> dict[str, Any] | None:
@@ -304,19 +326,21 @@ def measure(strategy: str, model: str, options: argparse.Namespace) -> dict[str,
             optimizer.zero_grad()
         return loss.detach()
 
-    times = []
+    times, launched = [], []
     for index in range(options.steps + 3):
         if index == 3 and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
         loss = step()
+        launched.append(time.perf_counter() - started)
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
-    peak_gib = peak()
+    peak_gib = peak() + shared_gib(wrapped)
     shares = profiled(step) if options.profile else {}
     with Traffic() as traffic:
         step()
     tokens = options.rows * options.length * (1 if strategy == "one" else dist.get_world_size())
     found = {"ms": statistics.median(times[3:]) * 1e3, "tokens": tokens, "peak_gib": peak_gib, "build_gib": build_gib, "loss": loss.item()}
+    found["launched_ms"] = statistics.median(launched[3:]) * 1e3
     return {**found, "traffic": traffic.found, "profile": shares}

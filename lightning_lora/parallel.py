@@ -42,7 +42,7 @@ class GradientReducer:
         # A module that is fitted again has its hooks already.
         self.parameters = [p for p in parameters if p.requires_grad and not hasattr(p, "_lora_reducer")]
         self.groups = list(groups)
-        self._queued = False
+        self._queued = -1  # the backward pass that will reduce: one that raised never does
         # The garbage collector does not see hooks: a strong reference in there would keep the parameters for ever.
         accumulated = weakref.WeakMethod(self._after_accumulation)
         for parameter in self.parameters:
@@ -50,16 +50,17 @@ class GradientReducer:
             parameter.register_post_accumulate_grad_hook(lambda _: accumulated()())  # type: ignore[misc]
 
     def _after_accumulation(self) -> None:
-        if not self._queued and dist.is_initialized():  # the module may go on alone, on one device
-            self._queued = True
+        this = torch._C._current_graph_task_id()
+        if this != self._queued and dist.is_initialized():  # the module may go on alone, on one device
+            self._queued = this
             torch.autograd.Variable._execution_engine.queue_callback(self._reduce)
 
     @torch.no_grad()
     def _reduce(self) -> None:
-        self._queued = False
+        self._queued = -1
         # All of them on every rank, whatever this rank's batch used: collectives have to match.
         grads = [torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for p in self.parameters]
-        flat = torch.cat([grad.flatten().float() for grad in grads])
+        flat = torch.cat([grad.flatten().to(torch.promote_types(grad.dtype, torch.float32)) for grad in grads])
         for group in self.groups:
             dist.all_reduce(flat, group=group)
             flat /= dist.get_world_size(group)
@@ -117,7 +118,7 @@ def forget(model: nn.Module) -> None:
                         f"{where}: FSDP1 flattened {part} into one parameter with the base, from which it cannot be taken:"
                         " wrap with ignored_states=replicated_parameters(model), or load a checkpoint into a model that is not wrapped."
                     )
-        elif (group := _group_of(unit)) is not None:
+        elif (group := group_of(unit)) is not None:
             kept.append((group, [p for p in group.fsdp_params if not _of_adapter(p._module_info.module, p._module_info.param_name)]))
             if not kept[-1][1]:
                 raise ValueError(
@@ -130,7 +131,7 @@ def forget(model: nn.Module) -> None:
         group.fsdp_params = parameters
 
 
-def _group_of(unit: Any) -> Any:
+def group_of(unit: Any) -> Any:
     """What a unit of FSDP2 shards; None if that is nothing."""
     return unit._get_fsdp_state()._fsdp_param_group
 
@@ -182,7 +183,7 @@ def data_parallel_groups(wrapped: nn.Module) -> list[Any]:
         groups = [wrapped.process_group]
         replicas = getattr(wrapped, "_inter_node_pg", None)  # hybrid sharding: the copies of a shard
         return groups if replicas is None else [*groups, replicas]
-    group = _group_of(wrapped)
+    group = group_of(wrapped)
     if group is None:
         raise ValueError("FSDP2 shards nothing there (ignored_params) and has no mesh: apply LoRA before wrapping")
     mesh = group.mesh_info.mesh
@@ -277,7 +278,7 @@ def _freeze_copies(wrapped: nn.Module) -> None:
         if handle is not None and not any(p.requires_grad for p in handle.flat_param._params or ()):
             handle.flat_param.requires_grad_(False)
         return
-    group = _group_of(wrapped)
+    group = group_of(wrapped)
     for param in () if group is None else group.fsdp_params:
         if hasattr(param, "_unsharded_param"):
             param._unsharded_param.requires_grad_(param.sharded_param.requires_grad)

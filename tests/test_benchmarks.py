@@ -43,13 +43,15 @@ def multi_gpu(tmp_path: Path, *options: str) -> tuple[list[dict[str, Any]], str]
 
 def test_multi_gpu_counts_what_fsdp2_moves(tmp_path: Path) -> None:
     rows, printed = multi_gpu(
-        tmp_path, "--devices", "2", "--only", "fsdp2", "fsdp2 kept", "fsdp2 in place", "--models", "frozen", "ours", "--parts", "steps"
+        tmp_path, "--devices", "2", "--only", "fsdp2", "fsdp2 kept", "fsdp2 pulled", "--models", "frozen", "ours", "--parts", "steps"
     )
     by_name = {(row["strategy"], row["model"]): row for row in rows}
     assert len(by_name) == len(rows) == 8 and not any("failed" in row for row in rows), printed
     assert by_name["fsdp2 kept", "ours"]["traffic"]["all-gather"][0] == 3
-    whole, in_place = by_name["fsdp2", "ours"], by_name["fsdp2 in place", "ours"]
-    assert in_place["loss"] == whole["loss"] and in_place["traffic"]["all-gather"][1] == whole["traffic"]["all-gather"][1]
+    assert by_name["fsdp2 pulled", "frozen"]["loss"] == by_name["fsdp2", "frozen"]["loss"]
+    # Ranks meet before and after the forward pass; one reduction of the adapters' gradients.
+    assert {model: by_name["fsdp2 pulled", model]["traffic"]["all-reduce"][0] for model in ("frozen", "ours")} == {"frozen": 2, "ours": 3}
+    assert len(by_name["fsdp2 pulled", "ours"]["traffic"]) == 1
     # Two blocks and a root: gathered forward, the blocks again backward; adapters are scattered with their block.
     frozen, ours = by_name["fsdp2", "frozen"]["traffic"], by_name["fsdp2", "ours"]["traffic"]
     assert {kind: count for kind, (count, _) in frozen.items()} == {"all-gather": 5}

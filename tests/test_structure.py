@@ -40,7 +40,7 @@ LEVELS = [
     ["allocation", "fingerprint", "peft_format", "optim.groups"],
     ["adapter_files", "optim.*"],
     ["checkpoint", "export", "optim"],
-    ["strategies.io", "strategies.support"],
+    ["strategies.io", "strategies.support", "strategies.pulled"],
     ["strategies.*"],
     ["strategies"],
     ["callbacks.lora"],
@@ -56,7 +56,8 @@ LEVELS = [
 OPTIONAL = {"transformers", "bitsandbytes", "torchao", "triton", "datasets", "matplotlib", "peft", "gguf", "pytorch_optimizer"}
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}
 LIGHTNING_FROM = "strategies.io"
-# Start-up is fast because these import what is slow when it is asked for: Lightning, and most of torch.distributed.
+# Start-up is fast because these import what is slow when it is asked for: Lightning, and most of torch.distributed. And who does not
+# pull what is frozen does not depend on FSDP2's insides.
 DEFERS = {
     "": {"callbacks", "strategies"},
     "cli": {"lightning_cli", "tools"},
@@ -65,6 +66,7 @@ DEFERS = {
     "fused_ops": {"kernels.low_rank"},
     "gated_ops": {"kernels.low_rank", "kernels.gated"},
     "norms": {"kernels.norms"},
+    "strategies.ours": {"strategies.pulled"},
 }
 # Triton's kernels are decorated when their files are imported, so these are imported where they are used.
 KERNELS = {"kernels.dropout", "kernels.low_rank", "kernels.gated", "kernels.norms"}

@@ -2,7 +2,7 @@
 
 Lightning's ``ModelParallelStrategy`` asks the user to shard the model by hand. The model says enough itself: its repeated blocks
 are what FSDP2 shards one by one, and Hugging Face models carry a plan for tensor parallelism. Sharding happens after LoRA is
-injected, so that adapters are sharded with their block and cost no all-gather.
+injected, so that adapters are sharded with their block and cost no all-gather, or with ``pull_frozen`` stay whole.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing_extensions import override
 from lightning_lora.blocks import BLOCKS, repeated_blocks
 from lightning_lora.packing import packing_of
 from lightning_lora.parallel import place_adapters
-from lightning_lora.sharding import is_sharded
+from lightning_lora.sharding import is_sharded, reshard
 
 # The styles of Hugging Face's plans that torch has as they are. Others (gathered outputs, embeddings, experts) leave the module whole,
 # which is right, if less memory is saved.
@@ -40,9 +40,14 @@ class LoRAFSDP2Strategy(ModelParallelStrategy):
         timeout: of collectives.
         reshard_after_forward: drop a block's gathered weights after the forward pass, and gather them again for the backward pass. False
             keeps them in between: half the traffic, and at the peak the memory of a model that is not sharded.
+        pull_frozen: read frozen weights from the other GPUs' memory, by the copy engines, where FSDP2 gathers them through NCCL, and keep
+            adapters whole on every GPU (:mod:`lightning_lora.strategies.pulled`): faster, the same results. For processes of one host
+            whose GPUs reach each other's memory. It builds on FSDP2's insides. Who writes to a frozen weight through ``.data``
+            between steps has to call ``reshard()`` on the modules.
 
     Raises:
-        ValueError: the model has no repeated blocks, or tensor parallelism is asked for and it has no plan.
+        ValueError: the model has no repeated blocks, or tensor parallelism is asked for and it has no plan; an option about sharding
+            is given and the model is sharded already, or ``pull_frozen`` on several hosts.
     """
 
     strategy_name = "lora_fsdp2"
@@ -55,9 +60,10 @@ class LoRAFSDP2Strategy(ModelParallelStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
         reshard_after_forward: bool = True,
+        pull_frozen: bool = False,
     ) -> None:
         super().__init__(data_parallel_size, tensor_parallel_size, save_distributed_checkpoint, process_group_backend, timeout)
-        self.reshard_after_forward = reshard_after_forward
+        self.reshard_after_forward, self.pull_frozen = reshard_after_forward, pull_frozen
 
     @override
     def setup_environment(self) -> None:
@@ -70,40 +76,75 @@ class LoRAFSDP2Strategy(ModelParallelStrategy):
     def setup(self, trainer: Trainer) -> None:
         module = self.lightning_module
         assert module is not None
+        if self.pull_frozen and self.num_nodes > 1:
+            raise ValueError(f"pull_frozen=True reads other GPUs' memory, within one host; num_nodes is {self.num_nodes}. Leave it out.")
+        how = (self.reshard_after_forward, self.pull_frozen)
         if not any(is_sharded(parameter) for parameter in module.parameters()):
             if self.device_mesh["tensor_parallel"].size() > 1:
                 tensor_parallel(module, self.device_mesh["tensor_parallel"])
             # The mesh over which LightningModules shard; of size 1 where all processes share each layer.
-            shard_blocks(module, self.device_mesh["data_parallel"], self.reshard_after_forward)
+            shard_blocks(module, self.device_mesh["data_parallel"], *how)
+            module._lora_sharded = how  # type: ignore[assignment]
+        elif how != getattr(module, "_lora_sharded", (True, False)):
+            raise ValueError(
+                f"reshard_after_forward={how[0]}, pull_frozen={how[1]}: {type(module).__name__} is sharded already, in another way. Leave"
+                " them out, or leave out the sharding in configure_model, or give the Trainer a new module."
+            )
         # Lightning wants configure_model overridden here, since that is where others shard.
         module.configure_model = lambda: None  # type: ignore[method-assign]
         try:
             super().setup(trainer)
         finally:
             del module.configure_model
+        if self.pull_frozen and self.device_mesh["data_parallel"].size() > 1:  # now that parameters are those that will train
+            from lightning_lora.strategies.pulled import average
+
+            average(module, self.device_mesh["data_parallel"].get_group())
+
+    @override
+    def teardown(self) -> None:
+        if self.lightning_module is not None:
+            reshard(self.lightning_module)  # what is whole would stay in memory
+        super().teardown()
+        if self.pull_frozen and self.lightning_module is not None:
+            from lightning_lora.strategies.pulled import release
+
+            release(self.lightning_module)
 
 
-def shard_blocks(model: nn.Module, mesh: DeviceMesh, reshard_after_forward: bool = True) -> None:
+def shard_blocks(model: nn.Module, mesh: DeviceMesh, reshard_after_forward: bool = True, pull_frozen: bool = False) -> None:
     """``fully_shard`` every repeated block, then each child of the LightningModule that has parameters, as its root.
 
     Args:
         model: a LightningModule, or another parent of what is to be sharded.
         mesh: of one dimension.
-        reshard_after_forward: as :class:`LoRAFSDP2Strategy` has it.
+        reshard_after_forward, pull_frozen: as :class:`LoRAFSDP2Strategy` has them. What trains inside the blocks is then in no unit:
+            :func:`lightning_lora.strategies.pulled.average` has to be called once it has storage.
 
     Raises:
-        ValueError: there are no blocks.
+        ValueError: there are no blocks, or one of them has nothing frozen to pull.
     """
     blocks = repeated_blocks(model)
     if not blocks:
         raise ValueError(
             f"{type(model).__name__} has no repeated blocks to shard ({BLOCKS}): use ModelParallelStrategy and shard it in configure_model."
         )
+    bare = next((fqn for fqn, block in blocks if all(parameter.requires_grad for parameter in block.parameters())), None)
+    if pull_frozen and bare is not None:
+        raise ValueError(f"pull_frozen=True, but nothing in {bare!r} is frozen: apply LoRA, which freezes the base, before sharding.")
+    pull_frozen = pull_frozen and mesh.size() > 1
     for _, block in blocks:
-        fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward)
+        trained = {parameter for parameter in block.parameters() if parameter.requires_grad and pull_frozen}
+        fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward, ignored_params=trained)
     for child in model.children():
         if any(True for _ in child.parameters()):
             fully_shard(child, mesh=mesh)
+            inside = [block for _, block in blocks if block in set(child.modules())]
+            if pull_frozen and inside:
+                # Who does not ask for it does not depend on FSDP2's insides.
+                from lightning_lora.strategies.pulled import pull
+
+                pull(child, inside)
 
 
 def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -126,7 +167,7 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 StrategyRegistry.register(
-    LoRAFSDP2Strategy.strategy_name, LoRAFSDP2Strategy, description="FSDP2 over a model's own blocks, adapters sharded with them"
+    LoRAFSDP2Strategy.strategy_name, LoRAFSDP2Strategy, description="FSDP2 over a model's own blocks, adapters and all"
 )
 
 __all__ = ["LoRAFSDP2Strategy", "shard_blocks", "tensor_parallel"]

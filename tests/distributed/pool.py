@@ -1,4 +1,4 @@
-"""Processes that stay: importing torch and Lightning takes seconds, so one set of gloo workers runs all distributed tests.
+"""Processes that stay: importing torch and Lightning takes seconds, so one set of workers (gloo's) runs all distributed tests.
 
 ``Pool(2).run(function, *args)`` runs a module-level function on every rank and returns what each returned. An exception on
 any rank is raised here with that rank's traceback; workers that then hang in a collective are replaced.
@@ -19,8 +19,8 @@ TIMEOUT = 120.0
 
 
 class Pool:
-    def __init__(self, world: int) -> None:
-        self.world = world
+    def __init__(self, world: int, device: str = "cpu") -> None:
+        self.world, self.device = world, device
         self.workers: list[tuple[Any, Any]] = []
         self.folder = ""
 
@@ -56,22 +56,27 @@ class Pool:
         context = mp.get_context("spawn")
         for rank in range(self.world):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(rank, self.world, meeting, theirs), daemon=True)
+            process = context.Process(target=_work, args=(rank, self.world, meeting, theirs, self.device), daemon=True)
             process.start()
             self.workers.append((process, ours))
 
 
-def _work(rank: int, world: int, meeting: str, pipe: Any) -> None:
+def _work(rank: int, world: int, meeting: str, pipe: Any, device: str) -> None:
     import warnings
 
     import torch
     import torch.distributed as dist
 
+    from lightning_lora.strategies import pulled
+
+    pulled.SMALL = 300  # bytes: the networks here are tiny
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
     os.environ.update(environment, WORLD_SIZE=str(world))
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", init_method=meeting, rank=rank, world_size=world)
     while True:
         function, args = pipe.recv()
         os.environ.update(environment, WORLD_SIZE=str(world))  # Lightning's teardown removes some of these

@@ -159,6 +159,7 @@ STRATEGIES: dict[str, tuple[Callable[[], Any], Callable[[], LitShared]]] = {
     "fsdp2 DCP": (lambda: model_parallel(shards=True), LitFSDP2),
     "fsdp2 after": (model_parallel, lambda: LitFSDP2(late=True)),
     "lora_fsdp2": (lambda: LoRAFSDP2Strategy(process_group_backend="gloo"), LitShared),
+    "lora_fsdp2 pulled": (lambda: LoRAFSDP2Strategy(process_group_backend="gloo", pull_frozen=True), LitShared),
     "tp": (lambda: model_parallel(tensor=True), LitTensorParallel),
     "tp after": (lambda: model_parallel(tensor=True), lambda: LitTensorParallel(late=True)),
 }

@@ -21,7 +21,7 @@ from tests.distributed.runs import STRATEGIES
 
 PLAN = {"target_rank": 2, "init_rank": 4, "tinit": 2, "tfinal": 3, "deltaT": 2}
 SHARDED = ["fsdp2 full", "lora_fsdp2", "tp"]
-WHOLE = ["ddp", "fsdp full", "fsdp2 after"]
+WHOLE = ["ddp", "fsdp full", "fsdp2 after", "lora_fsdp2 pulled"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:Checkpoint directory", "ignore:The dirpath")
 

@@ -75,7 +75,7 @@ def test_resumes_from_any_strategy_under_any_other(
         close(rank["moments"], whole_run["moments"])
 
 
-@pytest.mark.parametrize("name", ["fsdp after", "fsdp2 after", "lora_fsdp2", "tp", "tp after"])
+@pytest.mark.parametrize("name", ["fsdp after", "fsdp2 after", "lora_fsdp2", "lora_fsdp2 pulled", "tp", "tp after"])
 def test_the_others_resume_too(pool: Any, halves: Any, whole_run: dict[str, Any], tmp_path: Path, name: str) -> None:
     for source, target in ((name, name), (name, "single"), ("single", name)):
         folder, half = halves[source]
@@ -121,7 +121,7 @@ def test_gradient_checkpointing(pool: Any, halves: Any, tmp_path: Path, name: st
     close(result["adapters"], halves["single"][1]["adapters"])
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp full", "fsdp2 full", "lora_fsdp2"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp full", "fsdp2 full", "lora_fsdp2", "lora_fsdp2 pulled"])
 def test_compiled_layers(pool: Any, halves: Any, tmp_path: Path, name: str) -> None:
     """Wrapped by the strategy after they were compiled, or before, and checkpointed: the same numbers."""
     result = start(pool, name, str(tmp_path), 2, compile="layer", checkpointing="non-reentrant", merge=True)[0]

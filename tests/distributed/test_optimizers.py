@@ -26,7 +26,7 @@ def lora_plus_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return start(None, "single", str(tmp_path_factory.mktemp("single")), 2, lora_plus_ratio=8)[0]
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp full", "fsdp2 full", "lora_fsdp2", "tp after"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp full", "fsdp2 full", "lora_fsdp2", "lora_fsdp2 pulled", "tp after"])
 def test_lora_plus_trains_as_one_process_does(pool: Any, lora_plus_run: dict[str, Any], tmp_path: Path, name: str) -> None:
     for rank in start(pool, name, str(tmp_path), 2, lora_plus_ratio=8):
         assert rank["losses"] == pytest.approx(lora_plus_run["losses"], abs=1e-5)

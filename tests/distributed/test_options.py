@@ -27,10 +27,10 @@ from lightning_lora.strategies import LoRAFSDP2Strategy, arrange, check_equal, c
 from lightning_lora.strategies.ours import shard_blocks, tensor_parallel
 from tests.distributed import runs
 from tests.distributed.nets import CONFIG, Block, clean, fill_adapters, make_net, train
-from tests.distributed.runs import LitFSDP2, LitShared, Share, model_parallel, run
+from tests.distributed.runs import LitShared, Share, run
 from tests.distributed.test_wrapping import wrapped_and_adapted
 
-SHARDED = ["ddp", "fsdp full", "fsdp after", "fsdp2 full", "fsdp2 after", "lora_fsdp2", "tp"]
+SHARDED = ["ddp", "fsdp full", "fsdp after", "fsdp2 full", "fsdp2 after", "lora_fsdp2", "lora_fsdp2 pulled", "tp"]
 
 
 def run_with(name: str, folder: str, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -71,10 +71,11 @@ def test_adapters_and_moments_stay_fp32(pool: Any, alone: Any, tmp_path: Path, n
             assert rank["losses"] == pytest.approx(alone(precision=precision)["losses"], abs=0.05)
 
 
-def check_meta() -> dict[str, Any]:
+def check_meta(strategy: str) -> dict[str, Any]:
     """A model built on the meta device, sharded, materialised by Lightning, its base loaded afterwards."""
+    make_strategy, make_module = runs.STRATEGIES[strategy]
 
-    class Meta(LitFSDP2):
+    class Meta(type(make_module())):  # type: ignore[misc]
         def on_fit_start(self) -> None:
             base = make_net().state_dict()
             with torch.no_grad():
@@ -89,19 +90,20 @@ def check_meta() -> dict[str, Any]:
         module.net = type(make_net())()
     config = LoRAConfig(rank=4, alpha=8, target_modules=["q", "v", "fc1", "fc2"])
     trainer = L.Trainer(
-        accelerator="cpu", devices=2, strategy=model_parallel(), max_epochs=1, callbacks=[LoRACallback(config, merge_on_fit_end=False)],
+        accelerator="cpu", devices=2, strategy=make_strategy(), max_epochs=1, callbacks=[LoRACallback(config, merge_on_fit_end=False)],
         logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, use_distributed_sampler=False,
     )  # fmt: skip
     trainer.fit(module)
     return {"started": module.started, "meta": any(p.is_meta for p in module.parameters()), "losses": module.losses}
 
 
-def test_meta_models_get_initialised_adapters(pool: Any) -> None:
-    first, second = pool.run(check_meta)
+@pytest.mark.parametrize("name", ["fsdp2 full", "lora_fsdp2", "lora_fsdp2 pulled"])
+def test_meta_models_get_initialised_adapters(pool: Any, name: str) -> None:
+    first, second = pool.run(check_meta, name)
     assert not first["meta"] and first["losses"][-1] < 10
-    for name, tensor in first["started"].items():
-        assert torch.equal(tensor, second["started"][name])
-        assert (tensor == 0).all() if name.endswith("lora_B") else tensor.std() > 0
+    for key, tensor in first["started"].items():
+        assert torch.equal(tensor, second["started"][key])
+        assert (tensor == 0).all() if key.endswith("lora_B") else tensor.std() > 0
         bound = tensor.shape[1] ** -0.5
         assert tensor.abs().max() <= bound
 
@@ -213,13 +215,14 @@ class LitLlama(LitShared):
         return torch.utils.data.DataLoader(Share(rank, world), batch_size=None)
 
 
-def fit_llama(tensor: int | None, reshard: bool = True) -> list[float]:
+def fit_llama(tensor: int | None, reshard: bool = True, pull: bool = False) -> list[float]:
     warnings.simplefilter("ignore")
     torch.manual_seed(7)
     module = LitLlama(tensor or 1)
     strategy: Any = "auto"
     if tensor is not None:
-        strategy = LoRAFSDP2Strategy(tensor_parallel_size=tensor, process_group_backend="gloo", reshard_after_forward=reshard)
+        how = {"reshard_after_forward": reshard, "pull_frozen": pull}
+        strategy = LoRAFSDP2Strategy(tensor_parallel_size=tensor, process_group_backend="gloo", **how)
     config = LoRAConfig(rank=4, target_modules="all-linear")
     trainer = L.Trainer(
         accelerator="cpu", devices=dist.get_world_size() if tensor else 1, strategy=strategy, max_epochs=2, logger=False,
@@ -230,6 +233,7 @@ def fit_llama(tensor: int | None, reshard: bool = True) -> list[float]:
     if tensor is not None:  # FSDP2 gathers again where it has a mesh to gather over after the forward pass
         units = [block._get_fsdp_state()._fsdp_param_group for block in module.net.model.layers]
         assert all((unit.post_forward_mesh_info is not None) is reshard for unit in units)
+        assert not pull or all(unit.sources is None for unit in units)  # given back at the end of fit
     return module.losses
 
 
@@ -266,8 +270,15 @@ def test_no_adapter_is_cut_along_its_rank(pool: Any) -> None:
         assert where == {"column lora_A": "R", "column lora_B": "S(0)", "row lora_A": "S(1)", "row lora_B": "R"}
 
 
-def test_two_dimensions_by_the_models_own_plan(pool4: Any, llama_losses: list[float]) -> None:
-    for losses in pool4.run(fit_llama, 2):
+@pytest.mark.parametrize("reshard", [True, False])
+def test_fsdp2_pulls_what_is_frozen(pool: Any, llama_losses: list[float], reshard: bool) -> None:
+    for losses in pool.run(fit_llama, 1, reshard, True):
+        assert losses == pytest.approx(llama_losses, abs=2e-6)
+
+
+@pytest.mark.parametrize("pull", [False, True])
+def test_two_dimensions_by_the_models_own_plan(pool4: Any, llama_losses: list[float], pull: bool) -> None:
+    for losses in pool4.run(fit_llama, 2, True, pull):
         assert losses == pytest.approx(llama_losses, abs=2e-6)
 
 
@@ -305,6 +316,27 @@ def test_the_blocks_of_every_list_are_sharded_one_by_one(pool: Any) -> None:
     for units, found in pool.run(trained, True):
         assert units == ["net", *(f"net.encoder.{i}" for i in range(3)), *(f"net.decoder.{i}" for i in range(2))]
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+
+
+class Parts(nn.Module):
+    """One part says what its blocks are, another has a list that would pass for blocks by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = EncoderDecoder(), nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(2)))
+        self.first._no_split_modules = ["Block"]
+
+
+def pull_in_parts() -> list[str]:
+    module = apply_lora(Parts(), config=LoRAConfig(rank=2, target_modules=["q"]))
+    shard_blocks(module, init_device_mesh("cpu", (dist.get_world_size(),)), pull_frozen=True)
+    module.second(module.first(torch.ones(2, 8))).sum().backward()
+    return [name for name, unit in module.named_modules() if isinstance(unit, FSDPModule)]
+
+
+def test_pulls_the_blocks_that_were_sharded(pool: Any) -> None:
+    for units in pool.run(pull_in_parts):
+        assert len(units) == 2 + 5 and {"first", "second"} <= set(units)
 
 
 def test_a_model_without_blocks_is_refused() -> None:

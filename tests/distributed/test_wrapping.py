@@ -21,8 +21,11 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, merge_lora, unload_lora, unmerge_lora
+from lightning_lora.layers import lora_layers
 from lightning_lora.parallel import GradientReducer, data_parallel_groups, replicated_parameters
 from lightning_lora.sharding import whole
+from lightning_lora.strategies.ours import shard_blocks
+from lightning_lora.strategies.pulled import average
 from tests.distributed.nets import CONFIG, Block, clean, fill_adapters, make_data, make_net, reference, same_on_all_ranks, train
 
 PLAN = {"fc1": ColwiseParallel(), "fc2": RowwiseParallel()}
@@ -48,6 +51,15 @@ def fsdp2_linears(model: nn.Module) -> nn.Module:
     for layer in model.layers:
         for linear in (layer.q, layer.v, layer.fc1, layer.fc2):
             fully_shard(linear)
+    return model
+
+
+def fsdp2_pulled(model: nn.Module) -> nn.Module:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    if not any(lora_layers(model)):
+        model.requires_grad_(False)
+    shard_blocks(nn.ModuleDict({"net": model}), mesh, pull_frozen=True)
+    average(model, mesh.get_group())
     return model
 
 
@@ -83,6 +95,7 @@ WRAPPERS: dict[str, tuple[Callable[[nn.Module], nn.Module], bool]] = {
     "fsdp2": (fsdp2, True),
     "fsdp2 used": (fsdp2_used, True),
     "fsdp2 linears": (fsdp2_linears, True),
+    "fsdp2 pulled": (fsdp2_pulled, True),
     "fsdp1": (fsdp1, True),
     "tp": (tensor_parallel, False),
     "2d": (two_dimensional, True),
@@ -90,7 +103,7 @@ WRAPPERS: dict[str, tuple[Callable[[nn.Module], nn.Module], bool]] = {
 }
 
 
-BOTH = [("ddp", "before"), *((name, order) for name in ("fsdp2", "fsdp1", "tp") for order in ("before", "after"))]
+BOTH = [("ddp", "before"), *((name, order) for name in ("fsdp2", "fsdp2 pulled", "fsdp1", "tp") for order in ("before", "after"))]
 
 
 def wrapped_and_adapted(name: str, order: str, config: LoRAConfig = CONFIG) -> tuple[nn.Module, int, int]:
@@ -135,6 +148,35 @@ def test_trains_as_one_process_does(pool: Any, name: str, order: str) -> None:
 def test_trains_on_two_dimensions(pool4: Any, name: str, order: str) -> None:
     for errors in pool4.run(check_training, name, order):
         assert errors["gradient"] < 1e-6 and errors["adapter"] < 1e-6, errors
+
+
+def reduced() -> list[torch.Tensor]:
+    """Gradients in float64, after a backward pass that raised."""
+
+    class Raising(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            raise ArithmeticError
+
+    ours, theirs = (nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(2))
+    GradientReducer([ours], [None])
+    loss = Raising.apply(theirs).sum()
+    with pytest.raises(ArithmeticError):
+        (loss + ours.sum()).backward()
+    assert ours.grad is not None
+    ours.grad = None
+    (ours * (dist.get_rank() + 1e-12)).sum().backward()
+    mean = torch.full_like(ours, sum(range(dist.get_world_size())) / dist.get_world_size() + 1e-12)
+    return [ours.grad, mean.detach()]
+
+
+def test_gradients_are_averaged_exactly_and_after_an_error(pool: Any) -> None:
+    for mine, wanted in pool.run(reduced):
+        torch.testing.assert_close(mine, wanted, rtol=1e-15, atol=0)
 
 
 def count(name: str, order: str | None) -> dict[str, int]:
