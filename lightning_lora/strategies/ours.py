@@ -67,6 +67,8 @@ class LoRAFSDP2Strategy(ModelParallelStrategy):
 
     @override
     def setup_environment(self) -> None:
+        if self.pull_frozen and self.num_nodes > 1:
+            raise ValueError(f"pull_frozen=True reads other GPUs' memory, within one host; num_nodes is {self.num_nodes}. Leave it out.")
         if self._data_parallel_size == "auto":
             assert isinstance(self._tensor_parallel_size, int)
             self._data_parallel_size = self.num_nodes * self.num_processes // self._tensor_parallel_size
@@ -76,8 +78,6 @@ class LoRAFSDP2Strategy(ModelParallelStrategy):
     def setup(self, trainer: Trainer) -> None:
         module = self.lightning_module
         assert module is not None
-        if self.pull_frozen and self.num_nodes > 1:
-            raise ValueError(f"pull_frozen=True reads other GPUs' memory, within one host; num_nodes is {self.num_nodes}. Leave it out.")
         how = (self.reshard_after_forward, self.pull_frozen)
         if not any(is_sharded(parameter) for parameter in module.parameters()):
             if self.device_mesh["tensor_parallel"].size() > 1:

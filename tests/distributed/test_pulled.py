@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -453,10 +452,9 @@ def test_nothing_frozen_is_refused(pool: Any) -> None:
 
 def test_several_hosts_are_refused() -> None:
     strategy = LoRAFSDP2Strategy(pull_frozen=True)
-    strategy.connect(SimpleNamespace(modules=list, parameters=list))  # type: ignore[arg-type]
-    strategy._lightning_module, strategy.num_nodes = nn.Linear(1, 1), 2  # type: ignore[assignment]
+    strategy.num_nodes = 2
     with pytest.raises(ValueError, match=r"pull_frozen=True reads other GPUs' memory, within one host; num_nodes is 2"):
-        strategy.setup(None)  # type: ignore[arg-type]
+        strategy.setup_environment()
 
 
 def shard_twice() -> str:
