@@ -22,7 +22,7 @@ from typing_extensions import override
 from lightning_lora.blocks import BLOCKS, repeated_blocks
 from lightning_lora.packing import packing_of
 from lightning_lora.parallel import place_adapters
-from lightning_lora.sharding import is_sharded, reshard
+from lightning_lora.sharding import is_sharded
 
 # The styles of Hugging Face's plans that torch has as they are. Others (gathered outputs, embeddings, experts) leave the module whole,
 # which is right, if less memory is saved.
@@ -103,9 +103,7 @@ class LoRAFSDP2Strategy(ModelParallelStrategy):
 
     @override
     def teardown(self) -> None:
-        if self.lightning_module is not None:
-            reshard(self.lightning_module)  # what is whole would stay in memory
-        super().teardown()
+        super().teardown()  # moves the module
         if self.pull_frozen and self.lightning_module is not None:
             from lightning_lora.strategies.pulled import release
 

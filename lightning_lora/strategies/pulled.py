@@ -83,8 +83,6 @@ def release(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule) and isinstance(group := group_of(module), PullingGroup):
             group.device_handle.synchronize()
-            for param in group.fsdp_params:
-                param.reset_sharded_param()
             group.sources, group.held = None, {}
 
 
