@@ -302,7 +302,9 @@ def built(strategy: str, model: str, options: argparse.Namespace) -> tuple[nn.Mo
 
 def shared_gib(model: nn.Module) -> float:
     """What lies in memory that GPUs share, which torch's allocator does not count."""
-    groups = [module._get_fsdp_state()._fsdp_param_group for module in model.modules() if isinstance(module, FSDPModule)]
+    from lightning_lora.parallel import group_of
+
+    groups = [group_of(module) for module in model.modules() if isinstance(module, FSDPModule)]
     return sum(param._sharded_param_data.nbytes for group in groups for param in getattr(group, "sources", None) or ()) / 2**30
 
 

@@ -61,14 +61,6 @@ class TinyModel(nn.Module):
 
 
 @pytest.fixture
-def interpreted() -> None:
-    """Kernels under the interpreter, exact in fp32. A GPU's are not, and take no tensor of a CPU: tests/kernels, tests/test_gpu.py."""
-    pytest.importorskip("triton")
-    if torch.cuda.is_available():
-        pytest.skip("kernels run on the GPU here")
-
-
-@pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], tuple[Callable[..., Any], list[Any]]]:
     """Compiles a function as where the kernels serve, with torch operations in their place and one known dropout mask; and its graphs."""
     with warnings.catch_warnings():

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from lightning_lora import fused_ops
 from lightning_lora.fused_ops import lora_linears
 from lightning_lora.kernels import plain
+from tests.kernels.operands import DEVICE
 
 IN, OUTS, RANKS, SCALES = 5, (4, 6, 3), (3, 2, 4), (0.7, 2.0, 0.7)
 
@@ -98,19 +99,19 @@ def test_biases_can_train():
 
 @pytest.fixture(params=["plain", "kernels"])
 def backend(request, monkeypatch):
-    """Both, where there is no GPU too; and how near to float64 they are."""
+    """Both, the kernels on a GPU or interpreted; and how near to float64 they are."""
     if request.param == "plain":
         return {}
-    request.getfixturevalue("interpreted")
+    pytest.importorskip("triton")
     monkeypatch.setattr(fused_ops.kernels, "usable", lambda x: True)
     return {"rtol": 1e-4, "atol": 1e-5}
 
 
 def near(given, backend):
-    """The same operands in the precision of the backend."""
+    """The same operands where the backend is, in its precision."""
     if not backend:
         return given
-    low = lambda t: None if t is None else t.detach().float().requires_grad_(t.requires_grad)  # noqa: E731
+    low = lambda t: None if t is None else t.detach().to(DEVICE, torch.float32).requires_grad_(t.requires_grad)  # noqa: E731
     return tuple(low(part) if isinstance(part, torch.Tensor) else [low(t) for t in part] for part in given)
 
 
@@ -127,7 +128,7 @@ def test_gains_with_every_gradient(n, bias, backend):
     if bias:
         given[2][0].requires_grad_()
     for mine, exact in zip(values(*near(given, backend), lora_linears), values(*given, gained), strict=True):
-        assert_close(mine.double(), exact, **backend)
+        assert_close(mine.double().cpu(), exact, **backend)
 
 
 def test_gains_that_are_frozen_keep_no_base_product(backend):

@@ -40,6 +40,8 @@ LEVELS = [
     ["allocation", "fingerprint", "peft_format", "optim.groups"],
     ["adapter_files", "optim.*"],
     ["checkpoint", "export", "optim"],
+    ["strategies.peers"],
+    ["strategies.pulling"],
     ["strategies.io", "strategies.support", "strategies.pulled"],
     ["strategies.*"],
     ["strategies"],

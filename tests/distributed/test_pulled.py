@@ -16,9 +16,10 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from lightning_lora import LoRAConfig, apply_lora, merge_lora, unload_lora
 from lightning_lora.sharding import local, piece_of, reshard, whole
-from lightning_lora.strategies import LoRAFSDP2Strategy, pulled
+from lightning_lora.strategies import LoRAFSDP2Strategy, pulling
 from lightning_lora.strategies.ours import shard_blocks
-from lightning_lora.strategies.pulled import PullingGroup, average, release
+from lightning_lora.strategies.pulled import average, release
+from lightning_lora.strategies.pulling import PullingGroup
 from tests.distributed.nets import CONFIG, Block, Net, fill_adapters, make_data, make_net, train
 from tests.distributed.pool import Pool
 from tests.distributed.test_wrapping import fsdp2_pulled, tensor_parallel
@@ -45,7 +46,7 @@ def group_of(unit: Any) -> PullingGroup:
 def in_memory(unit: Any) -> set[str]:
     """What is whole in memory."""
     held = [p for p in group_of(unit).fsdp_params if any(t.untyped_storage().size() for t in p.all_gather_outputs)]
-    return {"large" if p.all_gather_outputs[0].nbytes >= pulled.SMALL else "small" for p in held}
+    return {"large" if p.all_gather_outputs[0].nbytes >= pulling.SMALL else "small" for p in held}
 
 
 def step(model: nn.Module) -> torch.Tensor:
@@ -193,16 +194,16 @@ def with_and_without(device: str) -> list[tuple[list[torch.Tensor], dict[str, to
 
 
 def test_trains_as_fsdp2_does(pool: Any) -> None:
-    for plain, pulling in pool.run(with_and_without, "cpu"):
-        torch.testing.assert_close(pulling, plain, rtol=0, atol=1e-6)
+    for plain, pulled in pool.run(with_and_without, "cpu"):
+        torch.testing.assert_close(pulled, plain, rtol=0, atol=1e-6)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs that reach each other's memory")
 def test_trains_as_fsdp2_does_on_gpus() -> None:
     gpus = Pool(2, "cuda")
     try:
-        for plain, pulling in gpus.run(with_and_without, "cuda"):
-            torch.testing.assert_close(pulling, plain, rtol=1e-5, atol=1e-5)
+        for plain, pulled in gpus.run(with_and_without, "cuda"):
+            torch.testing.assert_close(pulled, plain, rtol=1e-5, atol=1e-5)
     finally:
         gpus.close()
 
@@ -340,7 +341,7 @@ def test_unloaded_adapters_stay_away(pool: Any) -> None:
 def refuse_to_share() -> list[str]:
     """A failure is the same at every attempt, and changes nothing."""
     model, found = sharded(), []
-    with patch.object(pulled, "shared_memory", side_effect=RuntimeError("no room")):
+    with patch.object(pulling, "shared_memory", side_effect=RuntimeError("no room")):
         for _ in range(3):
             with pytest.raises(RuntimeError) as error:
                 model(make_data()[0])
