@@ -83,7 +83,7 @@ def measure(member: str, options: argparse.Namespace) -> dict[str, Any]:
     import torch
     from lightning.pytorch import Callback
 
-    from lightning_lora.lightning_cli import LoRACLI
+    from lightning_lora.cli.lightning_cli import LoRACLI
 
     class Clock(Callback):
         """Seconds and losses of the optimizer steps."""
@@ -184,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\n" + json.dumps(measure(options.child, options)))
         except Exception as error:  # whatever it is, it is this member's result
             traceback.print_exc()
-            from lightning_lora.cli import one_line
+            from lightning_lora.cli.main import one_line
 
             print("\n" + json.dumps({"error": f"{type(error).__name__}: {one_line(error)}"}))
         return 0

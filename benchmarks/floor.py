@@ -46,9 +46,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, __version__
 
 from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, merge_lora, save_adapter, unmerge_lora
-from lightning_lora.compiling import begin_step, compile_layers, keep_gradients
-from lightning_lora.fuse import unfuse
-from lightning_lora.losses import chunked_cross_entropy
+from lightning_lora.model.compile import begin_step, compile_layers, keep_gradients
+from lightning_lora.model.fuse import unfuse
+from lightning_lora.ops.cross_entropy import chunked_cross_entropy
 
 NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
 SHAPES = {

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_lora import LoRACallback, LoRAConfig, apply_lora, get_lora_parameters, merge_lora, merge_report, unmerge_lora
-from lightning_lora.ops import lora_update, lora_update_reference
+from lightning_lora.ops.low_rank import lora_update, lora_update_reference
 from lightning_lora.strategies import LoRAFSDP2Strategy
 
 FAILED: list[str] = []

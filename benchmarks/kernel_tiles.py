@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
-from lightning_lora.kernels import gated, low_rank, norms, plain
-from lightning_lora.kernels.low_rank import Tiles
+from lightning_lora.ops import plain, triton_gated_mlp, triton_low_rank, triton_weight_norm
+from lightning_lora.ops.triton_low_rank import Tiles
 
 
 @dataclass
@@ -49,32 +49,36 @@ def tensor(*shape: int) -> torch.Tensor:
 def cases(rows: int, hidden: int, wide: int, rank: int, p: float, gained: bool) -> Iterator[Case]:
     for cols in (hidden, wide):
         x, A, t, y = tensor(rows, cols), tensor(rank, cols), tensor(rows, rank), tensor(rows, cols)
-        drop, size = low_rank.draw_drop(x, p)[0] if p else None, f"{rows}x{cols} r={rank} p={p}"
-        yield Case("project", size, x.nbytes, partial(low_rank.project, x, A, drop), partial(plain.project, x, A))
-        yield Case("add_", size, 2 * y.nbytes, partial(low_rank.add_, y, t, A.t(), drop), partial(plain.add_, y, t, A.t()))
-        yield Case("reduce", size, x.nbytes, partial(low_rank.reduce, t, x, drop), partial(plain.reduce, t, x))
+        drop, size = triton_low_rank.draw_drop(x, p)[0] if p else None, f"{rows}x{cols} r={rank} p={p}"
+        yield Case("project", size, x.nbytes, partial(triton_low_rank.project, x, A, drop), partial(plain.project, x, A))
+        yield Case("add_", size, 2 * y.nbytes, partial(triton_low_rank.add_, y, t, A.t(), drop), partial(plain.add_, y, t, A.t()))
+        yield Case("reduce", size, x.nbytes, partial(triton_low_rank.reduce, t, x, drop), partial(plain.reduce, t, x))
         operands = (y, t, A.t(), torch.ones(cols, device="cuda"), None)
-        yield Case("gained", size, 2 * y.nbytes, partial(low_rank.gained, *operands), partial(plain.gained, *operands))
+        yield Case("gained", size, 2 * y.nbytes, partial(triton_low_rank.gained, *operands), partial(plain.gained, *operands))
         yield Case(
             "gained_backward",
             size,
             3 * y.nbytes,
-            partial(low_rank.gained_backward, x, *operands),
+            partial(triton_low_rank.gained_backward, x, *operands),
             partial(plain.gained_backward, x, *operands),
         )
     W, A, B = tensor(wide, hidden), tensor(rank, hidden), tensor(wide, rank)
-    squares = partial(norms.squares, W, A, B, 1.0)
+    squares = partial(triton_weight_norm.squares, W, A, B, 1.0)
     yield Case("squares", f"{wide}x{hidden} r={rank}", W.nbytes, squares, lambda: (W + B @ A).float().square().sum(1))
     g, u, dh, t, dtd = tensor(rows, wide), tensor(rows, wide), tensor(rows, wide), tensor(rows, 2 * rank), tensor(rows, rank)
     Bg, Bu, Ad = tensor(wide, rank), tensor(wide, rank), tensor(rank, wide)
-    drop = low_rank.draw_drop(g, p)[0] if p else None
+    drop = triton_low_rank.draw_drop(g, p)[0] if p else None
     swiglu = torch.compile(lambda g, u: F.silu(g) * u, dynamic=False)
     leaves = [z.clone().requires_grad_() for z in (g, u)]
     backward = partial(torch.autograd.grad, swiglu(*leaves), leaves, dh, retain_graph=True)
     gains = [torch.ones(wide, device="cuda")] * 2 if gained else ()
     how = ", dropping" if p else ", gained" if gained else ""
-    yield Case(f"forward{how}", size, 3 * g.nbytes, partial(gated.forward, g, u, t, Bg, Bu, Ad, drop, 1.0, gains), partial(swiglu, g, u))
-    yield Case(f"backward{how}", size, 5 * g.nbytes, partial(gated.backward, dh, g, u, t, Bg, Bu, Ad, dtd, drop, 1.0, gains), backward)
+    yield Case(
+        f"forward{how}", size, 3 * g.nbytes, partial(triton_gated_mlp.forward, g, u, t, Bg, Bu, Ad, drop, 1.0, gains), partial(swiglu, g, u)
+    )
+    yield Case(
+        f"backward{how}", size, 5 * g.nbytes, partial(triton_gated_mlp.backward, dh, g, u, t, Bg, Bu, Ad, dtd, drop, 1.0, gains), backward
+    )
 
 
 def orders(rows: int, hidden: int, wide: int, rank: int) -> Iterator[tuple[str, list[Callable[[], Any]]]]:
@@ -85,7 +89,7 @@ def orders(rows: int, hidden: int, wide: int, rank: int) -> Iterator[tuple[str, 
             f"{width} -> {cols}",
             [
                 partial(F.linear, x, W),
-                lambda x=x, W=W, t=t, B=B: low_rank.add_(F.linear(x, W), t, B),
+                lambda x=x, W=W, t=t, B=B: triton_low_rank.add_(F.linear(x, W), t, B),
                 lambda x=x, W=W, t=t, B=B: (t @ B.t()).addmm_(x, W.t()),
             ],
         )
@@ -93,7 +97,7 @@ def orders(rows: int, hidden: int, wide: int, rank: int) -> Iterator[tuple[str, 
 
 def candidates(kernel: str) -> list[Tiles]:
     """Tiles to try: the gated kernels hold more at once, so theirs are smaller, and what they gain by is fetching ahead."""
-    if kernel in gated.TILES:
+    if kernel in triton_gated_mlp.TILES:
         sizes = ((64, 32), (64, 64), (64, 128), (128, 32), (32, 64))
         return [Tiles(*size, *rest) for size, rest in itertools.product(sizes, itertools.product((4, 8), (1, 2, 3)))]
     return [Tiles(*c) for c in itertools.product((32, 64, 128), (64, 128, 256), (4, 8), (2, 3, 5))]
@@ -101,7 +105,7 @@ def candidates(kernel: str) -> list[Tiles]:
 
 def search(case: Case) -> None:
     """Leave the fastest candidate in the table, and print the best four."""
-    table = next(table for table in (gated.TILES, norms.TILES, low_rank.TILES) if case.kernel in table)
+    table = next(table for table in (triton_gated_mlp.TILES, triton_weight_norm.TILES, triton_low_rank.TILES) if case.kernel in table)
     results: list[tuple[float, Tiles]] = []
     for tiles in candidates(case.kernel):
         table[case.kernel] = tiles

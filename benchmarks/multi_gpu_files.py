@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_lora import LoRACallback, LoRAConfig, save_adapter
-from lightning_lora.files import write_atomic
-from lightning_lora.names import clean_name
 from lightning_lora.optim.state import state_by_name
-from lightning_lora.sharding import whole
 from lightning_lora.strategies import LoRAFSDP2Strategy
-from lightning_lora.strategies.io import write_folder
+from lightning_lora.strategies.checkpoint_io import write_folder
+from lightning_lora.utils.atomic_files import write_atomic
+from lightning_lora.utils.names import clean_name
+from lightning_lora.utils.sharding import whole
 
 LAYERS = 4  # of a run that is killed: it shows names and files, not speed
 

@@ -153,8 +153,8 @@ def fsdp1(model: nn.Module, adapt: Adapt, device: torch.device) -> nn.Module:
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-    from lightning_lora.blocks import repeated_blocks
-    from lightning_lora.parallel import GradientReducer, data_parallel_groups, replicated_parameters
+    from lightning_lora.model.parallel import GradientReducer, data_parallel_groups, replicated_parameters
+    from lightning_lora.utils.blocks import repeated_blocks
 
     model = adapt(model)
     policy: Any = ModuleWrapPolicy({type(repeated_blocks(model)[0][1])})
@@ -224,12 +224,12 @@ def mesh_of(device: torch.device, tensor: int = 1) -> DeviceMesh:
 
 def shard(model: nn.Module, mesh: DeviceMesh, device: torch.device, **how: bool) -> nn.Module:
     """FSDP2 block by block as ``lora_fsdp2`` has it, then this rank's pieces materialised."""
-    from lightning_lora.strategies.ours import shard_blocks
+    from lightning_lora.strategies.fsdp2 import shard_blocks
 
     shard_blocks(nn.ModuleDict({"net": model}), mesh, **how)
     fill_all(model, device)
     if how.get("pull_frozen"):
-        from lightning_lora.strategies.pulled import average
+        from lightning_lora.experimental.pull_frozen import average
 
         average(model, mesh.get_group())
     return model
@@ -240,8 +240,8 @@ def nf4(model: nn.Module, device: torch.device, pull_frozen: bool) -> nn.Module:
     from bitsandbytes.nn import Linear4bit, Params4bit
     from torch.distributed.fsdp import fully_shard
 
-    from lightning_lora.blocks import repeated_blocks
-    from lightning_lora.strategies.pulled import average, pull
+    from lightning_lora.experimental.pull_frozen import average, pull
+    from lightning_lora.utils.blocks import repeated_blocks
 
     mesh = mesh_of(device)["dp"]
     blocks = [block for _, block in repeated_blocks(model)]
@@ -271,7 +271,7 @@ def nf4(model: nn.Module, device: torch.device, pull_frozen: bool) -> nn.Module:
 
 def split(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """Tensor parallelism by the model's own plan, as ``lora_fsdp2`` has it."""
-    from lightning_lora.strategies.ours import tensor_parallel
+    from lightning_lora.strategies.fsdp2 import tensor_parallel
 
     tensor_parallel(model.get_base_model() if hasattr(model, "get_base_model") else model, mesh)  # PEFT's wrapper has names of its own
     return model
@@ -292,7 +292,7 @@ def built(strategy: str, model: str, options: argparse.Namespace) -> tuple[nn.Mo
         empty = empty_model(options)
     wrapped = nf4(empty, device, options.pull_frozen) if model == "nf4" else STRATEGIES[strategy](empty, MODELS[model], device)
     if options.compile:
-        from lightning_lora.compiling import compile_layers
+        from lightning_lora.model.compile import compile_layers
 
         torch._dynamo.reset()
         compile_layers(wrapped)
@@ -302,7 +302,7 @@ def built(strategy: str, model: str, options: argparse.Namespace) -> tuple[nn.Mo
 
 def shared_gib(model: nn.Module) -> float:
     """What lies in memory that GPUs share, which torch's allocator does not count."""
-    from lightning_lora.parallel import group_of
+    from lightning_lora.model.parallel import group_of
 
     groups = [group_of(module) for module in model.modules() if isinstance(module, FSDPModule)]
     return sum(param._sharded_param_data.nbytes for group in groups for param in getattr(group, "sources", None) or ()) / 2**30

@@ -28,8 +28,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, __version__
 
 from lightning_lora import LoRAConfig, apply_lora, quantize_base
-from lightning_lora.compiling import begin_step, compile_layers, keep_gradients
-from lightning_lora.losses import chunked_cross_entropy
+from lightning_lora.model.compile import begin_step, compile_layers, keep_gradients
+from lightning_lora.ops.cross_entropy import chunked_cross_entropy
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")

@@ -22,7 +22,7 @@ import torch
 from question_types import cache_folder, fetch, read_questions, write_splits
 
 from lightning_lora import get_lora_parameters, merge_lora, save_adapter, unmerge_lora
-from lightning_lora.lightning_cli import LoRACLI
+from lightning_lora.cli.lightning_cli import LoRACLI
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "quickstart.yaml"

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_lora import inits, packings  # noqa: F401 (they register what configs name)
-from lightning_lora.checkpoint import load_adapter, save_adapter
+from lightning_lora import inits, quantization  # noqa: F401 (they register what configs name)
+from lightning_lora.adapter_io.export import export_merged
+from lightning_lora.adapter_io.save_load import load_adapter, save_adapter
 from lightning_lora.config import LoRAConfig
-from lightning_lora.export import export_merged
-from lightning_lora.inject import apply_lora, get_lora_parameters, unload_lora
 from lightning_lora.layers import LoRALinear
-from lightning_lora.merge_model import merge_lora, merge_report, unmerge_lora
+from lightning_lora.model.apply import apply_lora, get_lora_parameters, unload_lora
+from lightning_lora.model.merge import merge_lora, merge_report, unmerge_lora
+from lightning_lora.model.quantize import quantize_base
+from lightning_lora.model.targeting import find_targets
 from lightning_lora.optim import lora_param_groups
-from lightning_lora.quantize import quantize_base
-from lightning_lora.targeting import find_targets
 from lightning_lora.variants import shrink_adalora
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from lightning_lora.patterns import compile_pattern, compile_patterns
+from lightning_lora.utils.patterns import compile_pattern, compile_patterns
 
 ALL_LINEAR = "all-linear"
 
@@ -29,7 +29,7 @@ class LoRAConfig:
         rank: r, the inner dimension of the update; a whole number ≥ 1.
         alpha: scaling numerator, finite and > 0.
         dropout: probability of zeroing an entry of the adapter's input (never the base's), in [0, 1).
-        target_modules: names or regexes (see :mod:`lightning_lora.patterns`), one regex string over the whole module
+        target_modules: names or regexes (see :mod:`lightning_lora.utils.patterns`), one regex string over the whole module
             name, or ``"all-linear"``: every linear layer but the output head.
         exclude_modules: names or regexes never adapted, though targeted.
         layers: adapt only in blocks with these indices (the first number in a module's name).

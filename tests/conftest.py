@@ -69,11 +69,10 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], tu
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
 
-    from lightning_lora import fused_ops, kernels
-    from lightning_lora.kernels import plain
+    from lightning_lora.ops import backends, fused_linear, plain
 
-    monkeypatch.setattr(kernels, "usable", lambda x: True)
-    monkeypatch.setattr(fused_ops, "_backend", lambda fast: plain)
+    monkeypatch.setattr(backends, "usable", lambda x: True)
+    monkeypatch.setattr(fused_linear, "_backend", lambda fast: plain)
     monkeypatch.setattr(plain, "draw_drop", lambda flat, p: ((torch.ones_like(flat, dtype=torch.bool).tril(), 0), 0.5))
     torch._dynamo.reset()
 

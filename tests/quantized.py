@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from lightning_lora import quantize_base
-from lightning_lora.packing import packing_of
-from lightning_lora.stored import Stored, storage_of
+from lightning_lora.ops.frozen_weight import Stored, storage_of
+from lightning_lora.quantization.formats import packing_of
 
 for library in ("bitsandbytes.backends.cpu.ops", "torchao"):  # they warn that they look for extra kernels
     logging.getLogger(library).setLevel(logging.ERROR)

@@ -178,7 +178,7 @@ def test_a_members_error_comes_out_of_its_process(family: dict, capsys: pytest.C
 @pytest.mark.parametrize("name", ["frozen", "ours", "PEFT"])
 def test_qlora_step_measures(name: str, checkpointed: bool) -> None:
     """The model is made packed, block by block: no linear of it is ever seen unpacked but the head."""
-    from lightning_lora.packing import packing_of
+    from lightning_lora.quantization.formats import packing_of
 
     step = runpy.run_path(str(BENCHMARKS / "qlora_step.py"))
     milliseconds, _ = step["measure"](name, Namespace(tiny=True, steps=1, chunk=checkpointed), False, checkpointed, False)

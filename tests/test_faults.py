@@ -33,12 +33,12 @@ from lightning_lora import (
     load_adapter,
     merge_lora,
     merge_report,
-    patterns,
     save_adapter,
     unload_lora,
     unmerge_lora,
 )
 from lightning_lora.layers import LoRALayer
+from lightning_lora.utils import patterns
 from tests.conftest import DTYPES, as_bits, base_bits, same_bits, snapshot
 from tests.lit import LitNet, trainer
 

@@ -16,11 +16,12 @@ import torch
 import transformers
 from torch import Tensor
 
-from lightning_lora import LoRACallback, LoRAConfig, apply_lora, get_lora_parameters, kernels, quantize_base
-from lightning_lora.compiling import compile_layers, uncompile_layers
-from lightning_lora.fuse import unfuse
+from lightning_lora import LoRACallback, LoRAConfig, apply_lora, get_lora_parameters, quantize_base
 from lightning_lora.layers import lora_layers
-from lightning_lora.packing import packing_of
+from lightning_lora.model.compile import compile_layers, uncompile_layers
+from lightning_lora.model.fuse import unfuse
+from lightning_lora.ops import backends
+from lightning_lora.quantization.formats import packing_of
 
 DEVICE = "cuda"
 pytestmark = [
@@ -70,9 +71,9 @@ def error(found: list[Tensor], exact: list[Tensor]) -> float:
 def served(model: Any, monkeypatch: pytest.MonkeyPatch) -> int:
     """How many times a forward pass asks whether the kernels serve and is told that they do."""
     answers: list[bool] = []
-    usable = kernels.usable
+    usable = backends.usable
     with monkeypatch.context() as patch:
-        patch.setattr(kernels, "usable", lambda x: answers.append(usable(x)) or answers[-1])
+        patch.setattr(backends, "usable", lambda x: answers.append(usable(x)) or answers[-1])
         with torch.no_grad():
             model(input_ids=batch())
     return sum(answers)
@@ -98,8 +99,8 @@ def test_a_step_is_as_exact_as_with_plain_operations(quantize: str | None, varia
     found["compiled"] = run(model)
     uncompile_layers(model)
     unfuse(model)
-    monkeypatch.setattr(kernels, "usable", lambda x: False)
-    monkeypatch.setattr(kernels, "run", lambda x: False)  # the norms'
+    monkeypatch.setattr(backends, "usable", lambda x: False)
+    monkeypatch.setattr(backends, "run", lambda x: False)  # the norms'
     found["plain"] = run(model)
     exact = run(unpacked(model).double())
     errors = {way: error(tensors, exact) for way, tensors in found.items()}
@@ -114,7 +115,7 @@ def test_fifty_steps_lose_as_with_plain_operations(compiled: bool, monkeypatch: 
         model = llama()
         if compiled and fused:
             compile_layers(model)
-        monkeypatch.setattr(kernels, "usable", usable if fused else lambda x: False)
+        monkeypatch.setattr(backends, "usable", usable if fused else lambda x: False)
         optimizer = torch.optim.AdamW(get_lora_parameters(model), lr=1e-3)
         found = []
         for k in range(50):
@@ -125,7 +126,7 @@ def test_fifty_steps_lose_as_with_plain_operations(compiled: bool, monkeypatch: 
             found.append(loss.item())
         return found
 
-    usable = kernels.usable
+    usable = backends.usable
     mine, plain = losses(True), losses(False)
     print(max(abs(a - b) for a, b in zip(mine, plain, strict=True)))
     assert plain[-1] < plain[0] - 0.05

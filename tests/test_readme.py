@@ -18,9 +18,10 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_lora import LoRAConfig, cli, get_lora_parameters, tools
+from lightning_lora import LoRAConfig, get_lora_parameters
+from lightning_lora.cli import commands, main
+from lightning_lora.cli.lightning_cli import LoRACLI
 from lightning_lora.layers import LoRALayer
-from lightning_lora.lightning_cli import LoRACLI
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -154,13 +155,13 @@ def test_command_lines(words: list[str], folder: Path, monkeypatch: pytest.Monke
         assert set(rest) <= targets() and rest
     elif program == "python":
         assert (ROOT / rest[0]).is_file()
-    elif program == "lightning-lora" and rest[0] in cli.TRAIN:
+    elif program == "lightning-lora" and rest[0] in main.TRAIN:
         assert parsed(*rest)
     elif program == "lightning-lora":
         called: dict[str, Any] = {}
-        original = getattr(tools, rest[0])
-        monkeypatch.setattr(tools, rest[0], functools.wraps(original)(lambda **arguments: called.update(arguments)))
-        assert cli.main(rest) == 0, capsys.readouterr().err
+        original = getattr(commands, rest[0])
+        monkeypatch.setattr(commands, rest[0], functools.wraps(original)(lambda **arguments: called.update(arguments)))
+        assert main.main(rest) == 0, capsys.readouterr().err
         written = [word for word in rest[1:] if not word.startswith("--")]
         values = {str(value) for value in called.values()} | {str(getattr(called.get("lora"), "target_modules", ""))}
         assert written and set(written) <= values, "what was written arrived"
@@ -176,7 +177,7 @@ def test_what_is_named_in_the_text_exists() -> None:
     text = re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE)
     assert set(re.findall(r"`make (\w+)", text)) <= targets()
     named = {name for group in re.findall(r"`lightning-lora ([\w|]+)", text) for name in group.split("|")}
-    assert named <= {*cli.TRAIN, *cli.TOOLS}
+    assert named <= {*main.TRAIN, *main.TOOLS}
     files = re.findall(r"`((?:tests|benchmarks|examples|configs|docs|lightning_lora)/[\w./-]+|[A-Z]{5,}\.md)`", text)
     assert files and not [name for name in files if not (ROOT / name).exists()]
 

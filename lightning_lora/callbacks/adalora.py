@@ -1,6 +1,6 @@
 """``AdaLoRACallback``: LoRA whose ranks are found in training, from ``Trainer(callbacks=[AdaLoRACallback(LoRAConfig(...))])``.
 
-It drives :class:`~lightning_lora.allocation.RankAllocator` at three moments. The regularizer goes straight into the gradients,
+It drives :class:`~lightning_lora.variants.rank_allocation.RankAllocator` at three moments. The regularizer goes straight into the gradients,
 in ``on_before_optimizer_step``: there they are complete, averaged over processes, unscaled, and not clipped yet. Scores and
 mask come from a hook of the optimizer itself, right after its step: before anything zeroes the gradients or saves a checkpoint,
 in automatic and manual optimization alike, and not for a step that a loss scaler skipped.
@@ -17,13 +17,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_lora.allocation import RankAllocator, steps_of
 from lightning_lora.callbacks.lora import LoRACallback
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import LoRALayer, lora_layers
-from lightning_lora.merge_model import unmerge_lora
-from lightning_lora.sharding import is_sharded
+from lightning_lora.model.merge import unmerge_lora
+from lightning_lora.utils.sharding import is_sharded
 from lightning_lora.variants import shrink_adalora
+from lightning_lora.variants.rank_allocation import RankAllocator, steps_of
 
 
 class AdaLoRACallback(LoRACallback):

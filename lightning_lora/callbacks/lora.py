@@ -14,18 +14,18 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_lora.compiling import begin_step, compile_layers, keep_gradients, uncompile_layers
 from lightning_lora.config import LoRAConfig
-from lightning_lora.inject import already_applied, inject, let_gradients_in, trainable_parameters
 from lightning_lora.layers.base import lora_layers
 from lightning_lora.layers.mergeable import Quantized
-from lightning_lora.merge_model import merge_lora, merge_report, tied_weights, unmerge_lora
-from lightning_lora.names import adapter_root
+from lightning_lora.model.apply import already_applied, inject, let_gradients_in, trainable_parameters
+from lightning_lora.model.compile import begin_step, compile_layers, keep_gradients, uncompile_layers
+from lightning_lora.model.merge import merge_lora, merge_report, tied_weights, unmerge_lora
+from lightning_lora.model.quantize import quantize_base
+from lightning_lora.model.targeting import TargetReport, find_targets
 from lightning_lora.optim.groups import check_ratio
-from lightning_lora.packing import format_of, packing_of
-from lightning_lora.quantize import quantize_base
+from lightning_lora.quantization.formats import format_of, packing_of
 from lightning_lora.strategies import StrategyHooks, arrange, check_equal, check_supported, convert_base, synchronize
-from lightning_lora.targeting import TargetReport, find_targets
+from lightning_lora.utils.names import adapter_root
 
 _CURE = (
     "Either the forward pass does not go through these layers (target others), or re-entrant gradient checkpointing cut the graph (pass"
@@ -53,7 +53,7 @@ class LoRACallback(Callback):
         check_gradients: raise after the first training batch if an adapter got no gradient in it. Switch it off for models
             that use parts of themselves only now and then.
         compile: "layer" compiles each of the model's repeated blocks in place, see
-            :func:`~lightning_lora.compiling.compile_layers`, until the run is over; prediction, which would compile anew for
+            :func:`~lightning_lora.model.compile.compile_layers`, until the run is over; prediction, which would compile anew for
             every token that it generates, runs as written.
         cuda_graphs: with ``compile="layer"``, record each compiled block as CUDA graphs, which takes the launching of kernels off the
             step: for batches of one size or few (each is recorded for itself), not for sharded models. In manual optimization gradients

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from lightning_lora.losses import IGNORE
+from lightning_lora.ops.cross_entropy import IGNORE
 
 WINDOW = 32  # batches sorted together: enough to make lengths alike, few enough to keep the order random
 

@@ -25,13 +25,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import kernels, packing
 from lightning_lora.config import LoRAConfig
-from lightning_lora.gains import rescaled
 from lightning_lora.layers.classes import adapted_class
 from lightning_lora.layers.mergeable import PREFIX, Mergeable
+from lightning_lora.ops import backends
+from lightning_lora.ops.output_scale import rescaled
+from lightning_lora.quantization import formats
 from lightning_lora.registry import INITS, look_up
-from lightning_lora.sharding import is_sharded
+from lightning_lora.utils.sharding import is_sharded
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -157,7 +158,7 @@ class LoRALayer(Mergeable):
 
     def init_adapter(self, config: LoRAConfig, rank: int, alpha: float) -> None:
         """Freeze the base parameters and add the adapter's on the weight's device, at least in fp32."""
-        packing.prepare(self)
+        formats.prepare(self)
         weight = self.weight
         dtype = weight.dtype if weight.dtype.is_floating_point and weight.dtype.itemsize >= 4 else torch.float32
         self.lora_config, self.rank, self.alpha = config, rank, alpha
@@ -169,7 +170,7 @@ class LoRALayer(Mergeable):
         for name, shape in self.parameter_shapes(self, rank).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype)))
         self.reset_lora_parameters()
-        kernels.look_at(weight.device)
+        backends.look_at(weight.device)
 
     def reset_lora_parameters(self) -> None:
         """Start the adapter anew, A and B as the config's init has it."""
@@ -246,7 +247,7 @@ class LoRALayer(Mergeable):
                 else:
                     parameter.data = data
                 parameter.grad = grad
-        kernels.look_at(next(iter(self.lora_parameters().values())).device)
+        backends.look_at(next(iter(self.lora_parameters().values())).device)
         return self
 
     def extra_repr(self) -> str:

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_lora import ops
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.ops import low_rank
 from lightning_lora.registry import register_kind
 
 
@@ -26,4 +26,4 @@ class LoRAConv1DHF(LoRALayer):
 
     def lora_update(self, y: Tensor, x: Tensor) -> Tensor:
         """``y + scaling · B·A·dropout(x)``."""
-        return ops.lora_update(y, x, *self.update_factors(), self.scaling, self.dropout_now())
+        return low_rank.lora_update(y, x, *self.update_factors(), self.scaling, self.dropout_now())

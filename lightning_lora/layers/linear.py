@@ -10,16 +10,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import kernels, ops
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.adapting import adapt, refusal, restore, twin
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.layers.pieces import on_pieces
-from lightning_lora.layers.siblings import Siblings, compute
-from lightning_lora.packing import packing_of
+from lightning_lora.layers.shared_input import Siblings, compute
+from lightning_lora.layers.tensor_parallel import on_pieces
+from lightning_lora.ops import backends, low_rank
+from lightning_lora.ops.frozen_weight import Storage, Stored, storage_of
+from lightning_lora.quantization.formats import packing_of
 from lightning_lora.registry import REFUSED, register_kind
-from lightning_lora.sharding import is_sharded
-from lightning_lora.stored import Storage, Stored, storage_of
+from lightning_lora.utils.sharding import is_sharded
 
 REFUSED["torch.nn.modules.linear.NonDynamicallyQuantizableLinear"] = (
     "nn.MultiheadAttention reads its weight without calling it, so an adapter here would do nothing"
@@ -46,7 +46,7 @@ class LoRALinear(LoRALayer, nn.Linear):
 
     lora_base = nn.Linear
     is_linear = True
-    #: The linears that are computed together with this one; :func:`lightning_lora.fuse.fuse` sets it.
+    #: The linears that are computed together with this one; :func:`lightning_lora.model.fuse.fuse` sets it.
     lora_siblings: Siblings | None = None
     #: How the base stores what its forward multiplies by; None if that does more, or is not known.
     lora_storage: ClassVar[Storage | None] = storage_of(nn.Linear)
@@ -131,7 +131,7 @@ class LoRALinear(LoRALayer, nn.Linear):
             and not (is_sharded(x) or is_sharded(self.lora_A))
             and cls.lora_storage.serves(self, x)
             # Where the kernels do not serve, a compiler fuses the definition itself; torch.func wants plain operations.
-            and (kernels.usable(x) if torch.compiler.is_compiling() else not torch._C._are_functorch_transforms_active())
+            and (backends.usable(x) if torch.compiler.is_compiling() else not torch._C._are_functorch_transforms_active())
         )
 
     def is_one_sum(self) -> bool:
@@ -159,4 +159,4 @@ class LoRALinear(LoRALayer, nn.Linear):
 
     def lora_update(self, y: Tensor, x: Tensor) -> Tensor:
         """``y + scaling · B·A·dropout(x)``."""
-        return ops.lora_update(y, x, *self.update_factors(), self.scaling, self.dropout_now(), inplace=self.plain_forward)
+        return low_rank.lora_update(y, x, *self.update_factors(), self.scaling, self.dropout_now(), inplace=self.plain_forward)

@@ -12,8 +12,9 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import merging, packing
-from lightning_lora.sharding import is_sharded, local, piece_of, whole
+from lightning_lora.layers import merging
+from lightning_lora.quantization import formats
+from lightning_lora.utils.sharding import is_sharded, local, piece_of, whole
 
 PREFIX = "lora_"  # of every parameter that LoRA adds to a layer
 Quantized = Literal["dequantize", "requantize"]  # how to merge into a quantized weight
@@ -28,7 +29,7 @@ class Mergeable(nn.Module):
     merged: bool
     #: Share of the update that rounding lost in the last merge.
     merge_loss: float
-    _undo: merging.Undo | merging.Original | packing.PackedWeight | None
+    _undo: merging.Undo | merging.Original | formats.PackedWeight | None
     _owns_weight: bool
     _untied: list[Any]
     _digest: str
@@ -43,7 +44,7 @@ class Mergeable(nn.Module):
         """The base weight in a floating dtype; that of a quantized base unpacked."""
         # Most are plain parameters, and a compiler cannot look for packings.
         plain = type(self.weight) is nn.Parameter and self.weight.is_floating_point()
-        return self.weight if plain else packing.unpacked(self)
+        return self.weight if plain else formats.unpacked(self)
 
     def merge_delta(self) -> Tensor:
         """What merging adds to the weight, computed from the adapter alone; then :meth:`merge_gain` multiplies."""
@@ -77,7 +78,7 @@ class Mergeable(nn.Module):
     def merged_weight(self, device: torch.device | str | None = None) -> tuple[Tensor, float]:
         """The weight, whole, as a merge would leave it, and the share of the update that rounding lost; nothing is changed."""
         delta, gain = self._exactly(device, self._merge_parts)
-        weight = whole(self.weight.detach()) if packing.packing_of(self) is None else packing.unpacked(self)
+        weight = whole(self.weight.detach()) if formats.packing_of(self) is None else formats.unpacked(self)
         return merging.merged_weight(weight.to(delta.device), delta, gain)
 
     def _merge_parts(self) -> tuple[Tensor, Tensor | None]:
@@ -117,11 +118,11 @@ class Mergeable(nn.Module):
         reason = self.merge_refusal(quantized)
         if reason:
             raise ValueError(reason)
-        if packing.packing_of(self) is not None:
+        if formats.packing_of(self) is not None:
             self._merge_packed(device, reversible, quantized)
             return
         home, device = self.weight.device, torch.device(device) if device is not None else self.weight.device
-        self._digest, self._device = packing.weight_digest(self), device
+        self._digest, self._device = formats.weight_digest(self), device
         delta, gain = self._exactly(device, self._merge_parts)
         delta = piece_of(delta, self.weight)
         gain = None if gain is None else piece_of(gain, self.weight)
@@ -140,9 +141,9 @@ class Mergeable(nn.Module):
 
     def _merge_packed(self, device: torch.device | str | None, reversible: bool, quantized: Quantized | None) -> None:
         """Merge into a quantized weight; the packed tensors themselves are kept for the way back."""
-        how = packing.packing_of(self)
+        how = formats.packing_of(self)
         assert how is not None
-        original, digest = packing.take(self, how), packing.weight_digest(self)
+        original, digest = formats.take(self, how), formats.weight_digest(self)
         home, self._device = self.weight.device, torch.device(device) if device is not None else self.weight.device
         base, delta = self.base_weight().to(self._device), self.exact_delta(self._device)
         exact = base.to(delta.dtype) + delta
@@ -161,7 +162,7 @@ class Mergeable(nn.Module):
 
     def merge_refusal(self, quantized: Quantized | None = None) -> str | None:
         """Why the update cannot be merged now; None if it can."""
-        how = packing.packing_of(self)
+        how = formats.packing_of(self)
         if how is not None:
             if is_sharded(self.weight):
                 return "its quantized weight is sharded: save the adapter and merge in a single process"
@@ -196,7 +197,7 @@ class Mergeable(nn.Module):
             delta = self._exactly(self._device, self.merge_delta)
             base = merging.unmerge(mine.to(self._device), piece_of(delta, self.weight), self._undo)
             mine.copy_(base)
-        elif isinstance(self._undo, packing.PackedWeight):
+        elif isinstance(self._undo, formats.PackedWeight):
             home = self.weight.device  # the model may have moved since, and what was kept aside did not
             self._undo.put_back(self)
             if self.weight.device != home:

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lora.config import ALL_LINEAR, LoRAConfig
-from lightning_lora.sharding import is_sharded
-from lightning_lora.targeting import find_targets
+from lightning_lora.model.targeting import find_targets
+from lightning_lora.utils.sharding import is_sharded
 
 # Which sides the gradient is projected on. The library's "random" is not among them: it takes singular vectors all the same.
 SIDES = ("std", "reverse_std", "left", "right", "full")

@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_lora.names import clean_name
 from lightning_lora.optim.groups import RATIO
-from lightning_lora.sharding import sharded, whole
+from lightning_lora.utils.names import clean_name
+from lightning_lora.utils.sharding import sharded, whole
 
 
 def state_by_name(optimizer: Optimizer, model: nn.Module, saved: Callable[[Tensor], Tensor] = whole) -> dict[str, Any]:

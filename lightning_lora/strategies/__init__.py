@@ -1,7 +1,7 @@
 """What Lightning's strategies need to work with adapters."""
 
-from lightning_lora.strategies.hooks import StrategyHooks, check_equal, synchronize
-from lightning_lora.strategies.ours import LoRAFSDP2Strategy
+from lightning_lora.strategies.fsdp2 import LoRAFSDP2Strategy
+from lightning_lora.strategies.strategy_hooks import StrategyHooks, check_equal, synchronize
 from lightning_lora.strategies.support import arrange, check_supported, convert_base
 
 __all__ = ["LoRAFSDP2Strategy", "StrategyHooks", "arrange", "check_equal", "check_supported", "convert_base", "synchronize"]

@@ -3,7 +3,7 @@
 The output layer is the widest of a language model (for SmolLM2-135M a quarter of the forward, at the quickstart's lengths the largest
 activation by far), and a prompt's positions get no loss. So the logits are computed only where they predict an answer token: models
 whose forward takes a mask as ``logits_to_keep`` get one, the others compute all and the rest is dropped. In training, a frozen output
-layer's logits never exist all at once (:mod:`lightning_lora.losses`); a layer that trains, is adapted or sharded, and models that do
+layer's logits never exist all at once (:mod:`lightning_lora.ops.cross_entropy`); a layer that trains, is adapted or sharded, and models that do
 something to their logits, have them all, and the log says why.
 """
 
@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
-from lightning_lora.losses import IGNORE, bypassed, chunked_cross_entropy, unchunkable
+from lightning_lora.ops.cross_entropy import IGNORE, bypassed, chunked_cross_entropy, unchunkable
 from lightning_lora.optim import GaLoreConfig, galore_optimizer, galore_param_groups
 from lightning_lora.tasks.hf import DType, enable_checkpointing, generate_text, load_causal_lm
 

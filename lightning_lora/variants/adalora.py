@@ -1,7 +1,7 @@
 """AdaLoRA: the update as a singular value decomposition, ``W + scaling · B·diag(E)·A`` (arXiv:2303.10512, equation 3).
 
 A row of A, an entry of E and a column of B are a *triplet*. Training prunes triplets by setting their E to zero
-(:mod:`lightning_lora.allocation` says which), so that layers end with different ranks. Orthogonal A and B, which the paper's
+(:mod:`lightning_lora.variants.rank_allocation` says which), so that layers end with different ranks. Orthogonal A and B, which the paper's
 regularizer asks for, make the triplets of a layer independent, as in an SVD, without computing one.
 
 It is a way to train, not a format: with E multiplied into B and the pruned triplets left out it is a plain LoRA with a
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.adapting import twin
 from lightning_lora.layers.base import LoRALayer, lora_layers
-from lightning_lora.names import adapter_root, clean_name
 from lightning_lora.registry import VARIANTS, register
-from lightning_lora.sharding import is_sharded
+from lightning_lora.utils.names import adapter_root, clean_name
+from lightning_lora.utils.sharding import is_sharded
 
 _STD = 0.02  # of A and B at the start, as in the authors' code and in PEFT
 _INIT = LoRAConfig().init

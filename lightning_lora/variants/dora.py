@@ -6,7 +6,7 @@ The norm is a constant to the gradient (section 4.3), and ``m`` starts at ‖W�
 acts on the input of all that was adapted and never on the base's own (as in the authors' code and PEFT's):
 ``W·x + (g − 1)∘W·x̃ + g∘s·B·A·x̃`` with g = m/‖·‖ and x̃ the input after dropout. It costs a second product with W.
 
-The norm needs no dense B·A (:mod:`lightning_lora.norms`); its frozen part ‖W‖² is kept where that saves a pass.
+The norm needs no dense B·A (:mod:`lightning_lora.ops.weight_norm`); its frozen part ‖W‖² is kept where that saves a pass.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_lora.autocast import no_autocast
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.norms import squared_norms
-from lightning_lora.ops import transformed
+from lightning_lora.ops.low_rank import transformed
+from lightning_lora.ops.weight_norm import squared_norms
 from lightning_lora.registry import VARIANTS, register
-from lightning_lora.sharding import is_sharded, local, piece_of, whole
+from lightning_lora.utils.autocast import no_autocast
+from lightning_lora.utils.sharding import is_sharded, local, piece_of, whole
 
 MAGNITUDE = "lora_magnitude_vector"  # PEFT's name for it
 

@@ -10,11 +10,11 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_lora import AdaLoRACallback, LoRACallback, LoRAConfig, apply_lora, load_adapter, save_adapter
-from lightning_lora.adapter_files import read_adapter
-from lightning_lora.allocation import RankAllocator
+from lightning_lora.adapter_io.files import read_adapter
 from lightning_lora.layers import LoRALinear, lora_layers
+from lightning_lora.variants.rank_allocation import RankAllocator
 from tests.lit import LitNet, make_net, trainer
-from tests.test_allocation import orthogonality
+from tests.variants.test_rank_allocation import orthogonality
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:Checkpoint directory", "ignore:The `srun`")
 

@@ -18,8 +18,8 @@ from torch._dynamo.testing import CompileCounter
 
 from lightning_lora import LoRACallback, LoRAConfig
 from lightning_lora.callbacks import lora
-from lightning_lora.compiling import compile_layers, keep_gradients
 from lightning_lora.layers import lora_layers
+from lightning_lora.model.compile import compile_layers, keep_gradients
 from tests.lit import LitNet, Net, bits, trainer
 
 CONFIG = LoRAConfig(rank=2, alpha=4, target_modules=["fc1", "fc2"])

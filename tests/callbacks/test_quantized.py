@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRACallback, LoRAConfig, apply_lora, load_adapter, merge_report
 from lightning_lora.layers.base import lora_layers
-from lightning_lora.packing import packing_of
+from lightning_lora.quantization.formats import packing_of
 from tests.lit import trainer
 from tests.quantized import FORMATS, packed_stack, plain_stack
 

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import LoRAConfig, apply_lora
 from lightning_lora.layers import lora_layers
-from lightning_lora.names import clean_name
-from lightning_lora.sharding import local, piece_of, whole
+from lightning_lora.utils.names import clean_name
+from lightning_lora.utils.sharding import local, piece_of, whole
 
 CONFIG = LoRAConfig(rank=4, alpha=8, target_modules=["q", "v", "fc1", "fc2"])
 

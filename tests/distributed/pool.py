@@ -67,9 +67,9 @@ def _work(rank: int, world: int, meeting: str, pipe: Any, device: str) -> None:
     import torch
     import torch.distributed as dist
 
-    from lightning_lora.strategies import pulling
+    from lightning_lora.experimental import pulling_group
 
-    pulling.SMALL = 300  # bytes: the networks here are tiny
+    pulling_group.SMALL = 300  # bytes: the networks here are tiny
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}

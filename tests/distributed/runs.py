@@ -25,10 +25,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_lora import LoRACallback, LoRAConfig
 from lightning_lora.callbacks import lora
-from lightning_lora.compiling import compile_layers
 from lightning_lora.layers import lora_layers
-from lightning_lora.sharding import is_sharded, whole
+from lightning_lora.model.compile import compile_layers
 from lightning_lora.strategies import LoRAFSDP2Strategy
+from lightning_lora.utils.sharding import is_sharded, whole
 from tests.distributed.nets import CONFIG, Block, Net, adapter_tensors, make_data, make_net
 
 ROWS = 8  # of a global batch, whatever the world's size
@@ -260,7 +260,7 @@ def run(
 
 
 def clean_parameters(module: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
-    from lightning_lora.names import clean_name
+    from lightning_lora.utils.names import clean_name
 
     return [(clean_name(name), parameter) for name, parameter in module.named_parameters()]
 

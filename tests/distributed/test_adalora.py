@@ -14,8 +14,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_lora import AdaLoRACallback, LoRAConfig, load_adapter, shrink_adalora
 from lightning_lora.layers import lora_layers
-from lightning_lora.names import clean_name
-from lightning_lora.sharding import whole
+from lightning_lora.utils.names import clean_name
+from lightning_lora.utils.sharding import whole
 from tests.distributed.nets import CONFIG, adapter_tensors, make_net
 from tests.distributed.runs import STRATEGIES
 

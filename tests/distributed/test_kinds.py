@@ -15,7 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import LoRAConfig, apply_lora, merge_lora, unmerge_lora
-from lightning_lora.sharding import is_sharded
+from lightning_lora.utils.sharding import is_sharded
 from tests.distributed.nets import adapter_tensors, fill_adapters
 from tests.distributed.test_wrapping import WRAPPERS, fsdp1, weights_of
 

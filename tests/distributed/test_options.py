@@ -22,9 +22,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from lightning_lora import LoRACallback, LoRAConfig, apply_lora, export_merged, merge_lora
 from lightning_lora.layers import lora_layers
-from lightning_lora.sharding import whole
 from lightning_lora.strategies import LoRAFSDP2Strategy, arrange, check_equal, check_supported
-from lightning_lora.strategies.ours import shard_blocks, tensor_parallel
+from lightning_lora.strategies.fsdp2 import shard_blocks, tensor_parallel
+from lightning_lora.utils.sharding import whole
 from tests.distributed import runs
 from tests.distributed.nets import CONFIG, Block, clean, fill_adapters, make_net, train
 from tests.distributed.runs import LitShared, Share, run

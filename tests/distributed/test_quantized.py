@@ -15,9 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_lora import LoRAConfig, apply_lora, export_merged, merge_lora
 from lightning_lora.layers import lora_layers
-from lightning_lora.packing import packing_of
-from lightning_lora.sharding import is_sharded, reshard
+from lightning_lora.quantization.formats import packing_of
 from lightning_lora.strategies import arrange
+from lightning_lora.utils.sharding import is_sharded, reshard
 from tests.distributed.nets import adapter_tensors, fill_adapters, same_on_all_ranks
 from tests.distributed.runs import LitShared, fsdp1, model_parallel, run
 from tests.quantized import inputs, packed_stack

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from lightning_lora import apply_lora, load_adapter, save_adapter
-from lightning_lora.strategies.io import read_folder, write_folder
+from lightning_lora.strategies.checkpoint_io import read_folder, write_folder
 from tests.distributed.nets import CONFIG, adapter_tensors, fill_adapters, make_net
 from tests.distributed.test_wrapping import BOTH, wrapped_and_adapted
 

@@ -21,11 +21,11 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, merge_lora, unload_lora, unmerge_lora
+from lightning_lora.experimental.pull_frozen import average
 from lightning_lora.layers import lora_layers
-from lightning_lora.parallel import GradientReducer, data_parallel_groups, replicated_parameters
-from lightning_lora.sharding import whole
-from lightning_lora.strategies.ours import shard_blocks
-from lightning_lora.strategies.pulled import average
+from lightning_lora.model.parallel import GradientReducer, data_parallel_groups, replicated_parameters
+from lightning_lora.strategies.fsdp2 import shard_blocks
+from lightning_lora.utils.sharding import whole
 from tests.distributed.nets import CONFIG, Block, clean, fill_adapters, make_data, make_net, reference, same_on_all_ranks, train
 
 PLAN = {"fc1": ColwiseParallel(), "fc2": RowwiseParallel()}

@@ -8,9 +8,9 @@ import torch
 import transformers
 
 from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, load_adapter, quantize_base
-from lightning_lora.cli import main
-from lightning_lora.lightning_cli import LoRACLI
-from lightning_lora.packing import packing_of
+from lightning_lora.cli.lightning_cli import LoRACLI
+from lightning_lora.cli.main import main
+from lightning_lora.quantization.formats import packing_of
 from tests import quantized, tiny_lm
 from tests.conftest import fill
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRALinear
-from lightning_lora.digests import sampled_digest
+from lightning_lora.utils.checksums import sampled_digest
 from tests.conftest import fill, same_bits
 from tests.layers.kinds import CASES, every_dtype, every_kind
 

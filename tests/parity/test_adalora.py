@@ -10,8 +10,8 @@ from peft import AdaLoraConfig, get_peft_model
 from torch import nn
 
 from lightning_lora import LoRAConfig, apply_lora, merge_lora, save_adapter, shrink_adalora
-from lightning_lora.allocation import RankAllocator
 from lightning_lora.layers import lora_layers
+from lightning_lora.variants.rank_allocation import RankAllocator
 from tests.conftest import TinyModel, fill
 from tests.parity.models import DEPRECATED_BY_PEFT, base, batch, close, logits, read_by_peft
 

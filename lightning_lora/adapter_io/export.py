@@ -1,0 +1,109 @@
+"""The merged model as a folder of safetensors, written tensor by tensor: no process ever holds all of it.
+
+Under sharding each weight is gathered alone, merged, handed to the first process and freed. The files are what
+``from_pretrained`` reads: numbered shards and an index, or one file if it is small. Quantized weights are written unpacked, one by one.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.layers.base import PREFIX, LoRALayer
+from lightning_lora.quantization.formats import packing_of, unpacked
+from lightning_lora.utils.atomic_files import write_atomic
+from lightning_lora.utils.names import adapter_root, clean_name, persistent_buffers
+from lightning_lora.utils.sharding import is_first_rank, whole, whole_parameters
+
+
+def export_merged(model: nn.Module, folder: str | Path, *, overwrite: bool = False, shard_bytes: int = 5_000_000_000) -> Path:
+    """Write a model with its adapters merged; the model itself stays as it is. Under sharding every process has to call it.
+
+    Args:
+        model: adapted, merged or not, sharded or not; or a LightningModule around one.
+        folder: made if it is not there.
+        overwrite: write into a folder that is not empty.
+        shard_bytes: size of a file at which the next one is begun.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: the folder is not empty and ``overwrite`` is False, or a quantized weight is sharded.
+    """
+    folder, (_, root) = Path(folder), adapter_root(model)
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise ValueError(f"folder={str(folder)!r} is not empty; choose another or pass overwrite=True.")
+    writer = _Shards(folder, shard_bytes) if is_first_rank() else None
+    seen: set[int] = set()
+    for module_name, module, name, parameter in whole_parameters(root):
+        if name.startswith(PREFIX) or id(parameter) in seen:  # of tied weights one name is enough
+            continue
+        seen.add(id(parameter))
+        with torch.no_grad():
+            packed = name == "weight" and packing_of(module) is not None
+            tensor = _unpacked(module, module_name) if packed else whole(parameter.detach())
+            if name == "weight" and isinstance(module, LoRALayer) and not module.merged:
+                tensor, _ = module.merged_weight()
+        if writer is not None:
+            writer.add(clean_name(f"{module_name}.{name}" if module_name else name), tensor)
+    if writer is not None:
+        for name, buffer in persistent_buffers(root).items():
+            writer.add(name, buffer)
+        writer.close()
+        config = getattr(root, "config", None)
+        if hasattr(config, "save_pretrained"):
+            config = copy.copy(config)
+            config.__dict__.pop("quantization_config", None)  # nothing of what was written is quantized
+            config.save_pretrained(folder)  # type: ignore[union-attr]
+    return folder
+
+
+def _unpacked(module: nn.Module, name: str) -> Tensor:
+    try:
+        return unpacked(module)
+    except ValueError as error:
+        raise ValueError(f"{name!r} cannot be exported: {error}.") from error
+
+
+class _Shards:
+    """Collects tensors on the CPU and writes a file whenever there are enough."""
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.limit = folder, limit
+        self.places: dict[str, int] = {}  # tensor → number of its file
+        self.pending: dict[str, Tensor] = {}
+        self.files = self.size = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if self.pending and sum(t.nbytes for t in self.pending.values()) + tensor.nbytes > self.limit:
+            self._write()
+        self.pending[name] = tensor.detach().cpu().contiguous().clone()
+        self.places[name] = self.files
+        self.size += tensor.nbytes
+
+    def close(self) -> None:
+        """Write what is left, give the files the names that tell how many there are, and the index."""
+        self._write()
+        if self.files == 1:
+            (self.folder / self._staged(0)).rename(self.folder / "model.safetensors")
+            return
+        names = [f"model-{number + 1:05d}-of-{self.files:05d}.safetensors" for number in range(self.files)]
+        for number, name in enumerate(names):
+            (self.folder / self._staged(number)).rename(self.folder / name)
+        index: dict[str, Any] = {"metadata": {"total_size": self.size}, "weight_map": {t: names[n] for t, n in self.places.items()}}
+        write_atomic(self.folder / "model.safetensors.index.json", json.dumps(index, indent=2).encode())
+
+    def _write(self) -> None:
+        write_atomic(self.folder / self._staged(self.files), safetensors.torch.save(self.pending, {"format": "pt"}))
+        self.files, self.pending = self.files + 1, {}
+
+    def _staged(self, number: int) -> str:
+        return f".model-{number:05d}.part"

@@ -1,0 +1,154 @@
+"""Adapters as files: a folder in PEFT's format, or a Lightning checkpoint, as one plain record.
+
+The safetensors metadata carries what PEFT's format has no place for: our format version, the exact config and the base's
+identity. Two files cannot be renamed in one step, so when a folder is overwritten with another config the old JSON is
+removed first and the new one written last: a crash leaves a matching pair, or tensors without a JSON, which still load
+here because the tensors carry their config. It never leaves a mixed pair.
+(Over a folder that PEFT wrote, whose tensors carry nothing, a crash between the two leaves one that says its JSON is missing.)
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lightning_lora.adapter_io import peft_format
+from lightning_lora.config import LoRAConfig
+from lightning_lora.utils.atomic_files import sync_folder, write_atomic
+
+FORMAT_VERSION = 1
+META = "lightning_lora"  # key of our part in the safetensors metadata and in a Lightning checkpoint
+TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """What a file says, not yet held against a model.
+
+    Attributes:
+        config: how the layers were adapted.
+        tensors: named as in the adapted model (``layers.0.q_proj.lora_A``), relative to the adapted model itself.
+        base: the base's identity; None in files that PEFT wrote.
+    """
+
+    config: LoRAConfig
+    tensors: dict[str, Tensor]
+    base: dict[str, Any] | None
+
+    def meta(self, **more: Any) -> dict[str, Any]:
+        """Plain types: what stands beside the tensors."""
+        return {"format_version": FORMAT_VERSION, "config": self.config.to_dict(), "base": self.base, **more}
+
+
+def read_adapter(path: str | Path) -> AdapterFile:
+    """Read an adapter folder or a checkpoint written under ``LoRACallback``.
+
+    Raises:
+        ValueError: something is missing, unreadable, of a newer format, or does not belong together.
+    """
+    path = Path(path)
+    return _read_checkpoint(path) if path.is_file() else _read_folder(path)
+
+
+def write_folder(folder: Path, content: AdapterFile, fields: dict[str, Any]) -> None:
+    """Write both files of a folder.
+
+    Args:
+        folder: made if it is not there.
+        content: the tensors under the names that PEFT has for them.
+        fields: ``adapter_config.json``.
+    """
+    tensors = {peft_format.PREFIX + name: tensor.detach().cpu().clone().contiguous() for name, tensor in content.tensors.items()}
+    data = safetensors.torch.save(tensors, {"format": "pt", META: json.dumps(content.meta())})
+    text = (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / CONFIG).is_file() and (folder / CONFIG).read_bytes() != text:
+        (folder / CONFIG).unlink()
+        sync_folder(folder)
+    write_atomic(folder / TENSORS, data)
+    write_atomic(folder / CONFIG, text)
+
+
+def _read_folder(folder: Path) -> AdapterFile:
+    file = folder / TENSORS
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: there is no such adapter folder or checkpoint.")
+    if not file.is_file():
+        pickled = folder / "adapter_model.bin"
+        hint = (
+            f"; {pickled.name} is a pickle, which can run code: load it in PEFT and save it with safe_serialization=True"
+            if pickled.exists()
+            else ""
+        )
+        raise ValueError(f"{file} is missing{hint}.")
+    try:
+        with safe_open(file, framework="pt") as reader:
+            meta = json.loads((reader.metadata() or {}).get(META, "null"))
+            tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise ValueError(f"{file} is not a readable safetensors file (truncated?): {error}") from error
+    named = {peft_format.our_name(name, str(file)): tensor for name, tensor in tensors.items() if ".original_module." not in name}
+    if meta is None:  # PEFT's
+        return AdapterFile(peft_format.from_peft(_read_json(folder / CONFIG), str(folder / CONFIG), named), named, None)
+    config, base, _ = _understood(meta, str(file))
+    fields = _read_json(folder / CONFIG) if (folder / CONFIG).is_file() else None
+    said = {"r": config.rank, "lora_alpha": config.alpha, "use_rslora": config.scaling == "rslora", "bias": config.bias}
+    for name, mine in said.items():
+        if fields is not None and fields.get(name) != mine:
+            raise ValueError(
+                f"{folder}: {CONFIG} says {name}={fields.get(name)!r}, the tensors were saved with {mine!r}: files of two different saves."
+            )
+    if fields is not None and (other := peft_format.variant_of(fields)) != peft_format.variant_of(peft_format.variant_fields(config)):
+        raise ValueError(
+            f"{folder}: {CONFIG} is of a {other!r} adapter, the tensors were saved with {config.variant!r}: files of two different saves."
+        )
+    return AdapterFile(config, named, base)
+
+
+def _read_checkpoint(file: Path) -> AdapterFile:
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{file} is not a readable checkpoint: {error}") from error
+    meta = checkpoint.get(META) if isinstance(checkpoint, dict) else None
+    if meta is None:
+        raise ValueError(f"{file} was not written under LoRACallback: it holds no adapter.")
+    config, base, root = _understood(meta, str(file))
+    prefix, tensors = f"{root}." if root else "", checkpoint.get("state_dict", {})
+    outside = [name for name in tensors if not name.startswith(prefix)]
+    if outside:
+        raise ValueError(f"{file}: {outside[0]!r} is not part of {root!r}; load it through Trainer(...).fit(ckpt_path=...).")
+    return AdapterFile(config, {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, base)
+
+
+def _understood(meta: dict[str, Any], where: str) -> tuple[LoRAConfig, dict[str, Any] | None, str]:
+    """Config, base and root of what stands beside the tensors."""
+    try:
+        version = meta["format_version"]
+        if version > FORMAT_VERSION:
+            raise ValueError(f"{where} has format version {version}, this lightning-lora reads up to {FORMAT_VERSION}; update it.")
+        return LoRAConfig(**meta["config"]), meta["base"], meta.get("root", "")
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{where}: its {META} metadata is not readable ({error}): a newer version wrote it, or it was changed by hand."
+        ) from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"{file} is missing.") from error
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}.") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file} holds a {type(fields).__name__}, not a JSON object.")
+    return fields

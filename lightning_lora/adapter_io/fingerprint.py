@@ -1,0 +1,83 @@
+"""Which base an adapter belongs to: a cheap content hash of the frozen weights.
+
+An adapter on a base it was not trained on loads without complaint everywhere and is quietly wrong. The hash reads 64
+entries of each frozen tensor, so it costs milliseconds; it tells other models and other revisions apart, not a change
+of a single entry. It is rounded to bf16: the same checkpoint loaded in fp32 or bf16 is the same base.
+
+So is a copy that was quantized here, for its layers remember the digest of what they were packed from. Of a base that came
+quantized only what is not packed (embeddings, norms, biases) can be held against another copy; that is done, with a warning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Collection
+from typing import Any
+
+from torch import nn
+
+from lightning_lora.layers.base import PREFIX, LoRALayer
+from lightning_lora.quantization.formats import UNKNOWN, weight_digest
+from lightning_lora.utils.checksums import sampled_digest
+from lightning_lora.utils.names import clean_name
+from lightning_lora.utils.sharding import whole
+
+HALF, QUANTIZED = 16, "q"
+LINEAR = nn.Linear  # Lightning's plugins put a class of their own under that name while a model is built
+
+
+def base_identity(root: nn.Module, exclude: Collection[str] = ()) -> dict[str, Any]:
+    """The base as an adapter remembers it: ``{"fingerprint", "class", "name"}``, plain strings.
+
+    The first half of the fingerprint is of all but the weights of linear layers, the second of these; it begins with a q where some
+    of them came packed.
+
+    Args:
+        root: the module that names are relative to, adapted or not, merged or not.
+        exclude: names of base tensors that were trained, and so are no part of the base.
+    """
+    rest, linear, mark = hashlib.sha256(), hashlib.sha256(), ""
+    for module_name, module in sorted(root.named_modules(remove_duplicate=False)):
+        for name, parameter in sorted(module.named_parameters(recurse=False, remove_duplicate=False)):
+            full = clean_name(f"{module_name}.{name}" if module_name else name)
+            if name.startswith(PREFIX) or full in exclude:
+                continue
+            value = _digest(module, name, parameter)
+            mark = QUANTIZED if value.startswith(UNKNOWN) else mark
+            half = linear if name == "weight" and isinstance(module, LINEAR) else rest
+            half.update(f"{full}={value};".encode())
+    config = getattr(root, "config", None)
+    name = getattr(config, "_name_or_path", "") or getattr(config, "model_type", "") or ""
+    fingerprint = rest.hexdigest()[:HALF] + (mark + linear.hexdigest())[:HALF]
+    return {"fingerprint": fingerprint, "class": type(getattr(root, "_orig_mod", root)).__name__, "name": str(name)}
+
+
+def check_base(mine: dict[str, Any], saved: dict[str, Any], where: str) -> None:
+    """Compare this base with the one an adapter remembers, both as :func:`base_identity` has them.
+
+    Raises:
+        ValueError: they differ; the message has both hashes and the way to load all the same.
+    """
+    one, other = mine["fingerprint"], saved["fingerprint"]
+    if one == other:
+        return
+    if QUANTIZED in one[HALF:] + other[HALF:] and one[:HALF] == other[:HALF]:
+        warnings.warn(
+            f"{where}: one of the two bases came quantized, so only what is not packed (embeddings, norms, biases) could be compared; that"
+            " is the same.",
+            stacklevel=3,
+        )
+    else:
+        raise ValueError(
+            f"{where} was trained on another base: fingerprint {saved['fingerprint']} ({saved['class']} {saved['name']!r}), this model has"
+            f" {mine['fingerprint']} ({mine['class']} {mine['name']!r}). Load that base, or pass check_base=False"
+            " to use the adapter here all the same."
+        )
+
+
+def _digest(module: nn.Module, name: str, parameter: nn.Parameter) -> str:
+    if name != "weight":
+        return sampled_digest(whole(parameter.detach()))
+    merged = module.base_weight_digest if isinstance(module, LoRALayer) else None
+    return merged or weight_digest(module)

@@ -1,0 +1,200 @@
+"""PEFT's ``adapter_config.json``: our config to it and back.
+
+Its fields fall in three: those we honour, those that change the maths in ways we do not have (refused by name when they
+are not at their default), and those that change nothing once the adapter is trained (ignored). A field nobody knows is
+a warning: whoever wrote it meant something.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.layers.base import LoRALayer
+from lightning_lora.registry import VARIANTS
+from lightning_lora.utils.patterns import is_regex
+
+PREFIX = "base_model.model."  # of every tensor's name in PEFT's files
+
+_INERT = {
+    "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode", "fan_in_fan_out",
+    "megatron_core", "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
+}  # fmt: skip
+_HONOURED = {
+    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias", "use_rslora",
+    "modules_to_save", "rank_pattern", "alpha_pattern", "init_lora_weights", "use_dora",
+}  # fmt: skip
+_REFUSED = {
+    "lora_bias", "use_qalora", "use_bdlora", "velora_config", "alora_invocation_tokens", "monteclora_config", "kasa_config",
+    "arrow_config", "layer_replication", "megatron_config", "trainable_token_indices", "target_parameters", "ensure_weight_tying",
+}  # fmt: skip
+_NOT_CODE = {"auto_mapping", "megatron_core", "trust_remote_code"}
+# After loading, these leave plain LoRA on an untouched base; every other init changed the base or is a formula of its own.
+_PLAIN_INITS = (True, False, None, "gaussian", "kaiming")
+
+
+def to_peft(config: LoRAConfig, layers: dict[str, LoRALayer], saved: Collection[str], modules: Collection[str]) -> dict[str, Any]:
+    """The JSON that makes PEFT adapt exactly these layers.
+
+    Args:
+        config: of the layers.
+        layers: FQN → adapted layer.
+        saved: FQNs of the modules trained in full.
+        modules: FQNs of all modules of the model.
+
+    Raises:
+        ValueError: PEFT's matching cannot express it.
+    """
+    for name in saved:  # PEFT compares with str.endswith, without a dot before the name
+        other = next((m for m in modules if m.endswith(name) and m not in saved and not m.startswith(f"{name}.")), None)
+        if other is not None:
+            raise ValueError(
+                f"modules_to_save: {name!r} cannot be saved in PEFT's format, which would take {other!r}, a name that ends in it,"
+                " for it too."
+            )
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": config.rank,
+        "lora_alpha": _whole(config.alpha),
+        "lora_dropout": config.dropout,
+        "target_modules": _targets(config, layers, saved, modules),
+        "bias": config.bias,
+        "use_rslora": config.scaling == "rslora",
+        "modules_to_save": sorted(saved) or None,
+        # One anchored entry a layer: no order, no overlap. PEFT sorts the keys when it saves, which would change the meaning of patterns.
+        "rank_pattern": {_anchored(fqn): layer.rank for fqn, layer in layers.items() if layer.rank != config.rank},
+        "alpha_pattern": {_anchored(fqn): _whole(layer.alpha) for fqn, layer in layers.items() if layer.alpha != config.alpha},
+        "fan_in_fan_out": any(layer.transposed for layer in layers.values()),
+        "init_lora_weights": True,
+        **variant_fields(config),
+    }
+
+
+def variant_fields(config: LoRAConfig) -> dict[str, Any]:
+    """What PEFT's JSON says of a variant, beside what it says of plain LoRA."""
+    return getattr(VARIANTS[config.variant], "peft_fields", {})
+
+
+def from_peft(fields: dict[str, Any], where: str, tensor_names: Iterable[str]) -> LoRAConfig:
+    """Our config from PEFT's JSON.
+
+    Args:
+        fields: the JSON.
+        where: the file's path, for messages.
+        tensor_names: of the tensors beside it, without :data:`PREFIX`; they tell the targets if the JSON does not.
+
+    Raises:
+        ValueError: it is no LoRA config, or asks for something that we would get wrong.
+    """
+    if fields.get("peft_type") != "LORA":
+        raise ValueError(f"{where}: peft_type={fields.get('peft_type')!r}; only LORA adapters can be loaded.")
+    for name in sorted(_REFUSED & fields.keys()):
+        if fields[name] not in (None, False, [], {}):
+            raise ValueError(f"{where}: {name}={fields[name]!r} changes what the adapter computes and is not supported.")
+    init = fields.get("init_lora_weights", True)
+    if init not in _PLAIN_INITS:
+        raise ValueError(
+            f"{where}: init_lora_weights={init!r} trains on a base changed at the start;"
+            " convert the adapter to plain LoRA when saving it in PEFT."
+        )
+    if fields.get("loftq_config"):
+        raise ValueError(
+            f"{where}: loftq_config={fields['loftq_config']!r} belongs to a base that was changed at the start,"
+            " which this adapter does not carry."
+        )
+    acting = sorted(name for name in _NOT_CODE & fields.keys() if fields[name] not in (None, False, "megatron.core"))
+    unknown = sorted(fields.keys() - _INERT - _HONOURED - _REFUSED - {"trust_remote_code"})
+    for name in unknown:
+        warnings.warn(f"{where}: {name}={fields[name]!r} is not a field we know; it is not acted on.", stacklevel=3)
+    for name in acting:
+        if name != "auto_mapping":
+            warnings.warn(f"{where}: {name}={fields[name]!r} is never acted on: nothing is imported or run for an adapter.", stacklevel=3)
+    targets = fields.get("target_modules") or sorted({name.rpartition(".lora_")[0] for name in tensor_names if ".lora_" in name})
+    saved = fields.get("modules_to_save") or ()
+    exclude = fields.get("exclude_modules") or ()
+    # PEFT never adapts what modules_to_save covers, even if it is targeted; we would call that a contradiction.
+    exclude = [rf"(?:{exclude})"] if isinstance(exclude, str) else [*exclude]
+    exclude += [rf"(?:.*\.)?{re.escape(name)}(?:\..*)?" for name in saved]
+    targets, layers = _layers(targets, fields.get("layers_to_transform"), fields.get("layers_pattern"))
+    return LoRAConfig(
+        rank=fields.get("r", 8),
+        alpha=fields.get("lora_alpha", 8),
+        dropout=fields.get("lora_dropout", 0.0),
+        target_modules=targets,
+        exclude_modules=exclude,
+        layers=layers,
+        bias=fields.get("bias", "none"),
+        rank_pattern={_ours(key): value for key, value in (fields.get("rank_pattern") or {}).items()},
+        alpha_pattern={_ours(key): value for key, value in (fields.get("alpha_pattern") or {}).items()},
+        modules_to_save=saved,
+        scaling="rslora" if fields.get("use_rslora") else "standard",
+        init="gaussian" if init == "gaussian" else "kaiming",
+        variant=variant_of(fields),
+        allow_unmatched=True,  # PEFT's patterns may hit nothing; the tensors say what must be there
+    )
+
+
+def variant_of(fields: dict[str, Any]) -> str:
+    """The variant whose fields the JSON has; those with none of their own are plain LoRA to PEFT."""
+    said = {name: getattr(mixin, "peft_fields", {}) for name, mixin in VARIANTS.items()}
+    return next((name for name, mine in said.items() if mine and all(fields.get(key) == mine[key] for key in mine)), "plain")
+
+
+def our_name(name: str, where: str) -> str:
+    """The name that a tensor of a PEFT file has in an adapted model of ours.
+
+    Raises:
+        ValueError: it is not named as PEFT names tensors.
+    """
+    if not name.startswith(PREFIX):
+        raise ValueError(f"{where}: tensor {name!r} does not start with {PREFIX!r}; this is no PEFT adapter.")
+    name = re.sub(r"\.lora_(embedding_)?([AB])(\.weight)?$", r".lora_\2", name.removeprefix(PREFIX))
+    return re.sub(r"\.(base_layer|modules_to_save)\.", ".", name)
+
+
+def peft_name(name: str, adapted: Collection[str]) -> str:
+    """The name that a base tensor has in PEFT's files: adapted layers stand one module deeper there."""
+    owner, _, last = name.rpartition(".")
+    return f"{owner}.base_layer.{last}" if owner in adapted else name
+
+
+def _targets(config: LoRAConfig, layers: Collection[str], saved: Collection[str], modules: Collection[str]) -> list[str] | str:
+    """What PEFT's matcher takes for exactly these layers: the user's plain names if they do, else full names, else a regex."""
+    for names in (config.target_modules, layers):
+        if not isinstance(names, str) and not any(map(is_regex, names)):
+            hit = {m for m in modules if any(m == name or m.endswith(f".{name}") for name in names)}
+            if {m for m in hit if not any(m == s or m.startswith(f"{s}.") for s in saved)} == set(layers):
+                return sorted(names)
+    return "|".join(re.escape(fqn) for fqn in sorted(layers))
+
+
+def _layers(targets: Any, indices: Any, patterns: Any) -> tuple[Any, list[int] | None]:
+    """PEFT's ``layers_to_transform`` with or without ``layers_pattern``, which names the list that the index counts in."""
+    if indices is None or indices == []:
+        return targets, None
+    indices = [indices] if isinstance(indices, int) else list(indices)
+    if not patterns:
+        return targets, indices
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    inside = rf"(?=(?:.*?\.)?(?:{'|'.join(patterns)})\.(?:{'|'.join(map(str, indices))})\.)"
+    return rf"{inside}(?:.*\.)?(?:{'|'.join(map(re.escape, targets))})", None
+
+
+def _ours(key: str) -> str:
+    """A key of PEFT's rank_pattern, ``re.match(rf"(.*\\.)?({key})$", FQN)``, as a pattern of ours."""
+    return rf"(?:.*\.)?(?:{key})" if is_regex(key) else key
+
+
+def _anchored(fqn: str) -> str:
+    return "^" + re.escape(fqn)
+
+
+def _whole(alpha: float) -> float | int:
+    """PEFT's own files have whole alphas as integers, and some readers insist."""
+    return int(alpha) if float(alpha).is_integer() else alpha

@@ -1,0 +1,231 @@
+"""``save_adapter`` and ``load_adapter``: an adapter out of a model and into one, all of it or nothing.
+
+Loading checks everything before it changes anything: every key is there and none is left over, every shape fits, the
+base is the one that the adapter was trained on, no value is NaN.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.adapter_io import fingerprint, peft_format
+from lightning_lora.adapter_io.files import AdapterFile, read_adapter, write_folder
+from lightning_lora.adapter_io.fingerprint import base_identity
+from lightning_lora.config import LoRAConfig
+from lightning_lora.layers.base import PREFIX, LoRALayer, lora_layers
+from lightning_lora.model.apply import inject
+from lightning_lora.model.heads import saved_modules
+from lightning_lora.model.merge import unmerge_lora
+from lightning_lora.model.targeting import TargetReport, find_targets
+from lightning_lora.utils.names import adapter_root, clean_name, modules_by_name, second_names
+from lightning_lora.utils.sharding import is_flattened, on_first_rank, whole
+
+
+def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False) -> Path:
+    """Write the adapter of a model, merged or not, so that PEFT and the servers that read its format can load it.
+
+    On a sharded model every rank has to call it; the first one writes, and all return once the files are there.
+
+    Args:
+        model: an adapted model, or a LightningModule around one (names are relative to the model inside).
+        folder: made if it is not there.
+        overwrite: replace an adapter that is there.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: the model has no LoRA, or the folder is not empty and ``overwrite`` is False.
+    """
+    folder = Path(folder)
+    _, root = adapter_root(model)
+    layers = adapted_layers(root)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no LoRA layers to save; call apply_lora(model, config=...) first.")
+    on_first_rank(lambda: _check_free(folder, overwrite))
+    layers = next(iter(layers.values())).exported(layers)
+    config = next(iter(layers.values())).lora_config
+    extras = extra_tensors(root, config, layers)
+    tensors = {f"{fqn}.{part}": tensor for fqn, layer in layers.items() for part, tensor in layer.to_peft().items()}
+    tensors |= {peft_format.peft_name(name, layers): tensor for name, tensor in extras.items()}
+    modules = [name for name in modules_by_name(root) if PREFIX not in name]
+    fields = peft_format.to_peft(config, layers, saved_modules(root, config), modules)
+    for name, other in _shared(root, layers).items():
+        warnings.warn(f"{name!r} and {other!r} are one module: read by PEFT, the adapter would be on the first only.", stacklevel=2)
+    base = None if is_flattened(root) else base_identity(root, extras)
+    content = AdapterFile(config, {name: whole(tensor.detach()) for name, tensor in tensors.items()}, base)
+    on_first_rank(lambda: write_folder(folder, content, fields))
+    return folder
+
+
+def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True, allow_nonfinite: bool = False) -> nn.Module:
+    """Load an adapter into a model, applying LoRA first if it has none, or unmerging it first if it is merged.
+
+    Args:
+        model: a base model, an adapted one of the same shape, or a LightningModule around one.
+        path: a folder (ours or PEFT's), or a checkpoint that :class:`~lightning_lora.LoRACallback` wrote.
+        check_base: refuse an adapter that was trained on another base (known for adapters written here).
+        allow_nonfinite: accept NaN and infinity.
+
+    Returns:
+        The same ``model``.
+
+    Raises:
+        ValueError: anything does not fit; the model is as it was before.
+    """
+    _, root = adapter_root(model)
+    adapter = read_adapter(path)
+    bad = [name for name, tensor in adapter.tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+    if bad and not allow_nonfinite:
+        raise ValueError(
+            f"{path}: {bad[0]} holds NaN or infinity ({len(bad)} tensors do); pass allow_nonfinite=True to load it all the same."
+        )
+    report = find_targets(root, adapter.config)
+    if adapter.base is None:  # a file of PEFT's, which adapts a module under its first name only
+        for name, other in _shared(root, [clean_name(target.fqn) for target in report.targets]).items():
+            raise ValueError(
+                f"{path}: {name!r} and {other!r} are one module here and two in PEFT, which would have adapted only the first."
+            )
+    tensors = _fit(root, report, adapter, str(path))
+    if check_base and adapter.base is not None:
+        trained = {name for name in tensors if not _is_adapter(name)}
+        fingerprint.check_base(base_identity(root, trained), adapter.base, str(path))
+
+    layers = adapted_layers(root)
+    if layers:
+        _same_adapter(root, layers, report, adapter.config, str(path))
+        unmerge_lora(root)
+    else:
+        inject(root, adapter.config, report)
+    mine = {clean_name(name): tensor for name, tensor in root.state_dict(keep_vars=True).items()}
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            mine[name].copy_(tensor)
+    return model
+
+
+def adapted_layers(root: nn.Module) -> dict[str, LoRALayer]:
+    """FQN, free of wrappers, → adapted layer."""
+    return {clean_name(name): layer for name, layer in lora_layers(root)}
+
+
+def extra_tensors(root: nn.Module, config: LoRAConfig, adapted: Collection[str]) -> dict[str, Tensor]:
+    """What an adapter consists of beside A and B: modules trained in full, trained biases, running statistics.
+
+    Args:
+        root: the model, adapted already or not.
+        config: of the adapter.
+        adapted: FQNs of the layers that are adapted, or are to be.
+    """
+    saved = saved_modules(root, config)
+    statistics = {clean_name(name) for name, module in root.named_modules() if isinstance(module, nn.modules.batchnorm._NormBase)}
+    extras: dict[str, Tensor] = {}
+    for name, tensor in root.state_dict(keep_vars=True).items():
+        name = clean_name(name)
+        owner, _, last = name.rpartition(".")
+        full = any(owner == module or owner.startswith(module + ".") for module in saved)
+        trained_bias = last.endswith("bias") and (config.bias == "all" or (config.bias == "lora_only" and owner in adapted))
+        # Running statistics move while the rest of the base stands still: without them it is not the model that was trained.
+        statistic = owner in statistics and not isinstance(tensor, nn.Parameter)
+        if not _is_adapter(name) and (full or trained_bias or statistic):
+            extras[name] = tensor
+    return extras
+
+
+def _check_free(folder: Path, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"folder={str(folder)!r} is a file; choose another.")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise ValueError(f"folder={str(folder)!r} is not empty; choose another or pass overwrite=True.")
+
+
+def _is_adapter(name: str) -> bool:
+    return name.rpartition(".")[2].startswith(PREFIX)
+
+
+def _fit(root: nn.Module, report: TargetReport, adapter: AdapterFile, where: str) -> dict[str, Tensor]:
+    """The file's tensors by the names they have in this model, checked against it.
+
+    Raises:
+        ValueError: a tensor is missing, left over, or of another shape.
+    """
+    tensors, config = dict(adapter.tensors), adapter.config
+    shapes: dict[str, tuple[int, ...]] = {}
+    for target in report.targets:
+        for part, shape in target.kind.parameter_shapes(target.module, target.rank).items():
+            name = f"{clean_name(target.fqn)}.{part}"
+            shapes[name] = shape
+            if name in tensors and tuple(tensors[name].shape) != shape:
+                try:
+                    tensors[name] = target.kind.from_peft(target.module, part, tensors[name])
+                except ValueError as error:
+                    raise ValueError(f"{where}: {name}: {error}.") from error
+    base = {clean_name(name): tensor for name, tensor in root.state_dict(keep_vars=True).items() if not _is_adapter(name)}
+    extras = extra_tensors(root, config, {clean_name(target.fqn) for target in report.targets})
+    shapes |= {name: tuple(tensor.shape) for name, tensor in extras.items() if isinstance(tensor, nn.Parameter) or name in tensors}
+
+    missing = sorted(shapes.keys() - tensors.keys())
+    if missing:
+        raise ValueError(f"{where}: {len(missing)} tensors are missing that its config needs on this model: {_some(missing)}.")
+    for name in sorted(tensors.keys() - shapes.keys()):
+        # PEFT writes the frozen embeddings along; they are no part of the adapter as long as they are the base's.
+        if name not in base or not _equal(base[name], tensors[name]):
+            what = (
+                "is no tensor that its config puts on this model" if name not in base else "is a base weight that differs from this model's"
+            )
+            raise ValueError(f"{where}: {name!r} {what} ({len(tensors.keys() - shapes.keys())} such tensors).")
+        del tensors[name]
+    for name, shape in shapes.items():
+        if tuple(tensors[name].shape) != shape:
+            raise ValueError(
+                f"{where}: {name} has shape {tuple(tensors[name].shape)}, this model and rank={config.rank} need {shape}:"
+                " the adapter is for another base or another rank."
+            )
+    owners: dict[int, str] = {}
+    for name in tensors.keys() & base.keys():  # tied here: one parameter cannot take two values
+        other = owners.setdefault(id(base[name]), name)
+        if not torch.equal(tensors[name], tensors[other]):
+            first, second = sorted((name, other))
+            raise ValueError(
+                f"{where}: {first} and {second} are one tied parameter in this model, the file has two values; untie them first."
+            )
+    return tensors
+
+
+def _same_adapter(root: nn.Module, layers: dict[str, LoRALayer], report: TargetReport, config: LoRAConfig, where: str) -> None:
+    """Raise ValueError unless the layers that are there are those that the file is for."""
+
+    def key(config: LoRAConfig, rank: int, alpha: float) -> tuple[int, float, str]:
+        return rank, config.scaling_of(rank, alpha), config.variant
+
+    here = {name: key(layer.lora_config, layer.rank, layer.alpha) for name, layer in layers.items()}
+    file = {clean_name(t.fqn): key(config, t.rank, t.alpha) for t in report.targets}
+    different = [
+        f"{name!r} has {here.get(name)}, the file {file.get(name)}" for name in sorted(here | file) if here.get(name) != file.get(name)
+    ]
+    own = next(iter(layers.values())).lora_config
+    for name, mine, theirs in (("bias", own.bias, config.bias), ("modules_to_save", saved_modules(root, own), list(report.saved))):
+        if mine != theirs:
+            different.append(f"{name} is {mine!r}, the file has {theirs!r}")
+    if different:
+        raise ValueError(
+            f"{where} does not fit the LoRA this model has, in {len(different)} places (rank, scaling, variant): {different[0]}; call"
+            " unload_lora(model) first."
+        )
+
+
+def _equal(mine: Tensor, theirs: Tensor) -> bool:
+    return mine.shape == theirs.shape and torch.equal(mine.detach().cpu(), theirs.to(mine.dtype).cpu())
+
+
+def _shared(root: nn.Module, adapted: Collection[str]) -> dict[str, str]:
+    return {name: other for name, other in second_names(root).items() if name in adapted or other in adapted}
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

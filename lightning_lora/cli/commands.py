@@ -1,0 +1,129 @@
+"""The commands that are no training: `inspect`, `merge` and `generate`; each is a function over files, its signature the command line."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from jsonargparse.typing import PositiveInt
+
+from lightning_lora import LoRAConfig, find_targets, load_adapter, merge_lora, unload_lora
+from lightning_lora.adapter_io.files import read_adapter
+from lightning_lora.data.batching import Example, collate_prompts
+from lightning_lora.data.chat import encode_prompt
+from lightning_lora.tasks.hf import DType, generate_text, load_causal_lm, skeleton
+from lightning_lora.utils.atomic_files import sync_folder
+
+
+def inspect(path: str, gguf_file: str | None = None, lora: LoRAConfig = LoRAConfig()) -> None:  # noqa: B008 (frozen)
+    """Print what is in an adapter, or what ``lora`` would adapt in a model.
+
+    Args:
+        path: An adapter folder, a checkpoint (.ckpt), or a model: a hub id or a folder. A model's weights are not loaded.
+        gguf_file: A GGUF file in the model's folder.
+        lora: What to adapt.
+
+    Raises:
+        ValueError: The adapter is broken, or the config does not fit the model.
+    """
+    if path.endswith(".ckpt") or Path(path, "adapter_config.json").is_file():
+        adapter = read_adapter(path)
+        print(f"adapter {path}\n{adapter.config}")
+        for name, tensor in adapter.tensors.items():
+            print(f"{name}  {tuple(tensor.shape)}  {str(tensor.dtype).removeprefix('torch.')}")
+        print(f"{len(adapter.tensors)} tensors, {sum(t.numel() for t in adapter.tensors.values()):,} parameters")
+        return
+    print(find_targets(skeleton(path, gguf_file), lora))
+
+
+def merge(model: str, adapter: str, out: str, gguf_file: str | None = None, dtype: DType = "auto", overwrite: bool = False) -> None:
+    """Write a model with its adapter merged in, for ``from_pretrained``.
+
+    Args:
+        model: The base: a hub id or a local folder.
+        adapter: An adapter folder or a checkpoint (.ckpt).
+        out: The new folder.
+        gguf_file: A GGUF file in the model's folder.
+        dtype: Of the merged weights; the base's own by default.
+        overwrite: Replace a folder that is not empty.
+
+    Raises:
+        ValueError: The folder is not empty, is the base or the adapter itself, or the adapter does not fit the base.
+    """
+    with replaced_folder(out, overwrite, keep=(model, adapter)) as folder:
+        network, tokenizer = load_causal_lm(model, gguf_file, dtype)
+        unload_lora(merge_lora(load_adapter(network, adapter), reversible=False))
+        network.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    print(f"merged model in {out}")
+
+
+def generate(
+    model: str,
+    prompt: str,
+    adapter: str | None = None,
+    system: str | None = None,
+    gguf_file: str | None = None,
+    dtype: DType = "auto",
+    max_new_tokens: PositiveInt = 64,
+) -> None:
+    """Print a model's greedy answer to one prompt.
+
+    Args:
+        model: A hub id or a local folder.
+        prompt: What the user says.
+        adapter: An adapter folder or a checkpoint (.ckpt); none, the model as it is.
+        system: What the system message says, for models with a chat template.
+        gguf_file: A GGUF file in the model's folder.
+        dtype: Of the weights.
+        max_new_tokens: Longest answer.
+
+    Raises:
+        ValueError: The prompt is empty, or the adapter does not fit the model.
+    """
+    if not prompt:
+        raise ValueError("prompt is empty; give the model something to answer")
+    network, tokenizer = load_causal_lm(model, gguf_file, dtype)
+    if adapter is not None:
+        load_adapter(network, adapter)
+    messages = [{"role": "user", "content": prompt}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    batch = collate_prompts([Example(encode_prompt(tokenizer, messages))], pad=tokenizer.pad_token_id)
+    with torch.inference_mode():
+        print(generate_text(network.eval(), tokenizer, batch["input_ids"], batch["attention_mask"], max_new_tokens)[0])
+
+
+@contextmanager
+def replaced_folder(out: str, overwrite: bool, keep: tuple[str, ...]) -> Iterator[Path]:
+    """A new folder beside ``out`` that takes its place when all went well; until then, and if not, ``out`` is as it was.
+
+    Args:
+        out: The folder to make.
+        overwrite: Replace one that is not empty.
+        keep: Folders or files that ``out`` must neither be nor hold, since they would go with it.
+
+    Raises:
+        ValueError: ``out`` is a file, not empty, or holds what is to be kept.
+    """
+    target = Path(out).resolve()
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"out={out!r} is a file; name a folder")
+    for source in keep:
+        if os.path.exists(source) and (path := Path(source).resolve()).is_relative_to(target):
+            raise ValueError(f"out={out!r} holds {str(path)!r}, which it is made from; name another folder")
+    if target.exists() and any(target.iterdir()) and not overwrite:
+        raise ValueError(f"out={out!r} is not empty; name another folder, or pass --overwrite to replace all that is in it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as staging:
+        new = Path(staging) / "new"
+        new.mkdir()
+        yield new
+        if target.exists():
+            os.replace(target, Path(staging) / "old")  # a folder cannot be renamed onto one that has files
+        os.replace(new, target)
+        sync_folder(target.parent)

@@ -1,0 +1,90 @@
+"""The command line: ``lightning-lora fit|validate|test|predict`` is LightningCLI, the rest are plain functions on files.
+
+`LoRACLI` is the one piece that scripts share with it (the quickstart builds it too): LightningCLI with ready-made defaults, none of
+them compulsory. Any LightningModule or LightningDataModule fits under ``model`` and ``data`` by its ``class_path``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from jsonargparse import ArgumentError, auto_cli
+
+TRAIN = {
+    "fit": "train an adapter",
+    "validate": "measure it on the validation data",
+    "test": "measure it on the test data",
+    "predict": "answer prompts, one JSON object a line",
+}
+TOOLS = {
+    "inspect": "what would be adapted in a model, or what is in an adapter",
+    "merge": "a model with its adapter merged in, as a folder for from_pretrained",
+    "generate": "answer one prompt",
+}
+TRACEBACK = "LIGHTNING_LORA_TRACEBACK"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: The arguments; those of the process by default.
+
+    Returns:
+        The exit code: 0, or 1 where the input was wrong (one line on stderr says what).
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    command = argv[0] if argv else "--help"
+    if command in ("-h", "--help"):
+        print(_usage())
+        return 0
+    try:
+        if command in TRAIN:
+            lightning_cli()(args=argv)
+        elif command in TOOLS:
+            _run_tool(command, argv[1:])
+        else:
+            raise ValueError(f"no command {command!r}; there are {', '.join([*TRAIN, *TOOLS])}")
+    except (ArgumentError, ValueError, OSError, ImportError) as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        print(f"lightning-lora: error: {one_line(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def lightning_cli() -> type:
+    """The class behind ``fit``, ``validate``, ``test`` and ``predict``, made when asked for, since importing Lightning takes seconds."""
+    from lightning_lora.cli.lightning_cli import LoRACLI
+
+    return LoRACLI
+
+
+def _run_tool(command: str, argv: list[str]) -> None:
+    from lightning_lora.cli import commands
+
+    argv = [f"{argument}=true" if argument == "--overwrite" else argument for argument in argv]  # the parser's booleans want a value
+    auto_cli(getattr(commands, command), args=argv, prog=f"lightning-lora {command}", exit_on_error=False)
+
+
+def one_line(error: Exception) -> str:
+    """An error's message on one line; of the parser's nested ones, the part that says what is wrong."""
+    text = str(error)
+    lines = [line.strip(" -") for line in text.splitlines()]
+    noise = ("Does not validate against", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>")
+    return " ".join(line for line in lines if line and not line.startswith(noise)) or type(error).__name__
+
+
+def _usage() -> str:
+    commands = "\n".join(f"  {name:<9} {what}" for name, what in {**TRAIN, **TOOLS}.items())
+    return (
+        f"usage: lightning-lora <command> ...\n\nLoRA for PyTorch Lightning.\n\n{commands}\n\n"
+        f"`lightning-lora <command> --help` lists a command's options; {TRACEBACK}=1 shows where an error arose.\n"
+        "An example to start from: configs/quickstart.yaml"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""Linears of one parent that read the same input, such as a block's q, k and v projections: computed together, called one by one.
+
+The parent's forward stays as it is. The first sibling that is called on an input computes the others' outputs too and keeps them
+for when they are called on that very tensor; they share the product with their A's, the saved input and the input's gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lora.ops.fused_linear import lora_linears
+from lightning_lora.utils.autocast import autocast_dtype
+
+
+class Siblings:
+    """Adapted linears whose parent calls them one after the other on the same tensor.
+
+    They share while their parent's forward runs (``open`` to ``close``); called by themselves they are computed by themselves.
+
+    Args:
+        layers: they, in any order; what decides that they belong together is :mod:`lightning_lora.model.fuse`.
+    """
+
+    def __init__(self, layers: list[Any]) -> None:
+        self.layers = layers
+        self.open = False
+        # Input, what else decided the outputs, and those not asked for yet. One attribute, so that threads see all or nothing of it.
+        self.held: tuple[Tensor, tuple[Any, ...], dict[int, Tensor]] | None = None
+
+    def close(self) -> None:
+        """Drop what was not asked for: nothing outlives the parent's forward pass."""
+        self.open, self.held = False, None
+
+    def output(self, layer: Any, x: Tensor) -> Tensor | None:
+        """``layer``'s output for x; None if it has to be computed alone."""
+        index = -1
+        for k, other in enumerate(self.layers):
+            if other is layer:
+                index = k
+        if not self.open or index < 0:  # a replica of the layer that the group was made for has no index
+            return None
+        held, key = self.held, self._key(x)
+        if held is not None and held[0] is x and held[1] == key:
+            y = held[2].pop(index, None)
+            if y is not None:
+                return y
+        if not all([getattr(other, "lora_siblings", None) is self and other.fusable(x) for other in self.layers]):
+            return None
+        if len({other.dropout_now() for other in self.layers}) > 1:
+            return None
+        # These hand each layer an input of its own; FSDP2's, around what it shards by itself, also frees the weight when that is done.
+        if any([other._forward_pre_hooks or other._backward_hooks or other._backward_pre_hooks for other in self.layers]):
+            return None
+        waiting = dict(enumerate(compute(self.layers, x)))
+        y = waiting.pop(index)
+        self.held = (x, key, waiting)
+        return y
+
+    def disband(self) -> None:
+        """Let each be computed alone."""
+        self.close()
+        for layer in self.layers:
+            layer.__dict__.pop("lora_siblings", None)
+
+    @staticmethod
+    def _key(x: Tensor) -> tuple[Any, ...]:
+        """What else may change between two calls in one forward pass and decide the output."""
+        if torch.compiler.is_compiling():  # one trace is one state
+            return ()
+        return (0 if x.is_inference() else x._version, torch.is_grad_enabled(), autocast_dtype(x))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "open": False, "held": None}
+
+
+def compute(layers: list[Any], x: Tensor) -> tuple[Tensor, ...]:
+    """The outputs of layers that are all fusable for x."""
+    As, Bs = zip(*[layer.update_factors() for layer in layers], strict=True)
+    return lora_linears(
+        x,
+        [layer.stored_weight() for layer in layers],
+        [layer.bias for layer in layers],
+        As,
+        Bs,
+        [layer.scaling for layer in layers],
+        layers[0].dropout_now(),
+        [layer.output_gain() for layer in layers],
+    )

@@ -1,0 +1,211 @@
+"""The plain functions: put adapters into a model, list them, take them out. No Lightning needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import overload
+
+from torch import nn
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.layers.adapting import adapt, restore
+from lightning_lora.layers.base import PREFIX, LoRALayer, lora_layers
+from lightning_lora.model.fuse import fuse, unfuse
+from lightning_lora.model.heads import hf_ends
+from lightning_lora.model.targeting import TargetReport, find_targets
+from lightning_lora.quantization.formats import elements, plain_dtype, prepare
+from lightning_lora.registry import INITS, VARIANTS, look_up
+from lightning_lora.utils.names import modules_by_name
+from lightning_lora.utils.sharding import is_distributed
+
+
+class LoRAParameters(Sequence[nn.Parameter]):
+    """Parameters in the model's order; ``p in parameters`` compares identity (``==`` on tensors would compare entries)."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters = tuple(parameters)
+        self._ids = frozenset(map(id, self._parameters))
+
+    def __contains__(self, item: object) -> bool:
+        return id(item) in self._ids
+
+    @overload
+    def __getitem__(self, index: int) -> nn.Parameter: ...
+    @overload
+    def __getitem__(self, index: slice) -> LoRAParameters: ...
+    def __getitem__(self, index: int | slice) -> nn.Parameter | LoRAParameters:
+        found = self._parameters[index]
+        return LoRAParameters(found) if isinstance(found, tuple) else found
+
+    def __iter__(self) -> Iterator[nn.Parameter]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+
+def apply_lora(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
+    """Adapt the modules that the config names, in place, and freeze the rest.
+
+    Applying the same config again changes nothing. After it, what trains is: the adapters, the biases that
+    ``config.bias`` names, and the modules trained in full (``config.modules_to_save``).
+
+    Args:
+        model: any module; its parameters keep their names, dtypes and devices.
+        config: what to adapt; default ``LoRAConfig()``.
+
+    Returns:
+        The same ``model``.
+
+    Raises:
+        ValueError: the config does not fit the model, or another config is applied, or the adapters are merged; the
+            model is as it was before.
+    """
+    config = config or LoRAConfig()
+    if already_applied(model, config):
+        return model
+    look_up(INITS, "init", config.init)
+    look_up(VARIANTS, "variant", config.variant)
+    return inject(model, config, find_targets(model, config))
+
+
+def inject(model: nn.Module, config: LoRAConfig, report: TargetReport) -> nn.Module:
+    """Do what a report of :func:`~lightning_lora.model.targeting.find_targets` says; all of it or, on an error, nothing."""
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in trained:
+            parameter.requires_grad_(False)
+        _prepare_quantized(model)
+        for target in report.targets:
+            try:
+                adapt(target.module, config, target.rank, target.alpha)
+            except ValueError as error:
+                raise ValueError(f"{target.fqn!r}: {error}.") from error
+        fuse(model)
+        _train_extras(model, config, report)
+        _guard_resize(model)
+        let_gradients_in(model)
+        if is_distributed():
+            from lightning_lora.model import parallel
+
+            parallel.adopt(model, lora_layers(model))
+    except BaseException:
+        unload_lora(model)
+        for parameter, flag in trained:
+            parameter.requires_grad_(flag)
+        raise
+    return model
+
+
+def already_applied(model: nn.Module, config: LoRAConfig) -> bool:
+    """Whether the model has exactly this config; False if it has no LoRA.
+
+    Raises:
+        ValueError: it has another one, or it is merged.
+    """
+    layers = list(lora_layers(model))
+    if not layers:
+        return False
+    merged = [name for name, layer in layers if layer.merged]
+    if merged:
+        raise ValueError(
+            f"LoRA is merged into {merged[0]!r} and {len(merged) - 1} more; call unmerge_lora(model) or unload_lora(model) first."
+        )
+    for name, layer in layers:
+        different = layer.lora_config.differences(config)
+        if different:
+            raise ValueError(
+                f"{name!r} has another LoRA config ({'; '.join(different)}); call unload_lora(model) before applying a new one."
+            )
+    plain = [target.fqn for target in find_targets(model, config).targets if not isinstance(target.module, LoRALayer)]
+    if plain:
+        here = layers[0][0]
+        raise ValueError(f"{here!r} has LoRA with this config, {plain[0]!r}, which it targets too, has not; call unload_lora(model) first.")
+    return True
+
+
+def get_lora_parameters(model: nn.Module) -> LoRAParameters:
+    """Every adapter parameter, each once; membership is by identity."""
+    return LoRAParameters([parameter for _, layer in lora_layers(model) for parameter in layer.lora_parameters().values()])
+
+
+def unload_lora(model: nn.Module) -> nn.Module:
+    """Back to the plain classes, with the weights as they are: merged if merged, the base's if not.
+
+    Parameters stay frozen; ``model.requires_grad_(True)`` is the way to train on. A sharded model is to be given whole, as it was wrapped.
+
+    Args:
+        model: any module.
+
+    Returns:
+        The same ``model``.
+
+    Raises:
+        ValueError: FSDP1 flattened adapters into one parameter with their base.
+    """
+    if is_distributed():
+        from lightning_lora.model import parallel
+
+        parallel.forget(model)
+    unfuse(model)
+    for _, layer in list(lora_layers(model)):
+        restore(layer)
+    for module in model.modules():
+        if module.__dict__.get("resize_token_embeddings") is _refuse_resize:
+            del module.resize_token_embeddings
+    return model
+
+
+def trainable_parameters(model: nn.Module) -> tuple[int, int]:
+    """Elements that train, and all elements."""
+    sizes = {p: elements(module, name, p) for module in model.modules() for name, p in module._parameters.items() if p is not None}
+    return sum(size for p, size in sizes.items() if p.requires_grad), sum(sizes.values())
+
+
+def _prepare_quantized(model: nn.Module) -> None:
+    """Gradients pass through every quantized layer, adapted or not."""
+    dtype = plain_dtype(model)
+    for name, module in model.named_modules():
+        try:
+            prepare(module, dtype)
+        except ValueError as error:
+            raise ValueError(f"{name!r}: {error}.") from error
+
+
+def let_gradients_in(model: nn.Module) -> None:
+    """Make the embeddings of Hugging Face models with re-entrant gradient checkpointing give outputs that need a gradient.
+
+    Such checkpoints cut the graph where none of their inputs needs one, and with a frozen embedding none does: the adapters
+    inside would get no gradient, without a word.
+    """
+    for module in model.modules():
+        if not hasattr(type(module), "enable_input_require_grads") or "_require_grads_hook" in module.__dict__:
+            continue
+        functions = [getattr(child, "_gradient_checkpointing_func", None) for child in module.modules()]
+        if any(getattr(function, "keywords", {}).get("use_reentrant") for function in functions):
+            module.enable_input_require_grads()  # type: ignore[operator]
+
+
+def _train_extras(model: nn.Module, config: LoRAConfig, report: TargetReport) -> None:
+    modules = modules_by_name(model)
+    for fqn in report.saved:
+        modules[fqn].requires_grad_(True)
+    owners = {"none": (), "all": model.modules(), "lora_only": (target.module for target in report.targets)}[config.bias]
+    for module in owners:
+        for name, parameter in module.named_parameters(recurse=False):
+            if "bias" in name and not name.startswith(PREFIX):
+                parameter.requires_grad_(True)
+
+
+def _guard_resize(model: nn.Module) -> None:
+    """``resize_token_embeddings`` swaps or reshapes the embedding and the head: an adapter on either would be lost in silence."""
+    for module in model.modules():
+        if hasattr(type(module), "resize_token_embeddings") and any(isinstance(end, LoRALayer) for end in hf_ends(module)):
+            module.__dict__["resize_token_embeddings"] = _refuse_resize
+
+
+def _refuse_resize(*args: object, **kwargs: object) -> None:
+    raise ValueError(
+        "resize_token_embeddings would drop the adapter on the embedding or the head: resize before apply_lora,"
+        " or call unload_lora(model) first."
+    )

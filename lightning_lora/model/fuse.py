@@ -1,0 +1,162 @@
+"""Recognise the parts of a block whose adapted linears can share work. On by default; :func:`unfuse` undoes it.
+
+Linears that read the same input (q, k, v) share the pass over it. On a GPU a gated MLP is computed as one operation.
+
+Parameters stay in their layers and state dicts are unchanged. Whatever does not fit (DoRA with dropout, a sharded base, a quantized one
+whose products nobody knows how to take, merged layers, inputs that differ after all) is computed layer by layer, as if this had not been
+called.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.layers import LoRALinear
+from lightning_lora.layers.classes import without
+from lightning_lora.layers.shared_input import Siblings
+from lightning_lora.ops import backends
+from lightning_lora.ops.gated_mlp import lora_gated_mlp
+from lightning_lora.utils.forward_source import calls_together, is_gated_mlp
+
+
+def fuse(model: nn.Module) -> list[Siblings]:
+    """Let adapted linears that read the same input share it.
+
+    Args:
+        model: a model with adapters; its forward passes are not changed, its layers' are.
+
+    Returns:
+        The groups there are now.
+    """
+    unfuse(model)
+    groups = []
+    for parent in list(model.modules()):
+        adapted = {name: child for name, child in parent.named_children() if isinstance(child, LoRALinear)}
+        families = calls_together(type(parent)) if len(adapted) > 1 else []
+        sets = [[adapted[name] for name in family if name in adapted] for family in families]
+        mine = [Siblings(layers) for layers in sets if len(layers) > 1]
+        for group in mine:
+            for layer in group.layers:
+                layer.lora_siblings = group
+        mixins = [*([GatedMLP] if _is_gated_mlp(parent) else []), *([Sharing] if mine else [])]
+        if mixins and not isinstance(parent, (Sharing, GatedMLP)):
+            parent.__dict__["lora_groups"] = mine
+            parent.__class__ = _fused_class(type(parent), *mixins)
+        groups += mine
+    return groups
+
+
+def unfuse(model: nn.Module) -> None:
+    """Compute every adapted linear by itself again."""
+    for module in model.modules():
+        if isinstance(module, LoRALinear) and module.lora_siblings is not None:
+            module.lora_siblings.disband()
+        if isinstance(module, (Sharing, GatedMLP)):
+            del module.__dict__["lora_groups"]
+            module.__class__ = without(type(module), "fused_base")
+
+
+class Sharing(nn.Module):
+    """A mixin before the class of a module with siblings: they share while its forward runs."""
+
+    lora_groups: list[Siblings]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Not the base's, which may want arguments: what is made here is no subclass of the user's."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the class that the module had."""
+        for group in self.lora_groups:
+            group.open = True
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            for group in self.lora_groups:
+                group.close()
+
+
+class GatedMLP(nn.Module):
+    """A mixin before the class of a gated MLP: its forward pass as one operation where that serves, else its own."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """As in :class:`Sharing`."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the class that the module had."""
+        layers: list[Any] = [self.gate_proj, self.up_proj, self.down_proj]
+        if len(args) != 1 or kwargs or not backends.usable(args[0]):
+            return super().forward(*args, **kwargs)
+        if not _is_silu(self.act_fn) or not all([_serves(layer, args[0]) for layer in layers]):
+            return super().forward(*args, **kwargs)
+        if len({(layer.dropout_now(), layer.has_gain) for layer in layers}) > 1:
+            return super().forward(*args, **kwargs)
+        gains = [layer.output_gain() for layer in layers] if layers[0].has_gain else ()
+        As, Bs = zip(*[layer.update_factors() for layer in layers], strict=True)
+        weights, scales = [layer.stored_weight() for layer in layers], [layer.scaling for layer in layers]
+        return lora_gated_mlp(args[0], weights, As, Bs, scales, layers[0].dropout_now(), gains)
+
+
+def _fused_class(base: type[nn.Module], *mixins: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of ``base``, under its name: one for all its instances, so that compilers trace it once."""
+    key = (base, *mixins)
+    if key not in _CLASSES:
+        names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "fused_base": base}
+        _CLASSES[key] = type(
+            base.__name__, (*mixins, base), {**names, "fused_mixins": mixins, "__reduce_ex__": _reduce, "__setstate__": _restore}
+        )
+    return _CLASSES[key]
+
+
+_CLASSES: dict[tuple[type[nn.Module], ...], type[nn.Module]] = {}
+
+
+def _reduce(module: Any, protocol: Any) -> tuple[Any, ...]:
+    cls = type(module)
+    return _rebuild, (cls.fused_base, *cls.fused_mixins), module.__getstate__()
+
+
+def _restore(module: Any, state: dict[str, Any]) -> None:
+    super(type(module), module).__setstate__(state)
+    for group in module.lora_groups:  # layers travel without: a copy of one would take the others along
+        for layer in group.layers:
+            layer.lora_siblings = group
+
+
+def _rebuild(base: type[nn.Module], *mixins: type[nn.Module]) -> nn.Module:
+    cls = _fused_class(base, *mixins)
+    return cls.__new__(cls)
+
+
+def _serves(layer: Any, x: Tensor) -> bool:
+    return (
+        isinstance(layer, LoRALinear)
+        and layer.fusable(x)
+        and layer.bias is None
+        and "forward" not in layer.__dict__
+        and layer.rank <= backends.WIDEST_GATED
+        and layer.lora_A.requires_grad
+        and not _watched(layer)
+        and not torch.are_deterministic_algorithms_enabled()  # the kernel's sums over the intermediate features are not
+    )
+
+
+def _is_gated_mlp(module: Any) -> bool:
+    """Whether a module is a gated MLP with SiLU and three adapted projections."""
+    layers = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    adapted = all(isinstance(layer, LoRALinear) for layer in layers) and "forward" not in module.__dict__
+    return adapted and is_gated_mlp(type(module)) and _is_silu(getattr(module, "act_fn", None))
+
+
+def _is_silu(function: Any) -> bool:
+    """Whether it is SiLU and nobody watches it."""
+    if isinstance(function, nn.Module):
+        return type(function).__name__ in ("SiLU", "SiLUActivation") and not _watched(function)
+    return function is nn.functional.silu
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether hooks want to see its calls."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)

@@ -1,0 +1,284 @@
+"""What adapters need when the base is sharded already.
+
+*Before* wrapping there is nothing to do: adapters are parameters like others, and DDP, FSDP2 and tensor-parallel plans treat
+them so. *After* wrapping, a new parameter is one that the wrapper does not know: its gradient would not be reduced, and
+ranks would drift apart without a word. Then adapters are kept whole on every data-parallel rank (they are small) and
+:class:`GradientReducer` averages their gradients in one collective at the end of each backward pass. On a tensor-parallel
+base they become DTensors placed by the base weight: for W split by rows (colwise) B is split and A whole, for W split by
+columns (rowwise) A is split and B whole, so that the update comes out as the base's output does.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, Replicate
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_lora.layers.base import PREFIX, LoRALayer, kept_parameters, lora_layers
+from lightning_lora.utils.sharding import is_sharded, local, reshard, whole
+
+_WRAPPERS = (FSDPModule, FullyShardedDataParallel)
+
+
+class GradientReducer:
+    """Averages the gradients of some parameters over process groups, once at the end of every backward pass.
+
+    Args:
+        parameters: whole on every rank of the groups (or pieces along other mesh dimensions).
+        groups: averaged over one after the other.
+
+    Reducing is linear, so gradients that accumulate over several backward passes come out right too.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], groups: Sequence[Any]) -> None:
+        # A module that is fitted again has its hooks already.
+        self.parameters = [p for p in parameters if p.requires_grad and not hasattr(p, "_lora_reducer")]
+        self.groups = list(groups)
+        self._queued = -1  # the backward pass that will reduce: one that raised never does
+        # The garbage collector does not see hooks: a strong reference in there would keep the parameters for ever.
+        accumulated = weakref.WeakMethod(self._after_accumulation)
+        for parameter in self.parameters:
+            parameter._lora_reducer = self  # type: ignore[attr-defined]
+            parameter.register_post_accumulate_grad_hook(lambda _: accumulated()())  # type: ignore[misc]
+
+    def _after_accumulation(self) -> None:
+        this = torch._C._current_graph_task_id()
+        if this != self._queued and dist.is_initialized():  # the module may go on alone, on one device
+            self._queued = this
+            torch.autograd.Variable._execution_engine.queue_callback(self._reduce)
+
+    @torch.no_grad()
+    def _reduce(self) -> None:
+        self._queued = -1
+        # All of them on every rank, whatever this rank's batch used: collectives have to match.
+        grads = [torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for p in self.parameters]
+        flat = torch.cat([grad.flatten().to(torch.promote_types(grad.dtype, torch.float32)) for grad in grads])
+        for group in self.groups:
+            dist.all_reduce(flat, group=group)
+            flat /= dist.get_world_size(group)
+        for parameter, grad, mean in zip(self.parameters, grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            if parameter.grad is not None:
+                grad.copy_(mean.view_as(grad))
+
+
+def adopt(model: nn.Module, layers: Iterable[tuple[str, LoRALayer]]) -> None:
+    """Make adapters that were just injected right on a model that is wrapped already; nothing on one that is not.
+
+    Raises:
+        ValueError: the model is wrapped in DistributedDataParallel, which cannot take parameters in afterwards, or a layer's kind
+            does not know its place on a tensor-parallel base, or FSDP2 shards nothing where it is.
+    """
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "model is wrapped in DistributedDataParallel, which would not reduce new parameters: apply LoRA before wrapping it."
+        )
+    owners = _owners(model)
+    reduced: dict[tuple[str, ...], tuple[list[Any], list[nn.Parameter]]] = {}
+    for name, layer in layers:
+        owner = owners[layer]
+        try:
+            groups = [] if owner is None else data_parallel_groups(owner)
+            if is_sharded(layer.weight):
+                _place(layer, data_dims=len(groups))
+        except ValueError as error:
+            raise ValueError(f"{name!r}: {error}.") from error
+        if groups:
+            reduced.setdefault(tuple(group.group_name for group in groups), (groups, []))[1].extend(layer.lora_parameters().values())
+    for groups, parameters in reduced.values():
+        broadcast(parameters, groups)
+        GradientReducer(parameters, groups)
+    for module in model.modules():
+        if isinstance(module, _WRAPPERS):
+            _freeze_copies(module)
+
+
+def forget(model: nn.Module) -> None:
+    """Take the adapters out of the wrappers' lists before they are dropped: wrappers put back what they list, at the next forward pass.
+
+    Raises:
+        ValueError: FSDP1 flattened an adapter into one parameter with its base, or a unit of FSDP2 holds nothing but adapters; nothing is
+            changed then.
+    """
+    reshard(model)
+    kept: list[tuple[Any, list[Any]]] = []
+    for name, unit in [(name, module) for name, module in model.named_modules() if isinstance(module, _WRAPPERS)]:
+        where = f"{name or type(model).__name__!r}"
+        if isinstance(unit, FullyShardedDataParallel):
+            for part, module, _ in () if unit._handle is None else unit._handle.flat_param._param_infos:
+                if _of_adapter(module, part):
+                    raise ValueError(
+                        f"{where}: FSDP1 flattened {part} into one parameter with the base, from which it cannot be taken:"
+                        " wrap with ignored_states=replicated_parameters(model), or load a checkpoint into a model that is not wrapped."
+                    )
+        elif (group := group_of(unit)) is not None:
+            kept.append((group, [p for p in group.fsdp_params if not _of_adapter(p._module_info.module, p._module_info.param_name)]))
+            if not kept[-1][1]:
+                raise ValueError(
+                    f"{where}: FSDP2 shards nothing but adapters there (ignored_params), and cannot be left with nothing: load a checkpoint"
+                    " into a model that is not wrapped."
+                )
+    for group, parameters in kept:
+        for gone in set(group.fsdp_params).difference(parameters):
+            gone._post_load_hook_handle.remove()  # it would look for the adapter whenever a state dict is loaded
+        group.fsdp_params = parameters
+
+
+def group_of(unit: Any) -> Any:
+    """What a unit of FSDP2 shards; None if that is nothing."""
+    return unit._get_fsdp_state()._fsdp_param_group
+
+
+def _of_adapter(module: nn.Module, name: str) -> bool:
+    return isinstance(module, LoRALayer) and name.startswith(PREFIX)
+
+
+def place_adapters(model: nn.Module) -> None:
+    """Lay adapters of linears that a tensor-parallel plan has cut with their base as :func:`adopt` would have laid them."""
+    for _, layer in lora_layers(model):
+        if isinstance(layer, nn.Linear) and is_sharded(layer.weight):
+            wanted = zip(*map(layer.adapter_placements, layer.weight.placements), strict=True)
+            for name, placements in zip(("lora_A", "lora_B"), wanted, strict=True):
+                parameter = layer._parameters[name]
+                assert isinstance(parameter, DTensor)
+                layer._parameters[name] = nn.Parameter(
+                    parameter.detach().redistribute(placements=placements), requires_grad=parameter.requires_grad
+                )
+
+
+def replicated_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The adapters and what else trains, for ``FullyShardedDataParallel(model, ignored_states=replicated_parameters(model))``.
+
+    FSDP1 flattens a block into one parameter, which would need gradient memory for the frozen base too.
+    """
+    return [parameter for _, parameter in kept_parameters(model)]
+
+
+def summoned(model: nn.Module, layers: Iterable[tuple[str, LoRALayer]]) -> Iterator[list[tuple[str, LoRALayer]]]:
+    """The layers in batches whose weights are whole and may be written to while the batch is in use.
+
+    Under FSDP1 a batch is what one flat parameter holds, gathered and written back, so that no rank ever has the whole
+    model; otherwise it is all of them.
+    """
+    layers, owners = list(layers), _owners(model)
+    by_owner: dict[nn.Module | None, list[tuple[str, LoRALayer]]] = {}
+    for name, layer in layers:
+        owner = owners[layer]
+        by_owner.setdefault(owner if isinstance(owner, FullyShardedDataParallel) else None, []).append((name, layer))
+    for owner, batch in by_owner.items():
+        with nullcontext() if owner is None else FullyShardedDataParallel.summon_full_params(owner, recurse=False, writeback=True):
+            yield batch
+
+
+def data_parallel_groups(wrapped: nn.Module) -> list[Any]:
+    """The process groups over which a wrapper averages gradients, one a mesh dimension."""
+    if isinstance(wrapped, FullyShardedDataParallel):
+        groups = [wrapped.process_group]
+        replicas = getattr(wrapped, "_inter_node_pg", None)  # hybrid sharding: the copies of a shard
+        return groups if replicas is None else [*groups, replicas]
+    group = group_of(wrapped)
+    if group is None:
+        raise ValueError("FSDP2 shards nothing there (ignored_params) and has no mesh: apply LoRA before wrapping")
+    mesh = group.mesh_info.mesh
+    return [mesh.get_group(dim) for dim in range(mesh.ndim)]
+
+
+def replicas(tensor: Any) -> list[Any]:
+    """The process groups of the mesh dimensions over which a DTensor is the same on every rank."""
+    return [tensor.device_mesh.get_group(dim) for dim, placement in enumerate(tensor.placements) if placement.is_replicate()]
+
+
+@torch.no_grad()
+def broadcast(parameters: Iterable[Tensor], groups: Sequence[Any]) -> None:
+    """Every rank of the groups gets the values of their first rank."""
+    for parameter in parameters:
+        mine = local(parameter)
+        for group in groups:
+            # NCCL takes what is on the GPU only, and Lightning moves modules there after they are adapted.
+            moved = mine.to("cuda") if dist.get_backend(group) == "nccl" else mine
+            dist.broadcast(moved, src=dist.get_global_rank(group, 0), group=group)
+            if moved is not mine:
+                mine.copy_(moved)
+
+
+@torch.no_grad()
+def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale gradients down to a total 2-norm, whatever mix of plain tensors and DTensors they are (torch takes only one kind).
+
+    Args:
+        parameters: those without a gradient are passed over.
+        max_norm: of all gradients together.
+
+    Returns:
+        The norm before clipping, the same on every rank.
+    """
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    squares: dict[tuple[str, ...], Tensor] = {}
+    groups: dict[tuple[str, ...], list[Any]] = {}
+    for grad in grads:
+        # A plain gradient, and a DTensor's along mesh dimensions where it is whole, is the same on every rank: counted once.
+        if is_sharded(grad) and any(placement.is_partial() for placement in grad.placements):  # type: ignore[attr-defined]
+            grad = whole(grad)
+        cut = [d for d, placement in enumerate(grad.placements) if placement.is_shard()] if is_sharded(grad) else []  # type: ignore[attr-defined]
+        split = [grad.device_mesh.get_group(d) for d in cut]  # type: ignore[attr-defined]
+        key = tuple(group.group_name for group in split)
+        groups[key] = split
+        squares[key] = squares.get(key, 0) + local(grad).float().square().sum()
+    for key, square in squares.items():
+        for group in groups[key]:
+            dist.all_reduce(square, group=group)
+    norm = torch.stack(list(squares.values())).sum().sqrt()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+    for grad in grads:
+        local(grad).mul_(scale.to(grad.dtype))
+    return norm
+
+
+def _place(layer: LoRALayer, data_dims: int) -> None:
+    """Turn the adapter of a tensor-parallel base into DTensors that match it; the data-parallel mesh dimensions stand first."""
+    mesh, placements = layer.weight.device_mesh, layer.weight.placements[data_dims:]
+    if not placements:
+        return
+    if data_dims:
+        mesh = mesh[mesh.mesh_dim_names[data_dims:]]
+    wanted = zip(*(layer.adapter_placements(placement) for placement in placements), strict=True)
+    for name, target in zip(("lora_A", "lora_B"), wanted, strict=True):
+        full = layer._parameters[name]
+        assert full is not None
+        broadcast([full], [mesh.get_group(dim) for dim in range(mesh.ndim)])
+        replicated = DTensor.from_local(full.detach(), mesh, [Replicate()] * mesh.ndim, run_check=False)
+        layer._parameters[name] = nn.Parameter(replicated.redistribute(placements=target), requires_grad=full.requires_grad)
+
+
+def _owners(model: nn.Module) -> dict[nn.Module, nn.Module | None]:
+    """Module → the innermost wrapper that it sits in."""
+    owners: dict[nn.Module, nn.Module | None] = {}
+
+    def walk(module: nn.Module, owner: nn.Module | None) -> None:
+        owner = module if isinstance(module, _WRAPPERS) else owner
+        owners.setdefault(module, owner)
+        for child in module.children():
+            walk(child, owner)
+
+    walk(model, None)
+    return owners
+
+
+def _freeze_copies(wrapped: nn.Module) -> None:
+    """Wrappers keep copies of parameters; what was frozen after wrapping has to be frozen there too, or it gets gradients."""
+    if isinstance(wrapped, FullyShardedDataParallel):
+        handle = wrapped._handle
+        if handle is not None and not any(p.requires_grad for p in handle.flat_param._params or ()):
+            handle.flat_param.requires_grad_(False)
+        return
+    group = group_of(wrapped)
+    for param in () if group is None else group.fsdp_params:
+        if hasattr(param, "_unsharded_param"):
+            param._unsharded_param.requires_grad_(param.sharded_param.requires_grad)

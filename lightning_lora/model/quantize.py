@@ -1,0 +1,82 @@
+"""``quantize_base``: the linears of a model packed to 4 or 8 bits, in place, before adapters come (QLoRA, arXiv:2305.14314).
+
+A 4-bit base is an eighth of an fp32 one; its gradients pass through the unpacked weight, only the adapters train. The layers stay
+the same modules under the same names. A model that was loaded quantized needs none of this: adapters go on it as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from lightning_lora.config import ALL_LINEAR, LoRAConfig
+from lightning_lora.layers.base import LoRALayer
+from lightning_lora.model.targeting import find_targets
+from lightning_lora.quantization.formats import format_of, packing_of, remember
+from lightning_lora.utils.checksums import sampled_digest
+from lightning_lora.utils.sharding import is_sharded
+
+
+def quantize_base(
+    model: nn.Module,
+    how: str,
+    targets: Sequence[str] | str = ALL_LINEAR,
+    *,
+    modules_to_save: Sequence[str] | str = "auto",
+    device: torch.device | str | None = None,
+) -> nn.Module:
+    """Pack the weights of a model's linears; everything else (embeddings, norms, biases, heads) stays as it is.
+
+    Args:
+        model: without adapters, its weights loaded.
+        how: ``"nf4"`` (4-bit NormalFloat, double quantization) or ``"int8"`` (LLM.int8()) of bitsandbytes, ``"torchao-nf4"`` or
+            ``"torchao-int8"`` (weights only).
+        targets: which linears, named as ``target_modules`` of :class:`~lightning_lora.LoRAConfig`; by default all but output heads.
+        modules_to_save: what will train in full and so is left out, as in the config.
+        device: where to compute, layer by layer (default: where each weight is, where it also stays).
+
+    Returns:
+        The same ``model``.
+
+    Raises:
+        ValueError: the format is not known, or a linear cannot be packed: it is adapted, not loaded yet, sharded, tied to another
+            module, or no plain ``nn.Linear``; nothing is packed then.
+        ImportError: the library is not installed; names the extra.
+    """
+    form = format_of(how)
+    form.check_installed()
+    report = find_targets(model, LoRAConfig(rank=1, target_modules=targets, modules_to_save=modules_to_save))
+    layers = {target.fqn: target.module for target in report.targets if packing_of(target.module) is None}
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for fqn, layer in layers.items():
+        reason = _refusal(layer, fqn, owners, form.unit)
+        if reason:
+            raise ValueError(f"quantize={how!r}: {fqn!r} ({type(layer).__name__}) {reason}.")
+    for layer in layers.values():  # everything that can be wrong was looked at: no second copy of the model is kept to go back to
+        assert isinstance(layer, nn.Linear)
+        remember(layer, sampled_digest(layer.weight))
+        form.pack(layer, torch.device(device) if device is not None else layer.weight.device)
+    return model
+
+
+def _refusal(layer: nn.Module, fqn: str, owners: dict[int, list[str]], unit: int) -> str | None:
+    """Why a linear cannot be packed; None if it can."""
+    if isinstance(layer, LoRALayer):
+        return "has an adapter already: quantize the base first, then apply LoRA"
+    if type(layer) is not nn.Linear:
+        return "is no plain nn.Linear, whose forward is all that the packed layer does: leave it out of the targets"
+    weight = layer.weight
+    if weight.is_meta:
+        return "is on the meta device: load its weight first"
+    if is_sharded(weight):
+        return "is sharded already: quantize before the model is parallelized"
+    if not weight.is_floating_point():
+        return f"has a weight of dtype {weight.dtype}: it is quantized, by a library that is not known here"
+    if weight.numel() % unit:
+        return f"has {weight.numel()} entries, and this format packs multiples of {unit}: leave it out of the targets, or use 'nf4'"
+    others = [name for name in owners[id(weight)] if name != f"{fqn}.weight"]
+    return f"shares its weight with {others[0]}, which would keep the unpacked one: leave it out of the targets" if others else None

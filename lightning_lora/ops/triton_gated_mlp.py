@@ -1,0 +1,251 @@
+"""Triton kernels for a gated MLP's middle, ``h = silu(gate)·up``, with the rank-r work of its three projections inside.
+
+The elementwise pass reads and writes tensors of (tokens, intermediate size), the biggest of a block. What the projections' adapters
+need of those tensors happens while they are in registers. Forward: the gate's and the up projection's updates and the down
+projection's ``t = drop(h)·Aᵀ``. Backward: the down projection's gradient through its A, and the sums for all three adapters.
+Gate and up may have a gain (:mod:`lightning_lora.ops.output_scale`); it takes no pass either.
+
+N tokens, C intermediate features, r the rank of each projection (they may differ). Sums in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightning_lora.ops.plain import Drop
+from lightning_lora.ops.triton_dropout import kept
+from lightning_lora.ops.triton_low_rank import Tiles, block_of, cdiv, split
+
+LOOP = 8  # column tiles that a program of the forward pass takes
+# While random numbers are drawn or gains are applied, fewer registers are left for what is fetched ahead.
+TILES = {
+    "forward": Tiles(64, 128, num_stages=2),
+    "forward, dropping": Tiles(64, 64, num_stages=3),
+    "forward, gained": Tiles(64, 128, num_stages=2),
+    "backward": Tiles(64, 64, num_stages=3),
+    "backward, dropping": Tiles(64, 64, num_stages=2),
+    "backward, gained": Tiles(64, 64, num_stages=2),
+}
+PROGRAMS = 1584  # of the backward pass: they last unequally, so several waves
+
+
+def tiles_of(kernel: str, BR: int, drop: bool, gained: bool = False) -> Tiles:
+    """The table's; at the widest ranks nothing is fetched ahead: smaller GPUs (99 KiB a program) have no room, an H100 none for two
+    programs on a multiprocessor."""
+    tiles = TILES[kernel + (", dropping" if drop else ", gained" if gained else "")]
+    return tiles if BR < 64 else tiles._replace(num_stages=1)
+
+
+@triton.jit
+def _sigmoid(x, FAST: tl.constexpr):
+    """In one instruction where half precision hides its error of 2⁻¹¹; a full-range division takes ten."""
+    if FAST:
+        half = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x * 0.5], dtype=tl.float32, is_pure=True, pack=1)
+        return half * 0.5 + 0.5
+    else:
+        return tl.sigmoid(x)
+
+
+@triton.jit
+def _forward(
+    g, u, h, t, bg, bu, ad, gg, gu, td, seed, rows, cols, rg, ru, rd, stride_t, threshold, scale,
+    BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr,
+    DROP: tl.constexpr, GAIN: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BT + tl.arange(0, BT)
+    r = tl.arange(0, BR)
+    here = (row < rows)[:, None] | EVEN
+    tg = tl.load(t + row[:, None] * stride_t + r[None, :], mask=here & (r < rg)[None, :], other=0.0)
+    tu = tl.load(t + row[:, None] * stride_t + rg + r[None, :], mask=here & (r < ru)[None, :], other=0.0)
+    total = tl.zeros((BT, BR), tl.float32)
+    for k in tl.range(0, LOOP, num_stages=STAGES):  # named, also loads that no product reads are fetched ahead
+        column = (tl.program_id(1) * LOOP + k) * BC
+        c = column + tl.arange(0, BC)
+        there = (c < cols)[None, :] | EVEN
+        inside = here & there
+        at = row.to(tl.int64)[:, None] * cols + c[None, :]
+        gate = tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(u + at, mask=inside, other=0.0).to(tl.float32)
+        wg = tl.load(bg + c[None, :] * rg + r[:, None], mask=there & (r < rg)[:, None], other=0.0)
+        wu = tl.load(bu + c[None, :] * ru + r[:, None], mask=there & (r < ru)[:, None], other=0.0)
+        gate = tl.dot(tg, wg, gate, input_precision="ieee")
+        up = tl.dot(tu, wu, up, input_precision="ieee")
+        if GAIN:
+            gate *= tl.load(gg + c, mask=(c < cols) | EVEN, other=0.0).to(tl.float32)[None, :]
+            up *= tl.load(gu + c, mask=(c < cols) | EVEN, other=0.0).to(tl.float32)[None, :]
+        out = gate * _sigmoid(gate, FAST) * up
+        tl.store(h + at, out.to(h.dtype.element_ty), mask=inside)
+        if DROP:
+            out = tl.where(kept(tl.load(seed), row, column, cols, threshold, BT, BC), out, 0.0)
+        wd = tl.load(ad + r[None, :] * cols + c[:, None], mask=(c < cols)[:, None] & (r < rd)[None, :], other=0.0)
+        total = tl.dot(out.to(h.dtype.element_ty), wd, total, input_precision="ieee")
+    td += tl.program_id(1).to(tl.int64) * rows * rd
+    tl.store(td + row[:, None] * rd + r[None, :], total * scale, mask=here & (r < rd)[None, :])
+
+
+@triton.jit
+def _backward(
+    dh, g, u, dg, du, t, bg, bu, ad, gg, gu, dtd, dt, sums, sums_gg, sums_gu, seed,
+    rows, cols, rg, ru, rd, stride_t, stride_dtd, span, threshold, scale,
+    BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr,
+    DROP: tl.constexpr, GAIN: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    column, part = tl.program_id(0) * BC, tl.program_id(1)
+    c = column + tl.arange(0, BC)
+    r = tl.arange(0, BR)
+    there = (c < cols)[None, :] | EVEN
+    wg = tl.load(bg + c[None, :] * rg + r[:, None], mask=there & (r < rg)[:, None], other=0.0)
+    wu = tl.load(bu + c[None, :] * ru + r[:, None], mask=there & (r < ru)[:, None], other=0.0)
+    wd = tl.load(ad + r[:, None] * cols + c[None, :], mask=there & (r < rd)[:, None], other=0.0)
+    sum_g = tl.zeros((BR, BC), tl.float32)
+    sum_u = tl.zeros((BR, BC), tl.float32)
+    sum_d = tl.zeros((BR, BC), tl.float32)
+    for start in tl.range(part * span, min(part * span + span, rows), BT, num_stages=STAGES):
+        row = start + tl.arange(0, BT)
+        here = (row < rows)[:, None] | EVEN
+        inside = here & there
+        at = row.to(tl.int64)[:, None] * cols + c[None, :]
+        grad = tl.load(dh + at, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(u + at, mask=inside, other=0.0).to(tl.float32)
+        tg = tl.load(t + row[:, None] * stride_t + r[None, :], mask=here & (r < rg)[None, :], other=0.0)
+        tu = tl.load(t + row[:, None] * stride_t + rg + r[None, :], mask=here & (r < ru)[None, :], other=0.0)
+        gd = tl.load(dtd + row[:, None] * stride_dtd + r[None, :], mask=here & (r < rd)[None, :], other=0.0)
+        gate = tl.dot(tg, wg, gate, input_precision="ieee")
+        up = tl.dot(tu, wu, up, input_precision="ieee")
+        if GAIN:
+            gain_g = tl.load(gg + c, mask=(c < cols) | EVEN, other=0.0).to(tl.float32)[None, :]
+            gain_u = tl.load(gu + c, mask=(c < cols) | EVEN, other=0.0).to(tl.float32)[None, :]
+            before_g, before_u = gate, up
+            gate *= gain_g
+            up *= gain_u
+        sigmoid = _sigmoid(gate, FAST)
+        silu = gate * sigmoid
+        out = silu * up
+        if DROP:
+            keep = kept(tl.load(seed), row, column, cols, threshold, BT, BC)
+            grad += tl.where(keep, tl.dot(gd, wd, input_precision="ieee"), 0.0)
+            out = tl.where(keep, out, 0.0)
+        else:
+            grad = tl.dot(gd, wd, grad, input_precision="ieee")
+        grad_g = grad * up * (silu * (1.0 - sigmoid) + sigmoid)
+        if GAIN:  # each tile's sums are written: kept, they would take registers
+            tile = start // BT * cols + c
+            tl.store(sums_gg + tile, tl.sum(grad_g * before_g, 0), mask=(c < cols) | EVEN)
+            grad_g *= gain_g
+        grad_g = grad_g.to(dg.dtype.element_ty)
+        grad_u = grad * silu
+        if GAIN:
+            tl.store(sums_gu + tile, tl.sum(grad_u * before_u, 0), mask=(c < cols) | EVEN)
+            grad_u *= gain_u
+        grad_u = grad_u.to(dg.dtype.element_ty)
+        tl.store(dg + at, grad_g, mask=inside)
+        tl.store(du + at, grad_u, mask=inside)
+        sum_g = tl.dot(tl.trans(tg), grad_g, sum_g, input_precision="ieee")
+        sum_u = tl.dot(tl.trans(tu), grad_u, sum_u, input_precision="ieee")
+        sum_d = tl.dot(tl.trans(gd), out.to(dg.dtype.element_ty), sum_d, input_precision="ieee")
+        to = dt + row[:, None] * (rg + ru) + r[None, :]
+        tl.atomic_add(to, tl.dot(grad_g, tl.trans(wg), input_precision="ieee") * scale, mask=here & (r < rg)[None, :], sem="relaxed")
+        tl.atomic_add(to + rg, tl.dot(grad_u, tl.trans(wu), input_precision="ieee") * scale, mask=here & (r < ru)[None, :], sem="relaxed")
+    sums += (part * (rg + ru + rd) + r)[:, None].to(tl.int64) * cols + c[None, :]
+    tl.store(sums, sum_g, mask=there & (r < rg)[:, None])
+    tl.store(sums + rg * cols, sum_u, mask=there & (r < ru)[:, None])
+    tl.store(sums + (rg + ru) * cols, sum_d, mask=there & (r < rd)[:, None])
+
+
+def forward(
+    g: Tensor,
+    u: Tensor,
+    t: Tensor,
+    Bg: Tensor,
+    Bu: Tensor,
+    Ad: Tensor,
+    drop: Drop | None,
+    scale: float = 1.0,
+    gains: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor]:
+    """``h = silu(gg∘(g + tg·Bgᵀ))·(gu∘(u + tu·Buᵀ))`` and ``scale·drop(h)·Adᵀ``, with ``t = [tg | tu]``.
+
+    Args:
+        g: the gate projection's base output (N, C), contiguous; not written to.
+        u: the up projection's, likewise.
+        t: (N, rg + ru).
+        Bg: (C, rg), contiguous.
+        Bu: (C, ru), contiguous.
+        Ad: (rd, C), contiguous.
+        drop: the down projection's.
+        scale: the down projection's.
+        gains: gg and gu, (C,) both, or none.
+
+    Returns:
+        h (N, C) and (N, rd).
+    """
+    (rows, cols), (rg, ru, rd) = g.shape, (Bg.shape[1], Bu.shape[1], Ad.shape[0])
+    BR = block_of(max(rg, ru, rd))
+    tiles = tiles_of("forward", BR, drop is not None, bool(gains))
+    blocks = cdiv(cols, tiles.BC * LOOP)
+    h = torch.empty_like(g)
+    td = torch.empty(blocks, rows, rd, device=g.device, dtype=torch.float32)
+    seed, threshold = drop or (g, 0)
+    fast = g.is_cuda and g.dtype != torch.float32
+    _forward[(cdiv(rows, tiles.BT), blocks)](
+        g, u, h, t, Bg, Bu, Ad, *(gains or (g, u)), td, seed, rows, cols, rg, ru, rd, t.stride(0), threshold, scale,
+        BR=BR, LOOP=LOOP, STAGES=tiles.num_stages, DROP=drop is not None, GAIN=bool(gains),
+        EVEN=rows % tiles.BT == 0 and cols % (tiles.BC * LOOP) == 0, FAST=fast, **tiles.options)  # fmt: skip
+    return h, td.sum(0).to(g.dtype)
+
+
+def backward(
+    dh: Tensor,
+    g: Tensor,
+    u: Tensor,
+    t: Tensor,
+    Bg: Tensor,
+    Bu: Tensor,
+    Ad: Tensor,
+    dtd: Tensor,
+    drop: Drop | None,
+    scale: float = 1.0,
+    gains: Sequence[Tensor] = (),
+) -> tuple[Tensor, ...]:
+    """The gradients of everything around :func:`forward`; ``dh`` is overwritten.
+
+    Args:
+        dh: gradient of h without the adapter's share (N, C), contiguous.
+        g: as in the forward pass.
+        u: as in the forward pass.
+        t: as in the forward pass.
+        Bg: as in the forward pass.
+        Bu: as in the forward pass.
+        Ad: as in the forward pass.
+        dtd: gradient of ``drop(h)·Adᵀ`` (N, rd).
+        drop: as in the forward pass.
+        scale: factor of the returned dt: t came with it.
+        gains: as in the forward pass.
+
+    Returns:
+        dg (N, C), du (N, C), dt (N, rg + ru), and in fp32 dBg (C, rg), dBu (C, ru), dAd (rd, C) and with gains theirs, (C,) each.
+    """
+    (rows, cols), (rg, ru, rd) = g.shape, (Bg.shape[1], Bu.shape[1], Ad.shape[0])
+    BR = block_of(max(rg, ru, rd))
+    tiles = tiles_of("backward", BR, drop is not None, bool(gains))
+    blocks = cdiv(cols, tiles.BC)
+    parts, span = split(rows, tiles.BT, blocks, PROGRAMS)
+    dg, du = dh, torch.empty_like(u)
+    dt = torch.zeros(rows, rg + ru, device=g.device, dtype=torch.float32)
+    sums = torch.empty(parts, rg + ru + rd, cols, device=g.device, dtype=torch.float32)
+    sums_of_gains = [torch.empty(cdiv(rows, tiles.BT), cols, device=g.device, dtype=torch.float32) for _ in gains]
+    seed, threshold = drop or (g, 0)
+    fast = g.is_cuda and g.dtype != torch.float32
+    _backward[(blocks, parts)](
+        dh, g, u, dg, du, t, Bg, Bu, Ad, *(gains or (g, u)), dtd, dt, sums, *(sums_of_gains or (sums, sums)), seed,
+        rows, cols, rg, ru, rd, t.stride(0), dtd.stride(0), span, threshold, scale,
+        BR=BR, STAGES=tiles.num_stages, DROP=drop is not None, GAIN=bool(gains),
+        EVEN=rows % tiles.BT == 0 and cols % tiles.BC == 0, FAST=fast, **tiles.options)  # fmt: skip
+    dBg, dBu, dAd = sums.sum(0).split([rg, ru, rd])
+    return dg, du, dt.to(g.dtype), dBg.t(), dBu.t(), dAd, *(part.sum(0) for part in sums_of_gains)

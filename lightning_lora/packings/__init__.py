@@ -1,5 +1,0 @@
-"""The libraries whose quantized layers are known: one file each registers how they are read, written and made."""
-
-from lightning_lora.packings import ao, bnb
-
-__all__ = ["ao", "bnb"]

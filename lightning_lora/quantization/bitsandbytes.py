@@ -1,0 +1,205 @@
+"""bitsandbytes: ``Linear4bit`` (NF4 and FP4, QLoRA arXiv:2305.14314) and ``Linear8bitLt`` (LLM.int8(), arXiv:2208.07339).
+
+Both hold a packed weight of a Parameter subclass and quantize when they are moved to a device, the CPU included. A layer that adapters
+come to is packed at once, so that what it is does not depend on where it was moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_lora.ops.frozen_weight import LAYOUTS, STORAGES, Layout, Storage, Stored
+from lightning_lora.quantization.formats import FORMATS, PACKINGS, Format, Packing
+from lightning_lora.utils.autocast import autocast_dtype
+from lightning_lora.utils.sharding import is_sharded, whole
+
+
+def _library() -> ModuleType:
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ImportError("this quantization needs the package bitsandbytes; pip install 'lightning-lora[bitsandbytes]'") from error
+    return bitsandbytes
+
+
+class Packed4bit(Packing):
+    """``Linear4bit``: blocks of 64 values share a scale; with double quantization the scales are 8-bit themselves."""
+
+    shards = True
+    attributes = ("quant_state", "quant_storage", "compute_dtype", "compute_type_is_set", "support_avx512bf16_for_cpu")
+    plain_class = nn.Linear
+
+    def is_packed(self, module: Any) -> bool:
+        """From its first move to a device on."""
+        return _state(module) is not None
+
+    def prepare(self, module: Any, dtype: torch.dtype | None) -> None:
+        """Pack it where it is, and keep it from being packed otherwise.
+
+        On CPUs with AVX512-BF16 a pass in evaluation mode rewrites the weight for inference, for good: the scales are rounded to
+        bf16 and the layer has no backward any more.
+        """
+        if getattr(_state(module), "packing_format_for_cpu", False):
+            raise ValueError(
+                "an evaluation pass on the CPU rewrote its 4-bit weight for inference, which cannot be trained through: load the"
+                " model again and apply LoRA first"
+            )
+        module.support_avx512bf16_for_cpu = False
+        if _state(module) is None and module.weight.device.type != "meta":
+            module.weight = module.weight.to(module.weight.device)
+        module.quant_state = _state(module)
+
+    def unpack(self, module: Any) -> Tensor:
+        """In the dtype it was packed from."""
+        return _library().functional.dequantize_4bit(module.weight.data, _state(module))
+
+    def repack(self, module: Any, weight: Tensor) -> None:
+        """With the same data type, block size and double quantization."""
+        old = module.weight
+        fields = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+        weight = weight.to(_state(module).dtype)
+        new = _library().nn.Params4bit(weight, requires_grad=False, module=module, **{name: getattr(old, name) for name in fields})
+        module._parameters["weight"] = new.to(old.device)  # fills in module.quant_state
+
+    def codes(self, module: Any) -> list[Tensor]:
+        """The 4-bit numbers, and the scales."""
+        return [whole(module.weight.detach()).as_subclass(Tensor).view(torch.uint8), _state(module).absmax]
+
+
+def _state(module: Any) -> Any:
+    """Scales and shape of a 4-bit weight: on the weight, and on the layer for when FSDP puts a plain tensor in the weight's place."""
+    state = getattr(module.weight, "quant_state", None)
+    return module.quant_state if state is None else state
+
+
+class Storage4bit(Storage):
+    """What ``Linear4bit.forward`` multiplies by: the weight, unpacked to the dtype it computes in, anew in each pass."""
+
+    def serves(self, module: Any, x: Tensor) -> bool:
+        """Where that is x's dtype: else bitsandbytes casts the input, and the output back."""
+        weight, state = module.weight, _state(module)
+        return (
+            state is not None
+            and not getattr(state, "packing_format_for_cpu", False)  # rewritten for inference
+            and state.shape == (module.out_features, module.in_features)
+            and not is_sharded(weight)
+            and weight.device == x.device
+            and module.compute_dtype in (None, x.dtype)  # None: not known before the first input, whose dtype it will be
+            and autocast_dtype(x) in (None, x.dtype)
+        )
+
+    def stored(self, module: Any) -> Stored:
+        """The 4-bit numbers with their scales; if these are packed too, with what they are packed in."""
+        state = _state(module)
+        tensors, layout = (module.weight, state.absmax), f"{state.quant_type} {state.blocksize} {module.out_features} {module.in_features}"
+        if not state.nested:
+            return Stored(tensors, f"bitsandbytes-4bit {layout}")
+        scales = state.state2
+        return Stored((*tensors, state.offset, scales.absmax, scales.code), f"bitsandbytes-4bit-nested {layout} {scales.blocksize}")
+
+
+_MOST_ROWS = 1536  # for which bitsandbytes has such kernels
+
+
+def _dense4bit(tensors: Sequence[Tensor], details: Sequence[str], dtype: torch.dtype) -> Tensor:
+    """The weight of a :class:`Storage4bit`."""
+    return _library().functional.dequantize_4bit(tensors[0].view(-1, 1), _rebuilt(tensors, details, dtype))
+
+
+def _linear4bit(tensors: Sequence[Tensor], details: Sequence[str], x: Tensor, bias: Tensor | None) -> Tensor:
+    """The product with it, for fewer rows by the library's choice of a kernel that unpacks as it goes."""
+    if x.shape[0] > _MOST_ROWS:  # what it would come to by itself, after more of Python
+        return F.linear(x, _dense4bit(tensors, details, x.dtype), bias)
+    return _library().matmul_4bit(x, tensors[0], _rebuilt(tensors, details, x.dtype), bias=bias)
+
+
+def _rebuilt(tensors: Sequence[Tensor], details: Sequence[str], dtype: torch.dtype) -> Any:
+    """bitsandbytes' description of the weight, which cannot be an operation's argument."""
+    make, (kind, *numbers) = _library().functional.QuantState, details
+    block, rows, columns, *nested_block = map(int, numbers)
+    _, absmax, *nested = tensors
+    offset = scales = None
+    if nested:
+        offset, nested_absmax, code = nested
+        scales = make(nested_absmax, code=code, blocksize=nested_block[0], dtype=torch.float32)
+    return make(absmax, torch.Size((rows, columns)), None, block, kind, dtype, offset, scales)
+
+
+class Packed8bit(Packing):
+    """``Linear8bitLt``: each row has a scale. The numbers wander from the weight to the layer's state in the first forward pass."""
+
+    attributes = ("state", "index")
+    plain_class = nn.Linear
+
+    def is_packed(self, module: Any) -> bool:
+        """From its first move to a device on; never with ``has_fp16_weights``, which keeps the weight in 16 bit."""
+        return module.weight.dtype == torch.int8
+
+    def prepare(self, module: Any, dtype: torch.dtype | None) -> None:
+        """Pack it where it is, and note the dtype to unpack to."""
+        if "_unpacked_dtype" not in module.__dict__:
+            module._unpacked_dtype = dtype if module.weight.dtype == torch.int8 else module.weight.dtype
+        if not module.state.has_fp16_weights and module.weight.dtype != torch.int8 and module.weight.device.type == "cpu":
+            module.weight = module.weight.to("cpu")
+
+    def unpack(self, module: Any) -> Tensor:
+        """In the dtype it was packed from, as far as that is known: the layer keeps none."""
+        scales = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
+        dense = _library().functional.int8_vectorwise_dequant(module.weight.data, scales)
+        return dense.to(getattr(module, "_unpacked_dtype", None) or torch.float32)
+
+    def repack(self, module: Any, weight: Tensor) -> None:
+        """Row by row, through float16 as bitsandbytes does."""
+        library, state = _library(), module.state
+        module.state = library.MatmulLtState()
+        for name in ("threshold", "has_fp16_weights", "use_pool"):
+            setattr(module.state, name, getattr(state, name))
+        codes, scales, _ = library.functional.int8_vectorwise_quant(weight.to(torch.float16).to(module.weight.device))
+        module._parameters["weight"] = library.nn.Int8Params(codes, requires_grad=False, CB=codes, SCB=scales)
+
+    def codes(self, module: Any) -> list[Tensor]:
+        """The numbers, and the scales."""
+        return [module.weight.detach().as_subclass(Tensor), module.weight.SCB if module.weight.SCB is not None else module.state.SCB]
+
+
+def pack_nf4(linear: Any, device: torch.device) -> None:
+    """4-bit NormalFloat with double quantization, computing in the weight's own dtype."""
+    modules = _library().nn
+    made = modules.Linear4bit(1, 1, linear.bias is not None, linear.weight.dtype, True, "nf4", device="meta")
+    weight = modules.Params4bit(linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", module=linear)
+    _become(linear, made, weight, device)
+    linear.quant_state = linear.weight.quant_state
+
+
+def pack_int8(linear: Any, device: torch.device) -> None:
+    """8-bit rows; inputs above 6 are multiplied in 16 bit, as LLM.int8() has it."""
+    modules = _library().nn
+    made = modules.Linear8bitLt(1, 1, linear.bias is not None, has_fp16_weights=False, threshold=6.0, device="meta")
+    codes, scales, _ = _library().functional.int8_vectorwise_quant(linear.weight.data.to(device, torch.float16))
+    codes, scales = codes.to(linear.weight.device), scales.to(linear.weight.device)
+    linear._unpacked_dtype = linear.weight.dtype
+    _become(linear, made, modules.Int8Params(codes, requires_grad=False, CB=codes, SCB=scales), linear.weight.device)
+
+
+def _become(linear: Any, made: Any, weight: Any, device: torch.device) -> None:
+    """Turn a linear into what a freshly made layer of the library is, in place: same module, same name, same bias."""
+    home = linear.weight.device
+    linear.__class__ = type(made)
+    linear._load_state_dict_pre_hooks.update(made._load_state_dict_pre_hooks)
+    linear.__dict__.update({name: value for name, value in made.__dict__.items() if name not in linear.__dict__})
+    linear._parameters["weight"] = weight.to(device).to(home)
+
+
+PACKINGS["bitsandbytes.nn.modules.Linear4bit"] = Packed4bit()
+PACKINGS["bitsandbytes.nn.modules.Linear8bitLt"] = Packed8bit()
+STORAGES["bitsandbytes.nn.modules.Linear4bit"] = Storage4bit()
+LAYOUTS["bitsandbytes-4bit"] = Layout(2, _dense4bit, _linear4bit)
+LAYOUTS["bitsandbytes-4bit-nested"] = Layout(5, _dense4bit, _linear4bit)
+FORMATS["nf4"] = Format(pack_nf4, _library)
+FORMATS["int8"] = Format(pack_int8, _library)

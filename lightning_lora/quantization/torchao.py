@@ -1,0 +1,94 @@
+"""torchao: a plain ``nn.Linear`` whose weight is a tensor subclass, ``NF4Tensor`` (QLoRA, arXiv:2305.14314) or ``Int8Tensor``.
+
+Any other of torchao's weights can be trained on and merged by dequantizing.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.quantization.formats import FORMATS, PACKINGS, Format, Packing
+from lightning_lora.utils.sharding import local
+
+
+def _library() -> ModuleType:
+    try:
+        import torchao.quantization
+    except ImportError as error:
+        raise ImportError("this quantization needs the package torchao; pip install 'lightning-lora[torchao]'") from error
+    return torchao.quantization
+
+
+class PackedSubclass(Packing):
+    """A weight that says itself how it is unpacked and what it is made of."""
+
+    repacks = False
+
+    def prepare(self, module: Any, dtype: torch.dtype | None) -> None:
+        """Drop the representation that ``quantize_`` puts on the instance: it would hide the adapter, and cannot be pickled."""
+        module.__dict__.pop("extra_repr", None)
+
+    def unpack(self, module: Any) -> Tensor:
+        """In the dtype that the weight gives itself out as."""
+        return module.weight.detach().dequantize()
+
+    def codes(self, module: Any) -> list[Tensor]:
+        """Its inner tensors; under sharding this rank's piece."""
+        weight: Any = local(module.weight.detach())
+        return [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
+
+
+class PackedInt8(PackedSubclass):
+    """``Int8Tensor``: a scale for each row."""
+
+    repacks = True
+
+    def repack(self, module: Any, weight: Tensor) -> None:
+        """With a scale for each row, or for the whole weight if it has one."""
+        old, ao = module.weight.detach(), _library()
+        granularity = ao.granularity.PerRow() if old.block_size[0] == 1 else ao.granularity.PerTensor()
+        new = ao.Int8Tensor.from_hp(weight.to(old.device, old.dtype).contiguous(), granularity)
+        module._parameters["weight"] = nn.Parameter(new, requires_grad=False)
+
+
+class PackedNF4(PackedSubclass):
+    """``NF4Tensor``: blocks of 64 values share a scale, and these are 8-bit themselves."""
+
+    repacks = shards = True
+
+    def unpack(self, module: Any) -> Tensor:
+        """In the dtype it was packed from."""
+        return module.weight.detach().get_original_weight()
+
+    def repack(self, module: Any, weight: Tensor) -> None:
+        """With the same block sizes."""
+        old = module.weight.detach()
+        new = type(old).from_tensor(weight.to(old.device, old.dtype).contiguous(), old.block_size, old.scaler_block_size)
+        module._parameters["weight"] = nn.Parameter(new, requires_grad=False)
+
+
+def pack_nf4(linear: nn.Linear, device: torch.device) -> None:
+    """4-bit NormalFloat with double quantization."""
+    from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
+
+    packed = to_nf4(linear.weight.detach().to(device).contiguous())
+    linear.weight = nn.Parameter(packed.to(linear.weight.device), requires_grad=False)
+
+
+def pack_int8(linear: nn.Linear, device: torch.device) -> None:
+    """8-bit weights with a scale for each row; inputs stay as they are."""
+    ao = _library()
+    packed = ao.Int8Tensor.from_hp(linear.weight.detach().to(device).contiguous(), ao.granularity.PerRow())
+    linear.weight = nn.Parameter(packed.to(linear.weight.device), requires_grad=False)
+
+
+PACKINGS["torchao.utils.TorchAOBaseTensor"] = PackedSubclass()
+PACKINGS["torchao.quantization.Int8Tensor"] = PackedInt8()
+PACKINGS["torchao.quantization.quantize_.workflows.nf4.nf4_tensor.NF4Tensor"] = PackedNF4()
+# 64 entries a block, 256 blocks a block of scales: other sizes can be had, but a copy of the weight goes back to these.
+FORMATS["torchao-nf4"] = Format(pack_nf4, _library, unit=64 * 256)
+FORMATS["torchao-int8"] = Format(pack_int8, _library)

@@ -1,0 +1,208 @@
+"""Reading adapter files without a model: what is refused, by file and reason; what a file carries."""
+
+import io
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lightning_lora import LoRAConfig, save_adapter
+from lightning_lora.adapter_io.files import CONFIG, FORMAT_VERSION, META, TENSORS, AdapterFile, read_adapter
+from lightning_lora.adapter_io.fingerprint import base_identity
+from tests.conftest import TinyModel, adapted, same_bits
+
+CONFIGURED = LoRAConfig(target_modules=["q_proj"], rank=2, alpha=3, dropout=0.1, bias="lora_only", scaling="rslora", layers=[0])
+
+
+@pytest.fixture
+def model(make):
+    return adapted(make(TinyModel), **CONFIGURED.to_dict())
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    return save_adapter(model, tmp_path / "adapter")
+
+
+def change_tensors(folder, change=lambda tensors: None, change_meta=lambda meta: None, drop_meta=False):
+    with safe_open(folder / TENSORS, "pt") as reader:
+        metadata = reader.metadata()
+    tensors, meta = load_file(folder / TENSORS), json.loads(metadata[META])
+    change(tensors)
+    change_meta(meta)
+    save_file(tensors, folder / TENSORS, {"format": "pt"} if drop_meta else {"format": "pt", META: json.dumps(meta)})
+
+
+def change_json(folder, **fields):
+    (folder / CONFIG).write_text(json.dumps(json.loads((folder / CONFIG).read_text()) | fields))
+
+
+def test_a_folder_is_two_files_and_reads_back_whole(model, folder):
+    assert sorted(path.name for path in folder.iterdir()) == [CONFIG, TENSORS]
+    adapter = read_adapter(str(folder))
+    assert adapter.config == CONFIGURED
+    assert set(adapter.tensors) == {f"layers.0.attn.q_proj.{part}" for part in ("lora_A", "lora_B", "bias")}
+    assert all(same_bits(tensor, model.state_dict()[name]) for name, tensor in adapter.tensors.items())
+    assert adapter.base == base_identity(model, {"layers.0.attn.q_proj.bias"})
+
+
+def test_the_files_are_pefts(folder):
+    assert set(load_file(folder / TENSORS)) == {
+        f"base_model.model.layers.0.attn.q_proj.{part}" for part in ("lora_A.weight", "lora_B.weight", "base_layer.bias")
+    }
+    with safe_open(folder / TENSORS, "pt") as reader:
+        assert reader.metadata()["format"] == "pt"
+    assert json.loads((folder / CONFIG).read_text())["peft_type"] == "LORA"
+
+
+def test_the_tensors_carry_version_config_and_base(folder):
+    with safe_open(folder / TENSORS, "pt") as reader:
+        meta = json.loads(reader.metadata()[META])
+    assert meta["format_version"] == FORMAT_VERSION == 1
+    assert LoRAConfig(**meta["config"]) == CONFIGURED
+    assert set(meta["base"]) == {"fingerprint", "class", "name"}
+
+
+def test_the_tensors_alone_are_enough(folder):
+    """What a crash between the two files of another config leaves."""
+    (folder / CONFIG).unlink()
+    assert read_adapter(folder).config == CONFIGURED
+
+
+def test_without_our_metadata_it_is_pefts(folder):
+    change_tensors(folder, drop_meta=True)
+    adapter = read_adapter(folder)
+    assert adapter.base is None
+    assert (adapter.config.rank, adapter.config.alpha, adapter.config.scaling, adapter.config.bias) == (2, 3.0, "rslora", "lora_only")
+    (folder / CONFIG).unlink()
+    with pytest.raises(ValueError, match=r"adapter_config\.json is missing"):
+        read_adapter(folder)
+
+
+def truncate(folder, size):
+    data = (folder / TENSORS).read_bytes()
+    (folder / TENSORS).write_bytes(data[:size])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / TENSORS).unlink(), r"adapter_model\.safetensors is missing"),
+        (
+            lambda f: ((f / TENSORS).unlink(), (f / "adapter_model.bin").write_bytes(b"")),
+            r"is missing; adapter_model\.bin is a pickle, which can run code: load it in PEFT",
+        ),
+        (lambda f: truncate(f, 0), r"adapter_model\.safetensors is not a readable safetensors file \(truncated\?\)"),
+        (lambda f: truncate(f, 4), "not a readable safetensors file"),
+        (lambda f: truncate(f, 700), "not a readable safetensors file"),
+        (lambda f: truncate(f, -1), "not a readable safetensors file"),
+        (lambda f: (f / CONFIG).write_text('{"r": 2,'), r"adapter_config\.json is not valid JSON"),
+        (lambda f: (f / CONFIG).write_text("[]"), r"adapter_config\.json holds a list, not a JSON object"),
+        (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe"), r"adapter_config\.json is not valid JSON"),
+        (lambda f: change_json(f, r=4), "says r=4, the tensors were saved with 2: files of two different saves"),
+        (lambda f: change_json(f, lora_alpha=4), "says lora_alpha=4"),
+        (lambda f: change_json(f, use_rslora=False), "says use_rslora=False"),
+        (lambda f: change_json(f, bias="none"), "says bias='none'"),
+        (lambda f: change_tensors(f, change_meta=lambda m: m.update(format_version=2)), "format version 2, .* reads up to 1; update"),
+        (lambda f: change_tensors(f, lambda t: t.update({"q.lora_A": torch.ones(1)})), "'q.lora_A' does not start with 'base_model"),
+        (lambda f: change_tensors(f, change_meta=lambda m: m["config"].update(rank=0)), "rank=0"),
+        (lambda f: change_tensors(f, change_meta=lambda m: m["config"].update(new_field=1)), "new_field"),
+        (lambda f: change_tensors(f, change_meta=lambda m: m.pop("format_version")), "format_version"),
+    ],
+    ids=[
+        "no-tensors", "pickle", "empty", "header-length", "header", "last-byte", "json-cut", "json-list", "json-binary", "rank", "alpha",
+        "scaling", "bias", "version", "name", "bad-config", "unknown-config-field", "no-version",
+    ],
+)  # fmt: skip
+def test_damaged_folders_are_refused_by_file_and_reason(folder, damage, message):
+    damage(folder)
+    with pytest.raises(ValueError, match=message):
+        read_adapter(folder)
+
+
+def test_no_such_folder(tmp_path):
+    with pytest.raises(ValueError, match="nothing: there is no such adapter folder or checkpoint"):
+        read_adapter(tmp_path / "nothing")
+
+
+# Checkpoints.
+
+
+def write_checkpoint(path, folder, root="model", change=lambda checkpoint: None):
+    adapter = read_adapter(folder)
+    prefix = f"{root}." if root else ""
+    checkpoint = {"state_dict": {prefix + name: t for name, t in adapter.tensors.items()}, META: adapter.meta(root=root), "epoch": 1}
+    change(checkpoint)
+    torch.save(checkpoint, path)
+    return path
+
+
+@pytest.mark.parametrize("root", ["model", "", "net.inner"])
+def test_a_checkpoint_reads_as_the_folder_does(folder, tmp_path, root):
+    adapter, expected = read_adapter(write_checkpoint(tmp_path / "a.ckpt", folder, root)), read_adapter(folder)
+    assert replace(adapter, tensors={}) == replace(expected, tensors={})
+    assert adapter.tensors.keys() == expected.tensors.keys()
+    assert all(same_bits(tensor, expected.tensors[name]) for name, tensor in adapter.tensors.items())
+
+
+def test_meta_is_plain_types():
+    meta = AdapterFile(CONFIGURED, {}, {"fingerprint": "0"}).meta(root="model")
+    assert json.loads(json.dumps(meta)) == meta
+    assert meta["root"] == "model"
+
+
+class RunsCode:
+    def __reduce__(self):
+        return print, ("code ran",)
+
+
+def saved(value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is not a readable checkpoint"),
+        (b"not a checkpoint", "is not a readable checkpoint"),
+        (b"PK\x03\x04 cut", "is not a readable checkpoint"),
+        (saved({META: RunsCode()}), "is not a readable checkpoint"),
+    ],
+    ids=["empty", "text", "cut-zip", "code"],
+)
+def test_unreadable_checkpoints(tmp_path, capsys, content, message):
+    (tmp_path / "a.ckpt").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"a\.ckpt {message}"):
+        read_adapter(tmp_path / "a.ckpt")
+    assert "code ran" not in capsys.readouterr().out
+
+
+def test_a_truncated_checkpoint(folder, tmp_path):
+    path = write_checkpoint(tmp_path / "a.ckpt", folder)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(ValueError, match="is not a readable checkpoint"):
+        read_adapter(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop(META), "was not written under LoRACallback: it holds no adapter"),
+        (lambda c: c["state_dict"].update(other=torch.ones(1)), "'other' is not part of 'model'; load it through Trainer"),
+        (lambda c: c[META].update(format_version=9), "has format version 9"),
+    ],
+)
+def test_checkpoints_that_hold_no_adapter_we_can_read(folder, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        read_adapter(write_checkpoint(tmp_path / "a.ckpt", folder, change=change))
+
+
+def test_a_checkpoint_that_is_no_dict(tmp_path):
+    torch.save([1, 2], tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="was not written under LoRACallback"):
+        read_adapter(tmp_path / "a.ckpt")

@@ -1,0 +1,514 @@
+"""Adapters out of a model and into one: all of it or nothing, whatever goes wrong, even a kill."""
+
+import contextlib
+import copy
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lightning_lora import LoRAConfig, apply_lora, load_adapter, merge_lora, save_adapter, unload_lora, unmerge_lora
+from lightning_lora.adapter_io.files import CONFIG, META, TENSORS, read_adapter
+from lightning_lora.layers import lora_layers
+from tests.conftest import ALL, ConvNet, Task, TinyModel, adapted, base_bits, same_bits, snapshot
+
+
+@pytest.fixture
+def folder(make, tmp_path):
+    return save_adapter(adapted(make(TinyModel), **ALL), tmp_path / "adapter")
+
+
+def merged(model):
+    return merge_lora(model)
+
+
+# There and back.
+
+
+@pytest.mark.parametrize("wrap_load", [lambda m: m, Task], ids=["plain", "task"])
+@pytest.mark.parametrize("wrap_save", [lambda m: m, Task], ids=["plain", "task"])
+@pytest.mark.parametrize("save_merged", [False, True])
+@pytest.mark.parametrize("into", ["base", "adapted", "merged", "unloaded"])
+def test_round_trip(make, ids, tmp_path, wrap_save, wrap_load, save_merged, into):
+    model = adapted(make(TinyModel), **ALL)
+    expected = model(ids)
+    folder = save_adapter((merged if save_merged else lambda m: m)(wrap_save(model)), tmp_path / "deep" / "adapter")
+    assert folder == tmp_path / "deep" / "adapter"
+    other = make(TinyModel)
+    if into != "base":
+        adapted(other, seed=9, **ALL)
+        other = {"adapted": lambda m: m, "merged": merge_lora, "unloaded": unload_lora}[into](other)
+    other = wrap_load(other)
+    assert load_adapter(other, str(folder)) is other
+    assert same_bits(other(ids), expected)
+    assert not any(layer.merged for _, layer in lora_layers(other))
+    trained = {name.removeprefix("model.") for name, p in other.named_parameters() if p.requires_grad}
+    assert trained == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["q_proj"], "rank_pattern": {"layers.0.attn.q_proj": 2}, "alpha_pattern": {r".*1.*q_proj": 5}},
+        {"target_modules": r".*(q|v)_proj", "layers": [1], "scaling": "rslora", "dropout": 0.5},
+        {"target_modules": ["q_proj"], "bias": "lora_only"},
+        {"target_modules": ["q_proj"], "bias": "all"},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]},
+        {"target_modules": "all-linear", "exclude_modules": ["lm_head"], "init": "gaussian"},
+    ],
+    ids=["patterns", "layers", "bias-lora", "bias-all", "saved", "all-linear"],
+)
+@pytest.mark.parametrize("save_merged", [False, True])
+def test_everything_that_trained_comes_along(make, ids, tmp_path, fields, save_merged):
+    model = adapted(make(TinyModel), **fields).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    expected = model(ids)
+    if save_merged:
+        merge_lora(model)
+    other = load_adapter(make(TinyModel).eval(), save_adapter(model, tmp_path))
+    assert same_bits(other(ids), expected)
+    assert all(layer.lora_config == LoRAConfig(**fields) for _, layer in lora_layers(other))
+    assert [n for n, p in other.named_parameters() if p.requires_grad] == [n for n, p in model.named_parameters() if p.requires_grad]
+    # What came back can be saved again and is the same.
+    again = read_adapter(save_adapter(other, tmp_path / "again")).tensors
+    assert all(same_bits(tensor, again[name]) for name, tensor in read_adapter(tmp_path).tensors.items())
+
+
+def test_only_what_trained_is_written(make, folder):
+    names = set(read_adapter(folder).tensors)
+    assert names == {n for n, p in adapted(make(TinyModel), **ALL).named_parameters() if p.requires_grad}
+
+
+def test_batch_norm_statistics_travel(tmp_path):
+    torch.manual_seed(0)
+    base = ConvNet()
+    model = adapted(copy.deepcopy(base), target_modules=["conv"], rank=2)
+    for _ in range(3):
+        model(torch.randn(4, 3, 6, 6) * 3 + 1)
+    assert model.norm.num_batches_tracked == 3
+    x = torch.randn(2, 3, 6, 6)
+    expected = model.eval()(x)
+    other = load_adapter(copy.deepcopy(base), save_adapter(model, tmp_path)).eval()
+    assert same_bits(other(x), expected)
+    assert other.norm.num_batches_tracked == 3
+
+
+def test_a_fresh_classification_head_travels(tmp_path):
+    from transformers import BertConfig, BertForSequenceClassification  # not above: a child process below imports this file
+
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    base = BertForSequenceClassification(BertConfig(vocab_size=16, **sizes)).eval()
+    model = adapted(copy.deepcopy(base), target_modules=["query"], rank=2)
+    with torch.no_grad():
+        model.classifier.weight.normal_()
+    folder = save_adapter(model, tmp_path)
+    with torch.no_grad():
+        base.classifier.weight.normal_()  # another fresh head: no part of the base
+    ids = torch.tensor([[1, 2]])
+    assert same_bits(load_adapter(base, folder)(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_base_keeps_fp32_adapters_in_the_file(make, ids, tmp_path, dtype):
+    model = adapted(make(TinyModel).to(dtype), **ALL)
+    folder = save_adapter(model, tmp_path)
+    assert {tensor.dtype for tensor in load_file(folder / TENSORS).values()} == {torch.float32}
+    assert same_bits(load_adapter(make(TinyModel).to(dtype), folder)(ids), model(ids))
+
+
+def test_an_adapter_fits_the_same_base_in_another_dtype(make, folder):
+    load_adapter(make(TinyModel).bfloat16(), folder)
+    load_adapter(make(TinyModel).double(), folder)
+
+
+def test_tied_embeddings(make, ids, tmp_path):
+    model = adapted(make(TinyModel, tied=True), target_modules=["embed", "lm_head"], rank=2)
+    folder = save_adapter(model, tmp_path)
+    other = load_adapter(make(TinyModel, tied=True), folder)
+    assert other.embed.weight is other.lm_head.weight
+    assert same_bits(other(ids), model(ids))
+    merge_lora(other, untie=True)
+    load_adapter(other, folder)
+    assert other.embed.weight is other.lm_head.weight
+
+
+def test_a_compiled_model_writes_the_same_file(make, tmp_path, ids):
+    model = adapted(make(TinyModel), **ALL)
+    plain = save_adapter(model, tmp_path / "plain")
+    compiled = save_adapter(torch.compile(model, backend="eager"), tmp_path / "compiled")
+    first, second = read_adapter(plain), read_adapter(compiled)
+    assert first.meta() == second.meta() and first.tensors.keys() == second.tensors.keys()
+    assert all(same_bits(first.tensors[name], second.tensors[name]) for name in first.tensors)
+    other = torch.compile(make(TinyModel), backend="eager")
+    load_adapter(other, plain)
+    assert same_bits(other._orig_mod(ids), model(ids))
+
+
+def test_a_checkpoint_loads_as_a_folder_does(make, ids, tmp_path, folder):
+    adapter = read_adapter(folder)
+    state = {f"model.{name}": tensor for name, tensor in adapter.tensors.items()}
+    torch.save({"state_dict": state, META: adapter.meta(root="model")}, tmp_path / "a.ckpt")
+    expected = load_adapter(make(TinyModel), folder)(ids)
+    assert same_bits(load_adapter(make(TinyModel), tmp_path / "a.ckpt")(ids), expected)
+    assert same_bits(load_adapter(Task(make(TinyModel)), tmp_path / "a.ckpt")(ids), expected)
+
+
+def test_loading_a_second_adapter_replaces_the_first(make, ids, tmp_path):
+    first, second = (adapted(make(TinyModel), seed=seed, **ALL) for seed in (1, 2))
+    folders = [save_adapter(m, tmp_path / str(i)) for i, m in enumerate((first, second))]
+    model = make(TinyModel)
+    for index in (0, 1, 0):
+        load_adapter(model, folders[index])
+        assert same_bits(model(ids), (first, second)[index](ids))
+        merge_lora(model)
+
+
+# Refusals to save.
+
+
+def test_a_model_without_lora_is_not_saved(make, tmp_path):
+    with pytest.raises(ValueError, match="TinyModel has no LoRA layers to save; call apply_lora"):
+        save_adapter(make(TinyModel), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_folder_that_is_not_empty_needs_overwrite(make, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    model = adapted(make(TinyModel), **ALL)
+    with pytest.raises(ValueError, match="is not empty; choose another or pass overwrite=True"):
+        save_adapter(model, tmp_path)
+    assert os.listdir(tmp_path) == ["notes.txt"]
+    save_adapter(model, tmp_path, overwrite=True)
+    assert sorted(os.listdir(tmp_path)) == [CONFIG, TENSORS, "notes.txt"]
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_file_in_the_place_of_the_folder(make, tmp_path):
+    (tmp_path / "a").write_text("")
+    with pytest.raises(ValueError, match="is a file; choose another"):
+        save_adapter(adapted(make(TinyModel), **ALL), tmp_path / "a", overwrite=True)
+
+
+def test_saving_changes_nothing(make, tmp_path):
+    model = merge_lora(adapted(make(TinyModel), **ALL))
+    before = snapshot(model)
+    save_adapter(model, tmp_path)
+    assert snapshot(model) == before
+
+
+# Refusals to load: the model is as it was, to the bit.
+
+
+def change_tensors(folder, change):
+    with safe_open(folder / TENSORS, "pt") as reader:
+        metadata = reader.metadata()
+    tensors = load_file(folder / TENSORS)
+    change(tensors)
+    save_file(tensors, folder / TENSORS, metadata)
+
+
+FIRST = "base_model.model.embed.lora_embedding_A"
+LAST = "base_model.model.layers.1.mlp.lora_B.weight"
+DAMAGES = {
+    "missing": (lambda f: change_tensors(f, lambda t: t.pop(LAST)), r"1 tensors are missing .*: layers\.1\.mlp\.lora_B"),
+    "left-over": (
+        lambda f: change_tensors(f, lambda t: t.update({"base_model.model.layers.7.mlp.lora_A.weight": torch.ones(4, 8)})),
+        r"'layers\.7\.mlp\.lora_A' is no tensor that its config puts on this model",
+    ),
+    "other-base-tensor": (
+        lambda f: change_tensors(f, lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(11, 8)})),
+        r"'lm_head\.weight' is a base weight that differs from this model's",
+    ),
+    "shape": (lambda f: change_tensors(f, lambda t: t.update({LAST: torch.ones(8, 5)})), r"layers\.1\.mlp\.lora_B has shape \(8, 5\)"),
+    "nan": (
+        lambda f: change_tensors(f, lambda t: t[LAST].fill_(torch.nan)),
+        r"1\.mlp\.lora_B holds NaN or infinity \(1 tensors do\)",
+    ),
+    "inf": (lambda f: change_tensors(f, lambda t: t[FIRST].fill_(torch.inf)), r"embed\.lora_A holds NaN or infinity"),
+    "truncated": (lambda f: (f / TENSORS).write_bytes((f / TENSORS).read_bytes()[:-1]), "not a readable safetensors file"),
+    "no-tensors": (lambda f: (f / TENSORS).unlink(), "is missing"),
+    "json": (lambda f: (f / CONFIG).write_text("{"), "is not valid JSON"),
+    "mixed": (lambda f: (f / CONFIG).write_text('{"peft_type": "LORA", "r": 2}'), "files of two different saves"),
+}
+STATES = {"base": lambda m: m, "adapted": lambda m: adapted(m, seed=9, **ALL), "merged": lambda m: merge_lora(adapted(m, seed=9, **ALL))}
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_refused_file_leaves_the_model_alone(make, folder, damage, state):
+    model = STATES[state](make(TinyModel))
+    change, message = DAMAGES[damage]
+    change(folder)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message) as error:
+        load_adapter(model, folder)
+    assert str(folder) in str(error.value)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_another_base_is_refused_unless_told_otherwise(make, ids, folder, state):
+    torch.manual_seed(99)
+    model = STATES[state](TinyModel())
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"was trained on another base: fingerprint [0-9a-f]{32} \(TinyModel ''\).* pass check_base=False"):
+        load_adapter(model, folder)
+    assert snapshot(model) == before
+    load_adapter(model, folder, check_base=False)
+    assert same_bits(model.embed.lora_A, read_adapter(folder).tensors["embed.lora_A"])
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_smaller_base_is_refused(folder, state):
+    model = TinyModel()
+    del model.layers[1]
+    model = STATES[state](model)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"layers\.1"):
+        load_adapter(model, folder)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"rank": 2}, "embed"),
+        ({"alpha": 3.0}, "embed"),
+        ({"scaling": "rslora"}, "embed"),
+        ({"target_modules": ["q_proj"]}, "embed"),
+        ({"target_modules": ["q_proj", "v_proj", "mlp", "embed", "lm_head"]}, "lm_head"),
+        ({"rank_pattern": {"layers.1.mlp": 2}}, r"layers\.1\.mlp"),
+    ],
+)
+def test_an_adapter_of_another_shape_than_the_models_is_refused(make, folder, fields, name, merge):
+    model = adapted(make(TinyModel), **(ALL | fields))
+    if merge:
+        merge_lora(model)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=rf"does not fit the LoRA this model has.*'{name}' has .*; call unload_lora\(model\) first"):
+        load_adapter(model, folder)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("fields", [{"bias": "all"}, {"bias": "lora_only"}, {"modules_to_save": ["lm_head"]}], ids=lambda f: next(iter(f)))
+def test_an_adapter_that_trained_more_than_the_model_does_is_refused(make, tmp_path, fields):
+    """Its biases or heads would land in frozen parameters, and a later save would leave them out."""
+    folder = save_adapter(adapted(make(TinyModel), **ALL, **fields), tmp_path)
+    model = adapted(make(TinyModel), **ALL)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"call unload_lora\(model\) first"):
+        load_adapter(model, folder)
+    assert snapshot(model) == before
+
+
+def test_training_settings_may_differ(make, ids, tmp_path):
+    """Dropout and init change nothing once the adapter is trained."""
+    source = adapted(make(TinyModel), **ALL, dropout=0.5, init="gaussian").eval()
+    model = load_adapter(adapted(make(TinyModel), seed=9, **ALL).eval(), save_adapter(source, tmp_path))
+    assert same_bits(model(ids), source(ids))
+
+
+def test_a_merge_without_a_way_back_is_refused(make, folder):
+    model = merge_lora(adapted(make(TinyModel), **ALL), reversible=False)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="'embed' cannot be unmerged: the way back was not kept"):
+        load_adapter(model, folder)
+    assert snapshot(model) == before
+
+
+def test_a_merged_model_whose_adapter_changed_stays_merged(make, folder):
+    model = merge_lora(adapted(make(TinyModel), **ALL))
+    with torch.no_grad():
+        model.layers[1].mlp.lora_A[0, 0] += 1
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"'layers\.1\.mlp' cannot be unmerged"):
+        load_adapter(model, folder)
+    assert snapshot(model) == before
+
+
+def test_nan_on_request(make, folder):
+    change_tensors(folder, lambda t: t[LAST].fill_(torch.nan))
+    model = load_adapter(make(TinyModel), folder, allow_nonfinite=True)
+    assert model.layers[1].mlp.lora_B.isnan().all()
+
+
+def test_pefts_copies_of_frozen_base_weights_are_accepted_as_long_as_they_are_the_bases(make, folder):
+    change_tensors(folder, lambda t: t.update({"base_model.model.lm_head.weight": make(TinyModel).lm_head.weight.detach().clone()}))
+    load_adapter(make(TinyModel), folder)
+
+
+def test_grouped_convolutions_round_trip_and_refuse_mixed_groups(tmp_path):
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(4, 6, 3, groups=2))
+
+    model, x = adapted(net(), target_modules=["0"], rank=2), torch.randn(1, 4, 5, 5)
+    folder, other = save_adapter(model, tmp_path), net()
+    assert same_bits(load_adapter(other, folder)(x), model(x))
+    name = "base_model.model.0.lora_A.weight"
+    change_tensors(folder, lambda t: t[name].fill_(1.0))
+    before = snapshot(other)
+    with pytest.raises(ValueError, match=r"0\.lora_A: .* mixes the groups"):
+        load_adapter(other, folder)
+    assert snapshot(other) == before
+
+
+# Crashes.
+
+
+class Crash(Exception):
+    pass
+
+
+STEPS = ("fsync", "replace", "unlink")
+
+
+def crash_at(monkeypatch, step, error):
+    """Let the step-th of the calls that change the disk fail; returns the counter."""
+    count = [0]
+
+    def wrap(real):
+        def call(*args, **kwargs):
+            count[0] += 1
+            if count[0] == step:
+                raise error
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in STEPS:
+        monkeypatch.setattr(os, name, wrap(getattr(os, name)))
+    return count
+
+
+def holds_one_whole_adapter(folder, build, ids, outputs):
+    """Which of the adapters the folder holds; both readers, ours and any that goes by the JSON, see the same one."""
+    result = load_adapter(build(), folder)(ids)
+    (which,) = [i for i, expected in enumerate(outputs) if same_bits(result, expected)]
+    if (folder / CONFIG).exists():
+        rank = json.loads((folder / CONFIG).read_text())["r"]
+        assert {t.shape[0] for n, t in load_file(folder / TENSORS).items() if ".lora_A." in n} == {rank}
+    return which
+
+
+@pytest.mark.parametrize("error", [Crash(), OSError(errno.ENOSPC, "No space left on device")], ids=["crash", "full-disk"])
+@pytest.mark.parametrize("step", range(1, 9))
+@pytest.mark.parametrize("ranks", [(2, 2), (2, 4)], ids=["same-config", "other-config"])
+def test_a_failed_save_leaves_the_old_or_the_new_adapter_and_no_temporary(make, ids, tmp_path, step, ranks, error):
+    models = [adapted(make(TinyModel), seed=seed, target_modules=["q_proj"], rank=rank) for seed, rank in enumerate(ranks)]
+    outputs = [model(ids) for model in models]
+    folder = save_adapter(models[0], tmp_path / "adapter")
+    with pytest.MonkeyPatch.context() as patch:
+        count = crash_at(patch, step, error)
+        try:
+            save_adapter(models[1], folder, overwrite=True)
+            failed = False
+        except (Crash, OSError):
+            failed = True
+    assert failed == (count[0] >= step)
+    assert set(os.listdir(folder)) <= {CONFIG, TENSORS}
+    which = holds_one_whole_adapter(folder, lambda: make(TinyModel), ids, outputs)
+    if step == 1:
+        assert failed
+        assert which == 0
+    if not failed:
+        assert which == 1
+    save_adapter(models[1], folder, overwrite=True)
+    assert holds_one_whole_adapter(folder, lambda: make(TinyModel), ids, outputs) == 1
+    assert sorted(os.listdir(folder)) == [CONFIG, TENSORS]
+
+
+@pytest.mark.parametrize("step", range(1, 7))
+def test_a_failed_first_save_leaves_nothing_that_loads_wrongly(make, ids, tmp_path, step):
+    model, folder = adapted(make(TinyModel), **ALL), tmp_path / "adapter"
+    with pytest.MonkeyPatch.context() as patch:
+        crash_at(patch, step, Crash())
+        with contextlib.suppress(Crash):
+            save_adapter(model, folder)
+    assert set(os.listdir(folder)) <= {CONFIG, TENSORS}
+    if (folder / TENSORS).exists():
+        assert same_bits(load_adapter(make(TinyModel), folder)(ids), model(ids))
+    else:
+        assert step <= 2
+        with pytest.raises(ValueError, match="is missing"):
+            load_adapter(make(TinyModel), folder)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from lightning_lora import save_adapter
+from tests.conftest import TinyModel, adapted
+from tests.adapter_io.test_save_load import STEPS, holds_one_whole_adapter
+
+def build():
+    torch.manual_seed(3)
+    return TinyModel()
+
+folder, ids = Path(sys.argv[1]), torch.tensor([[1, 2, 3]])
+models = [adapted(build(), seed=rank, target_modules=["q_proj"], rank=rank) for rank in (2, 4)]
+outputs = [model(ids) for model in models]
+save_adapter(models[0], folder)
+for survives in range(1, 17):
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        def told(real):
+            def call(*args, **kwargs):
+                os.write(write, b".")
+                return real(*args, **kwargs)
+            return call
+        for name in STEPS:
+            setattr(os, name, told(getattr(os, name)))
+        for i in range(10**6):
+            save_adapter(models[(i + survives) % 2], folder, overwrite=True)
+    os.close(write)
+    for _ in range(survives):
+        assert os.read(read, 1) == b"."
+    os.kill(child, signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    os.close(read)
+    print(survives, holds_one_whole_adapter(folder, build, ids, outputs))
+"""
+
+
+def test_a_process_killed_while_it_saves_leaves_the_old_or_the_new_adapter(tmp_path):
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", KILLED, str(tmp_path / "adapter")], cwd=root, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    found = [int(line.split()[1]) for line in done.stdout.splitlines()]
+    assert len(found) == 16
+    assert set(found) == {0, 1}
+
+
+def test_loading_keeps_unmerge_exact(make, folder):
+    model = make(TinyModel)
+    base = base_bits(model)
+    unload_lora(unmerge_lora(merge_lora(load_adapter(model, folder))))
+    assert base_bits(model) == base
+
+
+def test_loading_applies_lora_as_apply_lora_does(make, folder):
+    loaded, applied = load_adapter(make(TinyModel), folder), apply_lora(make(TinyModel), config=LoRAConfig(**ALL))
+    assert [(n, type(m)) for n, m in loaded.named_modules()] == [(n, type(m)) for n, m in applied.named_modules()]
+    assert [(n, p.dtype, p.requires_grad) for n, p in loaded.named_parameters()] == [
+        (n, p.dtype, p.requires_grad) for n, p in applied.named_parameters()
+    ]
+    assert apply_lora(loaded, config=LoRAConfig(**ALL)) is loaded

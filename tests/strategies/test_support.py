@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.strategies import SingleDeviceStrategy
+
+from lightning_lora import LoRACallback
+from lightning_lora.strategies.checkpoint_io import REST, DurableCheckpointIO
+from lightning_lora.utils.names import persistent_buffers
+from tests.lit import CONFIG, LitNet, trainer
+
+
+def test_hooks_are_installed_once_and_come_off(tmp_path: Path) -> None:
+    run = trainer(tmp_path, LoRACallback(CONFIG), max_epochs=1)
+    module = LitNet()
+    run.validate(module, verbose=False)
+    hooks = run.strategy._lora_hooks
+    run.fit(module)
+    later = run.strategy._lora_hooks
+    assert later is not hooks and later.buffers == hooks.buffers
+    assert later.originals["load_checkpoint"].__func__ is SingleDeviceStrategy.load_checkpoint
+    assert later.base() is hooks.base()
+    later.remove()
+    assert run.strategy.load_checkpoint.__func__ is SingleDeviceStrategy.load_checkpoint
+
+
+def test_the_durable_io_replaces_only_the_stock_one(tmp_path: Path) -> None:
+    run = trainer(tmp_path, LoRACallback(CONFIG), max_epochs=1)
+    run.fit(LitNet())
+    assert type(run.strategy.checkpoint_io) is DurableCheckpointIO
+    own = AsyncCheckpointIO()
+    run = trainer(tmp_path, LoRACallback(CONFIG), max_epochs=1, plugins=[own])
+    run.fit(LitNet())
+    assert run.strategy.checkpoint_io is own
+
+
+@pytest.mark.parametrize("broken", ["fsync", "replace"])
+def test_a_failed_save_leaves_the_checkpoint_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    io, path = DurableCheckpointIO(), tmp_path / "new/last.ckpt"
+    io.save_checkpoint({"step": 1}, path)
+
+    def fail(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, broken, fail)
+    with pytest.raises(OSError, match="No space left"):
+        io.save_checkpoint({"step": 2}, path)
+    monkeypatch.undo()
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    assert os.listdir(path.parent) == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("renames", [None, 0, 1, 2], ids=str)
+def test_a_file_takes_the_place_of_a_folder_of_shards_once_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int | None
+) -> None:
+    """Whatever step fails, the old checkpoint or the new one is there, if only beside the target."""
+    path, replace, done = tmp_path / "last.ckpt", os.replace, []
+    path.mkdir()
+    (path / REST).write_text("shards")
+
+    def fails_after(*args: Any) -> None:
+        if len(done) == renames:
+            raise OSError(28, "No space left on device")
+        done.append(args)
+        replace(*args)
+
+    monkeypatch.setattr(os, "replace", fails_after)
+    with nullcontext() if renames is None else pytest.raises(OSError, match="No space left"):
+        DurableCheckpointIO().save_checkpoint({"step": 1}, path)
+    monkeypatch.undo()
+    if renames is None:
+        assert os.listdir(tmp_path) == ["last.ckpt"] and torch.load(path, weights_only=True) == {"step": 1}
+    else:
+        folder = path if renames < 2 else tmp_path / ".last.ckpt.old"
+        assert (folder / REST).read_text() == "shards"
+        assert (tmp_path / ".last.ckpt.tmp").exists() == (renames > 0)
+
+
+def test_nothing_is_staged_outside_the_target_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "not there"))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    DurableCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "x.ckpt")
+    assert torch.load(tmp_path / "x.ckpt", weights_only=True) == {"step": 1}
+
+
+def test_persistent_buffers_leave_the_others_out() -> None:
+    module = torch.nn.Module()
+    module.register_buffer("kept", torch.ones(1))
+    module.register_buffer("derived", torch.ones(1), persistent=False)
+    assert list(persistent_buffers(module)) == ["kept"]

@@ -1,0 +1,36 @@
+"""Operations that a compiler does not look into."""
+
+import pytest
+import torch
+
+from lightning_lora.utils.custom_op import call, opaque
+
+
+def first_and_double(x):
+    return [x, x * 2]
+
+
+def twice(x):
+    return [torch.empty_like(x), torch.empty_like(x)]
+
+
+opaque("first_and_double(Tensor x) -> Tensor[]", first_and_double, twice)
+
+
+def test_eager_code_calls_the_function_itself():
+    x = torch.ones(3)
+    assert call(first_and_double, x)[0] is x
+
+
+def test_as_an_operation_it_hands_back_no_argument():
+    x = torch.ones(3)
+    same, double = torch.ops.lightning_lora.first_and_double(x)
+    assert torch.equal(same, x) and same.data_ptr() != x.data_ptr()
+    assert torch.equal(double, x * 2)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiler_sees_one_operation(backend):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: call(first_and_double, x + 1)[1] * 3, backend=backend, fullgraph=True)
+    assert torch.equal(compiled(torch.ones(2)), torch.full((2,), 12.0))

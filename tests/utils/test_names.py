@@ -1,0 +1,61 @@
+"""Names without what compilers and checkpoint wrappers put into them, and what adapter files are relative to."""
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+from lightning_lora.utils.names import adapter_root, clean_name, modules_by_name, second_names
+from tests.conftest import Task, TinyModel
+
+
+@pytest.mark.parametrize(
+    ("name", "clean"),
+    [
+        ("model.layers.0.q", "model.layers.0.q"),
+        ("_orig_mod.layers.0.q", "layers.0.q"),
+        ("layers.0._orig_mod._checkpoint_wrapped_module.q", "layers.0.q"),
+        ("_fsdp_wrapped_module._fsdp_wrapped_module.q", "q"),
+        ("my_orig_mod.q", "my_orig_mod.q"),
+        ("_orig_mod", ""),
+        ("", ""),
+    ],
+)
+def test_clean_name(name, clean):
+    assert clean_name(name) == clean
+
+
+@pytest.mark.parametrize("wrap", [lambda m: torch.compile(m, backend="eager"), checkpoint_wrapper], ids=["compile", "checkpoint"])
+def test_modules_by_name_finds_the_module_inside_the_wrapper(make, wrap):
+    model = make(TinyModel)
+    plain, inner = list(modules_by_name(model)), model.layers[0]
+    model.layers[0] = wrap(inner)
+    assert sorted(modules_by_name(model)) == sorted(plain)
+    assert modules_by_name(model)["layers.0"] is inner
+    assert modules_by_name(wrap(make(TinyModel))).keys() == set(plain)
+
+
+def test_both_names_of_a_shared_module():
+    model = nn.ModuleDict({"a": nn.Linear(2, 2)})
+    model["b"] = model["a"]
+    assert list(modules_by_name(model)) == ["a", "b"]
+
+
+def test_adapter_root_of_a_task_is_its_only_child_with_parameters(make):
+    model = make(TinyModel)
+    assert adapter_root(model) == ("", model)
+    task = Task(model)
+    assert adapter_root(task) == ("model", model)
+    task.metric = nn.ReLU()
+    assert adapter_root(task) == ("model", model)
+    task.second = nn.Linear(2, 2)
+    assert adapter_root(task) == ("", task)
+    owner = Task(model)
+    owner.scale = nn.Parameter(torch.ones(1))
+    assert adapter_root(owner) == ("", owner)
+
+
+def test_second_names_are_those_of_shared_modules():
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "c": nn.Linear(2, 2)})
+    model["b"] = nn.Sequential(model["a"])
+    assert second_names(model) == {"a": "b.0"}
