@@ -46,7 +46,7 @@ def tensor(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
 
-def cases(rows: int, hidden: int, wide: int, rank: int, p: float, gained: bool) -> Iterator[Case]:
+def cases(rows: int, hidden: int, wide: int, rank: int, p: float, scaled_sum: bool) -> Iterator[Case]:
     for cols in (hidden, wide):
         x, A, t, y = tensor(rows, cols), tensor(rank, cols), tensor(rows, rank), tensor(rows, cols)
         drop, size = triton_low_rank.draw_drop(x, p)[0] if p else None, f"{rows}x{cols} r={rank} p={p}"
@@ -54,13 +54,13 @@ def cases(rows: int, hidden: int, wide: int, rank: int, p: float, gained: bool) 
         yield Case("add_", size, 2 * y.nbytes, partial(triton_low_rank.add_, y, t, A.t(), drop), partial(plain.add_, y, t, A.t()))
         yield Case("reduce", size, x.nbytes, partial(triton_low_rank.reduce, t, x, drop), partial(plain.reduce, t, x))
         operands = (y, t, A.t(), torch.ones(cols, device="cuda"), None)
-        yield Case("gained", size, 2 * y.nbytes, partial(triton_low_rank.gained, *operands), partial(plain.gained, *operands))
+        yield Case("gained", size, 2 * y.nbytes, partial(triton_low_rank.scaled_sum, *operands), partial(plain.scaled_sum, *operands))
         yield Case(
-            "gained_backward",
+            "scaled_sum_backward",
             size,
             3 * y.nbytes,
-            partial(triton_low_rank.gained_backward, x, *operands),
-            partial(plain.gained_backward, x, *operands),
+            partial(triton_low_rank.scaled_sum_backward, x, *operands),
+            partial(plain.scaled_sum_backward, x, *operands),
         )
     W, A, B = tensor(wide, hidden), tensor(rank, hidden), tensor(wide, rank)
     squares = partial(triton_weight_norm.squares, W, A, B, 1.0)
@@ -71,13 +71,21 @@ def cases(rows: int, hidden: int, wide: int, rank: int, p: float, gained: bool) 
     swiglu = torch.compile(lambda g, u: F.silu(g) * u, dynamic=False)
     leaves = [z.clone().requires_grad_() for z in (g, u)]
     backward = partial(torch.autograd.grad, swiglu(*leaves), leaves, dh, retain_graph=True)
-    gains = [torch.ones(wide, device="cuda")] * 2 if gained else ()
-    how = ", dropping" if p else ", gained" if gained else ""
+    out_scales = [torch.ones(wide, device="cuda")] * 2 if scaled_sum else ()
+    how = ", dropping" if p else ", gained" if scaled_sum else ""
     yield Case(
-        f"forward{how}", size, 3 * g.nbytes, partial(triton_gated_mlp.forward, g, u, t, Bg, Bu, Ad, drop, 1.0, gains), partial(swiglu, g, u)
+        f"forward{how}",
+        size,
+        3 * g.nbytes,
+        partial(triton_gated_mlp.forward, g, u, t, Bg, Bu, Ad, drop, 1.0, out_scales),
+        partial(swiglu, g, u),
     )
     yield Case(
-        f"backward{how}", size, 5 * g.nbytes, partial(triton_gated_mlp.backward, dh, g, u, t, Bg, Bu, Ad, dtd, drop, 1.0, gains), backward
+        f"backward{how}",
+        size,
+        5 * g.nbytes,
+        partial(triton_gated_mlp.backward, dh, g, u, t, Bg, Bu, Ad, dtd, drop, 1.0, out_scales),
+        backward,
     )
 
 
@@ -128,13 +136,15 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--gains", action="store_true", help="of the gated kernels, with output gains (DoRA)")
     parser.add_argument("--search", action="store_true", help="try other tiles")
-    parser.add_argument("--kernels", default="project,add_,reduce,gained,gained_backward,squares,forward,backward", help="comma-separated")
+    parser.add_argument(
+        "--kernels", default="project,add_,reduce,gained,scaled_sum_backward,squares,forward,backward", help="comma-separated"
+    )
     options = parser.parse_args()
     source = torch.empty(2**30, device="cuda", dtype=torch.uint8)
     speed = 2 * source.nbytes / milliseconds(source.clone)  # bytes a millisecond
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}, copy {speed / 1e9:.2f} TB/s")
     print("| kernel | size | ours, us | torch, us | floor, us |\n|---|---|---|---|---|")
-    for case in cases(options.rows, options.hidden, options.wide, options.rank, options.dropout, options.gains):
+    for case in cases(options.rows, options.hidden, options.wide, options.rank, options.dropout, options.out_scales):
         if case.kernel.partition(",")[0] not in options.kernels.split(","):
             continue
         if options.search:

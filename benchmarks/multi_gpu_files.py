@@ -25,7 +25,7 @@ from lightning_lora.strategies import LoRAFSDP2Strategy
 from lightning_lora.strategies.checkpoint_io import write_folder
 from lightning_lora.utils.atomic_files import write_atomic
 from lightning_lora.utils.names import clean_name
-from lightning_lora.utils.sharding import whole
+from lightning_lora.utils.sharding import full_tensor
 
 LAYERS = 4  # of a run that is killed: it shows names and files, not speed
 
@@ -43,7 +43,7 @@ def save(what: str, folder: str, options: argparse.Namespace) -> tuple[float, in
     if what == "adapter folder":
         save_adapter(model, target)
     else:
-        kept: Callable[[Tensor], Tensor] = whole if "file" in what else lambda tensor: tensor
+        kept: Callable[[Tensor], Tensor] = full_tensor if "file" in what else lambda tensor: tensor
         content: dict[str, Any] = {"state_dict": {name: kept(p.detach()) for name, p in model.named_parameters() if p.requires_grad}}
         content["optimizer_states"] = [state_by_name(optimizer, model, kept)]
         if "DCP" in what:
@@ -86,7 +86,7 @@ class Task(L.LightningModule):
 
     def content(self) -> dict[str, Tensor]:
         optimizer = self.trainer.optimizers[0]
-        trained = {clean_name(name): whole(p.detach()).cpu() for name, p in self.named_parameters() if p.requires_grad}
+        trained = {clean_name(name): full_tensor(p.detach()).cpu() for name, p in self.named_parameters() if p.requires_grad}
         return trained | moments(state_by_name(optimizer, self))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -139,6 +139,6 @@ def fit(folder: str, stop: int, ckpt: str | None, kill_at: int | None, rows: int
         use_distributed_sampler=False,
     )
     trainer.fit(task, ckpt_path=ckpt)
-    adapters = {clean_name(name): whole(p.detach()).cpu() for name, p in task.named_parameters() if p.requires_grad}
+    adapters = {clean_name(name): full_tensor(p.detach()).cpu() for name, p in task.named_parameters() if p.requires_grad}
     found = {"losses": task.losses, "tensors": task.tensors, "different": task.different}
     return {**found, "adapters": adapters if dist.get_rank() == 0 else {}}

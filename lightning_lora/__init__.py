@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_lora import inits, quantization  # noqa: F401 (they register what configs name)
+from lightning_lora import inits  # noqa: F401 (it registers what configs name)
 from lightning_lora.adapter_io.export import export_merged
 from lightning_lora.adapter_io.save_load import load_adapter, save_adapter
 from lightning_lora.config import LoRAConfig

@@ -1,7 +1,7 @@
-"""Quantized bases that the tests share: one layer or model a format, and what they unpack to.
+"""Quantized bases that the tests share: one layer or model a format, and what they dequantize to.
 
-A row of a kind × variant suite is ``packed_linear(name)`` for every name in ``FORMATS``: adapt it, and take ``layer.base_weight()`` where
-the definition has W. Tolerances are those of the dtype, except for "int8", whose evaluation pass quantizes the input as well.
+A row of a kind × variant suite is ``packed_linear(name)`` for every name in ``QUANTIZERS``: adapt it, and take ``layer.base_weight()``
+where the definition has W. Tolerances are those of the dtype, except for "int8", whose evaluation pass quantizes the input as well.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from lightning_lora import quantize_base
-from lightning_lora.ops.frozen_weight import Stored, storage_of
-from lightning_lora.quantization.formats import packing_of
+from lightning_lora.ops.frozen_weight import FrozenWeight, reader_of
+from lightning_lora.quantization.formats import format_of
 
 for library in ("bitsandbytes.backends.cpu.ops", "torchao"):  # they warn that they look for extra kernels
     logging.getLogger(library).setLevel(logging.ERROR)
 
-FORMATS = ["nf4", "int8", "torchao-nf4", "torchao-int8"]
+QUANTIZERS = ["nf4", "int8", "torchao-nf4", "torchao-int8"]
 BITSANDBYTES = ["nf4", "int8"]
 
 
@@ -61,12 +61,12 @@ def linear4bit(out: int, width: int, kind: str = "nf4", nested: bool = True, bia
     return layer
 
 
-def stored4bit(*shape: int, **options: Any) -> tuple[Stored, torch.Tensor]:
+def stored4bit(*shape: int, **options: Any) -> tuple[FrozenWeight, torch.Tensor]:
     """A 4-bit weight as an operation takes it, and what it unpacks to."""
     layer = linear4bit(*shape, **options)
-    storage = storage_of(type(layer))
+    storage = reader_of(type(layer))
     assert storage is not None
-    return storage.stored(layer), packing_of(layer).unpack(layer)  # type: ignore[union-attr]
+    return storage.stored(layer), format_of(layer).dequantize(layer)  # type: ignore[union-attr]
 
 
 def inputs(rows: int = 5) -> torch.Tensor:

@@ -178,11 +178,11 @@ def test_a_members_error_comes_out_of_its_process(family: dict, capsys: pytest.C
 @pytest.mark.parametrize("name", ["frozen", "ours", "PEFT"])
 def test_qlora_step_measures(name: str, checkpointed: bool) -> None:
     """The model is made packed, block by block: no linear of it is ever seen unpacked but the head."""
-    from lightning_lora.quantization.formats import packing_of
+    from lightning_lora.quantization.formats import format_of
 
     step = runpy.run_path(str(BENCHMARKS / "qlora_step.py"))
     milliseconds, _ = step["measure"](name, Namespace(tiny=True, steps=1, chunk=checkpointed), False, checkpointed, False)
     assert 0 < milliseconds < 60_000
     model = step["MODES"][name](step["build"](step["TINY"], "cpu"))
-    assert len([module for module in model.modules() if packing_of(module) is not None]) == 2 * 7
+    assert len([module for module in model.modules() if format_of(module) is not None]) == 2 * 7
     assert not any(parameter.is_meta for parameter in model.parameters())

@@ -1,6 +1,6 @@
 """What only a GPU shows: the kernels at real sizes in half precision. Everything here is skipped where there is none.
 
-    python -m pytest tests/test_gpu.py tests/kernels tests/test_fused_ops.py tests/test_gated_ops.py tests/test_norms.py
+    python -m pytest tests/test_gpu.py tests/ops tests/ops/test_fused_linear.py tests/ops/test_gated_mlp.py tests/ops/test_weight_norm.py
 
 A number counts as right if its error against float64 is no larger than what the plain operations make in the same precision.
 """
@@ -21,7 +21,7 @@ from lightning_lora.layers import lora_layers
 from lightning_lora.model.compile import compile_layers, uncompile_layers
 from lightning_lora.model.fuse import unfuse
 from lightning_lora.ops import backends
-from lightning_lora.quantization.formats import packing_of
+from lightning_lora.quantization.formats import format_of
 
 DEVICE = "cuda"
 pytestmark = [
@@ -79,12 +79,12 @@ def served(model: Any, monkeypatch: pytest.MonkeyPatch) -> int:
     return sum(answers)
 
 
-def unpacked(model: Any) -> Any:
+def dequantized(model: Any) -> Any:
     """The same model with plain linears."""
     for _, layer in lora_layers(model):
-        if packing_of(layer) is not None:
+        if format_of(layer) is not None:
             layer.weight = torch.nn.Parameter(layer.base_weight(), requires_grad=False)
-            layer.become(torch.nn.Linear)
+            layer.rebase_class(torch.nn.Linear)
     return model
 
 
@@ -102,7 +102,7 @@ def test_a_step_is_as_exact_as_with_plain_operations(quantize: str | None, varia
     monkeypatch.setattr(backends, "usable", lambda x: False)
     monkeypatch.setattr(backends, "run", lambda x: False)  # the norms'
     found["plain"] = run(model)
-    exact = run(unpacked(model).double())
+    exact = run(dequantized(model).double())
     errors = {way: error(tensors, exact) for way, tensors in found.items()}
     print(errors)
     assert errors["plain"] < 0.1

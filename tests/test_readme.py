@@ -31,7 +31,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 
 
-def commands() -> Iterator[list[str]]:
+def command_lines() -> Iterator[list[str]]:
     """Every command line of the bash blocks, as words."""
     for block in blocks("bash"):
         for line in block.replace("\\\n", " ").splitlines():
@@ -147,7 +147,7 @@ def test_yaml_is_a_config(folder: Path, number: int) -> None:
         parsed("fit", "--config", str(file))
 
 
-@pytest.mark.parametrize("words", list(commands()), ids=" ".join)
+@pytest.mark.parametrize("words", list(command_lines()), ids=" ".join)
 def test_command_lines(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """make's targets are in the Makefile, scripts are in the repository, and our own commands take these options."""
     program, *rest = words

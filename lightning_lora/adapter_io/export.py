@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.layers.base import PREFIX, LoRALayer
-from lightning_lora.quantization.formats import packing_of, unpacked
+from lightning_lora.quantization.formats import dequantized, format_of
 from lightning_lora.utils.atomic_files import write_atomic
 from lightning_lora.utils.names import adapter_root, clean_name, persistent_buffers
-from lightning_lora.utils.sharding import is_first_rank, whole, whole_parameters
+from lightning_lora.utils.sharding import full_tensor, gathered_parameters, is_first_rank
 
 
 def export_merged(model: nn.Module, folder: str | Path, *, overwrite: bool = False, shard_bytes: int = 5_000_000_000) -> Path:
@@ -42,13 +42,13 @@ def export_merged(model: nn.Module, folder: str | Path, *, overwrite: bool = Fal
         raise ValueError(f"folder={str(folder)!r} is not empty; choose another or pass overwrite=True.")
     writer = _Shards(folder, shard_bytes) if is_first_rank() else None
     seen: set[int] = set()
-    for module_name, module, name, parameter in whole_parameters(root):
+    for module_name, module, name, parameter in gathered_parameters(root):
         if name.startswith(PREFIX) or id(parameter) in seen:  # of tied weights one name is enough
             continue
         seen.add(id(parameter))
         with torch.no_grad():
-            packed = name == "weight" and packing_of(module) is not None
-            tensor = _unpacked(module, module_name) if packed else whole(parameter.detach())
+            packed = name == "weight" and format_of(module) is not None
+            tensor = _unpacked(module, module_name) if packed else full_tensor(parameter.detach())
             if name == "weight" and isinstance(module, LoRALayer) and not module.merged:
                 tensor, _ = module.merged_weight()
         if writer is not None:
@@ -67,7 +67,7 @@ def export_merged(model: nn.Module, folder: str | Path, *, overwrite: bool = Fal
 
 def _unpacked(module: nn.Module, name: str) -> Tensor:
     try:
-        return unpacked(module)
+        return dequantized(module)
     except ValueError as error:
         raise ValueError(f"{name!r} cannot be exported: {error}.") from error
 

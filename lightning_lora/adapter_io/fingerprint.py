@@ -21,7 +21,7 @@ from lightning_lora.layers.base import PREFIX, LoRALayer
 from lightning_lora.quantization.formats import UNKNOWN, weight_digest
 from lightning_lora.utils.checksums import sampled_digest
 from lightning_lora.utils.names import clean_name
-from lightning_lora.utils.sharding import whole
+from lightning_lora.utils.sharding import full_tensor
 
 HALF, QUANTIZED = 16, "q"
 LINEAR = nn.Linear  # Lightning's plugins put a class of their own under that name while a model is built
@@ -78,6 +78,6 @@ def check_base(mine: dict[str, Any], saved: dict[str, Any], where: str) -> None:
 
 def _digest(module: nn.Module, name: str, parameter: nn.Parameter) -> str:
     if name != "weight":
-        return sampled_digest(whole(parameter.detach()))
+        return sampled_digest(full_tensor(parameter.detach()))
     merged = module.base_weight_digest if isinstance(module, LoRALayer) else None
     return merged or weight_digest(module)

@@ -23,7 +23,7 @@ from lightning_lora.model.heads import saved_modules
 from lightning_lora.model.merge import unmerge_lora
 from lightning_lora.model.targeting import TargetReport, find_targets
 from lightning_lora.utils.names import adapter_root, clean_name, modules_by_name, second_names
-from lightning_lora.utils.sharding import is_flattened, on_first_rank, whole
+from lightning_lora.utils.sharding import full_tensor, is_flattened, on_first_rank
 
 
 def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False) -> Path:
@@ -58,7 +58,7 @@ def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False) 
     for name, other in _shared(root, layers).items():
         warnings.warn(f"{name!r} and {other!r} are one module: read by PEFT, the adapter would be on the first only.", stacklevel=2)
     base = None if is_flattened(root) else base_identity(root, extras)
-    content = AdapterFile(config, {name: whole(tensor.detach()) for name, tensor in tensors.items()}, base)
+    content = AdapterFile(config, {name: full_tensor(tensor.detach()) for name, tensor in tensors.items()}, base)
     on_first_rank(lambda: write_folder(folder, content, fields))
     return folder
 

@@ -1,4 +1,7 @@
-"""Lightning callbacks."""
+"""The Lightning callbacks: ``LoRACallback``, thin, and ``AdaLoRACallback``.
+
+May import: everything up to ``strategies``.
+"""
 
 from lightning_lora.callbacks.adalora import AdaLoRACallback
 from lightning_lora.callbacks.lora import LoRACallback

@@ -1,9 +1,9 @@
 """``AdaLoRACallback``: LoRA whose ranks are found in training, from ``Trainer(callbacks=[AdaLoRACallback(LoRAConfig(...))])``.
 
-It drives :class:`~lightning_lora.variants.rank_allocation.RankAllocator` at three moments. The regularizer goes straight into the gradients,
-in ``on_before_optimizer_step``: there they are complete, averaged over processes, unscaled, and not clipped yet. Scores and
-mask come from a hook of the optimizer itself, right after its step: before anything zeroes the gradients or saves a checkpoint,
-in automatic and manual optimization alike, and not for a step that a loss scaler skipped.
+It drives :class:`~lightning_lora.variants.rank_allocation.RankAllocator` at three moments. The regularizer goes straight into the
+gradients, in ``on_before_optimizer_step``: there they are complete, averaged over processes, unscaled, and not clipped yet. Scores and
+mask come from a hook of the optimizer itself, right after its step: before anything zeroes the gradients or saves a checkpoint, in
+automatic and manual optimization alike, and not for a step that a loss scaler skipped.
 """
 
 from __future__ import annotations

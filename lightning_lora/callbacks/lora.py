@@ -23,7 +23,7 @@ from lightning_lora.model.merge import merge_lora, merge_report, tied_weights, u
 from lightning_lora.model.quantize import quantize_base
 from lightning_lora.model.targeting import TargetReport, find_targets
 from lightning_lora.optim.groups import check_ratio
-from lightning_lora.quantization.formats import format_of, packing_of
+from lightning_lora.quantization.formats import format_of, quantizer_of
 from lightning_lora.strategies import StrategyHooks, arrange, check_equal, check_supported, convert_base, synchronize
 from lightning_lora.utils.names import adapter_root
 
@@ -85,7 +85,7 @@ class LoRACallback(Callback):
         self.config = config or LoRAConfig()
         self.module = module
         if quantize is not None:
-            format_of(quantize)
+            quantizer_of(quantize)
         if merge_quantized not in (None, "dequantize", "requantize"):
             raise ValueError(f"merge_quantized={merge_quantized!r}: choose 'dequantize' or 'requantize'.")
         self.quantize, self.merge_quantized = quantize, merge_quantized
@@ -242,8 +242,8 @@ class LoRACallback(Callback):
         packed = [
             (name, f"{how} ({layer.weight.dtype})")
             for name, layer in lora_layers(target)
-            if not layer.weight.is_floating_point() or packing_of(layer) is not None
-            if self.merge_quantized is None or packing_of(layer) is None or sharded
+            if not layer.weight.is_floating_point() or format_of(layer) is not None
+            if self.merge_quantized is None or format_of(layer) is None or sharded
         ]
         for name, reason in (tied + packed)[:1]:
             raise ValueError(

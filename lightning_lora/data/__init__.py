@@ -1,4 +1,7 @@
-"""Ready-made LightningDataModules for the tasks."""
+"""Ready-made LightningDataModules for the tasks.
+
+May import: ``utils``, ``ops``.
+"""
 
 from lightning_lora.data.instructions import InstructionDataModule
 

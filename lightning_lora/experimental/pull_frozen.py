@@ -19,7 +19,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from lightning_lora.experimental.peer_memory import meet
 from lightning_lora.experimental.pulling_group import Order, PullingGroup
-from lightning_lora.model.parallel import GradientReducer, broadcast, group_of
+from lightning_lora.model.parallel import GradientReducer, group_of
+from lightning_lora.utils.sharding import broadcast
 
 
 def pull(unit: nn.Module, blocks: list[nn.Module]) -> None:

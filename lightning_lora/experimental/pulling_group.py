@@ -1,7 +1,7 @@
 """A group of parameters of FSDP2 that reads what is frozen from the other ranks' memory, where FSDP2 gathers it.
 
-:mod:`lightning_lora.experimental.pull_frozen` says why. What trains, FSDP2 gathers as ever: its own methods see nothing else. The rest of what
-it does, hooks, states, gradients, stays FSDP2's.
+:mod:`lightning_lora.experimental.pull_frozen` says why. What trains, FSDP2 gathers as ever: its own methods see nothing else. The rest of
+what it does, hooks, states, gradients, stays FSDP2's.
 """
 
 from __future__ import annotations

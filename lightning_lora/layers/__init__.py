@@ -1,4 +1,9 @@
-"""Layer kinds: importing this package registers them."""
+"""What an adapted layer is (``base``), how a layer becomes one and merges, and one file per kind of layer.
+
+Importing this package registers the kinds. A kind knows shapes; it names no variant and no init.
+
+May import: ``utils``, ``config``, ``registry``, ``ops``, ``quantization``.
+"""
 
 from lightning_lora.layers import conv, conv1d_hf, embedding
 from lightning_lora.layers.base import LoRALayer, lora_layers

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import PREFIX, LoRALayer
-from lightning_lora.layers.classes import adapted_class, without
+from lightning_lora.layers.classes import adapted_class, strip_class
 from lightning_lora.registry import qualified_name, why_refused
 
 
@@ -42,7 +42,7 @@ def adapt(module: nn.Module, config: LoRAConfig, rank: int, alpha: float) -> LoR
     return module
 
 
-def restore(layer: LoRALayer) -> nn.Module:
+def unadapt(layer: LoRALayer) -> nn.Module:
     """The plain module again, in place, with the weight it has now; the adapter is dropped."""
     for name in (
         "rank",
@@ -61,11 +61,11 @@ def restore(layer: LoRALayer) -> nn.Module:
         for name in [name for name in container if name.startswith(PREFIX)]:
             del container[name]
     cls: Any = type(layer)
-    layer.__class__ = without(cls, "lora_base") if hasattr(cls, "unshard") else cls.lora_base  # FSDP2's stays on top of the base
+    layer.__class__ = strip_class(cls, "lora_base") if hasattr(cls, "unshard") else cls.lora_base  # FSDP2's stays on top of the base
     return layer
 
 
-def twin(module: nn.Module) -> Any:
+def shallow_copy(module: nn.Module) -> Any:
     """Another module of the same class over the same tensors, with containers of its own; no constructor runs, no hook."""
     new = module.__class__.__new__(module.__class__)
     new.__dict__.update({name: value.copy() if isinstance(value, dict) else value for name, value in module.__dict__.items()})

@@ -29,7 +29,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.classes import adapted_class
 from lightning_lora.layers.mergeable import PREFIX, Mergeable
 from lightning_lora.ops import backends
-from lightning_lora.ops.output_scale import rescaled
+from lightning_lora.ops.output_scale import apply_output_scale
 from lightning_lora.quantization import formats
 from lightning_lora.registry import INITS, look_up
 from lightning_lora.utils.sharding import is_sharded
@@ -85,16 +85,16 @@ class LoRALayer(Mergeable):
         """The base's output ``y`` plus this layer's update for the input ``x``."""
         raise NotImplementedError(f"{type(self).__name__} has to say its update")
 
-    def output_gain(self) -> Tensor | None:
+    def output_scale(self) -> Tensor | None:
         """What the sum of base product and update is multiplied by before the bias, (out,), at least fp32; a variant may have one."""
         return None
 
     @property
-    def has_gain(self) -> bool:
-        """Whether there is an :meth:`output_gain`, which may take work to say."""
-        return type(self).output_gain is not LoRALayer.output_gain
+    def has_output_scale(self) -> bool:
+        """Whether there is an :meth:`output_scale`, which may take work to say."""
+        return type(self).output_scale is not LoRALayer.output_scale
 
-    def is_one_sum(self) -> bool:
+    def is_plain_sum(self) -> bool:
         """Whether the output now is ``gain∘(W·x + update) + b`` and no more: what one operation may compute in the layer's place."""
         return True
 
@@ -185,7 +185,7 @@ class LoRALayer(Mergeable):
         if "lora_A" in self._parameters:  # a constructor of the base calls this before there is an adapter
             self.reset_lora_parameters()
 
-    def become(self, base: type[nn.Module]) -> None:
+    def rebase_class(self, base: type[nn.Module]) -> None:
         """Be the adapted class of another base: what a quantized layer's is once its weight is a plain one."""
         cls = adapted_class(base, self.lora_config.variant)
         assert cls is not None
@@ -206,11 +206,11 @@ class LoRALayer(Mergeable):
     def lora_output(self, z: Tensor) -> Tensor:
         """What the layer returns, given the base's output plus the update: with the gain, if there is one, on all but the bias. For what
         is not computed as one operation; a variant that does something else here is not."""
-        gain = self.output_gain()
-        if gain is None:
+        out_scale = self.output_scale()
+        if out_scale is None:
             return z
         bias = self._parameters.get("bias")
-        return rescaled(z, self.per_output(gain), None if bias is None else self.per_output(bias))
+        return apply_output_scale(z, self.per_output(out_scale), None if bias is None else self.per_output(bias))
 
     def base_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's forward alone."""
@@ -259,7 +259,7 @@ class LoRALayer(Mergeable):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         state = self.__getstate__()  # torch's leaves out what does not travel, such as compiled code
-        state.pop("lora_siblings", None)  # the parent has them; a copy of one layer would take the others along
+        state.pop("shared_input", None)  # the parent has them; a copy of one layer would take the others along
         return _rebuild, (type(self).lora_base, self.lora_config.variant), state
 
 

@@ -36,7 +36,7 @@ def lora_class(base: type[nn.Module], kind: type, variant: type) -> type[Any]:
     return _CLASSES[key]
 
 
-def without(cls: type[Any], mark: str) -> type[Any]:
+def strip_class(cls: type[Any], mark: str) -> type[Any]:
     """What one of our classes was made from, its attribute ``mark``; if another was put on top, as FSDP2 does, that one on top of it."""
     if mark in vars(cls):
         return getattr(cls, mark)

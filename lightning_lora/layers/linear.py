@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers.adapting import adapt, refusal, restore, twin
+from lightning_lora.layers.adapting import adapt, refusal, shallow_copy, unadapt
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.layers.shared_input import Siblings, compute
-from lightning_lora.layers.tensor_parallel import on_pieces
+from lightning_lora.layers.shared_input import SharedInputGroup, compute
+from lightning_lora.layers.tensor_parallel import local_forward
 from lightning_lora.ops import backends, low_rank
-from lightning_lora.ops.frozen_weight import Storage, Stored, storage_of
-from lightning_lora.quantization.formats import packing_of
+from lightning_lora.ops.frozen_weight import FrozenWeight, WeightReader, reader_of
+from lightning_lora.quantization.formats import format_of
 from lightning_lora.registry import REFUSED, register_kind
 from lightning_lora.utils.sharding import is_sharded
 
@@ -47,13 +47,13 @@ class LoRALinear(LoRALayer, nn.Linear):
     lora_base = nn.Linear
     is_linear = True
     #: The linears that are computed together with this one; :func:`lightning_lora.model.fuse.fuse` sets it.
-    lora_siblings: Siblings | None = None
+    shared_input: SharedInputGroup | None = None
     #: How the base stores what its forward multiplies by; None if that does more, or is not known.
-    lora_storage: ClassVar[Storage | None] = storage_of(nn.Linear)
+    weight_reader: ClassVar[WeightReader | None] = reader_of(nn.Linear)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.lora_storage = storage_of(cls.lora_base)
+        cls.weight_reader = reader_of(cls.lora_base)
 
     def __init__(
         self,
@@ -88,9 +88,9 @@ class LoRALinear(LoRALayer, nn.Linear):
         reason = refusal(linear, type(linear).__name__, rank, dropout)
         if reason:
             raise ValueError(reason)
-        layer = twin(linear)
+        layer = shallow_copy(linear)
         for name, parameter in linear._parameters.items():
-            if parameter is not None and not (name == "weight" and packing_of(linear)):  # a packed weight is frozen and never written to
+            if parameter is not None and not (name == "weight" and format_of(linear)):  # a packed weight is frozen and never written to
                 layer._parameters[name] = nn.Parameter(parameter.detach(), requires_grad=False)
         adapt(layer, config, rank, float(alpha))
         layer._owns_weight = False
@@ -100,7 +100,7 @@ class LoRALinear(LoRALayer, nn.Linear):
     @property
     def linear(self) -> nn.Linear:
         """A view of the frozen base as the class it had, over the same tensors."""
-        view = restore(twin(self))
+        view = unadapt(shallow_copy(self))
         assert isinstance(view, nn.Linear)
         return view
 
@@ -112,11 +112,11 @@ class LoRALinear(LoRALayer, nn.Linear):
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's forward plus the update; one operation for both, and for the gain, where nothing stands in the way."""
         if not self.merged and not args and not kwargs:
-            y = None if self.lora_siblings is None else self.lora_siblings.output(self, input)
+            y = None if self.shared_input is None else self.shared_input.output(self, input)
             if y is None and self.fusable(input):
                 y = compute([self], input)[0]
-            if y is None and is_sharded(input) and self.plain_forward and self.is_one_sum() and not self.has_gain:
-                y = on_pieces(self, input)
+            if y is None and is_sharded(input) and self.plain_forward and self.is_plain_sum() and not self.has_output_scale:
+                y = local_forward(self, input)
             if y is not None:
                 return y
         return super().forward(input, *args, **kwargs)
@@ -125,24 +125,24 @@ class LoRALinear(LoRALayer, nn.Linear):
         """Whether base and update can be one operation for x: the base's product is known, the update the plain one, nothing in pieces."""
         cls = type(self)
         return (
-            cls.lora_storage is not None
-            and self.is_one_sum()
+            cls.weight_reader is not None
+            and self.is_plain_sum()
             and not self.merged
             and not (is_sharded(x) or is_sharded(self.lora_A))
-            and cls.lora_storage.serves(self, x)
+            and cls.weight_reader.can_read(self, x)
             # Where the kernels do not serve, a compiler fuses the definition itself; torch.func wants plain operations.
             and (backends.usable(x) if torch.compiler.is_compiling() else not torch._C._are_functorch_transforms_active())
         )
 
-    def is_one_sum(self) -> bool:
+    def is_plain_sum(self) -> bool:
         """Not for a variant with an update or an output of its own."""
         cls = type(self)
-        return super().is_one_sum() and cls.lora_update is LoRALinear.lora_update and cls.lora_output is LoRALinear.lora_output
+        return super().is_plain_sum() and cls.lora_update is LoRALinear.lora_update and cls.lora_output is LoRALinear.lora_output
 
-    def stored_weight(self) -> Stored:
+    def frozen_weight(self) -> FrozenWeight:
         """The base's weight as operations take it; for a layer that is :meth:`fusable`."""
-        assert self.lora_storage is not None
-        return self.lora_storage.stored(self)
+        assert self.weight_reader is not None
+        return self.weight_reader.stored(self)
 
     @classmethod
     def adapter_shapes(cls, module: nn.Linear, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

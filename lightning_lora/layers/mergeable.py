@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_lora.layers import merging
 from lightning_lora.quantization import formats
-from lightning_lora.utils.sharding import is_sharded, local, piece_of, whole
+from lightning_lora.utils.sharding import full_tensor, is_sharded, local_shard, local_tensor
 
 PREFIX = "lora_"  # of every parameter that LoRA adds to a layer
 Quantized = Literal["dequantize", "requantize"]  # how to merge into a quantized weight
@@ -29,7 +29,7 @@ class Mergeable(nn.Module):
     merged: bool
     #: Share of the update that rounding lost in the last merge.
     merge_loss: float
-    _undo: merging.Undo | merging.Original | formats.PackedWeight | None
+    _undo: merging.SparseUndo | merging.OriginalUndo | formats.QuantizedUndo | None
     _owns_weight: bool
     _untied: list[Any]
     _digest: str
@@ -44,17 +44,17 @@ class Mergeable(nn.Module):
         """The base weight in a floating dtype; that of a quantized base unpacked."""
         # Most are plain parameters, and a compiler cannot look for packings.
         plain = type(self.weight) is nn.Parameter and self.weight.is_floating_point()
-        return self.weight if plain else formats.unpacked(self)
+        return self.weight if plain else formats.dequantized(self)
 
     def merge_delta(self) -> Tensor:
-        """What merging adds to the weight, computed from the adapter alone; then :meth:`merge_gain` multiplies."""
+        """What merging adds to the weight, computed from the adapter alone; then :meth:`merge_scale` multiplies."""
         return self.lora_delta()
 
-    def merge_gain(self, delta: Tensor) -> Tensor | None:
+    def merge_scale(self, delta: Tensor) -> Tensor | None:
         """What merging multiplies ``weight + delta`` by, in the weight's shape; None for 1. Asked before the merge only."""
         return None
 
-    def become(self, base: type[nn.Module]) -> None:
+    def rebase_class(self, base: type[nn.Module]) -> None:
         """Be an adapted layer over another base class."""
         raise NotImplementedError(f"{type(self).__name__} has to know how its class is made")
 
@@ -77,19 +77,19 @@ class Mergeable(nn.Module):
 
     def merged_weight(self, device: torch.device | str | None = None) -> tuple[Tensor, float]:
         """The weight, whole, as a merge would leave it, and the share of the update that rounding lost; nothing is changed."""
-        delta, gain = self._exactly(device, self._merge_parts)
-        weight = whole(self.weight.detach()) if formats.packing_of(self) is None else formats.unpacked(self)
-        return merging.merged_weight(weight.to(delta.device), delta, gain)
+        delta, out_scale = self._exactly(device, self._merge_parts)
+        weight = full_tensor(self.weight.detach()) if formats.format_of(self) is None else formats.dequantized(self)
+        return merging.merged_weight(weight.to(delta.device), delta, out_scale)
 
     def _merge_parts(self) -> tuple[Tensor, Tensor | None]:
         delta = self.merge_delta()
-        return delta, self.merge_gain(delta)
+        return delta, self.merge_scale(delta)
 
     def _exactly(self, device: torch.device | str | None, compute: Callable[[], T]) -> T:
         """What a method returns when the adapter is whole, on ``device``, and products are full-precision."""
         own = self._parameters
         target = torch.device(device) if device is not None else self.weight.device
-        wide = {name: whole(p.detach()).to(target) for name, p in self.lora_parameters().items()}
+        wide = {name: full_tensor(p.detach()).to(target) for name, p in self.lora_parameters().items()}
         self.__dict__["_parameters"] = {**own, **wide}
         try:
             with merging.exact_matmul():
@@ -118,43 +118,43 @@ class Mergeable(nn.Module):
         reason = self.merge_refusal(quantized)
         if reason:
             raise ValueError(reason)
-        if formats.packing_of(self) is not None:
+        if formats.format_of(self) is not None:
             self._merge_packed(device, reversible, quantized)
             return
         home, device = self.weight.device, torch.device(device) if device is not None else self.weight.device
         self._digest, self._device = formats.weight_digest(self), device
-        delta, gain = self._exactly(device, self._merge_parts)
-        delta = piece_of(delta, self.weight)
-        gain = None if gain is None else piece_of(gain, self.weight)
+        delta, out_scale = self._exactly(device, self._merge_parts)
+        delta = local_shard(delta, self.weight)
+        out_scale = None if out_scale is None else local_shard(out_scale, self.weight)
         if self._owns_weight:
-            mine = local(self.weight.detach())
+            mine = local_tensor(self.weight.detach())
             weight = mine.to(device)
-            self._undo, self.merge_loss = merging.merge(weight, delta, gain, reversible=reversible)
+            self._undo, self.merge_loss = merging.merge(weight, delta, out_scale, reversible=reversible)
             if device != home:
                 mine.copy_(weight)
         else:
             shared = self.weight
-            merged, self.merge_loss = merging.merged_weight(shared.data.to(device), delta, gain)
+            merged, self.merge_loss = merging.merged_weight(shared.data.to(device), delta, out_scale)
             self.weight = nn.Parameter(merged.to(home), requires_grad=False)
-            self._undo = merging.Original(shared) if reversible else None
+            self._undo = merging.OriginalUndo(shared) if reversible else None
         self.merged = True
 
     def _merge_packed(self, device: torch.device | str | None, reversible: bool, quantized: Quantized | None) -> None:
         """Merge into a quantized weight; the packed tensors themselves are kept for the way back."""
-        how = formats.packing_of(self)
+        how = formats.format_of(self)
         assert how is not None
         original, digest = formats.take(self, how), formats.weight_digest(self)
         home, self._device = self.weight.device, torch.device(device) if device is not None else self.weight.device
         base, delta = self.base_weight().to(self._device), self.exact_delta(self._device)
         exact = base.to(delta.dtype) + delta
         if quantized == "requantize":
-            how.repack(self, exact.to(home))
+            how.requantize(self, exact.to(home))
         else:
             self.weight = nn.Parameter(exact.to(base.dtype).to(home), requires_grad=False)
             for name in original.attributes:
                 del self.__dict__[name]
             if how.plain_class is not None:
-                self.become(how.plain_class)
+                self.rebase_class(how.plain_class)
         lost = (self.base_weight().to(exact) - exact).norm()
         self.merge_loss = float(lost / delta.norm()) if delta.any() else 0.0
         self._undo, self._quantized = original if reversible else None, quantized
@@ -162,7 +162,7 @@ class Mergeable(nn.Module):
 
     def merge_refusal(self, quantized: Quantized | None = None) -> str | None:
         """Why the update cannot be merged now; None if it can."""
-        how = formats.packing_of(self)
+        how = formats.format_of(self)
         if how is not None:
             if is_sharded(self.weight):
                 return "its quantized weight is sharded: save the adapter and merge in a single process"
@@ -171,12 +171,12 @@ class Mergeable(nn.Module):
                     f"its weight is quantized, and how to merge into that is a choice (quantized={quantized!r}): quantized='dequantize'"
                     " makes it a 16-bit layer, exact to rounding; quantized='requantize' keeps it packed and rounds the update to its grid"
                 )
-            if quantized == "requantize" and not how.repacks:
+            if quantized == "requantize" and not how.requantizes:
                 return f"its weight, a {type(self.weight.data).__name__}, is not packed again here: pass quantized='dequantize'"
         elif not self.weight.is_floating_point():
             kind = f"the weight is quantized ({self.weight.dtype})"
             return f"{kind} and cannot take an update in place: dequantize the base first, or leave it unmerged"
-        spoilt = [name for name, p in self.lora_parameters().items() if not whole(p.detach()).isfinite().all()]
+        spoilt = [name for name, p in self.lora_parameters().items() if not full_tensor(p.detach()).isfinite().all()]
         return f"{spoilt[0]} holds NaN or infinity and would spoil the base weight: load a sound adapter first" if spoilt else None
 
     def unmerge_weights(self) -> None:
@@ -191,13 +191,13 @@ class Mergeable(nn.Module):
             raise ValueError(
                 "the way back was not kept (merged with reversible=False, or other weights were loaded since): load the base model again"
             )
-        if isinstance(self._undo, merging.Undo):
+        if isinstance(self._undo, merging.SparseUndo):
             # Where it was merged, for the product has to come out the same to the bit.
-            mine = local(self.weight.detach())
+            mine = local_tensor(self.weight.detach())
             delta = self._exactly(self._device, self.merge_delta)
-            base = merging.unmerge(mine.to(self._device), piece_of(delta, self.weight), self._undo)
+            base = merging.unmerge(mine.to(self._device), local_shard(delta, self.weight), self._undo)
             mine.copy_(base)
-        elif isinstance(self._undo, formats.PackedWeight):
+        elif isinstance(self._undo, formats.QuantizedUndo):
             home = self.weight.device  # the model may have moved since, and what was kept aside did not
             self._undo.put_back(self)
             if self.weight.device != home:

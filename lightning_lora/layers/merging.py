@@ -24,22 +24,22 @@ from lightning_lora.utils.checksums import bits, checksum
 
 
 @dataclass
-class Undo:
+class SparseUndo:
     """What the way back needs besides the adapter itself."""
 
     index: Tensor  # flat positions where the way back misses the base weight
     value: Tensor  # the base weight there
     checksum: str  # of the whole base weight
-    gain: Tensor | None = None  # γ, a small tensor seen in the weight's shape
+    out_scale: Tensor | None = None  # γ, a small tensor seen in the weight's shape
 
     @property
     def nbytes(self) -> int:
         """Memory that the way back costs."""
-        return self.index.nbytes + self.value.nbytes + (0 if self.gain is None else self.gain.untyped_storage().nbytes())
+        return self.index.nbytes + self.value.nbytes + (0 if self.out_scale is None else self.out_scale.untyped_storage().nbytes())
 
 
 @dataclass
-class Original:
+class OriginalUndo:
     """The way back for a weight that was replaced because another module uses it: the parameter itself, untouched."""
 
     weight: nn.Parameter
@@ -60,18 +60,18 @@ def exact_matmul() -> Iterator[None]:
             backend.fp32_precision = precision
 
 
-def merged_weight(weight: Tensor, delta: Tensor, gain: Tensor | None = None) -> tuple[Tensor, float]:
+def merged_weight(weight: Tensor, delta: Tensor, out_scale: Tensor | None = None) -> tuple[Tensor, float]:
     """``round(γ∘(w + Δ))`` computed in Δ's dtype (fp32 or wider), and the share of the change that the rounding lost."""
-    wide = weight.to(_dtype(weight, delta, gain))
-    exact = wide + delta if gain is None else (wide + delta) * gain
+    wide = weight.to(_dtype(weight, delta, out_scale))
+    exact = wide + delta if out_scale is None else (wide + delta) * out_scale
     merged = exact.to(weight.dtype)
-    change = delta if gain is None else exact - wide
+    change = delta if out_scale is None else exact - wide
     missing = (merged.to(wide.dtype) - wide).sub_(change)
     size = change.norm()
     return merged, float(missing.norm() / size) if size > 0 else 0.0
 
 
-def merge(weight: Tensor, delta: Tensor, gain: Tensor | None = None, *, reversible: bool = True) -> tuple[Undo | None, float]:
+def merge(weight: Tensor, delta: Tensor, out_scale: Tensor | None = None, *, reversible: bool = True) -> tuple[SparseUndo | None, float]:
     """Add ``delta`` to ``weight`` in place.
 
     Args:
@@ -83,18 +83,18 @@ def merge(weight: Tensor, delta: Tensor, gain: Tensor | None = None, *, reversib
     Returns:
         What the way back needs (or None), and the share of the update that rounding lost, ‖(m − w) − Δ‖ / ‖Δ‖.
     """
-    merged, lost = merged_weight(weight, delta, gain)
+    merged, lost = merged_weight(weight, delta, out_scale)
     undo = None
     if reversible:
-        back = _taken_out(merged, delta, gain)
+        back = _taken_out(merged, delta, out_scale)
         index = (bits(back) != bits(weight)).flatten().nonzero().flatten()
         index = index.to(torch.int32) if weight.numel() < 2**31 else index
-        undo = Undo(index, weight.flatten()[index].clone(), checksum(weight), gain)
+        undo = SparseUndo(index, weight.flatten()[index].clone(), checksum(weight), out_scale)
     weight.copy_(merged)
     return undo, lost
 
 
-def unmerge(weight: Tensor, delta: Tensor, undo: Undo) -> Tensor:
+def unmerge(weight: Tensor, delta: Tensor, undo: SparseUndo) -> Tensor:
     """The base weight that :func:`merge` started from, bit for bit (a new tensor; ``weight`` is left alone).
 
     Raises:
@@ -103,19 +103,19 @@ def unmerge(weight: Tensor, delta: Tensor, undo: Undo) -> Tensor:
     changed = "the base weight would not come back bit for bit: the adapter, the merged weight or the device changed since the merge"
     if weight.dtype != undo.value.dtype:
         raise ValueError(changed)
-    base = _taken_out(weight, delta, undo.gain).contiguous()
+    base = _taken_out(weight, delta, undo.out_scale).contiguous()
     base.view(-1)[undo.index.to(base.device)] = undo.value.to(base.device)
     if checksum(base) != undo.checksum:
         raise ValueError(changed)
     return base
 
 
-def _taken_out(merged: Tensor, delta: Tensor, gain: Tensor | None) -> Tensor:
-    wide = merged.to(_dtype(merged, delta, gain))
-    return (wide - delta if gain is None else wide / gain.to(merged.device) - delta).to(merged.dtype)
+def _taken_out(merged: Tensor, delta: Tensor, out_scale: Tensor | None) -> Tensor:
+    wide = merged.to(_dtype(merged, delta, out_scale))
+    return (wide - delta if out_scale is None else wide / out_scale.to(merged.device) - delta).to(merged.dtype)
 
 
-def _dtype(weight: Tensor, delta: Tensor, gain: Tensor | None) -> torch.dtype:
+def _dtype(weight: Tensor, delta: Tensor, out_scale: Tensor | None) -> torch.dtype:
     """One rounding is the weight's own; a division and a subtraction in its precision would add two."""
-    above = gain is not None and delta.dtype == weight.dtype and weight.device.type != "mps"  # which has no float64
+    above = out_scale is not None and delta.dtype == weight.dtype and weight.device.type != "mps"  # which has no float64
     return torch.float64 if above else delta.dtype

@@ -15,7 +15,7 @@ from lightning_lora.ops.fused_linear import lora_linears
 from lightning_lora.utils.autocast import autocast_dtype
 
 
-class Siblings:
+class SharedInputGroup:
     """Adapted linears whose parent calls them one after the other on the same tensor.
 
     They share while their parent's forward runs (``open`` to ``close``); called by themselves they are computed by themselves.
@@ -47,7 +47,7 @@ class Siblings:
             y = held[2].pop(index, None)
             if y is not None:
                 return y
-        if not all([getattr(other, "lora_siblings", None) is self and other.fusable(x) for other in self.layers]):
+        if not all([getattr(other, "shared_input", None) is self and other.fusable(x) for other in self.layers]):
             return None
         if len({other.dropout_now() for other in self.layers}) > 1:
             return None
@@ -59,11 +59,11 @@ class Siblings:
         self.held = (x, key, waiting)
         return y
 
-    def disband(self) -> None:
+    def dissolve(self) -> None:
         """Let each be computed alone."""
         self.close()
         for layer in self.layers:
-            layer.__dict__.pop("lora_siblings", None)
+            layer.__dict__.pop("shared_input", None)
 
     @staticmethod
     def _key(x: Tensor) -> tuple[Any, ...]:
@@ -78,14 +78,14 @@ class Siblings:
 
 def compute(layers: list[Any], x: Tensor) -> tuple[Tensor, ...]:
     """The outputs of layers that are all fusable for x."""
-    As, Bs = zip(*[layer.update_factors() for layer in layers], strict=True)
+    A_list, B_list = zip(*[layer.update_factors() for layer in layers], strict=True)
     return lora_linears(
         x,
-        [layer.stored_weight() for layer in layers],
+        [layer.frozen_weight() for layer in layers],
         [layer.bias for layer in layers],
-        As,
-        Bs,
+        A_list,
+        B_list,
         [layer.scaling for layer in layers],
         layers[0].dropout_now(),
-        [layer.output_gain() for layer in layers],
+        [layer.output_scale() for layer in layers],
     )

@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.ops import backends, low_rank
-from lightning_lora.ops.fused_linear import lora_linears, wants_definition
+from lightning_lora.ops.fused_linear import lora_linears
+from lightning_lora.ops.second_derivatives import wants_definition
 from lightning_lora.utils.autocast import autocast_dtype
 from lightning_lora.utils.sharding import is_sharded
 
 
-def on_pieces(layer: Any, x: Any) -> Tensor | None:
+def local_forward(layer: Any, x: Any) -> Tensor | None:
     """The output as the base would leave it, a DTensor of columns or of shares; None if x, W and the factors do not lie as said above.
 
     Args:

@@ -8,7 +8,7 @@ from typing import overload
 from torch import nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers.adapting import adapt, restore
+from lightning_lora.layers.adapting import adapt, unadapt
 from lightning_lora.layers.base import PREFIX, LoRALayer, lora_layers
 from lightning_lora.model.fuse import fuse, unfuse
 from lightning_lora.model.heads import hf_ends
@@ -149,7 +149,7 @@ def unload_lora(model: nn.Module) -> nn.Module:
         parallel.forget(model)
     unfuse(model)
     for _, layer in list(lora_layers(model)):
-        restore(layer)
+        unadapt(layer)
     for module in model.modules():
         if module.__dict__.get("resize_token_embeddings") is _refuse_resize:
             del module.resize_token_embeddings

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.layers import LoRALinear
-from lightning_lora.layers.classes import without
-from lightning_lora.layers.shared_input import Siblings
+from lightning_lora.layers.classes import strip_class
+from lightning_lora.layers.shared_input import SharedInputGroup
 from lightning_lora.ops import backends
 from lightning_lora.ops.gated_mlp import lora_gated_mlp
 from lightning_lora.utils.forward_source import calls_together, is_gated_mlp
 
 
-def fuse(model: nn.Module) -> list[Siblings]:
+def fuse(model: nn.Module) -> list[SharedInputGroup]:
     """Let adapted linears that read the same input share it.
 
     Args:
@@ -37,10 +37,10 @@ def fuse(model: nn.Module) -> list[Siblings]:
         adapted = {name: child for name, child in parent.named_children() if isinstance(child, LoRALinear)}
         families = calls_together(type(parent)) if len(adapted) > 1 else []
         sets = [[adapted[name] for name in family if name in adapted] for family in families]
-        mine = [Siblings(layers) for layers in sets if len(layers) > 1]
+        mine = [SharedInputGroup(layers) for layers in sets if len(layers) > 1]
         for group in mine:
             for layer in group.layers:
-                layer.lora_siblings = group
+                layer.shared_input = group
         mixins = [*([GatedMLP] if _is_gated_mlp(parent) else []), *([Sharing] if mine else [])]
         if mixins and not isinstance(parent, (Sharing, GatedMLP)):
             parent.__dict__["lora_groups"] = mine
@@ -52,17 +52,17 @@ def fuse(model: nn.Module) -> list[Siblings]:
 def unfuse(model: nn.Module) -> None:
     """Compute every adapted linear by itself again."""
     for module in model.modules():
-        if isinstance(module, LoRALinear) and module.lora_siblings is not None:
-            module.lora_siblings.disband()
+        if isinstance(module, LoRALinear) and module.shared_input is not None:
+            module.shared_input.dissolve()
         if isinstance(module, (Sharing, GatedMLP)):
             del module.__dict__["lora_groups"]
-            module.__class__ = without(type(module), "fused_base")
+            module.__class__ = strip_class(type(module), "fused_base")
 
 
 class Sharing(nn.Module):
     """A mixin before the class of a module with siblings: they share while its forward runs."""
 
-    lora_groups: list[Siblings]
+    lora_groups: list[SharedInputGroup]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Not the base's, which may want arguments: what is made here is no subclass of the user's."""
@@ -91,12 +91,12 @@ class GatedMLP(nn.Module):
             return super().forward(*args, **kwargs)
         if not _is_silu(self.act_fn) or not all([_serves(layer, args[0]) for layer in layers]):
             return super().forward(*args, **kwargs)
-        if len({(layer.dropout_now(), layer.has_gain) for layer in layers}) > 1:
+        if len({(layer.dropout_now(), layer.has_output_scale) for layer in layers}) > 1:
             return super().forward(*args, **kwargs)
-        gains = [layer.output_gain() for layer in layers] if layers[0].has_gain else ()
-        As, Bs = zip(*[layer.update_factors() for layer in layers], strict=True)
-        weights, scales = [layer.stored_weight() for layer in layers], [layer.scaling for layer in layers]
-        return lora_gated_mlp(args[0], weights, As, Bs, scales, layers[0].dropout_now(), gains)
+        out_scales = [layer.output_scale() for layer in layers] if layers[0].has_output_scale else ()
+        A_list, B_list = zip(*[layer.update_factors() for layer in layers], strict=True)
+        weights, scales = [layer.frozen_weight() for layer in layers], [layer.scaling for layer in layers]
+        return lora_gated_mlp(args[0], weights, A_list, B_list, scales, layers[0].dropout_now(), out_scales)
 
 
 def _fused_class(base: type[nn.Module], *mixins: type[nn.Module]) -> type[nn.Module]:
@@ -122,7 +122,7 @@ def _restore(module: Any, state: dict[str, Any]) -> None:
     super(type(module), module).__setstate__(state)
     for group in module.lora_groups:  # layers travel without: a copy of one would take the others along
         for layer in group.layers:
-            layer.lora_siblings = group
+            layer.shared_input = group
 
 
 def _rebuild(base: type[nn.Module], *mixins: type[nn.Module]) -> nn.Module:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.quantization.formats import packing_of
+from lightning_lora.quantization.formats import format_of
 from lightning_lora.utils.names import clean_name, modules_by_name
 from lightning_lora.utils.patterns import compile_patterns, no_match
 
@@ -48,7 +48,7 @@ def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
             raise ValueError(
                 f"modules_to_save: {empty[0]!r} ({type(modules[empty[0]]).__name__}) has no parameters to train; name another module."
             )
-        packed = [f"{fqn}.{part}" for fqn in found for part, child in modules[fqn].named_modules() if packing_of(child)]
+        packed = [f"{fqn}.{part}" for fqn in found for part, child in modules[fqn].named_modules() if format_of(child)]
         if packed:
             raise ValueError(f"modules_to_save: {packed[0].rstrip('.')!r} is quantized and cannot be trained in full; adapt it instead.")
         saved += found

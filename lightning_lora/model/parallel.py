@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_lora.layers.base import PREFIX, LoRALayer, kept_parameters, lora_layers
-from lightning_lora.utils.sharding import is_sharded, local, reshard, whole
+from lightning_lora.utils.sharding import broadcast, full_tensor, is_sharded, local_tensor, reshard
 
 _WRAPPERS = (FSDPModule, FullyShardedDataParallel)
 
@@ -59,7 +59,7 @@ class GradientReducer:
     def _reduce(self) -> None:
         self._queued = -1
         # All of them on every rank, whatever this rank's batch used: collectives have to match.
-        grads = [torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for p in self.parameters]
+        grads = [torch.zeros_like(local_tensor(p)) if p.grad is None else local_tensor(p.grad) for p in self.parameters]
         flat = torch.cat([grad.flatten().to(torch.promote_types(grad.dtype, torch.float32)) for grad in grads])
         for group in self.groups:
             dist.all_reduce(flat, group=group)
@@ -196,19 +196,6 @@ def replicas(tensor: Any) -> list[Any]:
 
 
 @torch.no_grad()
-def broadcast(parameters: Iterable[Tensor], groups: Sequence[Any]) -> None:
-    """Every rank of the groups gets the values of their first rank."""
-    for parameter in parameters:
-        mine = local(parameter)
-        for group in groups:
-            # NCCL takes what is on the GPU only, and Lightning moves modules there after they are adapted.
-            moved = mine.to("cuda") if dist.get_backend(group) == "nccl" else mine
-            dist.broadcast(moved, src=dist.get_global_rank(group, 0), group=group)
-            if moved is not mine:
-                mine.copy_(moved)
-
-
-@torch.no_grad()
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Scale gradients down to a total 2-norm, whatever mix of plain tensors and DTensors they are (torch takes only one kind).
 
@@ -225,19 +212,19 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     for grad in grads:
         # A plain gradient, and a DTensor's along mesh dimensions where it is whole, is the same on every rank: counted once.
         if is_sharded(grad) and any(placement.is_partial() for placement in grad.placements):  # type: ignore[attr-defined]
-            grad = whole(grad)
+            grad = full_tensor(grad)
         cut = [d for d, placement in enumerate(grad.placements) if placement.is_shard()] if is_sharded(grad) else []  # type: ignore[attr-defined]
         split = [grad.device_mesh.get_group(d) for d in cut]  # type: ignore[attr-defined]
         key = tuple(group.group_name for group in split)
         groups[key] = split
-        squares[key] = squares.get(key, 0) + local(grad).float().square().sum()
+        squares[key] = squares.get(key, 0) + local_tensor(grad).float().square().sum()
     for key, square in squares.items():
         for group in groups[key]:
             dist.all_reduce(square, group=group)
     norm = torch.stack(list(squares.values())).sum().sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
     for grad in grads:
-        local(grad).mul_(scale.to(grad.dtype))
+        local_tensor(grad).mul_(scale.to(grad.dtype))
     return norm
 
 

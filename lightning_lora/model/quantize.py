@@ -14,7 +14,7 @@ from torch import nn
 from lightning_lora.config import ALL_LINEAR, LoRAConfig
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.model.targeting import find_targets
-from lightning_lora.quantization.formats import format_of, packing_of, remember
+from lightning_lora.quantization.formats import format_of, quantizer_of, remember
 from lightning_lora.utils.checksums import sampled_digest
 from lightning_lora.utils.sharding import is_sharded
 
@@ -45,10 +45,10 @@ def quantize_base(
             module, or no plain ``nn.Linear``; nothing is packed then.
         ImportError: the library is not installed; names the extra.
     """
-    form = format_of(how)
+    form = quantizer_of(how)
     form.check_installed()
     report = find_targets(model, LoRAConfig(rank=1, target_modules=targets, modules_to_save=modules_to_save))
-    layers = {target.fqn: target.module for target in report.targets if packing_of(target.module) is None}
+    layers = {target.fqn: target.module for target in report.targets if format_of(target.module) is None}
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)

@@ -20,7 +20,7 @@ from lightning_lora.layers.adapting import refusal
 from lightning_lora.layers.base import PREFIX, LoRALayer
 from lightning_lora.layers.classes import adapted_class
 from lightning_lora.model.heads import output_heads, saved_modules, within
-from lightning_lora.quantization.formats import packing_of
+from lightning_lora.quantization.formats import format_of
 from lightning_lora.registry import kind_of, why_refused
 from lightning_lora.utils.names import modules_by_name
 from lightning_lora.utils.patterns import compile_patterns, layer_index, no_match
@@ -43,7 +43,7 @@ class Target:
     def shape(self) -> tuple[int, ...]:
         """Of the base weight."""
         shape = self.module.weight.shape
-        return (self.module.out_features, self.module.in_features) if packing_of(self.module) else tuple(shape)  # type: ignore
+        return (self.module.out_features, self.module.in_features) if format_of(self.module) else tuple(shape)  # type: ignore
 
     @property
     def parameters(self) -> int:

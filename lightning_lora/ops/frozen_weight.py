@@ -18,12 +18,12 @@ from lightning_lora.utils.autocast import autocast_dtype
 from lightning_lora.utils.sharding import is_sharded
 
 
-class Stored(NamedTuple):
+class FrozenWeight(NamedTuple):
     """A weight (out, in).
 
     Attributes:
         tensors: the weight itself, or what it is packed in.
-        layout: a name in ``LAYOUTS``, and after spaces what the layout needs to know of this weight.
+        layout: a name in ``WEIGHT_LAYOUTS``, and after spaces what the layout needs to know of this weight.
     """
 
     tensors: tuple[Tensor, ...]
@@ -40,7 +40,7 @@ class Stored(NamedTuple):
         return layout.linear(self.tensors, details, x, None if bias is None else bias.to(x.dtype))
 
 
-class Layout(NamedTuple):
+class WeightLayout(NamedTuple):
     """How many tensors a weight is stored in, and functions from them and the layout's details: with a dtype to the weight, with x and
     a bias to the product."""
 
@@ -49,10 +49,10 @@ class Layout(NamedTuple):
     linear: Callable[[Sequence[Tensor], Sequence[str], Tensor, Tensor | None], Tensor]
 
 
-class Storage:
+class WeightReader:
     """How the layers of one forward, which multiplies by the weight and adds the bias if there is one, store that weight: here as it is."""
 
-    def serves(self, module: Any, x: Tensor) -> bool:
+    def can_read(self, module: Any, x: Tensor) -> bool:
         """Whether the product with :meth:`stored`, in x's dtype or autocast's, is the layer's own for x now."""
         weight = module.weight
         return (
@@ -65,43 +65,45 @@ class Storage:
             and not is_sharded(weight)
         )
 
-    def stored(self, module: Any) -> Stored:
+    def stored(self, module: Any) -> FrozenWeight:
         """The weight of a layer that is served."""
-        return Stored((module.weight,))
+        return FrozenWeight((module.weight,))
 
 
-LAYOUTS: dict[str, Layout] = {
-    "": Layout(
+WEIGHT_LAYOUTS: dict[str, WeightLayout] = {
+    "": WeightLayout(
         1,
         dense=lambda tensors, details, dtype: tensors[0].to(dtype),
         linear=lambda tensors, details, x, bias: F.linear(x, tensors[0].to(x.dtype), bias),
     )
 }
-STORAGES: dict[str, Storage] = {"torch.nn.modules.linear.Linear": Storage()}  # by the qualified name of the class that has the forward
+WEIGHT_READERS: dict[str, WeightReader] = {
+    "torch.nn.modules.linear.Linear": WeightReader()
+}  # by the qualified name of the class that has the forward
 
 
-def storage_of(base: type[nn.Module]) -> Storage | None:
+def reader_of(base: type[nn.Module]) -> WeightReader | None:
     """How layers of this class store what their forward multiplies by; None if that does more, or is not known."""
     owner = next(cls for cls in base.__mro__ if "forward" in vars(cls))
-    return STORAGES.get(qualified_name(owner))
+    return WEIGHT_READERS.get(qualified_name(owner))
 
 
-def taken_apart(weights: Sequence[Tensor | Stored]) -> tuple[list[Tensor], list[str]]:
+def flatten_weights(weights: Sequence[Tensor | FrozenWeight]) -> tuple[list[Tensor], list[str]]:
     """All the tensors of several weights, and each one's layout: what the schema of an operation has types for."""
-    stored = [weight if isinstance(weight, Stored) else Stored((weight,)) for weight in weights]
+    stored = [weight if isinstance(weight, FrozenWeight) else FrozenWeight((weight,)) for weight in weights]
     return [tensor for weight in stored for tensor in weight.tensors], [weight.layout for weight in stored]
 
 
-def put_together(tensors: Sequence[Tensor], layouts: Sequence[str]) -> Iterator[Stored]:
-    """The inverse of :func:`taken_apart`."""
+def unflatten_weights(tensors: Sequence[Tensor], layouts: Sequence[str]) -> Iterator[FrozenWeight]:
+    """The inverse of :func:`flatten_weights`."""
     start = 0
     for layout in layouts:
         end = start + _read(layout)[0].tensors
-        yield Stored(tuple(tensors[start:end]), layout)
+        yield FrozenWeight(tuple(tensors[start:end]), layout)
         start = end
 
 
-def _read(layout: str) -> tuple[Layout, list[str]]:
+def _read(layout: str) -> tuple[WeightLayout, list[str]]:
     """What :attr:`Stored.layout` says."""
     name, *details = layout.split(" ")
-    return LAYOUTS[name], details
+    return WEIGHT_LAYOUTS[name], details

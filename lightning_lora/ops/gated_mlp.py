@@ -1,8 +1,8 @@
 """A gated MLP, ``down(silu(gate(x))·up(x))``, and the low-rank updates of its three projections as one operation on a GPU.
 
 The middle is the biggest tensor of a block, and every pass over it counts. Here the rank-r work on it happens inside the two elementwise
-passes that any implementation makes (:mod:`lightning_lora.ops.triton_gated_mlp`). Kept for the backward pass: x, the base products of gate and up,
-and the rank-r products; with output gains (:mod:`lightning_lora.ops.output_scale`) down's base product too.
+passes that any implementation makes (:mod:`lightning_lora.ops.triton_gated_mlp`). Kept for the backward pass: x, the base products of
+gate and up, and the rank-r products; with output gains (:mod:`lightning_lora.ops.output_scale`) down's base product too.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.ops import plain
-from lightning_lora.ops.frozen_weight import Stored, put_together, taken_apart
-from lightning_lora.ops.fused_linear import differentiable, scaled, wants_definition, working_copies
+from lightning_lora.ops.frozen_weight import FrozenWeight, flatten_weights, unflatten_weights
+from lightning_lora.ops.fused_linear import scaled, working_copies
+from lightning_lora.ops.second_derivatives import differentiable, wants_definition
 from lightning_lora.utils.autocast import autocast_dtype
-from lightning_lora.utils.custom_op import call, opaque
+from lightning_lora.utils.custom_op import dispatch, register_custom_op
 
 
 def lora_gated_mlp(
     x: Tensor,
-    weights: Sequence[Tensor | Stored],
-    As: Sequence[Tensor],
-    Bs: Sequence[Tensor],
+    weights: Sequence[Tensor | FrozenWeight],
+    A_list: Sequence[Tensor],
+    B_list: Sequence[Tensor],
     scales: Sequence[float],
     dropout: float = 0.0,
-    gains: Sequence[Tensor] = (),
+    out_scales: Sequence[Tensor] = (),
 ) -> Tensor:
     """``down(silu(gate(x))·up(x))`` with adapted projections; with dropout, gate and up drop the same entries of x.
 
@@ -47,7 +48,7 @@ def lora_gated_mlp(
     dtype = autocast_dtype(x)
     if dtype is not None:
         with torch.autocast(x.device.type, enabled=False):
-            return lora_gated_mlp(x.to(dtype), weights, As, Bs, scales, dropout, gains)
+            return lora_gated_mlp(x.to(dtype), weights, A_list, B_list, scales, dropout, out_scales)
     from lightning_lora.ops import triton_low_rank
 
     flat = x.reshape(-1, x.shape[-1])
@@ -56,19 +57,19 @@ def lora_gated_mlp(
     if dropout:
         (seed, threshold), p = triton_low_rank.draw_drop(flat, dropout)
         (seed_down, _), _ = triton_low_rank.draw_drop(flat, dropout)
-    tensors, layouts = taken_apart(weights)
+    tensors, layouts = flatten_weights(weights)
     settings = (True, threshold, tuple(s / (1 - p) for s in scales), layouts)
-    y = _GatedMLP.apply(flat, seed, seed_down, settings, *As, *Bs, *(gains or (None, None, None)), *tensors)
-    return y.view(*x.shape[:-1], Bs[2].shape[0])
+    y = _GatedMLP.apply(flat, seed, seed_down, settings, *A_list, *B_list, *(out_scales or (None, None, None)), *tensors)
+    return y.view(*x.shape[:-1], B_list[2].shape[0])
 
 
 class _GatedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, seed: Any, seed_down: Any, settings: tuple[Any, ...], *tensors: Any) -> Tensor:
         _, threshold, scales, layouts = settings
-        As, Bs, gains, weights = list(tensors[:3]), list(tensors[3:6]), _given(tensors[6:9]), list(tensors[9:])
-        y, *kept = call(_forward, x, seed, seed_down, threshold, list(scales), weights, layouts, As, Bs, gains)
-        ctx.save_for_backward(x, seed, seed_down, *kept, *(() if gains else (None,)), *tensors)
+        A_list, B_list, out_scales, weights = list(tensors[:3]), list(tensors[3:6]), _given(tensors[6:9]), list(tensors[9:])
+        y, *kept = dispatch(_forward, x, seed, seed_down, threshold, list(scales), weights, layouts, A_list, B_list, out_scales)
+        ctx.save_for_backward(x, seed, seed_down, *kept, *(() if out_scales else (None,)), *tensors)
         ctx.settings = settings
         return y
 
@@ -79,18 +80,20 @@ class _GatedMLP(torch.autograd.Function):
                 return _GatedMLP.backward(ctx, *grads)
         _, threshold, scales, layouts = ctx.settings
         x, seed, seed_down, g, u, t, t_down, A, A_down, *rest = ctx.saved_tensors
-        lows, z_down, tensors = rest[:3], rest[3], rest[4:]
-        As, Bs, gains, weights = tensors[:3], tensors[3:6], _given(tensors[6:9]), tensors[9:]
+        B_casts, z_down, tensors = rest[:3], rest[3], rest[4:]
+        A_list, B_list, out_scales, weights = tensors[:3], tensors[3:6], _given(tensors[6:9]), tensors[9:]
         if not torch.compiler.is_compiling() and wants_definition(grads[0]):
             inputs = [x, None, None, None, *tensors]
             masks = [(seed, A.shape[1]), (seed_down, A_down.shape[1])]
-            definition = lambda drop, down: (_definition(x, drop, down, scales, weights, layouts, As, Bs, gains),)  # noqa: E731
+            definition = lambda drop, down: (_definition(x, drop, down, scales, weights, layouts, A_list, B_list, out_scales),)  # noqa: E731
             return differentiable(ctx, definition, inputs, masks, grads)
         needs_x = ctx.needs_input_grad[0]
         kept = (x, g, u, t, t_down, z_down, A, A_down, seed, seed_down)
-        dx, dA, dA_down, *rest = call(_backward, grads[0], *kept, threshold, list(scales), weights, layouts, lows, gains, needs_x)
-        dAs = [*dA.split([a.shape[0] for a in As[:2]]), dA_down]
-        found = [d.to(p.dtype) for d, p in zip([*dAs, *rest], [*As, *Bs, *gains], strict=True)]
+        dx, dA, dA_down, *rest = dispatch(
+            _backward, grads[0], *kept, threshold, list(scales), weights, layouts, B_casts, out_scales, needs_x
+        )
+        dA_list = [*dA.split([a.shape[0] for a in A_list[:2]]), dA_down]
+        found = [d.to(p.dtype) for d, p in zip([*dA_list, *rest], [*A_list, *B_list, *out_scales], strict=True)]
         return (dx if needs_x else None), None, None, None, *found, *[None] * (len(tensors) - len(found))
 
 
@@ -102,25 +105,25 @@ def _forward(
     scales: list[float],
     weights: list[Tensor],
     layouts: list[str],
-    As: list[Tensor],
-    Bs: list[Tensor],
-    gains: list[Tensor],
+    A_list: list[Tensor],
+    B_list: list[Tensor],
+    out_scales: list[Tensor],
 ) -> list[Tensor]:
     """The output; then for the backward pass gate's and up's base products, the rank-r products, the adapters in x's dtype, and with
     gains down's base product."""
     from lightning_lora.ops import triton_gated_mlp, triton_low_rank
 
     drop, drop_down = _drop(seed, threshold), _drop(seed_down, threshold)
-    A, (*lows, A_down) = working_copies(As[:2], [*Bs, As[2]], x.dtype)
-    t = scaled(triton_low_rank.project(x, A, drop, scales[0]), scales[:2], lows[:2])
-    gate, up, down = put_together(weights, layouts)
+    A, (*B_casts, A_down) = working_copies(A_list[:2], [*B_list, A_list[2]], x.dtype)
+    t = scaled(triton_low_rank.project(x, A, drop, scales[0]), scales[:2], B_casts[:2])
+    gate, up, down = unflatten_weights(weights, layouts)
     g, u = gate.linear(x), up.linear(x)
-    h, t_down = triton_gated_mlp.forward(g, u, t, lows[0], lows[1], A_down, drop_down, scales[2], gains[:2])
+    h, t_down = triton_gated_mlp.forward(g, u, t, B_casts[0], B_casts[1], A_down, drop_down, scales[2], out_scales[:2])
     z = down.linear(h)
-    kept = [g, u, t, t_down, A, A_down, *lows]
-    if gains:
-        return [triton_low_rank.gained(z, t_down, lows[2], gains[2], None), *kept, z]
-    return [triton_low_rank.add_(z, t_down, lows[2]), *kept]
+    kept = [g, u, t, t_down, A, A_down, *B_casts]
+    if out_scales:
+        return [triton_low_rank.scaled_sum(z, t_down, B_casts[2], out_scales[2], None), *kept, z]
+    return [triton_low_rank.add_(z, t_down, B_casts[2]), *kept]
 
 
 def _backward(
@@ -139,55 +142,55 @@ def _backward(
     scales: list[float],
     weights: list[Tensor],
     layouts: list[str],
-    Bs: list[Tensor],
-    gains: list[Tensor],
+    B_list: list[Tensor],
+    out_scales: list[Tensor],
     needs_x: bool,
 ) -> list[Tensor]:
     """dx (empty unless needed), dA of gate and up, dA of down, the three dB's, and what gains there are theirs."""
     from lightning_lora.ops import triton_gated_mlp, triton_low_rank
 
     drop, drop_down = _drop(seed, threshold), _drop(seed_down, threshold)
-    gate, up, down = put_together(weights, layouts)
+    gate, up, down = unflatten_weights(weights, layouts)
     dgain_down: list[Tensor] = []
     if z_down is None:
         dB_down = triton_low_rank.reduce(dy, t_down)
     else:
-        dy, dB_down, *dgain_down = triton_low_rank.gained_backward(dy, z_down, t_down, Bs[2], gains[2], None)
-    dt_down = triton_low_rank.project(dy, Bs[2].t(), None, scales[2])
+        dy, dB_down, *dgain_down = triton_low_rank.scaled_sum_backward(dy, z_down, t_down, B_list[2], out_scales[2], None)
+    dt_down = triton_low_rank.project(dy, B_list[2].t(), None, scales[2])
     dh = dy @ down.dense(x.dtype)
-    sums = triton_gated_mlp.backward(dh, g, u, t, Bs[0], Bs[1], A_down, dt_down, drop_down, scales[0], gains[:2])
-    dg, du, dt, dB_gate, dB_up, dA_down, *dgains = sums
-    dt = scaled(dt, scales[:2], Bs[:2])
+    sums = triton_gated_mlp.backward(dh, g, u, t, B_list[0], B_list[1], A_down, dt_down, drop_down, scales[0], out_scales[:2])
+    dg, du, dt, dB_gate, dB_up, dA_down, *d_out_scales = sums
+    dt = scaled(dt, scales[:2], B_list[:2])
     dx = x.new_empty(0)
     if needs_x:
         dx = triton_low_rank.add_((dg @ gate.dense(x.dtype)).addmm_(du, up.dense(x.dtype)), dt, A.t(), drop)
     factors = [triton_low_rank.reduce(dt, x, drop), dA_down.contiguous(), dB_gate.contiguous(), dB_up.contiguous(), dB_down]
-    return [dx, *factors, *dgains, *dgain_down]
+    return [dx, *factors, *d_out_scales, *dgain_down]
 
 
 def _forward_shapes(
-    x: Tensor, seed: Any, seed_down: Any, threshold: int, scales: Any, weights: Any, layouts: Any, As: Any, Bs: Any, gains: Any
+    x: Tensor, seed: Any, seed_down: Any, threshold: int, scales: Any, weights: Any, layouts: Any, A_list: Any, B_list: Any, out_scales: Any
 ) -> list[Tensor]:
-    rank = As[0].shape[0] + As[1].shape[0]
-    widths = (Bs[2].shape[0], Bs[0].shape[0], Bs[1].shape[0], rank, As[2].shape[0])
-    copies = ((rank, x.shape[1]), As[2].shape, *(B.shape for B in Bs))
-    z = [x.new_empty(x.shape[0], widths[0])] if gains else []
+    rank = A_list[0].shape[0] + A_list[1].shape[0]
+    widths = (B_list[2].shape[0], B_list[0].shape[0], B_list[1].shape[0], rank, A_list[2].shape[0])
+    copies = ((rank, x.shape[1]), A_list[2].shape, *(B.shape for B in B_list))
+    z = [x.new_empty(x.shape[0], widths[0])] if out_scales else []
     return [*(x.new_empty(x.shape[0], width) for width in widths), *(x.new_empty(shape) for shape in copies), *z]
 
 
 def _backward_shapes(dy: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
-    A, A_down, (Bs, gains, needs_x) = rest[5], rest[6], rest[-3:]
+    A, A_down, (B_list, out_scales, needs_x) = rest[5], rest[6], rest[-3:]
     dx = x.new_empty(*(x.shape if needs_x else (0,)))
-    return [dx, *(x.new_empty(like.shape, dtype=torch.float32) for like in (A, A_down, *Bs, *gains))]
+    return [dx, *(x.new_empty(like.shape, dtype=torch.float32) for like in (A, A_down, *B_list, *out_scales))]
 
 
-opaque(
+register_custom_op(
     "gated_mlp_forward(Tensor x, Tensor? seed, Tensor? seed_down, int threshold, float[] scales, Tensor[] weights, str[] layouts,"
     " Tensor[] As, Tensor[] Bs, Tensor[] gains) -> Tensor[]",
     _forward,
     _forward_shapes,
 )
-opaque(
+register_custom_op(
     "gated_mlp_backward(Tensor dy, Tensor x, Tensor g, Tensor u, Tensor t, Tensor t_down, Tensor? z_down, Tensor A, Tensor A_down,"
     " Tensor? seed, Tensor? seed_down, int threshold, float[] scales, Tensor[] weights, str[] layouts, Tensor[] Bs, Tensor[] gains,"
     " bool needs_x) -> Tensor[]",
@@ -200,16 +203,18 @@ def _drop(seed: Tensor | None, threshold: int) -> plain.Drop | None:
     return None if seed is None else (seed, threshold)
 
 
-def _given(gains: Sequence[Tensor | None]) -> list[Tensor]:
-    return [gain for gain in gains if gain is not None]
+def _given(out_scales: Sequence[Tensor | None]) -> list[Tensor]:
+    return [out_scale for out_scale in out_scales if out_scale is not None]
 
 
-def _definition(x: Tensor, drop: Any, drop_down: Any, scales: Any, weights: Any, layouts: Any, As: Any, Bs: Any, gains: Any) -> Tensor:
+def _definition(
+    x: Tensor, drop: Any, drop_down: Any, scales: Any, weights: Any, layouts: Any, A_list: Any, B_list: Any, out_scales: Any
+) -> Tensor:
     """Operations that autograd knows, for second derivatives."""
-    Ws = [W.dense(x.dtype) for W in put_together(weights, layouts)]
+    Ws = [W.dense(x.dtype) for W in unflatten_weights(weights, layouts)]
 
     def project(z: Tensor, k: int, drop: Any) -> Tensor:
-        y = F.linear(z, Ws[k]) + plain.project(z, As[k].to(z.dtype), drop, scales[k]) @ Bs[k].to(z.dtype).t()
-        return (y * gains[k]).to(y.dtype) if gains else y
+        y = F.linear(z, Ws[k]) + plain.project(z, A_list[k].to(z.dtype), drop, scales[k]) @ B_list[k].to(z.dtype).t()
+        return (y * out_scales[k]).to(y.dtype) if out_scales else y
 
     return project(F.silu(project(x, 0, drop)) * project(x, 1, drop), 2, drop_down)

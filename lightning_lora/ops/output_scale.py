@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from lightning_lora.ops import plain
-from lightning_lora.ops.fused_linear import wants_definition
 from lightning_lora.ops.low_rank import transformed
+from lightning_lora.ops.second_derivatives import wants_definition
 from lightning_lora.utils.autocast import no_autocast
 from lightning_lora.utils.sharding import is_sharded
 
 
-def rescaled(z: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+def apply_output_scale(z: Tensor, out_scale: Tensor, bias: Tensor | None) -> Tensor:
     """``gain∘(z − bias) + bias`` in z's dtype.
 
     Args:
@@ -27,39 +27,39 @@ def rescaled(z: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
         bias: in the gain's shape.
     """
     if transformed() or is_sharded(z):
-        return (z * gain if bias is None else (z - bias) * gain + bias).to(z.dtype)
+        return (z * out_scale if bias is None else (z - bias) * out_scale + bias).to(z.dtype)
     with no_autocast(z):
-        return _Rescale.apply(z, gain, bias)
+        return _OutputScale.apply(z, out_scale, bias)
 
 
-class _Rescale(torch.autograd.Function):
+class _OutputScale(torch.autograd.Function):
     """The passes over z are what a gain costs, so there is one forward and two, in one buffer, backward."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(z, gain, bias)
-        return plain.times_gain(z, gain, bias)
+    def forward(ctx: Any, z: Tensor, out_scale: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(z, out_scale, bias)
+        return plain.times_scale(z, out_scale, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad,) = grads
-        z, gain, bias = ctx.saved_tensors
-        h, dz, dgain, dbias = (gain - 1).to(z.dtype), None, None, None
-        axis = z.ndim - gain.ndim
+        z, out_scale, bias = ctx.saved_tensors
+        h, dz, d_out_scale, dbias = (out_scale - 1).to(z.dtype), None, None, None
+        axis = z.ndim - out_scale.ndim
         others = [dim for dim in range(z.ndim) if dim != axis]
 
-        wide = None if bias is None else gain.dtype  # with a bias two sums are subtracted, and half precision would show
+        wide = None if bias is None else out_scale.dtype  # with a bias two sums are subtracted, and half precision would show
 
         def summed(tensor: Tensor) -> Tensor:
-            return (tensor.sum(others, dtype=wide) if others else tensor.clone()).to(gain.dtype).view(gain.shape)
+            return (tensor.sum(others, dtype=wide) if others else tensor.clone()).to(out_scale.dtype).view(out_scale.shape)
 
         buffer = None if wants_definition(grad) else torch.empty_like(z)
         if ctx.needs_input_grad[1]:
-            dgain = summed(torch.mul(grad, z, out=buffer))
+            d_out_scale = summed(torch.mul(grad, z, out=buffer))
         if bias is not None and (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
             total = summed(grad)
-            dgain = None if dgain is None else dgain - total * bias
-            dbias = (total * (1 - gain)).to(bias.dtype) if ctx.needs_input_grad[2] else None
+            d_out_scale = None if d_out_scale is None else d_out_scale - total * bias
+            dbias = (total * (1 - out_scale)).to(bias.dtype) if ctx.needs_input_grad[2] else None
         if ctx.needs_input_grad[0]:
             dz = torch.addcmul(grad, grad, h, out=buffer)
-        return dz, dgain, dbias
+        return dz, d_out_scale, dbias

@@ -40,34 +40,36 @@ def add_(y: Tensor, t: Tensor, B: Tensor, drop: Drop | None = None) -> Tensor:
     return y.addmm_(t, B.t()) if drop is None else y.add_(zeroed(t @ B.t(), drop))
 
 
-def gained(z: Tensor, t: Tensor, B: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+def scaled_sum(z: Tensor, t: Tensor, B: Tensor, out_scale: Tensor, bias: Tensor | None) -> Tensor:
     """``gain∘(z − bias + t·Bᵀ) + bias``, a new tensor: (N, C), (N, R), (C, R), (C,), (C,) → (N, C)."""
-    return times_gain(z, gain, bias).addmm_(t, times_gain(B.t(), gain, None))
+    return times_scale(z, out_scale, bias).addmm_(t, times_scale(B.t(), out_scale, None))
 
 
-def times_gain(z: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+def times_scale(z: Tensor, out_scale: Tensor, bias: Tensor | None) -> Tensor:
     """``gain∘(z − bias) + bias``, both one number an output and broadcast over z.
 
     As ``z + h∘(z − bias)`` with h = gain − 1 in z's dtype: rounding h costs little where rounding the gain would freeze small changes
     of it, and a gain of 1 changes nothing.
     """
-    h = (gain - 1).to(z.dtype)
+    h = (out_scale - 1).to(z.dtype)
     y = torch.addcmul(z, z, h)
     return y if bias is None else y.sub_(h * bias.to(z.dtype))
 
 
-def gained_backward(dy: Tensor, z: Tensor, t: Tensor, B: Tensor, gain: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Of :func:`gained`: the gradient dz = gain∘dy of its sum (N, C), dB = dzᵀ·t (C, R), and the gain's (C,) in its dtype.
+def scaled_sum_backward(
+    dy: Tensor, z: Tensor, t: Tensor, B: Tensor, out_scale: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of :func:`scaled_sum`: the gradient dz = gain∘dy of its sum (N, C), dB = dzᵀ·t (C, R), and the gain's (C,) in its dtype.
 
     The gain's is ``Σ dy∘(z − bias)`` over the tokens and, for the update's part, ``Σ B∘(dyᵀ·t)`` over the rank.
     """
     dB, buffer = dy.t() @ t, torch.empty_like(dy)
-    wide = None if bias is None else gain.dtype  # with a bias two sums are subtracted, and half precision would show
-    dgain = torch.mul(dy, z, out=buffer).sum(0, dtype=wide) + (dB * B).sum(1, dtype=gain.dtype)
+    wide = None if bias is None else out_scale.dtype  # with a bias two sums are subtracted, and half precision would show
+    d_out_scale = torch.mul(dy, z, out=buffer).sum(0, dtype=wide) + (dB * B).sum(1, dtype=out_scale.dtype)
     if bias is not None:
-        dgain -= dy.sum(0, dtype=wide) * bias
-    dz = torch.addcmul(dy, dy, (gain - 1).to(dy.dtype), out=buffer)
-    return dz, times_gain(dB.t(), gain, None).t(), dgain
+        d_out_scale -= dy.sum(0, dtype=wide) * bias
+    dz = torch.addcmul(dy, dy, (out_scale - 1).to(dy.dtype), out=buffer)
+    return dz, times_scale(dB.t(), out_scale, None).t(), d_out_scale
 
 
 def reduce(t: Tensor, x: Tensor, drop: Drop | None = None) -> Tensor:

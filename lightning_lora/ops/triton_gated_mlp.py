@@ -34,10 +34,10 @@ TILES = {
 PROGRAMS = 1584  # of the backward pass: they last unequally, so several waves
 
 
-def tiles_of(kernel: str, BR: int, drop: bool, gained: bool = False) -> Tiles:
+def tiles_of(kernel: str, BR: int, drop: bool, scaled_sum: bool = False) -> Tiles:
     """The table's; at the widest ranks nothing is fetched ahead: smaller GPUs (99 KiB a program) have no room, an H100 none for two
     programs on a multiprocessor."""
-    tiles = TILES[kernel + (", dropping" if drop else ", gained" if gained else "")]
+    tiles = TILES[kernel + (", dropping" if drop else ", gained" if scaled_sum else "")]
     return tiles if BR < 64 else tiles._replace(num_stages=1)
 
 
@@ -55,7 +55,7 @@ def _sigmoid(x, FAST: tl.constexpr):
 def _forward(
     g, u, h, t, bg, bu, ad, gg, gu, td, seed, rows, cols, rg, ru, rd, stride_t, threshold, scale,
     BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr,
-    DROP: tl.constexpr, GAIN: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
+    DROP: tl.constexpr, OUT_SCALE: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BT + tl.arange(0, BT)
     r = tl.arange(0, BR)
@@ -75,7 +75,7 @@ def _forward(
         wu = tl.load(bu + c[None, :] * ru + r[:, None], mask=there & (r < ru)[:, None], other=0.0)
         gate = tl.dot(tg, wg, gate, input_precision="ieee")
         up = tl.dot(tu, wu, up, input_precision="ieee")
-        if GAIN:
+        if OUT_SCALE:
             gate *= tl.load(gg + c, mask=(c < cols) | EVEN, other=0.0).to(tl.float32)[None, :]
             up *= tl.load(gu + c, mask=(c < cols) | EVEN, other=0.0).to(tl.float32)[None, :]
         out = gate * _sigmoid(gate, FAST) * up
@@ -93,7 +93,7 @@ def _backward(
     dh, g, u, dg, du, t, bg, bu, ad, gg, gu, dtd, dt, sums, sums_gg, sums_gu, seed,
     rows, cols, rg, ru, rd, stride_t, stride_dtd, span, threshold, scale,
     BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr,
-    DROP: tl.constexpr, GAIN: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
+    DROP: tl.constexpr, OUT_SCALE: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     column, part = tl.program_id(0) * BC, tl.program_id(1)
     c = column + tl.arange(0, BC)
@@ -118,7 +118,7 @@ def _backward(
         gd = tl.load(dtd + row[:, None] * stride_dtd + r[None, :], mask=here & (r < rd)[None, :], other=0.0)
         gate = tl.dot(tg, wg, gate, input_precision="ieee")
         up = tl.dot(tu, wu, up, input_precision="ieee")
-        if GAIN:
+        if OUT_SCALE:
             gain_g = tl.load(gg + c, mask=(c < cols) | EVEN, other=0.0).to(tl.float32)[None, :]
             gain_u = tl.load(gu + c, mask=(c < cols) | EVEN, other=0.0).to(tl.float32)[None, :]
             before_g, before_u = gate, up
@@ -134,13 +134,13 @@ def _backward(
         else:
             grad = tl.dot(gd, wd, grad, input_precision="ieee")
         grad_g = grad * up * (silu * (1.0 - sigmoid) + sigmoid)
-        if GAIN:  # each tile's sums are written: kept, they would take registers
+        if OUT_SCALE:  # each tile's sums are written: kept, they would take registers
             tile = start // BT * cols + c
             tl.store(sums_gg + tile, tl.sum(grad_g * before_g, 0), mask=(c < cols) | EVEN)
             grad_g *= gain_g
         grad_g = grad_g.to(dg.dtype.element_ty)
         grad_u = grad * silu
-        if GAIN:
+        if OUT_SCALE:
             tl.store(sums_gu + tile, tl.sum(grad_u * before_u, 0), mask=(c < cols) | EVEN)
             grad_u *= gain_u
         grad_u = grad_u.to(dg.dtype.element_ty)
@@ -167,7 +167,7 @@ def forward(
     Ad: Tensor,
     drop: Drop | None,
     scale: float = 1.0,
-    gains: Sequence[Tensor] = (),
+    out_scales: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """``h = silu(gg∘(g + tg·Bgᵀ))·(gu∘(u + tu·Buᵀ))`` and ``scale·drop(h)·Adᵀ``, with ``t = [tg | tu]``.
 
@@ -187,15 +187,15 @@ def forward(
     """
     (rows, cols), (rg, ru, rd) = g.shape, (Bg.shape[1], Bu.shape[1], Ad.shape[0])
     BR = block_of(max(rg, ru, rd))
-    tiles = tiles_of("forward", BR, drop is not None, bool(gains))
+    tiles = tiles_of("forward", BR, drop is not None, bool(out_scales))
     blocks = cdiv(cols, tiles.BC * LOOP)
     h = torch.empty_like(g)
     td = torch.empty(blocks, rows, rd, device=g.device, dtype=torch.float32)
     seed, threshold = drop or (g, 0)
     fast = g.is_cuda and g.dtype != torch.float32
     _forward[(cdiv(rows, tiles.BT), blocks)](
-        g, u, h, t, Bg, Bu, Ad, *(gains or (g, u)), td, seed, rows, cols, rg, ru, rd, t.stride(0), threshold, scale,
-        BR=BR, LOOP=LOOP, STAGES=tiles.num_stages, DROP=drop is not None, GAIN=bool(gains),
+        g, u, h, t, Bg, Bu, Ad, *(out_scales or (g, u)), td, seed, rows, cols, rg, ru, rd, t.stride(0), threshold, scale,
+        BR=BR, LOOP=LOOP, STAGES=tiles.num_stages, DROP=drop is not None, OUT_SCALE=bool(out_scales),
         EVEN=rows % tiles.BT == 0 and cols % (tiles.BC * LOOP) == 0, FAST=fast, **tiles.options)  # fmt: skip
     return h, td.sum(0).to(g.dtype)
 
@@ -211,7 +211,7 @@ def backward(
     dtd: Tensor,
     drop: Drop | None,
     scale: float = 1.0,
-    gains: Sequence[Tensor] = (),
+    out_scales: Sequence[Tensor] = (),
 ) -> tuple[Tensor, ...]:
     """The gradients of everything around :func:`forward`; ``dh`` is overwritten.
 
@@ -233,19 +233,19 @@ def backward(
     """
     (rows, cols), (rg, ru, rd) = g.shape, (Bg.shape[1], Bu.shape[1], Ad.shape[0])
     BR = block_of(max(rg, ru, rd))
-    tiles = tiles_of("backward", BR, drop is not None, bool(gains))
+    tiles = tiles_of("backward", BR, drop is not None, bool(out_scales))
     blocks = cdiv(cols, tiles.BC)
     parts, span = split(rows, tiles.BT, blocks, PROGRAMS)
     dg, du = dh, torch.empty_like(u)
     dt = torch.zeros(rows, rg + ru, device=g.device, dtype=torch.float32)
     sums = torch.empty(parts, rg + ru + rd, cols, device=g.device, dtype=torch.float32)
-    sums_of_gains = [torch.empty(cdiv(rows, tiles.BT), cols, device=g.device, dtype=torch.float32) for _ in gains]
+    sums_of_gains = [torch.empty(cdiv(rows, tiles.BT), cols, device=g.device, dtype=torch.float32) for _ in out_scales]
     seed, threshold = drop or (g, 0)
     fast = g.is_cuda and g.dtype != torch.float32
     _backward[(blocks, parts)](
-        dh, g, u, dg, du, t, Bg, Bu, Ad, *(gains or (g, u)), dtd, dt, sums, *(sums_of_gains or (sums, sums)), seed,
+        dh, g, u, dg, du, t, Bg, Bu, Ad, *(out_scales or (g, u)), dtd, dt, sums, *(sums_of_gains or (sums, sums)), seed,
         rows, cols, rg, ru, rd, t.stride(0), dtd.stride(0), span, threshold, scale,
-        BR=BR, STAGES=tiles.num_stages, DROP=drop is not None, GAIN=bool(gains),
+        BR=BR, STAGES=tiles.num_stages, DROP=drop is not None, OUT_SCALE=bool(out_scales),
         EVEN=rows % tiles.BT == 0 and cols % tiles.BC == 0, FAST=fast, **tiles.options)  # fmt: skip
     dBg, dBu, dAd = sums.sum(0).split([rg, ru, rd])
     return dg, du, dt.to(g.dtype), dBg.t(), dBu.t(), dAd, *(part.sum(0) for part in sums_of_gains)

@@ -39,7 +39,7 @@ TILES = {
     "project": Tiles(64, 128, num_stages=5),
     "add_": Tiles(64, 128, num_stages=2),
     "gained": Tiles(64, 128, num_stages=2),
-    "gained_backward": Tiles(128, 64, num_stages=2),
+    "scaled_sum_backward": Tiles(128, 64, num_stages=2),
     "reduce": Tiles(32, 64),
 }
 
@@ -100,15 +100,15 @@ def _add(
 
 
 @triton.jit
-def _gained(
-    z, t, b, gain, bias, y, rows, cols, rank, stride_z, stride_t, stride_bc, stride_br,
+def _scaled_sum(
+    z, t, b, out_scale, bias, y, rows, cols, rank, stride_z, stride_t, stride_bc, stride_br,
     BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BT + tl.arange(0, BT)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     inside = (row < rows)[:, None] & (c < cols)[None, :]
     old = tl.load(z + row.to(tl.int64)[:, None] * stride_z + c[None, :], mask=inside, other=0.0)
-    factor = tl.load(gain + c, mask=c < cols, other=0.0).to(tl.float32)
+    factor = tl.load(out_scale + c, mask=c < cols, other=0.0).to(tl.float32)
     out = old.to(tl.float32) + _update(t, b, row, c, rows, cols, rank, stride_t, stride_bc, stride_br, BT, BC, BR)
     if BIAS:  # so that a gain of 1 changes nothing
         out += (factor - 1.0)[None, :] * (out - tl.load(bias + c, mask=c < cols, other=0.0).to(tl.float32)[None, :])
@@ -118,8 +118,8 @@ def _gained(
 
 
 @triton.jit
-def _gained_backward(
-    dy, z, t, b, gain, bias, dz, sums, rows, cols, rank, stride_y, stride_z, stride_t, stride_bc, stride_br,
+def _scaled_sum_backward(
+    dy, z, t, b, out_scale, bias, dz, sums, rows, cols, rank, stride_y, stride_z, stride_t, stride_bc, stride_br,
     BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BT + tl.arange(0, BT)
@@ -127,7 +127,7 @@ def _gained_backward(
     inside = (row < rows)[:, None] & (c < cols)[None, :]
     grad = tl.load(dy + row.to(tl.int64)[:, None] * stride_y + c[None, :], mask=inside, other=0.0).to(tl.float32)
     old = tl.load(z + row.to(tl.int64)[:, None] * stride_z + c[None, :], mask=inside, other=0.0)
-    factor = tl.load(gain + c, mask=c < cols, other=0.0).to(tl.float32)
+    factor = tl.load(out_scale + c, mask=c < cols, other=0.0).to(tl.float32)
     tl.store(dz + row.to(tl.int64)[:, None] * cols + c[None, :], (grad * factor[None, :]).to(dz.dtype.element_ty), mask=inside)
     out = old.to(tl.float32) + _update(t, b, row, c, rows, cols, rank, stride_t, stride_bc, stride_br, BT, BC, BR)
     if BIAS:
@@ -182,27 +182,29 @@ def add_(y: Tensor, t: Tensor, B: Tensor, drop: Drop | None = None) -> Tensor:
     return y
 
 
-def gained(z: Tensor, t: Tensor, B: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+def scaled_sum(z: Tensor, t: Tensor, B: Tensor, out_scale: Tensor, bias: Tensor | None) -> Tensor:
     """``gain∘(z − bias + t·Bᵀ) + bias``, a new tensor: (N, C), (N, R), (C, R), (C,), (C,) → (N, C)."""
     (rows, cols), rank, tiles = z.shape, t.shape[1], TILES["gained"]
     z, y = rows_first(z), torch.empty(rows, cols, device=z.device, dtype=z.dtype)
-    _gained[(cdiv(rows, tiles.BT), cdiv(cols, tiles.BC))](
-        z, t, B, gain, gain if bias is None else bias, y, rows, cols, rank, z.stride(0), t.stride(0), B.stride(0), B.stride(1),
+    _scaled_sum[(cdiv(rows, tiles.BT), cdiv(cols, tiles.BC))](
+        z, t, B, out_scale, out_scale if bias is None else bias, y, rows, cols, rank, z.stride(0), t.stride(0), B.stride(0), B.stride(1),
         BR=block_of(rank), BIAS=bias is not None, **tiles.options)  # fmt: skip
     return y
 
 
-def gained_backward(dy: Tensor, z: Tensor, t: Tensor, B: Tensor, gain: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Of :func:`gained`: the gradient dz = gain∘dy of its sum (N, C), dB = dzᵀ·t (C, R) in fp32, and the gain's (C,) in its dtype."""
-    (rows, cols), rank, tiles = z.shape, t.shape[1], TILES["gained_backward"]
+def scaled_sum_backward(
+    dy: Tensor, z: Tensor, t: Tensor, B: Tensor, out_scale: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of :func:`scaled_sum`: the gradient dz = gain∘dy of its sum (N, C), dB = dzᵀ·t (C, R) in fp32, and the gain's (C,) in its dtype."""
+    (rows, cols), rank, tiles = z.shape, t.shape[1], TILES["scaled_sum_backward"]
     dy, z, dz = rows_first(dy), rows_first(z), torch.empty(rows, cols, device=z.device, dtype=z.dtype)
     grid = (cdiv(rows, tiles.BT), cdiv(cols, tiles.BC))
     sums = torch.empty(grid[0], cols, device=z.device, dtype=torch.float32)
-    _gained_backward[grid](
-        dy, z, t, B, gain, gain if bias is None else bias, dz, sums, rows, cols, rank,
+    _scaled_sum_backward[grid](
+        dy, z, t, B, out_scale, out_scale if bias is None else bias, dz, sums, rows, cols, rank,
         dy.stride(0), z.stride(0), t.stride(0), B.stride(0), B.stride(1),
         BR=block_of(rank), BIAS=bias is not None, **tiles.options)  # fmt: skip
-    return dz, reduce(dz, t), sums.sum(0, dtype=gain.dtype)
+    return dz, reduce(dz, t), sums.sum(0, dtype=out_scale.dtype)
 
 
 def reduce(t: Tensor, x: Tensor, drop: Drop | None = None) -> Tensor:

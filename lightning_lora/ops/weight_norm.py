@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.ops import backends
-from lightning_lora.utils.custom_op import call, opaque
+from lightning_lora.utils.custom_op import dispatch, register_custom_op
 from lightning_lora.utils.sharding import is_sharded
 
 
@@ -30,7 +30,7 @@ def squared_norms(W: Tensor, A: Tensor, B: Tensor, scale: float, own: Callable[[
         (out,) over all groups.
     """
     if _served(W):
-        return call(_squares, W, A, B, scale)[0].sum(0, dtype=B.dtype)
+        return dispatch(_squares, W, A, B, scale)[0].sum(0, dtype=B.dtype)
     cross = (A.to(W.dtype) @ W.mT).mT.to(B.dtype) * (2 * scale)  # (…, out, r); this way round is the faster one
     return (torch.add(cross, B @ (A @ A.mT), alpha=scale * scale) * B).sum(-1).flatten() + own()
 
@@ -52,4 +52,4 @@ def _squares_shapes(W: Tensor, A: Tensor, B: Tensor, scale: float) -> list[Tenso
     return [W.new_empty(triton_weight_norm.parts(W.shape[1]), W.shape[0], dtype=torch.float32)]
 
 
-opaque("squared_norms(Tensor W, Tensor A, Tensor B, float scale) -> Tensor[]", _squares, _squares_shapes)
+register_custom_op("squared_norms(Tensor W, Tensor A, Tensor B, float scale) -> Tensor[]", _squares, _squares_shapes)

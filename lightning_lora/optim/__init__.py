@@ -1,4 +1,7 @@
-"""What optimizers need to know of LoRA: which parameters, in which groups, under which names; and GaLore, which needs no LoRA."""
+"""What optimizers need to know of LoRA: parameter groups, LoRA+, optimizer state by parameter name. And GaLore, which needs no LoRA.
+
+May import: everything up to ``adapter_io``.
+"""
 
 from lightning_lora.optim.galore import GaLoreConfig, galore_optimizer, galore_param_groups
 from lightning_lora.optim.groups import lora_param_groups

@@ -14,10 +14,10 @@ from torch.optim import Optimizer
 
 from lightning_lora.optim.groups import RATIO
 from lightning_lora.utils.names import clean_name
-from lightning_lora.utils.sharding import sharded, whole
+from lightning_lora.utils.sharding import distribute_like, full_tensor
 
 
-def state_by_name(optimizer: Optimizer, model: nn.Module, saved: Callable[[Tensor], Tensor] = whole) -> dict[str, Any]:
+def state_by_name(optimizer: Optimizer, model: nn.Module, saved: Callable[[Tensor], Tensor] = full_tensor) -> dict[str, Any]:
     """``optimizer.state_dict()`` with names in place of numbers: ``{"state": {fqn: …}, "param_groups": [{"params": [fqn, …], …}]}``.
 
     Args:
@@ -70,7 +70,7 @@ def load_by_name(optimizer: Optimizer, model: nn.Module, saved: dict[str, Any]) 
         like = parameters[numbers[name]]
         # Moments have their parameter's shape and are sharded as it is; step counts are not.
         moments = {slot: value for slot, value in slots.items() if isinstance(value, Tensor) and value.shape == like.shape}
-        state[numbers[name]] = slots | {slot: sharded(value, like) for slot, value in moments.items()}
+        state[numbers[name]] = slots | {slot: distribute_like(value, like) for slot, value in moments.items()}
     optimizer.load_state_dict({**saved, "state": state, "param_groups": groups})
 
 

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_lora.ops.frozen_weight import LAYOUTS, STORAGES, Layout, Storage, Stored
-from lightning_lora.quantization.formats import FORMATS, PACKINGS, Format, Packing
+from lightning_lora.ops.frozen_weight import WEIGHT_LAYOUTS, WEIGHT_READERS, FrozenWeight, WeightLayout, WeightReader
+from lightning_lora.quantization.formats import QUANTIZED_FORMATS, QUANTIZERS, QuantizedFormat, Quantizer
 from lightning_lora.utils.autocast import autocast_dtype
-from lightning_lora.utils.sharding import is_sharded, whole
+from lightning_lora.utils.sharding import full_tensor, is_sharded
 
 
 def _library() -> ModuleType:
@@ -28,14 +28,14 @@ def _library() -> ModuleType:
     return bitsandbytes
 
 
-class Packed4bit(Packing):
+class Linear4bitFormat(QuantizedFormat):
     """``Linear4bit``: blocks of 64 values share a scale; with double quantization the scales are 8-bit themselves."""
 
     shards = True
     attributes = ("quant_state", "quant_storage", "compute_dtype", "compute_type_is_set", "support_avx512bf16_for_cpu")
     plain_class = nn.Linear
 
-    def is_packed(self, module: Any) -> bool:
+    def is_quantized(self, module: Any) -> bool:
         """From its first move to a device on."""
         return _state(module) is not None
 
@@ -55,11 +55,11 @@ class Packed4bit(Packing):
             module.weight = module.weight.to(module.weight.device)
         module.quant_state = _state(module)
 
-    def unpack(self, module: Any) -> Tensor:
+    def dequantize(self, module: Any) -> Tensor:
         """In the dtype it was packed from."""
         return _library().functional.dequantize_4bit(module.weight.data, _state(module))
 
-    def repack(self, module: Any, weight: Tensor) -> None:
+    def requantize(self, module: Any, weight: Tensor) -> None:
         """With the same data type, block size and double quantization."""
         old = module.weight
         fields = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
@@ -69,7 +69,7 @@ class Packed4bit(Packing):
 
     def codes(self, module: Any) -> list[Tensor]:
         """The 4-bit numbers, and the scales."""
-        return [whole(module.weight.detach()).as_subclass(Tensor).view(torch.uint8), _state(module).absmax]
+        return [full_tensor(module.weight.detach()).as_subclass(Tensor).view(torch.uint8), _state(module).absmax]
 
 
 def _state(module: Any) -> Any:
@@ -78,10 +78,10 @@ def _state(module: Any) -> Any:
     return module.quant_state if state is None else state
 
 
-class Storage4bit(Storage):
+class WeightReader4bit(WeightReader):
     """What ``Linear4bit.forward`` multiplies by: the weight, unpacked to the dtype it computes in, anew in each pass."""
 
-    def serves(self, module: Any, x: Tensor) -> bool:
+    def can_read(self, module: Any, x: Tensor) -> bool:
         """Where that is x's dtype: else bitsandbytes casts the input, and the output back."""
         weight, state = module.weight, _state(module)
         return (
@@ -94,21 +94,21 @@ class Storage4bit(Storage):
             and autocast_dtype(x) in (None, x.dtype)
         )
 
-    def stored(self, module: Any) -> Stored:
+    def stored(self, module: Any) -> FrozenWeight:
         """The 4-bit numbers with their scales; if these are packed too, with what they are packed in."""
         state = _state(module)
         tensors, layout = (module.weight, state.absmax), f"{state.quant_type} {state.blocksize} {module.out_features} {module.in_features}"
         if not state.nested:
-            return Stored(tensors, f"bitsandbytes-4bit {layout}")
+            return FrozenWeight(tensors, f"bitsandbytes-4bit {layout}")
         scales = state.state2
-        return Stored((*tensors, state.offset, scales.absmax, scales.code), f"bitsandbytes-4bit-nested {layout} {scales.blocksize}")
+        return FrozenWeight((*tensors, state.offset, scales.absmax, scales.code), f"bitsandbytes-4bit-nested {layout} {scales.blocksize}")
 
 
 _MOST_ROWS = 1536  # for which bitsandbytes has such kernels
 
 
 def _dense4bit(tensors: Sequence[Tensor], details: Sequence[str], dtype: torch.dtype) -> Tensor:
-    """The weight of a :class:`Storage4bit`."""
+    """The weight of a :class:`WeightReader4bit`."""
     return _library().functional.dequantize_4bit(tensors[0].view(-1, 1), _rebuilt(tensors, details, dtype))
 
 
@@ -131,30 +131,30 @@ def _rebuilt(tensors: Sequence[Tensor], details: Sequence[str], dtype: torch.dty
     return make(absmax, torch.Size((rows, columns)), None, block, kind, dtype, offset, scales)
 
 
-class Packed8bit(Packing):
+class Linear8bitFormat(QuantizedFormat):
     """``Linear8bitLt``: each row has a scale. The numbers wander from the weight to the layer's state in the first forward pass."""
 
     attributes = ("state", "index")
     plain_class = nn.Linear
 
-    def is_packed(self, module: Any) -> bool:
+    def is_quantized(self, module: Any) -> bool:
         """From its first move to a device on; never with ``has_fp16_weights``, which keeps the weight in 16 bit."""
         return module.weight.dtype == torch.int8
 
     def prepare(self, module: Any, dtype: torch.dtype | None) -> None:
-        """Pack it where it is, and note the dtype to unpack to."""
+        """Pack it where it is, and note the dtype to dequantize to."""
         if "_unpacked_dtype" not in module.__dict__:
             module._unpacked_dtype = dtype if module.weight.dtype == torch.int8 else module.weight.dtype
         if not module.state.has_fp16_weights and module.weight.dtype != torch.int8 and module.weight.device.type == "cpu":
             module.weight = module.weight.to("cpu")
 
-    def unpack(self, module: Any) -> Tensor:
+    def dequantize(self, module: Any) -> Tensor:
         """In the dtype it was packed from, as far as that is known: the layer keeps none."""
         scales = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
         dense = _library().functional.int8_vectorwise_dequant(module.weight.data, scales)
         return dense.to(getattr(module, "_unpacked_dtype", None) or torch.float32)
 
-    def repack(self, module: Any, weight: Tensor) -> None:
+    def requantize(self, module: Any, weight: Tensor) -> None:
         """Row by row, through float16 as bitsandbytes does."""
         library, state = _library(), module.state
         module.state = library.MatmulLtState()
@@ -168,7 +168,7 @@ class Packed8bit(Packing):
         return [module.weight.detach().as_subclass(Tensor), module.weight.SCB if module.weight.SCB is not None else module.state.SCB]
 
 
-def pack_nf4(linear: Any, device: torch.device) -> None:
+def quantize_nf4(linear: Any, device: torch.device) -> None:
     """4-bit NormalFloat with double quantization, computing in the weight's own dtype."""
     modules = _library().nn
     made = modules.Linear4bit(1, 1, linear.bias is not None, linear.weight.dtype, True, "nf4", device="meta")
@@ -177,7 +177,7 @@ def pack_nf4(linear: Any, device: torch.device) -> None:
     linear.quant_state = linear.weight.quant_state
 
 
-def pack_int8(linear: Any, device: torch.device) -> None:
+def quantize_int8(linear: Any, device: torch.device) -> None:
     """8-bit rows; inputs above 6 are multiplied in 16 bit, as LLM.int8() has it."""
     modules = _library().nn
     made = modules.Linear8bitLt(1, 1, linear.bias is not None, has_fp16_weights=False, threshold=6.0, device="meta")
@@ -196,10 +196,10 @@ def _become(linear: Any, made: Any, weight: Any, device: torch.device) -> None:
     linear._parameters["weight"] = weight.to(device).to(home)
 
 
-PACKINGS["bitsandbytes.nn.modules.Linear4bit"] = Packed4bit()
-PACKINGS["bitsandbytes.nn.modules.Linear8bitLt"] = Packed8bit()
-STORAGES["bitsandbytes.nn.modules.Linear4bit"] = Storage4bit()
-LAYOUTS["bitsandbytes-4bit"] = Layout(2, _dense4bit, _linear4bit)
-LAYOUTS["bitsandbytes-4bit-nested"] = Layout(5, _dense4bit, _linear4bit)
-FORMATS["nf4"] = Format(pack_nf4, _library)
-FORMATS["int8"] = Format(pack_int8, _library)
+QUANTIZED_FORMATS["bitsandbytes.nn.modules.Linear4bit"] = Linear4bitFormat()
+QUANTIZED_FORMATS["bitsandbytes.nn.modules.Linear8bitLt"] = Linear8bitFormat()
+WEIGHT_READERS["bitsandbytes.nn.modules.Linear4bit"] = WeightReader4bit()
+WEIGHT_LAYOUTS["bitsandbytes-4bit"] = WeightLayout(2, _dense4bit, _linear4bit)
+WEIGHT_LAYOUTS["bitsandbytes-4bit-nested"] = WeightLayout(5, _dense4bit, _linear4bit)
+QUANTIZERS["nf4"] = Quantizer(quantize_nf4, _library)
+QUANTIZERS["int8"] = Quantizer(quantize_int8, _library)

@@ -1,9 +1,9 @@
 """Quantized weights: how a layer that stores its weight packed is read, written and made plain again.
 
 The forward pass of a quantized base needs none of this: an adapted layer calls it through ``super().forward``, or hands the
-packed tensors to one operation for both (:mod:`lightning_lora.ops.frozen_weight`). Merging, exporting and naming the base do. One :class:`Packing`
-a storage format, found by the qualified name of the layer's type or of its weight's, so that no library is imported for a model that
-does not use it.
+packed tensors to one operation for both (:mod:`lightning_lora.ops.frozen_weight`). Merging, exporting and naming the base do. One
+:class:`QuantizedFormat` a storage format, found by the qualified name of the layer's type or of its weight's, so that no library is
+imported for a model that does not use it.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from torch import Tensor, nn
 
 from lightning_lora.registry import look_up, qualified_name
 from lightning_lora.utils.checksums import sampled_digest
-from lightning_lora.utils.sharding import is_sharded, local, whole
+from lightning_lora.utils.sharding import full_tensor, is_sharded, local_tensor
 
-PACKINGS: dict[str, Packing] = {}  # qualified name of a layer's or a weight's type → how it is packed
-FORMATS: dict[str, Format] = {}  # quantize=… → what packs a linear
+QUANTIZED_FORMATS: dict[str, QuantizedFormat] = {}  # qualified name of a layer's or a weight's type → how it is packed
+QUANTIZERS: dict[str, Quantizer] = {}  # quantize=… → what packs a linear
 
 UNKNOWN = "packed:"  # begins the digest of a weight that came quantized
 _DIGEST = "_unpacked_digest"
 
 
-class Packing:
+class QuantizedFormat:
     """One storage format of a linear layer's weight."""
 
     #: What else an instance holds that goes with the packed weight.
     attributes: ClassVar[tuple[str, ...]] = ()
     #: Whether :meth:`repack` is known.
-    repacks: ClassVar[bool] = True
+    requantizes: ClassVar[bool] = True
     #: Whether FSDP2 can take the packed weight apart and put it together again.
     shards: ClassVar[bool] = False
     #: The layer's class once its weight is a plain one; None: the class it has.
     plain_class: ClassVar[type[nn.Module] | None] = None
 
-    def is_packed(self, module: Any) -> bool:
+    def is_quantized(self, module: Any) -> bool:
         """Whether the weight is packed already; some are while the layer is on its way to a device."""
         return True
 
@@ -53,11 +53,11 @@ class Packing:
             ValueError: it cannot be trained on; the reason only.
         """
 
-    def unpack(self, module: Any) -> Tensor:
+    def dequantize(self, module: Any) -> Tensor:
         """The weight (out, in) in the floating dtype that the layer would multiply with."""
         raise NotImplementedError(f"{type(self).__name__} has to say how its weight is unpacked")
 
-    def repack(self, module: Any, weight: Tensor) -> None:
+    def requantize(self, module: Any, weight: Tensor) -> None:
         """Pack another weight as this one is packed; the old one's tensors are not written to."""
         raise NotImplementedError(f"{type(self).__name__} has to say how a weight is packed")
 
@@ -67,7 +67,7 @@ class Packing:
 
 
 @dataclass(frozen=True)
-class Format:
+class Quantizer:
     """One way to pack a plain linear.
 
     Attributes:
@@ -82,7 +82,7 @@ class Format:
 
 
 @dataclass
-class PackedWeight:
+class QuantizedUndo:
     """The way back for a quantized weight: the packed weight itself, and the layer's class, kept while a merged one stands in its place."""
 
     layer_class: type[nn.Module]
@@ -96,19 +96,19 @@ class PackedWeight:
         module.__dict__.update(self.attributes)
 
 
-def format_of(name: str) -> Format:
+def quantizer_of(name: str) -> Quantizer:
     """What packs a linear, by the name that ``quantize`` has for the format.
 
     Raises:
         ValueError: there is none; the message lists what there is.
     """
-    return look_up(FORMATS, "quantize", name)
+    return look_up(QUANTIZERS, "quantize", name)
 
 
-def packing_of(module: nn.Module) -> Packing | None:
+def format_of(module: nn.Module) -> QuantizedFormat | None:
     """How the layer's weight is packed; None for one in floating point."""
     packing = _candidate(module)
-    return packing if packing is not None and packing.is_packed(module) else None
+    return packing if packing is not None and packing.is_quantized(module) else None
 
 
 def prepare(module: Any, dtype: torch.dtype | None = None) -> None:
@@ -126,7 +126,7 @@ def prepare(module: Any, dtype: torch.dtype | None = None) -> None:
         return
     if is_sharded(module.weight) and not packing.shards:
         raise ValueError(f"its quantized weight ({type(module).__name__}) does not work sharded: use 'nf4', or do not shard it")
-    if not packing.is_packed(module) and not module.weight.is_meta:
+    if not packing.is_quantized(module) and not module.weight.is_meta:
         remember(module, sampled_digest(module.weight))
     packing.prepare(module, dtype)
 
@@ -140,33 +140,35 @@ def plain_dtype(model: nn.Module) -> torch.dtype | None:
     return None
 
 
-def unpacked(module: Any) -> Tensor:
+def dequantized(module: Any) -> Tensor:
     """The layer's weight in floating point: itself, or what a quantized one unpacks to.
 
     Raises:
         ValueError: it is sharded, or packed in a way that no packing knows; the reason only.
     """
-    packing = packing_of(module)
+    packing = format_of(module)
     if packing is None:
         if not module.weight.is_floating_point():
             raise ValueError(f"the weight is quantized ({module.weight.dtype}) in a way that is not known")
         return module.weight
     if is_sharded(module.weight):
-        raise ValueError("its quantized weight is sharded and no process can unpack it: save the adapter and do this in a single process")
+        raise ValueError(
+            "its quantized weight is sharded and no process can dequantize it: save the adapter and do this in a single process"
+        )
     with torch.no_grad():
-        return packing.unpack(module)
+        return packing.dequantize(module)
 
 
-def take(module: Any, packing: Packing) -> PackedWeight:
+def take(module: Any, packing: QuantizedFormat) -> QuantizedUndo:
     """The packed weight with what belongs to it, still in the layer."""
-    return PackedWeight(
+    return QuantizedUndo(
         type(module), module.weight, {name: module.__dict__[name] for name in packing.attributes if name in module.__dict__}
     )
 
 
 def elements(module: nn.Module, name: str, parameter: Tensor) -> int:
     """How many numbers a parameter stands for; packed ones hold several an element."""
-    packed = name == "weight" and packing_of(module) is not None
+    packed = name == "weight" and format_of(module) is not None
     return module.in_features * module.out_features if packed else parameter.numel()  # type: ignore[operator, return-value]
 
 
@@ -177,18 +179,18 @@ def remember(module: nn.Module, digest: str) -> None:
 
 def weight_digest(module: Any) -> str:
     """Sampled digest of a layer's weight; of a quantized one what it was before it was packed, or if that is not known, ``packed:…``."""
-    packing = packing_of(module)
+    packing = format_of(module)
     if packing is None:
-        return sampled_digest(whole(module.weight.detach()))
+        return sampled_digest(full_tensor(module.weight.detach()))
     if _DIGEST in module.__dict__:
         return module.__dict__[_DIGEST]
     return UNKNOWN + "+".join(sampled_digest(code) for code in packing.codes(module))
 
 
-def _candidate(module: nn.Module) -> Packing | None:
+def _candidate(module: nn.Module) -> QuantizedFormat | None:
     weight = module._parameters.get("weight")
-    for cls in (*type(module).__mro__, *(() if weight is None else type(local(weight)).__mro__)):
-        packing = PACKINGS.get(qualified_name(cls))
+    for cls in (*type(module).__mro__, *(() if weight is None else type(local_tensor(weight)).__mro__)):
+        packing = QUANTIZED_FORMATS.get(qualified_name(cls))
         if packing is not None:
             return packing
     return None

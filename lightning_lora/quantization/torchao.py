@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.quantization.formats import FORMATS, PACKINGS, Format, Packing
-from lightning_lora.utils.sharding import local
+from lightning_lora.quantization.formats import QUANTIZED_FORMATS, QUANTIZERS, QuantizedFormat, Quantizer
+from lightning_lora.utils.sharding import local_tensor
 
 
 def _library() -> ModuleType:
@@ -23,31 +23,31 @@ def _library() -> ModuleType:
     return torchao.quantization
 
 
-class PackedSubclass(Packing):
+class SubclassFormat(QuantizedFormat):
     """A weight that says itself how it is unpacked and what it is made of."""
 
-    repacks = False
+    requantizes = False
 
     def prepare(self, module: Any, dtype: torch.dtype | None) -> None:
         """Drop the representation that ``quantize_`` puts on the instance: it would hide the adapter, and cannot be pickled."""
         module.__dict__.pop("extra_repr", None)
 
-    def unpack(self, module: Any) -> Tensor:
+    def dequantize(self, module: Any) -> Tensor:
         """In the dtype that the weight gives itself out as."""
         return module.weight.detach().dequantize()
 
     def codes(self, module: Any) -> list[Tensor]:
         """Its inner tensors; under sharding this rank's piece."""
-        weight: Any = local(module.weight.detach())
+        weight: Any = local_tensor(module.weight.detach())
         return [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
 
 
-class PackedInt8(PackedSubclass):
+class Int8Format(SubclassFormat):
     """``Int8Tensor``: a scale for each row."""
 
-    repacks = True
+    requantizes = True
 
-    def repack(self, module: Any, weight: Tensor) -> None:
+    def requantize(self, module: Any, weight: Tensor) -> None:
         """With a scale for each row, or for the whole weight if it has one."""
         old, ao = module.weight.detach(), _library()
         granularity = ao.granularity.PerRow() if old.block_size[0] == 1 else ao.granularity.PerTensor()
@@ -55,23 +55,23 @@ class PackedInt8(PackedSubclass):
         module._parameters["weight"] = nn.Parameter(new, requires_grad=False)
 
 
-class PackedNF4(PackedSubclass):
+class NF4Format(SubclassFormat):
     """``NF4Tensor``: blocks of 64 values share a scale, and these are 8-bit themselves."""
 
-    repacks = shards = True
+    requantizes = shards = True
 
-    def unpack(self, module: Any) -> Tensor:
+    def dequantize(self, module: Any) -> Tensor:
         """In the dtype it was packed from."""
         return module.weight.detach().get_original_weight()
 
-    def repack(self, module: Any, weight: Tensor) -> None:
+    def requantize(self, module: Any, weight: Tensor) -> None:
         """With the same block sizes."""
         old = module.weight.detach()
         new = type(old).from_tensor(weight.to(old.device, old.dtype).contiguous(), old.block_size, old.scaler_block_size)
         module._parameters["weight"] = nn.Parameter(new, requires_grad=False)
 
 
-def pack_nf4(linear: nn.Linear, device: torch.device) -> None:
+def quantize_nf4(linear: nn.Linear, device: torch.device) -> None:
     """4-bit NormalFloat with double quantization."""
     from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
 
@@ -79,16 +79,16 @@ def pack_nf4(linear: nn.Linear, device: torch.device) -> None:
     linear.weight = nn.Parameter(packed.to(linear.weight.device), requires_grad=False)
 
 
-def pack_int8(linear: nn.Linear, device: torch.device) -> None:
+def quantize_int8(linear: nn.Linear, device: torch.device) -> None:
     """8-bit weights with a scale for each row; inputs stay as they are."""
     ao = _library()
     packed = ao.Int8Tensor.from_hp(linear.weight.detach().to(device).contiguous(), ao.granularity.PerRow())
     linear.weight = nn.Parameter(packed.to(linear.weight.device), requires_grad=False)
 
 
-PACKINGS["torchao.utils.TorchAOBaseTensor"] = PackedSubclass()
-PACKINGS["torchao.quantization.Int8Tensor"] = PackedInt8()
-PACKINGS["torchao.quantization.quantize_.workflows.nf4.nf4_tensor.NF4Tensor"] = PackedNF4()
+QUANTIZED_FORMATS["torchao.utils.TorchAOBaseTensor"] = SubclassFormat()
+QUANTIZED_FORMATS["torchao.quantization.Int8Tensor"] = Int8Format()
+QUANTIZED_FORMATS["torchao.quantization.quantize_.workflows.nf4.nf4_tensor.NF4Tensor"] = NF4Format()
 # 64 entries a block, 256 blocks a block of scales: other sizes can be had, but a copy of the weight goes back to these.
-FORMATS["torchao-nf4"] = Format(pack_nf4, _library, unit=64 * 256)
-FORMATS["torchao-int8"] = Format(pack_int8, _library)
+QUANTIZERS["torchao-nf4"] = Quantizer(quantize_nf4, _library, unit=64 * 256)
+QUANTIZERS["torchao-int8"] = Quantizer(quantize_int8, _library)

@@ -1,4 +1,7 @@
-"""What Lightning's strategies need to work with adapters."""
+"""What Lightning's strategies do differently: hooks, checkpoints on disk, which are supported, ``lora_fsdp2``.
+
+From here on ``lightning`` may be imported. May import: everything up to ``experimental``.
+"""
 
 from lightning_lora.strategies.fsdp2 import LoRAFSDP2Strategy
 from lightning_lora.strategies.strategy_hooks import StrategyHooks, check_equal, synchronize

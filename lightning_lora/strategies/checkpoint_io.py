@@ -60,7 +60,7 @@ def write_folder(checkpoint: dict[str, Any], path: Path) -> None:
     import torch.distributed.checkpoint as dcp
 
     tensors: dict[str, Tensor] = {}
-    rest = _take_tensors({name: checkpoint[name] for name in ("state_dict", "optimizer_states") if name in checkpoint}, "", tensors)
+    rest = _extract_tensors({name: checkpoint[name] for name in ("state_dict", "optimizer_states") if name in checkpoint}, "", tensors)
     staged, first = _staged(path), dist.get_rank() == 0
     if first:
         _remove(staged)
@@ -111,20 +111,20 @@ def read_folder(path: Path) -> dict[str, Any]:
     return {name: _put_tensors(value, name, tensors) if name in parts else value for name, value in checkpoint.items()}
 
 
-def _take_tensors(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
+def _extract_tensors(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
     """A copy of a nest of dicts and lists without its tensors, which go into ``tensors`` under their paths."""
     if isinstance(value, Tensor):
         tensors[key] = value
         return None
     if isinstance(value, dict):
-        return {name: _take_tensors(item, f"{key}/{name}" if key else name, tensors) for name, item in value.items()}
+        return {name: _extract_tensors(item, f"{key}/{name}" if key else name, tensors) for name, item in value.items()}
     if isinstance(value, list):
-        return [_take_tensors(item, f"{key}/{index}", tensors) for index, item in enumerate(value)]
+        return [_extract_tensors(item, f"{key}/{index}", tensors) for index, item in enumerate(value)]
     return value
 
 
 def _put_tensors(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
-    """The inverse of :func:`_take_tensors`."""
+    """The inverse of :func:`_extract_tensors`."""
     if key in tensors:
         return tensors[key]
     if isinstance(value, dict):

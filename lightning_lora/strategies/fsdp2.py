@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from typing_extensions import override
 
 from lightning_lora.model.parallel import place_adapters
-from lightning_lora.quantization.formats import packing_of
+from lightning_lora.quantization.formats import format_of
 from lightning_lora.utils.blocks import BLOCKS, repeated_blocks
 from lightning_lora.utils.sharding import is_sharded
 
@@ -41,8 +41,8 @@ class LoRAFSDP2Strategy(ModelParallelStrategy):
         reshard_after_forward: drop a block's gathered weights after the forward pass, and gather them again for the backward pass. False
             keeps them in between: half the traffic, and at the peak the memory of a model that is not sharded.
         pull_frozen: read frozen weights from the other GPUs' memory, by the copy engines, where FSDP2 gathers them through NCCL, and keep
-            adapters whole on every GPU (:mod:`lightning_lora.experimental.pull_frozen`): faster, the same results. For processes of one host
-            whose GPUs reach each other's memory. It builds on FSDP2's insides. Who writes to a frozen weight through ``.data``
+            adapters whole on every GPU (:mod:`lightning_lora.experimental.pull_frozen`): faster, the same results. For processes of one
+            host whose GPUs reach each other's memory. It builds on FSDP2's insides. Who writes to a frozen weight through ``.data``
             between steps has to call ``reshard()`` on the modules.
 
     Raises:
@@ -151,7 +151,7 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
     Raises:
         ValueError: none of them has a plan, or a layer is quantized.
     """
-    packed = [name for name, module in model.named_modules() if packing_of(module) is not None]
+    packed = [name for name, module in model.named_modules() if format_of(module) is not None]
     if packed:
         raise ValueError(f"tensor_parallel_size > 1: {packed[0]!r} is quantized and cannot be split by rows or columns; use 1.")
     planned = [module for module in model.modules() if getattr(module, "_tp_plan", None)]

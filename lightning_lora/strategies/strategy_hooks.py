@@ -36,7 +36,7 @@ from lightning_lora.optim.state import load_by_name, state_by_name
 from lightning_lora.strategies.checkpoint_io import REST, DurableCheckpointIO, read_folder, write_folder
 from lightning_lora.utils.checksums import checksum
 from lightning_lora.utils.names import clean_name, persistent_buffers
-from lightning_lora.utils.sharding import is_sharded, local, piece_of, reshard, whole
+from lightning_lora.utils.sharding import broadcast, full_tensor, is_sharded, local_shard, local_tensor, reshard
 
 _HOOKED = (
     "setup_optimizers",
@@ -179,7 +179,7 @@ class StrategyHooks:
                 raise ValueError(f"{name} has shape {tuple(saved[name].shape)} in the checkpoint, {tuple(places[name].shape)} here.")
         with torch.no_grad():
             for name in saved.keys() & places.keys():
-                local(places[name]).copy_(piece_of(saved[name], places[name]))
+                local_tensor(places[name]).copy_(local_shard(saved[name], places[name]))
         trainer = self.module.trainer
         if not self.strategy.lightning_restore_optimizer and trainer.state.fn == TrainerFn.FITTING and "optimizer_states" in checkpoint:
             self.load_optimizer_state_dict(checkpoint)  # Lightning leaves it to the strategy then
@@ -214,7 +214,7 @@ class StrategyHooks:
 
     def _saved(self, tensor: Tensor) -> Tensor:
         """What a checkpoint gets of a tensor: all of it, or this rank's piece for a folder of shards."""
-        return tensor if self._in_shards() else whole(tensor)
+        return tensor if self._in_shards() else full_tensor(tensor)
 
 
 def synchronize(module: nn.Module) -> None:
@@ -224,7 +224,7 @@ def synchronize(module: nn.Module) -> None:
     world = torch.distributed.group.WORLD
     for _, parameter in kept_parameters(module):
         if not parameter.is_meta:
-            parallel.broadcast([parameter], parallel.replicas(parameter) if is_sharded(parameter) else [world])
+            broadcast([parameter], parallel.replicas(parameter) if is_sharded(parameter) else [world])
 
 
 def check_equal(module: nn.Module) -> None:

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_lora.model import parallel
-from lightning_lora.quantization.formats import packing_of
+from lightning_lora.quantization.formats import format_of
 
 _SUPPORTED = (SingleDeviceStrategy, DDPStrategy, FSDPStrategy, ModelParallelStrategy)
 
@@ -93,7 +93,7 @@ def arrange(strategy: Strategy, module: LightningModule) -> None:
 
 def _check_packed(strategy: Strategy, module: LightningModule) -> None:
     """Which quantized weights a strategy can handle; DDP is told to leave them alone, as they never change."""
-    packed = {name: packing for name, child in module.named_modules() if (packing := packing_of(child)) is not None}
+    packed = {name: packing for name, child in module.named_modules() if (packing := format_of(child)) is not None}
     if not packed:
         return
     if isinstance(strategy, FSDPStrategy):

@@ -1,4 +1,7 @@
-"""Ready-made LightningModules over Hugging Face models (the command line's tasks)."""
+"""Ready-made LightningModules over Hugging Face models (the command line's tasks).
+
+May import: everything up to ``callbacks``. Only files named ``hf`` import transformers.
+"""
 
 from lightning_lora.tasks.causal_lm import CausalLMTask
 

@@ -3,8 +3,8 @@
 The output layer is the widest of a language model (for SmolLM2-135M a quarter of the forward, at the quickstart's lengths the largest
 activation by far), and a prompt's positions get no loss. So the logits are computed only where they predict an answer token: models
 whose forward takes a mask as ``logits_to_keep`` get one, the others compute all and the rest is dropped. In training, a frozen output
-layer's logits never exist all at once (:mod:`lightning_lora.ops.cross_entropy`); a layer that trains, is adapted or sharded, and models that do
-something to their logits, have them all, and the log says why.
+layer's logits never exist all at once (:mod:`lightning_lora.ops.cross_entropy`); a layer that trains, is adapted or sharded, and models
+that do something to their logits, have them all, and the log says why.
 """
 
 from __future__ import annotations

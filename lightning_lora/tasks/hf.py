@@ -37,7 +37,7 @@ def load_causal_lm(model: str, gguf_file: str | None = None, dtype: DType = "aut
         if find_spec("gguf") is None:
             raise ImportError(f"gguf_file={gguf_file!r} needs the package gguf; pip install 'lightning-lora[gguf]'")
         source["gguf_file"] = gguf_file
-        if hasattr(transformers, "GgufConfig"):  # releases before it always unpack
+        if hasattr(transformers, "GgufConfig"):  # releases before it always dequantize
             quantization["quantization_config"] = transformers.GgufConfig(dequantize=True)
     network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **source, **quantization)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, **source)

@@ -15,7 +15,7 @@ _LIBRARY = library.Library("lightning_lora", "DEF")
 _OPERATIONS: dict[Callable[..., list[Tensor]], Any] = {}
 
 
-def opaque(schema: str, function: Callable[..., list[Tensor]], shapes: Callable[..., list[Tensor]]) -> None:
+def register_custom_op(schema: str, function: Callable[..., list[Tensor]], shapes: Callable[..., list[Tensor]]) -> None:
     """Make a function an operation.
 
     Args:
@@ -36,6 +36,6 @@ def opaque(schema: str, function: Callable[..., list[Tensor]], shapes: Callable[
     _OPERATIONS[function] = getattr(torch.ops.lightning_lora, name).default
 
 
-def call(function: Callable[..., list[Tensor]], *operands: Any) -> list[Tensor]:
+def dispatch(function: Callable[..., list[Tensor]], *operands: Any) -> list[Tensor]:
     """The function's result, through its operation where a compiler is tracing."""
     return (_OPERATIONS[function] if torch.compiler.is_compiling() else function)(*operands)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,12 +19,12 @@ def is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The full tensor of a DTensor (a collective: every rank has to ask); any other tensor itself."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """This rank's piece of a DTensor, sharing its storage; any other tensor itself."""
     return tensor._local_tensor if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
@@ -66,11 +66,11 @@ def on_first_rank(action: Callable[[], object]) -> None:
         raise error
 
 
-def whole_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+def gathered_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
     """``(module name, module, parameter name, parameter)`` of every parameter, at a moment when it can be read whole.
 
     FSDP1's are gathered a flat parameter at a time, so the order may differ from the model's. Others are as they are; a DTensor
-    still wants :func:`whole`.
+    still wants :func:`full_tensor`.
     """
     from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -98,7 +98,7 @@ def _managed(unit: nn.Module) -> Iterator[nn.Module]:
             yield from _managed(child)
 
 
-def piece_of(full: Tensor, like: Tensor) -> Tensor:
+def local_shard(full: Tensor, like: Tensor) -> Tensor:
     """This rank's piece of a tensor that every rank has whole, cut as ``like`` is cut; no collective."""
     if not is_sharded(like):
         return full
@@ -117,12 +117,27 @@ def piece_of(full: Tensor, like: Tensor) -> Tensor:
     return full
 
 
-def sharded(full: Tensor, like: Tensor) -> Tensor:
+def distribute_like(full: Tensor, like: Tensor) -> Tensor:
     """A tensor that every rank has whole as a DTensor that lies as ``like`` does; ``full`` itself if ``like`` is a plain tensor."""
     if not is_sharded(like):
         return full
     from torch.distributed.tensor import DTensor
 
-    piece = piece_of(full, like).to(local(like).device).contiguous()
+    piece = local_shard(full, like).to(local_tensor(like).device).contiguous()
     mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
     return DTensor.from_local(piece, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+
+
+@torch.no_grad()
+def broadcast(parameters: Iterable[Tensor], groups: Sequence[Any]) -> None:
+    """Give every rank of the process groups the values of their first rank."""
+    import torch.distributed as dist
+
+    for parameter in parameters:
+        mine = local_tensor(parameter)
+        for group in groups:
+            # NCCL takes what is on the GPU only, and Lightning moves modules there after they are adapted.
+            moved = mine.to("cuda") if dist.get_backend(group) == "nccl" else mine
+            dist.broadcast(moved, src=dist.get_global_rank(group, 0), group=group)
+            if moved is not mine:
+                mine.copy_(moved)

@@ -1,7 +1,9 @@
-"""The update's formulas, one file each; importing this package registers them.
+"""The update's formulas, one file per variant; importing this package registers them.
 
-A variant is a mixin that stands before the kind in an adapted layer's MRO. ``plain``, the LoRA of the paper, adds
-nothing to the kinds, so its mixin is ``object``.
+A variant is a mixin that stands before the kind in an adapted layer's MRO. ``plain``, the LoRA of the paper, adds nothing to the kinds,
+so its mixin is ``object``. A variant names no kind, no init and no other variant.
+
+May import: everything up to ``layers``.
 """
 
 from lightning_lora.registry import VARIANTS

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers.adapting import twin
+from lightning_lora.layers.adapting import shallow_copy
 from lightning_lora.layers.base import LoRALayer, lora_layers
 from lightning_lora.registry import VARIANTS, register
 from lightning_lora.utils.names import adapter_root, clean_name
@@ -88,7 +88,7 @@ class AdaLoRA(LoRALayer):
     def exported(cls, layers: dict[str, LoRALayer]) -> dict[str, LoRALayer]:
         """The plain LoRA that they compute."""
         config = _plain_config(layers.items())
-        return {fqn: _made_plain(twin(layer), config) for fqn, layer in layers.items()}
+        return {fqn: _made_plain(shallow_copy(layer), config) for fqn, layer in layers.items()}
 
 
 def shrink_adalora(model: nn.Module) -> dict[str, int]:
@@ -149,5 +149,5 @@ def _made_plain(layer: LoRALayer, config: LoRAConfig) -> LoRALayer:
     for name, factor in factors.items():
         layer._parameters[name] = nn.Parameter(factor, requires_grad=layer._parameters[name].requires_grad)  # type: ignore[union-attr]
     layer.lora_config, layer.rank = config, len(kept)
-    layer.become(layer.lora_base)
+    layer.rebase_class(layer.lora_base)
     return layer

@@ -23,7 +23,7 @@ from lightning_lora.ops.low_rank import transformed
 from lightning_lora.ops.weight_norm import squared_norms
 from lightning_lora.registry import VARIANTS, register
 from lightning_lora.utils.autocast import no_autocast
-from lightning_lora.utils.sharding import is_sharded, local, piece_of, whole
+from lightning_lora.utils.sharding import full_tensor, is_sharded, local_shard, local_tensor
 
 MAGNITUDE = "lora_magnitude_vector"  # PEFT's name for it
 
@@ -67,14 +67,14 @@ class DoRA(LoRALayer):
         if self.weight.ndim < 2:
             raise ValueError("variant='dora' needs the norms of the weight, which FSDP1 has flattened: apply LoRA before wrapping")
         self.lora_square = None
-        norm = self._norm_of(whole(self.base_weight().detach()), *(whole(factor.detach()) for factor in self.factor_matrices()))
-        local(self.lora_magnitude_vector).copy_(piece_of(norm, self.lora_magnitude_vector))
+        norm = self._norm_of(full_tensor(self.base_weight().detach()), *(full_tensor(factor.detach()) for factor in self.factor_matrices()))
+        local_tensor(self.lora_magnitude_vector).copy_(local_shard(norm, self.lora_magnitude_vector))
 
     # The formula.
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``g∘(W·x + s·B·A·x) + b``, or with dropout the three terms above."""
-        if self.merged or self.is_one_sum() or not input.is_floating_point():  # a dropped id has no meaning
+        if self.merged or self.is_plain_sum() or not input.is_floating_point():  # a dropped id has no meaning
             return super().forward(input, *args, **kwargs)
         x = F.dropout(input, super().dropout_now())
         again = self.base_forward(x, *args, **kwargs)
@@ -85,11 +85,11 @@ class DoRA(LoRALayer):
         """0: what the kind's update gets has been through it."""
         return 0.0
 
-    def is_one_sum(self) -> bool:
+    def is_plain_sum(self) -> bool:
         """Not with dropout, which acts on the input of the base's product too."""
-        return super().is_one_sum() and not super().dropout_now()
+        return super().is_plain_sum() and not super().dropout_now()
 
-    def output_gain(self) -> Tensor:
+    def output_scale(self) -> Tensor:
         """g."""
         return self.lora_magnitude_vector / self.norm()
 
@@ -127,22 +127,22 @@ class DoRA(LoRALayer):
         if self.merged:
             raise RuntimeError("the update of a merged DoRA layer depends on the base weight: unmerge first")
         delta = self.merge_delta()
-        weight, gain = self._weight_for(delta), self.merge_gain(delta)
-        return (weight + delta) * gain - weight
+        weight, out_scale = self._weight_for(delta), self.merge_scale(delta)
+        return (weight + delta) * out_scale - weight
 
     def merge_delta(self) -> Tensor:
         """``s·B·A``."""
         return super().lora_delta()
 
-    def merge_gain(self, delta: Tensor) -> Tensor:
+    def merge_scale(self, delta: Tensor) -> Tensor:
         """g, from the dense sum, which is there anyway."""
         rows = self.to_matrix(self._weight_for(delta) + delta)
         norm = rows.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny ** 0.5)
-        gain = self.lora_magnitude_vector.view(norm.shape) / norm
-        return self.from_matrix(gain.expand(rows.shape))
+        out_scale = self.lora_magnitude_vector.view(norm.shape) / norm
+        return self.from_matrix(out_scale.expand(rows.shape))
 
     def _weight_for(self, delta: Tensor) -> Tensor:
-        return whole(self.base_weight().detach()).to(delta)
+        return full_tensor(self.base_weight().detach()).to(delta)
 
     # Files.
 
@@ -168,7 +168,7 @@ class DoRA(LoRALayer):
         # Base weights that come after the adapter (a start on the meta device, say): an adapter that is as it started starts from them.
         _, zero = self.lora_factors()
         alone = prefix + "weight" in state_dict and prefix + MAGNITUDE not in state_dict and not self.merged
-        if alone and not zero.is_meta and not whole(zero.detach()).any():
+        if alone and not zero.is_meta and not full_tensor(zero.detach()).any():
             self.reset_magnitude()
 
 

@@ -24,9 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.layers.base import lora_layers
-from lightning_lora.model import parallel
 from lightning_lora.utils.names import clean_name
-from lightning_lora.utils.sharding import is_sharded, local, piece_of, sharded, whole
+from lightning_lora.utils.sharding import broadcast, distribute_like, full_tensor, is_sharded, local_shard, local_tensor
 from lightning_lora.variants.adalora import AdaLoRA
 
 
@@ -115,16 +114,16 @@ class RankAllocator:
             return
         for layer in self.layers.values():
             for parameter, rows in ((layer.lora_A, True), (layer.lora_B, False)):
-                full = whole(parameter.detach())
+                full = full_tensor(parameter.detach())
                 matrix = full.flatten(1) if rows else full.flatten(1).t()  # (r, in) or (r, out)
                 gram = matrix @ matrix.t()
                 gram.diagonal().sub_(1)
                 gradient = (gram @ matrix) * (4 * self.orth_reg_weight * scale)
                 gradient = (gradient if rows else gradient.t()).reshape(full.shape).to(parameter.dtype)
                 if parameter.grad is None:
-                    parameter.grad = sharded(gradient.contiguous(), parameter)
+                    parameter.grad = distribute_like(gradient.contiguous(), parameter)
                 else:
-                    local(_gradient(parameter)).add_(piece_of(gradient, parameter))
+                    local_tensor(_gradient(parameter)).add_(local_shard(gradient, parameter))
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -140,11 +139,11 @@ class RankAllocator:
         if due or self.step >= self.prunes_until:
             for name, keep in self.keep.items():
                 E = self.layers[name].lora_E
-                local(E).masked_fill_(~piece_of(keep.view(-1, 1), E), 0.0)
+                local_tensor(E).masked_fill_(~local_shard(keep.view(-1, 1), E), 0.0)
 
     def scores(self) -> dict[str, Tensor]:
         """FQN → the score of each triplet, (r,)."""
-        entry = {name: whole(self.sensitivity[name] * self.uncertainty[name]) for name in self.parameters}
+        entry = {name: full_tensor(self.sensitivity[name] * self.uncertainty[name]) for name in self.parameters}
         return {
             name: entry[f"{name}.lora_E"].flatten()
             + entry[f"{name}.lora_A"].flatten(1).mean(1)
@@ -158,8 +157,8 @@ class RankAllocator:
             "step": self.step,
             "total_steps": self.total_steps,
             "keep": {name: keep.cpu() for name, keep in self.keep.items()},
-            "sensitivity": {name: whole(tensor).cpu() for name, tensor in self.sensitivity.items()},
-            "uncertainty": {name: whole(tensor).cpu() for name, tensor in self.uncertainty.items()},
+            "sensitivity": {name: full_tensor(tensor).cpu() for name, tensor in self.sensitivity.items()},
+            "uncertainty": {name: full_tensor(tensor).cpu() for name, tensor in self.uncertainty.items()},
         }
 
     @torch.no_grad()
@@ -181,18 +180,19 @@ class RankAllocator:
         self.keep = {name: keep.to(self.layers[name].lora_E.device) for name, keep in state["keep"].items()}
         for mine, theirs in ((self.sensitivity, state["sensitivity"]), (self.uncertainty, state["uncertainty"])):
             for name, tensor in mine.items():
-                local(tensor).copy_(piece_of(theirs[name], tensor))
+                local_tensor(tensor).copy_(local_shard(theirs[name], tensor))
 
     def _clear(self) -> None:
         self.sensitivity = {name: torch.zeros_like(p.detach()) for name, p in self.parameters.items()}
         self.uncertainty = {name: torch.zeros_like(p.detach()) for name, p in self.parameters.items()}
 
     def _score(self) -> None:
-        weights = [local(p.detach()) for p in self.parameters.values()]
+        weights = [local_tensor(p.detach()) for p in self.parameters.values()]
         gradients = [
-            torch.zeros_like(w) if p.grad is None else local(_gradient(p)) for p, w in zip(self.parameters.values(), weights, strict=True)
+            torch.zeros_like(w) if p.grad is None else local_tensor(_gradient(p))
+            for p, w in zip(self.parameters.values(), weights, strict=True)
         ]
-        mean, spread = ([local(t) for t in kept.values()] for kept in (self.sensitivity, self.uncertainty))
+        mean, spread = ([local_tensor(t) for t in kept.values()] for kept in (self.sensitivity, self.uncertainty))
         now = torch._foreach_mul(weights, gradients)
         torch._foreach_abs_(now)
         torch._foreach_lerp_(mean, now, 1 - self.beta1)
@@ -207,7 +207,7 @@ class RankAllocator:
         keep[flat.sort(descending=True, stable=True).indices[:budget]] = 1
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             # Every process has the same numbers; should one round differently, their models must not part ways.
-            parallel.broadcast([keep], [torch.distributed.group.WORLD])
+            broadcast([keep], [torch.distributed.group.WORLD])
         parts = keep.bool().split([score.numel() for score in scores.values()])
         return dict(zip(scores, parts, strict=True))
 

@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRACallback, LoRAConfig, apply_lora, load_adapter, merge_report
 from lightning_lora.layers.base import lora_layers
-from lightning_lora.quantization.formats import packing_of
+from lightning_lora.quantization.formats import format_of
 from tests.lit import trainer
-from tests.quantized import FORMATS, packed_stack, plain_stack
+from tests.quantized import QUANTIZERS, packed_stack, plain_stack
 
 CONFIG = LoRAConfig(rank=2, alpha=4, target_modules=["up", "down"])
-each_format = pytest.mark.parametrize("how", FORMATS)
+each_format = pytest.mark.parametrize("how", QUANTIZERS)
 
 
 class Lit(L.LightningModule):
@@ -69,10 +69,10 @@ def fit(
 
 
 def packed(module: nn.Module) -> set[str]:
-    return {name for name, child in module.named_modules() if packing_of(child) is not None}
+    return {name for name, child in module.named_modules() if format_of(child) is not None}
 
 
-@pytest.mark.parametrize("how, late", [*((how, False) for how in FORMATS), ("nf4", True)])
+@pytest.mark.parametrize("how, late", [*((how, False) for how in QUANTIZERS), ("nf4", True)])
 def test_one_argument_makes_it_qlora(how: str, late: bool, tmp_path: Path) -> None:
     """The base is packed before the adapters come and stays packed; validation passes in between do no harm; nothing merges by itself."""
     module = Lit(late=late)
@@ -98,7 +98,7 @@ def test_checkpoints_hold_adapters_and_resume_is_exact(how: str, tmp_path: Path)
     assert torch.equal(plain.up.lora_B, load_adapter(packed_stack(how), file).up.lora_B)
 
 
-@pytest.mark.parametrize("how, quantized", [("nf4", "requantize"), *((how, "dequantize") for how in FORMATS)])
+@pytest.mark.parametrize("how, quantized", [("nf4", "requantize"), *((how, "dequantize") for how in QUANTIZERS)])
 def test_merging_at_the_end_is_asked_for(how: str, quantized: Any, tmp_path: Path) -> None:
     for callback, module in (
         (LoRACallback(CONFIG), Lit(packed_stack(how))),
@@ -157,7 +157,7 @@ def test_lightnings_own_plugin(mode: Any, late: bool, tmp_path: Path) -> None:
         load_adapter(plain_stack(), tmp_path / "last.ckpt")  # known as the same base
 
 
-@pytest.mark.parametrize("how, precision", [("nf4", "bf16-mixed"), *((how, "bf16-true") for how in FORMATS)])
+@pytest.mark.parametrize("how, precision", [("nf4", "bf16-mixed"), *((how, "bf16-true") for how in QUANTIZERS)])
 def test_precision_plugins_leave_it_packed(how: str, precision: Any, tmp_path: Path) -> None:
     module = Lit()
     fit(tmp_path, module, LoRACallback(CONFIG, quantize=how), precision=precision)

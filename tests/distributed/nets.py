@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_lora import LoRAConfig, apply_lora
 from lightning_lora.layers import lora_layers
 from lightning_lora.utils.names import clean_name
-from lightning_lora.utils.sharding import local, piece_of, whole
+from lightning_lora.utils.sharding import full_tensor, local_shard, local_tensor
 
 CONFIG = LoRAConfig(rank=4, alpha=8, target_modules=["q", "v", "fc1", "fc2"])
 
@@ -70,7 +70,7 @@ def fill_adapters(model: nn.Module) -> None:
             generator = torch.Generator().manual_seed(sum(map(ord, clean(name) + part)))
             full = torch.randn(layer.parameter_shapes(layer, layer.rank)[part], generator=generator) * 0.1
             full += part not in ("lora_A", "lora_B")  # magnitudes are around one, not around zero
-            local(parameter).copy_(piece_of(full, parameter))
+            local_tensor(parameter).copy_(local_shard(full, parameter))
 
 
 def adapter_tensors(model: nn.Module, what: Callable[[nn.Parameter], Any] = lambda p: p) -> dict[str, torch.Tensor]:
@@ -79,7 +79,7 @@ def adapter_tensors(model: nn.Module, what: Callable[[nn.Parameter], Any] = lamb
     for name, layer in lora_layers(model):
         for part, parameter in layer.lora_parameters().items():
             if what(parameter) is not None:  # a frozen factor has no gradient
-                found[f"{clean(name)}.{part}"] = whole(what(parameter)).detach().clone()
+                found[f"{clean(name)}.{part}"] = full_tensor(what(parameter)).detach().clone()
     return found
 
 

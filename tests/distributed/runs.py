@@ -28,7 +28,7 @@ from lightning_lora.callbacks import lora
 from lightning_lora.layers import lora_layers
 from lightning_lora.model.compile import compile_layers
 from lightning_lora.strategies import LoRAFSDP2Strategy
-from lightning_lora.utils.sharding import is_sharded, whole
+from lightning_lora.utils.sharding import full_tensor, is_sharded
 from tests.distributed.nets import CONFIG, Block, Net, adapter_tensors, make_data, make_net
 
 ROWS = 8  # of a global batch, whatever the world's size
@@ -244,14 +244,14 @@ def run(
     result: dict[str, Any] = {
         "losses": module.losses,
         "adapters": adapter_tensors(module),
-        "moments": {names[id(p)]: whole(s["exp_avg"]).clone() for p, s in optimizer.state.items()},
+        "moments": {names[id(p)]: full_tensor(s["exp_avg"]).clone() for p, s in optimizer.state.items()},
         "trained": sorted(names[id(p)] for group in optimizer.param_groups for p in group["params"]),
         "merged": all(layer.merged for _, layer in lora_layers(module)),
         "dtypes": {str(p.dtype) for _, layer in lora_layers(module) for p in layer.lora_parameters().values()},
     }
     if merge:
         with FullyShardedDataParallel.summon_full_params(trainer.strategy.model) if "fsdp" in name and "2" not in name else nullcontext():
-            result["base"] = {n: whole(p).detach().clone() for n, p in clean_parameters(module) if "lora_" not in n}
+            result["base"] = {n: full_tensor(p).detach().clone() for n, p in clean_parameters(module) if "lora_" not in n}
     if test:
         result["test"] = trainer.test(module, verbose=False)[0]["test"]
     if save:

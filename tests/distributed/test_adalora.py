@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning_lora import AdaLoRACallback, LoRAConfig, load_adapter, shrink_adalora
 from lightning_lora.layers import lora_layers
 from lightning_lora.utils.names import clean_name
-from lightning_lora.utils.sharding import whole
+from lightning_lora.utils.sharding import full_tensor
 from tests.distributed.nets import CONFIG, adapter_tensors, make_net
 from tests.distributed.runs import STRATEGIES
 
@@ -66,7 +66,7 @@ def train(name: str, folder: str, ckpt: str | None = None, merge: bool = False, 
         "adapters": trained.adapters,
         "state": trained.state,
         "ranks": callback.ranks,
-        "left": {clean_name(name): tuple(whole(layer.lora_A).shape) for name, layer in lora_layers(module)},
+        "left": {clean_name(name): tuple(full_tensor(layer.lora_A).shape) for name, layer in lora_layers(module)},
         "merged": all(layer.merged for _, layer in lora_layers(module)),
     }
 

@@ -24,7 +24,7 @@ from lightning_lora import LoRACallback, LoRAConfig, apply_lora, export_merged, 
 from lightning_lora.layers import lora_layers
 from lightning_lora.strategies import LoRAFSDP2Strategy, arrange, check_equal, check_supported
 from lightning_lora.strategies.fsdp2 import shard_blocks, tensor_parallel
-from lightning_lora.utils.sharding import whole
+from lightning_lora.utils.sharding import full_tensor
 from tests.distributed import runs
 from tests.distributed.nets import CONFIG, Block, clean, fill_adapters, make_net, train
 from tests.distributed.runs import LitShared, Share, run
@@ -83,7 +83,7 @@ def check_meta(strategy: str) -> dict[str, Any]:
                     if "lora_" not in name:
                         full = base[name].to(parameter.dtype)
                         parameter.copy_(torch.distributed.tensor.distribute_tensor(full, parameter.device_mesh, parameter.placements))
-            self.started = {name: whole(p.detach()).clone() for name, p in self.net.named_parameters() if "lora_" in name}
+            self.started = {name: full_tensor(p.detach()).clone() for name, p in self.net.named_parameters() if "lora_" in name}
 
     module = Meta(late=True)
     with torch.device("meta"):

@@ -20,7 +20,7 @@ from lightning_lora.experimental.pull_frozen import average, release
 from lightning_lora.experimental.pulling_group import PullingGroup
 from lightning_lora.strategies import LoRAFSDP2Strategy
 from lightning_lora.strategies.fsdp2 import shard_blocks
-from lightning_lora.utils.sharding import local, piece_of, reshard, whole
+from lightning_lora.utils.sharding import full_tensor, local_shard, local_tensor, reshard
 from tests.distributed.nets import CONFIG, Block, Net, fill_adapters, make_data, make_net, train
 from tests.distributed.pool import Pool
 from tests.distributed.test_wrapping import fsdp2_pulled, tensor_parallel
@@ -129,7 +129,7 @@ def change(model: nn.Module, how: str, seed: int) -> None:
         return
     if how == "loaded":  # FSDP2 has its hooks there
         mine = {
-            name: DTensor.from_local(piece_of(values[name], p), p.device_mesh, p.placements) if isinstance(p, DTensor) else values[name]
+            name: DTensor.from_local(local_shard(values[name], p), p.device_mesh, p.placements) if isinstance(p, DTensor) else values[name]
             for name, p in model.state_dict().items()
             if name in values
         }
@@ -137,11 +137,11 @@ def change(model: nn.Module, how: str, seed: int) -> None:
         return
     for name, parameter in model.named_parameters():
         if name in values:
-            piece = piece_of(values[name], parameter)
+            piece = local_shard(values[name], parameter)
             if how == "assigned" and isinstance(parameter, DTensor):
                 parameter.copy_(DTensor.from_local(piece, parameter.device_mesh, parameter.placements))
             else:
-                local(parameter).copy_(piece)
+                local_tensor(parameter).copy_(piece)
 
 
 @pytest.mark.parametrize("how", ["written", "assigned", "loaded", "merged"])
@@ -189,8 +189,8 @@ def with_and_without(device: str) -> list[tuple[list[torch.Tensor], dict[str, to
             with torch.no_grad():
                 for parameter in model.parameters():
                     if not parameter.requires_grad:
-                        local(parameter).mul_(1.01)
-        found.append((losses, {name: whole(p.detach()).cpu() for name, p in model.named_parameters() if p.requires_grad}))
+                        local_tensor(parameter).mul_(1.01)
+        found.append((losses, {name: full_tensor(p.detach()).cpu() for name, p in model.named_parameters() if p.requires_grad}))
     return found
 
 
@@ -317,7 +317,7 @@ def tied() -> tuple[Any, Any]:
         fill_adapters(model)
         rank, world = (dist.get_rank(), dist.get_world_size()) if wrapped else (0, 1)
         train(model, 3, rank, world)
-        both.append({name: whole(p).detach().clone() for name, p in model.named_parameters()})
+        both.append({name: full_tensor(p).detach().clone() for name, p in model.named_parameters()})
     return both[0], both[1]
 
 
@@ -427,7 +427,7 @@ def uneven() -> tuple[Any, Any, list[bool]]:
     model, other = sharded(UNEVEN, make_uneven), alone(UNEVEN, make_uneven)
     train(model, 3, dist.get_rank(), dist.get_world_size())
     train(other, 3)
-    found, wanted = ({name: whole(p).detach().clone() for name, p in each.named_parameters()} for each in (model, other))
+    found, wanted = ({name: full_tensor(p).detach().clone() for name, p in each.named_parameters()} for each in (model, other))
     return found, wanted, [param.sharded_param.requires_grad for param in group_of(model)._gathered]
 
 

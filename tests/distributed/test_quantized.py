@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_lora import LoRAConfig, apply_lora, export_merged, merge_lora
 from lightning_lora.layers import lora_layers
-from lightning_lora.quantization.formats import packing_of
+from lightning_lora.quantization.formats import format_of
 from lightning_lora.strategies import arrange
 from lightning_lora.utils.sharding import is_sharded, reshard
 from tests.distributed.nets import adapter_tensors, fill_adapters, same_on_all_ranks
@@ -61,7 +61,7 @@ def compare(how: str, order: str) -> tuple[float, bool]:
         mine, wanted = gradients(model, x.chunk(dist.get_world_size())[dist.get_rank()]), gradients(alone, x)
         assert mine.keys() == wanted.keys() and len(mine) == 4
     reshard(model)
-    return worst(mine, wanted), all(is_sharded(layer.weight) and packing_of(layer) is not None for _, layer in lora_layers(model))
+    return worst(mine, wanted), all(is_sharded(layer.weight) and format_of(layer) is not None for _, layer in lora_layers(model))
 
 
 @pytest.mark.parametrize("how", SHARDS)

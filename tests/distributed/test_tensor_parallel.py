@@ -55,16 +55,16 @@ def step(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, torch.
 @contextmanager
 def watched(model: nn.Module) -> Iterator[list[str]]:
     """The names of the layers that are computed on their pieces."""
-    on_pieces, served = linear_file.on_pieces, []
+    local_forward, served = linear_file.local_forward, []
     names = {module: name for name, module in model.named_modules()}
 
     def asked(layer: Any, x: Any) -> Any:
-        y = on_pieces(layer, x)
+        y = local_forward(layer, x)
         if y is not None:
             served.append(names[layer])
         return y
 
-    with patch.object(linear_file, "on_pieces", asked):
+    with patch.object(linear_file, "local_forward", asked):
         yield served
 
 

@@ -25,7 +25,7 @@ from lightning_lora.experimental.pull_frozen import average
 from lightning_lora.layers import lora_layers
 from lightning_lora.model.parallel import GradientReducer, data_parallel_groups, replicated_parameters
 from lightning_lora.strategies.fsdp2 import shard_blocks
-from lightning_lora.utils.sharding import whole
+from lightning_lora.utils.sharding import full_tensor
 from tests.distributed.nets import CONFIG, Block, clean, fill_adapters, make_data, make_net, reference, same_on_all_ranks, train
 
 PLAN = {"fc1": ColwiseParallel(), "fc2": RowwiseParallel()}
@@ -121,12 +121,12 @@ def wrapped_and_adapted(name: str, order: str, config: LoRAConfig = CONFIG) -> t
 
 def check_training(name: str, order: str, config: LoRAConfig = CONFIG) -> dict[str, float]:
     model, rank, world = wrapped_and_adapted(name, order, config)
-    frozen = {n: whole(p).clone() for n, p in model.named_parameters() if not p.requires_grad and "fsdp1" not in name}
+    frozen = {n: full_tensor(p).clone() for n, p in model.named_parameters() if not p.requires_grad and "fsdp1" not in name}
     grads, adapters = train(model, 3, rank, world)
     wanted_grads, wanted = reference(config=config)
     assert grads.keys() == wanted_grads.keys()
     assert same_on_all_ranks(adapters)
-    assert all(torch.equal(whole(p), frozen[n]) for n, p in model.named_parameters() if n in frozen)
+    assert all(torch.equal(full_tensor(p), frozen[n]) for n, p in model.named_parameters() if n in frozen)
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
     return {
         "gradient": max((grads[n] - wanted_grads[n]).abs().max().item() for n in grads),
@@ -203,7 +203,7 @@ def test_fsdp2_collectives(pool: Any) -> None:
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """Base weights, whole, as copies."""
     with FSDP.summon_full_params(model, writeback=False) if isinstance(model, FSDP) else nullcontext():
-        return {clean(n): whole(p).detach().clone() for n, p in model.named_parameters() if "lora_" not in n}
+        return {clean(n): full_tensor(p).detach().clone() for n, p in model.named_parameters() if "lora_" not in n}
 
 
 def check_merge(name: str, order: str, config: LoRAConfig = CONFIG) -> dict[str, Any]:

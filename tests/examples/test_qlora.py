@@ -10,7 +10,7 @@ import transformers
 from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, load_adapter, quantize_base
 from lightning_lora.cli.lightning_cli import LoRACLI
 from lightning_lora.cli.main import main
-from lightning_lora.quantization.formats import packing_of
+from lightning_lora.quantization.formats import format_of
 from tests import quantized, tiny_lm
 from tests.conftest import fill
 
@@ -48,11 +48,11 @@ def test_one_line_makes_a_run_qlora(overrides, tmp_path):
     assert main(["test", *LAYERS, *overrides, f"--ckpt_path={tmp_path / 'checkpoints' / 'best.ckpt'}"]) == 0
 
 
-@pytest.mark.parametrize("how", [how for how in quantized.FORMATS if how != "torchao-nf4"])  # whose layers have to be larger
+@pytest.mark.parametrize("how", [how for how in quantized.QUANTIZERS if how != "torchao-nf4"])  # whose layers have to be larger
 def test_every_format_from_the_command_line(how, overrides):
     cli = LoRACLI([*LAYERS, *overrides, f"--lora.quantize={how}", "--trainer.limit_train_batches=1"], run=False)
     cli.trainer.fit(cli.model, cli.datamodule)
-    packed = [name for name, module in cli.model.model.named_modules() if packing_of(module) is not None]
+    packed = [name for name, module in cli.model.model.named_modules() if format_of(module) is not None]
     assert len(packed) == 2 * 7 and "lm_head" not in packed
 
 

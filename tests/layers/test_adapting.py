@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig
-from lightning_lora.layers.adapting import adapt, refusal, restore, twin
+from lightning_lora.layers.adapting import adapt, refusal, shallow_copy, unadapt
 from lightning_lora.layers.base import LoRALayer
 from tests.conftest import fill
 from tests.layers.kinds import CASES, every_kind
@@ -23,7 +23,7 @@ def test_the_module_stays_itself(kind):
     assert all(dict(layer.named_parameters())[name] is p for name, p in parameters.items())
     assert type(case.layer()) is type(layer)  # one class for all: compilers and guards see one type
     assert type(layer).lora_base is cls
-    back = restore(layer)
+    back = unadapt(layer)
     assert back is module
     assert type(back) is cls
     assert set(back.__dict__) == attributes
@@ -34,7 +34,7 @@ def test_a_class_that_fsdp2_put_on_top_stays_on_top():
     module = adapt(nn.Linear(4, 3), LoRAConfig(), 2, 4.0)
     module.__class__ = type("FSDPLoRALinear", (type("FSDPModule", (), {"unshard": None}), type(module)), {"wrapped": True})
     for _ in range(2):
-        back = restore(module)
+        back = unadapt(module)
         assert back.wrapped and hasattr(back, "unshard") and isinstance(back, nn.Linear) and not isinstance(back, LoRALayer)
         assert isinstance(adapt(back, LoRAConfig(), 2, 4.0), LoRALayer) and hasattr(back, "unshard")
 
@@ -55,7 +55,7 @@ def test_hooks_survive_in_both_directions(kind):
         y.sum().backward()
     assert seen == ["pre", "post", "backward"][: 2 + x.requires_grad]
     handle.remove()
-    restore(layer)
+    unadapt(layer)
     seen.clear()
     layer(case.x())
     assert seen == ["pre", "post"]
@@ -106,13 +106,13 @@ def test_a_twin_has_the_tensors_and_containers_of_its_own(kind):
     layer.register_forward_hook(lambda module, args, out: out)
     parameters, keys, x = dict(layer.named_parameters()), set(layer.__dict__), CASES[kind].x()
     y, hooks = layer(x), len(layer._forward_hooks)
-    other = twin(layer)
+    other = shallow_copy(layer)
     assert type(other) is type(layer)
     assert other is not layer
     assert all(dict(other.named_parameters())[name] is p for name, p in parameters.items())
     torch.testing.assert_close(other(x), y, rtol=0, atol=0)
     other.register_forward_hook(lambda module, args, out: None)
-    restore(other)
+    unadapt(other)
     assert isinstance(layer, LoRALayer)
     assert dict(layer.named_parameters()) == parameters
     assert set(layer.__dict__) == keys

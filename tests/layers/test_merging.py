@@ -98,7 +98,7 @@ def test_another_adapter_or_weight_is_refused(what):
         weight[3, 3] += 1
         after = weight.clone()
     else:
-        undo = merging.Undo(undo.index[1:], undo.value[1:], undo.checksum)
+        undo = merging.SparseUndo(undo.index[1:], undo.value[1:], undo.checksum)
     with pytest.raises(ValueError, match="would not come back bit for bit"):
         merging.unmerge(weight, delta, undo)
     assert same_bits(weight, after)

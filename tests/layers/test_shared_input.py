@@ -40,7 +40,7 @@ def plain(model):
     """The same layers, computed one by one."""
     twin = copy.deepcopy(model)
     unfuse(twin)
-    assert not any(getattr(layer, "lora_siblings", None) for layer in twin.children())
+    assert not any(getattr(layer, "shared_input", None) for layer in twin.children())
     return twin
 
 
@@ -60,7 +60,7 @@ def calls(monkeypatch):
 
 
 def waiting(model):
-    held = model.q_proj.lora_siblings.held
+    held = model.q_proj.shared_input.held
     return {} if held is None else held[2]
 
 
@@ -83,7 +83,7 @@ def test_one_product_and_the_same_numbers(targets, variant, calls):
     calls.clear()
     assert_close(run(model, x), expected)
     assert calls == [len(targets)]
-    assert model.q_proj.lora_siblings.held is None  # nothing is kept
+    assert model.q_proj.shared_input.held is None  # nothing is kept
     assert_close(run(model, x), expected)
 
 
@@ -147,7 +147,7 @@ def test_nothing_waits_after_an_error():
     model = attention(cls=Fails)
     with pytest.raises(RuntimeError, match="in between"):
         model(torch.ones(3, 8))
-    assert waiting(model) == {} and not model.q_proj.lora_siblings.open
+    assert waiting(model) == {} and not model.q_proj.shared_input.open
 
 
 def test_4_bit_layers_share_too(calls):
@@ -189,7 +189,7 @@ def test_merged_layers_are_plain_and_come_back():
     assert_close(run(model, x), expected)
     merge_lora(model)
     unload_lora(model)
-    assert type(model.q_proj) is nn.Linear and not hasattr(model.q_proj, "lora_siblings")
+    assert type(model.q_proj) is nn.Linear and not hasattr(model.q_proj, "shared_input")
     assert_close(model(x).detach(), expected[0])
 
 
@@ -198,8 +198,8 @@ def test_copies_have_their_own_group(copied):
     model, x = attention(), torch.randn(3, 8)
     model.q_proj(x)  # outputs wait
     twin = copied(model)
-    assert twin.q_proj.lora_siblings is twin.k_proj.lora_siblings is not model.q_proj.lora_siblings
-    assert all(a is b for a, b in zip(twin.q_proj.lora_siblings.layers, twin.children(), strict=True))
+    assert twin.q_proj.shared_input is twin.k_proj.shared_input is not model.q_proj.shared_input
+    assert all(a is b for a, b in zip(twin.q_proj.shared_input.layers, twin.children(), strict=True))
     assert_close(run(twin, x), run(plain(model), x))
 
 
@@ -231,4 +231,4 @@ def test_unloading_one_leaves_the_others_alone():
     model, x = attention(), torch.randn(3, 8)
     unload_lora(model.q_proj)
     assert_close(model.k_proj(x), plain(model).k_proj(x))
-    assert model.k_proj.lora_siblings is None
+    assert model.k_proj.shared_input is None

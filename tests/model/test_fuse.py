@@ -20,10 +20,11 @@ from transformers import (
 )
 
 from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, quantize_base, unload_lora
-from lightning_lora.layers.adapting import adapt, restore
+from lightning_lora.layers.adapting import adapt, unadapt
+from lightning_lora.model import fuse as fuse_module
 from lightning_lora.model.compile import compile_layers
 from lightning_lora.model.fuse import GatedMLP, fuse, unfuse
-from lightning_lora.ops import backends
+from lightning_lora.ops import backends, plain
 from tests.conftest import fill
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
@@ -66,7 +67,7 @@ def test_recognised_and_the_same_numbers(name):
     assert sum(isinstance(m, GatedMLP) for m in model.modules()) == 2 * gated
     fused = run(model)
     unfuse(model)
-    assert not any(isinstance(m, GatedMLP) or getattr(m, "lora_siblings", None) for m in model.modules())
+    assert not any(isinstance(m, GatedMLP) or getattr(m, "shared_input", None) for m in model.modules())
     assert_close(fused, run(model))
     assert (keys, classes) == (list(model.state_dict()), [type(m).__name__ for m in model.modules()])
 
@@ -183,7 +184,7 @@ def doras_dropout(model):
 
 def mixed(model):
     """One projection has a gain, the others have none."""
-    down = restore(model.down_proj)
+    down = unadapt(model.down_proj)
     fill(adapt(down, LoRAConfig(rank=3, variant="dora"), 3, 6.0))
 
 
@@ -218,11 +219,9 @@ def test_steps_aside_by_rule(case, quantize, monkeypatch):
         assert not torch.allclose(expected, mlp()(x))
     monkeypatch.setattr(backends, "usable", lambda x: True)
     taken = []
-    import lightning_lora.fuse as module
-
-    run_fused = module.lora_gated_mlp
-    monkeypatch.setattr(module, "lora_gated_mlp", lambda *args: taken.append(1) or run_fused(*args))
-    monkeypatch.setattr("lightning_lora.ops.fused_linear._backend", lambda fast: __import__("lightning_lora.ops.plain").kernels.plain)
+    run_fused = fuse_module.lora_gated_mlp
+    monkeypatch.setattr(fuse_module, "lora_gated_mlp", lambda *args: taken.append(1) or run_fused(*args))
+    monkeypatch.setattr("lightning_lora.ops.fused_linear._backend", lambda fast: plain)
     torch.manual_seed(1)
     assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
     assert taken == ([1] if case in SERVED and quantize != "int8" else [])
@@ -230,7 +229,7 @@ def test_steps_aside_by_rule(case, quantize, monkeypatch):
 
 def test_deterministic_algorithms_are_respected(monkeypatch):
     monkeypatch.setattr(backends, "usable", lambda x: True)
-    monkeypatch.setattr("lightning_lora.ops.fused_linear._backend", lambda fast: __import__("lightning_lora.ops.plain").kernels.plain)
+    monkeypatch.setattr("lightning_lora.ops.fused_linear._backend", lambda fast: plain)
     monkeypatch.setattr("lightning_lora.model.fuse.lora_gated_mlp", lambda *args: pytest.fail("its sums are not deterministic"))
     torch.use_deterministic_algorithms(True)
     try:

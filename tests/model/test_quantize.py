@@ -29,13 +29,13 @@ from lightning_lora import (
 from lightning_lora.adapter_io.fingerprint import base_identity
 from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.model.apply import trainable_parameters
-from lightning_lora.quantization.formats import packing_of
+from lightning_lora.quantization.formats import format_of
 from tests import tiny_lm
 from tests.conftest import TinyModel, adapted, fill, same_bits, snapshot
-from tests.quantized import BITSANDBYTES, FORMATS, Stack, inputs, packed_linear, packed_stack, plain_stack
+from tests.quantized import BITSANDBYTES, QUANTIZERS, Stack, inputs, packed_linear, packed_stack, plain_stack
 
 CONFIG = {"rank": 4, "alpha": 8, "target_modules": ["up", "down"]}
-each_format = pytest.mark.parametrize("how", FORMATS)
+each_format = pytest.mark.parametrize("how", QUANTIZERS)
 both_ways = pytest.mark.parametrize("quantized", ["dequantize", "requantize"])
 BITS = {"nf4": 4.6, "int8": 9, "torchao-nf4": 4.6, "torchao-int8": 9}  # an entry; the scales come on top of 4 and 8
 ERROR = {"nf4": 0.12, "int8": 0.01, "torchao-nf4": 0.12, "torchao-int8": 0.01}
@@ -46,7 +46,7 @@ def test_the_weight_is_packed(how: str) -> None:
     """It takes the bits it should, unpacks to nearly what it was, and the layer multiplies with what it unpacks to."""
     plain, model = plain_stack(), packed_stack(how)
     layer = adapted(model, **CONFIG).up
-    codes = packing_of(layer).codes(layer)
+    codes = format_of(layer).codes(layer)
     assert sum(code.nbytes for code in codes) * 8 / plain.up.weight.numel() < BITS[how] + 1  # torchao adds a table of 16 and zero points
     assert layer.base_weight().shape == (256, 128) and layer.base_weight().dtype == torch.float32
     assert 0 < (layer.base_weight() - plain.up.weight).norm() / plain.up.weight.norm() < ERROR[how]
@@ -79,7 +79,7 @@ def test_merging_is_a_choice_and_can_be_taken_back(how: str, quantized: Any) -> 
     """Refused without the choice; with it the error is reported; the way back is bit for bit, and can be gone again."""
     model, x = adapted(packed_stack(how, torch.bfloat16), **CONFIG).train(), inputs().bfloat16()
     before, weight, classes = model(x), model.up.weight, (type(model.up), type(model.down))
-    codes = [code.clone() for code in packing_of(model.up).codes(model.up)]
+    codes = [code.clone() for code in format_of(model.up).codes(model.up)]
     with pytest.raises(ValueError, match=r"'up' cannot be merged: its weight is quantized.*'dequantize'.*'requantize'"):
         merge_lora(model)
     assert not model.up.merged and torch.equal(model(x), before)
@@ -91,7 +91,7 @@ def test_merging_is_a_choice_and_can_be_taken_back(how: str, quantized: Any) -> 
     measured = (model.up.base_weight().double() - exact).norm() / model.up.lora_delta().double().norm()
     assert lost["up"] == pytest.approx(measured.item(), rel=1e-3)
     assert 0 < lost["up"] < (0.01 if quantized == "dequantize" else 0.3)
-    assert (packing_of(model.up) is None) == (quantized == "dequantize")
+    assert (format_of(model.up) is None) == (quantized == "dequantize")
     assert type(model.up) is (LoRALinear if quantized == "dequantize" else classes[0])
     assert model.up.weight is not weight and not [key for key in model.state_dict() if "lora_" in key]
     assert (model(x) - before).norm() < (0.02 if quantized == "dequantize" else 0.35) * before.norm()
@@ -99,7 +99,7 @@ def test_merging_is_a_choice_and_can_be_taken_back(how: str, quantized: Any) -> 
 
     unmerge_lora(model)
     assert model.up.weight is weight and (type(model.up), type(model.down)) == classes
-    assert all(same_bits(a, b) for a, b in zip(codes, packing_of(model.up).codes(model.up), strict=True))
+    assert all(same_bits(a, b) for a, b in zip(codes, format_of(model.up).codes(model.up), strict=True))
     assert torch.equal(model(x), before)
 
 
@@ -157,9 +157,9 @@ def test_a_base_on_its_way_to_a_device_is_packed_when_adapters_come(how: str) ->
     plain, model = plain_stack(), plain_stack()
     model.up = {"nf4": nf4, "int8": int8}[how](128, 256)
     model.up.load_state_dict(plain.up.state_dict())
-    assert packing_of(model.up) is None
+    assert format_of(model.up) is None
     adapted(model, **CONFIG)
-    assert packing_of(model.up) is not None
+    assert format_of(model.up) is not None
     assert (model.up.base_weight() - plain.up.weight).norm() / plain.up.weight.norm() < ERROR[how]
 
 
@@ -178,7 +178,7 @@ def test_only_linears_that_were_asked_for_are_packed(how: str, make: Any) -> Non
         assert {name: (type(module), id(module)) for name, module in model.named_modules()} == before
         return
     quantize_base(model, how, targets=parts)
-    packed = [name for name, module in model.named_modules() if packing_of(module) is not None]
+    packed = [name for name, module in model.named_modules() if format_of(module) is not None]
     assert packed == parts
     assert {name: id(module) for name, module in model.named_modules()} == {name: i for name, (_, i) in before.items()}
 
@@ -222,7 +222,7 @@ def test_packing_twice_packs_what_is_left(how: str) -> None:
     model = packed_stack(how)
     weight = model.up.weight
     quantize_base(model, how)
-    assert model.up.weight is weight and packing_of(model.head) is not None
+    assert model.up.weight is weight and format_of(model.head) is not None
 
 
 @each_format
@@ -337,7 +337,7 @@ def test_a_model_that_transformers_loaded_quantized(how: str, tmp_path: Any) -> 
     }
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=configs[how](), device_map="cpu")
     fill(apply_lora(model, LoRAConfig(rank=2, target_modules="all-linear"))).train()
-    assert len([name for name, module in model.named_modules() if packing_of(module) is not None]) == 2 * 7
+    assert len([name for name, module in model.named_modules() if format_of(module) is not None]) == 2 * 7
     ids = torch.tensor([[2, 5, 9, 3]])
     model(input_ids=ids, labels=ids).loss.backward()
     assert all(p.grad is not None and p.grad.any() for p in get_lora_parameters(model))
@@ -352,11 +352,11 @@ def test_a_model_that_transformers_loaded_quantized(how: str, tmp_path: Any) -> 
 
 def test_a_format_that_is_not_packed_again_is_refused_before_anything_is_merged() -> None:
     model = adapted(packed_stack("torchao-int8"), **CONFIG)
-    packing = packing_of(model.up)
-    type(packing).repacks = False
+    packing = format_of(model.up)
+    type(packing).requantizes = False
     try:
         with pytest.raises(ValueError, match=r"'up' cannot be merged: its weight, a Int8Tensor, is not packed again here"):
             merge_lora(model, quantized="requantize")
     finally:
-        type(packing).repacks = True
+        type(packing).requantizes = True
     assert not model.up.merged

@@ -19,15 +19,15 @@ def operands(n=3, batch=(2, 3), bias=True, dtype=torch.float64):
     x = torch.randn(*batch, IN, dtype=dtype, requires_grad=True)
     Ws = [torch.randn(out, IN, dtype=dtype) for out in OUTS[:n]]
     biases = [torch.randn(out, dtype=dtype) if bias else None for out in OUTS[:n]]
-    As = [torch.randn(r, IN, dtype=dtype, requires_grad=True) for r in RANKS[:n]]
-    Bs = [torch.randn(out, r, dtype=dtype, requires_grad=True) for out, r in zip(OUTS, RANKS, strict=True)][:n]
-    return x, Ws, biases, As, Bs
+    A_list = [torch.randn(r, IN, dtype=dtype, requires_grad=True) for r in RANKS[:n]]
+    B_list = [torch.randn(out, r, dtype=dtype, requires_grad=True) for out, r in zip(OUTS, RANKS, strict=True)][:n]
+    return x, Ws, biases, A_list, B_list
 
 
-def definition(x, Ws, biases, As, Bs, scales, keep=None):
+def definition(x, Ws, biases, A_list, B_list, scales, keep=None):
     dropped = x if keep is None else x * keep
     return tuple(
-        F.linear(x, W, b) + F.linear(F.linear(dropped, A), B) * s for W, b, A, B, s in zip(Ws, biases, As, Bs, scales, strict=True)
+        F.linear(x, W, b) + F.linear(F.linear(dropped, A), B) * s for W, b, A, B, s in zip(Ws, biases, A_list, B_list, scales, strict=True)
     )
 
 
@@ -37,62 +37,62 @@ def with_gains(n=3, batch=(2, 3), bias=True):
     return *given, [torch.randn(B.shape[0], dtype=torch.float64, requires_grad=True) if k != 1 else None for k, B in enumerate(given[4])]
 
 
-def gained(x, Ws, biases, As, Bs, scales, gains, keep=None):
+def scaled_sum(x, Ws, biases, A_list, B_list, scales, out_scales, keep=None):
     """The definition with gains."""
-    sums = definition(x, Ws, [None] * len(Ws), As, Bs, scales, keep)
-    scaled = [y if gain is None else y * gain for y, gain in zip(sums, gains, strict=True)]
+    sums = definition(x, Ws, [None] * len(Ws), A_list, B_list, scales, keep)
+    scaled = [y if out_scale is None else y * out_scale for y, out_scale in zip(sums, out_scales, strict=True)]
     return tuple(y if b is None else y + b for y, b in zip(scaled, biases, strict=True))
 
 
-def gradients(ys, leaves):
+def gradients(outputs, leaves):
     torch.manual_seed(1)
-    return torch.autograd.grad(sum((y * torch.randn_like(y)).sum() for y in ys), leaves)
+    return torch.autograd.grad(sum((y * torch.randn_like(y)).sum() for y in outputs), leaves)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("batch", [(), (6,), (2, 3), (0,)], ids=str)
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_equals_the_definition_with_every_gradient(n, batch, bias):
-    x, Ws, biases, As, Bs = operands(n, batch, bias)
-    mine, defined = lora_linears(x, Ws, biases, As, Bs, SCALES[:n]), definition(x, Ws, biases, As, Bs, SCALES[:n])
+    x, Ws, biases, A_list, B_list = operands(n, batch, bias)
+    mine, defined = lora_linears(x, Ws, biases, A_list, B_list, SCALES[:n]), definition(x, Ws, biases, A_list, B_list, SCALES[:n])
     assert_close(mine, defined)
-    assert_close(gradients(mine, [x, *As, *Bs]), gradients(defined, [x, *As, *Bs]))
+    assert_close(gradients(mine, [x, *A_list, *B_list]), gradients(defined, [x, *A_list, *B_list]))
 
 
 def test_dropout_drops_the_same_entries_for_all(monkeypatch):
-    x, Ws, biases, As, Bs = operands()
+    x, Ws, biases, A_list, B_list = operands()
     mask = torch.rand(6, IN) < 0.4
     monkeypatch.setattr(plain, "draw_drop", lambda flat, p: ((mask, 0), 0.4))
-    mine = lora_linears(x, Ws, biases, As, Bs, SCALES, dropout=0.4)
-    defined = definition(x, Ws, biases, As, Bs, SCALES, (~mask).view(x.shape) / 0.6)
+    mine = lora_linears(x, Ws, biases, A_list, B_list, SCALES, dropout=0.4)
+    defined = definition(x, Ws, biases, A_list, B_list, SCALES, (~mask).view(x.shape) / 0.6)
     assert_close(mine, defined)
-    assert_close(gradients(mine, [x, *As, *Bs]), gradients(defined, [x, *As, *Bs]))
+    assert_close(gradients(mine, [x, *A_list, *B_list]), gradients(defined, [x, *A_list, *B_list]))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_first_and_second_derivatives(dropout):
-    x, Ws, biases, As, Bs = operands(2, (2,))
+    x, Ws, biases, A_list, B_list = operands(2, (2,))
 
     def function(x, A1, A2, B1, B2):
         torch.manual_seed(3)
         return lora_linears(x, Ws, biases, [A1, A2], [B1, B2], SCALES[:2], dropout)
 
-    assert gradcheck(function, (x, *As, *Bs))
-    assert gradgradcheck(function, (x, *As, *Bs))
+    assert gradcheck(function, (x, *A_list, *B_list))
+    assert gradgradcheck(function, (x, *A_list, *B_list))
 
 
 def test_outputs_that_nobody_uses():
-    x, Ws, biases, As, Bs = operands()
-    mine, defined = lora_linears(x, Ws, biases, As, Bs, SCALES)[1:2], definition(x, Ws, biases, As, Bs, SCALES)[1:2]
-    found = torch.autograd.grad(mine[0].sum(), [x, As[1], Bs[1], Bs[0]], allow_unused=True)
-    assert_close(found[:3], torch.autograd.grad(defined[0].sum(), [x, As[1], Bs[1]]))
+    x, Ws, biases, A_list, B_list = operands()
+    mine, defined = lora_linears(x, Ws, biases, A_list, B_list, SCALES)[1:2], definition(x, Ws, biases, A_list, B_list, SCALES)[1:2]
+    found = torch.autograd.grad(mine[0].sum(), [x, A_list[1], B_list[1], B_list[0]], allow_unused=True)
+    assert_close(found[:3], torch.autograd.grad(defined[0].sum(), [x, A_list[1], B_list[1]]))
     assert found[3] is None
 
 
 def test_biases_can_train():
-    x, Ws, biases, As, Bs = operands()
+    x, Ws, biases, A_list, B_list = operands()
     biases[1].requires_grad_()
-    mine, defined = lora_linears(x, Ws, biases, As, Bs, SCALES), definition(x, Ws, biases, As, Bs, SCALES)
+    mine, defined = lora_linears(x, Ws, biases, A_list, B_list, SCALES), definition(x, Ws, biases, A_list, B_list, SCALES)
     assert_close(gradients(mine, [biases[1]]), gradients(defined, [biases[1]]))
 
 
@@ -117,49 +117,49 @@ def near(given, backend):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("n", [1, 3])
 def test_gains_with_every_gradient(n, bias, backend):
-    def values(x, Ws, biases, As, Bs, gains, function):
-        ys = function(x, Ws, biases, As, Bs, SCALES[:n], gains=gains)
-        leaves = [t for t in (x, *As, *Bs, *gains, *biases) if t is not None and t.requires_grad]
-        loss = sum((y * torch.linspace(-1, 1, y.numel()).view(y.shape).to(y)).sum() for y in ys)
-        return [*ys, *torch.autograd.grad(loss, leaves)]
+    def values(x, Ws, biases, A_list, B_list, out_scales, function):
+        outputs = function(x, Ws, biases, A_list, B_list, SCALES[:n], out_scales=out_scales)
+        leaves = [t for t in (x, *A_list, *B_list, *out_scales, *biases) if t is not None and t.requires_grad]
+        loss = sum((y * torch.linspace(-1, 1, y.numel()).view(y.shape).to(y)).sum() for y in outputs)
+        return [*outputs, *torch.autograd.grad(loss, leaves)]
 
     given = with_gains(n, bias=bias)
     if bias:
         given[2][0].requires_grad_()
-    for mine, exact in zip(values(*near(given, backend), lora_linears), values(*given, gained), strict=True):
+    for mine, exact in zip(values(*near(given, backend), lora_linears), values(*given, scaled_sum), strict=True):
         assert_close(mine.double().cpu(), exact, **backend)
 
 
 def test_gains_that_are_frozen_keep_no_base_product(backend):
-    x, Ws, biases, As, Bs, gains = near(with_gains(batch=(50,)), backend)
-    call = lambda: lora_linears(x, Ws, biases, As, Bs, SCALES, 0.0, gains)  # noqa: E731
+    x, Ws, biases, A_list, B_list, out_scales = near(with_gains(batch=(50,)), backend)
+    call = lambda: lora_linears(x, Ws, biases, A_list, B_list, SCALES, 0.0, out_scales)  # noqa: E731
     assert sorted(t.shape[1] for t in saved(call) if t.shape[:1] == (50,)) == [3, 4, IN, sum(RANKS)]
-    expected = gradients(call(), [x, *As, *Bs])
-    gains = [None if gain is None else gain.detach() for gain in gains]
+    expected = gradients(call(), [x, *A_list, *B_list])
+    out_scales = [None if out_scale is None else out_scale.detach() for out_scale in out_scales]
     assert sorted(t.shape[1] for t in saved(call) if t.shape[:1] == (50,)) == [IN, sum(RANKS)]
-    assert_close(gradients(call(), [x, *As, *Bs]), expected)
+    assert_close(gradients(call(), [x, *A_list, *B_list]), expected)
 
 
 def test_gains_of_outputs_that_nobody_uses(backend):
-    x, Ws, biases, As, Bs, gains = near(with_gains(), backend)
-    y = lora_linears(x, Ws, biases, As, Bs, SCALES, 0.0, gains)[2]
-    found = torch.autograd.grad(y.sum(), [x, As[2], Bs[2], gains[2], gains[0]], allow_unused=True)
-    exact = gained(x, Ws, biases, As, Bs, SCALES, gains)[2]
-    assert_close(found[:4], torch.autograd.grad(exact.sum(), [x, As[2], Bs[2], gains[2]]))
+    x, Ws, biases, A_list, B_list, out_scales = near(with_gains(), backend)
+    y = lora_linears(x, Ws, biases, A_list, B_list, SCALES, 0.0, out_scales)[2]
+    found = torch.autograd.grad(y.sum(), [x, A_list[2], B_list[2], out_scales[2], out_scales[0]], allow_unused=True)
+    exact = scaled_sum(x, Ws, biases, A_list, B_list, SCALES, out_scales)[2]
+    assert_close(found[:4], torch.autograd.grad(exact.sum(), [x, A_list[2], B_list[2], out_scales[2]]))
     assert found[4] is None
 
 
 def test_gains_first_and_second_derivatives():
-    x, Ws, biases, As, Bs, gains = with_gains(1, (2,))
-    function = lambda x, A, B, gain: lora_linears(x, Ws, biases, [A], [B], SCALES[:1], 0.0, [gain])  # noqa: E731
-    assert gradcheck(function, (x, *As, *Bs, *gains))
-    assert gradgradcheck(function, (x, *As, *Bs, *gains))
+    x, Ws, biases, A_list, B_list, out_scales = with_gains(1, (2,))
+    function = lambda x, A, B, out_scale: lora_linears(x, Ws, biases, [A], [B], SCALES[:1], 0.0, [out_scale])  # noqa: E731
+    assert gradcheck(function, (x, *A_list, *B_list, *out_scales))
+    assert gradgradcheck(function, (x, *A_list, *B_list, *out_scales))
 
 
 def test_a_gain_of_one_leaves_the_bits_of_the_base():
-    x, Ws, biases, As, Bs = operands(dtype=torch.float32)
-    Bs, ones = [B.detach() * 0 for B in Bs], [torch.ones(len(B)) for B in Bs]
-    for y, W, b in zip(lora_linears(x, Ws, biases, As, Bs, SCALES, 0.0, ones), Ws, biases, strict=True):
+    x, Ws, biases, A_list, B_list = operands(dtype=torch.float32)
+    B_list, ones = [B.detach() * 0 for B in B_list], [torch.ones(len(B)) for B in B_list]
+    for y, W, b in zip(lora_linears(x, Ws, biases, A_list, B_list, SCALES, 0.0, ones), Ws, biases, strict=True):
         assert torch.equal(y, F.linear(x.reshape(-1, IN), W, b).view(y.shape))
 
 
@@ -171,65 +171,67 @@ def saved(call):
 
 
 def test_keeps_x_once_and_the_rank_r_product():
-    x, Ws, biases, As, Bs = operands(batch=(50,))
-    big = [t for t in saved(lambda: lora_linears(x, Ws, biases, As, Bs, SCALES)) if t.shape[:1] == (50,)]
+    x, Ws, biases, A_list, B_list = operands(batch=(50,))
+    big = [t for t in saved(lambda: lora_linears(x, Ws, biases, A_list, B_list, SCALES)) if t.shape[:1] == (50,)]
     assert sorted(tuple(t.shape) for t in big) == [(50, IN), (50, sum(RANKS))]
     assert any(t.data_ptr() == x.data_ptr() for t in big)
 
 
 def test_frozen_a_keeps_no_x():
     """LoRA-FA: the point of freezing A."""
-    x, Ws, biases, As, Bs = operands(batch=(50,))
-    frozen = [A.detach() for A in As]
-    assert [t.shape[1] for t in saved(lambda: lora_linears(x, Ws, biases, frozen, Bs, SCALES)) if t.shape[0] == 50] == [sum(RANKS)]
-    mine, defined = lora_linears(x, Ws, biases, frozen, Bs, SCALES), definition(x, Ws, biases, frozen, Bs, SCALES)
-    assert_close(gradients(mine, [x, *Bs]), gradients(defined, [x, *Bs]))
-    (dx,) = torch.autograd.grad(lora_linears(x, Ws, biases, As, Bs, SCALES)[0].square().sum(), x, create_graph=True)
+    x, Ws, biases, A_list, B_list = operands(batch=(50,))
+    frozen = [A.detach() for A in A_list]
+    assert [t.shape[1] for t in saved(lambda: lora_linears(x, Ws, biases, frozen, B_list, SCALES)) if t.shape[0] == 50] == [sum(RANKS)]
+    mine, defined = lora_linears(x, Ws, biases, frozen, B_list, SCALES), definition(x, Ws, biases, frozen, B_list, SCALES)
+    assert_close(gradients(mine, [x, *B_list]), gradients(defined, [x, *B_list]))
+    (dx,) = torch.autograd.grad(lora_linears(x, Ws, biases, A_list, B_list, SCALES)[0].square().sum(), x, create_graph=True)
     assert dx.requires_grad
     with pytest.raises(RuntimeError, match=r"second derivatives .* not kept while lora_A is frozen"):
-        torch.autograd.grad(lora_linears(x, Ws, biases, frozen, Bs, SCALES)[0].square().sum(), x, create_graph=True)
+        torch.autograd.grad(lora_linears(x, Ws, biases, frozen, B_list, SCALES)[0].square().sum(), x, create_graph=True)
 
 
 def test_half_precision_with_fp32_adapters():
-    x, Ws, biases, As, Bs = operands(batch=(20,), dtype=torch.float32)
+    x, Ws, biases, A_list, B_list = operands(batch=(20,), dtype=torch.float32)
     low = x.detach().bfloat16().requires_grad_()
-    ys = lora_linears(low, [W.bfloat16() for W in Ws], [b.bfloat16() for b in biases], As, Bs, SCALES)
-    found = gradients(ys, [low, *As, *Bs])
-    assert [y.dtype for y in ys] == [torch.bfloat16] * 3
+    outputs = lora_linears(low, [W.bfloat16() for W in Ws], [b.bfloat16() for b in biases], A_list, B_list, SCALES)
+    found = gradients(outputs, [low, *A_list, *B_list])
+    assert [y.dtype for y in outputs] == [torch.bfloat16] * 3
     assert [g.dtype for g in found] == [torch.bfloat16] + [torch.float32] * 6
-    for mine, exact in zip(ys, definition(x.double(), *([t.double() for t in z] for z in (Ws, biases, As, Bs)), SCALES), strict=True):
+    for mine, exact in zip(
+        outputs, definition(x.double(), *([t.double() for t in z] for z in (Ws, biases, A_list, B_list)), SCALES), strict=True
+    ):
         assert_close(mine.double(), exact, rtol=2**-5, atol=2**-3)
 
 
 def test_under_autocast_in_its_dtype():
-    x, Ws, biases, As, Bs = operands(dtype=torch.float32)
+    x, Ws, biases, A_list, B_list = operands(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        ys = lora_linears(x, Ws, biases, As, Bs, SCALES)
-    assert ys[0].dtype == torch.bfloat16
-    assert [g.dtype for g in gradients(ys, [x, As[0]])] == [torch.float32] * 2
+        outputs = lora_linears(x, Ws, biases, A_list, B_list, SCALES)
+    assert outputs[0].dtype == torch.bfloat16
+    assert [g.dtype for g in gradients(outputs, [x, A_list[0]])] == [torch.float32] * 2
 
 
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_a_backward_pass_under_autocast_is_in_the_dtype_of_the_forward_pass(create_graph):
-    x, Ws, biases, As, Bs = operands(dtype=torch.float32)
-    expected = gradients(lora_linears(x, Ws, biases, As, Bs, SCALES), [x, *As, *Bs])
-    ys = lora_linears(x, Ws, biases, As, Bs, SCALES)
+    x, Ws, biases, A_list, B_list = operands(dtype=torch.float32)
+    expected = gradients(lora_linears(x, Ws, biases, A_list, B_list, SCALES), [x, *A_list, *B_list])
+    outputs = lora_linears(x, Ws, biases, A_list, B_list, SCALES)
     with torch.autocast("cpu", torch.bfloat16):
         torch.manual_seed(1)
-        loss = sum((y * torch.randn_like(y)).sum() for y in ys)
-        found = torch.autograd.grad(loss, [x, *As, *Bs], create_graph=create_graph)
+        loss = sum((y * torch.randn_like(y)).sum() for y in outputs)
+        found = torch.autograd.grad(loss, [x, *A_list, *B_list], create_graph=create_graph)
     assert_close(found, expected)
 
 
 @pytest.mark.parametrize(("dropout", "scaled"), [(0.0, False), (0.5, False), (0.0, True)])
 def test_compiled_it_is_two_operations_and_the_same_numbers(traced, dropout, scaled):
-    x, Ws, biases, As, Bs = operands(dtype=torch.float32)
-    gains = [torch.randn(4, requires_grad=True), None, torch.randn(3)] if scaled else ()
-    leaves = [x, *As, *Bs, *gains[:1]]
+    x, Ws, biases, A_list, B_list = operands(dtype=torch.float32)
+    out_scales = [torch.randn(4, requires_grad=True), None, torch.randn(3)] if scaled else ()
+    leaves = [x, *A_list, *B_list, *out_scales[:1]]
     compiled, graphs = traced(lora_linears)
-    mine = compiled(x, Ws, biases, As, Bs, SCALES, dropout, gains)
+    mine = compiled(x, Ws, biases, A_list, B_list, SCALES, dropout, out_scales)
     found = gradients(mine, leaves)
-    defined = lora_linears(x, Ws, biases, As, Bs, SCALES, dropout, gains)
+    defined = lora_linears(x, Ws, biases, A_list, B_list, SCALES, dropout, out_scales)
     assert_close(mine, defined)
     assert_close(found, gradients(defined, leaves))
     names = [str(node.target) for graph in graphs for node in graph.graph.nodes if "lightning_lora" in str(node.target)]
@@ -241,13 +243,13 @@ def test_compiled_it_is_two_operations_and_the_same_numbers(traced, dropout, sca
 @pytest.mark.parametrize("n", [0, 3])
 def test_operations_say_their_shapes_right(n):
     """What the compiler is told of an operation against what it does."""
-    x, Ws, biases, As, Bs = (t.detach() if isinstance(t, torch.Tensor) else t for t in operands(dtype=torch.float32))
-    x, As, Bs = x.reshape(-1, IN), [A.detach() for A in As], [B.detach() for B in Bs]
-    gains = [torch.randn(len(B)) if k < n else None for k, B in enumerate(Bs)]
-    forward = (x, None, 0, False, list(SCALES), Ws, [""] * 3, biases, As, Bs, gains)
-    ys = fused_linear._forward(*forward)
-    dys, zs = [torch.randn_like(y) for y in ys[:3]], ys[8:] or [None] * 3
-    backward = (dys, x, ys[3], ys[4], None, 0, False, list(SCALES), Ws, [""] * 3, Bs, biases, gains, zs, True)
+    x, Ws, biases, A_list, B_list = (t.detach() if isinstance(t, torch.Tensor) else t for t in operands(dtype=torch.float32))
+    x, A_list, B_list = x.reshape(-1, IN), [A.detach() for A in A_list], [B.detach() for B in B_list]
+    out_scales = [torch.randn(len(B)) if k < n else None for k, B in enumerate(B_list)]
+    forward = (x, None, 0, False, list(SCALES), Ws, [""] * 3, biases, A_list, B_list, out_scales)
+    outputs = fused_linear._forward(*forward)
+    dys, base_outputs = [torch.randn_like(y) for y in outputs[:3]], outputs[8:] or [None] * 3
+    backward = (dys, x, outputs[3], outputs[4], None, 0, False, list(SCALES), Ws, [""] * 3, B_list, biases, out_scales, base_outputs, True)
     for operation, shapes, given in (
         (torch.ops.lightning_lora.linears_forward, fused_linear._forward_shapes, forward),
         (torch.ops.lightning_lora.linears_backward, fused_linear._backward_shapes, backward),

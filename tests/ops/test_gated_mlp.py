@@ -16,56 +16,59 @@ ROWS, IN, WIDE, OUT, RANKS, SCALES = 20, 16, 24, 12, (4, 3, 5), (0.5, 2.0, 1.5)
 def operands():
     sizes = ((WIDE, IN), (WIDE, IN), (OUT, WIDE))
     Ws = [tensor(*size, seed=k) * 0.3 for k, size in enumerate(sizes)]
-    As = [(tensor(r, size[1], seed=k) * 0.3).requires_grad_() for k, (r, size) in enumerate(zip(RANKS, sizes, strict=True))]
-    Bs = [(tensor(size[0], r, seed=k) * 0.3).requires_grad_() for k, (r, size) in enumerate(zip(RANKS, sizes, strict=True))]
-    return tensor(ROWS, IN).requires_grad_(), Ws, As, Bs
+    A_list = [(tensor(r, size[1], seed=k) * 0.3).requires_grad_() for k, (r, size) in enumerate(zip(RANKS, sizes, strict=True))]
+    B_list = [(tensor(size[0], r, seed=k) * 0.3).requires_grad_() for k, (r, size) in enumerate(zip(RANKS, sizes, strict=True))]
+    return tensor(ROWS, IN).requires_grad_(), Ws, A_list, B_list
 
 
-def gains_of(Bs):
-    return [(tensor(B.shape[0], seed=k) * 0.3 + 1).requires_grad_() for k, B in enumerate(Bs)]
+def gains_of(B_list):
+    return [(tensor(B.shape[0], seed=k) * 0.3 + 1).requires_grad_() for k, B in enumerate(B_list)]
 
 
-def definition(x, Ws, As, Bs, keep=1.0, keep_down=1.0, gains=()):
+def definition(x, Ws, A_list, B_list, keep=1.0, keep_down=1.0, out_scales=()):
     def project(z, k, mask):
-        y = F.linear(z, Ws[k].to(z)) + F.linear(F.linear(z * mask, As[k].to(z)), Bs[k].to(z)) * SCALES[k]
-        return y * gains[k].to(z) if gains else y
+        y = F.linear(z, Ws[k].to(z)) + F.linear(F.linear(z * mask, A_list[k].to(z)), B_list[k].to(z)) * SCALES[k]
+        return y * out_scales[k].to(z) if out_scales else y
 
     return project(F.silu(project(x, 0, keep)) * project(x, 1, keep), 2, keep_down)
 
 
 @pytest.mark.parametrize(("batched", "gained"), [(False, False), (True, False), (True, True)])
-def test_equals_the_definition_with_every_gradient(batched, gained):
-    x, Ws, As, Bs = operands()
-    gains = gains_of(Bs) if gained else []
-    given, leaves = x.view(4, 5, IN) if batched else x, [x, *As, *Bs, *gains]
-    mine, exact = gated_mlp.lora_gated_mlp(given, Ws, As, Bs, SCALES, 0.0, gains), definition(given.double(), Ws, As, Bs, gains=gains)
+def test_equals_the_definition_with_every_gradient(batched, scaled_sum):
+    x, Ws, A_list, B_list = operands()
+    out_scales = gains_of(B_list) if scaled_sum else []
+    given, leaves = x.view(4, 5, IN) if batched else x, [x, *A_list, *B_list, *out_scales]
+    mine, exact = (
+        gated_mlp.lora_gated_mlp(given, Ws, A_list, B_list, SCALES, 0.0, out_scales),
+        definition(given.double(), Ws, A_list, B_list, out_scales=out_scales),
+    )
     assert_close(mine.double(), exact, rtol=1e-4, atol=1e-5)
     found = torch.autograd.grad(mine.square().sum(), leaves)
     assert_close(found, torch.autograd.grad(exact.square().sum(), leaves), rtol=1e-3, atol=1e-4)
 
 
 def test_a_backward_pass_under_autocast_is_in_the_dtype_of_the_forward_pass():
-    x, Ws, As, Bs = operands()
-    mine = gated_mlp.lora_gated_mlp(x, Ws, As, Bs, SCALES).square().sum()
-    expected = torch.autograd.grad(mine, [x, *As, *Bs], retain_graph=True)
+    x, Ws, A_list, B_list = operands()
+    mine = gated_mlp.lora_gated_mlp(x, Ws, A_list, B_list, SCALES).square().sum()
+    expected = torch.autograd.grad(mine, [x, *A_list, *B_list], retain_graph=True)
     with torch.autocast(x.device.type, torch.bfloat16):
-        found = torch.autograd.grad(mine, [x, *As, *Bs])
+        found = torch.autograd.grad(mine, [x, *A_list, *B_list])
     assert_close(found, expected)
 
 
 @pytest.mark.parametrize("gained", [False, True])
-def test_dropout_and_second_derivatives(gained):
-    x, Ws, As, Bs = operands()
-    gains = gains_of(Bs) if gained else []
-    leaves = [x, *As, *Bs, *gains]
+def test_dropout_and_second_derivatives(scaled_sum):
+    x, Ws, A_list, B_list = operands()
+    out_scales = gains_of(B_list) if scaled_sum else []
+    leaves = [x, *A_list, *B_list, *out_scales]
     torch.manual_seed(2)
-    mine = gated_mlp.lora_gated_mlp(x, Ws, As, Bs, SCALES, 0.5, gains)
+    mine = gated_mlp.lora_gated_mlp(x, Ws, A_list, B_list, SCALES, 0.5, out_scales)
     torch.manual_seed(2)
     masks = []
     for size in (IN, WIDE):  # drawn in this order
         drop, _ = triton_low_rank.draw_drop(x, 0.5)
         masks.append(triton_low_rank.project(torch.ones(ROWS, size, device=x.device), torch.eye(size, device=x.device), drop) * 2)
-    exact = definition(x.double(), Ws, As, Bs, *masks, gains)
+    exact = definition(x.double(), Ws, A_list, B_list, *masks, out_scales)
     assert_close(mine.double(), exact, rtol=1e-4, atol=1e-5)
     first = torch.autograd.grad(mine.square().sum(), leaves, create_graph=True)
     defined = torch.autograd.grad(exact.square().sum(), leaves, create_graph=True)
@@ -75,31 +78,31 @@ def test_dropout_and_second_derivatives(gained):
 
 
 def test_only_adapters_train_when_x_does_not():
-    x, Ws, As, Bs = operands()
+    x, Ws, A_list, B_list = operands()
     x = x.detach()
-    found = torch.autograd.grad(gated_mlp.lora_gated_mlp(x, Ws, As, Bs, SCALES).sum(), [*As, *Bs])
-    exact = torch.autograd.grad(definition(x.double(), Ws, As, Bs).sum(), [*As, *Bs])
+    found = torch.autograd.grad(gated_mlp.lora_gated_mlp(x, Ws, A_list, B_list, SCALES).sum(), [*A_list, *B_list])
+    exact = torch.autograd.grad(definition(x.double(), Ws, A_list, B_list).sum(), [*A_list, *B_list])
     assert_close(found, exact, rtol=1e-3, atol=1e-4)
 
 
 def test_factors_that_lie_transposed():
-    x, Ws, As, Bs = operands()
-    expected = gated_mlp.lora_gated_mlp(x, Ws, As, Bs, SCALES)
-    As, Bs = ([p.detach().t().contiguous().t() for p in factors] for factors in (As, Bs))
-    assert_close(gated_mlp.lora_gated_mlp(x, Ws, As, Bs, SCALES), expected)
+    x, Ws, A_list, B_list = operands()
+    expected = gated_mlp.lora_gated_mlp(x, Ws, A_list, B_list, SCALES)
+    A_list, B_list = ([p.detach().t().contiguous().t() for p in factors] for factors in (A_list, B_list))
+    assert_close(gated_mlp.lora_gated_mlp(x, Ws, A_list, B_list, SCALES), expected)
 
 
 @pytest.mark.parametrize("gained", [False, True])
-def test_operations_say_their_shapes_right(gained):
-    x, Ws, As, Bs = operands()
-    gains = [gain.detach() for gain in gains_of(Bs)] if gained else []
-    x, As, Bs = x.detach(), [A.detach() for A in As], [B.detach() for B in Bs]
-    forward = (x, None, None, 0, list(SCALES), Ws, [""] * 3, As, Bs, gains)
+def test_operations_say_their_shapes_right(scaled_sum):
+    x, Ws, A_list, B_list = operands()
+    out_scales = [out_scale.detach() for out_scale in gains_of(B_list)] if scaled_sum else []
+    x, A_list, B_list = x.detach(), [A.detach() for A in A_list], [B.detach() for B in B_list]
+    forward = (x, None, None, 0, list(SCALES), Ws, [""] * 3, A_list, B_list, out_scales)
     y, *kept = gated_mlp._forward(*forward)
-    *kept, z_down = kept if gained else (*kept, None)
-    g, u, t, t_down, A, A_down, *lows = kept
+    *kept, z_down = kept if scaled_sum else (*kept, None)
+    g, u, t, t_down, A, A_down, *B_casts = kept
     settings = (None, None, 0, list(SCALES), Ws, [""] * 3)
-    backward = (torch.randn_like(y), x, g, u, t, t_down, z_down, A, A_down, *settings, lows, gains, True)
+    backward = (torch.randn_like(y), x, g, u, t, t_down, z_down, A, A_down, *settings, B_casts, out_scales, True)
     for operation, shapes, given in (
         (torch.ops.lightning_lora.gated_mlp_forward, gated_mlp._forward_shapes, forward),
         (torch.ops.lightning_lora.gated_mlp_backward, gated_mlp._backward_shapes, backward),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_lora.ops.output_scale import rescaled
+from lightning_lora.ops.output_scale import apply_output_scale
 
 
 @pytest.mark.parametrize(
@@ -11,19 +11,19 @@ from lightning_lora.ops.output_scale import rescaled
 )
 @pytest.mark.parametrize("bias", [False, True])
 def test_first_and_second_derivatives(shape, vector, bias):
-    z, gain, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in (shape, vector, vector))
+    z, out_scale, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in (shape, vector, vector))
     b = b if bias else None
-    torch.testing.assert_close(rescaled(z, gain, b), gain * z if b is None else gain * (z - b) + b)
-    assert torch.autograd.gradcheck(rescaled, (z, gain, b))
-    assert torch.autograd.gradgradcheck(rescaled, (z, gain, b))
+    torch.testing.assert_close(apply_output_scale(z, out_scale, b), out_scale * z if b is None else out_scale * (z - b) + b)
+    assert torch.autograd.gradcheck(apply_output_scale, (z, out_scale, b))
+    assert torch.autograd.gradgradcheck(apply_output_scale, (z, out_scale, b))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_small_changes_of_the_gain_are_felt_in_half_precision(dtype):
     """g = 1.003 rounds to 1 in bf16; its effect on outputs must not."""
-    z, gain = torch.linspace(1, 2, 256).view(64, 4).to(dtype), torch.full((4,), 1.003)
-    assert gain.to(torch.bfloat16).eq(1).all()
-    y = rescaled(z, gain, None)
+    z, out_scale = torch.linspace(1, 2, 256).view(64, 4).to(dtype), torch.full((4,), 1.003)
+    assert out_scale.to(torch.bfloat16).eq(1).all()
+    y = apply_output_scale(z, out_scale, None)
     assert y.dtype == dtype
     assert (y.double().mean() / (z.double() * 1.003).mean() - 1).abs() < 1e-3
 
@@ -31,8 +31,8 @@ def test_small_changes_of_the_gain_are_felt_in_half_precision(dtype):
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_compiler_sees_plain_operations_and_the_same_numbers(bias):
     torch._dynamo.reset()
-    z, gain, b = torch.randn(5, 3, requires_grad=True), torch.randn(3, requires_grad=True), torch.randn(3) if bias else None
-    compiled = torch.compile(rescaled, backend="aot_eager", fullgraph=True)
-    ys = [function(z, gain, b) for function in (rescaled, compiled)]
-    torch.testing.assert_close(*ys)
-    torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), [z, gain]) for y in ys))
+    z, out_scale, b = torch.randn(5, 3, requires_grad=True), torch.randn(3, requires_grad=True), torch.randn(3) if bias else None
+    compiled = torch.compile(apply_output_scale, backend="aot_eager", fullgraph=True)
+    outputs = [function(z, out_scale, b) for function in (apply_output_scale, compiled)]
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), [z, out_scale]) for y in outputs))

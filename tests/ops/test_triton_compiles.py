@@ -36,7 +36,7 @@ found = {}
 for name, kernel in (("project", low_rank._project), ("add_", low_rank._add), ("reduce", low_rank._reduce)):
     found[name] = compile(kernel, low_rank.TILES[name], BR=16, DROP=True)
 found["project, rank 64, sm_86"] = compile(low_rank._project, low_rank.TILES["project"], 86, BR=64, DROP=True)
-for name, kernel in (("gained", low_rank._gained), ("gained_backward", low_rank._gained_backward)):
+for name, kernel in (("gained", low_rank._gained), ("scaled_sum_backward", low_rank._gained_backward)):
     found[name] = compile(kernel, low_rank.TILES[name], BR=16, BIAS=True)
 found["squares, rank 64, sm_86"] = compile(norms._squares, norms.TILES["squares"], 86, BR=64)
 for capability, rank, drop, gain in ((90, 16, False, False), (86, 32, False, True), (86, 64, True, False)):

@@ -17,16 +17,16 @@ from tests.ops.test_triton_low_rank import drop_of
     ("rows", "cols", "ranks", "gained"),
     [(70, 96, (4, 4, 4), False), (130, 552, (16, 16, 16), False), (33, 72, (3, 20, 8), False), (70, 72, (3, 5, 8), True)],
 )
-def test_forward_and_backward(rows, cols, ranks, gained, p, dtype):
+def test_forward_and_backward(rows, cols, ranks, scaled_sum, p, dtype):
     rg, ru, rd = ranks
     g, u, dh = (tensor(rows, cols, dtype=dtype, seed=k) for k in range(3))
     t, dtd = tensor(rows, rg + ru + 5, dtype=dtype)[:, : rg + ru], tensor(rows, rd, dtype=dtype)
     Bg, Bu, Ad = tensor(cols, rg, dtype=dtype), tensor(cols, ru, dtype=dtype), tensor(rd, cols, dtype=dtype)
     drop, mask = drop_of(g, p)[:2] if p else (None, None)
 
-    gains = [tensor(cols, seed=k) for k in range(2)] if gained else []
+    out_scales = [tensor(cols, seed=k) for k in range(2)] if scaled_sum else []
 
-    leaves = [z.detach().double().requires_grad_() for z in (g, u, t, Bg, Bu, Ad, *gains)]
+    leaves = [z.detach().double().requires_grad_() for z in (g, u, t, Bg, Bu, Ad, *out_scales)]
     g64, u64, t64, Bg64, Bu64, Ad64, *gains64 = leaves
     gate, up = gains64 or (1.0, 1.0)
     h64 = F.silu(gate * (g64 + t64[:, :rg] @ Bg64.t())) * (up * (u64 + t64[:, rg:] @ Bu64.t()))
@@ -35,8 +35,8 @@ def test_forward_and_backward(rows, cols, ranks, gained, p, dtype):
 
     exact = (dg64, du64, dt64 * 0.5, *rest)
 
-    h, td = triton_gated_mlp.forward(g, u, t, Bg, Bu, Ad, drop, 3.0, gains)
-    grads = triton_gated_mlp.backward(dh.clone(), g, u, t, Bg, Bu, Ad, dtd, drop, 0.5, gains)
+    h, td = triton_gated_mlp.forward(g, u, t, Bg, Bu, Ad, drop, 3.0, out_scales)
+    grads = triton_gated_mlp.backward(dh.clone(), g, u, t, Bg, Bu, Ad, dtd, drop, 0.5, out_scales)
     assert error(h, h64.detach()) < TOLERANCE[dtype]
     assert error(td, td64.detach()) < TOLERANCE[dtype] * 2
     names = ("dg", "du", "dt", "dBg", "dBu", "dAd", "dgg", "dgu")

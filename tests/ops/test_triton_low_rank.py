@@ -41,23 +41,23 @@ def test_equal_the_plain_functions(rows, cols, rank, p, make, dtype):
 @pytest.mark.parametrize(("rows", "cols", "rank"), [(70, 48, 5), (130, 136, 16), (33, 160, 100)])
 def test_with_a_gain(rows, cols, rank, bias, dtype):
     z, dy, t, B = strided(rows, cols, dtype=dtype), strided(rows, cols, dtype=dtype, seed=1), strided(rows, rank), tensor(rank, cols).t()
-    t, B, b, gain = t.to(dtype), B.to(dtype), tensor(cols, dtype=dtype) if bias else None, tensor(cols, seed=2)
-    z64, dy64, t64, B64, gain64, b64 = (None if v is None else v.double() for v in (z, dy, t, B, gain, b))
+    t, B, b, out_scale = t.to(dtype), B.to(dtype), tensor(cols, dtype=dtype) if bias else None, tensor(cols, seed=2)
+    z64, dy64, t64, B64, gain64, b64 = (None if v is None else v.double() for v in (z, dy, t, B, out_scale, b))
     exact = (z64 + t64 @ B64.t() if b64 is None else z64 - b64 + t64 @ B64.t()) * gain64
     for kernels in (triton_low_rank, plain):
         tolerance = TOLERANCE[dtype] * (1 if kernels is triton_low_rank else 3)
-        assert error(kernels.gained(z, t, B, gain, b), exact + (0 if b64 is None else b64)) < tolerance
-        dz, dB, dgain = kernels.gained_backward(dy, z, t, B, gain, b)
+        assert error(kernels.scaled_sum(z, t, B, out_scale, b), exact + (0 if b64 is None else b64)) < tolerance
+        dz, dB, d_out_scale = kernels.scaled_sum_backward(dy, z, t, B, out_scale, b)
         assert error(dz, dy64 * gain64) < tolerance
         assert error(dB, (dy64 * gain64).t() @ t64) < tolerance
-        assert error(dgain, (dy64 * exact / gain64).sum(0)) < tolerance and dgain.dtype == gain.dtype
+        assert error(d_out_scale, (dy64 * exact / gain64).sum(0)) < tolerance and d_out_scale.dtype == out_scale.dtype
 
 
 def test_a_gain_of_one_changes_nothing_of_an_output():
     z, t, B = tensor(20, 40), tensor(20, 4), tensor(40, 4) * 0
     for kernels in (triton_low_rank, plain):
         for bias in (None, tensor(40)):
-            assert torch.equal(kernels.gained(z, t, B, torch.ones(40, device=DEVICE), bias), z)
+            assert torch.equal(kernels.scaled_sum(z, t, B, torch.ones(40, device=DEVICE), bias), z)
 
 
 def test_a_gradient_that_a_sum_expanded():

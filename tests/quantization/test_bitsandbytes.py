@@ -12,8 +12,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from lightning_lora import LoRAConfig, LoRALinear, apply_lora, merge_lora, unmerge_lora
-from lightning_lora.ops.frozen_weight import Stored, storage_of
-from lightning_lora.quantization.bitsandbytes import Storage4bit
+from lightning_lora.ops.frozen_weight import FrozenWeight, reader_of
+from lightning_lora.quantization.bitsandbytes import WeightReader4bit
 from tests.conftest import fill
 from tests.quantized import linear4bit, packed_linear, stored4bit
 
@@ -37,7 +37,7 @@ def test_a_block_size_of_its_own() -> None:
     layer.weight = type(layer.weight)(torch.randn(64, 128), blocksize=128, quant_type="nf4", compress_statistics=True, module=layer).to(
         "cpu"
     )
-    stored = Storage4bit().stored(layer)
+    stored = WeightReader4bit().stored(layer)
     assert torch.equal(stored.dense(torch.float32), layer(torch.eye(128)).T)
 
 
@@ -47,9 +47,9 @@ class Doubled(Linear4bit):
 
 
 def test_layers_are_known_by_the_forward_they_have() -> None:
-    assert isinstance(storage_of(Linear4bit), Storage4bit) and isinstance(storage_of(LinearNF4), Storage4bit)
-    assert storage_of(Doubled) is None
-    assert LoRALinear.lora_storage is storage_of(nn.Linear) and not isinstance(LoRALinear.lora_storage, Storage4bit)
+    assert isinstance(reader_of(Linear4bit), WeightReader4bit) and isinstance(reader_of(LinearNF4), WeightReader4bit)
+    assert reader_of(Doubled) is None
+    assert LoRALinear.weight_reader is reader_of(nn.Linear) and not isinstance(LoRALinear.weight_reader, WeightReader4bit)
 
 
 def adapted(bias: bool = True, dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
@@ -104,7 +104,7 @@ def test_autocast_has_to_be_in_the_same_dtype() -> None:
 
 def test_8_bit_and_torchao_stay_on_their_own_path() -> None:
     eight = apply_lora(nn.Sequential(packed_linear("int8")), LoRAConfig(rank=4, target_modules="all-linear"))[0]
-    assert eight.lora_storage is None and not eight.fusable(torch.randn(3, 128))
+    assert eight.weight_reader is None and not eight.fusable(torch.randn(3, 128))
     for how in ("torchao-nf4", "torchao-int8"):
         ao = apply_lora(nn.Sequential(packed_linear(how)), LoRAConfig(rank=4, target_modules="all-linear"))[0]
         assert not ao.fusable(torch.randn(3, 128))
@@ -128,7 +128,7 @@ def test_the_same_as_over_bitsandbytes_own_forward(
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast and dtype == torch.bfloat16):
         assert layer.fusable(x)
         mine = run(layer, x)
-        monkeypatch.setattr(type(layer), "lora_storage", None)
+        monkeypatch.setattr(type(layer), "weight_reader", None)
         assert not layer.fusable(x)
         theirs = run(layer, x)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
@@ -156,4 +156,4 @@ def test_merging_and_copies_come_back_to_it() -> None:
 
 def test_a_plain_weight_is_stored_as_it_is() -> None:
     weight = torch.randn(3, 4)
-    assert Stored((weight,)).dense(torch.float32) is weight
+    assert FrozenWeight((weight,)).dense(torch.float32) is weight

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_lora.utils.custom_op import call, opaque
+from lightning_lora.utils.custom_op import dispatch, register_custom_op
 
 
 def first_and_double(x):
@@ -14,12 +14,12 @@ def twice(x):
     return [torch.empty_like(x), torch.empty_like(x)]
 
 
-opaque("first_and_double(Tensor x) -> Tensor[]", first_and_double, twice)
+register_custom_op("first_and_double(Tensor x) -> Tensor[]", first_and_double, twice)
 
 
 def test_eager_code_calls_the_function_itself():
     x = torch.ones(3)
-    assert call(first_and_double, x)[0] is x
+    assert dispatch(first_and_double, x)[0] is x
 
 
 def test_as_an_operation_it_hands_back_no_argument():
@@ -32,5 +32,5 @@ def test_as_an_operation_it_hands_back_no_argument():
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiler_sees_one_operation(backend):
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x: call(first_and_double, x + 1)[1] * 3, backend=backend, fullgraph=True)
+    compiled = torch.compile(lambda x: dispatch(first_and_double, x + 1)[1] * 3, backend=backend, fullgraph=True)
     assert torch.equal(compiled(torch.ones(2)), torch.full((2,), 12.0))

@@ -126,8 +126,8 @@ def test_dropouts_gradients_are_the_definitions():
     torch.manual_seed(3)
     dropped = F.dropout(x, 0.5)
     W, A, B, m, s = layer.weight, layer.lora_A, layer.lora_B, layer.lora_magnitude_vector, layer.scaling
-    gain = m / (W + s * B @ A).norm(dim=1).detach()
-    y = F.linear(x, W, layer.bias) + (gain - 1) * (dropped @ W.T) + gain * s * (dropped @ A.T @ B.T)
+    out_scale = m / (W + s * B @ A).norm(dim=1).detach()
+    y = F.linear(x, W, layer.bias) + (out_scale - 1) * (dropped @ W.T) + out_scale * s * (dropped @ A.T @ B.T)
     torch.testing.assert_close(got, torch.autograd.grad(y.square().sum(), wanted), rtol=1e-10, atol=1e-10)
 
 
