@@ -1,7 +1,7 @@
 """Each Triton kernel's time beside the torch operations it replaces and beside what memory allows, and a search over its tiles.
 
     python benchmarks/kernel_tiles.py                 # the tiles in use, Llama-3.1-8B's sizes, 8192 tokens, r=16, on a GPU
-    python benchmarks/kernel_tiles.py --dropout 0.1   # --gains: the gated kernels with output gains
+    python benchmarks/kernel_tiles.py --dropout 0.1   # --scales: the gated kernels with output scales
     python benchmarks/kernel_tiles.py --search --kernels forward,backward   # every candidate; minutes, most of them compiling
 
 *Floor* is the bytes that have to be read and written once, over the device's copy speed. For ``forward`` and ``backward``, the gated MLP's
@@ -54,7 +54,7 @@ def cases(rows: int, hidden: int, wide: int, rank: int, p: float, scaled_sum: bo
         yield Case("add_", size, 2 * y.nbytes, partial(triton_low_rank.add_, y, t, A.t(), drop), partial(plain.add_, y, t, A.t()))
         yield Case("reduce", size, x.nbytes, partial(triton_low_rank.reduce, t, x, drop), partial(plain.reduce, t, x))
         operands = (y, t, A.t(), torch.ones(cols, device="cuda"), None)
-        yield Case("gained", size, 2 * y.nbytes, partial(triton_low_rank.scaled_sum, *operands), partial(plain.scaled_sum, *operands))
+        yield Case("scaled_sum", size, 2 * y.nbytes, partial(triton_low_rank.scaled_sum, *operands), partial(plain.scaled_sum, *operands))
         yield Case(
             "scaled_sum_backward",
             size,
@@ -72,7 +72,7 @@ def cases(rows: int, hidden: int, wide: int, rank: int, p: float, scaled_sum: bo
     leaves = [z.clone().requires_grad_() for z in (g, u)]
     backward = partial(torch.autograd.grad, swiglu(*leaves), leaves, dh, retain_graph=True)
     out_scales = [torch.ones(wide, device="cuda")] * 2 if scaled_sum else ()
-    how = ", dropping" if p else ", gained" if scaled_sum else ""
+    how = ", dropping" if p else ", scaled" if scaled_sum else ""
     yield Case(
         f"forward{how}",
         size,
@@ -104,7 +104,7 @@ def orders(rows: int, hidden: int, wide: int, rank: int) -> Iterator[tuple[str, 
 
 
 def candidates(kernel: str) -> list[Tiles]:
-    """Tiles to try: the gated kernels hold more at once, so theirs are smaller, and what they gain by is fetching ahead."""
+    """Tiles to try: the gated kernels hold more at once, so theirs are smaller, and what they scale by is fetching ahead."""
     if kernel in triton_gated_mlp.TILES:
         sizes = ((64, 32), (64, 64), (64, 128), (128, 32), (32, 64))
         return [Tiles(*size, *rest) for size, rest in itertools.product(sizes, itertools.product((4, 8), (1, 2, 3)))]
@@ -134,10 +134,10 @@ def main() -> None:
     parser.add_argument("--wide", type=int, default=14336)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--gains", action="store_true", help="of the gated kernels, with output gains (DoRA)")
+    parser.add_argument("--scales", action="store_true", help="of the gated kernels, with output scales (DoRA)")
     parser.add_argument("--search", action="store_true", help="try other tiles")
     parser.add_argument(
-        "--kernels", default="project,add_,reduce,gained,scaled_sum_backward,squares,forward,backward", help="comma-separated"
+        "--kernels", default="project,add_,reduce,scaled,scaled_sum_backward,squares,forward,backward", help="comma-separated"
     )
     options = parser.parse_args()
     source = torch.empty(2**30, device="cuda", dtype=torch.uint8)

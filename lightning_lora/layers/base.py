@@ -95,7 +95,7 @@ class LoRALayer(Mergeable):
         return type(self).output_scale is not LoRALayer.output_scale
 
     def is_plain_sum(self) -> bool:
-        """Whether the output now is ``gain∘(W·x + update) + b`` and no more: what one operation may compute in the layer's place."""
+        """Whether the output now is ``g∘(W·x + update) + b`` and no more: what one operation may compute in the layer's place."""
         return True
 
     def update_factors(self) -> tuple[Tensor, Tensor]:
@@ -204,7 +204,7 @@ class LoRALayer(Mergeable):
         return y if self.merged else self.lora_output(self.lora_update(y, input))
 
     def lora_output(self, z: Tensor) -> Tensor:
-        """What the layer returns, given the base's output plus the update: with the gain, if there is one, on all but the bias. For what
+        """What the layer returns, given the base's output plus the update: with the scale, if there is one, on all but the bias. For what
         is not computed as one operation; a variant that does something else here is not."""
         out_scale = self.output_scale()
         if out_scale is None:

@@ -110,7 +110,7 @@ class LoRALinear(LoRALayer, nn.Linear):
         return type(self).lora_base.forward is nn.Linear.forward
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base's forward plus the update; one operation for both, and for the gain, where nothing stands in the way."""
+        """The base's forward plus the update; one operation for both, and for the scale, where nothing stands in the way."""
         if not self.merged and not args and not kwargs:
             y = None if self.shared_input is None else self.shared_input.output(self, input)
             if y is None and self.fusable(input):

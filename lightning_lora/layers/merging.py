@@ -77,7 +77,7 @@ def merge(weight: Tensor, delta: Tensor, out_scale: Tensor | None = None, *, rev
     Args:
         weight: the frozen weight, any floating dtype.
         delta: the update, same shape, fp32 or wider.
-        gain: γ, what the sum is multiplied by, in the weight's shape (a view of a small tensor); default 1.
+        out_scale: γ, what the sum is multiplied by, in the weight's shape (a view of a small tensor); default 1.
         reversible: keep what :func:`unmerge` needs; False saves that memory for good.
 
     Returns:

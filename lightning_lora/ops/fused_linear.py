@@ -5,7 +5,7 @@
 into the base product's output, and one gradient for x. For the backward pass it keeps x, once for all of them, and the rank-r product; a
 packed W (:mod:`lightning_lora.ops.frozen_weight`) as it is.
 
-A sibling may have a gain g_k (:mod:`lightning_lora.ops.output_scale`), ``y_k = g_k∘(x·W_kᵀ + …) + b_k``. It is applied in the pass that
+A sibling may have a scale g_k (:mod:`lightning_lora.ops.output_scale`), ``y_k = g_k∘(x·W_kᵀ + …) + b_k``. It is applied in the pass that
 adds the update, and its gradient is taken from the base product's output, which is then kept too.
 """
 
@@ -41,11 +41,11 @@ def lora_linears(
         x: (..., in).
         weights: n frozen weights (out_k, in), or what they are packed in.
         biases: n biases (out_k,), or None.
-        As: n factors (r_k, in), of any floating dtype.
-        Bs: n factors (out_k, r_k).
+        A_list: n factors (r_k, in), of any floating dtype.
+        B_list: n factors (out_k, r_k).
         scales: α/r of each.
         dropout: probability; 0 outside training.
-        gains: n output gains (out_k,) or None; none at all if no sibling has one.
+        out_scales: n output scales (out_k,) or None; none at all if no sibling has one.
 
     Returns:
         n tensors (..., out_k), in x's dtype, or autocast's where it is on.
@@ -65,7 +65,7 @@ def lora_linears(
 
 
 class _Linears(torch.autograd.Function):
-    """With t = drop(x)·Aᵀ for the stacked and scaled A, and g_k the gradient of y_k, times the gain: dt_k = g_k·B_k, dB_k = g_kᵀ·t_k,
+    """With t = drop(x)·Aᵀ for the stacked and scaled A, and g_k the gradient of y_k, times the scale: dt_k = g_k·B_k, dB_k = g_kᵀ·t_k,
     dA = dtᵀ·drop(x), dx = Σ g_k·W_k + drop(dt·A)."""
 
     @staticmethod
@@ -76,7 +76,7 @@ class _Linears(torch.autograd.Function):
         found = dispatch(
             _forward, x, mask, threshold, fast, list(scales), list(tensors[4 * n :]), layouts, biases, A_list, B_list, out_scales
         )
-        # A frozen A (LoRA-FA) has no gradient to take from x, nor a frozen gain one from the base product.
+        # A frozen A (LoRA-FA) has no gradient to take from x, nor a frozen scale one from the base product.
         keep = x if any(ctx.needs_input_grad[3 + n : 3 + 2 * n]) else None
         outputs, (t, A, *B_casts), products = found[:n], found[n : 2 * n + 2], iter(found[2 * n + 2 :])
         base_outputs = [None if out_scale is None else next(products) for out_scale in out_scales]
@@ -145,7 +145,7 @@ def _forward(
     B_list: list[Tensor],
     out_scales: list[Tensor | None],
 ) -> list[Tensor]:
-    """The outputs; then for the backward pass t, A and the B's in x's dtype, and the base product of each with a gain."""
+    """The outputs; then for the backward pass t, A and the B's in x's dtype, and the base product of each with a scale."""
     backend, drop = _backend(fast), None if mask is None else (mask, threshold)
     A, B_casts = working_copies(A_list, B_list, x.dtype)
     t = scaled(backend.project(x, A, drop, scales[0]), scales, B_casts)
@@ -153,7 +153,7 @@ def _forward(
     for W, bias, B, part, out_scale in zip(
         unflatten_weights(weights, layouts), biases, B_casts, _split(t, B_casts), out_scales, strict=True
     ):
-        z = W.linear(x, bias)  # with the bias, so that a gain of 1 leaves the base's own output
+        z = W.linear(x, bias)  # with the bias, so that a scale of 1 leaves the base's own output
         outputs.append(backend.add_(z, part, B) if out_scale is None else backend.scaled_sum(z, part, B, out_scale, bias))
         base_outputs += [] if out_scale is None else [z]
     return [*outputs, t, A, *B_casts, *base_outputs]
@@ -176,7 +176,7 @@ def _backward(
     base_outputs: list[Tensor | None],
     needs_x: bool,
 ) -> list[Tensor]:
-    """dx (empty unless needed), the dB's, with x the dA's below one another, and the gradient of each gain with z."""
+    """dx (empty unless needed), the dB's, with x the dA's below one another, and the gradient of each scale with z."""
     backend, drop = _backend(fast), None if mask is None else (mask, threshold)
     dB_list, d_out_scales, gs = [], [], list(gs)
     for k, (part, B, bias, out_scale, z) in enumerate(zip(_split(t, B_list), B_list, biases, out_scales, base_outputs, strict=True)):
@@ -225,13 +225,14 @@ def _backward_shapes(gs: Any, x: Any, t: Tensor, A: Tensor, mask: Any, threshold
 
 register_custom_op(
     "linears_forward(Tensor x, Tensor? mask, int threshold, bool fast, float[] scales, Tensor[] weights, str[] layouts,"
-    " Tensor?[] biases, Tensor[] As, Tensor[] Bs, Tensor?[] gains) -> Tensor[]",
+    " Tensor?[] biases, Tensor[] A_list, Tensor[] B_list, Tensor?[] out_scales) -> Tensor[]",
     _forward,
     _forward_shapes,
 )
 register_custom_op(
     "linears_backward(Tensor[] gs, Tensor? x, Tensor t, Tensor A, Tensor? mask, int threshold, bool fast, float[] scales,"
-    " Tensor[] weights, str[] layouts, Tensor[] Bs, Tensor?[] biases, Tensor?[] gains, Tensor?[] zs, bool needs_x) -> Tensor[]",
+    " Tensor[] weights, str[] layouts, Tensor[] B_list, Tensor?[] biases, Tensor?[] out_scales,"
+    " Tensor?[] base_outputs, bool needs_x) -> Tensor[]",
     _backward,
     _backward_shapes,
 )

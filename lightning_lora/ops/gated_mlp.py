@@ -2,7 +2,7 @@
 
 The middle is the biggest tensor of a block, and every pass over it counts. Here the rank-r work on it happens inside the two elementwise
 passes that any implementation makes (:mod:`lightning_lora.ops.triton_gated_mlp`). Kept for the backward pass: x, the base products of
-gate and up, and the rank-r products; with output gains (:mod:`lightning_lora.ops.output_scale`) down's base product too.
+gate and up, and the rank-r products; with output scales (:mod:`lightning_lora.ops.output_scale`) down's base product too.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def lora_gated_mlp(
     Args:
         x: (..., in), half precision, where :func:`lightning_lora.ops.backends.usable` holds.
         weights: of gate (wide, in), up (wide, in) and down (out, wide), frozen, or what they are packed in.
-        As: three factors (r_k, in) or, of down, (r_k, wide).
-        Bs: three factors (wide, r_k) or, of down, (out, r_k).
+        A_list: three factors (r_k, in) or, of down, (r_k, wide).
+        B_list: three factors (wide, r_k) or, of down, (out, r_k).
         scales: α/r of each.
         dropout: probability; 0 outside training.
-        gains: three output gains (wide,) or, of down, (out,); or none.
+        out_scales: three output scales (wide,) or, of down, (out,); or none.
 
     Returns:
         (..., out), in x's dtype, or autocast's where it is on.
@@ -110,7 +110,7 @@ def _forward(
     out_scales: list[Tensor],
 ) -> list[Tensor]:
     """The output; then for the backward pass gate's and up's base products, the rank-r products, the adapters in x's dtype, and with
-    gains down's base product."""
+    scales down's base product."""
     from lightning_lora.ops import triton_gated_mlp, triton_low_rank
 
     drop, drop_down = _drop(seed, threshold), _drop(seed_down, threshold)
@@ -146,16 +146,16 @@ def _backward(
     out_scales: list[Tensor],
     needs_x: bool,
 ) -> list[Tensor]:
-    """dx (empty unless needed), dA of gate and up, dA of down, the three dB's, and what gains there are theirs."""
+    """dx (empty unless needed), dA of gate and up, dA of down, the three dB's, and what scales there are theirs."""
     from lightning_lora.ops import triton_gated_mlp, triton_low_rank
 
     drop, drop_down = _drop(seed, threshold), _drop(seed_down, threshold)
     gate, up, down = unflatten_weights(weights, layouts)
-    dgain_down: list[Tensor] = []
+    d_scale_down: list[Tensor] = []
     if z_down is None:
         dB_down = triton_low_rank.reduce(dy, t_down)
     else:
-        dy, dB_down, *dgain_down = triton_low_rank.scaled_sum_backward(dy, z_down, t_down, B_list[2], out_scales[2], None)
+        dy, dB_down, *d_scale_down = triton_low_rank.scaled_sum_backward(dy, z_down, t_down, B_list[2], out_scales[2], None)
     dt_down = triton_low_rank.project(dy, B_list[2].t(), None, scales[2])
     dh = dy @ down.dense(x.dtype)
     sums = triton_gated_mlp.backward(dh, g, u, t, B_list[0], B_list[1], A_down, dt_down, drop_down, scales[0], out_scales[:2])
@@ -165,7 +165,7 @@ def _backward(
     if needs_x:
         dx = triton_low_rank.add_((dg @ gate.dense(x.dtype)).addmm_(du, up.dense(x.dtype)), dt, A.t(), drop)
     factors = [triton_low_rank.reduce(dt, x, drop), dA_down.contiguous(), dB_gate.contiguous(), dB_up.contiguous(), dB_down]
-    return [dx, *factors, *d_out_scales, *dgain_down]
+    return [dx, *factors, *d_out_scales, *d_scale_down]
 
 
 def _forward_shapes(
@@ -186,13 +186,14 @@ def _backward_shapes(dy: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
 
 register_custom_op(
     "gated_mlp_forward(Tensor x, Tensor? seed, Tensor? seed_down, int threshold, float[] scales, Tensor[] weights, str[] layouts,"
-    " Tensor[] As, Tensor[] Bs, Tensor[] gains) -> Tensor[]",
+    " Tensor[] A_list, Tensor[] B_list, Tensor[] out_scales) -> Tensor[]",
     _forward,
     _forward_shapes,
 )
 register_custom_op(
     "gated_mlp_backward(Tensor dy, Tensor x, Tensor g, Tensor u, Tensor t, Tensor t_down, Tensor? z_down, Tensor A, Tensor A_down,"
-    " Tensor? seed, Tensor? seed_down, int threshold, float[] scales, Tensor[] weights, str[] layouts, Tensor[] Bs, Tensor[] gains,"
+    " Tensor? seed, Tensor? seed_down, int threshold, float[] scales, Tensor[] weights, str[] layouts, Tensor[] B_list,"
+    " Tensor[] out_scales,"
     " bool needs_x) -> Tensor[]",
     _backward,
     _backward_shapes,

@@ -1,6 +1,6 @@
-"""An output gain: one number an output, by which the sum of base product and update is multiplied before the bias is added.
+"""An output scale: one number an output, by which the sum of base product and update is multiplied before the bias is added.
 
-A layer whose variant has one says so by ``LoRALayer.output_gain``. What computes base and update as one operation applies it in there
+A layer whose variant has one says so by ``LoRALayer.output_scale``. What computes base and update as one operation applies it in there
 (:mod:`lightning_lora.ops.fused_linear`, :mod:`lightning_lora.ops.gated_mlp`); ``rescaled`` is for every other layer, a pass of its own.
 """
 
@@ -19,12 +19,12 @@ from lightning_lora.utils.sharding import is_sharded
 
 
 def apply_output_scale(z: Tensor, out_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """``gain∘(z − bias) + bias`` in z's dtype.
+    """``g∘(z − bias) + bias`` in z's dtype.
 
     Args:
-        z: a layer's output before the gain, bias included.
-        gain: broadcasts over z.
-        bias: in the gain's shape.
+        z: a layer's output before the scale, bias included.
+        out_scale: broadcasts over z.
+        bias: in the scale's shape.
     """
     if transformed() or is_sharded(z):
         return (z * out_scale if bias is None else (z - bias) * out_scale + bias).to(z.dtype)
@@ -33,7 +33,7 @@ def apply_output_scale(z: Tensor, out_scale: Tensor, bias: Tensor | None) -> Ten
 
 
 class _OutputScale(torch.autograd.Function):
-    """The passes over z are what a gain costs, so there is one forward and two, in one buffer, backward."""
+    """The passes over z are what a scale costs, so there is one forward and two, in one buffer, backward."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, out_scale: Tensor, bias: Tensor | None) -> Tensor:

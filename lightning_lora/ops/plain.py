@@ -41,15 +41,15 @@ def add_(y: Tensor, t: Tensor, B: Tensor, drop: Drop | None = None) -> Tensor:
 
 
 def scaled_sum(z: Tensor, t: Tensor, B: Tensor, out_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """``gain∘(z − bias + t·Bᵀ) + bias``, a new tensor: (N, C), (N, R), (C, R), (C,), (C,) → (N, C)."""
+    """``g∘(z − bias + t·Bᵀ) + bias``, a new tensor: (N, C), (N, R), (C, R), (C,), (C,) → (N, C)."""
     return times_scale(z, out_scale, bias).addmm_(t, times_scale(B.t(), out_scale, None))
 
 
 def times_scale(z: Tensor, out_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """``gain∘(z − bias) + bias``, both one number an output and broadcast over z.
+    """``g∘(z − bias) + bias``, both one number an output and broadcast over z.
 
-    As ``z + h∘(z − bias)`` with h = gain − 1 in z's dtype: rounding h costs little where rounding the gain would freeze small changes
-    of it, and a gain of 1 changes nothing.
+    As ``z + h∘(z − bias)`` with h = scale − 1 in z's dtype: rounding h costs little where rounding the scale would freeze small changes
+    of it, and a scale of 1 changes nothing.
     """
     h = (out_scale - 1).to(z.dtype)
     y = torch.addcmul(z, z, h)
@@ -59,9 +59,9 @@ def times_scale(z: Tensor, out_scale: Tensor, bias: Tensor | None) -> Tensor:
 def scaled_sum_backward(
     dy: Tensor, z: Tensor, t: Tensor, B: Tensor, out_scale: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of :func:`scaled_sum`: the gradient dz = gain∘dy of its sum (N, C), dB = dzᵀ·t (C, R), and the gain's (C,) in its dtype.
+    """Of :func:`scaled_sum`: the gradient dz = g∘dy of its sum (N, C), dB = dzᵀ·t (C, R), and the scale's (C,) in its dtype.
 
-    The gain's is ``Σ dy∘(z − bias)`` over the tokens and, for the update's part, ``Σ B∘(dyᵀ·t)`` over the rank.
+    The scale's is ``Σ dy∘(z − bias)`` over the tokens and, for the update's part, ``Σ B∘(dyᵀ·t)`` over the rank.
     """
     dB, buffer = dy.t() @ t, torch.empty_like(dy)
     wide = None if bias is None else out_scale.dtype  # with a bias two sums are subtracted, and half precision would show

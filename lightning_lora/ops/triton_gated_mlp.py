@@ -3,7 +3,7 @@
 The elementwise pass reads and writes tensors of (tokens, intermediate size), the biggest of a block. What the projections' adapters
 need of those tensors happens while they are in registers. Forward: the gate's and the up projection's updates and the down
 projection's ``t = drop(h)·Aᵀ``. Backward: the down projection's gradient through its A, and the sums for all three adapters.
-Gate and up may have a gain (:mod:`lightning_lora.ops.output_scale`); it takes no pass either.
+Gate and up may have a scale (:mod:`lightning_lora.ops.output_scale`); it takes no pass either.
 
 N tokens, C intermediate features, r the rank of each projection (they may differ). Sums in fp32.
 """
@@ -22,14 +22,14 @@ from lightning_lora.ops.triton_dropout import kept
 from lightning_lora.ops.triton_low_rank import Tiles, block_of, cdiv, split
 
 LOOP = 8  # column tiles that a program of the forward pass takes
-# While random numbers are drawn or gains are applied, fewer registers are left for what is fetched ahead.
+# While random numbers are drawn or scales are applied, fewer registers are left for what is fetched ahead.
 TILES = {
     "forward": Tiles(64, 128, num_stages=2),
     "forward, dropping": Tiles(64, 64, num_stages=3),
-    "forward, gained": Tiles(64, 128, num_stages=2),
+    "forward, scaled": Tiles(64, 128, num_stages=2),
     "backward": Tiles(64, 64, num_stages=3),
     "backward, dropping": Tiles(64, 64, num_stages=2),
-    "backward, gained": Tiles(64, 64, num_stages=2),
+    "backward, scaled": Tiles(64, 64, num_stages=2),
 }
 PROGRAMS = 1584  # of the backward pass: they last unequally, so several waves
 
@@ -37,7 +37,7 @@ PROGRAMS = 1584  # of the backward pass: they last unequally, so several waves
 def tiles_of(kernel: str, BR: int, drop: bool, scaled_sum: bool = False) -> Tiles:
     """The table's; at the widest ranks nothing is fetched ahead: smaller GPUs (99 KiB a program) have no room, an H100 none for two
     programs on a multiprocessor."""
-    tiles = TILES[kernel + (", dropping" if drop else ", gained" if scaled_sum else "")]
+    tiles = TILES[kernel + (", dropping" if drop else ", scaled" if scaled_sum else "")]
     return tiles if BR < 64 else tiles._replace(num_stages=1)
 
 
@@ -119,11 +119,11 @@ def _backward(
         gate = tl.dot(tg, wg, gate, input_precision="ieee")
         up = tl.dot(tu, wu, up, input_precision="ieee")
         if OUT_SCALE:
-            gain_g = tl.load(gg + c, mask=(c < cols) | EVEN, other=0.0).to(tl.float32)[None, :]
-            gain_u = tl.load(gu + c, mask=(c < cols) | EVEN, other=0.0).to(tl.float32)[None, :]
+            scale_g = tl.load(gg + c, mask=(c < cols) | EVEN, other=0.0).to(tl.float32)[None, :]
+            scale_u = tl.load(gu + c, mask=(c < cols) | EVEN, other=0.0).to(tl.float32)[None, :]
             before_g, before_u = gate, up
-            gate *= gain_g
-            up *= gain_u
+            gate *= scale_g
+            up *= scale_u
         sigmoid = _sigmoid(gate, FAST)
         silu = gate * sigmoid
         out = silu * up
@@ -137,12 +137,12 @@ def _backward(
         if OUT_SCALE:  # each tile's sums are written: kept, they would take registers
             tile = start // BT * cols + c
             tl.store(sums_gg + tile, tl.sum(grad_g * before_g, 0), mask=(c < cols) | EVEN)
-            grad_g *= gain_g
+            grad_g *= scale_g
         grad_g = grad_g.to(dg.dtype.element_ty)
         grad_u = grad * silu
         if OUT_SCALE:
             tl.store(sums_gu + tile, tl.sum(grad_u * before_u, 0), mask=(c < cols) | EVEN)
-            grad_u *= gain_u
+            grad_u *= scale_u
         grad_u = grad_u.to(dg.dtype.element_ty)
         tl.store(dg + at, grad_g, mask=inside)
         tl.store(du + at, grad_u, mask=inside)
@@ -180,7 +180,7 @@ def forward(
         Ad: (rd, C), contiguous.
         drop: the down projection's.
         scale: the down projection's.
-        gains: gg and gu, (C,) both, or none.
+        out_scales: gg and gu, (C,) both, or none.
 
     Returns:
         h (N, C) and (N, rd).
@@ -226,10 +226,10 @@ def backward(
         dtd: gradient of ``drop(h)·Adᵀ`` (N, rd).
         drop: as in the forward pass.
         scale: factor of the returned dt: t came with it.
-        gains: as in the forward pass.
+        out_scales: as in the forward pass.
 
     Returns:
-        dg (N, C), du (N, C), dt (N, rg + ru), and in fp32 dBg (C, rg), dBu (C, ru), dAd (rd, C) and with gains theirs, (C,) each.
+        dg (N, C), du (N, C), dt (N, rg + ru), and in fp32 dBg (C, rg), dBu (C, ru), dAd (rd, C) and with scales theirs, (C,) each.
     """
     (rows, cols), (rg, ru, rd) = g.shape, (Bg.shape[1], Bu.shape[1], Ad.shape[0])
     BR = block_of(max(rg, ru, rd))
@@ -239,13 +239,13 @@ def backward(
     dg, du = dh, torch.empty_like(u)
     dt = torch.zeros(rows, rg + ru, device=g.device, dtype=torch.float32)
     sums = torch.empty(parts, rg + ru + rd, cols, device=g.device, dtype=torch.float32)
-    sums_of_gains = [torch.empty(cdiv(rows, tiles.BT), cols, device=g.device, dtype=torch.float32) for _ in out_scales]
+    sums_of_scales = [torch.empty(cdiv(rows, tiles.BT), cols, device=g.device, dtype=torch.float32) for _ in out_scales]
     seed, threshold = drop or (g, 0)
     fast = g.is_cuda and g.dtype != torch.float32
     _backward[(blocks, parts)](
-        dh, g, u, dg, du, t, Bg, Bu, Ad, *(out_scales or (g, u)), dtd, dt, sums, *(sums_of_gains or (sums, sums)), seed,
+        dh, g, u, dg, du, t, Bg, Bu, Ad, *(out_scales or (g, u)), dtd, dt, sums, *(sums_of_scales or (sums, sums)), seed,
         rows, cols, rg, ru, rd, t.stride(0), dtd.stride(0), span, threshold, scale,
         BR=BR, STAGES=tiles.num_stages, DROP=drop is not None, OUT_SCALE=bool(out_scales),
         EVEN=rows % tiles.BT == 0 and cols % tiles.BC == 0, FAST=fast, **tiles.options)  # fmt: skip
     dBg, dBu, dAd = sums.sum(0).split([rg, ru, rd])
-    return dg, du, dt.to(g.dtype), dBg.t(), dBu.t(), dAd, *(part.sum(0) for part in sums_of_gains)
+    return dg, du, dt.to(g.dtype), dBg.t(), dBu.t(), dAd, *(part.sum(0) for part in sums_of_scales)

@@ -38,7 +38,7 @@ class Tiles(NamedTuple):
 TILES = {
     "project": Tiles(64, 128, num_stages=5),
     "add_": Tiles(64, 128, num_stages=2),
-    "gained": Tiles(64, 128, num_stages=2),
+    "scaled_sum": Tiles(64, 128, num_stages=2),
     "scaled_sum_backward": Tiles(128, 64, num_stages=2),
     "reduce": Tiles(32, 64),
 }
@@ -110,7 +110,7 @@ def _scaled_sum(
     old = tl.load(z + row.to(tl.int64)[:, None] * stride_z + c[None, :], mask=inside, other=0.0)
     factor = tl.load(out_scale + c, mask=c < cols, other=0.0).to(tl.float32)
     out = old.to(tl.float32) + _update(t, b, row, c, rows, cols, rank, stride_t, stride_bc, stride_br, BT, BC, BR)
-    if BIAS:  # so that a gain of 1 changes nothing
+    if BIAS:  # so that a scale of 1 changes nothing
         out += (factor - 1.0)[None, :] * (out - tl.load(bias + c, mask=c < cols, other=0.0).to(tl.float32)[None, :])
     else:
         out *= factor[None, :]
@@ -183,8 +183,8 @@ def add_(y: Tensor, t: Tensor, B: Tensor, drop: Drop | None = None) -> Tensor:
 
 
 def scaled_sum(z: Tensor, t: Tensor, B: Tensor, out_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """``gain∘(z − bias + t·Bᵀ) + bias``, a new tensor: (N, C), (N, R), (C, R), (C,), (C,) → (N, C)."""
-    (rows, cols), rank, tiles = z.shape, t.shape[1], TILES["gained"]
+    """``g∘(z − bias + t·Bᵀ) + bias``, a new tensor: (N, C), (N, R), (C, R), (C,), (C,) → (N, C)."""
+    (rows, cols), rank, tiles = z.shape, t.shape[1], TILES["scaled_sum"]
     z, y = rows_first(z), torch.empty(rows, cols, device=z.device, dtype=z.dtype)
     _scaled_sum[(cdiv(rows, tiles.BT), cdiv(cols, tiles.BC))](
         z, t, B, out_scale, out_scale if bias is None else bias, y, rows, cols, rank, z.stride(0), t.stride(0), B.stride(0), B.stride(1),
@@ -195,7 +195,7 @@ def scaled_sum(z: Tensor, t: Tensor, B: Tensor, out_scale: Tensor, bias: Tensor 
 def scaled_sum_backward(
     dy: Tensor, z: Tensor, t: Tensor, B: Tensor, out_scale: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of :func:`scaled_sum`: the gradient dz = gain∘dy of its sum (N, C), dB = dzᵀ·t (C, R) in fp32, and the gain's (C,) in its dtype."""
+    """Of :func:`scaled_sum`: the gradient dz = g∘dy of its sum (N, C), dB = dzᵀ·t (C, R) in fp32, and the scale's (C,) in its dtype."""
     (rows, cols), rank, tiles = z.shape, t.shape[1], TILES["scaled_sum_backward"]
     dy, z, dz = rows_first(dy), rows_first(z), torch.empty(rows, cols, device=z.device, dtype=z.dtype)
     grid = (cdiv(rows, tiles.BT), cdiv(cols, tiles.BC))

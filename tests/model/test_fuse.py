@@ -183,7 +183,7 @@ def doras_dropout(model):
 
 
 def mixed(model):
-    """One projection has a gain, the others have none."""
+    """One projection has a scale, the others have none."""
     down = unadapt(model.down_proj)
     fill(adapt(down, LoRAConfig(rank=3, variant="dora"), 3, 6.0))
 
@@ -262,11 +262,11 @@ def test_fifty_steps_in_bf16_lose_as_the_definition_does():
     assert together == pytest.approx(alone, abs=1e-3)
 
 
-def test_a_model_with_gains_is_as_its_layers_one_by_one(monkeypatch):
+def test_a_model_with_scales_is_as_its_layers_one_by_one(monkeypatch):
     """Under the interpreter: siblings, output projections and the gated MLP in one operation each, and every gradient."""
     pytest.importorskip("triton")
     model = adapted("llama", variant="dora")
-    with torch.no_grad():  # gains near 1, as they are
+    with torch.no_grad():  # scales near 1, as they are
         for name, p in model.named_parameters():
             if "magnitude" in name:
                 p.copy_(model.get_submodule(name.rpartition(".")[0]).norm() * (1 + 0.2 * p))

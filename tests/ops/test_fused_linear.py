@@ -31,14 +31,14 @@ def definition(x, Ws, biases, A_list, B_list, scales, keep=None):
     )
 
 
-def with_gains(n=3, batch=(2, 3), bias=True):
-    """Operands, and a gain for each sibling but the second, whose output is the sum itself."""
+def with_scales(n=3, batch=(2, 3), bias=True):
+    """Operands, and a scale for each sibling but the second, whose output is the sum itself."""
     given = operands(n, batch, bias)
     return *given, [torch.randn(B.shape[0], dtype=torch.float64, requires_grad=True) if k != 1 else None for k, B in enumerate(given[4])]
 
 
 def scaled_sum(x, Ws, biases, A_list, B_list, scales, out_scales, keep=None):
-    """The definition with gains."""
+    """The definition with scales."""
     sums = definition(x, Ws, [None] * len(Ws), A_list, B_list, scales, keep)
     scaled = [y if out_scale is None else y * out_scale for y, out_scale in zip(sums, out_scales, strict=True)]
     return tuple(y if b is None else y + b for y, b in zip(scaled, biases, strict=True))
@@ -116,22 +116,22 @@ def near(given, backend):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("n", [1, 3])
-def test_gains_with_every_gradient(n, bias, backend):
+def test_scales_with_every_gradient(n, bias, backend):
     def values(x, Ws, biases, A_list, B_list, out_scales, function):
         outputs = function(x, Ws, biases, A_list, B_list, SCALES[:n], out_scales=out_scales)
         leaves = [t for t in (x, *A_list, *B_list, *out_scales, *biases) if t is not None and t.requires_grad]
         loss = sum((y * torch.linspace(-1, 1, y.numel()).view(y.shape).to(y)).sum() for y in outputs)
         return [*outputs, *torch.autograd.grad(loss, leaves)]
 
-    given = with_gains(n, bias=bias)
+    given = with_scales(n, bias=bias)
     if bias:
         given[2][0].requires_grad_()
     for mine, exact in zip(values(*near(given, backend), lora_linears), values(*given, scaled_sum), strict=True):
         assert_close(mine.double().cpu(), exact, **backend)
 
 
-def test_gains_that_are_frozen_keep_no_base_product(backend):
-    x, Ws, biases, A_list, B_list, out_scales = near(with_gains(batch=(50,)), backend)
+def test_scales_that_are_frozen_keep_no_base_product(backend):
+    x, Ws, biases, A_list, B_list, out_scales = near(with_scales(batch=(50,)), backend)
     call = lambda: lora_linears(x, Ws, biases, A_list, B_list, SCALES, 0.0, out_scales)  # noqa: E731
     assert sorted(t.shape[1] for t in saved(call) if t.shape[:1] == (50,)) == [3, 4, IN, sum(RANKS)]
     expected = gradients(call(), [x, *A_list, *B_list])
@@ -140,8 +140,8 @@ def test_gains_that_are_frozen_keep_no_base_product(backend):
     assert_close(gradients(call(), [x, *A_list, *B_list]), expected)
 
 
-def test_gains_of_outputs_that_nobody_uses(backend):
-    x, Ws, biases, A_list, B_list, out_scales = near(with_gains(), backend)
+def test_scales_of_outputs_that_nobody_uses(backend):
+    x, Ws, biases, A_list, B_list, out_scales = near(with_scales(), backend)
     y = lora_linears(x, Ws, biases, A_list, B_list, SCALES, 0.0, out_scales)[2]
     found = torch.autograd.grad(y.sum(), [x, A_list[2], B_list[2], out_scales[2], out_scales[0]], allow_unused=True)
     exact = scaled_sum(x, Ws, biases, A_list, B_list, SCALES, out_scales)[2]
@@ -149,14 +149,14 @@ def test_gains_of_outputs_that_nobody_uses(backend):
     assert found[4] is None
 
 
-def test_gains_first_and_second_derivatives():
-    x, Ws, biases, A_list, B_list, out_scales = with_gains(1, (2,))
+def test_scales_first_and_second_derivatives():
+    x, Ws, biases, A_list, B_list, out_scales = with_scales(1, (2,))
     function = lambda x, A, B, out_scale: lora_linears(x, Ws, biases, [A], [B], SCALES[:1], 0.0, [out_scale])  # noqa: E731
     assert gradcheck(function, (x, *A_list, *B_list, *out_scales))
     assert gradgradcheck(function, (x, *A_list, *B_list, *out_scales))
 
 
-def test_a_gain_of_one_leaves_the_bits_of_the_base():
+def test_a_scale_of_one_leaves_the_bits_of_the_base():
     x, Ws, biases, A_list, B_list = operands(dtype=torch.float32)
     B_list, ones = [B.detach() * 0 for B in B_list], [torch.ones(len(B)) for B in B_list]
     for y, W, b in zip(lora_linears(x, Ws, biases, A_list, B_list, SCALES, 0.0, ones), Ws, biases, strict=True):

@@ -21,7 +21,7 @@ def operands():
     return tensor(ROWS, IN).requires_grad_(), Ws, A_list, B_list
 
 
-def gains_of(B_list):
+def scales_of(B_list):
     return [(tensor(B.shape[0], seed=k) * 0.3 + 1).requires_grad_() for k, B in enumerate(B_list)]
 
 
@@ -33,10 +33,10 @@ def definition(x, Ws, A_list, B_list, keep=1.0, keep_down=1.0, out_scales=()):
     return project(F.silu(project(x, 0, keep)) * project(x, 1, keep), 2, keep_down)
 
 
-@pytest.mark.parametrize(("batched", "gained"), [(False, False), (True, False), (True, True)])
-def test_equals_the_definition_with_every_gradient(batched, scaled_sum):
+@pytest.mark.parametrize(("batched", "scaled"), [(False, False), (True, False), (True, True)])
+def test_equals_the_definition_with_every_gradient(batched, scaled):
     x, Ws, A_list, B_list = operands()
-    out_scales = gains_of(B_list) if scaled_sum else []
+    out_scales = scales_of(B_list) if scaled else []
     given, leaves = x.view(4, 5, IN) if batched else x, [x, *A_list, *B_list, *out_scales]
     mine, exact = (
         gated_mlp.lora_gated_mlp(given, Ws, A_list, B_list, SCALES, 0.0, out_scales),
@@ -56,10 +56,10 @@ def test_a_backward_pass_under_autocast_is_in_the_dtype_of_the_forward_pass():
     assert_close(found, expected)
 
 
-@pytest.mark.parametrize("gained", [False, True])
-def test_dropout_and_second_derivatives(scaled_sum):
+@pytest.mark.parametrize("scaled", [False, True])
+def test_dropout_and_second_derivatives(scaled):
     x, Ws, A_list, B_list = operands()
-    out_scales = gains_of(B_list) if scaled_sum else []
+    out_scales = scales_of(B_list) if scaled else []
     leaves = [x, *A_list, *B_list, *out_scales]
     torch.manual_seed(2)
     mine = gated_mlp.lora_gated_mlp(x, Ws, A_list, B_list, SCALES, 0.5, out_scales)
@@ -92,14 +92,14 @@ def test_factors_that_lie_transposed():
     assert_close(gated_mlp.lora_gated_mlp(x, Ws, A_list, B_list, SCALES), expected)
 
 
-@pytest.mark.parametrize("gained", [False, True])
-def test_operations_say_their_shapes_right(scaled_sum):
+@pytest.mark.parametrize("scaled", [False, True])
+def test_operations_say_their_shapes_right(scaled):
     x, Ws, A_list, B_list = operands()
-    out_scales = [out_scale.detach() for out_scale in gains_of(B_list)] if scaled_sum else []
+    out_scales = [out_scale.detach() for out_scale in scales_of(B_list)] if scaled else []
     x, A_list, B_list = x.detach(), [A.detach() for A in A_list], [B.detach() for B in B_list]
     forward = (x, None, None, 0, list(SCALES), Ws, [""] * 3, A_list, B_list, out_scales)
     y, *kept = gated_mlp._forward(*forward)
-    *kept, z_down = kept if scaled_sum else (*kept, None)
+    *kept, z_down = kept if scaled else (*kept, None)
     g, u, t, t_down, A, A_down, *B_casts = kept
     settings = (None, None, 0, list(SCALES), Ws, [""] * 3)
     backward = (torch.randn_like(y), x, g, u, t, t_down, z_down, A, A_down, *settings, B_casts, out_scales, True)

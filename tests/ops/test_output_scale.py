@@ -1,4 +1,4 @@
-"""An output gain as a pass of its own: for what is not computed as one operation."""
+"""An output scale as a pass of its own: for what is not computed as one operation."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def test_first_and_second_derivatives(shape, vector, bias):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_small_changes_of_the_gain_are_felt_in_half_precision(dtype):
+def test_small_changes_of_the_scale_are_felt_in_half_precision(dtype):
     """g = 1.003 rounds to 1 in bf16; its effect on outputs must not."""
     z, out_scale = torch.linspace(1, 2, 256).view(64, 4).to(dtype), torch.full((4,), 1.003)
     assert out_scale.to(torch.bfloat16).eq(1).all()

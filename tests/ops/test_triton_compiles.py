@@ -14,9 +14,9 @@ import inspect, json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from lightning_lora.kernels import gated, low_rank, norms
+from lightning_lora.ops import triton_gated_mlp as gated, triton_low_rank as low_rank, triton_weight_norm as norms
 
-FLOATS = {"td", "dt", "sums", "gain", "gg", "gu", "sums_gg", "sums_gu"}
+FLOATS = {"td", "dt", "sums", "out_scale", "gg", "gu", "sums_gg", "sums_gu"}
 HALVES = {"x", "a", "y", "t", "b", "g", "u", "h", "bg", "bu", "ad", "dh", "dg", "du", "dtd", "w", "z", "dy", "dz", "bias"}
 
 def compile(kernel, tiles, capability=90, **constants):
@@ -36,13 +36,13 @@ found = {}
 for name, kernel in (("project", low_rank._project), ("add_", low_rank._add), ("reduce", low_rank._reduce)):
     found[name] = compile(kernel, low_rank.TILES[name], BR=16, DROP=True)
 found["project, rank 64, sm_86"] = compile(low_rank._project, low_rank.TILES["project"], 86, BR=64, DROP=True)
-for name, kernel in (("gained", low_rank._gained), ("scaled_sum_backward", low_rank._gained_backward)):
+for name, kernel in (("scaled_sum", low_rank._scaled_sum), ("scaled_sum_backward", low_rank._scaled_sum_backward)):
     found[name] = compile(kernel, low_rank.TILES[name], BR=16, BIAS=True)
 found["squares, rank 64, sm_86"] = compile(norms._squares, norms.TILES["squares"], 86, BR=64)
-for capability, rank, drop, gain in ((90, 16, False, False), (86, 32, False, True), (86, 64, True, False)):
+for capability, rank, drop, out_scale in ((90, 16, False, False), (86, 32, False, True), (86, 64, True, False)):
     for name, kernel, extra in (("forward", gated._forward, {"LOOP": gated.LOOP}), ("backward", gated._backward, {})):
-        tiles = gated.tiles_of(name, rank, drop, gain)
-        more = dict(BR=rank, DROP=drop, GAIN=gain, EVEN=True, FAST=True, STAGES=tiles.num_stages, **extra)
+        tiles = gated.tiles_of(name, rank, drop, out_scale)
+        more = dict(BR=rank, DROP=drop, OUT_SCALE=out_scale, EVEN=True, FAST=True, STAGES=tiles.num_stages, **extra)
         found[f"{name}, rank {rank}, sm_{capability}"] = compile(kernel, tiles, capability, **more)
 print(json.dumps(found))
 """

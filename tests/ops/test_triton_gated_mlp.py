@@ -14,21 +14,21 @@ from tests.ops.test_triton_low_rank import drop_of
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize(
-    ("rows", "cols", "ranks", "gained"),
+    ("rows", "cols", "ranks", "scaled"),
     [(70, 96, (4, 4, 4), False), (130, 552, (16, 16, 16), False), (33, 72, (3, 20, 8), False), (70, 72, (3, 5, 8), True)],
 )
-def test_forward_and_backward(rows, cols, ranks, scaled_sum, p, dtype):
+def test_forward_and_backward(rows, cols, ranks, scaled, p, dtype):
     rg, ru, rd = ranks
     g, u, dh = (tensor(rows, cols, dtype=dtype, seed=k) for k in range(3))
     t, dtd = tensor(rows, rg + ru + 5, dtype=dtype)[:, : rg + ru], tensor(rows, rd, dtype=dtype)
     Bg, Bu, Ad = tensor(cols, rg, dtype=dtype), tensor(cols, ru, dtype=dtype), tensor(rd, cols, dtype=dtype)
     drop, mask = drop_of(g, p)[:2] if p else (None, None)
 
-    out_scales = [tensor(cols, seed=k) for k in range(2)] if scaled_sum else []
+    out_scales = [tensor(cols, seed=k) for k in range(2)] if scaled else []
 
     leaves = [z.detach().double().requires_grad_() for z in (g, u, t, Bg, Bu, Ad, *out_scales)]
-    g64, u64, t64, Bg64, Bu64, Ad64, *gains64 = leaves
-    gate, up = gains64 or (1.0, 1.0)
+    g64, u64, t64, Bg64, Bu64, Ad64, *scales64 = leaves
+    gate, up = scales64 or (1.0, 1.0)
     h64 = F.silu(gate * (g64 + t64[:, :rg] @ Bg64.t())) * (up * (u64 + t64[:, rg:] @ Bu64.t()))
     td64 = plain.project(h64, Ad64, mask, 3.0)
     dg64, du64, dt64, *rest = torch.autograd.grad([h64, td64], leaves, [dh.double(), dtd.double() / 3])

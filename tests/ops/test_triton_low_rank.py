@@ -39,21 +39,21 @@ def test_equal_the_plain_functions(rows, cols, rank, p, make, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("rows", "cols", "rank"), [(70, 48, 5), (130, 136, 16), (33, 160, 100)])
-def test_with_a_gain(rows, cols, rank, bias, dtype):
+def test_with_a_scale(rows, cols, rank, bias, dtype):
     z, dy, t, B = strided(rows, cols, dtype=dtype), strided(rows, cols, dtype=dtype, seed=1), strided(rows, rank), tensor(rank, cols).t()
     t, B, b, out_scale = t.to(dtype), B.to(dtype), tensor(cols, dtype=dtype) if bias else None, tensor(cols, seed=2)
-    z64, dy64, t64, B64, gain64, b64 = (None if v is None else v.double() for v in (z, dy, t, B, out_scale, b))
-    exact = (z64 + t64 @ B64.t() if b64 is None else z64 - b64 + t64 @ B64.t()) * gain64
+    z64, dy64, t64, B64, scale64, b64 = (None if v is None else v.double() for v in (z, dy, t, B, out_scale, b))
+    exact = (z64 + t64 @ B64.t() if b64 is None else z64 - b64 + t64 @ B64.t()) * scale64
     for kernels in (triton_low_rank, plain):
         tolerance = TOLERANCE[dtype] * (1 if kernels is triton_low_rank else 3)
         assert error(kernels.scaled_sum(z, t, B, out_scale, b), exact + (0 if b64 is None else b64)) < tolerance
         dz, dB, d_out_scale = kernels.scaled_sum_backward(dy, z, t, B, out_scale, b)
-        assert error(dz, dy64 * gain64) < tolerance
-        assert error(dB, (dy64 * gain64).t() @ t64) < tolerance
-        assert error(d_out_scale, (dy64 * exact / gain64).sum(0)) < tolerance and d_out_scale.dtype == out_scale.dtype
+        assert error(dz, dy64 * scale64) < tolerance
+        assert error(dB, (dy64 * scale64).t() @ t64) < tolerance
+        assert error(d_out_scale, (dy64 * exact / scale64).sum(0)) < tolerance and d_out_scale.dtype == out_scale.dtype
 
 
-def test_a_gain_of_one_changes_nothing_of_an_output():
+def test_a_scale_of_one_changes_nothing_of_an_output():
     z, t, B = tensor(20, 40), tensor(20, 4), tensor(40, 4) * 0
     for kernels in (triton_low_rank, plain):
         for bias in (None, tensor(40)):
