@@ -66,7 +66,7 @@ def stored4bit(*shape: int, **options: Any) -> tuple[FrozenWeight, torch.Tensor]
     layer = linear4bit(*shape, **options)
     storage = reader_of(type(layer))
     assert storage is not None
-    return storage.stored(layer), format_of(layer).dequantize(layer)  # type: ignore[union-attr]
+    return storage.read(layer), format_of(layer).dequantize(layer)  # type: ignore[union-attr]
 
 
 def inputs(rows: int = 5) -> torch.Tensor:

@@ -142,7 +142,7 @@ class LoRALinear(LoRALayer, nn.Linear):
     def frozen_weight(self) -> FrozenWeight:
         """The base's weight as operations take it; for a layer that is :meth:`fusable`."""
         assert self.weight_reader is not None
-        return self.weight_reader.stored(self)
+        return self.weight_reader.read(self)
 
     @classmethod
     def adapter_shapes(cls, module: nn.Linear, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

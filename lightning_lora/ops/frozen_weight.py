@@ -65,7 +65,7 @@ class WeightReader:
             and not is_sharded(weight)
         )
 
-    def stored(self, module: Any) -> FrozenWeight:
+    def read(self, module: Any) -> FrozenWeight:
         """The weight of a layer that is served."""
         return FrozenWeight((module.weight,))
 

@@ -94,7 +94,7 @@ class WeightReader4bit(WeightReader):
             and autocast_dtype(x) in (None, x.dtype)
         )
 
-    def stored(self, module: Any) -> FrozenWeight:
+    def read(self, module: Any) -> FrozenWeight:
         """The 4-bit numbers with their scales; if these are packed too, with what they are packed in."""
         state = _state(module)
         tensors, layout = (module.weight, state.absmax), f"{state.quant_type} {state.blocksize} {module.out_features} {module.in_features}"
