@@ -37,7 +37,7 @@ def test_a_block_size_of_its_own() -> None:
     layer.weight = type(layer.weight)(torch.randn(64, 128), blocksize=128, quant_type="nf4", compress_statistics=True, module=layer).to(
         "cpu"
     )
-    stored = WeightReader4bit().stored(layer)
+    stored = WeightReader4bit().read(layer)
     assert torch.equal(stored.dense(torch.float32), layer(torch.eye(128)).T)
 
 
