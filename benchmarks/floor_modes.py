@@ -1,0 +1,144 @@
+"""The modes that ``floor.py`` measures: a model of a shape, a method on it, and the training step of both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lightning_lora import LoRAConfig, apply_lora
+from lightning_lora.model.compile import begin_step, compile_layers, keep_gradients
+from lightning_lora.model.fuse import unfuse
+from lightning_lora.ops.cross_entropy import chunked_cross_entropy
+
+NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+SHAPES = {
+    "tiny": (64, 128, 2, 4, 2, 16, 256),
+    "small": (512, 1408, 4, 8, 4, 64, 4096),  # for a CPU
+    "1b": (2048, 8192, 16, 32, 8, 64, 128256),  # Llama-3.2-1B, with a tied head
+    "8b": (4096, 14336, 32, 32, 8, 128, 128256),  # Llama-3.1-8B
+}
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FLAGS = {"layer", "chunk", "graph", "ckpt", "drop", "unfused"}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured, apart from the mode."""
+
+    shape: str = "1b"
+    batch: int = 4
+    seq: int = 2048
+    rank: int = 16
+    dropout: float = 0.1
+    layers: int | None = None  # fewer than the shape has
+    steps: int = 12
+    warmup: int = 5
+    backend: str = "inductor"
+
+
+def parse(mode: str) -> tuple[str, set[str]]:
+    """The method and the flags of a mode's name."""
+    method, *flags = ("frozen-layer-chunk" + mode.removeprefix("floor") if mode.startswith("floor") else mode).split("-")
+    if method not in METHODS or set(flags) - FLAGS:
+        raise SystemExit(f"mode {mode!r}: a method of {', '.join(METHODS)} (or floor), then any of {', '.join(sorted(FLAGS))}")
+    return method, set(flags)
+
+
+def alike(mode: str) -> str:
+    """The frozen mode with the same loss, compiled or not."""
+    flags = parse(mode)[1]
+    return "-".join(["frozen", *(flag for flag in ("layer", "chunk") if flag in flags)]).replace("frozen-layer-chunk", "floor")
+
+
+def build(setting: Setting) -> Any:
+    """The model, made and filled on the device."""
+    sizes = dict(zip(NAMES, SHAPES[setting.shape], strict=True))
+    sizes["num_hidden_layers"] = setting.layers or sizes["num_hidden_layers"]
+    config = LlamaConfig(
+        **sizes, max_position_embeddings=max(8192, setting.seq), rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        tie_word_embeddings=setting.shape != "8b", use_cache=False, attn_implementation="sdpa",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(DEVICE):
+            return LlamaForCausalLM(config).train()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def frozen(model: Any, setting: Setting, dropout: float, flags: set[str]) -> Any:
+    return model.requires_grad_(False)
+
+
+def full(model: Any, setting: Setting, dropout: float, flags: set[str]) -> Any:
+    return model
+
+
+def peft(model: Any, setting: Setting, dropout: float, flags: set[str], **options: Any) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=setting.rank, lora_alpha=2 * setting.rank, lora_dropout=dropout, target_modules=LINEARS, **options)
+    return get_peft_model(model, config, autocast_adapter_dtype="chunk" not in flags)
+
+
+def ours(model: Any, setting: Setting, dropout: float, flags: set[str], **options: Any) -> Any:
+    config = LoRAConfig(rank=setting.rank, alpha=2 * setting.rank, dropout=dropout, target_modules=LINEARS, **options)
+    apply_lora(model, config=config)
+    if "unfused" in flags:
+        unfuse(model)
+    return model
+
+
+METHODS: dict[str, Callable[..., Any]] = {
+    "frozen": frozen,
+    "full": full,
+    "peft": peft,
+    "peftdora": partial(peft, use_dora=True),
+    "ours": ours,
+    "dora": partial(ours, variant="dora"),
+}
+
+
+def training_step(mode: str, setting: Setting) -> Callable[[int], Tensor]:
+    """The step to measure: forward, backward and the optimizer, over four batches in turn."""
+    method, flags = parse(mode)
+    base = build(setting)
+    model = METHODS[method](base, setting, setting.dropout if "drop" in flags else 0.0, flags).train()
+    if "ckpt" in flags:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    if "layer" in flags:
+        compile_layers(model, backend=setting.backend, cuda_graphs="graph" in flags)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=DEVICE == "cuda") if trained else None
+    generator = torch.Generator().manual_seed(1)
+    batches = [torch.randint(0, base.config.vocab_size, (setting.batch, setting.seq), generator=generator).to(DEVICE) for _ in range(4)]
+
+    def step(ids: Tensor) -> Tensor:
+        if "graph" in flags:
+            begin_step()
+        inputs = {"input_ids": ids} if trained else {"inputs_embeds": base.get_input_embeddings()(ids).requires_grad_()}
+        if "chunk" in flags:
+            hidden = base.model(**inputs).last_hidden_state.flatten(0, 1)
+            labels = F.pad(ids[:, 1:], (0, 1), value=-100).flatten()
+            loss = chunked_cross_entropy(hidden, base.lm_head.weight, labels, compiled=DEVICE == "cuda" and "layer" in flags)
+        else:
+            with torch.autocast(DEVICE, torch.bfloat16):
+                loss = model(**inputs, labels=ids).loss
+        loss.backward()
+        if "graph" in flags:
+            keep_gradients(trained)
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return lambda k: step(batches[k % 4])
