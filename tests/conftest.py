@@ -158,6 +158,8 @@ def seeded() -> Iterator[None]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     yield
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # Lightning leaves them, and processes started later would seed themselves anew
+        os.environ.pop(name, None)
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(precision)
 

@@ -488,7 +488,7 @@ for survives in range(1, 17):
 
 
 def test_a_process_killed_while_it_saves_leaves_the_old_or_the_new_adapter(tmp_path):
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", KILLED, str(tmp_path / "adapter")], cwd=root, capture_output=True, text=True, timeout=120
     )
