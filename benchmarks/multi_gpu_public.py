@@ -1,8 +1,9 @@
 """FSDP2 by its public names alone, set up for a base that is frozen: what ``multi_gpu.py`` measures beside ``pull_frozen``.
 
-Adapters are in no unit: they stay whole, and one all-reduce averages their gradients. So nothing in a block is scattered. Norms
-stay whole too, and what lies outside the blocks stays gathered between steps. Blocks are gathered into memory that NCCL has registered on every rank, so that
-copy engines can move it and all multiprocessors are left to the products. That takes ``NCCL_CTA_POLICY=2`` before NCCL starts.
+Adapters are in no unit: they stay whole, and one all-reduce averages their gradients. So nothing in a block is scattered. Norms stay
+whole too, and what lies outside the blocks stays gathered between steps. Blocks are gathered into memory that NCCL has registered on
+every rank, so that copy engines can move it and all multiprocessors are left to the products. ``NCCL_CTA_POLICY=2`` asks for that; it
+has to be set before NCCL starts.
 """
 
 from __future__ import annotations
