@@ -38,6 +38,14 @@ class Workers:
         self.world, self.cpu = world, cpu
         self.members: list[tuple[Any, Any]] = []
         self.folder = ""
+        self.variables: dict[str, str] = {}
+
+    def under(self, variables: dict[str, str]) -> Workers:
+        """These processes, started anew unless they have these environment variables."""
+        if variables != self.variables:
+            self.close()
+        self.variables = variables
+        return self
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 300.0) -> list[Any]:
         """What each rank returned.
@@ -88,7 +96,9 @@ class Workers:
         context = mp.get_context("spawn")
         for rank in range(self.world):
             ours, theirs = context.Pipe()
-            process = context.Process(target=runs.work, args=(rank, self.world, meeting.as_uri(), theirs, self.cpu), daemon=True)
+            process = context.Process(
+                target=runs.work, args=(rank, self.world, meeting.as_uri(), theirs, self.cpu, self.variables), daemon=True
+            )
             process.start()
             theirs.close()  # so that a process's death closes the pipe
             self.members.append((process, ours))
@@ -109,7 +119,7 @@ def step_rows(workers: Workers, options: argparse.Namespace, say: Callable[[dict
                 continue
             row: dict[str, Any] = {"part": "steps", "strategy": strategy, "model": model}
             try:
-                ranks = workers.run(runs.measure, strategy, model, options)
+                ranks = workers.under(runs.VARIABLES.get(strategy, {})).run(runs.measure, strategy, model, options)
             except RuntimeError as error:
                 print(f"| {strategy} | {model} | failed: {error} |" + " |" * 7, flush=True)
                 say(row | {"failed": str(error)})
@@ -125,7 +135,7 @@ def step_rows(workers: Workers, options: argparse.Namespace, say: Callable[[dict
             counts = ", ".join(f"{count} {name}" for name, (count, _) in row["traffic"].items()) or "none"
             moved = sum(size for _, size in row["traffic"].values()) / 1e6
             memory = f"{row['peak_gib']:.1f}" if not options.cpu else "not counted"
-            ratio, scaling = (f"{row[key]:.2f}" if row[key] else "" for key in ("x_frozen", "scaling"))
+            ratio, scaling = (f"{row[key]:.{digits}f}" if row[key] else "" for key, digits in (("x_frozen", 2), ("scaling", 3)))
             time_and_speed = f"{row['ms']:.1f} | {ratio} | {speed:,.0f} | {scaling} | {memory} | {row['loss']:.4f}"
             print(f"| {strategy} | {model} | {time_and_speed} | {counts} | {moved:,.1f} |", flush=True)
             if row["profile"]:
@@ -253,7 +263,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     workers = Workers(devices, options.cpu)
     try:
         for part in options.parts:
-            PARTS[part](workers, options, say)
+            PARTS[part](workers.under({}), options, say)
     finally:
         workers.close()
     return results

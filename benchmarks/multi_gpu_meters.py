@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # What a kernel is, by a piece of its name; the first that fits.
 KERNELS = {
-    "communication": ("nccl", "Memcpy PtoP"),
+    "communication": ("nccl",),
+    "copied between GPUs": ("Memcpy PtoP",),  # by copy engines: no multiprocessor is taken
     "products": ("nvjet", "gemm"),
     "attention": ("flash", "fmha", "sdpa", "cudnn"),
     "gathered, copied out": ("split_with_sizes",),
@@ -44,7 +45,7 @@ class Traffic(TorchDispatchMode):
 
 
 def profiled(step: Callable[[], object], steps: int = 2) -> dict[str, float]:
-    """Milliseconds of a step by kind of kernel, and how much of it something other than communication was running (*computing*)."""
+    """Milliseconds of a step by kind of kernel, and how much of it something else than communication was running (*computing*)."""
     with torch.profiler.profile() as profiler:
         for _ in range(steps):
             step()
@@ -56,7 +57,7 @@ def profiled(step: Callable[[], object], steps: int = 2) -> dict[str, float]:
         if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
             kind = next((kind for kind, names in KERNELS.items() if any(name in event.name for name in names)), "the rest")
             found[kind] = found.get(kind, 0.0) + event.device_time / 1e3 / steps
-            if kind != "communication":
+            if kind not in ("communication", "copied between GPUs"):
                 busy.append((event.time_range.start, event.time_range.end))
     end = 0.0
     for start, stop in sorted(busy):

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import multi_gpu_public as public
 import torch
 import torch.distributed as dist
 from multi_gpu_meters import Traffic, profiled
@@ -31,8 +32,9 @@ SHAPES = {
 }
 
 
-def work(rank: int, world: int, meeting: str, pipe: Any, cpu: bool) -> None:
-    """A process: functions come through the pipe, what they return goes back."""
+def work(rank: int, world: int, meeting: str, pipe: Any, cpu: bool, variables: dict[str, str]) -> None:
+    """A process with some environment variables: functions come through the pipe, what they return goes back."""
+    os.environ.update(variables)
     warnings.simplefilter("ignore")
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
@@ -145,6 +147,11 @@ def fsdp2_pulled_kept(model: nn.Module, adapt: Adapt, device: torch.device) -> n
     return shard(adapt(model), mesh_of(device)["dp"], device, pull_frozen=True, reshard_after_forward=False)
 
 
+def fsdp2_public(model: nn.Module, adapt: Adapt, device: torch.device, kept: bool = False, registered: bool = True) -> nn.Module:
+    fill_here = functools.partial(fill_all, device=device)
+    return public.shard(adapt(model), mesh_of(device)["dp"], fill_here, kept=kept, registered=registered)
+
+
 def fsdp2_after(model: nn.Module, adapt: Adapt, device: torch.device) -> nn.Module:
     return adapt(shard(model, mesh_of(device)["dp"], device))
 
@@ -202,6 +209,9 @@ STRATEGIES: dict[str, Callable[[nn.Module, Adapt, torch.device], nn.Module]] = {
     "fsdp2": fsdp2,
     "fsdp2 after": fsdp2_after,
     "fsdp2 kept": fsdp2_kept,
+    "fsdp2 public": fsdp2_public,
+    "fsdp2 public kept": functools.partial(fsdp2_public, kept=True),
+    "fsdp2 public nccl": functools.partial(fsdp2_public, registered=False),
     "fsdp2 pulled": fsdp2_pulled,
     "fsdp2 pulled kept": fsdp2_pulled_kept,
     "fsdp1": fsdp1,
@@ -209,6 +219,9 @@ STRATEGIES: dict[str, Callable[[nn.Module, Adapt, torch.device], nn.Module]] = {
     "tp after": tp_after,
     "tp x fsdp2": tp_fsdp2,
 }
+
+# Strategies whose processes need environment variables: NCCL reads them once.
+VARIABLES = {name: public.POLICY for name in ("fsdp2 public", "fsdp2 public kept")}
 
 
 def tensor_size(strategy: str) -> int:
