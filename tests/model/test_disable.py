@@ -105,7 +105,7 @@ def test_compiled_blocks_are_compiled_once_more_and_no_more_than_that() -> None:
             assert torch.equal(logits(model), first)
             counts.append(counter.frame_count)
     assert not torch.equal(first, expected)
-    assert counts == [1, 2, 2, 2]
+    assert counts[1:] == [2 * counts[0]] * 3
 
 
 def test_no_gradient_reaches_the_adapters_and_the_inputs_is_the_bases() -> None:
@@ -183,21 +183,19 @@ def test_a_model_without_lora_is_refused() -> None:
         pass
 
 
-@pytest.mark.parametrize(
-    ("fields", "name"),
-    [
-        ({"modules_to_save": ["lm_head"]}, "lm_head.weight"),
-        ({"target_modules": ["q_proj"], "bias": "all"}, "model.layers.0.self_attn.o_proj.bias"),
-    ],
-)
-def test_what_trains_in_full_is_refused_as_its_start_is_gone(fields: dict[str, Any], name: str) -> None:
+FULL = {
+    "lm_head.weight": {"modules_to_save": ["lm_head"]},
+    "model.layers.0.self_attn.o_proj.bias": {"target_modules": ["q_proj"], "bias": "all"},
+}
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_what_trains_in_full_is_refused_as_its_start_is_gone(name: str) -> None:
     model = tiny_lm.llama()
     model.model.layers[0].self_attn.o_proj = nn.Linear(32, 32)
-    adapted(model, **fields)
-    with (
-        pytest.raises(ValueError, match=f"'{name}' trains beside the adapters, .*Give the part of the model without it"),
-        disabled_lora(model),
-    ):
+    adapted(model, **FULL[name])
+    refusal = f"'{name}' trains beside the adapters, .*Give the part of the model without it"
+    with pytest.raises(ValueError, match=refusal), disabled_lora(model):
         pass
     if name.startswith("lm_head"):
         with disabled_lora(model.model):
