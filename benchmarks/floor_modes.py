@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,10 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_lora import LoRAConfig, apply_lora
-from lightning_lora.model.compile import begin_step, compile_layers, keep_gradients
-from lightning_lora.model.fuse import unfuse
-from lightning_lora.ops.cross_entropy import chunked_cross_entropy
+from lightning_lora import LoRAConfig, apply_lora, chunked_cross_entropy, compile_layers, cuda_graph_step, unfuse
 
 NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
 SHAPES = {
@@ -123,8 +121,14 @@ def training_step(mode: str, setting: Setting) -> Callable[[int], Tensor]:
     batches = [torch.randint(0, base.config.vocab_size, (setting.batch, setting.seq), generator=generator).to(DEVICE) for _ in range(4)]
 
     def step(ids: Tensor) -> Tensor:
-        if "graph" in flags:
-            begin_step()
+        with cuda_graph_step(trained) if "graph" in flags else nullcontext():
+            loss = passes(ids)
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def passes(ids: Tensor) -> Tensor:
         inputs = {"input_ids": ids} if trained else {"inputs_embeds": base.get_input_embeddings()(ids).requires_grad_()}
         if "chunk" in flags:
             hidden = base.model(**inputs).last_hidden_state.flatten(0, 1)
@@ -134,11 +138,6 @@ def training_step(mode: str, setting: Setting) -> Callable[[int], Tensor]:
             with torch.autocast(DEVICE, torch.bfloat16):
                 loss = model(**inputs, labels=ids).loss
         loss.backward()
-        if "graph" in flags:
-            keep_gradients(trained)
-        if optimizer is not None:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        return loss
 
     return lambda k: step(batches[k % 4])

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_lora import LoRAConfig, apply_lora, lora_param_groups
-from lightning_lora.optim import galore_optimizer, galore_param_groups
+from lightning_lora import LoRAConfig, apply_lora, galore_optimizer, galore_param_groups, lora_param_groups
 
 VOCAB, NOISE = 512, 0.1
 WAYS = {"full": "AdamW on every weight", "galore": "GaLore", "lora": "LoRA"}

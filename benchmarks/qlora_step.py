@@ -19,6 +19,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import bitsandbytes
 import torch
@@ -27,9 +28,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, __version__
 
-from lightning_lora import LoRAConfig, apply_lora, quantize_base
-from lightning_lora.model.compile import begin_step, compile_layers, keep_gradients
-from lightning_lora.ops.cross_entropy import chunked_cross_entropy
+from lightning_lora import LoRAConfig, apply_lora, chunked_cross_entropy, compile_layers, cuda_graph_step, quantize_base
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
@@ -113,13 +112,10 @@ def measure(name: str, options: argparse.Namespace, compiled: bool, checkpointed
         if cuda:
             torch.cuda.synchronize()
         started = time.perf_counter()
-        if recorded:
-            begin_step()
-        with torch.autocast(device, torch.bfloat16):
-            loss = chunked(base, ids, cuda and compiled) if options.chunk else model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        if recorded:
-            keep_gradients(trained)
+        with cuda_graph_step(trained) if recorded else nullcontext():
+            with torch.autocast(device, torch.bfloat16):
+                loss = chunked(base, ids, cuda and compiled) if options.chunk else model(input_ids=ids, labels=ids).loss
+            loss.backward()
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()

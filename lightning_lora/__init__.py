@@ -2,55 +2,88 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from lightning_lora import inits  # noqa: F401 (it registers what configs name)
 from lightning_lora.adapter_io.export import export_merged
 from lightning_lora.adapter_io.save_load import load_adapter, save_adapter
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers import LoRALinear
+from lightning_lora.layers import LoRALayer, LoRALinear, lora_layers
 from lightning_lora.model.apply import apply_lora, get_lora_parameters, unload_lora
+from lightning_lora.model.disable import disabled_lora
+from lightning_lora.model.fuse import unfuse
 from lightning_lora.model.merge import merge_lora, merge_report, unmerge_lora
 from lightning_lora.model.quantize import quantize_base
 from lightning_lora.model.targeting import find_targets
-from lightning_lora.optim import lora_param_groups
+from lightning_lora.ops.cross_entropy import chunked_cross_entropy
+from lightning_lora.optim import GaLoreConfig, apply_lora_plus, galore_optimizer, galore_param_groups, lora_param_groups
+from lightning_lora.registry import register_init, register_kind, register_variant
 from lightning_lora.variants import shrink_adalora
+from lightning_lora.variants.rank_allocation import RankAllocator
 
 if TYPE_CHECKING:
     from lightning_lora.callbacks import AdaLoRACallback, LoRACallback
+    from lightning_lora.model.compile import compile_layers, cuda_graph_step, uncompile_layers
+    from lightning_lora.model.parallel import replicated_parameters
     from lightning_lora.strategies import LoRAFSDP2Strategy
 
 __all__ = [
     "AdaLoRACallback",
+    "GaLoreConfig",
     "LoRACallback",
     "LoRAConfig",
     "LoRAFSDP2Strategy",
+    "LoRALayer",
     "LoRALinear",
+    "RankAllocator",
     "apply_lora",
+    "apply_lora_plus",
+    "chunked_cross_entropy",
+    "compile_layers",
+    "cuda_graph_step",
+    "disabled_lora",
     "export_merged",
     "find_targets",
+    "galore_optimizer",
+    "galore_param_groups",
     "get_lora_parameters",
     "load_adapter",
+    "lora_layers",
     "lora_param_groups",
     "merge_lora",
     "merge_report",
     "quantize_base",
+    "register_init",
+    "register_kind",
+    "register_variant",
+    "replicated_parameters",
     "save_adapter",
     "shrink_adalora",
+    "uncompile_layers",
+    "unfuse",
     "unload_lora",
     "unmerge_lora",
 ]
 __version__ = "0.1.0"
 
+# Imported when they are asked for: Lightning takes seconds, torch's compiler and FSDP the better part of one.
+_LAZY = {
+    "AdaLoRACallback": "callbacks",
+    "LoRACallback": "callbacks",
+    "LoRAFSDP2Strategy": "strategies",
+    "compile_layers": "model.compile",
+    "cuda_graph_step": "model.compile",
+    "replicated_parameters": "model.parallel",
+    "uncompile_layers": "model.compile",
+}
+
 
 def __getattr__(name: str) -> Any:
-    # These need Lightning, which takes seconds to import; the plain functions do without it.
-    if name in ("AdaLoRACallback", "LoRACallback"):
-        from lightning_lora import callbacks
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
 
-        return getattr(callbacks, name)
-    if name == "LoRAFSDP2Strategy":
-        from lightning_lora.strategies import LoRAFSDP2Strategy
 
-        return LoRAFSDP2Strategy
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

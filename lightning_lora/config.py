@@ -21,7 +21,7 @@ SCALINGS: dict[str, Callable[[float, float], float]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
     """The adapter: ``h = W₀x + scaling · B·A·dropout(x)`` on every module that ``target_modules`` names.
 

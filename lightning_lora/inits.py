@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from lightning_lora.registry import INITS, register
+from lightning_lora.registry import register_init
 
 if TYPE_CHECKING:
     from lightning_lora.layers.base import LoRALayer
 
 
-@register(INITS, "kaiming")
+@register_init("kaiming")
 def kaiming(layer: LoRALayer) -> None:
     """Uniform in ±1/√fan_in (Kaiming with a = √5, what ``nn.Linear`` starts with), the other factor zero."""
     random, zero = layer.lora_factors()
@@ -24,7 +24,7 @@ def kaiming(layer: LoRALayer) -> None:
     nn.init.zeros_(zero)
 
 
-@register(INITS, "gaussian")
+@register_init("gaussian")
 def gaussian(layer: LoRALayer) -> None:
     """Normal with standard deviation 1/r, the other factor zero (as PEFT's ``init_lora_weights="gaussian"``)."""
     random, zero = layer.lora_factors()

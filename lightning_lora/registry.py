@@ -6,7 +6,7 @@ kind knows shapes, a variant a formula, an init how to fill tensors, and this fi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
@@ -25,23 +25,49 @@ def qualified_name(cls: type) -> str:
 
 
 def register_kind(*names: str | type) -> Callable[[type[T]], type[T]]:
-    """Class decorator: adapt modules of these types, and of their subclasses, with the decorated class."""
+    """Class decorator: adapt modules of these types, and of their subclasses, with the decorated class.
 
-    def add(kind: type[T]) -> type[T]:
-        KINDS.update({name if isinstance(name, str) else qualified_name(name): kind for name in names})
-        return kind
+    Args:
+        names: module types, or their qualified names (``package.module.Class``), so that their library need not be imported.
 
-    return add
+    Raises:
+        ValueError: another class adapts that type already.
+    """
+    keys = [name if isinstance(name, str) else qualified_name(name) for name in names]
+    return lambda kind: _add(KINDS, "kind", keys, kind)
 
 
-def register(table: dict[str, Any], name: str) -> Callable[[T], T]:
-    """Decorator: file the decorated function or class under ``name`` in :data:`VARIANTS` or :data:`INITS`."""
+def register_variant(name: str) -> Callable[[type[T]], type[T]]:
+    """Class decorator: ``LoRAConfig(variant=name)`` puts the decorated mixin before the kind in a layer's MRO.
 
-    def add(entry: T) -> T:
-        table[name] = entry
-        return entry
+    Args:
+        name: what configs call it.
 
-    return add
+    Raises:
+        ValueError: another variant has that name.
+    """
+    return lambda variant: _add(VARIANTS, "variant", [name], variant)
+
+
+def register_init(name: str) -> Callable[[T], T]:
+    """Function decorator: ``LoRAConfig(init=name)`` starts a layer's A and B with the decorated function, which takes the layer.
+
+    Args:
+        name: what configs call it.
+
+    Raises:
+        ValueError: another init has that name.
+    """
+    return lambda init: _add(INITS, "init", [name], init)
+
+
+def _add(table: dict[str, Any], what: str, names: Sequence[str], entry: T) -> T:
+    """File an entry under every name, or under none: one that is taken by something else stays as it is."""
+    taken = [name for name in names if table.get(name, entry) is not entry]
+    if taken:
+        raise ValueError(f"{what} {taken[0]!r} is registered already, as {table[taken[0]]!r}; choose another name.")
+    table.update(dict.fromkeys(names, entry))
+    return entry
 
 
 def look_up(table: dict[str, T], field: str, name: str) -> T:

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import peft
 import pytest
 import torch
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_lora import LoRAConfig, get_lora_parameters
+import lightning_lora
+from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, load_adapter, save_adapter
 from lightning_lora.cli import commands, main
 from lightning_lora.cli.lightning_cli import LoRACLI
 from lightning_lora.layers import LoRALayer
@@ -109,6 +111,48 @@ def test_the_plain_loop_block(namespace: dict[str, Any]) -> None:
     assert sorted(path.name for path in (folder / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     base = llama().state_dict()
     assert all(torch.equal(tensor, base[name]) for name, tensor in model.state_dict().items() if ".lora_" not in name)
+
+
+@ADVICE
+def test_the_reference_block(namespace: dict[str, Any]) -> None:
+    """Logits of the base, by a model whose adapters are trained and on again."""
+    assert torch.equal(namespace["reference"], llama().train()(**namespace["batch"]).logits)
+    assert not torch.equal(namespace["reference"], namespace["model"](**namespace["batch"]).logits)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks transformers so
+def test_the_table_for_those_who_come_from_peft(tmp_path: Path) -> None:
+    """Each row is run as written, in PEFT and here, on models with the same adapter: the logits are the same after it."""
+    table = README[README.index("### Coming from PEFT") :].partition("\n## ")[0]
+    rows = [[re.findall("`(.+?)`", cell) for cell in line.split("|")[1:3]] for line in table.splitlines()[4:] if line.startswith("|")]
+    assert len(rows) == 10
+    filled = apply_lora(llama(), LoRAConfig(rank=8, alpha=16))
+    for parameter in get_lora_parameters(filled):
+        torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(len(parameter)))
+    adapter = save_adapter(filled, tmp_path / "adapter")
+    for row, cells in enumerate(rows):
+        logits = []
+        for module, code in zip((peft, lightning_lora), cells, strict=True):
+            names: dict[str, Any] = {name: getattr(module, name) for name in module.__all__} | {"batch": batches()[0]}
+            names["folder"] = adapter if "from_pretrained" in cells[0][0] else tmp_path / f"{module.__name__}-{row}"
+            make = peft.LoraConfig if module is peft else LoRAConfig
+            names["config"] = make(target_modules=["q_proj", "v_proj"])
+            names["model"] = llama().eval()
+            if not re.search("get_peft_model|from_pretrained", cells[0][0]):  # others have an adapter already
+                names["model"] = adapted_by(module, names["model"], adapter)
+            for call in code:
+                if call.startswith("with "):
+                    exec(f"{call}\n    logits = model(**batch).logits", names)
+                elif call.startswith("modules_to_save"):
+                    assert list(make(target_modules=["q_proj"], **eval(f"dict({call})")).modules_to_save) == ["score"]
+                elif isinstance(made := eval(call, names), torch.nn.Module):
+                    names["model"] = made
+            logits.append(names.get("logits", names["model"](**batches()[0]).logits))
+        torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4, msg=f"{cells}")
+
+
+def adapted_by(module: Any, model: Any, adapter: Path) -> Any:
+    return peft.PeftModel.from_pretrained(model, adapter) if module is peft else load_adapter(model, adapter)
 
 
 class ParseOnly(LoRACLI):

@@ -74,13 +74,38 @@ def test_the_message_for_an_unknown_type_lists_the_kinds():
 
 
 def test_look_up_lists_what_there_is():
-    table = {}
-
-    @registry.register(table, "b")
-    def entry():
-        return 1
-
-    registry.register(table, "a")(2)
-    assert registry.look_up(table, "init", "b") is entry
+    table = {"b": len, "a": 2}
+    assert registry.look_up(table, "init", "b") is len
     with pytest.raises(ValueError, match=r"init='c' is not known; there are a, b\."):
         registry.look_up(table, "init", "c")
+
+
+@pytest.mark.parametrize(
+    ("table", "register", "taken", "free"),
+    [
+        ("INITS", registry.register_init, "kaiming", "mine"),
+        ("VARIANTS", registry.register_variant, "dora", "mine"),
+        ("KINDS", registry.register_kind, nn.Linear, Sub),
+    ],
+)
+def test_a_name_is_registered_once(monkeypatch, table, register, taken, free):
+    """Anew only as the same object; what is refused changes nothing, the names beside it included."""
+    monkeypatch.setattr(registry, table, dict(getattr(registry, table)))
+    before = dict(getattr(registry, table))
+
+    class Mine:
+        pass
+
+    key = taken if isinstance(taken, str) else registry.qualified_name(taken)
+    with pytest.raises(ValueError, match=f"'{key}' is registered already, as .*; choose another name"):
+        register(taken)(Mine)
+    assert getattr(registry, table) == before
+    assert register(taken)(before[key]) is before[key]
+    assert register(free)(Mine) is Mine and Mine in getattr(registry, table).values()
+
+
+def test_a_kind_takes_all_its_types_or_none(monkeypatch):
+    monkeypatch.setattr(registry, "KINDS", dict(registry.KINDS))
+    with pytest.raises(ValueError, match="Linear' is registered already"):
+        registry.register_kind(Sub, nn.Linear)(LoRAConv)
+    assert registry.kind_of(Sub) is LoRALinear

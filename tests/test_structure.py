@@ -50,7 +50,6 @@ LIGHTNING_FROM = "strategies"
 # Start-up is fast because these import what is slow when it is asked for: Lightning, and most of torch.distributed. And who does not
 # pull what is frozen does not depend on FSDP2's insides.
 DEFERS = {
-    "": {"callbacks", "strategies"},
     "cli.main": {"cli.lightning_cli", "cli.commands"},
     "model.apply": {"model.parallel"},
     "model.merge": {"model.parallel"},

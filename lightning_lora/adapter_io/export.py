@@ -7,6 +7,7 @@ Under sharding each weight is gathered alone, merged, handed to the first proces
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ from lightning_lora.layers.base import PREFIX, LoRALayer
 from lightning_lora.quantization.formats import dequantized, format_of
 from lightning_lora.utils.atomic_files import write_atomic
 from lightning_lora.utils.names import adapter_root, clean_name, persistent_buffers
-from lightning_lora.utils.sharding import full_tensor, gathered_parameters, is_first_rank
+from lightning_lora.utils.sharding import full_tensor, gathered_parameters, on_first_rank
 
 
 def export_merged(model: nn.Module, folder: str | Path, *, overwrite: bool = False, shard_bytes: int = 5_000_000_000) -> Path:
-    """Write a model with its adapters merged; the model itself stays as it is. Under sharding every process has to call it.
+    """Write a model with its adapters merged; the model itself stays as it is. Under sharding every process has to call it,
+    and what the first one raises is raised on all.
 
     Args:
         model: adapted, merged or not, sharded or not; or a LightningModule around one.
@@ -38,9 +40,8 @@ def export_merged(model: nn.Module, folder: str | Path, *, overwrite: bool = Fal
         ValueError: the folder is not empty and ``overwrite`` is False, or a quantized weight is sharded.
     """
     folder, (_, root) = Path(folder), adapter_root(model)
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise ValueError(f"folder={str(folder)!r} is not empty; choose another or pass overwrite=True.")
-    writer = _Shards(folder, shard_bytes) if is_first_rank() else None
+    writer = _Shards(folder, shard_bytes)
+    on_first_rank(lambda: writer.begin(overwrite))
     seen: set[int] = set()
     for module_name, module, name, parameter in gathered_parameters(root):
         if name.startswith(PREFIX) or id(parameter) in seen:  # of tied weights one name is enough
@@ -51,18 +52,20 @@ def export_merged(model: nn.Module, folder: str | Path, *, overwrite: bool = Fal
             tensor = _unpacked(module, module_name) if packed else full_tensor(parameter.detach())
             if name == "weight" and isinstance(module, LoRALayer) and not module.merged:
                 tensor, _ = module.merged_weight()
-        if writer is not None:
-            writer.add(clean_name(f"{module_name}.{name}" if module_name else name), tensor)
-    if writer is not None:
-        for name, buffer in persistent_buffers(root).items():
-            writer.add(name, buffer)
-        writer.close()
-        config = getattr(root, "config", None)
-        if hasattr(config, "save_pretrained"):
-            config = copy.copy(config)
-            config.__dict__.pop("quantization_config", None)  # nothing of what was written is quantized
-            config.save_pretrained(folder)  # type: ignore[union-attr]
+        on_first_rank(functools.partial(writer.add, clean_name(f"{module_name}.{name}" if module_name else name), tensor))
+    on_first_rank(lambda: _finish(writer, root))
     return folder
+
+
+def _finish(writer: _Shards, root: nn.Module) -> None:
+    for name, buffer in persistent_buffers(root).items():
+        writer.add(name, buffer)
+    writer.close()
+    config = getattr(root, "config", None)
+    if hasattr(config, "save_pretrained"):
+        config = copy.copy(config)
+        config.__dict__.pop("quantization_config", None)  # nothing of what was written is quantized
+        config.save_pretrained(writer.folder)  # type: ignore[union-attr]
 
 
 def _unpacked(module: nn.Module, name: str) -> Tensor:
@@ -73,14 +76,18 @@ def _unpacked(module: nn.Module, name: str) -> Tensor:
 
 
 class _Shards:
-    """Collects tensors on the CPU and writes a file whenever there are enough."""
+    """Collects tensors on the CPU and writes a file whenever there are enough. Only the first process uses it."""
 
     def __init__(self, folder: Path, limit: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.limit = folder, limit
         self.places: dict[str, int] = {}  # tensor → number of its file
         self.pending: dict[str, Tensor] = {}
         self.files = self.size = 0
+
+    def begin(self, overwrite: bool) -> None:
+        if self.folder.is_dir() and any(self.folder.iterdir()) and not overwrite:
+            raise ValueError(f"folder={str(self.folder)!r} is not empty; choose another or pass overwrite=True.")
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, name: str, tensor: Tensor) -> None:
         if self.pending and sum(t.nbytes for t in self.pending.values()) + tensor.nbytes > self.limit:

@@ -26,7 +26,7 @@ from lightning_lora.utils.names import adapter_root, clean_name, modules_by_name
 from lightning_lora.utils.sharding import full_tensor, is_flattened, on_first_rank
 
 
-def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False) -> Path:
+def save_adapter(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> Path:
     """Write the adapter of a model, merged or not, so that PEFT and the servers that read its format can load it.
 
     On a sharded model every rank has to call it; the first one writes, and all return once the files are there.

@@ -60,6 +60,7 @@ class AdaLoRACallback(LoRACallback):
     def __init__(
         self,
         config: LoRAConfig | None = None,
+        *,
         target_rank: int = 8,
         init_rank: int = 12,
         tinit: int | float = 0.1,
@@ -132,14 +133,14 @@ class AdaLoRACallback(LoRACallback):
         total, earlier = int(total), self.allocator
         self.allocator = RankAllocator(
             self._target(pl_module),
-            self.target_rank,
-            total,
-            steps_of("tinit", self.tinit, total),
-            steps_of("tfinal", self.tfinal, total),
-            self.deltaT,
-            self.beta1,
-            self.beta2,
-            self.orth_reg_weight,
+            target_rank=self.target_rank,
+            total_steps=total,
+            tinit=steps_of("tinit", self.tinit, total),
+            tfinal=steps_of("tfinal", self.tfinal, total),
+            deltaT=self.deltaT,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            orth_reg_weight=self.orth_reg_weight,
         )
         if earlier is not None and self._saved is None and earlier.layers == self.allocator.layers:
             self._saved = earlier.state_dict()  # the same module is fitted on

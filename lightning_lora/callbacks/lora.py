@@ -67,6 +67,7 @@ class LoRACallback(Callback):
     def __init__(
         self,
         config: LoRAConfig | None = None,
+        *,
         module: str | None = None,
         merge_on_fit_end: bool | None = None,
         check_base: bool = True,

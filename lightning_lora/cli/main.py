@@ -24,6 +24,17 @@ TOOLS = {
     "generate": "answer one prompt",
 }
 TRACEBACK = "LIGHTNING_LORA_TRACEBACK"
+EXAMPLE = """\
+model:
+  model: HuggingFaceTB/SmolLM2-135M-Instruct  # a hub id or a folder
+  learning_rate: 1.0e-3
+data:
+  train: train.jsonl  # {"prompt": ..., "response": ...} on each line
+  val: val.jsonl
+lora:
+  config: {rank: 8, target_modules: all-linear}
+trainer:
+  max_epochs: 1"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,8 +92,8 @@ def _usage() -> str:
     commands = "\n".join(f"  {name:<9} {what}" for name, what in {**TRAIN, **TOOLS}.items())
     return (
         f"usage: lightning-lora <command> ...\n\nLoRA for PyTorch Lightning.\n\n{commands}\n\n"
-        f"`lightning-lora <command> --help` lists a command's options; {TRACEBACK}=1 shows where an error arose.\n"
-        "An example to start from: configs/quickstart.yaml"
+        f"`lightning-lora <command> --help` lists a command's options; {TRACEBACK}=1 shows where an error arose.\n\n"
+        f"To start from, as run.yaml for `lightning-lora fit --config run.yaml`:\n\n{EXAMPLE}"
     )
 
 

@@ -63,6 +63,8 @@ class LoRALayer(Mergeable):
     lora_B: nn.Parameter
     lora_dropout: nn.Dropout
     lora_config: LoRAConfig
+    #: Whether the layer computes what its base does, for now; :func:`lightning_lora.model.disable.disabled_lora` sets it on the instance.
+    disabled: bool = False
     rank: int
     alpha: float
     lora_base: ClassVar[type[nn.Module]]
@@ -201,7 +203,7 @@ class LoRALayer(Mergeable):
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's forward plus the update."""
         y = super().forward(input, *args, **kwargs)
-        return y if self.merged else self.lora_output(self.lora_update(y, input))
+        return y if self.merged or self.disabled else self.lora_output(self.lora_update(y, input))
 
     def lora_output(self, z: Tensor) -> Tensor:
         """What the layer returns, given the base's output plus the update: with the scale, if there is one, on all but the bias. For what
@@ -260,6 +262,7 @@ class LoRALayer(Mergeable):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         state = self.__getstate__()  # torch's leaves out what does not travel, such as compiled code
         state.pop("shared_input", None)  # the parent has them; a copy of one layer would take the others along
+        state.pop("disabled", None)  # nobody would switch the copy on again
         return _rebuild, (type(self).lora_base, self.lora_config.variant), state
 
 

@@ -62,6 +62,7 @@ class LoRALinear(LoRALayer, nn.Linear):
         rank: int = 8,
         alpha: float = 16.0,
         dropout: float = 0.0,
+        *,
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -111,7 +112,7 @@ class LoRALinear(LoRALayer, nn.Linear):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's forward plus the update; one operation for both, and for the scale, where nothing stands in the way."""
-        if not self.merged and not args and not kwargs:
+        if not (self.merged or self.disabled or args or kwargs):
             y = None if self.shared_input is None else self.shared_input.output(self, input)
             if y is None and self.fusable(input):
                 y = compute([self], input)[0]
@@ -127,7 +128,7 @@ class LoRALinear(LoRALayer, nn.Linear):
         return (
             cls.weight_reader is not None
             and self.is_plain_sum()
-            and not self.merged
+            and not (self.merged or self.disabled)
             and not (is_sharded(x) or is_sharded(self.lora_A))
             and cls.weight_reader.can_read(self, x)
             # Where the kernels do not serve, a compiler fuses the definition itself; torch.func wants plain operations.

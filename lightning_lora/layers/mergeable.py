@@ -27,6 +27,7 @@ class Mergeable(nn.Module):
 
     weight: Any  # nn.Parameter; some quantized bases have a subclass of it
     merged: bool
+    disabled: bool
     #: Share of the update that rounding lost in the last merge.
     merge_loss: float
     _undo: merging.SparseUndo | merging.OriginalUndo | formats.QuantizedUndo | None
@@ -162,6 +163,8 @@ class Mergeable(nn.Module):
 
     def merge_refusal(self, quantized: Quantized | None = None) -> str | None:
         """Why the update cannot be merged now; None if it can."""
+        if self.disabled:
+            return "it is switched off: merge outside of disabled_lora(model)"
         how = formats.format_of(self)
         if how is not None:
             if is_sharded(self.weight):

@@ -9,14 +9,15 @@ has ``enable_input_require_grads()``), for evaluation, once merged, and when the
 then on that size may be any. Gradient checkpointing and sharding stay around the compiled call, whichever came first.
 
 Small steps take as long as the CPU needs to launch their kernels. With CUDA graphs each block's passes are recorded once and replayed by
-one launch, from and to fixed memory: who trains so calls :func:`begin_step` before each batch and :func:`keep_gradients` after each
-backward pass, as ``LoRACallback`` does.
+one launch, from and to fixed memory: who trains so runs each batch in :func:`cuda_graph_step`. ``LoRACallback`` does the same from its
+hooks.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from lightning_lora.utils.blocks import BLOCKS, repeated_blocks
 GRAPHS = 64  # more than blocks of a few classes need for all of those
 
 
-def compile_layers(model: nn.Module, backend: str | Callable[..., Any] = "inductor", cuda_graphs: bool = False) -> list[str]:
+def compile_layers(model: nn.Module, *, backend: str | Callable[..., Any] = "inductor", cuda_graphs: bool = False) -> list[str]:
     """Compile each of a model's repeated blocks (:func:`~lightning_lora.utils.blocks.repeated_blocks`) in place; ones that are compiled
     already stay so.
 
@@ -62,8 +63,9 @@ def compile_layers(model: nn.Module, backend: str | Callable[..., Any] = "induct
             )
     # All modules' calls are one piece of code to the compiler, which counts graphs by that and after eight leaves it uncompiled.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
-    # Linears of one input hand each other their outputs (layers/siblings.py). Without this the compiler leaves a block that does so inside
-    # a checkpoint uncompiled: eager code would do it in the second forward pass too. Nothing of it is there once the block has returned.
+    # Linears of one input hand each other their outputs (layers/shared_input.py). Without this the compiler leaves a block that does so
+    # inside a checkpoint uncompiled: eager code would do it in the second forward pass too. Nothing of it is there once the block has
+    # returned.
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     for block in blocks.values():
         if block._compiled_call_impl is None:
@@ -71,6 +73,28 @@ def compile_layers(model: nn.Module, backend: str | Callable[..., Any] = "induct
             if cuda_graphs:
                 block._compiled_call_impl = _Recorded(block._compiled_call_impl)  # type: ignore[arg-type]  # compile() has set it
     return list(blocks)
+
+
+@contextmanager
+def cuda_graph_step(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Around the forward and backward pass of one batch, where :func:`compile_layers` records CUDA graphs.
+
+    .. code-block:: python
+
+        with cuda_graph_step(get_lora_parameters(model)):
+            model(**batch).loss.backward()
+        optimizer.step()
+
+    The passes of the batch before may be written over from here on, and at the end gradients are copied to memory of their own. A batch
+    without a backward pass goes in one too. After an error no gradient is copied.
+
+    Args:
+        parameters: those that get gradients.
+    """
+    parameters = list(parameters)
+    begin_step()
+    yield
+    keep_gradients(parameters)
 
 
 def begin_step() -> None:

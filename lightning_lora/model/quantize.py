@@ -22,8 +22,8 @@ from lightning_lora.utils.sharding import is_sharded
 def quantize_base(
     model: nn.Module,
     how: str,
-    targets: Sequence[str] | str = ALL_LINEAR,
     *,
+    targets: Sequence[str] | str = ALL_LINEAR,
     modules_to_save: Sequence[str] | str = "auto",
     device: torch.device | str | None = None,
 ) -> nn.Module:

@@ -28,7 +28,7 @@ from lightning_lora.utils.sharding import is_sharded
 SIDES = ("std", "reverse_std", "left", "right", "full")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GaLoreConfig:
     """Which gradients are projected, and how.
 
@@ -65,7 +65,7 @@ class GaLoreConfig:
 
 
 def galore_param_groups(
-    model: nn.Module, lr: float, weight_decay: float = 0.0, config: GaLoreConfig | None = None, **fields: Any
+    model: nn.Module, *, lr: float, weight_decay: float = 0.0, config: GaLoreConfig | None = None, **fields: Any
 ) -> list[dict[str, Any]]:
     """Groups for ``pytorch_optimizer.GaLore``: ``galore_optimizer(galore_param_groups(model, lr=1e-4, rank=64))``.
 

@@ -16,7 +16,7 @@ from lightning_lora.layers.base import lora_layers
 RATIO = "lora_plus_ratio"
 
 
-def lora_param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0, lora_plus_ratio: float = 1.0) -> list[dict[str, Any]]:
+def lora_param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0, lora_plus_ratio: float = 1.0) -> list[dict[str, Any]]:
     """Groups for any torch optimizer: ``AdamW(lora_param_groups(model, lr=2e-4, weight_decay=0.01))``.
 
     Args:

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from torch import Tensor
 
 from lightning_lora.utils.atomic_files import sync_folder, write_atomic
+from lightning_lora.utils.sharding import on_first_rank
 
 REST = "meta.pt"  # Lightning's name for what is no shard; written last, its presence says that the folder is complete
 
@@ -56,21 +56,27 @@ def write_folder(checkpoint: dict[str, Any], path: Path) -> None:
     Args:
         checkpoint: as for a portable file, but its tensors may be DTensors.
         path: replaced in one step if it is there.
+
+    Raises:
+        OSError: the first rank could not write; on every rank.
     """
     import torch.distributed.checkpoint as dcp
 
     tensors: dict[str, Tensor] = {}
     rest = _extract_tensors({name: checkpoint[name] for name in ("state_dict", "optimizer_states") if name in checkpoint}, "", tensors)
-    staged, first = _staged(path), dist.get_rank() == 0
-    if first:
+    staged = _staged(path)
+
+    def begin() -> None:
         _remove(staged)
         staged.mkdir(parents=True)
-    dist.barrier()
-    dcp.save(tensors, checkpoint_id=staged)
-    if first:
+
+    def finish() -> None:
         write_atomic(staged / REST, lambda file: torch.save({**checkpoint, **rest}, file))
         _swap(path)
-    dist.barrier()
+
+    on_first_rank(begin)
+    dcp.save(tensors, checkpoint_id=staged)
+    on_first_rank(finish)
 
 
 def _staged(path: Path) -> Path:

@@ -54,6 +54,7 @@ class LoRAFSDP2Strategy(ModelParallelStrategy):
 
     def __init__(
         self,
+        *,
         data_parallel_size: Literal["auto"] | int = "auto",
         tensor_parallel_size: int = 1,
         save_distributed_checkpoint: bool = False,

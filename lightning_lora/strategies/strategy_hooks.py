@@ -36,7 +36,16 @@ from lightning_lora.optim.state import load_by_name, state_by_name
 from lightning_lora.strategies.checkpoint_io import REST, DurableCheckpointIO, read_folder, write_folder
 from lightning_lora.utils.checksums import checksum
 from lightning_lora.utils.names import clean_name, persistent_buffers
-from lightning_lora.utils.sharding import broadcast, full_tensor, is_sharded, local_shard, local_tensor, reshard
+from lightning_lora.utils.sharding import (
+    broadcast,
+    full_tensor,
+    is_distributed,
+    is_sharded,
+    local_shard,
+    local_tensor,
+    on_first_rank,
+    reshard,
+)
 
 _HOOKED = (
     "setup_optimizers",
@@ -129,7 +138,8 @@ class StrategyHooks:
         if self._in_shards():
             write_folder(checkpoint, Path(self.strategy.broadcast(filepath)))
         else:
-            Strategy.save_checkpoint(self.strategy, checkpoint, filepath, storage_options=storage_options)
+            # Only the first process writes, and the others would wait for one that failed.
+            on_first_rank(lambda: Strategy.save_checkpoint(self.strategy, checkpoint, filepath, storage_options=storage_options))
 
     def load_checkpoint(self, path: str, weights_only: bool | None = None) -> dict[str, Any]:
         """A checkpoint, file or folder, held against the module; nothing is loaded into it yet.
@@ -219,7 +229,7 @@ class StrategyHooks:
 
 def synchronize(module: nn.Module) -> None:
     """Give every rank the first rank's values of the adapter and what else trains, where several ranks hold the same."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not is_distributed():
         return
     world = torch.distributed.group.WORLD
     for _, parameter in kept_parameters(module):
@@ -233,7 +243,7 @@ def check_equal(module: nn.Module) -> None:
     Raises:
         RuntimeError: it differs, so its gradients were not averaged; the message names the first parameter.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not is_distributed():
         return
     mine = {clean_name(name): checksum(p) for name, p in kept_parameters(module) if not is_sharded(p)}
     everyone: list[Any] = [None] * torch.distributed.get_world_size()

@@ -65,10 +65,7 @@ def _check_there(model: str | os.PathLike[str]) -> None:
     """Transformers takes what is no folder for a hub id, and says of a missing folder that it is a malformed id."""
     name, path = os.fspath(model), Path(model)
     if not path.is_dir() and (name.startswith((".", "~")) or path.is_absolute() or len(path.parts) > 2):
-        cure = " `make quickstart` fetches it." if name.startswith(".cache/quickstart") else ""
-        raise ValueError(
-            f"model={name!r} is no folder (seen from {Path.cwd()}; ~ stays as it is), nor a hub id: 'name' or 'owner/name'.{cure}"
-        )
+        raise ValueError(f"model={name!r} is no folder (seen from {Path.cwd()}; ~ stays as it is), nor a hub id: 'name' or 'owner/name'.")
 
 
 def enable_checkpointing(model: Any) -> None:

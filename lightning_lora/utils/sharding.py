@@ -43,27 +43,38 @@ def is_flattened(model: nn.Module) -> bool:
 
 def is_first_rank() -> bool:
     """Whether this is the only process or the first of several."""
-    return not (torch.distributed.is_available() and torch.distributed.is_initialized()) or torch.distributed.get_rank() == 0
+    return not is_distributed() or torch.distributed.get_rank() == 0
 
 
 def on_first_rank(action: Callable[[], object]) -> None:
-    """Do something on the first rank while the others wait; what it raises there is raised on all of them, so that none hangs.
+    """Do something on the first rank while the others wait; whatever it raises there is raised on all of them, so that none hangs.
+
+    Others get a ValueError for a ValueError and an OSError for an OSError, with the same text. For anything else, an interrupt too,
+    they get a RuntimeError that says its type and text: what does not pickle travels so as well.
 
     Raises:
-        OSError, ValueError: the action's.
+        ValueError, OSError: the action's.
+        RuntimeError: on the other ranks, for what else the action raised.
     """
-    error: Exception | None = None
-    if is_first_rank():
-        try:
-            action()
-        except (OSError, ValueError) as caught:
-            error = caught
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        box = [error]
+    if not is_distributed():
+        action()
+        return
+    if not is_first_rank():
+        box: list[Any] = [None]
         torch.distributed.broadcast_object_list(box)
-        error = box[0]
-    if error is not None:
-        raise error
+        if box[0] is not None:
+            kind, text = box[0]
+            error: Exception = kind(text)
+            raise error
+        return
+    try:
+        action()
+    except BaseException as caught:
+        known = next((kind for kind in (ValueError, OSError) if isinstance(caught, kind)), None)
+        told = (known, str(caught)) if known else (RuntimeError, f"the first rank raised {type(caught).__qualname__}: {caught}")
+        torch.distributed.broadcast_object_list([told])
+        raise
+    torch.distributed.broadcast_object_list([None])
 
 
 def gathered_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:

@@ -6,10 +6,10 @@ so its mixin is ``object``. A variant names no kind, no init and no other varian
 May import: everything up to ``layers``.
 """
 
-from lightning_lora.registry import VARIANTS
+from lightning_lora.registry import register_variant
 from lightning_lora.variants import dora, lora_fa
 from lightning_lora.variants.adalora import shrink_adalora
 
-VARIANTS["plain"] = object
+register_variant("plain")(object)
 
 __all__ = ["dora", "lora_fa", "shrink_adalora"]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.adapting import shallow_copy
 from lightning_lora.layers.base import LoRALayer, lora_layers
-from lightning_lora.registry import VARIANTS, register
+from lightning_lora.registry import register_variant
 from lightning_lora.utils.names import adapter_root, clean_name
 from lightning_lora.utils.sharding import is_sharded
 
@@ -28,7 +28,7 @@ _STD = 0.02  # of A and B at the start, as in the authors' code and in PEFT
 _INIT = LoRAConfig().init
 
 
-@register(VARIANTS, "adalora")
+@register_variant("adalora")
 class AdaLoRA(LoRALayer):
     """The mixin: ``lora_E`` (r, 1) between A and B.
 

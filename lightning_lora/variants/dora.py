@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.ops.low_rank import transformed
 from lightning_lora.ops.weight_norm import squared_norms
-from lightning_lora.registry import VARIANTS, register
+from lightning_lora.registry import register_variant
 from lightning_lora.utils.autocast import no_autocast
 from lightning_lora.utils.sharding import full_tensor, is_sharded, local_shard, local_tensor
 
 MAGNITUDE = "lora_magnitude_vector"  # PEFT's name for it
 
 
-@register(VARIANTS, "dora")
+@register_variant("dora")
 class DoRA(LoRALayer):
     """A magnitude vector before any kind.
 
@@ -74,7 +74,7 @@ class DoRA(LoRALayer):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``g∘(W·x + s·B·A·x) + b``, or with dropout the three terms above."""
-        if self.merged or self.is_plain_sum() or not input.is_floating_point():  # a dropped id has no meaning
+        if self.merged or self.disabled or self.is_plain_sum() or not input.is_floating_point():  # a dropped id has no meaning
             return super().forward(input, *args, **kwargs)
         x = F.dropout(input, super().dropout_now())
         again = self.base_forward(x, *args, **kwargs)

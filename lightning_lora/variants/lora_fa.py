@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.registry import VARIANTS, register
+from lightning_lora.registry import register_variant
 
 
-@register(VARIANTS, "lora_fa")
+@register_variant("lora_fa")
 class LoRAFA(LoRALayer):
     """Plain LoRA with the factor that starts at random frozen."""
 

@@ -25,7 +25,15 @@ from torch import Tensor, nn
 
 from lightning_lora.layers.base import lora_layers
 from lightning_lora.utils.names import clean_name
-from lightning_lora.utils.sharding import broadcast, distribute_like, full_tensor, is_sharded, local_shard, local_tensor
+from lightning_lora.utils.sharding import (
+    broadcast,
+    distribute_like,
+    full_tensor,
+    is_distributed,
+    is_sharded,
+    local_shard,
+    local_tensor,
+)
 from lightning_lora.variants.adalora import AdaLoRA
 
 
@@ -54,6 +62,7 @@ class RankAllocator:
     def __init__(
         self,
         model: nn.Module,
+        *,
         target_rank: int,
         total_steps: int,
         tinit: int = 0,
@@ -205,7 +214,7 @@ class RankAllocator:
         flat = torch.cat(list(scores.values()))
         keep = torch.zeros_like(flat)
         keep[flat.sort(descending=True, stable=True).indices[:budget]] = 1
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if is_distributed():
             # Every process has the same numbers; should one round differently, their models must not part ways.
             broadcast([keep], [torch.distributed.group.WORLD])
         parts = keep.bool().split([score.numel() for score in scores.values()])

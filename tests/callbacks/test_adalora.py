@@ -54,7 +54,7 @@ def loop(folder, accumulate=1, clip=None, steps=16):
     torch.manual_seed(5)
     lit = LitNet()
     apply_lora(lit, LoRAConfig(rank=4, alpha=4, target_modules=["fc1", "fc2"], variant="adalora"))
-    allocator = RankAllocator(lit, 2, steps, 2, 3, 2, orth_reg_weight=0.0)
+    allocator = RankAllocator(lit, target_rank=2, total_steps=steps, tinit=2, tfinal=3, deltaT=2, orth_reg_weight=0.0)
     optimizer = torch.optim.AdamW([p for p in lit.parameters() if p.requires_grad], lr=1e-2, eps=1e-4)
     batches = list(lit.train_dataloader()) * 4
     for start in range(0, len(batches), accumulate):

@@ -271,6 +271,18 @@ def test_help_lists_every_command(capsys):
     assert "--overwrite" in capsys.readouterr().out
 
 
+def test_the_help_has_a_run_to_start_from(model, tmp_path, capsys, monkeypatch):
+    """It runs as printed, once the model and the files are there; nothing in it is a file of the repository."""
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    text = printed[printed.index("\n\nmodel:\n") :]
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "val"):
+        tiny_lm.write(tmp_path / f"{split}.jsonl", tiny_lm.rows(6))
+    (tmp_path / "run.yaml").write_text(text.replace(yaml.safe_load(text)["model"]["model"], model))
+    assert main(["fit", "--config", "run.yaml", "--trainer.accelerator", "cpu", "--trainer.fast_dev_run", "true"]) == 0
+
+
 def test_the_command_line_starts_without_heavy_imports():
     code = "import sys, lightning_lora.cli.main as c; c.main(['--help']); print(sorted({'transformers', 'lightning'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from lightning_lora import apply_lora, load_adapter, save_adapter
+from lightning_lora import apply_lora, export_merged, load_adapter, save_adapter
 from lightning_lora.strategies.checkpoint_io import read_folder, write_folder
+from lightning_lora.utils.sharding import on_first_rank
 from tests.distributed.nets import CONFIG, adapter_tensors, fill_adapters, make_net
+from tests.distributed.runs import run
 from tests.distributed.test_wrapping import BOTH, wrapped_and_adapted
 
 
@@ -74,3 +77,76 @@ def save_where_it_fails(folder: str) -> str:
 
 def test_a_refusal_of_the_first_rank_is_raised_on_all(pool: Any, tmp_path: Path) -> None:
     assert len(set(pool.run(save_where_it_fails, str(tmp_path / "file")))) == 1
+
+
+class Unpicklable(Exception):
+    def __init__(self, text: str, lock: Any) -> None:
+        super().__init__(text, lock)
+
+    def __str__(self) -> str:
+        return "torn page"
+
+
+ERRORS = {
+    "ValueError": lambda: ValueError("rank=0"),
+    "OSError": lambda: FileNotFoundError(2, "No such file", "adapter"),
+    "RuntimeError": lambda: RuntimeError("disk full"),
+    "MemoryError": MemoryError,
+    "unpicklable": lambda: Unpicklable("torn page", threading.Lock()),
+    "KeyboardInterrupt": KeyboardInterrupt,
+    "SystemExit": lambda: SystemExit(3),
+}
+
+
+def raise_on_the_first(name: str) -> tuple[str, str, list[int]]:
+    """The type and text that this rank gets, and what a collective gives right after it."""
+    done = []
+
+    def action() -> None:
+        done.append(dist.get_rank())
+        raise ERRORS[name]()
+
+    with pytest.raises(BaseException) as caught:
+        on_first_rank(action)
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, done)  # the ranks are where they were to each other: no message is left over
+    return type(caught.value).__name__, str(caught.value), ranks
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_whatever_the_first_rank_raises_is_raised_on_all(pool: Any, name: str) -> None:
+    first, second = pool.run(raise_on_the_first, name)
+    error = ERRORS[name]()
+    assert first[:2] == (type(error).__name__, str(error)) and first[2] == second[2] == [[0], []]
+    if name in ("ValueError", "OSError"):
+        assert second[:2] == (name, str(error))
+    else:
+        assert second[:2] == ("RuntimeError", f"the first rank raised {type(error).__name__}: {error}")
+
+
+def fail_on_the_first(target: str, call: str, folder: str) -> str:
+    """A write that fails on the first rank only, in the middle of what all ranks do."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="disk full") as caught:
+        if dist.get_rank() == 0:
+            patch.setattr(f"lightning_lora.{target}", fails)
+        if call == "export":
+            export_merged(wrapped_and_adapted("fsdp2", "before")[0], folder, shard_bytes=1)
+        elif call == "folder":
+            write_folder({"state_dict": {"x": torch.ones(2)}}, Path(folder, "last.ckpt"))
+        else:
+            run("ddp", folder, epochs=1, save=True)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("target", "call"),
+    [
+        ("adapter_io.export.write_atomic", "export"),
+        ("strategies.checkpoint_io._remove", "folder"),
+        ("strategies.checkpoint_io.write_atomic", "folder"),
+        ("strategies.checkpoint_io.DurableCheckpointIO.save_checkpoint", "fit"),
+    ],
+)
+def test_a_write_that_fails_on_the_first_rank_leaves_none_waiting(pool: Any, tmp_path: Path, target: str, call: str) -> None:
+    first, second = pool.run(fail_on_the_first, target, call, str(tmp_path / "out"))
+    assert (first, second) == ("disk full", "the first rank raised RuntimeError: disk full")

@@ -88,7 +88,7 @@ CHECKPOINTING = {
 def test_one_graph_for_all_layers_and_none_more_over_the_steps(checkpointing: str, first: str, dropout: float) -> None:
     model, plain, counter = llama(dropout=dropout), llama(dropout=dropout), CompileCounter()
     model.enable_input_require_grads()
-    changes = [lambda: compile_layers(model, counter), lambda: CHECKPOINTING[checkpointing](model)]
+    changes = [lambda: compile_layers(model, backend=counter), lambda: CHECKPOINTING[checkpointing](model)]
     for change in changes if first == "compiled first" else reversed(changes):
         change()
     for _ in range(3):
@@ -102,7 +102,7 @@ def test_one_graph_for_all_layers_and_none_more_over_the_steps(checkpointing: st
 
 def test_first_layer_above_a_frozen_embedding_has_a_shorter_graph() -> None:
     model, counter = llama(), CompileCounter()
-    compile_layers(model, counter)
+    compile_layers(model, backend=counter)
     ours = [step(model) for _ in range(3)][-1]
     assert counter.frame_count == 2
     torch.testing.assert_close(ours, step(llama()))
@@ -110,7 +110,7 @@ def test_first_layer_above_a_frozen_embedding_has_a_shorter_graph() -> None:
 
 def test_shapes_evaluation_and_merging_compile_anew_once_each() -> None:
     model, plain, counter, counts = stack(), stack(), CompileCounter(), []
-    compile_layers(model, counter)
+    compile_layers(model, backend=counter)
 
     def both(*shape: int) -> None:
         x = torch.randn(*shape, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -141,7 +141,7 @@ def test_shapes_evaluation_and_merging_compile_anew_once_each() -> None:
     uncompile_layers(model)
     both(2, 8)
     assert all(block._compiled_call_impl is None for block in model.modules())
-    compile_layers(model, counter)
+    compile_layers(model, backend=counter)
     both(3, 9)
     assert 3 < evaluation <= 5 and evaluation < merged <= evaluation + 2 and counts[-1] == merged
 
@@ -149,7 +149,7 @@ def test_shapes_evaluation_and_merging_compile_anew_once_each() -> None:
 def test_more_graphs_than_the_compiler_allows_by_itself() -> None:
     """It would run the rest uncompiled, with nothing but a line in the log."""
     model, counter = nn.Sequential(Block(), Block()), CompileCounter()
-    compile_layers(model, counter)
+    compile_layers(model, backend=counter)
     for length in range(12):
         for block in model:
             block.tag = "x" * length
@@ -160,7 +160,7 @@ def test_more_graphs_than_the_compiler_allows_by_itself() -> None:
 def test_with_its_backward_traced_it_gives_the_same_numbers() -> None:
     model = llama(2)
     model.enable_input_require_grads()
-    assert compile_layers(model, "aot_eager") == ["model.layers.0", "model.layers.1"]
+    assert compile_layers(model, backend="aot_eager") == ["model.layers.0", "model.layers.1"]
     torch.testing.assert_close(step(model), step(llama(2)), rtol=1e-4, atol=1e-5)
 
 
@@ -183,7 +183,7 @@ def test_a_block_keeps_no_more_wide_tensors_than_the_frozen_one(fused: bool, mon
     for model in (llama(1), transformers.LlamaForCausalLM(llama(1).config).requires_grad_(False)):
         model.enable_input_require_grads()
         kept.append([])
-        compile_layers(model, backend)
+        compile_layers(model, backend=backend)
         ids = torch.arange(16).view(2, 8)
         model(input_ids=ids, labels=ids).loss.backward()
     ours, frozen = kept
@@ -199,16 +199,16 @@ def test_recording_is_the_backends_work_and_lets_kernels_serve_small_inputs() ->
         return graph.forward
 
     recorded, other = stack(), stack()
-    compile_layers(recorded, backend, cuda_graphs=True)
-    compile_layers(other, backend)
+    compile_layers(recorded, backend=backend, cuda_graphs=True)
+    compile_layers(other, backend=backend)
     for model in (recorded, other, recorded):  # neither has the other compiled anew
         model(x)
     assert asked == [({"triton.cudagraphs": True}, True), (None, False)] and not backends.recording
-    compile_layers(recorded, backend, cuda_graphs=True)
+    compile_layers(recorded, backend=backend, cuda_graphs=True)
     with pytest.raises(ValueError, match=r"0 is compiled already, without CUDA graphs: call uncompile_layers"):
-        compile_layers(other, backend, cuda_graphs=True)
+        compile_layers(other, backend=backend, cuda_graphs=True)
     with pytest.raises(ValueError, match="backend='eager' records no CUDA graphs: use 'inductor'"):
-        compile_layers(stack(), "eager", cuda_graphs=True)
+        compile_layers(stack(), backend="eager", cuda_graphs=True)
 
 
 def test_gradients_are_kept_from_being_written_over() -> None:
@@ -225,7 +225,7 @@ def test_gradients_are_kept_from_being_written_over() -> None:
 
 def test_compiles_the_repeated_blocks_and_nothing_else() -> None:
     model = nn.ModuleDict({"b": nn.ModuleList([Block(nn.Sequential(Block(), Block())) for _ in range(2)]), "head": Block()})
-    assert compile_layers(model, "eager") == ["b.0", "b.1"]
+    assert compile_layers(model, backend="eager") == ["b.0", "b.1"]
     compiled = {name for name, module in model.named_modules() if module._compiled_call_impl is not None}
     assert compiled == {name for name, _ in repeated_blocks(model)} == {"b.0", "b.1"}
 
@@ -233,8 +233,8 @@ def test_compiles_the_repeated_blocks_and_nothing_else() -> None:
 def test_hugging_face_says_itself_what_its_blocks_are() -> None:
     config = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_heads": 2, "vocab_size": 32}
     model = transformers.T5ForConditionalGeneration(transformers.T5Config(num_layers=2, num_decoder_layers=1, **config))
-    assert compile_layers(model, "eager") == ["encoder.block.0", "encoder.block.1", "decoder.block.0"]
-    assert compile_layers(llama(1), "eager") == ["model.layers.0"]
+    assert compile_layers(model, backend="eager") == ["encoder.block.0", "encoder.block.1", "decoder.block.0"]
+    assert compile_layers(llama(1), backend="eager") == ["model.layers.0"]
     vision = transformers.ViTConfig(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, image_size=8, patch_size=4
     )
@@ -249,7 +249,7 @@ def test_nothing_to_compile_is_an_error(model: nn.Module) -> None:
 
 def test_copies_and_pickles_are_not_compiled() -> None:
     model = nn.Sequential(Block(), Block())
-    compile_layers(model, "eager")
+    compile_layers(model, backend="eager")
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert all(block._compiled_call_impl is None for block in other)
         assert torch.equal(other(torch.ones(8)), model(torch.ones(8)))
@@ -259,5 +259,5 @@ def test_a_block_that_is_compiled_stays_so() -> None:
     model = nn.Sequential(Block(), Block())
     model[0].compile(backend="eager", dynamic=True)
     own = model[0]._compiled_call_impl
-    compile_layers(model, "eager")
+    compile_layers(model, backend="eager")
     assert model[0]._compiled_call_impl is own and model[1]._compiled_call_impl is not None

@@ -297,7 +297,7 @@ def test_compiled_blocks_are_one_graph_with_the_fused_operations(quantize, check
         model.gradient_checkpointing_enable({"use_reentrant": False})
     eager = run(model)
     counter = CompileCounterWithBackend("aot_eager")
-    compile_layers(model, counter)
+    compile_layers(model, backend=counter)
     for _ in range(2):
         assert_close(run(model), eager)
     assert counter.frame_count == 1 and not torch._dynamo.utils.counters["graph_break"]

@@ -58,7 +58,7 @@ def test_scores_budgets_and_masks_over_the_whole_schedule():
     """
     torch.manual_seed(0)
     ours, theirs = twins(TinyModel(), ["q_proj", "v_proj", "mlp"])
-    allocator = RankAllocator(ours, 2, STEPS, **PLAN, orth_reg_weight=0.0)
+    allocator = RankAllocator(ours, target_rank=2, total_steps=STEPS, **PLAN, orth_reg_weight=0.0)
     reference = theirs.base_model.rankallocator
     assert (allocator.start, allocator.target) == (reference.init_bgt, reference.target_bgt)
     for key, parameter in theirs.named_parameters():

@@ -62,7 +62,7 @@ def test_the_budget_is_the_papers_cubic():
 @pytest.mark.parametrize(("tinit", "tfinal", "deltaT"), [(0, 0, 1), (3, 4, 1), (2, 3, 4), (0, 0, 50)])
 def test_the_budget_is_met_exactly(tinit, tfinal, deltaT):
     net = model()
-    allocator = RankAllocator(net, 2, 14, tinit, tfinal, deltaT)
+    allocator = RankAllocator(net, target_rank=2, total_steps=14, tinit=tinit, tfinal=tfinal, deltaT=deltaT)
     optimizer = adamw(net)
     for step in range(1, 20):  # five steps longer than the schedule
         train(net, allocator, optimizer, [step])
@@ -76,7 +76,7 @@ def test_the_budget_is_met_exactly(tinit, tfinal, deltaT):
 def test_equal_scores_do_not_break_the_budget():
     """A model where nothing has a gradient: PEFT would prune all triplets, since all lie at its threshold."""
     net = model()
-    allocator = RankAllocator(net, 2, 4)
+    allocator = RankAllocator(net, target_rank=2, total_steps=4)
     for _ in range(4):
         allocator.after_step()
     assert sum(alive(net).values()) == 12
@@ -84,7 +84,7 @@ def test_equal_scores_do_not_break_the_budget():
 
 def test_ranks_at_the_start_may_differ():
     net = model(rank_pattern={"mlp": 6})
-    allocator = RankAllocator(net, 4, 3)
+    allocator = RankAllocator(net, target_rank=4, total_steps=3)
     assert (allocator.start, allocator.target) == (4 * 4 + 2 * 6, 24)
     train(net, allocator, adamw(net), range(1, 4))
     assert sum(alive(net).values()) == 24
@@ -105,7 +105,7 @@ def test_a_schedule_that_could_not_prune_is_refused(fields, message):
 
 def test_a_model_without_adalora_is_refused():
     with pytest.raises(ValueError, match=r"TinyModel has no AdaLoRA layers.*variant='adalora'"):
-        RankAllocator(apply_lora(TinyModel()), 2, 10)
+        RankAllocator(apply_lora(TinyModel()), target_rank=2, total_steps=10)
 
 
 @pytest.mark.parametrize(("value", "steps"), [(0, 0), (7, 7), (0.0, 0), (0.1, 20), (0.999, 200)])
@@ -124,7 +124,7 @@ def test_steps_out_of_range(value):
 
 def test_scores_are_the_definition():
     net = model()
-    allocator = RankAllocator(net, 2, 10, beta1=0.6, beta2=0.9, orth_reg_weight=0.0)
+    allocator = RankAllocator(net, target_rank=2, total_steps=10, beta1=0.6, beta2=0.9, orth_reg_weight=0.0)
     parameters = {f"{name}.{part}": p for name, layer in lora_layers(net) for part, p in layer.lora_parameters().items()}
     mean = spread = {name: torch.zeros_like(p) for name, p in parameters.items()}
     for step in range(3):
@@ -148,7 +148,7 @@ def test_scores_are_the_definition():
 
 def test_a_module_left_out_of_a_batch_has_no_sensitivity_in_it():
     net = model()
-    allocator = RankAllocator(net, 2, 10)
+    allocator = RankAllocator(net, target_rank=2, total_steps=10)
     loss_of(net, 1).backward()
     layer = dict(lora_layers(net))["layers.0.mlp"]
     layer.lora_A.grad = layer.lora_B.grad = layer.lora_E.grad = None
@@ -174,7 +174,7 @@ def orthogonality(net):
 def test_its_gradient_is_that_of_the_papers_loss(scale):
     ours, theirs = model(), model()
     (loss_of(ours, 1) * scale).backward()
-    RankAllocator(ours, 2, 10, orth_reg_weight=0.3).regularize(scale)
+    RankAllocator(ours, target_rank=2, total_steps=10, orth_reg_weight=0.3).regularize(scale)
     ((loss_of(theirs, 1) + 0.3 * orthogonality(theirs)) * scale).backward()
     grads = [{n: p.grad for n, p in net.named_parameters() if p.requires_grad} for net in (ours, theirs)]
     torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
@@ -184,7 +184,7 @@ def test_of_convolutions_too_and_without_a_gradient_of_the_loss():
     config = LoRAConfig(rank=4, target_modules=["conv"], variant="adalora")
     ours = fill(apply_lora(ConvNet().double(), config))
     theirs = copy.deepcopy(ours)
-    RankAllocator(ours, 2, 10, orth_reg_weight=0.3).regularize()
+    RankAllocator(ours, target_rank=2, total_steps=10, orth_reg_weight=0.3).regularize()
     (0.3 * orthogonality(theirs)).backward()
     grads = [{n: p.grad for n, p in net.named_parameters() if n.endswith(("lora_A", "lora_B"))} for net in (ours, theirs)]
     torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
@@ -192,13 +192,13 @@ def test_of_convolutions_too_and_without_a_gradient_of_the_loss():
 
 def test_without_weight_it_touches_nothing():
     net = model()
-    RankAllocator(net, 2, 10, orth_reg_weight=0.0).regularize()
+    RankAllocator(net, target_rank=2, total_steps=10, orth_reg_weight=0.0).regularize()
     assert all(p.grad is None for p in net.parameters())
 
 
 def test_it_makes_the_factors_orthogonal():
     net = model()
-    allocator = RankAllocator(net, 2, 400, orth_reg_weight=0.1)
+    allocator = RankAllocator(net, target_rank=2, total_steps=400, orth_reg_weight=0.1)
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=0.02)
     before = orthogonality(net).item()
     for _ in range(200):
@@ -229,9 +229,9 @@ def test_a_copy_that_takes_up_the_state_goes_on_to_the_bit(stop):
 
 
 def test_state_of_something_else_is_refused():
-    state = RankAllocator(model(), 2, 10).state_dict()
+    state = RankAllocator(model(), target_rank=2, total_steps=10).state_dict()
     with pytest.raises(ValueError, match=r"total_steps=20 here, the checkpoint's schedule has 10, 0 of them done.*pass total_steps=10"):
-        RankAllocator(model(), 2, 20).load_state_dict(state)
+        RankAllocator(model(), target_rank=2, total_steps=20).load_state_dict(state)
     other = apply_lora(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(rank=4, target_modules=["0"], variant="adalora"))
     with pytest.raises(ValueError, match="of other layers"):
-        RankAllocator(other, 2, 10).load_state_dict(state)
+        RankAllocator(other, target_rank=2, total_steps=10).load_state_dict(state)
