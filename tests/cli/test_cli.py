@@ -215,7 +215,7 @@ def test_a_traceback_on_request(monkeypatch):
         main(["melt"])
 
 
-ADALORA = str(Path(__file__).parents[1] / "configs" / "adalora.yaml")
+ADALORA = str(Path(__file__).parents[2] / "configs" / "adalora.yaml")
 
 
 @pytest.mark.filterwarnings("ignore:Experiment logs directory")
