@@ -50,7 +50,11 @@ def fuse(model: nn.Module) -> list[SharedInputGroup]:
 
 
 def unfuse(model: nn.Module) -> None:
-    """Compute every adapted linear by itself again."""
+    """Compute every adapted linear by itself again, until LoRA is applied anew.
+
+    Args:
+        model: an adapted model; one that shares nothing stays as it is.
+    """
     for module in model.modules():
         if isinstance(module, LoRALinear) and module.shared_input is not None:
             module.shared_input.dissolve()

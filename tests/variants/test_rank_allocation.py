@@ -51,7 +51,7 @@ def alive(net):
 
 
 def test_the_budget_is_the_papers_cubic():
-    allocator = RankAllocator(model(), 2, total_steps=30, tinit=5, tfinal=5)
+    allocator = RankAllocator(model(), target_rank=2, total_steps=30, tinit=5, tfinal=5)
     budgets = [allocator.budget(step) for step in range(31)]
     assert budgets[:6] == [24] * 6 and budgets[25:] == [12] * 6
     # equation 12, with its b(0) = 24, b(T) = 12, t_i = 5, T − t_i − t_f = 20
