@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -145,6 +145,16 @@ def snapshot(model: nn.Module) -> dict[str, object]:
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(as_bits(a), as_bits(b))
+
+
+def sums_agree(mine: Sequence[Tensor], expected: Sequence[Tensor], terms: int) -> None:
+    """Compare what is computed in two orders of summation in one dtype, as different CPUs do, where float64 cannot be had.
+
+    A sum of ``terms`` terms differs by at most about eps·√terms of its largest term; that much of the largest entry is allowed.
+    """
+    for a, b in zip(mine, expected, strict=True):
+        atol = torch.finfo(b.dtype).eps * terms**0.5 * b.abs().max().item()
+        torch.testing.assert_close(a, b, rtol=0, atol=atol)
 
 
 def base_bits(model: nn.Module) -> dict[str, list[int]]:

@@ -213,6 +213,13 @@ def refusal(kind: str, variant: str) -> str | None:
     return None
 
 
+def cell(results: dict[str, str]) -> str:
+    """What the table says of a pair: the results by check, none of a pair that is refused."""
+    without = [check for check, result in results.items() if result == "refused"]
+    passed = "✓" + (f" ({', '.join(without)} refused)" if without else "")
+    return "refused" if not results else "FAILED" if "failed" in results.values() else passed
+
+
 def main() -> int:
     """Print the table; the exit code is the number of failed checks."""
     warnings.simplefilter("ignore")
@@ -225,11 +232,9 @@ def main() -> int:
             cells = []
             for variant in variants:
                 refused = refusal(kind, variant) is not None
-                results = {"": "refused"} if refused else {check: _run(check, kind, variant, Path(folder)) for check in CHECKS}
-                counts.update(results.values())
-                without = [check for check, result in results.items() if result == "refused"]
-                passed = "✓" + (f" ({', '.join(without)} refused)" if without else "")
-                cells.append("FAILED" if "failed" in results.values() else "refused" if refused else passed)
+                results = {} if refused else {check: _run(check, kind, variant, Path(folder)) for check in CHECKS}
+                counts.update(results.values() if results else ["refused"])
+                cells.append(cell(results))
             print(f"| {kind} | {' | '.join(cells)} |", flush=True)
     print(f"{counts['passed']} passed, {counts['refused']} refused, {counts['failed']} failed")
     return counts["failed"]

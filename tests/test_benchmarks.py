@@ -8,8 +8,10 @@ import runpy
 import subprocess
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -100,12 +102,31 @@ def test_floor_says_what_failed_and_goes_on(capsys: pytest.CaptureFixture[str]) 
         FLOOR["main"]([*QUICK, "--modes", "ours-fast"])
 
 
-def test_floor_profiles_and_counts_what_is_done_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_floor_profiles(capsys: pytest.CaptureFixture[str]) -> None:
     kernels = FLOOR["main"]([*QUICK, "--profile", "ours-chunk"])["ours-chunk"].kernels
-    assert next(iter(kernels.values()))[0] > 0 and kernels["aten::mm"][1] > 14 * 2
-    costs = FLOOR["main"]([*QUICK, "--costs"])
-    assert list(costs) == ["inject", "save", "merge", "unmerge"] and all(seconds > 0 for seconds, *_ in costs.values())
+    spent = [ms for ms, _ in kernels.values()]
+    assert spent == sorted(spent, reverse=True) and kernels["aten::mm"][1] > 14 * 2
     assert "| ours-chunk |" not in capsys.readouterr().out
+
+
+def test_floor_times_what_is_done_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call by itself: on a clock that only these calls move, each by another time."""
+    clock, names = [0.0], FLOOR["costs"].__globals__
+
+    def takes(seconds: int, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any) -> Any:
+            clock[0] += seconds
+            return call(*args)
+
+        return timed
+
+    for seconds, name in enumerate(("ours", "save_adapter", "merge_lora", "unmerge_lora"), 1):
+        monkeypatch.setitem(names, name, takes(seconds, names[name]))
+    monkeypatch.setitem(names, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    costs = FLOOR["main"]([*QUICK, "--costs"])
+    assert {what: seconds for what, (seconds, *_) in costs.items()} == {"inject": 1, "save": 2, "merge": 3, "unmerge": 4}
+    printed = capsys.readouterr().out
+    assert all(f"| {what} | {seconds:.2f} |" in printed for what, (seconds, *_) in costs.items())
 
 
 def test_floor_grows() -> None:

@@ -90,7 +90,6 @@ def module_name(path: Path) -> str:
 
 
 FILES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
-each_file = pytest.mark.parametrize("file", FILES, ids=lambda name: name or NAME)
 
 
 @cache
@@ -104,7 +103,12 @@ def level(file: str) -> int:
     return FOLDERS.index(folder)
 
 
-def imports(file: str) -> Iterator[Import]:
+@cache
+def imports(file: str) -> list[Import]:
+    return list(read_imports(file))
+
+
+def read_imports(file: str) -> Iterator[Import]:
     top = [node for statement in tree(file).body for node in outside_functions(statement)]
     guarded = {
         id(node) for block in top if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.dump(block.test) for node in ast.walk(block)
@@ -142,12 +146,13 @@ def root(name: str) -> str:
     return name.partition(".")[0]
 
 
-@each_file
-def test_imports_go_down_the_folders(file: str) -> None:
-    upward = [
-        f"{i.file}:{i.line} imports {i.module}" for i in imports(file) if (to := own(i.module)) is not None and level(to) > level(file)
+def test_imports_go_down_the_folders() -> None:
+    assert not [
+        f"{file}:{i.line} imports {i.module}"
+        for file in FILES
+        for i in imports(file)
+        if (to := own(i.module)) is not None and level(to) > level(file)
     ]
-    assert not upward
 
 
 def test_no_circle_inside_a_folder() -> None:
@@ -178,23 +183,22 @@ def test_the_package_has_few_rooms() -> None:
             assert "May import:" in (ast.get_docstring(tree(room)) or ""), room
 
 
-@each_file
-def test_imports_are_at_the_top(file: str) -> None:
+def test_imports_are_at_the_top() -> None:
     """Of the package's own: one inside a function would hide a cycle, or cost time at the first call."""
-    hidden = {to: f"{i.file}:{i.line}" for i in imports(file) if (to := own(i.module)) is not None and not i.top}
-    assert hidden.keys() == DEFERS.get(file, set()), hidden
+    for file in FILES:
+        hidden = {to: f"{file}:{i.line}" for i in imports(file) if (to := own(i.module)) is not None and not i.top}
+        assert hidden.keys() == DEFERS.get(file, set()), hidden
 
 
-@each_file
-def test_lightning_only_from_the_strategies_on(file: str) -> None:
-    named = [f"{i.file}:{i.line}" for i in imports(file) if root(i.module) in LIGHTNING]
-    assert not named or level(file) >= level(LIGHTNING_FROM), named
+def test_lightning_only_from_the_strategies_on() -> None:
+    below = [file for file in FILES if level(file) < level(LIGHTNING_FROM)]
+    assert not [f"{file}:{i.line} imports {i.module}" for file in below for i in imports(file) if root(i.module) in LIGHTNING]
 
 
-@each_file
-def test_optional_libraries_are_imported_when_needed(file: str) -> None:
-    optional = OPTIONAL - {"triton"} if file in KERNELS else OPTIONAL
-    assert not [f"{i.file}:{i.line} imports {i.module}" for i in imports(file) if root(i.module) in optional and i.top and not i.typing]
+def test_optional_libraries_are_imported_when_needed() -> None:
+    for file in FILES:
+        optional = OPTIONAL - {"triton"} if file in KERNELS else OPTIONAL
+        assert not [f"{file}:{i.line} imports {i.module}" for i in imports(file) if root(i.module) in optional and i.top and not i.typing]
 
 
 @pytest.mark.parametrize("library", sorted(OPTIONAL))
@@ -212,19 +216,22 @@ def test_the_rules_see_the_package() -> None:
     assert any(root(i.module) in LIGHTNING for i in imports("callbacks.lora"))
 
 
-@each_file
-def test_no_handler_swallows_what_it_does_not_know(file: str) -> None:
+def nodes() -> Iterator[tuple[str, ast.AST]]:
+    """Everything in every file, with the file."""
+    return ((file, node) for file in FILES for node in ast.walk(tree(file)))
+
+
+def test_no_handler_swallows_what_it_does_not_know() -> None:
     """A handler names what it is for; one for everything only cleans up and raises it again."""
-    for node in ast.walk(tree(file)):
+    for file, node in nodes():
         if isinstance(node, ast.ExceptHandler):
             names = {name.id for name in ast.walk(node.type) if isinstance(name, ast.Name)} if node.type else {"nothing"}
             assert not names & {"nothing", "Exception"}, f"{file}:{node.lineno}"
             assert "BaseException" not in names or isinstance(node.body[-1], ast.Raise), f"{file}:{node.lineno}"
 
 
-@each_file
-def test_errors_are_of_two_kinds(file: str) -> None:
-    for node in ast.walk(tree(file)):
+def test_errors_are_of_two_kinds() -> None:
+    for file, node in nodes():
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
             name = ast.unparse(node.exc.func)
             assert name in ("ValueError", "RuntimeError") or (file, name) in OTHER_ERRORS, f"{file}:{node.lineno} raises {name}"
@@ -234,11 +241,11 @@ def test_errors_are_of_two_kinds(file: str) -> None:
             assert not any(base.endswith("Error") and base not in ("ValueError", "RuntimeError") for base in bases), f"{file}:{node.lineno}"
 
 
-@each_file
-def test_a_file_owns_one_idea(file: str) -> None:
+def test_a_file_owns_one_idea() -> None:
     """It says which, and keeps to a size that can be read."""
-    assert ast.get_docstring(tree(file))
-    assert len(FILES[file].read_text().splitlines()) <= 300
+    for file, path in FILES.items():
+        assert ast.get_docstring(tree(file)), file
+        assert len(path.read_text().splitlines()) <= 300, file
 
 
 @pytest.mark.parametrize("name", sorted(lightning_lora.__all__))
@@ -255,17 +262,15 @@ def python(code: str) -> str:
 
 
 def test_the_import_is_light() -> None:
-    """No optional library, no Lightning, and well under a second beyond torch, of the CPU's time, for the machine is shared."""
-    code = f"""
-import sys, time, torch
-there, start = set(sys.modules), time.process_time()
-import {NAME}
-print(time.process_time() - start, *{{name.partition(".")[0] for name in set(sys.modules) - there}})
-"""
-    runs = [python(code).split() for _ in range(3)]
-    assert min(float(run[0]) for run in runs) < 0.3
-    assert NAME in runs[0]
-    assert not set(runs[0]) & (OPTIONAL | LIGHTNING | {"torchmetrics", "jsonargparse"})
+    """It brings its own files, safetensors and Python's library: no Lightning, nothing optional, no part of torch that torch leaves out.
+
+    That takes 0.1 s beyond torch; what is imported is counted, for times differ between machines.
+    """
+    code = f"import sys, torch; there = set(sys.modules); import {NAME}; print(*set(sys.modules) - there)"
+    brought = set(python(code).split())
+    assert NAME in brought and len(brought) < 100
+    others = {module for module in brought if root(module) not in {NAME, "safetensors", *sys.stdlib_module_names}}
+    assert not others
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -1,5 +1,7 @@
 """Processes that stay: importing torch and Lightning takes seconds, so one set of workers (gloo's) runs all distributed tests.
 
+They are forked from a server that has imported what they need, so that four of them, or new ones after an error, start at once.
+
 ``Pool(2).run(function, *args)`` runs a module-level function on every rank and returns what each returned. An exception on
 any rank is raised here with that rank's traceback; workers that then hang in a collective are replaced.
 """
@@ -15,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 120.0
+TIMEOUT = 240.0  # of a busy machine; pytest gives up at 300
 
 
 class Pool:
@@ -53,7 +55,9 @@ class Pool:
         # They meet over a file: a port that was free may be taken by the time they have started.
         self.folder = tempfile.mkdtemp()
         meeting = Path(self.folder, "meeting").as_uri()
-        context = mp.get_context("spawn")
+        context = mp.get_context("spawn" if self.device == "cuda" else "forkserver")  # the test files' imports may start CUDA
+        if self.device != "cuda":
+            context.set_forkserver_preload(["tests.distributed.runs", "tests.distributed.test_wrapping", "transformers"])
         for rank in range(self.world):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(rank, self.world, meeting, theirs, self.device), daemon=True)

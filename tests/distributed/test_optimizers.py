@@ -30,8 +30,8 @@ def lora_plus_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_lora_plus_trains_as_one_process_does(pool: Any, lora_plus_run: dict[str, Any], tmp_path: Path, name: str) -> None:
     for rank in start(pool, name, str(tmp_path), 2, lora_plus_ratio=8):
         assert rank["losses"] == pytest.approx(lora_plus_run["losses"], abs=1e-5)
-        for key, adapter in lora_plus_run["adapters"].items():  # eight times the rate, eight times the noise of Adam's first steps
-            torch.testing.assert_close(rank["adapters"][key], adapter, rtol=0, atol=5e-5, msg=key)
+        for key, adapter in lora_plus_run["adapters"].items():  # eight times the rate, eight times the rounding
+            torch.testing.assert_close(rank["adapters"][key], adapter, rtol=0, atol=1e-5, msg=key)
 
 
 class Projected:

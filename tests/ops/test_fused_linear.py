@@ -64,7 +64,7 @@ def test_dropout_drops_the_same_entries_for_all(monkeypatch):
     mask = torch.rand(6, IN) < 0.4
     monkeypatch.setattr(plain, "draw_drop", lambda flat, p: ((mask, 0), 0.4))
     mine = lora_linears(x, Ws, biases, A_list, B_list, SCALES, dropout=0.4)
-    defined = definition(x, Ws, biases, A_list, B_list, SCALES, (~mask).view(x.shape) / 0.6)
+    defined = definition(x, Ws, biases, A_list, B_list, SCALES, (~mask).view(x.shape).to(x.dtype) / 0.6)
     assert_close(mine, defined)
     assert_close(gradients(mine, [x, *A_list, *B_list]), gradients(defined, [x, *A_list, *B_list]))
 

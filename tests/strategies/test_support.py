@@ -12,7 +12,6 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_lora import LoRACallback
 from lightning_lora.strategies.checkpoint_io import REST, DurableCheckpointIO
-from lightning_lora.utils.names import persistent_buffers
 from tests.lit import CONFIG, LitNet, trainer
 
 
@@ -88,10 +87,3 @@ def test_nothing_is_staged_outside_the_target_folder(tmp_path: Path, monkeypatch
     monkeypatch.setattr("tempfile.tempdir", None)
     DurableCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "x.ckpt")
     assert torch.load(tmp_path / "x.ckpt", weights_only=True) == {"step": 1}
-
-
-def test_persistent_buffers_leave_the_others_out() -> None:
-    module = torch.nn.Module()
-    module.register_buffer("kept", torch.ones(1))
-    module.register_buffer("derived", torch.ones(1), persistent=False)
-    assert list(persistent_buffers(module)) == ["kept"]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from lightning_lora.utils.names import adapter_root, clean_name, modules_by_name, second_names
+from lightning_lora.utils.names import adapter_root, clean_name, modules_by_name, persistent_buffers, second_names
 from tests.conftest import Task, TinyModel
 
 
@@ -59,3 +59,10 @@ def test_second_names_are_those_of_shared_modules():
     model = nn.ModuleDict({"a": nn.Linear(2, 2), "c": nn.Linear(2, 2)})
     model["b"] = nn.Sequential(model["a"])
     assert second_names(model) == {"a": "b.0"}
+
+
+def test_persistent_buffers_leave_the_others_out():
+    module = nn.Module()
+    module.register_buffer("kept", torch.ones(1))
+    module.register_buffer("derived", torch.ones(1), persistent=False)
+    assert list(persistent_buffers(module)) == ["kept"]
