@@ -315,9 +315,9 @@ def built(strategy: str, model: str, options: argparse.Namespace) -> tuple[nn.Mo
 
 def shared_gib(model: nn.Module) -> float:
     """What lies in memory that GPUs share, which torch's allocator does not count."""
-    from lightning_lora.model.parallel import group_of
+    from lightning_lora.utils.torch_private import fsdp2_group
 
-    groups = [group_of(module) for module in model.modules() if isinstance(module, FSDPModule)]
+    groups = [fsdp2_group(module) for module in model.modules() if isinstance(module, FSDPModule)]
     return sum(param._sharded_param_data.nbytes for group in groups for param in getattr(group, "sources", None) or ()) / 2**30
 
 

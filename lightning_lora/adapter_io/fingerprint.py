@@ -22,6 +22,8 @@ from lightning_lora.quantization.formats import UNKNOWN, weight_digest
 from lightning_lora.utils.checksums import sampled_digest
 from lightning_lora.utils.names import clean_name
 from lightning_lora.utils.sharding import full_tensor
+from lightning_lora.utils.torch_private import uncompiled
+from lightning_lora.utils.transformers_conventions import model_name
 
 HALF, QUANTIZED = 16, "q"
 LINEAR = nn.Linear  # Lightning's plugins put a class of their own under that name while a model is built
@@ -48,9 +50,8 @@ def base_identity(root: nn.Module, exclude: Collection[str] = ()) -> dict[str, A
             half = linear if name == "weight" and isinstance(module, LINEAR) else rest
             half.update(f"{full}={value};".encode())
     config = getattr(root, "config", None)
-    name = getattr(config, "_name_or_path", "") or getattr(config, "model_type", "") or ""
     fingerprint = rest.hexdigest()[:HALF] + (mark + linear.hexdigest())[:HALF]
-    return {"fingerprint": fingerprint, "class": type(getattr(root, "_orig_mod", root)).__name__, "name": str(name)}
+    return {"fingerprint": fingerprint, "class": type(uncompiled(root)).__name__, "name": model_name(config)}
 
 
 def check_base(mine: dict[str, Any], saved: dict[str, Any], where: str) -> None:

@@ -24,6 +24,7 @@ from lightning_lora.model.merge import unmerge_lora
 from lightning_lora.model.targeting import TargetReport, find_targets
 from lightning_lora.utils.names import adapter_root, clean_name, modules_by_name, second_names
 from lightning_lora.utils.sharding import full_tensor, is_flattened, on_first_rank
+from lightning_lora.utils.torch_private import NormWithStatistics
 
 
 def save_adapter(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> Path:
@@ -123,7 +124,7 @@ def extra_tensors(root: nn.Module, config: LoRAConfig, adapted: Collection[str])
         adapted: FQNs of the layers that are adapted, or are to be.
     """
     saved = saved_modules(root, config)
-    statistics = {clean_name(name) for name, module in root.named_modules() if isinstance(module, nn.modules.batchnorm._NormBase)}
+    statistics = {clean_name(name) for name, module in root.named_modules() if isinstance(module, NormWithStatistics)}
     extras: dict[str, Tensor] = {}
     for name, tensor in root.state_dict(keep_vars=True).items():
         name = clean_name(name)

@@ -22,6 +22,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import LoRALayer, lora_layers
 from lightning_lora.model.merge import unmerge_lora
 from lightning_lora.utils.sharding import is_sharded
+from lightning_lora.utils.torch_private import unscales_itself
 from lightning_lora.variants import shrink_adalora
 from lightning_lora.variants.rank_allocation import RankAllocator, steps_of
 
@@ -107,8 +108,8 @@ class AdaLoRACallback(LoRACallback):
             self._saved = None  # of a checkpoint that was only tested
             self._grow(pl_module)
         super().setup(trainer, pl_module, stage)
-        if self._full:
-            hooks = trainer.strategy._lora_hooks  # type: ignore[attr-defined]
+        hooks = self._hooks
+        if self._full and hooks is not None:
 
             def before_load(config: LoRAConfig) -> None:
                 if config.variant == self.trained_config.variant:
@@ -166,7 +167,7 @@ class AdaLoRACallback(LoRACallback):
         """Add the regularizer's gradient."""
         if self.allocator is not None and optimizer is self._optimizer:
             scaler = getattr(trainer.precision_plugin, "scaler", None)
-            still_scaled = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
+            still_scaled = scaler is not None and unscales_itself(optimizer)
             self.allocator.regularize(scaler.get_scale() if still_scaled else 1.0)  # type: ignore[union-attr]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -193,7 +194,8 @@ class AdaLoRACallback(LoRACallback):
             full = [(layer, type(layer), layer.lora_parameters(), layer.rank) for layer in layers]
             self.ranks = shrink_adalora(target)
             self._full, self.config = full, layers[0].lora_config
-            trainer.strategy._lora_hooks.config = self.config  # type: ignore[attr-defined]  # what is saved from now on is plain LoRA
+            assert self._hooks is not None
+            self._hooks.config = self.config  # what is saved from now on is plain LoRA
             rank_zero_info(self._report())
         super().on_fit_end(trainer, pl_module)
 

@@ -98,6 +98,7 @@ class LoRACallback(Callback):
         self._recorded = False
         self.report: TargetReport | None = None
         self._compiled: nn.Module | None = None
+        self._hooks: StrategyHooks | None = None  # of the last setup
         self._waiting: dict[str, nn.Parameter] = {}
         self._backward_ran = self._compare = False
 
@@ -218,7 +219,8 @@ class LoRACallback(Callback):
             self._check_mergeable(target, isinstance(trainer.strategy, ModelParallelStrategy))
         arrange(trainer.strategy, pl_module)
         root = ".".join(filter(None, (self.module, adapter_root(target)[0])))
-        StrategyHooks(trainer.strategy, pl_module, root, self.config, self.check_base, self.lora_plus_ratio).install()
+        self._hooks = StrategyHooks(trainer.strategy, pl_module, root, self.config, self.check_base, self.lora_plus_ratio)
+        self._hooks.install()
 
     def _begin_step(self) -> None:
         if self._recorded:

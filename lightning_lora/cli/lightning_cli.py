@@ -14,6 +14,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from typing_extensions import override
 
 from lightning_lora.callbacks import LoRACallback
+from lightning_lora.strategies.lightning_private import cli_parser, cli_value
 
 COMMANDS = ("fit", "validate", "test", "predict")
 LOGGER = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": "lora"}}
@@ -66,7 +67,7 @@ class LoRACLI(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
-        config, parser = self.config.get(str(self.subcommand), self.config), self._parser(self.subcommand)
+        config, parser = self.config.get(str(self.subcommand), self.config), cli_parser(self, self.subcommand)
         callbacks = config.get("trainer.callbacks") or []
         for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
             cls = pydoc.locate(callback.class_path)
@@ -81,7 +82,7 @@ class LoRACLI(LightningCLI):
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        config = self._get(self.config_init, "trainer")
+        config = cli_value(self, "trainer")
         callbacks = config.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
@@ -91,7 +92,7 @@ class LoRACLI(LightningCLI):
 
     @override
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        if self._get(self.config_init, "full_finetuning"):
+        if cli_value(self, "full_finetuning"):
             callbacks = [callback for callback in callbacks if not isinstance(callback, LoRACallback)]
         return super()._instantiate_trainer(config, callbacks)
 

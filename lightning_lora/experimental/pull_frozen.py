@@ -19,8 +19,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from lightning_lora.experimental.peer_memory import meet
 from lightning_lora.experimental.pulling_group import Order, PullingGroup
-from lightning_lora.model.parallel import GradientReducer, group_of
+from lightning_lora.model.parallel import GradientReducer
 from lightning_lora.utils.sharding import broadcast
+from lightning_lora.utils.torch_private import fsdp2_group
 
 
 def pull(unit: nn.Module, blocks: list[nn.Module]) -> None:
@@ -33,7 +34,7 @@ def pull(unit: nn.Module, blocks: list[nn.Module]) -> None:
         unit: what ``fully_shard`` returned, over more than one rank.
         blocks: the units in it.
     """
-    outside, groups = group_of(unit), [group_of(block) for block in blocks]
+    outside, groups = fsdp2_group(unit), [fsdp2_group(block) for block in blocks]
     order = Order()
     for group in groups if outside is None else [outside, *groups]:
         group.__class__ = PullingGroup
@@ -53,7 +54,7 @@ def pull(unit: nn.Module, blocks: list[nn.Module]) -> None:
 
 def average(model: nn.Module, ranks: dist.ProcessGroup) -> None:
     """Keep what trains and is in no unit of FSDP2 the same on every rank; call it when the parameters have storage."""
-    groups = [group for module in model.modules() if isinstance(module, FSDPModule) and (group := group_of(module)) is not None]
+    groups = [group for module in model.modules() if isinstance(module, FSDPModule) and (group := fsdp2_group(module)) is not None]
     places = [param._module_info for group in groups for param in group.fsdp_params]
     sharded = {(place.module, place.param_name) for place in places}
     sharded |= {tied for place in places for tied in zip(place.shared_modules, place.shared_param_names, strict=True)}
@@ -70,6 +71,6 @@ def average(model: nn.Module, ranks: dist.ProcessGroup) -> None:
 def release(model: nn.Module) -> None:
     """Give the shared memory back, once the parameters are elsewhere or done with; the next forward pass shares anew."""
     for module in model.modules():
-        if isinstance(module, FSDPModule) and isinstance(group := group_of(module), PullingGroup):
+        if isinstance(module, FSDPModule) and isinstance(group := fsdp2_group(module), PullingGroup):
             group.device_handle.synchronize()
             group.sources, group.held = None, {}

@@ -20,6 +20,7 @@ from lightning_lora.ops.frozen_weight import FrozenWeight, WeightReader, reader_
 from lightning_lora.quantization.formats import format_of
 from lightning_lora.registry import REFUSED, register_kind
 from lightning_lora.utils.sharding import is_sharded
+from lightning_lora.utils.torch_private import transforms_active
 
 REFUSED["torch.nn.modules.linear.NonDynamicallyQuantizableLinear"] = (
     "nn.MultiheadAttention reads its weight without calling it, so an adapter here would do nothing"
@@ -132,7 +133,7 @@ class LoRALinear(LoRALayer, nn.Linear):
             and not (is_sharded(x) or is_sharded(self.lora_A))
             and cls.weight_reader.can_read(self, x)
             # Where the kernels do not serve, a compiler fuses the definition itself; torch.func wants plain operations.
-            and (backends.usable(x) if torch.compiler.is_compiling() else not torch._C._are_functorch_transforms_active())
+            and (backends.usable(x) if torch.compiler.is_compiling() else not transforms_active())
         )
 
     def is_plain_sum(self) -> bool:

@@ -16,7 +16,8 @@ from lightning_lora.model.targeting import TargetReport, find_targets
 from lightning_lora.quantization.formats import elements, plain_dtype, prepare
 from lightning_lora.registry import INITS, VARIANTS, look_up
 from lightning_lora.utils.names import modules_by_name
-from lightning_lora.utils.sharding import is_distributed
+from lightning_lora.utils.sharding import is_distributed, reshard
+from lightning_lora.utils.transformers_conventions import checkpoint_options, gives_gradients
 
 
 class LoRAParameters(Sequence[nn.Parameter]):
@@ -71,6 +72,8 @@ def apply_lora(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
 
 def inject(model: nn.Module, config: LoRAConfig, report: TargetReport) -> nn.Module:
     """Do what a report of :func:`~lightning_lora.model.targeting.find_targets` says; all of it or, on an error, nothing."""
+    if is_distributed():
+        reshard(model)  # FSDP2 keeps its root gathered after a forward pass: flags set on those copies would not last
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         for parameter, _ in trained:
@@ -179,10 +182,9 @@ def let_gradients_in(model: nn.Module) -> None:
     inside would get no gradient, without a word.
     """
     for module in model.modules():
-        if not hasattr(type(module), "enable_input_require_grads") or "_require_grads_hook" in module.__dict__:
+        if not hasattr(type(module), "enable_input_require_grads") or gives_gradients(module):
             continue
-        functions = [getattr(child, "_gradient_checkpointing_func", None) for child in module.modules()]
-        if any(getattr(function, "keywords", {}).get("use_reentrant") for function in functions):
+        if any(options.get("use_reentrant") for options in checkpoint_options(module)):
             module.enable_input_require_grads()  # type: ignore[operator]
 
 

@@ -16,24 +16,34 @@ hooks.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.backends.registry import lookup_backend
-from torch._functorch import config as autograd_config
 
 from lightning_lora.ops import backends
 from lightning_lora.utils.blocks import BLOCKS, repeated_blocks
+from lightning_lora.utils.torch_private import autograd_settings, change_dynamo, compiled_call, compiler_backend, set_compiled_call
 
-GRAPHS = 64  # more than blocks of a few classes need for all of those
+# The tracer's global settings that blocks need. All modules' calls are one piece of code to it: it counts graphs by that, and after eight
+# leaves it uncompiled; 64 are more than blocks of a few classes need. Linears of one input hand each other their outputs
+# (layers/shared_input.py). Without the second setting a block that does so inside a checkpoint is left uncompiled: eager code would do it
+# in the second forward pass too. Nothing of it is there once the block has returned.
+_SETTINGS: dict[str, Any] = {"recompile_limit": 64, "skip_fwd_side_effects_in_bwd_under_checkpoint": True}
+
+_earlier: dict[str, Any] = {}  # those that were lower, as they were before
+_compiled: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # the blocks that run compiled, of all models
 
 
 def compile_layers(model: nn.Module, *, backend: str | Callable[..., Any] = "inductor", cuda_graphs: bool = False) -> list[str]:
     """Compile each of a model's repeated blocks (:func:`~lightning_lora.utils.blocks.repeated_blocks`) in place; ones that are compiled
     already stay so.
+
+    Two global settings of the compiler change with it, ``recompile_limit`` and ``skip_fwd_side_effects_in_bwd_under_checkpoint`` of
+    ``torch._dynamo.config``, for other compiled code of the process too: until :func:`uncompile_layers` was called for every model.
 
     Args:
         model: any module, wrapped or not.
@@ -57,21 +67,18 @@ def compile_layers(model: nn.Module, *, backend: str | Callable[..., Any] = "ind
             " parts that take the time."
         )
     for name, block in blocks.items():
-        if cuda_graphs and not isinstance(block._compiled_call_impl, (_Recorded, type(None))):
+        if cuda_graphs and not isinstance(compiled_call(block), (_Recorded, type(None))):
             raise ValueError(
                 f"{name} is compiled already, without CUDA graphs: call uncompile_layers(model) first, or leave cuda_graphs out."
             )
-    # All modules' calls are one piece of code to the compiler, which counts graphs by that and after eight leaves it uncompiled.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
-    # Linears of one input hand each other their outputs (layers/shared_input.py). Without this the compiler leaves a block that does so
-    # inside a checkpoint uncompiled: eager code would do it in the second forward pass too. Nothing of it is there once the block has
-    # returned.
-    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+    _change_settings()
     for block in blocks.values():
-        if block._compiled_call_impl is None:
+        if compiled_call(block) is None:
             block.compile(backend=_prepared(backend, cuda_graphs))
-            if cuda_graphs:
-                block._compiled_call_impl = _Recorded(block._compiled_call_impl)  # type: ignore[arg-type]  # compile() has set it
+            call = compiled_call(block)
+            if cuda_graphs and call is not None:
+                set_compiled_call(block, _Recorded(call))
+            _compiled.add(block)
     return list(blocks)
 
 
@@ -134,18 +141,32 @@ _REBUILD = {"ban_recompute_materialized_backward": False, "ban_recompute_used_fa
 @functools.cache  # the compiler knows its own work again by the very object that did it
 def _prepared(backend: str | Callable[..., Any], cuda_graphs: bool) -> Callable[..., Any]:
     """The backend, told to compute elementwise results again in the backward pass, and maybe to record what it compiles."""
-    compile = lookup_backend(backend) if isinstance(backend, str) else backend
+    compile = compiler_backend(backend) if isinstance(backend, str) else backend
     options = {"config_patches": {"triton.cudagraphs": True}} if cuda_graphs else {}
 
     @functools.wraps(compile)
     def prepared(*args: Any, **kwargs: Any) -> Any:
-        with autograd_config.patch(_REBUILD):
+        with autograd_settings(**_REBUILD):
             return compile(*args, **kwargs, **options)
 
     return prepared
 
 
 def uncompile_layers(model: nn.Module) -> None:
-    """Let every block run as written again; what was compiled is found again if they are compiled anew."""
+    """Let every block run as written again; what was compiled is found again if they are compiled anew.
+
+    Once no block of any model runs compiled, the compiler's global settings are what they were before :func:`compile_layers`.
+    """
     for _, block in repeated_blocks(model):
-        block._compiled_call_impl = None
+        set_compiled_call(block, None)
+        _compiled.discard(block)
+    if not _compiled:
+        change_dynamo(**_earlier)
+        _earlier.clear()
+
+
+def _change_settings() -> None:
+    """Give the tracer the settings that blocks need: it reads them whenever it compiles, also in a backward pass."""
+    earlier = change_dynamo(**_SETTINGS)
+    change_dynamo(**{name: value for name, value in earlier.items() if value > _SETTINGS[name]})  # a higher limit stays
+    _earlier.update({name: value for name, value in earlier.items() if value < _SETTINGS[name]})

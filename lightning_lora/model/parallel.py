@@ -24,6 +24,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_lora.layers.base import PREFIX, LoRALayer, kept_parameters, lora_layers
 from lightning_lora.utils.sharding import broadcast, full_tensor, is_sharded, local_tensor, reshard
+from lightning_lora.utils.torch_private import (
+    after_backward_pass,
+    backward_pass_id,
+    fsdp1_copies,
+    fsdp1_flat,
+    fsdp1_originals,
+    fsdp1_parts,
+    fsdp2_group,
+)
 
 _WRAPPERS = (FSDPModule, FullyShardedDataParallel)
 
@@ -50,10 +59,10 @@ class GradientReducer:
             parameter.register_post_accumulate_grad_hook(lambda _: accumulated()())  # type: ignore[misc]
 
     def _after_accumulation(self) -> None:
-        this = torch._C._current_graph_task_id()
+        this = backward_pass_id()
         if this != self._queued and dist.is_initialized():  # the module may go on alone, on one device
             self._queued = this
-            torch.autograd.Variable._execution_engine.queue_callback(self._reduce)
+            after_backward_pass(self._reduce)
 
     @torch.no_grad()
     def _reduce(self) -> None:
@@ -96,7 +105,7 @@ def adopt(model: nn.Module, layers: Iterable[tuple[str, LoRALayer]]) -> None:
         broadcast(parameters, groups)
         GradientReducer(parameters, groups)
     for module in model.modules():
-        if isinstance(module, _WRAPPERS):
+        if isinstance(module, FullyShardedDataParallel):
             _freeze_copies(module)
 
 
@@ -112,13 +121,13 @@ def forget(model: nn.Module) -> None:
     for name, unit in [(name, module) for name, module in model.named_modules() if isinstance(module, _WRAPPERS)]:
         where = f"{name or type(model).__name__!r}"
         if isinstance(unit, FullyShardedDataParallel):
-            for part, module, _ in () if unit._handle is None else unit._handle.flat_param._param_infos:
+            for part, module in fsdp1_parts(unit):
                 if _of_adapter(module, part):
                     raise ValueError(
                         f"{where}: FSDP1 flattened {part} into one parameter with the base, from which it cannot be taken:"
                         " wrap with ignored_states=replicated_parameters(model), or load a checkpoint into a model that is not wrapped."
                     )
-        elif (group := group_of(unit)) is not None:
+        elif _shards_adapters(unit) and (group := fsdp2_group(unit)) is not None:
             kept.append((group, [p for p in group.fsdp_params if not _of_adapter(p._module_info.module, p._module_info.param_name)]))
             if not kept[-1][1]:
                 raise ValueError(
@@ -131,9 +140,9 @@ def forget(model: nn.Module) -> None:
         group.fsdp_params = parameters
 
 
-def group_of(unit: Any) -> Any:
-    """What a unit of FSDP2 shards; None if that is nothing."""
-    return unit._get_fsdp_state()._fsdp_param_group
+def _shards_adapters(unit: Any) -> bool:
+    """Whether there are adapters in it that were there before it was wrapped; later ones are in no list of FSDP2's."""
+    return any(is_sharded(p) for _, layer in lora_layers(unit) for p in layer.lora_parameters().values())
 
 
 def _of_adapter(module: nn.Module, name: str) -> bool:
@@ -181,13 +190,16 @@ def data_parallel_groups(wrapped: nn.Module) -> list[Any]:
     """The process groups over which a wrapper averages gradients, one a mesh dimension."""
     if isinstance(wrapped, FullyShardedDataParallel):
         groups = [wrapped.process_group]
-        replicas = getattr(wrapped, "_inter_node_pg", None)  # hybrid sharding: the copies of a shard
+        replicas = fsdp1_copies(wrapped)
         return groups if replicas is None else [*groups, replicas]
-    group = group_of(wrapped)
-    if group is None:
+    sharded: list[Any] = [parameter for parameter in wrapped.parameters() if is_sharded(parameter)]
+    if not sharded:
         raise ValueError("FSDP2 shards nothing there (ignored_params) and has no mesh: apply LoRA before wrapping")
-    mesh = group.mesh_info.mesh
-    return [mesh.get_group(dim) for dim in range(mesh.ndim)]
+    # Tensor parallelism has its own, smaller mesh for what FSDP2 was told to ignore.
+    widest = max(sharded, key=lambda parameter: parameter.device_mesh.ndim)
+    # FSDP2's mesh dimensions stand first: copies of shards, if there are any, then shards.
+    copies = next((dim for dim, placement in enumerate(widest.placements) if not placement.is_replicate()), widest.device_mesh.ndim - 1)
+    return [widest.device_mesh.get_group(dim) for dim in range(copies + 1)]
 
 
 def replicas(tensor: Any) -> list[Any]:
@@ -259,13 +271,7 @@ def _owners(model: nn.Module) -> dict[nn.Module, nn.Module | None]:
 
 
 def _freeze_copies(wrapped: nn.Module) -> None:
-    """Wrappers keep copies of parameters; what was frozen after wrapping has to be frozen there too, or it gets gradients."""
-    if isinstance(wrapped, FullyShardedDataParallel):
-        handle = wrapped._handle
-        if handle is not None and not any(p.requires_grad for p in handle.flat_param._params or ()):
-            handle.flat_param.requires_grad_(False)
-        return
-    group = group_of(wrapped)
-    for param in () if group is None else group.fsdp_params:
-        if hasattr(param, "_unsharded_param"):
-            param._unsharded_param.requires_grad_(param.sharded_param.requires_grad)
+    """FSDP1 keeps a copy of its parameters; what was frozen after wrapping has to be frozen there too, or it gets gradients."""
+    flat = fsdp1_flat(wrapped)
+    if flat is not None and not any(p.requires_grad for p in fsdp1_originals(wrapped)):
+        flat.requires_grad_(False)

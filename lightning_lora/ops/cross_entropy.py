@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lightning_lora.utils.autocast import autocast_dtype
 from lightning_lora.utils.sharding import is_sharded
+from lightning_lora.utils.torch_private import may_vary
 
 IGNORE = -100  # as in torch's cross entropy
 
@@ -106,8 +107,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + chunk)
             logits, answers = F.linear(hidden[rows], weight, bias), labels[rows]  # (n, V), (n,)
             if compiled:  # the last block is shorter, and the number of answers moves from batch to batch
-                torch._dynamo.maybe_mark_dynamic(logits, 0)
-                torch._dynamo.maybe_mark_dynamic(answers, 0)
+                may_vary(logits, 0)
+                may_vary(answers, 0)
             loss, dlogits = step(logits, answers)
             losses.append(loss)
             if grad is not None:

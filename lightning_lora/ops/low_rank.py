@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_lora.ops import plain
 from lightning_lora.utils.autocast import autocast_dtype
 from lightning_lora.utils.sharding import is_sharded
+from lightning_lora.utils.torch_private import transforms_active
 
 
 def lora_update_reference(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
@@ -64,7 +65,7 @@ NO_INPUT = (
 
 def transformed() -> bool:
     """Whether a compiler or a torch.func transform is looking: they take plain operations."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return torch.compiler.is_compiling() or transforms_active()
 
 
 class _LowRankUpdate(torch.autograd.Function):

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from lightning_lora.ops import plain
 from lightning_lora.ops.low_rank import NO_INPUT
+from lightning_lora.utils.torch_private import is_batched
 
 
 def wants_definition(grad: Tensor) -> bool:
     """Whether a backward pass is differentiated again (create_graph=True) or vectorized (is_grads_batched=True): plain operations then."""
-    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad)
+    return torch.is_grad_enabled() or is_batched(grad)
 
 
 def differentiable(

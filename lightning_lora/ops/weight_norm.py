@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_lora.ops import backends
 from lightning_lora.utils.custom_op import dispatch, register_custom_op
 from lightning_lora.utils.sharding import is_sharded
+from lightning_lora.utils.torch_private import transforms_active
 
 
 def squared_norms(W: Tensor, A: Tensor, B: Tensor, scale: float, own: Callable[[], Tensor]) -> Tensor:
@@ -36,7 +37,7 @@ def squared_norms(W: Tensor, A: Tensor, B: Tensor, scale: float, own: Callable[[
 
 
 def _served(W: Tensor) -> bool:
-    plain = torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()
+    plain = torch.compiler.is_compiling() or not transforms_active()
     return plain and W.ndim == 2 and not is_sharded(W) and W.stride(1) == 1 and backends.run(W)
 
 

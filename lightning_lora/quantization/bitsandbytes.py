@@ -2,6 +2,14 @@
 
 Both hold a packed weight of a Parameter subclass and quantize when they are moved to a device, the CPU included. A layer that adapters
 come to is packed at once, so that what it is does not depend on where it was moved.
+
+What is used of the library is hardly documented, hence ``bitsandbytes<0.51``. When one of these goes:
+
+- ``QuantState``'s constructor and ``state2``, from which a compiled graph's 4-bit weight is put together: NF4 layers raise.
+- ``packing_format_for_cpu`` and ``support_avx512bf16_for_cpu``: on CPUs with AVX512-BF16 an evaluation pass rewrites a 4-bit weight, and
+  training after it raises in the backward pass.
+- ``Params4bit``'s and ``Int8Params``' keywords, and ``MatmulLtState``'s fields: quantizing or requantizing raises.
+- ``_load_state_dict_pre_hooks`` (torch's), by which a layer reads packed weights: a layer that was quantized in place reads none.
 """
 
 from __future__ import annotations

@@ -1,10 +1,14 @@
 """torchao: a plain ``nn.Linear`` whose weight is a tensor subclass, ``NF4Tensor`` (QLoRA, arXiv:2305.14314) or ``Int8Tensor``.
 
 Any other of torchao's weights can be trained on and merged by dequantizing.
+
+Classes are known by their qualified names, at the end of this file, so that torchao is imported only where it is used. ``NF4Tensor`` has
+moved between releases: elsewhere it counts as any other of torchao's weights, and ``quantize="torchao-nf4"`` raises.
 """
 
 from __future__ import annotations
 
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -72,8 +76,18 @@ class NF4Format(SubclassFormat):
 
 
 def quantize_nf4(linear: nn.Linear, device: torch.device) -> None:
-    """4-bit NormalFloat with double quantization."""
-    from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
+    """4-bit NormalFloat with double quantization.
+
+    Raises:
+        ImportError: this torchao keeps it elsewhere.
+    """
+    try:
+        from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
+    except ImportError as error:
+        version = getattr(sys.modules.get("torchao"), "__version__", "")
+        raise ImportError(
+            f"torchao {version} has no NF4Tensor where it used to be: install torchao 0.18, or use quantize='nf4'."
+        ) from error
 
     packed = to_nf4(linear.weight.detach().to(device).contiguous())
     linear.weight = nn.Parameter(packed.to(linear.weight.device), requires_grad=False)

@@ -19,10 +19,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from typing_extensions import override
 
+from lightning_lora.experimental import check_torch
 from lightning_lora.model.parallel import place_adapters
 from lightning_lora.quantization.formats import format_of
+from lightning_lora.strategies.lightning_private import set_data_parallel_size
 from lightning_lora.utils.blocks import BLOCKS, repeated_blocks
 from lightning_lora.utils.sharding import is_sharded
+from lightning_lora.utils.transformers_conventions import tensor_parallel_plan
 
 # The styles of Hugging Face's plans that torch has as they are. Others (gathered outputs, embeddings, experts) leave the module whole,
 # which is right, if less memory is saved.
@@ -40,14 +43,15 @@ class LoRAFSDP2Strategy(ModelParallelStrategy):
         timeout: of collectives.
         reshard_after_forward: drop a block's gathered weights after the forward pass, and gather them again for the backward pass. False
             keeps them in between: half the traffic, and at the peak the memory of a model that is not sharded.
-        pull_frozen: read frozen weights from the other GPUs' memory, by the copy engines, where FSDP2 gathers them through NCCL, and keep
-            adapters whole on every GPU (:mod:`lightning_lora.experimental.pull_frozen`): faster, the same results. For processes of one
-            host whose GPUs reach each other's memory. It builds on FSDP2's insides. Who writes to a frozen weight through ``.data``
-            between steps has to call ``reshard()`` on the modules.
+        pull_frozen: **experimental**: it builds on private parts of FSDP2, and is refused on a torch that it was not tested with. Read
+            frozen weights from the other GPUs' memory, by the copy engines, where FSDP2 gathers them through NCCL, and keep adapters whole
+            on every GPU (:mod:`lightning_lora.experimental.pull_frozen`): faster, the same results. For processes of one host whose GPUs
+            reach each other's memory. Who writes to a frozen weight through ``.data`` between steps has to call ``reshard()`` on the
+            modules.
 
     Raises:
         ValueError: the model has no repeated blocks, or tensor parallelism is asked for and it has no plan; an option about sharding
-            is given and the model is sharded already, or ``pull_frozen`` on several hosts.
+            is given and the model is sharded already, or ``pull_frozen`` on several hosts or another torch.
     """
 
     strategy_name = "lora_fsdp2"
@@ -63,6 +67,8 @@ class LoRAFSDP2Strategy(ModelParallelStrategy):
         reshard_after_forward: bool = True,
         pull_frozen: bool = False,
     ) -> None:
+        if pull_frozen:
+            check_torch()
         super().__init__(data_parallel_size, tensor_parallel_size, save_distributed_checkpoint, process_group_backend, timeout)
         self.reshard_after_forward, self.pull_frozen = reshard_after_forward, pull_frozen
 
@@ -70,9 +76,7 @@ class LoRAFSDP2Strategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         if self.pull_frozen and self.num_nodes > 1:
             raise ValueError(f"pull_frozen=True reads other GPUs' memory, within one host; num_nodes is {self.num_nodes}. Leave it out.")
-        if self._data_parallel_size == "auto":
-            assert isinstance(self._tensor_parallel_size, int)
-            self._data_parallel_size = self.num_nodes * self.num_processes // self._tensor_parallel_size
+        set_data_parallel_size(self, self.num_nodes * self.num_processes)
         super().setup_environment()
 
     @override
@@ -121,7 +125,7 @@ def shard_blocks(model: nn.Module, mesh: DeviceMesh, reshard_after_forward: bool
             :func:`lightning_lora.experimental.pull_frozen.average` has to be called once it has storage.
 
     Raises:
-        ValueError: there are no blocks, or one of them has nothing frozen to pull.
+        ValueError: there are no blocks, or one of them has nothing frozen to pull, or ``pull_frozen`` is not known to work on this torch.
     """
     blocks = repeated_blocks(model)
     if not blocks:
@@ -131,6 +135,8 @@ def shard_blocks(model: nn.Module, mesh: DeviceMesh, reshard_after_forward: bool
     bare = next((fqn for fqn, block in blocks if all(parameter.requires_grad for parameter in block.parameters())), None)
     if pull_frozen and bare is not None:
         raise ValueError(f"pull_frozen=True, but nothing in {bare!r} is frozen: apply LoRA, which freezes the base, before sharding.")
+    if pull_frozen:
+        check_torch()
     pull_frozen = pull_frozen and mesh.size() > 1
     for _, block in blocks:
         trained = {parameter for parameter in block.parameters() if parameter.requires_grad and pull_frozen}
@@ -155,11 +161,11 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
     packed = [name for name, module in model.named_modules() if format_of(module) is not None]
     if packed:
         raise ValueError(f"tensor_parallel_size > 1: {packed[0]!r} is quantized and cannot be split by rows or columns; use 1.")
-    planned = [module for module in model.modules() if getattr(module, "_tp_plan", None)]
+    planned = [module for module in model.modules() if tensor_parallel_plan(module)]
     if not planned:
         raise ValueError(f"{type(model).__name__} has no model with a tensor-parallel plan (_tp_plan); use tensor_parallel_size=1.")
     top = planned[0]
-    plan = {name: _STYLES[style]() for name, style in top._tp_plan.items() if style in _STYLES}  # type: ignore[union-attr, operator]
+    plan = {name: _STYLES[style]() for name, style in tensor_parallel_plan(top).items() if style in _STYLES}
     parallelize_module(top, mesh, plan)
     # torch cuts every parameter of a linear as it cuts the weight; an adapter cut along r would send its products around.
     place_adapters(top)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -34,6 +34,7 @@ from lightning_lora.optim.groups import only_trainable
 from lightning_lora.optim.lora_plus import apply_lora_plus, check_kept, holds_b
 from lightning_lora.optim.state import load_by_name, state_by_name
 from lightning_lora.strategies.checkpoint_io import REST, DurableCheckpointIO, read_folder, write_folder
+from lightning_lora.strategies.lightning_private import saves_shards
 from lightning_lora.utils.checksums import checksum
 from lightning_lora.utils.names import clean_name, persistent_buffers
 from lightning_lora.utils.sharding import (
@@ -47,8 +48,8 @@ from lightning_lora.utils.sharding import (
     reshard,
 )
 
-_HOOKED = (
-    "setup_optimizers",
+#: The strategy's methods that the hooks stand in place of.
+REPLACED = (
     "lightning_module_state_dict",
     "save_checkpoint",
     "load_checkpoint",
@@ -56,6 +57,7 @@ _HOOKED = (
     "optimizer_state",
     "load_optimizer_state_dict",
 )
+_HOOKED = ("setup_optimizers", *REPLACED)  # the first calls the strategy's own
 
 
 class StrategyHooks:
@@ -129,13 +131,13 @@ class StrategyHooks:
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """State by parameter name."""
-        return state_by_name(getattr(optimizer, "_optimizer", optimizer), self.module, self._saved)
+        return state_by_name(getattr(optimizer, "optimizer", optimizer), self.module, self._saved)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str, storage_options: Any = None) -> None:
         """The checkpoint with what an adapter needs to be known by: format version, config, base."""
         content = AdapterFile(self.config, {}, self.base())
         checkpoint = {**checkpoint, META: content.meta(root=self.root)}
-        if self._in_shards():
+        if saves_shards(self.strategy):
             write_folder(checkpoint, Path(self.strategy.broadcast(filepath)))
         else:
             # Only the first process writes, and the others would wait for one that failed.
@@ -216,15 +218,9 @@ class StrategyHooks:
     def _kept_names(self) -> list[str]:
         return [clean_name(name) for name, _ in kept_parameters(self.module)]
 
-    def _in_shards(self) -> bool:
-        """Whether the user asked for a folder of shards."""
-        if isinstance(self.strategy, FSDPStrategy):
-            return self.strategy._state_dict_type == "sharded"
-        return isinstance(self.strategy, ModelParallelStrategy) and self.strategy._save_distributed_checkpoint
-
     def _saved(self, tensor: Tensor) -> Tensor:
         """What a checkpoint gets of a tensor: all of it, or this rank's piece for a folder of shards."""
-        return tensor if self._in_shards() else full_tensor(tensor)
+        return tensor if saves_shards(self.strategy) else full_tensor(tensor)
 
 
 def synchronize(module: nn.Module) -> None:

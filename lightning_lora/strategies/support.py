@@ -9,13 +9,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision, Precision, TransformerEnginePrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_lora.model import parallel
 from lightning_lora.quantization.formats import format_of
+from lightning_lora.strategies.lightning_private import start_method
+from lightning_lora.strategies.strategy_hooks import REPLACED
+from lightning_lora.utils.torch_private import ddp_ignores
 
 _SUPPORTED = (SingleDeviceStrategy, DDPStrategy, FSDPStrategy, ModelParallelStrategy)
 
@@ -24,16 +25,17 @@ def check_supported(trainer: Trainer) -> None:
     """Refuse what would go wrong in silence.
 
     Raises:
-        ValueError: the strategy is none we know; or its processes start from a copy of this one, which would keep what they
-            train; or a precision plugin or a callback undoes what LoRA did.
+        ValueError: the strategy is none we know, or a subclass with its own way of saving or loading; or its processes start from a copy
+            of this one, which would keep what they train; or a precision plugin or a callback undoes what LoRA did.
     """
     strategy, callbacks = trainer.strategy, trainer.callbacks  # type: ignore[attr-defined]
     name = type(strategy).__name__
     if not isinstance(strategy, _SUPPORTED) or isinstance(strategy, DeepSpeedStrategy):  # DeepSpeed's is a DDP to Lightning
         known = ", ".join(cls.__name__ for cls in _SUPPORTED)
         raise ValueError(f"strategy={name} is not supported under LoRACallback; there are {known}. For sharding use strategy='lora_fsdp2'.")
-    if isinstance(strategy.launcher, _MultiProcessingLauncher):
-        start = strategy.launcher._start_method
+    _check_not_overridden(strategy)
+    start = start_method(strategy)
+    if start is not None:
         raise ValueError(
             f"strategy={name} with start method {start!r} trains in copies of this process, and the adapters would stay there:"
             " use strategy='ddp' from a script."
@@ -52,6 +54,18 @@ def check_supported(trainer: Trainer) -> None:
         )
     if isinstance(strategy, FSDPStrategy) and not strategy.kwargs.get("use_orig_params", True):
         raise ValueError("FSDPStrategy(use_orig_params=False) hides the parameters that LoRA trains: leave use_orig_params out.")
+
+
+def _check_not_overridden(strategy: Strategy) -> None:
+    """The hooks stand in place of some methods: a user's own would never be called."""
+    for name in REPLACED:
+        owner = next(cls for cls in type(strategy).__mro__ if name in vars(cls))
+        if owner.__module__.partition(".")[0] not in ("lightning", "lightning_lora"):
+            raise ValueError(
+                f"strategy={type(strategy).__name__}: {owner.__module__}.{owner.__name__} overrides {name}, which LoRACallback replaces, so"
+                f" that it would never be called. Take {name} out; what is to happen to checkpoints fits into the module's"
+                " on_save_checkpoint, or a CheckpointIO plugin."
+            )
 
 
 def convert_base(trainer: Trainer, module: LightningModule) -> None:
@@ -109,7 +123,7 @@ def _check_packed(strategy: Strategy, module: LightningModule) -> None:
         )
     if isinstance(strategy, DDPStrategy):
         names = [f"{name}.weight" for name in packed]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
+        ddp_ignores(module, names)
 
 
 def _clip(precision: Precision, optimizer: Optimizer, clip_val: int | float) -> None:

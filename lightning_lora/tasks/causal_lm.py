@@ -10,7 +10,6 @@ that do something to their logits, have them all, and the log says why.
 from __future__ import annotations
 
 import math
-import sys
 from typing import Any, Literal, cast
 
 import torch
@@ -27,6 +26,8 @@ from typing_extensions import override
 from lightning_lora.ops.cross_entropy import IGNORE, bypassed, chunked_cross_entropy, unchunkable
 from lightning_lora.optim import GaLoreConfig, galore_optimizer, galore_param_groups
 from lightning_lora.tasks.hf import DType, enable_checkpointing, generate_text, load_causal_lm
+from lightning_lora.utils.torch_private import compiled_call
+from lightning_lora.utils.transformers_conventions import keeps_masked_logits
 
 
 class CausalLMTask(LightningModule):
@@ -66,7 +67,7 @@ class CausalLMTask(LightningModule):
         self.save_hyperparameters(ignore="galore")  # a checkpoint holds plain types
         self.model, self.tokenizer = load_causal_lm(model, gguf_file, dtype)
         # Read here, while type(self.model) is still the one of the modeling file: wrappers like FSDP2 put their own in its place.
-        self.keeps_logits = hasattr(sys.modules[type(self.model).__module__], "slice_logits_to_keep")
+        self.keeps_logits = keeps_masked_logits(self.model)
         self._needs_logits: str | None = None  # why the loss cannot be taken in blocks, once that was seen
         self._told = False
         # from_pretrained leaves evaluation mode on and Lightning keeps the mode it finds; checkpointing only acts in training mode.
@@ -109,7 +110,7 @@ class CausalLMTask(LightningModule):
                 hidden, predicts, answers = self._outputs(batch)
             if len(inputs) == 1 and hidden is inputs[0]:
                 hidden = hidden if self.keeps_logits else hidden[predicts]
-                compiled = hidden.is_cuda and any(module._compiled_call_impl is not None for module in self.model.modules())
+                compiled = hidden.is_cuda and any(compiled_call(module) is not None for module in self.model.modules())
                 return chunked_cross_entropy(hidden, head.weight, answers, head.bias, compiled=compiled)
             reason = self._needs_logits = f"{type(self.model).__name__} does something to its logits"
         if not self._told:

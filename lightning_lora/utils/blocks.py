@@ -9,9 +9,11 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from lightning_lora.utils import transformers_conventions
+from lightning_lora.utils.torch_private import WRAPPED_CHILDREN
+
 BLOCKS = "an nn.ModuleList or nn.Sequential of at least two modules of one class that have modules and parameters inside"
 _CONTAINERS = {nn.ModuleList, nn.ModuleDict}
-_WRAPPED_IN = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # the attributes of torch's own wrappers
 
 
 def repeated_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -24,7 +26,7 @@ def repeated_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     Args:
         model: any module, wrapped or not; blocks come out of torch's wrappers.
     """
-    named = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    named = {name for module in model.modules() for name in transformers_conventions.block_classes(module)}
     lists = [list(_elements(name, module)) for name, module in model.named_modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
     found = [(fqn, block) for blocks in lists for fqn, block in blocks if named & {cls.__name__ for cls in type(block).__mro__}]
     names: dict[nn.Module, str] = {}
@@ -49,7 +51,7 @@ def _alike(blocks: list[tuple[str, nn.Module]]) -> bool:
 
 
 def _unwrapped(fqn: str, module: nn.Module) -> tuple[str, nn.Module]:
-    for attribute in _WRAPPED_IN:
+    for attribute in WRAPPED_CHILDREN:
         if attribute in module._modules:
             return _unwrapped(f"{fqn}.{attribute}", module._modules[attribute])  # type: ignore[arg-type]
     return fqn, module

@@ -32,7 +32,7 @@ def register_custom_op(schema: str, function: Callable[..., list[Tensor]], shape
         return [t.clone() if id(t) in given else t for t in function(*operands)]
 
     _LIBRARY.impl(name, fresh, "CompositeExplicitAutograd")
-    _LIBRARY._register_fake(name, shapes)
+    library.register_fake(f"lightning_lora::{name}", shapes, lib=_LIBRARY)
     _OPERATIONS[function] = getattr(torch.ops.lightning_lora, name).default
 
 

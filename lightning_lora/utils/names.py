@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+from lightning_lora.utils.torch_private import COMPILED_CHILD, WRAPPED_CHILDREN
+
+_WRAPPERS = (COMPILED_CHILD, *WRAPPED_CHILDREN)
 
 
 def clean_name(name: str) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.utils.torch_private import FSDP1_CHILD, dtensor_storage
+
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor (which may also be whole on every rank)."""
@@ -26,7 +28,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 def local_tensor(tensor: Tensor) -> Tensor:
     """This rank's piece of a DTensor, sharing its storage; any other tensor itself."""
-    return tensor._local_tensor if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return dtensor_storage(tensor) if is_sharded(tensor) else tensor
 
 
 def reshard(model: nn.Module) -> None:
@@ -38,7 +40,7 @@ def reshard(model: nn.Module) -> None:
 
 def is_flattened(model: nn.Module) -> bool:
     """Whether FSDP1 has flattened parameters of it, which then are no longer what their names say."""
-    return any("_fsdp_wrapped_module" in module._modules for module in model.modules())
+    return any(FSDP1_CHILD in module._modules for module in model.modules())
 
 
 def is_first_rank() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 from unittest.mock import patch
 
@@ -460,6 +461,17 @@ def refused() -> str:
 
 def test_nothing_frozen_is_refused(pool: Any) -> None:
     assert all(pool.run(refused))
+
+
+@pytest.mark.parametrize("version", ["2.12.1", "2.15.0+cu130", "3.0.0"])
+def test_a_torch_that_it_was_not_tested_with_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    told = rf"tested with torch 2\.11, 2\.13, 2\.14; this is torch {re.escape(version)}\. Leave it out"
+    with pytest.raises(ValueError, match=told):
+        LoRAFSDP2Strategy(pull_frozen=True)
+    with pytest.raises(ValueError, match=told):
+        shard_blocks(nn.ModuleDict({"net": apply_lora(make_net(), config=CONFIG)}), None, pull_frozen=True)  # type: ignore[arg-type]
+    LoRAFSDP2Strategy()
 
 
 def test_several_hosts_are_refused() -> None:

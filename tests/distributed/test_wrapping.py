@@ -297,6 +297,39 @@ def test_units_that_are_left_with_nothing_are_refused(pool: Any, order: str, whe
     assert all(message.startswith(where) for message in pool.run(refuse_emptied, order))
 
 
+class Headed(nn.Module):
+    """Blocks and, in the root unit, a layer that keeps its weights from a forward pass to the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.out = make_net(), nn.LazyLinear(4)
+        self.out(self.net(make_data()[0]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.net(x))
+
+
+def adapted_between_passes(grad: bool) -> dict[str, tuple[bool, bool]]:
+    """What trains after LoRA came to a model that FSDP2 had already run, and what has a gradient."""
+    model = Headed()
+    for layer in model.net.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    with nullcontext() if grad else torch.no_grad():
+        model(make_data()[0])  # without a backward pass: the root stays gathered
+    apply_lora(model, config=CONFIG)
+    model(make_data()[0]).square().sum().backward()
+    return {clean(name): (p.requires_grad, p.grad is not None) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_fsdp2_keeps_gathered_is_frozen_too(pool: Any, grad: bool) -> None:
+    for found in pool.run(adapted_between_passes, grad):
+        assert found["out.weight"] == found["out.bias"] == (False, False)
+        assert found == {name: ("lora_" in name, "lora_" in name) for name in found}
+
+
 def refuse_ddp() -> str:
     model = DDP(make_net())
     flags = [p.requires_grad for p in model.parameters()]

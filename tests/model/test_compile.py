@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing, checkpoint_wrapper
 
 from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, merge_lora, unmerge_lora
+from lightning_lora.model import compile as compile_module
 from lightning_lora.model.compile import compile_layers, keep_gradients, uncompile_layers
 from lightning_lora.ops import backends
 from lightning_lora.utils.blocks import repeated_blocks
@@ -155,6 +157,30 @@ def test_more_graphs_than_the_compiler_allows_by_itself() -> None:
             block.tag = "x" * length
         model(torch.ones(8, requires_grad=True))
     assert counter.frame_count == 12
+
+
+def test_the_compilers_settings_come_back_with_the_last_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile_module, "_compiled", weakref.WeakSet())  # models of other tests may still be about
+    monkeypatch.setattr(compile_module, "_earlier", {})
+    names = ("recompile_limit", "skip_fwd_side_effects_in_bwd_under_checkpoint")
+
+    def now() -> list[Any]:
+        return [getattr(torch._dynamo.config, name) for name in names]
+
+    first, second = stack(), stack()
+    with torch._dynamo.config.patch(recompile_limit=8, skip_fwd_side_effects_in_bwd_under_checkpoint=False):
+        compile_layers(first, backend="eager")
+        compile_layers(second, backend="eager")
+        assert now() == [64, True]
+        uncompile_layers(first)
+        assert now() == [64, True]
+        uncompile_layers(second)
+        assert now() == [8, False]
+    with torch._dynamo.config.patch(recompile_limit=100, skip_fwd_side_effects_in_bwd_under_checkpoint=False):
+        compile_layers(first, backend="eager")
+        assert now() == [100, True]
+        uncompile_layers(first)
+        assert now() == [100, False]
 
 
 def test_with_its_backward_traced_it_gives_the_same_numbers() -> None:

@@ -29,6 +29,31 @@ def test_hooks_are_installed_once_and_come_off(tmp_path: Path) -> None:
     assert run.strategy.load_checkpoint.__func__ is SingleDeviceStrategy.load_checkpoint
 
 
+class Saves(SingleDeviceStrategy):
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        raise AssertionError("never called")
+
+
+class Optimizes(SingleDeviceStrategy):
+    """The hooks call this one's."""
+
+    def setup_optimizers(self, run: Any) -> None:
+        self.called = True
+        super().setup_optimizers(run)
+
+
+def test_a_strategy_whose_own_saving_would_be_skipped_is_refused(tmp_path: Path) -> None:
+    module = LitNet()
+    names = [name for name, _ in module.named_parameters()]
+    run = trainer(tmp_path, LoRACallback(CONFIG), max_epochs=1, strategy=Saves(device="cpu"))
+    with pytest.raises(ValueError, match=r"strategy=Saves: tests\.strategies\.test_support\.Saves overrides save_checkpoint"):
+        run.fit(module)
+    assert [name for name, _ in module.named_parameters()] == names
+    strategy = Optimizes(device="cpu")
+    trainer(tmp_path, LoRACallback(CONFIG), max_epochs=1, strategy=strategy).fit(module)
+    assert strategy.called
+
+
 def test_the_durable_io_replaces_only_the_stock_one(tmp_path: Path) -> None:
     run = trainer(tmp_path, LoRACallback(CONFIG), max_epochs=1)
     run.fit(LitNet())
