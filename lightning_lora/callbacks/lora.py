@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import lora_layers
-from lightning_lora.layers.mergeable import Quantized
+from lightning_lora.layers.state import Quantized
 from lightning_lora.model.apply import already_applied, inject, let_gradients_in, trainable_parameters
 from lightning_lora.model.compile import begin_step, compile_layers, keep_gradients, uncompile_layers
 from lightning_lora.model.merge import merge_lora, merge_report, tied_weights, unmerge_lora

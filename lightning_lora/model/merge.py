@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_lora.layers.base import LoRALayer, lora_layers
-from lightning_lora.layers.mergeable import Quantized
+from lightning_lora.layers.state import AdapterState, Quantized
 from lightning_lora.utils.sharding import is_distributed, reshard
 
 
@@ -57,7 +57,7 @@ def merge_lora(
     configs = _untie_configs(model) if tied else []
     for name, layer in _ready(model, layers):
         if name in tied:
-            layer._owns_weight, layer._untied = False, configs
+            layer.lora_state.shares_weight, layer.lora_state.untied = True, configs
         layer.merge_weights(device=device, reversible=reversible, quantized=quantized)
     return model
 
@@ -67,7 +67,8 @@ def merge_report(model: nn.Module) -> dict[str, float]:
 
     Of a quantized base it is measured against the unpacked weight; 1 and more means that nothing of the update is left to rely on.
     """
-    return {name: layer.merge_loss for name, layer in lora_layers(model) if layer.merged}
+    losses = {name: layer.merge_loss for name, layer in lora_layers(model)}
+    return {name: loss for name, loss in losses.items() if loss is not None}
 
 
 def unmerge_lora(model: nn.Module) -> nn.Module:
@@ -76,15 +77,16 @@ def unmerge_lora(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: a layer cannot go back (its way back was not kept, or its adapter changed); the message names it.
     """
-    done: list[LoRALayer] = []
+    done: list[tuple[LoRALayer, AdapterState]] = []
     for name, layer in _ready(model, [(name, layer) for name, layer in lora_layers(model) if layer.merged]):
+        before = layer.lora_state.copy()
         try:
             layer.unmerge_weights()
         except ValueError as error:
-            for earlier in done:  # merging is deterministic: the merged weights come back as they were
-                earlier.merge_weights(device=earlier._device, quantized=getattr(earlier, "_quantized", None))
+            for earlier, state in done:
+                earlier.merge_again(state)
             raise ValueError(f"{name!r} cannot be unmerged: {error}.") from error
-        done.append(layer)
+        done.append((layer, before))
     return model
 
 

@@ -1,0 +1,58 @@
+"""What an adapted layer knows beside its parameters, in one object: it comes and goes with the adapter, whatever is in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.layers.merging import OriginalUndo, SparseUndo
+from lightning_lora.quantization.formats import QuantizedUndo
+
+Quantized = Literal["dequantize", "requantize"]  # how to merge into a quantized weight
+
+
+@dataclass
+class MergeRecord:
+    """One merge into one weight, kept until it is undone.
+
+    Attributes:
+        undo: what gives the base weight back bit for bit; None if that was not kept.
+        digest: sampled digest of the base weight.
+        device: where the sum was computed; to take the update out again, the same product has to come out there.
+        loss: share of the update that rounding lost, ‖merged − base − Δ‖ / ‖Δ‖.
+        quantized: how the update went into a quantized weight.
+    """
+
+    undo: SparseUndo | OriginalUndo | QuantizedUndo | None
+    digest: str
+    device: torch.device
+    loss: float
+    quantized: Quantized | None = None
+
+
+@dataclass
+class AdapterState:
+    """The state of one adapted layer.
+
+    Attributes:
+        config: the config that the layer was made from.
+        rank: r.
+        alpha: scaling numerator.
+        shares_weight: whether another module uses the weight too. A merge then replaces it and never writes to it.
+        merge: the merge that is in the weight now; None if the layer is not merged.
+        untied: configs of Hugging Face models whose ``tie_word_embeddings`` was switched off for that merge.
+    """
+
+    config: LoRAConfig
+    rank: int
+    alpha: float
+    shares_weight: bool = False
+    merge: MergeRecord | None = None
+    untied: list[Any] = field(default_factory=list)
+
+    def copy(self) -> AdapterState:
+        """A state that can change without this one."""
+        return replace(self)
