@@ -47,10 +47,12 @@ def export_merged(model: nn.Module, folder: str | Path, *, overwrite: bool = Fal
             continue
         seen.add(id(parameter))
         with torch.no_grad():
-            packed = name == "weight" and format_of(module) is not None
-            tensor = _unpacked(module, module_name) if packed else full_tensor(parameter.detach())
-            if name == "weight" and isinstance(module, LoRALayer) and not module.merged:
-                tensor, _ = module.merged_weight()
+            layers = module.by_weight() if isinstance(module, LoRALayer) else {"weight": module}
+            layer = layers.get(name)
+            packed = layer is not None and format_of(layer) is not None
+            tensor = _unpacked(layer, module_name) if packed else full_tensor(parameter.detach())
+            if isinstance(layer, LoRALayer) and not layer.merged:
+                tensor, _ = layer.merged_weight()
         if writer is not None:
             writer.add(clean_name(f"{module_name}.{name}" if module_name else name), tensor)
     if writer is not None:
@@ -65,7 +67,7 @@ def export_merged(model: nn.Module, folder: str | Path, *, overwrite: bool = Fal
     return folder
 
 
-def _unpacked(module: nn.Module, name: str) -> Tensor:
+def _unpacked(module: Any, name: str) -> Tensor:
     try:
         return dequantized(module)
     except ValueError as error:

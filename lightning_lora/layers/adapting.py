@@ -21,10 +21,12 @@ def refusal(module: nn.Module, fqn: str, rank: int, dropout: float, variant: str
         return why_refused(module, fqn)
     if "forward" in module.__dict__:
         return f"{fqn!r} ({name}) has a forward of its own set on the instance, which would bypass the adapter; remove that hook first."
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return f"{fqn!r} ({name}) computes its weight anew at each call (a parametrization, weight_norm or a wrapper); remove that first."
-    if isinstance(weight, nn.parameter.UninitializedParameter):
+    weights = {part: module._parameters.get(part) for part in kind.adapted}
+    computed = [part for part, weight in weights.items() if weight is None]
+    if computed:
+        how = "a parametrization, weight_norm or a wrapper"
+        return f"{fqn!r} ({name}) computes its {computed[0]} anew at each call ({how}); remove that first."
+    if any(isinstance(weight, nn.parameter.UninitializedParameter) for weight in weights.values()):
         return f"{fqn!r} ({name}) is lazy and has no shape yet; run one forward pass before applying LoRA."
     try:
         kind.check(module, rank, dropout)

@@ -7,7 +7,7 @@ adapter too would apply it twice. When an adapter is loaded into it, it unmerges
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ T = TypeVar("T")
 class Mergeable(nn.Module):
     """A layer with a ``weight``, adapter parameters named ``lora_*`` and a dense update :meth:`lora_delta`."""
 
+    #: Names of the parameters that a merge goes into.
+    adapted: ClassVar[tuple[str, ...]] = ("weight",)
     weight: Any  # nn.Parameter; some quantized bases have a subclass of it
     lora_state: AdapterState
 
@@ -56,6 +58,10 @@ class Mergeable(nn.Module):
     def merge_scale(self, delta: Tensor) -> Tensor | None:
         """What merging multiplies ``weight + delta`` by, in the weight's shape; None for 1. Asked before the merge only."""
         return None
+
+    def by_weight(self) -> dict[str, Any]:
+        """Name of each adapted weight → the layer that has it as its ``weight``: this one, where there is one weight."""
+        return dict.fromkeys(self.adapted, self)
 
     def rebase_class(self, base: type[nn.Module]) -> None:
         """Be an adapted layer over another base class."""
@@ -213,6 +219,16 @@ class Mergeable(nn.Module):
         self.lora_state.merge = None
         self.retie()
 
+    def untie(self, configs: list[Any]) -> None:
+        """Keep Hugging Face from tying again, on save and load, what a merge takes apart.
+
+        Args:
+            configs: of the models whose ``tie_word_embeddings`` says to.
+        """
+        for config in configs:
+            config.tie_word_embeddings = False
+        self.lora_state.untied = configs
+
     def retie(self) -> None:
         """Let the configs that a merge untied tie again."""
         for config in self.lora_state.untied:
@@ -227,9 +243,7 @@ class Mergeable(nn.Module):
         """
         assert state.merge is not None
         self.merge_weights(device=state.merge.device, quantized=state.merge.quantized)
-        self.lora_state.untied = state.untied
-        for config in state.untied:
-            config.tie_word_embeddings = False
+        self.untie(state.untied)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -238,8 +252,7 @@ class Mergeable(nn.Module):
                 del destination[prefix + name]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        record = self.lora_state.merge
-        if record is not None:
+        if self.merged:
             if any(key.startswith(prefix + PREFIX) for key in state_dict):
                 self.unmerge_weights()  # an adapter is coming: it belongs on the base
             else:
@@ -247,7 +260,8 @@ class Mergeable(nn.Module):
                 failed = len(errors)
                 super()._load_from_state_dict(state_dict, prefix, *args)
                 missing[:] = [key for key in missing if not key.startswith(prefix + PREFIX)]
-                if prefix + "weight" in state_dict and len(errors) == failed:
-                    record.undo = None  # other merged weights are in: the way back no longer fits them
+                for name, layer in self.by_weight().items():
+                    if prefix + name in state_dict and len(errors) == failed and layer.lora_state.merge is not None:
+                        layer.lora_state.merge.undo = None  # another merged weight is in: the way back no longer fits it
                 return
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -43,6 +43,7 @@ class AdapterState:
         alpha: scaling numerator.
         shares_weight: whether another module uses the weight too. A merge then replaces it and never writes to it.
         merge: the merge that is in the weight now; None if the layer is not merged.
+        by_weight: the states of the single weights, by name, of a module that has several; their merges are there.
         untied: configs of Hugging Face models whose ``tie_word_embeddings`` was switched off for that merge.
     """
 
@@ -51,8 +52,9 @@ class AdapterState:
     alpha: float
     shares_weight: bool = False
     merge: MergeRecord | None = None
+    by_weight: dict[str, AdapterState] = field(default_factory=dict)
     untied: list[Any] = field(default_factory=list)
 
     def copy(self) -> AdapterState:
         """A state that can change without this one."""
-        return replace(self)
+        return replace(self, by_weight={name: state.copy() for name, state in self.by_weight.items()})
