@@ -62,29 +62,6 @@ class LoRALayer(Mergeable):
     lora_dropout: nn.Dropout
     lora_base: ClassVar[type[nn.Module]]
 
-    @property
-    def lora_config(self) -> LoRAConfig:
-        """The config that this layer was made from."""
-        return self.lora_state.config
-
-    @lora_config.setter
-    def lora_config(self, config: LoRAConfig) -> None:
-        self.lora_state.config = config
-
-    @property
-    def rank(self) -> int:
-        """r."""
-        return self.lora_state.rank
-
-    @rank.setter
-    def rank(self, rank: int) -> None:
-        self.lora_state.rank = rank
-
-    @property
-    def alpha(self) -> float:
-        """Scaling numerator."""
-        return self.lora_state.alpha
-
     # What a kind fills in.
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

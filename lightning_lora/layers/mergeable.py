@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.layers import merging
-from lightning_lora.layers.state import AdapterState, MergeRecord, Quantized
+from lightning_lora.layers.state import Adapted, AdapterState, MergeRecord, Quantized
 from lightning_lora.quantization import formats
 from lightning_lora.utils.sharding import full_tensor, is_sharded, local_shard, local_tensor
 
@@ -22,24 +22,12 @@ PREFIX = "lora_"  # of every parameter that LoRA adds to a layer
 T = TypeVar("T")
 
 
-class Mergeable(nn.Module):
+class Mergeable(Adapted):
     """A layer with a ``weight``, adapter parameters named ``lora_*`` and a dense update :meth:`lora_delta`."""
 
     #: Names of the parameters that a merge goes into.
     adapted: ClassVar[tuple[str, ...]] = ("weight",)
     weight: Any  # nn.Parameter; some quantized bases have a subclass of it
-    lora_state: AdapterState
-
-    @property
-    def merged(self) -> bool:
-        """Whether the update is in the weight."""
-        return self.lora_state.merge is not None
-
-    @property
-    def merge_loss(self) -> float | None:
-        """Share of the update that rounding lost in the merge; None if the layer is not merged."""
-        record = self.lora_state.merge
-        return None if record is None else record.loss
 
     def lora_delta(self) -> Tensor:
         """The update as a dense tensor of the weight's shape, in the adapter's dtype."""

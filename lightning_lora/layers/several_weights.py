@@ -36,7 +36,8 @@ class SeveralWeights(LoRALayer):
     @classmethod
     def _alone(cls, module: Any, name: str) -> Any:
         """One weight of a module, adapted or not, as a layer; the module's own attributes are there too."""
-        layer = cls.weight_class.__new__(cls.weight_class)
+        made: Any = cls.weight_class
+        layer = made.__new__(made)
         own = {short: module._parameters[long] for short, long in cls._names(module._parameters, name).items()}
         layer.__dict__.update(module.__dict__, _parameters={"weight": module._parameters[name], **own}, _modules={})
         state = layer.__dict__.pop("lora_state", None)
@@ -123,7 +124,8 @@ class SeveralWeights(LoRALayer):
 
     def unmerge_weights(self) -> None:
         """Put each base weight back bit for bit; all of them or, on an error, none."""
-        before, done = self.lora_state.copy(), {}
+        before = self.lora_state.copy()
+        done: dict[str, LoRALayer] = {}
         for name, layer in self.by_weight().items():
             try:
                 layer.unmerge_weights()

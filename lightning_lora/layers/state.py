@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.merging import OriginalUndo, SparseUndo
@@ -58,3 +59,46 @@ class AdapterState:
     def copy(self) -> AdapterState:
         """A state that can change without this one."""
         return replace(self, by_weight={name: state.copy() for name, state in self.by_weight.items()})
+
+
+class Adapted(nn.Module):
+    """A module with an adapter's state, and what users read of it.
+
+    Each read is a call: what runs in every forward pass asks ``lora_state`` itself.
+    """
+
+    lora_state: AdapterState
+
+    @property
+    def lora_config(self) -> LoRAConfig:
+        """The config that this layer was made from."""
+        return self.lora_state.config
+
+    @lora_config.setter
+    def lora_config(self, config: LoRAConfig) -> None:
+        self.lora_state.config = config
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.lora_state.rank
+
+    @rank.setter
+    def rank(self, rank: int) -> None:
+        self.lora_state.rank = rank
+
+    @property
+    def alpha(self) -> float:
+        """Scaling numerator."""
+        return self.lora_state.alpha
+
+    @property
+    def merged(self) -> bool:
+        """Whether the update is in the weight."""
+        return self.lora_state.merge is not None
+
+    @property
+    def merge_loss(self) -> float | None:
+        """Share of the update that rounding lost in the merge; None if the layer is not merged."""
+        record = self.lora_state.merge
+        return None if record is None else record.loss

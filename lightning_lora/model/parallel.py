@@ -86,7 +86,7 @@ def adopt(model: nn.Module, layers: Iterable[tuple[str, LoRALayer]]) -> None:
         owner = owners[layer]
         try:
             groups = [] if owner is None else data_parallel_groups(owner)
-            if is_sharded(layer._parameters[layer.adapted[0]]):
+            if any(is_sharded(part.weight) for part in layer.by_weight().values()):
                 _place(layer, data_dims=len(groups))
         except ValueError as error:
             raise ValueError(f"{name!r}: {error}.") from error
@@ -230,7 +230,7 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
 
 def _place(layer: LoRALayer, data_dims: int) -> None:
     """Turn the adapter of a tensor-parallel base into DTensors that match it; the data-parallel mesh dimensions stand first."""
-    weight: Any = layer._parameters[layer.adapted[0]]
+    weight = next(iter(layer.by_weight().values())).weight
     mesh, placements = weight.device_mesh, weight.placements[data_dims:]
     if not placements:
         return

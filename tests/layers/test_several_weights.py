@@ -7,6 +7,7 @@ import json
 import pickle
 from functools import partial
 
+import lightning as L
 import pytest
 import safetensors.torch
 import torch
@@ -309,3 +310,49 @@ def test_the_report_has_every_weight():
     assert report.targets[0].shapes == [(8, 32, 32), (8, 32, 16)] and report.targets[0].shape == (8, 32, 32)
     assert "Qwen3MoeExperts  8×32×32, 8×32×16" in str(report)
     assert report.parameters == sum(p.numel() for p in ll.get_lora_parameters(apply_lora(tiny_qwen3_moe(), config=CONFIG)))
+
+
+class LitMoE(L.LightningModule):
+    """Two blocks of a mixture, trained on its own inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.model, self.losses = tiny_qwen3_moe(), []
+
+    def training_step(self, batch):
+        loss = self.model(batch, labels=batch).loss
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.02)
+
+
+def fit(folder, epochs, checkpoint=None, **options):
+    torch.manual_seed(0)
+    lit = LitMoE()
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "default_root_dir": folder}
+    trainer = L.Trainer(**quiet, max_epochs=epochs, callbacks=[ll.LoRACallback(CONFIG, **options)], enable_checkpointing=False)
+    loader = torch.utils.data.DataLoader(torch.arange(48).reshape(4, 12), batch_size=2)
+    trainer.fit(lit, loader, ckpt_path=checkpoint)
+    return lit, trainer
+
+
+def test_training_checkpoints_and_resumes_to_the_bit(tmp_path):
+    whole, _ = fit(tmp_path, 2, merge_on_fit_end=False)
+    half, trainer = fit(tmp_path, 1, merge_on_fit_end=False)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    state = torch.load(tmp_path / "half.ckpt", weights_only=True)["state_dict"]
+    assert len(state) == 8 and all(".experts.lora_" in name for name in state)
+    resumed, _ = fit(tmp_path, 2, tmp_path / "half.ckpt", merge_on_fit_end=False)
+    assert half.losses + resumed.losses == whole.losses and whole.losses[2] < whole.losses[0]  # the same batch
+    assert all(same_bits(p, whole.get_parameter(name)) for name, p in resumed.named_parameters())
+    loaded = load_adapter(LitMoE(), tmp_path / "half.ckpt")
+    assert all(same_bits(p, half.get_parameter(name)) for name, p in loaded.named_parameters())
+
+
+def test_the_callback_merges_every_weight_at_the_end(tmp_path):
+    lit, _ = fit(tmp_path, 1)
+    base, merged = experts(tiny_qwen3_moe()), experts(lit.model)
+    assert merged.merged and all(not same_bits(merged._parameters[name], base._parameters[name]) for name in LoRAExperts.adapted)
+    assert base_bits(unmerge_lora(lit.model)) == base_bits(tiny_qwen3_moe())
