@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_lora import LoRACallback, LoRAConfig, apply_lora, get_lora_parameters, merge_lora, merge_report, unmerge_lora
+from lightning_lora.layers.base import lora_layers
 from lightning_lora.ops.low_rank import lora_update, lora_update_reference
 from lightning_lora.strategies import LoRAFSDP2Strategy
 
@@ -77,7 +78,8 @@ def check_merge(config: LlamaConfig, device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
     print(f"merge: {time.perf_counter() - started:.2f} s, worst share lost {max(merge_report(model).values()):.3f}")
-    undo = sum(layer._undo.nbytes for layer in model.modules() if getattr(layer, "_undo", None) is not None)
+    records = [layer.lora_state.merge for _, layer in lora_layers(model)]
+    undo = sum(record.undo.nbytes for record in records if record is not None)
     weights = sum(layer.weight.nbytes for layer in model.modules() if getattr(layer, "merged", False))
     print(f"way back: {undo / weights:.1%} of the merged weights' bytes")
     model.cpu()

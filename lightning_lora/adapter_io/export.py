@@ -48,10 +48,12 @@ def export_merged(model: nn.Module, folder: str | Path, *, overwrite: bool = Fal
             continue
         seen.add(id(parameter))
         with torch.no_grad():
-            packed = name == "weight" and format_of(module) is not None
-            tensor = _unpacked(module, module_name) if packed else full_tensor(parameter.detach())
-            if name == "weight" and isinstance(module, LoRALayer) and not module.merged:
-                tensor, _ = module.merged_weight()
+            layers = module.by_weight() if isinstance(module, LoRALayer) else {"weight": module}
+            layer = layers.get(name)
+            packed = layer is not None and format_of(layer) is not None
+            tensor = _unpacked(layer, module_name) if packed else full_tensor(parameter.detach())
+            if isinstance(layer, LoRALayer) and not layer.merged:
+                tensor, _ = layer.merged_weight()
         on_first_rank(functools.partial(writer.add, clean_name(f"{module_name}.{name}" if module_name else name), tensor))
     on_first_rank(lambda: _finish(writer, root))
     return folder
@@ -68,7 +70,7 @@ def _finish(writer: _Shards, root: nn.Module) -> None:
         config.save_pretrained(writer.folder)  # type: ignore[union-attr]
 
 
-def _unpacked(module: nn.Module, name: str) -> Tensor:
+def _unpacked(module: Any, name: str) -> Tensor:
     try:
         return dequantized(module)
     except ValueError as error:

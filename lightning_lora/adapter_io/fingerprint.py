@@ -78,7 +78,7 @@ def check_base(mine: dict[str, Any], saved: dict[str, Any], where: str) -> None:
 
 
 def _digest(module: nn.Module, name: str, parameter: nn.Parameter) -> str:
-    if name != "weight":
-        return sampled_digest(full_tensor(parameter.detach()))
-    merged = module.base_weight_digest if isinstance(module, LoRALayer) else None
-    return merged or weight_digest(module)
+    if isinstance(module, LoRALayer) and name in module.adapted:
+        layer = module.by_weight()[name]
+        return layer.base_weight_digest or weight_digest(layer)
+    return weight_digest(module) if name == "weight" else sampled_digest(full_tensor(parameter.detach()))

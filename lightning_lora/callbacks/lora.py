@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import lora_layers
-from lightning_lora.layers.mergeable import Quantized
+from lightning_lora.layers.state import Quantized
 from lightning_lora.model.apply import already_applied, inject, let_gradients_in, trainable_parameters
 from lightning_lora.model.compile import begin_step, compile_layers, keep_gradients, uncompile_layers
 from lightning_lora.model.merge import merge_lora, merge_report, tied_weights, unmerge_lora
@@ -241,16 +241,17 @@ class LoRACallback(Callback):
     def _check_mergeable(self, target: nn.Module, sharded: bool) -> None:
         """Say at the start what would stop the merge at the end."""
         tied = [(name, f"tied to {', '.join(others)}, and merging would change that too") for name, others in tied_weights(target).items()]
+        parts = [(f"{name}.{weight}", part) for name, layer in lora_layers(target) for weight, part in layer.by_weight().items()]
         how = "quantized and will be sharded" if sharded else "quantized"
         packed = [
-            (name, f"{how} ({layer.weight.dtype})")
-            for name, layer in lora_layers(target)
-            if not layer.weight.is_floating_point() or format_of(layer) is not None
-            if self.merge_quantized is None or format_of(layer) is None or sharded
+            (name, f"{how} ({part.weight.dtype})")
+            for name, part in parts
+            if not part.weight.is_floating_point() or format_of(part) is not None
+            if self.merge_quantized is None or format_of(part) is None or sharded
         ]
         for name, reason in (tied + packed)[:1]:
             raise ValueError(
-                f"{name}.weight is {reason}: it cannot be merged at the end of fit. Pass LoRACallback(merge_on_fit_end=False);"
+                f"{name} is {reason}: it cannot be merged at the end of fit. Pass LoRACallback(merge_on_fit_end=False);"
                 " merge_lora(model, untie=True) merges tied weights when you want it, LoRACallback(merge_quantized='dequantize') or"
                 " 'requantize' says how to merge into a quantized base."
             )

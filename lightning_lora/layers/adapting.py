@@ -9,6 +9,7 @@ from torch import nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import PREFIX, LoRALayer
 from lightning_lora.layers.classes import adapted_class, strip_class
+from lightning_lora.layers.state import AdapterState
 from lightning_lora.registry import qualified_name, why_refused
 
 
@@ -20,10 +21,12 @@ def refusal(module: nn.Module, fqn: str, rank: int, dropout: float, variant: str
         return why_refused(module, fqn)
     if "forward" in module.__dict__:
         return f"{fqn!r} ({name}) has a forward of its own set on the instance, which would bypass the adapter; remove that hook first."
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return f"{fqn!r} ({name}) computes its weight anew at each call (a parametrization, weight_norm or a wrapper); remove that first."
-    if isinstance(weight, nn.parameter.UninitializedParameter):
+    weights = {part: module._parameters.get(part) for part in kind.adapted}
+    computed = [part for part, weight in weights.items() if weight is None]
+    if computed:
+        how = "a parametrization, weight_norm or a wrapper"
+        return f"{fqn!r} ({name}) computes its {computed[0]} anew at each call ({how}); remove that first."
+    if any(isinstance(weight, nn.parameter.UninitializedParameter) for weight in weights.values()):
         return f"{fqn!r} ({name}) is lazy and has no shape yet; run one forward pass before applying LoRA."
     try:
         kind.check(module, rank, dropout)
@@ -44,19 +47,6 @@ def adapt(module: nn.Module, config: LoRAConfig, rank: int, alpha: float) -> LoR
 
 def unadapt(layer: LoRALayer) -> nn.Module:
     """The plain module again, in place, with the weight it has now; the adapter is dropped."""
-    for name in (
-        "rank",
-        "alpha",
-        "merged",
-        "merge_loss",
-        "_undo",
-        "_owns_weight",
-        "_untied",
-        "_digest",
-        "_device",
-        "_quantized",
-    ):
-        layer.__dict__.pop(name, None)
     for container in (layer._parameters, layer._modules, layer.__dict__):
         for name in [name for name in container if name.startswith(PREFIX)]:
             del container[name]
@@ -68,5 +58,6 @@ def unadapt(layer: LoRALayer) -> nn.Module:
 def shallow_copy(module: nn.Module) -> Any:
     """Another module of the same class over the same tensors, with containers of its own; no constructor runs, no hook."""
     new = module.__class__.__new__(module.__class__)
-    new.__dict__.update({name: value.copy() if isinstance(value, dict) else value for name, value in module.__dict__.items()})
+    own = (dict, AdapterState)  # what the copy changes without the original
+    new.__dict__.update({name: value.copy() if isinstance(value, own) else value for name, value in module.__dict__.items()})
     return new

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.classes import adapted_class
 from lightning_lora.layers.mergeable import PREFIX, Mergeable
+from lightning_lora.layers.state import AdapterState
 from lightning_lora.ops import backends
 from lightning_lora.ops.output_scale import apply_output_scale
 from lightning_lora.quantization import formats
@@ -44,10 +45,7 @@ class LoRALayer(Mergeable):
         lora_A: down-projection, (r, in) for a linear.
         lora_B: up-projection, (out, r) for a linear.
         lora_dropout: ``nn.Dropout`` on the adapter's input.
-        rank: r.
-        alpha: scaling numerator.
-        merged: whether the update is in the weight.
-        lora_config: the config that this layer was made from.
+        lora_state: what else the layer knows of its adapter; ``rank``, ``alpha``, ``lora_config`` and ``merged`` read it.
     """
 
     #: Names of A and B in PEFT's adapter files.
@@ -62,11 +60,8 @@ class LoRALayer(Mergeable):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_dropout: nn.Dropout
-    lora_config: LoRAConfig
     #: Whether the layer computes what its base does, for now; :func:`lightning_lora.model.disable.disabled_lora` sets it on the instance.
     disabled: bool = False
-    rank: int
-    alpha: float
     lora_base: ClassVar[type[nn.Module]]
 
     # What a kind fills in.
@@ -163,8 +158,7 @@ class LoRALayer(Mergeable):
         formats.prepare(self)
         weight = self.weight
         dtype = weight.dtype if weight.dtype.is_floating_point and weight.dtype.itemsize >= 4 else torch.float32
-        self.lora_config, self.rank, self.alpha = config, rank, alpha
-        self.merged, self._undo, self._owns_weight = False, None, True
+        self.lora_state = AdapterState(config, rank, alpha)
         for parameter in self.base_parameters().values():
             parameter.requires_grad_(False)
         # No child module: parallelization plans and module walks see the tree that they know.
@@ -184,7 +178,7 @@ class LoRALayer(Mergeable):
         base = getattr(super(), "reset_parameters", None)
         if base is not None:
             base()
-        if "lora_A" in self._parameters:  # a constructor of the base calls this before there is an adapter
+        if "lora_state" in self.__dict__:  # a constructor of the base calls this before there is an adapter
             self.reset_lora_parameters()
 
     def rebase_class(self, base: type[nn.Module]) -> None:
@@ -198,12 +192,13 @@ class LoRALayer(Mergeable):
     @property
     def scaling(self) -> float:
         """The factor in front of ``B·A``."""
-        return self.lora_config.scaling_of(self.rank, self.alpha)
+        state = self.lora_state
+        return state.config.scaling_of(state.rank, state.alpha)
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's forward plus the update."""
         y = super().forward(input, *args, **kwargs)
-        return y if self.merged or self.disabled else self.lora_output(self.lora_update(y, input))
+        return y if self.lora_state.merge is not None or self.disabled else self.lora_output(self.lora_update(y, input))
 
     def lora_output(self, z: Tensor) -> Tensor:
         """What the layer returns, given the base's output plus the update: with the scale, if there is one, on all but the bias. For what

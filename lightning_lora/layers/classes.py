@@ -27,12 +27,16 @@ def lora_class(base: type[nn.Module], kind: type, variant: type) -> type[Any]:
     """The subclass of ``base`` with this kind and this variant's mixin."""
     key = (base, kind, variant)
     if key not in _CLASSES:
-        if variant is object and issubclass(kind, base):
+        name = ("LoRA" if variant is object else variant.__name__) + base.__name__
+        own = {"__module__": base.__module__, "lora_base": base}
+        if hasattr(kind, "weight_kind"):  # a variant changes the formula of each weight, not the module around them
+            own["weight_class"] = lora_class(nn.Module, kind.weight_kind, variant)
+            _CLASSES[key] = type(name, (kind, base), own)
+        elif variant is object and issubclass(kind, base):
             _CLASSES[key] = kind  # LoRALinear is concrete for nn.Linear
         else:
             parents = [cls for cls in (variant, kind, base) if cls is not object and not (cls is base and issubclass(kind, base))]
-            name = ("LoRA" if variant is object else variant.__name__) + base.__name__
-            _CLASSES[key] = type(name, tuple(parents), {"__module__": base.__module__, "lora_base": base})
+            _CLASSES[key] = type(name, tuple(parents), own)
     return _CLASSES[key]
 
 

@@ -95,7 +95,7 @@ class LoRALinear(LoRALayer, nn.Linear):
             if parameter is not None and not (name == "weight" and format_of(linear)):  # a packed weight is frozen and never written to
                 layer._parameters[name] = nn.Parameter(parameter.detach(), requires_grad=False)
         adapt(layer, config, rank, float(alpha))
-        layer._owns_weight = False
+        layer.lora_state.shares_weight = True
         assert isinstance(layer, LoRALinear)
         return layer
 

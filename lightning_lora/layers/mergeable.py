@@ -7,35 +7,28 @@ adapter too would apply it twice. When an adapter is loaded into it, it unmerges
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.layers import merging
+from lightning_lora.layers.state import Adapted, AdapterState, MergeRecord, Quantized
 from lightning_lora.quantization import formats
 from lightning_lora.utils.sharding import full_tensor, is_sharded, local_shard, local_tensor
 
 PREFIX = "lora_"  # of every parameter that LoRA adds to a layer
-Quantized = Literal["dequantize", "requantize"]  # how to merge into a quantized weight
 
 T = TypeVar("T")
 
 
-class Mergeable(nn.Module):
+class Mergeable(Adapted):
     """A layer with a ``weight``, adapter parameters named ``lora_*`` and a dense update :meth:`lora_delta`."""
 
+    #: Names of the parameters that a merge goes into.
+    adapted: ClassVar[tuple[str, ...]] = ("weight",)
     weight: Any  # nn.Parameter; some quantized bases have a subclass of it
-    merged: bool
     disabled: bool
-    #: Share of the update that rounding lost in the last merge.
-    merge_loss: float
-    _undo: merging.SparseUndo | merging.OriginalUndo | formats.QuantizedUndo | None
-    _owns_weight: bool
-    _untied: list[Any]
-    _digest: str
-    _device: torch.device
-    _quantized: Quantized | None
 
     def lora_delta(self) -> Tensor:
         """The update as a dense tensor of the weight's shape, in the adapter's dtype."""
@@ -55,6 +48,10 @@ class Mergeable(nn.Module):
         """What merging multiplies ``weight + delta`` by, in the weight's shape; None for 1. Asked before the merge only."""
         return None
 
+    def by_weight(self) -> dict[str, Any]:
+        """Name of each adapted weight → the layer that has it as its ``weight``: this one, where there is one weight."""
+        return dict.fromkeys(self.adapted, self)
+
     def rebase_class(self, base: type[nn.Module]) -> None:
         """Be an adapted layer over another base class."""
         raise NotImplementedError(f"{type(self).__name__} has to know how its class is made")
@@ -70,7 +67,8 @@ class Mergeable(nn.Module):
     @property
     def base_weight_digest(self) -> str | None:
         """Sampled digest of the base weight while it is merged; None when the weight itself can be read."""
-        return self._digest if self.merged else None
+        record = self.lora_state.merge
+        return None if record is None else record.digest
 
     def exact_delta(self, device: torch.device | str | None = None) -> Tensor:
         """The dense update with full-precision products, on ``device`` (default: the weight's)."""
@@ -123,30 +121,31 @@ class Mergeable(nn.Module):
             self._merge_packed(device, reversible, quantized)
             return
         home, device = self.weight.device, torch.device(device) if device is not None else self.weight.device
-        self._digest, self._device = formats.weight_digest(self), device
+        digest = formats.weight_digest(self)
         delta, out_scale = self._exactly(device, self._merge_parts)
         delta = local_shard(delta, self.weight)
         out_scale = None if out_scale is None else local_shard(out_scale, self.weight)
-        if self._owns_weight:
+        undo: merging.SparseUndo | merging.OriginalUndo | None
+        if self.lora_state.shares_weight:
+            shared = self.weight
+            merged, loss = merging.merged_weight(shared.data.to(device), delta, out_scale)
+            self.weight = nn.Parameter(merged.to(home), requires_grad=False)
+            undo = merging.OriginalUndo(shared) if reversible else None
+        else:
             mine = local_tensor(self.weight.detach())
             weight = mine.to(device)
-            self._undo, self.merge_loss = merging.merge(weight, delta, out_scale, reversible=reversible)
+            undo, loss = merging.merge(weight, delta, out_scale, reversible=reversible)
             if device != home:
                 mine.copy_(weight)
-        else:
-            shared = self.weight
-            merged, self.merge_loss = merging.merged_weight(shared.data.to(device), delta, out_scale)
-            self.weight = nn.Parameter(merged.to(home), requires_grad=False)
-            self._undo = merging.OriginalUndo(shared) if reversible else None
-        self.merged = True
+        self.lora_state.merge = MergeRecord(undo, digest, device, loss)
 
     def _merge_packed(self, device: torch.device | str | None, reversible: bool, quantized: Quantized | None) -> None:
         """Merge into a quantized weight; the packed tensors themselves are kept for the way back."""
         how = formats.format_of(self)
         assert how is not None
         original, digest = formats.take(self, how), formats.weight_digest(self)
-        home, self._device = self.weight.device, torch.device(device) if device is not None else self.weight.device
-        base, delta = self.base_weight().to(self._device), self.exact_delta(self._device)
+        home, device = self.weight.device, torch.device(device) if device is not None else self.weight.device
+        base, delta = self.base_weight().to(device), self.exact_delta(device)
         exact = base.to(delta.dtype) + delta
         if quantized == "requantize":
             how.requantize(self, exact.to(home))
@@ -157,9 +156,8 @@ class Mergeable(nn.Module):
             if how.plain_class is not None:
                 self.rebase_class(how.plain_class)
         lost = (self.base_weight().to(exact) - exact).norm()
-        self.merge_loss = float(lost / delta.norm()) if delta.any() else 0.0
-        self._undo, self._quantized = original if reversible else None, quantized
-        self.merged, self._digest = True, digest
+        loss = float(lost / delta.norm()) if delta.any() else 0.0
+        self.lora_state.merge = MergeRecord(original if reversible else None, digest, device, loss, quantized)
 
     def merge_refusal(self, quantized: Quantized | None = None) -> str | None:
         """Why the update cannot be merged now; None if it can."""
@@ -188,28 +186,55 @@ class Mergeable(nn.Module):
         Raises:
             ValueError: the way back was not kept, or the adapter changed since the merge.
         """
-        if not self.merged:
+        record = self.lora_state.merge
+        if record is None:
             return
-        if self._undo is None:
+        undo = record.undo
+        if undo is None:
             raise ValueError(
                 "the way back was not kept (merged with reversible=False, or other weights were loaded since): load the base model again"
             )
-        if isinstance(self._undo, merging.SparseUndo):
+        if isinstance(undo, merging.SparseUndo):
             # Where it was merged, for the product has to come out the same to the bit.
             mine = local_tensor(self.weight.detach())
-            delta = self._exactly(self._device, self.merge_delta)
-            base = merging.unmerge(mine.to(self._device), local_shard(delta, self.weight), self._undo)
+            delta = self._exactly(record.device, self.merge_delta)
+            base = merging.unmerge(mine.to(record.device), local_shard(delta, self.weight), undo)
             mine.copy_(base)
-        elif isinstance(self._undo, formats.QuantizedUndo):
+        elif isinstance(undo, formats.QuantizedUndo):
             home = self.weight.device  # the model may have moved since, and what was kept aside did not
-            self._undo.put_back(self)
+            undo.put_back(self)
             if self.weight.device != home:
                 self.to(home)
         else:
-            self.weight = self._undo.weight
-        self.merged, self._undo = False, None
-        for config in self.__dict__.pop("_untied", ()):
+            self.weight = undo.weight
+        self.lora_state.merge = None
+        self.retie()
+
+    def untie(self, configs: list[Any]) -> None:
+        """Keep Hugging Face from tying again, on save and load, what a merge takes apart.
+
+        Args:
+            configs: of the models whose ``tie_word_embeddings`` says to.
+        """
+        for config in configs:
+            config.tie_word_embeddings = False
+        self.lora_state.untied = configs
+
+    def retie(self) -> None:
+        """Let the configs that a merge untied tie again."""
+        for config in self.lora_state.untied:
             config.tie_word_embeddings = True
+        self.lora_state.untied = []
+
+    def merge_again(self, state: AdapterState) -> None:
+        """Merge as before an unmerge. Merging is deterministic: the merged weight comes back as it was.
+
+        Args:
+            state: a copy of this layer's, taken before the unmerge.
+        """
+        assert state.merge is not None
+        self.merge_weights(device=state.merge.device, quantized=state.merge.quantized)
+        self.untie(state.untied)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -226,7 +251,8 @@ class Mergeable(nn.Module):
                 failed = len(errors)
                 super()._load_from_state_dict(state_dict, prefix, *args)
                 missing[:] = [key for key in missing if not key.startswith(prefix + PREFIX)]
-                if prefix + "weight" in state_dict and len(errors) == failed:
-                    self._undo = None  # other merged weights are in: the way back no longer fits them
+                for name, layer in self.by_weight().items():
+                    if prefix + name in state_dict and len(errors) == failed and layer.lora_state.merge is not None:
+                        layer.lora_state.merge.undo = None  # another merged weight is in: the way back no longer fits it
                 return
         super()._load_from_state_dict(state_dict, prefix, *args)

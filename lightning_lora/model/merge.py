@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_lora.layers.base import LoRALayer, lora_layers
-from lightning_lora.layers.mergeable import Quantized
+from lightning_lora.layers.state import AdapterState, Quantized
 from lightning_lora.utils.sharding import is_distributed, reshard
 
 
@@ -51,13 +51,16 @@ def merge_lora(
     if tied and not untie:
         name, others = next(iter(tied.items()))
         raise ValueError(
-            f"{name}.weight is tied to {', '.join(others)}: merging would change that too. Pass untie=True to give it a weight"
+            f"{name} is tied to {', '.join(others)}: merging would change that too. Pass untie=True to give it a weight"
             " of its own (the model's tie_word_embeddings is switched off then), or leave it unmerged."
         )
-    configs = _untie_configs(model) if tied else []
+    configs = _tying_configs(model) if tied else []
     for name, layer in _ready(model, layers):
-        if name in tied:
-            layer._owns_weight, layer._untied = False, configs
+        shared = [part for weight, part in layer.by_weight().items() if _join(name, weight) in tied]
+        for part in shared:
+            part.lora_state.shares_weight = True
+        if shared:
+            layer.untie(configs)
         layer.merge_weights(device=device, reversible=reversible, quantized=quantized)
     return model
 
@@ -67,7 +70,8 @@ def merge_report(model: nn.Module) -> dict[str, float]:
 
     Of a quantized base it is measured against the unpacked weight; 1 and more means that nothing of the update is left to rely on.
     """
-    return {name: layer.merge_loss for name, layer in lora_layers(model) if layer.merged}
+    losses = {name: layer.merge_loss for name, layer in lora_layers(model)}
+    return {name: loss for name, loss in losses.items() if loss is not None}
 
 
 def unmerge_lora(model: nn.Module) -> nn.Module:
@@ -76,30 +80,37 @@ def unmerge_lora(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: a layer cannot go back (its way back was not kept, or its adapter changed); the message names it.
     """
-    done: list[LoRALayer] = []
+    done: list[tuple[LoRALayer, AdapterState]] = []
     for name, layer in _ready(model, [(name, layer) for name, layer in lora_layers(model) if layer.merged]):
+        before = layer.lora_state.copy()
         try:
             layer.unmerge_weights()
         except ValueError as error:
-            for earlier in done:  # merging is deterministic: the merged weights come back as they were
-                earlier.merge_weights(device=earlier._device, quantized=getattr(earlier, "_quantized", None))
+            for earlier, state in done:
+                earlier.merge_again(state)
             raise ValueError(f"{name!r} cannot be unmerged: {error}.") from error
-        done.append(layer)
+        done.append((layer, before))
     return model
 
 
 def tied_weights(model: nn.Module) -> dict[str, list[str]]:
-    """FQN of an adapted layer not merged yet → names of the parameters elsewhere that are the same tensor as its weight."""
+    """Name of an adapted weight not merged yet → names of the parameters elsewhere that are the same tensor."""
     owners: dict[int, list[str]] = {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(f"{module_name}.{name}" if module_name else name)
+            owners.setdefault(id(parameter), []).append(_join(module_name, name))
     tied = {}
-    for name, layer in lora_layers(model):
-        others = [owner for owner in owners[id(layer.weight)] if owner != (f"{name}.weight" if name else "weight")]
-        if others and not layer.merged:
-            tied[name] = others
+    for fqn, layer in lora_layers(model):
+        for weight, part in layer.by_weight().items():
+            name = _join(fqn, weight)
+            others = [owner for owner in owners[id(part.weight)] if owner != name]
+            if others and not part.merged:
+                tied[name] = others
     return tied
+
+
+def _join(module_name: str, name: str) -> str:
+    return f"{module_name}.{name}" if module_name else name
 
 
 def _ready(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> Iterator[tuple[str, LoRALayer]]:
@@ -114,10 +125,7 @@ def _ready(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> Iterator[tu
         yield from batch
 
 
-def _untie_configs(model: nn.Module) -> list[Any]:
-    """Hugging Face ties again on save and load unless the config says not to; the configs that said so."""
+def _tying_configs(model: nn.Module) -> list[Any]:
+    """The configs by which Hugging Face ties again on save and load."""
     configs = [getattr(module, "config", None) for module in model.modules()]
-    tied = [config for config in configs if getattr(config, "tie_word_embeddings", False)]
-    for config in tied:
-        config.tie_word_embeddings = False  # type: ignore[union-attr]
-    return tied
+    return [config for config in configs if getattr(config, "tie_word_embeddings", False)]

@@ -95,7 +95,7 @@ def adopt(model: nn.Module, layers: Iterable[tuple[str, LoRALayer]]) -> None:
         owner = owners[layer]
         try:
             groups = [] if owner is None else data_parallel_groups(owner)
-            if is_sharded(layer.weight):
+            if any(is_sharded(part.weight) for part in layer.by_weight().values()):
                 _place(layer, data_dims=len(groups))
         except ValueError as error:
             raise ValueError(f"{name!r}: {error}.") from error
@@ -242,7 +242,8 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
 
 def _place(layer: LoRALayer, data_dims: int) -> None:
     """Turn the adapter of a tensor-parallel base into DTensors that match it; the data-parallel mesh dimensions stand first."""
-    mesh, placements = layer.weight.device_mesh, layer.weight.placements[data_dims:]
+    weight = next(iter(layer.by_weight().values())).weight
+    mesh, placements = weight.device_mesh, weight.placements[data_dims:]
     if not placements:
         return
     if data_dims:

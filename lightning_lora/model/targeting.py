@@ -20,11 +20,12 @@ from lightning_lora.layers.adapting import refusal
 from lightning_lora.layers.base import PREFIX, LoRALayer
 from lightning_lora.layers.classes import adapted_class
 from lightning_lora.model.heads import output_heads, saved_modules, within
-from lightning_lora.quantization.formats import format_of
+from lightning_lora.quantization.formats import elements, format_of
 from lightning_lora.registry import kind_of, why_refused
 from lightning_lora.utils.names import modules_by_name
 from lightning_lora.utils.patterns import compile_patterns, layer_index, no_match
 
+_MUCH = 0.2  # of the model's elements: a warning says what is passed over
 _READS_WEIGHTS = {nn.TransformerEncoderLayer: ("linear1", "linear2")}
 
 
@@ -41,9 +42,15 @@ class Target:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the base weight."""
-        shape = self.module.weight.shape
-        return (self.module.out_features, self.module.in_features) if format_of(self.module) else tuple(shape)  # type: ignore
+        """Of the base weight; of the first one where there are several."""
+        return self.shapes[0]
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of each base weight."""
+        if format_of(self.module):
+            return [(self.module.out_features, self.module.in_features)]  # type: ignore
+        return [tuple(self.module._parameters[name].shape) for name in self.kind.adapted]  # type: ignore[union-attr]
 
     @property
     def parameters(self) -> int:
@@ -59,11 +66,16 @@ class TargetReport:
         targets: the modules to adapt, in the model's order.
         hits: pattern → how many modules it hit, by config field.
         saved: FQNs of the modules trained in full.
+        left_out: what ``"all-linear"`` passes over because it is neither linear, embedding nor vector, such as experts in one tensor:
+            module and type → elements.
+        total: elements of the model.
     """
 
     targets: tuple[Target, ...]
     hits: dict[str, dict[str, int]]
     saved: tuple[str, ...]
+    left_out: dict[str, int]
+    total: int
 
     @property
     def parameters(self) -> int:
@@ -74,8 +86,8 @@ class TargetReport:
         groups: Counter[tuple[str, ...]] = Counter()
         parameters: Counter[tuple[str, ...]] = Counter()
         for target in self.targets:
-            shape = "×".join(map(str, target.shape))
-            row = (re.sub(r"\.\d+\.", ".*.", target.fqn), target.type_name, shape, str(target.rank), f"{target.alpha:g}")
+            shape = ", ".join("×".join(map(str, each)) for each in target.shapes)
+            row = (_any_layer(target.fqn), target.type_name, shape, str(target.rank), f"{target.alpha:g}")
             groups[row] += 1
             parameters[row] += target.parameters
         rows: list[tuple[str, ...]] = [("module", "type", "weight", "rank", "alpha", "count", "parameters")]
@@ -89,6 +101,7 @@ class TargetReport:
         lines += [f"  {name} {pattern!r}: {count} modules" for name, hits in self.hits.items() for pattern, count in hits.items()]
         if self.saved:
             lines.append(f"trained in full: {', '.join(self.saved)}")
+        lines += [f"left out: {name}, {size:,} elements, {size / self.total:.0%} of the model" for name, size in self.left_out.items()]
         return "\n".join(line.rstrip() for line in lines)
 
 
@@ -164,7 +177,10 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetReport:
         raise ValueError("target_modules and exclude_modules together leave no module to adapt; exclude less.")
     for target in targets:
         _warn_of_rank(target)
-    return TargetReport(tuple(targets), {each.name: dict(each.hits) for each in fields if each.hits}, tuple(saved))
+    total = sum({p: elements(module, name, p) for module in modules.values() for name, p in _own_parameters(module)}.values())
+    left = _left_out({fqn: m for fqn, m in modules.items() if not excluded.matching(fqn) and not within(fqn, saved)}) if everything else {}
+    _warn_of_left_out(left, total)
+    return TargetReport(tuple(targets), {each.name: dict(each.hits) for each in fields if each.hits}, tuple(saved), left, total)
 
 
 def _unmatched(fields: Iterable[_Field], config: LoRAConfig, modules: dict[str, nn.Module], chosen: Iterable[str]) -> list[str]:
@@ -195,6 +211,39 @@ def _warn_of_rank(target: Target) -> None:
         warnings.warn(
             f"rank={target.rank} of {target.fqn!r} is above min(in, out)={min(sizes)}: more parameters than a full update.", stacklevel=4
         )
+
+
+def _left_out(modules: dict[str, nn.Module]) -> dict[str, int]:
+    """Elements by module and type of what "all-linear" passes over; vectors (norms, biases) and embeddings are no news."""
+    left: Counter[str] = Counter()
+    for fqn, module in modules.items():
+        kind = kind_of(type(module))
+        if not isinstance(module, nn.Embedding) and not (kind is not None and kind.is_linear):  # type: ignore[attr-defined]
+            sizes = [parameter.numel() for _, parameter in _own_parameters(module) if parameter.ndim > 1]
+            if sizes:
+                base = getattr(type(module), "lora_base", type(module))
+                left[f"{_any_layer(fqn) or 'the model itself'} ({base.__name__})"] += sum(sizes)
+    return dict(left.most_common())
+
+
+def _warn_of_left_out(left: dict[str, int], total: int) -> None:
+    size = sum(left.values())
+    if size > _MUCH * total:
+        name = next(iter(left))
+        warnings.warn(
+            f"target_modules='all-linear' leaves out {size / total:.0%} of the model, which is in no linear: {name} has {left[name]:,} of"
+            f" {total:,} elements. Name it in target_modules if LoRA has a kind for it, or in exclude_modules if that is meant.",
+            stacklevel=3,
+        )
+
+
+def _own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The module's own, without children's and adapters'."""
+    return [(name, p) for name, p in module._parameters.items() if p is not None and not name.startswith(PREFIX)]
+
+
+def _any_layer(fqn: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", fqn)
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -88,12 +88,13 @@ def galore_param_groups(
     patterns = LoRAConfig(rank=1, target_modules=config.target_modules, exclude_modules=config.exclude_modules, modules_to_save=[])
     projected = {}
     for target in find_targets(model, patterns).targets:
-        weight = target.module.weight
-        assert isinstance(weight, Tensor)
-        reason = _refusal(weight, config.rank)
-        if reason:
-            raise ValueError(f"{target.fqn}.weight {reason}, or leave it out with exclude_modules.")
-        projected[id(weight)] = weight
+        for name in target.kind.adapted:
+            weight = target.module._parameters[name]
+            assert isinstance(weight, Tensor)
+            reason = _refusal(weight, config.rank)
+            if reason:
+                raise ValueError(f"{target.fqn}.{name} {reason}, or leave it out with exclude_modules.")
+            projected[id(weight)] = weight
     how = {name: value for name, value in asdict(config).items() if not name.endswith("_modules")}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in projected]
     groups = [

@@ -43,11 +43,11 @@ def lora_param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0,
         "other": {"lr": lr, "weight_decay": weight_decay},
         "no_decay": {"lr": lr, "weight_decay": 0.0},
     }
-    for name, parameter in model.named_parameters():
+    factors = {id(factor) for _, layer in lora_layers(model) for part in layer.by_weight().values() for factor in part.lora_factors()}
+    for parameter in model.parameters():
         if parameter.requires_grad:
-            factor = name.rpartition(".")[2] in ("lora_A", "lora_B")
             adapter = "lora_B" if id(parameter) in zero else "lora_A"
-            group = adapter if factor else "other" if parameter.ndim > 1 else "no_decay"
+            group = adapter if id(parameter) in factors else "other" if parameter.ndim > 1 else "no_decay"
             groups[group].setdefault("params", []).append(parameter)
     found = [{"name": name, **group} for name, group in groups.items() if "params" in group]
     if not found:
@@ -57,7 +57,7 @@ def lora_param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0,
 
 def zero_factors(model: nn.Module) -> list[Tensor]:
     """The B's of LoRA+: of every adapted layer the factor that starts at zero; of AdaLoRA, where E does, B."""
-    return [layer.lora_factors()[1] for _, layer in lora_layers(model)]
+    return [part.lora_factors()[1] for _, layer in lora_layers(model) for part in layer.by_weight().values()]
 
 
 def check_ratio(ratio: float) -> None:

@@ -233,7 +233,7 @@ def test_the_way_back_is_cheap(dtype, share):
         layer.lora_magnitude_vector.mul_(1 + 0.01 * torch.randn(512))
     base = layer.weight.detach().clone()
     layer.merge_weights()
-    assert layer._undo.nbytes < share * layer.weight.nbytes
+    assert layer.lora_state.merge.undo.nbytes < share * layer.weight.nbytes
     layer.unmerge_weights()
     assert same_bits(layer.weight, base)
 

@@ -1,0 +1,358 @@
+"""A module with several weights, proved by the experts of transformers' mixtures: one layer to everything outside, exact in each weight."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from functools import partial
+
+import lightning as L
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+import lightning_lora as ll
+from lightning_lora import LoRAConfig, apply_lora, load_adapter, merge_lora, save_adapter, unload_lora, unmerge_lora
+from lightning_lora.adapter_io.fingerprint import base_identity
+from lightning_lora.layers.adapting import refusal
+from lightning_lora.layers.several_weights import SeveralWeights
+from lightning_lora.model.merge import tied_weights
+from lightning_lora.optim import galore_param_groups
+from tests.conftest import adapted, base_bits, fill, same_bits, snapshot
+from tests.layers.experts import LoRAExperts, registered, tiny_mixtral, tiny_qwen3_moe
+
+MODELS = {"qwen3-moe": tiny_qwen3_moe, "mixtral": tiny_mixtral}
+CONFIG = LoRAConfig(rank=2, alpha=6, target_modules=["experts"])
+IDS = torch.arange(12).reshape(2, 6)
+FQN = "model.layers.0.mlp.experts"
+every_model = pytest.mark.parametrize("model", MODELS)
+
+
+@pytest.fixture(autouse=True)
+def with_the_kind():
+    with registered():
+        yield
+
+
+def experts(model):
+    return model.get_submodule(FQN)
+
+
+def one_layer(**fields):
+    """The experts of one block, adapted and filled, in a model of their own."""
+    model = nn.ModuleDict({"experts": experts(tiny_qwen3_moe())})
+    return adapted(model, rank=2, alpha=6, target_modules=["experts"], **fields)
+
+
+def routed(layer, dtype=torch.float32):
+    """Hidden states (N, H), the experts of each token (N, 2) and their shares (N, 2)."""
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(10, 32, generator=generator, dtype=torch.float64).to(dtype)
+    index = torch.stack([torch.randperm(layer.num_experts, generator=generator)[:2] for _ in range(10)])
+    return x, index, torch.rand(10, 2, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def definition(layer, x, index, share, factors):
+    """Token by token: Σ share · D(act(G x) ∘ U x), each weight W_e + s·B_e·A_e."""
+    s, out = layer.scaling, []
+
+    def times(name, e, v):
+        W, A, B = layer._parameters[name][e], factors[f"lora_A_{name}"], factors[f"lora_B_{name}"]
+        A, B = A.reshape(layer.num_experts, -1, A.shape[1])[e], B.reshape(layer.num_experts, -1, B.shape[1])[e]
+        return W @ v + s * (B @ (A @ v))
+
+    for n in range(len(x)):
+        total = 0
+        for k in range(index.shape[1]):
+            gate, up = times("gate_up_proj", index[n, k], x[n]).chunk(2)
+            total = total + share[n, k] * times("down_proj", index[n, k], nn.functional.silu(gate) * up)
+        out.append(total)
+    return torch.stack(out)
+
+
+# The layer.
+
+
+@every_model
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_an_adapted_model_starts_as_its_base_to_the_bit(model, implementation):
+    model = MODELS[model](implementation=implementation)
+    before = model(IDS).logits
+    apply_lora(model, config=CONFIG)
+    assert same_bits(model(IDS).logits, before)
+    fill(model)
+    assert (model(IDS).logits - before).abs().max() > 1e-3
+
+
+def test_outputs_and_gradients_are_those_of_the_definition():
+    layer = one_layer()["experts"].double()
+    for name, factor in layer.lora_parameters().items():
+        layer._parameters[name] = nn.Parameter(factor.double())
+    x, index, share = routed(layer, torch.float64)
+    x.requires_grad_()
+    factors = {name: p.detach().clone().requires_grad_() for name, p in layer.lora_parameters().items()}
+    wanted, found = definition(layer, x, index, share, factors), layer(x, index, share)
+    torch.testing.assert_close(found, wanted)
+    weight = torch.randn(found.shape, dtype=torch.float64)
+    theirs = torch.autograd.grad((wanted * weight).sum(), [x, *factors.values()])
+    mine = torch.autograd.grad((found * weight).sum(), [x, *layer.lora_parameters().values()])
+    torch.testing.assert_close(mine, theirs)
+    assert all(gradient.any() for gradient in mine)
+
+
+def test_each_weight_is_a_layer_of_its_own_inside():
+    layer = one_layer()["experts"]
+    shapes = {name: tuple(p.shape) for name, p in layer.lora_parameters().items()}
+    assert shapes == {
+        "lora_A_gate_up_proj": (16, 32),
+        "lora_B_gate_up_proj": (256, 2),
+        "lora_A_down_proj": (16, 16),
+        "lora_B_down_proj": (256, 2),
+    }
+    parts = layer.by_weight()
+    assert list(parts) == ["gate_up_proj", "down_proj"]
+    for name, part in parts.items():
+        assert part.weight is layer._parameters[name]
+        assert (part.lora_A, part.lora_B) == (layer._parameters[f"lora_A_{name}"], layer._parameters[f"lora_B_{name}"])
+        assert not part.weight.requires_grad and part.rank == 2 and part.num_experts == 8
+
+
+def test_a_weight_whose_name_ends_anothers_keeps_its_own_factors():
+    class Both(SeveralWeights):
+        adapted = ("proj", "down_proj")
+
+    names = dict.fromkeys(["proj", "lora_A_proj", "lora_A_down_proj", "lora_magnitude_vector_down_proj"])
+    assert Both._names(names, "proj") == {"lora_A": "lora_A_proj"}
+    assert Both._names(names, "down_proj") == {"lora_A": "lora_A_down_proj", "lora_magnitude_vector": "lora_magnitude_vector_down_proj"}
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["deepcopy", "pickle"])
+def test_copies_are_whole_and_apart(merged, copied):
+    layer = one_layer()["experts"]
+    arguments, base = routed(layer), base_bits(layer)
+    if merged:
+        layer.merge_weights()
+    twin = copied(layer)
+    assert type(twin) is type(layer) and twin.merged is merged and same_bits(twin(*arguments), layer(*arguments))
+    twin.unmerge_weights()
+    assert base_bits(twin) == base and layer.merged is merged
+
+
+# Variants see one weight at a time.
+
+
+@pytest.mark.parametrize("variant", ["dora", "lora_fa"])
+def test_variants_work_in_each_weight(variant):
+    model = tiny_qwen3_moe()
+    before, base = model(IDS).logits, base_bits(model)
+    apply_lora(model, config=LoRAConfig(rank=2, target_modules=["experts"], variant=variant))
+    torch.testing.assert_close(model(IDS).logits, before, rtol=0, atol=1e-5)
+    trained = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
+    parts = {"dora": ["lora_A", "lora_B", "lora_magnitude_vector"], "lora_fa": ["lora_B"]}[variant]
+    assert trained == {f"{part}_{name}" for part in parts for name in LoRAExperts.adapted}
+    with torch.no_grad():
+        for p in ll.get_lora_parameters(model):
+            p.add_(torch.randn(p.shape) * 0.1)
+    unmerged = model(IDS).logits
+    torch.testing.assert_close(merge_lora(model)(IDS).logits, unmerged, rtol=0, atol=1e-5)
+    assert base_bits(unmerge_lora(model)) == base
+
+
+def test_what_does_not_fit_is_refused_with_the_weights_name():
+    module, message = experts(tiny_qwen3_moe()), partial(refusal, fqn="mlp.experts", rank=2)
+    assert "gate_up_proj: variant='adalora' prunes" in message(module, dropout=0.0, variant="adalora")
+    assert "gate_up_proj: dropout=0.1 has no input" in message(module, dropout=0.1)
+    module._parameters["down_proj"] = nn.Parameter(torch.zeros(4, 4))
+    assert "down_proj: its shape (4, 4)" in message(module, dropout=0.0)
+    del module._parameters["down_proj"]
+    assert "computes its down_proj anew at each call" in message(module, dropout=0.0)
+
+
+# Merging.
+
+
+@every_model
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merge_is_the_exact_sum_rounded_once_and_unmerge_is_exact(model, dtype):
+    model = fill(apply_lora(MODELS[model](dtype), config=CONFIG), std=0.1).eval()
+    layer, base, unmerged = experts(model), base_bits(model), model(IDS).logits
+    exact = {}
+    for name, part in layer.by_weight().items():
+        A, B = (factor.double().unflatten(0, (layer.num_experts, -1)) for factor in (part.lora_A, part.lora_B))
+        exact[name] = part.weight.double() + part.scaling * B @ A
+    for _ in range(2):
+        merge_lora(model)
+        assert layer.merged
+        for name, wanted in exact.items():
+            eps = torch.finfo(dtype).eps
+            torch.testing.assert_close(layer._parameters[name].double(), wanted, rtol=eps, atol=eps / 8)
+        assert not any("lora_" in name for name in model.state_dict())
+        torch.testing.assert_close(model(IDS).logits, unmerged, rtol=0.05, atol=1e-5 if dtype == torch.float32 else 0.1)
+        unmerge_lora(model)
+        assert base_bits(model) == base and same_bits(model(IDS).logits, unmerged)
+    records = merge_lora(model) and [state.merge for state in layer.lora_state.by_weight.values()]
+    assert len({record.digest for record in records}) == 2 and all(record.undo is not None for record in records)
+    losses = [record.loss for record in records]
+    assert ll.merge_report(model)[FQN] == max(losses) and (dtype == torch.float32 or min(losses) > 1e-3)
+
+
+@pytest.mark.parametrize("spoilt", ["lora_A_gate_up_proj", "lora_B_down_proj"])
+def test_an_unmerge_that_fails_in_one_weight_changes_none(spoilt):
+    model = one_layer()
+    merge_lora(model)
+    with torch.no_grad():
+        model["experts"]._parameters[spoilt][0, 0] += 1
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=f"'experts' cannot be unmerged: {spoilt[7:]}: the base weight would not come back"):
+        unmerge_lora(model)
+    assert snapshot(model) == before and model["experts"].merged
+
+
+def test_a_merge_that_one_weight_refuses_changes_none():
+    model = one_layer()
+    with torch.no_grad():
+        model["experts"].lora_A_down_proj[0, 0] = torch.nan
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="'experts' cannot be merged: down_proj: lora_A holds NaN"):
+        merge_lora(model)
+    assert snapshot(model) == before
+
+
+def test_state_dicts_of_a_merged_layer():
+    model = one_layer()
+    state, base = copy.deepcopy(model.state_dict()), base_bits(model)
+    merge_lora(model)
+    merged = copy.deepcopy(model.state_dict())
+    model.load_state_dict(state)  # an adapter is coming: it belongs on the base
+    assert not model["experts"].merged and base_bits(model) == base
+    merge_lora(model)
+    model.load_state_dict({"experts.down_proj": merged["experts.down_proj"] + 1}, strict=False)
+    with pytest.raises(ValueError, match="down_proj: the way back was not kept"):
+        unmerge_lora(model)
+    assert same_bits(model["experts"].gate_up_proj, merged["experts.gate_up_proj"])
+
+
+def test_a_tied_weight_is_replaced_and_tied_again():
+    model = nn.ModuleDict({name: experts(tiny_qwen3_moe()) for name in ("a", "b")})
+    shared = model["a"].down_proj
+    model["b"]._parameters["down_proj"] = shared
+    adapted(model, rank=2, target_modules=["a"])
+    base = base_bits(model)
+    assert tied_weights(model) == {"a.down_proj": ["b.down_proj"]}
+    with pytest.raises(ValueError, match=r"a.down_proj is tied to b.down_proj"):
+        merge_lora(model)
+    merge_lora(model, untie=True)
+    assert model["a"].down_proj is not shared and model["b"].down_proj is shared
+    unmerge_lora(model)
+    assert model["a"].down_proj is shared and base_bits(model) == base
+
+
+# The model around it.
+
+
+@every_model
+def test_files_and_exports_hold_every_weight(model, tmp_path):
+    make = MODELS[model]
+    base, identity = base_bits(make()), base_identity(make())
+    model = fill(apply_lora(make(), config=CONFIG))
+    logits = model(IDS).logits
+    assert base_identity(model) == identity
+    ll.export_merged(model, tmp_path / "unmerged")
+    merge_lora(model)
+    assert base_identity(model) == identity  # of the base, not of what is in the weights now
+    save_adapter(model, tmp_path / "adapter")
+    ll.export_merged(model, tmp_path / "merged")
+    files = [safetensors.torch.load_file(tmp_path / name / "model.safetensors") for name in ("unmerged", "merged")]
+    assert files[0].keys() == files[1].keys() and all(same_bits(files[0][name], tensor) for name, tensor in files[1].items())
+    assert all(same_bits(files[1][name], p) for name, p in model.named_parameters() if "lora_" not in name and name in files[1])
+    assert any(name.endswith("experts.down_proj") for name in files[1])
+
+    loaded = load_adapter(make(), tmp_path / "adapter")
+    assert same_bits(loaded(IDS).logits, logits)
+    other = make()
+    with torch.no_grad():
+        experts(other).down_proj.add_(1)
+    with pytest.raises(ValueError, match="was trained on another base"):
+        load_adapter(other, tmp_path / "adapter")
+    assert base_bits(unload_lora(unmerge_lora(model))) == base
+    assert {type(module) for module in model.modules()} == {type(module) for module in make().modules()}
+
+
+def test_peft_refuses_the_folder_aloud(tmp_path):
+    from peft import PeftModel
+
+    save_adapter(fill(apply_lora(tiny_qwen3_moe(), config=CONFIG)), tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == ["experts"]
+    with pytest.raises(ValueError, match="is not supported"):
+        PeftModel.from_pretrained(tiny_qwen3_moe(), tmp_path)
+
+
+def test_parameter_groups_have_the_factors_of_every_weight():
+    model = apply_lora(tiny_qwen3_moe(), config=CONFIG)
+    names = {id(p): name.rpartition(".")[2] for name, p in model.named_parameters()}
+    groups = {group["name"]: group for group in ll.lora_param_groups(model, lr=1e-3, lora_plus_ratio=4)}
+    assert {name: {names[id(p)] for p in group["params"]} for name, group in groups.items()} == {
+        f"lora_{factor}": {f"lora_{factor}_{name}" for name in LoRAExperts.adapted} for factor in "AB"
+    }
+    assert (groups["lora_A"]["lr"], groups["lora_B"]["lr"]) == (1e-3, 4e-3)
+
+
+def test_galore_names_the_weight_that_is_no_matrix():
+    with pytest.raises(ValueError, match=r"experts.gate_up_proj has shape \(8, 32, 32\), and only matrices"):
+        galore_param_groups(tiny_qwen3_moe(), lr=1e-3, rank=2, target_modules=["experts"])
+
+
+def test_the_report_has_every_weight():
+    report = ll.find_targets(tiny_qwen3_moe(), CONFIG)
+    assert report.targets[0].shapes == [(8, 32, 32), (8, 32, 16)] and report.targets[0].shape == (8, 32, 32)
+    assert "Qwen3MoeExperts  8×32×32, 8×32×16" in str(report)
+    assert report.parameters == sum(p.numel() for p in ll.get_lora_parameters(apply_lora(tiny_qwen3_moe(), config=CONFIG)))
+
+
+class LitMoE(L.LightningModule):
+    """Two blocks of a mixture, trained on its own inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.model, self.losses = tiny_qwen3_moe(), []
+
+    def training_step(self, batch):
+        loss = self.model(batch, labels=batch).loss
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.02)
+
+
+def fit(folder, epochs, checkpoint=None, **options):
+    torch.manual_seed(0)
+    lit = LitMoE()
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "default_root_dir": folder}
+    trainer = L.Trainer(**quiet, max_epochs=epochs, callbacks=[ll.LoRACallback(CONFIG, **options)], enable_checkpointing=False)
+    loader = torch.utils.data.DataLoader(torch.arange(48).reshape(4, 12), batch_size=2)
+    trainer.fit(lit, loader, ckpt_path=checkpoint)
+    return lit, trainer
+
+
+def test_training_checkpoints_and_resumes_to_the_bit(tmp_path):
+    whole, _ = fit(tmp_path, 2, merge_on_fit_end=False)
+    half, trainer = fit(tmp_path, 1, merge_on_fit_end=False)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    state = torch.load(tmp_path / "half.ckpt", weights_only=True)["state_dict"]
+    assert len(state) == 8 and all(".experts.lora_" in name for name in state)
+    resumed, _ = fit(tmp_path, 2, tmp_path / "half.ckpt", merge_on_fit_end=False)
+    assert half.losses + resumed.losses == whole.losses and whole.losses[2] < whole.losses[0]  # the same batch
+    assert all(same_bits(p, whole.get_parameter(name)) for name, p in resumed.named_parameters())
+    loaded = load_adapter(LitMoE(), tmp_path / "half.ckpt")
+    assert all(same_bits(p, half.get_parameter(name)) for name, p in loaded.named_parameters())
+
+
+def test_the_callback_merges_every_weight_at_the_end(tmp_path):
+    lit, _ = fit(tmp_path, 1)
+    base, merged = experts(tiny_qwen3_moe()), experts(lit.model)
+    assert merged.merged and all(not same_bits(merged._parameters[name], base._parameters[name]) for name in LoRAExperts.adapted)
+    assert base_bits(unmerge_lora(lit.model)) == base_bits(tiny_qwen3_moe())
