@@ -87,7 +87,7 @@ def train(model: nn.Module, steps: int = 3, rank: int = 0, world: int = 1) -> tu
     """A few AdamW steps on this rank's part of the batch: the first step's gradients, the final adapters."""
     x, y = (part.chunk(world)[rank] for part in make_data())
     # With eps=1e-8 Adam's first steps would be the sign of gradients that are rounding noise, which differs between CPUs.
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-4, foreach=False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-3, foreach=False)
     grads: dict[str, torch.Tensor] = {}
     for step in range(steps):
         optimizer.zero_grad()

@@ -87,7 +87,7 @@ class LitShared(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         # With eps=1e-8 Adam's first steps would be the sign of gradients that are rounding noise, which differs between CPUs.
-        optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2, eps=1e-4, foreach=False)
+        optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2, eps=1e-3, foreach=False)
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)}
 
     def train_dataloader(self) -> DataLoader:
