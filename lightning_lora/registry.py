@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 KINDS: dict[str, type] = {}  # qualified name of a module type → the LoRALayer subclass that adapts it
+KIND_NAMES: dict[str, type] = {}  # name in config.kind_pattern → kind
 REFUSED: dict[str, str] = {}  # qualified name of a module type → why it cannot be adapted
 VARIANTS: dict[str, type] = {}  # config.variant → the mixin that goes before the kind
 INITS: dict[str, Callable[[Any], None]] = {}  # config.init → a function that fills a layer's A and B
@@ -24,11 +25,18 @@ def qualified_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def register_kind(*names: str | type) -> Callable[[type[T]], type[T]]:
-    """Class decorator: adapt modules of these types, and of their subclasses, with the decorated class."""
+def register_kind(*names: str | type, name: str | None = None) -> Callable[[type[T]], type[T]]:
+    """Class decorator: adapt modules of these types, and of their subclasses, with the decorated class.
+
+    Args:
+        names: types, or their qualified names.
+        name: of the kind, by which ``LoRAConfig.kind_pattern`` chooses it for modules whose type does not tell.
+    """
 
     def add(kind: type[T]) -> type[T]:
-        KINDS.update({name if isinstance(name, str) else qualified_name(name): kind for name in names})
+        if name is not None:
+            KIND_NAMES[name] = kind
+        KINDS.update({each if isinstance(each, str) else qualified_name(each): kind for each in names})
         return kind
 
     return add

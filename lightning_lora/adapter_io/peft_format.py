@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.factors import Exported
 from lightning_lora.registry import VARIANTS
 from lightning_lora.utils.patterns import is_regex
 
@@ -36,14 +36,17 @@ _NOT_CODE = {"auto_mapping", "megatron_core", "trust_remote_code"}
 _PLAIN_INITS = (True, False, None, "gaussian", "kaiming")
 
 
-def to_peft(config: LoRAConfig, layers: dict[str, LoRALayer], saved: Collection[str], modules: Collection[str]) -> dict[str, Any]:
+def to_peft(
+    config: LoRAConfig, layers: dict[str, Exported], saved: Collection[str], modules: Collection[str], *, transposed: bool = False
+) -> dict[str, Any]:
     """The JSON that makes PEFT adapt exactly these layers.
 
     Args:
         config: of the layers.
-        layers: FQN → adapted layer.
+        layers: FQN → what the file has of the layer.
         saved: FQNs of the modules trained in full.
         modules: FQNs of all modules of the model.
+        transposed: whether there are layers that store their weight (in, out).
 
     Raises:
         ValueError: PEFT's matching cannot express it.
@@ -70,7 +73,7 @@ def to_peft(config: LoRAConfig, layers: dict[str, LoRALayer], saved: Collection[
         # One anchored entry a layer: no order, no overlap. PEFT sorts the keys when it saves, which would change the meaning of patterns.
         "rank_pattern": {_anchored(fqn): layer.rank for fqn, layer in layers.items() if layer.rank != config.rank},
         "alpha_pattern": {_anchored(fqn): _whole(layer.alpha) for fqn, layer in layers.items() if layer.alpha != config.alpha},
-        "fan_in_fan_out": any(layer.transposed for layer in layers.values()),
+        "fan_in_fan_out": transposed,
         "init_lora_weights": True,
         **variant_fields(config),
     }

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapter_io import fingerprint, peft_format
+from lightning_lora.adapter_io.exported import export_layers
 from lightning_lora.adapter_io.files import AdapterFile, read_adapter, write_folder
 from lightning_lora.adapter_io.fingerprint import base_identity
 from lightning_lora.config import LoRAConfig
@@ -48,13 +49,13 @@ def save_adapter(model: nn.Module, folder: str | Path, overwrite: bool = False) 
     if not layers:
         raise ValueError(f"{type(model).__name__} has no LoRA layers to save; call apply_lora(model, config=...) first.")
     on_first_rank(lambda: _check_free(folder, overwrite))
-    layers = next(iter(layers.values())).exported(layers)
-    config = next(iter(layers.values())).lora_config
+    exported, config = export_layers(layers)
     extras = extra_tensors(root, config, layers)
-    tensors = {f"{fqn}.{part}": tensor for fqn, layer in layers.items() for part, tensor in layer.to_peft().items()}
+    tensors = {f"{fqn}.{part}": tensor for fqn, layer in exported.items() for part, tensor in layer.tensors.items()}
     tensors |= {peft_format.peft_name(name, layers): tensor for name, tensor in extras.items()}
     modules = [name for name in modules_by_name(root) if PREFIX not in name]
-    fields = peft_format.to_peft(config, layers, saved_modules(root, config), modules)
+    transposed = any(layer.transposed for layer in layers.values())
+    fields = peft_format.to_peft(config, exported, saved_modules(root, config), modules, transposed=transposed)
     for name, other in _shared(root, layers).items():
         warnings.warn(f"{name!r} and {other!r} are one module: read by PEFT, the adapter would be on the first only.", stacklevel=2)
     base = None if is_flattened(root) else base_identity(root, extras)
@@ -157,7 +158,7 @@ def _fit(root: nn.Module, report: TargetReport, adapter: AdapterFile, where: str
     tensors, config = dict(adapter.tensors), adapter.config
     shapes: dict[str, tuple[int, ...]] = {}
     for target in report.targets:
-        for part, shape in target.kind.parameter_shapes(target.module, target.rank).items():
+        for part, shape in target.kind.parameter_shapes(target.module, target.spec).items():
             name = f"{clean_name(target.fqn)}.{part}"
             shapes[name] = shape
             if name in tensors and tuple(tensors[name].shape) != shape:

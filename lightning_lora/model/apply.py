@@ -78,7 +78,7 @@ def inject(model: nn.Module, config: LoRAConfig, report: TargetReport) -> nn.Mod
         _prepare_quantized(model)
         for target in report.targets:
             try:
-                adapt(target.module, config, target.rank, target.alpha)
+                adapt(target.module, target.spec)
             except ValueError as error:
                 raise ValueError(f"{target.fqn!r}: {error}.") from error
         fuse(model)
