@@ -41,8 +41,9 @@ class LoRAConfig:
         modules_to_save: modules trained in full and saved with the adapter. ``"auto"``: the freshly made heads of
             Hugging Face classification models; ``[]``: none.
         scaling: ``standard`` α/r, or ``rslora`` α/√r.
-        init: how A and B start, a name in the registry: ``kaiming`` (A uniform in ±1/√fan_in, B zero), ``gaussian``.
-        variant: the update's formula, a name in the registry: ``plain``, ``dora``, ``lora_fa``, ``adalora``
+        init: how A and B start, a name in the registry: ``kaiming`` (A uniform in ±1/√fan_in, B zero), ``gaussian``, ``orthogonal``,
+            ``pissa``, ``pissa_niter_4``, ``olora`` (:mod:`lightning_lora.inits`).
+        variant: the update's formula, a name in the registry: ``plain``, ``dora``, ``lora_fa``, ``adalora``, ``vera``
             (:mod:`lightning_lora.variants`).
         variant_options: option → value, for variants that take some; the variant's class says which.
         allow_unmatched: accept patterns that match nothing, where others do match.

@@ -18,6 +18,7 @@ VARIANTS: dict[str, type] = {}  # config.variant → the mixin that goes before 
 INITS: dict[str, Callable[[Any], None]] = {}  # config.init → a function that fills a layer's A and B
 
 T = TypeVar("T")
+Init = TypeVar("Init", bound=Callable[[Any], None])
 
 
 def qualified_name(cls: type) -> str:
@@ -50,6 +51,17 @@ def register(table: dict[str, Any], name: str) -> Callable[[T], T]:
         return entry
 
     return add
+
+
+def keeps_start(init: Init) -> Init:
+    """Decorator: with this init B·A is not zero at the start, so a layer keeps the start and adds the difference to it."""
+    init.keeps_start = True  # type: ignore[attr-defined]
+    return init
+
+
+def has_start(init: str) -> bool:
+    """Whether layers with this init keep their start."""
+    return getattr(look_up(INITS, "init", init), "keeps_start", False)
 
 
 def look_up(table: dict[str, T], field: str, name: str) -> T:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from lightning_lora.adapter_io.files import AdapterFile, read_adapter, write_fol
 from lightning_lora.adapter_io.fingerprint import base_identity
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import PREFIX, LoRALayer, lora_layers
+from lightning_lora.layers.spec import options_of
 from lightning_lora.model.apply import inject
 from lightning_lora.model.heads import saved_modules
 from lightning_lora.model.merge import unmerge_lora
@@ -156,6 +158,10 @@ def _fit(root: nn.Module, report: TargetReport, adapter: AdapterFile, where: str
         ValueError: a tensor is missing, left over, or of another shape.
     """
     tensors, config = dict(adapter.tensors), adapter.config
+    try:
+        report.targets[0].kind.take_shared([(target.module, target.spec) for target in report.targets], tensors)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}.") from error
     shapes: dict[str, tuple[int, ...]] = {}
     for target in report.targets:
         for part, shape in target.kind.parameter_shapes(target.module, target.spec).items():
@@ -201,8 +207,8 @@ def _fit(root: nn.Module, report: TargetReport, adapter: AdapterFile, where: str
 def _same_adapter(root: nn.Module, layers: dict[str, LoRALayer], report: TargetReport, config: LoRAConfig, where: str) -> None:
     """Raise ValueError unless the layers that are there are those that the file is for."""
 
-    def key(config: LoRAConfig, rank: int, alpha: float) -> tuple[int, float, str]:
-        return rank, config.scaling_of(rank, alpha), config.variant
+    def key(config: LoRAConfig, rank: int, alpha: float) -> tuple[Any, ...]:
+        return rank, config.scaling_of(rank, alpha), config.variant, *options_of(config).items()
 
     here = {name: key(layer.lora_config, layer.rank, layer.alpha) for name, layer in layers.items()}
     file = {clean_name(t.fqn): key(config, t.rank, t.alpha) for t in report.targets}

@@ -19,6 +19,7 @@ formula. Neither knows the other: a variant sees the weight and the factors as m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -32,8 +33,8 @@ from lightning_lora.layers.spec import LayerSpec, Option
 from lightning_lora.ops import backends
 from lightning_lora.ops.output_scale import apply_output_scale
 from lightning_lora.quantization import formats
-from lightning_lora.registry import INITS, look_up
-from lightning_lora.utils.sharding import is_sharded
+from lightning_lora.registry import INITS, has_start, look_up
+from lightning_lora.utils.sharding import is_sharded, local_tensor
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -70,6 +71,16 @@ class LoRALayer(Factors):
     @classmethod
     def check(cls, module: Any, spec: LayerSpec) -> None:
         """Raise ValueError, with the reason only, if this kind or variant cannot adapt this module as the spec says."""
+        if not has_start(spec.config.init):
+            return
+        (r, *inputs), (outputs, again, *_) = cls.adapter_shapes(module, spec)
+        what = f"init={spec.config.init!r}"
+        if (r, again) != (spec.rank, spec.rank):
+            raise ValueError(f"{what} takes B·A from the weight, and here A and B meet in groups; exclude it")
+        if getattr(module, "padding_idx", None) is not None:
+            raise ValueError(f"{what} would train the row of padding_idx={module.padding_idx} too; exclude it")
+        if r > min(outputs, math.prod(inputs)):
+            raise ValueError(f"{what} with rank={r} is above min(in, out)={min(outputs, math.prod(inputs))}; choose a lower rank")
 
     def lora_update(self, y: Tensor, x: Tensor) -> Tensor:
         """The base's output ``y`` plus this layer's update for the input ``x``."""
@@ -94,6 +105,17 @@ class LoRALayer(Factors):
 
     # Construction.
 
+    @classmethod
+    def finish(cls, layers: dict[str, LoRALayer]) -> None:
+        """What spans layers, once all of a model are adapted: a variant that shares something among them does it here.
+
+        Args:
+            layers: FQN → layer; what was adapted together, all of this variant.
+
+        Raises:
+            ValueError: it cannot be; nothing stays adapted then.
+        """
+
     def init_adapter(self, spec: LayerSpec) -> None:
         """Freeze the base parameters and add the adapter's on the weight's device, at least in fp32."""
         formats.prepare(self)
@@ -114,13 +136,17 @@ class LoRALayer(Factors):
         """Start the adapter anew, A and B as the config's init has it."""
         with torch.no_grad():
             look_up(INITS, "init", self.lora_config.init)(self)
+            for name in ("lora_A", "lora_B"):
+                start = self._parameters.get(f"{name}0")
+                if start is not None:
+                    local_tensor(start.requires_grad_(False)).copy_(local_tensor(self._parameters[name]))  # type: ignore[arg-type]
 
     def reset_parameters(self) -> None:
         """What materialising a meta module calls: the base's own reset, then the adapter's."""
         base = getattr(super(), "reset_parameters", None)
         if base is not None:
             base()
-        if "lora_A" in self._parameters:  # a constructor of the base calls this before there is an adapter
+        if "lora_config" in self.__dict__:  # a constructor of the base calls this before there is an adapter
             self.reset_lora_parameters()
 
     def rebase_class(self, base: type[nn.Module]) -> None:
@@ -182,6 +208,13 @@ class LoRALayer(Factors):
                 parameter.grad = grad
         backends.look_at(next(iter(self.lora_parameters().values())).device)
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        # Base weights that come after the adapter (a start on the meta device, say): a start that was taken from others is taken anew.
+        alone = prefix + "weight" in state_dict and prefix + "lora_A" not in state_dict and not self.merged
+        if alone and "lora_A0" in self._parameters and not self.lora_A0.is_meta and self.adds_nothing():
+            self.reset_lora_parameters()
 
     def extra_repr(self) -> str:
         """The base's, and the adapter's rank, alpha and dropout."""

@@ -156,7 +156,8 @@ class LoRALinear(LoRALayer, nn.Linear):
         from torch.distributed.tensor import Replicate, Shard
 
         split = getattr(placement, "dim", None)
-        return {"lora_A": Shard(1) if split == 1 else Replicate(), "lora_B": Shard(0) if split == 0 else Replicate()}
+        A, B = Shard(1) if split == 1 else Replicate(), Shard(0) if split == 0 else Replicate()
+        return {"lora_A": A, "lora_B": B, "lora_A0": A, "lora_B0": B}
 
     def lora_update(self, y: Tensor, x: Tensor) -> Tensor:
         """``y + scaling · B·A·dropout(x)``."""

@@ -168,9 +168,8 @@ class DoRA(LoRALayer):
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.lora_square = None
         # Base weights that come after the adapter (a start on the meta device, say): an adapter that is as it started starts from them.
-        _, zero = self.lora_factors()
         alone = prefix + "weight" in state_dict and prefix + MAGNITUDE not in state_dict and not self.merged
-        if alone and not zero.is_meta and not full_tensor(zero.detach()).any():
+        if alone and not self.lora_A.is_meta and self.adds_nothing():
             self.reset_magnitude()
 
 

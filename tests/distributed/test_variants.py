@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from lightning_lora import apply_lora
+from lightning_lora import LoRAConfig, apply_lora
 from tests.distributed.nets import CONFIG, make_net
 from tests.distributed.test_wrapping import BOTH, check_merge, check_training, fsdp1
 
 VARIANTS = {name: replace(CONFIG, variant=name) for name in ("dora", "lora_fa", "adalora")}
+VARIANTS["vera"] = replace(CONFIG, variant="vera", alpha=LoRAConfig().alpha)  # whose formula has no scaling
 # DoRA needs norms of whole rows, and FSDP1 has flattened what it has wrapped.
 RUNS = [(variant, *run) for variant in VARIANTS for run in BOTH if (variant, *run) != ("dora", "fsdp1", "after")]
 
