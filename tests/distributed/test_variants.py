@@ -13,8 +13,9 @@ from tests.distributed.test_wrapping import BOTH, check_merge, check_training, f
 
 VARIANTS = {name: replace(CONFIG, variant=name) for name in ("dora", "lora_fa", "adalora")}
 VARIANTS["vera"] = replace(CONFIG, variant="vera", alpha=LoRAConfig().alpha)  # whose formula has no scaling
-# DoRA needs norms of whole rows, and FSDP1 has flattened what it has wrapped.
-RUNS = [(variant, *run) for variant in VARIANTS for run in BOTH if (variant, *run) != ("dora", "fsdp1", "after")]
+VARIANTS["pissa"] = replace(CONFIG, init="pissa")  # whose start is kept beside A and B
+# These read the weight, which FSDP1 has flattened.
+RUNS = [(variant, *run) for variant in VARIANTS for run in BOTH if variant not in ("dora", "pissa") or run != ("fsdp1", "after")]
 
 
 def check(name: str, order: str, variant: str) -> dict[str, Any]:
@@ -28,15 +29,16 @@ def test_trains_and_merges_as_one_process_does(pool: Any, variant: str, name: st
         assert result["difference"] < 1e-5 and result["exact"] < 1e-6 and result["back"], result
 
 
-def refused() -> str:
+def refused(variant: str) -> str:
     model = fsdp1(make_net())
     classes = [type(module) for module in model.modules()]
-    with pytest.raises(ValueError, match="variant='dora'") as error:
-        apply_lora(model, config=VARIANTS["dora"])
+    with pytest.raises(ValueError, match=r"(variant='dora'|init='pissa')") as error:
+        apply_lora(model, config=VARIANTS[variant])
     assert [type(module) for module in model.modules()] == classes and not any("lora_" in n for n, _ in model.named_parameters())
     return str(error.value)
 
 
-def test_dora_after_fsdp1_is_refused(pool: Any) -> None:
-    for message in pool.run(refused):
+@pytest.mark.parametrize("variant", ["dora", "pissa"])
+def test_what_reads_the_weight_is_refused_after_fsdp1(pool: Any, variant: str) -> None:
+    for message in pool.run(refused, variant):
         assert "'layers.0." in message and "apply LoRA before" in message
