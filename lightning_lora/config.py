@@ -36,12 +36,16 @@ class LoRAConfig:
         bias: which biases train: ``none``, ``all`` of the model, or ``lora_only`` those of adapted layers.
         rank_pattern: pattern → rank, overriding ``rank``; the first that matches a module wins.
         alpha_pattern: pattern → alpha, likewise.
+        kind_pattern: pattern → name of a registered kind, where the module's type does not tell how its shape works (a linear that
+            is q, k and v in one, say); likewise.
         modules_to_save: modules trained in full and saved with the adapter. ``"auto"``: the freshly made heads of
             Hugging Face classification models; ``[]``: none.
         scaling: ``standard`` α/r, or ``rslora`` α/√r.
-        init: how A and B start, a name in the registry: ``kaiming`` (A uniform in ±1/√fan_in, B zero), ``gaussian``.
-        variant: the update's formula, a name in the registry: ``plain``, ``dora``, ``lora_fa``, ``adalora``
+        init: how A and B start, a name in the registry: ``kaiming`` (A uniform in ±1/√fan_in, B zero), ``gaussian``, ``orthogonal``,
+            ``pissa``, ``pissa_niter_4``, ``olora`` (:mod:`lightning_lora.inits`).
+        variant: the update's formula, a name in the registry: ``plain``, ``dora``, ``lora_fa``, ``adalora``, ``vera``
             (:mod:`lightning_lora.variants`).
+        variant_options: option → value, for variants that take some; the variant's class says which.
         allow_unmatched: accept patterns that match nothing, where others do match.
 
     Raises:
@@ -57,20 +61,22 @@ class LoRAConfig:
     bias: Literal["none", "all", "lora_only"] = "none"
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    kind_pattern: dict[str, str] = field(default_factory=dict)
     modules_to_save: Sequence[str] | Literal["auto"] = "auto"
     scaling: Literal["standard", "rslora"] = "standard"
     init: str = "kaiming"
     variant: str = "plain"
+    variant_options: dict[str, Any] = field(default_factory=dict)
     allow_unmatched: bool = False
 
     def __post_init__(self) -> None:
         # Plain, comparable values whatever the caller (YAML, argparse, JSON) handed in.
         for name in ("target_modules", "exclude_modules", "layers", "modules_to_save"):
             object.__setattr__(self, name, _sequence(name, getattr(self, name)))
-        for name in ("rank_pattern", "alpha_pattern"):
+        for name in ("rank_pattern", "alpha_pattern", "kind_pattern", "variant_options"):
             object.__setattr__(self, name, _mapping(name, getattr(self, name)))
-        for name, check, rules in (("rank_pattern", _check_rank, self.rank_pattern), ("alpha_pattern", _check_alpha, self.alpha_pattern)):
-            for pattern, value in rules.items():
+        for name, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha), ("kind_pattern", _check_name)):
+            for pattern, value in getattr(self, name).items():
                 compile_pattern(pattern, name)
                 check(f"{name}[{pattern!r}]", value)
         _check_rank("rank", self.rank)
@@ -122,7 +128,7 @@ def _sequence(name: str, value: Any) -> Any:
 
 def _mapping(name: str, value: Any) -> dict[str, Any]:
     if value is not None and not isinstance(value, Mapping):
-        raise ValueError(f"{name}={value!r}: give a mapping from pattern to value.")
+        raise ValueError(f"{name}={value!r}: give a mapping from {'option' if name == 'variant_options' else 'pattern'} to value.")
     return dict(value or {})
 
 
@@ -137,6 +143,11 @@ def _is_index(value: object) -> bool:
 def _check_rank(name: str, value: object) -> None:
     if not _is_index(value) or value == 0:
         raise ValueError(f"{name}={value!r}: the rank is a whole number ≥ 1, such as 8.")
+
+
+def _check_name(name: str, value: object) -> None:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{name}={value!r}: give the name of a registered kind, such as 'linear'.")
 
 
 def _check_alpha(name: str, value: object) -> None:

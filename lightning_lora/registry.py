@@ -12,11 +12,13 @@ from typing import Any, TypeVar
 from torch import nn
 
 KINDS: dict[str, type] = {}  # qualified name of a module type → the LoRALayer subclass that adapts it
+KIND_NAMES: dict[str, type] = {}  # name in config.kind_pattern → kind
 REFUSED: dict[str, str] = {}  # qualified name of a module type → why it cannot be adapted
 VARIANTS: dict[str, type] = {}  # config.variant → the mixin that goes before the kind
 INITS: dict[str, Callable[[Any], None]] = {}  # config.init → a function that fills a layer's A and B
 
 T = TypeVar("T")
+Init = TypeVar("Init", bound=Callable[[Any], None])
 
 
 def qualified_name(cls: type) -> str:
@@ -24,17 +26,24 @@ def qualified_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def register_kind(*names: str | type) -> Callable[[type[T]], type[T]]:
+def register_kind(*names: str | type, name: str | None = None) -> Callable[[type[T]], type[T]]:
     """Class decorator: adapt modules of these types, and of their subclasses, with the decorated class.
 
     Args:
         names: module types, or their qualified names (``package.module.Class``), so that their library need not be imported.
+        name: of the kind, by which ``LoRAConfig.kind_pattern`` chooses it for modules whose type does not tell.
+
 
     Raises:
         ValueError: another class adapts that type already.
     """
-    keys = [name if isinstance(name, str) else qualified_name(name) for name in names]
-    return lambda kind: _add(KINDS, "kind", keys, kind)
+    keys = [each if isinstance(each, str) else qualified_name(each) for each in names]
+
+    def add(kind: type[T]) -> type[T]:
+        _add(KIND_NAMES, "kind", [] if name is None else [name], kind)
+        return _add(KINDS, "kind", keys, kind)
+
+    return add
 
 
 def register_variant(name: str) -> Callable[[type[T]], type[T]]:
@@ -68,6 +77,17 @@ def _add(table: dict[str, Any], what: str, names: Sequence[str], entry: T) -> T:
         raise ValueError(f"{what} {taken[0]!r} is registered already, as {table[taken[0]]!r}; choose another name.")
     table.update(dict.fromkeys(names, entry))
     return entry
+
+
+def keeps_start(init: Init) -> Init:
+    """Decorator: with this init B·A is not zero at the start, so a layer keeps the start and adds the difference to it."""
+    init.keeps_start = True  # type: ignore[attr-defined]
+    return init
+
+
+def has_start(init: str) -> bool:
+    """Whether layers with this init keep their start."""
+    return getattr(look_up(INITS, "init", init), "keeps_start", False)
 
 
 def look_up(table: dict[str, T], field: str, name: str) -> T:

@@ -69,13 +69,26 @@ def adalora(case: Case, layer: LoRALayer, W: Tensor, p: Parameters) -> Tensor:
     return W + layer.scaling * case.product(layer, A, p["lora_B"])
 
 
+def vera(case: Case, layer: LoRALayer, W: Tensor, p: Parameters) -> Tensor:
+    """arXiv:2310.11454, equation 2, with A and B drawn as PEFT draws them for one layer."""
+    matrix = layer.to_matrix(W)
+    A, B = torch.empty(case.rank, matrix.shape[1]), torch.empty(matrix.shape[0], case.rank)
+    generator = torch.Generator().manual_seed(0)
+    for factor in (A, B):
+        torch.nn.init.kaiming_uniform_(factor, generator=generator)
+    return W + case.product(layer, p["lora_lambda_d"][:, None] * A.double(), p["lora_lambda_b"][:, None] * B.double())
+
+
 # The adapted weight as each variant's paper has it: (case, layer, base weight, adapter parameters) → weight.
 WEIGHTS: dict[str, Callable[[Case, LoRALayer, Tensor, Parameters], Tensor]] = {
     "plain": plain,
     "lora_fa": plain,
     "dora": dora,
     "adalora": adalora,
+    "vera": vera,
 }
+# What scales the update, for the variants whose formula has that.
+SCALING: dict[str, dict[str, Any]] = {"vera": {}}
 
 
 def adapted(kind: str, variant: str, dtype: torch.dtype = torch.float32, filled: bool = True, **fields: Any) -> tuple[nn.Module, LoRALayer]:
@@ -104,7 +117,7 @@ def gradient(kind: str, variant: str, folder: Path) -> None:
     """Output and gradients, of the input, the adapter and the bias, are those of the paper's formula in float64."""
     case = CASES[kind]
     exact = case.dtypes[-1]
-    _, layer = adapted(kind, variant, exact, alpha=6, scaling="rslora")
+    _, layer = adapted(kind, variant, exact, **SCALING.get(variant, {"alpha": 6, "scaling": "rslora"}))
     bias = layer._parameters.get("bias")
     if bias is not None:
         bias.requires_grad_(True)

@@ -51,6 +51,10 @@ from lightning_lora import LoRAConfig
         ("modules_to_save", 5, "modules_to_save"),
         ("rank_pattern", ["q"], "rank_pattern"),
         ("alpha_pattern", 2, "alpha_pattern"),
+        ("kind_pattern", {"q": 4}, "kind_pattern['q']=4: give the name of a registered kind"),
+        ("kind_pattern", {"(": "linear"}, "kind_pattern: '(' is not a valid regex"),
+        ("kind_pattern", "linear", "kind_pattern='linear': give a mapping from pattern"),
+        ("variant_options", ["seed"], "variant_options=['seed']: give a mapping from option"),
     ],
 )
 def test_refusals_name_field_and_value(field, value, message):
@@ -90,6 +94,7 @@ def test_numbers_become_floats_so_that_configs_compare():
         LoRAConfig(target_modules="all-linear", exclude_modules=["x"], layers=[0, 2], bias="lora_only", scaling="rslora"),
         LoRAConfig(target_modules=r".*q", rank_pattern={"q": 2}, alpha_pattern={"q": 3}, modules_to_save=["head"], init="gaussian"),
         LoRAConfig(rank=4, alpha=1.5, dropout=0.25, variant="plain", allow_unmatched=True, exclude_modules=".*x"),
+        LoRAConfig(variant="vera", variant_options={"projection_seed": 3}, kind_pattern={"qkv": "linear"}),
     ],
 )
 def test_round_trip_through_json(config):

@@ -24,6 +24,7 @@ from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, load_ada
 from lightning_lora.cli import commands, main
 from lightning_lora.cli.lightning_cli import LoRACLI
 from lightning_lora.layers import LoRALayer
+from lightning_lora.registry import INITS, VARIANTS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -224,6 +225,17 @@ def test_what_is_named_in_the_text_exists() -> None:
     assert named <= {*main.TRAIN, *main.TOOLS}
     files = re.findall(r"`((?:tests|benchmarks|examples|configs|docs|lightning_lora)/[\w./-]+|[A-Z]{5,}\.md)`", text)
     assert files and not [name for name in files if not (ROOT / name).exists()]
+
+
+def test_every_variant_and_init_is_in_the_readme() -> None:
+    """In the text that lists the config's fields, in the table of methods and in the docstring of the config."""
+    table = README[README.index("## The family") : README.index("A base that comes quantized")]
+    for name in {*VARIANTS, *INITS} - {"plain", "kaiming", "gaussian"}:
+        assert re.search(rf"\b{name}\b", table), f"{name} is not in the family's table"
+    for name in (*VARIANTS, *INITS):
+        assert f"``{name}``" in str(LoRAConfig.__doc__), f"{name} is not in the docstring of LoRAConfig"
+    (header,) = re.findall(r"^\| kind \| (.*) \|$", README, re.MULTILINE)
+    assert set(header.split(" | ")) == set(VARIANTS)
 
 
 def test_the_readme_has_what_is_run_here() -> None:

@@ -99,7 +99,7 @@ def _read_folder(folder: Path) -> AdapterFile:
     if meta is None:  # PEFT's
         return AdapterFile(peft_format.from_peft(_read_json(folder / CONFIG), str(folder / CONFIG), named), named, None)
     config, base, _ = _understood(meta, str(file))
-    fields = _read_json(folder / CONFIG) if (folder / CONFIG).is_file() else None
+    fields = peft_format.as_lora(_read_json(folder / CONFIG), str(folder / CONFIG)) if (folder / CONFIG).is_file() else None
     said = {"r": config.rank, "lora_alpha": config.alpha, "use_rslora": config.scaling == "rslora", "bias": config.bias}
     for name, mine in said.items():
         if fields is not None and fields.get(name) != mine:

@@ -14,10 +14,12 @@ from typing import Any
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.factors import Exported
 from lightning_lora.registry import VARIANTS
 from lightning_lora.utils.patterns import is_regex
 
-PREFIX = "base_model.model."  # of every tensor's name in PEFT's files
+ROOT = "base_model."
+PREFIX = f"{ROOT}model."  # of every tensor's name in PEFT's files
 
 _INERT = {
     "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode", "fan_in_fan_out",
@@ -25,25 +27,28 @@ _INERT = {
 }  # fmt: skip
 _HONOURED = {
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias", "use_rslora",
-    "modules_to_save", "rank_pattern", "alpha_pattern", "init_lora_weights", "use_dora",
+    "modules_to_save", "rank_pattern", "alpha_pattern", "init_lora_weights", "use_dora", "variant_options",
 }  # fmt: skip
 _REFUSED = {
     "lora_bias", "use_qalora", "use_bdlora", "velora_config", "alora_invocation_tokens", "monteclora_config", "kasa_config",
     "arrow_config", "layer_replication", "megatron_config", "trainable_token_indices", "target_parameters", "ensure_weight_tying",
 }  # fmt: skip
 _NOT_CODE = {"auto_mapping", "megatron_core", "trust_remote_code"}
-# After loading, these leave plain LoRA on an untouched base; every other init changed the base or is a formula of its own.
-_PLAIN_INITS = (True, False, None, "gaussian", "kaiming")
+# Values of init_lora_weights that took something out of the base; every other leaves plain LoRA on the base as it was.
+_CHANGED_BASE = re.compile(r"pissa(_niter_\d+)?|olora|corda|loftq|lora_ga")
 
 
-def to_peft(config: LoRAConfig, layers: dict[str, LoRALayer], saved: Collection[str], modules: Collection[str]) -> dict[str, Any]:
+def to_peft(
+    config: LoRAConfig, layers: dict[str, Exported], saved: Collection[str], modules: Collection[str], *, transposed: bool = False
+) -> dict[str, Any]:
     """The JSON that makes PEFT adapt exactly these layers.
 
     Args:
         config: of the layers.
-        layers: FQN → adapted layer.
+        layers: FQN → what the file has of the layer.
         saved: FQNs of the modules trained in full.
         modules: FQNs of all modules of the model.
+        transposed: whether there are layers that store their weight (in, out).
 
     Raises:
         ValueError: PEFT's matching cannot express it.
@@ -55,7 +60,7 @@ def to_peft(config: LoRAConfig, layers: dict[str, LoRALayer], saved: Collection[
                 f"modules_to_save: {name!r} cannot be saved in PEFT's format, which would take {other!r}, a name that ends in it,"
                 " for it too."
             )
-    return {
+    fields = {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": None,
@@ -70,15 +75,39 @@ def to_peft(config: LoRAConfig, layers: dict[str, LoRALayer], saved: Collection[
         # One anchored entry a layer: no order, no overlap. PEFT sorts the keys when it saves, which would change the meaning of patterns.
         "rank_pattern": {_anchored(fqn): layer.rank for fqn, layer in layers.items() if layer.rank != config.rank},
         "alpha_pattern": {_anchored(fqn): _whole(layer.alpha) for fqn, layer in layers.items() if layer.alpha != config.alpha},
-        "fan_in_fan_out": any(layer.transposed for layer in layers.values()),
+        "fan_in_fan_out": transposed,
         "init_lora_weights": True,
-        **variant_fields(config),
     }
+    mixin = _mixin(config.variant)
+    return fields if mixin is None else mixin.to_peft_fields(fields, config)
 
 
 def variant_fields(config: LoRAConfig) -> dict[str, Any]:
     """What PEFT's JSON says of a variant, beside what it says of plain LoRA."""
     return getattr(VARIANTS[config.variant], "peft_fields", {})
+
+
+def as_lora(fields: dict[str, Any], where: str) -> dict[str, Any]:
+    """PEFT's JSON in the words of its ``LoraConfig``, whatever adapter it is of that there is a variant for.
+
+    Raises:
+        ValueError: it is of another adapter.
+    """
+    types = {"LORA": "plain"} | {said["peft_type"]: name for name, said in _said().items() if "peft_type" in said}
+    if fields.get("peft_type") not in types:
+        raise ValueError(f"{where}: peft_type={fields.get('peft_type')!r}; only {', '.join(types)} adapters can be loaded.")
+    mixin = _mixin(types[fields["peft_type"]])
+    return fields if mixin is None else mixin.from_peft_fields(fields)
+
+
+def _mixin(variant: str) -> type[LoRALayer] | None:
+    """A variant's class; None for plain LoRA, which adds nothing."""
+    mixin = VARIANTS[variant]
+    return mixin if issubclass(mixin, LoRALayer) else None
+
+
+def _said() -> dict[str, dict[str, Any]]:
+    return {name: getattr(mixin, "peft_fields", {}) for name, mixin in VARIANTS.items()}
 
 
 def from_peft(fields: dict[str, Any], where: str, tensor_names: Iterable[str]) -> LoRAConfig:
@@ -92,13 +121,12 @@ def from_peft(fields: dict[str, Any], where: str, tensor_names: Iterable[str]) -
     Raises:
         ValueError: it is no LoRA config, or asks for something that we would get wrong.
     """
-    if fields.get("peft_type") != "LORA":
-        raise ValueError(f"{where}: peft_type={fields.get('peft_type')!r}; only LORA adapters can be loaded.")
+    fields = as_lora(fields, where)
     for name in sorted(_REFUSED & fields.keys()):
         if fields[name] not in (None, False, [], {}):
             raise ValueError(f"{where}: {name}={fields[name]!r} changes what the adapter computes and is not supported.")
     init = fields.get("init_lora_weights", True)
-    if init not in _PLAIN_INITS:
+    if isinstance(init, str) and _CHANGED_BASE.fullmatch(init):
         raise ValueError(
             f"{where}: init_lora_weights={init!r} trains on a base changed at the start;"
             " convert the adapter to plain LoRA when saving it in PEFT."
@@ -134,16 +162,16 @@ def from_peft(fields: dict[str, Any], where: str, tensor_names: Iterable[str]) -
         alpha_pattern={_ours(key): value for key, value in (fields.get("alpha_pattern") or {}).items()},
         modules_to_save=saved,
         scaling="rslora" if fields.get("use_rslora") else "standard",
-        init="gaussian" if init == "gaussian" else "kaiming",
+        init=init if init in ("gaussian", "orthogonal") else "kaiming",
         variant=variant_of(fields),
+        variant_options=fields.get("variant_options", {}),
         allow_unmatched=True,  # PEFT's patterns may hit nothing; the tensors say what must be there
     )
 
 
 def variant_of(fields: dict[str, Any]) -> str:
     """The variant whose fields the JSON has; those with none of their own are plain LoRA to PEFT."""
-    said = {name: getattr(mixin, "peft_fields", {}) for name, mixin in VARIANTS.items()}
-    return next((name for name, mine in said.items() if mine and all(fields.get(key) == mine[key] for key in mine)), "plain")
+    return next((name for name, mine in _said().items() if mine and all(fields.get(key) == mine[key] for key in mine)), "plain")
 
 
 def our_name(name: str, where: str) -> str:
@@ -152,9 +180,12 @@ def our_name(name: str, where: str) -> str:
     Raises:
         ValueError: it is not named as PEFT names tensors.
     """
+    if name in (shared := {f"{ROOT}{each}": each for mixin in VARIANTS.values() for each in getattr(mixin, "peft_shared", ())}):
+        return shared[name]
     if not name.startswith(PREFIX):
         raise ValueError(f"{where}: tensor {name!r} does not start with {PREFIX!r}; this is no PEFT adapter.")
     name = re.sub(r"\.lora_(embedding_)?([AB])(\.weight)?$", r".lora_\2", name.removeprefix(PREFIX))
+    name = re.sub(r"\.vera_lambda_([bd])$", r".lora_lambda_\1", name)
     return re.sub(r"\.(base_layer|modules_to_save)\.", ".", name)
 
 

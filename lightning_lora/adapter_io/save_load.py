@@ -9,15 +9,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapter_io import fingerprint, peft_format
+from lightning_lora.adapter_io.exported import export_layers
 from lightning_lora.adapter_io.files import AdapterFile, read_adapter, write_folder
 from lightning_lora.adapter_io.fingerprint import base_identity
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import PREFIX, LoRALayer, lora_layers
+from lightning_lora.layers.spec import options_of
 from lightning_lora.model.apply import inject
 from lightning_lora.model.heads import saved_modules
 from lightning_lora.model.merge import unmerge_lora
@@ -49,13 +52,13 @@ def save_adapter(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
     if not layers:
         raise ValueError(f"{type(model).__name__} has no LoRA layers to save; call apply_lora(model, config=...) first.")
     on_first_rank(lambda: _check_free(folder, overwrite))
-    layers = next(iter(layers.values())).exported(layers)
-    config = next(iter(layers.values())).lora_config
+    exported, config = export_layers(layers)
     extras = extra_tensors(root, config, layers)
-    tensors = {f"{fqn}.{part}": tensor for fqn, layer in layers.items() for part, tensor in layer.to_peft().items()}
+    tensors = {f"{fqn}.{part}": tensor for fqn, layer in exported.items() for part, tensor in layer.tensors.items()}
     tensors |= {peft_format.peft_name(name, layers): tensor for name, tensor in extras.items()}
     modules = [name for name in modules_by_name(root) if PREFIX not in name]
-    fields = peft_format.to_peft(config, layers, saved_modules(root, config), modules)
+    transposed = any(layer.transposed for layer in layers.values())
+    fields = peft_format.to_peft(config, exported, saved_modules(root, config), modules, transposed=transposed)
     for name, other in _shared(root, layers).items():
         warnings.warn(f"{name!r} and {other!r} are one module: read by PEFT, the adapter would be on the first only.", stacklevel=2)
     base = None if is_flattened(root) else base_identity(root, extras)
@@ -156,9 +159,13 @@ def _fit(root: nn.Module, report: TargetReport, adapter: AdapterFile, where: str
         ValueError: a tensor is missing, left over, or of another shape.
     """
     tensors, config = dict(adapter.tensors), adapter.config
+    try:
+        report.targets[0].kind.take_shared([(target.module, target.spec) for target in report.targets], tensors)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}.") from error
     shapes: dict[str, tuple[int, ...]] = {}
     for target in report.targets:
-        for part, shape in target.kind.parameter_shapes(target.module, target.rank).items():
+        for part, shape in target.kind.parameter_shapes(target.module, target.spec).items():
             name = f"{clean_name(target.fqn)}.{part}"
             shapes[name] = shape
             if name in tensors and tuple(tensors[name].shape) != shape:
@@ -201,8 +208,8 @@ def _fit(root: nn.Module, report: TargetReport, adapter: AdapterFile, where: str
 def _same_adapter(root: nn.Module, layers: dict[str, LoRALayer], report: TargetReport, config: LoRAConfig, where: str) -> None:
     """Raise ValueError unless the layers that are there are those that the file is for."""
 
-    def key(config: LoRAConfig, rank: int, alpha: float) -> tuple[int, float, str]:
-        return rank, config.scaling_of(rank, alpha), config.variant
+    def key(config: LoRAConfig, rank: int, alpha: float) -> tuple[Any, ...]:
+        return rank, config.scaling_of(rank, alpha), config.variant, *options_of(config).items()
 
     here = {name: key(layer.lora_config, layer.rank, layer.alpha) for name, layer in layers.items()}
     file = {clean_name(t.fqn): key(config, t.rank, t.alpha) for t in report.targets}

@@ -221,7 +221,7 @@ class AdaLoRACallback(LoRACallback):
             for layer, cls, parameters, rank in self._full:
                 layer.__class__ = cls
                 layer._parameters.update(parameters)
-                layer.lora_config, layer.rank = self.trained_config, rank
+                layer.lora_state.spec = replace(layer.spec, config=self.trained_config, rank=rank)
         self._full, self.config = [], self.trained_config
 
     def _report(self) -> str:

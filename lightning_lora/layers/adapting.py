@@ -6,17 +6,17 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import PREFIX, LoRALayer
 from lightning_lora.layers.classes import adapted_class, strip_class
+from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.layers.state import AdapterState
 from lightning_lora.registry import qualified_name, why_refused
 
 
-def refusal(module: nn.Module, fqn: str, rank: int, dropout: float, variant: str = "plain") -> str | None:
+def refusal(module: nn.Module, spec: LayerSpec) -> str | None:
     """Why this module cannot be adapted, as a whole sentence; None if it can."""
-    kind = adapted_class(type(module), variant)
-    name = qualified_name(type(module))
+    kind = adapted_class(type(module), spec.config.variant, spec.kind)
+    fqn, name = spec.fqn, qualified_name(type(module))
     if kind is None:
         return why_refused(module, fqn)
     if "forward" in module.__dict__:
@@ -29,19 +29,19 @@ def refusal(module: nn.Module, fqn: str, rank: int, dropout: float, variant: str
     if any(isinstance(weight, nn.parameter.UninitializedParameter) for weight in weights.values()):
         return f"{fqn!r} ({name}) is lazy and has no shape yet; run one forward pass before applying LoRA."
     try:
-        kind.check(module, rank, dropout)
+        kind.check(module, spec)
     except ValueError as error:
         return f"{fqn!r} ({name}): {error}."
     return None
 
 
-def adapt(module: nn.Module, config: LoRAConfig, rank: int, alpha: float) -> LoRALayer:
+def adapt(module: nn.Module, spec: LayerSpec) -> LoRALayer:
     """Turn a module into its LoRA subclass, in place; the caller has checked it with :func:`refusal`."""
-    cls = adapted_class(type(module), config.variant)
+    cls = adapted_class(type(module), spec.config.variant, spec.kind)
     assert cls is not None
     module.__class__ = cls
     assert isinstance(module, LoRALayer)
-    module.init_adapter(config, rank, alpha)
+    module.init_adapter(spec)
     return module
 
 

@@ -19,46 +19,42 @@ formula. Neither knows the other: a variant sees the weight and the factors as m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.classes import adapted_class
-from lightning_lora.layers.mergeable import PREFIX, Mergeable
+from lightning_lora.layers.factors import Factors
+from lightning_lora.layers.mergeable import PREFIX
+from lightning_lora.layers.spec import LayerSpec, Option
 from lightning_lora.layers.state import AdapterState
 from lightning_lora.ops import backends
 from lightning_lora.ops.output_scale import apply_output_scale
 from lightning_lora.quantization import formats
-from lightning_lora.registry import INITS, look_up
-from lightning_lora.utils.sharding import is_sharded
+from lightning_lora.registry import INITS, has_start, look_up
+from lightning_lora.utils.sharding import is_sharded, local_tensor
 
 _HALF = (torch.float16, torch.bfloat16)
 
 
-class LoRALayer(Mergeable):
-    """What all kinds share: parameters, the forward pass, dtypes, pickling; merging is in :class:`Mergeable`.
+class LoRALayer(Factors):
+    """What all kinds share: parameters, the forward pass, dtypes, pickling. A and B are in :class:`Factors`, merging in :class:`Mergeable`.
 
     Attributes:
         lora_A: down-projection, (r, in) for a linear.
         lora_B: up-projection, (out, r) for a linear.
         lora_dropout: ``nn.Dropout`` on the adapter's input.
-        lora_state: what else the layer knows of its adapter; ``rank``, ``alpha``, ``lora_config`` and ``merged`` read it.
+        lora_state: what else the layer knows of its adapter; ``spec``, ``rank``, ``alpha``, ``lora_config`` and ``merged`` read it.
     """
 
-    #: Names of A and B in PEFT's adapter files.
-    peft_names: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
     #: Whether ``target_modules="all-linear"`` means this kind.
     is_linear: ClassVar[bool] = False
-    #: Whether the weight is stored (in, out).
-    transposed: ClassVar[bool] = False
-    #: What PEFT's ``adapter_config.json`` says of this variant, beside what it says of plain LoRA.
-    peft_fields: ClassVar[dict[str, Any]] = {}
+    #: What a variant takes in ``variant_options``.
+    options: ClassVar[dict[str, Option]] = {}
 
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
     lora_dropout: nn.Dropout
     #: Whether the layer computes what its base does, for now; :func:`lightning_lora.model.disable.disabled_lora` sets it on the instance.
     disabled: bool = False
@@ -70,13 +66,18 @@ class LoRALayer(Mergeable):
         """Not the base's, which may want arguments: what is made here is no subclass of the user's."""
 
     @classmethod
-    def adapter_shapes(cls, module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of ``lora_A`` and ``lora_B`` for a module of this kind."""
-        raise NotImplementedError(f"{cls.__name__} has to say its adapter's shapes")
-
-    @classmethod
-    def check(cls, module: Any, rank: int, dropout: float) -> None:
-        """Raise ValueError, with the reason only, if this kind or variant cannot adapt this module with this rank and dropout."""
+    def check(cls, module: Any, spec: LayerSpec) -> None:
+        """Raise ValueError, with the reason only, if this kind or variant cannot adapt this module as the spec says."""
+        if not has_start(spec.config.init):
+            return
+        (r, *inputs), (outputs, again, *_) = cls.adapter_shapes(module, spec)
+        what = f"init={spec.config.init!r}"
+        if (r, again) != (spec.rank, spec.rank):
+            raise ValueError(f"{what} takes B·A from the weight, and here A and B meet in groups; exclude it")
+        if getattr(module, "padding_idx", None) is not None:
+            raise ValueError(f"{what} would train the row of padding_idx={module.padding_idx} too; exclude it")
+        if r > min(outputs, math.prod(inputs)):
+            raise ValueError(f"{what} with rank={r} is above min(in, out)={min(outputs, math.prod(inputs))}; choose a lower rank")
 
     def lora_update(self, y: Tensor, x: Tensor) -> Tensor:
         """The base's output ``y`` plus this layer's update for the input ``x``."""
@@ -95,75 +96,34 @@ class LoRALayer(Mergeable):
         """Whether the output now is ``g∘(W·x + update) + b`` and no more: what one operation may compute in the layer's place."""
         return True
 
-    def update_factors(self) -> tuple[Tensor, Tensor]:
-        """A and B as the update multiplies them; a variant may put something between them."""
-        return self.lora_A, self.lora_B
-
-    def lora_factors(self) -> tuple[nn.Parameter, nn.Parameter]:
-        """The factor that starts random and the one that starts at zero."""
-        return self.lora_A, self.lora_B
-
-    def to_matrix(self, tensor: Tensor) -> Tensor:
-        """A tensor of the weight's shape as an (out, in) matrix, or as one a group: (groups, out/groups, in/groups)."""
-        return tensor.t() if self.transposed else tensor
-
-    def from_matrix(self, matrix: Tensor) -> Tensor:
-        """The inverse of :meth:`to_matrix`."""
-        return matrix.t() if self.transposed else matrix
-
-    def factor_matrices(self) -> tuple[Tensor, Tensor]:
-        """A (r, in) and B (out, r), or one each a group; ``scaling · B @ A`` is the update of :meth:`to_matrix` of the weight."""
-        return self.update_factors()
-
     def per_output(self, vector: Tensor) -> Tensor:
         """One number an output channel, (out,), shaped so that it broadcasts over this layer's output."""
         return vector
 
-    def to_peft(self) -> dict[str, Tensor]:
-        """The adapter's tensors under the names, and in the shapes, that PEFT has for them."""
-        return dict(zip(self.peft_names, (self.lora_A, self.lora_B), strict=True))
-
-    @classmethod
-    def exported(cls, layers: dict[str, LoRALayer]) -> dict[str, LoRALayer]:
-        """FQN → layer as adapter files have it: the layers themselves, but for variants that are a way to train and no format."""
-        return layers
-
-    @classmethod
-    def from_peft(cls, module: Any, part: str, tensor: Tensor) -> Tensor:
-        """PEFT's tensor for an adapter parameter in the shape that this kind has, where the two differ; else unchanged.
-
-        Raises:
-            ValueError: it cannot be brought into that shape.
-        """
-        return tensor
-
-    @classmethod
-    def adapter_placements(cls, placement: Any) -> tuple[Any, Any]:
-        """Where A and B lie on a tensor-parallel mesh dimension on which the weight lies as ``placement`` says.
-
-        Raises:
-            ValueError: this kind cannot be adapted on such a base.
-        """
-        raise ValueError(f"{cls.__name__} on a tensor-parallel base ({placement}) is not supported; apply LoRA before parallelizing")
-
     # Construction.
 
     @classmethod
-    def parameter_shapes(cls, module: Any, rank: int) -> dict[str, tuple[int, ...]]:
-        """Name → shape of every adapter parameter: A and B, and what a variant has beside them."""
-        return dict(zip(("lora_A", "lora_B"), cls.adapter_shapes(module, rank), strict=True))
+    def finish(cls, layers: dict[str, LoRALayer]) -> None:
+        """What spans layers, once all of a model are adapted: a variant that shares something among them does it here.
 
-    def init_adapter(self, config: LoRAConfig, rank: int, alpha: float) -> None:
+        Args:
+            layers: FQN → layer; what was adapted together, all of this variant.
+
+        Raises:
+            ValueError: it cannot be; nothing stays adapted then.
+        """
+
+    def init_adapter(self, spec: LayerSpec) -> None:
         """Freeze the base parameters and add the adapter's on the weight's device, at least in fp32."""
         formats.prepare(self)
         weight = self.weight
         dtype = weight.dtype if weight.dtype.is_floating_point and weight.dtype.itemsize >= 4 else torch.float32
-        self.lora_state = AdapterState(config, rank, alpha)
+        self.lora_state = AdapterState(spec)
         for parameter in self.base_parameters().values():
             parameter.requires_grad_(False)
         # No child module: parallelization plans and module walks see the tree that they know.
-        self.__dict__["lora_dropout"] = nn.Dropout(config.dropout).train(self.training)
-        for name, shape in self.parameter_shapes(self, rank).items():
+        self.__dict__["lora_dropout"] = nn.Dropout(spec.dropout).train(self.training)
+        for name, shape in self.parameter_shapes(self, spec).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype)))
         self.reset_lora_parameters()
         backends.look_at(weight.device)
@@ -172,6 +132,10 @@ class LoRALayer(Mergeable):
         """Start the adapter anew, A and B as the config's init has it."""
         with torch.no_grad():
             look_up(INITS, "init", self.lora_config.init)(self)
+            for name in ("lora_A", "lora_B"):
+                start = self._parameters.get(f"{name}0")
+                if start is not None:
+                    local_tensor(start.requires_grad_(False)).copy_(local_tensor(self._parameters[name]))  # type: ignore[arg-type]
 
     def reset_parameters(self) -> None:
         """What materialising a meta module calls: the base's own reset, then the adapter's."""
@@ -183,17 +147,11 @@ class LoRALayer(Mergeable):
 
     def rebase_class(self, base: type[nn.Module]) -> None:
         """Be the adapted class of another base: what a quantized layer's is once its weight is a plain one."""
-        cls = adapted_class(base, self.lora_config.variant)
+        cls = adapted_class(base, self.lora_config.variant, self.spec.kind)
         assert cls is not None
         self.__class__ = cls
 
     # Use.
-
-    @property
-    def scaling(self) -> float:
-        """The factor in front of ``B·A``."""
-        state = self.lora_state
-        return state.config.scaling_of(state.rank, state.alpha)
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's forward plus the update."""
@@ -212,11 +170,6 @@ class LoRALayer(Mergeable):
     def base_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's forward alone."""
         return super().forward(input, *args, **kwargs)
-
-    def lora_delta(self) -> Tensor:
-        """``scaling · B·A`` in the weight's shape."""
-        A, B = self.factor_matrices()
-        return self.from_matrix(B @ A) * self.scaling
 
     def dropout_now(self) -> float:
         """The dropout probability in force: 0 in evaluation."""
@@ -247,6 +200,13 @@ class LoRALayer(Mergeable):
         backends.look_at(next(iter(self.lora_parameters().values())).device)
         return self
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        # Base weights that come after the adapter (a start on the meta device, say): a start that was taken from others is taken anew.
+        alone = prefix + "weight" in state_dict and prefix + "lora_A" not in state_dict and not self.merged
+        if alone and "lora_A0" in self._parameters and not self.lora_A0.is_meta and self.adds_nothing():
+            self.reset_lora_parameters()
+
     def extra_repr(self) -> str:
         """The base's, and the adapter's rank, alpha and dropout."""
         mine = f"rank={self.rank}, alpha={self.alpha:g}, dropout={self.lora_dropout.p:g}, merged={self.merged}"
@@ -258,12 +218,12 @@ class LoRALayer(Mergeable):
         state = self.__getstate__()  # torch's leaves out what does not travel, such as compiled code
         state.pop("shared_input", None)  # the parent has them; a copy of one layer would take the others along
         state.pop("disabled", None)  # nobody would switch the copy on again
-        return _rebuild, (type(self).lora_base, self.lora_config.variant), state
+        return _rebuild, (type(self).lora_base, self.lora_config.variant, self.spec.kind), state
 
 
-def _rebuild(base: type[nn.Module], variant: str) -> LoRALayer:
+def _rebuild(base: type[nn.Module], variant: str, kind: str | None = None) -> LoRALayer:
     """Unpickle: the dynamic class is made, not looked up."""
-    cls: Any = adapted_class(base, variant)
+    cls: Any = adapted_class(base, variant, kind)
     layer: LoRALayer = cls.__new__(cls)
     return layer
 

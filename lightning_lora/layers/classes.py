@@ -11,15 +11,25 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.registry import VARIANTS, kind_of, look_up
+from lightning_lora.registry import KIND_NAMES, VARIANTS, kind_of, look_up
 
 _CLASSES: dict[tuple[type, type, type], type[Any]] = {}
 _UNDONE: dict[tuple[type, str], type[Any]] = {}
 
 
-def adapted_class(cls: type[nn.Module], variant: str) -> type[Any] | None:
-    """The class that modules of this class (adapted or not) have with this variant; None if no kind adapts them."""
-    base, kind = getattr(cls, "lora_base", cls), kind_of(cls)
+def adapted_class(cls: type[nn.Module], variant: str, kind_name: str | None = None) -> type[Any] | None:
+    """The class that modules of this class (adapted or not) have with this variant; None if no kind adapts them.
+
+    Args:
+        cls: of the module.
+        variant: name of it.
+        kind_name: of the kind; by default the class tells.
+
+    Raises:
+        ValueError: there is no such variant or kind.
+    """
+    base = getattr(cls, "lora_base", cls)
+    kind = kind_of(cls) if kind_name is None else look_up(KIND_NAMES, "kind_pattern: kind", kind_name)
     return None if kind is None else lora_class(base, kind, look_up(VARIANTS, "variant", variant))
 
 

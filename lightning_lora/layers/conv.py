@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.registry import register_kind
 
 
-@register_kind(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+@register_kind(nn.Conv1d, nn.Conv2d, nn.Conv3d, name="conv")
 class LoRAConv(LoRALayer):
     """A convolution with a low-rank update: ``lora_A`` (r, in/groups, *kernel), ``lora_B`` (out, r/groups, 1, …)."""
 
@@ -25,17 +26,22 @@ class LoRAConv(LoRALayer):
     kernel_size: tuple[int, ...]
 
     @classmethod
-    def adapter_shapes(cls, module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def adapter_shapes(cls, module: Any, spec: LayerSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """A (r, in/groups, *kernel), B (out, r/groups, 1, …)."""
         ones = (1,) * len(module.kernel_size)
-        return (rank, module.in_channels // module.groups, *module.kernel_size), (module.out_channels, rank // module.groups, *ones)
+        return (spec.rank, module.in_channels // module.groups, *module.kernel_size), (
+            module.out_channels,
+            spec.rank // module.groups,
+            *ones,
+        )
 
     @classmethod
-    def check(cls, module: Any, rank: int, dropout: float) -> None:
+    def check(cls, module: Any, spec: LayerSpec) -> None:
         """The r channels are shared out evenly among the groups."""
-        if rank % module.groups:
+        super().check(module, spec)
+        if spec.rank % module.groups:
             raise ValueError(
-                f"rank={rank} is not a multiple of groups={module.groups}, so the groups cannot share it evenly; choose one that is"
+                f"rank={spec.rank} is not a multiple of groups={module.groups}, so the groups cannot share it evenly; choose one that is"
             )
 
     def lora_update(self, y: Tensor, x: Tensor) -> Tensor:
@@ -67,7 +73,7 @@ class LoRAConv(LoRALayer):
         """A as an ungrouped kernel, (r, in, *kernel)."""
         tensors = super().to_peft()
         if self.groups > 1:
-            blocks = self.lora_A.detach().unflatten(0, (self.groups, -1))  # (groups, r/groups, in/groups, *kernel)
+            blocks = self.update_factors()[0].detach().unflatten(0, (self.groups, -1))  # (groups, r/groups, in/groups, *kernel)
             full = blocks.new_zeros(self.groups, blocks.shape[1], self.groups, *blocks.shape[2:])
             for group, block in enumerate(blocks):
                 full[group, :, group] = block

@@ -7,11 +7,12 @@ from typing import Any
 from torch import Tensor
 
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.ops import low_rank
 from lightning_lora.registry import register_kind
 
 
-@register_kind("transformers.pytorch_utils.Conv1D")  # by name: this package does not import transformers
+@register_kind("transformers.pytorch_utils.Conv1D", name="conv1d_hf")  # by name: this package does not import transformers
 class LoRAConv1DHF(LoRALayer):
     """``y = xW + b + scaling · B(A·dropout(x))`` with W (in, out), ``lora_A`` (r, in), ``lora_B`` (out, r)."""
 
@@ -19,10 +20,10 @@ class LoRAConv1DHF(LoRALayer):
     transposed = True
 
     @classmethod
-    def adapter_shapes(cls, module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def adapter_shapes(cls, module: Any, spec: LayerSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """A (r, in), B (out, r)."""
         # Not the weight's shape: FSDP1 leaves a flat piece of it.
-        return (rank, module.nx), (module.nf, rank)
+        return (spec.rank, module.nx), (module.nf, spec.rank)
 
     def lora_update(self, y: Tensor, x: Tensor) -> Tensor:
         """``y + scaling · B·A·dropout(x)``."""

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.registry import register_kind
 
 
-@register_kind(nn.Embedding)
+@register_kind(nn.Embedding, name="embedding")
 class LoRAEmbedding(LoRALayer):
     """An ``nn.Embedding`` with a low-rank update: ``lora_A`` (r, num_embeddings), ``lora_B`` (dim, r)."""
 
@@ -25,13 +26,14 @@ class LoRAEmbedding(LoRALayer):
     num_embeddings: int
 
     @classmethod
-    def adapter_shapes(cls, module: nn.Embedding, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def adapter_shapes(cls, module: nn.Embedding, spec: LayerSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """A (r, num_embeddings), B (dim, r)."""
-        return (rank, module.num_embeddings), (module.embedding_dim, rank)
+        return (spec.rank, module.num_embeddings), (module.embedding_dim, spec.rank)
 
     @classmethod
-    def check(cls, module: Any, rank: int, dropout: float) -> None:
+    def check(cls, module: Any, spec: LayerSpec) -> None:
         """``max_norm`` rewrites the base weight in the forward pass, which a frozen base does not allow."""
+        super().check(module, spec)
         if module.max_norm is not None:
             raise ValueError(f"max_norm={module.max_norm} changes the frozen weight in every forward pass; set it to None")
 

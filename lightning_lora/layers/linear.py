@@ -14,6 +14,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.adapting import adapt, refusal, shallow_copy, unadapt
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.shared_input import SharedInputGroup, compute
+from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.layers.tensor_parallel import local_forward
 from lightning_lora.ops import backends, low_rank
 from lightning_lora.ops.frozen_weight import FrozenWeight, WeightReader, reader_of
@@ -27,7 +28,7 @@ REFUSED["torch.nn.modules.linear.NonDynamicallyQuantizableLinear"] = (
 )
 
 
-@register_kind(nn.Linear)
+@register_kind(nn.Linear, name="linear")
 class LoRALinear(LoRALayer, nn.Linear):
     """An ``nn.Linear`` with a low-rank update; constructible, or made from a linear by :meth:`from_linear`.
 
@@ -69,7 +70,7 @@ class LoRALinear(LoRALayer, nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self.init_adapter(LoRAConfig(rank=rank, alpha=alpha, dropout=dropout), rank, float(alpha))
+        self.init_adapter(LayerSpec(LoRAConfig(rank=rank, alpha=alpha, dropout=dropout), rank, float(alpha)))
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0) -> LoRALinear:
@@ -86,15 +87,15 @@ class LoRALinear(LoRALayer, nn.Linear):
         """
         if isinstance(linear, LoRALayer):
             raise ValueError(f"linear is a {type(linear).__name__} and has an adapter already; give linear.linear, its base.")
-        config = LoRAConfig(rank=rank, alpha=alpha, dropout=dropout)
-        reason = refusal(linear, type(linear).__name__, rank, dropout)
+        spec = LayerSpec(LoRAConfig(rank=rank, alpha=alpha, dropout=dropout), rank, float(alpha), type(linear).__name__)
+        reason = refusal(linear, spec)
         if reason:
             raise ValueError(reason)
         layer = shallow_copy(linear)
         for name, parameter in linear._parameters.items():
             if parameter is not None and not (name == "weight" and format_of(linear)):  # a packed weight is frozen and never written to
                 layer._parameters[name] = nn.Parameter(parameter.detach(), requires_grad=False)
-        adapt(layer, config, rank, float(alpha))
+        adapt(layer, spec)
         layer.lora_state.shares_weight = True
         assert isinstance(layer, LoRALinear)
         return layer
@@ -147,17 +148,18 @@ class LoRALinear(LoRALayer, nn.Linear):
         return self.weight_reader.read(self)
 
     @classmethod
-    def adapter_shapes(cls, module: nn.Linear, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def adapter_shapes(cls, module: nn.Linear, spec: LayerSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """A (r, in), B (out, r)."""
-        return (rank, module.in_features), (module.out_features, rank)
+        return (spec.rank, module.in_features), (module.out_features, spec.rank)
 
     @classmethod
-    def adapter_placements(cls, placement: Any) -> tuple[Any, Any]:
+    def adapter_placements(cls, placement: Any) -> dict[str, Any]:
         """Colwise (rows of W split): A whole, B split; rowwise (columns of W split): A split, B whole."""
         from torch.distributed.tensor import Replicate, Shard
 
         split = getattr(placement, "dim", None)
-        return (Shard(1) if split == 1 else Replicate()), (Shard(0) if split == 0 else Replicate())
+        A, B = Shard(1) if split == 1 else Replicate(), Shard(0) if split == 0 else Replicate()
+        return {"lora_A": A, "lora_B": B, "lora_A0": A, "lora_B0": B}
 
     def lora_update(self, y: Tensor, x: Tensor) -> Tensor:
         """``y + scaling · B·A·dropout(x)``."""

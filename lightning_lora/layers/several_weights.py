@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import PREFIX, LoRALayer
+from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.layers.state import AdapterState, Quantized
 
 
@@ -54,34 +54,34 @@ class SeveralWeights(LoRALayer):
     # Construction.
 
     @classmethod
-    def adapter_shapes(cls, module: Any, rank: int) -> tuple[tuple[int, ...], ...]:  # type: ignore[override]
+    def adapter_shapes(cls, module: Any, spec: LayerSpec) -> tuple[tuple[int, ...], ...]:  # type: ignore[override]
         """Shapes of A and B, one weight after the other."""
-        return tuple(shape for name in cls.adapted for shape in cls.weight_class.adapter_shapes(cls._alone(module, name), rank))
+        return tuple(shape for name in cls.adapted for shape in cls.weight_class.adapter_shapes(cls._alone(module, name), spec))
 
     @classmethod
-    def parameter_shapes(cls, module: Any, rank: int) -> dict[str, tuple[int, ...]]:
+    def parameter_shapes(cls, module: Any, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
         """Name → shape of every adapter parameter."""
-        shapes = {name: cls.weight_class.parameter_shapes(cls._alone(module, name), rank) for name in cls.adapted}
+        shapes = {name: cls.weight_class.parameter_shapes(cls._alone(module, name), spec) for name in cls.adapted}
         return {f"{short}_{name}": shape for name, own in shapes.items() for short, shape in own.items()}
 
     @classmethod
-    def check(cls, module: Any, rank: int, dropout: float) -> None:
+    def check(cls, module: Any, spec: LayerSpec) -> None:
         """Raise ValueError, with the weight's name and the reason, if one of them cannot be adapted."""
         for name in cls.adapted:
             try:
-                cls.weight_class.check(cls._alone(module, name), rank, dropout)
+                cls.weight_class.check(cls._alone(module, name), spec)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
 
-    def init_adapter(self, config: LoRAConfig, rank: int, alpha: float) -> None:
+    def init_adapter(self, spec: LayerSpec) -> None:
         """As every kind, weight by weight: each layer makes its parameters, and the module takes them."""
         layers = self.by_weight()
         for name, layer in layers.items():
-            layer.init_adapter(config, rank, alpha)
+            layer.init_adapter(spec)
             for short, parameter in layer.lora_parameters().items():
                 self.register_parameter(f"{short}_{name}", parameter)
             self.__dict__["lora_dropout"] = layer.lora_dropout
-        self.lora_state = AdapterState(config, rank, alpha, by_weight={name: layer.lora_state for name, layer in layers.items()})
+        self.lora_state = AdapterState(spec, by_weight={name: layer.lora_state for name, layer in layers.items()})
         for parameter in self.base_parameters().values():
             parameter.requires_grad_(False)
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.merging import OriginalUndo, SparseUndo
+from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.quantization.formats import QuantizedUndo
 
 Quantized = Literal["dequantize", "requantize"]  # how to merge into a quantized weight
@@ -39,18 +40,14 @@ class AdapterState:
     """The state of one adapted layer.
 
     Attributes:
-        config: the config that the layer was made from.
-        rank: r.
-        alpha: scaling numerator.
+        spec: what the layer is adapted with.
         shares_weight: whether another module uses the weight too. A merge then replaces it and never writes to it.
         merge: the merge that is in the weight now; None if the layer is not merged.
         by_weight: the states of the single weights, by name, of a module that has several; their merges are there.
         untied: configs of Hugging Face models whose ``tie_word_embeddings`` was switched off for that merge.
     """
 
-    config: LoRAConfig
-    rank: int
-    alpha: float
+    spec: LayerSpec
     shares_weight: bool = False
     merge: MergeRecord | None = None
     by_weight: dict[str, AdapterState] = field(default_factory=dict)
@@ -70,27 +67,24 @@ class Adapted(nn.Module):
     lora_state: AdapterState
 
     @property
+    def spec(self) -> LayerSpec:
+        """What this layer is adapted with."""
+        return self.lora_state.spec
+
+    @property
     def lora_config(self) -> LoRAConfig:
         """The config that this layer was made from."""
-        return self.lora_state.config
-
-    @lora_config.setter
-    def lora_config(self, config: LoRAConfig) -> None:
-        self.lora_state.config = config
+        return self.lora_state.spec.config
 
     @property
     def rank(self) -> int:
         """r."""
-        return self.lora_state.rank
-
-    @rank.setter
-    def rank(self, rank: int) -> None:
-        self.lora_state.rank = rank
+        return self.lora_state.spec.rank
 
     @property
     def alpha(self) -> float:
         """Scaling numerator."""
-        return self.lora_state.alpha
+        return self.lora_state.spec.alpha
 
     @property
     def merged(self) -> bool:

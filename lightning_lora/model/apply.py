@@ -81,9 +81,10 @@ def inject(model: nn.Module, config: LoRAConfig, report: TargetReport) -> nn.Mod
         _prepare_quantized(model)
         for target in report.targets:
             try:
-                adapt(target.module, config, target.rank, target.alpha)
+                adapt(target.module, target.spec)
             except ValueError as error:
                 raise ValueError(f"{target.fqn!r}: {error}.") from error
+        report.targets[0].kind.finish({target.fqn: layer for target in report.targets if isinstance(layer := target.module, LoRALayer)})
         fuse(model)
         _train_extras(model, config, report)
         _guard_resize(model)
@@ -128,7 +129,7 @@ def already_applied(model: nn.Module, config: LoRAConfig) -> bool:
 
 
 def get_lora_parameters(model: nn.Module) -> LoRAParameters:
-    """Every adapter parameter, each once; membership is by identity."""
+    """Every adapter parameter, each once (what layers share and never trains is none); membership is by identity."""
     return LoRAParameters([parameter for _, layer in lora_layers(model) for parameter in layer.lora_parameters().values()])
 
 

@@ -153,8 +153,7 @@ def place_adapters(model: nn.Module) -> None:
     """Lay adapters of linears that a tensor-parallel plan has cut with their base as :func:`adopt` would have laid them."""
     for _, layer in lora_layers(model):
         if isinstance(layer, nn.Linear) and is_sharded(layer.weight):
-            wanted = zip(*map(layer.adapter_placements, layer.weight.placements), strict=True)
-            for name, placements in zip(("lora_A", "lora_B"), wanted, strict=True):
+            for name, placements in _placements(layer, layer.weight.placements).items():
                 parameter = layer._parameters[name]
                 assert isinstance(parameter, DTensor)
                 layer._parameters[name] = nn.Parameter(
@@ -248,13 +247,17 @@ def _place(layer: LoRALayer, data_dims: int) -> None:
         return
     if data_dims:
         mesh = mesh[mesh.mesh_dim_names[data_dims:]]
-    wanted = zip(*(layer.adapter_placements(placement) for placement in placements), strict=True)
-    for name, target in zip(("lora_A", "lora_B"), wanted, strict=True):
-        full = layer._parameters[name]
-        assert full is not None
+    wanted = _placements(layer, placements)
+    for name, full in layer.lora_parameters().items():
         broadcast([full], [mesh.get_group(dim) for dim in range(mesh.ndim)])
         replicated = DTensor.from_local(full.detach(), mesh, [Replicate()] * mesh.ndim, run_check=False)
-        layer._parameters[name] = nn.Parameter(replicated.redistribute(placements=target), requires_grad=full.requires_grad)
+        layer._parameters[name] = nn.Parameter(replicated.redistribute(placements=wanted[name]), requires_grad=full.requires_grad)
+
+
+def _placements(layer: LoRALayer, base: Sequence[Any]) -> dict[str, list[Any]]:
+    """Adapter parameter → where it lies on each dimension of a mesh, given where the weight does."""
+    on_each = [layer.adapter_placements(placement) for placement in base]
+    return {name: [placements[name] for placements in on_each] for name in layer.lora_parameters()}
 
 
 def _owners(model: nn.Module) -> dict[nn.Module, nn.Module | None]:

@@ -19,6 +19,7 @@ from lightning_lora.config import ALL_LINEAR, LoRAConfig
 from lightning_lora.layers.adapting import refusal
 from lightning_lora.layers.base import PREFIX, LoRALayer
 from lightning_lora.layers.classes import adapted_class
+from lightning_lora.layers.spec import LayerSpec, options_of
 from lightning_lora.model.heads import output_heads, saved_modules, within
 from lightning_lora.quantization.formats import elements, format_of
 from lightning_lora.registry import kind_of, why_refused
@@ -37,8 +38,17 @@ class Target:
     module: nn.Module = field(repr=False)
     type_name: str  # the module's type before it is adapted
     kind: type[LoRALayer]  # the class that it gets
-    rank: int
-    alpha: float
+    spec: LayerSpec
+
+    @property
+    def rank(self) -> int:
+        """r of its adapter."""
+        return self.spec.rank
+
+    @property
+    def alpha(self) -> float:
+        """Scaling numerator of its adapter."""
+        return self.spec.alpha
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -55,7 +65,7 @@ class Target:
     @property
     def parameters(self) -> int:
         """Elements that the adapter has."""
-        return sum(math.prod(shape) for shape in self.kind.parameter_shapes(self.module, self.rank).values())
+        return sum(math.prod(shape) for shape in self.kind.parameter_shapes(self.module, self.spec).values())
 
 
 @dataclass(frozen=True)
@@ -149,7 +159,8 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetReport:
     everything = config.target_modules == ALL_LINEAR
     wanted = _AllLinear(model, modules, saved) if everything else _Field("target_modules", config.target_modules)
     excluded = _Field("exclude_modules", config.exclude_modules)
-    ranks, alphas = _Field("rank_pattern", list(config.rank_pattern)), _Field("alpha_pattern", list(config.alpha_pattern))
+    rules = {name: _Field(name, list(getattr(config, name))) for name in ("rank_pattern", "alpha_pattern", "kind_pattern")}
+    options_of(config)  # a wrong one is refused here
 
     chosen: dict[nn.Module, str] = {}  # a module that two parents share has two names: either may be targeted, it is adapted once
     for fqn, module in modules.items():
@@ -159,16 +170,18 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetReport:
 
     targets, problems = [], []
     for module, fqn in chosen.items():
-        rank = next((config.rank_pattern[text] for text in ranks.matching(fqn)), config.rank)
-        alpha = next((config.alpha_pattern[text] for text in alphas.matching(fqn)), config.alpha)
-        problem = _problem(modules.get(fqn.rpartition(".")[0], model), fqn, module, rank, config, saved)
-        kind = adapted_class(type(module), config.variant)
+        rank = next((config.rank_pattern[text] for text in rules["rank_pattern"].matching(fqn)), config.rank)
+        alpha = next((config.alpha_pattern[text] for text in rules["alpha_pattern"].matching(fqn)), config.alpha)
+        kind_name = next((config.kind_pattern[text] for text in rules["kind_pattern"].matching(fqn)), None)
+        spec = LayerSpec(config, rank, alpha, fqn, kind_name)
+        problem = _problem(modules.get(fqn.rpartition(".")[0], model), module, spec, saved)
+        kind = adapted_class(type(module), config.variant, kind_name)
         if problem or kind is None:
             problems.append(problem or why_refused(module, fqn))
         else:
-            targets.append(Target(fqn, module, type(module).__name__, kind, rank, alpha))
+            targets.append(Target(fqn, module, type(module).__name__, kind, spec))
 
-    fields = (wanted, excluded, ranks, alphas)
+    fields = (wanted, excluded, *rules.values())
     if not (config.allow_unmatched and targets):
         problems += _unmatched(fields, config, modules, chosen.values())
     if problems:
@@ -195,18 +208,19 @@ def _unmatched(fields: Iterable[_Field], config: LoRAConfig, modules: dict[str, 
     return problems
 
 
-def _problem(parent: nn.Module, fqn: str, module: nn.Module, rank: int, config: LoRAConfig, saved: list[str]) -> str | None:
+def _problem(parent: nn.Module, module: nn.Module, spec: LayerSpec, saved: list[str]) -> str | None:
+    fqn = spec.fqn
     for owner, names in _READS_WEIGHTS.items():
         if isinstance(parent, owner) and fqn.rpartition(".")[2] in names:
             reads = f"nn.{owner.__name__} reads this weight without calling the layer in evaluation"
             return f"{fqn!r}: {reads}, so an adapter would be ignored there; exclude it."
     if within(fqn, saved):
         return f"{fqn!r} is both in target_modules and in modules_to_save; it can be adapted or trained in full, not both."
-    return refusal(module, fqn, rank, config.dropout, config.variant)
+    return refusal(module, spec)
 
 
 def _warn_of_rank(target: Target) -> None:
-    sizes = [math.prod(shape) // target.rank for shape in target.kind.adapter_shapes(target.module, target.rank)]
+    sizes = [math.prod(shape) // target.rank for shape in target.kind.adapter_shapes(target.module, target.spec)]
     if target.rank > min(sizes):
         warnings.warn(
             f"rank={target.rank} of {target.fqn!r} is above min(in, out)={min(sizes)}: more parameters than a full update.", stacklevel=4

@@ -24,7 +24,8 @@ def lora_param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0,
         lr: learning rate of A and of all else that trains.
         weight_decay: for matrices; vectors (biases, norms) get none.
         lora_plus_ratio: λ, how many times ``lr`` B gets (LoRA+, arXiv:2402.12354, suggests 16). B is the factor that starts at zero,
-            which for an embedding is ``lora_A``. AdaLoRA starts B at random and E, between the two, at zero: the paper's analysis does
+            which for an embedding is ``lora_A``. Where both start at random or from the weight (``orthogonal``, ``pissa``, ``olora``) it
+            is ``lora_B`` all the same, as in PEFT. AdaLoRA starts B at random and E, between the two, at zero: the paper's analysis does
             not cover it, and B gets λ, E one, as in PEFT. Schedulers that set every group's rate from one number (OneCycleLR,
             CyclicLR) would undo it: give them a list, or see :func:`~lightning_lora.optim.apply_lora_plus`, which holds under any.
 

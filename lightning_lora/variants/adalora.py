@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.adapting import shallow_copy
 from lightning_lora.layers.base import LoRALayer, lora_layers
+from lightning_lora.layers.factors import Exported
+from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.registry import register_variant
 from lightning_lora.utils.names import adapter_root, clean_name
 from lightning_lora.utils.sharding import is_sharded
@@ -38,16 +40,16 @@ class AdaLoRA(LoRALayer):
     lora_E: nn.Parameter
 
     @classmethod
-    def parameter_shapes(cls, module: Any, rank: int) -> dict[str, tuple[int, ...]]:
+    def parameter_shapes(cls, module: Any, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
         """A and B as the kind has them, E (r, 1)."""
-        return {**super().parameter_shapes(module, rank), "lora_E": (rank, 1)}
+        return {**super().parameter_shapes(module, spec), "lora_E": (spec.rank, 1)}
 
     @classmethod
-    def check(cls, module: Any, rank: int, dropout: float) -> None:
+    def check(cls, module: Any, spec: LayerSpec) -> None:
         """Refuse layers whose rows of A and columns of B are no pairs, and rows that must stay at zero."""
-        super().check(module, rank, dropout)
-        A, B = cls.adapter_shapes(module, rank)
-        if (A[0], B[1]) != (rank, rank):
+        super().check(module, spec)
+        A, B = cls.adapter_shapes(module, spec)
+        if (A[0], B[1]) != (spec.rank, spec.rank):
             raise ValueError(
                 "variant='adalora' prunes a row of A with its column of B, and here they are no pairs (a grouped convolution); exclude it"
             )
@@ -57,17 +59,19 @@ class AdaLoRA(LoRALayer):
             )
 
     @classmethod
-    def adapter_placements(cls, placement: Any) -> tuple[Any, Any]:
-        """Not on a tensor-parallel base: E has no place there."""
-        raise ValueError(f"variant='adalora' on a tensor-parallel base ({placement}) is not supported; use variant='plain'")
+    def adapter_placements(cls, placement: Any) -> dict[str, Any]:
+        """The kind's, and E whole: every rank has all triplets."""
+        from torch.distributed.tensor import Replicate
 
-    def init_adapter(self, config: LoRAConfig, rank: int, alpha: float) -> None:
+        return super().adapter_placements(placement) | {"lora_E": Replicate()}
+
+    def init_adapter(self, spec: LayerSpec) -> None:
         """As every variant; the start is AdaLoRA's own, so ``config.init`` has to be the default."""
-        if config.init != _INIT:
+        if spec.config.init != _INIT:
             raise ValueError(
-                f"init={config.init!r} and variant='adalora': AdaLoRA has a start of its own (A and B normal, E zero); leave init out."
+                f"init={spec.config.init!r} and variant='adalora': AdaLoRA has a start of its own (A and B normal, E zero); leave init out."
             )
-        super().init_adapter(config, rank, alpha)
+        super().init_adapter(spec)
 
     def reset_lora_parameters(self) -> None:
         """A and B normal with standard deviation 0.02, E zero."""
@@ -84,11 +88,9 @@ class AdaLoRA(LoRALayer):
         """``diag(E)·A`` and B."""
         return self.lora_A * self.lora_E.view(-1, *(1 for _ in self.lora_A.shape[1:])), self.lora_B
 
-    @classmethod
-    def exported(cls, layers: dict[str, LoRALayer]) -> dict[str, LoRALayer]:
-        """The plain LoRA that they compute."""
-        config = _plain_config(layers.items())
-        return {fqn: _made_plain(shallow_copy(layer), config) for fqn, layer in layers.items()}
+    def exported(self) -> Exported:
+        """The plain LoRA that this layer computes, of the rank that is left."""
+        return _made_plain(shallow_copy(self), replace(self.lora_config, variant="plain")).exported()
 
 
 def shrink_adalora(model: nn.Module) -> dict[str, int]:
@@ -148,6 +150,6 @@ def _made_plain(layer: LoRALayer, config: LoRAConfig) -> LoRALayer:
     del layer._parameters["lora_E"]
     for name, factor in factors.items():
         layer._parameters[name] = nn.Parameter(factor, requires_grad=layer._parameters[name].requires_grad)  # type: ignore[union-attr]
-    layer.lora_config, layer.rank = config, len(kept)
+    layer.lora_state.spec = replace(layer.spec, config=config, rank=len(kept))
     layer.rebase_class(layer.lora_base)
     return layer

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.ops.low_rank import transformed
 from lightning_lora.ops.weight_norm import squared_norms
 from lightning_lora.registry import register_variant
@@ -42,15 +43,16 @@ class DoRA(LoRALayer):
     lora_square: tuple[tuple[Any, ...], Tensor] | None = None  # ‖W‖² and which W it is of
 
     @classmethod
-    def parameter_shapes(cls, module: Any, rank: int) -> dict[str, tuple[int, ...]]:
+    def parameter_shapes(cls, module: Any, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
         """The kind's, and m: (out,)."""
-        shapes = super().parameter_shapes(module, rank)
+        shapes = super().parameter_shapes(module, spec)
         return shapes | {MAGNITUDE: shapes["lora_B"][:1]}
 
     @classmethod
-    def adapter_placements(cls, placement: Any) -> tuple[Any, Any]:
-        """The norms would be of pieces of rows."""
-        raise ValueError(f"variant='dora' on a tensor-parallel base ({placement}) is not supported; use variant='plain'")
+    def adapter_placements(cls, placement: Any) -> dict[str, Any]:
+        """The kind's, and m with the rows of B."""
+        placements = super().adapter_placements(placement)
+        return placements | {MAGNITUDE: placements["lora_B"]}
 
     def reset_lora_parameters(self) -> None:
         """A and B as the init has it, m at the norm that this gives."""
@@ -166,9 +168,8 @@ class DoRA(LoRALayer):
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.lora_square = None
         # Base weights that come after the adapter (a start on the meta device, say): an adapter that is as it started starts from them.
-        _, zero = self.lora_factors()
         alone = prefix + "weight" in state_dict and prefix + MAGNITUDE not in state_dict and not self.merged
-        if alone and not zero.is_meta and not full_tensor(zero.detach()).any():
+        if alone and not self.lora_A.is_meta and self.adds_nothing():
             self.reset_magnitude()
 
 

@@ -7,8 +7,8 @@ at random, and stays.
 
 from __future__ import annotations
 
-from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.registry import register_variant
 
 
@@ -16,8 +16,8 @@ from lightning_lora.registry import register_variant
 class LoRAFA(LoRALayer):
     """Plain LoRA with the factor that starts at random frozen."""
 
-    def init_adapter(self, config: LoRAConfig, rank: int, alpha: float) -> None:
+    def init_adapter(self, spec: LayerSpec) -> None:
         """As plain LoRA, then freeze."""
-        super().init_adapter(config, rank, alpha)
+        super().init_adapter(spec)
         random, _ = self.lora_factors()
         random.requires_grad_(False)

@@ -68,8 +68,8 @@ def fill_adapters(model: nn.Module) -> None:
     for name, layer in lora_layers(model):
         for part, parameter in layer.lora_parameters().items():
             generator = torch.Generator().manual_seed(sum(map(ord, clean(name) + part)))
-            full = torch.randn(layer.parameter_shapes(layer, layer.rank)[part], generator=generator) * 0.1
-            full += part not in ("lora_A", "lora_B")  # magnitudes are around one, not around zero
+            full = torch.randn(layer.parameter_shapes(layer, layer.spec)[part], generator=generator) * 0.1
+            full += part.rstrip("0") not in ("lora_A", "lora_B")  # magnitudes are around one, not around zero
             local_tensor(parameter).copy_(local_shard(full, parameter))
 
 

@@ -20,7 +20,7 @@ from tests.distributed.nets import CONFIG, adapter_tensors, make_net
 from tests.distributed.runs import STRATEGIES
 
 PLAN = {"target_rank": 2, "init_rank": 4, "tinit": 2, "tfinal": 3, "deltaT": 2}
-SHARDED = ["fsdp2 full", "lora_fsdp2", "tp"]
+SHARDED = ["fsdp2 full", "lora_fsdp2", "tp", "tp after"]
 WHOLE = ["ddp", "fsdp full", "fsdp2 after", "lora_fsdp2 pulled"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:Checkpoint directory", "ignore:The dirpath")
@@ -134,16 +134,3 @@ def test_what_was_sharded_shrinks_on_one_process(parallel: Any, single: Any, nam
 @pytest.mark.parametrize("name", ["ddp", "fsdp full", "fsdp2 full"])
 def test_merges_at_the_end(pool: Any, tmp_path: Path, name: str) -> None:
     assert all(result["merged"] for result in run(pool, name, str(tmp_path), merge=True))
-
-
-def test_a_tensor_parallel_base_is_refused_by_name(pool: Any, tmp_path: Path) -> None:
-    for message in pool.run(refusal, "tp after", str(tmp_path)):
-        assert "'net.layers.0.fc1': variant='adalora' on a tensor-parallel base" in message and "use variant='plain'" in message
-
-
-def refusal(name: str, folder: str) -> str:
-    try:
-        train(name, folder)
-    except ValueError as error:
-        return str(error)
-    return "not refused"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.several_weights import SeveralWeights
+from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.registry import KINDS
 
 EXPERTS = ("qwen3_moe.modeling_qwen3_moe.Qwen3MoeExperts", "mixtral.modeling_mixtral.MixtralExperts")
@@ -26,17 +27,17 @@ class StackedLinear(LoRALayer):
     lora_base = nn.Module
 
     @classmethod
-    def adapter_shapes(cls, module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def adapter_shapes(cls, module: Any, spec: LayerSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
         experts, outputs, inputs = module.weight.shape
-        return (experts * rank, inputs), (experts * outputs, rank)
+        return (experts * spec.rank, inputs), (experts * outputs, spec.rank)
 
     @classmethod
-    def check(cls, module: Any, rank: int, dropout: float) -> None:
-        super().check(module, rank, dropout)
+    def check(cls, module: Any, spec: LayerSpec) -> None:
+        super().check(module, spec)
         if module.weight.ndim != 3:
             raise ValueError(f"its shape {tuple(module.weight.shape)} is not (experts, out, in)")
-        if dropout:
-            raise ValueError(f"dropout={dropout} has no input to act on where the weights are added up first; use 0")
+        if spec.dropout:
+            raise ValueError(f"dropout={spec.dropout} has no input to act on where the weights are added up first; use 0")
 
     def to_matrix(self, tensor: Tensor) -> Tensor:
         return tensor

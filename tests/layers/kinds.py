@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from lightning_lora import LoRAConfig
 from lightning_lora.layers.adapting import adapt
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.spec import LayerSpec
 from tests.conftest import DTYPES, fill
 
 
@@ -57,7 +58,7 @@ class Case:
         return self.build().to(dtype)
 
     def layer(self, dtype: torch.dtype = torch.float32, filled: bool = True, **fields: object) -> LoRALayer:
-        layer = adapt(self.base(dtype), LoRAConfig(rank=self.rank, **fields), self.rank, float(fields.get("alpha", 16)))
+        layer = adapt(self.base(dtype), LayerSpec(LoRAConfig(rank=self.rank, **fields), self.rank, float(fields.get("alpha", 16))))
         if filled:
             fill(layer)
         return layer

@@ -7,6 +7,7 @@ from torch import nn
 from lightning_lora import LoRAConfig
 from lightning_lora.layers.adapting import adapt, refusal, shallow_copy, unadapt
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.spec import LayerSpec
 from tests.conftest import fill
 from tests.layers.kinds import CASES, every_kind
 
@@ -16,7 +17,7 @@ def test_the_module_stays_itself(kind):
     case = CASES[kind]
     module = case.base()
     cls, parameters, attributes = type(module), dict(module.named_parameters()), set(module.__dict__)
-    layer = adapt(module, LoRAConfig(), case.rank, 16.0)
+    layer = adapt(module, LayerSpec(LoRAConfig(), case.rank, 16.0))
     assert layer is module
     assert isinstance(layer, cls)
     assert isinstance(layer, LoRALayer)
@@ -31,12 +32,12 @@ def test_the_module_stays_itself(kind):
 
 
 def test_a_class_that_fsdp2_put_on_top_stays_on_top():
-    module = adapt(nn.Linear(4, 3), LoRAConfig(), 2, 4.0)
+    module = adapt(nn.Linear(4, 3), LayerSpec(LoRAConfig(), 2, 4.0))
     module.__class__ = type("FSDPLoRALinear", (type("FSDPModule", (), {"unshard": None}), type(module)), {"wrapped": True})
     for _ in range(2):
         back = unadapt(module)
         assert back.wrapped and hasattr(back, "unshard") and isinstance(back, nn.Linear) and not isinstance(back, LoRALayer)
-        assert isinstance(adapt(back, LoRAConfig(), 2, 4.0), LoRALayer) and hasattr(back, "unshard")
+        assert isinstance(adapt(back, LayerSpec(LoRAConfig(), 2, 4.0)), LoRALayer) and hasattr(back, "unshard")
 
 
 @every_kind
@@ -46,7 +47,7 @@ def test_hooks_survive_in_both_directions(kind):
     module.register_forward_pre_hook(lambda *_: seen.append("pre"))
     module.register_forward_hook(lambda m, args, out: seen.append("post") or out + 1)
     handle = module.register_full_backward_hook(lambda *_: seen.append("backward"))
-    layer = fill(adapt(module, LoRAConfig(rank=case.rank), case.rank, 16.0))
+    layer = fill(adapt(module, LayerSpec(LoRAConfig(rank=case.rank), case.rank, 16.0)))
     x = case.x()
     x.requires_grad_(x.is_floating_point())
     y = layer(x)
@@ -90,14 +91,14 @@ def own_forward():
     ids=["type", "instance-forward", "packed", "weight-norm", "lazy", "max-norm", "groups"],
 )
 def test_refusals_name_the_module_and_the_reason(build, reason):
-    message = refusal(build(), "blocks.0.layer", 4, 0.0)
+    message = refusal(build(), LayerSpec(LoRAConfig(dropout=0.0), 4, 16.0, "blocks.0.layer"))
     assert message.startswith("'blocks.0.layer'")
     assert reason in message
 
 
 @every_kind
 def test_what_can_be_adapted_is_not_refused(kind):
-    assert refusal(CASES[kind].base(), "layer", CASES[kind].rank, 0.1) is None
+    assert refusal(CASES[kind].base(), LayerSpec(LoRAConfig(dropout=0.1), CASES[kind].rank, 16.0, "layer")) is None
 
 
 @every_kind

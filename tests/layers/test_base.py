@@ -12,6 +12,7 @@ from torch import nn
 from lightning_lora import LoRAConfig, apply_lora, merge_lora, unload_lora, unmerge_lora
 from lightning_lora.layers.adapting import adapt
 from lightning_lora.layers.base import lora_layers
+from lightning_lora.layers.spec import LayerSpec
 from tests.conftest import TinyModel, fill, same_bits
 from tests.layers.kinds import CASES, every_dtype, every_kind
 
@@ -85,7 +86,7 @@ def test_the_dropout_module_is_the_switch():
 
 def test_an_adapter_made_in_eval_mode_is_in_eval_mode():
     base = nn.Linear(3, 3).eval()
-    assert not adapt(base, LoRAConfig(dropout=0.5), 2, 4.0).lora_dropout.training
+    assert not adapt(base, LayerSpec(LoRAConfig(dropout=0.5), 2, 4.0)).lora_dropout.training
 
 
 # Dtypes and devices.
@@ -146,7 +147,7 @@ def test_meta_then_materialised(kind):
     else:
         with torch.device("meta"):
             base = case.build()
-        layer = adapt(base, LoRAConfig(rank=4), 4, 16.0)
+        layer = adapt(base, LayerSpec(LoRAConfig(rank=4), 4, 16.0))
         assert layer.lora_A.is_meta
         layer = layer.to_empty(device="cpu")
     with torch.no_grad():

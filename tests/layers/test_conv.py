@@ -8,13 +8,14 @@ from torch import nn
 from lightning_lora import LoRAConfig
 from lightning_lora.layers.adapting import adapt
 from lightning_lora.layers.conv import LoRAConv
+from lightning_lora.layers.spec import LayerSpec
 from tests.conftest import fill, same_bits
 from tests.layers.kinds import CASES
 
 
 def grouped(groups=2, rank=4, cls=nn.Conv2d):
     torch.manual_seed(0)
-    return fill(adapt(cls(4 * groups, 6 * groups, 3, groups=groups, padding=1), LoRAConfig(), rank, 8.0))
+    return fill(adapt(cls(4 * groups, 6 * groups, 3, groups=groups, padding=1), LayerSpec(LoRAConfig(), rank, 8.0)))
 
 
 @pytest.mark.parametrize(("cls", "kernel"), [(nn.Conv1d, (3,)), (nn.Conv2d, (3, 3)), (nn.Conv3d, (3, 3, 3))])
@@ -44,7 +45,7 @@ def test_groups_do_not_mix():
 
 @pytest.mark.parametrize("shape", [(4, 9), (3, 4, 9)], ids=["unbatched", "batched"])
 def test_unbatched_input(shape):
-    layer = fill(adapt(nn.Conv1d(4, 6, 3), LoRAConfig(), 4, 8.0))
+    layer = fill(adapt(nn.Conv1d(4, 6, 3), LayerSpec(LoRAConfig(), 4, 8.0)))
     x = torch.randn(shape)
     torch.testing.assert_close(layer(x), F.conv1d(x, layer.weight + layer.lora_delta(), layer.bias))
 

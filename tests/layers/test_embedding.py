@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.spec import LayerSpec
 from tests.conftest import fill, same_bits
 from tests.layers.kinds import CASES, ScaledEmbedding
 
@@ -61,7 +62,7 @@ def test_merged_scaled_embeddings_agree(scale):
     from lightning_lora import LoRAConfig
     from lightning_lora.layers.adapting import adapt
 
-    layer = fill(adapt(ScaledEmbedding(11, 10, embed_scale=scale), LoRAConfig(), 4, 8.0))
+    layer = fill(adapt(ScaledEmbedding(11, 10, embed_scale=scale), LayerSpec(LoRAConfig(), 4, 8.0)))
     assert isinstance(layer, LoRALayer)
     ids = torch.arange(11)
     unmerged = layer(ids)

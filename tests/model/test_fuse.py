@@ -21,6 +21,7 @@ from transformers import (
 
 from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, quantize_base, unload_lora
 from lightning_lora.layers.adapting import adapt, unadapt
+from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.model import fuse as fuse_module
 from lightning_lora.model.compile import compile_layers
 from lightning_lora.model.fuse import GatedMLP, fuse, unfuse
@@ -185,7 +186,7 @@ def doras_dropout(model):
 def mixed(model):
     """One projection has a scale, the others have none."""
     down = unadapt(model.down_proj)
-    fill(adapt(down, LoRAConfig(rank=3, variant="dora"), 3, 6.0))
+    fill(adapt(down, LayerSpec(LoRAConfig(rank=3, variant="dora"), 3, 6.0)))
 
 
 def own_output(model):

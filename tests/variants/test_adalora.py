@@ -9,6 +9,7 @@ from torch import nn
 from lightning_lora import LoRAConfig, apply_lora, load_adapter, merge_lora, save_adapter, shrink_adalora, unmerge_lora
 from lightning_lora.layers import lora_layers
 from lightning_lora.layers.adapting import refusal
+from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.variants.adalora import AdaLoRA
 from tests.conftest import Task, TinyModel, fill, same_bits, snapshot
 from tests.layers.kinds import CASES
@@ -42,8 +43,8 @@ def test_pickles(kind):
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_refused_by_name(kind):
-    assert refusal(CASES[kind].base(), "blocks.0.layer", 4, 0.0) is None
-    message = refusal(CASES[kind].base(), "blocks.0.layer", 4, 0.0, "adalora")
+    assert refusal(CASES[kind].base(), LayerSpec(LoRAConfig(dropout=0.0), 4, 16.0, "blocks.0.layer")) is None
+    message = refusal(CASES[kind].base(), LayerSpec(LoRAConfig(variant="adalora"), 4, 16.0, "blocks.0.layer"))
     assert "'blocks.0.layer'" in message and REFUSED[kind] in message and "exclude it" in message
     model = nn.Sequential(CASES[kind].base(), nn.Linear(4, 4))
     before = snapshot(model)

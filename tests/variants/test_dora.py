@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, apply_lora, load_adapter, lora_param_groups, merge_lora, save_adapter
 from lightning_lora.layers.adapting import adapt, refusal
+from lightning_lora.layers.spec import LayerSpec
 from tests.conftest import TinyModel, same_bits, snapshot
 from tests.layers.kinds import CASES
 from tests.lit import CONFIG, LitNet, bits, make_net, trainer
@@ -48,7 +49,7 @@ def test_the_norm_without_the_dense_product(kind, dtype):
 
 
 def test_the_norm_needs_no_dense_product(monkeypatch):
-    layer = adapt(nn.Linear(512, 512), LoRAConfig(variant="dora"), 4, 8.0)
+    layer = adapt(nn.Linear(512, 512), LayerSpec(LoRAConfig(variant="dora"), 4, 8.0))
     layer.norm()
     largest, real = [], torch.Tensor.__matmul__
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: largest.append((out := real(a, b)).numel()) or out)
@@ -83,7 +84,7 @@ def test_a_row_of_zeros_stays_finite():
         base.weight[1] = 0
     x = torch.randn(5, 4)
     expected = base(x)
-    layer = adapt(base, LoRAConfig(variant="dora"), 2, 4.0)
+    layer = adapt(base, LayerSpec(LoRAConfig(variant="dora"), 2, 4.0))
     assert same_bits(layer(x), expected)
     layer(x).sum().backward()
     assert all(p.grad.isfinite().all() for p in layer.lora_parameters().values())
@@ -163,7 +164,7 @@ def test_compiled_without_a_break(kind):
 
 
 def test_magnitudes_are_fp32_and_start_at_the_norms():
-    layer = adapt(nn.Linear(8, 6).bfloat16(), LoRAConfig(variant="dora"), 2, 4.0)
+    layer = adapt(nn.Linear(8, 6).bfloat16(), LayerSpec(LoRAConfig(variant="dora"), 2, 4.0))
     assert layer.lora_magnitude_vector.dtype == torch.float32
     torch.testing.assert_close(layer.lora_magnitude_vector, layer.weight.float().norm(dim=1))
     layer.to(torch.float16)
@@ -173,7 +174,7 @@ def test_magnitudes_are_fp32_and_start_at_the_norms():
 
 def test_on_the_meta_device_and_materialised():
     with torch.device("meta"):
-        layer = adapt(nn.Linear(8, 6), LoRAConfig(variant="dora"), 2, 4.0)
+        layer = adapt(nn.Linear(8, 6), LayerSpec(LoRAConfig(variant="dora"), 2, 4.0))
     layer.to_empty(device="cpu").reset_parameters()
     torch.testing.assert_close(layer.lora_magnitude_vector, layer.weight.norm(dim=1))
     real = nn.Linear(8, 6)
@@ -227,7 +228,7 @@ def test_the_dense_update_is_what_merging_adds():
 @pytest.mark.parametrize(("dtype", "share"), [(torch.bfloat16, 0.06), (torch.float32, 0.04)], ids=str)
 def test_the_way_back_is_cheap(dtype, share):
     """At an update of 1 % of the weight."""
-    layer = adapt(nn.Linear(512, 512).to(dtype), LoRAConfig(variant="dora"), 8, 16.0)
+    layer = adapt(nn.Linear(512, 512).to(dtype), LayerSpec(LoRAConfig(variant="dora"), 8, 16.0))
     with torch.no_grad():
         layer.lora_B.normal_(std=2e-4)
         layer.lora_magnitude_vector.mul_(1 + 0.01 * torch.randn(512))
@@ -275,7 +276,7 @@ def test_a_packed_weight_is_refused_by_name():
 def test_an_unknown_variant_is_refused():
     with pytest.raises(ValueError, match="variant='dorra' is not known; there are"):
         apply_lora(TinyModel(), config=LoRAConfig(variant="dorra", target_modules=["q_proj"]))
-    assert refusal(nn.Linear(3, 3), "layer", 2, 0.0, "dora") is None
+    assert refusal(nn.Linear(3, 3), LayerSpec(LoRAConfig(variant="dora"), 2, 16.0, "layer")) is None
 
 
 def test_a_folder_is_for_its_variant_only(tmp_path):

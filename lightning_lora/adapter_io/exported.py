@@ -1,0 +1,44 @@
+"""What the layers of a model say of themselves for a file, and the one config that says the same of all of them.
+
+A layer's rank and alpha in a file need not be those that it trains with: AdaLoRA leaves out what it pruned, a kept start doubles the rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.factors import Exported
+
+
+def export_layers(layers: dict[str, LoRALayer]) -> tuple[dict[str, Exported], LoRAConfig]:
+    """FQN → what a file has of the layer, and the config with which the file is read back.
+
+    Args:
+        layers: FQN → adapted layer, all of one config; at least one.
+    """
+    exported = {fqn: layer.exported() for fqn, layer in layers.items()}
+    config = next(iter(exported.values())).config
+    if any((each.rank, each.alpha, each.kind) != _own(layers[fqn]) for fqn, each in exported.items()):
+        ranks, alphas, kinds = ({fqn: getattr(each, name) for fqn, each in exported.items()} for name in ("rank", "alpha", "kind"))
+        config = replace(
+            config,
+            rank=max(ranks.values()),
+            rank_pattern={} if len(set(ranks.values())) == 1 else _by_name(ranks),
+            alpha=max(alphas.values()),
+            alpha_pattern={} if len(set(alphas.values())) == 1 else _by_name(alphas),
+            kind_pattern=_by_name({fqn: kind for fqn, kind in kinds.items() if kind is not None}),
+        )
+    return exported, config
+
+
+def _own(layer: LoRALayer) -> tuple[int, float, str | None]:
+    return layer.rank, layer.alpha, layer.spec.kind
+
+
+def _by_name(values: dict[str, Any]) -> dict[str, Any]:
+    """A pattern for each layer."""
+    # The first pattern that matches wins, and a name matches what ends in it too: longer names go first.
+    return {fqn: values[fqn] for fqn in sorted(values, key=lambda fqn: (-len(fqn), fqn))}
