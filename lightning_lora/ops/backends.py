@@ -56,8 +56,10 @@ def usable(x: Tensor) -> bool:
 
     Under autocast, x may still be in the dtype that it will be cast from.
     """
+    if not x.is_cuda:
+        return False
     few = FEW_ENTRIES_COMPILED if torch.compiler.is_compiling() and not recording else FEW_ROWS * x.shape[-1]
-    return x.is_cuda and x.numel() >= few and run(x)
+    return x.numel() >= few and run(x)
 
 
 def run(x: Tensor) -> bool:

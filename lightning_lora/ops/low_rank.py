@@ -46,15 +46,36 @@ def lora_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropou
         dropout: probability; 0 outside training.
         inplace: y may be written to: it is a fresh tensor that nobody else holds and its own backward does not need.
     """
-    x, A, B = x.to(y.dtype), A.to(y.dtype), B.to(y.dtype)
+    dtype = y.dtype
+    if not x.dtype == A.dtype == B.dtype == dtype:
+        x, A, B = x.to(dtype), A.to(dtype), B.to(dtype)
     # The compiler fuses the definition itself, and torch.func transforms want nothing but plain operations.
     # DTensors know how to propagate placements through plain operations too.
     if transformed() or is_sharded(A):
         return lora_update_reference(y, x, A, B, scale, dropout)
-    if autocast_dtype(y) is not None:  # all operands have y's dtype: nothing is left to cast
-        with torch.autocast(y.device.type, enabled=False):
-            return _LowRankUpdate.apply(y, x, A, B, scale, dropout, inplace)
-    return _LowRankUpdate.apply(y, x, A, B, scale, dropout, inplace)
+    if autocast_dtype(y) in (None, dtype):  # all operands have y's dtype: nothing is left to cast
+        return _lora_update(y, x, A, B, scale, dropout, inplace)
+    with torch.autocast(y.device.type, enabled=False):
+        return _lora_update(y, x, A, B, scale, dropout, inplace)
+
+
+def _lora_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, inplace: bool) -> Tensor:
+    """All in one dtype. With gradients or without, the mask is drawn alike: a checkpointed forward runs both ways."""
+    drop, probability = plain.draw_drop(x, dropout) if dropout else (None, 0.0)
+    inplace = inplace and y.is_contiguous()
+    if torch.is_grad_enabled():
+        return _LowRankUpdate.apply(y, x, A, B, drop, scale / (1 - probability), inplace)
+    return _added(y, F.linear(plain.zeroed(x, drop), A), B, scale / (1 - probability), inplace)
+
+
+def _added(y: Tensor, t: Tensor, B: Tensor, scale: float, inplace: bool) -> Tensor:
+    """``y + scale·t·Bᵀ``, maybe in y's place."""
+    rows = y if y.ndim == 2 else y.reshape(-1, y.shape[-1])  # a view where that matters: a y to write to is contiguous
+    t = t if t.ndim == 2 else t.reshape(-1, t.shape[-1])
+    if inplace:
+        rows.addmm_(t, B.t(), alpha=scale)
+        return y
+    return torch.addmm(rows, t, B.t(), alpha=scale).view(y.shape)
 
 
 NO_INPUT = (
@@ -77,37 +98,35 @@ class _LowRankUpdate(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, inplace: bool) -> Tensor:
-        drop, probability = plain.draw_drop(x, dropout) if dropout else (None, 0.0)
-        ctx.scale = scale = scale / (1 - probability)
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, drop: plain.Drop | None, scale: float, inplace: bool
+    ) -> Tensor:
         t = F.linear(plain.zeroed(x, drop), A)  # (..., r)
-        keep, instead = (x, None) if ctx.needs_input_grad[2] else (None, t)
-        ctx.save_for_backward(keep, instead, A, B, drop and drop[0])
-        flat, t = y.reshape(-1, y.shape[-1]), t.reshape(-1, t.shape[-1])
-        if inplace and y.is_contiguous():
-            flat.addmm_(t, B.t(), alpha=scale)
+        ctx.save_for_backward(*((x, None) if ctx.needs_input_grad[2] else (None, t)), A, B, None if drop is None else drop.source)
+        ctx.scale = scale
+        if inplace:
             ctx.mark_dirty(y)
-            return y
-        return torch.addmm(flat, t, B.t(), alpha=scale).view(y.shape)
+        return _added(y, t, B, scale, inplace)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (g,) = grads
+        (grad,) = grads
         x, t, A, B, mask = ctx.saved_tensors
-        drop = None if mask is None else (mask, 0)
+        _, needs_x, _, needs_B, *_ = ctx.needs_input_grad
+        drop = None if mask is None else plain.Drop(mask)
         dx = dA = dB = None
-        flat_g = g.reshape(-1, g.shape[-1])
-        dt = flat_g @ (B * ctx.scale)  # (N, r); the scale goes into the smallest operand
+        rows = grad if grad.ndim == 2 else grad.reshape(-1, grad.shape[-1])
+        dt = rows @ (B * ctx.scale)  # (N, r); the scale goes into the smallest operand
         if x is None:
             if torch.is_grad_enabled():
                 raise RuntimeError(NO_INPUT)
             t = t.reshape(-1, t.shape[-1])
         else:
-            flat_x = plain.zeroed(x, drop).reshape(-1, x.shape[-1])
-            t = flat_x @ A.t()
-            dA = dt.t() @ flat_x
-        if ctx.needs_input_grad[3]:
-            dB = (flat_g.t() @ t) * ctx.scale
-        if ctx.needs_input_grad[1]:
-            dx = plain.zeroed((dt @ A).view(*g.shape[:-1], A.shape[1]), drop)
-        return g, dx, dA, dB, None, None, None
+            x_rows = plain.zeroed(x, drop).reshape(-1, x.shape[-1])
+            t = x_rows @ A.t()
+            dA = dt.t() @ x_rows
+        if needs_B:
+            dB = (rows.t() @ t) * ctx.scale
+        if needs_x:
+            dx = plain.zeroed((dt @ A).view(*grad.shape[:-1], A.shape[1]), drop)
+        return grad, dx, dA, dB, None, None, None
