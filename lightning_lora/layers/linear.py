@@ -58,16 +58,12 @@ class LoRALinear(LoRALayer, nn.Linear):
     plain_forward: ClassVar[bool] = True
     #: Whether update and output are those of this class; a variant may have its own.
     plain_update: ClassVar[bool] = True
-    #: Whether one operation serves a layer by itself where there are no kernels too: for a packed weight it keeps less, for a scale it
-    #: makes a pass less. For an unscaled plain weight it was faster at no size (benchmarks/README.md, "The short road").
-    fused_alone: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.weight_reader = reader_of(cls.lora_base)
         cls.plain_forward = cls.lora_base.forward is nn.Linear.forward
         cls.plain_update = cls.lora_update is LoRALinear.lora_update and cls.lora_output is LoRALinear.lora_output
-        cls.fused_alone = not cls.plain_forward or cls.output_scale is not LoRALinear.output_scale
 
     def __init__(
         self,
@@ -122,8 +118,9 @@ class LoRALinear(LoRALayer, nn.Linear):
         """The base's forward plus the update, by the first of these roads that is open.
 
         1. Merged, or with arguments that only the base knows: the definition, for the others do not know these.
-        2. Shared input: first, since one of its siblings may have computed this output already.
-        3. Fused: base and update as one operation, where that is faster or keeps less.
+        2. Shared input: before the others, since another layer of the group may have computed this output already.
+        3. Fused: base and update as one operation, where the Triton kernels serve. Without them it was faster at no size and for no kind
+           of weight (benchmarks/README.md, "The short road").
         4. Tensor parallel: on this rank's pieces, since DTensors take longer to decide where results go than to compute them.
         5. The definition (:meth:`LoRALayer.forward`): the base's forward, then :meth:`lora_update` added to it. For a small layer the
            shortest, so everything before it has to say no in a few attribute reads. Compilers and torch.func transforms take it too.
@@ -131,15 +128,19 @@ class LoRALinear(LoRALayer, nn.Linear):
         Which one it is depends neither on grad mode nor on what another call found: a checkpointed forward runs twice, and draws the
         same dropout both times.
         """
+        if self.merged or args or kwargs:
+            return super().forward(input, *args, **kwargs)
         y = None
-        if not (self.merged or args or kwargs):
-            if self.shared_input is not None and self.shared_input.open:
-                y = self.shared_input.output(self, input)
-            if y is None and (self.fused_alone or backends.usable(input)):
-                y = self.fused_output(input)
-            if y is None and is_sharded(input):
-                y = self.tensor_parallel_output(input)
-        return super().forward(input, *args, **kwargs) if y is None else y
+        if self.shared_input is not None and self.shared_input.open:
+            y = self.shared_input.output(self, input)
+        if y is None and backends.usable(input):
+            y = self.fused_output(input)
+        if y is None and is_sharded(input):
+            y = self.tensor_parallel_output(input)
+        elif y is None and input.ndim != 2 and self.plain_forward and self.plain_update and not low_rank.transformed():
+            rows = super().forward(input.reshape(-1, input.shape[-1]))  # of two dimensions, so that the update may be added in place
+            y = rows.view(*input.shape[:-1], rows.shape[-1])
+        return super().forward(input) if y is None else y
 
     def fused_output(self, x: Tensor) -> Tensor | None:
         """Road 3; None where it is closed."""

@@ -22,6 +22,10 @@ from lightning_lora.ops.fused_linear import lora_linears, serves
 from lightning_lora.utils.autocast import autocast_dtype
 
 
+#: Of an input, from which on sharing saves more (one product with the A's, one gradient for x) than its Python takes.
+FEW_ENTRIES = 2**16
+
+
 class SharedInputGroup:
     """Adapted linears whose parent calls them one after the other on the same tensor.
 
@@ -43,11 +47,16 @@ class SharedInputGroup:
 
     def output(self, layer: Any, x: Tensor) -> Tensor | None:
         """``layer``'s output for x; None if it has to be computed alone."""
+        if not self.open:
+            return None
+        # Without a mask to share, a small input is bound by Python. One trace of a compiler is for inputs of any size.
+        if x.numel() < FEW_ENTRIES and not torch.compiler.is_compiling() and not layer.dropout_now():
+            return None
         index = -1
         for k, other in enumerate(self.layers):
             if other is layer:
                 index = k
-        if not self.open or index < 0:  # a replica of the layer that the group was made for has no index
+        if index < 0:  # a replica of the layer that the group was made for
             return None
         held, key = self.held, self._key(x)
         if held is not None and held[0] is x and held[1] == key:

@@ -53,7 +53,9 @@ def local_forward(layer: Any, x: Any) -> Tensor | None:
     if backends.usable(piece):
         (y,) = lora_linears(piece, [W], [b], factors[:1], factors[1:], [layer.scaling])
     else:
-        y = low_rank.lora_update(F.linear(piece, W, b), piece, *factors, layer.scaling, inplace=True)
+        rows = piece.reshape(-1, piece.shape[-1])  # of two dimensions, so that the update may be added in place
+        y = low_rank.lora_update(F.linear(rows, W, b), rows, *factors, layer.scaling, inplace=True)
+        y = y.view(*piece.shape[:-1], y.shape[-1])
     if y.requires_grad and not torch.compiler.is_compiling():
         y.register_hook(_first_derivative)
     shape = torch.Size((*x.shape[:-1], weight.shape[0]))

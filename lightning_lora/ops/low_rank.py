@@ -59,74 +59,41 @@ def lora_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropou
         return _lora_update(y, x, A, B, scale, dropout, inplace)
 
 
-def _lora_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, inplace: bool) -> Tensor:
-    """All in one dtype. With gradients or without, the mask is drawn alike: a checkpointed forward runs both ways."""
-    drop, probability = plain.draw_drop(x, dropout) if dropout else (None, 0.0)
-    inplace = inplace and y.is_contiguous()
-    if torch.is_grad_enabled():
-        return _LowRankUpdate.apply(y, x, A, B, drop, scale / (1 - probability), inplace)
-    return _added(y, F.linear(plain.zeroed(x, drop), A), B, scale / (1 - probability), inplace)
-
-
-def _added(y: Tensor, t: Tensor, B: Tensor, scale: float, inplace: bool) -> Tensor:
-    """``y + scale·t·Bᵀ``, maybe in y's place."""
-    rows = y if y.ndim == 2 else y.reshape(-1, y.shape[-1])  # a view where that matters: a y to write to is contiguous
-    t = t if t.ndim == 2 else t.reshape(-1, t.shape[-1])
-    if inplace:
-        rows.addmm_(t, B.t(), alpha=scale)
-        return y
-    return torch.addmm(rows, t, B.t(), alpha=scale).view(y.shape)
-
-
-NO_INPUT = (
-    "second derivatives (create_graph=True) and vectorized Jacobians need the layer's input, which is not kept while lora_A is frozen."
-)
-
-
 def transformed() -> bool:
     """Whether a compiler or a torch.func transform is looking: they take plain operations."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
-class _LowRankUpdate(torch.autograd.Function):
-    """Accumulates into y and keeps x alone, which the neighbours keep anyway; with dropout also one byte an entry of x.
+def _lora_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, inplace: bool) -> Tensor:
+    """All in one dtype: t = x·Aᵀ and then one operation, which scales and adds. Autograd keeps x, which the neighbours keep anyway, and t."""
+    if dropout:
+        drop, probability = plain.draw_drop(x, dropout)
+        t, scale = _DroppedProduct.apply(x, A, drop.source), scale / (1 - probability)
+    else:
+        t = F.linear(x, A)  # (..., r)
+    if y.ndim == 2:
+        if inplace and y.is_contiguous():
+            return y.addmm_(t, B.t(), alpha=scale)
+        return torch.addmm(y, t, B.t(), alpha=scale)
+    # To autograd, rows in place of more dimensions are a view, and writing to a view costs it a copy of the gradient.
+    return torch.addmm(y.reshape(-1, y.shape[-1]), t.reshape(-1, t.shape[-1]), B.t(), alpha=scale).view(y.shape)
 
-    With x₀ the input with its dropped entries at zero, s the scale (over 1 − p with dropout), t = x₀·Aᵀ and g the gradient of
-    the output: dt = s·g·B, dB = s·gᵀ·t, dA = dtᵀ·x₀, dx = dt·A with the same entries at zero. t is computed again in the
-    backward pass: it costs r/out of the base's product. Every step is differentiable, so second derivatives work; but not those of a
-    layer whose A is frozen (LoRA-FA), which keeps t in the place of x.
-    """
+
+class _DroppedProduct(torch.autograd.Function):
+    """``drop(x)·Aᵀ``, (..., in) → (..., r). Keeps x and one byte an entry of it for the mask, where torch's dropout keeps a copy of x; of a
+    frozen A (LoRA-FA) the mask alone."""
 
     @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, drop: plain.Drop | None, scale: float, inplace: bool
-    ) -> Tensor:
-        t = F.linear(plain.zeroed(x, drop), A)  # (..., r)
-        ctx.save_for_backward(*((x, None) if ctx.needs_input_grad[2] else (None, t)), A, B, None if drop is None else drop.source)
-        ctx.scale = scale
-        if inplace:
-            ctx.mark_dirty(y)
-        return _added(y, t, B, scale, inplace)
+    def forward(ctx: Any, x: Tensor, A: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, A, mask)
+        return F.linear(x.masked_fill(mask, 0), A)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (grad,) = grads
-        x, t, A, B, mask = ctx.saved_tensors
-        _, needs_x, _, needs_B, *_ = ctx.needs_input_grad
-        drop = None if mask is None else plain.Drop(mask)
-        dx = dA = dB = None
-        rows = grad if grad.ndim == 2 else grad.reshape(-1, grad.shape[-1])
-        dt = rows @ (B * ctx.scale)  # (N, r); the scale goes into the smallest operand
+        (dt,) = grads
+        x, A, mask = ctx.saved_tensors
+        dx = (dt @ A).masked_fill(mask, 0) if ctx.needs_input_grad[0] else None
         if x is None:
-            if torch.is_grad_enabled():
-                raise RuntimeError(NO_INPUT)
-            t = t.reshape(-1, t.shape[-1])
-        else:
-            x_rows = plain.zeroed(x, drop).reshape(-1, x.shape[-1])
-            t = x_rows @ A.t()
-            dA = dt.t() @ x_rows
-        if needs_B:
-            dB = (rows.t() @ t) * ctx.scale
-        if needs_x:
-            dx = plain.zeroed((dt @ A).view(*grad.shape[:-1], A.shape[1]), drop)
-        return grad, dx, dA, dB, None, None, None
+            return dx, None, None
+        rows = x.masked_fill(mask, 0).reshape(-1, x.shape[-1])
+        return dx, dt.reshape(-1, dt.shape[-1]).t() @ rows, None

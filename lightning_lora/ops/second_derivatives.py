@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from lightning_lora.ops import plain
-from lightning_lora.ops.low_rank import NO_INPUT
+
+NO_INPUT = (
+    "second derivatives (create_graph=True) and vectorized Jacobians need the layer's input, which is not kept while lora_A is frozen."
+)
 
 
 def wants_definition(grad: Tensor) -> bool:

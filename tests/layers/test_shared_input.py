@@ -51,6 +51,22 @@ def run(model, *inputs):
     return [y.detach(), *(p.grad.clone() for p in get_lora_parameters(model))]
 
 
+@pytest.fixture(autouse=True)
+def any_size_shares(monkeypatch):
+    """The inputs here are small."""
+    monkeypatch.setattr(shared_input, "FEW_ENTRIES", 0)
+
+
+def test_small_inputs_share_only_where_that_is_faster(monkeypatch, calls):
+    monkeypatch.setattr(shared_input, "FEW_ENTRIES", 9 * 8)
+    model, masked = attention(), attention(dropout=0.5).train()
+    run(model, torch.ones(8, 8))
+    assert calls == []
+    run(masked, torch.ones(8, 8))
+    run(model, torch.ones(9, 8))
+    assert calls == [3, 3]
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """How many layers each product was for."""
