@@ -21,7 +21,6 @@ from lightning_lora.ops.frozen_weight import FrozenWeight
 from lightning_lora.ops.fused_linear import lora_linears, serves
 from lightning_lora.utils.autocast import autocast_dtype
 
-
 #: Of an input, from which on sharing saves more (one product with the A's, one gradient for x) than its Python takes.
 FEW_ENTRIES = 2**16
 

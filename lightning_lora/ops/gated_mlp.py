@@ -219,9 +219,7 @@ def _given(out_scales: Sequence[Tensor | None]) -> list[Tensor]:
     return [out_scale for out_scale in out_scales if out_scale is not None]
 
 
-def _definition(
-    x: Tensor, drop: Any, drop_down: Any, scales: Any, weights: Any, A_list: Any, B_list: Any, out_scales: Any
-) -> Tensor:
+def _definition(x: Tensor, drop: Any, drop_down: Any, scales: Any, weights: Any, A_list: Any, B_list: Any, out_scales: Any) -> Tensor:
     """Operations that autograd knows, for second derivatives."""
     Ws = [W.dense(x.dtype) for W in weights]
 

@@ -65,7 +65,7 @@ def transformed() -> bool:
 
 
 def _lora_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, inplace: bool) -> Tensor:
-    """All in one dtype: t = x·Aᵀ and then one operation, which scales and adds. Autograd keeps x, which the neighbours keep anyway, and t."""
+    """All in one dtype: t = x·Aᵀ, then one operation that scales and adds. Autograd keeps x, as the neighbours do anyway, and t."""
     if dropout:
         drop, probability = plain.draw_drop(x, dropout)
         t, scale = _DroppedProduct.apply(x, A, drop.source), scale / (1 - probability)

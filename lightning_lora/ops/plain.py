@@ -24,7 +24,6 @@ class Drop(NamedTuple):
     threshold: int = 0
 
 
-
 def draw_drop(x: Tensor, dropout: float) -> tuple[Drop, float]:
     """Which entries of x to drop, and with what probability exactly.
 
