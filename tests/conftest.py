@@ -73,7 +73,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], tu
 
     monkeypatch.setattr(backends, "usable", lambda x: True)
     monkeypatch.setattr(fused_linear, "_backend", lambda fast: plain)
-    monkeypatch.setattr(plain, "draw_drop", lambda flat, p: ((torch.ones_like(flat, dtype=torch.bool).tril(), 0), 0.5))
+    monkeypatch.setattr(plain, "draw_drop", lambda rows, p: (plain.Drop(torch.ones_like(rows, dtype=torch.bool).tril()), 0.5))
     torch._dynamo.reset()
 
     def compile(function: Callable[..., Any]) -> tuple[Callable[..., Any], list[Any]]:

@@ -66,7 +66,9 @@ def stored4bit(*shape: int, **options: Any) -> tuple[FrozenWeight, torch.Tensor]
     layer = linear4bit(*shape, **options)
     storage = reader_of(type(layer))
     assert storage is not None
-    return storage.read(layer), format_of(layer).dequantize(layer)  # type: ignore[union-attr]
+    weight = storage.read(layer, torch.empty(0, shape[1], dtype=layer.weight.quant_state.dtype))
+    assert weight is not None
+    return weight, format_of(layer).dequantize(layer)  # type: ignore[union-attr]
 
 
 def inputs(rows: int = 5) -> torch.Tensor:

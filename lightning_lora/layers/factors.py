@@ -65,7 +65,7 @@ class Factors(Mergeable):
     @property
     def scaling(self) -> float:
         """The factor in front of ``B·A``."""
-        return self.lora_config.scaling_of(self.rank, self.alpha)
+        return self.lora_state.spec.scaling
 
     # Shapes and matrices.
 

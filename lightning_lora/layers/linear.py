@@ -18,10 +18,10 @@ from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.layers.tensor_parallel import local_forward
 from lightning_lora.ops import backends, low_rank
 from lightning_lora.ops.frozen_weight import FrozenWeight, WeightReader, reader_of
+from lightning_lora.ops.fused_linear import serves
 from lightning_lora.quantization.formats import format_of
 from lightning_lora.registry import REFUSED, register_kind
 from lightning_lora.utils.sharding import is_sharded
-from lightning_lora.utils.torch_private import transforms_active
 
 REFUSED["torch.nn.modules.linear.NonDynamicallyQuantizableLinear"] = (
     "nn.MultiheadAttention reads its weight without calling it, so an adapter here would do nothing"
@@ -50,12 +50,21 @@ class LoRALinear(LoRALayer, nn.Linear):
     is_linear = True
     #: The linears that are computed together with this one; :func:`lightning_lora.model.fuse.fuse` sets it.
     shared_input: SharedInputGroup | None = None
-    #: How the base stores what its forward multiplies by; None if that does more, or is not known.
+
+    # What the class decides for all its layers, so that no call asks for it.
+
+    #: Reads what the base's forward multiplies by; None if that does more, or is not known.
     weight_reader: ClassVar[WeightReader | None] = reader_of(nn.Linear)
+    #: Whether the base's forward is ``nn.Linear``'s own, whose output is a fresh tensor that may be added to in place.
+    plain_forward: ClassVar[bool] = True
+    #: Whether update and output are those of this class; a variant may have its own.
+    plain_update: ClassVar[bool] = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.weight_reader = reader_of(cls.lora_base)
+        cls.plain_forward = cls.lora_base.forward is nn.Linear.forward
+        cls.plain_update = cls.lora_update is LoRALinear.lora_update and cls.lora_output is LoRALinear.lora_output
 
     def __init__(
         self,
@@ -107,45 +116,54 @@ class LoRALinear(LoRALayer, nn.Linear):
         assert isinstance(view, nn.Linear)
         return view
 
-    @property
-    def plain_forward(self) -> bool:
-        """Whether the base's forward is ``nn.Linear``'s own, whose output is a fresh tensor that may be added to in place."""
-        return type(self).lora_base.forward is nn.Linear.forward
-
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base's forward plus the update; one operation for both, and for the scale, where nothing stands in the way."""
-        if not (self.merged or self.disabled or args or kwargs):
-            y = None if self.shared_input is None else self.shared_input.output(self, input)
-            if y is None and self.fusable(input):
-                y = compute([self], input)[0]
-            if y is None and is_sharded(input) and self.plain_forward and self.is_plain_sum() and not self.has_output_scale:
-                y = local_forward(self, input)
-            if y is not None:
-                return y
-        return super().forward(input, *args, **kwargs)
+        """The base's forward plus the update, by the first of these roads that is open.
 
-    def fusable(self, x: Tensor) -> bool:
-        """Whether base and update can be one operation for x: the base's product is known, the update the plain one, nothing in pieces."""
-        cls = type(self)
-        return (
-            cls.weight_reader is not None
-            and self.is_plain_sum()
-            and not (self.merged or self.disabled)
-            and not (is_sharded(x) or is_sharded(self.lora_A))
-            and cls.weight_reader.can_read(self, x)
-            # Where the kernels do not serve, a compiler fuses the definition itself; torch.func wants plain operations.
-            and (backends.usable(x) if torch.compiler.is_compiling() else not transforms_active())
-        )
+        1. Merged or disabled, or with arguments that only the base knows: the definition, for the others do not know these.
+        2. Shared input: before the others, since another layer of the group may have computed this output already.
+        3. Fused: base and update as one operation, where the Triton kernels serve. Without them it was faster at no size and for no kind
+           of weight (benchmarks/README.md, "The short road").
+        4. Tensor parallel: on this rank's pieces, since DTensors take longer to decide where results go than to compute them.
+        5. The definition (:meth:`LoRALayer.forward`): the base's forward, then :meth:`lora_update` added to it. For a small layer the
+           shortest, so everything before it has to say no in a few attribute reads. Compilers and torch.func transforms take it too.
+
+        Which one it is depends neither on grad mode nor on what another call found: a checkpointed forward runs twice, and draws the
+        same dropout both times.
+        """
+        if self.lora_state.merge is not None or self.disabled or args or kwargs:
+            return super().forward(input, *args, **kwargs)
+        y = None
+        if self.shared_input is not None and self.shared_input.open:
+            y = self.shared_input.output(self, input)
+        if y is None and backends.usable(input):
+            y = self.fused_output(input)
+        if y is None and is_sharded(input):
+            y = self.tensor_parallel_output(input)
+        elif y is None and input.ndim != 2 and self.plain_forward and self.plain_update and not low_rank.transformed():
+            rows = super().forward(input.reshape(-1, input.shape[-1]))  # of two dimensions, so that the update may be added in place
+            y = rows.view(*input.shape[:-1], rows.shape[-1])
+        return super().forward(input) if y is None else y
+
+    def fused_output(self, x: Tensor) -> Tensor | None:
+        """Road 3; None where it is closed."""
+        weight = self.frozen_weight(x) if serves(x) else None
+        return None if weight is None else compute([self], [weight], x)[0]
+
+    def tensor_parallel_output(self, x: Tensor) -> Tensor | None:
+        """Road 4, for a DTensor x; None where it is closed."""
+        plain = self.plain_forward and not self.has_output_scale and self.is_plain_sum()
+        return local_forward(self, x) if plain else None
+
+    def frozen_weight(self, x: Tensor) -> FrozenWeight | None:
+        """The base's weight, for an operation that computes the whole output for x; None if that would not be this layer's output now."""
+        reader = self.weight_reader
+        if reader is None or self.merged or self.disabled or not self.is_plain_sum() or is_sharded(self.lora_A):
+            return None
+        return reader.read(self, x)
 
     def is_plain_sum(self) -> bool:
         """Not for a variant with an update or an output of its own."""
-        cls = type(self)
-        return super().is_plain_sum() and cls.lora_update is LoRALinear.lora_update and cls.lora_output is LoRALinear.lora_output
-
-    def frozen_weight(self) -> FrozenWeight:
-        """The base's weight as operations take it; for a layer that is :meth:`fusable`."""
-        assert self.weight_reader is not None
-        return self.weight_reader.read(self)
+        return self.plain_update
 
     @classmethod
     def adapter_shapes(cls, module: nn.Linear, spec: LayerSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:

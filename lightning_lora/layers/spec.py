@@ -6,6 +6,7 @@ A config says it for a whole model; here it is worked out for one layer (rank, a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,11 @@ class LayerSpec:
     alpha: float
     fqn: str = ""
     kind: str | None = None
+
+    @functools.cached_property
+    def scaling(self) -> float:
+        """The factor in front of ``B·A``; read in every forward pass."""
+        return self.config.scaling_of(self.rank, self.alpha)
 
     @property
     def dropout(self) -> float:

@@ -31,38 +31,47 @@ def local_forward(layer: Any, x: Any) -> Tensor | None:
     """
     from torch.distributed.tensor import DTensor, Partial, Shard
 
-    weight, bias, factors, last = layer.weight, layer.bias, layer.update_factors(), x.ndim - 1
-    tensors = [weight, x, *factors, *([] if bias is None else [bias])]
-    if not all(map(is_sharded, tensors)) or any(tensor.device_mesh.ndim != 1 for tensor in tensors) or weight.requires_grad:
-        return None
-    cut, mine, A, B, *own = (tensor.placements[0] for tensor in tensors)
+    weight, bias, last = layer.weight, layer.bias, x.ndim - 1
+    A, B = layer.update_factors()
+    for tensor in (weight, x, A, B):
+        if not is_sharded(tensor) or tensor.device_mesh.ndim != 1:
+            return None
+    (cut,), (mine,), (A_place,), (B_place,) = weight.placements, x.placements, A.placements, B.placements
     colwise = cut.is_shard(0)
     if colwise:
-        alike = mine.is_replicate() and A.is_replicate() and B.is_shard(0) and all(place.is_shard(0) for place in own)
+        alike = mine.is_replicate() and A_place.is_replicate() and B_place.is_shard(0)
+        alike = alike and (bias is None or (is_sharded(bias) and bias.placements[0].is_shard(0)))
     else:  # a bias is added to the sum, by the base
-        alike = cut.is_shard(1) and mine.is_shard(last) and A.is_shard(1) and B.is_replicate() and not own
-    same = x.dtype == weight.dtype or autocast_dtype(x) is not None
-    if not (alike and same) or layer.dropout_now():  # dropout's mask is what DTensors keep alike on all ranks
+        alike = bias is None and cut.is_shard(1) and mine.is_shard(last) and A_place.is_shard(1) and B_place.is_replicate()
+    if not alike or weight.requires_grad or layer.dropout_now():  # dropout's mask is what DTensors keep alike on all ranks
         return None
-    piece, W = x.to_local(grad_placements=[Partial() if colwise else Shard(last)]), weight.to_local()
-    (low, high), b = map(_piece, factors), None if bias is None else bias.to_local()
-    if torch.compiler.is_compiling() and not backends.usable(piece):  # it fuses the definition itself
-        y = low_rank.lora_update(F.linear(piece, W, b), piece, low, high, layer.scaling)
+    if x.dtype != weight.dtype and autocast_dtype(x) is None:
+        return None
+    place = Shard(last)
+    piece, W = x.to_local(grad_placements=[Partial() if colwise else place]), weight.to_local()
+    factors, b = (_piece(A, A_place), _piece(B, B_place)), None if bias is None else bias.to_local()
+    if backends.usable(piece):
+        (y,) = lora_linears(piece, [W], [b], factors[:1], factors[1:], [layer.scaling])
     else:
-        (y,) = lora_linears(piece, [W], [b], [low], [high], [layer.scaling])
+        rows = piece.reshape(-1, piece.shape[-1])  # of two dimensions, so that the update may be added in place
+        y = low_rank.lora_update(F.linear(rows, W, b), rows, *factors, layer.scaling, inplace=True)
+        y = y.view(*piece.shape[:-1], y.shape[-1])
     if y.requires_grad and not torch.compiler.is_compiling():
         y.register_hook(_first_derivative)
     shape = torch.Size((*x.shape[:-1], weight.shape[0]))
-    strides = torch.empty(shape, device="meta").stride()
-    placement = Shard(last) if colwise else Partial()
-    return DTensor.from_local(y, weight.device_mesh, [placement], run_check=False, shape=shape, stride=strides)
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * size)
+    return DTensor.from_local(
+        y, weight.device_mesh, [place if colwise else Partial()], run_check=False, shape=shape, stride=tuple(reversed(strides))
+    )
 
 
-def _piece(factor: Any) -> Tensor:
+def _piece(factor: Any, place: Any) -> Tensor:
     """This rank's piece; of a factor that is whole, the gradient is summed over the ranks."""
     from torch.distributed.tensor import Partial
 
-    if not factor.placements[0].is_replicate():
+    if not place.is_replicate():
         piece: Tensor = factor.to_local()
         return piece
     whole: Tensor = factor.redistribute(placements=factor.placements).to_local(grad_placements=[Partial()])

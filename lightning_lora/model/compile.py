@@ -126,11 +126,8 @@ class _Recorded:
         self.compiled = compiled
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        outer, backends.recording = backends.recording, True
-        try:
+        with backends.recording():
             return self.compiled(*args, **kwargs)
-        finally:
-            backends.recording = outer
 
 
 # The compiler keeps a result for the backward pass if an operation there has to have it in memory, or if it is used in places far apart:

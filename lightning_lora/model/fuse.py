@@ -18,6 +18,8 @@ from lightning_lora.layers import LoRALinear
 from lightning_lora.layers.classes import strip_class
 from lightning_lora.layers.shared_input import SharedInputGroup
 from lightning_lora.ops import backends
+from lightning_lora.ops.frozen_weight import FrozenWeight
+from lightning_lora.ops.fused_linear import serves
 from lightning_lora.ops.gated_mlp import lora_gated_mlp
 from lightning_lora.utils.forward_source import calls_together, is_gated_mlp
 
@@ -90,17 +92,28 @@ class GatedMLP(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the class that the module had."""
+        fused = self._fused_output(args[0]) if len(args) == 1 and not kwargs and backends.usable(args[0]) else None
+        return super().forward(*args, **kwargs) if fused is None else fused
+
+    def _fused_output(self, x: Tensor) -> Tensor | None:
+        """All three projections in one operation; None if something about one of them keeps it from that."""
         layers: list[Any] = [self.gate_proj, self.up_proj, self.down_proj]
-        if len(args) != 1 or kwargs or not backends.usable(args[0]):
-            return super().forward(*args, **kwargs)
-        if not _is_silu(self.act_fn) or not all([_serves(layer, args[0]) for layer in layers]):
-            return super().forward(*args, **kwargs)
-        if len({(layer.dropout_now(), layer.has_output_scale) for layer in layers}) > 1:
-            return super().forward(*args, **kwargs)
-        out_scales = [layer.output_scale() for layer in layers] if layers[0].has_output_scale else ()
+        # The kernel's sums over the intermediate features are not deterministic.
+        if not serves(x) or not _is_silu(self.act_fn) or torch.are_deterministic_algorithms_enabled():
+            return None
+        weights: list[FrozenWeight] = []
+        for layer in layers:
+            weight = layer.frozen_weight(x) if _fits(layer) else None
+            if weight is None:
+                return None
+            weights.append(weight)
+        first = layers[0]
+        dropout, has_scale = first.dropout_now(), first.has_output_scale
+        if any([layer.dropout_now() != dropout or layer.has_output_scale != has_scale for layer in layers]):
+            return None
+        out_scales = [layer.output_scale() for layer in layers] if has_scale else ()
         A_list, B_list = zip(*[layer.update_factors() for layer in layers], strict=True)
-        weights, scales = [layer.frozen_weight() for layer in layers], [layer.scaling for layer in layers]
-        return lora_gated_mlp(args[0], weights, A_list, B_list, scales, layers[0].dropout_now(), out_scales)
+        return lora_gated_mlp(x, weights, A_list, B_list, [layer.scaling for layer in layers], dropout, out_scales)
 
 
 def _fused_class(base: type[nn.Module], *mixins: type[nn.Module]) -> type[nn.Module]:
@@ -134,16 +147,15 @@ def _rebuild(base: type[nn.Module], *mixins: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def _serves(layer: Any, x: Tensor) -> bool:
+def _fits(layer: Any) -> bool:
+    """Whether a projection is one that the kernels know, and nobody watches it."""
     return (
         isinstance(layer, LoRALinear)
-        and layer.fusable(x)
         and layer.bias is None
         and "forward" not in layer.__dict__
         and layer.rank <= backends.WIDEST_GATED
         and layer.lora_A.requires_grad
         and not _watched(layer)
-        and not torch.are_deterministic_algorithms_enabled()  # the kernel's sums over the intermediate features are not
     )
 
 

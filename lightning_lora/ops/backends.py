@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -21,12 +23,25 @@ logger = logging.getLogger(__name__)
 FEW_ROWS = 1024
 # A compiler launches its own kernels faster: 1B of 4 x 512 tokens took 50 ms with the plain definition compiled, 69 with such operations.
 FEW_ENTRIES_COMPILED = 12 * 2**20
-#: True while a block runs that is recorded as CUDA graphs, which launch every kernel alike (:mod:`lightning_lora.model.compile`).
-recording = False
 WIDEST_GATED = 64  # the largest rank whose sums fit in the registers of the gated MLP's kernel
 
 
 _RUNS: dict[int, bool] = {}  # CUDA device → whether it runs the kernels
+
+
+_recording = False  # a global, and no context variable, since a compiler guards what it traces by those only
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """While a block runs that is recorded as CUDA graphs (:mod:`lightning_lora.model.compile`): these launch every kernel alike, so small
+    inputs are no exception."""
+    global _recording
+    outer, _recording = _recording, True
+    try:
+        yield
+    finally:
+        _recording = outer
 
 
 def look_at(device: torch.device) -> None:
@@ -56,8 +71,10 @@ def usable(x: Tensor) -> bool:
 
     Under autocast, x may still be in the dtype that it will be cast from.
     """
-    few = FEW_ENTRIES_COMPILED if torch.compiler.is_compiling() and not recording else FEW_ROWS * x.shape[-1]
-    return x.is_cuda and x.numel() >= few and run(x)
+    if not x.is_cuda:
+        return False
+    few = FEW_ENTRIES_COMPILED if torch.compiler.is_compiling() and not _recording else FEW_ROWS * x.shape[-1]
+    return x.numel() >= few and run(x)
 
 
 def run(x: Tensor) -> bool:

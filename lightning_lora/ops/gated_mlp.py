@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_lora.ops import plain
 from lightning_lora.ops.frozen_weight import FrozenWeight, flatten_weights, unflatten_weights
-from lightning_lora.ops.fused_linear import scaled, working_copies
+from lightning_lora.ops.fused_linear import Settings, scaled, working_copies
 from lightning_lora.ops.second_derivatives import differentiable, wants_definition
 from lightning_lora.utils.autocast import autocast_dtype
 from lightning_lora.utils.custom_op import dispatch, register_custom_op
@@ -51,60 +51,62 @@ def lora_gated_mlp(
             return lora_gated_mlp(x.to(dtype), weights, A_list, B_list, scales, dropout, out_scales)
     from lightning_lora.ops import triton_low_rank
 
-    flat = x.reshape(-1, x.shape[-1])
-    seed = seed_down = None
-    threshold, p = 0, 0.0
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    source = source_down = None
+    threshold = 0
     if dropout:
-        (seed, threshold), p = triton_low_rank.draw_drop(flat, dropout)
-        (seed_down, _), _ = triton_low_rank.draw_drop(flat, dropout)
+        (source, threshold), probability = triton_low_rank.draw_drop(rows, dropout)
+        (source_down, _), _ = triton_low_rank.draw_drop(rows, dropout)
+        scales = [scale / (1 - probability) for scale in scales]
     tensors, layouts = flatten_weights(weights)
-    settings = (True, threshold, tuple(s / (1 - p) for s in scales), layouts)
-    y = _GatedMLP.apply(flat, seed, seed_down, settings, *A_list, *B_list, *(out_scales or (None, None, None)), *tensors)
+    settings = Settings(True, threshold, tuple(scales), layouts)
+    y = _GatedMLP.apply(rows, source, source_down, settings, *A_list, *B_list, *(out_scales or (None, None, None)), *tensors)
     return y.view(*x.shape[:-1], B_list[2].shape[0])
 
 
 class _GatedMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, seed: Any, seed_down: Any, settings: tuple[Any, ...], *tensors: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, source: Any, source_down: Any, settings: Settings, *tensors: Any) -> Tensor:
         _, threshold, scales, layouts = settings
         A_list, B_list, out_scales, weights = list(tensors[:3]), list(tensors[3:6]), _given(tensors[6:9]), list(tensors[9:])
-        y, *kept = dispatch(_forward, x, seed, seed_down, threshold, list(scales), weights, layouts, A_list, B_list, out_scales)
-        ctx.save_for_backward(x, seed, seed_down, *kept, *(() if out_scales else (None,)), *tensors)
+        y, *kept = dispatch(_forward, x, source, source_down, threshold, list(scales), weights, layouts, A_list, B_list, out_scales)
+        ctx.save_for_backward(x, source, source_down, *kept, *(() if out_scales else (None,)), *tensors)
         ctx.settings = settings
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        if autocast_dtype(grads[0]) is not None:  # in the forward's dtypes, whatever the backward pass is called under
-            with torch.autocast(grads[0].device.type, enabled=False):
+        (grad,) = grads
+        if autocast_dtype(grad) is not None:  # in the forward's dtypes, whatever the backward pass is called under
+            with torch.autocast(grad.device.type, enabled=False):
                 return _GatedMLP.backward(ctx, *grads)
         _, threshold, scales, layouts = ctx.settings
-        x, seed, seed_down, g, u, t, t_down, A, A_down, *rest = ctx.saved_tensors
-        B_casts, z_down, tensors = rest[:3], rest[3], rest[4:]
+        x, source, source_down, g, u, t, t_down, A, A_down, *saved = ctx.saved_tensors
+        B_casts, z_down, tensors = saved[:3], saved[3], saved[4:]
         A_list, B_list, out_scales, weights = tensors[:3], tensors[3:6], _given(tensors[6:9]), tensors[9:]
-        if not torch.compiler.is_compiling() and wants_definition(grads[0]):
+        if not torch.compiler.is_compiling() and wants_definition(grad):
             inputs = [x, None, None, None, *tensors]
-            masks = [(seed, A.shape[1]), (seed_down, A_down.shape[1])]
-            definition = lambda drop, down: (_definition(x, drop, down, scales, weights, layouts, A_list, B_list, out_scales),)  # noqa: E731
-            return differentiable(ctx, definition, inputs, masks, grads)
+            sources = [(source, A.shape[1]), (source_down, A_down.shape[1])]
+            definition = lambda drop, down: (_definition(x, drop, down, scales, layouts, A_list, B_list, out_scales),)  # noqa: E731
+            return differentiable(ctx, definition, inputs, sources, grads)
         needs_x = ctx.needs_input_grad[0]
-        kept = (x, g, u, t, t_down, z_down, A, A_down, seed, seed_down)
-        dx, dA, dA_down, *rest = dispatch(
-            _backward, grads[0], *kept, threshold, list(scales), weights, layouts, B_casts, out_scales, needs_x
+        kept = (x, g, u, t, t_down, z_down, A, A_down, source, source_down)
+        dx, dA, dA_down, *dB_and_scales = dispatch(
+            _backward, grad, *kept, threshold, list(scales), weights, layouts, B_casts, out_scales, needs_x
         )
-        dA_list = [*dA.split([a.shape[0] for a in A_list[:2]]), dA_down]
-        found = [d.to(p.dtype) for d, p in zip([*dA_list, *rest], [*A_list, *B_list, *out_scales], strict=True)]
-        return (dx if needs_x else None), None, None, None, *found, *[None] * (len(tensors) - len(found))
+        gradients = [*dA.split([a.shape[0] for a in A_list[:2]]), dA_down, *dB_and_scales]
+        factors = [d.to(p.dtype) for d, p in zip(gradients, [*A_list, *B_list, *out_scales], strict=True)]
+        return (dx if needs_x else None), None, None, None, *factors, *[None] * (len(tensors) - len(factors))
 
 
 def _forward(
     x: Tensor,
-    seed: Any,
-    seed_down: Any,
+    source: Any,
+    source_down: Any,
     threshold: int,
     scales: list[float],
     weights: list[Tensor],
-    layouts: list[str],
+    layouts: list[FrozenWeight] | list[str],
     A_list: list[Tensor],
     B_list: list[Tensor],
     out_scales: list[Tensor],
@@ -113,7 +115,7 @@ def _forward(
     scales down's base product."""
     from lightning_lora.ops import triton_gated_mlp, triton_low_rank
 
-    drop, drop_down = _drop(seed, threshold), _drop(seed_down, threshold)
+    drop, drop_down = _drop(source, threshold), _drop(source_down, threshold)
     A, (*B_casts, A_down) = working_copies(A_list[:2], [*B_list, A_list[2]], x.dtype)
     t = scaled(triton_low_rank.project(x, A, drop, scales[0]), scales[:2], B_casts[:2])
     gate, up, down = unflatten_weights(weights, layouts)
@@ -136,12 +138,12 @@ def _backward(
     z_down: Tensor | None,
     A: Tensor,
     A_down: Tensor,
-    seed: Any,
-    seed_down: Any,
+    source: Any,
+    source_down: Any,
     threshold: int,
     scales: list[float],
     weights: list[Tensor],
-    layouts: list[str],
+    layouts: list[FrozenWeight] | list[str],
     B_list: list[Tensor],
     out_scales: list[Tensor],
     needs_x: bool,
@@ -149,7 +151,7 @@ def _backward(
     """dx (empty unless needed), dA of gate and up, dA of down, the three dB's, and what scales there are theirs."""
     from lightning_lora.ops import triton_gated_mlp, triton_low_rank
 
-    drop, drop_down = _drop(seed, threshold), _drop(seed_down, threshold)
+    drop, drop_down = _drop(source, threshold), _drop(source_down, threshold)
     gate, up, down = unflatten_weights(weights, layouts)
     d_scale_down: list[Tensor] = []
     if z_down is None:
@@ -169,7 +171,16 @@ def _backward(
 
 
 def _forward_shapes(
-    x: Tensor, seed: Any, seed_down: Any, threshold: int, scales: Any, weights: Any, layouts: Any, A_list: Any, B_list: Any, out_scales: Any
+    x: Tensor,
+    source: Any,
+    source_down: Any,
+    threshold: int,
+    scales: Any,
+    weights: Any,
+    layouts: Any,
+    A_list: Any,
+    B_list: Any,
+    out_scales: Any,
 ) -> list[Tensor]:
     rank = A_list[0].shape[0] + A_list[1].shape[0]
     widths = (B_list[2].shape[0], B_list[0].shape[0], B_list[1].shape[0], rank, A_list[2].shape[0])
@@ -178,21 +189,21 @@ def _forward_shapes(
     return [*(x.new_empty(x.shape[0], width) for width in widths), *(x.new_empty(shape) for shape in copies), *z]
 
 
-def _backward_shapes(dy: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
-    A, A_down, (B_list, out_scales, needs_x) = rest[5], rest[6], rest[-3:]
+def _backward_shapes(dy: Tensor, x: Tensor, *operands: Any) -> list[Tensor]:
+    A, A_down, (B_list, out_scales, needs_x) = operands[5], operands[6], operands[-3:]
     dx = x.new_empty(*(x.shape if needs_x else (0,)))
     return [dx, *(x.new_empty(like.shape, dtype=torch.float32) for like in (A, A_down, *B_list, *out_scales))]
 
 
 register_custom_op(
-    "gated_mlp_forward(Tensor x, Tensor? seed, Tensor? seed_down, int threshold, float[] scales, Tensor[] weights, str[] layouts,"
+    "gated_mlp_forward(Tensor x, Tensor? source, Tensor? source_down, int threshold, float[] scales, Tensor[] weights, str[] layouts,"
     " Tensor[] A_list, Tensor[] B_list, Tensor[] out_scales) -> Tensor[]",
     _forward,
     _forward_shapes,
 )
 register_custom_op(
     "gated_mlp_backward(Tensor dy, Tensor x, Tensor g, Tensor u, Tensor t, Tensor t_down, Tensor? z_down, Tensor A, Tensor A_down,"
-    " Tensor? seed, Tensor? seed_down, int threshold, float[] scales, Tensor[] weights, str[] layouts, Tensor[] B_list,"
+    " Tensor? source, Tensor? source_down, int threshold, float[] scales, Tensor[] weights, str[] layouts, Tensor[] B_list,"
     " Tensor[] out_scales,"
     " bool needs_x) -> Tensor[]",
     _backward,
@@ -200,19 +211,17 @@ register_custom_op(
 )
 
 
-def _drop(seed: Tensor | None, threshold: int) -> plain.Drop | None:
-    return None if seed is None else (seed, threshold)
+def _drop(source: Tensor | None, threshold: int) -> plain.Drop | None:
+    return None if source is None else plain.Drop(source, threshold)
 
 
 def _given(out_scales: Sequence[Tensor | None]) -> list[Tensor]:
     return [out_scale for out_scale in out_scales if out_scale is not None]
 
 
-def _definition(
-    x: Tensor, drop: Any, drop_down: Any, scales: Any, weights: Any, layouts: Any, A_list: Any, B_list: Any, out_scales: Any
-) -> Tensor:
+def _definition(x: Tensor, drop: Any, drop_down: Any, scales: Any, weights: Any, A_list: Any, B_list: Any, out_scales: Any) -> Tensor:
     """Operations that autograd knows, for second derivatives."""
-    Ws = [W.dense(x.dtype) for W in unflatten_weights(weights, layouts)]
+    Ws = [W.dense(x.dtype) for W in weights]
 
     def project(z: Tensor, k: int, drop: Any) -> Tensor:
         y = F.linear(z, Ws[k]) + plain.project(z, A_list[k].to(z.dtype), drop, scales[k]) @ B_list[k].to(z.dtype).t()

@@ -47,20 +47,17 @@ def lora_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropou
         dropout: probability; 0 outside training.
         inplace: y may be written to: it is a fresh tensor that nobody else holds and its own backward does not need.
     """
-    x, A, B = x.to(y.dtype), A.to(y.dtype), B.to(y.dtype)
+    dtype = y.dtype
+    if not x.dtype == A.dtype == B.dtype == dtype:
+        x, A, B = x.to(dtype), A.to(dtype), B.to(dtype)
     # The compiler fuses the definition itself, and torch.func transforms want nothing but plain operations.
     # DTensors know how to propagate placements through plain operations too.
     if transformed() or is_sharded(A):
         return lora_update_reference(y, x, A, B, scale, dropout)
-    if autocast_dtype(y) is not None:  # all operands have y's dtype: nothing is left to cast
-        with torch.autocast(y.device.type, enabled=False):
-            return _LowRankUpdate.apply(y, x, A, B, scale, dropout, inplace)
-    return _LowRankUpdate.apply(y, x, A, B, scale, dropout, inplace)
-
-
-NO_INPUT = (
-    "second derivatives (create_graph=True) and vectorized Jacobians need the layer's input, which is not kept while lora_A is frozen."
-)
+    if autocast_dtype(y) in (None, dtype):  # all operands have y's dtype: nothing is left to cast
+        return _lora_update(y, x, A, B, scale, dropout, inplace)
+    with torch.autocast(y.device.type, enabled=False):
+        return _lora_update(y, x, A, B, scale, dropout, inplace)
 
 
 def transformed() -> bool:
@@ -68,47 +65,36 @@ def transformed() -> bool:
     return torch.compiler.is_compiling() or transforms_active()
 
 
-class _LowRankUpdate(torch.autograd.Function):
-    """Accumulates into y and keeps x alone, which the neighbours keep anyway; with dropout also one byte an entry of x.
+def _lora_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, inplace: bool) -> Tensor:
+    """All in one dtype: t = x·Aᵀ, then one operation that scales and adds. Autograd keeps x, as the neighbours do anyway, and t."""
+    if dropout:
+        drop, probability = plain.draw_drop(x, dropout)
+        t, scale = _DroppedProduct.apply(x, A, drop.source), scale / (1 - probability)
+    else:
+        t = F.linear(x, A)  # (..., r)
+    if y.ndim == 2:
+        if inplace and y.is_contiguous():
+            return y.addmm_(t, B.t(), alpha=scale)
+        return torch.addmm(y, t, B.t(), alpha=scale)
+    # To autograd, rows in place of more dimensions are a view, and writing to a view costs it a copy of the gradient.
+    return torch.addmm(y.reshape(-1, y.shape[-1]), t.reshape(-1, t.shape[-1]), B.t(), alpha=scale).view(y.shape)
 
-    With x₀ the input with its dropped entries at zero, s the scale (over 1 − p with dropout), t = x₀·Aᵀ and g the gradient of
-    the output: dt = s·g·B, dB = s·gᵀ·t, dA = dtᵀ·x₀, dx = dt·A with the same entries at zero. t is computed again in the
-    backward pass: it costs r/out of the base's product. Every step is differentiable, so second derivatives work; but not those of a
-    layer whose A is frozen (LoRA-FA), which keeps t in the place of x.
-    """
+
+class _DroppedProduct(torch.autograd.Function):
+    """``drop(x)·Aᵀ``, (..., in) → (..., r). Keeps x and one byte an entry of it for the mask, where torch's dropout keeps a copy of x; of a
+    frozen A (LoRA-FA) the mask alone."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, inplace: bool) -> Tensor:
-        drop, probability = plain.draw_drop(x, dropout) if dropout else (None, 0.0)
-        ctx.scale = scale = scale / (1 - probability)
-        t = F.linear(plain.zeroed(x, drop), A)  # (..., r)
-        keep, instead = (x, None) if ctx.needs_input_grad[2] else (None, t)
-        ctx.save_for_backward(keep, instead, A, B, drop and drop[0])
-        flat, t = y.reshape(-1, y.shape[-1]), t.reshape(-1, t.shape[-1])
-        if inplace and y.is_contiguous():
-            flat.addmm_(t, B.t(), alpha=scale)
-            ctx.mark_dirty(y)
-            return y
-        return torch.addmm(flat, t, B.t(), alpha=scale).view(y.shape)
+    def forward(ctx: Any, x: Tensor, A: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, A, mask)
+        return F.linear(x.masked_fill(mask, 0), A)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (g,) = grads
-        x, t, A, B, mask = ctx.saved_tensors
-        drop = None if mask is None else (mask, 0)
-        dx = dA = dB = None
-        flat_g = g.reshape(-1, g.shape[-1])
-        dt = flat_g @ (B * ctx.scale)  # (N, r); the scale goes into the smallest operand
+        (dt,) = grads
+        x, A, mask = ctx.saved_tensors
+        dx = (dt @ A).masked_fill(mask, 0) if ctx.needs_input_grad[0] else None
         if x is None:
-            if torch.is_grad_enabled():
-                raise RuntimeError(NO_INPUT)
-            t = t.reshape(-1, t.shape[-1])
-        else:
-            flat_x = plain.zeroed(x, drop).reshape(-1, x.shape[-1])
-            t = flat_x @ A.t()
-            dA = dt.t() @ flat_x
-        if ctx.needs_input_grad[3]:
-            dB = (flat_g.t() @ t) * ctx.scale
-        if ctx.needs_input_grad[1]:
-            dx = plain.zeroed((dt @ A).view(*g.shape[:-1], A.shape[1]), drop)
-        return g, dx, dA, dB, None, None, None
+            return dx, None, None
+        rows = x.masked_fill(mask, 0).reshape(-1, x.shape[-1])
+        return dx, dt.reshape(-1, dt.shape[-1]).t() @ rows, None

@@ -1,15 +1,27 @@
 """The rank-r products with torch operations: what the Triton kernels are tested against, and what every other device runs.
 
-N tokens, D features, R the rank. ``drop`` is None, or says which entries of an (N, D) tensor count as zero: here a mask of bools,
-in the kernels a seed with a threshold. The factor that makes up for them is the caller's.
+N tokens, D features, R the rank. ``drop`` says which entries of an (N, D) tensor count as zero, or is None. The factor that makes up for
+them is the caller's.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-Drop = tuple[Tensor, int]
+
+class Drop(NamedTuple):
+    """Which entries dropout sets to zero: what the functions of one backend make of a source.
+
+    Attributes:
+        source: here the mask itself, of bools; for the kernels a seed that they draw it from, each time anew.
+        threshold: for the kernels the probability, times 2¹⁶.
+    """
+
+    source: Tensor
+    threshold: int = 0
 
 
 def draw_drop(x: Tensor, dropout: float) -> tuple[Drop, float]:
@@ -19,15 +31,15 @@ def draw_drop(x: Tensor, dropout: float) -> tuple[Drop, float]:
     entries, so the probability is a multiple of 2⁻¹⁶.
     """
     if x.device.type != "cpu":
-        return (torch.empty_like(x, dtype=torch.bool).bernoulli_(dropout), 0), dropout
+        return Drop(torch.empty_like(x, dtype=torch.bool).bernoulli_(dropout)), dropout
     level = round(dropout * 2**16)
     draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    return ((draws.view(torch.int16)[: x.numel()] < level - 2**15).view(x.shape), 0), level / 2**16
+    return Drop((draws.view(torch.int16)[: x.numel()] < level - 2**15).view(x.shape)), level / 2**16
 
 
 def zeroed(x: Tensor, drop: Drop | None) -> Tensor:
     """x with its dropped entries at zero."""
-    return x if drop is None else x.masked_fill(drop[0], 0)
+    return x if drop is None else x.masked_fill(drop.source, 0)
 
 
 def project(x: Tensor, A: Tensor, drop: Drop | None = None, scale: float = 1.0) -> Tensor:

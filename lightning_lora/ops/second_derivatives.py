@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from lightning_lora.ops import plain
-from lightning_lora.ops.low_rank import NO_INPUT
 from lightning_lora.utils.torch_private import is_batched
+
+NO_INPUT = (
+    "second derivatives (create_graph=True) and vectorized Jacobians need the layer's input, which is not kept while lora_A is frozen."
+)
 
 
 def wants_definition(grad: Tensor) -> bool:
@@ -19,34 +22,35 @@ def wants_definition(grad: Tensor) -> bool:
 
 
 def differentiable(
-    ctx: Any, definition: Any, inputs: Sequence[Any], masks: Sequence[tuple[Tensor | None, int]], grads: Sequence[Tensor | None]
+    ctx: Any, definition: Any, inputs: Sequence[Any], sources: Sequence[tuple[Tensor | None, int]], grads: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
     """The gradients of a definition, with a graph of their own.
 
     Args:
-        ctx: of the autograd function, with ``settings`` that start with ``fast`` and ``threshold``.
-        definition: from a drop for each of ``masks`` to the outputs.
+        ctx: of the autograd function, with its ``settings``.
+        definition: from a drop for each of ``sources`` to the outputs.
         inputs: the function's, as they were saved.
-        masks: mask (or seed) and features of each tensor that is dropped from.
+        sources: of the drop of each tensor that is dropped from, with the tensor's features.
         grads: of the outputs.
     """
     x = inputs[0]
     if x is None:
         raise RuntimeError(NO_INPUT)
-    fast, threshold, *_ = ctx.settings
-    drops = [None if mask is None else (_as_mask(x, features, (mask, threshold)) if fast else mask, 0) for mask, features in masks]
-    wanted = [t for t, need in zip(inputs, ctx.needs_input_grad, strict=True) if need]
+    drops = [None if source is None else _drop(x, features, source, ctx.settings) for source, features in sources]
+    wanted = [tensor for tensor, need in zip(inputs, ctx.needs_input_grad, strict=True) if need]
     with torch.enable_grad():
         outputs = definition(*drops)
-    pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None]
-    outputs, gs = zip(*pairs, strict=True)
-    found = iter(torch.autograd.grad(outputs, wanted, gs, create_graph=torch.is_grad_enabled(), allow_unused=True))
-    return tuple(next(found) if need else None for need in ctx.needs_input_grad)
+    pairs = [(y, grad) for y, grad in zip(outputs, grads, strict=True) if grad is not None]
+    used, used_grads = zip(*pairs, strict=True)
+    gradients = iter(torch.autograd.grad(used, wanted, used_grads, create_graph=torch.is_grad_enabled(), allow_unused=True))
+    return tuple(next(gradients) if need else None for need in ctx.needs_input_grad)
 
 
-def _as_mask(x: Tensor, features: int, drop: plain.Drop) -> Tensor:
-    """The kernels' seed as a mask of bools."""
+def _drop(x: Tensor, features: int, source: Tensor, settings: Any) -> plain.Drop:
+    """A drop of the forward pass for plain operations: the kernels' seed as a mask of bools."""
+    if not settings.fast:
+        return plain.Drop(source)
     from lightning_lora.ops import triton_low_rank
 
-    ones = x.new_ones(max(x.shape[0], features), 1)
-    return triton_low_rank.add_(x.new_zeros(x.shape[0], features), ones[: x.shape[0]], ones[:features], drop) == 0
+    ones, drop = x.new_ones(max(x.shape[0], features), 1), plain.Drop(source, settings.threshold)
+    return plain.Drop(triton_low_rank.add_(x.new_zeros(x.shape[0], features), ones[: x.shape[0]], ones[:features], drop) == 0)

@@ -47,7 +47,7 @@ TILES = {
 def draw_drop(x: Tensor, dropout: float) -> tuple[Drop, float]:
     """A seed for one call's mask with its threshold, and the probability exactly: a multiple of 2⁻¹⁶."""
     threshold = round(dropout * 2**16)
-    return (torch.randint(2**62, (1,), device=x.device), threshold), threshold / 2**16
+    return Drop(torch.randint(2**62, (1,), device=x.device), threshold), threshold / 2**16
 
 
 @triton.jit

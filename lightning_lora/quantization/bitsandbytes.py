@@ -86,13 +86,73 @@ def _state(module: Any) -> Any:
     return module.quant_state if state is None else state
 
 
-class WeightReader4bit(WeightReader):
-    """What ``Linear4bit.forward`` multiplies by: the weight, unpacked to the dtype it computes in, anew in each pass."""
+class FrozenWeight4bit(FrozenWeight):
+    """What ``Linear4bit.forward`` multiplies by: the weight, unpacked to the dtype it computes in, anew in each pass.
 
-    def can_read(self, module: Any, x: Tensor) -> bool:
-        """Where that is x's dtype: else bitsandbytes casts the input, and the output back."""
+    Args:
+        weight: the 4-bit numbers.
+        state: bitsandbytes' description of them.
+    """
+
+    def __init__(self, weight: Tensor, state: Any) -> None:
+        self.weight, self.state = weight, state
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """The 4-bit numbers with their scales; if these are packed too, what they are packed in."""
+        state = self.state
+        if not state.nested:
+            return self.weight, state.absmax
+        return self.weight, state.absmax, state.offset, state.state2.absmax, state.state2.code
+
+    @property
+    def layout(self) -> str:  # type: ignore[override]
+        """Data type, block size, rows, columns, and the block size of packed scales."""
+        state = self.state
+        layout = f"{state.quant_type} {state.blocksize} {state.shape[0]} {state.shape[1]}"
+        return f"bitsandbytes-4bit-nested {layout} {state.state2.blocksize}" if state.nested else f"bitsandbytes-4bit {layout}"
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """Unpacked, a new tensor."""
+        return _library().functional.dequantize_4bit(self.weight.view(-1, 1), self._state_in(dtype))
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """For fewer rows by the library's choice of a kernel that unpacks as it goes."""
+        bias = None if bias is None else bias.to(x.dtype)
+        if x.shape[0] > _MOST_ROWS:  # what it would come to by itself, after more of Python
+            return F.linear(x, self.dense(x.dtype), bias)
+        return _library().matmul_4bit(x, self.weight, self._state_in(x.dtype), bias=bias)
+
+    def _state_in(self, dtype: torch.dtype) -> Any:
+        """The description, which says the dtype to unpack to."""
+        old = self.state
+        if old.dtype == dtype:
+            return old
+        return type(old)(old.absmax, old.shape, old.code, old.blocksize, old.quant_type, dtype, old.offset, old.state2)
+
+
+_MOST_ROWS = 1536  # for which bitsandbytes has such kernels
+
+
+def _made4bit(tensors: Sequence[Tensor], details: Sequence[str]) -> FrozenWeight4bit:
+    """A weight of its tensors and what its layout says."""
+    make, (kind, *numbers) = _library().functional.QuantState, details
+    block, rows, columns, *nested_block = map(int, numbers)
+    weight, absmax, *nested = tensors
+    offset = scales = None
+    if nested:
+        offset, nested_absmax, code = nested
+        scales = make(nested_absmax, code=code, blocksize=nested_block[0], dtype=torch.float32)
+    return FrozenWeight4bit(weight, make(absmax, torch.Size((rows, columns)), None, block, kind, None, offset, scales))
+
+
+class WeightReader4bit(WeightReader):
+    """Reads the weight of a ``Linear4bit``."""
+
+    def read(self, module: Any, x: Tensor) -> FrozenWeight | None:
+        """Where the layer computes in x's dtype: else bitsandbytes casts the input, and the output back."""
         weight, state = module.weight, _state(module)
-        return (
+        if (
             state is not None
             and not getattr(state, "packing_format_for_cpu", False)  # rewritten for inference
             and state.shape == (module.out_features, module.in_features)
@@ -100,43 +160,9 @@ class WeightReader4bit(WeightReader):
             and weight.device == x.device
             and module.compute_dtype in (None, x.dtype)  # None: not known before the first input, whose dtype it will be
             and autocast_dtype(x) in (None, x.dtype)
-        )
-
-    def read(self, module: Any) -> FrozenWeight:
-        """The 4-bit numbers with their scales; if these are packed too, with what they are packed in."""
-        state = _state(module)
-        tensors, layout = (module.weight, state.absmax), f"{state.quant_type} {state.blocksize} {module.out_features} {module.in_features}"
-        if not state.nested:
-            return FrozenWeight(tensors, f"bitsandbytes-4bit {layout}")
-        scales = state.state2
-        return FrozenWeight((*tensors, state.offset, scales.absmax, scales.code), f"bitsandbytes-4bit-nested {layout} {scales.blocksize}")
-
-
-_MOST_ROWS = 1536  # for which bitsandbytes has such kernels
-
-
-def _dense4bit(tensors: Sequence[Tensor], details: Sequence[str], dtype: torch.dtype) -> Tensor:
-    """The weight of a :class:`WeightReader4bit`."""
-    return _library().functional.dequantize_4bit(tensors[0].view(-1, 1), _rebuilt(tensors, details, dtype))
-
-
-def _linear4bit(tensors: Sequence[Tensor], details: Sequence[str], x: Tensor, bias: Tensor | None) -> Tensor:
-    """The product with it, for fewer rows by the library's choice of a kernel that unpacks as it goes."""
-    if x.shape[0] > _MOST_ROWS:  # what it would come to by itself, after more of Python
-        return F.linear(x, _dense4bit(tensors, details, x.dtype), bias)
-    return _library().matmul_4bit(x, tensors[0], _rebuilt(tensors, details, x.dtype), bias=bias)
-
-
-def _rebuilt(tensors: Sequence[Tensor], details: Sequence[str], dtype: torch.dtype) -> Any:
-    """bitsandbytes' description of the weight, which cannot be an operation's argument."""
-    make, (kind, *numbers) = _library().functional.QuantState, details
-    block, rows, columns, *nested_block = map(int, numbers)
-    _, absmax, *nested = tensors
-    offset = scales = None
-    if nested:
-        offset, nested_absmax, code = nested
-        scales = make(nested_absmax, code=code, blocksize=nested_block[0], dtype=torch.float32)
-    return make(absmax, torch.Size((rows, columns)), None, block, kind, dtype, offset, scales)
+        ):
+            return FrozenWeight4bit(weight, state)
+        return None
 
 
 class Linear8bitFormat(QuantizedFormat):
@@ -207,7 +233,7 @@ def _become(linear: Any, made: Any, weight: Any, device: torch.device) -> None:
 QUANTIZED_FORMATS["bitsandbytes.nn.modules.Linear4bit"] = Linear4bitFormat()
 QUANTIZED_FORMATS["bitsandbytes.nn.modules.Linear8bitLt"] = Linear8bitFormat()
 WEIGHT_READERS["bitsandbytes.nn.modules.Linear4bit"] = WeightReader4bit()
-WEIGHT_LAYOUTS["bitsandbytes-4bit"] = WeightLayout(2, _dense4bit, _linear4bit)
-WEIGHT_LAYOUTS["bitsandbytes-4bit-nested"] = WeightLayout(5, _dense4bit, _linear4bit)
+WEIGHT_LAYOUTS["bitsandbytes-4bit"] = WeightLayout(2, _made4bit)
+WEIGHT_LAYOUTS["bitsandbytes-4bit-nested"] = WeightLayout(5, _made4bit)
 QUANTIZERS["nf4"] = Quantizer(quantize_nf4, _library)
 QUANTIZERS["int8"] = Quantizer(quantize_int8, _library)

@@ -51,11 +51,27 @@ def run(model, *inputs):
     return [y.detach(), *(p.grad.clone() for p in get_lora_parameters(model))]
 
 
+@pytest.fixture(autouse=True)
+def any_size_shares(monkeypatch):
+    """The inputs here are small."""
+    monkeypatch.setattr(shared_input, "FEW_ENTRIES", 0)
+
+
+def test_small_inputs_share_only_where_that_is_faster(monkeypatch, calls):
+    monkeypatch.setattr(shared_input, "FEW_ENTRIES", 9 * 8)
+    model, masked = attention(), attention(dropout=0.5).train()
+    run(model, torch.ones(8, 8))
+    assert calls == []
+    run(masked, torch.ones(8, 8))
+    run(model, torch.ones(9, 8))
+    assert calls == [3, 3]
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """How many layers each product was for."""
     seen, compute = [], shared_input.compute
-    monkeypatch.setattr(shared_input, "compute", lambda layers, x: seen.append(len(layers)) or compute(layers, x))
+    monkeypatch.setattr(shared_input, "compute", lambda layers, *rest: seen.append(len(layers)) or compute(layers, *rest))
     return seen
 
 
@@ -137,7 +153,7 @@ def test_called_by_itself_a_layer_is_computed_by_itself(calls):
     model, x = attention(), entries(3, 8)
     for name in ("q_proj", "k_proj", "q_proj"):
         model.get_submodule(name)(x).sum().backward()
-    assert calls == []  # fusable alone is not counted: that is imported by the layer
+    assert calls == []  # what a layer computes alone is not counted
 
 
 def test_nothing_waits_after_an_error():

@@ -221,7 +221,7 @@ def test_recording_is_the_backends_work_and_lets_kernels_serve_small_inputs() ->
     asked, x = [], torch.ones(2, 8, dtype=torch.float64, requires_grad=True)
 
     def backend(graph: Any, inputs: Any, config_patches: Any = None) -> Any:
-        asked.append((config_patches, backends.recording))
+        asked.append((config_patches, backends._recording))
         return graph.forward
 
     recorded, other = stack(), stack()
@@ -229,7 +229,7 @@ def test_recording_is_the_backends_work_and_lets_kernels_serve_small_inputs() ->
     compile_layers(other, backend=backend)
     for model in (recorded, other, recorded):  # neither has the other compiled anew
         model(x)
-    assert asked == [({"triton.cudagraphs": True}, True), (None, False)] and not backends.recording
+    assert asked == [({"triton.cudagraphs": True}, True), (None, False)] and not backends._recording
     compile_layers(recorded, backend=backend, cuda_graphs=True)
     with pytest.raises(ValueError, match=r"0 is compiled already, without CUDA graphs: call uncompile_layers"):
         compile_layers(other, backend=backend, cuda_graphs=True)

@@ -69,5 +69,6 @@ def test_a_compiler_keeps_small_inputs(device, monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert not backends.usable(gpu_tensor(rows=2048))
     assert backends.usable(gpu_tensor(rows=8192))
-    monkeypatch.setattr(backends, "recording", True)  # a recorded graph launches every kernel alike
-    assert backends.usable(gpu_tensor(rows=2048)) and not backends.usable(gpu_tensor(rows=512))
+    with backends.recording():  # a recorded graph launches every kernel alike
+        assert backends.usable(gpu_tensor(rows=2048)) and not backends.usable(gpu_tensor(rows=512))
+    assert not backends.usable(gpu_tensor(rows=2048))

@@ -9,8 +9,9 @@ from torch.nn.functional import linear, silu
 from torch.testing import assert_close
 
 from lightning_lora.ops import fused_linear, plain
-from lightning_lora.ops.frozen_weight import WEIGHT_LAYOUTS, flatten_weights, unflatten_weights
+from lightning_lora.ops.frozen_weight import FrozenWeight, flatten_weights, unflatten_weights
 from lightning_lora.ops.fused_linear import lora_linears
+from lightning_lora.quantization.bitsandbytes import FrozenWeight4bit
 from tests.quantized import stored4bit
 
 ROWS, IN, OUTS, RANKS, SCALES = 6, 16, (32, 48, 24), (3, 2, 4), (0.7, 2.0, 0.7)
@@ -22,18 +23,15 @@ def one_at_a_time(monkeypatch):
     """How often a weight was unpacked for a gradient; fails as soon as two are there at once."""
     made = []
 
-    def watched(make):
-        def dense(tensors, details, dtype):
-            assert not any(ref() is not None for ref in made), "the dense weight before this one is still there"
-            weight = make(tensors, details, dtype)
-            made.append(weakref.ref(weight))
-            return weight
+    unpack = FrozenWeight4bit.dense
 
-        return dense
+    def dense(self, dtype):
+        assert not any(ref() is not None for ref in made), "the dense weight before this one is still there"
+        weight = unpack(self, dtype)
+        made.append(weakref.ref(weight))
+        return weight
 
-    for name, layout in list(WEIGHT_LAYOUTS.items()):
-        if name:
-            monkeypatch.setitem(WEIGHT_LAYOUTS, name, layout._replace(dense=watched(layout.dense)))
+    monkeypatch.setattr(FrozenWeight4bit, "dense", dense)
     return made
 
 
@@ -79,10 +77,23 @@ def test_plain_and_packed_weights_side_by_side():
 
 def test_mixed_weights_are_put_together_as_they_were():
     packed, plain_weight, flat = stored4bit(32, IN)[0], torch.randn(3, IN), stored4bit(24, IN, nested=False)[0]
-    tensors, layouts = flatten_weights([packed, plain_weight, flat])
+    tensors, weights = flatten_weights([packed, plain_weight, flat])
+    assert unflatten_weights(tensors, weights) is weights  # eager code hands on the weights themselves
+    layouts = [weight.layout for weight in weights]
     assert (len(tensors), layouts) == (8, [packed.layout, "", flat.layout])
-    first, second, third = unflatten_weights(tensors, layouts)
-    assert first == packed and third == flat and second.dense(torch.float32) is plain_weight
+    for made, given in zip(unflatten_weights(tensors, layouts), weights, strict=True):
+        assert type(made) is type(given) and made.layout == given.layout
+        assert all(a is b for a, b in zip(made.tensors, given.tensors, strict=True))
+        assert torch.equal(made.dense(torch.float32), given.dense(torch.float32))
+    assert FrozenWeight(plain_weight).dense(torch.float32) is plain_weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_weight_in_another_dtype_leaves_its_description_alone(dtype):
+    packed, dense = stored4bit(32, IN)
+    before = packed.state.dtype
+    assert torch.equal(packed.dense(dtype), dense.to(dtype))
+    assert packed.state.dtype == before
 
 
 @pytest.mark.parametrize("options", PACKED.values(), ids=PACKED)
@@ -107,7 +118,7 @@ def test_an_input_without_gradient_unpacks_nothing_backward(one_at_a_time):
 def test_linears_with_dropout(monkeypatch):
     x, stored, Ws, biases, A_list, B_list = siblings()
     mask = torch.rand(ROWS, IN) < 0.4
-    monkeypatch.setattr(plain, "draw_drop", lambda flat, p: ((mask, 0), 0.4))
+    monkeypatch.setattr(plain, "draw_drop", lambda rows, p: (plain.Drop(mask), 0.4))
     mine = lora_linears(x, stored, biases, A_list, B_list, SCALES, dropout=0.4)
     exact = definition(x, Ws, biases, A_list, B_list, (~mask) / 0.6)
     close(mine, exact)
@@ -166,7 +177,7 @@ def test_compiled_the_weight_is_unpacked_out_of_sight(traced, dropout):
 def test_operations_say_their_shapes_right(options):
     x, stored, _, biases, A_list, B_list = siblings(**options)
     x, A_list, B_list = x.detach(), [A.detach() for A in A_list], [B.detach() for B in B_list]
-    tensors, layouts = flatten_weights(stored)
+    tensors, layouts = flatten_weights(stored)[0], [weight.layout for weight in stored]
     out_scales = [torch.rand(len(B_list[0])), None, None]
     forward = (x, None, 0, False, list(SCALES), tensors, layouts, biases, A_list, B_list, out_scales)
     outputs = fused_linear._forward(*forward)
