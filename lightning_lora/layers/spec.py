@@ -6,9 +6,8 @@ A config says it for a whole model; here it is worked out for one layer (rank, a
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_lora.config import LoRAConfig
@@ -40,6 +39,7 @@ class LayerSpec:
         alpha: scaling numerator of this layer.
         fqn: the layer's full name in the model; "" for one that stands alone.
         kind: name of the kind that ``config.kind_pattern`` chooses; None: by the module's type.
+        scaling: the factor in front of ``B·A``.
     """
 
     config: LoRAConfig
@@ -47,11 +47,10 @@ class LayerSpec:
     alpha: float
     fqn: str = ""
     kind: str | None = None
+    scaling: float = field(init=False, compare=False)  # worked out once, for every forward pass reads it
 
-    @functools.cached_property
-    def scaling(self) -> float:
-        """The factor in front of ``B·A``; read in every forward pass."""
-        return self.config.scaling_of(self.rank, self.alpha)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scaling", self.config.scaling_of(self.rank, self.alpha))
 
     @property
     def dropout(self) -> float:

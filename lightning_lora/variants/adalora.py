@@ -82,7 +82,8 @@ class AdaLoRA(LoRALayer):
     @property
     def scaling(self) -> float:
         """α over the rank at the start, whatever was pruned since; with the 1e-5 that PEFT adds to the rank."""
-        return self.lora_config.scaling_of(self.rank + 1e-5, self.alpha)
+        spec = self.lora_state.spec
+        return spec.config.scaling_of(spec.rank + 1e-5, spec.alpha)
 
     def update_factors(self) -> tuple[Tensor, Tensor]:
         """``diag(E)·A`` and B."""

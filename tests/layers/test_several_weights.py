@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-from functools import partial
 
 import lightning as L
 import pytest
@@ -18,6 +17,7 @@ from lightning_lora import LoRAConfig, apply_lora, load_adapter, merge_lora, sav
 from lightning_lora.adapter_io.fingerprint import base_identity
 from lightning_lora.layers.adapting import refusal
 from lightning_lora.layers.several_weights import SeveralWeights
+from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.model.merge import tied_weights
 from lightning_lora.optim import galore_param_groups
 from tests.conftest import adapted, base_bits, fill, same_bits, snapshot
@@ -162,7 +162,11 @@ def test_variants_work_in_each_weight(variant):
 
 
 def test_what_does_not_fit_is_refused_with_the_weights_name():
-    module, message = experts(tiny_qwen3_moe()), partial(refusal, fqn="mlp.experts", rank=2)
+    module = experts(tiny_qwen3_moe())
+
+    def message(module, **fields):
+        return refusal(module, LayerSpec(LoRAConfig(**fields), 2, 4.0, "mlp.experts"))
+
     assert "gate_up_proj: variant='adalora' prunes" in message(module, dropout=0.0, variant="adalora")
     assert "gate_up_proj: dropout=0.1 has no input" in message(module, dropout=0.1)
     module._parameters["down_proj"] = nn.Parameter(torch.zeros(4, 4))

@@ -60,10 +60,10 @@ def any_size_shares(monkeypatch):
 def test_small_inputs_share_only_where_that_is_faster(monkeypatch, calls):
     monkeypatch.setattr(shared_input, "FEW_ENTRIES", 9 * 8)
     model, masked = attention(), attention(dropout=0.5).train()
-    run(model, torch.ones(8, 8))
+    run(model, torch.ones(8, 8).double())
     assert calls == []
-    run(masked, torch.ones(8, 8))
-    run(model, torch.ones(9, 8))
+    run(masked, torch.ones(8, 8).double())
+    run(model, torch.ones(9, 8).double())
     assert calls == [3, 3]
 
 
