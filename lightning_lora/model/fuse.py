@@ -113,6 +113,8 @@ class GatedMLP(nn.Module):
             return None
         out_scales = [layer.output_scale() for layer in layers] if has_scale else ()
         A_list, B_list = zip(*[layer.update_factors() for layer in layers], strict=True)
+        if max([A.shape[0] for A in A_list]) > backends.WIDEST_GATED:  # not the layer's rank: with a kept start the factors have twice that
+            return None
         return lora_gated_mlp(x, weights, A_list, B_list, [layer.scaling for layer in layers], dropout, out_scales)
 
 
@@ -153,7 +155,6 @@ def _fits(layer: Any) -> bool:
         isinstance(layer, LoRALinear)
         and layer.bias is None
         and "forward" not in layer.__dict__
-        and layer.rank <= backends.WIDEST_GATED
         and layer.lora_A.requires_grad
         and not _watched(layer)
     )
