@@ -43,8 +43,8 @@ class Settings(NamedTuple):
 
 
 def serves(x: Tensor) -> bool:
-    """True if one operation may take x: not a DTensor, nor inside a torch.func transform, which needs plain operations. Where the kernels do
-    not apply, a compiler fuses the definition itself."""
+    """True if one operation may take x: not a DTensor, nor inside a torch.func transform, which needs plain operations. Where the kernels
+    do not apply, a compiler fuses the definition itself."""
     if torch.compiler.is_compiling():
         return backends.usable(x) and not is_sharded(x)
     return not (is_sharded(x) or torch._C._are_functorch_transforms_active())
