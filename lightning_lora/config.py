@@ -36,8 +36,8 @@ class LoRAConfig:
         bias: which biases train: ``none``, ``all`` of the model, or ``lora_only``, those of adapted layers.
         rank_pattern: pattern → rank, overriding ``rank``. The first pattern that matches a module applies.
         alpha_pattern: pattern → alpha, overriding ``alpha`` in the same way.
-        kind_pattern: pattern → name of a registered kind, for modules whose type does not determine how their shape works, such as one
-            linear for q, k and v. The first pattern that matches applies.
+        kind_pattern: pattern → name of a registered kind, for modules whose type does not tell how to read their shape. An example is
+            one linear for q, k and v. The first pattern that matches applies.
         modules_to_save: modules that are trained in full and saved with the adapter. ``"auto"``: the newly initialized heads of Hugging
             Face classification models; ``[]``: none.
         scaling: ``standard`` α/r, or ``rslora`` α/√r.

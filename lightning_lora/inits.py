@@ -38,7 +38,7 @@ def gaussian(layer: LoRALayer) -> None:
 
 @register_init("orthogonal")
 def orthogonal(layer: LoRALayer) -> None:
-    """Fill A and B with random values in orthogonal subspaces of the r dimensions, so that B·A = 0 (as in PEFT). r must be even.
+    """Fill A and B with random values in orthogonal subspaces of the r dimensions (as in PEFT). So B·A = 0. r must be even.
 
     Raises:
         ValueError: r is odd, or the layer multiplies A and B in groups.

@@ -78,8 +78,8 @@ def bypassed(head: nn.Module) -> Iterator[list[Tensor]]:
     """While active, replace the output layer's forward by the identity. The yielded list receives the layer's input at each call.
 
     The model's own forward still computes everything before, so this works for any model whose last step is its output layer. The
-    model's output is then the same object as that input, unless the model changes its logits (Gemma caps them, Cohere and Granite
-    scale them).
+    model's output is then the same object as that input. It is not if the model changes its logits: Gemma caps them, Cohere and
+    Granite scale them.
     """
     inputs: list[Tensor] = []
 

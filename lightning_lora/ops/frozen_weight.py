@@ -1,8 +1,8 @@
 """Frozen weights as the fused operations use them: objects that multiply, whatever format the layer stores the weight in.
 
 A quantized weight is dequantized inside the operation that multiplies by it, one weight at a time, and again in the backward pass.
-Neither autograd nor a compiler ever keeps it dense. A layer qualifies only if its forward is known to compute exactly what the fused
-operation computes.
+Neither autograd nor a compiler ever keeps it dense. A layer qualifies only if its forward is known to compute the same as the fused
+operation.
 
 Eager code passes the objects themselves from the forward to the backward pass. A compiler's operations take only tensors and strings.
 There a weight is its tensors and a string that describes its layout.

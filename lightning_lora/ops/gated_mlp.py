@@ -114,7 +114,7 @@ def _forward(
 ) -> list[Tensor]:
     """Return the output; then, for the backward pass, the base products of gate and up, the rank-r products, and the factors in x's dtype.
 
-    With output scales the base product of down comes last.
+    With output scales the base product of down is last.
     """
     from lightning_lora.ops import triton_gated_mlp, triton_low_rank
 
@@ -151,7 +151,10 @@ def _backward(
     out_scales: list[Tensor],
     needs_x: bool,
 ) -> list[Tensor]:
-    """Return dx (empty unless needed), dA of gate and up stacked, dA of down, the three dB's, and the gradients of the scales, if any."""
+    """Return dx (empty unless needed), dA of gate and up stacked, dA of down, and the three dB's.
+
+    With output scales their gradients follow.
+    """
     from lightning_lora.ops import triton_gated_mlp, triton_low_rank
 
     drop, drop_down = _drop(source, threshold), _drop(source_down, threshold)

@@ -1,7 +1,7 @@
 """The low-rank update of a linear layer: ``y + scale · B·A·dropout(x)``.
 
-``lora_update_reference`` is the definition, two lines to check against the paper (arXiv:2106.09685, equation 3). ``lora_update`` is what
-the layers call. It gives the same numbers with fewer passes over the big tensors, and keeps less for the backward pass.
+``lora_update_reference`` is the definition, two lines to check against the paper (arXiv:2106.09685, equation 3). The layers call
+``lora_update``. It gives the same numbers with fewer passes over the big tensors, and keeps less for the backward pass.
 """
 
 from __future__ import annotations

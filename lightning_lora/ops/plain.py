@@ -16,7 +16,7 @@ class Drop(NamedTuple):
     """Which entries dropout sets to zero. Each backend interprets ``source`` in its own way.
 
     Attributes:
-        source: here the boolean mask. For the kernels a seed from which they draw the mask anew each time.
+        source: here the boolean mask. For the kernels a seed from which they draw the mask each time.
         threshold: for the kernels the probability times 2¹⁶.
     """
 

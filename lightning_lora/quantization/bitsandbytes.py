@@ -3,7 +3,7 @@
 Both store a quantized weight in a Parameter subclass and quantize when they are moved to a device, the CPU included. A layer that gets
 adapters is quantized at once, so that its state does not depend on whether it was moved before.
 
-The library hardly documents what is used here, hence ``bitsandbytes<0.51``. What fails if one of these disappears:
+The library hardly documents the names used here, hence ``bitsandbytes<0.51``. If one of these disappears, this fails:
 
 - ``QuantState``'s constructor and ``state2``, from which a compiled graph's 4-bit weight is rebuilt: NF4 layers raise.
 - ``packing_format_for_cpu`` and ``support_avx512bf16_for_cpu``: on CPUs with AVX512-BF16 an evaluation pass rewrites a 4-bit weight, and
@@ -50,8 +50,8 @@ class Linear4bitFormat(QuantizedFormat):
     def prepare(self, module: Any, dtype: torch.dtype | None) -> None:
         """Quantize the weight on its current device, and keep bitsandbytes from rewriting it.
 
-        On CPUs with AVX512-BF16 a pass in evaluation mode rewrites the weight for inference, permanently. The scales are then rounded to bf16
-        and the layer has no backward pass.
+        On CPUs with AVX512-BF16 a pass in evaluation mode rewrites the weight for inference, permanently. The scales are then rounded
+        to bf16 and the layer has no backward pass.
 
         Raises:
             ValueError: the weight has been rewritten already. The message is only the reason.
@@ -93,7 +93,7 @@ def _state(module: Any) -> Any:
 
 
 class FrozenWeight4bit(FrozenWeight):
-    """The weight that ``Linear4bit.forward`` multiplies by, dequantized to the computing dtype anew in each pass.
+    """The weight that ``Linear4bit.forward`` multiplies by, dequantized to the computing dtype again in each pass.
 
     Args:
         weight: the 4-bit codes.

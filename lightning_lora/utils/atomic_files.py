@@ -1,6 +1,6 @@
 """Write files atomically: after a crash at any moment the target holds either the old content or the new, complete.
 
-The new content goes to a staging file beside the target. A rename is atomic only within one filesystem, and ``$TMPDIR`` is
+The new content is written to a staging file beside the target. A rename is atomic only within one filesystem, and ``$TMPDIR`` is
 often on another. The staging file is synced to disk and renamed over the target. The folder is then synced, so that the rename is durable.
 
 A writer that is killed cannot remove its staging file. The next writer of the same target removes it, once nothing has been

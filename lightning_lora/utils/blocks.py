@@ -20,8 +20,8 @@ def repeated_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return ``(FQN, block)`` for every repeated block, in the model's order. No block is inside another.
 
     The blocks are the listed modules whose class the model names in ``_no_split_modules`` (Hugging Face). For a model that names none,
-    they are the elements of every ``nn.ModuleList`` or ``nn.Sequential`` of at least two modules of one class that have modules and
-    parameters inside. Every such list counts: a model may have an encoder's blocks and a decoder's blocks.
+    they are the elements of every ``nn.ModuleList`` or ``nn.Sequential`` of at least two modules of one class. Those modules must have
+    modules and parameters inside. Every such list counts: a model may have an encoder's blocks and a decoder's blocks.
 
     Args:
         model: any module, wrapped or not. Blocks are returned without torch's wrappers.
