@@ -24,6 +24,7 @@ from lightning_lora.ops.second_derivatives import differentiable, wants_definiti
 from lightning_lora.utils.autocast import autocast_dtype
 from lightning_lora.utils.custom_op import dispatch, register_custom_op
 from lightning_lora.utils.sharding import is_sharded
+from lightning_lora.utils.torch_private import transforms_active
 
 
 class Settings(NamedTuple):
@@ -43,11 +44,10 @@ class Settings(NamedTuple):
 
 
 def serves(x: Tensor) -> bool:
-    """True if one operation may take x: not a DTensor, nor inside a torch.func transform, which needs plain operations. Where the kernels
-    do not apply, a compiler fuses the definition itself."""
+    """True if one operation may take x: not for DTensors and torch.func transforms. Without kernels a compiler fuses the definition."""
     if torch.compiler.is_compiling():
         return backends.usable(x) and not is_sharded(x)
-    return not (is_sharded(x) or torch._C._are_functorch_transforms_active())
+    return not (is_sharded(x) or transforms_active())
 
 
 def lora_linears(
