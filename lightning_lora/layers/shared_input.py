@@ -79,7 +79,7 @@ class SharedInputGroup:
         for layer in self.layers:
             if getattr(layer, "shared_input", None) is not self:  # its adapter was unloaded
                 return None
-            # These hooks give each layer its own input tensor. FSDP2's, on a layer that it shards alone, also free the weight after the call.
+            # These hooks give each layer its own input tensor. FSDP2's, on a layer that it shards alone, also free the weight afterwards.
             if layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
                 return None
             weight, p = layer.frozen_weight(x), layer.dropout_now()
