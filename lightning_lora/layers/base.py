@@ -114,7 +114,7 @@ class LoRALayer(Factors):
 
     @classmethod
     def finish(cls, layers: dict[str, LoRALayer]) -> None:
-        """Set up what spans layers, after all layers of a model are adapted. A variant whose layers share something does it here.
+        """Set up state that spans layers, after all layers of a model are adapted. A variant whose layers share something does it here.
 
         Args:
             layers: FQN → layer; all layers of this variant that were adapted together.

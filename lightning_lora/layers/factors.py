@@ -160,7 +160,7 @@ class Factors(Mergeable):
 
     @classmethod
     def take_shared(cls, layers: Sequence[tuple[Any, LayerSpec]], tensors: dict[str, Tensor]) -> None:
-        """Remove what belongs to no single layer (:attr:`peft_shared`) from a file's tensors, and check it.
+        """Remove the tensors that belong to no single layer (:attr:`peft_shared`) from a file's tensors, and check them.
 
         Args:
             layers: modules, adapted or not, with their specs; all that the file is for.

@@ -41,11 +41,11 @@ class Mergeable(Adapted):
         return self.weight if plain else formats.dequantized(self)
 
     def merge_delta(self) -> Tensor:
-        """Return what a merge adds to the weight, computed from the adapter alone. :meth:`merge_scale` then multiplies the sum."""
+        """Return the summand that a merge adds to the weight, computed from the adapter alone. :meth:`merge_scale` then multiplies the sum."""
         return self.lora_delta()
 
     def merge_scale(self, delta: Tensor) -> Tensor | None:
-        """Return what a merge multiplies ``weight + delta`` by, in the weight's shape; None for 1.
+        """Return the factor on ``weight + delta`` in a merge, in the weight's shape; None for 1.
 
         Called only before the merge.
         """

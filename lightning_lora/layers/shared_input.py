@@ -21,7 +21,8 @@ from lightning_lora.ops.frozen_weight import FrozenWeight
 from lightning_lora.ops.fused_linear import lora_linears, serves
 from lightning_lora.utils.autocast import autocast_dtype
 
-#: Number of input entries from which on sharing (one product with the A's, one gradient for x) saves more time than its Python costs.
+#: Smallest number of input entries for which sharing pays: one product with the A's and one gradient for x.
+#: Below it, Python costs more time than sharing saves.
 FEW_ENTRIES = 2**16
 
 

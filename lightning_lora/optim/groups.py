@@ -30,8 +30,8 @@ def lora_param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0,
             CyclicLR) would undo the ratio. Give them a list, or use :func:`~lightning_lora.optim.apply_lora_plus`, which works with any.
 
     Returns:
-        Groups with ``name``, ``params``, ``lr`` and ``weight_decay``, without empty ones. They match PEFT's ``create_loraplus_optimizer``,
-        except that PEFT gives vectors B's rate too, and both factors of an embedding a fixed rate (1e-6).
+        Groups with ``name``, ``params``, ``lr`` and ``weight_decay``, without empty ones. They match PEFT's ``create_loraplus_optimizer``
+        with two exceptions. PEFT gives vectors B's rate too, and both factors of an embedding a fixed rate (1e-6).
 
     Raises:
         ValueError: nothing in the model trains, or the ratio is not a number > 0.
@@ -72,7 +72,7 @@ def only_trainable() -> Iterator[None]:
     """Within it, newly constructed optimizers drop frozen parameters from their groups.
 
     This must happen at construction, before a scheduler reads the groups: schedulers keep one entry per group. A group that
-    becomes empty stays, so that per-group settings (a list of lambdas, a list of maximal rates) still match the groups.
+    becomes empty stays. So per-group settings (a list of lambdas, a list of maximal rates) still match the groups.
     """
     original = Optimizer.add_param_group
 

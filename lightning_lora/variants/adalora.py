@@ -46,7 +46,10 @@ class AdaLoRA(LoRALayer):
 
     @classmethod
     def check(cls, module: Any, spec: LayerSpec) -> None:
-        """Raise ValueError also for layers whose rows of A and columns of B are no pairs, and for rows that must stay zero."""
+        """Raise ValueError also for layers that cannot be pruned.
+
+        Row i of A and column i of B must form a pair. No row may have to stay zero.
+        """
         super().check(module, spec)
         A, B = cls.adapter_shapes(module, spec)
         if (A[0], B[1]) != (spec.rank, spec.rank):

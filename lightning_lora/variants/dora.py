@@ -3,7 +3,7 @@
     W' = m ∘ (W + s·B·A) / ‖W + s·B·A‖           one m and one norm per output, over all its inputs
 
 The norm is a constant for the gradient (section 4.3). ``m`` starts at ‖W‖, so an adapted layer starts as its base. Dropout
-applies to the input of the whole change and never to the base's own input (as in the authors' code and PEFT's):
+applies to the input of everything that was adapted, never to the base's own. The authors' code and PEFT do the same:
 ``W·x + (g − 1)∘W·x̃ + g∘s·B·A·x̃`` with g = m/‖·‖ and x̃ the input after dropout. It costs a second product with W.
 
 The norm needs no dense B·A (:mod:`lightning_lora.ops.weight_norm`). Its frozen part ‖W‖² is cached where that saves a pass over W.

@@ -56,7 +56,7 @@ class RankAllocator:
         keep: FQN → which triplets stay, (r,) booleans; empty before the first choice.
 
     Raises:
-        ValueError: the model has no AdaLoRA layers, the target is not below its ranks, or the schedule leaves no steps to prune in.
+        ValueError: the model has no AdaLoRA layers, the target is not below its ranks, or the schedule has no room to prune.
     """
 
     def __init__(

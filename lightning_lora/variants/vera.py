@@ -2,7 +2,7 @@
 
     h = W·x + Λb·B·Λd·A·x        Λd, Λb diagonal: d has r entries and starts small, b has one per output and starts at zero
 
-As in PEFT, A has r rows as long as the widest input, and B has rows of length r, as many as the widest output. A layer uses the
+As in PEFT, A has r rows as long as the widest input. B has rows of length r, as many as the widest output. A layer uses the
 part that it needs. Both are drawn from a seed, so that files and checkpoints store only the two vectors. They are neither parameters
 nor buffers: nothing shards, reduces, saves or broadcasts them, and each device has one copy.
 """
@@ -92,7 +92,10 @@ class VeRA(LoRALayer):
 
     @classmethod
     def check(cls, module: Any, spec: LayerSpec) -> None:
-        """Raise ValueError also for a kind that is not linear, a rank of its own, or a setting that the formula does not use."""
+        """Raise ValueError also where the formula does not apply.
+
+        The kind must be linear, all layers must have the same rank, and alpha, scaling and init must be the defaults.
+        """
         super().check(module, spec)
         if not cls.is_linear:
             raise ValueError("variant='vera' shares its A and B among linear layers only; exclude it")
