@@ -41,7 +41,7 @@ class Mergeable(Adapted):
         return self.weight if plain else formats.dequantized(self)
 
     def merge_delta(self) -> Tensor:
-        """Return the summand that a merge adds to the weight, computed from the adapter alone. :meth:`merge_scale` then multiplies the sum."""
+        """Return what a merge adds to the weight, computed from the adapter alone. :meth:`merge_scale` then multiplies the sum."""
         return self.lora_delta()
 
     def merge_scale(self, delta: Tensor) -> Tensor | None:
