@@ -48,7 +48,7 @@ def lora_param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0,
     for parameter in model.parameters():
         if parameter.requires_grad:
             adapter = "lora_B" if id(parameter) in zero else "lora_A"
-            group = adapter if id(parameter) in factors else "other" if parameter.ndim > 1 else "no_decay"
+            group = adapter if id(parameter) in factors and parameter.ndim > 1 else "other" if parameter.ndim > 1 else "no_decay"
             groups[group].setdefault("params", []).append(parameter)
     found = [{"name": name, **group} for name, group in groups.items() if "params" in group]
     if not found:
