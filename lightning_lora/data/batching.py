@@ -92,9 +92,7 @@ class LengthGroupedSampler(Sampler[int]):
             return
         generator = torch.Generator().manual_seed(self.seed + self.epoch())
         rows = torch.randperm(len(self), generator=generator).tolist()
-        window = size * max(
-            1, min(WINDOW, len(rows) // (4 * size))
-        )  # a quarter of a small data set, or batches never mix
+        window = size * max(1, min(WINDOW, len(rows) // (4 * size)))  # a quarter of a small data set, or batches never mix
         rows = [row for i in range(0, len(rows), window) for row in sorted(rows[i : i + window], key=self.lengths.__getitem__)]
         full = len(rows) // size
         for batch in torch.randperm(full, generator=generator).tolist():
