@@ -18,12 +18,8 @@ from lightning_lora.layers.tensor_parallel import local_forward
 from lightning_lora.ops import backends, low_rank
 from lightning_lora.ops.frozen_weight import FrozenWeight, WeightReader, reader_of
 from lightning_lora.quantization.formats import format_of
-from lightning_lora.registry import REFUSED, register_kind
+from lightning_lora.registry import register_kind
 from lightning_lora.utils.sharding import is_sharded
-
-REFUSED["torch.nn.modules.linear.NonDynamicallyQuantizableLinear"] = (
-    "nn.MultiheadAttention reads its weight without calling it, so an adapter here would do nothing"
-)
 
 
 @register_kind(nn.Linear)

@@ -20,12 +20,11 @@ from lightning_lora.layers.adapting import refusal
 from lightning_lora.layers.base import PREFIX, LoRALayer
 from lightning_lora.layers.classes import adapted_class
 from lightning_lora.model.heads import output_heads, saved_modules, within
+from lightning_lora.model.suitability import Suitability
 from lightning_lora.quantization.formats import format_of
-from lightning_lora.registry import kind_of, why_refused
+from lightning_lora.registry import kind_of, qualified_name, why_refused
 from lightning_lora.utils.names import modules_by_name
 from lightning_lora.utils.patterns import compile_patterns, layer_index, no_match
-
-_READS_WEIGHTS = {nn.TransformerEncoderLayer: ("linear1", "linear2")}
 
 
 @dataclass(frozen=True)
@@ -59,11 +58,13 @@ class TargetReport:
         targets: the modules to adapt, in the model's order.
         hits: pattern → how many modules it hit, by config field.
         saved: FQNs of the modules trained in full.
+        left_out: FQN → why ``target_modules="all-linear"`` passed over this linear.
     """
 
     targets: tuple[Target, ...]
     hits: dict[str, dict[str, int]]
     saved: tuple[str, ...]
+    left_out: dict[str, str] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -75,7 +76,7 @@ class TargetReport:
         parameters: Counter[tuple[str, ...]] = Counter()
         for target in self.targets:
             shape = "×".join(map(str, target.shape))
-            row = (re.sub(r"\.\d+\.", ".*.", target.fqn), target.type_name, shape, str(target.rank), f"{target.alpha:g}")
+            row = (_starred(target.fqn), target.type_name, shape, str(target.rank), f"{target.alpha:g}")
             groups[row] += 1
             parameters[row] += target.parameters
         rows: list[tuple[str, ...]] = [("module", "type", "weight", "rank", "alpha", "count", "parameters")]
@@ -87,6 +88,7 @@ class TargetReport:
         ]
         lines.append(f"LoRA on {len(self.targets)} modules, {self.parameters:,} parameters")
         lines += [f"  {name} {pattern!r}: {count} modules" for name, hits in self.hits.items() for pattern, count in hits.items()]
+        lines += [f"left out: {line}" for line in _grouped(self.left_out)]
         if self.saved:
             lines.append(f"trained in full: {', '.join(self.saved)}")
         return "\n".join(line.rstrip() for line in lines)
@@ -107,13 +109,15 @@ class _Field:
 
 
 class _AllLinear(_Field):
-    """``target_modules="all-linear"``: every linear but output heads and what is trained in full."""
+    """``target_modules="all-linear"``: every linear but output heads, what is trained in full, and what an adapter cannot serve."""
 
-    def __init__(self, model: nn.Module, modules: dict[str, nn.Module], saved: list[str]) -> None:
+    def __init__(self, model: nn.Module, modules: dict[str, nn.Module], saved: list[str], suitability: Suitability) -> None:
         self.name, self.hits = "target_modules", Counter({ALL_LINEAR: 0})
         heads = output_heads(model)
         kinds = {fqn: kind_of(type(module)) for fqn, module in modules.items() if module not in heads and not within(fqn, saved)}
-        self.linears = {fqn for fqn, kind in kinds.items() if kind is not None and kind.is_linear}  # type: ignore[attr-defined]
+        linears = [fqn for fqn, kind in kinds.items() if kind is not None and kind.is_linear]  # type: ignore[attr-defined]
+        self.left_out = {fqn: reason for fqn in linears if (reason := suitability.reason(modules[fqn]))}
+        self.linears = set(linears) - self.left_out.keys()
 
     def matching(self, fqn: str) -> list[str]:
         found = [ALL_LINEAR] if fqn in self.linears else []
@@ -133,8 +137,10 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetReport:
     """
     modules = {name: module for name, module in modules_by_name(model).items() if not name.rpartition(".")[2].startswith(PREFIX)}
     saved = saved_modules(model, config)
+    suitability = Suitability(model)
     everything = config.target_modules == ALL_LINEAR
-    wanted = _AllLinear(model, modules, saved) if everything else _Field("target_modules", config.target_modules)
+    wanted = _AllLinear(model, modules, saved, suitability) if everything else _Field("target_modules", config.target_modules)
+    left_out = wanted.left_out if isinstance(wanted, _AllLinear) else {}
     excluded = _Field("exclude_modules", config.exclude_modules)
     ranks, alphas = _Field("rank_pattern", list(config.rank_pattern)), _Field("alpha_pattern", list(config.alpha_pattern))
 
@@ -148,7 +154,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetReport:
     for module, fqn in chosen.items():
         rank = next((config.rank_pattern[text] for text in ranks.matching(fqn)), config.rank)
         alpha = next((config.alpha_pattern[text] for text in alphas.matching(fqn)), config.alpha)
-        problem = _problem(modules.get(fqn.rpartition(".")[0], model), fqn, module, rank, config, saved)
+        problem = _problem(suitability, fqn, module, rank, config, saved)
         kind = adapted_class(type(module), config.variant)
         if problem or kind is None:
             problems.append(problem or why_refused(module, fqn))
@@ -156,7 +162,9 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetReport:
             targets.append(Target(fqn, module, type(module).__name__, kind, rank, alpha))
 
     fields = (wanted, excluded, ranks, alphas)
-    if not (config.allow_unmatched and targets):
+    if everything and left_out and not chosen:
+        problems += [f"target_modules='{ALL_LINEAR}' finds no linear that an adapter can serve: {line}." for line in _grouped(left_out)]
+    elif not (config.allow_unmatched and targets):
         problems += _unmatched(fields, config, modules, chosen.values())
     if problems:
         raise ValueError("\n".join(problems[:8] + ([f"… and {len(problems) - 8} more."] if len(problems) > 8 else [])))
@@ -164,7 +172,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetReport:
         raise ValueError("target_modules and exclude_modules together leave no module to adapt; exclude less.")
     for target in targets:
         _warn_of_rank(target)
-    return TargetReport(tuple(targets), {each.name: dict(each.hits) for each in fields if each.hits}, tuple(saved))
+    return TargetReport(tuple(targets), {each.name: dict(each.hits) for each in fields if each.hits}, tuple(saved), left_out)
 
 
 def _unmatched(fields: Iterable[_Field], config: LoRAConfig, modules: dict[str, nn.Module], chosen: Iterable[str]) -> list[str]:
@@ -179,14 +187,24 @@ def _unmatched(fields: Iterable[_Field], config: LoRAConfig, modules: dict[str, 
     return problems
 
 
-def _problem(parent: nn.Module, fqn: str, module: nn.Module, rank: int, config: LoRAConfig, saved: list[str]) -> str | None:
-    for owner, names in _READS_WEIGHTS.items():
-        if isinstance(parent, owner) and fqn.rpartition(".")[2] in names:
-            reads = f"nn.{owner.__name__} reads this weight without calling the layer in evaluation"
-            return f"{fqn!r}: {reads}, so an adapter would be ignored there; exclude it."
+def _problem(suitability: Suitability, fqn: str, module: nn.Module, rank: int, config: LoRAConfig, saved: list[str]) -> str | None:
     if within(fqn, saved):
         return f"{fqn!r} is both in target_modules and in modules_to_save; it can be adapted or trained in full, not both."
-    return refusal(module, fqn, rank, config.dropout, config.variant)
+    problem = refusal(module, fqn, rank, config.dropout, config.variant)
+    if problem is None and (reason := suitability.reason(module)):
+        return f"{fqn!r} ({qualified_name(type(module))}): {reason}. Exclude it."
+    return problem
+
+
+def _starred(fqn: str) -> str:
+    """With * for the index of a block, so that the layers of all blocks have one name."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", fqn)
+
+
+def _grouped(reasons: dict[str, str]) -> list[str]:
+    """One line for what all blocks have in common."""
+    groups = Counter((_starred(fqn), reason) for fqn, reason in reasons.items())
+    return [f"{name} ({count}): {reason}" for (name, reason), count in groups.items()]
 
 
 def _warn_of_rank(target: Target) -> None:
