@@ -9,6 +9,7 @@ from torch import nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import PREFIX, LoRALayer
 from lightning_lora.layers.classes import adapted_class, strip_class
+from lightning_lora.quantization.formats import unknown_storage
 from lightning_lora.registry import qualified_name, why_refused
 
 
@@ -25,6 +26,11 @@ def refusal(module: nn.Module, fqn: str, rank: int, dropout: float, variant: str
         return f"{fqn!r} ({name}) computes its weight anew at each call (a parametrization, weight_norm or a wrapper); remove that first."
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return f"{fqn!r} ({name}) is lazy and has no shape yet; run one forward pass before applying LoRA."
+    if (stored := unknown_storage(module)) is not None:
+        return (
+            f"{fqn!r} ({name}) stores its weight as {stored}, which is neither plain floating point nor a format known here:"
+            " dequantize the base first, or load it in a format that quantize_base names."
+        )
     try:
         kind.check(module, rank, dropout)
     except ValueError as error:

@@ -5,8 +5,8 @@
     y = super().forward(x)                  # whatever the base does: nn.Linear, a 4-bit linear, a user's subclass
     y + scaling · lora_B · lora_A · x       # unless merged
 
-It is exact for bases that are linear in their weight with the input as it is; a subclass that does more in its forward (scales
-the output, say) trains as written, but its merge would differ: give such a base a kind of its own.
+It is exact for bases that are linear in their weight with the input as it is. A subclass that does more in its forward (scales the
+output, say) is found by :mod:`~lightning_lora.layers.linearity` and refused: give such a base a kind of its own.
 
 The module stays the same object under the same name, so state-dict keys, tied weights, hooks, ``isinstance`` checks and
 sharding plans stay as they were. A wrapper module would move keys and break tensor-parallel plans; a parametrization of
@@ -148,6 +148,11 @@ class LoRALayer(Mergeable):
             ValueError: this kind cannot be adapted on such a base.
         """
         raise ValueError(f"{cls.__name__} on a tensor-parallel base ({placement}) is not supported; apply LoRA before parallelizing")
+
+    @classmethod
+    def example_input(cls, module: Any, generator: torch.Generator) -> Tensor:
+        """A small random input of the module's forward, float64 or int64 on the CPU; a class with a forward of its own is tried with it."""
+        raise NotImplementedError(f"{cls.__name__} has to say what a forward takes")
 
     # Construction.
 

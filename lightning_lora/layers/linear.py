@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.adapting import adapt, refusal, shallow_copy, unadapt
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.linearity import why_not_linear
 from lightning_lora.layers.shared_input import SharedInputGroup, compute
 from lightning_lora.layers.tensor_parallel import local_forward
 from lightning_lora.ops import backends, low_rank
@@ -81,9 +82,10 @@ class LoRALinear(LoRALayer, nn.Linear):
         if isinstance(linear, LoRALayer):
             raise ValueError(f"linear is a {type(linear).__name__} and has an adapter already; give linear.linear, its base.")
         config = LoRAConfig(rank=rank, alpha=alpha, dropout=dropout)
-        reason = refusal(linear, type(linear).__name__, rank, dropout)
+        name = type(linear).__name__
+        reason = refusal(linear, name, rank, dropout) or why_not_linear(linear)
         if reason:
-            raise ValueError(reason)
+            raise ValueError(reason if name in reason else f"{name}: {reason}.")
         layer = shallow_copy(linear)
         for name, parameter in linear._parameters.items():
             if parameter is not None and not (name == "weight" and format_of(linear)):  # a packed weight is frozen and never written to
@@ -125,6 +127,8 @@ class LoRALinear(LoRALayer, nn.Linear):
             and self.is_plain_sum()
             and not self.merged
             and not (is_sharded(x) or is_sharded(self.lora_A))
+            and x.layout is torch.strided
+            and not x.is_nested
             and cls.weight_reader.can_read(self, x)
             # Where the kernels do not serve, a compiler fuses the definition itself; torch.func wants plain operations.
             and (backends.usable(x) if torch.compiler.is_compiling() else not torch._C._are_functorch_transforms_active())
@@ -144,6 +148,11 @@ class LoRALinear(LoRALayer, nn.Linear):
     def adapter_shapes(cls, module: nn.Linear, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """A (r, in), B (out, r)."""
         return (rank, module.in_features), (module.out_features, rank)
+
+    @classmethod
+    def example_input(cls, module: nn.Linear, generator: torch.Generator) -> Tensor:
+        """(2, 3, in)."""
+        return torch.randn(2, 3, module.in_features, generator=generator, dtype=torch.float64)
 
     @classmethod
     def adapter_placements(cls, placement: Any) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""Whether an adapter on a layer does what it promises in this model: the layer is called, so that the update takes part."""
+"""Whether an adapter on a layer does what it promises in this model: the layer is called, and merging leaves what the adapter did."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from functools import cached_property
 
 from torch import nn
 
+from lightning_lora.layers.linearity import why_not_linear
 from lightning_lora.utils.weight_reads import weight_reads
 
 
@@ -30,4 +31,4 @@ class Suitability:
             return (
                 f"{where} reads its weight without calling it, so an adapter there would do nothing and merging it would change the model"
             )
-        return None
+        return why_not_linear(module)

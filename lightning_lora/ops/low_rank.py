@@ -28,7 +28,7 @@ def lora_update_reference(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: flo
         scale: α/r.
         dropout: probability; 0 outside training.
     """
-    t = F.linear(F.dropout(x, dropout), A)  # (..., r)
+    t = F.linear(F.dropout(x, dropout) if dropout else x, A)  # (..., r)
     return y + F.linear(t, B) * scale
 
 
@@ -48,8 +48,8 @@ def lora_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropou
     """
     x, A, B = x.to(y.dtype), A.to(y.dtype), B.to(y.dtype)
     # The compiler fuses the definition itself, and torch.func transforms want nothing but plain operations.
-    # DTensors know how to propagate placements through plain operations too.
-    if transformed() or is_sharded(A):
+    # DTensors know how to propagate placements through plain operations too, and sparse and jagged tensors have no rows to flatten.
+    if transformed() or is_sharded(A) or x.layout is not torch.strided or x.is_nested:
         return lora_update_reference(y, x, A, B, scale, dropout)
     if autocast_dtype(y) is not None:  # all operands have y's dtype: nothing is left to cast
         with torch.autocast(y.device.type, enabled=False):
@@ -88,7 +88,10 @@ class _LowRankUpdate(torch.autograd.Function):
             flat.addmm_(t, B.t(), alpha=scale)
             ctx.mark_dirty(y)
             return y
-        return torch.addmm(flat, t, B.t(), alpha=scale).view(y.shape)
+        # Into a new tensor of y's shape: autograd forbids writing into a view that a custom function returns, as activations in place do.
+        z = torch.empty_like(y, memory_format=torch.contiguous_format)
+        torch.addmm(flat, t, B.t(), alpha=scale, out=z.view(flat.shape))
+        return z
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
