@@ -19,6 +19,7 @@ from lightning_lora.config import ALL_LINEAR, LoRAConfig
 from lightning_lora.layers.adapting import refusal
 from lightning_lora.layers.base import PREFIX, LoRALayer
 from lightning_lora.layers.classes import adapted_class
+from lightning_lora.model.frozen_parts import mixed_with_frozen
 from lightning_lora.model.heads import output_heads, saved_modules, within
 from lightning_lora.model.suitability import Suitability
 from lightning_lora.quantization.formats import format_of
@@ -161,6 +162,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetReport:
         else:
             targets.append(Target(fqn, module, type(module).__name__, kind, rank, alpha))
 
+    problems += mixed_with_frozen(model, {target.fqn: target.module for target in targets})
     fields = (wanted, excluded, ranks, alphas)
     if everything and left_out and not chosen:
         problems += [f"target_modules='{ALL_LINEAR}' finds no linear that an adapter can serve: {line}." for line in _grouped(left_out)]

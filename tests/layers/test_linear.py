@@ -93,6 +93,8 @@ def test_from_linear_merged_for_good_leaves_its_argument_too():
 def test_from_linear_refuses_what_it_cannot_adapt():
     with pytest.raises(ValueError, match="computes its weight anew at each call"):
         LoRALinear.from_linear(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+    with pytest.raises(ValueError, match=r"linear is a LoRALinear and has an adapter already; give linear\.linear"):
+        LoRALinear.from_linear(LoRALinear(4, 3))
 
 
 def test_from_linear_on_the_base_of_another():
