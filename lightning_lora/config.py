@@ -36,8 +36,8 @@ class LoRAConfig:
         bias: which biases train: ``none``, ``all`` of the model, or ``lora_only`` those of adapted layers.
         rank_pattern: pattern → rank, overriding ``rank``; the first that matches a module wins.
         alpha_pattern: pattern → alpha, likewise.
-        modules_to_save: modules trained in full and saved with the adapter. ``"auto"``: the freshly made heads of
-            Hugging Face classification models; ``[]``: none.
+        modules_to_save: modules trained in full and saved with the adapter. ``"auto"``: what the checkpoint of a Hugging
+            Face task model did not contain, such as a new head; ``[]``: none.
         scaling: ``standard`` α/r, or ``rslora`` α/√r.
         init: how A and B start, a name in the registry: ``kaiming`` (A uniform in ±1/√fan_in, B zero), ``gaussian``.
         variant: the update's formula, a name in the registry: ``plain``, ``dora``, ``lora_fa``, ``adalora``

@@ -14,8 +14,8 @@ from lightning_lora.utils.names import clean_name, modules_by_name
 from lightning_lora.utils.patterns import Pattern, compile_patterns, no_match
 
 # Classes whose heads have always been trained in full, and those whose heads are where it is not known what the checkpoint had.
-_CLASSIFIERS = re.compile(r"For\w*(Classification|MultipleChoice|QuestionAnswering)$")
-_TASKS = re.compile(r"For\w*(Classification|MultipleChoice|QuestionAnswering|CTC|XVector|Segmentation|Detection|DepthEstimation)$")
+_CLASSIFIERS = re.compile(r"For\w*(Classification|MultipleChoice|QuestionAnswering)\w*$")
+_TASKS = re.compile(r"For\w*(Classification|MultipleChoice|QuestionAnswering|CTC|XVector|Segmentation|Detection|DepthEstimation)\w*$")
 _TRAINED = "_lora_trained_in_full"  # noted on a module, for what loading knew does not survive sharding or copying
 
 
@@ -61,6 +61,27 @@ def _not_loaded(model: nn.Module) -> list[str] | None:
         if name and own and not within(name, names) and not any(id(p) in loaded for p in own) and not any(map(format_of, module.modules())):
             names.append(name)
     return names
+
+
+def left_frozen(model: nn.Module, adapted: Iterable[str], saved: Iterable[str]) -> list[str]:
+    """Names of what would train without LoRA, and with it stays as it is: a module's own parts beside the one that is adapted, its
+    parameters that are in no part, and what a checkpoint of a pretrained part did not have.
+
+    Args:
+        model: the whole module, before its parameters are frozen.
+        adapted: FQNs of the layers to adapt.
+        saved: FQNs of the modules trained in full.
+    """
+    busy = [*adapted, *saved]
+    names = [name for name, p in model.named_parameters(recurse=False) if p.requires_grad]
+    for name, child in model.named_children():
+        if any(p.requires_grad for p in child.parameters()) and not any(within(fqn, [clean_name(name)]) for fqn in busy):
+            names.append(name)
+    for fqn, module in model.named_modules():
+        if isinstance(getattr(type(module), "base_model_prefix", None), str):
+            names += [f"{fqn}.{name}".strip(".") for name in _not_loaded(module) or ()]
+    names = [clean_name(name) for name in names]
+    return [name for name in dict.fromkeys(names) if not within(name, saved) and not any(within(fqn, [name]) for fqn in busy)]
 
 
 def _beside_backbone(model: nn.Module) -> list[str]:
