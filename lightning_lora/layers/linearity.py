@@ -42,7 +42,7 @@ def why_not_linear(module: nn.Module) -> str | None:
     Args:
         module: a layer that a kind adapts, on any device, meta included; or one that has its adapter, which has been asked before.
     """
-    cls = type(module)
+    cls: Any = type(module)
     if isinstance(module, LoRALayer) or _is_known(cls) or format_of(module) is not None:
         return None
     switches = tuple((name, value) for name, value in vars(module).items() if value is None or isinstance(value, (bool, str)))

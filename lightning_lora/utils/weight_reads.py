@@ -122,8 +122,8 @@ class _Visit:
         if isinstance(kept, (nn.Module, list, tuple, dict)):
             return [list(kept) if isinstance(kept, tuple) else kept]
         static = inspect.getattr_static(type(owner), name, None)
-        if isinstance(static, property) and static.fget is not None:
-            return self.function(static.fget, {0: [owner]}, type(owner))
+        if isinstance(static, property):
+            return [each for getter in _wrapped(static.fget) for each in self.function(getter, {0: [owner]}, type(owner))]
         if name.startswith("__"):
             return []
         if not used:  # handed on, or called with arguments that are no modules

@@ -39,6 +39,8 @@ AUDIO: dict[str, Any] = {
     "num_conv_pos_embeddings": 4,
     "num_conv_pos_embedding_groups": 2,
 }
+SWIN: dict[str, Any] = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "image_size": 32, "patch_size": 4, "window_size": 4}
+PYRAMID: dict[str, Any] = {"hidden_sizes": [8, 8, 8, 8], "num_attention_heads": [1, 1, 2, 2], "depths": [1, 1, 1, 1], "image_size": 32}
 MAMBA: dict[str, Any] = {"state_size": 4, "time_step_rank": 4, "conv_kernel": 4, "expand": 2}
 
 TEXT = {
@@ -47,7 +49,7 @@ TEXT = {
         gemma gemma2 gemma3_text glm glm4 gpt2 gpt_bigcode gpt_neo gpt_neox gpt_oss gptj granite granitemoe helium jamba
         jetmoe llama llama4_text mamba mamba2 minimax mistral mixtral mpt nemotron olmo olmo2 olmoe opt persimmon phi
         phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next recurrent_gemma seed_oss smollm3 stablelm starcoder2 xglm
-        zamba zamba2 bitnet lfm2 biogpt ctrl
+        bitnet lfm2 biogpt ctrl
     """,
     "AutoModel": """
         albert bert big_bird camembert convbert data2vec-text deberta deberta-v2 distilbert electra ernie esm fnet ibert
@@ -73,6 +75,11 @@ SOUND = {
 OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("mamba", "falcon_mamba"), MAMBA),
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "attn_layer_indices": [1]},
+    "swin": SWIN,
+    "swinv2": SWIN,
+    "pvt": PYRAMID,
+    "segformer": PYRAMID,
+    "yolos": {"image_size": [16, 16], "num_detection_tokens": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "qwen3_next": {
@@ -83,8 +90,6 @@ OWN: dict[str, dict[str, Any]] = {
         "linear_value_head_dim": 8,
     },
     "recurrent_gemma": {"num_hidden_layers": 3},
-    "zamba": {"num_hidden_layers": 3},
-    "zamba2": {"layer_types": ["mamba", "hybrid"]},
     "mamba2": {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8, "expand": 2},
     **dict.fromkeys(SOUND["AutoModel"].split(), AUDIO),
 }
@@ -100,7 +105,8 @@ def build(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
     auto = next(auto for auto, kinds in group.items() if name in kinds.split())
     cls = CONFIG_MAPPING[name]
     default, own = cls(), OWN.get(name, {})
-    sizes = {key: size for key, size in SIZES.items() if hasattr(default, key) and not isinstance(getattr(cls, key, None), property)}
+    sizes = {key: size for key, size in SIZES.items() if isinstance(getattr(default, key, ()), (int, type(None)))}  # not one per stage
+    sizes = {key: size for key, size in sizes.items() if not isinstance(getattr(cls, key, None), property)}
     config = cls(**{**sizes, **own})
     torch.manual_seed(0)
     model = getattr(transformers, auto).from_config(config).eval()
