@@ -126,7 +126,7 @@ def _output(layer: Any, x: Tensor) -> Tensor:
     torch.default_generator.manual_seed(0)
     y = layer.forward(x)
     if not isinstance(y, Tensor):
-        raise TypeError(f"it returns a {type(y).__name__}")
+        raise ValueError(f"it returns a {type(y).__name__}")
     return y.double()
 
 
