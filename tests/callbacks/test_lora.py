@@ -546,6 +546,13 @@ class Headed(LitNet):
         return nn.functional.cross_entropy(self.head(self.net(batch[0])) * self.temperature, batch[1])
 
 
+def test_a_new_head_that_stays_random_is_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("lightning.pytorch").propagate = True
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch"), pytest.warns(UserWarning, match="LoRA freezes"):
+        fit(tmp_path, Headed(), 1)
+    assert "frozen, without an adapter: temperature, head\n" in caplog.text
+
+
 def test_a_new_head_that_stays_random_is_told_at_the_start(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     def moved(module: Headed, **fields: Any) -> set[str]:
         before = bits(module)
