@@ -38,8 +38,8 @@ class LoRAConfig:
         alpha_pattern: pattern → alpha, likewise.
         kind_pattern: pattern → name of a registered kind, where the module's type does not tell how its shape works (a linear that
             is q, k and v in one, say); likewise.
-        modules_to_save: modules trained in full and saved with the adapter. ``"auto"``: the freshly made heads of
-            Hugging Face classification models; ``[]``: none.
+        modules_to_save: modules trained in full and saved with the adapter. ``"auto"``: what the checkpoint of a Hugging
+            Face task model did not contain, such as a new head; ``[]``: none.
         scaling: ``standard`` α/r, or ``rslora`` α/√r.
         init: how A and B start, a name in the registry: ``kaiming`` (A uniform in ±1/√fan_in, B zero), ``gaussian``, ``orthogonal``,
             ``pissa``, ``pissa_niter_4``, ``olora`` (:mod:`lightning_lora.inits`).

@@ -13,7 +13,6 @@ from torch import nn
 
 KINDS: dict[str, type] = {}  # qualified name of a module type → the LoRALayer subclass that adapts it
 KIND_NAMES: dict[str, type] = {}  # name in config.kind_pattern → kind
-REFUSED: dict[str, str] = {}  # qualified name of a module type → why it cannot be adapted
 VARIANTS: dict[str, type] = {}  # config.variant → the mixin that goes before the kind
 INITS: dict[str, Callable[[Any], None]] = {}  # config.init → a function that fills a layer's A and B
 
@@ -103,15 +102,11 @@ def look_up(table: dict[str, T], field: str, name: str) -> T:
 
 def kind_of(cls: type[nn.Module]) -> type | None:
     """The kind that adapts modules of this class, by the first registered type in its MRO; None for an unsupported one."""
-    names = [qualified_name(parent) for parent in cls.__mro__]
-    if any(name in REFUSED for name in names):
-        return None
-    return next((KINDS[name] for name in names if name in KINDS), None)
+    return next((KINDS[name] for name in map(qualified_name, cls.__mro__) if name in KINDS), None)
 
 
 def why_refused(module: nn.Module, fqn: str) -> str:
-    """The message for a module that no kind adapts: its name, its type, the reason, the kinds there are."""
+    """The message for a module that no kind adapts: its name, its type, the kinds there are."""
     name = qualified_name(type(module))
-    reason = next((REFUSED[qualified_name(cls)] for cls in type(module).__mro__ if qualified_name(cls) in REFUSED), None)
     kinds = ", ".join(sorted(kind.rpartition(".")[2] for kind in KINDS))
-    return f"{fqn!r} is a {name}, which LoRA cannot adapt: {reason or f'supported are {kinds} and their subclasses'}."
+    return f"{fqn!r} is a {name}, which LoRA cannot adapt: supported are {kinds} and their subclasses."

@@ -5,8 +5,8 @@
     y = super().forward(x)                  # whatever the base does: nn.Linear, a 4-bit linear, a user's subclass
     y + scaling · lora_B · lora_A · x       # unless merged
 
-It is exact for bases that are linear in their weight with the input as it is; a subclass that does more in its forward (scales
-the output, say) trains as written, but its merge would differ: give such a base a kind of its own.
+It is exact for bases that are linear in their weight with the input as it is. A subclass that does more in its forward (scales the
+output, say) is found by :mod:`~lightning_lora.layers.linearity` and refused: give such a base a kind of its own.
 
 The module stays the same object under the same name, so state-dict keys, tied weights, hooks, ``isinstance`` checks and
 sharding plans stay as they were. A wrapper module would move keys and break tensor-parallel plans; a parametrization of
@@ -99,6 +99,12 @@ class LoRALayer(Factors):
     def per_output(self, vector: Tensor) -> Tensor:
         """One number an output channel, (out,), shaped so that it broadcasts over this layer's output."""
         return vector
+
+    @classmethod
+    def example_input(cls, module: Any, generator: torch.Generator) -> Tensor | None:
+        """A small random input of the module's forward, float64 or int64 on the CPU: with it a class that has a forward of its own is tried
+        (:mod:`~lightning_lora.layers.linearity`). None: this kind does not say, and its layers are taken as they are."""
+        return None
 
     # Construction.
 
