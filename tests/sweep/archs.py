@@ -61,7 +61,7 @@ TEXT = {
 }
 IMAGE = {
     "AutoModel": """
-        beit data2vec-vision deit dinov2 dinov3_vit vit vit_mae vivit ijepa siglip_vision_model clip_vision_model hiera
+        beit data2vec-vision deit dinov2 dinov3_vit vit vit_mae vivit ijepa siglip_vision_model clip_vision_model
         swin swinv2 pvt segformer yolos
     """,
 }
