@@ -137,12 +137,12 @@ class LoRALinear(LoRALayer, nn.Linear):
             y = self.fused_output(input)
         if y is None and is_sharded(input):
             y = self.tensor_parallel_output(input)
-        elif y is None and input.ndim != 2 and self.takes_rows(input):
+        elif y is None and input.ndim != 2 and self._takes_rows(input):
             rows = super().forward(input.reshape(-1, input.shape[-1]))  # of two dimensions, so that the update may be added in place
             y = rows.view(*input.shape[:-1], rows.shape[-1])
         return super().forward(input) if y is None else y
 
-    def takes_rows(self, x: Tensor) -> bool:
+    def _takes_rows(self, x: Tensor) -> bool:
         """Whether base and update give for the rows of x (n, in) what they give for x (..., in)."""
         return self.plain_forward and self.plain_update and low_rank.has_rows(x) and not low_rank.transformed()
 
