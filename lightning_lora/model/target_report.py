@@ -60,8 +60,8 @@ class TargetReport:
         targets: the modules to adapt, in the model's order.
         hits: pattern → how many modules it hit, by config field.
         saved: FQNs of the modules trained in full.
-        left_out: what ``"all-linear"`` passes over because it is neither linear, embedding nor vector, such as experts in one tensor:
-            module and type → elements.
+        left_out: what ``"all-linear"`` leaves out though it is neither embedding nor vector: what is in no linear, such as experts in one
+            tensor, and the linears of ``passed_over``; module and type → elements.
         total: elements of the model.
         passed_over: FQN → why ``"all-linear"`` passed over this linear, which an adapter cannot serve.
     """

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from torch import nn
 
@@ -115,7 +115,8 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetReport:
     for target in targets:
         _warn_of_rank(target)
     total = sum({p: elements(module, name, p) for module in modules.values() for name, p in _own_parameters(module)}.values())
-    left = _left_out({fqn: m for fqn, m in modules.items() if fqn not in skipped and not within(fqn, saved)}) if everything else {}
+    rest = {fqn: module for fqn, module in modules.items() if fqn not in skipped and not within(fqn, saved)}
+    left = _left_out(rest, passed_over) if everything else {}
     _warn_of_left_out(left, total)
     hits = {each.name: dict(each.hits) for each in fields if each.hits}
     return TargetReport(tuple(targets), hits, tuple(saved), left, total, passed_over)
@@ -151,12 +152,13 @@ def _warn_of_rank(target: Target) -> None:
         )
 
 
-def _left_out(modules: dict[str, nn.Module]) -> dict[str, int]:
-    """Elements by module and type of what "all-linear" passes over; vectors (norms, biases) and embeddings are no news."""
+def _left_out(modules: dict[str, nn.Module], passed_over: Container[str]) -> dict[str, int]:
+    """Elements by module and type of what "all-linear" leaves out; vectors (norms, biases) and embeddings are no news."""
     left: Counter[str] = Counter()
     for fqn, module in modules.items():
         kind = kind_of(type(module))
-        if not isinstance(module, nn.Embedding) and not (kind is not None and kind.is_linear):  # type: ignore[attr-defined]
+        served = kind is not None and kind.is_linear and fqn not in passed_over  # type: ignore[attr-defined]
+        if not served and not isinstance(module, nn.Embedding):
             sizes = [parameter.numel() for _, parameter in _own_parameters(module) if parameter.ndim > 1]
             if sizes:
                 base = getattr(type(module), "lora_base", type(module))
@@ -169,8 +171,9 @@ def _warn_of_left_out(left: dict[str, int], total: int) -> None:
     if size > _MUCH * total:
         name = next(iter(left))
         warnings.warn(
-            f"target_modules='all-linear' leaves out {size / total:.0%} of the model, which is in no linear: {name} has {left[name]:,} of"
-            f" {total:,} elements. Name it in target_modules if LoRA has a kind for it, or in exclude_modules if that is meant.",
+            f"target_modules='all-linear' leaves out {size / total:.0%} of the model, which is in no linear that an"
+            f" adapter can serve: {name} has {left[name]:,} of {total:,} elements. Name it in target_modules if LoRA has a kind for"
+            " it, or in exclude_modules if that is meant.",
             stacklevel=3,
         )
 

@@ -17,11 +17,14 @@ from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 from transformers.models.perceiver.modeling_perceiver import Conv2dSamePadding
 from transformers.pytorch_utils import Conv1D
 
-from lightning_lora import LoRAConfig, LoRALinear, apply_lora, find_targets
+from lightning_lora import LoRAConfig, LoRALinear, apply_lora, find_targets, registry
 from lightning_lora.layers import linearity
+from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.linearity import why_not_linear
 from lightning_lora.layers.spec import LayerSpec
 from tests.conftest import snapshot
+from tests.layers.experts import LoRAExperts
+from tests.layers.fused_qkv import LoRAFusedQKV
 
 
 def linear(forward, base=nn.Linear, **attributes):
@@ -118,7 +121,8 @@ def test_what_is_merged_into_is_what_was_tried():
 
 def test_all_linear_passes_over_them():
     model = nn.ModuleDict({"layers": nn.ModuleList([OTHER["llama 4"](), nn.Linear(4, 4)]), "head": OTHER["scaled"]()})
-    report = find_targets(model, LoRAConfig(target_modules="all-linear", rank=2))
+    with pytest.warns(UserWarning, match="leaves out 66% of the model"):
+        report = find_targets(model, LoRAConfig(target_modules="all-linear", rank=2))
     assert [target.fqn for target in report.targets] == ["layers.1"]
     assert report.passed_over.keys() == {"layers.0", "head"}
     assert "passed over: layers.* (1): its forward does not take or give what nn.Linear's does (ValueError: it returns a tuple)" in str(
@@ -191,3 +195,50 @@ def test_an_adapted_layer_has_been_asked():
     model = apply_lora(nn.ModuleDict({"q_proj": layer}), LoRAConfig(rank=2, target_modules=["q_proj"]))
     assert why_not_linear(model["q_proj"]) is None
     apply_lora(model, LoRAConfig(rank=2, target_modules=["q_proj"]))
+
+
+def test_a_named_kind_is_tried_as_what_it_is():
+    assert issubclass(LoRAFusedQKV, LoRALinear)  # registers the kind
+    scaled = linear(lambda self, x: 0.9 * product(self, x))(4, 6)
+    assert why_not_linear(linear(product)(4, 6), "test_qkv") is None
+    assert why_not_linear(scaled, "test_qkv").startswith("its forward does more than multiply by its weight")
+    with pytest.raises(ValueError, match=r"'qkv' .*its forward does more.* Exclude it"):
+        find_targets(nn.ModuleDict({"qkv": scaled}), LoRAConfig(target_modules=["qkv"], kind_pattern={"qkv": "test_qkv"}, rank=2))
+
+
+def test_a_kind_that_does_not_say_what_a_forward_takes_is_not_tried(monkeypatch):
+    layer = linear(lambda self, x: 0.9 * product(self, x))(4, 6)
+    monkeypatch.setattr(LoRAFusedQKV, "example_input", LoRALayer.example_input)
+    linearity._REASONS.clear()
+    assert why_not_linear(layer, "test_qkv") is None
+    linearity._REASONS.clear()
+
+
+def test_each_of_several_weights_is_tried():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_up_proj, self.down_proj = nn.Parameter(torch.zeros(2, 6, 4)), nn.Parameter(torch.zeros(2, 3, 6))
+
+        def forward(self, x):
+            return x @ self.gate_up_proj.mT @ self.down_proj.mT
+
+    class Bypass(Pair):
+        def forward(self, x):
+            return x @ self.gate_up_proj.mT @ self._parameters["down_proj"].mT  # not what the kind puts in its place
+
+    class Again(Pair):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    class LoRAPair(LoRAExperts):
+        @classmethod
+        def example_input(cls, module, generator):
+            return torch.randn(2, 3, module.gate_up_proj.shape[-1], generator=generator, dtype=torch.float64)
+
+    registry.register_kind(Pair, name="test_pair")(LoRAPair)
+    try:
+        assert why_not_linear(Pair()) is None and why_not_linear(Again()) is None
+        assert why_not_linear(Bypass()).startswith("its forward does more than multiply by its weight")
+    finally:
+        del registry.KINDS[registry.qualified_name(Pair)], registry.KIND_NAMES["test_pair"]
