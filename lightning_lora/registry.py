@@ -13,7 +13,6 @@ from torch import nn
 
 KINDS: dict[str, type] = {}  # qualified name of a module type → the LoRALayer subclass that adapts it
 KIND_NAMES: dict[str, type] = {}  # name in config.kind_pattern → kind
-REFUSED: dict[str, str] = {}  # qualified name of a module type → why it cannot be adapted
 VARIANTS: dict[str, type] = {}  # config.variant → the mixin that goes before the kind
 INITS: dict[str, Callable[[Any], None]] = {}  # config.init → the function that fills a layer's A and B
 
@@ -107,15 +106,11 @@ def look_up(table: dict[str, T], field: str, name: str) -> T:
 
 def kind_of(cls: type[nn.Module]) -> type | None:
     """Return the kind for modules of this class: the first registered type in its MRO decides. None for an unsupported class."""
-    names = [qualified_name(parent) for parent in cls.__mro__]
-    if any(name in REFUSED for name in names):
-        return None
-    return next((KINDS[name] for name in names if name in KINDS), None)
+    return next((KINDS[name] for name in map(qualified_name, cls.__mro__) if name in KINDS), None)
 
 
 def why_refused(module: nn.Module, fqn: str) -> str:
-    """Return the message for a module that no kind adapts: its name, its type, the reason, and the known kinds."""
+    """Return the message for a module that no kind adapts: its name, its type, and the known kinds."""
     name = qualified_name(type(module))
-    reason = next((REFUSED[qualified_name(cls)] for cls in type(module).__mro__ if qualified_name(cls) in REFUSED), None)
     kinds = ", ".join(sorted(kind.rpartition(".")[2] for kind in KINDS))
-    return f"{fqn!r} is a {name}, which LoRA cannot adapt: {reason or f'supported are {kinds} and their subclasses'}."
+    return f"{fqn!r} is a {name}, which LoRA cannot adapt: supported are {kinds} and their subclasses."

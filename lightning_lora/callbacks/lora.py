@@ -19,6 +19,7 @@ from lightning_lora.layers.base import lora_layers
 from lightning_lora.layers.state import Quantized
 from lightning_lora.model.apply import already_applied, inject, let_gradients_in, trainable_parameters
 from lightning_lora.model.compile import begin_step, compile_layers, keep_gradients, uncompile_layers
+from lightning_lora.model.heads import left_frozen
 from lightning_lora.model.merge import merge_lora, merge_report, tied_weights, unmerge_lora
 from lightning_lora.model.quantize import quantize_base
 from lightning_lora.model.targeting import TargetReport, find_targets
@@ -211,16 +212,30 @@ class LoRACallback(Callback):
                 device, saved = trainer.strategy.root_device, self.config.modules_to_save
                 quantize_base(target, self.quantize, modules_to_save=saved, device=device)
             self.report = report = find_targets(target, self.config)
+            stays = self._what_stays(target, report)
             inject(target, self.config, report)
             synchronize(pl_module)
             trainable, total = trainable_parameters(pl_module)
-            rank_zero_info(f"{report}\ntrainable {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+            rest = f"\nfrozen, without an adapter: {stays}" if stays else ""
+            rank_zero_info(f"{report}{rest}\ntrainable {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
         if self.merge_on_fit_end and trainer.state.fn == TrainerFn.FITTING:
             self._check_mergeable(target, isinstance(trainer.strategy, ModelParallelStrategy))
         arrange(trainer.strategy, pl_module)
         root = ".".join(filter(None, (self.module, adapter_root(target)[0])))
         self._hooks = StrategyHooks(trainer.strategy, pl_module, root, self.config, self.check_base, self.lora_plus_ratio)
         self._hooks.install()
+
+    def _what_stays(self, target: nn.Module, report: TargetReport) -> str:
+        """What LoRA freezes of a LightningModule's own parts, with a warning: a head beside a pretrained part would stay random."""
+        stays = left_frozen(target, [each.fqn for each in report.targets], report.saved)
+        named = ", ".join(stays[:6]) + (" …" if len(stays) > 6 else "")
+        if stays and self.module is None and (self.config.modules_to_save == "auto" or report.saved):
+            rank_zero_warn(
+                f"LoRA freezes {named}, which have no adapter: what is new there stays random. To train it, limit LoRA to the pretrained"
+                " part with LoRACallback(module=...), or name it in modules_to_save. If it is to stay as it is, say so with"
+                " requires_grad_(False) before, or with modules_to_save=[]."
+            )
+        return named
 
     def _begin_step(self) -> None:
         if self._recorded:

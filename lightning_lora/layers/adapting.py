@@ -13,6 +13,7 @@ from lightning_lora.layers.base import PREFIX, LoRALayer
 from lightning_lora.layers.classes import adapted_class, strip_class
 from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.layers.state import AdapterState
+from lightning_lora.quantization.formats import unknown_storage
 from lightning_lora.registry import qualified_name, why_refused
 
 
@@ -31,6 +32,12 @@ def refusal(module: nn.Module, spec: LayerSpec) -> str | None:
         return f"{fqn!r} ({name}) computes its {computed[0]} anew at each call ({how}); remove that first."
     if any(isinstance(weight, nn.parameter.UninitializedParameter) for weight in weights.values()):
         return f"{fqn!r} ({name}) is lazy and has no shape yet; run one forward pass before applying LoRA."
+    for part in kind.adapted:
+        if (stored := unknown_storage(module, part)) is not None:
+            return (
+                f"{fqn!r} ({name}) stores its {part} as {stored}, which is neither plain floating point nor a format known here:"
+                " dequantize the base first, or load it in a format that quantize_base names."
+            )
     try:
         kind.check(module, spec)
     except ValueError as error:

@@ -6,7 +6,7 @@
     y + scaling · lora_B · lora_A · x       # unless merged
 
 This is exact for bases that are linear in their weight and use the input unchanged. A subclass whose forward does more (scales the
-output, say) trains as written, but its merge would give other outputs. Register a kind of its own for such a base.
+output, say) is found by :mod:`~lightning_lora.layers.linearity` and refused. Register a kind of its own for such a base.
 
 The module stays the same object under the same name. So state-dict keys, tied weights, hooks, ``isinstance`` checks and
 sharding plans stay valid. A wrapper module would rename keys and break tensor-parallel plans. A parametrization of
@@ -109,6 +109,12 @@ class LoRALayer(Factors):
     def per_output(self, vector: Tensor) -> Tensor:
         """Reshape one number per output channel, (out,), so that it broadcasts over this layer's output."""
         return vector
+
+    @classmethod
+    def example_input(cls, module: Any, generator: torch.Generator) -> Tensor | None:
+        """A small random input of the module's forward, float64 or int64 on the CPU: with it a class that has a forward of its own is tried
+        (:mod:`~lightning_lora.layers.linearity`). None: this kind does not say, and its layers are taken as they are."""
+        return None
 
     # Construction.
 

@@ -44,6 +44,12 @@ class LoRAConv(LoRALayer):
                 f"rank={spec.rank} is not a multiple of groups={module.groups}, so the groups cannot share it evenly; choose one that is"
             )
 
+    @classmethod
+    def example_input(cls, module: Any, generator: torch.Generator) -> Tensor:
+        """(2, in, *spatial), twice as long as the kernel reaches."""
+        reach = [2 * dilation * (size - 1) + 3 for size, dilation in zip(module.kernel_size, module.dilation, strict=True)]
+        return torch.randn(2, module.in_channels, *reach, generator=generator, dtype=torch.float64)
+
     def lora_update(self, y: Tensor, x: Tensor) -> Tensor:
         """Return ``y + scaling · B∗(A∗dropout(x))``; x (N, in, *spatial), y (N, out, *spatial)."""
         x = F.dropout(x.to(y.dtype), self.dropout_now())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_lora.layers.base import LoRALayer
@@ -24,6 +25,11 @@ class LoRAConv1DHF(LoRALayer):
         """Return the shapes of A, (r, in), and of B, (out, r)."""
         # Not read from the weight's shape: FSDP1 leaves a flat local shard of it.
         return (spec.rank, module.nx), (module.nf, spec.rank)
+
+    @classmethod
+    def example_input(cls, module: Any, generator: torch.Generator) -> Tensor:
+        """(2, 3, in)."""
+        return torch.randn(2, 3, module.nx, generator=generator, dtype=torch.float64)
 
     def lora_update(self, y: Tensor, x: Tensor) -> Tensor:
         """Return ``y + scaling · B·A·dropout(x)``."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -36,6 +37,11 @@ class LoRAEmbedding(LoRALayer):
         super().check(module, spec)
         if module.max_norm is not None:
             raise ValueError(f"max_norm={module.max_norm} changes the frozen weight in every forward pass; set it to None")
+
+    @classmethod
+    def example_input(cls, module: Any, generator: torch.Generator) -> Tensor:
+        """Ids (2, 3)."""
+        return torch.randint(module.num_embeddings, (2, 3), generator=generator)
 
     def lora_factors(self) -> tuple[nn.Parameter, nn.Parameter]:
         """Return B, which starts at random, and A, which starts at zero."""

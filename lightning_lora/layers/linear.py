@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.adapting import adapt, refusal, shallow_copy, unadapt
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.linearity import why_not_linear
 from lightning_lora.layers.shared_input import SharedInputGroup, compute
 from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.layers.tensor_parallel import local_forward
@@ -20,12 +21,8 @@ from lightning_lora.ops import backends, low_rank
 from lightning_lora.ops.frozen_weight import FrozenWeight, WeightReader, reader_of
 from lightning_lora.ops.fused_linear import serves
 from lightning_lora.quantization.formats import format_of
-from lightning_lora.registry import REFUSED, register_kind
+from lightning_lora.registry import register_kind
 from lightning_lora.utils.sharding import is_sharded
-
-REFUSED["torch.nn.modules.linear.NonDynamicallyQuantizableLinear"] = (
-    "nn.MultiheadAttention reads its weight without calling it, so an adapter here would do nothing"
-)
 
 
 @register_kind(nn.Linear, name="linear")
@@ -96,10 +93,11 @@ class LoRALinear(LoRALayer, nn.Linear):
         """
         if isinstance(linear, LoRALayer):
             raise ValueError(f"linear is a {type(linear).__name__} and has an adapter already; give linear.linear, its base.")
-        spec = LayerSpec(LoRAConfig(rank=rank, alpha=alpha, dropout=dropout), rank, float(alpha), type(linear).__name__)
-        reason = refusal(linear, spec)
+        name = type(linear).__name__
+        spec = LayerSpec(LoRAConfig(rank=rank, alpha=alpha, dropout=dropout), rank, float(alpha), name)
+        reason = refusal(linear, spec) or why_not_linear(linear)
         if reason:
-            raise ValueError(reason)
+            raise ValueError(reason if name in reason else f"{name}: {reason}.")
         layer = shallow_copy(linear)
         for name, parameter in linear._parameters.items():
             if parameter is not None and not (name == "weight" and format_of(linear)):  # a quantized weight is frozen and never written to
@@ -139,10 +137,14 @@ class LoRALinear(LoRALayer, nn.Linear):
             y = self.fused_output(input)
         if y is None and is_sharded(input):
             y = self.tensor_parallel_output(input)
-        elif y is None and input.ndim != 2 and self.plain_forward and self.plain_update and not low_rank.transformed():
+        elif y is None and input.ndim != 2 and self._takes_rows(input):
             rows = super().forward(input.reshape(-1, input.shape[-1]))  # two-dimensional, so that the update can be added in place
             y = rows.view(*input.shape[:-1], rows.shape[-1])
         return super().forward(input) if y is None else y
+
+    def _takes_rows(self, x: Tensor) -> bool:
+        """Whether base and update give for the rows of x (n, in) what they give for x (..., in)."""
+        return self.plain_forward and self.plain_update and low_rank.has_rows(x) and not low_rank.transformed()
 
     def fused_output(self, x: Tensor) -> Tensor | None:
         """Return the output by path 3; None if it does not apply."""
@@ -160,7 +162,7 @@ class LoRALinear(LoRALayer, nn.Linear):
         None if the operation would not give this layer's output at the moment.
         """
         reader = self.weight_reader
-        if reader is None or self.merged or self.disabled or not self.is_plain_sum() or is_sharded(self.lora_A):
+        if reader is None or self.merged or self.disabled or not self.is_plain_sum() or is_sharded(self.lora_A) or not low_rank.has_rows(x):
             return None
         return reader.read(self, x)
 
@@ -172,6 +174,11 @@ class LoRALinear(LoRALayer, nn.Linear):
     def adapter_shapes(cls, module: nn.Linear, spec: LayerSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of A, (r, in), and of B, (out, r)."""
         return (spec.rank, module.in_features), (module.out_features, spec.rank)
+
+    @classmethod
+    def example_input(cls, module: nn.Linear, generator: torch.Generator) -> Tensor:
+        """(2, 3, in)."""
+        return torch.randn(2, 3, module.in_features, generator=generator, dtype=torch.float64)
 
     @classmethod
     def adapter_placements(cls, placement: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.adapting import adapt, unadapt
 from lightning_lora.layers.base import PREFIX, LoRALayer, lora_layers
 from lightning_lora.model.fuse import fuse, unfuse
-from lightning_lora.model.heads import hf_ends
+from lightning_lora.model.heads import hf_ends, note_saved
 from lightning_lora.model.targeting import TargetReport, find_targets
 from lightning_lora.quantization.formats import elements, plain_dtype, prepare
 from lightning_lora.registry import INITS, VARIANTS, look_up
@@ -152,6 +152,7 @@ def unload_lora(model: nn.Module) -> nn.Module:
 
         parallel.forget(model)
     unfuse(model)
+    note_saved(model, ())
     for _, layer in list(lora_layers(model)):
         unadapt(layer)
     for module in model.modules():
@@ -193,6 +194,7 @@ def _train_extras(model: nn.Module, config: LoRAConfig, report: TargetReport) ->
     modules = modules_by_name(model)
     for fqn in report.saved:
         modules[fqn].requires_grad_(True)
+    note_saved(model, report.saved)
     owners = {"none": (), "all": model.modules(), "lora_only": (target.module for target in report.targets)}[config.bias]
     for module in owners:
         for name, parameter in module.named_parameters(recurse=False):

@@ -3,30 +3,100 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from lightning_lora.config import LoRAConfig
+from lightning_lora.config import ALL_LINEAR, LoRAConfig
+from lightning_lora.layers.base import lora_layers
 from lightning_lora.quantization.formats import format_of
 from lightning_lora.utils.names import clean_name, modules_by_name
-from lightning_lora.utils.patterns import compile_patterns, no_match
+from lightning_lora.utils.patterns import Pattern, compile_patterns, no_match
+from lightning_lora.utils.transformers_conventions import is_loaded
 
-_FRESH_HEAD = re.compile(r"For\w*(Classification|MultipleChoice|QuestionAnswering)$")
+# Classes whose heads have always been trained in full, and those whose heads are where it is not known what the checkpoint had.
+_CLASSIFIERS = re.compile(r"For\w*(Classification|MultipleChoice|QuestionAnswering)\w*$")
+_TASKS = re.compile(r"For\w*(Classification|MultipleChoice|QuestionAnswering|CTC|XVector|Segmentation|Detection|DepthEstimation)\w*$")
+_TRAINED = "_lora_trained_in_full"  # noted on a module, for what loading knew does not survive sharding or copying
 
 
-def fresh_heads(model: nn.Module) -> list[str]:
-    """FQNs of the heads that Hugging Face classification models start untrained: what stands beside the backbone.
+def fresh_heads(model: nn.Module, targets: Sequence[Pattern] = ()) -> list[str]:
+    """FQNs of the modules that Hugging Face task models (``…ForSequenceClassification`` and the like) start untrained.
 
-    Recognised by the class name (``…ForSequenceClassification`` and the like), without importing transformers.
+    A model that ``from_pretrained`` loaded says which parameters the checkpoint had: what it had not is fresh, wherever it is. Otherwise
+    it is what stands beside the backbone. A classifier or a question answering head is trained in full in any case, as PEFT does.
+
+    Args:
+        model: any module.
+        targets: what is to be adapted by name, such as a fresh pooler's layer: that is adapted, not trained in full.
     """
-    heads = []
+    fresh: list[str] = []
     for fqn, module in model.named_modules():
-        backbone = getattr(type(module), "base_model_prefix", None)
-        if isinstance(backbone, str) and _FRESH_HEAD.search(type(module).__name__) and hasattr(module, backbone):
-            own = [name for name, child in module.named_children() if name != backbone and any(True for _ in child.parameters())]
-            heads += [clean_name(f"{fqn}.{name}" if fqn else name) for name in own]
-    return heads
+        if not isinstance(getattr(type(module), "base_model_prefix", None), str) or not _FOR.search(type(module).__name__):
+            continue
+        missing = _not_loaded(module)
+        inside = [name for name, _ in module.named_modules() if any(p.matches(clean_name(f"{fqn}.{name}".strip("."))) for p in targets)]
+        names = [name for name in missing or () if not any(within(target, [name]) for target in inside)]
+        if _CLASSIFIERS.search(type(module).__name__) or (missing is None and _TASKS.search(type(module).__name__)):
+            names += _beside_backbone(module)
+        names = list(dict.fromkeys(name for name, _ in module.named_modules() if name in names))
+        fresh += [clean_name(f"{fqn}.{name}" if fqn else name) for name in names if not within(name.rpartition(".")[0], names)]
+    return fresh
+
+
+_FOR = re.compile(r"For[A-Z]\w*$|LMHeadModel$|WithLMHead\w*$")
+
+
+def _not_loaded(model: nn.Module) -> list[str] | None:
+    """Names of the largest submodules none of whose parameters a checkpoint had; None if it was not loaded, or one cannot tell."""
+    loaded = {id(p) for p in model.parameters() if is_loaded(p)}
+    plain = [p for module in model.modules() if not format_of(module) for p in module._parameters.values() if p is not None]
+    if not plain or 2 * sum(id(p) in loaded for p in plain) < len(plain):  # some ways of quantizing make new parameters
+        return None
+    names: list[str] = []
+    for name, module in model.named_modules():
+        own = list(module.parameters())
+        if name and own and not within(name, names) and not any(id(p) in loaded for p in own) and not any(map(format_of, module.modules())):
+            names.append(name)
+    return names
+
+
+def left_frozen(model: nn.Module, adapted: Iterable[str], saved: Iterable[str]) -> list[str]:
+    """Names of what would train without LoRA, and with it stays as it is: a module's own parts beside the one that is adapted, its
+    parameters that are in no part, and what a checkpoint of a pretrained part did not have.
+
+    Args:
+        model: the whole module, before its parameters are frozen.
+        adapted: FQNs of the layers to adapt.
+        saved: FQNs of the modules trained in full.
+    """
+    busy = [*adapted, *saved]
+    names = [name for name, p in model.named_parameters(recurse=False) if p.requires_grad]
+    for name, child in model.named_children():
+        if any(p.requires_grad for p in child.parameters()) and not any(within(fqn, [clean_name(name)]) for fqn in busy):
+            names.append(name)
+    for fqn, module in model.named_modules():
+        if isinstance(getattr(type(module), "base_model_prefix", None), str):
+            names += [f"{fqn}.{name}".strip(".") for name in _not_loaded(module) or ()]
+    names = [clean_name(name) for name in names]
+    return [name for name in dict.fromkeys(names) if not within(name, saved) and not any(within(fqn, [name]) for fqn in busy)]
+
+
+def _beside_backbone(model: nn.Module) -> list[str]:
+    """Names of a task model's children that are no pretrained model; where all is inside one, of the layers with an output per label."""
+    children = {name: child for name, child in model.named_children() if any(True for _ in child.parameters())}
+    prefix, (embeddings, _) = getattr(type(model), "base_model_prefix", ""), hf_ends(model)
+    backbones = {
+        name for name, child in children.items() if name == prefix or hasattr(type(child), "base_model_prefix") or child is embeddings
+    }
+    if not backbones and children:
+        backbones = {max(children, key=lambda name: sum(p.numel() for p in children[name].parameters()))}
+    heads = [name for name in children if name not in backbones]
+    labels = getattr(getattr(model, "config", None), "num_labels", None)
+    sizes = ("out_features", "out_channels")
+    return heads or [
+        name for name, module in model.named_modules() if labels and any(getattr(module, size, None) == labels for size in sizes)
+    ]
 
 
 def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
@@ -37,7 +107,10 @@ def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
     """
     modules = modules_by_name(model)
     if config.modules_to_save == "auto":
-        return fresh_heads(model)
+        if next(lora_layers(model), None) is None:
+            everything = config.target_modules == ALL_LINEAR
+            return fresh_heads(model, () if everything else compile_patterns(config.target_modules, "target_modules"))
+        return [clean_name(name) for name, module in model.named_modules() if _TRAINED in module.__dict__]
     saved: list[str] = []
     for pattern in compile_patterns(config.modules_to_save, "modules_to_save"):
         found = [fqn for fqn in modules if pattern.matches(fqn)]
@@ -55,6 +128,15 @@ def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
     saved = list(dict.fromkeys(saved))
     _check_not_tied(model, saved)
     return saved
+
+
+def note_saved(model: nn.Module, saved: Iterable[str]) -> None:
+    """Note on the modules themselves that they are trained in full; with no names, that none is."""
+    for module in model.modules():
+        module.__dict__.pop(_TRAINED, None)
+    modules = modules_by_name(model)
+    for fqn in saved:
+        modules[fqn].__dict__[_TRAINED] = True
 
 
 def hf_ends(module: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:

@@ -29,7 +29,7 @@ def lora_update_reference(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: flo
         scale: α/r.
         dropout: probability; 0 outside training.
     """
-    t = F.linear(F.dropout(x, dropout), A)  # (..., r)
+    t = F.linear(F.dropout(x, dropout) if dropout else x, A)  # (..., r)
     return y + F.linear(t, B) * scale
 
 
@@ -52,7 +52,7 @@ def lora_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropou
         x, A, B = x.to(dtype), A.to(dtype), B.to(dtype)
     # The compiler fuses the definition itself. torch.func transforms need plain operations,
     # and DTensors propagate their placements through those.
-    if transformed() or is_sharded(A):
+    if transformed() or is_sharded(A) or not has_rows(x):
         return lora_update_reference(y, x, A, B, scale, dropout)
     if autocast_dtype(y) in (None, dtype):  # all operands have y's dtype: autocast would cast nothing
         return _lora_update(y, x, A, B, scale, dropout, inplace)
@@ -63,6 +63,11 @@ def lora_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropou
 def transformed() -> bool:
     """True while a compiler or a torch.func transform traces the code. Both need plain operations."""
     return torch.compiler.is_compiling() or transforms_active()
+
+
+def has_rows(x: Tensor) -> bool:
+    """Whether x (..., in) can be flattened to rows (n, in); sparse and jagged tensors cannot."""
+    return x.layout is torch.strided and not x.is_nested
 
 
 def _lora_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, inplace: bool) -> Tensor:

@@ -114,6 +114,22 @@ def format_of(module: nn.Module) -> QuantizedFormat | None:
     return packing if packing is not None and packing.is_quantized(module) else None
 
 
+def unknown_storage(module: nn.Module, name: str) -> str | None:
+    """What a layer's weight of that name is stored as, if that is neither plain floating point nor a format that is known; else None.
+
+    A weight in 8 bit has scales somewhere, and a tensor subclass with operations of its own may hold anything: neither is the number that
+    it looks like, and adding an update to it would lose the update without a word.
+    """
+    weight = module._parameters.get(name)
+    if weight is None or _candidate(module) is not None:
+        return None
+    if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return str(weight.dtype)
+    cls: Any = type(local_tensor(weight))
+    plain = cls.__torch_dispatch__ is Tensor.__torch_dispatch__ or cls.__module__.startswith("torch._subclasses.")  # torch's fake tensors
+    return None if plain else qualified_name(cls)
+
+
 def prepare(module: Any, dtype: torch.dtype | None = None) -> None:
     """Make a layer ready for adapters, on it or on layers before it. Does nothing for plain layers.
 

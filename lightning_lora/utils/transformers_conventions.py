@@ -35,6 +35,12 @@ def gives_gradients(module: nn.Module) -> bool:
     return "_require_grads_hook" in module.__dict__
 
 
+def is_loaded(parameter: nn.Parameter) -> bool:
+    """Whether a checkpoint had it: transformers marks what it loads, so as not to initialise it again. Without it fresh heads are found by
+    the class that they belong to."""
+    return bool(getattr(parameter, "_is_hf_initialized", False))
+
+
 def checkpoint_options(model: nn.Module) -> Iterator[dict[str, Any]]:
     """Yield the options of each module's activation checkpointing, as keywords of ``torch.utils.checkpoint``.
 

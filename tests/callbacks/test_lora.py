@@ -185,8 +185,11 @@ def test_several_optimizers_and_manual_optimization_with_a_part_adapted(tmp_path
 
 
 def test_an_optimizer_with_nothing_to_train_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"optimizer 1 \(SGD\) holds no parameter that trains"):
-        fit(tmp_path, TwoOptimizers(), 1)  # all of it adapted: the critic is frozen
+    with (
+        pytest.warns(UserWarning, match="LoRA freezes critic"),  # all of it adapted
+        pytest.raises(ValueError, match=r"optimizer 1 \(SGD\) holds no parameter that trains"),
+    ):
+        fit(tmp_path, TwoOptimizers(), 1)
 
 
 def test_precision_plugins_keep_adapters_and_moments_in_fp32(tmp_path: Path) -> None:
@@ -506,3 +509,68 @@ def test_gradient_checkpointing(tmp_path: Path, bert: nn.Module, reentrant: bool
     torch.manual_seed(1)
     fit(tmp_path, module, 1, lora=LoRACallback(LoRAConfig(rank=2, target_modules=["query", "value"]), merge_on_fit_end=False))
     assert module.net.bert.encoder.layer[0].attention.self.query.lora_B.abs().sum() > 0
+
+
+# What LoRA freezes beside what it adapts.
+
+
+class Distilled(LitNet):
+    """A student that learns a frozen teacher's outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = make_net().requires_grad_(False)
+
+    def step(self, batch: Any) -> torch.Tensor:
+        return nn.functional.mse_loss(self.net(batch[0]), self.teacher(batch[0]) + 1)
+
+
+def test_a_frozen_teacher_is_not_adapted(tmp_path: Path) -> None:
+    module = Distilled()
+    before = bits(module)
+    with pytest.raises(ValueError, match=r"in 'teacher', which is frozen as a whole, and 'net.fc1', which trains: .*module='net'"):
+        fit(tmp_path, module)
+    assert all(torch.equal(value, before[name]) for name, value in bits(module).items())
+    fit(tmp_path, module, lora=LoRACallback(CONFIG, module="net"))
+    assert all(torch.equal(p, before[f"teacher.{name}"]) for name, p in module.teacher.named_parameters())
+
+
+class Headed(LitNet):
+    """A network that is adapted, a new head and a parameter beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.temperature = nn.Linear(4, 4), nn.Parameter(torch.ones(()))
+
+    def step(self, batch: Any) -> torch.Tensor:
+        return nn.functional.cross_entropy(self.head(self.net(batch[0])) * self.temperature, batch[1])
+
+
+def test_a_new_head_that_stays_random_is_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("lightning.pytorch").propagate = True
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch"), pytest.warns(UserWarning, match="LoRA freezes"):
+        fit(tmp_path, Headed(), 1)
+    assert "frozen, without an adapter: temperature, head\n" in caplog.text
+
+
+def test_a_new_head_that_stays_random_is_told_at_the_start(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    def moved(module: Headed, **fields: Any) -> set[str]:
+        before = bits(module)
+        config = LoRAConfig(rank=2, alpha=4, target_modules=["fc1", "fc2"], **fields)
+        fit(tmp_path, module, lora=LoRACallback(config, module=part, merge_on_fit_end=False))
+        return {name.partition(".")[0] for name, value in bits(module).items() if name in before and not torch.equal(value, before[name])}
+
+    part = None
+    with pytest.warns(UserWarning, match=r"LoRA freezes temperature, head, which have no adapter: .*LoRACallback\(module=\.\.\.\)"):
+        assert moved(Headed()) == {"net"}  # its running statistics
+    with pytest.warns(UserWarning, match="LoRA freezes temperature, which"):
+        assert moved(Headed(), modules_to_save=["head"]) == {"net", "head"}
+    module = Headed()  # what is frozen already needs no word
+    module.head.requires_grad_(False)
+    module.temperature.requires_grad_(False)
+    recwarn.clear()
+    assert moved(module) == {"net"}
+    assert moved(Headed(), modules_to_save=[]) == {"net"}
+    part = "net"
+    assert moved(Headed()) == {"net", "head", "temperature"}
+    assert not [w for w in recwarn if "LoRA freezes" in str(w.message)]

@@ -62,6 +62,10 @@ def test_hooks_survive_in_both_directions(kind):
     assert seen == ["pre", "post"]
 
 
+SPEC = LayerSpec(LoRAConfig(), 2, 4.0, "layer")
+STORED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8, torch.complex64)
+
+
 class Packed(nn.Linear):
     """A linear without a weight parameter, as weight_norm or a quantized wrapper leaves it."""
 
@@ -77,9 +81,44 @@ def own_forward():
     return module
 
 
+def stored_as(weight):
+    layer = nn.Linear(3, 3)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+class Halved(torch.Tensor):
+    """A tensor subclass with operations of its own: the numbers that it shows are not those that it holds."""
+
+    @staticmethod
+    def __new__(cls, held):
+        return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)
+
+    def __init__(self, held):
+        self.held = held
+
+    def __tensor_flatten__(self):
+        return ["held"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].held)
+        raise NotImplementedError(func)
+
+
+class Named(nn.Parameter):
+    """A subclass for its name alone: its numbers are plain ones."""
+
+
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
+        *(
+            (lambda dtype=dtype: stored_as(torch.zeros(3, 3).to(dtype)), f"stores its weight as {dtype}, which is neither")
+            for dtype in STORED
+        ),
+        (lambda: stored_as(Halved(torch.zeros(3, 3))), "stores its weight as tests.layers.test_adapting.Halved, which is neither"),
         (lambda: nn.LayerNorm(3), "which LoRA cannot adapt: supported are"),
         (own_forward, "has a forward of its own set on the instance, which would bypass the adapter"),
         (Packed, "computes its weight anew at each call"),
@@ -88,12 +127,20 @@ def own_forward():
         (lambda: nn.Embedding(3, 3, max_norm=1.0), "max_norm=1.0 changes the frozen weight in every forward pass"),
         (lambda: nn.Conv2d(3, 3, 1, groups=3), "rank=4 is not a multiple of groups=3"),
     ],
-    ids=["type", "instance-forward", "packed", "weight-norm", "lazy", "max-norm", "groups"],
+    ids=[*map(str, STORED), "subclass", "type", "instance-forward", "packed", "weight-norm", "lazy", "max-norm", "groups"],
 )
 def test_refusals_name_the_module_and_the_reason(build, reason):
     message = refusal(build(), LayerSpec(LoRAConfig(dropout=0.0), 4, 16.0, "blocks.0.layer"))
     assert message.startswith("'blocks.0.layer'")
     assert reason in message
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_plain_weights_are_known_by_their_dtype(dtype):
+    assert refusal(stored_as(torch.zeros(3, 3, dtype=dtype)), SPEC) is None
+    layer = nn.Linear(3, 3)
+    layer.weight = Named(torch.zeros(3, 3, dtype=dtype))
+    assert refusal(layer, SPEC) is None
 
 
 @every_kind

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRALinear, get_lora_parameters, merge_lora, unload_lora, unmerge_lora
+from lightning_lora import LoRAConfig, LoRALinear, apply_lora, get_lora_parameters, merge_lora, unload_lora, unmerge_lora
 from lightning_lora.layers.base import LoRALayer
 from tests.conftest import as_bits, fill, same_bits
 from tests.layers.kinds import CASES, OwnForward
@@ -91,8 +91,8 @@ def test_from_linear_merged_for_good_leaves_its_argument_too():
 
 
 def test_from_linear_refuses_what_it_cannot_adapt():
-    with pytest.raises(ValueError, match="reads its weight without calling it"):
-        LoRALinear.from_linear(nn.MultiheadAttention(4, 2).out_proj)
+    with pytest.raises(ValueError, match="computes its weight anew at each call"):
+        LoRALinear.from_linear(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
     with pytest.raises(ValueError, match=r"linear is a LoRALinear and has an adapter already; give linear\.linear"):
         LoRALinear.from_linear(LoRALinear(4, 3))
 
@@ -173,3 +173,57 @@ def test_a_vectorized_jacobian(variant):
     layer, x = CASES["linear"].layer(torch.float64, variant=variant), torch.randn(2, 12, dtype=torch.float64)
     jacobian = torch.autograd.functional.jacobian
     torch.testing.assert_close(jacobian(layer, x, vectorize=True), jacobian(layer, x))
+
+
+class Sum(nn.Module):
+    """Two linears that share their input, whose outputs are written into."""
+
+    def __init__(self, cls):
+        super().__init__()
+        self.q_proj, self.v_proj = cls(8, 8), cls(8, 8)
+
+    def forward(self, x):
+        q, v = self.q_proj(x), self.v_proj(x)
+        q *= 0.5
+        return q + v.relu_()
+
+
+class Falcon(nn.Linear):
+    def forward(self, input):
+        return input @ self.weight.T + self.bias
+
+
+@pytest.mark.parametrize("cls", [nn.Linear, Falcon])
+def test_outputs_may_be_written_into_in_place(cls):
+    torch.manual_seed(0)
+    model = apply_lora(Sum(cls).double(), LoRAConfig(rank=2))
+    for layer in (model.q_proj, model.v_proj):
+        nn.init.normal_(layer.lora_B)
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    parameters = list(get_lora_parameters(model))
+    y = model(x)
+    gradients = torch.autograd.grad(y.square().sum(), parameters)
+    parts = [layer.linear(x) + layer.scaling * (x @ layer.lora_A.T @ layer.lora_B.T) for layer in (model.q_proj, model.v_proj)]
+    expected = 0.5 * parts[0] + parts[1].relu()
+    assert torch.allclose(y, expected)
+    wanted = torch.autograd.grad(expected.square().sum(), parameters)
+    assert all(torch.allclose(a, b) for a, b in zip(gradients, wanted, strict=True))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda x: x.to_sparse(), lambda x: torch.nested.nested_tensor([x[:2], x[2:]], layout=torch.jagged)],
+    ids=["sparse", "jagged"],
+)
+@pytest.mark.parametrize("cls", [nn.Linear, Falcon])
+def test_sparse_and_jagged_inputs_give_what_dense_ones_give(cls, make):
+    torch.manual_seed(0)
+    layer = CASES["linear"].layer(torch.float64) if cls is nn.Linear else LoRALinear.from_linear(Falcon(8, 6, dtype=torch.float64), rank=2)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(5, layer.in_features, dtype=torch.float64)
+    odd = make(x)
+    y = layer(odd)
+    y = y.values() if y.is_nested else y
+    assert torch.allclose(y, layer(x))
+    gradients = [torch.autograd.grad(out.square().sum(), list(layer.lora_parameters().values())) for out in (y, layer(x))]
+    assert all(torch.allclose(a, b) for a, b in zip(*gradients, strict=True))

@@ -217,8 +217,26 @@ def test_attention_that_reads_weights_without_calling_the_layer():
 
 def test_transformer_encoder_layers_fast_path():
     model = nn.ModuleDict({"encoder": nn.TransformerEncoderLayer(4, 2, 8), "head": nn.Linear(4, 2)})
-    with pytest.raises(ValueError, match=r"'encoder.linear1': nn.TransformerEncoderLayer reads this weight .* exclude it"):
+    with pytest.raises(ValueError, match=r"'encoder.linear1' .*TransformerEncoderLayer.forward reads its weight .* Exclude it"):
         find_targets(model, LoRAConfig(target_modules=["linear1"], rank=2))
+
+
+def test_all_linear_passes_over_what_an_adapter_cannot_serve():
+    model = nn.ModuleDict({"layers": nn.ModuleList(nn.TransformerEncoderLayer(4, 2, 8) for _ in range(2)), "head": nn.Linear(4, 2)})
+    with pytest.warns(
+        UserWarning, match=r"leaves out 72% of the model, which is in no linear that an adapter can serve: layers.\*.self_attn"
+    ):
+        report = find_targets(model, LoRAConfig(target_modules="all-linear", rank=2))
+    assert [target.fqn for target in report.targets] == ["head"]
+    assert len(report.passed_over) == 6
+    assert report.left_out["layers.*.linear1 (Linear)"] == 64 and report.total == 354
+    line = next(line for line in str(report).splitlines() if "linear1" in line)
+    assert line.startswith("passed over: layers.*.linear1 (2): TransformerEncoderLayer.forward reads its weight without calling it")
+    del model["head"]
+    with pytest.raises(
+        ValueError, match=r"target_modules='all-linear' finds no linear that an adapter can serve: layers.\*.self_attn.out_proj"
+    ):
+        find_targets(model, LoRAConfig(target_modules="all-linear"))
 
 
 def test_meta_models_resolve_without_memory():

@@ -229,3 +229,19 @@ def test_frozen_a_keeps_no_x(dropout):
         return torch.autograd.grad(dx.square().sum(), [x, B])
 
     torch.testing.assert_close(twice(A.detach()), twice(A))  # no second derivative needs x
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (2, 5, 8), (8,), (0, 8), (2, 0, 8)])
+def test_the_output_may_be_written_into_in_place(shape):
+    """As by an activation in place, or `mlp_output += attention_output`; the gradients are those of the definition."""
+    g = torch.Generator().manual_seed(0)
+    x, A, B = (torch.randn(*size, generator=g, dtype=torch.float64) for size in (shape, (2, 8), (6, 2)))
+    W = torch.randn(6, 8, generator=g, dtype=torch.float64)
+    gradients = []
+    for update in (lora_update, lora_update_reference):
+        leaves = [t.clone().requires_grad_() for t in (x, A, B)]
+        y = update(leaves[0] @ W.T, *leaves, 0.5)
+        y *= 2
+        torch.relu_(y)
+        gradients.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
+    assert all(torch.allclose(a, b) for a, b in zip(*gradients, strict=True))

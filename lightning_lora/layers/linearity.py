@@ -1,0 +1,171 @@
+"""Whether merging a layer's adapter leaves what the adapter does: known for torch's own forwards, tried once for any other.
+
+A kind's update goes beside the base's output, and the merged one into its weight. Both are the same where the forward is the plain product
+with the weight. A subclass may do more: standardise or quantize its weight, scale its output, pad or normalise its input, return a tuple.
+So an adapter is tried, merged and unmerged, on a small copy of the layer with random weights, on the CPU, in float64. Nothing of the
+layer itself is run or written to, and no random number is taken from the user's generators.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.layers.adapting import adapt, shallow_copy
+from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.classes import adapted_class
+from lightning_lora.layers.spec import LayerSpec
+from lightning_lora.ops.frozen_weight import WEIGHT_READERS
+from lightning_lora.quantization.formats import QUANTIZED_FORMATS, format_of
+from lightning_lora.registry import KINDS, qualified_name
+
+_TOLERANCE = 5e-3  # of the update's effect: a forward that computes in bf16 stays below, rounding to 8 bit does not
+_LARGE, _TOO_LARGE = 2**20, 2**24  # elements: above the first a smaller copy is tried before the whole, above the second instead of it
+_CHANGES = {"_conv_forward", "__call__", "__getattr__", "weight"}  # what torch's own forwards go by
+_FAILS = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_REASONS: dict[Any, str | None] = {}
+
+
+def why_not_linear(module: nn.Module, kind: str | None = None) -> str | None:
+    """Why an adapter on this layer could not be merged; None if it could. Tried once per class and the switches of its instances.
+
+    Args:
+        module: a layer that a kind adapts, on any device, meta included; or one that has its adapter, which has been asked before.
+        kind: name of its kind, where its type does not tell.
+    """
+    cls: Any = type(module)
+    if isinstance(module, LoRALayer) or _is_known(cls) or format_of(module) is not None:
+        return None
+    switches = tuple((name, value) for name, value in vars(module).items() if value is None or isinstance(value, (bool, str)))
+    parts = tuple(tuple(part is None for part in parts.values()) for parts in (module._parameters, module._buffers))
+    key = (cls, kind, tuple(switch for switch in switches if switch[0] != "training"), parts)
+    if key not in _REASONS:
+        _REASONS[key] = _tried(module, kind)
+    return _REASONS[key]
+
+
+def _is_known(cls: type[nn.Module]) -> bool:
+    """Whether the forward is one that a kind was made for, and goes by nothing that a subclass has changed."""
+    for base in cls.__mro__:
+        if any(qualified_name(base) in known for known in (KINDS, WEIGHT_READERS, QUANTIZED_FORMATS)):
+            return True
+        if "forward" in vars(base) or _CHANGES & vars(base).keys():
+            return False
+    return False
+
+
+def _tried(module: nn.Module, kind_name: str | None) -> str | None:
+    kind: Any = adapted_class(type(module), LoRAConfig().variant, kind_name)
+    shapes = [module._parameters[name].shape for name in kind.adapted]  # type: ignore[union-attr]
+    size = sum(map(math.prod, shapes))
+    reason = None
+    with _alone():
+        if size > _LARGE:
+            longest = dict.fromkeys(length for shape in shapes for length in shape if length > 64)
+            reason = _difference(module, kind_name, dict(zip(longest, (64, 48, 32, 16, 8), strict=False)))
+        if size <= _LARGE or (reason and size <= _TOO_LARGE):
+            reason = _difference(module, kind_name, {})
+    return reason
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Without gradients, autocast and default devices, and with the generator of random numbers as it was."""
+    state = torch.get_rng_state()
+    try:
+        with ExitStack() as stack:
+            for context in (torch.device("cpu"), torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False)):
+                stack.enter_context(context)
+            if "torch._dynamo" in sys.modules:  # some forwards call compiled functions; importing it would take seconds
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            yield
+    finally:
+        torch.set_rng_state(state)
+
+
+def _difference(module: nn.Module, kind: str | None, lengths: dict[int, int]) -> str | None:
+    """What is wrong with an adapter on a copy of the layer, dimensions of some lengths having others."""
+    generator = torch.Generator().manual_seed(0)
+    rank = 2 * getattr(module, "groups", 1)
+    try:
+        base = _copy(module, lengths, generator)
+        layer = adapt(shallow_copy(base), LayerSpec(LoRAConfig(rank=rank, alpha=rank), rank, float(rank), kind=kind))
+        x = type(layer).example_input(base, generator)
+        if x is None:
+            return None
+        for factor in layer.lora_parameters().values():
+            factor.normal_(generator=generator)
+        merged = shallow_copy(base)
+        for name, single in layer.by_weight().items():
+            merged._parameters[name] = nn.Parameter(single.weight + single.lora_delta())
+        for mode in (False, True):
+            before, alone, together = (_output(each.train(mode), x) for each in (base, layer, merged))
+            effect = (together - before).norm()
+            if not ((alone - together).norm() <= _TOLERANCE * effect and effect > 0):
+                return "its forward does more than multiply by its weight, so a merged adapter would not do what it did before"
+    except _FAILS as error:
+        first = (str(error).splitlines() or [""])[0][:120]
+        return f"its forward does not take or give what {_expected(type(module))} does ({type(error).__name__}: {first})"
+    return None
+
+
+def _expected(cls: type) -> str:
+    """Whose forward a kind was made for, among the classes that this one is made from."""
+    return next((f"nn.{base.__name__}'s" for base in cls.__mro__ if qualified_name(base) in KINDS), "its kind's")
+
+
+def _output(layer: Any, x: Tensor) -> Tensor:
+    """Of the forward itself, without hooks; what is random in it comes out the same each time."""
+    torch.default_generator.manual_seed(0)
+    y = layer.forward(x)
+    if not isinstance(y, Tensor):
+        raise ValueError(f"it returns a {type(y).__name__}")
+    return y.double()
+
+
+def _copy(module: nn.Module, lengths: dict[int, int], generator: torch.Generator) -> Any:
+    """A copy of a layer and of what is in it, in float64, that shares nothing with it: random parameters, and buffers near its own."""
+    new = shallow_copy(module)
+    for name in _HOOKS:
+        new.__dict__[name] = OrderedDict()
+    for name, value in new.__dict__.items():
+        if isinstance(value, (list, set)):
+            new.__dict__[name] = value.copy()
+        elif type(value) is int:
+            new.__dict__[name] = lengths.get(value, value)
+        elif type(value) is tuple:
+            new.__dict__[name] = tuple(lengths.get(each, each) if type(each) is int else each for each in value)
+        elif isinstance(value, Tensor):
+            new.__dict__[name] = _cut(value, lengths, generator)
+    if lengths and getattr(new, "padding_idx", None) is not None:
+        new.padding_idx = min(new.padding_idx, min(lengths.values()) - 1)
+    for name, parameter in new._parameters.items():
+        if parameter is not None:
+            shape = [lengths.get(length, length) for length in parameter.shape]
+            value = torch.randn(shape, generator=generator, dtype=torch.float64)
+            value = value / math.sqrt(math.prod(shape[1:])) if len(shape) > 1 else 1 + value / 10
+            new._parameters[name] = nn.Parameter(value)
+    new._buffers.update({name: None if buffer is None else _cut(buffer, lengths, generator) for name, buffer in new._buffers.items()})
+    new._modules.update({name: None if child is None else _copy(child, lengths, generator) for name, child in new._modules.items()})
+    return new
+
+
+def _cut(tensor: Tensor, lengths: dict[int, int], generator: torch.Generator) -> Tensor:
+    """A copy on the CPU, its long dimensions cut; floating point in float64, and not quite the same. A meta tensor's has values."""
+    value = torch.ones(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor.detach().to("cpu", copy=True)
+    for dim, length in enumerate(value.shape):
+        value = value.narrow(dim, 0, lengths.get(length, length))
+    # Scales are often 1 before weights are loaded, where a forward that multiplies by them looks plain.
+    factors = 1.25 + torch.rand(value.shape, generator=generator, dtype=torch.float64) / 2
+    return value.double() * factors if value.is_floating_point() else value

@@ -1,0 +1,117 @@
+"""What a config means for a model: the modules to adapt, what trains in full, and what is left alone; printed as a table."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.spec import LayerSpec
+from lightning_lora.quantization.formats import format_of
+
+
+@dataclass(frozen=True)
+class Target:
+    """One module to adapt."""
+
+    fqn: str
+    module: nn.Module = field(repr=False)
+    type_name: str  # the module's type before it is adapted
+    kind: type[LoRALayer]  # the class that it gets
+    spec: LayerSpec
+
+    @property
+    def rank(self) -> int:
+        """r of its adapter."""
+        return self.spec.rank
+
+    @property
+    def alpha(self) -> float:
+        """Scaling numerator of its adapter."""
+        return self.spec.alpha
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the base weight; of the first one where there are several."""
+        return self.shapes[0]
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of each base weight."""
+        if format_of(self.module):
+            return [(self.module.out_features, self.module.in_features)]  # type: ignore
+        return [tuple(self.module._parameters[name].shape) for name in self.kind.adapted]  # type: ignore[union-attr]
+
+    @property
+    def parameters(self) -> int:
+        """Elements that the adapter has."""
+        return sum(math.prod(shape) for shape in self.kind.parameter_shapes(self.module, self.spec).values())
+
+
+@dataclass(frozen=True)
+class TargetReport:
+    """What a config means for a model; ``print`` it.
+
+    Attributes:
+        targets: the modules to adapt, in the model's order.
+        hits: pattern → how many modules it hit, by config field.
+        saved: FQNs of the modules trained in full.
+        left_out: what ``"all-linear"`` leaves out though it is neither embedding nor vector: what is in no linear, such as experts in one
+            tensor, and the linears of ``passed_over``; module and type → elements.
+        total: elements of the model.
+        passed_over: FQN → why ``"all-linear"`` passed over this linear, which an adapter cannot serve.
+    """
+
+    targets: tuple[Target, ...]
+    hits: dict[str, dict[str, int]]
+    saved: tuple[str, ...]
+    left_out: dict[str, int]
+    total: int
+    passed_over: dict[str, str]
+
+    @property
+    def parameters(self) -> int:
+        """Elements that all adapters have together."""
+        return sum(target.parameters for target in self.targets)
+
+    def __str__(self) -> str:
+        groups: Counter[tuple[str, ...]] = Counter()
+        parameters: Counter[tuple[str, ...]] = Counter()
+        for target in self.targets:
+            shape = ", ".join("×".join(map(str, each)) for each in target.shapes)
+            row = (starred(target.fqn), target.type_name, shape, str(target.rank), f"{target.alpha:g}")
+            groups[row] += 1
+            parameters[row] += target.parameters
+        rows: list[tuple[str, ...]] = [("module", "type", "weight", "rank", "alpha", "count", "parameters")]
+        rows += [(*row, str(count), f"{parameters[row]:,}") for row, count in groups.items()]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = [
+            "  ".join(cell.rjust(w) if i > 2 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+            for row in rows
+        ]
+        lines.append(f"LoRA on {len(self.targets)} modules, {self.parameters:,} parameters")
+        lines += [f"  {name} {pattern!r}: {count} modules" for name, hits in self.hits.items() for pattern, count in hits.items()]
+        lines += [f"passed over: {line}" for line in grouped(self.passed_over)]
+        if self.saved:
+            lines.append(f"trained in full: {', '.join(self.saved)}")
+        lines += [f"left out: {name}, {size:,} elements, {size / self.total:.0%} of the model" for name, size in self.left_out.items()]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def starred(fqn: str) -> str:
+    """With * for the index of a block, so that the layers of all blocks have one name."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", fqn)
+
+
+def grouped(reasons: dict[str, str]) -> list[str]:
+    """One line for what all blocks have in common.
+
+    Args:
+        reasons: FQN → what to say of it.
+    """
+    groups = Counter((starred(fqn), reason) for fqn, reason in reasons.items())
+    return [f"{name} ({count}): {reason}" for (name, reason), count in groups.items()]

@@ -1,0 +1,177 @@
+"""The paths that a function reaches from its parameters, such as ``self.attn.weight``, read from its source.
+
+They are followed through local variables, loops and conditions, whichever branch runs. Without a source the names in the compiled code
+have to do.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import inspect
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from types import CodeType, FunctionType
+
+Path = tuple[str, ...]  # a parameter of a function, then attributes; "*" is any element, "()" what a call returns
+Call = tuple[Path, tuple[tuple[int | str, Path], ...]]  # what is called, and the position or keyword of each argument that is a path
+
+_ELEMENTS = {"children", "values", "modules"}  # methods that give the elements
+_ASKS_ABOUT = {"callable", "getattr", "hasattr", "id", "isinstance", "len", "setattr", "type"}  # ask about their argument, not its values
+_LIKE = {"empty_like", "full_like", "ones_like", "rand_like", "randn_like", "to", "type_as", "zeros_like"}
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What one function reaches from its parameters: the paths that it uses, the calls that it hands paths to, what it returns."""
+
+    names: tuple[str, ...] = ()  # its parameters
+    paths: frozenset[Path] = frozenset()
+    calls: tuple[Call, ...] = ()
+    returned: frozenset[Path] = frozenset()
+
+
+@lru_cache(maxsize=4096)
+def scan(function: FunctionType) -> Scan:
+    """What a function reaches from its parameters."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function.__code__))).body[0]  # of a function, it would be what that wraps
+    except (OSError, TypeError, SyntaxError, IndexError):  # built at run time
+        tree = None
+    if isinstance(tree, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        return _Reader(tree).scan()
+    code = function.__code__
+    names = set(_names(code))
+    parameters = code.co_varnames[: code.co_argcount]
+    ends = [("weight",), ()] if "weight" in names else [()]
+    return Scan(parameters, frozenset((first, name, *end) for first in parameters[:1] for name in names for end in ends))
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+class _Reader:
+    """The paths in one function's syntax tree. A variable stands for all that is ever assigned to it."""
+
+    def __init__(self, tree: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+        self.tree = tree
+        self.names = [each.arg for each in (*tree.args.posonlyargs, *tree.args.args, *tree.args.kwonlyargs)]
+        self.known: dict[str, set[Path]] = {name: {(name,)} for name in self.names}
+        self.parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+
+    def scan(self) -> Scan:
+        body = [node for statement in self.tree.body for node in ast.walk(statement)]
+        for _ in range(2):  # a name may be used above the line that assigns it, in a loop
+            for node in body:
+                self.assign(node)
+        paths = {path for node in body if self.is_used(node) for path in self.paths(node) if len(path) > 1}
+        calls = [call for node in body if isinstance(node, ast.Call) for call in self.calls(node)]
+        returned = {path for node in body if isinstance(node, ast.Return) and node.value for path in self.paths(node.value)}
+        return Scan(tuple(self.names), frozenset(paths), tuple(calls), frozenset(returned))
+
+    def assign(self, node: ast.AST) -> None:
+        match node:
+            case ast.Assign(targets, value):
+                for target in targets:
+                    self.bind(target, value)
+            case ast.AnnAssign(ast.Name() as target, _, ast.expr() as value) | ast.NamedExpr(target, value):
+                self.bind(target, value)
+            case ast.For(target, iterable) | ast.comprehension(target, iterable):
+                self.bind_elements(target, iterable)
+
+    def bind(self, target: ast.expr, value: ast.expr) -> None:
+        if isinstance(target, ast.Name):
+            paths = {path for path in self.paths(value) if len(path) < 8}  # x = x.next, over and over
+            self.known.setdefault(target.id, set()).update(paths)
+        elif isinstance(target, (ast.Tuple, ast.List)) and isinstance(value, (ast.Tuple, ast.List)) and len(target.elts) == len(value.elts):
+            for each, part in zip(target.elts, value.elts, strict=True):
+                self.bind(each, part)
+
+    def bind_elements(self, target: ast.expr, iterable: ast.expr) -> None:
+        match iterable, target:
+            case ast.Call(ast.Name("enumerate"), [of, *_]), ast.Tuple([_, element]):
+                self.bind_elements(element, of)
+            case ast.Call(ast.Name("zip"), of), ast.Tuple(elements):
+                for each, element in zip(of, elements, strict=False):
+                    self.bind_elements(element, each)
+            case ast.Call(ast.Attribute(of, "items" | "named_children"), []), ast.Tuple([_, element]):
+                self.bind_elements(element, of)
+            case ((ast.Tuple(parts) | ast.List(parts)), _):
+                for part in parts:
+                    self.bind(target, part)
+            case _, ast.Name(name):
+                self.known.setdefault(name, set()).update((*path, "*") for path in self.paths(iterable) if len(path) < 8)
+
+    def paths(self, node: ast.AST) -> set[Path]:
+        """What an expression may stand for."""
+        match node:
+            case ast.Name(name):
+                return self.known.get(name, set())
+            case ast.Attribute(ast.Call(ast.Name("super")), name):
+                return {("super()", name)}
+            case ast.Attribute(value, name):
+                return {(*path, name) for path in self.paths(value)}
+            case ast.Call(ast.Name("getattr"), [value, ast.Constant(str(name)), *_]):
+                return {(*path, name) for path in self.paths(value)}
+            case ast.Call(ast.Attribute(value, name), []) if name in _ELEMENTS:
+                return self.paths(value)
+            case ast.Call(ast.Name("list" | "tuple" | "reversed" | "iter"), [value]) | ast.Subscript(value, ast.Slice()):
+                return self.paths(value)
+            case ast.Subscript(value, _) | ast.Call(ast.Name("getattr"), [value, _, *_]):
+                return {(*path, "*") for path in self.paths(value)}
+            case ast.Call(function, _):
+                return {(*path, "()") for path in self.paths(function)}
+            case ast.IfExp(_, first, second):
+                return self.paths(first) | self.paths(second)
+            case ast.BoolOp(_, values):
+                return set().union(*map(self.paths, values))
+            case ast.NamedExpr(_, value):
+                return self.paths(value)
+        return set()
+
+    def is_used(self, node: ast.AST) -> bool:
+        """Whether a path ends here and is more than asked about or given a name."""
+        if not isinstance(node, (ast.Name, ast.Attribute, ast.Subscript, ast.Call)) or isinstance(
+            getattr(node, "ctx", None), (ast.Store, ast.Del)
+        ):
+            return False
+        match self.parents.get(node):
+            case ast.Attribute() | ast.Subscript(value=_) as outer if getattr(outer, "value", None) is node:
+                return False
+            case ast.Call(ast.Name(name), arguments) if name in _ASKS_ABOUT and node in arguments:
+                return False
+            case ast.Call(ast.Attribute(_, name), arguments) if name in _LIKE and node in arguments:
+                return False
+            case ast.Call(function) if function is node and isinstance(node, (ast.Name, ast.Attribute)):
+                return True
+            case ast.Compare(_, [ast.Is() | ast.IsNot()]):
+                return False
+            case ast.Assign([ast.Name()], _) | ast.NamedExpr():
+                return False
+        return True
+
+    def calls(self, node: ast.Call) -> Iterator[Call]:
+        """The calls that hand paths on."""
+        keys: list[tuple[int | str, ast.expr]] = [*enumerate(node.args), *((word.arg, word.value) for word in node.keywords if word.arg)]
+        arguments = tuple((key, path) for key, value in keys for path in self.paths(value))
+        if arguments:
+            outside = _dotted(node.func)
+            callees = self.paths(node.func) or ({outside} if outside and not hasattr(builtins, outside[0]) else set())
+            yield from ((callee, arguments) for callee in callees)
+
+
+def _dotted(node: ast.AST) -> Path | None:
+    """``("a", "b")`` for ``a.b``."""
+    match node:
+        case ast.Name(name):
+            return (name,)
+        case ast.Attribute(value, name):
+            start = _dotted(value)
+            return None if start is None else (*start, name)
+    return None

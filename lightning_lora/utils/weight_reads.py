@@ -1,0 +1,154 @@
+"""Weights that a forward reads without calling the layer that has them, found in its source.
+
+``F.linear(x, self.qkv.weight)`` never calls ``qkv``: an adapter on it does nothing, and merging that adapter changes the model.
+Nothing is run. What the forward reaches from ``self`` is followed into children, the methods of ``self``, the base class's method and
+functions that take a module.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import FunctionType
+from typing import Any
+
+from torch import nn
+
+from lightning_lora.utils.source_paths import Path, scan
+
+# What is asked of a weight here is not its values.
+_METADATA = {
+    "device", "dim", "dtype", "element_size", "get_device", "grad", "is_contiguous", "is_cuda", "is_floating_point", "is_meta", "itemsize",
+    "layout", "names", "nbytes", "ndim", "nelement", "new_empty", "new_full", "new_ones", "new_tensor", "new_zeros", "numel",
+    "requires_grad", "requires_grad_", "shape", "size", "stride", "type",
+}  # fmt: skip
+
+
+def weight_reads(model: nn.Module) -> dict[nn.Module, str]:
+    """The modules whose ``weight`` another module's forward reads, each with the function that reads it, such as ``Attention.forward``.
+
+    A read in a branch counts, whether the branch is taken now or not. What only asks for a weight's dtype, shape or device is no read.
+    """
+    found: dict[nn.Module, str] = {}
+    for parent in model.modules():
+        if parent._modules:
+            visit = _Visit(parent, found)
+            visit.method(parent, "forward", {})
+    return found
+
+
+@dataclass
+class _Visit:
+    """One parent's forward, followed with the modules that its names stand for."""
+
+    parent: nn.Module
+    found: dict[nn.Module, str]
+    seen: dict[Any, list[Any]] = field(default_factory=dict)  # function and what its parameters stand for → the modules that it returns
+
+    def method(self, owner: nn.Module, name: str, bound: dict[int | str, list[Any]], after: type | None = None) -> list[Any]:
+        """Follow a method of a module; what modules it returns."""
+        if name in ("forward", "__call__") and owner is not self.parent:  # a call of the child, as it should be
+            return []
+        found, cls = _method(type(owner), name, after)
+        shifted = {key + 1 if isinstance(key, int) else key: value for key, value in bound.items()}
+        returned = [self.function(function, {0: [owner], **shifted}, cls) for function in _wrapped(found)]
+        return [each for objects in returned for each in objects]
+
+    def function(self, function: FunctionType, bound: dict[int | str, list[Any]], cls: type | None = None) -> list[Any]:
+        """Follow a function whose arguments, by position or keyword, are modules."""
+        source = scan(function)
+        start = {
+            source.names[key] if isinstance(key, int) else key: v
+            for key, v in bound.items()
+            if isinstance(key, str) or key < len(source.names)
+        }
+        state = (function, tuple((name, tuple(map(id, objects))) for name, objects in sorted(start.items())))
+        where = f"{cls.__name__}.{function.__name__}" if cls is not None else function.__name__
+        if state not in self.seen:
+            self.seen[state] = []  # where it comes back to itself
+            for path in source.paths:
+                self.follow(path, start, where, cls)
+            for callee, arguments in source.calls:
+                taken = {key: self.follow(path, start, None, cls) for key, path in arguments}
+                self.call(function, callee, {key: objects for key, objects in taken.items() if objects}, start, cls)
+            returned = [self.follow(path, start, where, cls) for path in source.returned]
+            self.seen[state] = [each for objects in returned for each in objects]
+        return self.seen[state]
+
+    def call(self, caller: FunctionType, callee: Path, taken: dict[int | str, list[Any]], start: Any, cls: type | None) -> None:
+        """Follow a call that hands modules on."""
+        if not taken:
+            return
+        if callee[0] == "super()":
+            self.method(self.parent, callee[-1], taken, cls)
+        elif callee[0] in start:
+            for owner in self.follow(callee[:-1], start, None, cls) if len(callee) > 1 else ():
+                self.method(owner, callee[-1], taken)
+        else:
+            function: Any = _outside(caller, callee[0])
+            for name in callee[1:]:
+                function = getattr(function, name, None)
+            for each in _wrapped(function):
+                if each.__module__.partition(".")[0] != "torch":
+                    self.function(each, taken)
+
+    def follow(self, path: Path, start: dict[str, list[Any]], where: str | None, cls: type | None) -> list[Any]:
+        """The modules that a path leads to. It ends at weights, which are noted if ``where`` says who reads them, and at all else."""
+        super_of = cls if path[0] == "super()" else None
+        objects = start.get(path[0], []) if super_of is None else [self.parent]
+        for index, name in enumerate(path[1:], 1):
+            rest, following = path[index + 1 :], []
+            for owner in objects:
+                if isinstance(owner, tuple):
+                    following += self.method(*owner) if name == "()" else []
+                elif not isinstance(owner, nn.Module):
+                    following += (list(owner.values()) if isinstance(owner, dict) else owner) if name == "*" else []
+                elif name == "weight" and name in owner._parameters:
+                    if where is not None and owner is not self.parent and not (rest and rest[0] in _METADATA):
+                        self.found.setdefault(owner, where)
+                else:
+                    following += self.attribute(owner, name, super_of, bool(rest))
+            objects = following
+        return [each for each in objects if isinstance(each, nn.Module)]
+
+    def attribute(self, owner: nn.Module, name: str, after: type | None, used: bool) -> list[Any]:
+        """A child, the children, a list of modules, what a property returns, or a method as (module, its name, no arguments)."""
+        if name == "*":
+            return [child for child in owner._modules.values() if child is not None]
+        if name in owner._modules:
+            return [] if owner._modules[name] is None else [owner._modules[name]]
+        kept = owner.__dict__.get(name)
+        if isinstance(kept, (nn.Module, list, tuple, dict)):
+            return [list(kept) if isinstance(kept, tuple) else kept]
+        static = inspect.getattr_static(type(owner), name, None)
+        if isinstance(static, property):
+            return [each for getter in _wrapped(static.fget) for each in self.function(getter, {0: [owner]}, type(owner))]
+        if name.startswith("__"):
+            return []
+        if not used:  # handed on, or called with arguments that are no modules
+            self.method(owner, name, {}, after)
+        return [(owner, name, {}, after)]
+
+
+def _method(cls: type, name: str, after: type | None) -> tuple[Any, type | None]:
+    """A method, and the class that has it; ``after`` is the class whose ``super()`` is meant."""
+    mro = cls.__mro__[cls.__mro__.index(after) + 1 :] if after in cls.__mro__ else cls.__mro__
+    return next(((vars(base)[name], base) for base in mro if name in vars(base) and base is not nn.Module), (None, None))
+
+
+def _wrapped(function: Any) -> Iterator[FunctionType]:
+    """A function and those that it decorates."""
+    while function is not None:
+        if isinstance(function, FunctionType):
+            yield function
+        function = getattr(function, "__wrapped__", None)
+
+
+def _outside(function: FunctionType, name: str) -> Any:
+    """What a name stands for that a function does not assign: in the function around it, or its module."""
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=False))
+    try:
+        return cells[name].cell_contents if name in cells else function.__globals__.get(name)
+    except ValueError:  # not assigned yet
+        return None

@@ -1,0 +1,1 @@
+"""Many architectures, each once through all-linear adapters."""
