@@ -215,7 +215,7 @@ def _same_adapter(root: nn.Module, layers: dict[str, LoRALayer], report: TargetR
     if different:
         raise ValueError(
             f"{where} does not fit the LoRA this model has, in {len(different)} places (rank, scaling, variant): {different[0]}; call"
-            " unload_lora(model) first."
+            " unload_lora(model) first (if it is merged with merged='keep', which leaves the update in the weights, or merged='drop')."
         )
 
 

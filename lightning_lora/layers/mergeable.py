@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_lora.layers import merging
 from lightning_lora.quantization import formats
+from lightning_lora.utils.checksums import checksum
 from lightning_lora.utils.sharding import full_tensor, is_sharded, local_shard, local_tensor
 
 PREFIX = "lora_"  # of every parameter that LoRA adds to a layer
@@ -70,6 +71,11 @@ class Mergeable(nn.Module):
     def base_weight_digest(self) -> str | None:
         """Sampled digest of the base weight while it is merged; None when the weight itself can be read."""
         return self._digest if self.merged else None
+
+    def kept_base(self) -> str | Tensor | None:
+        """Of a merged layer: the checksum of its base weight (of this rank's piece), or that weight itself where it was kept aside; None if
+        the way back was not kept."""
+        return self._undo.checksum if isinstance(self._undo, merging.SparseUndo) else None if self._undo is None else self._undo.weight
 
     def exact_delta(self, device: torch.device | str | None = None) -> Tensor:
         """The dense update with full-precision products, on ``device`` (default: the weight's)."""
@@ -215,15 +221,28 @@ class Mergeable(nn.Module):
                 del destination[prefix + name]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if self.merged:
-            if any(key.startswith(prefix + PREFIX) for key in state_dict):
-                self.unmerge_weights()  # an adapter is coming: it belongs on the base
-            else:
-                _, _, missing, _, errors = args  # torch's own lists: metadata, strict, missing, unexpected, errors
-                failed = len(errors)
-                super()._load_from_state_dict(state_dict, prefix, *args)
-                missing[:] = [key for key in missing if not key.startswith(prefix + PREFIX)]
-                if prefix + "weight" in state_dict and len(errors) == failed:
-                    self._undo = None  # other merged weights are in: the way back no longer fits them
-                return
+        _, _, missing, _, errors = args  # torch's own lists: metadata, strict, missing, unexpected, errors
+        comes = any(key.startswith(prefix + PREFIX) for key in state_dict)
+        if self.merged and comes:
+            self.unmerge_weights()  # an adapter is coming: it belongs on the base
+        again = not comes and self._is_base(state_dict.get(prefix + "weight"))
+        if self.merged and again:  # the base once more, as a module's `setup` loads it: what was merged into it stays
+            state_dict = {key: value for key, value in state_dict.items() if key != prefix + "weight"}
+        failed = len(errors)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.merged and again:
+            missing.remove(prefix + "weight")
+        elif self.merged and prefix + "weight" in state_dict and len(errors) == failed:
+            self._undo = None  # other merged weights are in: the way back no longer fits them
+        # The base alone may come to a layer that is merged, or whose adapter does nothing yet, or that has this base.
+        plain = self.lora_parameters().keys() == {"lora_A", "lora_B"}
+        if self.merged or again or (not comes and plain and not all(p.any() for p in self.lora_parameters().values())):
+            missing[:] = [key for key in missing if not key.startswith(prefix + PREFIX)]
+
+    def _is_base(self, weight: Any) -> bool:
+        """Whether a weight is bit for bit this layer's base weight."""
+        if not isinstance(weight, Tensor) or weight.shape != self.weight.shape or is_sharded(self.weight) or weight.is_meta:
+            return False
+        base = self.kept_base() if self.merged else self.weight.detach()
+        weight = weight.to(self.weight.dtype)
+        return checksum(weight) == base if isinstance(base, str) else base is not None and torch.equal(weight.to(base.device), base)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -77,27 +78,73 @@ def unmerge_lora(model: nn.Module) -> nn.Module:
         ValueError: a layer cannot go back (its way back was not kept, or its adapter changed); the message names it.
     """
     done: list[LoRALayer] = []
+    untied: dict[LoRALayer, list[Any]] = {layer: layer.__dict__.get("_untied", []) for _, layer in lora_layers(model)}
     for name, layer in _ready(model, [(name, layer) for name, layer in lora_layers(model) if layer.merged]):
         try:
             layer.unmerge_weights()
         except ValueError as error:
-            for earlier in done:  # merging is deterministic: the merged weights come back as they were
-                earlier.merge_weights(device=earlier._device, quantized=getattr(earlier, "_quantized", None))
+            for earlier in done:
+                _merge_again(earlier, untied[earlier])
             raise ValueError(f"{name!r} cannot be unmerged: {error}.") from error
         done.append(layer)
     return model
 
 
-def tied_weights(model: nn.Module) -> dict[str, list[str]]:
-    """FQN of an adapted layer not merged yet → names of the parameters elsewhere that are the same tensor as its weight."""
+def unmerge_for_now(model: nn.Module) -> Callable[[], None]:
+    """Unmerge; the function returned merges again what was merged, as it was.
+
+    Raises:
+        ValueError: as :func:`unmerge_lora`.
+    """
+    merged = [(name, layer) for name, layer in lora_layers(model) if layer.merged]
+    untied = {layer: layer.__dict__.get("_untied", []) for _, layer in merged}
+    unmerge_lora(model)
+
+    def merge() -> None:
+        for _, layer in _ready(model, merged):
+            _merge_again(layer, untied[layer])
+
+    return merge
+
+
+@contextmanager
+def unmerged(model: nn.Module) -> Iterator[None]:
+    """Within it the model is unmerged; after it, what was merged is so again.
+
+    Raises:
+        ValueError: as :func:`unmerge_lora`.
+    """
+    merge = unmerge_for_now(model)
+    try:
+        yield
+    finally:
+        merge()
+
+
+def _merge_again(layer: LoRALayer, untied: Sequence[Any] = ()) -> None:
+    """Merging is deterministic: the merged weight comes back as it was."""
+    for config in untied:
+        config.tie_word_embeddings = False
+    if untied:
+        layer._untied = list(untied)
+    layer.merge_weights(device=layer._device, quantized=getattr(layer, "_quantized", None))
+
+
+def tied_weights(model: nn.Module, layers: Mapping[str, nn.Module] | None = None) -> dict[str, list[str]]:
+    """FQN of a layer not merged yet → names of the parameters elsewhere that are the same tensor as its weight.
+
+    Args:
+        model: with or without adapters.
+        layers: FQN → layer, of those that are asked about; default: the adapted ones.
+    """
     owners: dict[int, list[str]] = {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(f"{module_name}.{name}" if module_name else name)
     tied = {}
-    for name, layer in lora_layers(model):
+    for name, layer in (dict(lora_layers(model)) if layers is None else layers).items():
         others = [owner for owner in owners[id(layer.weight)] if owner != (f"{name}.weight" if name else "weight")]
-        if others and not layer.merged:
+        if others and not getattr(layer, "merged", False):
             tied[name] = others
     return tied
 

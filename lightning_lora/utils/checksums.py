@@ -17,7 +17,8 @@ def checksum(tensor: Tensor) -> str:
     The tensor is read as 64-bit words in rows; each row and each place in it has an odd weight. So a change of a single word always
     shows, and any other change but with a chance of 2⁻⁶⁴. It runs at about the speed of reading the memory.
     """
-    flat = tensor.detach().reshape(-1).contiguous().view(torch.uint8)
+    flat = tensor.detach().reshape(-1)
+    flat = (flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)).view(torch.uint8)
     whole = flat.numel() // (8 * ROW)
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
     weights = _weights(0, ROW, flat.device)
