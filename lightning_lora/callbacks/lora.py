@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_lora.callbacks.gradient_check import CURE, GradientCheck
 from lightning_lora.callbacks.refusals import check_apart, check_mergeable, recordable
@@ -141,7 +142,7 @@ class LoRACallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What is frozen and stands here is what "changed" is measured by; adapters drop out though their base is in evaluation mode."""
-        self._begun()
+        self._begun(pl_module)
         trainer.strategy._lora_hooks.state.start()  # type: ignore[attr-defined]
         asleep = [(name, layer) for name, layer in lora_layers(self._target(pl_module)) if layer.lora_dropout.p > 0 and not layer.training]
         for _, layer in asleep:
@@ -182,15 +183,15 @@ class LoRACallback(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The run has begun."""
-        self._begun()
+        self._begun(pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The run has begun."""
-        self._begun()
+        self._begun(pl_module)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The run has begun."""
-        self._begun()
+        self._begun(pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Raise RuntimeError, after enough batches, if an adapter got no gradient in any."""
@@ -222,7 +223,7 @@ class LoRACallback(Callback):
         """Lightning tears nothing down then. A run that was refused before it began leaves the module as it was."""
         if not any(is_sharded(p) for p in pl_module.parameters()) and not isinstance(trainer.strategy, FSDPStrategy):
             self._undo.close()
-        self._begun()
+        self._begun(pl_module)
         self.teardown(trainer, pl_module, "")
 
     def _adapt(self, trainer: Trainer, pl_module: LightningModule) -> StrategyHooks:
@@ -233,7 +234,7 @@ class LoRACallback(Callback):
         if self.merge_on_fit_end and fitting:
             check_mergeable(target, report, trainer.strategy, self.quantize, self.merge_quantized)
         recorded = self.cuda_graphs and trainer.state.fn != TrainerFn.PREDICTING and recordable(trainer.strategy)
-        self._begun()
+        self._begun(pl_module)
         with ExitStack() as undo:
             if fitting:
                 undo.callback(self._unmerge(target))
@@ -259,6 +260,8 @@ class LoRACallback(Callback):
             hooks = StrategyHooks.of(trainer.strategy, pl_module)
             undo.callback(hooks.drop, root, forget=not there)
             hooks.add(self.part, training=fitting, new=not there)
+            for _, layer in lora_layers(target):
+                layer.lora_base_again = True
             self._undo = undo.pop_all()
         return hooks
 
@@ -266,9 +269,11 @@ class LoRACallback(Callback):
         """Make the module ready to be trained on; what is returned takes that back."""
         return unmerge_for_now(target)
 
-    def _begun(self) -> None:
+    def _begun(self, pl_module: LightningModule) -> None:
         """There is no way back to how the module was before the run."""
         self._undo.pop_all()
+        for _, layer in lora_layers(pl_module):
+            layer.__dict__.pop("lora_base_again", None)
 
     def _begin_step(self) -> None:
         if self._recorded:
@@ -286,4 +291,5 @@ class LoRACallback(Callback):
 
 def _unfreeze(flags: list[tuple[nn.Parameter, bool]]) -> None:
     for parameter, flag in flags:
-        parameter.requires_grad_(flag)
+        if not is_lazy(parameter):
+            parameter.requires_grad_(flag)

@@ -26,6 +26,8 @@ T = TypeVar("T")
 class Mergeable(nn.Module):
     """A layer with a ``weight``, adapter parameters named ``lora_*`` and a dense update :meth:`lora_delta`."""
 
+    #: Whether a state dict with the base alone may come, at a time when modules load their base (Lightning's ``setup``).
+    lora_base_again: bool = False
     weight: Any  # nn.Parameter; some quantized bases have a subclass of it
     merged: bool
     #: Share of the update that rounding lost in the last merge.
@@ -225,7 +227,7 @@ class Mergeable(nn.Module):
         comes = any(key.startswith(prefix + PREFIX) for key in state_dict)
         if self.merged and comes:
             self.unmerge_weights()  # an adapter is coming: it belongs on the base
-        again = not comes and self._is_base(state_dict.get(prefix + "weight"))
+        again = self.lora_base_again and not comes and self._is_base(state_dict.get(prefix + "weight"))
         if self.merged and again:  # the base once more, as a module's `setup` loads it: what was merged into it stays
             state_dict = {key: value for key, value in state_dict.items() if key != prefix + "weight"}
         failed = len(errors)
@@ -234,7 +236,7 @@ class Mergeable(nn.Module):
             missing.remove(prefix + "weight")
         elif self.merged and prefix + "weight" in state_dict and len(errors) == failed:
             self._undo = None  # other merged weights are in: the way back no longer fits them
-        # The base alone may come to a layer that is merged, or whose adapter does nothing yet, or that has this base.
+        # The base alone may come to a layer that is merged, or whose adapter does nothing yet.
         plain = self.lora_parameters().keys() == {"lora_A", "lora_B"}
         if self.merged or again or (not comes and plain and not all(p.any() for p in self.lora_parameters().values())):
             missing[:] = [key for key in missing if not key.startswith(prefix + PREFIX)]

@@ -122,17 +122,17 @@ def already_applied(model: nn.Module, config: LoRAConfig, *, merged_too: bool = 
     merged = [name for name, layer in layers if layer.merged]
     if merged and not merged_too:
         raise ValueError(
-            f"LoRA is merged into {merged[0]!r} and {len(merged) - 1} more; call unmerge_lora(model) or unload_lora first: {_WAYS_MERGED}."
+            f"LoRA is merged into {merged[0]!r} and {len(merged) - 1} more; call unmerge_lora(model) or unload_lora: {_WAYS_MERGED}."
         )
     ways = _WAYS_MERGED if merged else _WAYS
     for name, layer in layers:
         different = layer.lora_config.differences(config)
         if different:
-            raise ValueError(f"{name!r} has another LoRA config ({'; '.join(different)}); before applying a new one {ways}.")
+            raise ValueError(f"{name!r} has another LoRA config ({'; '.join(different)}); {ways}, before applying a new one.")
     plain = [target.fqn for target in find_targets(model, config).targets if not isinstance(target.module, LoRALayer)]
     if plain:
         here = layers[0][0]
-        raise ValueError(f"{here!r} has LoRA with this config, {plain[0]!r}, which it targets too, has not; first {ways}.")
+        raise ValueError(f"{here!r} has LoRA with this config, {plain[0]!r}, which it targets too, has not; {ways}, first.")
     return True
 
 

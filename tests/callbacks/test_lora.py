@@ -253,7 +253,9 @@ class Bypass(LitNet):
 
 
 def test_an_adapter_without_a_gradient_is_an_error_unless_told_otherwise(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"1 of 2 adapted layers got no gradient in 4 batches: net\.fc2\. .*exclude_modules=\['net\.fc2'\]"):
+    with pytest.raises(
+        RuntimeError, match=r"1 of 2 adapted layers got no gradient in 4 batches: net\.fc2\. .*exclude_modules=\['net\.fc2'\]"
+    ):
         fit(tmp_path, Bypass(), 1)
     fit(tmp_path, Bypass(), 1, lora=LoRACallback(CONFIG, check_gradients=False))
 
