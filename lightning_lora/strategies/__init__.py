@@ -3,9 +3,10 @@
 From here on ``lightning`` may be imported. May import: everything up to ``experimental``.
 """
 
+from lightning_lora.strategies.adapted_part import AdaptedPart
 from lightning_lora.strategies.equal_ranks import check_equal, synchronize
 from lightning_lora.strategies.fsdp2 import LoRAFSDP2Strategy
-from lightning_lora.strategies.strategy_hooks import AdaptedPart, StrategyHooks
+from lightning_lora.strategies.strategy_hooks import StrategyHooks
 from lightning_lora.strategies.support import arrange, check_supported, convert_base
 
 __all__ = [

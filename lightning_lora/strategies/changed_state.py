@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_lora.adapter_io import fingerprint
-from lightning_lora.layers.base import PREFIX, LoRALayer, lora_layers
+from lightning_lora.layers.base import PREFIX, lora_layers
 from lightning_lora.model.merge import unmerged
 from lightning_lora.strategies import module_state
-from lightning_lora.utils.checksums import checksum
+from lightning_lora.strategies.digests import digest, is_merged
 from lightning_lora.utils.names import clean_name, persistent_buffers
 from lightning_lora.utils.sharding import gathered_parameters, is_flattened, is_sharded, local_tensor, reshard
 
@@ -89,7 +89,8 @@ class ChangedState:
             for fqn in [fqn for fqn in values if _is_within(fqn, [root])]:
                 del values[fqn]
         if not self.roots:
-            self.__init__(self.module)  # type: ignore[misc]
+            self._reference, self._started = None, False
+            self._saved.clear()
 
     def begin(self, root: str) -> None:
         """Take the digests: adapters have come to ``root`` and nothing has trained yet. Nothing if that was done before."""
@@ -118,8 +119,8 @@ class ChangedState:
         """After :meth:`note`: the strategy gives tensors another form (dtype, sharding), which is not a change."""
         for fqn, owner, name, p in self._parameters():
             if self._reference is not None and fqn in self._reference and fqn not in self._moved:
-                self._reference[fqn] = _digest(owner, name, p) or self._reference[fqn]
-                if fqn in self._small and not _is_merged(owner, name):
+                self._reference[fqn] = digest(owner, name, p) or self._reference[fqn]
+                if fqn in self._small and not is_merged(owner, name):
                     self._copies[fqn] = local_tensor(p.detach()).to("cpu", copy=True)
 
     def start(self) -> None:
@@ -246,9 +247,9 @@ class ChangedState:
             sharded |= is_sharded(p)
             if p.requires_grad and not name.startswith(PREFIX):
                 trains.add(fqn)
-            if fqn in reference and fqn not in self._moved and _digest(owner, name, p) not in (None, reference[fqn]):
-                if not self._is_cast(fqn, p):
-                    changed.add(fqn)
+            known = fqn in reference and fqn not in self._moved
+            if known and digest(owner, name, p) not in (None, reference[fqn]) and not self._is_cast(fqn, p):
+                changed.add(fqn)
         if sharded and torch.distributed.is_initialized():
             everyone: list[Any] = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(everyone, changed)
@@ -287,23 +288,6 @@ class ChangedState:
 
     def _relative(self, root: str, names: Collection[str]) -> set[str]:
         return {name.removeprefix(f"{root}." if root else "") for name in names}
-
-
-def _digest(owner: nn.Module, name: str, parameter: Tensor) -> str | None:
-    """Of all of a parameter, or of this rank's piece; of a merged weight that of the base's. None: it has none, or cannot be known."""
-    if _is_merged(owner, name):
-        kept = owner.kept_base()  # type: ignore[operator]
-        return kept if kept is None or isinstance(kept, str) else _digest(owner, "", kept)
-    tensor = local_tensor(parameter.detach())
-    if tensor.is_meta:
-        return None
-    if hasattr(tensor, "__tensor_flatten__"):  # a packed weight that is made of others
-        return "+".join(_digest(owner, "", getattr(tensor, part)) or "" for part in tensor.__tensor_flatten__()[0])
-    return checksum(tensor.as_subclass(Tensor))
-
-
-def _is_merged(owner: nn.Module, name: str) -> bool:
-    return isinstance(owner, LoRALayer) and name == "weight" and owner.merged
 
 
 def _is_within(fqn: str, roots: Collection[str]) -> bool:

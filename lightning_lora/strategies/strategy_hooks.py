@@ -15,7 +15,6 @@ import functools
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from lightning_lora.adapter_io.files import META, AdapterFile
+from lightning_lora.adapter_io.files import META
 from lightning_lora.config import LoRAConfig
 from lightning_lora.model.merge import unmerge_lora, unmerged
 from lightning_lora.optim.groups import only_trainable
 from lightning_lora.optim.lora_plus import apply_lora_plus, check_kept, holds_b
 from lightning_lora.optim.state import check_named, load_by_name, state_by_name
 from lightning_lora.strategies import module_state
+from lightning_lora.strategies.adapted_part import AdaptedPart, meta_of, parts_in
 from lightning_lora.strategies.changed_state import ChangedState
 from lightning_lora.strategies.checkpoint_io import REST, DurableCheckpointIO, read_folder, write_folder
 from lightning_lora.strategies.equal_ranks import synchronize
@@ -50,25 +50,6 @@ _HOOKED = (
     "optimizer_state",
     "load_optimizer_state_dict",
 )
-
-
-@dataclass
-class AdaptedPart:
-    """What one callback adapted.
-
-    Attributes:
-        root: name of the submodule that adapter files are relative to ("" for the module itself).
-        config: what it was adapted with.
-        check_base: refuse checkpoints that were trained on another base.
-        lora_plus_ratio: how many times A's learning rate B gets.
-        before_load: called with the config of a checkpoint before it is held against the module, which it may change to fit.
-    """
-
-    root: str
-    config: LoRAConfig
-    check_base: bool = True
-    lora_plus_ratio: float = 1.0
-    before_load: Callable[[LoRAConfig], None] | None = None
 
 
 class StrategyHooks:
@@ -204,9 +185,7 @@ class StrategyHooks:
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str, storage_options: Any = None) -> None:
         """The checkpoint with what an adapter needs to be known by: format version, config, base."""
         names = self._covered(checkpoint["state_dict"])
-        metas = [AdapterFile(part.config, {}, self.state.identity(part.root, names)).meta(root=part.root) for part in self.parts.values()]
-        meta: dict[str, Any] = metas[0] if len(metas) == 1 else {**metas[0], "others": metas[1:]}
-        checkpoint = {**checkpoint, META: meta}
+        checkpoint = {**checkpoint, META: meta_of(self.parts, lambda root: self.state.identity(root, names))}
         if self._in_shards():
             write_folder(checkpoint, Path(self.strategy.broadcast(filepath)))
         else:
@@ -226,7 +205,7 @@ class StrategyHooks:
                 f"{path} was not written under LoRACallback. To start from a full checkpoint load it into the module before fit; to test"
                 " it leave LoRACallback out."
             )
-        metas = self._metas(checkpoint[META], path)
+        metas = parts_in(checkpoint[META], self.parts, path)
         for root, meta in metas.items():
             part, theirs = self.parts[root], LoRAConfig(**meta["config"])
             if part.before_load is not None:
@@ -298,16 +277,6 @@ class StrategyHooks:
     def _covered(self, saved: dict[str, Any]) -> set[str]:
         """Names of the module's tensors that a checkpoint's state dict has values for."""
         return set(saved) if isinstance(self.strategy, FSDPStrategy) else module_state.names_in(saved, self.module)
-
-    def _metas(self, meta: dict[str, Any], path: str) -> dict[str, dict[str, Any]]:
-        """Root here → what the checkpoint says of it."""
-        first, *others = meta, *meta.get("others", ())
-        if not others and len(self.parts) == 1:
-            return {next(iter(self.parts)): first}
-        found = {part["root"]: part for part in (first, *others)}
-        if found.keys() != self.parts.keys():
-            raise ValueError(f"{path} has adapters on {sorted(found)}, here they are on {sorted(self.parts)}: use the same LoRACallbacks.")
-        return found
 
     def _in_shards(self) -> bool:
         """Whether the user asked for a folder of shards."""
