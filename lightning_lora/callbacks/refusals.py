@@ -47,7 +47,8 @@ def check_mergeable(target: nn.Module, report: TargetReport, strategy: Strategy,
         ValueError: a weight is tied, or quantized and ``how`` does not say how to merge into it.
     """
     sharded = isinstance(strategy, ModelParallelStrategy)
-    modules = {t.fqn: t.module for t in report.targets}
+    wanted = {t.module for t in report.targets}
+    modules = {name: module for name, module in target.named_modules() if module in wanted}
     quantized = "quantized and will be sharded" if sharded else "quantized"
     reasons = {
         name: f"tied to {', '.join(names)}, and merging would change that too" for name, names in tied_weights(target, modules).items()

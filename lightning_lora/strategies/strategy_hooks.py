@@ -77,7 +77,7 @@ class StrategyHooks:
             hooks = cls(strategy, module)
             hooks.install()
         hooks.state = ChangedState.of(module)
-        hooks.state.wrapped = lambda: strategy.model if is_flattened(strategy.model or module) else module
+        hooks.state.wrapped = lambda: model if (model := strategy.model) is not None and is_flattened(model) else module
         return hooks
 
     def add(self, part: AdaptedPart, training: bool, new: bool) -> None:
@@ -171,7 +171,8 @@ class StrategyHooks:
             with unmerged(self.module) if module_state.overrides(self.module) else nullcontext():
                 theirs = module_state.state_of_user(self.module)
                 if theirs is not None:
-                    base = {name: p for name, _, _, p in module_state.parameters_by_name(self.module) if not self.state.holds(name)}
+                    named = module_state.parameters_by_name(self.module)
+                    base: dict[str, Tensor] = {name: p for name, _, _, p in named if not self.state.holds(name)}
                     kept = module_state.without_base(theirs, base)
                     return {key: self._saved(value).clone() if isinstance(value, Tensor) else value for key, value in kept.items()}
         buffers = {name: self._saved(buffer) for name, buffer in persistent_buffers(self.module).items()}
