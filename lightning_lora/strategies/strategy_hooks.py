@@ -216,6 +216,9 @@ class StrategyHooks:
                 raise ValueError(f"{path} was made with another LoRA config (its value != yours): {'; '.join(different)}.")
         names = self._covered(checkpoint["state_dict"])
         missing = self.state.required(names)
+        theirs = None if isinstance(self.strategy, FSDPStrategy) else module_state.state_of_user(self.module)
+        if theirs is not None:  # what a user's state dict leaves out is not asked for
+            missing = sorted(module_state.names_in(theirs, self.module).intersection(missing))
         if missing:
             raise ValueError(f"{path} lacks {len(missing)} tensors that train here: {', '.join(missing[:4])}.")
         for root, meta in metas.items():
