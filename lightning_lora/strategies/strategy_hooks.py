@@ -28,6 +28,7 @@ from torch import Tensor
 
 from lightning_lora.adapter_io.files import META
 from lightning_lora.config import LoRAConfig
+from lightning_lora.layers.base import kept_parameters
 from lightning_lora.model.merge import unmerge_lora, unmerged
 from lightning_lora.optim.groups import only_trainable
 from lightning_lora.optim.lora_plus import apply_lora_plus, check_kept, holds_b
@@ -37,7 +38,7 @@ from lightning_lora.strategies.adapted_part import AdaptedPart, meta_of, parts_i
 from lightning_lora.strategies.changed_state import ChangedState
 from lightning_lora.strategies.checkpoint_io import REST, DurableCheckpointIO, read_folder, write_folder
 from lightning_lora.strategies.equal_ranks import synchronize
-from lightning_lora.utils.names import persistent_buffers
+from lightning_lora.utils.names import clean_name, persistent_buffers
 from lightning_lora.utils.sharding import full_tensor, is_flattened, local_shard, local_tensor, reshard
 
 _HOOKED = (
@@ -186,7 +187,10 @@ class StrategyHooks:
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str, storage_options: Any = None) -> None:
         """The checkpoint with what an adapter needs to be known by: format version, config, base."""
         names = self._covered(checkpoint["state_dict"])
-        checkpoint = {**checkpoint, META: meta_of(self.parts, lambda root: self.state.identity(root, names))}
+        meta = meta_of(self.parts, lambda root: self.state.identity(root, names))
+        trains = {clean_name(name) for name, _ in kept_parameters(self.module)}
+        beside = sorted(checkpoint["state_dict"].keys() - trains)
+        checkpoint = {**checkpoint, META: {**meta, "beside": beside} if beside else meta}
         if self._in_shards():
             write_folder(checkpoint, Path(self.strategy.broadcast(filepath)))
         else:

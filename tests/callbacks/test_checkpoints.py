@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_lora import LoRACallback, LoRAConfig
+from lightning_lora import LoRACallback, LoRAConfig, load_adapter
 from lightning_lora.strategies import changed_state
 from tests.lit import trainer
 
@@ -298,6 +298,18 @@ def test_lr_find_restores_what_it_moved(tmp_path: Path) -> None:
     run = trainer(tmp_path, lora(Codebook), LearningRateFinder(num_training_steps=5), see, max_epochs=1)
     run.fit(Codebook())
     assert not see.code.any()
+
+
+@pytest.mark.parametrize("cls", [Statistics, Extra, Codebook, Beside])
+def test_load_adapter_reads_such_checkpoints(tmp_path: Path, cls: type[Lit]) -> None:
+    module, _ = fit(cls, tmp_path)
+    fresh, x = cls(), X[:4]
+    if cls is Beside:  # the adapted part alone: what is beside it has no place there
+        load_adapter(fresh.backbone, tmp_path / "last.ckpt")
+        assert torch.equal(Lit.forward(fresh, x), Lit.forward(module, x))
+    else:
+        load_adapter(fresh, tmp_path / "last.ckpt").eval()
+        assert torch.equal(fresh(x), module.eval()(x))
 
 
 def test_another_base_is_still_refused(tmp_path: Path) -> None:
