@@ -39,6 +39,7 @@ class AdapterFile:
         base: the base's identity; None in files that PEFT wrote.
         beside: names of tensors that a checkpoint holds beside the adapter and what trained: buffers, base weights that changed.
         extra_state: name in a state dict → a module's extra state, from a checkpoint.
+        outside: the same two, of the task around the adapted model, by their names there; for the adapted model alone they have no place.
     """
 
     config: LoRAConfig
@@ -46,6 +47,7 @@ class AdapterFile:
     base: dict[str, Any] | None
     beside: frozenset[str] = frozenset()
     extra_state: dict[str, Any] = field(default_factory=dict)
+    outside: dict[str, Any] = field(default_factory=dict)
 
     def meta(self, **more: Any) -> dict[str, Any]:
         """Plain types: what stands beside the tensors."""
@@ -132,9 +134,10 @@ def _read_checkpoint(file: Path) -> AdapterFile:
     if outside:
         raise ValueError(f"{file}: {outside[0]!r} is not part of {root!r}; load it through Trainer(...).fit(ckpt_path=...).")
     own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    rest = {name: value for name, value in tensors.items() if not name.startswith(prefix)}
     extra = {name: value for name, value in own.items() if not isinstance(value, Tensor)}
     own = {name: tensor for name, tensor in own.items() if name not in extra}
-    return AdapterFile(config, own, base, frozenset(name.removeprefix(prefix) for name in beside if name.startswith(prefix)), extra)
+    return AdapterFile(config, own, base, frozenset(name.removeprefix(prefix) for name in beside if name.startswith(prefix)), extra, rest)
 
 
 def _understood(meta: dict[str, Any], where: str) -> tuple[LoRAConfig, dict[str, Any] | None, str]:

@@ -111,6 +111,13 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
             mine[name].copy_(tensor)
     for name, value in adapter.extra_state.items():
         root.get_submodule(name.rpartition(".")[0]).set_extra_state(value)
+    around, modules = {clean_name(name): t for name, t in model.state_dict(keep_vars=True).items()}, dict(model.named_modules())
+    for name, value in adapter.outside.items() if root is not model else ():
+        mine_there = around.get(name)
+        if isinstance(value, Tensor) and isinstance(mine_there, Tensor) and mine_there.shape == value.shape:
+            mine_there.detach().copy_(value)
+        elif not isinstance(value, Tensor) and name.rpartition(".")[0] in modules:
+            modules[name.rpartition(".")[0]].set_extra_state(value)
     return model
 
 
