@@ -55,7 +55,7 @@ def check_mergeable(target: nn.Module, report: TargetReport, strategy: Strategy,
     }
     for name, module in modules.items():
         weight = module.weight
-        if not weight.is_floating_point() or format_of(module) is not None:  # type: ignore[operator]
+        if not weight.is_floating_point() or format_of(module) is not None:
             if how is None or format_of(module) is None or sharded:
                 reasons.setdefault(name, f"{quantized} ({weight.dtype})")
         elif quantize is not None and (how is None or sharded):

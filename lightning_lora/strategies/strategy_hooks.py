@@ -212,10 +212,10 @@ class StrategyHooks:
             )
         metas = parts_in(checkpoint[META], self.parts, path)
         for root, meta in metas.items():
-            part, theirs = self.parts[root], LoRAConfig(**meta["config"])
+            part, config = self.parts[root], LoRAConfig(**meta["config"])
             if part.before_load is not None:
-                part.before_load(theirs)
-            different = theirs.differences(part.config)
+                part.before_load(config)
+            different = config.differences(part.config)
             if different:
                 raise ValueError(f"{path} was made with another LoRA config (its value != yours): {'; '.join(different)}.")
         names = self._covered(checkpoint["state_dict"])
