@@ -5,20 +5,44 @@ from __future__ import annotations
 import hashlib
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 SAMPLES = 64  # entries read of each tensor by the cheap digest
+ROW, ROWS = 1 << 13, 1 << 9  # the full digest's: words in a row, rows in a piece
 
 
 def checksum(tensor: Tensor) -> str:
-    """Digest of a tensor's bits, a position-weighted sum modulo 2⁶⁴: the same on every device, in any order of summing."""
-    flat = bits(tensor.detach()).flatten()
+    """Digest of a tensor's bits, a position-weighted sum modulo 2⁶⁴: the same on every device, in any order of summing.
+
+    The tensor is read as 64-bit words in rows; each row and each place in it has an odd weight. So a change of a single word always
+    shows, and any other change but with a chance of 2⁻⁶⁴. It runs at about the speed of reading the memory.
+    """
+    flat = tensor.detach().reshape(-1)
+    flat = (flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)).view(torch.uint8)
+    whole = flat.numel() // (8 * ROW)
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
-    for start in range(0, flat.numel(), 1 << 22):  # pieces, so that the int64 copy stays small
-        piece = flat[start : start + (1 << 22)].to(torch.int64)
-        weights = torch.arange(start, start + piece.numel(), device=flat.device).mul_(-7046029254386353131).add_(1442695040888963407)
-        total += (piece * (weights | 1)).sum()
+    weights = _weights(0, ROW, flat.device)
+    for start in range(0, whole, ROWS):  # pieces, so that what is multiplied stays small
+        rows = min(ROWS, whole - start)
+        words = _words(flat[8 * ROW * start : 8 * ROW * (start + rows)]).view(rows, ROW)
+        # No product of integer matrices on GPUs; on CPUs it is what reads memory fastest.
+        sums = words @ weights if flat.device.type == "cpu" else (words * weights).sum(1)
+        total += (sums * _weights(ROW + start, rows, flat.device)).sum()
+    rest = nn.functional.pad(flat[8 * ROW * whole :], (0, -flat.numel() % 8))
+    total += (_words(rest) * weights[: rest.numel() // 8]).sum() * _weights(ROW + whole, 1, flat.device).sum()
     return f"{int(total.item()) & (2**64 - 1):016x}"
+
+
+def _words(flat: Tensor) -> Tensor:
+    """Bytes as 64-bit words; a view where they lie so that it can be one."""
+    return (flat if flat.storage_offset() % 8 == 0 else flat.clone()).view(torch.int64)
+
+
+def _weights(start: int, count: int, device: torch.device) -> Tensor:
+    """Odd numbers that look random, one for each position."""
+    x = torch.arange(start + 1, start + 1 + count, device=device).mul_(-7046029254386353131)
+    x = (x ^ (x >> 30)).mul_(-4658895280553007687)
+    return (x ^ (x >> 27)).mul_(-7723592293110705685) | 1
 
 
 def sampled_digest(tensor: Tensor) -> str:

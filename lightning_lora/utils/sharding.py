@@ -79,11 +79,11 @@ def on_first_rank(action: Callable[[], object]) -> None:
     torch.distributed.broadcast_object_list([None])
 
 
-def gathered_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+def gathered_parameters(model: nn.Module, writeback: bool = False) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
     """``(module name, module, parameter name, parameter)`` of every parameter, at a moment when it can be read whole.
 
     FSDP1's are gathered a flat parameter at a time, so the order may differ from the model's. Others are as they are; a DTensor
-    still wants :func:`full_tensor`.
+    still wants :func:`full_tensor`. With ``writeback`` what is written to them stays.
     """
     from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -95,7 +95,7 @@ def gathered_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str,
                 yield name, module, parameter_name, parameter
     names = {module: name for name, module in model.named_modules()}
     for unit in units:
-        with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False):
+        with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=writeback):
             for module in _managed(unit):
                 for parameter_name, parameter in module.named_parameters(recurse=False):
                     yield names[module], module, parameter_name, parameter
