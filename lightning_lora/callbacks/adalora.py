@@ -204,7 +204,7 @@ class AdaLoRACallback(LoRACallback):
     @property
     def state_key(self) -> str:
         """Of its state in checkpoints: each of several callbacks has one of its own."""
-        return super().state_key if self.module is None else self._generate_state_key(module=self.module)
+        return super().state_key if self.module is None else f"{super().state_key}{ {'module': self.module} }"
 
     def state_dict(self) -> dict[str, Any]:
         """Step, mask and scores, for a checkpoint."""
