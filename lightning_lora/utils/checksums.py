@@ -1,4 +1,4 @@
-"""Digests of tensors: a full one that tells whether every bit is the same, and a cheap sampled one that names a base."""
+"""Checksums of tensors: a full one that changes with any bit, and a cheap sampled one that identifies a base model."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-SAMPLES = 64  # entries read of each tensor by the cheap digest
-ROW, ROWS = 1 << 13, 1 << 9  # the full digest's: words in a row, rows in a piece
+SAMPLES = 64  # entries that the sampled digest reads per tensor
+ROW, ROWS = 1 << 13, 1 << 9  # of the full digest: words per row, rows per chunk
 
 
 def checksum(tensor: Tensor) -> str:
-    """Digest of a tensor's bits, a position-weighted sum modulo 2⁶⁴: the same on every device, in any order of summing.
+    """Return a digest of a tensor's bits: a position-weighted sum modulo 2⁶⁴.
 
-    The tensor is read as 64-bit words in rows; each row and each place in it has an odd weight. So a change of a single word always
-    shows, and any other change but with a chance of 2⁻⁶⁴. It runs at about the speed of reading the memory.
+    It is the same on every device and in any order of summation. The tensor is read as rows of 64-bit words. Each row, and each place
+    in a row, has an odd weight. So a change of one word always changes the digest; any other change is missed with a chance of about
+    2⁻⁶⁴. It runs at about the speed of reading the memory.
     """
     flat = tensor.detach().reshape(-1)
     flat = (flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)).view(torch.uint8)
     whole = flat.numel() // (8 * ROW)
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
     weights = _weights(0, ROW, flat.device)
-    for start in range(0, whole, ROWS):  # pieces, so that what is multiplied stays small
+    for start in range(0, whole, ROWS):  # in chunks, so that the products stay small
         rows = min(ROWS, whole - start)
         words = _words(flat[8 * ROW * start : 8 * ROW * (start + rows)]).view(rows, ROW)
         # No product of integer matrices on GPUs; on CPUs it is what reads memory fastest.
@@ -46,9 +47,9 @@ def _weights(start: int, count: int, device: torch.device) -> Tensor:
 
 
 def sampled_digest(tensor: Tensor) -> str:
-    """Digest of a tensor's shape and of entries spread evenly over it, rounded to bf16.
+    """Return a digest of a tensor's shape and of evenly spaced entries, rounded to bf16.
 
-    The rounding makes a model loaded in fp32 and in bf16 the same base.
+    Because of the rounding, a model loaded in fp32 and in bf16 counts as the same base.
     """
     flat = tensor.detach().flatten()
     index = torch.linspace(0, max(flat.numel() - 1, 0), min(SAMPLES, flat.numel()), dtype=torch.float64).round().long()
@@ -58,5 +59,5 @@ def sampled_digest(tensor: Tensor) -> str:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The tensor's bits as integers: comparing these tells -0.0 from 0.0 and finds equal NaNs equal."""
+    """Return the tensor's bits as integers. Comparing these tells -0.0 from 0.0 and finds equal NaNs equal."""
     return tensor.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
