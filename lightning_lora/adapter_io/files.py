@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,17 @@ class AdapterFile:
         config: how the layers were adapted.
         tensors: by their names in the adapted model (``layers.0.q_proj.lora_A``), relative to the adapted model itself.
         base: the base's identity; None in files that PEFT wrote.
+        beside: names of tensors that a checkpoint holds beside the adapter and what trained: buffers, base weights that changed.
+        extra_state: name in a state dict → a module's extra state, from a checkpoint.
+        outside: the same two, of the task around the adapted model, by their names there; for the adapted model alone they have no place.
     """
 
     config: LoRAConfig
     tensors: dict[str, Tensor]
     base: dict[str, Any] | None
+    beside: frozenset[str] = frozenset()
+    extra_state: dict[str, Any] = field(default_factory=dict)
+    outside: dict[str, Any] = field(default_factory=dict)
 
     def meta(self, **more: Any) -> dict[str, Any]:
         """Return the metadata that is stored beside the tensors, as plain types."""
@@ -124,10 +130,15 @@ def _read_checkpoint(file: Path) -> AdapterFile:
         raise ValueError(f"{file} was not written under LoRACallback: it holds no adapter.")
     config, base, root = _understood(meta, str(file))
     prefix, tensors = f"{root}." if root else "", checkpoint.get("state_dict", {})
-    outside = [name for name in tensors if not name.startswith(prefix)]
+    beside = frozenset(meta.get("beside", ()))  # of the task around the adapted model, where it is outside
+    outside = [name for name in tensors if not name.startswith(prefix) and name not in beside]
     if outside:
         raise ValueError(f"{file}: {outside[0]!r} is not part of {root!r}; load it through Trainer(...).fit(ckpt_path=...).")
-    return AdapterFile(config, {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, base)
+    own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    rest = {name: value for name, value in tensors.items() if not name.startswith(prefix)}
+    extra = {name: value for name, value in own.items() if not isinstance(value, Tensor)}
+    own = {name: tensor for name, tensor in own.items() if name not in extra}
+    return AdapterFile(config, own, base, frozenset(name.removeprefix(prefix) for name in beside if name.startswith(prefix)), extra, rest)
 
 
 def _understood(meta: dict[str, Any], where: str) -> tuple[LoRAConfig, dict[str, Any] | None, str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
@@ -21,12 +21,13 @@ from lightning_lora.layers.base import PREFIX, LoRALayer
 from lightning_lora.quantization.formats import UNKNOWN, weight_digest
 from lightning_lora.utils.checksums import sampled_digest
 from lightning_lora.utils.names import clean_name
-from lightning_lora.utils.sharding import full_tensor
+from lightning_lora.utils.sharding import full_tensor, gathered_parameters, is_flattened
 from lightning_lora.utils.torch_private import uncompiled
 from lightning_lora.utils.transformers_conventions import model_name
 
 HALF, QUANTIZED = 16, "q"
 LINEAR = nn.Linear  # read at import: Lightning's plugins replace `nn.Linear` by their own class while a model is built
+LINEAR_MARK = "@"
 
 
 def base_identity(root: nn.Module, exclude: Collection[str] = ()) -> dict[str, Any]:
@@ -39,16 +40,34 @@ def base_identity(root: nn.Module, exclude: Collection[str] = ()) -> dict[str, A
         root: the module that names are relative to, adapted or not, merged or not.
         exclude: names of base tensors that were trained, and so are no part of the base.
     """
-    rest, linear, mark = hashlib.sha256(), hashlib.sha256(), ""
+    return identity_of(root, base_digests(root), exclude)
+
+
+def base_digests(root: nn.Module) -> dict[str, str]:
+    """Name → sampled digest of each base tensor, in the order of a fingerprint; a collective under sharding.
+
+    What is on the meta device has no content yet and is left out. Names that begin with ``@`` are weights of linear layers.
+    """
+    digests, flat = {}, {}
+    if is_flattened(root):  # FSDP1 shows its parameters whole for a moment only
+        flat = {(module, name): _digest(module, name, p) for _, module, name, p in gathered_parameters(root) if not name.startswith(PREFIX)}
     for module_name, module in sorted(root.named_modules(remove_duplicate=False)):
         for name, parameter in sorted(module.named_parameters(recurse=False, remove_duplicate=False)):
             full = clean_name(f"{module_name}.{name}" if module_name else name)
-            if name.startswith(PREFIX) or full in exclude:
-                continue
-            value = _digest(module, name, parameter)
+            if not name.startswith(PREFIX) and not parameter.is_meta:
+                key = LINEAR_MARK + full if name == "weight" and isinstance(module, LINEAR) else full
+                digests[key] = flat.get((module, name)) or _digest(module, name, parameter)
+    return digests
+
+
+def identity_of(root: nn.Module, digests: Mapping[str, str], exclude: Collection[str] = ()) -> dict[str, Any]:
+    """:func:`base_identity` from digests that were taken before, as :func:`base_digests` has them."""
+    rest, linear, mark = hashlib.sha256(), hashlib.sha256(), ""
+    for key, value in digests.items():
+        full = key.removeprefix(LINEAR_MARK)
+        if full not in exclude:
             mark = QUANTIZED if value.startswith(UNKNOWN) else mark
-            half = linear if name == "weight" and isinstance(module, LINEAR) else rest
-            half.update(f"{full}={value};".encode())
+            (linear if key != full else rest).update(f"{full}={value};".encode())
     config = getattr(root, "config", None)
     fingerprint = rest.hexdigest()[:HALF] + (mark + linear.hexdigest())[:HALF]
     return {"fingerprint": fingerprint, "class": type(uncompiled(root)).__name__, "name": model_name(config)}

@@ -98,6 +98,9 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
         trained = {name for name in tensors if not _is_adapter(name)}
         fingerprint.check_base(base_identity(root, trained), adapter.base, str(path))
 
+    stateless = [name for name in adapter.extra_state if name.rpartition(".")[0] not in dict(root.named_modules())]
+    if stateless:
+        raise ValueError(f"{path} has extra state of {stateless[0]!r}, a module that is not here.")
     layers = adapted_layers(root)
     if layers:
         _same_adapter(root, layers, report, adapter.config, str(path))
@@ -108,6 +111,15 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
     with torch.no_grad():
         for name, tensor in tensors.items():
             mine[name].copy_(tensor)
+    for name, value in adapter.extra_state.items():
+        root.get_submodule(name.rpartition(".")[0]).set_extra_state(value)
+    around, modules = {clean_name(name): t for name, t in model.state_dict(keep_vars=True).items()}, dict(model.named_modules())
+    for name, value in adapter.outside.items() if root is not model else ():
+        mine_there = around.get(name)
+        if isinstance(value, Tensor) and isinstance(mine_there, Tensor) and mine_there.shape == value.shape:
+            mine_there.detach().copy_(value)
+        elif not isinstance(value, Tensor) and name.rpartition(".")[0] in modules:
+            modules[name.rpartition(".")[0]].set_extra_state(value)
     return model
 
 
@@ -182,6 +194,8 @@ def _fit(root: nn.Module, report: TargetReport, adapter: AdapterFile, where: str
     if missing:
         raise ValueError(f"{where}: {len(missing)} tensors are missing that its config needs on this model: {_some(missing)}.")
     for name in sorted(tensors.keys() - shapes.keys()):
+        if name in adapter.beside and name in base and base[name].shape == tensors[name].shape:
+            continue
         # PEFT also writes frozen embeddings. If they equal the base's, they are not part of the adapter.
         if name not in base or not _equal(base[name], tensors[name]):
             what = (
@@ -224,7 +238,7 @@ def _same_adapter(root: nn.Module, layers: dict[str, LoRALayer], report: TargetR
     if different:
         raise ValueError(
             f"{where} does not fit the LoRA this model has, in {len(different)} places (rank, scaling, variant): {different[0]}; call"
-            " unload_lora(model) first."
+            " unload_lora(model) first (if it is merged with merged='keep', which leaves the update in the weights, or merged='drop')."
         )
 
 

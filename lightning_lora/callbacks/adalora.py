@@ -8,6 +8,7 @@ automatic and manual optimization alike, and not for a step that a loss scaler s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -106,17 +107,16 @@ class AdaLoRACallback(LoRACallback):
         """As in :class:`LoRACallback`; adapters that are to be trained on, or loaded from a checkpoint, get their size back."""
         if stage == "fit":
             self._saved = None  # of a checkpoint that was only tested
-            self._grow(pl_module)
         super().setup(trainer, pl_module, stage)
-        hooks = self._hooks
-        if self._full and hooks is not None:
+        part = self.part
+        if self._full and part is not None:
 
             def before_load(config: LoRAConfig) -> None:
                 if config.variant == self.trained_config.variant:
                     self._grow(pl_module)
-                    hooks.config = self.config
+                    part.config = self.config
 
-            hooks.before_load = before_load
+            part.before_load = before_load
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Plan the schedule.
@@ -154,6 +154,7 @@ class AdaLoRACallback(LoRACallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up the state of the checkpoint that is resumed, now that everything else has."""
+        super().on_train_start(trainer, pl_module)
         assert self.allocator is not None
         if self._saved is not None:
             self.allocator.load_state_dict(self._saved)
@@ -172,6 +173,7 @@ class AdaLoRACallback(LoRACallback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let go of the optimizer, and say if the schedule was cut short."""
+        super().on_train_end(trainer, pl_module)
         allocator = self.allocator
         assert allocator is not None
         self._hook.remove()
@@ -194,10 +196,15 @@ class AdaLoRACallback(LoRACallback):
             full = [(layer, type(layer), layer.lora_parameters(), layer.rank) for layer in layers]
             self.ranks = shrink_adalora(target)
             self._full, self.config = full, layers[0].lora_config
-            assert self._hooks is not None
-            self._hooks.config = self.config  # what is saved from now on is plain LoRA
+            assert self.part is not None
+            self.part.config = self.config  # what is saved from now on is plain LoRA
             rank_zero_info(self._report())
         super().on_fit_end(trainer, pl_module)
+
+    @property
+    def state_key(self) -> str:
+        """Of its state in checkpoints: each of several callbacks has one of its own."""
+        return super().state_key if self.module is None else f"{super().state_key}{ {'module': self.module} }"
 
     def state_dict(self) -> dict[str, Any]:
         """Step, mask and scores, for a checkpoint."""
@@ -213,11 +220,24 @@ class AdaLoRACallback(LoRACallback):
         if self.allocator is not None and not (isinstance(bad, torch.Tensor) and bad.item()):
             self.allocator.after_step()
 
-    def _grow(self, pl_module: LightningModule) -> None:
+    def _unmerge(self, target: nn.Module) -> Callable[[], None]:
+        """Adapters that were shrunk get their size back too."""
+        merge, full, config = super()._unmerge(target), self._full, self.config
+        self._grow(target)
+
+        def shrink() -> None:
+            if full:
+                shrink_adalora(target)
+                self._full, self.config = full, config
+            merge()
+
+        return shrink
+
+    def _grow(self, pl_module: nn.Module) -> None:
         """Take the shrinking back, on the module that was shrunk; another one is none of ours."""
         mine = {id(layer) for _, layer in lora_layers(pl_module)}
         if self._full and all(id(layer) in mine for layer, *_ in self._full):
-            unmerge_lora(self._target(pl_module))
+            unmerge_lora(pl_module)
             for layer, cls, parameters, rank in self._full:
                 layer.__class__ = cls
                 layer._parameters.update(parameters)

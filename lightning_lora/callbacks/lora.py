@@ -6,40 +6,41 @@ It is thin: it calls the plain functions at the right hooks and leaves the strat
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from lightning_lora.callbacks.gradient_check import CURE, GradientCheck
+from lightning_lora.callbacks.refusals import check_apart, check_mergeable, frozen_parts, recordable
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import lora_layers
 from lightning_lora.layers.state import Quantized
-from lightning_lora.model.apply import already_applied, inject, let_gradients_in, trainable_parameters
+from lightning_lora.model.apply import already_applied, inject, let_gradients_in, trainable_parameters, unload_lora
 from lightning_lora.model.compile import begin_step, compile_layers, keep_gradients, uncompile_layers
-from lightning_lora.model.heads import left_frozen
-from lightning_lora.model.merge import merge_lora, merge_report, tied_weights, unmerge_lora
+from lightning_lora.model.merge import merge_lora, merge_report, unmerge_for_now
 from lightning_lora.model.quantize import quantize_base
 from lightning_lora.model.targeting import TargetReport, find_targets
 from lightning_lora.optim.groups import check_ratio
-from lightning_lora.quantization.formats import format_of, quantizer_of
-from lightning_lora.strategies import StrategyHooks, arrange, check_equal, check_supported, convert_base, synchronize
+from lightning_lora.quantization.formats import quantizer_of
+from lightning_lora.strategies import AdaptedPart, StrategyHooks, arrange, check_equal, check_supported, convert_base, synchronize
 from lightning_lora.utils.names import adapter_root
-
-_CURE = (
-    "Either the forward pass does not go through these layers (target others), or re-entrant gradient checkpointing cut the graph (pass"
-    " use_reentrant=False, or call model.enable_input_require_grads()). If they are used only now and then, pass"
-    " LoRACallback(check_gradients=False)."
-)
+from lightning_lora.utils.sharding import is_sharded
 
 
 class LoRACallback(Callback):
     """Adapts the module in ``setup``, trains and checkpoints the adapter only, merges it in ``on_fit_end``.
 
     The module's own ``configure_optimizers``, schedulers, manual optimization and checkpoint callbacks work as before.
-    Checkpoints hold what trains and the buffers that moved (BatchNorm); resuming from one is step-exact.
+    Checkpoints hold everything but what is proved to be the unchanged base (:mod:`lightning_lora.strategies.changed_state`); resuming from
+    one is step-exact. A call that is refused leaves the module as it was. Several of these callbacks, each with its ``module``, count side
+    by side.
 
     Args:
         config: what to adapt; default ``LoRAConfig()``.
@@ -51,8 +52,8 @@ class LoRACallback(Callback):
             "best")``) or fitting again unmerges first. Default: yes, but with ``quantize`` only where ``merge_quantized`` says how.
         merge_quantized: how to merge into a quantized base, ``"dequantize"`` or ``"requantize"`` (see :func:`~lightning_lora.merge_lora`).
         check_base: refuse to resume from a checkpoint that was trained on another base.
-        check_gradients: raise after the first training batch if an adapter got no gradient in it. Switch it off for models
-            that use parts of themselves only now and then.
+        check_gradients: raise after 100 training batches, or at the end of fewer, if an adapter got no gradient in any. Switch it off
+            for models that use parts of themselves less often than that.
         compile: "layer" compiles each of the model's repeated blocks in place, see
             :func:`~lightning_lora.model.compile.compile_layers`, until the run is over; prediction, which would compile anew for
             every token that it generates, runs as written.
@@ -99,24 +100,25 @@ class LoRACallback(Callback):
         self._recorded = False
         self.report: TargetReport | None = None
         self._compiled: nn.Module | None = None
-        self._hooks: StrategyHooks | None = None  # of the last setup
-        self._waiting: dict[str, nn.Parameter] = {}
-        self._backward_ran = self._compare = False
+        self.part: AdaptedPart | None = None  # of the last setup
+        self._gradients: GradientCheck | None = None
+        self._compare = False
+        self._undo = ExitStack()  # what takes the preparations back, until the run has begun
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Inject, freeze and explain; for a model built in ``configure_model``, right after that ran."""
         check_supported(trainer)
-        if stage == "fit":
-            unmerge_lora(pl_module)
+        others = [c.module for c in trainer.callbacks if isinstance(c, LoRACallback) and c is not self]  # type: ignore[attr-defined]
+        check_apart(self.module, others)
         if any(True for _ in pl_module.parameters()):
-            self._adapt(trainer, pl_module)
+            self._adapt(trainer, pl_module).watch_configure_model()
             return
         original = pl_module.configure_model
 
         @functools.wraps(original)  # Lightning follows __wrapped__ to see that the user overrode the hook
         def configure_model() -> None:
             original()
-            del pl_module.configure_model  # the hook has done its work; the module is the user's own again
+            pl_module.__dict__.pop("configure_model", None)  # the hook has done its work; the module is the user's own again
             self._adapt(trainer, pl_module)
 
         pl_module.configure_model = configure_model  # type: ignore[method-assign]
@@ -138,22 +140,33 @@ class LoRACallback(Callback):
                     " to a part with LoRACallback(module=...), or name what it trains in modules_to_save."
                 )
         let_gradients_in(pl_module)  # checkpointing may have been switched on after the adapters came
-        adapters = {f"{name}.{part}": p for name, layer in lora_layers(pl_module) for part, p in layer.lora_parameters().items()}
-        self._waiting = {name: p for name, p in adapters.items() if p.requires_grad}
-        self._backward_ran, self._compare = False, True
+        self._gradients, self._compare = GradientCheck(self._target(pl_module)) if self.check_gradients else None, True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What is frozen and stands here is what "changed" is measured by; adapters drop out though their base is in evaluation mode."""
+        self._begun(pl_module)
+        trainer.strategy._lora_hooks.state.start()  # type: ignore[attr-defined]
+        asleep = [(name, layer) for name, layer in lora_layers(self._target(pl_module)) if layer.lora_dropout.p > 0 and not layer.training]
+        for _, layer in asleep:
+            layer.training = True  # not `train()`, which would wake what is inside
+            layer.lora_dropout.train()
+        if asleep:
+            rank_zero_info(
+                f"{asleep[0][0]} and {len(asleep) - 1} more adapted layers were in evaluation mode (as from_pretrained leaves a model), in"
+                " which their adapters' dropout would do nothing: they are in training mode now, the rest of the model is as it was."
+            )
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Raise RuntimeError, with the cure, where torch would only say that the loss has no gradient."""
-        if self._waiting and not loss.requires_grad:
-            raise RuntimeError(f"the loss does not depend on any adapter. {_CURE}")
+        if self._gradients is not None and self._gradients.waiting and not loss.requires_grad:
+            raise RuntimeError(f"the loss does not depend on any adapter. {CURE}")
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note which adapters have a gradient."""
         if self._recorded:
             keep_gradients(pl_module.parameters())
-        if self._waiting:
-            self._backward_ran = True
-            self._waiting = {name: p for name, p in self._waiting.items() if p.grad is None}
+        if self._gradients is not None:
+            self._gradients.after_backward()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Raise RuntimeError after the first optimizer step if it left different adapters on different processes."""
@@ -170,14 +183,27 @@ class LoRACallback(Callback):
         """Each batch is a step for recorded graphs."""
         self._begin_step()
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The run has begun."""
+        self._begun(pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The run has begun."""
+        self._begun(pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The run has begun."""
+        self._begun(pl_module)
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Raise RuntimeError after the first batch with a backward pass if an adapter got no gradient in it."""
-        if not self._backward_ran or not self._waiting:
-            return
-        without, self._waiting = list(self._waiting), {}
-        if self.check_gradients:
-            named = ", ".join(without[:4])
-            raise RuntimeError(f"{len(without)} adapter parameters got no gradient in the first batch: {named}. {_CURE}")
+        """Raise RuntimeError, after enough batches, if an adapter got no gradient in any."""
+        if self._gradients is not None:
+            self._gradients.after_batch()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raise RuntimeError if an adapter got no gradient in all of a short training."""
+        if self._gradients is not None:
+            self._gradients.finish()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge layer by layer on the training device; a no-op with ``merge_on_fit_end=False``."""
@@ -196,80 +222,66 @@ class LoRACallback(Callback):
             self._compiled, self._recorded = None, False
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Lightning tears nothing down then."""
+        """Lightning tears nothing down then. A run that was refused before it began leaves the module as it was."""
+        if not any(is_sharded(p) for p in pl_module.parameters()) and not isinstance(trainer.strategy, FSDPStrategy):
+            self._undo.close()
+        self._begun(pl_module)
         self.teardown(trainer, pl_module, "")
 
-    def _adapt(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        target = self._target(pl_module)
-        if self.compile and trainer.state.fn != TrainerFn.PREDICTING:
-            self._recorded = self.cuda_graphs and self._recordable(trainer)
-            compile_layers(target, cuda_graphs=self._recorded)
-            self._compiled = target
-        if not any(layer.merged for _, layer in lora_layers(target)) and not already_applied(target, self.config):
-            convert_base(trainer, pl_module)
-            if self.quantize is not None:
-                find_targets(target, self.config)  # a config that does not fit is refused before anything is packed
-                device, saved = trainer.strategy.root_device, self.config.modules_to_save
-                quantize_base(target, self.quantize, modules_to_save=saved, device=device)
-            self.report = report = find_targets(target, self.config)
-            stays = self._what_stays(target, report)
-            inject(target, self.config, report)
-            synchronize(pl_module)
-            trainable, total = trainable_parameters(pl_module)
-            rest = f"\nfrozen, without an adapter: {stays}" if stays else ""
-            rank_zero_info(f"{report}{rest}\ntrainable {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
-        if self.merge_on_fit_end and trainer.state.fn == TrainerFn.FITTING:
-            self._check_mergeable(target, isinstance(trainer.strategy, ModelParallelStrategy))
-        arrange(trainer.strategy, pl_module)
-        root = ".".join(filter(None, (self.module, adapter_root(target)[0])))
-        self._hooks = StrategyHooks(trainer.strategy, pl_module, root, self.config, self.check_base, self.lora_plus_ratio)
-        self._hooks.install()
+    def _adapt(self, trainer: Trainer, pl_module: LightningModule) -> StrategyHooks:
+        """Check everything, then change the module; if that fails, take it back."""
+        target, fitting = self._target(pl_module), trainer.state.fn == TrainerFn.FITTING
+        there = already_applied(target, self.config, merged_too=True)
+        report = find_targets(target, self.config)  # a config that does not fit is refused before anything is packed
+        if self.merge_on_fit_end and fitting:
+            check_mergeable(target, report, trainer.strategy, self.quantize, self.merge_quantized)
+        recorded = self.cuda_graphs and trainer.state.fn != TrainerFn.PREDICTING and recordable(trainer.strategy)
+        self._begun(pl_module)
+        with ExitStack() as undo:
+            if fitting:
+                undo.callback(self._unmerge(target))
+            if self.compile and trainer.state.fn != TrainerFn.PREDICTING:
+                compile_layers(target, cuda_graphs=recorded)
+                undo.callback(self.teardown, trainer, pl_module, "")
+                self._compiled, self._recorded = target, recorded
+            if not there:
+                undo.callback(_unfreeze, [(p, p.requires_grad) for p in pl_module.parameters()])
+                convert_base(trainer, pl_module)
+                if self.quantize is not None:
+                    device, saved = trainer.strategy.root_device, self.config.modules_to_save
+                    quantize_base(target, self.quantize, modules_to_save=saved, device=device)
+                self.report = report = find_targets(target, self.config)
+                stays = frozen_parts(target, report, self.config, whole=self.module is None)
+                inject(target, self.config, report)
+                undo.callback(unload_lora, target)
+                synchronize(pl_module)
+                trainable, total = trainable_parameters(pl_module)
+                rest = f"\nfrozen, without an adapter: {stays}" if stays else ""
+                rank_zero_info(f"{report}{rest}\ntrainable {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+            arrange(trainer.strategy, pl_module)
+            root = ".".join(filter(None, (self.module, adapter_root(target)[0])))
+            self.part = AdaptedPart(root, self.config, self.check_base, self.lora_plus_ratio)
+            hooks = StrategyHooks.of(trainer.strategy, pl_module)
+            undo.callback(hooks.drop, root, forget=not there)
+            hooks.add(self.part, training=fitting, new=not there)
+            for _, layer in lora_layers(target):
+                layer.lora_base_again = True
+            self._undo = undo.pop_all()
+        return hooks
 
-    def _what_stays(self, target: nn.Module, report: TargetReport) -> str:
-        """What LoRA freezes of a LightningModule's own parts, with a warning: a head beside a pretrained part would stay random."""
-        stays = left_frozen(target, [each.fqn for each in report.targets], report.saved)
-        named = ", ".join(stays[:6]) + (" …" if len(stays) > 6 else "")
-        if stays and self.module is None and (self.config.modules_to_save == "auto" or report.saved):
-            rank_zero_warn(
-                f"LoRA freezes {named}, which have no adapter: what is new there stays random. To train it, limit LoRA to the pretrained"
-                " part with LoRACallback(module=...), or name it in modules_to_save. If it is to stay as it is, say so with"
-                " requires_grad_(False) before, or with modules_to_save=[]."
-            )
-        return named
+    def _unmerge(self, target: nn.Module) -> Callable[[], None]:
+        """Make the module ready to be trained on; what is returned takes that back."""
+        return unmerge_for_now(target)
+
+    def _begun(self, pl_module: LightningModule) -> None:
+        """There is no way back to how the module was before the run."""
+        self._undo.pop_all()
+        for _, layer in lora_layers(pl_module):
+            layer.__dict__.pop("lora_base_again", None)
 
     def _begin_step(self) -> None:
         if self._recorded:
             begin_step()
-
-    def _recordable(self, trainer: Trainer) -> bool:
-        """Whether CUDA graphs, which were asked for, can be had."""
-        if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
-            raise ValueError(
-                f"cuda_graphs=True with strategy={type(trainer.strategy).__name__}: it moves the parameters between uses, and a recorded"
-                " graph reads them where they were. Leave cuda_graphs out."
-            )
-        device = trainer.strategy.root_device
-        if device.type != "cuda":
-            rank_zero_warn(f"cuda_graphs=True has no effect on {device}: blocks are compiled, nothing is recorded.")
-        return device.type == "cuda"
-
-    def _check_mergeable(self, target: nn.Module, sharded: bool) -> None:
-        """Say at the start what would stop the merge at the end."""
-        tied = [(name, f"tied to {', '.join(others)}, and merging would change that too") for name, others in tied_weights(target).items()]
-        parts = [(f"{name}.{weight}", part) for name, layer in lora_layers(target) for weight, part in layer.by_weight().items()]
-        how = "quantized and will be sharded" if sharded else "quantized"
-        packed = [
-            (name, f"{how} ({part.weight.dtype})")
-            for name, part in parts
-            if not part.weight.is_floating_point() or format_of(part) is not None
-            if self.merge_quantized is None or format_of(part) is None or sharded
-        ]
-        for name, reason in (tied + packed)[:1]:
-            raise ValueError(
-                f"{name} is {reason}: it cannot be merged at the end of fit. Pass LoRACallback(merge_on_fit_end=False);"
-                " merge_lora(model, untie=True) merges tied weights when you want it, LoRACallback(merge_quantized='dequantize') or"
-                " 'requantize' says how to merge into a quantized base."
-            )
 
     def _target(self, pl_module: LightningModule) -> nn.Module:
         try:
@@ -279,3 +291,9 @@ class LoRACallback(Callback):
             raise ValueError(
                 f"module={self.module!r} is no submodule of {type(pl_module).__name__}; its children are {children}."
             ) from error
+
+
+def _unfreeze(flags: list[tuple[nn.Parameter, bool]]) -> None:
+    for parameter, flag in flags:
+        if not is_lazy(parameter):
+            parameter.requires_grad_(flag)

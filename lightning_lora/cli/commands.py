@@ -56,7 +56,7 @@ def merge(model: str, adapter: str, out: str, gguf_file: str | None = None, dtyp
     """
     with replaced_folder(out, overwrite, keep=(model, adapter)) as folder:
         network, tokenizer = load_causal_lm(model, gguf_file, dtype)
-        unload_lora(merge_lora(load_adapter(network, adapter), reversible=False))
+        unload_lora(merge_lora(load_adapter(network, adapter), reversible=False), merged="keep")
         network.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     print(f"merged model in {out}")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_lora.layers import merging
 from lightning_lora.layers.state import Adapted, AdapterState, MergeRecord, Quantized
 from lightning_lora.quantization import formats
+from lightning_lora.utils.checksums import checksum
 from lightning_lora.utils.sharding import full_tensor, is_sharded, local_shard, local_tensor
 
 PREFIX = "lora_"  # prefix of every parameter that LoRA adds to a layer
@@ -27,6 +28,8 @@ class Mergeable(Adapted):
 
     #: Names of the parameters that a merge changes.
     adapted: ClassVar[tuple[str, ...]] = ("weight",)
+    #: Whether a state dict with the base alone may come, at a time when modules load their base (Lightning's ``setup``).
+    lora_base_again: bool = False
     weight: Any  # nn.Parameter; some quantized bases have a subclass of it
     disabled: bool
 
@@ -75,6 +78,12 @@ class Mergeable(Adapted):
         """Sampled digest of the base weight while it is merged; None if the weight itself can be read."""
         record = self.lora_state.merge
         return None if record is None else record.digest
+
+    def kept_base(self) -> str | Tensor | None:
+        """Of a merged layer: the checksum of its base weight (of this rank's piece), or that weight itself where it was kept aside; None if
+        the way back was not kept."""
+        undo = None if self.lora_state.merge is None else self.lora_state.merge.undo
+        return undo.checksum if isinstance(undo, merging.SparseUndo) else None if undo is None else undo.weight
 
     def exact_delta(self, device: torch.device | str | None = None) -> Tensor:
         """Return the dense update, computed with full-precision products on ``device`` (default: the weight's device)."""
@@ -252,16 +261,34 @@ class Mergeable(Adapted):
                 del destination[prefix + name]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if self.merged:
-            if any(key.startswith(prefix + PREFIX) for key in state_dict):
-                self.unmerge_weights()  # the adapter that is loaded applies to the base weight
-            else:
-                _, _, missing, _, errors = args  # torch's own lists: metadata, strict, missing, unexpected, errors
-                failed = len(errors)
-                super()._load_from_state_dict(state_dict, prefix, *args)
-                missing[:] = [key for key in missing if not key.startswith(prefix + PREFIX)]
-                for name, layer in self.by_weight().items():
-                    if prefix + name in state_dict and len(errors) == failed and layer.lora_state.merge is not None:
-                        layer.lora_state.merge.undo = None  # the weight was replaced, so the undo record no longer fits it
-                return
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        _, _, missing, _, errors = args  # torch's own lists: metadata, strict, missing, unexpected, errors
+        comes = any(key.startswith(prefix + PREFIX) for key in state_dict)
+        if self.merged and comes:
+            self.unmerge_weights()  # the adapter that is loaded applies to the base weight
+        layers = {prefix + name: layer for name, layer in self.by_weight().items()}
+        again = self.lora_base_again and not comes and all(layer._is_base(state_dict.get(key)) for key, layer in layers.items())
+        stays = layers.keys() if self.merged and again else set()  # the base once more, as `setup` loads it: what is merged stays
+        failed = len(errors)
+        super()._load_from_state_dict({key: value for key, value in state_dict.items() if key not in stays}, prefix, *args)
+        for key, layer in layers.items():
+            if layer.lora_state.merge is not None and key in state_dict and key not in stays and len(errors) == failed:
+                layer.lora_state.merge.undo = None  # the weight was replaced, so the undo record no longer fits it
+        missing[:] = [key for key in missing if key not in stays]
+        lacks = [key for key in missing if key.startswith(prefix + PREFIX)]
+        # The base alone may come to a layer that is merged, or whose adapter does nothing yet.
+        if lacks and (self.merged or again or (not comes and self._starts())):
+            missing[:] = [key for key in missing if key not in lacks]
+
+    def _starts(self) -> bool:
+        """Whether the adapter does nothing yet."""
+        return not any(p.is_meta for p in self.lora_parameters().values()) and all(
+            layer.adds_nothing() for layer in self.by_weight().values()
+        )
+
+    def _is_base(self, weight: Any) -> bool:
+        """Whether a weight is bit for bit this layer's base weight."""
+        if not isinstance(weight, Tensor) or weight.shape != self.weight.shape or is_sharded(self.weight) or weight.is_meta:
+            return False
+        base = self.kept_base() if self.merged else self.weight.detach()
+        weight = weight.to(self.weight.dtype)
+        return checksum(weight) == base if isinstance(base, str) else base is not None and torch.equal(weight.to(base.device), base)

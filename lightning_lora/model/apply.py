@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import overload
+from typing import Literal, overload
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.adapting import adapt, unadapt
 from lightning_lora.layers.base import PREFIX, LoRALayer, lora_layers
 from lightning_lora.model.fuse import fuse, unfuse
 from lightning_lora.model.heads import hf_ends, note_saved
+from lightning_lora.model.merge import unmerge_lora
 from lightning_lora.model.targeting import TargetReport, find_targets
 from lightning_lora.quantization.formats import elements, plain_dtype, prepare
 from lightning_lora.registry import INITS, VARIANTS, look_up
 from lightning_lora.utils.names import modules_by_name
 from lightning_lora.utils.sharding import is_distributed, reshard
 from lightning_lora.utils.transformers_conventions import checkpoint_options, gives_gradients
+
+_WAYS = "call unload_lora(model), which drops it, or merge_lora(model) and unload_lora(model, merged='keep'), which keeps its update"
+_WAYS_MERGED = "unload_lora(model, merged='keep') leaves the update in the weights, unload_lora(model, merged='drop') takes it out"
 
 
 class LoRAParameters(Sequence[nn.Parameter]):
@@ -74,6 +79,9 @@ def inject(model: nn.Module, config: LoRAConfig, report: TargetReport) -> nn.Mod
     """Do what a report of :func:`~lightning_lora.model.targeting.find_targets` says; all of it or, on an error, nothing."""
     if is_distributed():
         reshard(model)  # FSDP2 keeps its root gathered after a forward pass: flags set on those copies would not last
+    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        raise ValueError(f"{lazy[0]!r} is lazy and has no shape yet: run one forward pass before applying LoRA.")
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         for parameter, _ in trained:
@@ -101,8 +109,13 @@ def inject(model: nn.Module, config: LoRAConfig, report: TargetReport) -> nn.Mod
     return model
 
 
-def already_applied(model: nn.Module, config: LoRAConfig) -> bool:
-    """Whether the model has exactly this config; False if it has no LoRA.
+def already_applied(model: nn.Module, config: LoRAConfig, *, merged_too: bool = False) -> bool:
+    """Whether the model has exactly this config; False if it has no LoRA. Nothing is changed.
+
+    Args:
+        model: any module.
+        config: to compare with.
+        merged_too: accept a model into which it is merged.
 
     Raises:
         ValueError: it has another one, or it is merged.
@@ -111,20 +124,19 @@ def already_applied(model: nn.Module, config: LoRAConfig) -> bool:
     if not layers:
         return False
     merged = [name for name, layer in layers if layer.merged]
-    if merged:
+    if merged and not merged_too:
         raise ValueError(
-            f"LoRA is merged into {merged[0]!r} and {len(merged) - 1} more; call unmerge_lora(model) or unload_lora(model) first."
+            f"LoRA is merged into {merged[0]!r} and {len(merged) - 1} more; call unmerge_lora(model) or unload_lora: {_WAYS_MERGED}."
         )
+    ways = _WAYS_MERGED if merged else _WAYS
     for name, layer in layers:
         different = layer.lora_config.differences(config)
         if different:
-            raise ValueError(
-                f"{name!r} has another LoRA config ({'; '.join(different)}); call unload_lora(model) before applying a new one."
-            )
+            raise ValueError(f"{name!r} has another LoRA config ({'; '.join(different)}); {ways}, before applying a new one.")
     plain = [target.fqn for target in find_targets(model, config).targets if not isinstance(target.module, LoRALayer)]
     if plain:
         here = layers[0][0]
-        raise ValueError(f"{here!r} has LoRA with this config, {plain[0]!r}, which it targets too, has not; call unload_lora(model) first.")
+        raise ValueError(f"{here!r} has LoRA with this config, {plain[0]!r}, which it targets too, has not; {ways}, first.")
     return True
 
 
@@ -133,20 +145,36 @@ def get_lora_parameters(model: nn.Module) -> LoRAParameters:
     return LoRAParameters([parameter for _, layer in lora_layers(model) for parameter in layer.lora_parameters().values()])
 
 
-def unload_lora(model: nn.Module) -> nn.Module:
-    """Back to the plain classes, with the weights as they are: merged if merged, the base's if not.
+def unload_lora(model: nn.Module, *, merged: Literal["keep", "drop"] | None = None) -> nn.Module:
+    """Back to the plain classes. Adapters that are not merged are dropped, and the weights are the base's.
 
     Parameters stay frozen; ``model.requires_grad_(True)`` is the way to train on. A sharded model is to be given whole, as it was wrapped.
 
     Args:
         model: any module.
+        merged: what becomes of updates that are merged into the weights, which has no default. ``"keep"``: they stay, so the next training
+            starts from them. ``"drop"``: they are taken out first, and the base is as it was.
 
     Returns:
         The same ``model``.
 
     Raises:
-        ValueError: FSDP1 flattened adapters into one parameter with their base.
+        ValueError: the model is merged and ``merged`` does not say what becomes of the update; it is ``"keep"`` and a layer is not merged;
+            it is ``"drop"`` and the way back was not kept; FSDP1 flattened adapters into one parameter with their base. Nothing is changed.
     """
+    if merged not in (None, "keep", "drop"):
+        raise ValueError(f"merged={merged!r}: choose 'keep' or 'drop'.")
+    into = [name for name, layer in lora_layers(model) if layer.merged]
+    apart = [name for name, layer in lora_layers(model) if not layer.merged]
+    if into and merged is None:
+        raise ValueError(f"LoRA is merged into {into[0]!r} and {len(into) - 1} more, so say what becomes of the update: {_WAYS_MERGED}.")
+    if apart and merged == "keep":
+        raise ValueError(
+            f"{apart[0]!r} and {len(apart) - 1} more are not merged, and merged='keep' would drop what they learned: call merge_lora(model)"
+            " first, or drop it with unload_lora(model)."
+        )
+    if merged == "drop":
+        unmerge_lora(model)
     if is_distributed():
         from lightning_lora.model import parallel
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -93,20 +94,62 @@ def unmerge_lora(model: nn.Module) -> nn.Module:
     return model
 
 
-def tied_weights(model: nn.Module) -> dict[str, list[str]]:
-    """Name of an adapted weight not merged yet → names of the parameters elsewhere that are the same tensor."""
+def unmerge_for_now(model: nn.Module) -> Callable[[], None]:
+    """Unmerge; the function returned merges again what was merged, as it was.
+
+    Raises:
+        ValueError: as :func:`unmerge_lora`.
+    """
+    merged = [(name, layer) for name, layer in lora_layers(model) if layer.merged]
+    states = {layer: layer.lora_state.copy() for _, layer in merged}
+    unmerge_lora(model)
+
+    def merge() -> None:
+        for _, layer in _ready(model, merged):
+            layer.merge_again(states[layer])
+
+    return merge
+
+
+@contextmanager
+def unmerged(model: nn.Module) -> Iterator[None]:
+    """Within it the model is unmerged; after it, what was merged is so again.
+
+    Raises:
+        ValueError: as :func:`unmerge_lora`.
+    """
+    merge = unmerge_for_now(model)
+    try:
+        yield
+    finally:
+        merge()
+
+
+def tied_weights(model: nn.Module, weights: Mapping[str, nn.Parameter] | None = None) -> dict[str, list[str]]:
+    """Name of a weight → names of the parameters elsewhere that are the same tensor.
+
+    Args:
+        model: with or without adapters.
+        weights: name → weight, of those that are asked about; default: the adapted ones that are not merged yet.
+    """
+    if weights is None:
+        weights = adapted_weights(model)
     owners: dict[int, list[str]] = {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(_join(module_name, name))
     tied = {}
-    for fqn, layer in lora_layers(model):
-        for weight, part in layer.by_weight().items():
-            name = _join(fqn, weight)
-            others = [owner for owner in owners[id(part.weight)] if owner != name]
-            if others and not part.merged:
-                tied[name] = others
+    for name, weight in weights.items():
+        others = [owner for owner in owners[id(weight)] if owner != name]
+        if others:
+            tied[name] = others
     return tied
+
+
+def adapted_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name → weight, of those that are adapted and not merged yet."""
+    layers = {_join(fqn, name): part for fqn, layer in lora_layers(model) for name, part in layer.by_weight().items()}
+    return {name: part.weight for name, part in layers.items() if not part.merged}
 
 
 def _join(module_name: str, name: str) -> str:

@@ -30,8 +30,10 @@ def state_by_name(optimizer: Optimizer, model: nn.Module, saved: Callable[[Tenso
     return {
         **state,
         "state": {
-            names[index]: {slot: saved(value) if isinstance(value, Tensor) else value for slot, value in slots.items()}
-            for index, slots in state["state"].items()
+            names.get(key, key): {slot: saved(value) if isinstance(value, Tensor) else value for slot, value in slots.items()}
+            if isinstance(slots, dict)
+            else slots
+            for key, slots in state["state"].items()  # some optimizers keep more here than what is of a parameter (SPAM's total_step)
         },
         "param_groups": [{**group, "params": [names[index] for index in group["params"]]} for group in state["param_groups"]],
     }
@@ -65,13 +67,21 @@ def load_by_name(optimizer: Optimizer, model: nn.Module, saved: dict[str, Any]) 
     # torch matches by position, so keep this optimizer's order.
     groups = [{**theirs, "params": mine["params"]} for mine, theirs in zip(here, there, strict=True)]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state = {}
+    state: dict[Any, Any] = {}
     for name, slots in saved["state"].items():
+        if name not in numbers:
+            state[name] = slots
+            continue
         like = parameters[numbers[name]]
         # Moments have their parameter's shape and are sharded like it; step counts are not.
         moments = {slot: value for slot, value in slots.items() if isinstance(value, Tensor) and value.shape == like.shape}
         state[numbers[name]] = slots | {slot: distribute_like(value, like) for slot, value in moments.items()}
     optimizer.load_state_dict({**saved, "state": state, "param_groups": groups})
+
+
+def check_named(optimizer: Optimizer, model: nn.Module) -> None:
+    """Raise ValueError if the optimizer holds a parameter that is not part of the model, and so in no checkpoint."""
+    _names(optimizer, model)
 
 
 def _names(optimizer: Optimizer, model: nn.Module) -> dict[int, str]:
@@ -81,6 +91,7 @@ def _names(optimizer: Optimizer, model: nn.Module) -> dict[int, str]:
     unknown = [tuple(parameter.shape) for parameter in parameters if id(parameter) not in names]
     if unknown:
         raise ValueError(
-            f"the optimizer holds a parameter of shape {unknown[0]} that is not part of {type(model).__name__}; it could not be resumed."
+            f"the optimizer holds a parameter of shape {unknown[0]} that is not part of {type(model).__name__}; it could not be resumed,"
+            " since no checkpoint would hold it: make it, or the module that has it, an attribute of the LightningModule."
         )
     return {index: names[id(parameter)] for index, parameter in enumerate(parameters)}

@@ -3,8 +3,19 @@
 From here on ``lightning`` may be imported. May import: everything up to ``experimental``.
 """
 
+from lightning_lora.strategies.adapted_part import AdaptedPart
+from lightning_lora.strategies.equal_ranks import check_equal, synchronize
 from lightning_lora.strategies.fsdp2 import LoRAFSDP2Strategy
-from lightning_lora.strategies.strategy_hooks import StrategyHooks, check_equal, synchronize
+from lightning_lora.strategies.strategy_hooks import StrategyHooks
 from lightning_lora.strategies.support import arrange, check_supported, convert_base
 
-__all__ = ["LoRAFSDP2Strategy", "StrategyHooks", "arrange", "check_equal", "check_supported", "convert_base", "synchronize"]
+__all__ = [
+    "AdaptedPart",
+    "LoRAFSDP2Strategy",
+    "StrategyHooks",
+    "arrange",
+    "check_equal",
+    "check_supported",
+    "convert_base",
+    "synchronize",
+]

@@ -11,42 +11,36 @@ piece of it that this rank has, name it. Nothing here asks a strategy for a stat
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import FSDPStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
 
-from lightning_lora.adapter_io import fingerprint
-from lightning_lora.adapter_io.files import META, AdapterFile
+from lightning_lora.adapter_io.files import META
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import kept_parameters
-from lightning_lora.model import parallel
-from lightning_lora.model.merge import unmerge_lora
+from lightning_lora.model.merge import unmerge_lora, unmerged
 from lightning_lora.optim.groups import only_trainable
 from lightning_lora.optim.lora_plus import apply_lora_plus, check_kept, holds_b
-from lightning_lora.optim.state import load_by_name, state_by_name
+from lightning_lora.optim.state import check_named, load_by_name, state_by_name
+from lightning_lora.strategies import module_state
+from lightning_lora.strategies.adapted_part import AdaptedPart, meta_of, parts_in
+from lightning_lora.strategies.changed_state import ChangedState
 from lightning_lora.strategies.checkpoint_io import REST, DurableCheckpointIO, read_folder, write_folder
+from lightning_lora.strategies.equal_ranks import synchronize
 from lightning_lora.strategies.lightning_private import saves_shards
-from lightning_lora.utils.checksums import checksum
 from lightning_lora.utils.names import clean_name, persistent_buffers
-from lightning_lora.utils.sharding import (
-    broadcast,
-    full_tensor,
-    is_distributed,
-    is_sharded,
-    local_shard,
-    local_tensor,
-    on_first_rank,
-    reshard,
-)
+from lightning_lora.utils.sharding import full_tensor, is_flattened, local_shard, local_tensor, on_first_rank, reshard
 
 #: The strategy's methods that the hooks stand in place of.
 REPLACED = (
@@ -57,45 +51,70 @@ REPLACED = (
     "optimizer_state",
     "load_optimizer_state_dict",
 )
-_HOOKED = ("setup_optimizers", *REPLACED)  # the first calls the strategy's own
+_HOOKED = ("setup", "setup_optimizers", *REPLACED)  # the first two call the strategy's own
 
 
 class StrategyHooks:
-    """Adapter-only checkpoints, exact resume and frozen-free optimizers for one module under one strategy.
+    """Small checkpoints, exact resume and frozen-free optimizers for one module under one strategy.
 
     Args:
         strategy: the trainer's.
         module: the adapted LightningModule.
-        root: name of the child that adapter files are relative to ("" for the module itself).
-        config: what it was adapted with.
-        check_base: refuse checkpoints that were trained on another base.
-        lora_plus_ratio: how many times A's learning rate B gets.
     """
 
-    def __init__(
-        self, strategy: Strategy, module: LightningModule, root: str, config: LoRAConfig, check_base: bool, lora_plus_ratio: float = 1.0
-    ) -> None:
-        self.lora_plus_ratio = lora_plus_ratio
-        self.strategy, self.module, self.root, self.config, self.check_base = strategy, module, root, config, check_base
-        # Persistent buffers as they are before any training or restoring: those that differ later belong into checkpoints.
-        self.buffers = {name: buffer_digest(buffer) for name, buffer in persistent_buffers(module).items()}
+    def __init__(self, strategy: Strategy, module: LightningModule) -> None:
+        self.strategy, self.module = strategy, module
+        self.parts: dict[str, AdaptedPart] = {}
+        self.state = ChangedState.of(module)
         self.originals: dict[str, Callable[..., Any]] = {}
-        #: Called with the config of a checkpoint before it is held against the module, which it may change to fit.
-        self.before_load: Callable[[LoRAConfig], None] | None = None
-        self._base: dict[str, Any] | None = None
-        # FSDP1 flattens the weights: read before it wraps, or not at all.
-        self._flattened = any(isinstance(child, FullyShardedDataParallel) for child in module.modules())
-        if not self._flattened and not any(p.is_meta or is_sharded(p) for p in module.parameters()):
-            self._base = self._base_identity()
+
+    @classmethod
+    def of(cls, strategy: Strategy, module: LightningModule) -> StrategyHooks:
+        """The hooks that are on a strategy for this module, or new ones; those for another module are replaced."""
+        hooks = getattr(strategy, "_lora_hooks", None)
+        if hooks is not None and hooks.module is not module:
+            hooks.remove()
+            hooks = None
+        if hooks is None:
+            hooks = cls(strategy, module)
+            hooks.install()
+        hooks.state = ChangedState.of(module)
+        hooks.state.wrapped = lambda: model if (model := strategy.model) is not None and is_flattened(model) else module
+        return hooks
+
+    def add(self, part: AdaptedPart, training: bool, new: bool) -> None:
+        """Count a part in, in place of an earlier one of the same root.
+
+        Args:
+            part: what was adapted.
+            training: it is going to be trained.
+            new: it was adapted just now.
+
+        Raises:
+            ValueError: its checkpoints cannot be written under this strategy.
+        """
+        user = module_state.overrides(self.module)
+        if user is not None and isinstance(self.strategy, FSDPStrategy):
+            raise ValueError(
+                f"{user} overrides how its state dict is made or loaded, and strategy={type(self.strategy).__name__} flattens what it would"
+                " be asked for: use strategy='lora_fsdp2'."
+            )
+        self.parts[part.root] = part
+        self.state.add(part.root, new)
+        if training:
+            self.state.begin(part.root)
+
+    def drop(self, root: str, forget: bool) -> None:
+        """Take a part out again; ``forget`` that its adapters came, too."""
+        self.parts.pop(root, None)
+        self.module.__dict__.pop("configure_model", None)
+        if forget:
+            self.state.drop(root)
+        if not self.parts:
+            self.remove()
 
     def install(self) -> None:
-        """Put the hooks before the strategy's own methods; hooks of an earlier run on the same strategy are replaced."""
-        earlier = getattr(self.strategy, "_lora_hooks", None)
-        if earlier is not None:
-            if earlier.module is self.module:
-                # The first run's start is what "changed" means, and what the base is.
-                self.buffers, self._base = earlier.buffers, earlier._base
-            earlier.remove()
+        """Put the hooks before the strategy's own methods."""
         for name in _HOOKED:
             self.originals[name] = getattr(self.strategy, name)
             setattr(self.strategy, name, getattr(self, name))
@@ -107,8 +126,30 @@ class StrategyHooks:
         """Give the strategy its own methods back."""
         for name in self.originals:
             delattr(self.strategy, name)
+        del self.strategy._lora_hooks  # type: ignore[attr-defined]
+
+    def watch_configure_model(self) -> None:
+        """A module that is there already may shard itself there: its tensors change their form, not their values."""
+        original = self.module.configure_model
+        if not is_overridden("configure_model", self.module) or "configure_model" in self.module.__dict__:
+            return
+
+        @functools.wraps(original)  # Lightning follows __wrapped__ to see that the user overrode the hook
+        def configure_model() -> None:
+            del self.module.configure_model
+            self.state.note()
+            original()
+            self.state.rebase()
+
+        self.module.configure_model = configure_model  # type: ignore[method-assign]
 
     # Each of these stands before the strategy's method of the same name.
+
+    def setup(self, trainer: Trainer) -> None:
+        """Wrapping and precision give tensors another form, which is not a change; what changed before it is."""
+        self.state.note()
+        self.originals["setup"](trainer)
+        self.state.rebase()
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         """``configure_optimizers``, on adapters that are the same on every rank, without frozen parameters; then LoRA+."""
@@ -117,17 +158,28 @@ class StrategyHooks:
             self.originals["setup_optimizers"](trainer)
         schedulers = [config.scheduler for config in self.strategy.lr_scheduler_configs]
         for optimizer in self.strategy.optimizers:
+            check_named(optimizer, self.module)
             check_kept(optimizer)
-            if self.lora_plus_ratio != 1 and holds_b(optimizer, self.module):
-                mine = [scheduler for scheduler in schedulers if scheduler.optimizer is optimizer]
-                apply_lora_plus(optimizer, self.module, self.lora_plus_ratio, *mine)
+            for part in self.parts.values():
+                adapted = self.module.get_submodule(part.root)
+                if part.lora_plus_ratio != 1 and holds_b(optimizer, adapted):
+                    mine = [scheduler for scheduler in schedulers if scheduler.optimizer is optimizer]
+                    apply_lora_plus(optimizer, adapted, part.lora_plus_ratio, *mine)
 
-    def lightning_module_state_dict(self) -> dict[str, Tensor]:
-        """The adapter, what else trains, and the buffers that moved: never a frozen base tensor."""
-        trained = {clean_name(name): self._saved(p.detach()) for name, p in kept_parameters(self.module)}
-        buffers = persistent_buffers(self.module)
-        moved = {name: self._saved(buffer) for name, buffer in buffers.items() if buffer_digest(buffer) != self.buffers.get(name)}
-        return trained | moved
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Everything but what is proved to be the unchanged base (:mod:`lightning_lora.strategies.changed_state`)."""
+        tensors = self.state.tensors(self._saved)
+        if not isinstance(self.strategy, FSDPStrategy):  # which would gather the base for it
+            with unmerged(self.module) if module_state.overrides(self.module) else nullcontext():
+                theirs = module_state.state_of_user(self.module)
+                if theirs is not None:
+                    named = module_state.parameters_by_name(self.module)
+                    base: dict[str, Tensor] = {name: p for name, _, _, p in named if not self.state.holds(name)}
+                    kept = module_state.without_base(theirs, base)
+                    return {key: self._saved(value).clone() if isinstance(value, Tensor) else value for key, value in kept.items()}
+        buffers = {name: self._saved(buffer) for name, buffer in persistent_buffers(self.module).items()}
+        extra = {name: child.get_extra_state() for name, child in module_state.extra_states(self.module).items()}
+        return tensors | buffers | extra
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """State by parameter name."""
@@ -135,8 +187,11 @@ class StrategyHooks:
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str, storage_options: Any = None) -> None:
         """The checkpoint with what an adapter needs to be known by: format version, config, base."""
-        content = AdapterFile(self.config, {}, self.base())
-        checkpoint = {**checkpoint, META: content.meta(root=self.root)}
+        names = self._covered(checkpoint["state_dict"])
+        meta = meta_of(self.parts, lambda root: self.state.identity(root, names))
+        trains = {clean_name(name) for name, _ in kept_parameters(self.module)}
+        beside = sorted(checkpoint["state_dict"].keys() - trains)
+        checkpoint = {**checkpoint, META: {**meta, "beside": beside} if beside else meta}
         if saves_shards(self.strategy):
             write_folder(checkpoint, Path(self.strategy.broadcast(filepath)))
         else:
@@ -152,49 +207,74 @@ class StrategyHooks:
         path = self.strategy.broadcast(path)
         sharded = os.path.isfile(os.path.join(path, REST))
         checkpoint = read_folder(Path(path)) if sharded else self.strategy.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
-        meta, saved = checkpoint.get(META), checkpoint["state_dict"]
-        if meta is None:
+        if checkpoint.get(META) is None:
             raise ValueError(
                 f"{path} was not written under LoRACallback. To start from a full checkpoint load it into the module before fit; to test"
                 " it leave LoRACallback out."
             )
-        theirs = LoRAConfig(**meta["config"])
-        if self.before_load is not None:
-            self.before_load(theirs)
-        different = theirs.differences(self.config)
-        if different:
-            raise ValueError(f"{path} was made with another LoRA config (its value != yours): {'; '.join(different)}.")
-        missing = sorted(name for name in self._kept_names() if name not in saved)
+        metas = parts_in(checkpoint[META], self.parts, path)
+        for root, meta in metas.items():
+            part, config = self.parts[root], LoRAConfig(**meta["config"])
+            if part.before_load is not None:
+                part.before_load(config)
+            different = config.differences(part.config)
+            if different:
+                raise ValueError(f"{path} was made with another LoRA config (its value != yours): {'; '.join(different)}.")
+        names = self._covered(checkpoint["state_dict"])
+        missing = self.state.required(names)
+        theirs = None if isinstance(self.strategy, FSDPStrategy) else module_state.state_of_user(self.module)
+        if theirs is not None:  # what a user's state dict leaves out is not asked for
+            missing = sorted(module_state.names_in(theirs, self.module).intersection(missing))
         if missing:
             raise ValueError(f"{path} lacks {len(missing)} tensors that train here: {', '.join(missing[:4])}.")
-        mine = self.base()
-        if self.check_base and mine is not None and meta["base"] is not None:
-            fingerprint.check_base(mine, meta["base"], str(path))
+        for root, meta in metas.items():
+            if self.parts[root].check_base and meta["base"] is not None:
+                self.state.check_base(root, names, meta["base"], str(path))
+        self.state.check_reset(names, str(path))
         unmerge_lora(self.module)
         return checkpoint
 
     def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
-        """Copy the checkpoint's tensors into the module, this rank's piece of each.
+        """Copy the checkpoint's tensors into the module, this rank's piece of each, and put back what it leaves out.
 
         Raises:
             ValueError: a tensor has another shape, or (if ``strict``) no place here.
         """
         reshard(self.module)
-        places = {clean_name(name): p for name, p in self.module.named_parameters(remove_duplicate=False)} | persistent_buffers(self.module)
-        saved = checkpoint["state_dict"]
-        unknown = sorted(saved.keys() - places.keys())
+        saved, theirs = checkpoint["state_dict"], None
+        if not isinstance(self.strategy, FSDPStrategy):
+            theirs = module_state.state_of_user(self.module)
+        reset = self.state.reset(self._covered(saved))
+        if theirs is not None:
+            module_state.load_users(self.module, theirs, saved, strict)
+        else:
+            self._load(saved, strict)
+        self._write(reset)
+        trainer = self.module.trainer
+        if not self.strategy.lightning_restore_optimizer and trainer.state.fn == TrainerFn.FITTING and "optimizer_states" in checkpoint:
+            self.load_optimizer_state_dict(checkpoint)  # Lightning leaves it to the strategy then
+
+    def _load(self, saved: dict[str, Any], strict: bool) -> None:
+        places, extra = self.state.places(saved), module_state.extra_states(self.module)
+        unknown = sorted(saved.keys() - places.keys() - extra.keys())
         if unknown and strict:
             named = ", ".join(unknown[:4])
             raise ValueError(f"the checkpoint has {len(unknown)} tensors that {type(self.module).__name__} has not: {named}.")
         for name in saved.keys() & places.keys():
-            if saved[name].shape != places[name].shape:
-                raise ValueError(f"{name} has shape {tuple(saved[name].shape)} in the checkpoint, {tuple(places[name].shape)} here.")
-        with torch.no_grad():
-            for name in saved.keys() & places.keys():
-                local_tensor(places[name]).copy_(local_shard(saved[name], places[name]))
-        trainer = self.module.trainer
-        if not self.strategy.lightning_restore_optimizer and trainer.state.fn == TrainerFn.FITTING and "optimizer_states" in checkpoint:
-            self.load_optimizer_state_dict(checkpoint)  # Lightning leaves it to the strategy then
+            if saved[name].shape != places[name]:
+                raise ValueError(f"{name} has shape {tuple(saved[name].shape)} in the checkpoint, {tuple(places[name])} here.")
+        lacking = sorted(extra.keys() - saved.keys())
+        if lacking and strict:
+            raise ValueError(f"the checkpoint lacks the extra state of {len(lacking)} modules: {', '.join(lacking[:4])}.")
+        self._write({name: saved[name] for name in saved.keys() & places.keys()})
+        for name in saved.keys() & extra.keys():
+            extra[name].set_extra_state(saved[name])
+
+    @torch.no_grad()
+    def _write(self, values: dict[str, Tensor]) -> None:
+        """Values, whole or this rank's piece, into the parameters and buffers of their names."""
+        for place, value in self.state.writable(values):
+            local_tensor(place).copy_(value if value.shape == local_tensor(place).shape else local_shard(value, place))
 
     def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
         """Load states by parameter name."""
@@ -204,54 +284,10 @@ class StrategyHooks:
         for optimizer, state in zip(self.strategy.optimizers, saved, strict=True):
             load_by_name(optimizer, self.module, state)
 
-    def base(self) -> dict[str, Any] | None:
-        """The base's identity, read once (under sharding a collective); None if the module came flattened by FSDP1."""
-        if self._base is None and not self._flattened:
-            self._base = self._base_identity()
-        return self._base
-
-    def _base_identity(self) -> dict[str, Any]:
-        prefix = f"{self.root}." if self.root else ""
-        trained = {name.removeprefix(prefix) for name in self._kept_names()}
-        return fingerprint.base_identity(self.module.get_submodule(self.root), trained)
-
-    def _kept_names(self) -> list[str]:
-        return [clean_name(name) for name, _ in kept_parameters(self.module)]
+    def _covered(self, saved: dict[str, Any]) -> set[str]:
+        """Names of the module's tensors that a checkpoint's state dict has values for."""
+        return set(saved) if isinstance(self.strategy, FSDPStrategy) else module_state.names_in(saved, self.module)
 
     def _saved(self, tensor: Tensor) -> Tensor:
         """What a checkpoint gets of a tensor: all of it, or this rank's piece for a folder of shards."""
         return tensor if saves_shards(self.strategy) else full_tensor(tensor)
-
-
-def synchronize(module: nn.Module) -> None:
-    """Give every rank the first rank's values of the adapter and what else trains, where several ranks hold the same."""
-    if not is_distributed():
-        return
-    world = torch.distributed.group.WORLD
-    for _, parameter in kept_parameters(module):
-        if not parameter.is_meta:
-            broadcast([parameter], parallel.replicas(parameter) if is_sharded(parameter) else [world])
-
-
-def check_equal(module: nn.Module) -> None:
-    """Compare what trains between the processes that hold it whole.
-
-    Raises:
-        RuntimeError: it differs, so its gradients were not averaged; the message names the first parameter.
-    """
-    if not is_distributed():
-        return
-    mine = {clean_name(name): checksum(p) for name, p in kept_parameters(module) if not is_sharded(p)}
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, mine)
-    different = [name for name in mine if any(other.get(name) != mine[name] for other in everyone)]
-    if different:
-        raise RuntimeError(
-            f"{len(different)} parameters that train differ between processes after the first step: {different[0]} and others. Their"
-            " gradients were not averaged: was something injected or unfrozen after the model was wrapped?"
-        )
-
-
-def buffer_digest(buffer: Tensor) -> str:
-    """What tells that a buffer changed; a meta buffer has no content yet and counts as changed once it has."""
-    return "meta" if buffer.is_meta else checksum(buffer)

@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision, Precision, TransformerEnginePrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -47,11 +47,12 @@ def check_supported(trainer: Trainer) -> None:
             f"plugins: {type(precision).__name__} replaces every linear layer after LoRA was injected, and so removes the adapters: convert"
             " the model before it goes into the LightningModule, and leave the plugin out."
         )
-    averaging = next((callback for callback in callbacks if isinstance(callback, WeightAveraging)), None)
+    averaging = next((callback for callback in callbacks if isinstance(callback, (WeightAveraging, StochasticWeightAveraging))), None)
     if averaging is not None:
         raise ValueError(
             f"callbacks: {type(averaging).__name__} copies the whole model: before LoRACallback in the list it averages a model without"
-            " adapters, after it, it puts base weights into adapter checkpoints. Leave it out."
+            ' adapters, after it, it puts base weights into adapter checkpoints. Leave it out; README\'s "Averages of adapters" has a'
+            " callback of a few lines that averages what trains."
         )
     if isinstance(strategy, FSDPStrategy) and not strategy.kwargs.get("use_orig_params", True):
         raise ValueError("FSDPStrategy(use_orig_params=False) hides the parameters that LoRA trains: leave use_orig_params out.")

@@ -5,23 +5,45 @@ from __future__ import annotations
 import hashlib
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 SAMPLES = 64  # entries that the sampled digest reads per tensor
+ROW, ROWS = 1 << 13, 1 << 9  # of the full digest: words per row, rows per chunk
 
 
 def checksum(tensor: Tensor) -> str:
     """Return a digest of a tensor's bits: a position-weighted sum modulo 2⁶⁴.
 
-    It is the same on every device and in any order of summation.
+    It is the same on every device and in any order of summation. The tensor is read as rows of 64-bit words. Each row, and each place
+    in a row, has an odd weight. So a change of one word always changes the digest; any other change is missed with a chance of about
+    2⁻⁶⁴. It runs at about the speed of reading the memory.
     """
-    flat = bits(tensor.detach()).flatten()
+    flat = tensor.detach().reshape(-1)
+    flat = (flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)).view(torch.uint8)
+    whole = flat.numel() // (8 * ROW)
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
-    for start in range(0, flat.numel(), 1 << 22):  # in chunks, so that the int64 copy stays small
-        piece = flat[start : start + (1 << 22)].to(torch.int64)
-        weights = torch.arange(start, start + piece.numel(), device=flat.device).mul_(-7046029254386353131).add_(1442695040888963407)
-        total += (piece * (weights | 1)).sum()
+    weights = _weights(0, ROW, flat.device)
+    for start in range(0, whole, ROWS):  # in chunks, so that the products stay small
+        rows = min(ROWS, whole - start)
+        words = _words(flat[8 * ROW * start : 8 * ROW * (start + rows)]).view(rows, ROW)
+        # No product of integer matrices on GPUs; on CPUs it is what reads memory fastest.
+        sums = words @ weights if flat.device.type == "cpu" else (words * weights).sum(1)
+        total += (sums * _weights(ROW + start, rows, flat.device)).sum()
+    rest = nn.functional.pad(flat[8 * ROW * whole :], (0, -flat.numel() % 8))
+    total += (_words(rest) * weights[: rest.numel() // 8]).sum() * _weights(ROW + whole, 1, flat.device).sum()
     return f"{int(total.item()) & (2**64 - 1):016x}"
+
+
+def _words(flat: Tensor) -> Tensor:
+    """Bytes as 64-bit words; a view where they lie so that it can be one."""
+    return (flat if flat.storage_offset() % 8 == 0 else flat.clone()).view(torch.int64)
+
+
+def _weights(start: int, count: int, device: torch.device) -> Tensor:
+    """Odd numbers that look random, one for each position."""
+    x = torch.arange(start + 1, start + 1 + count, device=device).mul_(-7046029254386353131)
+    x = (x ^ (x >> 30)).mul_(-4658895280553007687)
+    return (x ^ (x >> 27)).mul_(-7723592293110705685) | 1
 
 
 def sampled_digest(tensor: Tensor) -> str:

@@ -82,11 +82,11 @@ def on_first_rank(action: Callable[[], object]) -> None:
     torch.distributed.broadcast_object_list([None])
 
 
-def gathered_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+def gathered_parameters(model: nn.Module, writeback: bool = False) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
     """Yield ``(module name, module, parameter name, parameter)`` for every parameter, while it can be read in full.
 
     FSDP1's flat parameters are gathered one at a time, so the order may differ from the model's. Other parameters are yielded
-    unchanged; a DTensor still needs :func:`full_tensor`.
+    unchanged; a DTensor still needs :func:`full_tensor`. With ``writeback``, what is written to a parameter stays.
     """
     from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -98,7 +98,7 @@ def gathered_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str,
                 yield name, module, parameter_name, parameter
     names = {module: name for name, module in model.named_modules()}
     for unit in units:
-        with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False):
+        with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=writeback):
             for module in _managed(unit):
                 for parameter_name, parameter in module.named_parameters(recurse=False):
                     yield names[module], module, parameter_name, parameter

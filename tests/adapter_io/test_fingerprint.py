@@ -55,7 +55,7 @@ def test_the_same_base(make, base, change):
         lambda m: (m.layers[1].mlp.bias.data.add_(0.1), m)[1],
         lambda m: (m.layers.__delitem__(1), m)[1],
         lambda m: (m.__setattr__("extra", torch.nn.Linear(1, 1)), m)[1],
-        lambda m: unload_lora(merge_lora(adapted(m, **ALL))),  # the merge has become the base
+        lambda m: unload_lora(merge_lora(adapted(m, **ALL)), merged="keep"),  # the merge has become the base
     ],
     ids=["seed", "shape", "embedding", "bias", "shorter", "longer", "merged-unloaded"],
 )

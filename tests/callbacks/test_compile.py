@@ -6,7 +6,6 @@ import functools
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -18,6 +17,7 @@ from torch._dynamo.testing import CompileCounter
 
 from lightning_lora import LoRACallback, LoRAConfig
 from lightning_lora.callbacks import lora
+from lightning_lora.callbacks.refusals import recordable
 from lightning_lora.layers import lora_layers
 from lightning_lora.model.compile import compile_layers, keep_gradients
 from tests.lit import LitNet, Net, bits, trainer
@@ -163,7 +163,7 @@ def test_with_cuda_graphs_each_batch_is_a_step_and_gradients_are_kept(tmp_path: 
     monkeypatch.setattr(lora, "compile_layers", functools.partial(compile_layers, backend=recorder))
     monkeypatch.setattr(lora, "begin_step", lambda: log.append("begin"))
     monkeypatch.setattr(lora, "keep_gradients", lambda parameters: (log.append("keep"), keep_gradients(parameters)))
-    monkeypatch.setattr(LoRACallback, "_recordable", lambda self, trainer: True)
+    monkeypatch.setattr(lora, "recordable", lambda strategy: True)
     results = []
     for options in ({}, {"compile": "layer", "cuda_graphs": True}):
         torch.manual_seed(5)
@@ -189,6 +189,5 @@ def test_cuda_graphs_on_a_cpu_say_that_they_do_nothing(tmp_path: Path, counter: 
 def test_cuda_graphs_where_there_is_nothing_to_record_are_an_error() -> None:
     with pytest.raises(ValueError, match="cuda_graphs=True records compiled blocks: pass compile='layer'"):
         LoRACallback(CONFIG, cuda_graphs=True)
-    callback = LoRACallback(CONFIG, compile="layer", cuda_graphs=True)
     with pytest.raises(ValueError, match=r"cuda_graphs=True with strategy=ModelParallelStrategy: it moves.*Leave cuda_graphs out"):
-        callback._recordable(SimpleNamespace(strategy=ModelParallelStrategy()))
+        recordable(ModelParallelStrategy())

@@ -256,7 +256,9 @@ class Bypass(LitNet):
 
 
 def test_an_adapter_without_a_gradient_is_an_error_unless_told_otherwise(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"2 adapter parameters got no gradient in the first batch: net\.fc2\.lora_A"):
+    with pytest.raises(
+        RuntimeError, match=r"1 of 2 adapted layers got no gradient in 4 batches: net\.fc2\. .*exclude_modules=\['net\.fc2'\]"
+    ):
         fit(tmp_path, Bypass(), 1)
     fit(tmp_path, Bypass(), 1, lora=LoRACallback(CONFIG, check_gradients=False))
 
@@ -321,13 +323,6 @@ def test_checkpoints_hold_the_adapter_and_the_statistics_only(tmp_path: Path, we
     late = torch.load(tmp_path / "late.ckpt", weights_only=True)
     assert set(late["state_dict"]) == adapter | statistics
     assert all(torch.equal(late["state_dict"][name], saved["state_dict"][name]) for name in adapter)
-
-
-def test_a_buffer_that_did_not_move_is_not_saved(tmp_path: Path) -> None:
-    module = LitNet()
-    module.register_buffer("table", torch.arange(1000.0))
-    fit(tmp_path, module, 1, callbacks=(checkpoint_in(tmp_path),))
-    assert "table" not in torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
 
 
 @pytest.mark.parametrize("late", [False, True])

@@ -11,10 +11,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision
+from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_lora import LoRACallback, LoRAConfig, apply_lora, load_adapter, merge_report
+from lightning_lora import LoRACallback, LoRAConfig, apply_lora, find_targets, load_adapter, merge_report
+from lightning_lora.callbacks.refusals import check_mergeable
 from lightning_lora.layers.base import lora_layers
 from lightning_lora.quantization.formats import format_of
 from tests.lit import trainer
@@ -116,11 +118,11 @@ def test_merging_at_the_end_is_asked_for(how: str, quantized: Any, tmp_path: Pat
 
 
 def test_a_merge_of_what_will_be_sharded_is_refused_at_the_start() -> None:
-    callback = LoRACallback(CONFIG, merge_quantized="dequantize")
-    model = apply_lora(packed_stack("nf4"), CONFIG)
-    callback._check_mergeable(model, sharded=False)
-    with pytest.raises(ValueError, match=r"up.weight is quantized and will be sharded .*merge_on_fit_end=False"):
-        callback._check_mergeable(model, sharded=True)
+    for model in (packed_stack("nf4"), apply_lora(packed_stack("nf4"), CONFIG)):
+        report = find_targets(model, CONFIG)
+        check_mergeable(model, report, SingleDeviceStrategy(), None, "dequantize")
+        with pytest.raises(ValueError, match=r"up.weight is quantized and will be sharded .*merge_on_fit_end=False"):
+            check_mergeable(model, report, ModelParallelStrategy(), None, "dequantize")
 
 
 def test_a_config_that_does_not_fit_packs_nothing(tmp_path: Path) -> None:

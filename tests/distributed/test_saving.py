@@ -13,7 +13,8 @@ import torch.distributed.checkpoint as dcp
 
 from lightning_lora import apply_lora, export_merged, load_adapter, save_adapter
 from lightning_lora.strategies.checkpoint_io import read_folder, write_folder
-from lightning_lora.utils.sharding import on_first_rank
+from lightning_lora.utils.sharding import local_tensor, on_first_rank
+from tests.distributed import runs
 from tests.distributed.nets import CONFIG, adapter_tensors, fill_adapters, make_net
 from tests.distributed.runs import run
 from tests.distributed.test_wrapping import BOTH, wrapped_and_adapted
@@ -150,3 +151,39 @@ def fail_on_the_first(target: str, call: str, folder: str) -> str:
 def test_a_write_that_fails_on_the_first_rank_leaves_none_waiting(pool: Any, tmp_path: Path, target: str, call: str) -> None:
     first, second = pool.run(fail_on_the_first, target, call, str(tmp_path / "out"))
     assert (first, second) == ("disk full", "the first rank raised RuntimeError: disk full")
+
+
+def moved(name: str, folder: str, ckpt: str | None = None) -> dict[str, Any]:
+    """A run whose training moves a frozen bias without a gradient; the bias at the end, whole."""
+    strategy, make = runs.STRATEGIES[name]
+    made: list[Any] = []
+
+    def moving() -> Any:
+        class Moving(type(make())):  # type: ignore[misc]
+            def on_train_batch_end(self, *args: Any) -> None:
+                bias = self.net.layers[0].norm.bias
+                local_tensor(bias.detach()).add_(0.5)
+
+        made.append(Moving())
+        return made[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(runs.STRATEGIES, "moving", (strategy, moving))
+        result = runs.run("moving", folder, 1 if ckpt is None else 2, ckpt=ckpt, save=True)
+    return result
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using", "ignore:Checkpoint directory", "ignore:The dirpath has changed")
+@pytest.mark.parametrize("name", ["ddp", "fsdp full", "fsdp2 full", "fsdp2 DCP", "tp"])
+def test_a_frozen_weight_that_moved_is_saved_whole(pool: Any, tmp_path: Path, name: str) -> None:
+    results = pool.run(moved, name, str(tmp_path / "a"))
+    assert "net.layers.0.norm.bias" in results[0]["saved"]["names"]
+    assert [key for key in results[0]["saved"]["names"] if "lora_" not in key] == ["net.layers.0.norm.bias"]
+    path = tmp_path / "a" / "last.ckpt"
+    saved = read_folder(path) if path.is_dir() else torch.load(path, weights_only=True)
+    assert torch.equal(saved["state_dict"]["net.layers.0.norm.bias"], torch.full((16,), 2.0))
+    for target in (name, "ddp"):
+        assert pool.run(moved, target, str(tmp_path / target), str(path))
+        path2 = tmp_path / target / "last.ckpt"
+        again = read_folder(path2) if path2.is_dir() else torch.load(path2, weights_only=True)
+        assert torch.equal(again["state_dict"]["net.layers.0.norm.bias"], torch.full((16,), 4.0))

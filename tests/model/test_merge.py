@@ -133,7 +133,7 @@ def test_transformers_does_not_tie_a_merged_model_again(tmp_path):
     merge_lora(model, untie=True)
     model.tie_weights()
     torch.testing.assert_close(model(ids).logits, unmerged)
-    unload_lora(model).save_pretrained(tmp_path)
+    unload_lora(model, merged="keep").save_pretrained(tmp_path)
     loaded = LlamaForCausalLM.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(loaded(ids).logits, unmerged)
 

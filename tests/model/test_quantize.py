@@ -107,7 +107,7 @@ def test_merging_is_a_choice_and_can_be_taken_back(how: str, quantized: Any) -> 
 def test_a_dequantized_merge_ends_as_a_plain_model(how: str) -> None:
     model = adapted(packed_stack(how), **CONFIG)
     x, before = inputs(), model.train()(inputs())
-    unload_lora(merge_lora(model, quantized="dequantize", reversible=False))
+    unload_lora(merge_lora(model, quantized="dequantize", reversible=False), merged="keep")
     assert type(model.up) is type(model.down) is nn.Linear
     assert set(model.up.__dict__) <= set(nn.Linear(1, 1).__dict__) | {"_unpacked_digest", "_unpacked_dtype"}
     assert model.state_dict().keys() == plain_stack().state_dict().keys()

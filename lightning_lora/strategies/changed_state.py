@@ -1,0 +1,295 @@
+"""What of a module a checkpoint holds: everything but what is proved to be the unchanged base.
+
+A frozen parameter is left out only if both hold:
+
+- The base's fingerprint covers it. So a checkpoint that lacks it does not load onto a base where it is another.
+- Each of its bits is as it was when the adapters came. A digest of the whole tensor is taken then and at each save. Less would not
+  do: an EMA that writes through ``.data`` moves no version counter, and a codebook moves a few rows that a sample misses.
+
+So the rest is saved: adapters, what trains or trained at any time since, frozen parameters that changed (a codebook, an EMA, weights
+that were loaded after ``setup``), and those beside the adapted submodule, which no fingerprint covers.
+
+Digests are taken at setup, at the start of training and at saves, never in a step. They read the memory once.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lightning_lora.adapter_io import fingerprint
+from lightning_lora.layers.base import PREFIX, lora_layers
+from lightning_lora.model.merge import unmerged
+from lightning_lora.strategies import module_state
+from lightning_lora.strategies.digests import digest, is_merged
+from lightning_lora.utils.names import clean_name, persistent_buffers
+from lightning_lora.utils.sharding import gathered_parameters, is_flattened, is_sharded, local_tensor, reshard
+
+T = TypeVar("T")
+COPIES = 64 << 20  # bytes of frozen tensors, the smallest first, whose values at the start are kept to go back to
+
+_STATES: weakref.WeakKeyDictionary[nn.Module, ChangedState] = weakref.WeakKeyDictionary()
+
+
+class ChangedState:
+    """Which parameters of a module a checkpoint has to hold; kept as long as the module has its adapters.
+
+    Attributes:
+        wrapped: gives the module as its strategy wrapped it, which for FSDP1 is where its parameters can be read.
+        roots: names of the adapted submodules, each with a fingerprint → sampled digests of its base.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+        self.wrapped: Callable[[], nn.Module] = lambda: self.module
+        self.roots: dict[str, dict[str, str]] = {}
+        self._begun: set[str] = set()
+        self._reference: dict[str, str] | None = None  # frozen and covered → digest when adapters came, or training began
+        self._pending: set[str] = set()  # the same, but on the meta device then
+        self._saved: set[str] = set()  # what trained or changed at any time
+        self._moved: set[str] = set()  # of the reference: what changed since training began
+        self._small: set[str] = set()
+        self._copies: dict[str, Tensor] = {}
+        self._started = False
+
+    @classmethod
+    def of(cls, module: nn.Module) -> ChangedState:
+        """The module's own."""
+        if module not in _STATES:
+            _STATES[module] = cls(module)
+        return _STATES[module]
+
+    @property
+    def module(self) -> nn.Module:
+        """The module."""
+        module = self._module()
+        assert module is not None
+        return module
+
+    # When it is asked.
+
+    def add(self, root: str, new: bool) -> None:
+        """Count in an adapted submodule; ``new``: its adapters have come just now, and what was known of it before is of no use."""
+        if new:
+            self.drop(root)
+        self.roots.setdefault(root, {})
+
+    def drop(self, root: str) -> None:
+        """Forget an adapted submodule, and with the last one everything."""
+        self.roots.pop(root, None)
+        self._begun.discard(root)
+        for names in (self._saved, self._moved, self._small, self._pending):
+            names.difference_update({fqn for fqn in names if _is_within(fqn, [root])})
+        for values in (self._reference or {}, self._copies):
+            for fqn in [fqn for fqn in values if _is_within(fqn, [root])]:
+                del values[fqn]
+        if not self.roots:
+            self._reference, self._started = None, False
+            self._saved.clear()
+
+    def begin(self, root: str) -> None:
+        """Take the digests: adapters have come to ``root`` and nothing has trained yet. Nothing if that was done before."""
+        if root in self._begun:
+            return
+        self._begun.add(root)
+        self.roots[root] = fingerprint.base_digests(self.module.get_submodule(root))
+        self._saved = {fqn for fqn in self._saved if not _is_within(fqn, [root])}  # trained till another root's adapters came
+        self._note(self._reference or {})
+        frozen = {fqn: p for fqn, _, _, p in self._parameters() if self._is_covered(fqn, p)}
+        self._pending = {fqn for fqn, p in frozen.items() if p.is_meta}
+        self._reference = {fqn: (self._reference or {}).get(fqn, "") for fqn in frozen.keys() - self._pending - self._saved}
+        left = COPIES
+        for fqn in sorted(self._reference, key=lambda fqn: frozen[fqn].nbytes):
+            left -= frozen[fqn].nbytes
+            if left >= 0 and type(local_tensor(frozen[fqn].detach())) is Tensor:  # a packed weight does not change
+                self._small.add(fqn)
+        self.rebase()
+
+    def note(self) -> None:
+        """Find what trains or has changed by now. A collective under sharding."""
+        if self._reference is not None:
+            self._note(self._reference)
+
+    def rebase(self) -> None:
+        """After :meth:`note`: the strategy gives tensors another form (dtype, sharding), which is not a change."""
+        for fqn, owner, name, p in self._parameters():
+            if self._reference is not None and fqn in self._reference and fqn not in self._moved:
+                self._reference[fqn] = digest(owner, name, p) or self._reference[fqn]
+                if fqn in self._small and not is_merged(owner, name):
+                    self._copies[fqn] = local_tensor(p.detach()).to("cpu", copy=True)
+
+    def start(self) -> None:
+        """Training begins: what was on the meta device has its base by now, and what changes from here on can be reset."""
+        self.settle()
+        if not self._started:
+            self.note()
+            self.rebase()
+            self._started = self._reference is not None
+
+    def settle(self) -> None:
+        """Take the digests of what was on the meta device, once it has content."""
+        if self._pending and self._reference is not None and not any(p.is_meta for _, _, _, p in self._parameters()):
+            self._reference |= {fqn: "" for fqn in self._pending - self._saved}
+            self._pending = set()
+            self.roots = {root: fingerprint.base_digests(self.module.get_submodule(root)) for root in self.roots}
+            self.rebase()
+
+    # What a checkpoint holds.
+
+    def holds(self, fqn: str) -> bool:
+        """Whether it holds a parameter, as far as is known."""
+        base = self._reference is not None and (fqn in self._reference or fqn in self._pending)
+        return fqn.rpartition(".")[2].startswith(PREFIX) or fqn in self._saved or not base
+
+    def tensors(self, whole: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """Name → parameter, of those that a checkpoint holds. A collective under sharding.
+
+        Args:
+            whole: what is saved of a tensor.
+        """
+        for root in self.roots:
+            self.begin(root)
+        self.settle()
+        self.note()
+        self._started = True
+        names = {clean_name(name): p for name, p in self.module.named_parameters() if self.holds(clean_name(name)) and not is_lazy(p)}
+        layers = [(clean_name(name), layer) for name, layer in lora_layers(self.module) if layer.merged]
+        if any(f"{fqn}.{name}" in names for fqn, layer in layers for name in layer.adapted):
+            with unmerged(self.module):
+                return {name: value.clone() for name, value in self._values(names, whole).items()}
+        return self._values(names, whole)
+
+    def _values(self, names: dict[str, Any], whole: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        if not is_flattened(self.wrapped()):
+            return {name: whole(p.detach()) for name, p in names.items()}
+        found = {fqn: p.detach().clone() for fqn, p in self._gathered(names)}
+        return {name: found[name] for name in names if name in found}
+
+    def required(self, present: Collection[str]) -> list[str]:
+        """Names that a checkpoint has to have here and has not.
+
+        Args:
+            present: names that it has.
+        """
+        resettable = set(self._reference or ()) if self._started else set()
+        needed = []
+        for fqn, p in ((clean_name(name), p) for name, p in self.module.named_parameters()):
+            trains = p.requires_grad or fqn.rpartition(".")[2].startswith(PREFIX)
+            if fqn not in present and ((trains and fqn not in resettable) or not _is_within(fqn, self.roots)):
+                needed.append(fqn)
+        return sorted(needed)
+
+    def check_base(self, root: str, present: Collection[str], saved: dict[str, Any], where: str) -> None:
+        """Hold what a checkpoint leaves out of an adapted submodule against the base it was trained on.
+
+        Raises:
+            ValueError: it is another one.
+        """
+        self.settle()
+        module, then = self.module.get_submodule(root), self.identity(root, present)
+        if then["fingerprint"] != saved["fingerprint"]:  # loaded after setup, perhaps, and here again
+            then = fingerprint.identity_of(module, fingerprint.base_digests(module), self._relative(root, present))
+        fingerprint.check_base(then, saved, where)
+
+    def identity(self, root: str, present: Collection[str]) -> dict[str, Any]:
+        """The base of an adapted submodule, as it was when the adapters came, without what a checkpoint holds."""
+        module = self.module.get_submodule(root)
+        digests = self.roots.get(root) or fingerprint.base_digests(module)
+        return fingerprint.identity_of(module, digests, self._relative(root, present))
+
+    def check_reset(self, present: Collection[str], where: str) -> None:
+        """Refuse a checkpoint that leaves out what changed here since and cannot be put back.
+
+        Raises:
+            ValueError: with the names.
+        """
+        self.note()
+        lost = sorted(fqn for fqn in self._moved - set(present) if fqn not in self._copies)
+        if lost:
+            raise ValueError(
+                f"{where} was written before {lost[0]!r} changed in training ({len(lost)} such parameters), so it leaves that out as base,"
+                " and what it was is not kept here: load it into a module made anew."
+            )
+
+    def reset(self, present: Collection[str]) -> dict[str, Tensor]:
+        """Name → value when training began, of what changed since and a checkpoint leaves out; this rank's piece."""
+        return {fqn: self._copies[fqn] for fqn in self._moved - set(present)}
+
+    # Where values go.
+
+    def places(self, names: Collection[str]) -> dict[str, torch.Size]:
+        """Name → whole shape, of the parameters and persistent buffers among these names."""
+        shapes = {name: tensor.shape for name, tensor in module_state.places(self.module).items() if name in names}
+        if is_flattened(self.wrapped()):  # FSDP1 says what it has of a parameter here
+            shapes |= {fqn: p.shape for fqn, p in self._gathered(names)}
+        return shapes
+
+    def writable(self, values: dict[str, T]) -> Iterator[tuple[Tensor, T]]:
+        """``(parameter or buffer, value)`` for each name, at a moment when it can be written to."""
+        if is_flattened(self.wrapped()):
+            for fqn, p in self._gathered(values.keys(), writeback=True):
+                yield p, values[fqn]
+            places: dict[str, Tensor] = dict(persistent_buffers(self.module))
+        else:
+            places = module_state.places(self.module)
+        yield from ((places[name], values[name]) for name in values.keys() & places.keys())
+
+    # How it is found.
+
+    def _note(self, reference: dict[str, str]) -> None:
+        reshard(self.module)
+        trains, changed, sharded = set(), set(), False
+        for fqn, owner, name, p in self._parameters():
+            sharded |= is_sharded(p)
+            if p.requires_grad and not name.startswith(PREFIX):
+                trains.add(fqn)
+            known = fqn in reference and fqn not in self._moved
+            if known and digest(owner, name, p) not in (None, reference[fqn]) and not self._is_cast(fqn, p):
+                changed.add(fqn)
+        if sharded and torch.distributed.is_initialized():
+            everyone: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(everyone, changed)
+            changed = set().union(*everyone)
+        self._saved |= trains | changed
+        if self._started:
+            self._moved |= changed
+
+    def _is_cast(self, fqn: str, p: Tensor) -> bool:
+        """Whether a tensor has another dtype now and no other change: some layers cast their bias in the first forward pass."""
+        then, now = self._copies.get(fqn), local_tensor(p.detach())
+        return then is not None and then.dtype != now.dtype and torch.equal(then.to(now.dtype), now.cpu())
+
+    def _gathered(self, names: Collection[str], writeback: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters of these names under FSDP1. Those that it has not flattened come first, and for most runs are all: no collective."""
+        left = {clean_name(name) for name, _ in self.module.named_parameters()}.intersection(names)
+        for prefix, _, name, p in gathered_parameters(self.wrapped(), writeback) if left else ():
+            fqn = clean_name(f"{prefix}.{name}" if prefix else name)
+            if fqn in left:
+                yield fqn, p
+                left.discard(fqn)
+                if not left:
+                    return
+
+    def _parameters(self) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+        """Every parameter, at a moment when it can be read."""
+        wrapped = self.wrapped()
+        if is_flattened(wrapped):
+            for prefix, owner, name, p in gathered_parameters(wrapped):
+                yield clean_name(f"{prefix}.{name}" if prefix else name), owner, name, p
+        else:
+            yield from module_state.parameters_by_name(self.module)
+
+    def _is_covered(self, fqn: str, p: nn.Parameter) -> bool:
+        return not (p.requires_grad or is_lazy(p) or fqn.rpartition(".")[2].startswith(PREFIX)) and _is_within(fqn, self.roots)
+
+    def _relative(self, root: str, names: Collection[str]) -> set[str]:
+        return {name.removeprefix(f"{root}." if root else "") for name in names}
+
+
+def _is_within(fqn: str, roots: Collection[str]) -> bool:
+    return any(not root or fqn.startswith(f"{root}.") for root in roots)

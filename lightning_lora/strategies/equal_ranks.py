@@ -1,0 +1,43 @@
+"""What trains is the same on every process: made so before training, compared after the first step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_lora.layers.base import kept_parameters
+from lightning_lora.model import parallel
+from lightning_lora.utils.checksums import checksum
+from lightning_lora.utils.names import clean_name
+from lightning_lora.utils.sharding import broadcast, is_distributed, is_sharded
+
+
+def synchronize(module: nn.Module) -> None:
+    """Give every rank the first rank's values of the adapter and what else trains, where several ranks hold the same."""
+    if not is_distributed():
+        return
+    world = torch.distributed.group.WORLD
+    for _, parameter in kept_parameters(module):
+        if not parameter.is_meta:
+            broadcast([parameter], parallel.replicas(parameter) if is_sharded(parameter) else [world])
+
+
+def check_equal(module: nn.Module) -> None:
+    """Compare what trains between the processes that hold it whole.
+
+    Raises:
+        RuntimeError: it differs, so its gradients were not averaged; the message names the first parameter.
+    """
+    if not is_distributed():
+        return
+    mine = {clean_name(name): checksum(p) for name, p in kept_parameters(module) if not is_sharded(p)}
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, mine)
+    different = [name for name in mine if any(other.get(name) != mine[name] for other in everyone)]
+    if different:
+        raise RuntimeError(
+            f"{len(different)} parameters that train differ between processes after the first step: {different[0]} and others. Their"
+            " gradients were not averaged: was something injected or unfrozen after the model was wrapped?"
+        )
