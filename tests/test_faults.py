@@ -665,7 +665,7 @@ class ReentrantBody(Reentrant):
 @pytest.mark.parametrize(
     ("module", "said"),
     [
-        (ReentrantBody, ("1 of 2 adapted layers got no gradient", "net.fc1", "exclude_modules)),
+        (ReentrantBody, ("1 of 2 adapted layers got no gradient", "net.fc1", "exclude_modules")),
         (Reentrant, ("the loss does not depend on any adapter",)),
     ],
     ids=["row55_some_inside", "row55_all_inside"],
