@@ -99,7 +99,7 @@ class SeveralWeights(LoRALayer):
 
     # Merging.
 
-    @property
+    @property  # type: ignore[misc]  # without a setter: a merge by hand does not say into which weight
     def merged(self) -> bool:
         """True if the updates are in the weights."""
         return any(state.merge is not None for state in self.lora_state.by_weight.values())

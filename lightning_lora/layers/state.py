@@ -91,6 +91,11 @@ class Adapted(nn.Module):
         """True if the update is in the weight."""
         return self.lora_state.merge is not None
 
+    @merged.setter
+    def merged(self, value: bool) -> None:
+        """Record a merge that code outside this package did. It has no undo record, so it cannot be undone here."""
+        self.lora_state.merge = MergeRecord(None, "", next(self.parameters()).device, 0.0) if value else None
+
     @property
     def merge_loss(self) -> float | None:
         """Share of the update that rounding lost in the merge; None if the layer is not merged."""
