@@ -663,18 +663,19 @@ class ReentrantBody(Reentrant):
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
 @pytest.mark.parametrize(
-    ("module", "said"),
+    ("module", "batches", "said"),
     [
-        (ReentrantBody, ("2 adapter parameters got no gradient", "net.fc1.lora_A", "net.fc1.lora_B")),
-        (Reentrant, ("the loss does not depend on any adapter",)),
+        (ReentrantBody, 4, ("1 of 2 adapted layers got no gradient in 4 batches", "net.fc1", "exclude_modules")),
+        (Reentrant, 1, ("the loss does not depend on any adapter",)),
     ],
     ids=["row55_some_inside", "row55_all_inside"],
 )
-def test_row55_checkpointing_that_cuts_the_graph(tmp_path: Path, module: type[LitNet], said: tuple[str, ...]) -> None:
+def test_row55_checkpointing_that_cuts_the_graph(tmp_path: Path, module: type[LitNet], batches: int, said: tuple[str, ...]) -> None:
+    """Some layers may be used only now and then, so their lack is told at the end of a short training, which has its checkpoint by then."""
     model = module()
-    with refused(*said, "use_reentrant=False", error=RuntimeError, folder=tmp_path):
+    with refused(*said, "use_reentrant=False", error=RuntimeError, folder=tmp_path if batches == 1 else None):
         trainer(tmp_path, LoRACallback(FC), ModelCheckpoint(), max_epochs=1).fit(model)
-    assert len(model.losses) == 1, "in the first batch"
+    assert len(model.losses) == batches
     assert not any(layer.merged for layer in model.modules() if isinstance(layer, LoRALayer))
 
 

@@ -26,8 +26,8 @@ from lightning_lora.utils.torch_private import uncompiled
 from lightning_lora.utils.transformers_conventions import model_name
 
 HALF, QUANTIZED = 16, "q"
+LINEAR_MARK = "@"  # stands before the names of linear layers' weights in :func:`base_digests`
 LINEAR = nn.Linear  # read at import: Lightning's plugins replace `nn.Linear` by their own class while a model is built
-LINEAR_MARK = "@"
 
 
 def base_identity(root: nn.Module, exclude: Collection[str] = ()) -> dict[str, Any]:

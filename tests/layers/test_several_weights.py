@@ -18,8 +18,9 @@ from lightning_lora.adapter_io.fingerprint import base_identity
 from lightning_lora.layers.adapting import refusal
 from lightning_lora.layers.several_weights import SeveralWeights
 from lightning_lora.layers.spec import LayerSpec
-from lightning_lora.model.merge import tied_weights
+from lightning_lora.model.merge import tied_weights, unmerged
 from lightning_lora.optim import galore_param_groups
+from lightning_lora.strategies.digests import digest, is_merged
 from tests.conftest import adapted, base_bits, fill, same_bits, snapshot
 from tests.layers.experts import LoRAExperts, registered, tiny_mixtral, tiny_qwen3_moe
 
@@ -360,3 +361,28 @@ def test_the_callback_merges_every_weight_at_the_end(tmp_path):
     base, merged = experts(tiny_qwen3_moe()), experts(lit.model)
     assert merged.merged and all(not same_bits(merged._parameters[name], base._parameters[name]) for name in LoRAExperts.adapted)
     assert base_bits(unmerge_lora(lit.model)) == base_bits(tiny_qwen3_moe())
+
+
+@pytest.mark.parametrize("variant", ["plain", "dora"])
+def test_each_of_several_weights_is_told_from_its_base(variant):
+    """What checkpoints ask of a merged layer: the digest of each base weight, and the base alone once more (a module's ``setup``)."""
+    model = one_layer(variant=variant)
+    layer = model["experts"]
+    names = layer.adapted
+    before = {name: digest(layer, name, layer._parameters[name]) for name in names}
+    base = {f"experts.{name}": layer._parameters[name].detach().clone() for name in names}
+    x, index, share = routed(layer)
+    merge_lora(model)
+    assert all(is_merged(layer, name) for name in names)
+    assert {name: digest(layer, name, layer._parameters[name]) for name in names} == before
+    merged = layer(x, index, share)
+    layer.lora_base_again = True
+    assert not model.load_state_dict(base).missing_keys and layer.merged
+    assert same_bits(layer(x, index, share), merged), "what is merged stays"
+    del layer.lora_base_again
+    with unmerged(model):
+        assert {name: digest(layer, name, layer._parameters[name]) for name in names} == before
+    assert same_bits(layer(x, index, share), merged)
+    assert not model.load_state_dict(model.state_dict()).missing_keys
+    with pytest.raises(ValueError, match="the way back was not kept"):
+        unmerge_lora(model)
