@@ -264,7 +264,7 @@ def test_hugging_face_says_itself_what_its_blocks_are() -> None:
     vision = transformers.ViTConfig(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, image_size=8, patch_size=4
     )
-    assert len(compile_layers(transformers.ViTModel(vision), "eager")) == 2
+    assert len(compile_layers(transformers.ViTModel(vision), backend="eager")) == 2
 
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), nn.ModuleList([Block()])])
