@@ -25,6 +25,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import multi_gpu_models as models
 import multi_gpu_runs as runs
 import torch
 
@@ -114,7 +115,7 @@ def step_rows(workers: Workers, options: argparse.Namespace, say: Callable[[dict
             continue
         after = strategy.endswith(" after")  # its frozen model is the one before; PEFT has nothing for a model that is sharded already
         frozen = frozen if after else None
-        for model in ("ours",) if after else runs.MODELS:
+        for model in ("ours",) if after else models.MODELS:
             if model not in options.models:
                 continue
             row: dict[str, Any] = {"part": "steps", "strategy": strategy, "model": model}
@@ -226,7 +227,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", type=int, help="default: all GPUs")
     parser.add_argument("--cpu", action="store_true", help="gloo processes")
-    parser.add_argument("--shape", choices=list(runs.SHAPES), default="8b")
+    parser.add_argument("--shape", choices=list(models.SHAPES), default="8b")
     parser.add_argument("--rows", type=int, help="sequences a device; default 4, tiny 2")
     parser.add_argument("--length", type=int, help="tokens a sequence; default 2048, tiny 32")
     parser.add_argument("--steps", type=int, default=10, help="counted steps, after three")
@@ -235,7 +236,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--pull-frozen", action="store_true", help="of the parts resume and nf4: LoRAFSDP2Strategy(pull_frozen=True)")
     parser.add_argument("--profile", action="store_true", help="milliseconds by kind of kernel, under each row")
     parser.add_argument("--only", nargs="+", choices=list(runs.STRATEGIES), help="these strategies, beside the single device")
-    parser.add_argument("--models", nargs="+", choices=list(runs.MODELS), default=list(runs.MODELS))
+    parser.add_argument("--models", nargs="+", choices=list(models.MODELS), default=list(models.MODELS))
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=["steps", "save", "resume"])
     parser.add_argument("--json", type=Path, default=Path("runs/multi_gpu.json"))
     options = parser.parse_args(argv)

@@ -15,7 +15,8 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
-from multi_gpu_runs import LINEARS, SHAPES, built, device_here, empty_model
+from multi_gpu_models import LINEARS, SHAPES, empty_model
+from multi_gpu_runs import built, device_here
 from torch import Tensor
 from torch.utils.data import DataLoader
 

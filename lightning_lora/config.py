@@ -1,7 +1,7 @@
-"""``LoRAConfig``: what to adapt and how, validated once, immutable after.
+"""``LoRAConfig``: which modules to adapt and how. Validated at creation, immutable afterwards.
 
-The fields are the field's own: rank, alpha, dropout, target modules. Names that stand for code elsewhere (``init``,
-``variant``) are looked up in :mod:`lightning_lora.registry` when they are used, so that adding one does not edit this file.
+The field names are the usual terms: rank, alpha, dropout, target modules. ``init`` and ``variant`` name code in other files. They are
+looked up in :mod:`lightning_lora.registry` when they are used, so a new one needs no change here.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ SCALINGS: dict[str, Callable[[float, float], float]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
-    """The adapter: ``h = W₀x + scaling · B·A·dropout(x)`` on every module that ``target_modules`` names.
+    """Configuration of the adapter: ``h = W₀x + scaling · B·A·dropout(x)`` on every module that matches ``target_modules``.
 
     Args:
         rank: r, the inner dimension of the update; a whole number ≥ 1.
-        alpha: scaling numerator, finite and > 0.
-        dropout: probability of zeroing an entry of the adapter's input (never the base's), in [0, 1).
-        target_modules: names or regexes (see :mod:`lightning_lora.utils.patterns`), one regex string over the whole module
-            name, or ``"all-linear"``: every linear layer but the output head.
-        exclude_modules: names or regexes never adapted, though targeted.
+        alpha: numerator of the scaling, finite and > 0.
+        dropout: probability of zeroing an entry of the adapter's input (never of the base's), in [0, 1).
+        target_modules: a list of names or regexes (see :mod:`lightning_lora.utils.patterns`), one regex string over the whole module
+            name, or ``"all-linear"``: every linear layer except the output head.
+        exclude_modules: names or regexes of modules that are never adapted, even if targeted.
         layers: adapt only in blocks with these indices (the first number in a module's name).
-        bias: which biases train: ``none``, ``all`` of the model, or ``lora_only`` those of adapted layers.
-        rank_pattern: pattern → rank, overriding ``rank``; the first that matches a module wins.
-        alpha_pattern: pattern → alpha, likewise.
-        kind_pattern: pattern → name of a registered kind, where the module's type does not tell how its shape works (a linear that
-            is q, k and v in one, say); likewise.
-        modules_to_save: modules trained in full and saved with the adapter. ``"auto"``: what the checkpoint of a Hugging
-            Face task model did not contain, such as a new head; ``[]``: none.
+        bias: which biases train: ``none``, ``all`` of the model, or ``lora_only``, those of adapted layers.
+        rank_pattern: pattern → rank, overriding ``rank``. The first pattern that matches a module applies.
+        alpha_pattern: pattern → alpha, overriding ``alpha`` in the same way.
+        kind_pattern: pattern → name of a registered kind, for modules whose type does not tell how to read their shape. An example is
+            one linear for q, k and v. The first pattern that matches applies.
+        modules_to_save: modules that are trained in full and saved with the adapter. ``"auto"``: what the checkpoint of a Hugging Face
+            task model did not contain, such as a new head; ``[]``: none.
         scaling: ``standard`` α/r, or ``rslora`` α/√r.
-        init: how A and B start, a name in the registry: ``kaiming`` (A uniform in ±1/√fan_in, B zero), ``gaussian``, ``orthogonal``,
-            ``pissa``, ``pissa_niter_4``, ``olora`` (:mod:`lightning_lora.inits`).
-        variant: the update's formula, a name in the registry: ``plain``, ``dora``, ``lora_fa``, ``adalora``, ``vera``
+        init: how A and B are initialized, a name in the registry: ``kaiming`` (A uniform in ±1/√fan_in, B zero), ``gaussian``,
+            ``orthogonal``, ``pissa``, ``pissa_niter_4``, ``olora`` (:mod:`lightning_lora.inits`).
+        variant: formula of the update, a name in the registry: ``plain``, ``dora``, ``lora_fa``, ``adalora``, ``vera``
             (:mod:`lightning_lora.variants`).
-        variant_options: option → value, for variants that take some; the variant's class says which.
-        allow_unmatched: accept patterns that match nothing, where others do match.
+        variant_options: option → value, for variants with options. The variant's class documents them.
+        allow_unmatched: accept patterns that match nothing, if others match.
 
     Raises:
-        ValueError: a field is out of range; the message names field, value and what is allowed.
+        ValueError: a field is out of range. The message names the field, the value and what is allowed.
     """
 
     rank: int = 8
@@ -70,7 +70,7 @@ class LoRAConfig:
     allow_unmatched: bool = False
 
     def __post_init__(self) -> None:
-        # Plain, comparable values whatever the caller (YAML, argparse, JSON) handed in.
+        # Convert what YAML, argparse or JSON gave to plain, comparable values.
         for name in ("target_modules", "exclude_modules", "layers", "modules_to_save"):
             object.__setattr__(self, name, _sequence(name, getattr(self, name)))
         for name in ("rank_pattern", "alpha_pattern", "kind_pattern", "variant_options"):
@@ -104,21 +104,24 @@ class LoRAConfig:
         object.__setattr__(self, "alpha_pattern", {name: float(value) for name, value in self.alpha_pattern.items()})
 
     def scaling_of(self, rank: float, alpha: float) -> float:
-        """The factor in front of ``B·A`` for a layer of this rank and alpha."""
+        """Return the factor of ``B·A`` for a layer of this rank and alpha."""
         return SCALINGS[self.scaling](alpha, rank)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types only, as checkpoints keep it (``LoRAConfig(**d)`` is the way back)."""
+        """Return a dict of plain types only, for checkpoints. ``LoRAConfig(**d)`` is the inverse."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     def differences(self, other: LoRAConfig) -> list[str]:
-        """What differs, one ``field: mine != theirs`` a line; empty when the two adapt the same way."""
+        """Return the differing fields, as one ``field: mine != theirs`` per entry. Empty if both adapt the same way."""
         pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self) if f.name != "allow_unmatched")
         return [f"{name}: {mine!r} != {theirs!r}" for name, mine, theirs in pairs if mine != theirs]
 
 
 def _sequence(name: str, value: Any) -> Any:
-    """A tuple of what a list field was given; a string stays one, None means none (all, for ``layers``)."""
+    """Return the value of a list field as a tuple.
+
+    A string stays a string. None becomes an empty tuple, except for ``layers``, where it stays None and means all.
+    """
     if value is None:
         return None if name == "layers" else ()
     if not isinstance(value, (str, Sequence)) and not isinstance(value, (set, frozenset)):

@@ -1,8 +1,8 @@
-"""How A and B start, without reading data. Each function fills the factors of one layer; the layer says which is which.
+"""Initialize A and B without reading data. Each function fills the factors of one layer; the layer tells which factor is which.
 
-An adapted model starts as its base. Most inits see to that by B·A = 0. Those that take A and B from the weight are marked
-:func:`~lightning_lora.registry.keeps_start`: the layer then keeps the start B₀·A₀ and adds ``s·(B·A − B₀·A₀)``. Papers and PEFT take
-s·B₀·A₀ out of the base weight, which is the same sum; here the base stays as it is, to the bit.
+An adapted model starts as its base. Most inits ensure that by B·A = 0. Those that compute A and B from the weight are marked
+:func:`~lightning_lora.registry.keeps_start`: the layer keeps the start B₀·A₀ and adds ``s·(B·A − B₀·A₀)``. Papers and PEFT subtract
+s·B₀·A₀ from the base weight instead, which gives the same sum. Here the base stays unchanged, bit for bit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @register_init("kaiming")
 def kaiming(layer: LoRALayer) -> None:
-    """Uniform in ±1/√fan_in (Kaiming with a = √5, what ``nn.Linear`` starts with), the other factor zero."""
+    """Fill one factor uniformly in ±1/√fan_in (Kaiming with a = √5, the default of ``nn.Linear``), the other with zeros."""
     random, zero = layer.lora_factors()
     nn.init.kaiming_uniform_(random, a=math.sqrt(5))
     nn.init.zeros_(zero)
@@ -30,7 +30,7 @@ def kaiming(layer: LoRALayer) -> None:
 
 @register_init("gaussian")
 def gaussian(layer: LoRALayer) -> None:
-    """Normal with standard deviation 1/r, the other factor zero (as PEFT's ``init_lora_weights="gaussian"``)."""
+    """Fill one factor from a normal distribution with standard deviation 1/r, the other with zeros. PEFT's ``"gaussian"`` is the same."""
     random, zero = layer.lora_factors()
     nn.init.normal_(random, std=1 / layer.rank)
     nn.init.zeros_(zero)
@@ -38,10 +38,10 @@ def gaussian(layer: LoRALayer) -> None:
 
 @register_init("orthogonal")
 def orthogonal(layer: LoRALayer) -> None:
-    """A and B both random, in subspaces of the r dimensions that are orthogonal, so that B·A = 0; r is even (as in PEFT).
+    """Fill A and B with random values in orthogonal subspaces of the r dimensions (as in PEFT). So B·A = 0. r must be even.
 
     Raises:
-        ValueError: r is odd, or A and B meet in groups.
+        ValueError: r is odd, or the layer multiplies A and B in groups.
     """
     r = layer.rank
     if r % 2 or layer.lora_B.shape[1] != r:
@@ -55,7 +55,7 @@ def orthogonal(layer: LoRALayer) -> None:
 @register_init("pissa")
 @keeps_start
 def pissa(layer: LoRALayer) -> None:
-    """The principal part of the weight: s·B·A is its truncated singular value decomposition (PiSSA, arXiv:2404.02948, eq. 2 and 3)."""
+    """Set s·B·A to the weight's truncated singular value decomposition, its principal part (PiSSA, arXiv:2404.02948, eq. 2 and 3)."""
     if not layer.lora_A.is_meta:
         U, S, Vh = torch.linalg.svd(_matrix(layer), full_matrices=False)
         _fill_principal(layer, U, S, Vh)
@@ -64,7 +64,7 @@ def pissa(layer: LoRALayer) -> None:
 @register_init("pissa_niter_4")
 @keeps_start
 def pissa_niter_4(layer: LoRALayer) -> None:
-    """As :func:`pissa`, by a randomized decomposition with 4 subspace iterations, which takes seconds where that takes minutes."""
+    """Fill as :func:`pissa`, by a randomized decomposition with 4 subspace iterations. It takes seconds instead of minutes."""
     if not layer.lora_A.is_meta:
         U, S, V = torch.svd_lowrank(_matrix(layer), layer.rank, niter=4)
         _fill_principal(layer, U, S, V.t())
@@ -73,22 +73,22 @@ def pissa_niter_4(layer: LoRALayer) -> None:
 @register_init("olora")
 @keeps_start
 def olora(layer: LoRALayer) -> None:
-    """The first r columns of Q and rows of R of the weight's QR decomposition (OLoRA, arXiv:2406.01775, section 3)."""
+    """Fill from the weight's QR decomposition: the first r columns of Q and rows of R (OLoRA, arXiv:2406.01775, section 3)."""
     if not layer.lora_A.is_meta:
         Q, R = torch.linalg.qr(_matrix(layer))
         _fill(layer, R[: layer.rank], Q[:, : layer.rank])
 
 
 def _matrix(layer: LoRALayer) -> Tensor:
-    """The weight, whole and unpacked, as an (out, in) matrix in the factors' dtype.
+    """Return the full weight, dequantized, as an (out, in) matrix in the factors' dtype.
 
     Raises:
-        ValueError: it cannot be read here.
+        ValueError: FSDP1 has flattened the weight, so it cannot be read.
     """
     if layer.weight.ndim < 2:
         raise ValueError(f"init={layer.lora_config.init!r} reads the weight, which FSDP1 has flattened: apply LoRA before wrapping")
     matrix = layer.to_matrix(full_tensor(layer.base_weight().detach())).to(layer.lora_A.dtype)
-    return matrix.flatten(0, -2)  # of a convolution it has the groups, which are one, in front
+    return matrix.flatten(0, -2)  # a convolution's matrix has a leading dimension of groups, here one group
 
 
 def _fill_principal(layer: LoRALayer, U: Tensor, S: Tensor, Vh: Tensor) -> None:
@@ -97,6 +97,6 @@ def _fill_principal(layer: LoRALayer, U: Tensor, S: Tensor, Vh: Tensor) -> None:
 
 
 def _fill(layer: LoRALayer, A: Tensor, B: Tensor) -> None:
-    """Give the factors the values of these matrices, (r, in) and (out, r)."""
+    """Copy these matrices, (r, in) and (out, r), into the factors."""
     for factor, value in ((layer.lora_A, A), (layer.lora_B, B)):
         local_tensor(factor).copy_(local_shard(value.reshape(factor.shape), factor))

@@ -1,7 +1,7 @@
-"""The three tables that names and types are looked up in: kinds, variants, inits.
+"""Registries of kinds, variants and inits, which names and types are looked up in.
 
-They stand below everything that fills or reads them, so that none of the files that register names another: a layer
-kind knows shapes, a variant a formula, an init how to fill tensors, and this file that they exist.
+This file is below every file that registers or looks up an entry, so the registering files never name each other. A kind knows shapes, a
+variant knows a formula, and an init fills tensors. Only this file knows that all three exist.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import nn
 KINDS: dict[str, type] = {}  # qualified name of a module type → the LoRALayer subclass that adapts it
 KIND_NAMES: dict[str, type] = {}  # name in config.kind_pattern → kind
 VARIANTS: dict[str, type] = {}  # config.variant → the mixin that goes before the kind
-INITS: dict[str, Callable[[Any], None]] = {}  # config.init → a function that fills a layer's A and B
+INITS: dict[str, Callable[[Any], None]] = {}  # config.init → the function that fills a layer's A and B
 
 T = TypeVar("T")
 Init = TypeVar("Init", bound=Callable[[Any], None])
 
 
 def qualified_name(cls: type) -> str:
-    """``package.module.Class``: the key that lets an optional library's type be registered without importing it."""
+    """Return ``package.module.Class``. With this key an optional library's type is registered without importing the library."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
@@ -29,12 +29,11 @@ def register_kind(*names: str | type, name: str | None = None) -> Callable[[type
     """Class decorator: adapt modules of these types, and of their subclasses, with the decorated class.
 
     Args:
-        names: module types, or their qualified names (``package.module.Class``), so that their library need not be imported.
-        name: of the kind, by which ``LoRAConfig.kind_pattern`` chooses it for modules whose type does not tell.
-
+        names: module types, or their qualified names (``package.module.Class``), which need no import of their library.
+        name: name of the kind. ``LoRAConfig.kind_pattern`` chooses the kind by it for modules whose type is not enough.
 
     Raises:
-        ValueError: another class adapts that type already.
+        ValueError: another class already adapts one of the types, or has the name.
     """
     keys = [each if isinstance(each, str) else qualified_name(each) for each in names]
 
@@ -49,7 +48,7 @@ def register_variant(name: str) -> Callable[[type[T]], type[T]]:
     """Class decorator: ``LoRAConfig(variant=name)`` puts the decorated mixin before the kind in a layer's MRO.
 
     Args:
-        name: what configs call it.
+        name: the variant's name in configs.
 
     Raises:
         ValueError: another variant has that name.
@@ -58,10 +57,10 @@ def register_variant(name: str) -> Callable[[type[T]], type[T]]:
 
 
 def register_init(name: str) -> Callable[[T], T]:
-    """Function decorator: ``LoRAConfig(init=name)`` starts a layer's A and B with the decorated function, which takes the layer.
+    """Function decorator: ``LoRAConfig(init=name)`` initializes a layer's A and B with the decorated function, which takes the layer.
 
     Args:
-        name: what configs call it.
+        name: the init's name in configs.
 
     Raises:
         ValueError: another init has that name.
@@ -70,7 +69,7 @@ def register_init(name: str) -> Callable[[T], T]:
 
 
 def _add(table: dict[str, Any], what: str, names: Sequence[str], entry: T) -> T:
-    """File an entry under every name, or under none: one that is taken by something else stays as it is."""
+    """Register an entry under all names, or under none if another entry has one of them."""
     taken = [name for name in names if table.get(name, entry) is not entry]
     if taken:
         raise ValueError(f"{what} {taken[0]!r} is registered already, as {table[taken[0]]!r}; choose another name.")
@@ -79,21 +78,26 @@ def _add(table: dict[str, Any], what: str, names: Sequence[str], entry: T) -> T:
 
 
 def keeps_start(init: Init) -> Init:
-    """Decorator: with this init B·A is not zero at the start, so a layer keeps the start and adds the difference to it."""
+    """Decorator for an init with B·A ≠ 0 at the start. The layer keeps the start and adds the difference to it."""
     init.keeps_start = True  # type: ignore[attr-defined]
     return init
 
 
 def has_start(init: str) -> bool:
-    """Whether layers with this init keep their start."""
+    """True if layers with this init keep their start."""
     return getattr(look_up(INITS, "init", init), "keeps_start", False)
 
 
 def look_up(table: dict[str, T], field: str, name: str) -> T:
-    """The entry of a table that the config names.
+    """Return the entry of a registry that a config field names.
+
+    Args:
+        table: the registry.
+        field: name of the config field, for the message.
+        name: the field's value.
 
     Raises:
-        ValueError: there is none; the message lists what there is.
+        ValueError: no entry has that name. The message lists the names.
     """
     if name not in table:
         raise ValueError(f"{field}={name!r} is not known; there are {', '.join(sorted(table))}.")
@@ -101,12 +105,12 @@ def look_up(table: dict[str, T], field: str, name: str) -> T:
 
 
 def kind_of(cls: type[nn.Module]) -> type | None:
-    """The kind that adapts modules of this class, by the first registered type in its MRO; None for an unsupported one."""
+    """Return the kind for modules of this class: the first registered type in its MRO decides. None for an unsupported class."""
     return next((KINDS[name] for name in map(qualified_name, cls.__mro__) if name in KINDS), None)
 
 
 def why_refused(module: nn.Module, fqn: str) -> str:
-    """The message for a module that no kind adapts: its name, its type, the kinds there are."""
+    """Return the message for a module that no kind adapts: its name, its type, and the known kinds."""
     name = qualified_name(type(module))
     kinds = ", ".join(sorted(kind.rpartition(".")[2] for kind in KINDS))
     return f"{fqn!r} is a {name}, which LoRA cannot adapt: supported are {kinds} and their subclasses."

@@ -1,7 +1,7 @@
-"""The merged model as a folder of safetensors, written tensor by tensor: no process ever holds all of it.
+"""Write the merged model as a folder of safetensors, tensor by tensor: no process ever holds the full model.
 
-Under sharding each weight is gathered alone, merged, handed to the first process and freed. The files are what
-``from_pretrained`` reads: numbered shards and an index, or one file if it is small. Quantized weights are written unpacked, one by one.
+Under sharding each weight is gathered alone, merged, passed to the first process and freed. ``from_pretrained`` reads the files: numbered
+shards and an index, or one file if the model is small. Quantized weights are dequantized one by one and written in full precision.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from lightning_lora.utils.sharding import full_tensor, gathered_parameters, on_f
 
 
 def export_merged(model: nn.Module, folder: str | Path, *, overwrite: bool = False, shard_bytes: int = 5_000_000_000) -> Path:
-    """Write a model with its adapters merged; the model itself stays as it is. Under sharding every process has to call it,
-    and what the first one raises is raised on all.
+    """Write a model with its adapters merged. The model itself does not change.
+
+    Under sharding every process has to call it. An error of the first process is raised on all.
 
     Args:
-        model: adapted, merged or not, sharded or not; or a LightningModule around one.
-        folder: made if it is not there.
+        model: an adapted model, merged or not, sharded or not; or a LightningModule around one.
+        folder: created if it does not exist.
         overwrite: write into a folder that is not empty.
-        shard_bytes: size of a file at which the next one is begun.
+        shard_bytes: largest size of a file in bytes. A tensor that would exceed it begins the next file.
 
     Returns:
         The folder.
@@ -44,7 +45,7 @@ def export_merged(model: nn.Module, folder: str | Path, *, overwrite: bool = Fal
     on_first_rank(lambda: writer.begin(overwrite))
     seen: set[int] = set()
     for module_name, module, name, parameter in gathered_parameters(root):
-        if name.startswith(PREFIX) or id(parameter) in seen:  # of tied weights one name is enough
+        if name.startswith(PREFIX) or id(parameter) in seen:  # tied weights are written under one name
             continue
         seen.add(id(parameter))
         with torch.no_grad():
@@ -66,7 +67,7 @@ def _finish(writer: _Shards, root: nn.Module) -> None:
     config = getattr(root, "config", None)
     if hasattr(config, "save_pretrained"):
         config = copy.copy(config)
-        config.__dict__.pop("quantization_config", None)  # nothing of what was written is quantized
+        config.__dict__.pop("quantization_config", None)  # all weights were written dequantized
         config.save_pretrained(writer.folder)  # type: ignore[union-attr]
 
 
@@ -78,7 +79,7 @@ def _unpacked(module: Any, name: str) -> Tensor:
 
 
 class _Shards:
-    """Collects tensors on the CPU and writes a file whenever there are enough. Only the first process uses it."""
+    """Collect tensors on the CPU and write a file whenever the size limit is reached. Only the first process uses it."""
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit
@@ -99,7 +100,7 @@ class _Shards:
         self.size += tensor.nbytes
 
     def close(self) -> None:
-        """Write what is left, give the files the names that tell how many there are, and the index."""
+        """Write the remaining tensors, rename the files, now that their number is known, and write the index."""
         self._write()
         if self.files == 1:
             (self.folder / self._staged(0)).rename(self.folder / "model.safetensors")

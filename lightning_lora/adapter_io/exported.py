@@ -1,6 +1,6 @@
-"""What the layers of a model say of themselves for a file, and the one config that says the same of all of them.
+"""Collect what each layer of a model exports to a file, and build the one config that describes all of them.
 
-A layer's rank and alpha in a file need not be those that it trains with: AdaLoRA leaves out what it pruned, a kept start doubles the rank.
+A layer's rank and alpha in a file may differ from those it trains with. AdaLoRA leaves out pruned triplets; a kept start doubles the rank.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ from lightning_lora.layers.factors import Exported
 
 
 def export_layers(layers: dict[str, LoRALayer]) -> tuple[dict[str, Exported], LoRAConfig]:
-    """FQN → what a file has of the layer, and the config with which the file is read back.
+    """Export every layer.
 
     Args:
-        layers: FQN → adapted layer, all of one config; at least one.
+        layers: FQN → adapted layer; at least one, and all with the same config.
+
+    Returns:
+        FQN → the layer's tensors, rank, alpha and kind as a file holds them; and the config that reads the file back.
     """
     exported = {fqn: layer.exported() for fqn, layer in layers.items()}
     config = next(iter(exported.values())).config
@@ -39,6 +42,6 @@ def _own(layer: LoRALayer) -> tuple[int, float, str | None]:
 
 
 def _by_name(values: dict[str, Any]) -> dict[str, Any]:
-    """A pattern for each layer."""
-    # The first pattern that matches wins, and a name matches what ends in it too: longer names go first.
+    """Return one pattern per layer."""
+    # The first matching pattern wins, and a name also matches every FQN that ends in it: so longer names go first.
     return {fqn: values[fqn] for fqn in sorted(values, key=lambda fqn: (-len(fqn), fqn))}

@@ -1,10 +1,11 @@
-"""Adapters as files: a folder in PEFT's format, or a Lightning checkpoint, as one plain record.
+"""Read and write adapter files: a folder in PEFT's format, or a Lightning checkpoint, as one plain record.
 
-The safetensors metadata carries what PEFT's format has no place for: our format version, the exact config and the base's
-identity. Two files cannot be renamed in one step, so when a folder is overwritten with another config the old JSON is
-removed first and the new one written last: a crash leaves a matching pair, or tensors without a JSON, which still load
-here because the tensors carry their config. It never leaves a mixed pair.
-(Over a folder that PEFT wrote, whose tensors carry nothing, a crash between the two leaves one that says its JSON is missing.)
+The safetensors metadata holds what PEFT's format has no field for: our format version, the exact config and the base's identity.
+
+Two files cannot be renamed in one step. So when a folder is overwritten with another config, the old JSON is removed first and the new
+one is written last. A crash leaves a matching pair, or tensors without a JSON, but never a mixed pair. Tensors without a JSON still load
+here, because their metadata holds the config. The exception is a folder that PEFT wrote, whose tensors have no such metadata: after a
+crash between the two writes, loading it says that the JSON is missing.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.utils.atomic_files import sync_folder, write_atomic
 
 FORMAT_VERSION = 1
-META = "lightning_lora"  # key of our part in the safetensors metadata and in a Lightning checkpoint
+META = "lightning_lora"  # key of our entry in the safetensors metadata and in a Lightning checkpoint
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """What a file says, not yet held against a model.
+    """The content of a file, not yet checked against a model.
 
     Attributes:
         config: how the layers were adapted.
-        tensors: named as in the adapted model (``layers.0.q_proj.lora_A``), relative to the adapted model itself.
+        tensors: by their names in the adapted model (``layers.0.q_proj.lora_A``), relative to the adapted model itself.
         base: the base's identity; None in files that PEFT wrote.
     """
 
@@ -44,7 +45,7 @@ class AdapterFile:
     base: dict[str, Any] | None
 
     def meta(self, **more: Any) -> dict[str, Any]:
-        """Plain types: what stands beside the tensors."""
+        """Return the metadata that is stored beside the tensors, as plain types."""
         return {"format_version": FORMAT_VERSION, "config": self.config.to_dict(), "base": self.base, **more}
 
 
@@ -52,7 +53,7 @@ def read_adapter(path: str | Path) -> AdapterFile:
     """Read an adapter folder or a checkpoint written under ``LoRACallback``.
 
     Raises:
-        ValueError: something is missing, unreadable, of a newer format, or does not belong together.
+        ValueError: a file is missing, unreadable or of a newer format, or the two files are of different saves.
     """
     path = Path(path)
     return _read_checkpoint(path) if path.is_file() else _read_folder(path)
@@ -62,9 +63,9 @@ def write_folder(folder: Path, content: AdapterFile, fields: dict[str, Any]) -> 
     """Write both files of a folder.
 
     Args:
-        folder: made if it is not there.
-        content: the tensors under the names that PEFT has for them.
-        fields: ``adapter_config.json``.
+        folder: created if it does not exist.
+        content: its tensors have PEFT's names, without PEFT's prefix.
+        fields: the content of ``adapter_config.json``.
     """
     tensors = {peft_format.PREFIX + name: tensor.detach().cpu().clone().contiguous() for name, tensor in content.tensors.items()}
     data = safetensors.torch.save(tensors, {"format": "pt", META: json.dumps(content.meta())})
@@ -96,7 +97,7 @@ def _read_folder(folder: Path) -> AdapterFile:
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise ValueError(f"{file} is not a readable safetensors file (truncated?): {error}") from error
     named = {peft_format.our_name(name, str(file)): tensor for name, tensor in tensors.items() if ".original_module." not in name}
-    if meta is None:  # PEFT's
+    if meta is None:  # PEFT wrote the file
         return AdapterFile(peft_format.from_peft(_read_json(folder / CONFIG), str(folder / CONFIG), named), named, None)
     config, base, _ = _understood(meta, str(file))
     fields = peft_format.as_lora(_read_json(folder / CONFIG), str(folder / CONFIG)) if (folder / CONFIG).is_file() else None
@@ -130,7 +131,11 @@ def _read_checkpoint(file: Path) -> AdapterFile:
 
 
 def _understood(meta: dict[str, Any], where: str) -> tuple[LoRAConfig, dict[str, Any] | None, str]:
-    """Config, base and root of what stands beside the tensors."""
+    """Return the config, base identity and root that the metadata holds.
+
+    Raises:
+        ValueError: the format is newer, or the metadata is malformed.
+    """
     try:
         version = meta["format_version"]
         if version > FORMAT_VERSION:

@@ -1,11 +1,11 @@
-"""Which base an adapter belongs to: a cheap content hash of the frozen weights.
+"""Identify the base that an adapter belongs to by a cheap content hash of the frozen weights.
 
-An adapter on a base it was not trained on loads without complaint everywhere and is quietly wrong. The hash reads 64
-entries of each frozen tensor, so it costs milliseconds; it tells other models and other revisions apart, not a change
-of a single entry. It is rounded to bf16: the same checkpoint loaded in fp32 or bf16 is the same base.
+Elsewhere an adapter loads on a base it was not trained on without an error, and its outputs are wrong. The hash reads 64 entries of each
+frozen tensor, so it takes milliseconds. It tells other models and other revisions apart, but not a change of a single entry. Entries are
+rounded to bf16, so the same checkpoint loaded in fp32 or bf16 has the same hash.
 
-So is a copy that was quantized here, for its layers remember the digest of what they were packed from. Of a base that came
-quantized only what is not packed (embeddings, norms, biases) can be held against another copy; that is done, with a warning.
+A copy that was quantized here has the same hash too: its layers store the digest of their unpacked weights. For a base that was loaded
+quantized, only the parameters that are not quantized (embeddings, norms, biases) are compared, with a warning.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from lightning_lora.utils.torch_private import uncompiled
 from lightning_lora.utils.transformers_conventions import model_name
 
 HALF, QUANTIZED = 16, "q"
-LINEAR = nn.Linear  # Lightning's plugins put a class of their own under that name while a model is built
+LINEAR = nn.Linear  # read at import: Lightning's plugins replace `nn.Linear` by their own class while a model is built
 
 
 def base_identity(root: nn.Module, exclude: Collection[str] = ()) -> dict[str, Any]:
-    """The base as an adapter remembers it: ``{"fingerprint", "class", "name"}``, plain strings.
+    """Return the base's identity as an adapter file stores it: ``{"fingerprint", "class", "name"}``, plain strings.
 
-    The first half of the fingerprint is of all but the weights of linear layers, the second of these; it begins with a q where some
-    of them came packed.
+    The first half of the fingerprint covers everything but the weights of linear layers. The second half covers those weights; it begins
+    with "q" if some of them were loaded quantized.
 
     Args:
         root: the module that names are relative to, adapted or not, merged or not.
@@ -55,10 +55,15 @@ def base_identity(root: nn.Module, exclude: Collection[str] = ()) -> dict[str, A
 
 
 def check_base(mine: dict[str, Any], saved: dict[str, Any], where: str) -> None:
-    """Compare this base with the one an adapter remembers, both as :func:`base_identity` has them.
+    """Compare this base with the one stored in an adapter file.
+
+    Args:
+        mine: this model's :func:`base_identity`.
+        saved: the file's.
+        where: the file's path, for messages.
 
     Raises:
-        ValueError: they differ; the message has both hashes and the way to load all the same.
+        ValueError: they differ. The message has both hashes and says how to load anyway.
     """
     one, other = mine["fingerprint"], saved["fingerprint"]
     if one == other:
@@ -73,7 +78,7 @@ def check_base(mine: dict[str, Any], saved: dict[str, Any], where: str) -> None:
         raise ValueError(
             f"{where} was trained on another base: fingerprint {saved['fingerprint']} ({saved['class']} {saved['name']!r}), this model has"
             f" {mine['fingerprint']} ({mine['class']} {mine['name']!r}). Load that base, or pass check_base=False"
-            " to use the adapter here all the same."
+            " to use the adapter here anyway."
         )
 
 

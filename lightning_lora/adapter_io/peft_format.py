@@ -1,8 +1,8 @@
-"""PEFT's ``adapter_config.json``: our config to it and back.
+"""Convert between our config and PEFT's ``adapter_config.json``.
 
-Its fields fall in three: those we honour, those that change the maths in ways we do not have (refused by name when they
-are not at their default), and those that change nothing once the adapter is trained (ignored). A field nobody knows is
-a warning: whoever wrote it meant something.
+PEFT's fields are of three kinds. Some are honoured. Some change the maths in ways that are not supported: they are refused by name unless
+they have their default value. Some change nothing once the adapter is trained: they are ignored. An unknown field raises a warning, since
+it may change the adapter's meaning.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lightning_lora.registry import VARIANTS
 from lightning_lora.utils.patterns import is_regex
 
 ROOT = "base_model."
-PREFIX = f"{ROOT}model."  # of every tensor's name in PEFT's files
+PREFIX = f"{ROOT}model."  # of every tensor name in PEFT's files
 
 _INERT = {
     "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode", "fan_in_fan_out",
@@ -34,21 +34,21 @@ _REFUSED = {
     "arrow_config", "layer_replication", "megatron_config", "trainable_token_indices", "target_parameters", "ensure_weight_tying",
 }  # fmt: skip
 _NOT_CODE = {"auto_mapping", "megatron_core", "trust_remote_code"}
-# Values of init_lora_weights that took something out of the base; every other leaves plain LoRA on the base as it was.
+# Values of init_lora_weights that subtract something from the base. All others leave the base unchanged.
 _CHANGED_BASE = re.compile(r"pissa(_niter_\d+)?|olora|corda|loftq|lora_ga")
 
 
 def to_peft(
     config: LoRAConfig, layers: dict[str, Exported], saved: Collection[str], modules: Collection[str], *, transposed: bool = False
 ) -> dict[str, Any]:
-    """The JSON that makes PEFT adapt exactly these layers.
+    """Return the JSON that makes PEFT adapt exactly these layers.
 
     Args:
         config: of the layers.
-        layers: FQN → what the file has of the layer.
+        layers: FQN → what the layer exports.
         saved: FQNs of the modules trained in full.
         modules: FQNs of all modules of the model.
-        transposed: whether there are layers that store their weight (in, out).
+        transposed: True if some layers store their weight as (in, out).
 
     Raises:
         ValueError: PEFT's matching cannot express it.
@@ -72,7 +72,7 @@ def to_peft(
         "bias": config.bias,
         "use_rslora": config.scaling == "rslora",
         "modules_to_save": sorted(saved) or None,
-        # One anchored entry a layer: no order, no overlap. PEFT sorts the keys when it saves, which would change the meaning of patterns.
+        # One anchored entry per layer: none overlap, so order does not matter. PEFT sorts keys when it saves, which would reorder patterns.
         "rank_pattern": {_anchored(fqn): layer.rank for fqn, layer in layers.items() if layer.rank != config.rank},
         "alpha_pattern": {_anchored(fqn): _whole(layer.alpha) for fqn, layer in layers.items() if layer.alpha != config.alpha},
         "fan_in_fan_out": transposed,
@@ -83,15 +83,15 @@ def to_peft(
 
 
 def variant_fields(config: LoRAConfig) -> dict[str, Any]:
-    """What PEFT's JSON says of a variant, beside what it says of plain LoRA."""
+    """Return the fields of PEFT's JSON that a variant adds to those of plain LoRA."""
     return getattr(VARIANTS[config.variant], "peft_fields", {})
 
 
 def as_lora(fields: dict[str, Any], where: str) -> dict[str, Any]:
-    """PEFT's JSON in the words of its ``LoraConfig``, whatever adapter it is of that there is a variant for.
+    """Convert PEFT's JSON of any adapter type that has a variant here to the fields of PEFT's ``LoraConfig``.
 
     Raises:
-        ValueError: it is of another adapter.
+        ValueError: no variant has this adapter type.
     """
     types = {"LORA": "plain"} | {said["peft_type"]: name for name, said in _said().items() if "peft_type" in said}
     if fields.get("peft_type") not in types:
@@ -101,7 +101,7 @@ def as_lora(fields: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _mixin(variant: str) -> type[LoRALayer] | None:
-    """A variant's class; None for plain LoRA, which adds nothing."""
+    """Return a variant's class; None for plain LoRA, which adds nothing."""
     mixin = VARIANTS[variant]
     return mixin if issubclass(mixin, LoRALayer) else None
 
@@ -111,15 +111,15 @@ def _said() -> dict[str, dict[str, Any]]:
 
 
 def from_peft(fields: dict[str, Any], where: str, tensor_names: Iterable[str]) -> LoRAConfig:
-    """Our config from PEFT's JSON.
+    """Return our config for PEFT's JSON.
 
     Args:
         fields: the JSON.
         where: the file's path, for messages.
-        tensor_names: of the tensors beside it, without :data:`PREFIX`; they tell the targets if the JSON does not.
+        tensor_names: of the tensors beside it, without :data:`PREFIX`; they give the targets if the JSON names none.
 
     Raises:
-        ValueError: it is no LoRA config, or asks for something that we would get wrong.
+        ValueError: it is not a LoRA config, or asks for something that is not supported.
     """
     fields = as_lora(fields, where)
     for name in sorted(_REFUSED & fields.keys()):
@@ -146,7 +146,7 @@ def from_peft(fields: dict[str, Any], where: str, tensor_names: Iterable[str]) -
     targets = fields.get("target_modules") or sorted({name.rpartition(".lora_")[0] for name in tensor_names if ".lora_" in name})
     saved = fields.get("modules_to_save") or ()
     exclude = fields.get("exclude_modules") or ()
-    # PEFT never adapts what modules_to_save covers, even if it is targeted; we would call that a contradiction.
+    # PEFT never adapts what modules_to_save covers, even if it is targeted. Our config refuses that, so those modules are excluded.
     exclude = [rf"(?:{exclude})"] if isinstance(exclude, str) else [*exclude]
     exclude += [rf"(?:.*\.)?{re.escape(name)}(?:\..*)?" for name in saved]
     targets, layers = _layers(targets, fields.get("layers_to_transform"), fields.get("layers_pattern"))
@@ -165,20 +165,20 @@ def from_peft(fields: dict[str, Any], where: str, tensor_names: Iterable[str]) -
         init=init if init in ("gaussian", "orthogonal") else "kaiming",
         variant=variant_of(fields),
         variant_options=fields.get("variant_options", {}),
-        allow_unmatched=True,  # PEFT's patterns may hit nothing; the tensors say what must be there
+        allow_unmatched=True,  # PEFT's patterns may match nothing; loading checks the tensors' names instead
     )
 
 
 def variant_of(fields: dict[str, Any]) -> str:
-    """The variant whose fields the JSON has; those with none of their own are plain LoRA to PEFT."""
+    """Return the variant whose fields the JSON has. Variants without fields of their own are plain LoRA to PEFT."""
     return next((name for name, mine in _said().items() if mine and all(fields.get(key) == mine[key] for key in mine)), "plain")
 
 
 def our_name(name: str, where: str) -> str:
-    """The name that a tensor of a PEFT file has in an adapted model of ours.
+    """Return the name in our adapted model of a tensor in a PEFT file.
 
     Raises:
-        ValueError: it is not named as PEFT names tensors.
+        ValueError: the name does not follow PEFT's convention.
     """
     if name in (shared := {f"{ROOT}{each}": each for mixin in VARIANTS.values() for each in getattr(mixin, "peft_shared", ())}):
         return shared[name]
@@ -190,13 +190,13 @@ def our_name(name: str, where: str) -> str:
 
 
 def peft_name(name: str, adapted: Collection[str]) -> str:
-    """The name that a base tensor has in PEFT's files: adapted layers stand one module deeper there."""
+    """Return the name of a base tensor in PEFT's files, where adapted layers are one module deeper."""
     owner, _, last = name.rpartition(".")
     return f"{owner}.base_layer.{last}" if owner in adapted else name
 
 
 def _targets(config: LoRAConfig, layers: Collection[str], saved: Collection[str], modules: Collection[str]) -> list[str] | str:
-    """What PEFT's matcher takes for exactly these layers: the user's plain names if they do, else full names, else a regex."""
+    """Return PEFT ``target_modules`` that match exactly these layers: the user's plain names if they do, else FQNs, else a regex."""
     for names in (config.target_modules, layers):
         if not isinstance(names, str) and not any(map(is_regex, names)):
             hit = {m for m in modules if any(m == name or m.endswith(f".{name}") for name in names)}
@@ -206,7 +206,11 @@ def _targets(config: LoRAConfig, layers: Collection[str], saved: Collection[str]
 
 
 def _layers(targets: Any, indices: Any, patterns: Any) -> tuple[Any, list[int] | None]:
-    """PEFT's ``layers_to_transform`` with or without ``layers_pattern``, which names the list that the index counts in."""
+    """Convert PEFT's ``layers_to_transform`` and ``layers_pattern``, the name of the list that the indices count in.
+
+    Returns:
+        The targets, and the layer indices; with ``layers_pattern`` the indices are part of the targets' regex instead.
+    """
     if indices is None or indices == []:
         return targets, None
     indices = [indices] if isinstance(indices, int) else list(indices)
@@ -218,7 +222,7 @@ def _layers(targets: Any, indices: Any, patterns: Any) -> tuple[Any, list[int] |
 
 
 def _ours(key: str) -> str:
-    """A key of PEFT's rank_pattern, ``re.match(rf"(.*\\.)?({key})$", FQN)``, as a pattern of ours."""
+    """Convert a key of PEFT's rank_pattern, which PEFT matches as ``re.match(rf"(.*\\.)?({key})$", FQN)``, to our pattern."""
     return rf"(?:.*\.)?(?:{key})" if is_regex(key) else key
 
 
@@ -227,5 +231,5 @@ def _anchored(fqn: str) -> str:
 
 
 def _whole(alpha: float) -> float | int:
-    """PEFT's own files have whole alphas as integers, and some readers insist."""
+    """Return a whole alpha as an integer: PEFT's own files have integers, and some readers require them."""
     return int(alpha) if float(alpha).is_integer() else alpha

@@ -1,7 +1,7 @@
-"""``save_adapter`` and ``load_adapter``: an adapter out of a model and into one, all of it or nothing.
+"""``save_adapter`` and ``load_adapter``: write a model's adapter to files, and load one into a model.
 
-Loading checks everything before it changes anything: every key is there and none is left over, every shape fits, the
-base is the one that the adapter was trained on, no value is NaN.
+Loading is all or nothing: it checks everything before it changes anything. No tensor may be missing or left over, every shape must fit,
+the base must be the one that the adapter was trained on, and no value may be NaN.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from lightning_lora.utils.torch_private import NormWithStatistics
 def save_adapter(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> Path:
     """Write the adapter of a model, merged or not, so that PEFT and the servers that read its format can load it.
 
-    On a sharded model every rank has to call it; the first one writes, and all return once the files are there.
+    On a sharded model every rank has to call it. The first one writes, and all return once the files exist.
 
     Args:
         model: an adapted model, or a LightningModule around one (names are relative to the model inside).
-        folder: made if it is not there.
-        overwrite: replace an adapter that is there.
+        folder: created if it does not exist.
+        overwrite: replace an existing adapter.
 
     Returns:
         The folder.
@@ -68,10 +68,10 @@ def save_adapter(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
 
 
 def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True, allow_nonfinite: bool = False) -> nn.Module:
-    """Load an adapter into a model, applying LoRA first if it has none, or unmerging it first if it is merged.
+    """Load an adapter into a model. Apply LoRA first if the model has none; unmerge it first if it is merged.
 
     Args:
-        model: a base model, an adapted one of the same shape, or a LightningModule around one.
+        model: a base model, one with an adapter of the same shapes, or a LightningModule around one.
         path: a folder (ours or PEFT's), or a checkpoint that :class:`~lightning_lora.LoRACallback` wrote.
         check_base: refuse an adapter that was trained on another base (known for adapters written here).
         allow_nonfinite: accept NaN and infinity.
@@ -80,17 +80,15 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
         The same ``model``.
 
     Raises:
-        ValueError: anything does not fit; the model is as it was before.
+        ValueError: the file cannot be read or does not fit the model, which is then unchanged.
     """
     _, root = adapter_root(model)
     adapter = read_adapter(path)
     bad = [name for name, tensor in adapter.tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
     if bad and not allow_nonfinite:
-        raise ValueError(
-            f"{path}: {bad[0]} holds NaN or infinity ({len(bad)} tensors do); pass allow_nonfinite=True to load it all the same."
-        )
+        raise ValueError(f"{path}: {bad[0]} holds NaN or infinity ({len(bad)} tensors do); pass allow_nonfinite=True to load it anyway.")
     report = find_targets(root, adapter.config)
-    if adapter.base is None:  # a file of PEFT's, which adapts a module under its first name only
+    if adapter.base is None:  # PEFT wrote the file, and adapts a module under its first name only
         for name, other in _shared(root, [clean_name(target.fqn) for target in report.targets]).items():
             raise ValueError(
                 f"{path}: {name!r} and {other!r} are one module here and two in PEFT, which would have adapted only the first."
@@ -114,17 +112,20 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
 
 
 def adapted_layers(root: nn.Module) -> dict[str, LoRALayer]:
-    """FQN, free of wrappers, → adapted layer."""
+    """Return FQN, without the names of wrappers, → adapted layer."""
     return {clean_name(name): layer for name, layer in lora_layers(root)}
 
 
 def extra_tensors(root: nn.Module, config: LoRAConfig, adapted: Collection[str]) -> dict[str, Tensor]:
-    """What an adapter consists of beside A and B: modules trained in full, trained biases, running statistics.
+    """Return the tensors of an adapter beside A and B: modules trained in full, trained biases, running statistics.
 
     Args:
         root: the model, adapted already or not.
         config: of the adapter.
-        adapted: FQNs of the layers that are adapted, or are to be.
+        adapted: FQNs of the layers that are or will be adapted.
+
+    Returns:
+        FQN, without the names of wrappers, → tensor of the model's state dict.
     """
     saved = saved_modules(root, config)
     statistics = {clean_name(name) for name, module in root.named_modules() if isinstance(module, NormWithStatistics)}
@@ -134,7 +135,7 @@ def extra_tensors(root: nn.Module, config: LoRAConfig, adapted: Collection[str])
         owner, _, last = name.rpartition(".")
         full = any(owner == module or owner.startswith(module + ".") for module in saved)
         trained_bias = last.endswith("bias") and (config.bias == "all" or (config.bias == "lora_only" and owner in adapted))
-        # Running statistics move while the rest of the base stands still: without them it is not the model that was trained.
+        # Training changes running statistics, unlike the rest of the base: without them a loaded model computes something else.
         statistic = owner in statistics and not isinstance(tensor, nn.Parameter)
         if not _is_adapter(name) and (full or trained_bias or statistic):
             extras[name] = tensor
@@ -153,7 +154,7 @@ def _is_adapter(name: str) -> bool:
 
 
 def _fit(root: nn.Module, report: TargetReport, adapter: AdapterFile, where: str) -> dict[str, Tensor]:
-    """The file's tensors by the names they have in this model, checked against it.
+    """Return the file's tensors by their names in this model, checked against it.
 
     Raises:
         ValueError: a tensor is missing, left over, or of another shape.
@@ -181,7 +182,7 @@ def _fit(root: nn.Module, report: TargetReport, adapter: AdapterFile, where: str
     if missing:
         raise ValueError(f"{where}: {len(missing)} tensors are missing that its config needs on this model: {_some(missing)}.")
     for name in sorted(tensors.keys() - shapes.keys()):
-        # PEFT writes the frozen embeddings along; they are no part of the adapter as long as they are the base's.
+        # PEFT also writes frozen embeddings. If they equal the base's, they are not part of the adapter.
         if name not in base or not _equal(base[name], tensors[name]):
             what = (
                 "is no tensor that its config puts on this model" if name not in base else "is a base weight that differs from this model's"
@@ -195,7 +196,7 @@ def _fit(root: nn.Module, report: TargetReport, adapter: AdapterFile, where: str
                 " the adapter is for another base or another rank."
             )
     owners: dict[int, str] = {}
-    for name in tensors.keys() & base.keys():  # tied here: one parameter cannot take two values
+    for name in tensors.keys() & base.keys():  # parameters tied in this model: one parameter cannot take two values
         other = owners.setdefault(id(base[name]), name)
         if not torch.equal(tensors[name], tensors[other]):
             first, second = sorted((name, other))
@@ -206,7 +207,7 @@ def _fit(root: nn.Module, report: TargetReport, adapter: AdapterFile, where: str
 
 
 def _same_adapter(root: nn.Module, layers: dict[str, LoRALayer], report: TargetReport, config: LoRAConfig, where: str) -> None:
-    """Raise ValueError unless the layers that are there are those that the file is for."""
+    """Raise ValueError unless the model's adapted layers are those of the file, with its rank, scaling and variant."""
 
     def key(config: LoRAConfig, rank: int, alpha: float) -> tuple[Any, ...]:
         return rank, config.scaling_of(rank, alpha), config.variant, *options_of(config).items()

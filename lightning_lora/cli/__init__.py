@@ -1,4 +1,4 @@
-"""The command line: ``main`` dispatches, ``lightning_cli`` trains, ``commands`` are the plain functions on files.
+"""The command line: ``main`` dispatches, ``lightning_cli`` trains, ``commands`` has the plain functions on files.
 
 May import: everything.
 """

@@ -1,4 +1,4 @@
-"""The commands that are no training: `inspect`, `merge` and `generate`; each is a function over files, its signature the command line."""
+"""The commands that do not train: `inspect`, `merge` and `generate`. Each is a function on files; its signature is its command line."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def inspect(path: str, gguf_file: str | None = None, lora: LoRAConfig = LoRAConf
     Args:
         path: An adapter folder, a checkpoint (.ckpt), or a model: a hub id or a folder. A model's weights are not loaded.
         gguf_file: A GGUF file in the model's folder.
-        lora: What to adapt.
+        lora: Which layers to adapt, and how.
 
     Raises:
-        ValueError: The adapter is broken, or the config does not fit the model.
+        ValueError: The adapter cannot be read, or the config does not fit the model.
     """
     if path.endswith(".ckpt") or Path(path, "adapter_config.json").is_file():
         adapter = read_adapter(path)
@@ -48,11 +48,11 @@ def merge(model: str, adapter: str, out: str, gguf_file: str | None = None, dtyp
         adapter: An adapter folder or a checkpoint (.ckpt).
         out: The new folder.
         gguf_file: A GGUF file in the model's folder.
-        dtype: Of the merged weights; the base's own by default.
+        dtype: The merged weights' dtype; the base's own by default.
         overwrite: Replace a folder that is not empty.
 
     Raises:
-        ValueError: The folder is not empty, is the base or the adapter itself, or the adapter does not fit the base.
+        ValueError: The folder is not empty, is or contains the base or the adapter, or the adapter does not fit the base.
     """
     with replaced_folder(out, overwrite, keep=(model, adapter)) as folder:
         network, tokenizer = load_causal_lm(model, gguf_file, dtype)
@@ -75,12 +75,12 @@ def generate(
 
     Args:
         model: A hub id or a local folder.
-        prompt: What the user says.
-        adapter: An adapter folder or a checkpoint (.ckpt); none, the model as it is.
-        system: What the system message says, for models with a chat template.
+        prompt: The user's message.
+        adapter: An adapter folder or a checkpoint (.ckpt); without one the base model answers.
+        system: The system message, for models with a chat template.
         gguf_file: A GGUF file in the model's folder.
-        dtype: Of the weights.
-        max_new_tokens: Longest answer.
+        dtype: The weights' dtype.
+        max_new_tokens: Longest answer, in tokens.
 
     Raises:
         ValueError: The prompt is empty, or the adapter does not fit the model.
@@ -100,15 +100,15 @@ def generate(
 
 @contextmanager
 def replaced_folder(out: str, overwrite: bool, keep: tuple[str, ...]) -> Iterator[Path]:
-    """A new folder beside ``out`` that takes its place when all went well; until then, and if not, ``out`` is as it was.
+    """Yield a new folder beside ``out``, and move it to ``out`` at the end. After an error ``out`` is unchanged.
 
     Args:
-        out: The folder to make.
-        overwrite: Replace one that is not empty.
-        keep: Folders or files that ``out`` must neither be nor hold, since they would go with it.
+        out: The folder to create.
+        overwrite: Replace a folder that is not empty.
+        keep: Folders or files that ``out`` must neither be nor contain, since they would be deleted with it.
 
     Raises:
-        ValueError: ``out`` is a file, not empty, or holds what is to be kept.
+        ValueError: ``out`` is a file, is not empty, or is or contains one of ``keep``.
     """
     target = Path(out).resolve()
     if target.exists() and not target.is_dir():
@@ -124,6 +124,6 @@ def replaced_folder(out: str, overwrite: bool, keep: tuple[str, ...]) -> Iterato
         new.mkdir()
         yield new
         if target.exists():
-            os.replace(target, Path(staging) / "old")  # a folder cannot be renamed onto one that has files
+            os.replace(target, Path(staging) / "old")  # a folder cannot be renamed onto one that is not empty
         os.replace(new, target)
         sync_folder(target.parent)

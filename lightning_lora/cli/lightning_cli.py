@@ -1,4 +1,4 @@
-"""`LoRACLI`: LightningCLI with a language model task, instruction data and a `LoRACallback` under ``lora`` as its defaults."""
+"""`LoRACLI`: LightningCLI whose defaults are a language model task, instruction data and a `LoRACallback` under ``lora``."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ LOGGER = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"sa
 
 
 class LoRACLI(LightningCLI):
-    """Everything LightningCLI does, plus ``--lora.*``; ``model`` and ``data`` may be any class by its ``class_path``.
+    """LightningCLI with ``--lora.*``. ``model`` and ``data`` may be any class, named by its ``class_path``.
 
-    A callback of a class made from LoRACallback among ``trainer.callbacks``, such as AdaLoRACallback, takes what stands under ``lora``,
-    and its place.
+    A LoRACallback or subclass under ``trainer.callbacks``, such as AdaLoRACallback, replaces the default callback
+    and takes the arguments under ``lora``.
 
     Args:
-        args: The command line, a dict, or None for the process's.
+        args: The command line, a dict, or None for the process's own arguments.
         run: Run the sub-command that ``args`` begins with; otherwise only build ``model``, ``datamodule`` and ``trainer``.
 
     Raises:
         jsonargparse.ArgumentError: A key or a value is wrong; the message names it.
+        ValueError: Such a callback has a config of its own, and ``lora`` is set too.
     """
 
     def __init__(self, args: ArgsType = None, run: bool = True) -> None:
@@ -40,7 +41,7 @@ class LoRACLI(LightningCLI):
             LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            save_config_kwargs={"overwrite": True},  # a second run in the same folder is no error
+            save_config_kwargs={"overwrite": True},  # a second run in the same folder is not an error
             trainer_defaults={"logger": LOGGER},
             seed_everything_default=1,
             parser_kwargs={"exit_on_error": False, **{name: {"exit_on_error": False} for name in COMMANDS}},
@@ -51,8 +52,8 @@ class LoRACLI(LightningCLI):
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(LoRACallback, "lora")
-        parser.add_argument("--full_finetuning", type=bool, default=False, help="Train every weight, without what stands under lora.")
-        # With a default class, its arguments can stand right under `model:` and `data:`, without class_path and init_args.
+        parser.add_argument("--full_finetuning", type=bool, default=False, help="Train every weight, and ignore what is set under lora.")
+        # With a default class, its arguments can be set directly under `model:` and `data:`, without class_path and init_args.
         parser.set_defaults(
             {
                 "model": {"class_path": "lightning_lora.tasks.CausalLMTask"},
@@ -62,7 +63,7 @@ class LoRACLI(LightningCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        # As in LightningCLI, without its warning that the process has arguments too: a script like the quickstart has its own.
+        # As in LightningCLI, but without its warning that the process has arguments too: a script such as the quickstart has its own.
         self.config = parser.parse_object(args) if isinstance(args, (dict, Namespace)) else parser.parse_args(args)
 
     @override
@@ -86,7 +87,7 @@ class LoRACLI(LightningCLI):
         callbacks = config.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
-            # Lightning's own choice, Rich, shows nothing of a run that is piped into a file.
+            # Lightning's default, the Rich progress bar, prints nothing if the output is piped into a file.
             callbacks.append(TQDMProgressBar(refresh_rate=1 if sys.stderr.isatty() else 10))
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
@@ -97,7 +98,7 @@ class LoRACLI(LightningCLI):
         return super()._instantiate_trainer(config, callbacks)
 
     def predict(self, **kwargs: Any) -> None:
-        """The sub-command ``predict``: Lightning would drop what comes back; here it is printed, a JSON object a line."""
+        """Run the sub-command ``predict`` and print the predictions, one JSON object per line. Lightning would discard them."""
         for batch in self.trainer.predict(**kwargs) or []:
             for row in batch if isinstance(batch, (list, tuple)) else [batch]:
                 print(json.dumps(row, ensure_ascii=False, default=str))

@@ -1,7 +1,7 @@
-"""The command line: ``lightning-lora fit|validate|test|predict`` is LightningCLI, the rest are plain functions on files.
+"""The command line: ``lightning-lora fit|validate|test|predict`` is LightningCLI, the other commands are plain functions on files.
 
-`LoRACLI` is the one piece that scripts share with it (the quickstart builds it too): LightningCLI with ready-made defaults, none of
-them compulsory. Any LightningModule or LightningDataModule fits under ``model`` and ``data`` by its ``class_path``.
+Scripts can use `LoRACLI` too, as the quickstart does: it is LightningCLI with ready-made defaults, all optional. Any LightningModule or
+LightningDataModule works under ``model`` and ``data``, named by its ``class_path``.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from jsonargparse import ArgumentError, auto_cli
 
 TRAIN = {
     "fit": "train an adapter",
-    "validate": "measure it on the validation data",
-    "test": "measure it on the test data",
-    "predict": "answer prompts, one JSON object a line",
+    "validate": "evaluate it on the validation data",
+    "test": "evaluate it on the test data",
+    "predict": "answer prompts, one JSON object per line",
 }
 TOOLS = {
-    "inspect": "what would be adapted in a model, or what is in an adapter",
-    "merge": "a model with its adapter merged in, as a folder for from_pretrained",
+    "inspect": "print what would be adapted in a model, or what is in an adapter",
+    "merge": "write a model with its adapter merged in, as a folder for from_pretrained",
     "generate": "answer one prompt",
 }
 TRACEBACK = "LIGHTNING_LORA_TRACEBACK"
@@ -41,10 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        argv: The arguments; those of the process by default.
+        argv: The arguments; the process's own by default.
 
     Returns:
-        The exit code: 0, or 1 where the input was wrong (one line on stderr says what).
+        The exit code: 0, or 1 if the input was wrong (one line on stderr says what).
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     command = argv[0] if argv else "--help"
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def lightning_cli() -> type:
-    """The class behind ``fit``, ``validate``, ``test`` and ``predict``, made when asked for, since importing Lightning takes seconds."""
+    """Return the class that runs ``fit``, ``validate``, ``test`` and ``predict``. Import it here: importing Lightning takes seconds."""
     from lightning_lora.cli.lightning_cli import LoRACLI
 
     return LoRACLI
@@ -76,12 +76,12 @@ def lightning_cli() -> type:
 def _run_tool(command: str, argv: list[str]) -> None:
     from lightning_lora.cli import commands
 
-    argv = [f"{argument}=true" if argument == "--overwrite" else argument for argument in argv]  # the parser's booleans want a value
+    argv = [f"{argument}=true" if argument == "--overwrite" else argument for argument in argv]  # the parser's booleans require a value
     auto_cli(getattr(commands, command), args=argv, prog=f"lightning-lora {command}", exit_on_error=False)
 
 
 def one_line(error: Exception) -> str:
-    """An error's message on one line; of the parser's nested ones, the part that says what is wrong."""
+    """Return an error's message on one line; of the parser's nested messages, the part that says what is wrong."""
     text = str(error)
     lines = [line.strip(" -") for line in text.splitlines()]
     noise = ("Does not validate against", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>")
@@ -93,7 +93,7 @@ def _usage() -> str:
     return (
         f"usage: lightning-lora <command> ...\n\nLoRA for PyTorch Lightning.\n\n{commands}\n\n"
         f"`lightning-lora <command> --help` lists a command's options; {TRACEBACK}=1 shows where an error arose.\n\n"
-        f"To start from, as run.yaml for `lightning-lora fit --config run.yaml`:\n\n{EXAMPLE}"
+        f"An example of run.yaml, for `lightning-lora fit --config run.yaml`:\n\n{EXAMPLE}"
     )
 
 

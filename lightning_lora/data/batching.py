@@ -1,4 +1,4 @@
-"""Batches of encoded rows: padding, and batches of similar length so that little is padded."""
+"""Pad encoded rows to batches, and group rows of similar length, so that there is little padding."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch.utils.data import Sampler
 
 from lightning_lora.ops.cross_entropy import IGNORE
 
-WINDOW = 32  # batches sorted together: enough to make lengths alike, few enough to keep the order random
+WINDOW = 32  # batches sorted together: enough for similar lengths within a batch, few enough to keep the order random
 
 
 @dataclass
 class Example:
     """One encoded row.
 
-    ``rivals`` holds, for every other choice, where it first departs from the answer: (index into ``answer``, its token there).
-    Greedy decoding that may write nothing but the choices gives the answer if and only if the answer's token beats the rival's at
-    each of those places, so one forward over prompt and answer tells the accuracy, whatever the number of choices.
+    ``rivals`` has one entry for every other choice, at its first token that differs from the answer: (index into ``answer``, the choice's
+    token). Greedy decoding limited to the choices gives the answer if and only if the answer's token beats the rival's at each of those
+    positions. So one forward pass over prompt and answer gives the accuracy, for any number of choices.
     """
 
     prompt: list[int]
@@ -34,10 +34,10 @@ class Example:
 
 
 def collate_answers(examples: Sequence[Example], pad: int, multiple: int = 1) -> dict[str, Tensor]:
-    """Right-padded batch: ``input_ids``, ``attention_mask``, ``labels`` (B, T), and ``rivals`` (M, 3) if a row has choices.
+    """Return a right-padded batch: ``input_ids``, ``attention_mask``, ``labels`` (B, T), and ``rivals`` (M, 3) if a row has choices.
 
-    T is the longest row's length, rounded up to a ``multiple``. A row of ``rivals`` is (row of the batch, index among the batch's answer
-    tokens counted row by row, rival token).
+    T is the longest row's length, rounded up to a multiple of ``multiple``. A row of ``rivals`` is (row of the batch, index among the
+    batch's answer tokens counted row by row, rival token).
     """
     length = -(-max(len(e) for e in examples) // multiple) * multiple
     rows = [e.prompt + e.answer for e in examples]
@@ -57,7 +57,7 @@ def collate_answers(examples: Sequence[Example], pad: int, multiple: int = 1) ->
 
 
 def collate_prompts(examples: Sequence[Example], pad: int) -> dict[str, Any]:
-    """Left-padded batch for generation: ``input_ids``, ``attention_mask`` (B, T), and the ``prompts`` as text."""
+    """Return a left-padded batch for generation: ``input_ids``, ``attention_mask`` (B, T), and the ``prompts`` as text."""
     length = max(len(e.prompt) for e in examples)
     return {
         "input_ids": torch.tensor([[pad] * (length - len(e.prompt)) + e.prompt for e in examples]),
@@ -67,16 +67,16 @@ def collate_prompts(examples: Sequence[Example], pad: int) -> dict[str, Any]:
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """An order of the rows in which batches cut from it have rows of similar length.
+    """Order rows such that consecutive batches have rows of similar length.
 
-    Shuffled, it depends on ``seed`` and the epoch alone, so a resumed run sees the same batches. The epoch is asked for, not counted:
-    Lightning tells it only to the outermost sampler, which is its own wrapper where several processes share the rows.
+    A shuffled order depends only on ``seed`` and the epoch, so a resumed run sees the same batches. The epoch comes from a function, not
+    from ``set_epoch``: Lightning calls that on the outermost sampler only, which is its own wrapper if several processes share the rows.
 
     Args:
-        lengths: Length of every row of the data set.
-        batch_size: Rows a batch.
-        epoch: Gives the current epoch; without it, no shuffling: the rows are sorted by length.
-        seed: Of the shuffling.
+        lengths: Length of every row of the data set, in tokens.
+        batch_size: Rows per batch.
+        epoch: Returns the current epoch. If None, nothing is shuffled: the rows are sorted by length.
+        seed: Seed of the shuffling.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, epoch: Callable[[], int] | None = None, seed: int = 0) -> None:
@@ -92,7 +92,7 @@ class LengthGroupedSampler(Sampler[int]):
             return
         generator = torch.Generator().manual_seed(self.seed + self.epoch())
         rows = torch.randperm(len(self), generator=generator).tolist()
-        window = size * max(1, min(WINDOW, len(rows) // (4 * size)))  # a quarter of a small data set, or its batches would never mix
+        window = size * max(1, min(WINDOW, len(rows) // (4 * size)))  # a quarter of a small data set, or batches never mix
         rows = [row for i in range(0, len(rows), window) for row in sorted(rows[i : i + window], key=self.lengths.__getitem__)]
         full = len(rows) // size
         for batch in torch.randperm(full, generator=generator).tolist():

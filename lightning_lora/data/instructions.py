@@ -1,8 +1,8 @@
 """Instruction data from jsonl files, with the loss on the answer only.
 
 A line is ``{"prompt": ..., "response": ...}`` or ``{"messages": [{"role": ..., "content": ...}, ...]}`` whose last message is the
-assistant's. A ``"choices": [...]`` list beside it, holding the response, makes the row a multiple-choice question: validation and
-test then report how often the model, held to the choices, picks the right one.
+assistant's. A further key ``"choices": [...]``, a list that contains the response, makes the row a multiple-choice question. Validation
+and test then report how often the model, limited to the choices, picks the right one.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ class InstructionDataModule(LightningDataModule):
 
     Args:
         train: Training file.
-        val: Validation file; none, no validation.
+        val: Validation file; without one there is no validation.
         test: Test file.
-        predict: Prompts to answer; the test file's where this is left out.
-        batch_size: Rows a batch.
-        max_length: Tokens of prompt and answer together; longer rows lose their end, with a warning that counts them.
-        seed: Order of the training rows.
-        pad_to_multiple_of: Batches have lengths that are multiples of it, but for prediction: so that a compiler meets few sizes.
+        predict: File with the prompts to answer; the test file by default.
+        batch_size: Rows per batch.
+        max_length: Longest row, in tokens of prompt and answer together. Longer rows are truncated, with a warning that counts them.
+        seed: Seed of the order of the training rows.
+        pad_to_multiple_of: Pad batches to lengths that are multiples of it, except in prediction. A compiler then sees few sizes.
 
     Raises:
-        ValueError: A file is missing, empty or malformed (with file, line and what a line looks like), or a row has no answer left.
+        ValueError: A file is missing, empty or malformed, or truncation leaves a row without its answer. The message names file and line.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class InstructionDataModule(LightningDataModule):
         for split in splits:
             file = self.files[split]
             if file is None and (stage, split) == ("fit", "val"):
-                continue  # fitting without validation is a choice, the rest is an omission
+                continue  # only validation within fit is optional
             if file is None:
                 raise ValueError(f"data.{split} is not set; {stage} needs a jsonl file there")
             if split not in self.examples:
@@ -83,7 +83,7 @@ class InstructionDataModule(LightningDataModule):
 
     def _loader(self, split: str) -> DataLoader:
         examples, pad = self.examples[split], self._tokenizer.pad_token_id
-        if split == "predict":  # in the file's order
+        if split == "predict":  # keep the file's order
             return DataLoader(examples, batch_size=self.batch_size, collate_fn=partial(collate_prompts, pad=pad))  # type: ignore[arg-type]
         epoch = (lambda: self.trainer.current_epoch) if split == "train" else None  # type: ignore[union-attr]
         sampler = LengthGroupedSampler([len(e) for e in examples], self.batch_size, epoch, self.seed)
@@ -113,8 +113,8 @@ def load_examples(file: str | Path, tokenizer: Any, max_length: int, split: str)
     Args:
         file: The file.
         tokenizer: A Hugging Face tokenizer.
-        max_length: Tokens a row may have.
-        split: "train", "val", "test" or "predict"; prediction needs no answers, training no choices.
+        max_length: Longest row, in tokens.
+        split: "train", "val", "test" or "predict". Prediction needs no answers; training ignores choices.
 
     Raises:
         ValueError: See `InstructionDataModule`.
@@ -136,7 +136,7 @@ def load_examples(file: str | Path, tokenizer: Any, max_length: int, split: str)
         room = max_length - len(example.prompt)
         if len(example) > max_length:
             cut += 1
-            # What is left of an answer can be learnt from, but half a choice, or half a prompt, cannot be judged.
+            # A model can learn from a truncated answer, but a truncated choice or prompt cannot be evaluated.
             if room <= 0 or example.rivals or split == "predict":
                 lost.append(f"{where} ({len(example)} tokens)")
             example.answer = example.answer[: max(room, 0)]
@@ -194,7 +194,7 @@ def _conversation(row: Any, needs_answer: bool) -> tuple[list[Message], str]:
 
 
 def _rivals(tokenizer: Any, messages: list[Message], answer: str, ids: list[int], choices: Any) -> list[tuple[int, int]]:
-    """For every other choice, where it departs from the answer and its token there (see `Example`)."""
+    """Return for every other choice the index of its first token that differs from the answer, and that token (see `Example`)."""
     if not isinstance(choices, list) or answer not in choices:
         raise ValueError(f"'choices' must be a list that holds the answer {answer!r}, got {choices!r}")
     rivals = set()

@@ -1,4 +1,4 @@
-"""What leans on private insides of other libraries. It is imported only where a user asks for it by name.
+"""Features that depend on private parts of other libraries. They are imported only where a user asks for them by name.
 
 May import: everything up to ``optim``. Only ``strategies`` imports it.
 """
@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import torch
 
-TESTED = ("2.11", "2.13", "2.14")  # releases of torch, in whose FSDP2 ``pull_frozen`` was tested
+TESTED = ("2.11", "2.13", "2.14")  # torch releases with which ``pull_frozen`` was tested
 
 
 def check_torch() -> None:
-    """Refuse ``pull_frozen`` where FSDP2's insides are not known: with others it might train on old weights.
+    """Refuse ``pull_frozen`` on an untested torch: with other private parts of FSDP2 it might train on stale weights.
 
     Raises:
-        ValueError: this torch is none of ``TESTED``.
+        ValueError: this torch is not one of ``TESTED``.
     """
     if ".".join(torch.__version__.split(".")[:2]) not in TESTED:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What processes of one host do directly, without a collective of data: share memory, and meet."""
+"""Memory shared between the processes of one host, and a stream-ordered barrier."""
 
 from __future__ import annotations
 
@@ -12,27 +12,33 @@ import torch.distributed._symmetric_memory as symmetric
 from torch import Tensor
 
 
-def meet(ranks: dist.ProcessGroup, device: torch.device) -> None:
-    """What a GPU does from here on starts after all of them have come here; Python does not wait."""
+def stream_barrier(ranks: dist.ProcessGroup, device: torch.device) -> None:
+    """Stream-ordered barrier: a one-element all-reduce.
+
+    Work that a GPU is given after it starts once all GPUs have reached it. Python does not wait.
+    """
     dist.all_reduce(torch.zeros(1, device=device), group=ranks)
 
 
 def shared_memory(size: int, ranks: dist.ProcessGroup, device: torch.device) -> list[Tensor]:
-    """As many bytes on each rank, and every rank's as this one sees them; a collective.
+    """Allocate ``size`` bytes on each rank and map every rank's memory into this process. A collective.
 
     Args:
-        size: bytes.
+        size: bytes per rank.
         ranks: processes of one host.
-        device: GPUs share their memory; CPUs map files in the folder for temporary ones.
+        device: GPUs share their own memory; CPUs map files in the temporary folder.
+
+    Returns:
+        One byte tensor per rank, in rank order.
 
     Raises:
-        RuntimeError: the GPUs do not reach each other's memory, or have none left.
+        RuntimeError: the GPUs cannot access each other's memory, or have too little left.
     """
     if device.type == "cuda":
         try:
             own = symmetric.empty(size, dtype=torch.uint8, device=device)
             handle = symmetric.rendezvous(own, ranks)
-            # The others' are mapped as long as this rank's own is there.
+            # The other ranks' memory stays mapped as long as this rank's own buffer lives.
             return [own if rank == ranks.rank() else handle.get_buffer(rank, (size,), torch.uint8) for rank in range(ranks.size())]
         except RuntimeError as error:
             raise RuntimeError(

@@ -1,6 +1,6 @@
-"""What an adapted layer is (``base``), how a layer becomes one and merges, and one file per kind of layer.
+"""The adapted layer (``base``), how a module becomes one, how it merges, and one file per kind of layer.
 
-Importing this package registers the kinds. A kind knows shapes; it names no variant and no init.
+Importing this package registers the kinds. A kind knows shapes. It names no variant and no init.
 
 May import: ``utils``, ``config``, ``registry``, ``ops``, ``quantization``.
 """

@@ -1,4 +1,7 @@
-"""A module becomes its LoRA subclass, in place, and the plain module again; and why it cannot. Who may not change it takes a twin."""
+"""Turn a module into its LoRA subclass, in place (``adapt``), and back into the plain module (``unadapt``).
+
+``refusal`` says why a module cannot be adapted. ``shallow_copy`` is for callers that must not modify the module.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from lightning_lora.registry import qualified_name, why_refused
 
 
 def refusal(module: nn.Module, spec: LayerSpec) -> str | None:
-    """Why this module cannot be adapted, as a whole sentence; None if it can."""
+    """Return why this module cannot be adapted, as a whole sentence; None if it can."""
     kind = adapted_class(type(module), spec.config.variant, spec.kind)
     fqn, name = spec.fqn, qualified_name(type(module))
     if kind is None:
@@ -43,7 +46,7 @@ def refusal(module: nn.Module, spec: LayerSpec) -> str | None:
 
 
 def adapt(module: nn.Module, spec: LayerSpec) -> LoRALayer:
-    """Turn a module into its LoRA subclass, in place; the caller has checked it with :func:`refusal`."""
+    """Turn a module into its LoRA subclass, in place. The caller has checked it with :func:`refusal`."""
     cls = adapted_class(type(module), spec.config.variant, spec.kind)
     assert cls is not None
     module.__class__ = cls
@@ -53,18 +56,21 @@ def adapt(module: nn.Module, spec: LayerSpec) -> LoRALayer:
 
 
 def unadapt(layer: LoRALayer) -> nn.Module:
-    """The plain module again, in place, with the weight it has now; the adapter is dropped."""
+    """Turn a layer back into the plain module, in place. The weight keeps its current value; the adapter is removed."""
     for container in (layer._parameters, layer._modules, layer.__dict__):
         for name in [name for name in container if name.startswith(PREFIX)]:
             del container[name]
     cls: Any = type(layer)
-    layer.__class__ = strip_class(cls, "lora_base") if hasattr(cls, "unshard") else cls.lora_base  # FSDP2's stays on top of the base
+    layer.__class__ = strip_class(cls, "lora_base") if hasattr(cls, "unshard") else cls.lora_base  # keep FSDP2's subclass, over the base
     return layer
 
 
 def shallow_copy(module: nn.Module) -> Any:
-    """Another module of the same class over the same tensors, with containers of its own; no constructor runs, no hook."""
+    """Return a new module of the same class over the same tensors, with its own containers.
+
+    No constructor and no hook runs.
+    """
     new = module.__class__.__new__(module.__class__)
-    own = (dict, AdapterState)  # what the copy changes without the original
+    own = (dict, AdapterState)  # the copy may change these without changing the original
     new.__dict__.update({name: value.copy() if isinstance(value, own) else value for name, value in module.__dict__.items()})
     return new

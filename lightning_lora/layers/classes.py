@@ -1,8 +1,8 @@
-"""The class of an adapted layer: a subclass of the class it had, made when it is first asked for.
+"""Builds the class of an adapted layer: a subclass of the layer's original class, created on first use.
 
 ``Linear4bit`` with DoRA is ``DoRALinear4bit(DoRA, LoRALinear, Linear4bit)``: the variant changes the formula of the kind, and the kind
-calls the base. One class serves all layers that share the three, so that compilers trace it once. A pickle names base and
-variant, not the class, which another process may not have made yet.
+calls the base. All layers with the same three parts share one class, so that compilers trace it once. A pickle names base and
+variant instead of the class, because another process may not have created the class yet.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _UNDONE: dict[tuple[type, str], type[Any]] = {}
 
 
 def adapted_class(cls: type[nn.Module], variant: str, kind_name: str | None = None) -> type[Any] | None:
-    """The class that modules of this class (adapted or not) have with this variant; None if no kind adapts them.
+    """Return the class that modules of ``cls`` (adapted or not) get with this variant; None if no kind adapts them.
 
     Args:
-        cls: of the module.
-        variant: name of it.
-        kind_name: of the kind; by default the class tells.
+        cls: class of the module.
+        variant: name of the variant.
+        kind_name: name of the kind; by default the class decides.
 
     Raises:
         ValueError: there is no such variant or kind.
@@ -34,16 +34,16 @@ def adapted_class(cls: type[nn.Module], variant: str, kind_name: str | None = No
 
 
 def lora_class(base: type[nn.Module], kind: type, variant: type) -> type[Any]:
-    """The subclass of ``base`` with this kind and this variant's mixin."""
+    """Return the subclass of ``base`` with this kind and this variant's mixin."""
     key = (base, kind, variant)
     if key not in _CLASSES:
         name = ("LoRA" if variant is object else variant.__name__) + base.__name__
         own = {"__module__": base.__module__, "lora_base": base}
-        if hasattr(kind, "weight_kind"):  # a variant changes the formula of each weight, not the module around them
+        if hasattr(kind, "weight_kind"):  # the variant changes the formula of each weight, not of the module that holds them
             own["weight_class"] = lora_class(nn.Module, kind.weight_kind, variant)
             _CLASSES[key] = type(name, (kind, base), own)
         elif variant is object and issubclass(kind, base):
-            _CLASSES[key] = kind  # LoRALinear is concrete for nn.Linear
+            _CLASSES[key] = kind  # LoRALinear is itself the class for nn.Linear
         else:
             parents = [cls for cls in (variant, kind, base) if cls is not object and not (cls is base and issubclass(kind, base))]
             _CLASSES[key] = type(name, tuple(parents), own)
@@ -51,7 +51,10 @@ def lora_class(base: type[nn.Module], kind: type, variant: type) -> type[Any]:
 
 
 def strip_class(cls: type[Any], mark: str) -> type[Any]:
-    """What one of our classes was made from, its attribute ``mark``; if another was put on top, as FSDP2 does, that one on top of it."""
+    """Undo one class replacement: return the class before it, which the attribute ``mark`` of our class holds.
+
+    If another subclass was put on top since, as FSDP2 does, return that subclass rebuilt over the original class.
+    """
     if mark in vars(cls):
         return getattr(cls, mark)
     if (cls, mark) not in _UNDONE:

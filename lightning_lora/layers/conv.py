@@ -1,8 +1,8 @@
-"""Convolutions: A convolves with the base's kernel, stride, padding and groups into r channels, B mixes them with 1×1.
+"""Convolutions. A convolves into r channels with the base's kernel, stride, padding and groups; B mixes the channels with a 1×1 kernel.
 
-``scaling · B∗(A∗x)`` is again a convolution with the base's geometry, with the kernel ``B·A`` per group, so it merges.
-PEFT's A ignores the groups, (r, in, *kernel): its update is not a grouped convolution and cannot merge. Ours goes into
-that shape exactly (zeros between the groups); back only what has zeros there.
+``scaling · B∗(A∗x)`` is again a convolution with the base's geometry. Its kernel is ``B·A`` per group, so it can be merged.
+PEFT's A ignores the groups: its shape is (r, in, *kernel). So PEFT's update is not a grouped convolution and cannot be merged.
+A is exported to that shape exactly, with zeros between the groups. Only tensors with zeros there are imported.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class LoRAConv(LoRALayer):
 
     @classmethod
     def adapter_shapes(cls, module: Any, spec: LayerSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """A (r, in/groups, *kernel), B (out, r/groups, 1, …)."""
+        """Return the shapes of A, (r, in/groups, *kernel), and of B, (out, r/groups, 1, …)."""
         ones = (1,) * len(module.kernel_size)
         return (spec.rank, module.in_channels // module.groups, *module.kernel_size), (
             module.out_channels,
@@ -37,7 +37,7 @@ class LoRAConv(LoRALayer):
 
     @classmethod
     def check(cls, module: Any, spec: LayerSpec) -> None:
-        """The r channels are shared out evenly among the groups."""
+        """Raise ValueError also if the rank is not a multiple of the groups: the r channels are split evenly among them."""
         super().check(module, spec)
         if spec.rank % module.groups:
             raise ValueError(
@@ -51,7 +51,7 @@ class LoRAConv(LoRALayer):
         return torch.randn(2, module.in_channels, *reach, generator=generator, dtype=torch.float64)
 
     def lora_update(self, y: Tensor, x: Tensor) -> Tensor:
-        """``y + scaling · B∗(A∗dropout(x))``; x (N, in, *spatial), y (N, out, *spatial)."""
+        """Return ``y + scaling · B∗(A∗dropout(x))``; x (N, in, *spatial), y (N, out, *spatial)."""
         x = F.dropout(x.to(y.dtype), self.dropout_now())
         A, B = self.update_factors()
         t = self._conv_forward(x, A.to(y.dtype), None)  # type: ignore[operator]  # (N, r, *spatial), padding modes too
@@ -59,24 +59,24 @@ class LoRAConv(LoRALayer):
         return y + convolve(t * self.scaling, B.to(y.dtype), groups=self.groups)
 
     def to_matrix(self, tensor: Tensor) -> Tensor:
-        """Kernels (out, in/groups, *kernel) as (groups, out/groups, in/groups·kernel)."""
+        """Reshape kernels (out, in/groups, *kernel) to (groups, out/groups, in/groups·kernel)."""
         return tensor.flatten(1).unflatten(0, (self.groups, -1))
 
     def from_matrix(self, matrix: Tensor) -> Tensor:
-        """The inverse."""
+        """Invert :meth:`to_matrix`."""
         return matrix.flatten(0, 1).unflatten(1, (-1, *self.kernel_size))
 
     def factor_matrices(self) -> tuple[Tensor, Tensor]:
-        """A (groups, r/groups, in/groups·kernel), B (groups, out/groups, r/groups)."""
+        """Return A (groups, r/groups, in/groups·kernel) and B (groups, out/groups, r/groups)."""
         A, B = self.update_factors()
         return self.to_matrix(A), self.to_matrix(B)
 
     def per_output(self, vector: Tensor) -> Tensor:
-        """(out, 1, …)."""
+        """Reshape (out,) to (out, 1, …)."""
         return vector.view(-1, *(1,) * len(self.kernel_size))
 
     def to_peft(self) -> dict[str, Tensor]:
-        """A as an ungrouped kernel, (r, in, *kernel)."""
+        """Return the tensors in PEFT's shapes: A as an ungrouped kernel, (r, in, *kernel)."""
         tensors = super().to_peft()
         if self.groups > 1:
             blocks = self.update_factors()[0].detach().unflatten(0, (self.groups, -1))  # (groups, r/groups, in/groups, *kernel)
@@ -88,7 +88,11 @@ class LoRAConv(LoRALayer):
 
     @classmethod
     def from_peft(cls, module: Any, part: str, tensor: Tensor) -> Tensor:
-        """The diagonal blocks of an ungrouped A; ValueError if there is anything beside them."""
+        """Return the diagonal blocks of an ungrouped A.
+
+        Raises:
+            ValueError: A has nonzero entries outside these blocks.
+        """
         groups = module.groups
         if part != "lora_A" or groups == 1 or tensor.shape[1] != module.in_channels or tensor.shape[0] % groups:
             return tensor
@@ -97,6 +101,6 @@ class LoRAConv(LoRALayer):
         if blocks.count_nonzero() != tensor.count_nonzero():
             raise ValueError(
                 f"the adapter of a {type(module).__name__} with groups={groups} mixes the groups, as PEFT's do:"
-                " it is no grouped convolution and not supported"
+                " it is not a grouped convolution, so it is not supported"
             )
         return blocks

@@ -1,4 +1,4 @@
-"""Hugging Face's ``Conv1D`` (GPT-2): a linear layer whose weight is stored transposed, (in, out)."""
+"""Hugging Face's ``Conv1D`` (GPT-2): a linear layer that stores its weight transposed, (in, out)."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class LoRAConv1DHF(LoRALayer):
 
     @classmethod
     def adapter_shapes(cls, module: Any, spec: LayerSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """A (r, in), B (out, r)."""
-        # Not the weight's shape: FSDP1 leaves a flat piece of it.
+        """Return the shapes of A, (r, in), and of B, (out, r)."""
+        # Not read from the weight's shape: FSDP1 leaves a flat local shard of it.
         return (spec.rank, module.nx), (module.nf, spec.rank)
 
     @classmethod
@@ -32,5 +32,5 @@ class LoRAConv1DHF(LoRALayer):
         return torch.randn(2, 3, module.nx, generator=generator, dtype=torch.float64)
 
     def lora_update(self, y: Tensor, x: Tensor) -> Tensor:
-        """``y + scaling · B·A·dropout(x)``."""
+        """Return ``y + scaling · B·A·dropout(x)``."""
         return low_rank.lora_update(y, x, *self.update_factors(), self.scaling, self.dropout_now())

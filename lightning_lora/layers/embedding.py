@@ -1,8 +1,8 @@
 """Embeddings: ``y = W₀[ids] + scaling · B·A[:, ids]``.
 
-A one-hot input picks a column of A, so the roles swap at the start: A is zero and B random (as in the authors' own
-loralib), else the first gradient of B would see one random row a token and nothing more. There is no dropout: the
-input is ids, and a dropped id has no meaning (PEFT has none either).
+A one-hot input selects a column of A, so the factors swap roles at the start: A is zero and B is random, as in the authors' own
+loralib. Otherwise B's first gradient would depend only on one random column of A per token. There is no dropout: the
+inputs are ids, and dropping an id has no meaning. PEFT has none either.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class LoRAEmbedding(LoRALayer):
 
     @classmethod
     def adapter_shapes(cls, module: nn.Embedding, spec: LayerSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """A (r, num_embeddings), B (dim, r)."""
+        """Return the shapes of A, (r, num_embeddings), and of B, (dim, r)."""
         return (spec.rank, module.num_embeddings), (module.embedding_dim, spec.rank)
 
     @classmethod
     def check(cls, module: Any, spec: LayerSpec) -> None:
-        """``max_norm`` rewrites the base weight in the forward pass, which a frozen base does not allow."""
+        """Raise ValueError also for ``max_norm``: it rewrites the base weight in the forward pass, but the base is frozen."""
         super().check(module, spec)
         if module.max_norm is not None:
             raise ValueError(f"max_norm={module.max_norm} changes the frozen weight in every forward pass; set it to None")
@@ -44,22 +44,22 @@ class LoRAEmbedding(LoRALayer):
         return torch.randint(module.num_embeddings, (2, 3), generator=generator)
 
     def lora_factors(self) -> tuple[nn.Parameter, nn.Parameter]:
-        """B random, A zero."""
+        """Return B, which starts at random, and A, which starts at zero."""
         return self.lora_B, self.lora_A
 
     def lora_update(self, y: Tensor, x: Tensor) -> Tensor:
-        """``y + scaling · B·A[:, ids]``; ids of any shape (...), y (..., dim)."""
-        # padding_idx stops the gradient of that row, as in the base.
+        """Return ``y + scaling · B·A[:, ids]``; ids of any shape (...), y (..., dim)."""
+        # padding_idx stops the gradient of that column, as it does in the base.
         A, B = self.update_factors()
         t = F.embedding(x, A.t(), padding_idx=self.padding_idx)  # (..., r)
-        # Gemma's embeddings multiply their output: the update is part of it.
+        # Gemma's embeddings scale their output, so the update is scaled too.
         scale = self.scaling * getattr(self, "embed_scale", 1.0)
         return y + F.linear((t * scale).to(y.dtype), B.to(y.dtype))
 
     def to_matrix(self, tensor: Tensor) -> Tensor:
-        """(dim, num_embeddings): the inputs are one-hot."""
+        """Return the tensor as (dim, num_embeddings): the inputs are one-hot."""
         return tensor.t()
 
     def from_matrix(self, matrix: Tensor) -> Tensor:
-        """(num_embeddings, dim)."""
+        """Return the matrix as (num_embeddings, dim)."""
         return matrix.t()

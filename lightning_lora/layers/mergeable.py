@@ -1,7 +1,7 @@
-"""Merging a layer's update into its weight and back, and what a merged layer's state dict is.
+"""Merges a layer's update into its weight, undoes that, and defines the state dict of a merged layer.
 
-A merged layer is a plain layer to the outside: its state dict has the base's keys only, since a file that carried the
-adapter too would apply it twice. When an adapter is loaded into it, it unmerges first.
+To other code a merged layer is a plain layer. Its state dict has the base's keys only: a file with the adapter's keys too would
+apply the update twice. When an adapter is loaded into a merged layer, the layer unmerges first.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lightning_lora.layers.state import Adapted, AdapterState, MergeRecord, Quan
 from lightning_lora.quantization import formats
 from lightning_lora.utils.sharding import full_tensor, is_sharded, local_shard, local_tensor
 
-PREFIX = "lora_"  # of every parameter that LoRA adds to a layer
+PREFIX = "lora_"  # prefix of every parameter that LoRA adds to a layer
 
 T = TypeVar("T")
 
@@ -25,57 +25,66 @@ T = TypeVar("T")
 class Mergeable(Adapted):
     """A layer with a ``weight``, adapter parameters named ``lora_*`` and a dense update :meth:`lora_delta`."""
 
-    #: Names of the parameters that a merge goes into.
+    #: Names of the parameters that a merge changes.
     adapted: ClassVar[tuple[str, ...]] = ("weight",)
     weight: Any  # nn.Parameter; some quantized bases have a subclass of it
     disabled: bool
 
     def lora_delta(self) -> Tensor:
-        """The update as a dense tensor of the weight's shape, in the adapter's dtype."""
-        raise NotImplementedError(f"{type(self).__name__} has to say its dense update")
+        """Return the update as a dense tensor of the weight's shape, in the adapter's dtype."""
+        raise NotImplementedError(f"{type(self).__name__} must define lora_delta")
 
     def base_weight(self) -> Tensor:
-        """The base weight in a floating dtype; that of a quantized base unpacked."""
-        # Most are plain parameters, and a compiler cannot look for packings.
+        """Return the base weight in a floating-point dtype. A quantized weight is dequantized."""
+        # Most weights are plain parameters, and a compiler cannot trace the search for a quantized format.
         plain = type(self.weight) is nn.Parameter and self.weight.is_floating_point()
         return self.weight if plain else formats.dequantized(self)
 
     def merge_delta(self) -> Tensor:
-        """What merging adds to the weight, computed from the adapter alone; then :meth:`merge_scale` multiplies."""
+        """Return what a merge adds to the weight, computed from the adapter alone. :meth:`merge_scale` then multiplies the sum."""
         return self.lora_delta()
 
     def merge_scale(self, delta: Tensor) -> Tensor | None:
-        """What merging multiplies ``weight + delta`` by, in the weight's shape; None for 1. Asked before the merge only."""
+        """Return the factor on ``weight + delta`` in a merge, in the weight's shape; None for 1.
+
+        Called only before the merge.
+        """
         return None
 
     def by_weight(self) -> dict[str, Any]:
-        """Name of each adapted weight → the layer that has it as its ``weight``: this one, where there is one weight."""
+        """Return the name of each adapted weight → the layer that has it as its ``weight``.
+
+        With one weight, that is this layer.
+        """
         return dict.fromkeys(self.adapted, self)
 
     def rebase_class(self, base: type[nn.Module]) -> None:
-        """Be an adapted layer over another base class."""
-        raise NotImplementedError(f"{type(self).__name__} has to know how its class is made")
+        """Switch to an adapted class over another base class."""
+        raise NotImplementedError(f"{type(self).__name__} must define rebase_class")
 
     def base_parameters(self) -> dict[str, nn.Parameter]:
-        """The layer's own parameters without the adapter's."""
+        """Return the layer's own parameters without the adapter's."""
         return {name: p for name, p in self._parameters.items() if p is not None and not name.startswith(PREFIX)}
 
     def lora_parameters(self) -> dict[str, nn.Parameter]:
-        """The adapter's parameters."""
+        """Return the adapter's parameters."""
         return {name: p for name, p in self._parameters.items() if p is not None and name.startswith(PREFIX)}
 
     @property
     def base_weight_digest(self) -> str | None:
-        """Sampled digest of the base weight while it is merged; None when the weight itself can be read."""
+        """Sampled digest of the base weight while it is merged; None if the weight itself can be read."""
         record = self.lora_state.merge
         return None if record is None else record.digest
 
     def exact_delta(self, device: torch.device | str | None = None) -> Tensor:
-        """The dense update with full-precision products, on ``device`` (default: the weight's)."""
+        """Return the dense update, computed with full-precision products on ``device`` (default: the weight's device)."""
         return self._exactly(device, self.lora_delta)
 
     def merged_weight(self, device: torch.device | str | None = None) -> tuple[Tensor, float]:
-        """The weight, whole, as a merge would leave it, and the share of the update that rounding lost; nothing is changed."""
+        """Return the full weight as a merge would leave it, and the share of the update that rounding lost.
+
+        Changes nothing.
+        """
         delta, out_scale = self._exactly(device, self._merge_parts)
         weight = full_tensor(self.weight.detach()) if formats.format_of(self) is None else formats.dequantized(self)
         return merging.merged_weight(weight.to(delta.device), delta, out_scale)
@@ -85,7 +94,7 @@ class Mergeable(Adapted):
         return delta, self.merge_scale(delta)
 
     def _exactly(self, device: torch.device | str | None, compute: Callable[[], T]) -> T:
-        """What a method returns when the adapter is whole, on ``device``, and products are full-precision."""
+        """Return ``compute()``, run with the adapter's full tensors on ``device`` and full-precision products."""
         own = self._parameters
         target = torch.device(device) if device is not None else self.weight.device
         wide = {name: full_tensor(p.detach()).to(target) for name, p in self.lora_parameters().items()}
@@ -99,18 +108,18 @@ class Mergeable(Adapted):
     def merge_weights(
         self, *, device: torch.device | str | None = None, reversible: bool = True, quantized: Quantized | None = None
     ) -> None:
-        """``weight += scaling · B·A``, summed in fp32 and rounded once; a no-op on a merged layer.
+        """Compute ``weight += scaling · B·A``, summed in fp32 and rounded once; do nothing on a merged layer.
 
         A weight that another module uses too is replaced, never written to.
 
         Args:
             device: where to compute (default: the weight's device).
             reversible: keep what :meth:`unmerge_weights` needs.
-            quantized: what a quantized weight becomes: one of 16 bit in a plain layer ("dequantize"), or the sum quantized again
+            quantized: what becomes of a quantized weight: a 16-bit weight in a plain layer ("dequantize"), or the sum quantized again
                 ("requantize").
 
         Raises:
-            ValueError: :meth:`merge_refusal` has a reason.
+            ValueError: :meth:`merge_refusal` returns a reason.
         """
         if self.merged:
             return
@@ -140,7 +149,7 @@ class Mergeable(Adapted):
         self.lora_state.merge = MergeRecord(undo, digest, device, loss)
 
     def _merge_packed(self, device: torch.device | str | None, reversible: bool, quantized: Quantized | None) -> None:
-        """Merge into a quantized weight; the packed tensors themselves are kept for the way back."""
+        """Merge into a quantized weight. The undo record holds the quantized tensors themselves."""
         how = formats.format_of(self)
         assert how is not None
         original, digest = formats.take(self, how), formats.weight_digest(self)
@@ -160,9 +169,9 @@ class Mergeable(Adapted):
         self.lora_state.merge = MergeRecord(original if reversible else None, digest, device, loss, quantized)
 
     def merge_refusal(self, quantized: Quantized | None = None) -> str | None:
-        """Why the update cannot be merged now; None if it can."""
+        """Return why the update cannot be merged now; None if it can."""
         if self.disabled:
-            return "it is switched off: merge outside of disabled_lora(model)"
+            return "its adapter is disabled: merge outside of disabled_lora(model)"
         how = formats.format_of(self)
         if how is not None:
             if is_sharded(self.weight):
@@ -176,15 +185,15 @@ class Mergeable(Adapted):
                 return f"its weight, a {type(self.weight.data).__name__}, is not packed again here: pass quantized='dequantize'"
         elif not self.weight.is_floating_point():
             kind = f"the weight is quantized ({self.weight.dtype})"
-            return f"{kind} and cannot take an update in place: dequantize the base first, or leave it unmerged"
+            return f"{kind} and cannot be updated in place: dequantize the base first, or leave it unmerged"
         spoilt = [name for name, p in self.lora_parameters().items() if not full_tensor(p.detach()).isfinite().all()]
-        return f"{spoilt[0]} holds NaN or infinity and would spoil the base weight: load a sound adapter first" if spoilt else None
+        return f"{spoilt[0]} holds NaN or infinity and would corrupt the base weight: load a sound adapter first" if spoilt else None
 
     def unmerge_weights(self) -> None:
-        """Put the base weight back bit for bit; a no-op on a layer that is not merged.
+        """Restore the base weight bit for bit; do nothing on a layer that is not merged.
 
         Raises:
-            ValueError: the way back was not kept, or the adapter changed since the merge.
+            ValueError: no undo record was kept, or the adapter changed since the merge.
         """
         record = self.lora_state.merge
         if record is None:
@@ -195,13 +204,13 @@ class Mergeable(Adapted):
                 "the way back was not kept (merged with reversible=False, or other weights were loaded since): load the base model again"
             )
         if isinstance(undo, merging.SparseUndo):
-            # Where it was merged, for the product has to come out the same to the bit.
+            # On the device of the merge: the product must be the same to the bit.
             mine = local_tensor(self.weight.detach())
             delta = self._exactly(record.device, self.merge_delta)
             base = merging.unmerge(mine.to(record.device), local_shard(delta, self.weight), undo)
             mine.copy_(base)
         elif isinstance(undo, formats.QuantizedUndo):
-            home = self.weight.device  # the model may have moved since, and what was kept aside did not
+            home = self.weight.device  # the model may have moved since; the undo record did not move with it
             undo.put_back(self)
             if self.weight.device != home:
                 self.to(home)
@@ -211,26 +220,26 @@ class Mergeable(Adapted):
         self.retie()
 
     def untie(self, configs: list[Any]) -> None:
-        """Keep Hugging Face from tying again, on save and load, what a merge takes apart.
+        """Stop Hugging Face from tying, on save and load, weights that a merge separates.
 
         Args:
-            configs: of the models whose ``tie_word_embeddings`` says to.
+            configs: configs of the models whose ``tie_word_embeddings`` is on.
         """
         for config in configs:
             config.tie_word_embeddings = False
         self.lora_state.untied = configs
 
     def retie(self) -> None:
-        """Let the configs that a merge untied tie again."""
+        """Switch ``tie_word_embeddings`` on again in the configs that a merge switched off."""
         for config in self.lora_state.untied:
             config.tie_word_embeddings = True
         self.lora_state.untied = []
 
     def merge_again(self, state: AdapterState) -> None:
-        """Merge as before an unmerge. Merging is deterministic: the merged weight comes back as it was.
+        """Repeat a merge after an unmerge. Merging is deterministic, so the merged weight is the same as before.
 
         Args:
-            state: a copy of this layer's, taken before the unmerge.
+            state: a copy of this layer's state, taken before the unmerge.
         """
         assert state.merge is not None
         self.merge_weights(device=state.merge.device, quantized=state.merge.quantized)
@@ -238,14 +247,14 @@ class Mergeable(Adapted):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.merged:  # a merged layer is a plain layer: carrying the adapter too would apply it twice
+        if self.merged:  # a file with the adapter's keys too would apply the update twice
             for name in self.lora_parameters():
                 del destination[prefix + name]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if self.merged:
             if any(key.startswith(prefix + PREFIX) for key in state_dict):
-                self.unmerge_weights()  # an adapter is coming: it belongs on the base
+                self.unmerge_weights()  # the adapter that is loaded applies to the base weight
             else:
                 _, _, missing, _, errors = args  # torch's own lists: metadata, strict, missing, unexpected, errors
                 failed = len(errors)
@@ -253,6 +262,6 @@ class Mergeable(Adapted):
                 missing[:] = [key for key in missing if not key.startswith(prefix + PREFIX)]
                 for name, layer in self.by_weight().items():
                     if prefix + name in state_dict and len(errors) == failed and layer.lora_state.merge is not None:
-                        layer.lora_state.merge.undo = None  # another merged weight is in: the way back no longer fits it
+                        layer.lora_state.merge.undo = None  # the weight was replaced, so the undo record no longer fits it
                 return
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,13 +1,13 @@
-"""Adding an update to a frozen weight, and taking it out again bit for bit.
+"""Adds an update to a frozen weight, and subtracts it again bit for bit.
 
-Merging rounds: ``m = round(w + Δ)``. Subtracting Δ again gives ``w`` back for most entries, not for all, and a second
-copy of every weight would double the memory. So :func:`merge` stores only the entries where ``round(m − Δ)`` misses
-``w`` (in bf16 about 1.3 % of them at an update of 1 % of the weight, 7.6 % at 10 %) and a checksum of ``w``.
-:func:`unmerge` recomputes Δ, repairs those entries and compares the checksum: an adapter that changed in between, or
-a device that multiplies differently, is an error instead of a base that drifted.
+Merging rounds: ``m = round(w + Δ)``. Subtracting Δ restores ``w`` for most entries, but not for all. A second
+copy of every weight would double the memory. So :func:`merge` stores only the entries where ``round(m − Δ)`` differs from
+``w``, and a checksum of ``w``. In bf16 these are about 1.3 % of the entries at an update of 1 % of the weight, 7.6 % at 10 %.
+:func:`unmerge` recomputes Δ, repairs those entries and compares the checksum. If the adapter changed in between, or
+the device multiplies differently, it raises an error. The base weight never drifts.
 
-Some formulas rescale the weight too: ``m = round(γ∘(w + Δ))``, with γ one number an output. It depends on ``w`` itself, so it is
-kept for the way back, ``round(m/γ − Δ)``; that is taken in a precision above the weight's, where it misses about as rarely.
+Some formulas scale the weight too: ``m = round(γ∘(w + Δ))``, with one number γ per output. γ depends on ``w`` itself, so the undo
+record stores it. The inverse is ``round(m/γ − Δ)``. It is computed in a precision above the weight's, where it differs about as rarely.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from lightning_lora.utils.checksums import bits, checksum
 
 @dataclass
 class SparseUndo:
-    """What the way back needs besides the adapter itself."""
+    """Undo record of a merge into a floating-point weight. The adapter itself is needed too."""
 
-    index: Tensor  # flat positions where the way back misses the base weight
-    value: Tensor  # the base weight there
-    checksum: str  # of the whole base weight
-    out_scale: Tensor | None = None  # γ, a small tensor seen in the weight's shape
+    index: Tensor  # flat positions where subtraction does not restore the base weight
+    value: Tensor  # the base weight at these positions
+    checksum: str  # of the full base weight
+    out_scale: Tensor | None = None  # γ, a small tensor expanded to the weight's shape
 
     @property
     def nbytes(self) -> int:
-        """Memory that the way back costs."""
+        """Memory of the undo record in bytes."""
         return self.index.nbytes + self.value.nbytes + (0 if self.out_scale is None else self.out_scale.untyped_storage().nbytes())
 
 
 @dataclass
 class OriginalUndo:
-    """The way back for a weight that was replaced because another module uses it: the parameter itself, untouched."""
+    """Undo record for a weight that was replaced because another module uses it: the original parameter, unchanged."""
 
     weight: nn.Parameter
 
 
 @contextmanager
 def exact_matmul() -> Iterator[None]:
-    """Full fp32 products, whatever the user set for training (TF32, bf16x3, autocast)."""
+    """Within it, compute full fp32 products, whatever the user set for training (TF32, bf16x3, autocast)."""
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     kept = [backend.fp32_precision for backend in backends]
     try:
@@ -61,7 +61,10 @@ def exact_matmul() -> Iterator[None]:
 
 
 def merged_weight(weight: Tensor, delta: Tensor, out_scale: Tensor | None = None) -> tuple[Tensor, float]:
-    """``round(γ∘(w + Δ))`` computed in Δ's dtype (fp32 or wider), and the share of the change that the rounding lost."""
+    """Return ``round(γ∘(w + Δ))``, and the share of the change that rounding lost.
+
+    Computes in Δ's dtype (fp32 or wider).
+    """
     wide = weight.to(_dtype(weight, delta, out_scale))
     exact = wide + delta if out_scale is None else (wide + delta) * out_scale
     merged = exact.to(weight.dtype)
@@ -77,11 +80,11 @@ def merge(weight: Tensor, delta: Tensor, out_scale: Tensor | None = None, *, rev
     Args:
         weight: the frozen weight, any floating dtype.
         delta: the update, same shape, fp32 or wider.
-        out_scale: γ, what the sum is multiplied by, in the weight's shape (a view of a small tensor); default 1.
-        reversible: keep what :func:`unmerge` needs; False saves that memory for good.
+        out_scale: γ, the factor on the sum, in the weight's shape (a view of a small tensor); default 1.
+        reversible: keep what :func:`unmerge` needs; False saves that memory, and the merge cannot be undone.
 
     Returns:
-        What the way back needs (or None), and the share of the update that rounding lost, ‖(m − w) − Δ‖ / ‖Δ‖.
+        The undo record (or None), and the share of the update that rounding lost, ‖(m − w) − Δ‖ / ‖Δ‖.
     """
     merged, lost = merged_weight(weight, delta, out_scale)
     undo = None
@@ -95,7 +98,7 @@ def merge(weight: Tensor, delta: Tensor, out_scale: Tensor | None = None, *, rev
 
 
 def unmerge(weight: Tensor, delta: Tensor, undo: SparseUndo) -> Tensor:
-    """The base weight that :func:`merge` started from, bit for bit (a new tensor; ``weight`` is left alone).
+    """Return the base weight that :func:`merge` started from, bit for bit, as a new tensor. ``weight`` is not changed.
 
     Raises:
         ValueError: the recomputed ``delta`` is not the one that was merged.
@@ -116,6 +119,9 @@ def _taken_out(merged: Tensor, delta: Tensor, out_scale: Tensor | None) -> Tenso
 
 
 def _dtype(weight: Tensor, delta: Tensor, out_scale: Tensor | None) -> torch.dtype:
-    """One rounding is the weight's own; a division and a subtraction in its precision would add two."""
-    above = out_scale is not None and delta.dtype == weight.dtype and weight.device.type != "mps"  # which has no float64
+    """Return the dtype to compute in.
+
+    The weight's own dtype costs one rounding. With γ, a division and a subtraction in the weight's precision would add two.
+    """
+    above = out_scale is not None and delta.dtype == weight.dtype and weight.device.type != "mps"  # MPS has no float64
     return torch.float64 if above else delta.dtype

@@ -1,11 +1,11 @@
-"""Linears of one parent that read the same input, such as a block's q, k and v projections: computed together, called one by one.
+"""Shared input: linears of one parent that read the same tensor, such as a block's q, k and v projections, computed together.
 
-The parent's forward stays as it is::
+The parent's forward stays unchanged and calls them one by one::
 
     parent's forward begins         the group opens                     (Sharing.forward in model/fuse.py)
-        q_proj(x)                   computes q, k and v for x; returns q, keeps k and v
-        k_proj(x), v_proj(x)        each takes what was kept for this very x
-    parent's forward ends           the group closes; what nobody took is dropped
+        q_proj(x)                   computes q, k and v for x; returns q, stores k and v
+        k_proj(x), v_proj(x)        each returns its stored output for the same x
+    parent's forward ends           the group closes; unused outputs are dropped
 
 They share the product with their A's, the saved input and the input's gradient.
 """
@@ -21,41 +21,42 @@ from lightning_lora.ops.frozen_weight import FrozenWeight
 from lightning_lora.ops.fused_linear import lora_linears, serves
 from lightning_lora.utils.autocast import autocast_dtype
 
-#: Of an input, from which on sharing saves more (one product with the A's, one gradient for x) than its Python takes.
+#: Smallest number of input entries for which sharing pays: one product with the A's and one gradient for x.
+#: Below it, Python costs more time than sharing saves.
 FEW_ENTRIES = 2**16
 
 
 class SharedInputGroup:
-    """Adapted linears whose parent calls them one after the other on the same tensor.
+    """Adapted linears that their parent calls one after the other on the same tensor.
 
-    They share while their parent's forward runs (``open`` to ``close``); called by themselves they are computed by themselves.
+    They share only while their parent's forward runs (``open`` to ``close``). Called from elsewhere, each is computed alone.
 
     Args:
-        layers: they, in any order; what decides that they belong together is :mod:`lightning_lora.model.fuse`.
+        layers: the linears, in any order; :mod:`lightning_lora.model.fuse` decides which belong together.
     """
 
     def __init__(self, layers: list[Any]) -> None:
         self.layers = layers
         self.open = False
-        # Input, what else decided the outputs, and those not asked for yet. One attribute, so that threads see all or nothing of it.
+        # The input, the rest of the key, and the outputs not requested yet. One attribute, so that a thread sees all of it or nothing.
         self.held: tuple[Tensor, tuple[Any, ...], dict[int, Tensor]] | None = None
 
     def close(self) -> None:
-        """Drop what was not asked for: nothing outlives the parent's forward pass."""
+        """Drop the outputs that were not requested: nothing outlives the parent's forward pass."""
         self.open, self.held = False, None
 
     def output(self, layer: Any, x: Tensor) -> Tensor | None:
-        """``layer``'s output for x; None if it has to be computed alone."""
+        """Return ``layer``'s output for x; None if it must be computed alone."""
         if not self.open:
             return None
-        # Without a mask to share, a small input is bound by Python. One trace of a compiler is for inputs of any size.
+        # Without a dropout mask to share, Python dominates for a small input. A compiler's trace serves inputs of any size.
         if x.numel() < FEW_ENTRIES and not torch.compiler.is_compiling() and not layer.dropout_now():
             return None
         index = -1
         for k, other in enumerate(self.layers):
             if other is layer:
                 index = k
-        if index < 0:  # a replica of the layer that the group was made for
+        if index < 0:  # a copy of a layer, such as nn.DataParallel's replica, is not in the group
             return None
         held, key = self.held, self._key(x)
         if held is not None and held[0] is x and held[1] == key:
@@ -71,15 +72,15 @@ class SharedInputGroup:
         return y
 
     def _weights(self, x: Tensor) -> list[FrozenWeight] | None:
-        """Each layer's frozen weight; None if something keeps them from being one operation for x now."""
+        """Return each layer's frozen weight; None if the layers cannot be one operation for x at the moment."""
         weights: list[FrozenWeight] = []
         dropout = None
         if not serves(x):
             return None
         for layer in self.layers:
-            if getattr(layer, "shared_input", None) is not self:  # it was unloaded
+            if getattr(layer, "shared_input", None) is not self:  # its adapter was unloaded
                 return None
-            # These hand each layer an input of its own; FSDP2's, around what it shards by itself, also frees the weight when that is done.
+            # These hooks give each layer its own input tensor. FSDP2's, on a layer that it shards alone, also free the weight afterwards.
             if layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
                 return None
             weight, p = layer.frozen_weight(x), layer.dropout_now()
@@ -90,15 +91,15 @@ class SharedInputGroup:
         return weights
 
     def dissolve(self) -> None:
-        """Let each be computed alone."""
+        """Dissolve the group: each layer is computed alone from now on."""
         self.close()
         for layer in self.layers:
             layer.__dict__.pop("shared_input", None)
 
     @staticmethod
     def _key(x: Tensor) -> tuple[Any, ...]:
-        """What else may change between two calls in one forward pass and decide the output."""
-        if torch.compiler.is_compiling():  # one trace is one state
+        """Return what, besides x, decides the output and may change between two calls in one forward pass."""
+        if torch.compiler.is_compiling():  # one trace has one state
             return ()
         return (0 if x.is_inference() else x._version, torch.is_grad_enabled(), autocast_dtype(x))
 
@@ -107,7 +108,7 @@ class SharedInputGroup:
 
 
 def compute(layers: list[Any], weights: list[FrozenWeight], x: Tensor) -> tuple[Tensor, ...]:
-    """The outputs for x of layers with these frozen weights, as one operation."""
+    """Return the outputs for x of layers with these frozen weights, computed as one operation."""
     A_list, B_list = zip(*[layer.update_factors() for layer in layers], strict=True)
     return lora_linears(
         x,

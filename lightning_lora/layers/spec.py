@@ -1,7 +1,7 @@
-"""``LayerSpec``: what one layer is to be adapted with, as kinds and variants are asked with it.
+"""``LayerSpec``: what one layer is adapted with. Kinds and variants receive it.
 
-A config says it for a whole model; here it is worked out for one layer (rank, alpha, kind). A variant says which options it takes in
-``LoRAConfig.variant_options``: a table of :class:`Option`.
+A config describes a whole model; a spec describes one layer (rank, alpha, kind). A variant lists the options that it accepts in
+``LoRAConfig.variant_options``, as a table of :class:`Option`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from lightning_lora.registry import VARIANTS, look_up
 
 @dataclass(frozen=True)
 class Option:
-    """One entry that a variant takes in ``variant_options``.
+    """One entry that a variant accepts in ``variant_options``.
 
     Attributes:
-        default: its value where the config has none.
-        valid: whether a value may be used.
-        allowed: what may be, in words, for the error message.
+        default: the value if the config has none.
+        valid: returns True for an allowed value.
+        allowed: the allowed values in words, for the error message.
     """
 
     default: Any
@@ -34,12 +34,12 @@ class LayerSpec:
     """One layer's part of a config.
 
     Attributes:
-        config: of the model.
+        config: the model's config.
         rank: r of this layer.
-        alpha: scaling numerator of this layer.
-        fqn: the layer's full name in the model; "" for one that stands alone.
-        kind: name of the kind that ``config.kind_pattern`` chooses; None: by the module's type.
-        scaling: the factor in front of ``B·A``.
+        alpha: numerator of this layer's scaling.
+        fqn: the layer's full name in the model; "" for a layer outside a model.
+        kind: name of the kind that ``config.kind_pattern`` selects; None: the module's type decides.
+        scaling: the factor that multiplies ``B·A``.
     """
 
     config: LoRAConfig
@@ -47,7 +47,7 @@ class LayerSpec:
     alpha: float
     fqn: str = ""
     kind: str | None = None
-    scaling: float = field(init=False, compare=False)  # worked out once, for every forward pass reads it
+    scaling: float = field(init=False, compare=False)  # computed once, because every forward pass reads it
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scaling", self.config.scaling_of(self.rank, self.alpha))
@@ -64,10 +64,10 @@ class LayerSpec:
 
 
 def options_of(config: LoRAConfig) -> dict[str, Any]:
-    """Every option of the config's variant, by name.
+    """Return every option of the config's variant, by name.
 
     Raises:
-        ValueError: the variant does not take one that the config has, or not with that value.
+        ValueError: the config has an option that the variant does not accept, or a value that is not allowed.
     """
     known: dict[str, Option] = getattr(look_up(VARIANTS, "variant", config.variant), "options", {})
     for name, value in config.variant_options.items():

@@ -1,4 +1,4 @@
-"""What an adapted layer knows beside its parameters, in one object: it comes and goes with the adapter, whatever is in it."""
+"""The state of an adapted layer besides its parameters, in one object that is created and removed together with the adapter."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class MergeRecord:
     """One merge into one weight, kept until it is undone.
 
     Attributes:
-        undo: what gives the base weight back bit for bit; None if that was not kept.
+        undo: the undo record, which restores the base weight bit for bit; None if it was not kept.
         digest: sampled digest of the base weight.
-        device: where the sum was computed; to take the update out again, the same product has to come out there.
+        device: where the sum was computed; unmerging must compute the same product there.
         loss: share of the update that rounding lost, ‖merged − base − Δ‖ / ‖Δ‖.
-        quantized: how the update went into a quantized weight.
+        quantized: how the update was merged into a quantized weight.
     """
 
     undo: SparseUndo | OriginalUndo | QuantizedUndo | None
@@ -41,9 +41,9 @@ class AdapterState:
 
     Attributes:
         spec: what the layer is adapted with.
-        shares_weight: whether another module uses the weight too. A merge then replaces it and never writes to it.
+        shares_weight: True if another module uses the weight too. A merge then replaces it and never writes to it.
         merge: the merge that is in the weight now; None if the layer is not merged.
-        by_weight: the states of the single weights, by name, of a module that has several; their merges are there.
+        by_weight: for a module with several weights, the states of the single weights by name; they hold the merges.
         untied: configs of Hugging Face models whose ``tie_word_embeddings`` was switched off for that merge.
     """
 
@@ -54,14 +54,14 @@ class AdapterState:
     untied: list[Any] = field(default_factory=list)
 
     def copy(self) -> AdapterState:
-        """A state that can change without this one."""
+        """Return a copy that can change independently of this state."""
         return replace(self, by_weight={name: state.copy() for name, state in self.by_weight.items()})
 
 
 class Adapted(nn.Module):
-    """A module with an adapter's state, and what users read of it.
+    """A module with an adapter's state, and the properties of it that users read.
 
-    Each read is a call: what runs in every forward pass asks ``lora_state`` itself.
+    Each property is a Python call, so code that runs in every forward pass reads ``lora_state`` directly.
     """
 
     lora_state: AdapterState
@@ -83,13 +83,18 @@ class Adapted(nn.Module):
 
     @property
     def alpha(self) -> float:
-        """Scaling numerator."""
+        """Numerator of the scaling."""
         return self.lora_state.spec.alpha
 
     @property
     def merged(self) -> bool:
-        """Whether the update is in the weight."""
+        """True if the update is in the weight."""
         return self.lora_state.merge is not None
+
+    @merged.setter
+    def merged(self, value: bool) -> None:
+        """Record a merge that code outside this package did. It has no undo record, so it cannot be undone here."""
+        self.lora_state.merge = MergeRecord(None, "", next(self.parameters()).device, 0.0) if value else None
 
     @property
     def merge_loss(self) -> float | None:

@@ -1,10 +1,12 @@
-"""Linears that tensor parallelism has cut, computed on this rank's pieces.
+"""Tensor-parallel linears, computed on the local shards.
 
-Of a W cut by rows (colwise) a rank has its rows and B's, and A and x whole, and computes its columns of the output. Of one cut by columns
-(rowwise) it has its columns and A's and x's, and B whole, and computes its share of every output, which is summed with the base's own. So
-the update needs no collective in the forward pass, and in the backward pass one, for the gradient of the factor that is whole: each rank
-has its share of it. Operations on DTensors give the same numbers, but decide where to put each result, which on small layers takes longer
-than computing it.
+Column-parallel: W and B are ``Shard(0)``, A and x replicated. Each rank computes its columns of the output.
+Row-parallel: W and A are ``Shard(1)``, x is ``Shard(-1)``, B replicated. Each rank computes a partial sum of every output, which is
+reduced together with the base's own.
+
+So the update needs no collective in the forward pass. The backward pass needs one, for the gradient of the replicated factor: each
+rank has a partial sum of it. Operations on DTensors give the same numbers. But they choose a placement for each result, which on small
+layers takes longer than the computation.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from lightning_lora.utils.sharding import is_sharded
 
 
 def local_forward(layer: Any, x: Any) -> Tensor | None:
-    """The output as the base would leave it, a DTensor of columns or of shares; None if x, W and the factors do not lie as said above.
+    """Return the output as the base would leave it: a DTensor sharded by columns, or of partial sums.
+
+    None if x, W and the factors do not have the placements above.
 
     Args:
         layer: a linear with a plain update.
@@ -41,9 +45,9 @@ def local_forward(layer: Any, x: Any) -> Tensor | None:
     if colwise:
         alike = mine.is_replicate() and A_place.is_replicate() and B_place.is_shard(0)
         alike = alike and (bias is None or (is_sharded(bias) and bias.placements[0].is_shard(0)))
-    else:  # a bias is added to the sum, by the base
+    else:  # the base adds the bias after the sum
         alike = bias is None and cut.is_shard(1) and mine.is_shard(last) and A_place.is_shard(1) and B_place.is_replicate()
-    if not alike or weight.requires_grad or layer.dropout_now():  # dropout's mask is what DTensors keep alike on all ranks
+    if not alike or weight.requires_grad or layer.dropout_now():  # only DTensor operations draw the same dropout mask on all ranks
         return None
     if x.dtype != weight.dtype and autocast_dtype(x) is None:
         return None
@@ -53,7 +57,7 @@ def local_forward(layer: Any, x: Any) -> Tensor | None:
     if backends.usable(piece):
         (y,) = lora_linears(piece, [W], [b], factors[:1], factors[1:], [layer.scaling])
     else:
-        rows = piece.reshape(-1, piece.shape[-1])  # of two dimensions, so that the update may be added in place
+        rows = piece.reshape(-1, piece.shape[-1])  # two-dimensional, so that the update can be added in place
         y = low_rank.lora_update(F.linear(rows, W, b), rows, *factors, layer.scaling, inplace=True)
         y = y.view(*piece.shape[:-1], y.shape[-1])
     if y.requires_grad and not torch.compiler.is_compiling():
@@ -68,7 +72,7 @@ def local_forward(layer: Any, x: Any) -> Tensor | None:
 
 
 def _piece(factor: Any, place: Any) -> Tensor:
-    """This rank's piece; of a factor that is whole, the gradient is summed over the ranks."""
+    """Return the local shard of a factor. The gradient of a replicated factor is summed over the ranks."""
     from torch.distributed.tensor import Partial
 
     if not place.is_replicate():
@@ -79,13 +83,13 @@ def _piece(factor: Any, place: Any) -> Tensor:
 
 
 def _first_derivative(grad: Tensor) -> None:
-    """What crosses between ranks has no derivative of its own.
+    """Refuse second derivatives: the collectives of the backward pass are not differentiable.
 
     Raises:
-        RuntimeError: second derivatives are asked for, or many gradients at once.
+        RuntimeError: second derivatives are requested, or several gradients at once.
     """
     if wants_definition(grad):
         raise RuntimeError(
-            "second derivatives (create_graph=True) and vectorized Jacobians are not to be had under tensor parallelism: take them on a"
-            " model that is not split."
+            "second derivatives (create_graph=True) and vectorized Jacobians are not available under tensor parallelism: compute them on a"
+            " model that is not sharded."
         )

@@ -1,16 +1,20 @@
-"""``torch.compile`` for each of a model's repeated blocks, in place: one graph serves them all.
+"""Regional compilation: ``torch.compile`` each of a model's repeated blocks in place, with one graph for all.
 
-A transformer is one block many times over, so compiling a block is quick and done once, and nothing outside it is traced (an
-attention mask made under tracing made a whole compiled model slower than its blocks compiled one by one). Names and state-dict
-keys stay: ``block.compile()`` puts a compiled call beside the module, not a module around it.
+A transformer repeats one block many times, so a block is compiled once, and quickly. Nothing outside it is traced: a full compiled model
+was slower than its blocks compiled one by one, because its attention mask was built under tracing. Names and state-dict keys stay, since
+``block.compile()`` stores a compiled call on the module and does not wrap it.
 
-A block is compiled anew where its input needs no gradient (the first one, above a frozen embedding: a shorter graph; none if the model
-has ``enable_input_require_grads()``), for evaluation, once merged, and when the batch's rows or length change for the first time: from
-then on that size may be any. Gradient checkpointing and sharding stay around the compiled call, whichever came first.
+A block is compiled again in these cases:
+
+- its input needs no gradient: the first block after a frozen embedding, with a shorter graph; never after ``enable_input_require_grads()``;
+- in evaluation, and once merged;
+- when the batch's rows or length change for the first time; from then on any size fits.
+
+Gradient checkpointing and sharding wrap the compiled call, whichever is applied first.
 
 Small steps take as long as the CPU needs to launch their kernels. With CUDA graphs each block's passes are recorded once and replayed by
-one launch, from and to fixed memory: who trains so runs each batch in :func:`cuda_graph_step`. ``LoRACallback`` does the same from its
-hooks.
+one launch, with inputs and outputs in fixed memory. Run each training batch in :func:`cuda_graph_step` then. ``LoRACallback`` does the
+same from its hooks.
 """
 
 from __future__ import annotations
@@ -28,35 +32,38 @@ from lightning_lora.ops import backends
 from lightning_lora.utils.blocks import BLOCKS, repeated_blocks
 from lightning_lora.utils.torch_private import autograd_settings, change_dynamo, compiled_call, compiler_backend, set_compiled_call
 
-# The tracer's global settings that blocks need. All modules' calls are one piece of code to it: it counts graphs by that, and after eight
-# leaves it uncompiled; 64 are more than blocks of a few classes need. Linears of one input hand each other their outputs
-# (layers/shared_input.py). Without the second setting a block that does so inside a checkpoint is left uncompiled: eager code would do it
-# in the second forward pass too. Nothing of it is there once the block has returned.
+# Global settings of Dynamo that blocks need.
+# recompile_limit: all modules' calls are one code object to Dynamo. It counts graphs per code object, and after eight leaves it
+# uncompiled. 64 are more than blocks of a few classes need.
+# skip_fwd_side_effects_in_bwd_under_checkpoint: linears with a shared input store each other's outputs (layers/shared_input.py). Without
+# this setting a checkpointed block that does so stays uncompiled, because eager code would repeat the side effect in the recomputed
+# forward pass. Here that is harmless: the stored outputs are gone once the block has returned.
 _SETTINGS: dict[str, Any] = {"recompile_limit": 64, "skip_fwd_side_effects_in_bwd_under_checkpoint": True}
 
-_earlier: dict[str, Any] = {}  # those that were lower, as they were before
-_compiled: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # the blocks that run compiled, of all models
+_earlier: dict[str, Any] = {}  # the earlier values of the settings that were raised
+_compiled: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # the compiled blocks of all models
 
 
 def compile_layers(model: nn.Module, *, backend: str | Callable[..., Any] = "inductor", cuda_graphs: bool = False) -> list[str]:
-    """Compile each of a model's repeated blocks (:func:`~lightning_lora.utils.blocks.repeated_blocks`) in place; ones that are compiled
-    already stay so.
+    """Compile each of a model's repeated blocks (:func:`~lightning_lora.utils.blocks.repeated_blocks`) in place.
 
-    Two global settings of the compiler change with it, ``recompile_limit`` and ``skip_fwd_side_effects_in_bwd_under_checkpoint`` of
-    ``torch._dynamo.config``, for other compiled code of the process too: until :func:`uncompile_layers` was called for every model.
+    Blocks that are compiled already do not change. Two global settings of ``torch._dynamo.config`` change: ``recompile_limit`` and
+    ``skip_fwd_side_effects_in_bwd_under_checkpoint``. They affect other compiled code of the process too, until
+    :func:`uncompile_layers` was called for every model.
 
     Args:
         model: any module, wrapped or not.
         backend: of ``torch.compile``.
-        cuda_graphs: record the compiled passes as CUDA graphs: for batches of one size or few, since each is recorded for itself, and
-            keeps its memory until the process ends or ``torch.compiler.reset()``; for parameters that stay where they are, so not for
-            FSDP. What a block gives out is written over in the next step: clone what is to be kept.
+        cuda_graphs: record the compiled passes as CUDA graphs. Use it with few batch sizes: each is recorded separately, and keeps its
+            memory until the process ends or ``torch.compiler.reset()``. Parameters must stay at their addresses, so not with FSDP. The
+            next step overwrites a block's outputs: clone those to keep.
 
     Returns:
         The blocks' names.
 
     Raises:
-        ValueError: the model has no repeated blocks; or one is to be recorded that is compiled already, or by a backend that cannot.
+        ValueError: the model has no repeated blocks; or ``cuda_graphs`` is set, and a block is compiled already without them, or the
+            backend cannot record them.
     """
     if cuda_graphs and isinstance(backend, str) and backend != "inductor":
         raise ValueError(f"backend={backend!r} records no CUDA graphs: use 'inductor', or leave cuda_graphs out.")
@@ -84,7 +91,7 @@ def compile_layers(model: nn.Module, *, backend: str | Callable[..., Any] = "ind
 
 @contextmanager
 def cuda_graph_step(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Around the forward and backward pass of one batch, where :func:`compile_layers` records CUDA graphs.
+    """Run the forward and backward pass of one batch within it if :func:`compile_layers` records CUDA graphs.
 
     .. code-block:: python
 
@@ -92,11 +99,11 @@ def cuda_graph_step(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             model(**batch).loss.backward()
         optimizer.step()
 
-    The passes of the batch before may be written over from here on, and at the end gradients are copied to memory of their own. A batch
-    without a backward pass goes in one too. After an error no gradient is copied.
+    On entry, the previous batch's results may be overwritten. At the end, gradients are copied to memory of their own. Use it for a batch
+    without a backward pass too. After an error no gradient is copied.
 
     Args:
-        parameters: those that get gradients.
+        parameters: the trainable parameters.
     """
     parameters = list(parameters)
     begin_step()
@@ -105,22 +112,25 @@ def cuda_graph_step(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 def begin_step() -> None:
-    """Before a batch, with CUDA graphs: what was replayed so far may be written over. Without this a block would take the one before it
-    for the step before it. Once called, torch begins no step by itself any more in this process, for no recorded module."""
+    """Call ``cudagraph_mark_step_begin`` before a batch: results of earlier replays may then be overwritten.
+
+    Otherwise torch treats each block as a new iteration after the previous block, and overwrites that one's outputs. Once called, torch
+    no longer begins iterations by itself in this process, for any recorded module.
+    """
     torch.compiler.cudagraph_mark_step_begin()
 
 
 def keep_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """After a backward pass, with CUDA graphs: copy the gradients out of the memory that the next step writes over."""
+    """Copy the gradients out of the CUDA graphs' memory after a backward pass: the next step overwrites it."""
     held = [(p, p.grad) for p in parameters if p.grad is not None and p.grad.layout == torch.strided]
     if held:
-        copies = torch._foreach_mul([gradient for _, gradient in held], 1)  # a few launches for all of them
+        copies = torch._foreach_mul([gradient for _, gradient in held], 1)  # a few launches for all gradients
         for (parameter, _), copy in zip(held, copies, strict=True):
             parameter.grad = copy
 
 
 class _Recorded:
-    """A compiled call that says so to what is traced inside it."""
+    """A compiled call under ``backends.recording()``, which tells traced code that CUDA graphs are recorded."""
 
     def __init__(self, compiled: Callable[..., Any]) -> None:
         self.compiled = compiled
@@ -130,14 +140,14 @@ class _Recorded:
             return self.compiled(*args, **kwargs)
 
 
-# The compiler keeps a result for the backward pass if an operation there has to have it in memory, or if it is used in places far apart:
-# it takes time to be dearer than memory. The inputs of adapters' products are both.
+# AOTAutograd's partitioner never recomputes results that are materialized in the backward pass or used far apart: it values time above
+# memory. The inputs of the adapters' products are both. Allow it.
 _REBUILD = {"ban_recompute_materialized_backward": False, "ban_recompute_used_far_apart": False}
 
 
-@functools.cache  # the compiler knows its own work again by the very object that did it
+@functools.cache  # Dynamo reuses compiled code only for the same backend object
 def _prepared(backend: str | Callable[..., Any], cuda_graphs: bool) -> Callable[..., Any]:
-    """The backend, told to compute elementwise results again in the backward pass, and maybe to record what it compiles."""
+    """Return the backend, set to recompute elementwise results in the backward pass, and to record CUDA graphs if asked."""
     compile = compiler_backend(backend) if isinstance(backend, str) else backend
     options = {"config_patches": {"triton.cudagraphs": True}} if cuda_graphs else {}
 
@@ -150,9 +160,9 @@ def _prepared(backend: str | Callable[..., Any], cuda_graphs: bool) -> Callable[
 
 
 def uncompile_layers(model: nn.Module) -> None:
-    """Let every block run as written again; what was compiled is found again if they are compiled anew.
+    """Run every block eagerly again. Compiled code stays cached, and is reused if the blocks are compiled again.
 
-    Once no block of any model runs compiled, the compiler's global settings are what they were before :func:`compile_layers`.
+    Once no block of any model is compiled, Dynamo's global settings get back their values from before :func:`compile_layers`.
     """
     for _, block in repeated_blocks(model):
         set_compiled_call(block, None)
@@ -163,7 +173,7 @@ def uncompile_layers(model: nn.Module) -> None:
 
 
 def _change_settings() -> None:
-    """Give the tracer the settings that blocks need: it reads them whenever it compiles, also in a backward pass."""
+    """Set Dynamo's settings that blocks need. Dynamo reads them whenever it compiles, also in a backward pass."""
     earlier = change_dynamo(**_SETTINGS)
     change_dynamo(**{name: value for name, value in earlier.items() if value > _SETTINGS[name]})  # a higher limit stays
     _earlier.update({name: value for name, value in earlier.items() if value < _SETTINGS[name]})

@@ -1,4 +1,4 @@
-"""``disabled_lora``: the base alone while a ``with`` block runs, for reference logits (DPO, GRPO). Nothing is moved or copied."""
+"""``disabled_lora``: run the base alone within a ``with`` block, for reference logits (DPO, GRPO). Nothing is moved or copied."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from lightning_lora.utils.names import clean_name
 
 @contextmanager
 def disabled_lora(model: nn.Module) -> Iterator[None]:
-    """Within it, every adapted layer of the model computes what its base does, bit for bit; the adapters get no gradient.
+    """Make every adapted layer compute its base's output, bit for bit, within the ``with`` block. The adapters get no gradient.
 
     .. code-block:: python
 
         with torch.no_grad(), disabled_lora(model):
             reference = model(**batch).logits
 
-    It nests, and an exception ends it as its end does. The switch is on the layers, so all threads that run the model see it: give a
-    thread that needs the adapters a model of its own. Run backward passes inside too, for gradient checkpointing computes forward
-    passes again. Buffers (BatchNorm's statistics) are as training left them. Compiled blocks are compiled once more.
+    It can be nested. An exception enables the adapters again too. The switch is on the layers, so all threads that run the model see it:
+    give a thread that needs the adapters its own model. Run backward passes inside too, since gradient checkpointing repeats forward
+    passes. Buffers (BatchNorm's statistics) keep their values from training. Compiled blocks are compiled once more.
 
     Args:
-        model: an adapted model, or a part of one; other parts stay as they are.
+        model: an adapted model, or a part of one; other parts do not change.
 
     Raises:
-        ValueError: the model has no LoRA or is merged, or more of it trains than adapters (``modules_to_save``, ``bias``), whose values
-            at the start are not kept; nothing is changed then.
+        ValueError: the model has no LoRA, is merged, or trains other parameters than adapters (``modules_to_save``, ``bias``), whose
+            initial values are not kept. Nothing is changed then.
     """
     layers = list(lora_layers(model))
     if not layers:
@@ -43,7 +43,7 @@ def disabled_lora(model: nn.Module) -> Iterator[None]:
                 f"{clean_name(name)!r} trains beside the adapters, and its values at the start are not kept: the base alone is not here any"
                 " more. Give the part of the model without it, such as model.base_model, or keep a copy of the base."
             )
-    mine = [layer for _, layer in layers if not layer.disabled]  # an outer block has switched off the others, and keeps them so
+    mine = [layer for _, layer in layers if not layer.disabled]  # an outer block disabled the others, and enables them at its end
     try:
         for layer in mine:
             layer.__dict__["disabled"] = True

@@ -1,10 +1,9 @@
-"""Recognise the parts of a block whose adapted linears can share work. On by default; :func:`unfuse` undoes it.
+"""Find adapted linears of a block that can share work. On by default; :func:`unfuse` undoes it.
 
-Linears that read the same input (q, k, v) share the pass over it. On a GPU a gated MLP is computed as one operation.
+Linears with a shared input (q, k, v) read it in one pass. On a GPU a gated MLP runs as one fused operation.
 
-Parameters stay in their layers and state dicts are unchanged. Whatever does not fit (DoRA with dropout, a sharded base, a quantized one
-whose products nobody knows how to take, merged layers, inputs that differ after all) is computed layer by layer, as if this had not been
-called.
+Parameters stay in their layers, and state dicts do not change. Whatever does not fit is computed layer by layer, as if unfused: DoRA with
+dropout, a sharded base, a quantized base of a format without fused products, merged layers, inputs that differ after all.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from lightning_lora.utils.forward_source import calls_together, is_gated_mlp
 
 
 def fuse(model: nn.Module) -> list[SharedInputGroup]:
-    """Let adapted linears that read the same input share it.
+    """Fuse adapted linears that read the same input, and gated MLPs.
 
     Args:
-        model: a model with adapters; its forward passes are not changed, its layers' are.
+        model: a model with adapters. Classes of modules in it change; its outputs do not.
 
     Returns:
-        The groups there are now.
+        The groups of linears with a shared input.
     """
     unfuse(model)
     groups = []
@@ -52,10 +51,10 @@ def fuse(model: nn.Module) -> list[SharedInputGroup]:
 
 
 def unfuse(model: nn.Module) -> None:
-    """Compute every adapted linear by itself again, until LoRA is applied anew.
+    """Compute every adapted linear separately again, until LoRA is applied again.
 
     Args:
-        model: an adapted model; one that shares nothing stays as it is.
+        model: an adapted model; one without fused layers does not change.
     """
     for module in model.modules():
         if isinstance(module, LoRALinear) and module.shared_input is not None:
@@ -66,15 +65,15 @@ def unfuse(model: nn.Module) -> None:
 
 
 class Sharing(nn.Module):
-    """A mixin before the class of a module with siblings: they share while its forward runs."""
+    """Mixin before the class of a module whose linears have a shared input: its groups are open while its forward runs."""
 
     lora_groups: list[SharedInputGroup]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Not the base's, which may want arguments: what is made here is no subclass of the user's."""
+        """Skip the base's ``__init_subclass__``, which may require arguments: the fused class is not a subclass that the user defined."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the class that the module had."""
+        """Run the original class's forward with the groups open."""
         for group in self.lora_groups:
             group.open = True
         try:
@@ -85,18 +84,18 @@ class Sharing(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """A mixin before the class of a gated MLP: its forward pass as one operation where that serves, else its own."""
+    """Mixin before the class of a gated MLP: runs the fused operation if every precondition holds, else the original forward."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """As in :class:`Sharing`."""
+        """Skip the base's ``__init_subclass__``, as in :class:`Sharing`."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the class that the module had."""
+        """Run the fused operation if it applies, else the original class's forward."""
         fused = self._fused_output(args[0]) if len(args) == 1 and not kwargs and backends.usable(args[0]) else None
         return super().forward(*args, **kwargs) if fused is None else fused
 
     def _fused_output(self, x: Tensor) -> Tensor | None:
-        """All three projections in one operation; None if something about one of them keeps it from that."""
+        """Return the output of the fused operation over all three projections; None if a precondition does not hold."""
         layers: list[Any] = [self.gate_proj, self.up_proj, self.down_proj]
         # The kernel's sums over the intermediate features are not deterministic.
         if not serves(x) or not _is_silu(self.act_fn) or torch.are_deterministic_algorithms_enabled():
@@ -113,13 +112,13 @@ class GatedMLP(nn.Module):
             return None
         out_scales = [layer.output_scale() for layer in layers] if has_scale else ()
         A_list, B_list = zip(*[layer.update_factors() for layer in layers], strict=True)
-        if max([A.shape[0] for A in A_list]) > backends.WIDEST_GATED:  # not the layer's rank: with a kept start the factors have twice that
+        if max([A.shape[0] for A in A_list]) > backends.WIDEST_GATED:  # not the layer's rank: a kept start doubles the factors' rank
             return None
         return lora_gated_mlp(x, weights, A_list, B_list, [layer.scaling for layer in layers], dropout, out_scales)
 
 
 def _fused_class(base: type[nn.Module], *mixins: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of ``base``, under its name: one for all its instances, so that compilers trace it once."""
+    """Return the fused subclass of ``base``, with its name. All instances share one subclass, so that compilers trace it once."""
     key = (base, *mixins)
     if key not in _CLASSES:
         names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "fused_base": base}
@@ -139,7 +138,7 @@ def _reduce(module: Any, protocol: Any) -> tuple[Any, ...]:
 
 def _restore(module: Any, state: dict[str, Any]) -> None:
     super(type(module), module).__setstate__(state)
-    for group in module.lora_groups:  # layers travel without: a copy of one would take the others along
+    for group in module.lora_groups:  # a layer's state has no group: otherwise a copy of one layer would copy the others
         for layer in group.layers:
             layer.shared_input = group
 
@@ -150,7 +149,7 @@ def _rebuild(base: type[nn.Module], *mixins: type[nn.Module]) -> nn.Module:
 
 
 def _fits(layer: Any) -> bool:
-    """Whether a projection is one that the kernels know, and nobody watches it."""
+    """True if the kernels support this projection, and no hooks are on it."""
     return (
         isinstance(layer, LoRALinear)
         and layer.bias is None
@@ -161,19 +160,19 @@ def _fits(layer: Any) -> bool:
 
 
 def _is_gated_mlp(module: Any) -> bool:
-    """Whether a module is a gated MLP with SiLU and three adapted projections."""
+    """True if a module is a gated MLP with SiLU and three adapted projections."""
     layers = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     adapted = all(isinstance(layer, LoRALinear) for layer in layers) and "forward" not in module.__dict__
     return adapted and is_gated_mlp(type(module)) and _is_silu(getattr(module, "act_fn", None))
 
 
 def _is_silu(function: Any) -> bool:
-    """Whether it is SiLU and nobody watches it."""
+    """True if it is SiLU, and no hooks are on it."""
     if isinstance(function, nn.Module):
         return type(function).__name__ in ("SiLU", "SiLUActivation") and not _watched(function)
     return function is nn.functional.silu
 
 
 def _watched(module: nn.Module) -> bool:
-    """Whether hooks want to see its calls."""
+    """True if the module has forward or backward hooks, which a fused operation would skip."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)

@@ -1,11 +1,13 @@
-"""What adapters need when the base is sharded already.
+"""Apply LoRA to a model that is already wrapped or sharded.
 
-*Before* wrapping there is nothing to do: adapters are parameters like others, and DDP, FSDP2 and tensor-parallel plans treat
-them so. *After* wrapping, a new parameter is one that the wrapper does not know: its gradient would not be reduced, and
-ranks would drift apart without a word. Then adapters are kept whole on every data-parallel rank (they are small) and
-:class:`GradientReducer` averages their gradients in one collective at the end of each backward pass. On a tensor-parallel
-base they become DTensors placed by the base weight: for W split by rows (colwise) B is split and A whole, for W split by
-columns (rowwise) A is split and B whole, so that the update comes out as the base's output does.
+*Before* wrapping there is nothing to do: DDP, FSDP2 and tensor-parallel plans treat adapters like any other parameters.
+
+*After* wrapping, the wrapper does not know a new parameter. It would not reduce its gradient, and ranks would diverge without an error.
+So adapters are replicated on every data-parallel rank (they are small). :class:`GradientReducer` averages their gradients in one
+collective at the end of each backward pass.
+
+On a tensor-parallel base adapters become DTensors whose placements follow the base weight's. Column-parallel (W is Shard(0)): B is sharded,
+A is replicated. Row-parallel (W is Shard(1)): A is sharded, B is replicated. The update then has the placement of the base's output.
 """
 
 from __future__ import annotations
@@ -38,21 +40,21 @@ _WRAPPERS = (FSDPModule, FullyShardedDataParallel)
 
 
 class GradientReducer:
-    """Averages the gradients of some parameters over process groups, once at the end of every backward pass.
+    """Average the gradients of some parameters over process groups, once at the end of every backward pass.
+
+    Reducing is linear, so gradients that accumulate over several backward passes are averaged correctly too.
 
     Args:
-        parameters: whole on every rank of the groups (or pieces along other mesh dimensions).
-        groups: averaged over one after the other.
-
-    Reducing is linear, so gradients that accumulate over several backward passes come out right too.
+        parameters: replicated on every rank of the groups; they may be sharded along other mesh dimensions.
+        groups: process groups, averaged over one after the other.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], groups: Sequence[Any]) -> None:
-        # A module that is fitted again has its hooks already.
+        # When a module is fitted again, its parameters have their hooks already.
         self.parameters = [p for p in parameters if p.requires_grad and not hasattr(p, "_lora_reducer")]
         self.groups = list(groups)
-        self._queued = -1  # the backward pass that will reduce: one that raised never does
-        # The garbage collector does not see hooks: a strong reference in there would keep the parameters for ever.
+        self._queued = -1  # the id of the backward pass that will reduce; not a flag, since a pass that raised never reduces
+        # The garbage collector does not see hooks: a strong reference in one would keep the parameters forever.
         accumulated = weakref.WeakMethod(self._after_accumulation)
         for parameter in self.parameters:
             parameter._lora_reducer = self  # type: ignore[attr-defined]
@@ -60,14 +62,14 @@ class GradientReducer:
 
     def _after_accumulation(self) -> None:
         this = backward_pass_id()
-        if this != self._queued and dist.is_initialized():  # the module may go on alone, on one device
+        if this != self._queued and dist.is_initialized():  # without process groups the module may still train, on one device
             self._queued = this
             after_backward_pass(self._reduce)
 
     @torch.no_grad()
     def _reduce(self) -> None:
         self._queued = -1
-        # All of them on every rank, whatever this rank's batch used: collectives have to match.
+        # Reduce all parameters on every rank, even those that this rank's batch did not use: collectives have to match.
         grads = [torch.zeros_like(local_tensor(p)) if p.grad is None else local_tensor(p.grad) for p in self.parameters]
         flat = torch.cat([grad.flatten().to(torch.promote_types(grad.dtype, torch.float32)) for grad in grads])
         for group in self.groups:
@@ -79,11 +81,15 @@ class GradientReducer:
 
 
 def adopt(model: nn.Module, layers: Iterable[tuple[str, LoRALayer]]) -> None:
-    """Make adapters that were just injected right on a model that is wrapped already; nothing on one that is not.
+    """Place new adapters on a model that is already wrapped, and reduce their gradients. On a model that is not wrapped, do nothing.
+
+    Args:
+        model: the wrapped model.
+        layers: (name, layer) pairs, just adapted.
 
     Raises:
-        ValueError: the model is wrapped in DistributedDataParallel, which cannot take parameters in afterwards, or a layer's kind
-            does not know its place on a tensor-parallel base, or FSDP2 shards nothing where it is.
+        ValueError: the model is wrapped in DistributedDataParallel, which cannot register new parameters; or a layer's kind has no
+            placements on a tensor-parallel base; or a layer is in an FSDP2 unit that shards nothing.
     """
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ValueError(
@@ -110,10 +116,12 @@ def adopt(model: nn.Module, layers: Iterable[tuple[str, LoRALayer]]) -> None:
 
 
 def forget(model: nn.Module) -> None:
-    """Take the adapters out of the wrappers' lists before they are dropped: wrappers put back what they list, at the next forward pass.
+    """Remove the adapters from the wrappers' lists, before they are deleted.
+
+    FSDP registers the parameters in its own lists again at the next forward pass.
 
     Raises:
-        ValueError: FSDP1 flattened an adapter into one parameter with its base, or a unit of FSDP2 holds nothing but adapters; nothing is
+        ValueError: FSDP1 flattened an adapter into one parameter with its base, or an FSDP2 unit contains only adapters. Nothing is
             changed then.
     """
     reshard(model)
@@ -136,12 +144,12 @@ def forget(model: nn.Module) -> None:
                 )
     for group, parameters in kept:
         for gone in set(group.fsdp_params).difference(parameters):
-            gone._post_load_hook_handle.remove()  # it would look for the adapter whenever a state dict is loaded
+            gone._post_load_hook_handle.remove()  # it would require the adapter whenever a state dict is loaded
         group.fsdp_params = parameters
 
 
 def _shards_adapters(unit: Any) -> bool:
-    """Whether there are adapters in it that were there before it was wrapped; later ones are in no list of FSDP2's."""
+    """True if the unit contains adapters from before it was wrapped. Later ones are not in FSDP2's list."""
     return any(is_sharded(p) for _, layer in lora_layers(unit) for p in layer.lora_parameters().values())
 
 
@@ -150,7 +158,7 @@ def _of_adapter(module: nn.Module, name: str) -> bool:
 
 
 def place_adapters(model: nn.Module) -> None:
-    """Lay adapters of linears that a tensor-parallel plan has cut with their base as :func:`adopt` would have laid them."""
+    """Give adapters that a tensor-parallel plan has sharded with their linear the placements that :func:`adopt` gives them."""
     for _, layer in lora_layers(model):
         if isinstance(layer, nn.Linear) and is_sharded(layer.weight):
             for name, placements in _placements(layer, layer.weight.placements).items():
@@ -162,18 +170,18 @@ def place_adapters(model: nn.Module) -> None:
 
 
 def replicated_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The adapters and what else trains, for ``FullyShardedDataParallel(model, ignored_states=replicated_parameters(model))``.
+    """Return all trainable parameters, for ``FullyShardedDataParallel(model, ignored_states=replicated_parameters(model))``.
 
-    FSDP1 flattens a block into one parameter, which would need gradient memory for the frozen base too.
+    FSDP1 flattens a block into one parameter. With adapters in it, that needs gradient memory for the frozen base too.
     """
     return [parameter for _, parameter in kept_parameters(model)]
 
 
 def summoned(model: nn.Module, layers: Iterable[tuple[str, LoRALayer]]) -> Iterator[list[tuple[str, LoRALayer]]]:
-    """The layers in batches whose weights are whole and may be written to while the batch is in use.
+    """Yield the layers in batches. The weights of a batch are full tensors, and may be written to until the next one.
 
-    Under FSDP1 a batch is what one flat parameter holds, gathered and written back, so that no rank ever has the whole
-    model; otherwise it is all of them.
+    Under FSDP1 a batch has the layers of one flat parameter, which is gathered and then written back. So no rank ever holds the full
+    model. Otherwise there is one batch with all layers.
     """
     layers, owners = list(layers), _owners(model)
     by_owner: dict[nn.Module | None, list[tuple[str, LoRALayer]]] = {}
@@ -186,7 +194,7 @@ def summoned(model: nn.Module, layers: Iterable[tuple[str, LoRALayer]]) -> Itera
 
 
 def data_parallel_groups(wrapped: nn.Module) -> list[Any]:
-    """The process groups over which a wrapper averages gradients, one a mesh dimension."""
+    """Return the process groups over which a wrapper averages gradients, one per mesh dimension."""
     if isinstance(wrapped, FullyShardedDataParallel):
         groups = [wrapped.process_group]
         replicas = fsdp1_copies(wrapped)
@@ -194,25 +202,25 @@ def data_parallel_groups(wrapped: nn.Module) -> list[Any]:
     sharded: list[Any] = [parameter for parameter in wrapped.parameters() if is_sharded(parameter)]
     if not sharded:
         raise ValueError("FSDP2 shards nothing there (ignored_params) and has no mesh: apply LoRA before wrapping")
-    # Tensor parallelism has its own, smaller mesh for what FSDP2 was told to ignore.
+    # A parameter in FSDP2's ignored_params has only the tensor-parallel mesh, which has fewer dimensions.
     widest = max(sharded, key=lambda parameter: parameter.device_mesh.ndim)
-    # FSDP2's mesh dimensions stand first: copies of shards, if there are any, then shards.
+    # FSDP2's mesh dimensions come first: replicas, if there are any, then shards.
     copies = next((dim for dim, placement in enumerate(widest.placements) if not placement.is_replicate()), widest.device_mesh.ndim - 1)
     return [widest.device_mesh.get_group(dim) for dim in range(copies + 1)]
 
 
 def replicas(tensor: Any) -> list[Any]:
-    """The process groups of the mesh dimensions over which a DTensor is the same on every rank."""
+    """Return the process groups of the mesh dimensions along which a DTensor is replicated."""
     return [tensor.device_mesh.get_group(dim) for dim, placement in enumerate(tensor.placements) if placement.is_replicate()]
 
 
 @torch.no_grad()
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale gradients down to a total 2-norm, whatever mix of plain tensors and DTensors they are (torch takes only one kind).
+    """Scale gradients down to a total 2-norm. They may be plain tensors and DTensors on any meshes (torch takes only one kind).
 
     Args:
-        parameters: those without a gradient are passed over.
-        max_norm: of all gradients together.
+        parameters: those without a gradient are skipped.
+        max_norm: largest 2-norm of all gradients together.
 
     Returns:
         The norm before clipping, the same on every rank.
@@ -221,7 +229,7 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     squares: dict[tuple[str, ...], Tensor] = {}
     groups: dict[tuple[str, ...], list[Any]] = {}
     for grad in grads:
-        # A plain gradient, and a DTensor's along mesh dimensions where it is whole, is the same on every rank: counted once.
+        # Count once what is the same on every rank: a plain gradient, and a DTensor's along mesh dimensions where it is replicated.
         if is_sharded(grad) and any(placement.is_partial() for placement in grad.placements):  # type: ignore[attr-defined]
             grad = full_tensor(grad)
         cut = [d for d, placement in enumerate(grad.placements) if placement.is_shard()] if is_sharded(grad) else []  # type: ignore[attr-defined]
@@ -240,7 +248,7 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
 
 
 def _place(layer: LoRALayer, data_dims: int) -> None:
-    """Turn the adapter of a tensor-parallel base into DTensors that match it; the data-parallel mesh dimensions stand first."""
+    """Turn the adapter of a tensor-parallel base into matching DTensors. The first ``data_dims`` mesh dimensions are data-parallel."""
     weight = next(iter(layer.by_weight().values())).weight
     mesh, placements = weight.device_mesh, weight.placements[data_dims:]
     if not placements:
@@ -255,13 +263,13 @@ def _place(layer: LoRALayer, data_dims: int) -> None:
 
 
 def _placements(layer: LoRALayer, base: Sequence[Any]) -> dict[str, list[Any]]:
-    """Adapter parameter → where it lies on each dimension of a mesh, given where the weight does."""
+    """Return adapter parameter → its placement on each dimension of a mesh, given the weight's placements."""
     on_each = [layer.adapter_placements(placement) for placement in base]
     return {name: [placements[name] for placements in on_each] for name in layer.lora_parameters()}
 
 
 def _owners(model: nn.Module) -> dict[nn.Module, nn.Module | None]:
-    """Module → the innermost wrapper that it sits in."""
+    """Return module → the innermost wrapper around it, None if there is none."""
     owners: dict[nn.Module, nn.Module | None] = {}
 
     def walk(module: nn.Module, owner: nn.Module | None) -> None:
@@ -275,7 +283,7 @@ def _owners(model: nn.Module) -> dict[nn.Module, nn.Module | None]:
 
 
 def _freeze_copies(wrapped: nn.Module) -> None:
-    """FSDP1 keeps a copy of its parameters; what was frozen after wrapping has to be frozen there too, or it gets gradients."""
+    """Freeze FSDP1's flat parameter if all its originals were frozen after wrapping: otherwise it gets gradients."""
     flat = fsdp1_flat(wrapped)
     if flat is not None and not any(p.requires_grad for p in fsdp1_originals(wrapped)):
         flat.requires_grad_(False)

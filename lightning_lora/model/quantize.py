@@ -1,7 +1,7 @@
-"""``quantize_base``: the linears of a model packed to 4 or 8 bits, in place, before adapters come (QLoRA, arXiv:2305.14314).
+"""``quantize_base``: quantize a model's linears to 4 or 8 bits in place, before LoRA is applied (QLoRA, arXiv:2305.14314).
 
-A 4-bit base is an eighth of an fp32 one; its gradients pass through the unpacked weight, only the adapters train. The layers stay
-the same modules under the same names. A model that was loaded quantized needs none of this: adapters go on it as it is.
+A 4-bit base is an eighth of the size of an fp32 one. Gradients pass through the dequantized weight; only the adapters train. The layers
+stay the same modules under the same names. A model that was loaded quantized does not need this: apply LoRA to it directly.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ def quantize_base(
     modules_to_save: Sequence[str] | str = "auto",
     device: torch.device | str | None = None,
 ) -> nn.Module:
-    """Pack the weights of a model's linears; everything else (embeddings, norms, biases, heads) stays as it is.
+    """Quantize the weights of a model's linears. Everything else (embeddings, norms, biases, heads) stays as it is.
 
     Args:
-        model: without adapters, its weights loaded.
+        model: a model without adapters, its weights loaded.
         how: ``"nf4"`` (4-bit NormalFloat, double quantization) or ``"int8"`` (LLM.int8()) of bitsandbytes, ``"torchao-nf4"`` or
             ``"torchao-int8"`` (weights only).
         targets: which linears, named as ``target_modules`` of :class:`~lightning_lora.LoRAConfig`; by default all but output heads.
-        modules_to_save: what will train in full and so is left out, as in the config.
-        device: where to compute, layer by layer (default: where each weight is, where it also stays).
+        modules_to_save: modules that will train in full and so are left out, as in the config.
+        device: where to quantize, layer by layer (default: each weight's device). The quantized weight goes back to the weight's device.
 
     Returns:
         The same ``model``.
 
     Raises:
-        ValueError: the format is not known, or a linear cannot be packed: it is adapted, not loaded yet, sharded, tied to another
-            module, or no plain ``nn.Linear``; nothing is packed then.
-        ImportError: the library is not installed; names the extra.
+        ValueError: the format is not known, or a linear cannot be quantized: it is adapted, on the meta device, sharded, tied to another
+            module, not a plain ``nn.Linear``, or of a size that does not fit the format. Nothing is quantized then.
+        ImportError: the library is not installed; the message names the extra.
     """
     form = quantizer_of(how)
     form.check_installed()
@@ -56,7 +56,7 @@ def quantize_base(
         reason = _refusal(layer, fqn, owners, form.unit)
         if reason:
             raise ValueError(f"quantize={how!r}: {fqn!r} ({type(layer).__name__}) {reason}.")
-    for layer in layers.values():  # everything that can be wrong was looked at: no second copy of the model is kept to go back to
+    for layer in layers.values():  # all checks ran above, so no rollback copy is needed
         assert isinstance(layer, nn.Linear)
         remember(layer, sampled_digest(layer.weight))
         form.pack(layer, torch.device(device) if device is not None else layer.weight.device)
@@ -64,7 +64,7 @@ def quantize_base(
 
 
 def _refusal(layer: nn.Module, fqn: str, owners: dict[int, list[str]], unit: int) -> str | None:
-    """Why a linear cannot be packed; None if it can."""
+    """Return why a linear cannot be quantized; None if it can."""
     if isinstance(layer, LoRALayer):
         return "has an adapter already: quantize the base first, then apply LoRA"
     if type(layer) is not nn.Linear:

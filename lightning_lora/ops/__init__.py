@@ -1,7 +1,7 @@
-"""Every product that an adapted layer computes: the definition, and beside it the fast way to the same numbers.
+"""Every product that an adapted layer computes: its definition, and a fast version that gives the same numbers.
 
-``low_rank`` and ``plain`` are the definitions. ``fused_linear`` and ``gated_mlp`` are custom operators over them, ``triton_*`` the kernels
-that ``backends`` chooses on NVIDIA GPUs. Functions of tensors: no module, no config.
+``low_rank`` and ``plain`` are the definitions. ``fused_linear`` and ``gated_mlp`` are custom operators that compute the same.
+``triton_*`` are the kernels that ``backends`` chooses on NVIDIA GPUs. All are functions of tensors: they see no module and no config.
 
 May import: ``utils``, ``registry``.
 """

@@ -1,7 +1,8 @@
-"""The rank-r work of a LoRA step as few passes over the big tensors; what a layer calls is there in two versions.
+"""Choose between the two versions of the rank-r products that a layer calls.
 
-``plain`` is torch operations, for every device and dtype. ``low_rank``, ``gated`` and ``norms`` are Triton kernels for NVIDIA GPUs;
-nothing imports them unless :func:`usable` or :func:`run` says so. Each is tested against float64.
+``plain`` uses torch operations, for every device and dtype. ``triton_low_rank``, ``triton_gated_mlp`` and ``triton_weight_norm`` are
+Triton kernels for NVIDIA GPUs, with few passes over the big tensors. They are imported only if :func:`usable` or :func:`run` returns
+True. Each version is tested against float64.
 """
 
 from __future__ import annotations
@@ -19,23 +20,26 @@ from lightning_lora.utils.autocast import autocast_dtype
 
 logger = logging.getLogger(__name__)
 
-# Smaller inputs are bound by launching, not by computing, and a kernel takes longer to launch than it saves.
+# Below this, launches take longer than the computation, and a kernel takes longer to launch than it saves.
 FEW_ROWS = 1024
-# A compiler launches its own kernels faster: 1B of 4 x 512 tokens took 50 ms with the plain definition compiled, 69 with such operations.
+# Below this, the compiler's own kernels are faster: a step of 1B with 4 x 512 tokens took 50 ms with the compiled definition,
+# 69 ms with custom operators.
 FEW_ENTRIES_COMPILED = 12 * 2**20
-WIDEST_GATED = 64  # the largest rank whose sums fit in the registers of the gated MLP's kernel
+WIDEST_GATED = 64  # the largest rank whose sums fit in the registers of the gated MLP's kernels
 
 
 _RUNS: dict[int, bool] = {}  # CUDA device → whether it runs the kernels
 
 
-_recording = False  # a global, and no context variable, since a compiler guards what it traces by those only
+_recording = False  # a global, not a context variable: a compiler guards its graphs by globals only
 
 
 @contextmanager
 def recording() -> Iterator[None]:
-    """While a block runs that is recorded as CUDA graphs (:mod:`lightning_lora.model.compile`): these launch every kernel alike, so small
-    inputs are no exception."""
+    """While active, let small inputs use the kernels too. For blocks recorded as CUDA graphs (:mod:`lightning_lora.model.compile`).
+
+    A CUDA graph launches every kernel equally fast, so small inputs are no exception there.
+    """
     global _recording
     outer, _recording = _recording, True
     try:
@@ -45,10 +49,10 @@ def recording() -> Iterator[None]:
 
 
 def look_at(device: torch.device) -> None:
-    """Note whether a device runs Triton kernels, and say once if it does not.
+    """Record whether a device runs Triton kernels. Log once why it does not.
 
-    Layers call it when they come to a device, for a compiler cannot ask later. ``LIGHTNING_LORA_KERNELS=plain`` in the environment
-    switches the kernels off.
+    Layers call it when they are moved to a device, because a compiler cannot ask later. ``LIGHTNING_LORA_KERNELS=plain`` in the
+    environment switches the kernels off.
     """
     if device.type != "cuda" or device.index in _RUNS:
         return
@@ -67,9 +71,9 @@ def look_at(device: torch.device) -> None:
 
 
 def usable(x: Tensor) -> bool:
-    """Whether the Triton kernels serve for tensors like x (..., features): where they run, with enough rows.
+    """True if the Triton kernels apply to tensors like x (..., features): they run on its device, and it has enough rows.
 
-    Under autocast, x may still be in the dtype that it will be cast from.
+    Under autocast, x may still have the dtype that it will be cast from.
     """
     if not x.is_cuda:
         return False
@@ -78,5 +82,5 @@ def usable(x: Tensor) -> bool:
 
 
 def run(x: Tensor) -> bool:
-    """Whether the Triton kernels run on x, however small: half precision, a GPU from Ampere on."""
+    """True if the Triton kernels run on x, however small it is: in half precision, on a GPU of the Ampere generation or later."""
     return x.is_cuda and (autocast_dtype(x) or x.dtype) in (torch.bfloat16, torch.float16) and _RUNS.get(x.device.index, False)

@@ -1,9 +1,9 @@
-"""Cross entropy through a frozen output layer, a block of rows at a time: the logits never exist all at once.
+"""Cross entropy through a frozen output layer, one chunk of rows at a time: the full logits are never in memory.
 
-With 128k words the logits of 8192 tokens take 2 GiB in bf16, and several times that as fp32 and as gradients. A frozen layer wants no
-gradient of its own, so the forward pass can go the whole way to the gradient of the hidden states, block by block: two products, as
-in the plain way, and one block's logits. torch 2.13 has the same in ``F.linear_cross_entropy``, releases before it have not; Liger's
-needs a GPU.
+With a vocabulary of 128k the logits of 8192 tokens take 2 GiB in bf16, and several times that in fp32 and as gradients. A frozen layer
+needs no gradient itself. So the forward pass can compute the gradient of the hidden states as well, chunk by chunk. It takes two
+products, as many as the plain way, and the logits of one chunk. torch 2.13 has the same in ``F.linear_cross_entropy``; earlier releases
+do not. Liger's version needs a GPU.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ IGNORE = -100  # as in torch's cross entropy
 def chunked_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, *, chunk: int = 2048, compiled: bool = False
 ) -> Tensor:
-    """``F.cross_entropy(F.linear(hidden, weight, bias).float(), labels)``, with no more than ``chunk`` rows of logits at a time.
+    """Return ``F.cross_entropy(F.linear(hidden, weight, bias).float(), labels)``, with at most ``chunk`` rows of logits in memory.
 
-    If the weight or the bias trains, or is sharded, it is computed just so.
+    If the weight or the bias is trainable or sharded, exactly that expression is computed.
 
     Args:
         hidden: (N, d); under autocast in any floating dtype.
@@ -37,14 +37,14 @@ def chunked_cross_entropy(
         labels: (N,), class indices; rows with -100 do not count.
         bias: (V,), frozen.
         chunk: rows of logits at a time.
-        compiled: compile what is elementwise in it; on a GPU half the passes over the logits.
+        compiled: compile the elementwise part. On a GPU this halves the passes over the logits.
 
     Returns:
         The mean over the rows that count, in fp32 (float64 for float64).
 
     Raises:
-        ValueError: ``chunk`` is no positive number.
-        RuntimeError: in the backward pass, if second derivatives are asked for.
+        ValueError: ``chunk`` is not a positive number.
+        RuntimeError: in the backward pass, if second derivatives are requested.
     """
     if chunk < 1:
         raise ValueError(f"chunk={chunk!r} must be a positive number of rows.")
@@ -60,12 +60,12 @@ def chunked_cross_entropy(
 
 
 def unchunkable(head: Any) -> str | None:
-    """Why the loss through this output layer cannot be taken in blocks; None if it can."""
+    """Return why the loss through this output layer cannot be computed in chunks, None if it can."""
     if type(head) is not nn.Linear:
         return f"its output layer is a {type(head).__name__}, not a plain nn.Linear"
     if "forward" in head.__dict__:
         return "its output layer has a forward of its own set on the instance"
-    weight = head._parameters.get("weight")  # FSDP1 leaves a flat piece of it here, or nothing
+    weight = head._parameters.get("weight")  # under FSDP1 this is a flat shard or missing
     if weight is None or is_sharded(weight) or weight.shape != (head.out_features, head.in_features):
         return "its output layer is sharded"
     if any(p.requires_grad for p in head.parameters()):
@@ -75,10 +75,11 @@ def unchunkable(head: Any) -> str | None:
 
 @contextmanager
 def bypassed(head: nn.Module) -> Iterator[list[Tensor]]:
-    """While it lasts, the output layer hands on its input; the list receives it at each call.
+    """While active, replace the output layer's forward by the identity. The yielded list receives the layer's input at each call.
 
-    The model's own forward stays in charge of everything before, so this fits any model whose last step is its output layer. What
-    comes out of the model is the same object, if nothing is done to the logits (Gemma caps them, Cohere and Granite scale them).
+    The model's own forward still computes everything before, so this works for any model whose last step is its output layer. The
+    model's output is then the same object as that input. It is not if the model changes its logits: Gemma caps them, Cohere and
+    Granite scale them.
     """
     inputs: list[Tensor] = []
 
@@ -94,7 +95,10 @@ def bypassed(head: nn.Module) -> Iterator[list[Tensor]]:
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Keeps the gradient of the hidden states, unscaled, so that it neither under- nor overflows in half precision."""
+    """Keeps the gradient of the hidden states for the backward pass.
+
+    It is kept unscaled, so that it neither underflows nor overflows in half precision.
+    """
 
     @staticmethod
     def forward(
@@ -106,7 +110,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             logits, answers = F.linear(hidden[rows], weight, bias), labels[rows]  # (n, V), (n,)
-            if compiled:  # the last block is shorter, and the number of answers moves from batch to batch
+            if compiled:  # the last chunk is shorter, and the number of labels differs between batches
                 may_vary(logits, 0)
                 may_vary(answers, 0)
             loss, dlogits = step(logits, answers)
@@ -123,21 +127,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        if torch.is_grad_enabled():  # without create_graph=True it is off here
-            raise RuntimeError("chunked_cross_entropy has no second derivatives; use torch.nn.functional.cross_entropy for those.")
+        if torch.is_grad_enabled():  # on only with create_graph=True
+            raise RuntimeError("chunked_cross_entropy has no second derivatives; use torch.nn.functional.cross_entropy for them.")
         grad, count = ctx.saved_tensors
-        scale = grads[0] / count.clamp(min=1)  # where no row counts there is no gradient, as in torch
-        return (_wide(grad) * scale).to(grad.dtype), *[None] * 6  # in half precision the scale would lose digits, or overflow
+        scale = grads[0] / count.clamp(min=1)  # if no row counts the gradient is zero, as in torch
+        return (_wide(grad) * scale).to(grad.dtype), *[None] * 6  # in half precision the scale would lose digits or overflow
 
 
 def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The summed loss, and its gradient for each row of logits that counts: the softmax, less one at the label."""
+    """Return the summed loss, and its gradient with respect to each row of logits that counts.
+
+    That gradient is the softmax minus one at the label.
+    """
     counts = labels != IGNORE
     label = torch.where(counts, labels, 0)[:, None]  # (n, 1)
     logp = torch.log_softmax(logits, dim=-1, dtype=_wide(logits[:0]).dtype)  # (n, V)
     picked = logp.gather(1, label)  # (n, 1)
     loss = -torch.where(counts[:, None], picked, 0).sum()
-    # Rounded before the one is taken off, the entry of a label that is nearly sure would lose all its digits.
+    # expm1 subtracts the one before rounding. After rounding, a label with probability near 1 would lose all its digits.
     return loss, logp.exp_().to(logits.dtype).scatter_(1, label, torch.expm1(picked).to(logits.dtype))
 
 
@@ -147,5 +154,5 @@ def _compiled() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """At least fp32."""
+    """Return the tensor in fp32 if its dtype is narrower."""
     return tensor.float() if tensor.dtype.itemsize < 4 else tensor

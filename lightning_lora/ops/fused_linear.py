@@ -1,12 +1,12 @@
-"""Frozen linears and their low-rank updates as one operation, for the linears that read the same input.
+"""Frozen linears and their low-rank updates as one operation, for linears that read the same input.
 
-``lora_linears`` computes, for linears k such as a block's q, k and v projections, ``y_k = x·W_kᵀ + b_k + s_k·drop(x)·A_kᵀ·B_kᵀ``: what
-:func:`lightning_lora.ops.low_rank.lora_update_reference` says of each alone, with the A's stacked into one product, every update added
-into the base product's output, and one gradient for x. For the backward pass it keeps x, once for all of them, and the rank-r product; a
-packed W (:mod:`lightning_lora.ops.frozen_weight`) as it is.
+``lora_linears`` computes ``y_k = x·W_kᵀ + b_k + s_k·drop(x)·A_kᵀ·B_kᵀ`` for linears k, such as a block's q, k and v projections. The
+definition of each is :func:`lightning_lora.ops.low_rank.lora_update_reference`. Here the A's are stacked into one product, every update
+is added into the base product's output, and x gets one gradient. The backward pass needs x, kept once for all, and the rank-r product. A
+quantized W (:mod:`lightning_lora.ops.frozen_weight`) stays quantized.
 
-A linear may have a scale g_k (:mod:`lightning_lora.ops.output_scale`), ``y_k = g_k∘(x·W_kᵀ + …) + b_k``. It is applied in the pass that
-adds the update, and its gradient is taken from the base product's output, which is then kept too.
+A linear may have an output scale g_k (:mod:`lightning_lora.ops.output_scale`): ``y_k = g_k∘(x·W_kᵀ + …) + b_k``. The pass that adds the
+update applies it. Its gradient needs the base product's output, which is then kept too.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from lightning_lora.ops.second_derivatives import differentiable, wants_definiti
 from lightning_lora.utils.autocast import autocast_dtype
 from lightning_lora.utils.custom_op import dispatch, register_custom_op
 from lightning_lora.utils.sharding import is_sharded
+from lightning_lora.utils.torch_private import transforms_active
 
 
 class Settings(NamedTuple):
     """What the passes of an operation need besides tensors.
 
     Attributes:
-        fast: whether the Triton kernels serve.
-        threshold: of their dropout.
-        scales: α/r of each linear, over 1 − p with dropout.
-        layouts: the frozen weights; under a compiler the words for how their tensors store them.
+        fast: use the Triton kernels.
+        threshold: of the kernels' dropout.
+        scales: α/r of each linear, divided by 1 − p with dropout.
+        layouts: the frozen weights; under a compiler the strings that describe their layouts.
     """
 
     fast: bool
@@ -43,11 +44,10 @@ class Settings(NamedTuple):
 
 
 def serves(x: Tensor) -> bool:
-    """Whether one operation may take x: not a DTensor, nor what torch.func transforms, which want plain operations; where the kernels do
-    not serve, a compiler fuses the definition itself."""
+    """True if one operation may take x: not for DTensors and torch.func transforms. Without kernels a compiler fuses the definition."""
     if torch.compiler.is_compiling():
         return backends.usable(x) and not is_sharded(x)
-    return not (is_sharded(x) or torch._C._are_functorch_transforms_active())
+    return not (is_sharded(x) or transforms_active())
 
 
 def lora_linears(
@@ -60,20 +60,20 @@ def lora_linears(
     dropout: float = 0.0,
     out_scales: Sequence[Tensor | None] = (),
 ) -> tuple[Tensor, ...]:
-    """The outputs of n adapted linears that read the same x; with dropout, the same entries of x are dropped for all.
+    """Return the outputs of n adapted linears that read the same x. Dropout drops the same entries of x for all of them.
 
     Args:
         x: (..., in).
-        weights: n frozen weights (out_k, in), or what they are packed in.
+        weights: n frozen weights (out_k, in), floating-point or quantized.
         biases: n biases (out_k,), or None.
         A_list: n factors (r_k, in), of any floating dtype.
         B_list: n factors (out_k, r_k).
         scales: α/r of each.
         dropout: probability; 0 outside training.
-        out_scales: n output scales (out_k,) or None; none at all if no linear has one.
+        out_scales: n output scales (out_k,) or None each; empty if no linear has one.
 
     Returns:
-        n tensors (..., out_k), in x's dtype, or autocast's where it is on.
+        n tensors (..., out_k), in x's dtype, or in autocast's where it is on.
     """
     dtype = autocast_dtype(x)
     if dtype is not None:
@@ -95,8 +95,8 @@ def lora_linears(
 
 
 class _Linears(torch.autograd.Function):
-    """With t = drop(x)·Aᵀ for the stacked and scaled A, and g_k the gradient of y_k, times the scale: dt_k = g_k·B_k, dB_k = g_kᵀ·t_k,
-    dA = dtᵀ·drop(x), dx = Σ g_k·W_k + drop(dt·A)."""
+    """Let t = drop(x)·Aᵀ for the stacked, scaled A, and g_k the gradient of y_k times the output scale. Then dt_k = g_k·B_k,
+    dB_k = g_kᵀ·t_k, dA = dtᵀ·drop(x), dx = Σ g_k·W_k + drop(dt·A)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, source: Tensor | None, settings: Settings, *tensors: Any) -> tuple[Tensor, ...]:
@@ -108,7 +108,7 @@ class _Linears(torch.autograd.Function):
         )
         outputs, (t, A, *B_casts), products = results[:n], results[n : 2 * n + 2], iter(results[2 * n + 2 :])
         _, _, _, *needs = ctx.needs_input_grad
-        # A frozen A (LoRA-FA) has no gradient to take from x, nor a frozen scale one from the base product.
+        # The gradient of A needs x, and that of a scale the base product. A frozen A (LoRA-FA) or scale has none.
         kept_x = x if any(needs[n : 2 * n]) else None
         base_outputs = [None if out_scale is None else next(products) for out_scale in out_scales]
         base_outputs = [z if need else None for z, need in zip(base_outputs, needs[3 * n : 4 * n], strict=True)]
@@ -129,7 +129,7 @@ class _Linears(torch.autograd.Function):
         given = [grad for grad in grads if grad is not None]
         if not given:
             return (None,) * (3 + len(tensors))
-        if autocast_dtype(given[0]) is not None:  # in the forward's dtypes, whatever the backward pass is called under
+        if autocast_dtype(given[0]) is not None:  # use the forward's dtypes, even if autocast is on in the backward pass
             with torch.autocast(given[0].device.type, enabled=False):
                 return _Linears.backward(ctx, *grads)
         if not torch.compiler.is_compiling() and wants_definition(given[0]):
@@ -147,7 +147,7 @@ class _Linears(torch.autograd.Function):
         found = [*dbiases, *dA_list, *dB_list, *d_out_scales]
         for k, (parameter, need) in enumerate(zip(tensors[: 4 * n], needs, strict=False)):
             gradient = found[k]
-            # An output that nobody used has no gradient, which is not the same as a gradient of zero.
+            # An unused output has no gradient, which differs from a gradient of zero.
             if gradient is None or not need or grads[k % n] is None:
                 found[k] = None
             elif gradient.dtype != parameter.dtype:
@@ -156,8 +156,8 @@ class _Linears(torch.autograd.Function):
 
 
 def working_copies(A_list: Sequence[Tensor], B_list: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-    """The A's below one another, and each of the B's (or what else is to be copied), contiguous and in the dtype of the activations: one
-    operation for all of them."""
+    """Return the A's stacked by rows, and each B (or any other tensors given in its place), contiguous and in the activations' dtype. One
+    foreach copy casts them all."""
     if {factor.dtype for factor in (*A_list, *B_list)} == {dtype}:
         return (A_list[0].contiguous() if len(A_list) == 1 else torch.cat(list(A_list))), [B.contiguous() for B in B_list]
     shapes = [(sum([A.shape[0] for A in A_list]), A_list[0].shape[1]), *[B.shape for B in B_list]]
@@ -179,14 +179,14 @@ def _forward(
     B_list: Sequence[Tensor],
     out_scales: Sequence[Tensor | None],
 ) -> list[Tensor]:
-    """The outputs; then for the backward pass t, A and the B's in x's dtype, and the base product of each with a scale."""
+    """Return the outputs; then for the backward pass t, A and the B's in x's dtype, and the base product of each with a scale."""
     backend, drop = _backend(fast), None if source is None else plain.Drop(source, threshold)
     A, B_casts = working_copies(A_list, B_list, x.dtype)
     t = scaled(backend.project(x, A, drop, scales[0]), scales, B_casts)
     outputs, base_outputs = [], []
     operands = zip(unflatten_weights(weights, layouts), biases, B_casts, split(t, B_casts), out_scales, strict=True)
     for W, bias, B, t_k, out_scale in operands:
-        z = W.linear(x, bias)  # with the bias, so that a scale of 1 leaves the base's own output
+        z = W.linear(x, bias)  # with the bias, so that a scale of 1 leaves the base's output exact
         if out_scale is None:
             outputs.append(backend.add_(z, t_k, B))
         else:
@@ -212,7 +212,7 @@ def _backward(
     base_outputs: list[Tensor | None],
     needs_x: bool,
 ) -> list[Tensor]:
-    """dx (empty unless needed), the dB's, with x the dA's below one another, and the gradient of each scale with z."""
+    """Return dx (empty unless needed), the dB's, with x the stacked dA's, and the gradient of each scale that has a z."""
     backend, drop = _backend(fast), None if source is None else plain.Drop(source, threshold)
     dB_list, d_out_scales, dt_list, grads = [], [], [], list(grads)
     operands = zip(split(t, B_list), B_list, scales, biases, out_scales, base_outputs, strict=True)
@@ -237,7 +237,7 @@ def _backward(
 
 
 def scaled(t: Tensor, scales: Sequence[float], B_list: Sequence[Tensor]) -> Tensor:
-    """t, all of which has the first scale, with each linear's own."""
+    """Give each linear's columns of t its own scale, in place. All of t has the first scale before."""
     if len(set(scales)) > 1:
         for t_k, scale in zip(split(t, B_list), scales, strict=True):
             t_k.mul_(scale / scales[0])
@@ -245,7 +245,7 @@ def scaled(t: Tensor, scales: Sequence[float], B_list: Sequence[Tensor]) -> Tens
 
 
 def split(t: Tensor, B_list: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The columns of t that belong to each linear."""
+    """Return the columns of t that belong to each linear."""
     return (t,) if len(B_list) == 1 else t.split([B.shape[1] for B in B_list], 1)
 
 
@@ -291,7 +291,7 @@ def _backend(fast: bool) -> Any:
 def _definition(
     x: Tensor, drop: plain.Drop | None, scales: Any, weights: Any, biases: Any, A_list: Any, B_list: Any, out_scales: Any
 ) -> tuple[Tensor, ...]:
-    """Operations that autograd knows, for second derivatives."""
+    """Compute the outputs with operations that autograd can differentiate, for second derivatives."""
     outputs = []
     for W, bias, A, B, scale, out_scale in zip(weights, biases, A_list, B_list, scales, out_scales, strict=True):
         y = F.linear(x, W.dense(x.dtype)) + plain.project(x, A.to(x.dtype), drop, scale) @ B.to(x.dtype).t()

@@ -1,8 +1,9 @@
 """A gated MLP, ``down(silu(gate(x))·up(x))``, and the low-rank updates of its three projections as one operation on a GPU.
 
-The middle is the biggest tensor of a block, and every pass over it counts. Here the rank-r work on it happens inside the two elementwise
-passes that any implementation makes (:mod:`lightning_lora.ops.triton_gated_mlp`). Kept for the backward pass: x, the base products of
-gate and up, and the rank-r products; with output scales (:mod:`lightning_lora.ops.output_scale`) down's base product too.
+The intermediate activation is the biggest tensor of a block, so every pass over it counts. Here the rank-r work on it is part of the two
+elementwise passes that any implementation makes (:mod:`lightning_lora.ops.triton_gated_mlp`). The backward pass needs x, the base
+products of gate and up, and the rank-r products. With output scales (:mod:`lightning_lora.ops.output_scale`) it needs the base product of
+down too.
 """
 
 from __future__ import annotations
@@ -31,19 +32,19 @@ def lora_gated_mlp(
     dropout: float = 0.0,
     out_scales: Sequence[Tensor] = (),
 ) -> Tensor:
-    """``down(silu(gate(x))·up(x))`` with adapted projections; with dropout, gate and up drop the same entries of x.
+    """Return ``down(silu(gate(x))·up(x))`` with adapted projections. With dropout, gate and up drop the same entries of x.
 
     Args:
-        x: (..., in), half precision, where :func:`lightning_lora.ops.backends.usable` holds.
-        weights: of gate (wide, in), up (wide, in) and down (out, wide), frozen, or what they are packed in.
-        A_list: three factors (r_k, in) or, of down, (r_k, wide).
-        B_list: three factors (wide, r_k) or, of down, (out, r_k).
+        x: (..., in), half precision; :func:`lightning_lora.ops.backends.usable` must hold for it.
+        weights: frozen weights of gate (wide, in), up (wide, in) and down (out, wide), floating-point or quantized.
+        A_list: three factors (r_k, in), for down (r_k, wide).
+        B_list: three factors (wide, r_k), for down (out, r_k).
         scales: α/r of each.
         dropout: probability; 0 outside training.
-        out_scales: three output scales (wide,) or, of down, (out,); or none.
+        out_scales: three output scales (wide,), for down (out,); or empty.
 
     Returns:
-        (..., out), in x's dtype, or autocast's where it is on.
+        (..., out), in x's dtype, or in autocast's where it is on.
     """
     dtype = autocast_dtype(x)
     if dtype is not None:
@@ -77,7 +78,7 @@ class _GatedMLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad,) = grads
-        if autocast_dtype(grad) is not None:  # in the forward's dtypes, whatever the backward pass is called under
+        if autocast_dtype(grad) is not None:  # use the forward's dtypes, even if autocast is on in the backward pass
             with torch.autocast(grad.device.type, enabled=False):
                 return _GatedMLP.backward(ctx, *grads)
         _, threshold, scales, layouts = ctx.settings
@@ -111,8 +112,10 @@ def _forward(
     B_list: list[Tensor],
     out_scales: list[Tensor],
 ) -> list[Tensor]:
-    """The output; then for the backward pass gate's and up's base products, the rank-r products, the adapters in x's dtype, and with
-    scales down's base product."""
+    """Return the output; then, for the backward pass, the base products of gate and up, the rank-r products, and the factors in x's dtype.
+
+    With output scales the base product of down is last.
+    """
     from lightning_lora.ops import triton_gated_mlp, triton_low_rank
 
     drop, drop_down = _drop(source, threshold), _drop(source_down, threshold)
@@ -148,7 +151,10 @@ def _backward(
     out_scales: list[Tensor],
     needs_x: bool,
 ) -> list[Tensor]:
-    """dx (empty unless needed), dA of gate and up, dA of down, the three dB's, and what scales there are theirs."""
+    """Return dx (empty unless needed), dA of gate and up stacked, dA of down, and the three dB's.
+
+    With output scales their gradients follow.
+    """
     from lightning_lora.ops import triton_gated_mlp, triton_low_rank
 
     drop, drop_down = _drop(source, threshold), _drop(source_down, threshold)
@@ -220,7 +226,7 @@ def _given(out_scales: Sequence[Tensor | None]) -> list[Tensor]:
 
 
 def _definition(x: Tensor, drop: Any, drop_down: Any, scales: Any, weights: Any, A_list: Any, B_list: Any, out_scales: Any) -> Tensor:
-    """Operations that autograd knows, for second derivatives."""
+    """Compute the output with operations that autograd can differentiate, for second derivatives."""
     Ws = [W.dense(x.dtype) for W in weights]
 
     def project(z: Tensor, k: int, drop: Any) -> Tensor:

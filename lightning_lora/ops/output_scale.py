@@ -1,7 +1,8 @@
-"""An output scale: one number an output, by which the sum of base product and update is multiplied before the bias is added.
+"""Output scale: one number g per output channel, ``y = g∘(x·Wᵀ + update) + b``. DoRA's m/‖·‖ is one.
 
-A layer whose variant has one says so by ``LoRALayer.output_scale``. What computes base and update as one operation applies it in there
-(:mod:`lightning_lora.ops.fused_linear`, :mod:`lightning_lora.ops.gated_mlp`); ``rescaled`` is for every other layer, a pass of its own.
+``LoRALayer.output_scale`` returns the scale of a layer whose variant has one. The fused operations
+(:mod:`lightning_lora.ops.fused_linear`, :mod:`lightning_lora.ops.gated_mlp`) apply it inside. For every other layer
+``apply_output_scale`` does, in a pass of its own.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from lightning_lora.utils.sharding import is_sharded
 
 
 def apply_output_scale(z: Tensor, out_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """``g∘(z − bias) + bias`` in z's dtype.
+    """Return ``g∘(z − bias) + bias`` in z's dtype.
 
     Args:
         z: a layer's output before the scale, bias included.
-        out_scale: broadcasts over z.
+        out_scale: g, in a shape that broadcasts over z.
         bias: in the scale's shape.
     """
     if transformed() or is_sharded(z):
@@ -33,7 +34,7 @@ def apply_output_scale(z: Tensor, out_scale: Tensor, bias: Tensor | None) -> Ten
 
 
 class _OutputScale(torch.autograd.Function):
-    """The passes over z are what a scale costs, so there is one forward and two, in one buffer, backward."""
+    """Applies the scale in one forward and two backward passes over z, the latter in one buffer: the passes are what a scale costs."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, out_scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -48,7 +49,7 @@ class _OutputScale(torch.autograd.Function):
         axis = z.ndim - out_scale.ndim
         others = [dim for dim in range(z.ndim) if dim != axis]
 
-        wide = None if bias is None else out_scale.dtype  # with a bias two sums are subtracted, and half precision would show
+        wide = None if bias is None else out_scale.dtype  # with a bias two sums are subtracted, and half precision would lose digits
 
         def summed(tensor: Tensor) -> Tensor:
             return (tensor.sum(others, dtype=wide) if others else tensor.clone()).to(out_scale.dtype).view(out_scale.shape)

@@ -1,7 +1,7 @@
-"""The rank-r products with torch operations: what the Triton kernels are tested against, and what every other device runs.
+"""The rank-r products in torch operations: the reference that tests the Triton kernels, and the version for every other device.
 
-N tokens, D features, R the rank. ``drop`` says which entries of an (N, D) tensor count as zero, or is None. The factor that makes up for
-them is the caller's.
+N tokens, D features, R the rank. ``drop`` says which entries of an (N, D) tensor count as zero, or is None. The caller applies the
+factor 1/(1 − p) that compensates for them.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from torch import Tensor
 
 
 class Drop(NamedTuple):
-    """Which entries dropout sets to zero: what the functions of one backend make of a source.
+    """Which entries dropout sets to zero. Each backend interprets ``source`` in its own way.
 
     Attributes:
-        source: here the mask itself, of bools; for the kernels a seed that they draw it from, each time anew.
-        threshold: for the kernels the probability, times 2¹⁶.
+        source: here the boolean mask. For the kernels a seed from which they draw the mask each time.
+        threshold: for the kernels the probability times 2¹⁶.
     """
 
     source: Tensor
@@ -25,10 +25,10 @@ class Drop(NamedTuple):
 
 
 def draw_drop(x: Tensor, dropout: float) -> tuple[Drop, float]:
-    """Which entries of x to drop, and with what probability exactly.
+    """Draw which entries of x to drop. Return them with the exact probability.
 
-    On a CPU, drawing one random number an entry takes longer than the rank-r products. There one 64-bit draw serves four
-    entries, so the probability is a multiple of 2⁻¹⁶.
+    On a CPU, drawing one random number per entry takes longer than the rank-r products. There one 64-bit draw serves four entries, so the
+    probability is a multiple of 2⁻¹⁶.
     """
     if x.device.type != "cpu":
         return Drop(torch.empty_like(x, dtype=torch.bool).bernoulli_(dropout)), dropout
@@ -38,30 +38,30 @@ def draw_drop(x: Tensor, dropout: float) -> tuple[Drop, float]:
 
 
 def zeroed(x: Tensor, drop: Drop | None) -> Tensor:
-    """x with its dropped entries at zero."""
+    """Return x with its dropped entries set to zero."""
     return x if drop is None else x.masked_fill(drop.source, 0)
 
 
 def project(x: Tensor, A: Tensor, drop: Drop | None = None, scale: float = 1.0) -> Tensor:
-    """``scale·drop(x)·Aᵀ``: (N, D), (R, D) → (N, R)."""
+    """Return ``scale·drop(x)·Aᵀ``: (N, D), (R, D) → (N, R)."""
     return (zeroed(x, drop) @ A.t()) * scale
 
 
 def add_(y: Tensor, t: Tensor, B: Tensor, drop: Drop | None = None) -> Tensor:
-    """``y += drop(t·Bᵀ)`` in place: (N, C), (N, R), (C, R) → y."""
+    """Compute ``y += drop(t·Bᵀ)`` in place: (N, C), (N, R), (C, R) → y."""
     return y.addmm_(t, B.t()) if drop is None else y.add_(zeroed(t @ B.t(), drop))
 
 
 def scaled_sum(z: Tensor, t: Tensor, B: Tensor, out_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """``g∘(z − bias + t·Bᵀ) + bias``, a new tensor: (N, C), (N, R), (C, R), (C,), (C,) → (N, C)."""
+    """Return ``g∘(z − bias + t·Bᵀ) + bias``, a new tensor: (N, C), (N, R), (C, R), (C,), (C,) → (N, C)."""
     return times_scale(z, out_scale, bias).addmm_(t, times_scale(B.t(), out_scale, None))
 
 
 def times_scale(z: Tensor, out_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """``g∘(z − bias) + bias``, both one number an output and broadcast over z.
+    """Return ``g∘(z − bias) + bias``. Scale and bias have one number per output channel and broadcast over z.
 
-    As ``z + h∘(z − bias)`` with h = scale − 1 in z's dtype: rounding h costs little where rounding the scale would freeze small changes
-    of it, and a scale of 1 changes nothing.
+    Computed as ``z + h∘(z − bias)`` with h = g − 1 in z's dtype. Rounding h costs little, but rounding g would lose small changes of it.
+    A scale of 1 changes nothing.
     """
     h = (out_scale - 1).to(z.dtype)
     y = torch.addcmul(z, z, h)
@@ -71,12 +71,13 @@ def times_scale(z: Tensor, out_scale: Tensor, bias: Tensor | None) -> Tensor:
 def scaled_sum_backward(
     dy: Tensor, z: Tensor, t: Tensor, B: Tensor, out_scale: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of :func:`scaled_sum`: the gradient dz = g∘dy of its sum (N, C), dB = dzᵀ·t (C, R), and the scale's (C,) in its dtype.
+    """Return the gradients of :func:`scaled_sum`.
 
-    The scale's is ``Σ dy∘(z − bias)`` over the tokens and, for the update's part, ``Σ B∘(dyᵀ·t)`` over the rank.
+    They are dz = g∘dy of the sum (N, C), dB = dzᵀ·t (C, R), and that of the scale (C,) in its dtype. The scale's gradient is
+    ``Σ dy∘(z − bias)`` over the tokens plus, for the update, ``Σ B∘(dyᵀ·t)`` over the rank.
     """
     dB, buffer = dy.t() @ t, torch.empty_like(dy)
-    wide = None if bias is None else out_scale.dtype  # with a bias two sums are subtracted, and half precision would show
+    wide = None if bias is None else out_scale.dtype  # with a bias two sums are subtracted, and half precision would lose digits
     d_out_scale = torch.mul(dy, z, out=buffer).sum(0, dtype=wide) + (dB * B).sum(1, dtype=out_scale.dtype)
     if bias is not None:
         d_out_scale -= dy.sum(0, dtype=wide) * bias
@@ -85,5 +86,5 @@ def scaled_sum_backward(
 
 
 def reduce(t: Tensor, x: Tensor, drop: Drop | None = None) -> Tensor:
-    """``tᵀ·drop(x)``, the sum over the tokens: (N, R), (N, D) → (R, D)."""
+    """Return ``tᵀ·drop(x)``, the sum over the tokens: (N, R), (N, D) → (R, D)."""
     return t.t() @ zeroed(x, drop)

@@ -1,4 +1,4 @@
-"""Second derivatives of the fused operations: their gradients computed again from the definition, with a graph of their own."""
+"""Second derivatives of the fused operations: compute their gradients again from the definition, with an autograd graph."""
 
 from __future__ import annotations
 
@@ -17,21 +17,27 @@ NO_INPUT = (
 
 
 def wants_definition(grad: Tensor) -> bool:
-    """Whether a backward pass is differentiated again (create_graph=True) or vectorized (is_grads_batched=True): plain operations then."""
+    """True if a backward pass must use plain operations.
+
+    That is so if it is differentiated again (create_graph=True) or vectorized (is_grads_batched=True).
+    """
     return torch.is_grad_enabled() or is_batched(grad)
 
 
 def differentiable(
     ctx: Any, definition: Any, inputs: Sequence[Any], sources: Sequence[tuple[Tensor | None, int]], grads: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of a definition, with a graph of their own.
+    """Return the gradients of a definition, with an autograd graph.
 
     Args:
-        ctx: of the autograd function, with its ``settings``.
-        definition: from a drop for each of ``sources`` to the outputs.
-        inputs: the function's, as they were saved.
-        sources: of the drop of each tensor that is dropped from, with the tensor's features.
-        grads: of the outputs.
+        ctx: the context of the autograd function, with its ``settings``.
+        definition: function from one drop per entry of ``sources`` to the outputs.
+        inputs: the autograd function's inputs, as saved.
+        sources: one ``(source, features)`` per tensor that dropout applies to: the drop's source and the tensor's features.
+        grads: gradients of the outputs.
+
+    Raises:
+        RuntimeError: the input was not kept, because lora_A is frozen.
     """
     x = inputs[0]
     if x is None:
@@ -47,7 +53,7 @@ def differentiable(
 
 
 def _drop(x: Tensor, features: int, source: Tensor, settings: Any) -> plain.Drop:
-    """A drop of the forward pass for plain operations: the kernels' seed as a mask of bools."""
+    """Return a drop of the forward pass for plain operations. The kernels' seed becomes a boolean mask."""
     if not settings.fast:
         return plain.Drop(source)
     from lightning_lora.ops import triton_low_rank

@@ -1,4 +1,4 @@
-"""Dropout without a stored mask: a counter and a seed say of every entry whether it is kept, in every kernel alike."""
+"""Dropout without a stored mask: a seed and a counter determine for every entry whether it is kept, the same in every kernel."""
 
 import triton
 import triton.language as tl
@@ -6,10 +6,18 @@ import triton.language as tl
 
 @triton.jit
 def kept(seed, row, column, cols, threshold, BT: tl.constexpr, BC: tl.constexpr):
-    """Which entries of a (BT, BC) tile are kept: those whose 16 random bits reach ``threshold`` = p·2¹⁶.
+    """Return which entries of a (BT, BC) tile are kept: those whose 16 random bits reach ``threshold`` = p·2¹⁶.
 
-    One Philox4x32-7 draw (Salmon et al. 2011: 7 rounds pass BigCrush) serves eight neighbours of a row. Args: ``row`` (BT,), the
-    tile's rows; ``column``, its first column, a multiple of 8; ``cols``, the tensor's width.
+    One Philox4x32-7 draw (Salmon et al. 2011: 7 rounds pass BigCrush) serves eight neighbouring entries of a row.
+
+    Args:
+        seed: of the call.
+        row: (BT,), the rows of the tile.
+        column: the tile's first column, a multiple of 8.
+        cols: the number of columns of the tensor.
+        threshold: p·2¹⁶.
+        BT: rows per tile.
+        BC: columns per tile.
     """
     octets = column // 8 + tl.arange(0, BC // 8)
     counter = row[:, None] * ((cols + 7) // 8) + octets[None, :]

@@ -1,11 +1,11 @@
-"""Triton kernels for a gated MLP's middle, ``h = silu(gate)·up``, with the rank-r work of its three projections inside.
+"""Triton kernels for a gated MLP's activation, ``h = silu(gate)·up``, that include the rank-r work of its three projections.
 
-The elementwise pass reads and writes tensors of (tokens, intermediate size), the biggest of a block. What the projections' adapters
-need of those tensors happens while they are in registers. Forward: the gate's and the up projection's updates and the down
-projection's ``t = drop(h)·Aᵀ``. Backward: the down projection's gradient through its A, and the sums for all three adapters.
-Gate and up may have a scale (:mod:`lightning_lora.ops.output_scale`); it takes no pass either.
+The elementwise pass reads and writes tensors of (tokens, intermediate size), the biggest of a block. The adapters' work on those tensors
+is done while they are in registers. Forward: the updates of the gate and up projections, and the down projection's ``t = drop(h)·Aᵀ``.
+Backward: the down projection's gradient through its A, and the sums for all three adapters. Gate and up may have an output scale
+(:mod:`lightning_lora.ops.output_scale`), which takes no extra pass.
 
-N tokens, C intermediate features, r the rank of each projection (they may differ). Sums in fp32.
+N tokens, C intermediate features, r the rank of each projection (they may differ). Sums are in fp32.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from lightning_lora.ops.plain import Drop
 from lightning_lora.ops.triton_dropout import kept
 from lightning_lora.ops.triton_low_rank import Tiles, block_of, cdiv, split
 
-LOOP = 8  # column tiles that a program of the forward pass takes
-# While random numbers are drawn or scales are applied, fewer registers are left for what is fetched ahead.
+LOOP = 8  # column tiles per program of the forward pass
+# Drawing random numbers or applying scales leaves fewer registers for prefetched data.
 TILES = {
     "forward": Tiles(64, 128, num_stages=2),
     "forward, dropping": Tiles(64, 64, num_stages=3),
@@ -31,19 +31,21 @@ TILES = {
     "backward, dropping": Tiles(64, 64, num_stages=2),
     "backward, scaled": Tiles(64, 64, num_stages=2),
 }
-PROGRAMS = 1584  # of the backward pass: they last unequally, so several waves
+PROGRAMS = 1584  # of the backward pass: several waves, because programs take unequal times
 
 
 def tiles_of(kernel: str, BR: int, drop: bool, scaled_sum: bool = False) -> Tiles:
-    """The table's; at the widest ranks nothing is fetched ahead: smaller GPUs (99 KiB a program) have no room, an H100 none for two
-    programs on a multiprocessor."""
+    """Return the table's tiles. At the widest ranks nothing is prefetched.
+
+    Smaller GPUs (99 KiB per program) have no room for it, and an H100 none for two programs on a multiprocessor.
+    """
     tiles = TILES[kernel + (", dropping" if drop else ", scaled" if scaled_sum else "")]
     return tiles if BR < 64 else tiles._replace(num_stages=1)
 
 
 @triton.jit
 def _sigmoid(x, FAST: tl.constexpr):
-    """In one instruction where half precision hides its error of 2⁻¹¹; a full-range division takes ten."""
+    """Compute the sigmoid in one instruction where half precision hides its error of 2⁻¹¹. A full-range division takes ten."""
     if FAST:
         half = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x * 0.5], dtype=tl.float32, is_pure=True, pack=1)
         return half * 0.5 + 0.5
@@ -63,7 +65,7 @@ def _forward(
     tg = tl.load(t + row[:, None] * stride_t + r[None, :], mask=here & (r < rg)[None, :], other=0.0)
     tu = tl.load(t + row[:, None] * stride_t + rg + r[None, :], mask=here & (r < ru)[None, :], other=0.0)
     total = tl.zeros((BT, BR), tl.float32)
-    for k in tl.range(0, LOOP, num_stages=STAGES):  # named, also loads that no product reads are fetched ahead
+    for k in tl.range(0, LOOP, num_stages=STAGES):  # with num_stages given, loads that no product reads are prefetched too
         column = (tl.program_id(1) * LOOP + k) * BC
         c = column + tl.arange(0, BC)
         there = (c < cols)[None, :] | EVEN
@@ -134,7 +136,7 @@ def _backward(
         else:
             grad = tl.dot(gd, wd, grad, input_precision="ieee")
         grad_g = grad * up * (silu * (1.0 - sigmoid) + sigmoid)
-        if OUT_SCALE:  # each tile's sums are written: kept, they would take registers
+        if OUT_SCALE:  # each tile's sums are written out: keeping them would take registers
             tile = start // BT * cols + c
             tl.store(sums_gg + tile, tl.sum(grad_g * before_g, 0), mask=(c < cols) | EVEN)
             grad_g *= scale_g
@@ -169,18 +171,18 @@ def forward(
     scale: float = 1.0,
     out_scales: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
-    """``h = silu(gg∘(g + tg·Bgᵀ))·(gu∘(u + tu·Buᵀ))`` and ``scale·drop(h)·Adᵀ``, with ``t = [tg | tu]``.
+    """Return ``h = silu(gg∘(g + tg·Bgᵀ))·(gu∘(u + tu·Buᵀ))`` and ``scale·drop(h)·Adᵀ``, with ``t = [tg | tu]``.
 
     Args:
         g: the gate projection's base output (N, C), contiguous; not written to.
-        u: the up projection's, likewise.
+        u: the up projection's base output, likewise.
         t: (N, rg + ru).
         Bg: (C, rg), contiguous.
         Bu: (C, ru), contiguous.
         Ad: (rd, C), contiguous.
-        drop: the down projection's.
-        scale: the down projection's.
-        out_scales: gg and gu, (C,) both, or none.
+        drop: dropout of the down projection's input.
+        scale: of the down projection's adapter.
+        out_scales: gg and gu, (C,) each, or empty.
 
     Returns:
         h (N, C) and (N, rd).
@@ -213,10 +215,10 @@ def backward(
     scale: float = 1.0,
     out_scales: Sequence[Tensor] = (),
 ) -> tuple[Tensor, ...]:
-    """The gradients of everything around :func:`forward`; ``dh`` is overwritten.
+    """Return the gradients of everything that :func:`forward` reads. ``dh`` is overwritten.
 
     Args:
-        dh: gradient of h without the adapter's share (N, C), contiguous.
+        dh: gradient of h without the adapter's part (N, C), contiguous.
         g: as in the forward pass.
         u: as in the forward pass.
         t: as in the forward pass.
@@ -225,11 +227,11 @@ def backward(
         Ad: as in the forward pass.
         dtd: gradient of ``drop(h)·Adᵀ`` (N, rd).
         drop: as in the forward pass.
-        scale: factor of the returned dt: t came with it.
+        scale: factor of the returned dt, because t already contains it.
         out_scales: as in the forward pass.
 
     Returns:
-        dg (N, C), du (N, C), dt (N, rg + ru), and in fp32 dBg (C, rg), dBu (C, ru), dAd (rd, C) and with scales theirs, (C,) each.
+        dg (N, C), du (N, C), dt (N, rg + ru); in fp32 dBg (C, rg), dBu (C, ru), dAd (rd, C), and the scales' gradients, (C,) each.
     """
     (rows, cols), (rg, ru, rd) = g.shape, (Bg.shape[1], Bu.shape[1], Ad.shape[0])
     BR = block_of(max(rg, ru, rd))

@@ -1,9 +1,9 @@
-"""Triton kernels for the rank-r products: each reads the big tensor once, at the speed of memory.
+"""Triton kernels for the rank-r products. Each reads the big tensor once, at the speed of memory.
 
-The functions are those of :mod:`lightning_lora.ops.plain`, for any size and rank and for tensors whose last dimension is
-contiguous. Sums are taken in fp32; ``drop`` is a seed (:func:`draw_drop`), never a stored mask. All are deterministic: where
-several programs add to one result, each writes its part and torch sums them. Without dropout the library's products are as fast
-for two of them (``benchmarks/kernel_tiles.py``), and are used.
+The functions are those of :mod:`lightning_lora.ops.plain`, for any size and rank, and for tensors whose last dimension is contiguous.
+Sums are in fp32. ``drop`` is a seed (:func:`draw_drop`), never a stored mask. All kernels are deterministic: where several programs add to
+one result, each writes its part and torch sums the parts. Without dropout the library's products are as fast as two of the kernels
+(``benchmarks/kernel_tiles.py``) and replace them.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor
 from lightning_lora.ops.plain import Drop
 from lightning_lora.ops.triton_dropout import kept
 
-PROGRAMS = 528  # that fill an H100: four on each of its 132 multiprocessors
+PROGRAMS = 528  # programs that fill an H100: four on each of its 132 multiprocessors
 
 
 class Tiles(NamedTuple):
-    """How a kernel cuts its work: tokens and columns of a tile, warps of a program, loads in flight."""
+    """How a kernel splits its work: tokens and columns per tile, warps per program, loads in flight."""
 
     BT: int
     BC: int
@@ -31,7 +31,7 @@ class Tiles(NamedTuple):
 
     @property
     def options(self) -> dict[str, int]:
-        """What a launch takes."""
+        """Return the keyword arguments of a launch."""
         return self._asdict()
 
 
@@ -45,7 +45,7 @@ TILES = {
 
 
 def draw_drop(x: Tensor, dropout: float) -> tuple[Drop, float]:
-    """A seed for one call's mask with its threshold, and the probability exactly: a multiple of 2⁻¹⁶."""
+    """Return a seed for one call's mask with its threshold, and the exact probability: a multiple of 2⁻¹⁶."""
     threshold = round(dropout * 2**16)
     return Drop(torch.randint(2**62, (1,), device=x.device), threshold), threshold / 2**16
 
@@ -72,7 +72,7 @@ def _project(
 
 @triton.jit
 def _update(t, b, row, c, rows, cols, rank, stride_t, stride_bc, stride_br, BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr):
-    """A tile of t·Bᵀ."""
+    """Return a tile of t·Bᵀ."""
     total = tl.zeros((BT, BC), tl.float32)
     for start in range(0, rank, BR):
         r = start + tl.arange(0, BR)
@@ -157,7 +157,7 @@ def _reduce(
 
 
 def project(x: Tensor, A: Tensor, drop: Drop | None = None, scale: float = 1.0) -> Tensor:
-    """``scale·drop(x)·Aᵀ``: (N, D), (R, D) → (N, R)."""
+    """Return ``scale·drop(x)·Aᵀ``: (N, D), (R, D) → (N, R)."""
     if drop is None and x.is_cuda:
         out = torch.empty(x.shape[0], A.shape[0], device=x.device, dtype=x.dtype)
         return torch.addmm(out, x, A.t(), beta=0, alpha=scale, out=out)
@@ -172,7 +172,7 @@ def project(x: Tensor, A: Tensor, drop: Drop | None = None, scale: float = 1.0) 
 
 
 def add_(y: Tensor, t: Tensor, B: Tensor, drop: Drop | None = None) -> Tensor:
-    """``y += drop(t·Bᵀ)`` in place: (N, C), (N, R), (C, R) → y."""
+    """Compute ``y += drop(t·Bᵀ)`` in place: (N, C), (N, R), (C, R) → y."""
     (rows, cols), rank = y.shape, t.shape[1]
     tiles = TILES["add_"]
     seed, threshold = drop or (y, 0)
@@ -183,7 +183,7 @@ def add_(y: Tensor, t: Tensor, B: Tensor, drop: Drop | None = None) -> Tensor:
 
 
 def scaled_sum(z: Tensor, t: Tensor, B: Tensor, out_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """``g∘(z − bias + t·Bᵀ) + bias``, a new tensor: (N, C), (N, R), (C, R), (C,), (C,) → (N, C)."""
+    """Return ``g∘(z − bias + t·Bᵀ) + bias``, a new tensor: (N, C), (N, R), (C, R), (C,), (C,) → (N, C)."""
     (rows, cols), rank, tiles = z.shape, t.shape[1], TILES["scaled_sum"]
     z, y = rows_first(z), torch.empty(rows, cols, device=z.device, dtype=z.dtype)
     _scaled_sum[(cdiv(rows, tiles.BT), cdiv(cols, tiles.BC))](
@@ -195,7 +195,10 @@ def scaled_sum(z: Tensor, t: Tensor, B: Tensor, out_scale: Tensor, bias: Tensor 
 def scaled_sum_backward(
     dy: Tensor, z: Tensor, t: Tensor, B: Tensor, out_scale: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of :func:`scaled_sum`: the gradient dz = g∘dy of its sum (N, C), dB = dzᵀ·t (C, R) in fp32, and the scale's (C,) in its dtype."""
+    """Return the gradients of :func:`scaled_sum`.
+
+    They are dz = g∘dy of the sum (N, C), dB = dzᵀ·t (C, R) in fp32, and that of the scale (C,) in its dtype.
+    """
     (rows, cols), rank, tiles = z.shape, t.shape[1], TILES["scaled_sum_backward"]
     dy, z, dz = rows_first(dy), rows_first(z), torch.empty(rows, cols, device=z.device, dtype=z.dtype)
     grid = (cdiv(rows, tiles.BT), cdiv(cols, tiles.BC))
@@ -208,7 +211,7 @@ def scaled_sum_backward(
 
 
 def reduce(t: Tensor, x: Tensor, drop: Drop | None = None) -> Tensor:
-    """``tᵀ·drop(x)``, the sum over the tokens: (N, R), (N, D) → (R, D) in fp32."""
+    """Return ``tᵀ·drop(x)``, the sum over the tokens: (N, R), (N, D) → (R, D) in fp32."""
     if drop is None and x.is_cuda:
         return torch.mm(t.t(), x, out_dtype=torch.float32)
     (rows, cols), rank = x.shape, t.shape[1]
@@ -223,22 +226,22 @@ def reduce(t: Tensor, x: Tensor, drop: Drop | None = None) -> Tensor:
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up; Triton's own takes longer than a launch may."""
+    """Return a / b rounded up. Triton's own function is too slow to call at every launch."""
     return -(-a // b)
 
 
 def rows_first(x: Tensor) -> Tensor:
-    """x with a contiguous last dimension."""
+    """Return x with a contiguous last dimension."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 
 def block_of(rank: int) -> int:
-    """How many of the rank's entries one program handles: a power of two, at least the 16 that a matrix unit takes."""
+    """Return how many of the rank's entries one program handles: a power of two, at least the 16 that a tensor core needs."""
     return 16 if rank <= 16 else 32 if rank <= 32 else 64
 
 
 def split(rows: int, block: int, programs: int, target: int = PROGRAMS) -> tuple[int, int]:
-    """In how many parts of how many rows to sum, so that the programs fill the device."""
+    """Return the number of parts to split a sum into and the rows per part, so that the programs fill the device."""
     parts = max(1, min(cdiv(target, programs), cdiv(rows, 4 * block)))
     span = cdiv(cdiv(rows, parts), block) * block
     return cdiv(rows, span), span

@@ -1,4 +1,4 @@
-"""A Triton kernel for ‖W + s·B·A‖² of every row: it reads W once, and the product B·A is there a tile at a time, in registers."""
+"""A Triton kernel for ‖W + s·B·A‖² of every row. It reads W once and computes B·A one tile at a time, in registers."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def _squares(
 
 
 def squares(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """``‖W + scale·B·A‖²`` of every row, of which each entry along the first dimension has a part.
+    """Return ``‖W + scale·B·A‖²`` of every row, as partial sums over groups of columns.
 
-    The sum over them is left to the caller: a compiler makes one kernel of it and of what follows.
+    The caller sums the parts, because a compiler fuses that sum with the operations that follow.
 
     Args:
         W: (out, in), its last dimension contiguous.
-        A: (r, in), of any floating dtype; rounded to W's, as for the layer's own products.
+        A: (r, in), of any floating dtype; rounded to W's dtype, as for the layer's own products.
         B: (out, r), likewise.
         scale: α/r.
 
@@ -53,5 +53,5 @@ def squares(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
 
 
 def parts(cols: int) -> int:
-    """In how many parts :func:`squares` hands out a sum over this many columns."""
+    """Return the number of partial sums that :func:`squares` returns for this many columns."""
     return cdiv(cols, TILES["squares"].BC)

@@ -1,7 +1,7 @@
-"""‖W + s·B·A‖² of every row, a weight with its update, without the dense product.
+"""‖W + s·B·A‖² of every row of a weight with its update, without computing the dense product B·A.
 
-With one row of W and B at a time it is ‖W‖² + 2s·(W·Aᵀ)·B + s²·(B·A·Aᵀ)·B, which torch takes some ten operations to say. Where Triton
-kernels run, one of them adds up the squares themselves.
+For each row of W and B it expands to ‖W‖² + 2s·(W·Aᵀ)·B + s²·(B·A·Aᵀ)·B, which takes about ten torch operations. Where Triton kernels
+run, one kernel sums the squares (W + s·B·A)² directly.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from lightning_lora.utils.torch_private import transforms_active
 
 
 def squared_norms(W: Tensor, A: Tensor, B: Tensor, scale: float, own: Callable[[], Tensor]) -> Tensor:
-    """``‖W + scale·B·A‖²`` of every row, in B's dtype. For use without gradients and without autocast.
+    """Return ``‖W + scale·B·A‖²`` of every row, in B's dtype. For use without gradients and without autocast.
 
     Args:
-        W: (out, in), or one each a group, (groups, out, in).
-        A: (r, in), or one each a group.
-        B: (out, r), or one each a group.
+        W: (out, in), or one per group, (groups, out, in).
+        A: (r, in), or one per group.
+        B: (out, r), or one per group.
         scale: α/r.
-        own: gives ``‖W‖²`` of every row, where it is asked for.
+        own: returns ``‖W‖²`` of every row; called only where that is needed.
 
     Returns:
         (out,) over all groups.
     """
     if _served(W):
         return dispatch(_squares, W, A, B, scale)[0].sum(0, dtype=B.dtype)
-    cross = (A.to(W.dtype) @ W.mT).mT.to(B.dtype) * (2 * scale)  # (…, out, r); this way round is the faster one
+    cross = (A.to(W.dtype) @ W.mT).mT.to(B.dtype) * (2 * scale)  # (…, out, r); this order of the product is faster
     return (torch.add(cross, B @ (A @ A.mT), alpha=scale * scale) * B).sum(-1).flatten() + own()
 
 

@@ -1,4 +1,4 @@
-"""What optimizers need to know of LoRA: parameter groups, LoRA+, optimizer state by parameter name. And GaLore, which needs no LoRA.
+"""Optimizers for LoRA: parameter groups, LoRA+, optimizer state by parameter name. Also GaLore, which does not use LoRA.
 
 May import: everything up to ``adapter_io``.
 """

@@ -1,14 +1,14 @@
-"""GaLore (arXiv:2403.03507): every weight trains, with its gradient's moments kept in a rank-r subspace.
+"""GaLore (arXiv:2403.03507): every weight trains, and its gradient's moments are kept in a rank-r subspace.
 
-For a weight (m, n) with m ≥ n, P (r, n) holds the gradient's leading right singular vectors, taken anew every ``update_proj_gap`` steps
-(m < n: the left ones, on the other side)::
+For a weight (m, n) with m ≥ n, P (r, n) holds the gradient's leading right singular vectors. It is computed again every
+``update_proj_gap`` steps. For m < n it holds the left ones, on the other side::
 
     R = G·Pᵀ                            # (m, r)
     W ← W - lr · scale · Adam(R)·P      # moments in (m, r) instead of (m, n)
 
-The optimizer is ``pytorch_optimizer.GaLore``; here are the groups it wants, and what it lacks: it keeps P in an object, which a
-checkpoint cannot hold (``torch.load`` refuses it), so states are saved and loaded as plain tensors. It differs from the paper where it
-does not matter much: the first subspace lasts one step less than the others, and the singular vectors are computed in float32.
+The optimizer is ``pytorch_optimizer.GaLore``. This file adds its parameter groups and its checkpoints. The library keeps P in an object,
+which ``torch.load`` refuses, so states are saved and loaded as plain tensors. The library differs from the paper in two details that
+matter little: the first subspace lasts one step less than the others, and the singular vectors are computed in float32.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lightning_lora.config import ALL_LINEAR, LoRAConfig
 from lightning_lora.model.targeting import find_targets
 from lightning_lora.utils.sharding import is_sharded
 
-# Which sides the gradient is projected on. The library's "random" is not among them: it takes singular vectors all the same.
+# Allowed sides of the projection. The library's "random" is left out: it computes singular vectors all the same.
 SIDES = ("std", "reverse_std", "left", "right", "full")
 
 
@@ -35,14 +35,14 @@ class GaLoreConfig:
     Args:
         rank: r of the subspace; at most the smaller side of every targeted weight.
         update_proj_gap: T, optimizer steps between two subspaces.
-        scale: α, on the projected update; the paper's 0.25 goes with a learning rate of 1e-2 for pre-training.
-        projection_type: ``std`` projects the longer side away, ``reverse_std`` the shorter, ``left`` and ``right`` one side always,
+        scale: α, the factor on the projected update; the paper's 0.25 goes with a learning rate of 1e-2 for pre-training.
+        projection_type: ``std`` projects the longer side away, ``reverse_std`` the shorter, ``left`` and ``right`` always one side,
             ``full`` both.
-        target_modules: names or regexes, as in ``LoRAConfig``; ``"all-linear"`` is every linear but the output head.
-        exclude_modules: never projected, though targeted.
+        target_modules: names or regexes, as in ``LoRAConfig``; ``"all-linear"`` is every linear except the output head.
+        exclude_modules: names or regexes that are never projected, even if targeted.
 
     Raises:
-        ValueError: a field is out of range; the message names field, value and what is allowed.
+        ValueError: a field is out of range; the message names the field, its value and the allowed values.
     """
 
     rank: int = 128
@@ -67,20 +67,20 @@ class GaLoreConfig:
 def galore_param_groups(
     model: nn.Module, *, lr: float, weight_decay: float = 0.0, config: GaLoreConfig | None = None, **fields: Any
 ) -> list[dict[str, Any]]:
-    """Groups for ``pytorch_optimizer.GaLore``: ``galore_optimizer(galore_param_groups(model, lr=1e-4, rank=64))``.
+    """Return groups for ``pytorch_optimizer.GaLore``: ``galore_optimizer(galore_param_groups(model, lr=1e-4, rank=64))``.
 
     Args:
-        model: a plain model, all of which trains; frozen parameters are left out.
-        lr: learning rate; that of projected weights is ``scale`` times it in effect.
+        model: a plain model that trains in full; frozen parameters are left out.
+        lr: learning rate; projected weights effectively get ``scale`` times it.
         weight_decay: for matrices; vectors (biases, norms) get none.
-        config: what is projected; or its ``fields`` one by one.
-        fields: of :class:`GaLoreConfig`, in place of ``config``.
+        config: what is projected; or pass its ``fields`` one by one.
+        fields: fields of :class:`GaLoreConfig`, in place of ``config``.
 
     Returns:
-        ``galore`` (targeted weights), ``other`` (matrices that are not: embeddings, output heads) and ``no_decay`` (vectors).
+        ``galore`` (targeted weights), ``other`` (matrices that are not targeted: embeddings, output heads) and ``no_decay`` (vectors).
 
     Raises:
-        ValueError: a pattern hits nothing, or a targeted weight is frozen, no matrix, sharded, or smaller than the rank.
+        ValueError: a pattern matches nothing, or a targeted weight is frozen, not a matrix, sharded, or smaller than the rank.
     """
     if config is not None and fields:
         raise ValueError(f"config and {', '.join(fields)} are both given; give one or the other.")
@@ -109,7 +109,7 @@ def _refusal(weight: Tensor, rank: int) -> str | None:
     if not weight.requires_grad:
         return "is frozen, and GaLore trains the weights themselves: train without LoRA (full_finetuning: true)"
     if is_sharded(weight):
-        return "is sharded, and its singular vectors need all of it: train under DDP"
+        return "is sharded, and its singular vectors need the full tensor: train under DDP"
     if weight.ndim != 2:
         return f"has shape {tuple(weight.shape)}, and only matrices are projected (FSDP1 flattens them): train under DDP"
     if rank > min(weight.shape):
@@ -118,14 +118,14 @@ def _refusal(weight: Tensor, rank: int) -> str | None:
 
 
 def galore_optimizer(groups: list[dict[str, Any]], **kwargs: Any) -> Optimizer:
-    """``pytorch_optimizer.GaLore`` whose state dict is plain tensors and numbers, so that training resumes to the step.
+    """Return ``pytorch_optimizer.GaLore`` with a state dict of plain tensors and numbers, so that training resumes exactly.
 
     Args:
-        groups: of :func:`galore_param_groups`.
-        kwargs: the optimizer's own, such as ``betas`` and ``eps``.
+        groups: from :func:`galore_param_groups`.
+        kwargs: the optimizer's own arguments, such as ``betas`` and ``eps``.
 
     Raises:
-        ImportError: pytorch_optimizer is not installed; names the extra.
+        ImportError: pytorch_optimizer is not installed; the message names the extra to install.
     """
     try:
         from pytorch_optimizer.optimizer.galore import GaLore
@@ -137,12 +137,12 @@ def galore_optimizer(groups: list[dict[str, Any]], **kwargs: Any) -> Optimizer:
     return optimizer
 
 
-# A projector's content as slots of a parameter's state: torch moves tensors to the parameter's device and dtype when it loads them.
+# Slots of a parameter's state that store a projector. torch moves tensors to the parameter's device and dtype when it loads them.
 _STEP, _PARTS = "projector_step", ("projector", "projector_right")
 
 
 def _to_tensors(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint gets: each projector as its one matrix, or two, and the step that they are of."""
+    """Return the state dict for a checkpoint: each projector as its one or two matrices, and the step of their computation."""
     state = {}
     for index, slots in state_dict["state"].items():
         projector = slots.get("projector")
@@ -154,7 +154,10 @@ def _to_tensors(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, A
 
 
 def _from_tensors(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Before a step, make projectors of what was loaded. Not at load: the library goes over the loaded slots again after torch has."""
+    """Create projectors from the loaded tensors, before a step.
+
+    Not at load: the library processes the loaded slots again after torch has.
+    """
     for group in optimizer.param_groups:
         for parameter in group["params"] if "rank" in group else ():
             slots = optimizer.state.get(parameter, {})

@@ -1,4 +1,4 @@
-"""Parameter groups: only what trains, A and B apart where they get learning rates of their own."""
+"""Parameter groups: only parameters that train, with A and B in separate groups because their learning rates may differ."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from torch.optim import Optimizer
 
 from lightning_lora.layers.base import lora_layers
 
-#: In a group of B's whose rate is a multiple of A's: that multiple.
+#: Key in a group of B's: how many times A's learning rate the group gets.
 RATIO = "lora_plus_ratio"
 
 
 def lora_param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0, lora_plus_ratio: float = 1.0) -> list[dict[str, Any]]:
-    """Groups for any torch optimizer: ``AdamW(lora_param_groups(model, lr=2e-4, weight_decay=0.01))``.
+    """Return groups for any torch optimizer: ``AdamW(lora_param_groups(model, lr=2e-4, weight_decay=0.01))``.
 
     Args:
-        model: an adapted model; every parameter that requires a gradient ends up in exactly one group.
-        lr: learning rate of A and of all else that trains.
+        model: an adapted model; every parameter that requires a gradient is in exactly one group.
+        lr: learning rate of A and of everything else that trains.
         weight_decay: for matrices; vectors (biases, norms) get none.
-        lora_plus_ratio: λ, how many times ``lr`` B gets (LoRA+, arXiv:2402.12354, suggests 16). B is the factor that starts at zero,
-            which for an embedding is ``lora_A``. Where both start at random or from the weight (``orthogonal``, ``pissa``, ``olora``) it
-            is ``lora_B`` all the same, as in PEFT. AdaLoRA starts B at random and E, between the two, at zero: the paper's analysis does
-            not cover it, and B gets λ, E one, as in PEFT. Schedulers that set every group's rate from one number (OneCycleLR,
-            CyclicLR) would undo it: give them a list, or see :func:`~lightning_lora.optim.apply_lora_plus`, which holds under any.
+        lora_plus_ratio: λ; B's learning rate is λ times ``lr`` (LoRA+, arXiv:2402.12354, suggests 16). B is the factor that starts at zero;
+            for an embedding that is ``lora_A``. If both start at random or from the weight (``orthogonal``, ``pissa``, ``olora``), B
+            is ``lora_B``, as in PEFT. AdaLoRA starts B at random and E, between the two, at zero. The paper's analysis does
+            not cover that; B gets λ and E 1, as in PEFT. Schedulers that set every group's rate from one number (OneCycleLR,
+            CyclicLR) would undo the ratio. Give them a list, or use :func:`~lightning_lora.optim.apply_lora_plus`, which works with any.
 
     Returns:
-        Groups with ``name``, ``params``, ``lr`` and ``weight_decay``; empty ones are left out. As PEFT's ``create_loraplus_optimizer``
-        makes them, but that PEFT gives vectors B's rate too, and both factors of an embedding a fixed rate (1e-6).
+        Groups with ``name``, ``params``, ``lr`` and ``weight_decay``, without empty ones. They match PEFT's ``create_loraplus_optimizer``
+        with two exceptions. PEFT gives vectors B's rate too, and both factors of an embedding a fixed rate (1e-6).
 
     Raises:
         ValueError: nothing in the model trains, or the ratio is not a number > 0.
@@ -48,7 +48,7 @@ def lora_param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0,
     for parameter in model.parameters():
         if parameter.requires_grad:
             adapter = "lora_B" if id(parameter) in zero else "lora_A"
-            group = adapter if id(parameter) in factors else "other" if parameter.ndim > 1 else "no_decay"
+            group = adapter if id(parameter) in factors and parameter.ndim > 1 else "other" if parameter.ndim > 1 else "no_decay"
             groups[group].setdefault("params", []).append(parameter)
     found = [{"name": name, **group} for name, group in groups.items() if "params" in group]
     if not found:
@@ -57,22 +57,22 @@ def lora_param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0,
 
 
 def zero_factors(model: nn.Module) -> list[Tensor]:
-    """The B's of LoRA+: of every adapted layer the factor that starts at zero; of AdaLoRA, where E does, B."""
+    """Return the B's of LoRA+: of every adapted layer the factor that starts at zero; of AdaLoRA, where E starts at zero, B."""
     return [part.lora_factors()[1] for _, layer in lora_layers(model) for part in layer.by_weight().values()]
 
 
 def check_ratio(ratio: float) -> None:
-    """Raise ValueError if it is not a finite number > 0."""
+    """Raise ValueError if the ratio is not a finite number > 0."""
     if not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or not 0 < ratio < math.inf:
         raise ValueError(f"lora_plus_ratio={ratio!r}: give a number > 0, such as 16; 1 means the same rate for A and B.")
 
 
 @contextmanager
 def only_trainable() -> Iterator[None]:
-    """Within it, optimizers that are constructed drop frozen parameters from their groups.
+    """Within it, newly constructed optimizers drop frozen parameters from their groups.
 
-    It has to happen at construction, before a scheduler reads the groups: schedulers keep one entry a group. A group that
-    ends up empty stays, so that per-group settings (a list of lambdas, a list of maximal rates) still line up.
+    This must happen at construction, before a scheduler reads the groups: schedulers keep one entry per group. A group that
+    becomes empty stays. So per-group settings (a list of lambdas, a list of maximal rates) still match the groups.
     """
     original = Optimizer.add_param_group
 
@@ -81,7 +81,7 @@ def only_trainable() -> Iterator[None]:
         params = [params] if not isinstance(params, (list, tuple)) and hasattr(params, "requires_grad") else list(params)
         # torch accepts (name, parameter) pairs too.
         kept = [p for p in params if (p[1] if isinstance(p, tuple) else p).requires_grad]
-        # An emptied group has no names that torch could see, and it wants all groups with names or none.
+        # torch requires names in all groups or in none, and it sees no names in an emptied group.
         names: dict[str, list[str]] = {"param_names": []} if not kept and any(isinstance(p, tuple) for p in params) else {}
         original(self, {**param_group, **names, "params": kept})
 

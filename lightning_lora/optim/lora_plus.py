@@ -1,11 +1,13 @@
-"""LoRA+ (arXiv:2402.12354): B learns λ times as fast as A, whoever sets the rates.
+"""LoRA+ (arXiv:2402.12354): B's learning rate is λ times A's, under any scheduler.
 
-A group's B's become a group of their own right behind it, whose rate is λ times the rate before it. Schedulers are the trouble: they
-hold lists with one entry a group, and some (OneCycleLR, CyclicLR, a minimal rate) write absolute rates that undo the ratio. So they
-never see the groups of B: while one steps, the optimizer shows the user's own groups; what it changed in them is carried over after.
-Before every optimizer step the rates are carried over once more, for those who write ``group["lr"]`` by hand.
+The B's of a group move to a new group directly behind it. The new group's rate is λ times the rate of the group before it. Schedulers
+keep lists with one entry per group. Some (OneCycleLR, CyclicLR, a minimal rate) write absolute rates, which would undo the ratio.
 
-The alternative, rewriting each scheduler's lists and limits, would have to know every scheduler there is.
+So schedulers never see the groups of B. During ``scheduler.step()`` the optimizer exposes only the user's own groups. Afterwards the
+scheduler's changes are copied to the groups of B. Rates are copied before every optimizer step too, for code that sets
+``group["lr"]`` directly.
+
+The alternative is to rewrite each scheduler's lists and limits. It would need code for every scheduler.
 """
 
 from __future__ import annotations
@@ -20,22 +22,22 @@ from torch.optim import Optimizer
 
 from lightning_lora.optim.groups import RATIO, check_ratio, zero_factors
 
-#: In a group that was split off: its rates are ``group[RATIO]`` times those of the group before it.
+#: Key in a group that was split off: its rates are ``group[RATIO]`` times those of the group before it.
 SPLIT = "lora_plus_split"
-_RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # what torch's schedulers keep in a group
+_RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # rates that torch's schedulers keep in a group
 
 
 def apply_lora_plus(optimizer: Optimizer, model: nn.Module, ratio: float, *schedulers: Any) -> None:
     """Give the B's that an optimizer holds ``ratio`` times their group's learning rate, under any scheduler.
 
-    ``LoRACallback(lora_plus_ratio=16)`` calls it; in a plain loop call it once the optimizer and its schedulers are built.
+    ``LoRACallback(lora_plus_ratio=16)`` calls it. In a plain loop, call it once, after building the optimizer and its schedulers.
 
     Args:
-        optimizer: any; each of its groups that holds B's is split in two, with equal settings but the rate.
-        model: an adapted model. B is the factor that starts at zero (an embedding's ``lora_A``); with AdaLoRA, where that is E, it is
-            B all the same, as in PEFT, though the paper says nothing of that.
-        ratio: λ, > 0; the paper suggests 16. Weight decay is as the optimizer has it: AdamW's grows with the rate.
-        schedulers: those that set this optimizer's rates, built before the call; they work on the groups that they were built on.
+        optimizer: any; each of its groups that holds B's is split in two, with equal settings except the rate.
+        model: an adapted model. B is the factor that starts at zero (an embedding's ``lora_A``). With AdaLoRA, where E starts at zero, B
+            gets the ratio all the same, as in PEFT; the paper does not cover that.
+        ratio: λ, > 0; the paper suggests 16. Weight decay works as in the optimizer: AdamW's grows with the rate.
+        schedulers: those that set this optimizer's rates, built before the call; they keep working on the groups they were built on.
 
     Raises:
         ValueError: the ratio is out of range, the optimizer holds no B, or its groups have a ratio already.
@@ -54,13 +56,13 @@ def apply_lora_plus(optimizer: Optimizer, model: nn.Module, ratio: float, *sched
 
 
 def holds_b(optimizer: Optimizer, model: nn.Module) -> bool:
-    """Whether an optimizer holds the B of an adapter."""
+    """True if an optimizer holds the B of an adapter."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     return any(id(factor) in held for factor in zero_factors(model))
 
 
 def check_kept(optimizer: Optimizer) -> None:
-    """Hold groups of :func:`~lightning_lora.optim.lora_param_groups` against the ratio they were made with.
+    """Check that groups of :func:`~lightning_lora.optim.lora_param_groups` still have the ratio they were made with.
 
     Raises:
         ValueError: a scheduler set one rate for all groups when it was built.
@@ -74,12 +76,15 @@ def check_kept(optimizer: Optimizer) -> None:
         raise ValueError(
             f"lora_plus_ratio={b[RATIO]!r}: a scheduler gave B the rate {found:g} where A has {float(a['lr']):g}. Pass"
             f" LoRACallback(lora_plus_ratio={b[RATIO]!r}) in place of lora_param_groups(lora_plus_ratio=...), or the scheduler a list of"
-            " rates, one a group."
+            " rates, one per group."
         )
 
 
 def _split(group: dict[str, Any], wanted: set[int], ratio: float) -> list[dict[str, Any]]:
-    """The group, and behind it its B's; the group alone if it has none. It stays, even empty: schedulers count on its place."""
+    """Return the group, then a group of its B's; the group alone if it has none.
+
+    The group stays even if it becomes empty: schedulers rely on its position.
+    """
     of_b = [id(p) in wanted for p in group["params"]]
     if not any(of_b):
         return [group]
@@ -95,26 +100,29 @@ def _split(group: dict[str, Any], wanted: set[int], ratio: float) -> list[dict[s
 
 
 def _pairs(groups: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Each group that was split, with its B's. By place, not by reference: loading a state replaces the groups."""
+    """Yield each group that was split, with the group of its B's.
+
+    Matched by position, not by reference: loading a state replaces the groups.
+    """
     return ((before, group) for before, group in pairwise(groups) if SPLIT in group)
 
 
 def _carry_over(optimizer: Optimizer, changed: dict[int, dict[str, Any]] | None = None) -> None:
-    """Set the rates of B, and the other settings that a scheduler ``changed`` in a group (momentum)."""
+    """Set the rates of the groups of B, and copy other settings that a scheduler ``changed`` in a group (momentum)."""
     for group, b in _pairs(optimizer.param_groups):
         b.update((changed or {}).get(id(group), {}))
         for rate in _RATES:
             if rate in group:
                 value = group[rate] * b[RATIO]
                 if isinstance(b.get(rate), Tensor):
-                    b[rate].copy_(value)  # captured graphs read this very tensor
+                    b[rate].copy_(value)  # captured CUDA graphs read this tensor object
                 else:
                     b[rate] = value
 
 
 @contextmanager
 def _users_groups(optimizer: Optimizer) -> Iterator[None]:
-    """Within it the optimizer shows the groups that it had before the split."""
+    """Within it, the optimizer exposes the groups that it had before the split."""
     groups = optimizer.param_groups
     shown = [group for group in groups if SPLIT not in group]
     before = [dict(group) for group in shown]
@@ -132,7 +140,7 @@ def _users_groups(optimizer: Optimizer) -> Iterator[None]:
 
 
 class _OnUsersGroups:
-    """What goes before a scheduler's class. An attribute on the instance would land in the scheduler's state dict."""
+    """Mixin before a scheduler's class. An attribute on the instance would be saved in the scheduler's state dict."""
 
     optimizer: Optimizer
 

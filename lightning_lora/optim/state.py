@@ -1,7 +1,7 @@
-"""Optimizer state by parameter name.
+"""Saves and loads optimizer state by parameter name.
 
-torch numbers parameters by their place in the optimizer, and sharded strategies by their place in the model, so a state
-saved under one cannot be read under another. Names are the same everywhere.
+torch numbers parameters by their position in the optimizer, and sharded strategies by their position in the model. So a state
+saved under one cannot be loaded under another. Names are the same everywhere.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from lightning_lora.utils.sharding import distribute_like, full_tensor
 
 
 def state_by_name(optimizer: Optimizer, model: nn.Module, saved: Callable[[Tensor], Tensor] = full_tensor) -> dict[str, Any]:
-    """``optimizer.state_dict()`` with names in place of numbers: ``{"state": {fqn: …}, "param_groups": [{"params": [fqn, …], …}]}``.
+    """Return ``optimizer.state_dict()`` with names instead of numbers: ``{"state": {fqn: …}, "param_groups": [{"params": [fqn, …], …}]}``.
 
     Args:
-        optimizer: over parameters of ``model``.
-        model: the names' owner.
-        saved: what is kept of a tensor; by default all of it, whatever piece of it this rank has.
+        optimizer: holds parameters of ``model``.
+        model: the model whose names are used.
+        saved: converts each tensor for saving; by default to its full tensor, whatever shard this rank has.
     """
     names = _names(optimizer, model)
     state = optimizer.state_dict()
@@ -38,7 +38,7 @@ def state_by_name(optimizer: Optimizer, model: nn.Module, saved: Callable[[Tenso
 
 
 def load_by_name(optimizer: Optimizer, model: nn.Module, saved: dict[str, Any]) -> None:
-    """Load what :func:`state_by_name` returned, whatever the order of the parameters here and however they are sharded.
+    """Load what :func:`state_by_name` returned, regardless of the parameters' order and sharding here.
 
     Raises:
         ValueError: the optimizer has other groups or other parameters; nothing is loaded then.
@@ -62,20 +62,20 @@ def load_by_name(optimizer: Optimizer, model: nn.Module, saved: dict[str, Any]) 
                 f"lora_plus_ratio is {theirs.get(RATIO, 1)!r} in the checkpoint, {mine.get(RATIO, 1)!r} here; resume with the same, or load"
                 " the adapter (load_adapter) into a new run."
             )
-    # torch maps by position: keep this optimizer's order.
+    # torch matches by position, so keep this optimizer's order.
     groups = [{**theirs, "params": mine["params"]} for mine, theirs in zip(here, there, strict=True)]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {}
     for name, slots in saved["state"].items():
         like = parameters[numbers[name]]
-        # Moments have their parameter's shape and are sharded as it is; step counts are not.
+        # Moments have their parameter's shape and are sharded like it; step counts are not.
         moments = {slot: value for slot, value in slots.items() if isinstance(value, Tensor) and value.shape == like.shape}
         state[numbers[name]] = slots | {slot: distribute_like(value, like) for slot, value in moments.items()}
     optimizer.load_state_dict({**saved, "state": state, "param_groups": groups})
 
 
 def _names(optimizer: Optimizer, model: nn.Module) -> dict[int, str]:
-    """Number in the optimizer → name in the model."""
+    """Return number in the optimizer → name in the model."""
     names = {id(parameter): clean_name(name) for name, parameter in model.named_parameters()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     unknown = [tuple(parameter.shape) for parameter in parameters if id(parameter) not in names]

@@ -1,6 +1,6 @@
 """Quantized weights: what any library's format can do (``formats``), and one file per library that registers its formats.
 
-May import: ``utils``, ``registry``, ``ops``. No library is imported for a model that does not use it.
+May import: ``utils``, ``registry``, ``ops``. A quantization library is imported only for a model that uses it.
 """
 
 from lightning_lora.quantization import bitsandbytes, torchao

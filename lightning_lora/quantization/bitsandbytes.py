@@ -1,15 +1,15 @@
 """bitsandbytes: ``Linear4bit`` (NF4 and FP4, QLoRA arXiv:2305.14314) and ``Linear8bitLt`` (LLM.int8(), arXiv:2208.07339).
 
-Both hold a packed weight of a Parameter subclass and quantize when they are moved to a device, the CPU included. A layer that adapters
-come to is packed at once, so that what it is does not depend on where it was moved.
+Both store a quantized weight in a Parameter subclass and quantize when they are moved to a device, the CPU included. A layer that gets
+adapters is quantized at once, so that its state does not depend on whether it was moved before.
 
-What is used of the library is hardly documented, hence ``bitsandbytes<0.51``. When one of these goes:
+The library hardly documents the names used here, hence ``bitsandbytes<0.51``. If one of these disappears, this fails:
 
-- ``QuantState``'s constructor and ``state2``, from which a compiled graph's 4-bit weight is put together: NF4 layers raise.
+- ``QuantState``'s constructor and ``state2``, from which a compiled graph's 4-bit weight is rebuilt: NF4 layers raise.
 - ``packing_format_for_cpu`` and ``support_avx512bf16_for_cpu``: on CPUs with AVX512-BF16 an evaluation pass rewrites a 4-bit weight, and
   training after it raises in the backward pass.
 - ``Params4bit``'s and ``Int8Params``' keywords, and ``MatmulLtState``'s fields: quantizing or requantizing raises.
-- ``_load_state_dict_pre_hooks`` (torch's), by which a layer reads packed weights: a layer that was quantized in place reads none.
+- ``_load_state_dict_pre_hooks`` (torch's), by which a layer loads quantized weights: a layer that was quantized in place loads none.
 """
 
 from __future__ import annotations
@@ -37,21 +37,24 @@ def _library() -> ModuleType:
 
 
 class Linear4bitFormat(QuantizedFormat):
-    """``Linear4bit``: blocks of 64 values share a scale; with double quantization the scales are 8-bit themselves."""
+    """Format of ``Linear4bit``: blocks of 64 values share a scale. With double quantization the scales are 8-bit themselves."""
 
     shards = True
     attributes = ("quant_state", "quant_storage", "compute_dtype", "compute_type_is_set", "support_avx512bf16_for_cpu")
     plain_class = nn.Linear
 
     def is_quantized(self, module: Any) -> bool:
-        """From its first move to a device on."""
+        """True from the layer's first move to a device."""
         return _state(module) is not None
 
     def prepare(self, module: Any, dtype: torch.dtype | None) -> None:
-        """Pack it where it is, and keep it from being packed otherwise.
+        """Quantize the weight on its current device, and keep bitsandbytes from rewriting it.
 
-        On CPUs with AVX512-BF16 a pass in evaluation mode rewrites the weight for inference, for good: the scales are rounded to
-        bf16 and the layer has no backward any more.
+        On CPUs with AVX512-BF16 a pass in evaluation mode rewrites the weight for inference, permanently. The scales are then rounded
+        to bf16 and the layer has no backward pass.
+
+        Raises:
+            ValueError: the weight has been rewritten already. The message is only the reason.
         """
         if getattr(_state(module), "packing_format_for_cpu", False):
             raise ValueError(
@@ -64,33 +67,36 @@ class Linear4bitFormat(QuantizedFormat):
         module.quant_state = _state(module)
 
     def dequantize(self, module: Any) -> Tensor:
-        """In the dtype it was packed from."""
+        """Return the weight in the dtype it was quantized from."""
         return _library().functional.dequantize_4bit(module.weight.data, _state(module))
 
     def requantize(self, module: Any, weight: Tensor) -> None:
-        """With the same data type, block size and double quantization."""
+        """Quantize with the same data type, block size and double quantization."""
         old = module.weight
         fields = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
         weight = weight.to(_state(module).dtype)
         new = _library().nn.Params4bit(weight, requires_grad=False, module=module, **{name: getattr(old, name) for name in fields})
-        module._parameters["weight"] = new.to(old.device)  # fills in module.quant_state
+        module._parameters["weight"] = new.to(old.device)  # also sets module.quant_state
 
     def codes(self, module: Any) -> list[Tensor]:
-        """The 4-bit numbers, and the scales."""
+        """Return the 4-bit codes and the scales."""
         return [full_tensor(module.weight.detach()).as_subclass(Tensor).view(torch.uint8), _state(module).absmax]
 
 
 def _state(module: Any) -> Any:
-    """Scales and shape of a 4-bit weight: on the weight, and on the layer for when FSDP puts a plain tensor in the weight's place."""
+    """Return scales and shape of a 4-bit weight.
+
+    They are on the weight. The layer keeps them too, because FSDP puts a plain tensor in the weight's place.
+    """
     state = getattr(module.weight, "quant_state", None)
     return module.quant_state if state is None else state
 
 
 class FrozenWeight4bit(FrozenWeight):
-    """What ``Linear4bit.forward`` multiplies by: the weight, unpacked to the dtype it computes in, anew in each pass.
+    """The weight that ``Linear4bit.forward`` multiplies by, dequantized to the computing dtype again in each pass.
 
     Args:
-        weight: the 4-bit numbers.
+        weight: the 4-bit codes.
         state: bitsandbytes' description of them.
     """
 
@@ -99,7 +105,7 @@ class FrozenWeight4bit(FrozenWeight):
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:  # type: ignore[override]
-        """The 4-bit numbers with their scales; if these are packed too, what they are packed in."""
+        """Return the 4-bit codes and their scales; with double quantization, the tensors that store the scales."""
         state = self.state
         if not state.nested:
             return self.weight, state.absmax
@@ -107,35 +113,35 @@ class FrozenWeight4bit(FrozenWeight):
 
     @property
     def layout(self) -> str:  # type: ignore[override]
-        """Data type, block size, rows, columns, and the block size of packed scales."""
+        """Return data type, block size, rows, columns, and the block size of quantized scales."""
         state = self.state
         layout = f"{state.quant_type} {state.blocksize} {state.shape[0]} {state.shape[1]}"
         return f"bitsandbytes-4bit-nested {layout} {state.state2.blocksize}" if state.nested else f"bitsandbytes-4bit {layout}"
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """Unpacked, a new tensor."""
+        """Return the dequantized weight, a new tensor."""
         return _library().functional.dequantize_4bit(self.weight.view(-1, 1), self._state_in(dtype))
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """For fewer rows by the library's choice of a kernel that unpacks as it goes."""
+        """Return ``x·Wᵀ + b``. For few rows the library chooses a kernel that dequantizes while it multiplies."""
         bias = None if bias is None else bias.to(x.dtype)
-        if x.shape[0] > _MOST_ROWS:  # what it would come to by itself, after more of Python
+        if x.shape[0] > _MOST_ROWS:  # the library would do the same, with more Python calls
             return F.linear(x, self.dense(x.dtype), bias)
         return _library().matmul_4bit(x, self.weight, self._state_in(x.dtype), bias=bias)
 
     def _state_in(self, dtype: torch.dtype) -> Any:
-        """The description, which says the dtype to unpack to."""
+        """Return the description with this dtype as the one to dequantize to."""
         old = self.state
         if old.dtype == dtype:
             return old
         return type(old)(old.absmax, old.shape, old.code, old.blocksize, old.quant_type, dtype, old.offset, old.state2)
 
 
-_MOST_ROWS = 1536  # for which bitsandbytes has such kernels
+_MOST_ROWS = 1536  # the most rows for which bitsandbytes has such kernels
 
 
 def _made4bit(tensors: Sequence[Tensor], details: Sequence[str]) -> FrozenWeight4bit:
-    """A weight of its tensors and what its layout says."""
+    """Build a weight from its tensors and the words of its layout."""
     make, (kind, *numbers) = _library().functional.QuantState, details
     block, rows, columns, *nested_block = map(int, numbers)
     weight, absmax, *nested = tensors
@@ -150,7 +156,7 @@ class WeightReader4bit(WeightReader):
     """Reads the weight of a ``Linear4bit``."""
 
     def read(self, module: Any, x: Tensor) -> FrozenWeight | None:
-        """Where the layer computes in x's dtype: else bitsandbytes casts the input, and the output back."""
+        """Return the weight if the layer computes in x's dtype. Otherwise bitsandbytes casts the input, and casts the output back."""
         weight, state = module.weight, _state(module)
         if (
             state is not None
@@ -158,7 +164,7 @@ class WeightReader4bit(WeightReader):
             and state.shape == (module.out_features, module.in_features)
             and not is_sharded(weight)
             and weight.device == x.device
-            and module.compute_dtype in (None, x.dtype)  # None: not known before the first input, whose dtype it will be
+            and module.compute_dtype in (None, x.dtype)  # None before the first input, whose dtype it takes then
             and autocast_dtype(x) in (None, x.dtype)
         ):
             return FrozenWeight4bit(weight, state)
@@ -166,30 +172,33 @@ class WeightReader4bit(WeightReader):
 
 
 class Linear8bitFormat(QuantizedFormat):
-    """``Linear8bitLt``: each row has a scale. The numbers wander from the weight to the layer's state in the first forward pass."""
+    """Format of ``Linear8bitLt``: one scale per row.
+
+    The first forward pass moves the codes and scales from the weight to the layer's state.
+    """
 
     attributes = ("state", "index")
     plain_class = nn.Linear
 
     def is_quantized(self, module: Any) -> bool:
-        """From its first move to a device on; never with ``has_fp16_weights``, which keeps the weight in 16 bit."""
+        """True from the layer's first move to a device. Never with ``has_fp16_weights``, which keeps the weight in 16 bits."""
         return module.weight.dtype == torch.int8
 
     def prepare(self, module: Any, dtype: torch.dtype | None) -> None:
-        """Pack it where it is, and note the dtype to dequantize to."""
+        """Quantize the weight on its current device, and record the dtype to dequantize to."""
         if "_unpacked_dtype" not in module.__dict__:
             module._unpacked_dtype = dtype if module.weight.dtype == torch.int8 else module.weight.dtype
         if not module.state.has_fp16_weights and module.weight.dtype != torch.int8 and module.weight.device.type == "cpu":
             module.weight = module.weight.to("cpu")
 
     def dequantize(self, module: Any) -> Tensor:
-        """In the dtype it was packed from, as far as that is known: the layer keeps none."""
+        """Return the weight in the dtype it was quantized from, fp32 if unknown: bitsandbytes does not record the dtype."""
         scales = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
         dense = _library().functional.int8_vectorwise_dequant(module.weight.data, scales)
         return dense.to(getattr(module, "_unpacked_dtype", None) or torch.float32)
 
     def requantize(self, module: Any, weight: Tensor) -> None:
-        """Row by row, through float16 as bitsandbytes does."""
+        """Quantize row by row, through float16 as bitsandbytes does."""
         library, state = _library(), module.state
         module.state = library.MatmulLtState()
         for name in ("threshold", "has_fp16_weights", "use_pool"):
@@ -198,12 +207,12 @@ class Linear8bitFormat(QuantizedFormat):
         module._parameters["weight"] = library.nn.Int8Params(codes, requires_grad=False, CB=codes, SCB=scales)
 
     def codes(self, module: Any) -> list[Tensor]:
-        """The numbers, and the scales."""
+        """Return the 8-bit codes and the scales."""
         return [module.weight.detach().as_subclass(Tensor), module.weight.SCB if module.weight.SCB is not None else module.state.SCB]
 
 
 def quantize_nf4(linear: Any, device: torch.device) -> None:
-    """4-bit NormalFloat with double quantization, computing in the weight's own dtype."""
+    """Quantize to 4-bit NormalFloat with double quantization. The layer computes in the weight's original dtype."""
     modules = _library().nn
     made = modules.Linear4bit(1, 1, linear.bias is not None, linear.weight.dtype, True, "nf4", device="meta")
     weight = modules.Params4bit(linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", module=linear)
@@ -212,7 +221,7 @@ def quantize_nf4(linear: Any, device: torch.device) -> None:
 
 
 def quantize_int8(linear: Any, device: torch.device) -> None:
-    """8-bit rows; inputs above 6 are multiplied in 16 bit, as LLM.int8() has it."""
+    """Quantize to 8 bits with one scale per row. Inputs above 6 are multiplied in 16 bits, as in LLM.int8()."""
     modules = _library().nn
     made = modules.Linear8bitLt(1, 1, linear.bias is not None, has_fp16_weights=False, threshold=6.0, device="meta")
     codes, scales, _ = _library().functional.int8_vectorwise_quant(linear.weight.data.to(device, torch.float16))
@@ -222,7 +231,14 @@ def quantize_int8(linear: Any, device: torch.device) -> None:
 
 
 def _become(linear: Any, made: Any, weight: Any, device: torch.device) -> None:
-    """Turn a linear into what a freshly made layer of the library is, in place: same module, same name, same bias."""
+    """Turn a linear into a layer of the library's class, in place. Module, name and bias stay the same.
+
+    Args:
+        linear: the layer to change.
+        made: a new layer of the library, whose class, hooks and attributes it gets.
+        weight: its new weight, quantized by the move to ``device``.
+        device: device to quantize on. The weight then returns to its original device.
+    """
     home = linear.weight.device
     linear.__class__ = type(made)
     linear._load_state_dict_pre_hooks.update(made._load_state_dict_pre_hooks)

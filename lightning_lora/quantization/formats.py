@@ -1,9 +1,9 @@
-"""Quantized weights: how a layer that stores its weight packed is read, written and made plain again.
+"""Quantized weights: read, write and dequantize the weight of a layer, and undo a merge into it.
 
-The forward pass of a quantized base needs none of this: an adapted layer calls it through ``super().forward``, or hands the
-packed tensors to one operation for both (:mod:`lightning_lora.ops.frozen_weight`). Merging, exporting and naming the base do. One
-:class:`QuantizedFormat` a storage format, found by the qualified name of the layer's type or of its weight's, so that no library is
-imported for a model that does not use it.
+The forward pass of a quantized base needs none of this. An adapted layer calls the base through ``super().forward``, or passes the
+quantized weight to one operation for base and update (:mod:`lightning_lora.ops.frozen_weight`). Merging, exporting and identifying the
+base need it. Each storage format has one :class:`QuantizedFormat`, found by the qualified name of the layer's type or of its weight's
+type. So a library is imported only for a model that uses it.
 """
 
 from __future__ import annotations
@@ -19,61 +19,61 @@ from lightning_lora.registry import look_up, qualified_name
 from lightning_lora.utils.checksums import sampled_digest
 from lightning_lora.utils.sharding import full_tensor, is_sharded, local_tensor
 
-QUANTIZED_FORMATS: dict[str, QuantizedFormat] = {}  # qualified name of a layer's or a weight's type → how it is packed
-QUANTIZERS: dict[str, Quantizer] = {}  # quantize=… → what packs a linear
+QUANTIZED_FORMATS: dict[str, QuantizedFormat] = {}  # qualified name of a layer's or a weight's type → its format
+QUANTIZERS: dict[str, Quantizer] = {}  # quantize=… → what quantizes a linear
 
-UNKNOWN = "packed:"  # begins the digest of a weight that came quantized
+UNKNOWN = "packed:"  # prefix of the digest of a weight that was loaded quantized
 _DIGEST = "_unpacked_digest"
 
 
 class QuantizedFormat:
     """One storage format of a linear layer's weight."""
 
-    #: What else an instance holds that goes with the packed weight.
+    #: The layer's other attributes that belong to the quantized weight.
     attributes: ClassVar[tuple[str, ...]] = ()
-    #: Whether :meth:`repack` is known.
+    #: True if :meth:`requantize` is implemented.
     requantizes: ClassVar[bool] = True
-    #: Whether FSDP2 can take the packed weight apart and put it together again.
+    #: True if FSDP2 can shard and gather the quantized weight.
     shards: ClassVar[bool] = False
-    #: The layer's class once its weight is a plain one; None: the class it has.
+    #: The layer's class once its weight is in floating point; None keeps the class.
     plain_class: ClassVar[type[nn.Module] | None] = None
 
     def is_quantized(self, module: Any) -> bool:
-        """Whether the weight is packed already; some are while the layer is on its way to a device."""
+        """True if the weight is quantized already. Some formats quantize only when the layer is moved to a device."""
         return True
 
     def prepare(self, module: Any, dtype: torch.dtype | None) -> None:
-        """Make the layer fit for training adapters on it: pack it if that is still to come.
+        """Make the layer ready for training adapters on it: quantize it if that is still to be done.
 
         Args:
             module: the layer.
-            dtype: of the model around it, for a format that does not keep the one it was packed from.
+            dtype: dtype of the surrounding model, for a format that does not record the dtype it was quantized from.
 
         Raises:
-            ValueError: it cannot be trained on; the reason only.
+            ValueError: the layer cannot be trained on. The message is only the reason.
         """
 
     def dequantize(self, module: Any) -> Tensor:
-        """The weight (out, in) in the floating dtype that the layer would multiply with."""
-        raise NotImplementedError(f"{type(self).__name__} has to say how its weight is unpacked")
+        """Return the weight (out, in) in the floating dtype that the layer would multiply in."""
+        raise NotImplementedError(f"{type(self).__name__} must implement dequantize")
 
     def requantize(self, module: Any, weight: Tensor) -> None:
-        """Pack another weight as this one is packed; the old one's tensors are not written to."""
-        raise NotImplementedError(f"{type(self).__name__} has to say how a weight is packed")
+        """Quantize another weight in the way this one is quantized. The old one's tensors are not written to."""
+        raise NotImplementedError(f"{type(self).__name__} must implement requantize")
 
     def codes(self, module: Any) -> list[Tensor]:
-        """The tensors that the weight is stored in."""
-        raise NotImplementedError(f"{type(self).__name__} has to say what it stores")
+        """Return the tensors that store the weight."""
+        raise NotImplementedError(f"{type(self).__name__} must implement codes")
 
 
 @dataclass(frozen=True)
 class Quantizer:
-    """One way to pack a plain linear.
+    """One way to quantize a plain linear.
 
     Attributes:
-        pack: packs its weight in place, computing on a device; the packed weight is where the plain one was.
-        check_installed: imports what it needs, or raises ImportError naming the extra.
-        unit: number that the weight's entries have to be a multiple of.
+        pack: quantizes the layer's weight in place, computing on a device. The quantized weight is on the plain one's device.
+        check_installed: imports the library, or raises ImportError that names the extra to install.
+        unit: number that the count of the weight's entries must be a multiple of.
     """
 
     pack: Callable[[nn.Linear, torch.device], None]
@@ -83,30 +83,33 @@ class Quantizer:
 
 @dataclass
 class QuantizedUndo:
-    """The way back for a quantized weight: the packed weight itself, and the layer's class, kept while a merged one stands in its place."""
+    """Undo record of a merge into a quantized layer: the quantized weight, the layer's class and attributes.
+
+    It is kept while a merged weight replaces the quantized one.
+    """
 
     layer_class: type[nn.Module]
     weight: nn.Parameter
     attributes: dict[str, Any]
 
     def put_back(self, module: nn.Module) -> None:
-        """Into the layer it was taken from, bit for bit."""
+        """Restore them in the layer that they were taken from, bit for bit."""
         module.__class__ = self.layer_class
         module._parameters["weight"] = self.weight
         module.__dict__.update(self.attributes)
 
 
 def quantizer_of(name: str) -> Quantizer:
-    """What packs a linear, by the name that ``quantize`` has for the format.
+    """Return the quantizer for a format, by its name in ``quantize``.
 
     Raises:
-        ValueError: there is none; the message lists what there is.
+        ValueError: the name is unknown. The message lists the known names.
     """
     return look_up(QUANTIZERS, "quantize", name)
 
 
 def format_of(module: nn.Module) -> QuantizedFormat | None:
-    """How the layer's weight is packed; None for one in floating point."""
+    """Return the format of the layer's quantized weight, None for a weight in floating point."""
     packing = _candidate(module)
     return packing if packing is not None and packing.is_quantized(module) else None
 
@@ -128,27 +131,27 @@ def unknown_storage(module: nn.Module, name: str) -> str | None:
 
 
 def prepare(module: Any, dtype: torch.dtype | None = None) -> None:
-    """Make a layer ready for adapters, on it or before it; a no-op for plain ones.
+    """Make a layer ready for adapters, on it or on layers before it. Does nothing for plain layers.
 
     Args:
         module: any layer.
-        dtype: of the model around it.
+        dtype: dtype of the surrounding model.
 
     Raises:
-        ValueError: it cannot be trained on; the reason only.
+        ValueError: the layer cannot be trained on. The message is only the reason.
     """
     packing = _candidate(module)
     if packing is None:
         return
     if is_sharded(module.weight) and not packing.shards:
-        raise ValueError(f"its quantized weight ({type(module).__name__}) does not work sharded: use 'nf4', or do not shard it")
+        raise ValueError(f"its quantized weight ({type(module).__name__}) cannot be sharded: use 'nf4', or do not shard it")
     if not packing.is_quantized(module) and not module.weight.is_meta:
         remember(module, sampled_digest(module.weight))
     packing.prepare(module, dtype)
 
 
 def plain_dtype(model: nn.Module) -> torch.dtype | None:
-    """Of a model's parameters that are not packed (embeddings, norms); None if it has none in floating point."""
+    """Return the dtype of the model's first floating-point parameter that is not quantized (embeddings, norms), None if it has none."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_floating_point() and not (name == "weight" and _candidate(module)):
@@ -157,15 +160,15 @@ def plain_dtype(model: nn.Module) -> torch.dtype | None:
 
 
 def dequantized(module: Any) -> Tensor:
-    """The layer's weight in floating point: itself, or what a quantized one unpacks to.
+    """Return the layer's weight in floating point. A quantized weight is dequantized; any other is returned itself.
 
     Raises:
-        ValueError: it is sharded, or packed in a way that no packing knows; the reason only.
+        ValueError: the weight is sharded, or quantized in an unknown format. The message is only the reason.
     """
     packing = format_of(module)
     if packing is None:
         if not module.weight.is_floating_point():
-            raise ValueError(f"the weight is quantized ({module.weight.dtype}) in a way that is not known")
+            raise ValueError(f"the weight is quantized ({module.weight.dtype}) in an unknown format")
         return module.weight
     if is_sharded(module.weight):
         raise ValueError(
@@ -176,25 +179,28 @@ def dequantized(module: Any) -> Tensor:
 
 
 def take(module: Any, packing: QuantizedFormat) -> QuantizedUndo:
-    """The packed weight with what belongs to it, still in the layer."""
+    """Return the undo record of a layer: its quantized weight and what belongs to it. The layer keeps them."""
     return QuantizedUndo(
         type(module), module.weight, {name: module.__dict__[name] for name in packing.attributes if name in module.__dict__}
     )
 
 
 def elements(module: nn.Module, name: str, parameter: Tensor) -> int:
-    """How many numbers a parameter stands for; packed ones hold several an element."""
+    """Return how many numbers a parameter represents. A quantized weight stores several per element."""
     packed = name == "weight" and format_of(module) is not None
     return module.in_features * module.out_features if packed else parameter.numel()  # type: ignore[operator, return-value]
 
 
 def remember(module: nn.Module, digest: str) -> None:
-    """Note what the weight was before it was packed, so that a quantized copy is known as the same base."""
+    """Record the digest of the weight before it is quantized, so that a quantized copy counts as the same base."""
     module.__dict__[_DIGEST] = digest
 
 
 def weight_digest(module: Any) -> str:
-    """Sampled digest of a layer's weight; of a quantized one what it was before it was packed, or if that is not known, ``packed:…``."""
+    """Return the sampled digest of a layer's weight.
+
+    For a quantized weight it is the digest from before it was quantized, or ``packed:…`` if that is unknown.
+    """
     packing = format_of(module)
     if packing is None:
         return sampled_digest(full_tensor(module.weight.detach()))

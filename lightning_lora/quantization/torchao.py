@@ -1,9 +1,9 @@
 """torchao: a plain ``nn.Linear`` whose weight is a tensor subclass, ``NF4Tensor`` (QLoRA, arXiv:2305.14314) or ``Int8Tensor``.
 
-Any other of torchao's weights can be trained on and merged by dequantizing.
+Adapters can train on any other of torchao's weights, and merge into it by dequantizing.
 
-Classes are known by their qualified names, at the end of this file, so that torchao is imported only where it is used. ``NF4Tensor`` has
-moved between releases: elsewhere it counts as any other of torchao's weights, and ``quantize="torchao-nf4"`` raises.
+Classes are registered by their qualified names, at the end of this file, so that torchao is imported only where it is used. ``NF4Tensor``
+has moved between releases. In another place it is treated as any other of torchao's weights, and ``quantize="torchao-nf4"`` raises.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ def _library() -> ModuleType:
 
 
 class SubclassFormat(QuantizedFormat):
-    """A weight that says itself how it is unpacked and what it is made of."""
+    """A tensor subclass that can dequantize itself and list its inner tensors."""
 
     requantizes = False
 
     def prepare(self, module: Any, dtype: torch.dtype | None) -> None:
-        """Drop the representation that ``quantize_`` puts on the instance: it would hide the adapter, and cannot be pickled."""
+        """Remove the ``extra_repr`` that ``quantize_`` sets on the instance. It would hide the adapter and cannot be pickled."""
         module.__dict__.pop("extra_repr", None)
 
     def dequantize(self, module: Any) -> Tensor:
-        """In the dtype that the weight gives itself out as."""
+        """Return the weight in the dtype that it reports."""
         return module.weight.detach().dequantize()
 
     def codes(self, module: Any) -> list[Tensor]:
-        """Its inner tensors; under sharding this rank's piece."""
+        """Return the weight's inner tensors; under sharding those of this rank's local shard."""
         weight: Any = local_tensor(module.weight.detach())
         return [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
 
 
 class Int8Format(SubclassFormat):
-    """``Int8Tensor``: a scale for each row."""
+    """Format of ``Int8Tensor``: one scale per row."""
 
     requantizes = True
 
     def requantize(self, module: Any, weight: Tensor) -> None:
-        """With a scale for each row, or for the whole weight if it has one."""
+        """Quantize with one scale per row, or one for the whole weight if the old weight has one."""
         old, ao = module.weight.detach(), _library()
         granularity = ao.granularity.PerRow() if old.block_size[0] == 1 else ao.granularity.PerTensor()
         new = ao.Int8Tensor.from_hp(weight.to(old.device, old.dtype).contiguous(), granularity)
@@ -60,33 +60,33 @@ class Int8Format(SubclassFormat):
 
 
 class NF4Format(SubclassFormat):
-    """``NF4Tensor``: blocks of 64 values share a scale, and these are 8-bit themselves."""
+    """Format of ``NF4Tensor``: blocks of 64 values share a scale, and the scales are 8-bit themselves."""
 
     requantizes = shards = True
 
     def dequantize(self, module: Any) -> Tensor:
-        """In the dtype it was packed from."""
+        """Return the weight in the dtype it was quantized from."""
         return module.weight.detach().get_original_weight()
 
     def requantize(self, module: Any, weight: Tensor) -> None:
-        """With the same block sizes."""
+        """Quantize with the same block sizes."""
         old = module.weight.detach()
         new = type(old).from_tensor(weight.to(old.device, old.dtype).contiguous(), old.block_size, old.scaler_block_size)
         module._parameters["weight"] = nn.Parameter(new, requires_grad=False)
 
 
 def quantize_nf4(linear: nn.Linear, device: torch.device) -> None:
-    """4-bit NormalFloat with double quantization.
+    """Quantize to 4-bit NormalFloat with double quantization.
 
     Raises:
-        ImportError: this torchao keeps it elsewhere.
+        ImportError: this version of torchao does not have ``NF4Tensor`` in the known place.
     """
     try:
         from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
     except ImportError as error:
         version = getattr(sys.modules.get("torchao"), "__version__", "")
         raise ImportError(
-            f"torchao {version} has no NF4Tensor where it used to be: install torchao 0.18, or use quantize='nf4'."
+            f"torchao {version} keeps NF4Tensor elsewhere or has none: install torchao 0.18, or use quantize='nf4'."
         ) from error
 
     packed = to_nf4(linear.weight.detach().to(device).contiguous())
@@ -94,7 +94,7 @@ def quantize_nf4(linear: nn.Linear, device: torch.device) -> None:
 
 
 def quantize_int8(linear: nn.Linear, device: torch.device) -> None:
-    """8-bit weights with a scale for each row; inputs stay as they are."""
+    """Quantize the weight to 8 bits with one scale per row. Inputs are not quantized."""
     ao = _library()
     packed = ao.Int8Tensor.from_hp(linear.weight.detach().to(device).contiguous(), ao.granularity.PerRow())
     linear.weight = nn.Parameter(packed.to(linear.weight.device), requires_grad=False)
@@ -103,6 +103,6 @@ def quantize_int8(linear: nn.Linear, device: torch.device) -> None:
 QUANTIZED_FORMATS["torchao.utils.TorchAOBaseTensor"] = SubclassFormat()
 QUANTIZED_FORMATS["torchao.quantization.Int8Tensor"] = Int8Format()
 QUANTIZED_FORMATS["torchao.quantization.quantize_.workflows.nf4.nf4_tensor.NF4Tensor"] = NF4Format()
-# 64 entries a block, 256 blocks a block of scales: other sizes can be had, but a copy of the weight goes back to these.
+# 64 entries per block and 256 scales per block of scales. torchao supports other sizes, but a copy of the weight returns to these.
 QUANTIZERS["torchao-nf4"] = Quantizer(quantize_nf4, _library, unit=64 * 256)
 QUANTIZERS["torchao-int8"] = Quantizer(quantize_int8, _library)

@@ -1,8 +1,8 @@
-"""Checkpoints on disk: one portable file, or a folder of shards, the same content either way.
+"""Checkpoints on disk: one portable file, or a folder of shards, with the same content.
 
-A portable file is what Lightning writes, with every tensor whole and optimizer state by parameter name, so that it resumes
-under any strategy and on any number of processes. A folder (torch's distributed checkpoint, DCP) holds the same tensors under
-the same names, each rank writing its pieces; it is read whole, as adapters are small, and so resumes anywhere too.
+A portable file is what Lightning writes, but with full tensors and optimizer state by parameter name. So it resumes under any strategy
+and on any number of processes. A folder (torch's distributed checkpoint, DCP) holds the same tensors under the same names; each rank
+writes its shards. Every rank reads the full folder, since adapters are small, so it resumes under any strategy too.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from torch import Tensor
 from lightning_lora.utils.atomic_files import sync_folder, write_atomic
 from lightning_lora.utils.sharding import on_first_rank
 
-REST = "meta.pt"  # Lightning's name for what is no shard; written last, its presence says that the folder is complete
+REST = "meta.pt"  # Lightning's name for the file of what is not in the shards; written last: a folder that has it is complete
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
-    """Lightning's own, but a crash or a full disk in the middle of a save leaves the file that was there.
+    """Lightning's ``TorchCheckpointIO``, but a crash or a full disk during a save leaves the earlier file intact.
 
-    The stock one stages in ``$TMPDIR`` and moves without syncing: with that on another filesystem, a kill in the middle
-    leaves an empty file where a good checkpoint was.
+    Lightning's own stages in ``$TMPDIR`` and moves the file without syncing it. If ``$TMPDIR`` is on another filesystem, a kill during
+    the move leaves an empty file in place of a good checkpoint.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Stage beside the target, sync, rename; remote paths go Lightning's way."""
+        """Write to a temporary file beside the target, sync it, rename it. Remote paths are left to Lightning."""
         if storage_options is not None or "local" not in str(getattr(get_filesystem(path), "protocol", "")):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path)
         os.makedirs(path.parent, exist_ok=True)
-        shards = (path / REST).is_file()  # a folder of them stands where the file is to be
+        shards = (path / REST).is_file()  # a folder of shards has the target's name
         if shards:
             _remove(_staged(path))
         write_atomic(_staged(path) if shards else path, lambda file: torch.save(checkpoint, file))
@@ -46,19 +46,19 @@ class DurableCheckpointIO(TorchCheckpointIO):
             _swap(path)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
-        """To the CPU, said in a word: Lightning's default, a function, is refused for torchao's low-bit optimizer states."""
+        """Load to the CPU, given as a string: torchao's low-bit optimizer states refuse a function, which is Lightning's default."""
         return super().load_checkpoint(path, map_location, weights_only)
 
 
 def write_folder(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint as a folder of shards; every rank has to call it.
+    """Write a checkpoint as a folder of shards. Every rank has to call it.
 
     Args:
         checkpoint: as for a portable file, but its tensors may be DTensors.
-        path: replaced in one step if it is there.
+        path: the folder; an existing one is replaced at the end.
 
     Raises:
-        OSError: the first rank could not write; on every rank.
+        OSError: the first rank could not write. It is raised on every rank.
     """
     import torch.distributed.checkpoint as dcp
 
@@ -84,10 +84,12 @@ def _staged(path: Path) -> Path:
 
 
 def _swap(path: Path) -> None:
-    """Put what is staged in the target's place, whichever of them is a folder; after a kill between the two renames the old one is there
-    beside it, until the next save is whole."""
+    """Replace the target, a file or a folder, with the staged one.
+
+    After a kill between the two renames, the old checkpoint is beside the target under its ``.old`` name, until the next save is complete.
+    """
     old = path.with_name(f".{path.name}.old")
-    if os.path.lexists(path):  # else such a kill left the last checkpoint at old
+    if os.path.lexists(path):  # else such a kill left the last checkpoint at `old`
         _remove(old)
         os.replace(path, old)
     os.replace(_staged(path), path)
@@ -103,14 +105,14 @@ def _remove(path: Path) -> None:
 
 
 def read_folder(path: Path) -> dict[str, Any]:
-    """A folder of shards as the dictionary that a portable file would be, all tensors whole and on the CPU."""
+    """Read a folder of shards into the dictionary of a portable file, with full tensors on the CPU."""
     import torch.distributed.checkpoint as dcp
 
     known = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     shapes = {name: meta for name, meta in known.items() if isinstance(meta, dcp.metadata.TensorStorageMetadata)}
     tensors = {name: torch.empty(meta.size, dtype=meta.properties.dtype) for name, meta in shapes.items()}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # as meant: each rank reads it all
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # intended: each rank reads it all
         dcp.load(tensors, checkpoint_id=path, no_dist=True)
     checkpoint = torch.load(path / REST, map_location="cpu", weights_only=True)
     parts = ("state_dict", "optimizer_states")
@@ -118,7 +120,7 @@ def read_folder(path: Path) -> dict[str, Any]:
 
 
 def _extract_tensors(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
-    """A copy of a nest of dicts and lists without its tensors, which go into ``tensors`` under their paths."""
+    """Copy nested dicts and lists without their tensors, and add those to ``tensors`` by their paths."""
     if isinstance(value, Tensor):
         tensors[key] = value
         return None
@@ -130,7 +132,7 @@ def _extract_tensors(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _put_tensors(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
-    """The inverse of :func:`_extract_tensors`."""
+    """Undo :func:`_extract_tensors`: return a copy with the tensors in their places."""
     if key in tensors:
         return tensors[key]
     if isinstance(value, dict):

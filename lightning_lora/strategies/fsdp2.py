@@ -1,8 +1,8 @@
-"""``strategy="lora_fsdp2"``: FSDP2 and tensor parallelism for any model, without a ``configure_model`` of the user's.
+"""``strategy="lora_fsdp2"``: FSDP2 and tensor parallelism for any model, without a user's ``configure_model``.
 
-Lightning's ``ModelParallelStrategy`` asks the user to shard the model by hand. The model says enough itself: its repeated blocks
-are what FSDP2 shards one by one, and Hugging Face models carry a plan for tensor parallelism. Sharding happens after LoRA is
-injected, so that adapters are sharded with their block and cost no all-gather, or with ``pull_frozen`` stay whole.
+Lightning's ``ModelParallelStrategy`` asks the user to shard the model in ``configure_model``. The model has all that is needed: FSDP2
+shards its repeated blocks one by one, and Hugging Face models have a tensor-parallel plan. Sharding happens after LoRA is injected. So
+adapters are sharded with their block and need no all-gather of their own; with ``pull_frozen`` they are replicated.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ from lightning_lora.utils.blocks import BLOCKS, repeated_blocks
 from lightning_lora.utils.sharding import is_sharded
 from lightning_lora.utils.transformers_conventions import tensor_parallel_plan
 
-# The styles of Hugging Face's plans that torch has as they are. Others (gathered outputs, embeddings, experts) leave the module whole,
-# which is right, if less memory is saved.
+# The styles of Hugging Face's plans that torch has too. Modules with other styles (gathered outputs, embeddings, experts) are replicated:
+# the results are the same, but less memory is saved.
 _STYLES: dict[str, type[ParallelStyle]] = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
 
 
 class LoRAFSDP2Strategy(ModelParallelStrategy):
-    """FSDP2 over a model's blocks; with ``tensor_parallel_size`` above 1 also its own tensor-parallel plan.
+    """FSDP2 over a model's blocks; with ``tensor_parallel_size`` above 1 also the model's own tensor-parallel plan.
 
     Args:
-        data_parallel_size: processes that share the batch; "auto": all that ``tensor_parallel_size`` leaves.
-        tensor_parallel_size: processes that share each layer.
-        save_distributed_checkpoint: checkpoints as folders of shards instead of one portable file.
-        process_group_backend: default by device.
+        data_parallel_size: number of processes that split the batch; "auto": all processes divided by ``tensor_parallel_size``.
+        tensor_parallel_size: number of processes that split each layer.
+        save_distributed_checkpoint: write checkpoints as folders of shards instead of one portable file.
+        process_group_backend: backend of the collectives; by default chosen by device.
         timeout: of collectives.
-        reshard_after_forward: drop a block's gathered weights after the forward pass, and gather them again for the backward pass. False
-            keeps them in between: half the traffic, and at the peak the memory of a model that is not sharded.
-        pull_frozen: **experimental**: it builds on private parts of FSDP2, and is refused on a torch that it was not tested with. Read
-            frozen weights from the other GPUs' memory, by the copy engines, where FSDP2 gathers them through NCCL, and keep adapters whole
-            on every GPU (:mod:`lightning_lora.experimental.pull_frozen`): faster, the same results. For processes of one host whose GPUs
-            reach each other's memory. Who writes to a frozen weight through ``.data`` between steps has to call ``reshard()`` on the
-            modules.
+        reshard_after_forward: free a block's gathered weights after the forward pass, and gather them again for the backward pass. False
+            keeps them in between: half the traffic, but at the peak the memory of a model that is not sharded.
+        pull_frozen: **experimental**: it builds on private parts of FSDP2, and is refused on a torch that it was not tested with. Copy
+            engines read frozen weights from the other GPUs' memory, where FSDP2 gathers them through NCCL. Adapters are replicated on
+            every GPU (:mod:`lightning_lora.experimental.pull_frozen`). Faster, with the same results. For processes of one host whose
+            GPUs can access each other's memory. After writing to a frozen weight through ``.data`` between steps, call ``reshard()`` on
+            the modules.
 
     Raises:
-        ValueError: the model has no repeated blocks, or tensor parallelism is asked for and it has no plan; an option about sharding
-            is given and the model is sharded already, or ``pull_frozen`` on several hosts or another torch.
+        ValueError: the model has no repeated blocks; or tensor parallelism is asked for, and it has no plan; or a sharding option is
+            given, and the model is sharded already; or ``pull_frozen`` is set on several hosts, or on an untested torch.
     """
 
     strategy_name = "lora_fsdp2"
@@ -87,28 +87,28 @@ class LoRAFSDP2Strategy(ModelParallelStrategy):
         if not any(is_sharded(parameter) for parameter in module.parameters()):
             if self.device_mesh["tensor_parallel"].size() > 1:
                 tensor_parallel(module, self.device_mesh["tensor_parallel"])
-            # The mesh over which LightningModules shard; of size 1 where all processes share each layer.
+            # Lightning's mesh for sharding. Its size is 1 if all processes split each layer.
             shard_blocks(module, self.device_mesh["data_parallel"], *how)
             module._lora_sharded = how  # type: ignore[assignment]
         elif how != getattr(module, "_lora_sharded", (True, False)):
             raise ValueError(
-                f"reshard_after_forward={how[0]}, pull_frozen={how[1]}: {type(module).__name__} is sharded already, in another way. Leave"
-                " them out, or leave out the sharding in configure_model, or give the Trainer a new module."
+                f"reshard_after_forward={how[0]}, pull_frozen={how[1]}: {type(module).__name__} is sharded already, with other options."
+                " Leave these out, or remove the sharding in configure_model, or give the Trainer a new module."
             )
-        # Lightning wants configure_model overridden here, since that is where others shard.
+        # Lightning raises unless configure_model is overridden, since its users shard there.
         module.configure_model = lambda: None  # type: ignore[method-assign]
         try:
             super().setup(trainer)
         finally:
             del module.configure_model
-        if self.pull_frozen and self.device_mesh["data_parallel"].size() > 1:  # now that parameters are those that will train
+        if self.pull_frozen and self.device_mesh["data_parallel"].size() > 1:  # only now are the parameters those that will train
             from lightning_lora.experimental.pull_frozen import average
 
             average(module, self.device_mesh["data_parallel"].get_group())
 
     @override
     def teardown(self) -> None:
-        super().teardown()  # moves the module
+        super().teardown()  # first: it moves the module
         if self.pull_frozen and self.lightning_module is not None:
             from lightning_lora.experimental.pull_frozen import release
 
@@ -116,16 +116,17 @@ class LoRAFSDP2Strategy(ModelParallelStrategy):
 
 
 def shard_blocks(model: nn.Module, mesh: DeviceMesh, reshard_after_forward: bool = True, pull_frozen: bool = False) -> None:
-    """``fully_shard`` every repeated block, then each child of the LightningModule that has parameters, as its root.
+    """Call ``fully_shard`` on every repeated block, then on each child of the LightningModule that has parameters, as the root unit.
 
     Args:
-        model: a LightningModule, or another parent of what is to be sharded.
-        mesh: of one dimension.
-        reshard_after_forward, pull_frozen: as :class:`LoRAFSDP2Strategy` has them. What trains inside the blocks is then in no unit:
-            :func:`lightning_lora.experimental.pull_frozen.average` has to be called once it has storage.
+        model: a LightningModule, or another parent of the modules to shard.
+        mesh: one-dimensional.
+        reshard_after_forward: as in :class:`LoRAFSDP2Strategy`.
+        pull_frozen: as in :class:`LoRAFSDP2Strategy`. Trainable parameters inside the blocks are then in no unit: call
+            :func:`lightning_lora.experimental.pull_frozen.average` once they have storage.
 
     Raises:
-        ValueError: there are no blocks, or one of them has nothing frozen to pull, or ``pull_frozen`` is not known to work on this torch.
+        ValueError: there are no blocks; or ``pull_frozen`` is set, and a block has no frozen parameters, or this torch is untested.
     """
     blocks = repeated_blocks(model)
     if not blocks:
@@ -146,17 +147,21 @@ def shard_blocks(model: nn.Module, mesh: DeviceMesh, reshard_after_forward: bool
             fully_shard(child, mesh=mesh)
             inside = [block for _, block in blocks if block in set(child.modules())]
             if pull_frozen and inside:
-                # Who does not ask for it does not depend on FSDP2's insides.
+                # Imported lazily, so that only `pull_frozen=True` depends on private FSDP2 APIs.
                 from lightning_lora.experimental.pull_frozen import pull
 
                 pull(child, inside)
 
 
 def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Split layers as the plan of the Hugging Face models inside says.
+    """Parallelize layers by the tensor-parallel plan of the Hugging Face model inside.
+
+    Args:
+        model: a LightningModule, or another parent of the model.
+        mesh: one-dimensional.
 
     Raises:
-        ValueError: none of them has a plan, or a layer is quantized.
+        ValueError: no module has a plan, or a layer is quantized.
     """
     packed = [name for name, module in model.named_modules() if format_of(module) is not None]
     if packed:
@@ -167,12 +172,12 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
     top = planned[0]
     plan = {name: _STYLES[style]() for name, style in tensor_parallel_plan(top).items() if style in _STYLES}
     parallelize_module(top, mesh, plan)
-    # torch cuts every parameter of a linear as it cuts the weight; an adapter cut along r would send its products around.
+    # torch shards every parameter of a linear like its weight. An adapter sharded along r would need extra collectives.
     place_adapters(top)
 
 
 StrategyRegistry.register(
-    LoRAFSDP2Strategy.strategy_name, LoRAFSDP2Strategy, description="FSDP2 over a model's own blocks, adapters and all"
+    LoRAFSDP2Strategy.strategy_name, LoRAFSDP2Strategy, description="FSDP2 over a model's own blocks, with their adapters"
 )
 
 __all__ = ["LoRAFSDP2Strategy", "shard_blocks", "tensor_parallel"]

@@ -1,4 +1,4 @@
-"""Which strategies LoRA works under, and what has to be arranged before one wraps the module."""
+"""Refuse strategies and plugins that LoRA does not support, and prepare a strategy before it wraps the module."""
 
 from __future__ import annotations
 
@@ -22,29 +22,30 @@ _SUPPORTED = (SingleDeviceStrategy, DDPStrategy, FSDPStrategy, ModelParallelStra
 
 
 def check_supported(trainer: Trainer) -> None:
-    """Refuse what would go wrong in silence.
+    """Refuse combinations that would silently go wrong.
 
     Raises:
-        ValueError: the strategy is none we know, or a subclass with its own way of saving or loading; or its processes start from a copy
-            of this one, which would keep what they train; or a precision plugin or a callback undoes what LoRA did.
+        ValueError: the strategy is not supported, or is a subclass that overrides saving or loading; or it trains in copies of this
+            process, so that the trained adapters would be lost; or a precision plugin or a callback conflicts with LoRA; or
+            ``FSDPStrategy`` has ``use_orig_params=False``.
     """
     strategy, callbacks = trainer.strategy, trainer.callbacks  # type: ignore[attr-defined]
     name = type(strategy).__name__
-    if not isinstance(strategy, _SUPPORTED) or isinstance(strategy, DeepSpeedStrategy):  # DeepSpeed's is a DDP to Lightning
+    if not isinstance(strategy, _SUPPORTED) or isinstance(strategy, DeepSpeedStrategy):  # DeepSpeed's is a DDPStrategy
         known = ", ".join(cls.__name__ for cls in _SUPPORTED)
         raise ValueError(f"strategy={name} is not supported under LoRACallback; there are {known}. For sharding use strategy='lora_fsdp2'.")
     _check_not_overridden(strategy)
     start = start_method(strategy)
     if start is not None:
         raise ValueError(
-            f"strategy={name} with start method {start!r} trains in copies of this process, and the adapters would stay there:"
+            f"strategy={name} with start method {start!r} trains in copies of this process, and the trained adapters would be lost:"
             " use strategy='ddp' from a script."
         )
     precision = trainer.precision_plugin
     if isinstance(precision, TransformerEnginePrecision):
         raise ValueError(
-            f"plugins: {type(precision).__name__} replaces every linear layer after LoRA was injected, adapters and all: convert the"
-            " model before it goes into the LightningModule, and leave the plugin out."
+            f"plugins: {type(precision).__name__} replaces every linear layer after LoRA was injected, and so removes the adapters: convert"
+            " the model before it goes into the LightningModule, and leave the plugin out."
         )
     averaging = next((callback for callback in callbacks if isinstance(callback, WeightAveraging)), None)
     if averaging is not None:
@@ -57,21 +58,21 @@ def check_supported(trainer: Trainer) -> None:
 
 
 def _check_not_overridden(strategy: Strategy) -> None:
-    """The hooks stand in place of some methods: a user's own would never be called."""
+    """Raise ValueError if a user's subclass overrides a method that the hooks replace: it would never be called."""
     for name in REPLACED:
         owner = next(cls for cls in type(strategy).__mro__ if name in vars(cls))
         if owner.__module__.partition(".")[0] not in ("lightning", "lightning_lora"):
             raise ValueError(
                 f"strategy={type(strategy).__name__}: {owner.__module__}.{owner.__name__} overrides {name}, which LoRACallback replaces, so"
-                f" that it would never be called. Take {name} out; what is to happen to checkpoints fits into the module's"
-                " on_save_checkpoint, or a CheckpointIO plugin."
+                f" that it would never be called. Remove {name}; to change checkpoints, use the module's on_save_checkpoint or a"
+                " CheckpointIO plugin."
             )
 
 
 def convert_base(trainer: Trainer, module: LightningModule) -> None:
-    """Let ``BitsandbytesPrecision`` replace the linears now, before adapters come.
+    """Let ``BitsandbytesPrecision`` replace the linears now, before LoRA is applied.
 
-    Lightning calls the plugin after ``setup``, when it would take the adapters along; a module that it has converted it leaves alone.
+    Lightning calls the plugin after ``setup``, when it would replace adapted layers too. It skips a module that is converted already.
     """
     if isinstance(trainer.precision_plugin, BitsandbytesPrecision):
         trainer.precision_plugin.convert_module(module)
@@ -80,33 +81,37 @@ def convert_base(trainer: Trainer, module: LightningModule) -> None:
 def arrange(strategy: Strategy, module: LightningModule) -> None:
     """Prepare a strategy for a module that was just adapted and is not wrapped yet.
 
-    FSDP1 flattens a block, adapters and all, into one parameter, which then needs gradient memory for the frozen base too.
-    So it is told to ignore what trains; that stays whole on every rank, and one collective a step averages its gradients.
+    FSDP1 flattens a block with its adapters into one parameter, which needs gradient memory for the frozen base too. So FSDP1 is told to
+    ignore trainable parameters. They are replicated on every rank, and one collective per step averages their gradients.
+
+    Raises:
+        ValueError: the strategy cannot handle a quantized weight; or ``FSDPStrategy`` has ``ignored_modules``, or a module on the meta
+            device.
     """
     _check_packed(strategy, module)
     if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)):
-        # Lightning refuses to clip by norm under FSDP, and torch cannot where only some layers are tensor-parallel.
+        # Lightning refuses to clip by norm under FSDP, and torch cannot do it if only some layers are tensor-parallel.
         strategy.precision_plugin.clip_grad_by_norm = functools.partial(_clip, strategy.precision_plugin)  # type: ignore[method-assign]
     if not isinstance(strategy, FSDPStrategy):
         return
     if any(isinstance(child, FullyShardedDataParallel) for child in module.modules()):
-        return  # wrapped by the user, so adopted when the adapters were injected
+        return  # wrapped by the user: `parallel.adopt` placed the adapters when LoRA was applied
     if strategy.kwargs.get("ignored_modules"):
         raise ValueError(
-            "FSDPStrategy(ignored_modules=...): LoRA has to pass parameters to ignore; give yours as ignored_states=[parameters]."
+            "FSDPStrategy(ignored_modules=...): LoRA passes parameters to ignore itself; give yours as ignored_states=[parameters]."
         )
     trained = parallel.replicated_parameters(module)
     if any(parameter.is_meta for parameter in trained):
         raise ValueError("FSDPStrategy with a module on the meta device would leave the adapters there: use strategy='lora_fsdp2'.")
     for parameter in trained:
-        parameter.data = parameter.data.to(strategy.root_device)  # FSDP moves only what it manages
+        parameter.data = parameter.data.to(strategy.root_device)  # FSDP moves only the parameters that it manages
     mine: list[Any] = list(strategy.kwargs.get("ignored_states") or [])
     strategy.kwargs["ignored_states"] = mine + [p for p in trained if not any(p is other for other in mine)]
     parallel.GradientReducer(trained, [None])  # None: all processes
 
 
 def _check_packed(strategy: Strategy, module: LightningModule) -> None:
-    """Which quantized weights a strategy can handle; DDP is told to leave them alone, as they never change."""
+    """Raise ValueError for quantized weights that a strategy cannot handle. Tell DDP to ignore them, since they never change."""
     packed = {name: packing for name, child in module.named_modules() if (packing := format_of(child)) is not None}
     if not packed:
         return
@@ -119,7 +124,7 @@ def _check_packed(strategy: Strategy, module: LightningModule) -> None:
     if isinstance(strategy, ModelParallelStrategy) and whole:
         raise ValueError(
             f"strategy={type(strategy).__name__} cannot shard {whole[0]!r} ({type(module.get_submodule(whole[0])).__name__}), whose 8-bit"
-            " weight does not come apart: use quantize='nf4' or 'torchao-nf4', or strategy='ddp'."
+            " weight cannot be split: use quantize='nf4' or 'torchao-nf4', or strategy='ddp'."
         )
     if isinstance(strategy, DDPStrategy):
         names = [f"{name}.weight" for name in packed]

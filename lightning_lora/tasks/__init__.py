@@ -1,4 +1,4 @@
-"""Ready-made LightningModules over Hugging Face models (the command line's tasks).
+"""Ready-made LightningModules around Hugging Face models (the command line's tasks).
 
 May import: everything up to ``callbacks``. Only files named ``hf`` import transformers.
 """

@@ -1,10 +1,11 @@
-"""Causal language modelling on answers, over any Hugging Face model: the command line's default task.
+"""Causal language modelling with the loss on answers, for any Hugging Face model: the command line's default task.
 
-The output layer is the widest of a language model (for SmolLM2-135M a quarter of the forward, at the quickstart's lengths the largest
-activation by far), and a prompt's positions get no loss. So the logits are computed only where they predict an answer token: models
-whose forward takes a mask as ``logits_to_keep`` get one, the others compute all and the rest is dropped. In training, a frozen output
-layer's logits never exist all at once (:mod:`lightning_lora.ops.cross_entropy`); a layer that trains, is adapted or sharded, and models
-that do something to their logits, have them all, and the log says why.
+The output layer is the widest layer of a language model. For SmolLM2-135M it takes a quarter of the forward pass, and at the quickstart's
+lengths its output is by far the largest activation. Prompt positions have no loss, so logits are computed only where they predict an
+answer token: a model whose forward takes a mask as ``logits_to_keep`` gets one; others compute all logits, and the rest is dropped.
+
+In training, the logits of a frozen output layer never exist all at once (:mod:`lightning_lora.ops.cross_entropy`). They do if the output
+layer trains, is adapted or sharded, or if the model changes its logits afterwards; the log then says why.
 """
 
 from __future__ import annotations
@@ -31,22 +32,22 @@ from lightning_lora.utils.transformers_conventions import keeps_masked_logits
 
 
 class CausalLMTask(LightningModule):
-    """A Hugging Face causal language model that learns to write the answers.
+    """A Hugging Face causal language model, trained to generate the answers.
 
-    Logs ``train_loss``, and for validation and test ``{val,test}_loss`` (mean over all answer tokens), ``_perplexity``, and, for rows
-    with choices, ``_accuracy``: how often greedy decoding held to the choices writes the right one.
+    Log ``train_loss``, and for validation and test ``{val,test}_loss`` (mean over all answer tokens) and ``_perplexity``. For rows with
+    choices, also log ``_accuracy``: how often greedy decoding limited to the choices gives the right one.
 
     Args:
         model: A hub id or a local folder.
-        gguf_file: A GGUF file in it, unpacked at load (needs the extra ``gguf``).
-        dtype: Of the model's weights; "auto" keeps the checkpoint's own.
-        learning_rate: Of AdamW, after the warm-up.
-        weight_decay: Of AdamW.
-        warmup: Share of the steps over which the learning rate rises.
-        schedule: How the learning rate falls to zero after that, or "constant".
-        gradient_checkpointing: Recompute activations in the backward: about a third more time for far less memory.
-        max_new_tokens: Longest answer that prediction writes.
-        galore: Full-parameter training with GaLore in AdamW's place (needs the extra ``galore``, and no LoRA).
+        gguf_file: A GGUF file in it, dequantized when loaded (needs the extra ``gguf``).
+        dtype: The weights' dtype; "auto" keeps the checkpoint's own.
+        learning_rate: AdamW's learning rate after the warm-up.
+        weight_decay: AdamW's weight decay.
+        warmup: Fraction of the steps over which the learning rate rises.
+        schedule: How the learning rate falls to zero after the warm-up, or "constant".
+        gradient_checkpointing: Recompute activations in the backward pass: about a third more time for far less memory.
+        max_new_tokens: Longest answer in prediction, in tokens.
+        galore: Full-parameter training with GaLore instead of AdamW (needs the extra ``galore``, and no LoRA).
     """
 
     def __init__(
@@ -64,13 +65,13 @@ class CausalLMTask(LightningModule):
     ) -> None:
         super().__init__()
         self.galore = galore
-        self.save_hyperparameters(ignore="galore")  # a checkpoint holds plain types
+        self.save_hyperparameters(ignore="galore")  # a checkpoint may hold plain types only
         self.model, self.tokenizer = load_causal_lm(model, gguf_file, dtype)
-        # Read here, while type(self.model) is still the one of the modeling file: wrappers like FSDP2 put their own in its place.
+        # Read here, while type(self.model) is still the class in the modeling file: wrappers such as FSDP2 change it.
         self.keeps_logits = keeps_masked_logits(self.model)
-        self._needs_logits: str | None = None  # why the loss cannot be taken in blocks, once that was seen
+        self._needs_logits: str | None = None  # why the loss cannot be computed in chunks, once that is known
         self._told = False
-        # from_pretrained leaves evaluation mode on and Lightning keeps the mode it finds; checkpointing only acts in training mode.
+        # from_pretrained returns a model in evaluation mode, Lightning keeps that, and gradient checkpointing needs training mode.
         self.model.train()
         if gradient_checkpointing:
             enable_checkpointing(self.model)
@@ -78,12 +79,12 @@ class CausalLMTask(LightningModule):
 
     @override
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits at the N positions that predict an answer token (N, V), and those tokens (N,), row by row."""
+        """Return the logits at the N positions that predict an answer token (N, V), and those tokens (N,), row by row."""
         logits, predicts, answers = self._outputs(batch)
         return logits if self.keeps_logits else logits[predicts], answers
 
     def _outputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """The model's logits, where it predicts an answer token (B, T), and those tokens (N,)."""
+        """Return the model's logits, a mask of the positions that predict an answer token (B, T), and those tokens (N,)."""
         labels = batch["labels"][:, 1:]  # position t predicts token t + 1
         answers = labels != IGNORE  # (B, T - 1)
         predicts = F.pad(answers, (0, 1), value=False)  # (B, T)
@@ -102,7 +103,7 @@ class CausalLMTask(LightningModule):
         return loss
 
     def _chunked_loss(self, batch: dict[str, Tensor]) -> Tensor | None:
-        """The loss without all the logits at once; None if this model has to have them."""
+        """Return the loss, computed without all logits at once; None if this model needs them."""
         head = self.model.get_output_embeddings()
         reason = self._needs_logits or unchunkable(head)
         if reason is None:
@@ -150,7 +151,7 @@ class CausalLMTask(LightningModule):
         self._restart()
 
     def _restart(self) -> None:
-        # trainer.validate leaves inference tensors behind, which the validation inside a later fit may not update.
+        # trainer.validate leaves inference tensors in the metrics, which the validation within a later fit must not update.
         for mean in self.means.values():
             cast(MeanMetric, mean).reset()
 
@@ -164,7 +165,7 @@ class CausalLMTask(LightningModule):
 
     @override
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, str]]:
-        """The prompts with what the model writes, greedily."""
+        """Return the prompts and the model's greedy answers."""
         texts = generate_text(self.model, self.tokenizer, batch["input_ids"], batch["attention_mask"], self.hparams["max_new_tokens"])
         return [{"prompt": prompt, "response": text} for prompt, text in zip(batch["prompts"], texts, strict=True)]
 
@@ -180,7 +181,7 @@ class CausalLMTask(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _schedule(self) -> Any:
-        """The learning rate's factor as a function of the optimizer step."""
+        """Return the learning rate's factor as a function of the optimizer step."""
         shape, total = self.hparams["schedule"], self.trainer.estimated_stepping_batches
         if math.isinf(total) and (shape != "constant" or self.hparams["warmup"]):
             raise ValueError(
@@ -191,7 +192,7 @@ class CausalLMTask(LightningModule):
 
         def factor(step: int) -> float:
             if step < warm:
-                return (step + 1) / (warm + 1)  # the first step already moves
+                return (step + 1) / (warm + 1)  # not zero at the first step
             done = min(1.0, (step - warm) / max(1, total - warm))
             return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[shape]
 
@@ -199,7 +200,7 @@ class CausalLMTask(LightningModule):
 
 
 def chosen_right(logits: Tensor, answers: Tensor, rivals: Tensor) -> Tensor:
-    """Which of the rows with choices are answered right: the answer beats every rival where they part.
+    """Tell which rows with choices are answered right: the answer's token beats every rival's at the first token that differs.
 
     Args:
         logits: (N, V), at the positions that predict the batch's answer tokens.
@@ -207,7 +208,7 @@ def chosen_right(logits: Tensor, answers: Tensor, rivals: Tensor) -> Tensor:
         rivals: (M, 3), see `lightning_lora.data.batching.collate_answers`.
 
     Returns:
-        One bool for every row that has rivals.
+        One bool per row that has rivals, in row order.
     """
     row, position, token = rivals.unbind(1)
     lost = logits[position, token] >= logits[position, answers[position]]

@@ -1,4 +1,4 @@
-"""Loading a causal language model and its tokenizer from Hugging Face: a hub id, a local folder, or a GGUF file in either."""
+"""Load a causal language model and its tokenizer from Hugging Face: from a hub id, a local folder, or a GGUF file in either."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def load_causal_lm(model: str, gguf_file: str | None = None, dtype: DType = "auto") -> tuple[Any, Any]:
-    """Load the model, in evaluation mode, and the tokenizer, which gets a padding token if it has none.
+    """Load the model, in evaluation mode, and the tokenizer. A tokenizer without a padding token gets its end token as one.
 
     Args:
         model: A hub id or a local folder.
-        gguf_file: A GGUF file in it; its weights are unpacked to ``dtype``, since adapters need a base to multiply with.
-        dtype: Of the weights; "auto" keeps the checkpoint's own.
+        gguf_file: A GGUF file in it. Its weights are dequantized to ``dtype``, since adapted layers multiply by the base weight.
+        dtype: The weights' dtype; "auto" keeps the checkpoint's own.
 
     Returns:
         The model and the tokenizer.
 
     Raises:
-        ImportError: A GGUF file is asked for and the package that reads it is not installed; names the extra.
-        ValueError: It can only be a folder, and there is none.
-        OSError: From transformers, where there is no such model on the hub.
+        ImportError: ``gguf_file`` is given, and the package that reads it is not installed; the message names the extra.
+        ValueError: ``model`` can only be a folder, and does not exist.
+        OSError: Transformers finds no such model on the hub.
     """
     import transformers
 
@@ -37,7 +37,7 @@ def load_causal_lm(model: str, gguf_file: str | None = None, dtype: DType = "aut
         if find_spec("gguf") is None:
             raise ImportError(f"gguf_file={gguf_file!r} needs the package gguf; pip install 'lightning-lora[gguf]'")
         source["gguf_file"] = gguf_file
-        if hasattr(transformers, "GgufConfig"):  # releases before it always dequantize
+        if hasattr(transformers, "GgufConfig"):  # releases without it always dequantize
             quantization["quantization_config"] = transformers.GgufConfig(dequantize=True)
     network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **source, **quantization)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, **source)
@@ -47,9 +47,9 @@ def load_causal_lm(model: str, gguf_file: str | None = None, dtype: DType = "aut
 
 
 def skeleton(model: str, gguf_file: str | None = None) -> Any:
-    """The model's modules on the meta device, from its configuration alone: no weights are read or downloaded.
+    """Build the model on the meta device from its configuration alone: no weights are read or downloaded.
 
-    A GGUF file holds its configuration among the weights, so there the whole file is read.
+    A GGUF file stores its configuration with the weights, so the full file is read.
     """
     import transformers
 
@@ -62,14 +62,14 @@ def skeleton(model: str, gguf_file: str | None = None) -> Any:
 
 
 def _check_there(model: str | os.PathLike[str]) -> None:
-    """Transformers takes what is no folder for a hub id, and says of a missing folder that it is a malformed id."""
+    """Raise ValueError if ``model`` can only be a folder and does not exist. Transformers would report a malformed hub id instead."""
     name, path = os.fspath(model), Path(model)
     if not path.is_dir() and (name.startswith((".", "~")) or path.is_absolute() or len(path.parts) > 2):
         raise ValueError(f"model={name!r} is no folder (seen from {Path.cwd()}; ~ stays as it is), nor a hub id: 'name' or 'owner/name'.")
 
 
 def enable_checkpointing(model: Any) -> None:
-    """Recompute activations in the backward; not re-entrant, which would cut the gradient off below a frozen embedding."""
+    """Recompute activations in the backward pass. Non-reentrant: the reentrant kind loses gradients if the embedding is frozen."""
     options = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
@@ -78,7 +78,7 @@ def enable_checkpointing(model: Any) -> None:
 
 
 def generate_text(model: Any, tokenizer: Any, input_ids: Any, attention_mask: Any, max_new_tokens: int) -> list[str]:
-    """The model's greedy continuation of left-padded prompts ``input_ids (B, T)``, without special tokens."""
+    """Return the model's greedy continuation of left-padded prompts ``input_ids (B, T)``, without special tokens."""
     output = model.generate(
         input_ids=input_ids,
         attention_mask=attention_mask,

@@ -1,11 +1,11 @@
-"""Writing files so that a crash at any moment leaves the old one or the new one, whole.
+"""Write files atomically: after a crash at any moment the target holds either the old content or the new, complete.
 
-The new content is staged beside the target (a rename is atomic only within one filesystem, and ``$TMPDIR`` is often
-another), synced to disk, renamed over the target, and the folder synced so that the rename itself survives.
+The new content is written to a staging file beside the target. A rename is atomic only within one filesystem, and ``$TMPDIR`` is
+often on another. The staging file is synced to disk and renamed over the target. The folder is then synced, so that the rename is durable.
 
-A writer that is killed cannot remove its staging file. The next writer of the same target does, once nothing has been written to
-it for an hour by the filesystem's own clock: neither a process number nor this machine's clock says anything about a writer on
-another machine, and locks are not to be had everywhere.
+A writer that is killed cannot remove its staging file. The next writer of the same target removes it, once nothing has been
+written to it for an hour by the filesystem's own clock. A process number or this machine's clock says nothing about a writer on
+another machine. Locks are not available on every filesystem.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-ABANDONED = 3600.0  # seconds since the last write after which a staging file's writer is taken for dead
+ABANDONED = 3600.0  # seconds since the last write, after which the writer of a staging file counts as dead
 
 
 def write_atomic(path: str | Path, write: bytes | Callable[[BinaryIO], object]) -> None:
@@ -26,10 +26,10 @@ def write_atomic(path: str | Path, write: bytes | Callable[[BinaryIO], object]) 
 
     Args:
         path: the target; its folder must exist.
-        write: the content, or a function that writes it to the open staging file.
+        write: the content, or a function that writes the content to the open staging file.
 
     Raises:
-        OSError: the disk is full or the folder read-only; the old file is intact and the staging file removed.
+        OSError: the disk is full or the folder is read-only. The old file is intact and the staging file is removed.
     """
     path = Path(path)
     handle, staged = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -39,7 +39,7 @@ def write_atomic(path: str | Path, write: bytes | Callable[[BinaryIO], object]) 
             file.write(write) if isinstance(write, bytes) else write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(staged, 0o666 & ~_umask())  # mkstemp makes private files; this one is to be shared like any other
+        os.chmod(staged, 0o666 & ~_umask())  # mkstemp creates private files; this one gets the usual permissions
         os.replace(staged, path)
     except BaseException:
         Path(staged).unlink(missing_ok=True)
@@ -48,17 +48,17 @@ def write_atomic(path: str | Path, write: bytes | Callable[[BinaryIO], object]) 
 
 
 def _remove_abandoned(path: Path, now: float) -> None:
-    """Remove the staging files of writers of this target that were killed; of no other target's, and none that is being written."""
-    staged = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.tmp")  # as mkstemp makes them
+    """Remove the staging files that killed writers of this target left. Keep those of other targets and those still being written."""
+    staged = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.tmp")  # the form of mkstemp's names
     for name in filter(staged.fullmatch, os.listdir(path.parent)):
-        with suppress(OSError):  # another writer renamed or removed it first, or it is another user's: no reason not to save
+        with suppress(OSError):  # another writer renamed or removed it, or another user owns it: save anyway
             if now - (path.parent / name).stat().st_mtime > ABANDONED:
                 (path.parent / name).unlink()
 
 
 def sync_folder(folder: str | Path) -> None:
     """Make renames and removals in a folder durable."""
-    if os.name == "nt":  # no folder handles there; renames are journaled
+    if os.name == "nt":  # Windows has no folder handles; its renames are journaled
         return
     handle = os.open(folder, os.O_RDONLY)
     try:

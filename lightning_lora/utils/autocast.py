@@ -1,4 +1,4 @@
-"""What autocast makes of a tensor, and its absence."""
+"""Ask which dtype autocast casts a tensor to, and switch autocast off."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from torch import Tensor
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast casts x to for a matrix product; None where it is off, or leaves x alone (float64, integers, meta)."""
+    """Return the dtype that autocast casts x to for a matrix product.
+
+    None where autocast is off or does not cast x (float64, integers, the meta device).
+    """
     kind = x.device.type
     if kind == "meta" or x.dtype == torch.float64 or not x.is_floating_point() or not torch.is_autocast_enabled(kind):
         return None
@@ -18,5 +21,5 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """No autocast on x's device, which on the meta device there is none of."""
+    """Return a context that disables autocast on x's device. The meta device has no autocast, so there it does nothing."""
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)

@@ -1,6 +1,6 @@
-"""A model's repeated blocks: what it consists of many times over, found without being told.
+"""Find a model's repeated blocks, without being told which they are.
 
-They are the units of work that pay: compiled once for all (:mod:`lightning_lora.model.compile`), sharded one by one (``lora_fsdp2``).
+The blocks are compiled once for all of them (:mod:`lightning_lora.model.compile`) and sharded one by one (``lora_fsdp2``).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _CONTAINERS = {nn.ModuleList, nn.ModuleDict}
 
 
 def repeated_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """``(FQN, block)`` of every repeated block, in the model's order; never a block inside a block.
+    """Return ``(FQN, block)`` for every repeated block, in the model's order. No block is inside another.
 
-    They are the listed modules that the model itself names in ``_no_split_modules`` (Hugging Face), else the elements of every
-    ``nn.ModuleList`` or ``nn.Sequential`` of at least two modules of one class that have modules and parameters inside.
-    Every list counts, for an encoder's blocks are no reason to leave the decoder's out.
+    The blocks are the listed modules whose class the model names in ``_no_split_modules`` (Hugging Face). For a model that names none,
+    they are the elements of every ``nn.ModuleList`` or ``nn.Sequential`` of at least two modules of one class. Those modules must have
+    modules and parameters inside. Every such list counts: a model may have an encoder's blocks and a decoder's blocks.
 
     Args:
-        model: any module, wrapped or not; blocks come out of torch's wrappers.
+        model: any module, wrapped or not. Blocks are returned without torch's wrappers.
     """
     named = {name for module in model.modules() for name in transformers_conventions.block_classes(module)}
     lists = [list(_elements(name, module)) for name, module in model.named_modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
@@ -37,13 +37,16 @@ def repeated_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _elements(name: str, listed: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """A list's elements, taken out of torch's wrappers."""
+    """Yield a list's elements without torch's wrappers."""
     for index, element in listed.named_children():
         yield _unwrapped(f"{name}.{index}" if name else index, element)
 
 
 def _alike(blocks: list[tuple[str, nn.Module]]) -> bool:
-    """Whether they are several of one class that can be called, with modules and parameters inside: metrics have none."""
+    """True for at least two modules of one class that can be called and that have modules and parameters inside.
+
+    Lists of metrics have no parameters, so they do not count.
+    """
     classes = {type(block) for _, block in blocks}
     if len(blocks) < 2 or len(classes) > 1 or classes & _CONTAINERS:
         return False

@@ -1,4 +1,4 @@
-"""Digests of tensors: a full one that tells whether every bit is the same, and a cheap sampled one that names a base."""
+"""Checksums of tensors: a full one that changes with any bit, and a cheap sampled one that identifies a base model."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import hashlib
 import torch
 from torch import Tensor
 
-SAMPLES = 64  # entries read of each tensor by the cheap digest
+SAMPLES = 64  # entries that the sampled digest reads per tensor
 
 
 def checksum(tensor: Tensor) -> str:
-    """Digest of a tensor's bits, a position-weighted sum modulo 2⁶⁴: the same on every device, in any order of summing."""
+    """Return a digest of a tensor's bits: a position-weighted sum modulo 2⁶⁴.
+
+    It is the same on every device and in any order of summation.
+    """
     flat = bits(tensor.detach()).flatten()
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
-    for start in range(0, flat.numel(), 1 << 22):  # pieces, so that the int64 copy stays small
+    for start in range(0, flat.numel(), 1 << 22):  # in chunks, so that the int64 copy stays small
         piece = flat[start : start + (1 << 22)].to(torch.int64)
         weights = torch.arange(start, start + piece.numel(), device=flat.device).mul_(-7046029254386353131).add_(1442695040888963407)
         total += (piece * (weights | 1)).sum()
@@ -22,9 +25,9 @@ def checksum(tensor: Tensor) -> str:
 
 
 def sampled_digest(tensor: Tensor) -> str:
-    """Digest of a tensor's shape and of entries spread evenly over it, rounded to bf16.
+    """Return a digest of a tensor's shape and of evenly spaced entries, rounded to bf16.
 
-    The rounding makes a model loaded in fp32 and in bf16 the same base.
+    Because of the rounding, a model loaded in fp32 and in bf16 counts as the same base.
     """
     flat = tensor.detach().flatten()
     index = torch.linspace(0, max(flat.numel() - 1, 0), min(SAMPLES, flat.numel()), dtype=torch.float64).round().long()
@@ -34,5 +37,5 @@ def sampled_digest(tensor: Tensor) -> str:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The tensor's bits as integers: comparing these tells -0.0 from 0.0 and finds equal NaNs equal."""
+    """Return the tensor's bits as integers. Comparing these tells -0.0 from 0.0 and finds equal NaNs equal."""
     return tensor.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])

@@ -1,6 +1,7 @@
-"""Functions that a compiler calls but does not look into: it would copy what they add to in place.
+"""Register functions as torch custom operators, so that ``torch.compile`` does not trace into them.
 
-Eager code calls the function itself, which costs nothing; under ``torch.compile`` the call becomes one operation of the graph.
+Functionalization would clone every tensor that they update in place. Eager code calls the function itself, at no extra cost. Under
+``torch.compile`` the call becomes one operation of the graph.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ _OPERATIONS: dict[Callable[..., list[Tensor]], Any] = {}
 
 
 def register_custom_op(schema: str, function: Callable[..., list[Tensor]], shapes: Callable[..., list[Tensor]]) -> None:
-    """Make a function an operation.
+    """Register a function as a custom operator.
 
     Args:
         schema: its name and signature in torch's schema language.
-        function: from tensors to a list of tensors, contiguous, none of them a view of another or of an argument.
-        shapes: from the same arguments to empty tensors like the function's.
+        function: from tensors to a list of tensors. The results are contiguous, and none is a view of another or of an argument.
+        shapes: from the same arguments to empty tensors of the shapes and dtypes of the function's results.
     """
     _LIBRARY.define(schema)
     name = schema.partition("(")[0]
 
     def fresh(*operands: Any) -> list[Tensor]:
-        """An operation may not hand back an argument."""
+        """Clone results that are arguments: an operator may not return an argument."""
         given = {id(t) for operand in operands for t in (operand if isinstance(operand, (list, tuple)) else (operand,))}
         return [t.clone() if id(t) in given else t for t in function(*operands)]
 
@@ -37,5 +38,5 @@ def register_custom_op(schema: str, function: Callable[..., list[Tensor]], shape
 
 
 def dispatch(function: Callable[..., list[Tensor]], *operands: Any) -> list[Tensor]:
-    """The function's result, through its operation where a compiler is tracing."""
+    """Return the function's result, through its custom operator while a compiler is tracing."""
     return (_OPERATIONS[function] if torch.compiler.is_compiling() else function)(*operands)

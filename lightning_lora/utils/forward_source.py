@@ -1,4 +1,7 @@
-"""What a module's forward does, read from its code without running it: which children read one variable, and the gated MLP's form."""
+"""Read from a forward's code, without running it, what the forward does.
+
+``calls_together`` finds the children that read one variable. ``is_gated_mlp`` recognizes a gated MLP.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,16 @@ from torch import Tensor, nn
 
 
 def calls_together(cls: type[nn.Module]) -> list[list[str]]:
-    """Which children a module's forward calls on one variable, in one block of statements that does not assign it in between.
+    """Return the groups of children that a module's forward calls on one variable.
 
-    Read from the source of ``cls.forward``, so that nothing has to be tried out; no source, no answer. ``self.q_proj(x)`` and
-    ``self.k_proj(x)`` are such calls. Cross-attention's ``self.k_proj(memory)`` is not, nor is a call that an ``if`` may leave out.
+    The calls of a group are in one block of statements that does not assign the variable in between. They are read from the source of
+    ``cls.forward``, so no call is tried out; without source there are no groups. ``self.q_proj(x)`` and ``self.k_proj(x)`` are such calls.
+    Cross-attention's ``self.k_proj(memory)`` is not, nor is a call that an ``if`` may skip.
     """
     if cls not in _TOGETHER:
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward))))
-        except (OSError, TypeError, SyntaxError):  # built at run time, or not written in Python
+        except (OSError, TypeError, SyntaxError):  # created at run time, or not written in Python
             tree = ast.Module([], [])
         _TOGETHER[cls] = [family for family in _families(tree) if len(family) > 1]
     return _TOGETHER[cls]
@@ -36,7 +40,7 @@ def _families(tree: ast.Module) -> Iterator[list[str]]:
         families: dict[str, list[str]] = {}  # variable → children called on it so far
         for statement in body:
             parts = list(ast.walk(statement))
-            # A statement with blocks of its own, or with an expression that decides what runs, may leave its calls out.
+            # A statement with inner blocks, or with an expression that decides what runs, may skip its calls.
             if isinstance(statement, _SIMPLE) and not any(isinstance(part, _DECIDING) for part in parts):
                 for name, argument in filter(None, map(_child_call, parts)):
                     if name in once:
@@ -48,7 +52,7 @@ def _families(tree: ast.Module) -> Iterator[list[str]]:
 
 
 def _blocks(node: ast.AST) -> Iterator[list[ast.stmt]]:
-    """The lists of statements in a function; not those of functions in it, which may run later or elsewhere."""
+    """Yield the lists of statements in a function. Functions defined inside it are left out: they may run later or elsewhere."""
     body = getattr(node, "body", None)
     if isinstance(body, list):
         yield body
@@ -62,7 +66,7 @@ _DECIDING = (ast.IfExp, ast.BoolOp, ast.comprehension, ast.Lambda)
 
 
 def _child_call(node: ast.AST) -> tuple[str, str] | None:
-    """``("q_proj", "x")`` for ``self.q_proj(x)``."""
+    """Return ``("q_proj", "x")`` for ``self.q_proj(x)``, None for anything else."""
     match node:
         case ast.Call(ast.Attribute(ast.Name("self"), name), [ast.Name(argument)], []):
             return name, argument
@@ -70,7 +74,7 @@ def _child_call(node: ast.AST) -> tuple[str, str] | None:
 
 
 def is_gated_mlp(cls: type[nn.Module]) -> bool:
-    """Whether the forward of ``cls`` is ``down_proj(act_fn(gate_proj(x))·up_proj(x))``, instruction by instruction."""
+    """True if the forward of ``cls`` is ``down_proj(act_fn(gate_proj(x))·up_proj(x))``, bytecode instruction by instruction."""
     code = getattr(cls.forward, "__code__", None)
     return code is not None and any(_instructions(code) == _instructions(form.__code__) for form in _FORMS)
 

@@ -1,7 +1,7 @@
-"""What modules and parameters are called, whatever wraps them.
+"""Names of modules and parameters without the parts that wrappers add.
 
-Compilers, FSDP and activation checkpointing put parts of their own into names. Patterns, adapter files and checkpoints
-use names without them, so that a run with and one without ``torch.compile`` read each other's files.
+Compilers, FSDP and activation checkpointing add parts to names. Patterns, adapter files and checkpoints use the names without those
+parts. So a run with ``torch.compile`` and a run without it can read each other's files.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ _WRAPPERS = (COMPILED_CHILD, *WRAPPED_CHILDREN)
 
 
 def clean_name(name: str) -> str:
-    """A fully qualified name without the wrappers' parts."""
+    """Return a fully qualified name without the wrappers' parts."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
-    """Clean name → module, the root left out; a module that two parents share comes under both names."""
+    """Return clean name → module, without the root. A module that two parents share appears under both names."""
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        found[clean_name(name)] = module  # of a wrapper and what it wraps, the inner one comes later and stays
+        found[clean_name(name)] = module  # a wrapped module comes after its wrapper and replaces it
     found.pop("", None)
     return found
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Name → buffer, of the buffers that a state dict has."""
+    """Return name → buffer for the buffers that a state dict contains."""
     found = {}
     for prefix, child in module.named_modules():
         for name, buffer in child._buffers.items():
@@ -38,7 +38,7 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 def second_names(model: nn.Module) -> dict[str, str]:
-    """First name → another name of the same module, for modules that two parents share."""
+    """Return first name → another name of the same module, for modules that two parents share."""
     first: dict[nn.Module, str] = {}
     found: dict[str, str] = {}
     for name, module in modules_by_name(model).items():
@@ -48,9 +48,10 @@ def second_names(model: nn.Module) -> dict[str, str]:
 
 
 def adapter_root(model: nn.Module) -> tuple[str, nn.Module]:
-    """``(name, module)`` that adapter files are relative to: the model itself, or for a LightningModule with one child
-    that has parameters, that child, and for DDP's wrapper what it wraps. So an adapter of ``MyTask(model=llama)`` fits ``llama``
-    alone, and the other way round.
+    """Return ``(name, module)`` of the module that names in adapter files are relative to.
+
+    For a LightningModule with exactly one child that has parameters, that is the child. For DDP's wrapper it is the wrapped module. For
+    anything else it is the model itself. So an adapter of ``MyTask(model=llama)`` fits ``llama`` alone, and the reverse.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return "module", model.module

@@ -1,9 +1,9 @@
 """Module-name patterns: how one entry of ``target_modules`` (or ``exclude_modules``, ``rank_pattern`` …) matches names.
 
-An entry without a regex metacharacter other than ``.`` is a plain name: it matches the last part of a module's fully
-qualified name (FQN) or a dotted suffix of it, so ``q_proj`` and ``self_attn.q_proj`` both match ``layers.0.self_attn.q_proj``.
-Anything else is a regex over the whole FQN. Matching costs one pass over the module names; a regex with catastrophic
-backtracking is bounded by that count but not by us, as Python's ``re`` has no time limit.
+An entry without a regex metacharacter other than ``.`` is a plain name. It matches the last part of a module's fully qualified name
+(FQN) or a dotted suffix of it. So ``q_proj`` and ``self_attn.q_proj`` both match ``layers.0.self_attn.q_proj``. Any other entry is a
+regex over the whole FQN. Matching takes one pass over the module names. A regex with catastrophic backtracking can still take long for
+each name, because Python's ``re`` has no time limit.
 """
 
 from __future__ import annotations
@@ -18,26 +18,31 @@ _METACHARACTERS = set("^$*+?{}[]\\|()")
 
 @dataclass(frozen=True)
 class Pattern:
-    """One compiled entry; ``text`` is what the user wrote, for messages."""
+    """One compiled entry. ``text`` is what the user wrote, for messages."""
 
     text: str
     regex: re.Pattern[str]
 
     def matches(self, fqn: str) -> bool:
-        """Whether the module called ``fqn`` is meant."""
+        """True if the pattern matches the module named ``fqn``."""
         return self.regex.fullmatch(fqn) is not None
 
 
 def is_regex(entry: str) -> bool:
-    """Whether an entry of a list is read as a regex rather than as a plain name."""
+    """True if an entry of a list is read as a regex, False if as a plain name."""
     return any(char in _METACHARACTERS for char in entry)
 
 
 def compile_pattern(entry: str, field: str, *, whole: bool = False) -> Pattern:
-    """Compile one entry of the config field ``field``; ``whole`` reads it as a regex whatever it contains.
+    """Compile one entry of a config field.
+
+    Args:
+        entry: a plain name or a regex.
+        field: name of the config field, for messages.
+        whole: read the entry as a regex over the whole name, whatever it contains.
 
     Raises:
-        ValueError: the entry is empty, or an invalid regex (the message has the position).
+        ValueError: the entry is empty or an invalid regex. The message gives the position.
     """
     if not isinstance(entry, str) or not entry:
         raise ValueError(f"{field}: {entry!r} is not a module name or regex; give a non-empty string such as 'q_proj'.")
@@ -50,14 +55,14 @@ def compile_pattern(entry: str, field: str, *, whole: bool = False) -> Pattern:
 
 
 def compile_patterns(value: str | Iterable[str], field: str) -> tuple[Pattern, ...]:
-    """Compile a field that is a list of entries, or one regex string over the whole FQN."""
+    """Compile a field: a list of entries, or one regex string over the whole FQN."""
     if isinstance(value, str):
         return (compile_pattern(value, field, whole=True),)
     return tuple(compile_pattern(entry, field) for entry in value)
 
 
 def no_match(field: str, text: str, names: Iterable[str]) -> str:
-    """The message for a pattern that hits none of the modules called ``names``: the nearest last parts of their names."""
+    """Return the message for a pattern that matches none of the modules ``names``. It lists the closest last parts of names."""
     short = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
     near = difflib.get_close_matches(text.rpartition(".")[2], short, n=4, cutoff=0.5) or short[:8]
     hint = f" A single string is a regex over the whole name; for a plain name give a list: [{text!r}]." if text in short else ""
@@ -66,5 +71,5 @@ def no_match(field: str, text: str, names: Iterable[str]) -> str:
 
 
 def layer_index(fqn: str) -> int | None:
-    """The index of the block that a module sits in: the first whole number in its FQN (``model.layers.3.mlp`` → 3)."""
+    """Return the index of the block that contains a module: the first whole number in its FQN (``model.layers.3.mlp`` → 3)."""
     return next((int(part) for part in fqn.split(".") if part.isdigit()), None)

@@ -1,4 +1,7 @@
-"""Pieces of sharded tensors. DTensors are told by what they can do, so that importing this costs nothing."""
+"""Sharded tensors, work of the first rank only, and parameters that FSDP1 flattened.
+
+A DTensor is recognized by its attributes, so importing this file does not import ``torch.distributed.tensor``.
+"""
 
 from __future__ import annotations
 
@@ -12,51 +15,51 @@ from lightning_lora.utils.torch_private import FSDP1_CHILD, dtensor_storage
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor (which may also be whole on every rank)."""
+    """True if the tensor is a DTensor. A DTensor may also be replicated: full on every rank."""
     return hasattr(tensor, "device_mesh")
 
 
 def is_distributed() -> bool:
-    """Whether a model can be sharded; what handles that imports most of torch.distributed."""
+    """True if a process group exists, so that a model can be sharded. Code for that case imports most of torch.distributed."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The full tensor of a DTensor (a collective: every rank has to ask); any other tensor itself."""
+    """Return the full tensor of a DTensor (a collective: every rank must call it). Return any other tensor unchanged."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """This rank's piece of a DTensor, sharing its storage; any other tensor itself."""
+    """Return this rank's local shard of a DTensor, sharing its storage. Return any other tensor unchanged."""
     return dtensor_storage(tensor) if is_sharded(tensor) else tensor
 
 
 def reshard(model: nn.Module) -> None:
-    """Free the unsharded copies that FSDP2 keeps after a forward pass: what is written to them would be lost."""
+    """Free the unsharded copies that FSDP2 keeps after a forward pass. Values written to those copies would be lost."""
     for module in model.modules():
         if hasattr(module, "reshard") and hasattr(module, "unshard"):
             module.reshard()  # type: ignore[operator]
 
 
 def is_flattened(model: nn.Module) -> bool:
-    """Whether FSDP1 has flattened parameters of it, which then are no longer what their names say."""
+    """True if FSDP1 has flattened parameters of the model. Their names then no longer describe them."""
     return any(FSDP1_CHILD in module._modules for module in model.modules())
 
 
 def is_first_rank() -> bool:
-    """Whether this is the only process or the first of several."""
+    """True for the only process, or for the first of several."""
     return not is_distributed() or torch.distributed.get_rank() == 0
 
 
 def on_first_rank(action: Callable[[], object]) -> None:
-    """Do something on the first rank while the others wait; whatever it raises there is raised on all of them, so that none hangs.
+    """Run an action on the first rank while the other ranks wait. If it raises, all ranks raise, so that none hangs.
 
-    Others get a ValueError for a ValueError and an OSError for an OSError, with the same text. For anything else, an interrupt too,
-    they get a RuntimeError that says its type and text: what does not pickle travels so as well.
+    For a ValueError or an OSError, the other ranks raise the same type with the same text. For anything else, an interrupt included,
+    they raise a RuntimeError that states its type and text. So an exception that cannot be pickled reaches them too.
 
     Raises:
-        ValueError, OSError: the action's.
-        RuntimeError: on the other ranks, for what else the action raised.
+        ValueError, OSError: raised by the action.
+        RuntimeError: on the other ranks, for anything else that the action raised.
     """
     if not is_distributed():
         action()
@@ -80,10 +83,10 @@ def on_first_rank(action: Callable[[], object]) -> None:
 
 
 def gathered_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
-    """``(module name, module, parameter name, parameter)`` of every parameter, at a moment when it can be read whole.
+    """Yield ``(module name, module, parameter name, parameter)`` for every parameter, while it can be read in full.
 
-    FSDP1's are gathered a flat parameter at a time, so the order may differ from the model's. Others are as they are; a DTensor
-    still wants :func:`full_tensor`.
+    FSDP1's flat parameters are gathered one at a time, so the order may differ from the model's. Other parameters are yielded
+    unchanged; a DTensor still needs :func:`full_tensor`.
     """
     from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -102,7 +105,7 @@ def gathered_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str,
 
 
 def _managed(unit: nn.Module) -> Iterator[nn.Module]:
-    """The modules whose parameters an FSDP1 unit flattened: those in it but in no unit further in."""
+    """Yield the modules whose parameters an FSDP1 unit flattened: those in it, but not in a nested unit."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     for child in unit.children():
@@ -112,13 +115,13 @@ def _managed(unit: nn.Module) -> Iterator[nn.Module]:
 
 
 def local_shard(full: Tensor, like: Tensor) -> Tensor:
-    """This rank's piece of a tensor that every rank has whole, cut as ``like`` is cut; no collective."""
+    """Return this rank's local shard of a tensor that every rank has in full, sharded as ``like`` is. No collective."""
     if not is_sharded(like):
         return full
     mesh: Any = like.device_mesh  # type: ignore[attr-defined]
     placements: Any = like.placements  # type: ignore[attr-defined]
     dims = list(range(mesh.ndim))
-    # FSDP on top of tensor parallelism cuts what that left: its mesh dimension stands first but cuts last.
+    # FSDP on top of tensor parallelism splits the tensor-parallel shard: its mesh dimension is first but splits last.
     if any(hasattr(placement, "split_factor") for placement in placements):
         dims.reverse()
     for dim in dims:
@@ -131,7 +134,10 @@ def local_shard(full: Tensor, like: Tensor) -> Tensor:
 
 
 def distribute_like(full: Tensor, like: Tensor) -> Tensor:
-    """A tensor that every rank has whole as a DTensor that lies as ``like`` does; ``full`` itself if ``like`` is a plain tensor."""
+    """Return a tensor that every rank has in full as a DTensor with the mesh and placements of ``like``.
+
+    If ``like`` is a plain tensor, return ``full`` itself.
+    """
     if not is_sharded(like):
         return full
     from torch.distributed.tensor import DTensor
@@ -143,13 +149,13 @@ def distribute_like(full: Tensor, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def broadcast(parameters: Iterable[Tensor], groups: Sequence[Any]) -> None:
-    """Give every rank of the process groups the values of their first rank."""
+    """Copy the values of the first rank of each process group to all its ranks."""
     import torch.distributed as dist
 
     for parameter in parameters:
         mine = local_tensor(parameter)
         for group in groups:
-            # NCCL takes what is on the GPU only, and Lightning moves modules there after they are adapted.
+            # NCCL needs tensors on the GPU, and Lightning moves modules there only after they are adapted.
             moved = mine.to("cuda") if dist.get_backend(group) == "nccl" else mine
             dist.broadcast(moved, src=dist.get_global_rank(group, 0), group=group)
             if moved is not mine:

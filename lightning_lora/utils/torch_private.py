@@ -1,8 +1,8 @@
-"""Every private name of torch that the package uses, wrapped once: what it is for, and what breaks when it goes.
+"""Every private name of torch that the package uses, wrapped once. Each entry says what it is for and what breaks without it.
 
-Two places are left out. ``experimental/`` builds on FSDP2's insides and says so. And some names are as good as public, so they stand
-where they are used: the tables and methods of ``nn.Module`` that its subclasses have relied on for years, a tensor's ``_version``, and
-the ``torch._foreach_*`` functions, which torch documents. ``tests/test_private_names.py`` lists them and refuses all others elsewhere.
+Two groups of names are elsewhere. ``experimental/`` depends on FSDP2's internals and says so. Names that are as good as public are used
+directly: the tables and methods of ``nn.Module`` that its subclasses have relied on for years, a tensor's ``_version``, and the
+``torch._foreach_*`` functions, which torch documents. ``tests/test_private_names.py`` lists them and refuses any others.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 
 def _name(path: str) -> Any:
-    """A private name of torch.
+    """Return the private name of torch at a dotted path.
 
     Raises:
-        RuntimeError: this torch does not have it.
+        RuntimeError: this version of torch does not have it.
     """
     found: Any = torch
     for part in path.split("."):
@@ -29,43 +29,48 @@ def _name(path: str) -> Any:
     return found
 
 
-# torch.func is at work: layers take plain operations then. Without it the package does not import.
+# True while a torch.func transform runs: layers use plain operations then. Without it importing the package raises.
 transforms_active: Callable[[], bool] = _name("_C._are_functorch_transforms_active")
 
-# A gradient that vectorized Jacobians (is_grads_batched=True) have stacked: backward passes take plain operations then. Likewise.
+# True for a gradient that a vectorized Jacobian (is_grads_batched=True) has stacked: backward passes use plain operations then.
+# Without it importing raises.
 is_batched: Callable[[Tensor], bool] = _name("_C._functorch.is_legacy_batchedtensor")
 
-# The number of the backward pass that is running. Gradients of replicated adapters are averaged once for each. Likewise.
+# The number of the running backward pass. Gradients of replicated adapters are averaged once per pass. Without it importing raises.
 backward_pass_id: Callable[[], int] = _name("_C._current_graph_task_id")
 
-# The base class of the norms that keep running statistics, which adapter files hold. Likewise.
+# The base class of norms with running statistics, which adapter files store. Without it importing raises.
 NormWithStatistics: type[nn.Module] = _name("nn.modules.batchnorm._NormBase")
 
-# Where torch's wrappers keep the module that they wrap. Without these, blocks inside FSDP1 or a checkpoint wrapper are not found.
+# The attributes in which torch's wrappers keep the wrapped module. Without them, blocks inside FSDP1 or a checkpoint wrapper
+# are not found.
 COMPILED_CHILD = "_orig_mod"
 FSDP1_CHILD = "_fsdp_wrapped_module"
 WRAPPED_CHILDREN = ("_checkpoint_wrapped_module", FSDP1_CHILD)
 
 
 def after_backward_pass(callback: Callable[[], None]) -> None:
-    """Call something when the backward pass that is running has ended, as DDP and FSDP do. Without it averaging raises."""
+    """Call a function when the running backward pass ends, as DDP and FSDP do. Without it averaging gradients raises."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
 def dtensor_storage(tensor: Any) -> Tensor:
-    """This rank's piece of a DTensor, the storage itself: ``to_local()`` makes a new tensor that autograd knows. Without it all raises."""
+    """Return this rank's local shard of a DTensor, the storage itself. Without it every use of a DTensor raises.
+
+    ``to_local()`` makes a new tensor, which autograd tracks.
+    """
     piece: Tensor = tensor._local_tensor
     return piece
 
 
 def uncompiled(module: nn.Module) -> nn.Module:
-    """What ``torch.compile(module)`` was made from. Without it a fingerprint names the wrapper's class in place of the model's."""
+    """Return the module that ``torch.compile`` was given. Without it a fingerprint names the wrapper's class instead of the model's."""
     original: nn.Module = getattr(module, COMPILED_CHILD, module)
     return original
 
 
 def unscales_itself(optimizer: Any) -> bool:
-    """Whether a fused optimizer takes gradients still scaled. Without it AdaLoRA's regularizer is too weak under fp16."""
+    """True if a fused optimizer takes gradients that are still scaled. Without it AdaLoRA's regularizer is too weak under fp16."""
     return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
@@ -73,17 +78,17 @@ def unscales_itself(optimizer: Any) -> bool:
 
 
 def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
-    """What ``module.compile()`` left on the module, and a call uses; None before. Without it ``compile_layers`` raises."""
+    """Return the compiled function that ``module.compile()`` set, None before. Without it ``compile_layers`` raises."""
     return module._compiled_call_impl
 
 
 def set_compiled_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
-    """Replace it; None makes calls run as written."""
+    """Set the compiled function that calls of the module use. None makes calls run uncompiled."""
     module._compiled_call_impl = call
 
 
 def compiler_backend(name: str) -> Callable[..., Any]:
-    """A backend of ``torch.compile`` by its name. Without it ``compile_layers`` raises."""
+    """Return a backend of ``torch.compile`` by its name. Without it ``compile_layers`` raises."""
     from torch._dynamo.backends.registry import lookup_backend
 
     found: Callable[..., Any] = lookup_backend(name)
@@ -91,7 +96,10 @@ def compiler_backend(name: str) -> Callable[..., Any]:
 
 
 def change_dynamo(**settings: Any) -> dict[str, Any]:
-    """Change global settings of the tracer, those that this torch has; what they were. Without one, compiled blocks are slower."""
+    """Change those global settings of the tracer that this version of torch has. Return their earlier values.
+
+    Without a setting, compiled blocks are slower.
+    """
     from torch._dynamo import config
 
     earlier = {name: getattr(config, name) for name in settings if hasattr(config, name)}
@@ -101,7 +109,10 @@ def change_dynamo(**settings: Any) -> dict[str, Any]:
 
 
 def autograd_settings(**settings: Any) -> AbstractContextManager[Any]:
-    """Change settings of the compiler's autograd for a while, those that this torch has. Without one, compiled steps take more memory."""
+    """Return a context that changes those settings of the compiler's autograd that this version of torch has.
+
+    Without a setting, compiled steps take more memory.
+    """
     from torch._functorch import config
 
     patch: AbstractContextManager[Any] = config.patch({name: value for name, value in settings.items() if hasattr(config, name)})
@@ -109,7 +120,7 @@ def autograd_settings(**settings: Any) -> AbstractContextManager[Any]:
 
 
 def may_vary(tensor: Tensor, dim: int) -> None:
-    """Let a dimension's size differ from call to call in one graph. Without it compiling the loss raises."""
+    """Let a dimension's size differ between calls of one graph. Without it compiling the loss raises."""
     torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
@@ -117,44 +128,44 @@ def may_vary(tensor: Tensor, dim: int) -> None:
 
 
 def ddp_ignores(module: nn.Module, names: Iterable[str]) -> None:
-    """Have DDP leave some parameters alone, as Lightning and transformers do. Without it a quantized base raises under DDP."""
+    """Make DDP ignore some parameters, as Lightning and transformers do. Without it a quantized base raises under DDP."""
     from torch.nn.parallel import DistributedDataParallel
 
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, list(names))
 
 
 def fsdp1_flat(unit: Any) -> Any:
-    """The parameter into which FSDP1 flattened what a unit holds; None if nothing. FSDP1 does not change any more."""
+    """Return the flat parameter of an FSDP1 unit, None if it has none. FSDP1 is no longer being changed."""
     return None if unit._handle is None else unit._handle.flat_param
 
 
 def fsdp1_parts(unit: Any) -> list[tuple[str, nn.Module]]:
-    """``(parameter name, module)`` of all that was flattened."""
+    """Return ``(parameter name, module)`` for every parameter that was flattened."""
     flat = fsdp1_flat(unit)
     return [] if flat is None else [(name, module) for name, module, _ in flat._param_infos]
 
 
 def fsdp1_originals(unit: Any) -> list[nn.Parameter]:
-    """The parameters that were flattened, as ``use_orig_params=True`` keeps them."""
+    """Return the original parameters that were flattened, which ``use_orig_params=True`` keeps."""
     flat = fsdp1_flat(unit)
     return list(() if flat is None else flat._params or ())
 
 
 def fsdp1_copies(unit: Any) -> Any:
-    """The process group of the copies of a shard under hybrid sharding; None under another."""
+    """Return the process group of the replicas of a shard under hybrid sharding, None under any other sharding."""
     return getattr(unit, "_inter_node_pg", None)
 
 
 def fsdp2_group(unit: Any) -> Any:
-    """What a unit of FSDP2 shards, None if that is nothing: for taking adapters out of its list, and for ``experimental/``.
+    """Return the parameter group of an FSDP2 unit, None if it shards nothing. Needed to take adapters out of it, and by ``experimental/``.
 
     Raises:
-        ValueError: this torch keeps it elsewhere, or the unit has several, over different meshes.
+        ValueError: this version of torch keeps the group elsewhere, or the unit has several groups, over different meshes.
     """
     try:
         return unit._get_fsdp_state()._fsdp_param_group
     except (AttributeError, AssertionError) as error:
         raise ValueError(
-            f"torch {torch.__version__} has no single parameter group in {type(unit).__name__}, or not where it used to be, and adapters"
+            f"torch {torch.__version__} has no single parameter group in {type(unit).__name__}, or keeps it elsewhere, so adapters"
             " cannot be taken out of FSDP2: load a checkpoint into a model that is not wrapped."
         ) from error

@@ -1,6 +1,7 @@
-"""Names of transformers that are not its public interface: what each is for, and what happens when it goes.
+"""Private names of transformers that the package reads. Each entry says what it is for and what happens without it.
 
-They are attributes of the model, read by name; transformers itself is not imported. A model without one is like any other model.
+They are attributes of the model, read by name; transformers itself is not imported. A model without one of them is handled like any
+other model.
 """
 
 from __future__ import annotations
@@ -14,23 +15,23 @@ from torch import nn
 
 
 def block_classes(module: nn.Module) -> list[str]:
-    """The classes of its repeated blocks. Without it blocks are found by their lists, which serves nearly all models."""
+    """Return the class names of the repeated blocks. Without it blocks are found by their lists, which works for nearly all models."""
     return list(getattr(module, "_no_split_modules", None) or ())
 
 
 def tensor_parallel_plan(module: nn.Module) -> dict[str, str]:
-    """Module name → tensor-parallel style. Without it ``tensor_parallel_size`` above 1 is refused."""
+    """Return module name → tensor-parallel style. Without it ``tensor_parallel_size`` above 1 is refused."""
     plan: Any = getattr(module, "_tp_plan", None)
     return dict(plan or {})
 
 
 def model_name(config: Any) -> str:
-    """Where the model was loaded from. Without it a fingerprint names the model's type."""
+    """Return where the model was loaded from. Without it a fingerprint names the model's type."""
     return str(getattr(config, "_name_or_path", "") or getattr(config, "model_type", "") or "")
 
 
 def gives_gradients(module: nn.Module) -> bool:
-    """Whether ``enable_input_require_grads()`` was called. Without it that is called twice, which does no harm."""
+    """True if ``enable_input_require_grads()`` was called. Without it that method is called twice, which does no harm."""
     return "_require_grads_hook" in module.__dict__
 
 
@@ -41,16 +42,19 @@ def is_loaded(parameter: nn.Parameter) -> bool:
 
 
 def checkpoint_options(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """How each module checkpoints, as keywords of ``torch.utils.checkpoint``. Without it adapters inside re-entrant checkpoints get no
-    gradient, and ``LoRACallback`` raises after the first step."""
+    """Yield the options of each module's activation checkpointing, as keywords of ``torch.utils.checkpoint``.
+
+    Without it adapters inside re-entrant checkpoints get no gradient, and ``LoRACallback`` raises after the first step.
+    """
     for child in model.modules():
         yield getattr(getattr(child, "_gradient_checkpointing_func", None), "keywords", None) or {}
 
 
 def keeps_masked_logits(model: nn.Module) -> bool:
-    """Whether its forward takes a mask as ``logits_to_keep``: its file has the function that does it. Without that all logits are computed.
+    """True if the model's forward accepts a mask as ``logits_to_keep``. Without it all logits are computed.
 
-    The signature alone does not tell: earlier models take positions under that name.
+    The file of such a model has the function ``slice_logits_to_keep``. The signature alone is not enough: earlier models take positions
+    under that name.
     """
     file = sys.modules[type(model).__module__]
     return hasattr(file, "slice_logits_to_keep") and "logits_to_keep" in inspect.signature(type(model).forward).parameters

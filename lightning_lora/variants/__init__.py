@@ -1,6 +1,6 @@
-"""The update's formulas, one file per variant; importing this package registers them.
+"""The update's formulas, one file per variant. Importing this package registers them.
 
-A variant is a mixin that stands before the kind in an adapted layer's MRO. ``plain``, the LoRA of the paper, adds nothing to the kinds,
+A variant is a mixin that precedes the kind in an adapted layer's MRO. ``plain``, the LoRA of the paper, adds nothing to the kinds,
 so its mixin is ``object``. A variant names no kind, no init and no other variant.
 
 May import: everything up to ``layers``.

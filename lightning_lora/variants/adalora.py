@@ -1,11 +1,11 @@
 """AdaLoRA: the update as a singular value decomposition, ``W + scaling · B·diag(E)·A`` (arXiv:2303.10512, equation 3).
 
-A row of A, an entry of E and a column of B are a *triplet*. Training prunes triplets by setting their E to zero
-(:mod:`lightning_lora.variants.rank_allocation` says which), so that layers end with different ranks. Orthogonal A and B, which the paper's
-regularizer asks for, make the triplets of a layer independent, as in an SVD, without computing one.
+A row of A, an entry of E and a column of B form a *triplet*. Training prunes triplets by setting their E to zero
+(:mod:`lightning_lora.variants.rank_allocation` chooses them), so that layers end with different ranks. The paper's regularizer pulls
+A and B towards orthogonal matrices. These make the triplets of a layer independent, as in an SVD, without computing an SVD.
 
-It is a way to train, not a format: with E multiplied into B and the pruned triplets left out it is a plain LoRA with a
-rank for every layer, which is what :func:`shrink_adalora` leaves and what adapter files hold. Every reader of LoRA reads those.
+AdaLoRA is a training method, not a file format. With E multiplied into B and the pruned triplets removed, it is plain LoRA with one
+rank per layer. :func:`shrink_adalora` converts a model to that, and adapter files store that. Every LoRA reader can load it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lightning_lora.registry import register_variant
 from lightning_lora.utils.names import adapter_root, clean_name
 from lightning_lora.utils.sharding import is_sharded
 
-_STD = 0.02  # of A and B at the start, as in the authors' code and in PEFT
+_STD = 0.02  # standard deviation of A and B at the start, as in the authors' code and in PEFT
 _INIT = LoRAConfig().init
 
 
@@ -34,19 +34,22 @@ _INIT = LoRAConfig().init
 class AdaLoRA(LoRALayer):
     """The mixin: ``lora_E`` (r, 1) between A and B.
 
-    Works with every kind where row i of A meets column i of B and nothing else.
+    Works with every kind where row i of A is multiplied with column i of B only.
     """
 
     lora_E: nn.Parameter
 
     @classmethod
     def parameter_shapes(cls, module: Any, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
-        """A and B as the kind has them, E (r, 1)."""
+        """Return the kind's shapes of A and B, and E (r, 1)."""
         return {**super().parameter_shapes(module, spec), "lora_E": (spec.rank, 1)}
 
     @classmethod
     def check(cls, module: Any, spec: LayerSpec) -> None:
-        """Refuse layers whose rows of A and columns of B are no pairs, and rows that must stay at zero."""
+        """Raise ValueError also for layers that cannot be pruned.
+
+        Row i of A and column i of B must form a pair. No row may have to stay zero.
+        """
         super().check(module, spec)
         A, B = cls.adapter_shapes(module, spec)
         if (A[0], B[1]) != (spec.rank, spec.rank):
@@ -60,54 +63,58 @@ class AdaLoRA(LoRALayer):
 
     @classmethod
     def adapter_placements(cls, placement: Any) -> dict[str, Any]:
-        """The kind's, and E whole: every rank has all triplets."""
+        """Return the kind's placements, and E replicated: every rank has all triplets."""
         from torch.distributed.tensor import Replicate
 
         return super().adapter_placements(placement) | {"lora_E": Replicate()}
 
     def init_adapter(self, spec: LayerSpec) -> None:
-        """As every variant; the start is AdaLoRA's own, so ``config.init`` has to be the default."""
+        """Add the adapter as every variant does.
+
+        Raises:
+            ValueError: ``config.init`` is not the default; AdaLoRA defines its own start.
+        """
         if spec.config.init != _INIT:
             raise ValueError(
-                f"init={spec.config.init!r} and variant='adalora': AdaLoRA has a start of its own (A and B normal, E zero); leave init out."
+                f"init={spec.config.init!r} and variant='adalora': AdaLoRA defines its own start (A and B normal, E zero); leave init out."
             )
         super().init_adapter(spec)
 
     def reset_lora_parameters(self) -> None:
-        """A and B normal with standard deviation 0.02, E zero."""
+        """Reset A and B to normal values with standard deviation 0.02, and E to zero."""
         nn.init.normal_(self.lora_A, std=_STD)
         nn.init.normal_(self.lora_B, std=_STD)
         nn.init.zeros_(self.lora_E)
 
     @property
     def scaling(self) -> float:
-        """α over the rank at the start, whatever was pruned since; with the 1e-5 that PEFT adds to the rank."""
+        """α over the rank at the start, even after pruning, with the 1e-5 that PEFT adds to the rank."""
         spec = self.lora_state.spec
         return spec.config.scaling_of(spec.rank + 1e-5, spec.alpha)
 
     def update_factors(self) -> tuple[Tensor, Tensor]:
-        """``diag(E)·A`` and B."""
+        """Return ``diag(E)·A`` and B."""
         return self.lora_A * self.lora_E.view(-1, *(1 for _ in self.lora_A.shape[1:])), self.lora_B
 
     def exported(self) -> Exported:
-        """The plain LoRA that this layer computes, of the rank that is left."""
+        """Return the plain LoRA that this layer computes, with the remaining rank."""
         return _made_plain(shallow_copy(self), replace(self.lora_config, variant="plain")).exported()
 
 
 def shrink_adalora(model: nn.Module) -> dict[str, int]:
-    """Turn a model's AdaLoRA layers into plain LoRA of the ranks that were found, in place; its outputs stay what they are.
+    """Convert a model's AdaLoRA layers to plain LoRA of the ranks that training found, in place. The outputs stay the same.
 
-    A triplet whose E is zero adds nothing, so leaving it out is exact. A layer that lost all of them keeps one, with B zero:
-    every reader of adapters knows rank 1, few know rank 0.
+    A triplet whose E is zero adds nothing, so removing it is exact. A layer that lost all triplets keeps one, with B zero:
+    every reader of adapters supports rank 1, few support rank 0.
 
     Args:
-        model: adapted with ``variant="adalora"``, not merged, not sharded; optimizers that hold its adapters do not follow.
+        model: adapted with ``variant="adalora"``, not merged, not sharded. Optimizers that hold its adapters are not updated.
 
     Returns:
-        FQN → number of triplets that were left, 0 included, in the model's order.
+        FQN → number of remaining triplets, 0 included, in the model's order.
 
     Raises:
-        ValueError: there is no AdaLoRA in the model, or it is merged or sharded; nothing is changed then.
+        ValueError: the model has no AdaLoRA layers, or is merged or sharded; nothing is changed then.
     """
     prefix, root = adapter_root(model)
     layers = {clean_name(name): layer for name, layer in lora_layers(root) if isinstance(layer, AdaLoRA)}
@@ -126,25 +133,25 @@ def shrink_adalora(model: nn.Module) -> dict[str, int]:
 
 
 def kept_triplets(layer: AdaLoRA) -> list[int]:
-    """Indices of the triplets that add something."""
+    """Return the indices of the triplets that add something."""
     return layer.lora_E.detach().flatten().nonzero().flatten().tolist()
 
 
 def _plain_config(layers: Iterable[tuple[str, Any]]) -> LoRAConfig:
-    """The config of the plain LoRA: its rank the largest found, all ranks by name."""
+    """Return the config of the plain LoRA: the largest rank found, and all ranks by name."""
     found = {name: (layer, max(1, len(kept_triplets(layer)))) for name, layer in layers}
     config = next(iter(found.values()))[0].lora_config
-    # The first pattern that matches wins, and a name matches what ends in it too: longer names go first.
+    # The first matching pattern wins, and a name also matches longer names that end with it. So longer names come first.
     ranks = {name: found[name][1] for name in sorted(found, key=lambda name: (-len(name), name))}
     return replace(config, variant="plain", rank=max(ranks.values()), rank_pattern=ranks)
 
 
 @torch.no_grad()
 def _made_plain(layer: LoRALayer, config: LoRAConfig) -> LoRALayer:
-    """A layer turned into the plain LoRA that it computes, with parameters of its own."""
+    """Convert a layer to the plain LoRA that it computes, with its own parameters, and return it."""
     assert isinstance(layer, AdaLoRA)
     kept = kept_triplets(layer) or [0]
-    # Plain LoRA divides alpha by the rank that is left, AdaLoRA by the one at the start: the quotient goes into B.
+    # Plain LoRA divides alpha by the remaining rank, AdaLoRA by the rank at the start. B is multiplied by the quotient.
     ratio = layer.scaling / config.scaling_of(len(kept), layer.alpha)
     E = (layer.lora_E[kept] * ratio).view(1, -1, *(1 for _ in layer.lora_B.shape[2:]))
     factors = {"lora_A": layer.lora_A[kept].clone(), "lora_B": layer.lora_B[:, kept] * E}

@@ -1,12 +1,12 @@
-"""DoRA: LoRA turns the weight, a vector says how long it is (arXiv:2402.09353, equation 5)::
+"""DoRA: LoRA changes the weight's direction, a vector sets its magnitude (arXiv:2402.09353, equation 5)::
 
-    W' = m ∘ (W + s·B·A) / ‖W + s·B·A‖           one m and one norm an output, over all its inputs
+    W' = m ∘ (W + s·B·A) / ‖W + s·B·A‖           one m and one norm per output, over all its inputs
 
-The norm is a constant to the gradient (section 4.3), and ``m`` starts at ‖W‖, so an adapted layer starts as its base. Dropout
-acts on the input of all that was adapted and never on the base's own (as in the authors' code and PEFT's):
+The norm is a constant for the gradient (section 4.3). ``m`` starts at ‖W‖, so an adapted layer starts as its base. Dropout
+applies to the input of everything that was adapted, never to the base's own. The authors' code and PEFT do the same:
 ``W·x + (g − 1)∘W·x̃ + g∘s·B·A·x̃`` with g = m/‖·‖ and x̃ the input after dropout. It costs a second product with W.
 
-The norm needs no dense B·A (:mod:`lightning_lora.ops.weight_norm`); its frozen part ‖W‖² is kept where that saves a pass.
+The norm needs no dense B·A (:mod:`lightning_lora.ops.weight_norm`). Its frozen part ‖W‖² is cached where that saves a pass over W.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from lightning_lora.registry import register_variant
 from lightning_lora.utils.autocast import no_autocast
 from lightning_lora.utils.sharding import full_tensor, is_sharded, local_shard, local_tensor
 
-MAGNITUDE = "lora_magnitude_vector"  # PEFT's name for it
+MAGNITUDE = "lora_magnitude_vector"  # PEFT's name for m
 
 
 @register_variant("dora")
 class DoRA(LoRALayer):
-    """A magnitude vector before any kind.
+    """The mixin: a magnitude vector, for any kind.
 
     Attributes:
         lora_magnitude_vector: m, (out,), fp32 or wider as the factors.
@@ -40,28 +40,28 @@ class DoRA(LoRALayer):
     peft_fields: ClassVar[dict[str, Any]] = {"use_dora": True}
 
     lora_magnitude_vector: nn.Parameter
-    lora_square: tuple[tuple[Any, ...], Tensor] | None = None  # ‖W‖² and which W it is of
+    lora_square: tuple[tuple[Any, ...], Tensor] | None = None  # cached ‖W‖², after the key of the W it was computed from
 
     @classmethod
     def parameter_shapes(cls, module: Any, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
-        """The kind's, and m: (out,)."""
+        """Return the kind's shapes, and m: (out,)."""
         shapes = super().parameter_shapes(module, spec)
         return shapes | {MAGNITUDE: shapes["lora_B"][:1]}
 
     @classmethod
     def adapter_placements(cls, placement: Any) -> dict[str, Any]:
-        """The kind's, and m with the rows of B."""
+        """Return the kind's placements, and for m that of B's rows."""
         placements = super().adapter_placements(placement)
         return placements | {MAGNITUDE: placements["lora_B"]}
 
     def reset_lora_parameters(self) -> None:
-        """A and B as the init has it, m at the norm that this gives."""
+        """Reset A and B with the init, then m to the resulting norm."""
         super().reset_lora_parameters()
         self.reset_magnitude()
 
     @torch.no_grad()
     def reset_magnitude(self) -> None:
-        """Set m to ‖W + s·B·A‖: the weight as plain LoRA has it.
+        """Set m to ‖W + s·B·A‖, so that the layer starts as plain LoRA.
 
         Raises:
             ValueError: the weight cannot be read here.
@@ -75,8 +75,8 @@ class DoRA(LoRALayer):
     # The formula.
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """``g∘(W·x + s·B·A·x) + b``, or with dropout the three terms above."""
-        if self.merged or self.disabled or self.is_plain_sum() or not input.is_floating_point():  # a dropped id has no meaning
+        """Return ``g∘(W·x + s·B·A·x) + b``, or with dropout the sum of the three terms above."""
+        if self.merged or self.disabled or self.is_plain_sum() or not input.is_floating_point():  # dropping an id has no meaning
             return super().forward(input, *args, **kwargs)
         x = F.dropout(input, super().dropout_now())
         again = self.base_forward(x, *args, **kwargs)
@@ -84,20 +84,20 @@ class DoRA(LoRALayer):
         return self.lora_output(self.lora_update(again, x)) + rest
 
     def dropout_now(self) -> float:
-        """0: what the kind's update gets has been through it."""
+        """Return 0: the kind's update receives an input after dropout."""
         return 0.0
 
     def is_plain_sum(self) -> bool:
-        """Not with dropout, which acts on the input of the base's product too."""
+        """False also with dropout, which applies to the input of the base's product too."""
         return super().is_plain_sum() and not super().dropout_now()
 
     def output_scale(self) -> Tensor:
-        """g."""
+        """Return g = m/‖W + s·B·A‖, (out,)."""
         return self.lora_magnitude_vector / self.norm()
 
     @torch.no_grad()
     def norm(self) -> Tensor:
-        """‖W + s·B·A‖ of every output, (out,), in the factors' dtype."""
+        """Return ‖W + s·B·A‖ of every output, (out,), in the factors' dtype."""
         return self._norm_of(self.base_weight(), *self.factor_matrices())
 
     def _norm_of(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -107,12 +107,12 @@ class DoRA(LoRALayer):
         return square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()
 
     def _square(self, W: Tensor, dtype: torch.dtype) -> Tensor:
-        """‖W‖² of every output, computed again only if the weight changed."""
+        """Return ‖W‖² of every output. Compute it again only if the weight changed."""
         if transformed() or is_sharded(W) or self.weight.is_inference() or self.weight.is_meta:
             return _square(W, dtype)
         weight = self.weight
         key = (weight.data_ptr(), weight._version, weight.dtype, weight.device, dtype)
-        if not key[0]:  # a subclass without a storage of its own: nothing tells that it changed
+        if not key[0]:  # a tensor subclass without its own storage: a change cannot be detected
             return _square(W, dtype)
         if self.lora_square is None or self.lora_square[0] != key:
             self.lora_square = key, _square(W, dtype)
@@ -121,10 +121,10 @@ class DoRA(LoRALayer):
     # Merging: W' = g∘(W + s·B·A).
 
     def lora_delta(self) -> Tensor:
-        """``g∘(W + s·B·A) − W``, dense.
+        """Return ``g∘(W + s·B·A) − W``, dense.
 
         Raises:
-            RuntimeError: the layer is merged, and W is not there to compute it from.
+            RuntimeError: the layer is merged, so W is not available.
         """
         if self.merged:
             raise RuntimeError("the update of a merged DoRA layer depends on the base weight: unmerge first")
@@ -133,11 +133,11 @@ class DoRA(LoRALayer):
         return (weight + delta) * out_scale - weight
 
     def merge_delta(self) -> Tensor:
-        """``s·B·A``."""
+        """Return ``s·B·A``."""
         return super().lora_delta()
 
     def merge_scale(self, delta: Tensor) -> Tensor:
-        """g, from the dense sum, which is there anyway."""
+        """Return g in the weight's shape, computed from the dense sum, which a merge needs anyway."""
         rows = self.to_matrix(self._weight_for(delta) + delta)
         norm = rows.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny ** 0.5)
         out_scale = self.lora_magnitude_vector.view(norm.shape) / norm
@@ -149,10 +149,10 @@ class DoRA(LoRALayer):
     # Files.
 
     def to_peft(self) -> dict[str, Tensor]:
-        """With m as PEFT has it: for convolutions (1, out, 1, …)."""
+        """Return the tensors in PEFT's shapes: m is (1, out, 1, …) for convolutions."""
         if self.factor_matrices()[0].shape[:-2].numel() > 1:
             warnings.warn(
-                f"{self} is a grouped convolution under DoRA: PEFT 0.21 takes other norms there, and would compute something else"
+                f"{self} is a grouped convolution under DoRA: PEFT 0.21 takes other norms there, and would compute other outputs"
                 " from this file.",
                 stacklevel=3,
             )
@@ -161,13 +161,14 @@ class DoRA(LoRALayer):
 
     @classmethod
     def from_peft(cls, module: Any, part: str, tensor: Tensor) -> Tensor:
-        """m as a vector."""
+        """Return m as a vector, and other tensors as the kind does."""
         return tensor.flatten() if part == MAGNITUDE else super().from_peft(module, part, tensor)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.lora_square = None
-        # Base weights that come after the adapter (a start on the meta device, say): an adapter that is as it started starts from them.
+        # Base weights may be loaded after the adapter was created (for example from the meta device).
+        # If the adapter is still at its start, m is then computed from the new weights.
         alone = prefix + "weight" in state_dict and prefix + MAGNITUDE not in state_dict and not self.merged
         if alone and not self.lora_A.is_meta and self.adds_nothing():
             self.reset_magnitude()

@@ -1,8 +1,8 @@
-"""LoRA-FA: A stays as it starts, at random, and only B trains (arXiv:2308.03303, section 3).
+"""LoRA-FA: A keeps its random start, and only B trains (arXiv:2308.03303, section 3).
 
-Half the trained parameters and optimizer state, and the backward pass needs no activation of the width of the input: B's
-gradient takes ``A·x`` alone. To files and servers it is plain LoRA. Where the kind's roles swap (embeddings) it is B that starts
-at random, and stays.
+It trains half the parameters and needs half the optimizer state. The backward pass needs no activation as wide as the input: B's
+gradient needs ``A·x`` alone. Files and servers see plain LoRA. Where the kind swaps the roles (embeddings), B starts
+at random and stays frozen.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from lightning_lora.registry import register_variant
 
 @register_variant("lora_fa")
 class LoRAFA(LoRALayer):
-    """Plain LoRA with the factor that starts at random frozen."""
+    """Plain LoRA in which the factor that starts at random is frozen."""
 
     def init_adapter(self, spec: LayerSpec) -> None:
-        """As plain LoRA, then freeze."""
+        """Add the adapter as plain LoRA does, then freeze the random factor."""
         super().init_adapter(spec)
         random, _ = self.lora_factors()
         random.requires_grad_(False)

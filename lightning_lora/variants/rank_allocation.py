@@ -1,4 +1,4 @@
-"""Which triplets AdaLoRA keeps: scores, the budget over time, and the mask (arXiv:2303.10512, section 3).
+"""Chooses the triplets that AdaLoRA keeps: scores, the budget over time, and the mask (arXiv:2303.10512, section 3).
 
 After each optimizer step, with w a weight and g its gradient in that step::
 
@@ -8,11 +8,11 @@ After each optimizer step, with w a weight and g its gradient in that step::
     s = Ī·Ū                       score of an entry              (equation 11)
     S = s(E) + mean s(A row) + mean s(B column)      of a triplet (equation 7)
 
-The b(t) triplets with the highest S in the whole model stay, the others' E becomes zero; b(t) falls from all of them to the
-target as a cubic (equation 12). As in the authors' code and in PEFT, w is the weight *after* the step; the paper's algorithm
-1 has the one before, which differs by one learning rate. Among equal scores the first triplets stay, so that the budget is met
-exactly (PEFT prunes every triplet at the threshold). No Lightning here: ``regularize`` before an optimizer step, ``after_step``
-after it, ``zero_grad`` when that is done.
+The b(t) triplets with the highest S in the whole model stay; E of the others becomes zero. b(t) falls from all triplets to the
+target along a cubic (equation 12). As in the authors' code and in PEFT, w is the weight *after* the step. The paper's algorithm
+1 uses the weight before it, which differs by one learning rate. Among equal scores the first triplets stay, so that the budget is met
+exactly (PEFT prunes every triplet at the threshold). This file does not depend on Lightning: call ``regularize`` before an optimizer
+step, ``after_step`` after it, and ``zero_grad`` after that.
 """
 
 from __future__ import annotations
@@ -38,25 +38,25 @@ from lightning_lora.variants.adalora import AdaLoRA
 
 
 class RankAllocator:
-    """Moves a model's AdaLoRA layers from their ranks at the start to ``target_rank`` on average.
+    """Reduces the ranks of a model's AdaLoRA layers from those at the start to ``target_rank`` on average.
 
     Args:
         model: adapted with ``variant="adalora"``; sharded or not.
         target_rank: average rank at the end.
-        total_steps: optimizer steps over which the schedule runs.
+        total_steps: number of optimizer steps of the schedule.
         tinit: steps before pruning begins.
-        tfinal: steps at the end during which the ranks stand still.
-        deltaT: steps from one choice to the next.
+        tfinal: steps at the end during which the ranks stay fixed.
+        deltaT: steps between two choices.
         beta1: β₁.
         beta2: β₂.
-        orth_reg_weight: γ in the loss + γ·Σ(‖A·Aᵀ − I‖² + ‖Bᵀ·B − I‖²) (equation 4); 0 leaves the regularizer out.
+        orth_reg_weight: γ in the loss + γ·Σ(‖A·Aᵀ − I‖² + ‖Bᵀ·B − I‖²) (equation 4); 0 switches the regularizer off.
 
     Attributes:
         step: optimizer steps seen.
         keep: FQN → which triplets stay, (r,) booleans; empty before the first choice.
 
     Raises:
-        ValueError: the model has no AdaLoRA, the target is not below its ranks, or the schedule has no room to prune.
+        ValueError: the model has no AdaLoRA layers, the target is not below its ranks, or the schedule has no room to prune.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class RankAllocator:
         self.step = 0
         self.keep: dict[str, Tensor] = {}
         self.parameters = {f"{name}.{part}": p for name, layer in self.layers.items() for part, p in layer.lora_parameters().items()}
-        self.sensitivity: dict[str, Tensor] = {}  # Ī, as the parameters are sharded
+        self.sensitivity: dict[str, Tensor] = {}  # Ī, sharded as the parameters are
         self.uncertainty: dict[str, Tensor] = {}  # Ū
         self._clear()
 
@@ -102,7 +102,7 @@ class RankAllocator:
         return self.total_steps - self.tfinal
 
     def budget(self, step: int) -> int:
-        """How many triplets of the whole model stay after this step."""
+        """Return how many triplets of the whole model stay after this step."""
         if step <= self.tinit:
             return self.start
         if step >= self.prunes_until:
@@ -112,12 +112,12 @@ class RankAllocator:
 
     @torch.no_grad()
     def regularize(self, scale: float = 1.0) -> None:
-        """Add the regularizer's gradients, 4γ(A·Aᵀ − I)·A and 4γB·(Bᵀ·B − I), to what the loss left.
+        """Add the regularizer's gradients, 4γ(A·Aᵀ − I)·A and 4γB·(Bᵀ·B − I), to the gradients of the loss.
 
-        That is exact whatever the loss was accumulated over, averaged over or divided by, since it comes once, at the end.
+        They are added once, at the end. So they are exact however the loss was accumulated, averaged or divided.
 
         Args:
-            scale: of the loss, where the gradients are still multiplied by one.
+            scale: the loss scale, where the gradients are still multiplied by one.
         """
         if not self.orth_reg_weight:
             return
@@ -136,7 +136,7 @@ class RankAllocator:
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Score, choose and mask; once after each optimizer step, while its gradients are there."""
+        """Score, choose and mask. Call it once after each optimizer step, before its gradients are cleared."""
         self.step += 1
         if self.step < self.prunes_until:
             self._score()
@@ -151,7 +151,7 @@ class RankAllocator:
                 local_tensor(E).masked_fill_(~local_shard(keep.view(-1, 1), E), 0.0)
 
     def scores(self) -> dict[str, Tensor]:
-        """FQN → the score of each triplet, (r,)."""
+        """Return FQN → the score of each triplet, (r,)."""
         entry = {name: full_tensor(self.sensitivity[name] * self.uncertainty[name]) for name in self.parameters}
         return {
             name: entry[f"{name}.lora_E"].flatten()
@@ -161,7 +161,10 @@ class RankAllocator:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain types and whole tensors by name: independent of how the model is sharded. Every process has to call it."""
+        """Return plain types and full tensors by name, independent of how the model is sharded.
+
+        Every process must call it.
+        """
         return {
             "step": self.step,
             "total_steps": self.total_steps,
@@ -172,10 +175,10 @@ class RankAllocator:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was called.
+        """Continue where :meth:`state_dict` was called.
 
         Raises:
-            ValueError: it is of other layers, or of a schedule of another length.
+            ValueError: the state is of other layers, or of a schedule of another length.
         """
         if state["sensitivity"].keys() != self.parameters.keys():
             different = sorted(state["sensitivity"].keys() ^ self.parameters.keys())
@@ -183,7 +186,7 @@ class RankAllocator:
         if state["total_steps"] != self.total_steps:
             raise ValueError(
                 f"total_steps={self.total_steps} here, the checkpoint's schedule has {state['total_steps']}, {state['step']} of them"
-                f" done. To go on with it, also beyond its end, pass total_steps={state['total_steps']}."
+                f" done. To continue it, also beyond its end, pass total_steps={state['total_steps']}."
             )
         self.step = state["step"]
         self.keep = {name: keep.to(self.layers[name].lora_E.device) for name, keep in state["keep"].items()}
@@ -215,14 +218,17 @@ class RankAllocator:
         keep = torch.zeros_like(flat)
         keep[flat.sort(descending=True, stable=True).indices[:budget]] = 1
         if is_distributed():
-            # Every process has the same numbers; should one round differently, their models must not part ways.
+            # All processes have the same numbers. If one rounds differently, their models must still be the same.
             broadcast([keep], [torch.distributed.group.WORLD])
         parts = keep.bool().split([score.numel() for score in scores.values()])
         return dict(zip(scores, parts, strict=True))
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
-    """A parameter's gradient, lying as the parameter lies (tensor parallelism may leave a sum that is still to be taken)."""
+    """Return a parameter's gradient with the parameter's placements.
+
+    Tensor parallelism may leave a partial sum; it is reduced here.
+    """
     assert parameter.grad is not None
     if is_sharded(parameter) and parameter.grad.placements != parameter.placements:  # type: ignore[attr-defined]
         parameter.grad = parameter.grad.redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
@@ -230,11 +236,11 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 
 
 def steps_of(name: str, value: int | float, total: int) -> int:
-    """A number of steps that may be given as a share of all of them.
+    """Return a number of steps, which may be given as a share of all steps.
 
     Raises:
         ValueError: it is neither a whole number ≥ 0 nor a share in [0, 1).
     """
     if isinstance(value, bool) or not math.isfinite(value) or value < 0 or (isinstance(value, float) and value >= 1):
-        raise ValueError(f"{name}={value!r}: give a whole number of optimizer steps, or a share of all of them in [0, 1) such as 0.1.")
+        raise ValueError(f"{name}={value!r}: give a whole number of optimizer steps, or a share of all steps in [0, 1) such as 0.1.")
     return round(value * total) if isinstance(value, float) else value

@@ -1,10 +1,10 @@
-"""VeRA: A and B are random, frozen and the same for all layers; two vectors per layer train (arXiv:2310.11454, equation 2)::
+"""VeRA: A and B are random, frozen and shared by all layers; two vectors per layer train (arXiv:2310.11454, equation 2)::
 
     h = W·x + Λb·B·Λd·A·x        Λd, Λb diagonal: d has r entries and starts small, b has one per output and starts at zero
 
-As in PEFT, A has r rows as long as the widest input, B as many rows of r as the widest output; a layer uses the part that it needs.
-Both are drawn from a seed, so that files and checkpoints hold the two vectors alone. They are no parameters and no buffers: nothing
-shards, reduces, saves or broadcasts them, and each device has them once.
+As in PEFT, A has r rows as long as the widest input. B has rows of length r, as many as the widest output. A layer uses the
+part that it needs. Both are drawn from a seed, so that files and checkpoints store only the two vectors. They are neither parameters
+nor buffers: nothing shards, reduces, saves or broadcasts them, and each device has one copy.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _DEFAULT = LoRAConfig()
 
 
 class Projection:
-    """The frozen A and B of a model, drawn when they are first asked for, once for each device. Immutable: copies share it.
+    """The frozen A and B of a model, drawn on first use, once per device. Immutable: copies share it.
 
     Args:
-        seed: of the draw.
+        seed: seed of the draw.
         rank: r.
         wide: widest input among the layers.
         tall: widest output among the layers.
@@ -40,7 +40,10 @@ class Projection:
         self._drawn: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """A (r, wide) and B (tall, r), fp32; Kaiming-uniform, on the CPU first, so that every device has the same."""
+        """Return A (r, wide) and B (tall, r) on a device, in fp32.
+
+        They are Kaiming-uniform, and drawn on the CPU first, so that every device has the same values.
+        """
         if device not in self._drawn:
             generator = torch.Generator("cpu").manual_seed(self.seed)
             shapes = ((self.rank, self.wide), (self.tall, self.rank))
@@ -61,7 +64,7 @@ class Projection:
 
 @register_variant("vera")
 class VeRA(LoRALayer):
-    """Shared frozen factors, and two vectors before any linear kind.
+    """The mixin, for linear kinds: shared frozen factors, and two vectors that train.
 
     Attributes:
         lora_lambda_d: d, (r,).
@@ -84,12 +87,15 @@ class VeRA(LoRALayer):
 
     @classmethod
     def parameter_shapes(cls, module: Any, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
-        """d (r,) and b (out,)."""
+        """Return the shapes of d, (r,), and b, (out,)."""
         return {"lora_lambda_d": (spec.rank,), "lora_lambda_b": cls.adapter_shapes(module, spec)[1][:1]}
 
     @classmethod
     def check(cls, module: Any, spec: LayerSpec) -> None:
-        """Linear layers of one rank only; what the formula has no place for has to be left out."""
+        """Raise ValueError also where the formula does not apply.
+
+        The kind must be linear, all layers must have the same rank, and alpha, scaling and init must be the defaults.
+        """
         super().check(module, spec)
         if not cls.is_linear:
             raise ValueError("variant='vera' shares its A and B among linear layers only; exclude it")
@@ -101,25 +107,25 @@ class VeRA(LoRALayer):
         for name in ("scaling", "init"):
             value = getattr(spec.config, name)
             if value != getattr(_DEFAULT, name):
-                raise ValueError(f"{name}={value!r} and variant='vera', which has a start and no scaling of its own; leave {name} out")
+                raise ValueError(f"{name}={value!r} and variant='vera', which defines its own start and uses no scaling; leave {name} out")
 
     @classmethod
     def projection_for(cls, layers: Sequence[tuple[Any, LayerSpec]]) -> Projection:
-        """The A and B that these layers share."""
+        """Return the A and B that these layers share."""
         shapes = [cls.adapter_shapes(module, spec) for module, spec in layers]
         spec = layers[0][1]
         return Projection(spec.options["projection_seed"], spec.rank, max(A[1] for A, _ in shapes), max(B[0] for _, B in shapes))
 
     @classmethod
     def finish(cls, layers: dict[str, LoRALayer]) -> None:
-        """Let all layers share one projection."""
+        """Make all layers share one projection."""
         shared = cls.projection_for([(layer, layer.spec) for layer in layers.values()])
         for layer in layers.values():
             assert isinstance(layer, VeRA)
             layer.lora_projection = shared
 
     def init_adapter(self, spec: LayerSpec) -> None:
-        """As every variant, with a projection of this layer's own until :meth:`finish`."""
+        """Add the adapter as every variant does. The layer has its own projection until :meth:`finish`."""
         self.lora_projection = self.projection_for([(self, spec)])
         A, B = self.adapter_shapes(self, spec)
         self.lora_widths = A[1], B[0]
@@ -127,20 +133,20 @@ class VeRA(LoRALayer):
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
-        """d at ``d_initial``, b at zero."""
+        """Reset d to ``d_initial`` and b to zero."""
         nn.init.constant_(self.lora_lambda_d, self.spec.options["d_initial"])
         nn.init.zeros_(self.lora_lambda_b)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALayer:
         super()._apply(fn, recurse)
-        self.lora_projection.on(self.lora_lambda_d.device)  # now, not while a compiler traces the forward pass
+        self.lora_projection.on(self.lora_lambda_d.device)  # draw it now, not while a compiler traces the forward pass
         return self
 
     # The formula.
 
     @property
     def scaling(self) -> float:
-        """1."""
+        """1: the formula has no scaling."""
         return 1.0
 
     @property
@@ -150,15 +156,15 @@ class VeRA(LoRALayer):
 
     @property
     def lora_B(self) -> Tensor:  # type: ignore[override]
-        """This layer's part of the shared B, (out, r)."""
+        """This layer's part of the shared B, (out, r), in the dtype of d."""
         return self._projected()[1]
 
     def lora_factors(self) -> tuple[nn.Parameter, nn.Parameter]:
-        """d, and b, which starts at zero."""
+        """Return d, and b, which starts at zero."""
         return self.lora_lambda_d, self.lora_lambda_b
 
     def update_factors(self) -> tuple[Tensor, Tensor]:
-        """``Λd·A`` and ``Λb·B``."""
+        """Return ``Λd·A`` and ``Λb·B``."""
         A, B = self._projected()
         return A * self.lora_lambda_d.unsqueeze(-1), B * self.lora_lambda_b.unsqueeze(-1)
 
@@ -179,7 +185,7 @@ class VeRA(LoRALayer):
 
     @classmethod
     def adapter_placements(cls, placement: Any) -> dict[str, Any]:
-        """The kind's for A and B; d whole, b with the rows of B."""
+        """Return the kind's placements of A and B; d is replicated, b is placed as B's rows."""
         from torch.distributed.tensor import Replicate
 
         placements = super().adapter_placements(placement)
@@ -188,12 +194,16 @@ class VeRA(LoRALayer):
     # Files.
 
     def to_peft(self) -> dict[str, Tensor]:
-        """The two vectors."""
+        """Return the two vectors under PEFT's names."""
         return {"vera_lambda_d": self.lora_lambda_d, "vera_lambda_b": self.lora_lambda_b}
 
     @classmethod
     def take_shared(cls, layers: Sequence[tuple[Any, LayerSpec]], tensors: dict[str, Tensor]) -> None:
-        """PEFT's ``vera_A`` and ``vera_B`` (``save_projection=True``) have to be what the seed gives here."""
+        """Remove PEFT's ``vera_A`` and ``vera_B`` (``save_projection=True``) from a file's tensors.
+
+        Raises:
+            ValueError: they differ from what the seed gives here.
+        """
         for name, mine in zip(cls.peft_shared, cls.projection_for(layers).on(torch.device("cpu")), strict=True):
             theirs = tensors.pop(name, None)
             if theirs is not None and not torch.equal(mine.to(theirs.dtype), theirs.cpu()):
@@ -204,7 +214,7 @@ class VeRA(LoRALayer):
 
     @classmethod
     def to_peft_fields(cls, fields: dict[str, Any], config: LoRAConfig) -> dict[str, Any]:
-        """``VeraConfig``'s fields; the projection comes from the seed there too."""
+        """Return ``VeraConfig``'s fields. PEFT draws the projection from the seed too."""
         options = LayerSpec(config, config.rank, config.alpha).options
         kept = ("task_type", "base_model_name_or_path", "inference_mode", "r", "target_modules", "modules_to_save", "fan_in_fan_out")
         return {
@@ -220,7 +230,7 @@ class VeRA(LoRALayer):
 
     @classmethod
     def from_peft_fields(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """``VeraConfig``'s fields in the words of ``LoraConfig``, and the options."""
+        """Return ``VeraConfig``'s fields under the names of ``LoraConfig``, with the options."""
         rest = {name: value for name, value in fields.items() if name not in ("save_projection", "init_weights")}
         options = {"projection_seed": rest.pop("projection_prng_key", 0), "d_initial": rest.pop("d_initial", 0.1)}
         return {

@@ -117,7 +117,7 @@ def test_fields_we_honour_or_may_ignore(fields, expected):
         ({"target_parameters": ["experts.up"]}, "target_parameters="),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens="),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' trains on a base changed at the start"),
-        ({"init_lora_weights": "eva"}, "init_lora_weights='eva'"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights='corda'"),
         ({"loftq_config": {"loftq_bits": 4}}, "loftq_config=.* belongs to a base that was changed"),
         ({"r": 0}, "rank=0"),
         ({"bias": "some"}, "bias='some'"),

@@ -45,10 +45,10 @@ def group_of(unit: Any) -> PullingGroup:
     return group
 
 
-def in_memory(unit: Any) -> set[str]:
-    """What is whole in memory."""
-    held = [p for p in group_of(unit).fsdp_params if any(t.untyped_storage().size() for t in p.all_gather_outputs)]
-    return {"large" if p.all_gather_outputs[0].nbytes >= pulling_group.SMALL else "small" for p in held}
+def resident(unit: Any) -> set[str]:
+    """The sizes of the parameters that are unsharded in memory."""
+    full = [p for p in group_of(unit).fsdp_params if any(t.untyped_storage().size() for t in p.all_gather_outputs)]
+    return {"large" if p.all_gather_outputs[0].nbytes >= pulling_group.SMALL else "small" for p in full}
 
 
 def step(model: nn.Module) -> torch.Tensor:
@@ -68,22 +68,22 @@ def traffic() -> dict[str, int]:
 
 def test_a_step_gathers_nothing(pool: Any) -> None:
     for counts in pool.run(traffic):
-        assert counts == {"allreduce_": 3}  # ranks meet before and after the forward pass; the gradients
+        assert counts == {"allreduce_": 3}  # a barrier before and after the forward pass, and the gradients
 
 
 def memory() -> list[set[str]]:
     model, found = sharded(), []
-    pieces = [parameter for name, parameter in model.named_parameters() if "lora_" not in name]
-    assert all(isinstance(piece, DTensor) for piece in pieces)
-    model.layers[0].fc2.register_forward_hook(lambda *_: found.append(in_memory(model.layers[0])))
+    shards = [parameter for name, parameter in model.named_parameters() if "lora_" not in name]
+    assert all(isinstance(shard, DTensor) for shard in shards)
+    model.layers[0].fc2.register_forward_hook(lambda *_: found.append(resident(model.layers[0])))
     step(model)
-    found += [in_memory(model.layers[0]), in_memory(model)]
-    assert [p for name, p in model.named_parameters() if "lora_" not in name] == pieces  # between steps the model shows its pieces
+    found += [resident(model.layers[0]), resident(model)]
+    assert [p for name, p in model.named_parameters() if "lora_" not in name] == shards  # between steps the model shows its shards
     reshard(model)
-    return [*found, in_memory(model.layers[0]), in_memory(model)]
+    return [*found, resident(model.layers[0]), resident(model)]
 
 
-def test_what_lies_in_memory_when(pool: Any) -> None:
+def test_what_is_resident_when(pool: Any) -> None:
     for in_forward, block, outside, *freed in pool.run(memory):
         assert in_forward == outside == {"small", "large"}
         assert block == {"small"}
@@ -138,11 +138,11 @@ def change(model: nn.Module, how: str, seed: int) -> None:
         return
     for name, parameter in model.named_parameters():
         if name in values:
-            piece = local_shard(values[name], parameter)
+            shard = local_shard(values[name], parameter)
             if how == "assigned" and isinstance(parameter, DTensor):
-                parameter.copy_(DTensor.from_local(piece, parameter.device_mesh, parameter.placements))
+                parameter.copy_(DTensor.from_local(shard, parameter.device_mesh, parameter.placements))
             else:
-                local_tensor(parameter).copy_(piece)
+                local_tensor(parameter).copy_(shard)
 
 
 @pytest.mark.parametrize("how", ["written", "assigned", "loaded", "merged"])
@@ -257,14 +257,14 @@ def save_and_skip() -> set[str]:
     model.skip = {2}
     with torch.no_grad():
         model(make_data()[0])
-    return in_memory(model.layers[2])
+    return resident(model.layers[2])
 
 
 def test_nothing_waits_for_a_later_pass(pool: Any) -> None:
     assert pool.run(save_and_skip) == [set(), set()]
 
 
-def most_in_memory(checkpointing: str | None) -> int:
+def most_resident(checkpointing: str | None) -> int:
     """How many blocks are whole at once."""
     Net.checkpointing = checkpointing
     model = fsdp2_pulled(apply_lora(type("Deep", (Net,), {"__init__": deep})(), config=CONFIG))
@@ -272,14 +272,14 @@ def most_in_memory(checkpointing: str | None) -> int:
 
     def look(*_: Any) -> None:
         nonlocal most
-        most = max(most, sum("large" in in_memory(layer) for layer in model.layers))
+        most = max(most, sum("large" in resident(layer) for layer in model.layers))
 
     for layer in model.layers:
         layer.fc2.register_forward_hook(look)
         layer.fc2.register_full_backward_hook(look)
     for _ in range(2):
         step(model)
-    assert not any("large" in in_memory(layer) for layer in model.layers)
+    assert not any("large" in resident(layer) for layer in model.layers)
     return most
 
 
@@ -290,7 +290,7 @@ def deep(self: Any) -> None:
 
 @pytest.mark.parametrize("checkpointing", [None, "non-reentrant", "reentrant"])
 def test_two_blocks_at_a_time(pool: Any, checkpointing: str | None) -> None:
-    assert pool.run(most_in_memory, checkpointing) == [2, 2]
+    assert pool.run(most_resident, checkpointing) == [2, 2]
 
 
 class Tied(Net):
@@ -359,7 +359,7 @@ def test_what_cannot_be_shared_is_an_error(pool: Any) -> None:
     assert pool.run(refuse_to_share) == [["no room"] * 3] * 2
 
 
-def moved(gives_back: bool) -> tuple[list[bool], list[torch.Tensor]]:
+def moved(releases: bool) -> tuple[list[bool], list[torch.Tensor]]:
     """Losses of a model that is put elsewhere and written to there, as Lightning does after ``fit``, and of one that is not moved."""
     losses, gone = [], [True]
     for moves in (True, False):
@@ -368,18 +368,18 @@ def moved(gives_back: bool) -> tuple[list[bool], list[torch.Tensor]]:
         if moves:
             reshard(model)
             model._apply(torch.clone)
-            if gives_back:
+            if releases:
                 release(model)
-                gone = [group_of(unit).sources is None and not in_memory(unit) for unit in (model, *model.layers)]
+                gone = [group_of(unit).sources is None and not resident(unit) for unit in (model, *model.layers)]
                 model._apply(torch.clone)
         change(model, "written", 0)
         losses.append(step(model))
     return gone, losses
 
 
-@pytest.mark.parametrize("gives_back", [True, False])
-def test_a_model_that_moves_is_shared_anew(pool: Any, gives_back: bool) -> None:
-    for gone, (mine, wanted) in pool.run(moved, gives_back):
+@pytest.mark.parametrize("releases", [True, False])
+def test_a_model_that_moves_is_shared_anew(pool: Any, releases: bool) -> None:
+    for gone, (mine, wanted) in pool.run(moved, releases):
         assert all(gone) and mine == wanted
 
 

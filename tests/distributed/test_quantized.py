@@ -125,5 +125,5 @@ def refusals() -> list[str]:
 def test_what_cannot_be_sharded_is_named(pool: Any) -> None:
     flat, int8, ao = pool.run(refusals)[0]
     assert "flattens a block into one parameter, and 'net.up' is quantized: use strategy='lora_fsdp2'" in flat
-    assert "cannot shard 'net.up' (LoRALinear8bitLt), whose 8-bit weight does not come apart: use quantize='nf4'" in int8
+    assert "cannot shard 'net.up' (LoRALinear8bitLt), whose 8-bit weight cannot be split: use quantize='nf4'" in int8
     assert "cannot shard 'net.up' (LoRALinear)" in ao

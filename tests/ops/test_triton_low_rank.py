@@ -16,7 +16,8 @@ def drop_of(x, p):
     """A seed for the kernels and the same mask as a tensor for the plain functions; read off the kernel itself."""
     drop, exact = triton_low_rank.draw_drop(x, p)
     zeros, ones = torch.zeros(x.shape, device=x.device), torch.ones(max(x.shape), 1, device=x.device)
-    return drop, (triton_low_rank.add_(zeros, ones[: x.shape[0]], ones[: x.shape[1]], drop) == 0, 0), exact
+    mask = triton_low_rank.add_(zeros, ones[: x.shape[0]], ones[: x.shape[1]], drop) == 0
+    return drop, plain.Drop(mask), exact
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

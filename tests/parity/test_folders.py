@@ -309,7 +309,7 @@ def test_round_trip(name, peft, tmp_path):
 
 REFUSED = [
     ("lora_bias", True),
-    *(("init_lora_weights", init) for init in ("pissa", "pissa_niter_4", "olora", "loftq", "corda", "eva", "mica", "lora_ga")),
+    *(("init_lora_weights", init) for init in ("pissa", "pissa_niter_4", "olora", "loftq", "corda", "lora_ga")),
     ("loftq_config", {"loftq_bits": 4, "loftq_iter": 1}),
     ("target_parameters", ["mlp.gate_proj.weight"]),
     ("trainable_token_indices", [1, 2]),

@@ -150,7 +150,6 @@ CASES = [
     ("Conv3d 2 LoRA with DoRA", "Conv3d", {"target_modules": ["conv3d", "lin0"], "use_dora": True}, "equal"),
     ("Conv3d 1x1 LoRA with DoRA", "Conv3d1x1", {"target_modules": ["conv3d"], "use_dora": True}, "equal"),
     ("Vanilla MLP 1 LoRA with KaSA", "MLP", {**LIN0, "kasa_config": KasaConfig(), "r": 4}, "kasa_config"),
-    ("Vanilla MLP 1 LoRA with MiCA", "MLP", {**LIN0, "init_lora_weights": "mica", "r": 4}, "init_lora_weights"),
     (
         "Vanilla MLP 10 LoRA with VeLoRA random",
         "MLP",
