@@ -112,8 +112,10 @@ class LoRALayer(Factors):
 
     @classmethod
     def example_input(cls, module: Any, generator: torch.Generator) -> Tensor | None:
-        """A small random input of the module's forward, float64 or int64 on the CPU: with it a class that has a forward of its own is tried
-        (:mod:`~lightning_lora.layers.linearity`). None: this kind does not say, and its layers are taken as they are."""
+        """Return a small random input of the module's forward, float64 or int64 on the CPU.
+
+        :mod:`~lightning_lora.layers.linearity` tries classes that have a forward of their own with it. None: they are not tried.
+        """
         return None
 
     # Construction.

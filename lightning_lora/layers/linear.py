@@ -143,7 +143,7 @@ class LoRALinear(LoRALayer, nn.Linear):
         return super().forward(input) if y is None else y
 
     def _takes_rows(self, x: Tensor) -> bool:
-        """Whether base and update give for the rows of x (n, in) what they give for x (..., in)."""
+        """True if base and update give for the rows of x, (n, in), what they give for x (..., in)."""
         return self.plain_forward and self.plain_update and low_rank.has_rows(x) and not low_rank.transformed()
 
     def fused_output(self, x: Tensor) -> Tensor | None:

@@ -51,7 +51,7 @@ def lora_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropou
     if not x.dtype == A.dtype == B.dtype == dtype:
         x, A, B = x.to(dtype), A.to(dtype), B.to(dtype)
     # The compiler fuses the definition itself. torch.func transforms need plain operations,
-    # and DTensors propagate their placements through those.
+    # and DTensors propagate their placements through those. Sparse and jagged tensors have no rows to flatten.
     if transformed() or is_sharded(A) or not has_rows(x):
         return lora_update_reference(y, x, A, B, scale, dropout)
     if autocast_dtype(y) in (None, dtype):  # all operands have y's dtype: autocast would cast nothing
@@ -66,7 +66,7 @@ def transformed() -> bool:
 
 
 def has_rows(x: Tensor) -> bool:
-    """Whether x (..., in) can be flattened to rows (n, in); sparse and jagged tensors cannot."""
+    """True if x (..., in) can be flattened to rows (n, in); sparse and jagged tensors cannot."""
     return x.layout is torch.strided and not x.is_nested
 
 
