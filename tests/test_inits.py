@@ -203,7 +203,11 @@ def test_a_start_on_the_meta_device_is_taken_from_the_weights_that_come():
 @pytest.mark.parametrize(
     ("build", "fields", "message"),
     [
-        (lambda: nn.Conv2d(4, 4, 3, groups=2), {"init": "pissa", "rank": 2}, "init='pissa' takes B·A from the weight.*groups; exclude it"),
+        (
+            lambda: nn.Conv2d(4, 4, 3, groups=2),
+            {"init": "pissa", "rank": 2},
+            "init='pissa' computes A and B from the weight.*groups; exclude it",
+        ),
         (lambda: nn.Embedding(9, 4, padding_idx=1), {"init": "olora"}, "init='olora' would train the row of padding_idx=1 too; exclude it"),
         (lambda: nn.Linear(3, 9), {"init": "pissa", "rank": 4}, r"init='pissa' with rank=4 is above min\(in, out\)=3; choose a lower rank"),
         (lambda: nn.Linear(9, 9), {"init": "orthogonal", "rank": 3}, "init='orthogonal' needs an even rank and no groups, here rank=3"),

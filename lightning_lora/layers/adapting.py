@@ -51,7 +51,11 @@ def adapt(module: nn.Module, spec: LayerSpec) -> LoRALayer:
     assert cls is not None
     module.__class__ = cls
     assert isinstance(module, LoRALayer)
-    module.init_adapter(spec)
+    try:
+        module.init_adapter(spec)
+    except BaseException:
+        unadapt(module)
+        raise
     return module
 
 
