@@ -1,4 +1,4 @@
-"""Heads and embeddings: the modules at a model's ends, which LoRA trains in full or leaves alone."""
+"""Find heads and embeddings, the modules that LoRA trains in full or leaves frozen."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_lora.utils.transformers_conventions import is_loaded
 # Classes whose heads have always been trained in full, and those whose heads are where it is not known what the checkpoint had.
 _CLASSIFIERS = re.compile(r"For\w*(Classification|MultipleChoice|QuestionAnswering)\w*$")
 _TASKS = re.compile(r"For\w*(Classification|MultipleChoice|QuestionAnswering|CTC|XVector|Segmentation|Detection|DepthEstimation)\w*$")
-_TRAINED = "_lora_trained_in_full"  # noted on a module, for what loading knew does not survive sharding or copying
+_TRAINED = "_lora_trained_in_full"  # set on a module, because transformers' marks are lost when parameters are sharded or copied
 
 
 def fresh_heads(model: nn.Module, targets: Sequence[Pattern] = ()) -> list[str]:
@@ -48,7 +48,7 @@ _FOR = re.compile(r"For[A-Z]\w*$|LMHeadModel$|WithLMHead\w*$")
 
 
 def _not_loaded(model: nn.Module) -> list[str] | None:
-    """Names of the largest submodules none of whose parameters a checkpoint had; None if it was not loaded, or one cannot tell."""
+    """Return the largest submodules that the checkpoint had no parameter of, by name. None: not loaded, or loaded without marks."""
     loaded = {id(p) for p in model.parameters() if is_loaded(p)}
     plain = [p for module in model.modules() if not format_of(module) for p in module._parameters.values() if p is not None]
     if not plain or 2 * sum(id(p) in loaded for p in plain) < len(plain):  # some ways of quantizing make new parameters
@@ -62,8 +62,9 @@ def _not_loaded(model: nn.Module) -> list[str] | None:
 
 
 def left_frozen(model: nn.Module, adapted: Iterable[str], saved: Iterable[str]) -> list[str]:
-    """Names of what would train without LoRA, and with it stays as it is: a module's own parts beside the one that is adapted, its
-    parameters that are in no part, and what a checkpoint of a pretrained part did not have.
+    """Return the names of what trains without LoRA and is frozen with it.
+
+    These are a module's children without an adapter, its own parameters, and what the checkpoint of a pretrained part did not contain.
 
     Args:
         model: the whole module, before its parameters are frozen.
@@ -100,7 +101,7 @@ def _beside_backbone(model: nn.Module) -> list[str]:
 
 
 def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
-    """FQNs of the modules that ``config.modules_to_save`` trains in full.
+    """Return the FQNs of the modules that ``config.modules_to_save`` trains in full.
 
     Raises:
         ValueError: an entry matches nothing, or a module without parameters.
@@ -131,7 +132,7 @@ def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
 
 
 def note_saved(model: nn.Module, saved: Iterable[str]) -> None:
-    """Note on the modules themselves that they are trained in full; with no names, that none is."""
+    """Mark these modules as trained in full, and no others."""
     for module in model.modules():
         module.__dict__.pop(_TRAINED, None)
     modules = modules_by_name(model)
@@ -140,29 +141,29 @@ def note_saved(model: nn.Module, saved: Iterable[str]) -> None:
 
 
 def hf_ends(module: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
-    """The input and the output embeddings that a Hugging Face model names; None where it has none."""
+    """Return the input and the output embeddings that a Hugging Face model names; None where it has none."""
     ends = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         try:
             ends.append(getattr(module, getter)())
-        except (AttributeError, NotImplementedError):  # how transformers says "none" for models without text
+        except (AttributeError, NotImplementedError):  # transformers raises these for models without text
             ends.append(None)
     return ends[0], ends[1]
 
 
 def output_heads(model: nn.Module) -> set[nn.Module]:
-    """The output embeddings that Hugging Face models name, which "all-linear" leaves alone."""
+    """Return the output embeddings that Hugging Face models name. "all-linear" passes over them."""
     heads = (hf_ends(module)[1] for module in model.modules() if hasattr(type(module), "get_output_embeddings"))
     return {head for head in heads if head is not None}
 
 
 def within(fqn: str, parents: Iterable[str]) -> bool:
-    """Whether a module is one of ``parents`` or inside one."""
+    """Return True if a module is one of ``parents`` or inside one."""
     return any(fqn == parent or fqn.startswith(parent + ".") for parent in parents)
 
 
 def _check_not_tied(model: nn.Module, saved: list[str]) -> None:
-    """A module trained in full takes along whatever shares its weight: nobody means that without saying so."""
+    """Refuse a module whose weight another module shares: training it in full would train that module too."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(clean_name(name))
@@ -171,5 +172,5 @@ def _check_not_tied(model: nn.Module, saved: list[str]) -> None:
         if inside and len(inside) < len(tied):
             outside = next(name for name in tied if name not in inside)
             raise ValueError(
-                f"modules_to_save: {inside[0]} is tied to {outside}, which would train along; name both modules, or untie them first."
+                f"modules_to_save: {inside[0]} is tied to {outside}, which would train too; name both modules, or untie them first."
             )
