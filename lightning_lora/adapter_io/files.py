@@ -11,19 +11,18 @@ crash between the two writes, loading it says that the JSON is missing.
 from __future__ import annotations
 
 import json
-import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightning_lora.adapter_io import peft_format
 from lightning_lora.config import LoRAConfig
 from lightning_lora.utils.atomic_files import sync_folder, write_atomic
+from lightning_lora.utils.read_checkpoint import read_checkpoint
 
 FORMAT_VERSION = 1
 META = "lightning_lora"  # key of our entry in the safetensors metadata and in a Lightning checkpoint
@@ -121,10 +120,7 @@ def _read_folder(folder: Path) -> AdapterFile:
 
 
 def _read_checkpoint(file: Path) -> AdapterFile:
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{file} is not a readable checkpoint: {error}") from error
+    checkpoint = read_checkpoint(file)
     meta = checkpoint.get(META) if isinstance(checkpoint, dict) else None
     if meta is None:
         raise ValueError(f"{file} was not written under LoRACallback: it holds no adapter.")
