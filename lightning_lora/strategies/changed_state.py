@@ -212,8 +212,8 @@ class ChangedState:
         lost = sorted(fqn for fqn in self._moved - set(present) if fqn not in self._copies)
         if lost:
             raise ValueError(
-                f"{where} was written before {lost[0]!r} changed in training ({len(lost)} such parameters). So it leaves that out"
-                " as base, and the earlier value is not kept here: load the checkpoint into a newly made module."
+                f"{where} was written before {lost[0]!r} changed in training ({len(lost)} such parameters). So it leaves them out"
+                " as base, and their earlier values are not kept here: load the checkpoint into a newly made module."
             )
 
     def reset(self, present: Collection[str]) -> dict[str, Tensor]:

@@ -39,5 +39,5 @@ def check_equal(module: nn.Module) -> None:
     if different:
         raise RuntimeError(
             f"{len(different)} parameters that train differ between processes after the first step: {different[0]} is the first. Their"
-            " gradients were not averaged. Do not inject adapters or unfreeze parameters after the strategy has wrapped the model."
+            " gradients were not averaged. Check that nothing was injected or unfrozen after the strategy wrapped the model."
         )
