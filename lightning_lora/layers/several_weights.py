@@ -39,7 +39,7 @@ class SeveralWeights(LoRALayer):
 
     @classmethod
     def _alone(cls, module: Any, name: str) -> Any:
-        """Return one weight of a module, adapted or not, as a layer. It has the module's own attributes too."""
+        """Return one weight of a module, adapted or not, as a layer. The layer has the module's own attributes too."""
         made: Any = cls.weight_class
         layer = made.__new__(made)
         own = {short: module._parameters[long] for short, long in cls._names(module._parameters, name).items()}

@@ -1,4 +1,4 @@
-"""What trains is the same on every process: made so before training, compared after the first step."""
+"""Keep what trains equal on every process: synchronize it before training, compare it after the first step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_lora.utils.sharding import broadcast, is_distributed, is_sharded
 
 
 def synchronize(module: nn.Module) -> None:
-    """Give every rank the first rank's values of the adapter and what else trains, where several ranks hold the same."""
+    """Broadcast the adapter and what else trains from the first rank. Of a sharded parameter, do so among the replicas of each shard."""
     if not is_distributed():
         return
     world = torch.distributed.group.WORLD
@@ -25,10 +25,10 @@ def synchronize(module: nn.Module) -> None:
 
 
 def check_equal(module: nn.Module) -> None:
-    """Compare what trains between the processes that hold it whole.
+    """Compare what trains between the processes. Sharded parameters are left out.
 
     Raises:
-        RuntimeError: it differs, so its gradients were not averaged; the message names the first parameter.
+        RuntimeError: a parameter differs, so its gradients were not averaged. The message names the first one.
     """
     if not is_distributed():
         return
@@ -38,6 +38,6 @@ def check_equal(module: nn.Module) -> None:
     different = [name for name in mine if any(other.get(name) != mine[name] for other in everyone)]
     if different:
         raise RuntimeError(
-            f"{len(different)} parameters that train differ between processes after the first step: {different[0]} and others. Their"
-            " gradients were not averaged: was something injected or unfrozen after the model was wrapped?"
+            f"{len(different)} parameters that train differ between processes after the first step: {different[0]} is the first. Their"
+            " gradients were not averaged. Check that nothing was injected or unfrozen after the strategy wrapped the model."
         )
