@@ -7,7 +7,7 @@ the base must be the one that the adapter was trained on, and no value may be Na
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
     extras = extra_tensors(root, config, layers)
     tensors = {f"{fqn}.{part}": tensor for fqn, layer in exported.items() for part, tensor in layer.tensors.items()}
     tensors |= {peft_format.peft_name(name, layers): tensor for name, tensor in extras.items()}
+    _check_values_kept(tensors, str(folder), "no values to save")
     modules = [name for name in modules_by_name(root) if PREFIX not in name]
     transposed = any(layer.transposed for layer in layers.values())
     fields = peft_format.to_peft(config, exported, saved_modules(root, config), modules, transposed=transposed)
@@ -94,6 +95,9 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
                 f"{path}: {name!r} and {other!r} are one module here and two in PEFT, which would have adapted only the first."
             )
     tensors = _fit(root, report, adapter, str(path))
+    places = {f"{target.fqn}.{name}": p for target in report.targets for name, p in target.module.named_parameters(recurse=False)}
+    places |= {name: tensor for name, tensor in root.state_dict(keep_vars=True).items() if clean_name(name) in tensors}
+    _check_values_kept(places, str(path), "the adapter's values would be lost there")
     if check_base and adapter.base is not None:
         trained = {name for name in tensors if not _is_adapter(name)}
         fingerprint.check_base(base_identity(root, trained), adapter.base, str(path))
@@ -159,6 +163,16 @@ def _check_free(folder: Path, overwrite: bool) -> None:
         raise ValueError(f"folder={str(folder)!r} is a file; choose another.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise ValueError(f"folder={str(folder)!r} is not empty; choose another or pass overwrite=True.")
+
+
+def _check_values_kept(tensors: Mapping[str, Tensor], where: str, loss: str) -> None:
+    """Raise ValueError if a tensor is on the meta device, where a copy does nothing."""
+    meta = [clean_name(name) for name, tensor in tensors.items() if tensor.is_meta]
+    if meta:
+        raise ValueError(
+            f"{where}: {meta[0]!r} ({len(meta)} of {len(tensors)} tensors) is on the meta device, and {loss}: give the model its weights"
+            " first (from_pretrained, or to_empty and load_state_dict)."
+        )
 
 
 def _is_adapter(name: str) -> bool:

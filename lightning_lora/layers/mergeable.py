@@ -147,6 +147,8 @@ class Mergeable(Adapted):
         """Return why the update cannot be merged now; None if it can."""
         if self.disabled:
             return "its adapter is disabled: merge outside of disabled_lora(model)"
+        if any(p.is_meta for p in self._parameters.values() if p is not None):
+            return "it is on the meta device and has no values: load the model's weights first"
         how = formats.format_of(self)
         if how is not None:
             if is_sharded(self.weight):

@@ -272,6 +272,8 @@ class StrategyHooks:
     def _write(self, values: dict[str, Tensor]) -> None:
         """Copy values, full or this rank's shard, into the parameters and buffers of these names."""
         for place, value in self.state.writable(values):
+            if place.is_meta:  # a copy to there does nothing
+                raise ValueError(f"{type(self.module).__name__} is on the meta device: give it its weights before a checkpoint is loaded.")
             local_tensor(place).copy_(value if value.shape == local_tensor(place).shape else local_shard(value, place))
 
     def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Merging and unmerging are all or nothing: with a failure injected at operation after operation, nothing changes, and the next try is right."""
+"""Merging and unmerging are all or nothing: with a failure at operation after operation, nothing changes, and the next try is right."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def failing_at_each(model: nn.Module, act: Callable[[nn.Module], Any], state: Ca
 def test_a_merge_and_an_unmerge_are_all_or_nothing(case: str) -> None:
     model, how = made(case)
     clean, _ = made(case)
-    step = 1 if case in ("pissa", "nf4 requantize") else 5
+    step = 1 if case in ("pissa", "nf4 requantize") else 17 if "experts" in case else 5
     assert failing_at_each(model, lambda model: merge_lora(model, **how), bits_and_identities, step) > 5
     assert bits(merge_lora(clean, **how)) == bits(model)
     if how.get("reversible", True):
