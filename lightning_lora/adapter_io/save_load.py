@@ -28,6 +28,7 @@ from lightning_lora.model.targeting import TargetReport, find_targets
 from lightning_lora.utils.names import adapter_root, clean_name, modules_by_name, second_names
 from lightning_lora.utils.sharding import full_tensor, is_flattened, on_first_rank
 from lightning_lora.utils.torch_private import NormWithStatistics
+from lightning_lora.utils.values import kind_of_numbers
 
 
 def save_adapter(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> Path:
@@ -223,6 +224,9 @@ def _fit(root: nn.Module, report: TargetReport, adapter: AdapterFile, where: str
                 f"{where}: {name} has shape {tuple(tensors[name].shape)}, this model and rank={config.rank} need {shape}:"
                 " the adapter is for another base or another rank."
             )
+        mine = kind_of_numbers(base[name].dtype if name in base else torch.float32)
+        if (theirs := kind_of_numbers(tensors[name].dtype)) != mine:
+            raise ValueError(f"{where}: {name} has {theirs} numbers ({tensors[name].dtype}), this model needs {mine} ones.")
     owners: dict[int, str] = {}
     for name in tensors.keys() & base.keys():  # parameters tied in this model: one parameter cannot take two values
         other = owners.setdefault(id(base[name]), name)
