@@ -95,11 +95,11 @@ class Mergeable(Adapted):
 
         Changes nothing.
         """
-        delta, out_scale = self.merge_parts(device)
+        delta, out_scale = self._merge_parts(device)
         weight = full_tensor(self.weight.detach()) if formats.format_of(self) is None else formats.dequantized(self)
         return merging.merged_weight(weight.to(delta.device), delta, out_scale)
 
-    def merge_parts(self, device: torch.device | str | None = None, *, scaled: bool = True) -> tuple[Tensor, Tensor | None]:
+    def _merge_parts(self, device: torch.device | str | None = None, *, scaled: bool = True) -> tuple[Tensor, Tensor | None]:
         """Return what a merge adds and, if ``scaled``, the factor on the sum, computed as by :meth:`exact_delta`."""
 
         def parts() -> tuple[Tensor, Tensor | None]:
@@ -175,12 +175,6 @@ class Mergeable(Adapted):
         if self.lora_state.merge is not None:
             plan_unmerge(self)()
             self.retie()
-
-    def forget_undo(self) -> None:
-        """Drop what :meth:`unmerge_weights` needs."""
-        for layer in self.by_weight().values():
-            if layer.lora_state.merge is not None:
-                layer.lora_state.merge.undo = None
 
     def untie(self, configs: list[Any]) -> None:
         """Stop Hugging Face from tying, on save and load, weights that a merge separates.

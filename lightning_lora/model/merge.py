@@ -66,8 +66,8 @@ def merge_lora(
             layer.untie(configs)
 
     _all_or_none(model, layers, merge, lambda layer: layer.unmerge_weights())
-    for _, layer in [] if reversible else layers:
-        layer.forget_undo()
+    for part in [part for _, layer in layers for part in layer.by_weight().values() if not reversible]:
+        part.lora_state.merge.undo = None  # kept until here, to take all back if one layer had failed
     return model
 
 
