@@ -37,9 +37,11 @@ def fresh_heads(model: nn.Module, targets: Sequence[Pattern] = ()) -> list[str]:
         targets: patterns of modules to adapt. A fresh module that one matches is adapted, not trained in full.
     """
     fresh: list[str] = []
+    tasks: list[str] = []
     for fqn, module in model.named_modules():
-        if not _may_have_head(module):
+        if not _may_have_head(module) or within(fqn, tasks):  # a task model's parts have no heads of their own
             continue
+        tasks += [fqn] * _is_task(module)
         adapted = [name for name, _ in module.named_modules() if any(p.matches(clean_name(_join(fqn, name))) for p in targets)]
         missing = _not_loaded(module, adapted)
         found = set(missing or ())
@@ -51,9 +53,11 @@ def fresh_heads(model: nn.Module, targets: Sequence[Pattern] = ()) -> list[str]:
 
 def _may_have_head(module: nn.Module) -> bool:
     """Return True for a Hugging Face model that is more than one backbone."""
-    return _is_hf(module) and (
-        bool(_FOR.search(type(module).__name__)) or any(_is_hf(each) for each in module.modules() if each is not module)
-    )
+    return _is_task(module) or (_is_hf(module) and any(_is_hf(each) for each in module.modules() if each is not module))
+
+
+def _is_task(module: nn.Module) -> bool:
+    return _is_hf(module) and _FOR.search(type(module).__name__) is not None
 
 
 def _is_hf(module: nn.Module) -> bool:
@@ -81,7 +85,9 @@ def _not_loaded(model: nn.Module, adapted: Collection[str] = ()) -> list[str] | 
         if name and inside <= missing and not any(within(each, [name]) for each in adapted):
             names.append(name)
         else:
+            inside = {id(p) for p in module.parameters(recurse=False)}
             names += [_join(name, own) for own, p in module._parameters.items() if id(p) in missing]
+        missing -= inside  # tied parameters are named once
     return names
 
 
