@@ -199,3 +199,34 @@ def test_a_folder_that_peft_wrote_fits_an_adapted_model_whatever_the_order_of_it
     assert find_targets(mine, LoRAConfig(rank=2, alpha=8, target_modules=["q_proj"])).saved == ("projector", "classifier")
     x = torch.randn(1, 40)
     assert torch.allclose(load_adapter(mine, tmp_path)(x).logits, theirs.eval()(x).logits, atol=1e-6)
+
+
+def test_a_classifier_inside_of_a_task_model_is_not_its_head(tmp_path):
+    class OwnForGeneration(T.BertPreTrainedModel):
+        def __init__(self, config):
+            super().__init__(config)
+            self.labels = T.BertForSequenceClassification(config)
+            self.out = nn.Linear(16, 3)
+            self.post_init()
+
+    OwnForGeneration(T.BertConfig(**TEXT)).save_pretrained(tmp_path)
+    assert fresh_heads(OwnForGeneration.from_pretrained(tmp_path)) == []
+
+
+def test_parameters_are_named_like_modules():
+    def make():
+        return nn.ModuleDict({"a": OwnHead(T.BertConfig(**TEXT)), "b": OwnHead(T.BertConfig(**TEXT))})
+
+    def saved(*names):
+        return find_targets(make(), LoRAConfig(rank=2, target_modules=["query"], modules_to_save=names)).saved
+
+    assert saved("temperature") == ("a.temperature", "b.temperature")
+    assert saved("b.temperature", "out") == ("b.temperature", "a.out", "b.out")
+    assert saved("out.bias") == ("a.out.bias", "b.out.bias")
+    assert saved(r".*\.out") == ("a.out", "b.out"), "a regex that matches modules is not tried on parameters"
+    with pytest.raises(ValueError, match="modules_to_save: 'temparature' matches no module"):
+        saved("temparature")
+    config = LoRAConfig(rank=2, target_modules=["query"], modules_to_save=["a.temperature"], bias="lora_only")
+    model = apply_lora(make(), config)
+    assert [name for name, p in model.named_parameters() if p.requires_grad and "query" not in name] == ["a.temperature"]
+    assert apply_lora(model, config) is model and find_targets(model, config).saved == ("a.temperature",)
