@@ -65,18 +65,32 @@ def _is_hf(module: nn.Module) -> bool:
 
 
 def _not_loaded(model: nn.Module, adapted: Collection[str] = ()) -> list[str] | None:
-    """Return what no checkpoint contained: names of the largest such modules, then of single parameters. None: nothing was loaded.
+    """Return what no checkpoint contained: names of the largest such modules, and of single parameters.
+
+    Return None if nothing was loaded, or if parameters were replaced after loading. Conversions of layers do that, and lose transformers'
+    marks. Most parameters of a model are unmarked then, and so are most of a child that has marks.
 
     Args:
         model: a Hugging Face model.
         adapted: names of its modules to leave out.
     """
-    if not any(map(is_loaded, model.parameters())):
-        return None
     missing = {id(p) for name, p in model.named_parameters() if not (is_loaded(p) or computed_when_missing(model, name))}
-    for module in model.modules():  # quantizing makes new parameters, without transformers' marks
-        packed = format_of(module) is not None
-        missing -= {id(p) for name, p in module._parameters.items() if packed or unknown_storage(module, name)}
+    packed = {
+        id(p)
+        for module in model.modules()
+        for name, p in module._parameters.items()
+        if p is not None and (format_of(module) or unknown_storage(module, name))
+    }
+    missing -= packed
+    loaded = {id(p) for p in model.parameters() if is_loaded(p)} - packed
+
+    def mostly(module: nn.Module) -> bool:
+        inside = {id(p) for p in module.parameters()}
+        return len(inside & loaded) >= len(inside & missing)
+
+    parts = [child for child in model.children() if not loaded.isdisjoint(map(id, child.parameters()))]
+    if not loaded or not (mostly(model) or all(map(mostly, parts))):
+        return None
     names: list[str] = []
     for name, module in model.named_modules():
         inside = {id(p) for p in module.parameters()}

@@ -1,5 +1,7 @@
 """What is fresh is what no checkpoint contained: a checkpoint of one class, loaded into another."""
 
+import copy
+
 import peft
 import pytest
 import torch
@@ -230,3 +232,23 @@ def test_parameters_are_named_like_modules():
     model = apply_lora(make(), config)
     assert [name for name, p in model.named_parameters() if p.requires_grad and "query" not in name] == ["a.temperature"]
     assert apply_lora(model, config) is model and find_targets(model, config).saved == ("a.temperature",)
+
+
+def made_anew(model):
+    """As converters of layers do it: the same weights in new parameters."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Linear:
+                setattr(module, name, copy.deepcopy(child))
+    return model
+
+
+def without_its_blocks(model):
+    model.model.layers = copy.deepcopy(model.model.layers)
+    return model
+
+
+@pytest.mark.parametrize("change", [made_anew, without_its_blocks, copy.deepcopy])
+def test_parameters_that_were_made_anew_do_not_count_as_fresh(tmp_path, change):
+    T.LlamaForCausalLM(T.LlamaConfig(**TEXT)).save_pretrained(tmp_path)
+    assert fresh_heads(change(T.LlamaForCausalLM.from_pretrained(tmp_path))) == []
