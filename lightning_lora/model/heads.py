@@ -1,4 +1,4 @@
-"""Find heads and embeddings, the modules that LoRA trains in full or leaves frozen."""
+"""Find heads and embeddings: what LoRA trains in full, and what it leaves frozen."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_lora.utils.names import clean_name, modules_by_name, parameters_b
 from lightning_lora.utils.patterns import Pattern, compile_patterns, no_match
 from lightning_lora.utils.transformers_conventions import computed_when_missing, is_loaded
 
-# Classes whose heads have always been trained in full, and those whose heads are where it is not known what the checkpoint had.
+# Classes whose heads are always trained in full, and classes whose heads are fresh if the model was not loaded.
 _CLASSIFIERS = re.compile(r"For\w*(Classification|MultipleChoice|QuestionAnswering)\w*$")
 _TASKS = re.compile(r"For\w*(Classification|MultipleChoice|QuestionAnswering|CTC|XVector|Segmentation|Detection|DepthEstimation)\w*$")
 _FOR = re.compile(r"For[A-Z]\w*$|LMHeadModel$|WithLMHead\w*$")
@@ -30,7 +30,7 @@ def fresh_heads(model: nn.Module, targets: Sequence[Pattern] = ()) -> list[str]:
     - It was not loaded: the head of a task model (``…ForSequenceClassification`` and the like) is fresh, which is all beside its backbone.
     - A head for classification or question answering is trained in full in any case, as PEFT does.
 
-    A backbone alone has no head. Whether its pooler is used is not known, so one that the checkpoint did not contain stays frozen.
+    A backbone alone has no head. Its pooler may not be used, so a fresh one stays frozen.
 
     Args:
         model: any module.
@@ -137,8 +137,8 @@ def left_frozen(model: nn.Module, adapted: Iterable[str], saved: Iterable[str]) 
 def _beside_backbone(model: nn.Module) -> list[str]:
     """Return the names of a task model's children and own parameters beside its backbone.
 
-    The backbone is a Hugging Face model, or else the largest child; what comes before that is its stem. If all is inside the backbone,
-    return the layers with one output per label.
+    The backbone is a Hugging Face model, or else the largest child. Children before the largest one are its stem. If the backbone is
+    the only child, return its layers with one output per label.
     """
     children = {name: child for name, child in model.named_children() if any(True for _ in child.parameters())}
     prefix, (embeddings, _) = getattr(type(model), "base_model_prefix", ""), hf_ends(model)
