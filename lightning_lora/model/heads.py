@@ -137,12 +137,12 @@ def left_frozen(model: nn.Module, adapted: Iterable[str], saved: Iterable[str]) 
 def _beside_backbone(model: nn.Module) -> list[str]:
     """Return the names of a task model's children and own parameters beside its backbone.
 
-    The backbone is a Hugging Face model, or else the largest child. Children before the largest one are its stem. If the backbone is
-    the only child, return its layers with one output per label.
+    The backbone is the child that transformers names, or else the Hugging Face models and embeddings, or else the largest child, with
+    those before it as its stem. If nothing is beside it, return its layers with one output per label.
     """
     children = {name: child for name, child in model.named_children() if any(True for _ in child.parameters())}
     prefix, (embeddings, _) = getattr(type(model), "base_model_prefix", ""), hf_ends(model)
-    backbones = {name for name, child in children.items() if name == prefix or _is_hf(child) or child is embeddings}
+    backbones = {prefix} & children.keys() or {name for name, child in children.items() if _is_hf(child) or child is embeddings}
     if backbones:
         heads = [name for name in children if name not in backbones] + [name for name, p in model._parameters.items() if p is not None]
     else:
