@@ -39,8 +39,8 @@ class LoRAConfig:
         alpha_pattern: pattern → alpha, overriding ``alpha`` in the same way.
         kind_pattern: pattern → name of a registered kind, for modules whose type does not tell how to read their shape. An example is
             one linear for q, k and v. The first pattern that matches applies.
-        modules_to_save: modules that are trained in full and saved with the adapter. ``"auto"``: what the checkpoint of a Hugging Face
-            task model did not contain, such as a new head; ``[]``: none.
+        modules_to_save: modules, or parameters outside them, that are trained in full and saved with the adapter. ``"auto"``: what the
+            checkpoint of a Hugging Face model did not contain, such as a new head; ``[]``: none.
         scaling: ``standard`` α/r, or ``rslora`` α/√r.
         init: how A and B are initialized, a name in the registry: ``kaiming`` (A uniform in ±1/√fan_in, B zero), ``gaussian``,
             ``orthogonal``, ``pissa``, ``pissa_niter_4``, ``olora`` (:mod:`lightning_lora.inits`).

@@ -22,7 +22,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import PREFIX, LoRALayer, lora_layers
 from lightning_lora.layers.spec import options_of
 from lightning_lora.model.apply import inject
-from lightning_lora.model.heads import saved_modules
+from lightning_lora.model.heads import saved_modules, within
 from lightning_lora.model.merge import unmerge_lora
 from lightning_lora.model.targeting import TargetReport, find_targets
 from lightning_lora.utils.names import adapter_root, clean_name, modules_by_name, second_names
@@ -150,7 +150,7 @@ def extra_tensors(root: nn.Module, config: LoRAConfig, adapted: Collection[str])
     for name, tensor in root.state_dict(keep_vars=True).items():
         name = clean_name(name)
         owner, _, last = name.rpartition(".")
-        full = any(owner == module or owner.startswith(module + ".") for module in saved)
+        full = within(name, saved)
         trained_bias = last.endswith("bias") and (config.bias == "all" or (config.bias == "lora_only" and owner in adapted))
         # Training changes running statistics, unlike the rest of the base: without them a loaded model computes something else.
         statistic = owner in statistics and not isinstance(tensor, nn.Parameter)
@@ -250,7 +250,10 @@ def _same_adapter(root: nn.Module, layers: dict[str, LoRALayer], report: TargetR
         f"{name!r} has {here.get(name)}, the file {file.get(name)}" for name in sorted(here | file) if here.get(name) != file.get(name)
     ]
     own = next(iter(layers.values())).lora_config
-    for name, mine, theirs in (("bias", own.bias, config.bias), ("modules_to_save", saved_modules(root, own), list(report.saved))):
+    for name, mine, theirs in (
+        ("bias", own.bias, config.bias),
+        ("modules_to_save", sorted(saved_modules(root, own)), sorted(report.saved)),
+    ):
         if mine != theirs:
             different.append(f"{name} is {mine!r}, the file has {theirs!r}")
     if different:
