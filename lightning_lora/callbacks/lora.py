@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_lora.callbacks.gradient_check import CURE, GradientCheck
-from lightning_lora.callbacks.refusals import check_apart, check_mergeable, frozen_parts, recordable
+from lightning_lora.callbacks.out_of_memory import advise
+from lightning_lora.callbacks.refusals import check_apart, check_mergeable, check_optimizers, frozen_parts, recordable
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import lora_layers
 from lightning_lora.layers.state import Quantized
@@ -32,6 +33,8 @@ from lightning_lora.quantization.formats import quantizer_of
 from lightning_lora.strategies import AdaptedPart, StrategyHooks, arrange, check_equal, check_supported, convert_base, synchronize
 from lightning_lora.utils.names import adapter_root
 from lightning_lora.utils.sharding import is_sharded
+
+CHECKPOINTS = 'checkpoints hold the adapter only: read one with load_adapter(model, "x.ckpt"), not with load_from_checkpoint'
 
 
 class LoRACallback(Callback):
@@ -123,20 +126,7 @@ class LoRACallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise ValueError if a parameter that should train is in no optimizer, or an optimizer has nothing to train."""
-        held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
-        trained = {id(p) for p in self._target(pl_module).parameters() if p.requires_grad}
-        forgotten = [name for name, p in pl_module.named_parameters() if id(p) in trained - held]
-        if forgotten:
-            raise ValueError(
-                f"{len(forgotten)} parameters that should train are in no optimizer: {', '.join(forgotten[:4])}. Build the optimizer in"
-                " configure_optimizers, from self.parameters() or get_lora_parameters(self), not in __init__."
-            )
-        for index, optimizer in enumerate(trainer.optimizers):
-            if not any(group["params"] for group in optimizer.param_groups):
-                raise ValueError(
-                    f"optimizer {index} ({type(optimizer).__name__}) holds no parameter that trains: LoRA froze all of them. Limit LoRA"
-                    " to a part with LoRACallback(module=...), or list what this optimizer should train in modules_to_save."
-                )
+        check_optimizers(pl_module, self._target(pl_module), trainer.optimizers)
         let_gradients_in(pl_module)  # gradient checkpointing may have been enabled after the injection
         self._gradients, self._compare = GradientCheck(self._target(pl_module)) if self.check_gradients else None, True
 
@@ -220,7 +210,8 @@ class LoRACallback(Callback):
             self._compiled, self._recorded = None, False
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Restore the module if the run was refused before it began. Tear down, because Lightning does not after an exception."""
+        """Restore the module if the run was refused before it began. Tear down, because Lightning does not. Advise if memory is out."""
+        advise(exception)
         if not any(is_sharded(p) for p in pl_module.parameters()) and not isinstance(trainer.strategy, FSDPStrategy):
             self._undo.close()
         self._begun(pl_module)
@@ -255,7 +246,8 @@ class LoRACallback(Callback):
                 synchronize(pl_module)
                 trainable, total = trainable_parameters(pl_module)
                 rest = f"\nfrozen, without an adapter: {stays}" if stays else ""
-                rank_zero_info(f"{report}{rest}\ntrainable {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+                files = f"\n{CHECKPOINTS}" if fitting and trainer.checkpoint_callbacks else ""
+                rank_zero_info(f"{report}{rest}\ntrainable {trainable:,} of {total:,} parameters ({trainable / total:.2%}){files}")
             arrange(trainer.strategy, pl_module)
             root = ".".join(filter(None, (self.module, adapter_root(target)[0])))
             self.part = AdaptedPart(root, self.config, self.check_base, self.lora_plus_ratio)

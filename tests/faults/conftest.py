@@ -4,9 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_lora import (
-    save_adapter,
-)
+from lightning_lora import save_adapter
 from tests.faults.kit import adapted
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,13 +15,16 @@ from lightning_lora import (
     LoRALinear,
     apply_lora,
     get_lora_parameters,
+    load_adapter,
     merge_lora,
     merge_report,
+    quantize_base,
     unmerge_lora,
 )
 from lightning_lora.layers import LoRALayer
 from tests.conftest import DTYPES, as_bits, same_bits, snapshot
-from tests.faults.kit import CONFIG, IDS, Int8Linear, adapted, net, projections, refused, row
+from tests.faults.adapter_files import as_peft
+from tests.faults.kit import CONFIG, IDS, Int8Linear, adapted, known, net, projections, refused, row
 
 
 @row(46)
@@ -155,3 +160,37 @@ def test_lazy() -> None:
     assert type(model[0]) is nn.LazyLinear
     model(torch.ones(1, 3))
     assert type(apply_lora(model, config=LoRAConfig(rank=2, target_modules=["0"]))[0]) is LoRALinear
+
+
+@known(53, "a meta model swallows the values")
+@row(53)
+def test_meta_and_a_file(folder: Path) -> None:
+    """The values are there after materialisation, or nothing was loaded and the error says so."""
+    as_peft(folder)
+    with torch.device("meta"):
+        model = net()
+    with refused("meta", "materialis"):
+        load_adapter(model, folder)
+
+
+def out_of_memory(*args: Any, **kwargs: Any) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+@pytest.mark.parametrize("quantized", [None, pytest.param("dequantize", marks=known(50, "the update counts twice"))])
+@row(50)
+def test_a_merge_that_fails_half_way(monkeypatch: pytest.MonkeyPatch, quantized: Any) -> None:
+    """Wholly or not at all, whatever a merge runs out of."""
+    model = net(width=64)
+    if quantized:
+        quantize_base(model, "nf4")
+    apply_lora(model, config=CONFIG)
+    with torch.no_grad():
+        for parameter in get_lora_parameters(model):
+            parameter.normal_(std=0.2)
+    model.eval()
+    before, y = snapshot(model), model(IDS)
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(torch.Tensor, "norm", out_of_memory)
+        merge_lora(model, quantized=quantized)
+    assert torch.equal(model(IDS), y) and snapshot(model) == before

@@ -14,6 +14,7 @@ from lightning_lora import (
     unmerge_lora,
 )
 from lightning_lora.layers import LoRALayer
+from lightning_lora.model.targeting import find_targets
 from lightning_lora.utils import patterns
 from tests.conftest import snapshot
 from tests.faults.kit import CONFIG, adapted, case, net, refused, row
@@ -103,3 +104,29 @@ def test_after_a_merge() -> None:
     with refused("merged", "'layers.0.q_proj'", "unmerge_lora(model)", model=model):
         apply_lora(model, config=CONFIG)
     assert apply_lora(unmerge_lora(model), config=CONFIG) is model
+
+
+class Router(nn.Linear):
+    """A linear by its class, and a router by its place."""
+
+
+class Mixed(nn.Module):
+    """What is matched by accident: a router and a vision tower named like the rest, and a head tied to the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.lm_head = nn.Embedding(16, 12), nn.Linear(12, 16, bias=False)
+        self.lm_head.weight = self.embed.weight
+        self.vision = nn.ModuleDict({"q_proj": nn.Linear(12, 12)})
+        self.text = nn.ModuleDict({"q_proj": nn.Linear(12, 12), "router": Router(12, 4)})
+
+
+@row(62)
+def test_the_report_shows_what_was_matched_by_accident() -> None:
+    """Each by its full name and class, before anything is changed."""
+    model = Mixed()
+    before = snapshot(model)
+    report = find_targets(model, LoRAConfig(rank=2, target_modules=["q_proj", "router", "lm_head"]))
+    assert snapshot(model) == before
+    lines = {line.split()[0]: line.split()[1] for line in str(report).splitlines() if line.split()[0] in dict(model.named_modules())}
+    assert lines == {"vision.q_proj": "Linear", "text.q_proj": "Linear", "text.router": "Router", "lm_head": "Linear"}
