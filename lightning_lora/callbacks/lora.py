@@ -17,8 +17,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_lora.callbacks.dropout import wake_dropout
 from lightning_lora.callbacks.gradient_check import CURE, GradientCheck
 from lightning_lora.callbacks.out_of_memory import advise
+from lightning_lora.callbacks.processes import begin_together
 from lightning_lora.callbacks.refusals import check_apart, check_mergeable, check_optimizers, frozen_parts, recordable
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import lora_layers
@@ -30,7 +32,16 @@ from lightning_lora.model.quantize import quantize_base
 from lightning_lora.model.targeting import TargetReport, find_targets
 from lightning_lora.optim.groups import check_ratio
 from lightning_lora.quantization.formats import quantizer_of
-from lightning_lora.strategies import AdaptedPart, StrategyHooks, arrange, check_equal, check_supported, convert_base, synchronize
+from lightning_lora.strategies import (
+    AdaptedPart,
+    RollCall,
+    StrategyHooks,
+    arrange,
+    check_equal,
+    check_supported,
+    convert_base,
+    synchronize,
+)
 from lightning_lora.utils.names import adapter_root
 from lightning_lora.utils.sharding import is_sharded
 
@@ -104,10 +115,13 @@ class LoRACallback(Callback):
         self.part: AdaptedPart | None = None  # of the last setup
         self._gradients: GradientCheck | None = None
         self._compare = False
+        self._roll_call: RollCall | None = None  # of a run on several processes
         self._undo = ExitStack()  # reverts the preparations, until the run has begun
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Inject, freeze and report. A model that is built in ``configure_model`` is adapted right after that."""
+        first = next(c for c in trainer.callbacks if isinstance(c, LoRACallback))  # type: ignore[attr-defined]
+        self._roll_call = begin_together(self.config, vars(self), first is self)
         check_supported(trainer)
         others = [c.module for c in trainer.callbacks if isinstance(c, LoRACallback) and c is not self]  # type: ignore[attr-defined]
         check_apart(self.module, others)
@@ -134,15 +148,7 @@ class LoRACallback(Callback):
         """Take the frozen values as the reference for changes. Switch on the adapters' dropout where the base is in evaluation mode."""
         self._begun(pl_module)
         trainer.strategy._lora_hooks.state.start()  # type: ignore[attr-defined]
-        asleep = [(name, layer) for name, layer in lora_layers(self._target(pl_module)) if layer.lora_dropout.p > 0 and not layer.training]
-        for _, layer in asleep:
-            layer.training = True  # not `train()`, because submodules must stay in evaluation mode
-            layer.lora_dropout.train()
-        if asleep:
-            rank_zero_info(
-                f"{asleep[0][0]} and {len(asleep) - 1} more adapted layers were in evaluation mode (as from_pretrained leaves a model),"
-                " which disables their adapters' dropout: they are in training mode now, the rest of the model is unchanged."
-            )
+        wake_dropout(self._target(pl_module))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Raise RuntimeError with the fix if the loss depends on no adapter. torch would only say that it has no gradient."""
@@ -205,6 +211,8 @@ class LoRACallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Undo the compilation of the blocks."""
+        if self._roll_call is not None:
+            self._roll_call.close()
         if self._compiled is not None:
             uncompile_layers(self._compiled)
             self._compiled, self._recorded = None, False
@@ -212,6 +220,8 @@ class LoRACallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restore the module if the run was refused before it began. Tear down, because Lightning does not. Advise if memory is out."""
         advise(exception)
+        if self._roll_call is not None:
+            self._roll_call.answer(exception)
         if not any(is_sharded(p) for p in pl_module.parameters()) and not isinstance(trainer.strategy, FSDPStrategy):
             self._undo.close()
         self._begun(pl_module)
