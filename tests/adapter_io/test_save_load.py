@@ -19,6 +19,7 @@ from lightning_lora import LoRAConfig, apply_lora, load_adapter, merge_lora, sav
 from lightning_lora.adapter_io.files import CONFIG, META, TENSORS, read_adapter
 from lightning_lora.layers import lora_layers
 from tests.conftest import ALL, ConvNet, Task, TinyModel, adapted, base_bits, same_bits, snapshot
+from tests.faults.kit import row
 
 
 @pytest.fixture
@@ -487,6 +488,7 @@ for survives in range(1, 17):
 """
 
 
+@row(33)
 def test_a_process_killed_while_it_saves_leaves_the_old_or_the_new_adapter(tmp_path):
     root = Path(__file__).parents[2]
     done = subprocess.run(
