@@ -11,17 +11,16 @@ crash between the two writes, loading it says that the JSON is missing.
 from __future__ import annotations
 
 import json
-import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightning_lora.adapter_io import peft_format
+from lightning_lora.adapter_io.checkpoint_file import load_checkpoint_file
 from lightning_lora.config import LoRAConfig
 from lightning_lora.utils.atomic_files import sync_folder, write_atomic
 
@@ -121,11 +120,8 @@ def _read_folder(folder: Path) -> AdapterFile:
 
 
 def _read_checkpoint(file: Path) -> AdapterFile:
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{file} is not a readable checkpoint: {error}") from error
-    meta = checkpoint.get(META) if isinstance(checkpoint, dict) else None
+    checkpoint = load_checkpoint_file(file)
+    meta = checkpoint.get(META)
     if meta is None:
         raise ValueError(f"{file} was not written under LoRACallback: it holds no adapter.")
     config, base, root = _understood(meta, str(file))

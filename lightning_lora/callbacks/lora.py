@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_lora.callbacks.gradient_check import CURE, GradientCheck
+from lightning_lora.callbacks.interruption import handle_interruptions
 from lightning_lora.callbacks.refusals import check_apart, check_mergeable, frozen_parts, recordable
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import lora_layers
@@ -39,8 +40,8 @@ class LoRACallback(Callback):
 
     The module's own ``configure_optimizers``, schedulers, manual optimization and checkpoint callbacks work as before.
     Checkpoints hold everything but what is proved to be the unchanged base (:mod:`lightning_lora.strategies.changed_state`); resuming from
-    one is step-exact. A call that is refused leaves the module as it was. Several of these callbacks, each with its ``module``, count side
-    by side.
+    one is step-exact, and so is an interrupted run (:mod:`lightning_lora.callbacks.interruption`). A call that is refused leaves the module
+    as it was. Several of these callbacks, each with its ``module``, count side by side.
 
     Args:
         config: what to adapt; default ``LoRAConfig()``.
@@ -108,8 +109,8 @@ class LoRACallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Inject, freeze and explain; for a model built in ``configure_model``, right after that ran."""
         check_supported(trainer)
-        others = [c.module for c in trainer.callbacks if isinstance(c, LoRACallback) and c is not self]  # type: ignore[attr-defined]
-        check_apart(self.module, others)
+        others = handle_interruptions(trainer)
+        check_apart(self.module, [c.module for c in others if isinstance(c, LoRACallback) and c is not self])
         if any(True for _ in pl_module.parameters()):
             self._adapt(trainer, pl_module).watch_configure_model()
             return

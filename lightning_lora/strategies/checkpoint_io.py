@@ -18,6 +18,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from torch import Tensor
 
+from lightning_lora.adapter_io.checkpoint_file import UNREADABLE, why_unreadable
 from lightning_lora.utils.atomic_files import sync_folder, write_atomic
 from lightning_lora.utils.sharding import on_first_rank
 
@@ -46,8 +47,18 @@ class DurableCheckpointIO(TorchCheckpointIO):
             _swap(path)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
-        """Load to the CPU, given as a string: torchao's low-bit optimizer states refuse a function, which is Lightning's default."""
-        return super().load_checkpoint(path, map_location, weights_only)
+        """Load to the CPU, given as a string: torchao's low-bit optimizer states refuse a function, which is Lightning's default.
+
+        Raises:
+            ValueError: the file is no checkpoint, or it is damaged.
+        """
+        try:
+            checkpoint = super().load_checkpoint(path, map_location, weights_only)
+        except UNREADABLE as error:
+            raise ValueError(why_unreadable(path, error)) from error
+        if not isinstance(checkpoint, dict):
+            raise ValueError(f"{path} is not a checkpoint: it holds a {type(checkpoint).__name__}.")
+        return checkpoint
 
 
 def write_folder(checkpoint: dict[str, Any], path: Path) -> None:

@@ -91,8 +91,8 @@ def test_choices_become_the_places_where_they_part(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{not json", r"Expecting property name.*"),
-        (b"\xff\xfe", r"'utf-8' codec can't decode"),
+        ("{not json", r"Expecting property name"),
+        (b"\xff\xfe", r"is not UTF-8"),
         ("[1]", r"expected a JSON object, got list; a line is"),
         ({"prompt": "a"}, r"no 'response' among the keys \['prompt'\]; a line is"),
         ({"instruction": "a"}, r"no 'prompt' and no 'response' among the keys \['instruction'\]"),
@@ -102,7 +102,7 @@ def test_choices_become_the_places_where_they_part(tmp_path):
         ({"messages": []}, r"the last of 'messages' must be the assistant's"),
         ({"messages": CHAT[:1]}, r"the last of 'messages' must be the assistant's"),
         ({"messages": [{"role": "user"}]}, r"'messages' must be a list of objects"),
-        ({**ROW, "choices": ["red"]}, r"'choices' must be a list that holds the answer 'blue', got \['red'\]"),
+        ({**ROW, "choices": ["red"]}, r"'choices' must be a list of texts that holds the answer 'blue', got \['red'\]"),
         ({**ROW, "choices": "blue"}, r"'choices' must be a list"),
         ({**ROW, "response": "a", "choices": ["a", " a"]}, r"the choices 'a' and ' a' begin with the same tokens"),
     ],

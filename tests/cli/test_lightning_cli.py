@@ -1,0 +1,170 @@
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning
+import pytest
+import torch
+import transformers
+import yaml
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringDataModule
+
+from lightning_lora import LoRACallback, LoRAConfig, apply_lora, get_lora_parameters, load_adapter, save_adapter
+from lightning_lora.cli.lightning_cli import LoRACLI
+from lightning_lora.cli.main import main
+from tests import tiny_lm
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")  # the same folder again
+def test_fit_then_test_and_predict_from_its_checkpoint(config, tmp_path, capsys):
+    assert main(["fit", "--config", config, "--lora.config.rank=3"]) == 0
+    output = capsys.readouterr()
+    assert "Epoch 0: 100%" in output.err + output.out  # a progress bar, though nothing here is a terminal
+    run = tmp_path / "run"
+    assert "val_accuracy" in (run / "metrics.csv").read_text()
+    (checkpoint,) = run.glob("checkpoints/*.ckpt")
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert state and all("lora_" in name for name in state)
+    assert {tensor.shape[0] for name, tensor in state.items() if name.endswith("lora_A")} == {3}
+
+    arguments = ["--config", config, "--lora.config.rank=3", "--ckpt_path", str(checkpoint)]
+    assert main(["test", *arguments]) == 0
+    assert "test_accuracy" in capsys.readouterr().out
+    assert main(["validate", *arguments]) == 0
+    assert "val_perplexity" in capsys.readouterr().out
+    assert main(["predict", *arguments, "--trainer.enable_progress_bar=false"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [line["prompt"] for line in lines] == [row["prompt"] for row in tiny_lm.rows(6)]
+
+
+def test_galore_trains_every_weight_from_yaml_and_resumes(config, model, tmp_path):
+    layer = tmp_path / "galore.yaml"
+    layer.write_text("full_finetuning: true\nmodel: {galore: {rank: 4, update_proj_gap: 2}}\n")
+    checkpoint = {
+        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "init_args": {"dirpath": str(tmp_path / "saved"), "save_last": True},
+    }
+    arguments = ["--config", config, "--config", str(layer), f"--trainer.callbacks={json.dumps([checkpoint])}"]
+    assert main(["fit", *arguments]) == 0
+    saved = torch.load(tmp_path / "saved" / "last.ckpt", weights_only=True)
+    base = transformers.AutoModelForCausalLM.from_pretrained(model).state_dict()
+    weights = {name.removeprefix("model."): tensor for name, tensor in saved["state_dict"].items() if name.startswith("model.")}
+    assert weights.keys() == base.keys() and not any(torch.equal(weights[name], base[name]) for name in base)
+    groups = saved["optimizer_states"][0]["param_groups"]
+    assert [(group["name"], group.get("rank")) for group in groups] == [("galore", 4), ("other", None), ("no_decay", None)]
+    assert saved["optimizer_states"][0]["state"][0]["exp_avg"].shape == (32, 4)
+    resumed = ["--trainer.max_epochs=2", "--ckpt_path", str(tmp_path / "saved" / "last.ckpt")]
+    with pytest.warns(UserWarning, match="exists and is not empty"):
+        assert main(["fit", *arguments, *resumed]) == 0
+
+
+def test_lora_plus_from_yaml_in_one_line(config, tmp_path):
+    content = yaml.safe_load(Path(config).read_text())
+    content["lora"]["lora_plus_ratio"] = 16
+    Path(config).write_text(yaml.safe_dump(content))
+    assert main(["fit", "--config", config]) == 0
+    (checkpoint,) = (tmp_path / "run").glob("checkpoints/*.ckpt")
+    a, b = torch.load(checkpoint, weights_only=True)["optimizer_states"][0]["param_groups"]
+    assert b["initial_lr"] == 16 * a["initial_lr"] == pytest.approx(0.16) and all(name.endswith("lora_B") for name in b["params"])
+
+
+def test_a_second_fit_in_the_same_folder_works(config, tmp_path):
+    once = ["fit", "--config", config, "--trainer.limit_train_batches=1", "--trainer.enable_checkpointing=false"]
+    assert main([*once, "--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}"]) == 0
+    assert (tmp_path / "config.yaml").is_file()
+    assert main([*once, "--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}", "--lora.config.rank=5"]) == 0
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["lora"]["config"]["rank"] == 5
+
+
+class Head(lightning.LightningModule):
+    """A user's own module, with its own optimizer."""
+
+    def __init__(self, width: int = 32):
+        super().__init__()
+        self.layer = torch.nn.Linear(32, width)
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch).pow(2).mean()
+
+    validation_step = training_step
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+OWN = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_checkpointing=false"]
+OWN += ["--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]
+
+
+def test_any_module_and_data_fit_under_the_same_command(tmp_path, monkeypatch):
+    own = ["--model=tests.cli.test_lightning_cli.Head", "--model.width=4", f"--data={BoringDataModule.__module__}.BoringDataModule"]
+    lora = ["--lora.config.target_modules=[layer]", "--lora.config.rank=2", "--lora.merge_on_fit_end=false"]
+    cli = LoRACLI([*own, *lora, *OWN, f"--trainer.default_root_dir={tmp_path}"], run=False)
+    cli.trainer.fit(cli.model, cli.datamodule)
+    assert cli.model.layer.out_features == 4
+    assert cli.model.layer.lora_B.abs().max() > 0 and not cli.model.layer.weight.requires_grad
+
+
+def test_compile_from_yaml(tmp_path):
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"lora": {"compile": "layer"}}))
+    own = ["--model=tests.cli.test_lightning_cli.Head", "--model.width=4", f"--data={BoringDataModule.__module__}.BoringDataModule"]
+    cli = LoRACLI(["--config", str(tmp_path / "own.yaml"), *own, *OWN, f"--trainer.default_root_dir={tmp_path}"], run=False)
+    assert [callback.compile for callback in cli.trainer.callbacks if isinstance(callback, LoRACallback)] == ["layer"]
+
+
+def test_a_users_own_lightning_cli_takes_the_callback_from_yaml(tmp_path, monkeypatch):
+    content = {"trainer": {"callbacks": [{"class_path": "lightning_lora.LoRACallback", "init_args": {"merge_on_fit_end": False}}]}}
+    content["trainer"]["callbacks"][0]["init_args"]["config"] = {"rank": 2, "target_modules": ["layer"]}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(content))
+    arguments = ["fit", "--config", str(tmp_path / "own.yaml"), f"--trainer.default_root_dir={tmp_path}", *OWN]
+    monkeypatch.setattr(sys, "argv", ["own"])
+    cli = LightningCLI(Head, BoringDataModule, args=arguments, seed_everything_default=0)
+    assert any(isinstance(callback, LoRACallback) for callback in cli.trainer.callbacks)
+    assert cli.model.layer.lora_A.shape == (2, 32) and cli.model.layer.lora_B.abs().max() > 0
+
+
+ADALORA = str(Path(__file__).parents[2] / "configs" / "adalora.yaml")
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")
+def test_adalora_from_its_yaml_on_top_of_another(model, config, tmp_path, capsys, caplog):
+    """`callbacks+` adds to the list; what stands under lora, and on the command line, goes to the callback there."""
+    arguments = ["--config", config, "--config", ADALORA, "--lora.config.rank=8", "--lora.config.target_modules=all-linear"]
+    assert main(["fit", *arguments, "--trainer.max_epochs=5", "--lora.merge_on_fit_end=false"]) == 0
+    assert "LoRA on 14 modules" in caplog.text and "AdaLoRA: 14 modules from rank 8 to 4.00 on average" in caplog.text
+    assert "merged into" not in caplog.text
+    (checkpoint,) = (tmp_path / "run").glob("checkpoints/*.ckpt")
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    found = [int(tensor.count_nonzero()) for name, tensor in state.items() if name.endswith("lora_E")]
+    assert len(found) == 14 and sum(found) == 14 * 4 and len(set(found)) > 1
+
+    saved = tmp_path / "run" / "config.yaml"  # what Lightning writes beside the metrics runs too
+    assert main(["fit", "--config", str(saved), "--trainer.limit_val_batches=1", "--trainer.enable_checkpointing=false"]) == 0
+    assert main(["test", *arguments, f"--ckpt_path={checkpoint}"]) == 0
+    assert "test_accuracy" in capsys.readouterr().out
+    assert main(["merge", model, str(checkpoint), str(tmp_path / "merged")]) == 0
+    ids = torch.arange(4, 14)[None]
+    with torch.no_grad():
+        mine = load_adapter(transformers.AutoModelForCausalLM.from_pretrained(model), checkpoint)(ids).logits
+        merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
+    torch.testing.assert_close(merged, mine, rtol=1e-4, atol=1e-4)
+
+
+def test_two_lora_configs_are_one_too_many(config, capsys):
+    own = ["--trainer.callbacks+=lightning_lora.AdaLoRACallback", "--trainer.callbacks.config.target_modules=[v_proj]"]
+    assert main(["fit", "--config", config, *own]) == 1
+    assert "AdaLoRACallback has a config of its own, and lora is set too" in capsys.readouterr().err
+
+
+def test_a_callback_with_its_own_config_needs_no_lora_section(config, tmp_path, caplog):
+    content = yaml.safe_load(Path(config).read_text())
+    del content["lora"]
+    own = {"target_rank": 2, "init_rank": 4, "config": {"target_modules": ["v_proj"], "alpha": 4}}
+    content["trainer"] |= {"max_epochs": 2, "callbacks": [{"class_path": "lightning_lora.AdaLoRACallback", "init_args": own}]}
+    file = tmp_path / "own.yaml"
+    file.write_text(yaml.safe_dump(content))
+    assert main(["fit", "--config", str(file)]) == 0
+    assert "AdaLoRA: 2 modules from rank 4 to 2.00" in caplog.text
