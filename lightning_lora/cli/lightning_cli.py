@@ -25,7 +25,7 @@ from typing_extensions import override
 from lightning_lora.callbacks import LoRACallback
 from lightning_lora.callbacks.interruption import handle_interruptions
 from lightning_lora.cli.checkpoints import checkpoint_of
-from lightning_lora.cli.messages import UsageError, one_line, usage
+from lightning_lora.cli.messages import UsageError, check_not_null, one_line, usage
 from lightning_lora.cli.run_folder import BeganConfig, StderrProgressBar, no_folder_of_a_failed_start
 from lightning_lora.cli.yaml_files import check_config_files, unique_keys
 from lightning_lora.config import LoRAConfig
@@ -39,6 +39,8 @@ DEFAULTS = {
     "data": {"class_path": "lightning_lora.data.InstructionDataModule"},
     "trainer.logger": LOGGER,
 }
+# The least that makes sense; Lightning takes less in silence, or divides by it. -1 is "no limit" for the first two.
+LEAST = {"max_epochs": 1, "max_steps": 1, "accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "gradient_clip_val": 0}
 MACHINE = ("accelerator", "devices", "num_nodes", "strategy", "precision")  # what most errors in making a Trainer are about
 
 
@@ -94,6 +96,7 @@ class LoRACLI(LightningCLI):
             if others:  # the arguments that the user did not set are to be this class's, not those of the class it replaces
                 ours.set_defaults(others)
                 self.config = _parse(parser, args)
+        _check_values(self.config.get(str(command), self.config))
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -109,12 +112,11 @@ class LoRACLI(LightningCLI):
             cls = pydoc.locate(callback.class_path)
             if not isinstance(cls, type) or not issubclass(cls, LoRACallback):
                 continue
-            own = inspect.signature(cls).parameters
             for name, value in given.items():
                 mine = callback.init_args.get(name)
-                if name not in own:
+                if name not in callback.init_args:
                     raise UsageError(f"trainer.callbacks: {cls.__name__} has no argument {name!r}; leave lora.{name} out.")
-                if mine != own[name].default and mine != value:
+                if mine not in (_default(cls, name), value):
                     raise UsageError(
                         f"trainer.callbacks: {cls.__name__} has a {name} of its own, and lora.{name} is set too; leave one out."
                     )
@@ -139,6 +141,10 @@ class LoRACLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         if cli_value(self, "full_finetuning"):
             callbacks = [callback for callback in callbacks if not isinstance(callback, LoRACallback)]
+        for name, least in LEAST.items():
+            value = config[name]
+            if value is not None and not value >= least and (value != -1 or name not in ("max_epochs", "max_steps")):
+                raise UsageError(f"trainer.{name}={value}: give at least {least}")
         given = {name: config[name] for name in MACHINE if config[name] not in ("auto", None, 1)}
         where = f"trainer ({', '.join(f'{name}={value!r}' for name, value in given.items())}): " if given else "trainer: "
         with usage(MisconfigurationException, TypeError, ImportError, where=where):
@@ -185,6 +191,22 @@ class LoRACLI(LightningCLI):
 
 def _parse(parser: LightningArgumentParser, args: ArgsType) -> Namespace:
     return parser.parse_object(args) if isinstance(args, (dict, Namespace)) else parser.parse_args(args)
+
+
+def _check_values(config: Namespace) -> None:
+    """Refuse null where the parser takes it and the class does not."""
+    for key in ("model", "data"):
+        spec = config.get(key)
+        cls = pydoc.locate(getattr(spec, "class_path", None) or "")
+        if isinstance(cls, type):
+            check_not_null(cls, vars(spec.get("init_args", Namespace())), f"{key}.")
+    check_not_null(LoRACallback, vars(config.lora), "lora.")
+
+
+def _default(cls: type, name: str) -> Any:
+    """The default of an argument that a class has itself or passes on."""
+    signatures = (inspect.signature(vars(base)["__init__"]) for base in cls.__mro__ if "__init__" in vars(base))
+    return next((signature.parameters[name].default for signature in signatures if name in signature.parameters), None)
 
 
 def _options(parser: LightningArgumentParser) -> list[str]:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
-from lightning_lora.cli.messages import UsageError, nearest, one_line, usage
+from lightning_lora.cli.messages import UsageError, check_not_null, nearest, one_line, usage
 from lightning_lora.cli.yaml_files import check_config_files, unique_keys
 
 TRAIN = {
@@ -30,7 +30,7 @@ TOOLS = {
 }
 TRACEBACK = "LIGHTNING_LORA_TRACEBACK"
 # Wrong input and a machine that fails raise one of these. Anything else is a fault in the code, and shows its traceback.
-FAILURES = (ArgumentError, ValueError, RuntimeError, OSError, ImportError, MemoryError, EOFError, pickle.UnpicklingError)
+FAILURES = (ArgumentError, ValueError, RuntimeError, OSError, ImportError, MemoryError, OverflowError, EOFError, pickle.UnpicklingError)
 EXAMPLE = """\
 model:
   model: HuggingFaceTB/SmolLM2-135M-Instruct  # a hub id or a folder
@@ -103,8 +103,9 @@ def _run_tool(command: str, argv: list[str]) -> None:
     parser.add_function_arguments(function, as_group=False, as_positional=True, sub_configs=True)
     with usage(known=lambda: parser.get_defaults().keys()), unique_keys():
         check_config_files(argv)
-        arguments = parser.instantiate_classes(parser.parse_args(argv))
-    arguments.pop("config", None)
+        arguments = vars(parser.instantiate_classes(parser.parse_args(argv)))
+        arguments.pop("config", None)
+        check_not_null(function, arguments)
     function(**arguments)
 
 

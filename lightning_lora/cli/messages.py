@@ -8,6 +8,7 @@ import pydoc
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any, get_args, get_type_hints
 
 from jsonargparse import ArgumentError
 
@@ -40,6 +41,25 @@ def usage(*also: type[Exception], known: Callable[[], Iterable[str]] = tuple, wh
         yield
     except (ArgumentError, ValueError, *also) as error:
         raise UsageError(where + one_line(error, known())) from error
+
+
+def check_not_null(function: Callable[..., Any], arguments: dict[str, Any], prefix: str = "") -> None:
+    """Refuse null for arguments that cannot be None; the parser takes it for all.
+
+    Args:
+        function: A function or a class.
+        arguments: What it is going to be called with.
+        prefix: What stands before the arguments' names.
+
+    Raises:
+        UsageError: An argument is None whose type does not allow it.
+    """
+    hints = get_type_hints(function.__init__ if isinstance(function, type) else function)  # type: ignore[misc]
+    for name, parameter in inspect.signature(function).parameters.items():
+        hint = hints.get(name, Any)
+        optional = hint is Any or type(None) in get_args(hint) or parameter.default is None
+        if name in arguments and arguments[name] is None and not optional:
+            raise UsageError(f"{prefix}{name}=null: give a value, or leave it out")
 
 
 def one_line(error: BaseException, known: Iterable[str] = ()) -> str:
@@ -89,9 +109,10 @@ def _unknown(name: str, option: str, known: Iterable[str], classes: list[str]) -
         return f"no option {name!r}: the optimizer is the model class's, see model.learning_rate, or configure_optimizers of your own class"
     if not classes:
         return f"no option {name!r}{nearest(name, known)}"
-    there = [f"{option}.{parameter}" for parameter in _parameters(classes[-1])]
-    full = f"{option}.{name}"
-    return f"no option {full!r} of {classes[-1]}{nearest(full, there) or f'; there are {chr(44).join(there)}'.replace(',', ', ')}"
+    there = {parameter: f"{option}.{parameter}" for parameter in _parameters(classes[-1])}
+    close = difflib.get_close_matches(name, list(there), 1, 0.7)
+    hint = f"did you mean {there[close[0]]!r}?" if close else f"there are {', '.join(there.values())}"
+    return f"no option {f'{option}.{name}'!r} of {classes[-1]}; {hint}"
 
 
 def _parameters(path: str) -> list[str]:

@@ -61,16 +61,15 @@ def replaced_folder(out: str, overwrite: bool, keep: tuple[str, ...]) -> Iterato
     if not out:
         raise ValueError("out='' is empty; name a folder")
     target = Path(out).resolve()
+    _clean(target)
     _check(out, target, overwrite, keep)
     made = [path for path in target.parents if not path.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _clean(target)
         staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=_prefix(target)))
     except OSError as error:
         raise ValueError(f"out={out!r} cannot be written: {error.strerror} ({error.filename})") from error
     try:
-        _check(out, target, overwrite, keep)  # the old folder may have come back
         with open(staging / "lock", "wb") as lock:
             _locked(lock)
             new = staging / "new"

@@ -1,8 +1,7 @@
 import json
-import re
-import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import lightning
 import pytest
@@ -11,8 +10,9 @@ import transformers
 import yaml
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringDataModule
+from lightning.pytorch.loggers import CSVLogger
 
-from lightning_lora import LoRACallback, LoRAConfig, apply_lora, get_lora_parameters, load_adapter, save_adapter
+from lightning_lora import LoRACallback, load_adapter
 from lightning_lora.cli.lightning_cli import LoRACLI
 from lightning_lora.cli.main import main
 from tests import tiny_lm
@@ -95,6 +95,14 @@ class Head(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
+class Data(BoringDataModule):
+    """A user's own data, whose defaults are others than the package's."""
+
+    def __init__(self, seed: int = 9, batch_size: int = 5, train: str = "mine"):
+        super().__init__()
+        self.given = (seed, batch_size, train)
+
+
 OWN = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_checkpointing=false"]
 OWN += ["--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]
 
@@ -106,6 +114,90 @@ def test_any_module_and_data_fit_under_the_same_command(tmp_path, monkeypatch):
     cli.trainer.fit(cli.model, cli.datamodule)
     assert cli.model.layer.out_features == 4
     assert cli.model.layer.lora_B.abs().max() > 0 and not cli.model.layer.weight.requires_grad
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, (9, 5, "mine")), ({"seed": 0}, (0, 5, "mine")), ({"train": "x"}, (9, 5, "x"))])
+def test_the_packages_defaults_stay_with_the_packages_classes(given, expected, tmp_path):
+    content = {"model": {"class_path": f"{__name__}.Head"}, "data": {"class_path": f"{__name__}.Data", "init_args": given}}
+    content["trainer"] = {"logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path)}}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(content))
+    cli = LoRACLI(["--config", str(tmp_path / "own.yaml"), "--trainer.accelerator=cpu"], run=False)
+    assert cli.datamodule.given == expected and cli.model.layer.out_features == 32
+
+
+class OtherLogger(CSVLogger):
+    """A user's own."""
+
+    def __init__(self, save_dir: str, name: str = "mine"):
+        super().__init__(save_dir, name)
+
+
+def test_another_loggers_name_is_its_own(tmp_path):
+    own = [f"--model={__name__}.Head", f"--data={__name__}.Data", f"--trainer.logger={__name__}.OtherLogger"]
+    cli = LoRACLI([*own, f"--trainer.logger.save_dir={tmp_path}", "--trainer.accelerator=cpu"], run=False)
+    assert cli.trainer.logger.name == "mine"
+    assert "lora" in str(LoRACLI([*own[:2], "--trainer.accelerator=cpu"], run=False).trainer.log_dir)
+
+
+class Mine(LoRACallback):
+    """A user's own callback, with other defaults."""
+
+    def __init__(self, check_base: bool = False, **kwargs: Any):
+        super().__init__(check_base=check_base, **kwargs)
+
+
+def test_what_is_set_at_a_callback_stays(capsys):
+    own = [f"--model={__name__}.Head", f"--data={__name__}.Data", "--trainer.accelerator=cpu", f"--trainer.callbacks+={__name__}.Mine"]
+    cli = LoRACLI([*own, "--trainer.callbacks.merge_on_fit_end=false", "--lora.check_gradients=false"], run=False)
+    (callback,) = (c for c in cli.trainer.callbacks if isinstance(c, LoRACallback))
+    assert (callback.merge_on_fit_end, callback.check_base, callback.check_gradients) == (False, False, False)
+    with pytest.raises(ValueError, match=r"Mine has a merge_on_fit_end of its own, and lora.merge_on_fit_end is set too"):
+        LoRACLI([*own, "--trainer.callbacks.merge_on_fit_end=false", "--lora.merge_on_fit_end=true"], run=False)
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory", "ignore:Checkpoint directory", "ignore:.*val_dataloader")
+def test_options_beat_what_a_checkpoint_says(config, tmp_path, capsys, caplog):
+    """LightningCLI would train the checkpoint's model, at the checkpoint's rate."""
+    once = ["--config", config, "--trainer.limit_val_batches=0"]
+    assert main(["fit", *once]) == 0
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    other = str(tmp_path / "other")
+    torch.manual_seed(5)
+    network = tiny_lm.llama()
+    torch.nn.init.normal_(network.lm_head.weight)
+    network.save_pretrained(other)
+    tiny_lm.tokenizer().save_pretrained(other)
+    capsys.readouterr()
+    assert main(["test", *once, f"--model.model={other}", f"--ckpt_path={checkpoint}"]) == 1
+    assert "was trained on another base" in capsys.readouterr().err
+    resumed = [f"--ckpt_path={checkpoint}", "--model.learning_rate=0.5", "--model.weight_decay=0.1", "--trainer.max_epochs=2"]
+    assert main(["fit", *once, *resumed]) == 0
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert saved["model"]["init_args"]["learning_rate"] == 0.5
+    assert "learning_rate=0.5 has no effect: the optimizer goes on with 0.01, from the checkpoint" in caplog.text
+
+
+def test_stdout_of_predict_holds_predictions_only(config, capsys, caplog):
+    assert main(["predict", "--config", config]) == 0
+    output = capsys.readouterr()
+    assert [json.loads(line)["prompt"] for line in output.out.splitlines()] == [row["prompt"] for row in tiny_lm.rows(6)]
+    assert "Predicting" in output.err and "No --ckpt_path: predict runs the model as it was loaded" in caplog.text
+
+
+def test_bars_go_to_stderr(config, capsys):
+    assert main(["test", "--config", config]) == 0
+    output = capsys.readouterr()
+    assert "Testing" in output.err and "Testing" not in output.out and "test_accuracy" in output.out
+
+
+def test_last_means_a_checkpoint_of_this_run(config, tmp_path, capsys):
+    once = ["--config", config, "--trainer.limit_val_batches=0", "--trainer.logger.version=null"]
+    assert main(["fit", *once]) == 0
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["fit", *once, "--ckpt_path=last"]) == 2  # a new version has none yet
+    assert f"the newest checkpoint nearby is {str(checkpoint)!r}; give the file" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_compile_from_yaml(tmp_path):
@@ -155,8 +247,8 @@ def test_adalora_from_its_yaml_on_top_of_another(model, config, tmp_path, capsys
 
 def test_two_lora_configs_are_one_too_many(config, capsys):
     own = ["--trainer.callbacks+=lightning_lora.AdaLoRACallback", "--trainer.callbacks.config.target_modules=[v_proj]"]
-    assert main(["fit", "--config", config, *own]) == 1
-    assert "AdaLoRACallback has a config of its own, and lora is set too" in capsys.readouterr().err
+    assert main(["fit", "--config", config, *own]) == 2
+    assert "AdaLoRACallback has a config of its own, and lora.config is set too" in capsys.readouterr().err
 
 
 def test_a_callback_with_its_own_config_needs_no_lora_section(config, tmp_path, caplog):
