@@ -29,7 +29,7 @@ def load_checkpoint_file(path: str | Path, mmap: bool = False) -> dict[str, Any]
     except UNREADABLE as error:
         raise ValueError(why_unreadable(path, error)) from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a checkpoint: it holds a {type(content).__name__}.")
+        raise ValueError(f"{path} was not written under LoRACallback: it holds a {type(content).__name__}, no checkpoint.")
     return content
 
 

@@ -4,7 +4,7 @@ On SIGTERM Lightning raises ``SIGTERMException`` after the batch. That is a ``Sy
 it had finished, and what was trained since the last checkpoint is lost. On Ctrl-C it stops within a step, where no state can be saved.
 
 Here Ctrl-C counts as SIGTERM, and a second one stops at once, as in Lightning. With several processes Lightning's handler waits for the
-others, whatever they do. It is replaced: all processes agree before each batch whether one was told to stop.
+others, whatever they do. It is replaced: all processes agree after each batch whether one was told to stop.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import threading
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -45,8 +45,8 @@ class Interruption(Callback):
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, self._note_ctrl_c)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Stop all processes if one was told to."""
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Stop all processes if one was told to. Not before a batch, which a resumable loader would count as trained on."""
         self._agree(trainer)
 
     def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
@@ -98,7 +98,8 @@ def handle_interruptions(trainer: Trainer) -> list[Callback]:
 
 def _folder(trainer: Trainer) -> str | None:
     """Where the trainer saves checkpoints; None if it saves none, or saves one on exceptions itself."""
-    savers: list[Checkpoint] = trainer.checkpoint_callbacks
-    if trainer.fast_dev_run or any(isinstance(s, OnExceptionCheckpoint) or getattr(s, "save_on_exception", False) for s in savers):
+    savers: list[Any] = trainer.checkpoint_callbacks
+    off = trainer.fast_dev_run  # type: ignore[attr-defined]
+    if off or any(isinstance(s, OnExceptionCheckpoint) or getattr(s, "save_on_exception", False) for s in savers):
         return None
     return next((str(saver.dirpath) for saver in savers if getattr(saver, "dirpath", None)), None)

@@ -47,8 +47,8 @@ def checkpoint_of(ckpt_path: str | None, command: str, trainer: Trainer) -> str 
 def _named(name: str, trainer: Trainer) -> str:
     """Check that Lightning will find a checkpoint by this name. Otherwise it would start from nothing."""
     log_dir = Path(trainer.log_dir or trainer.default_root_dir)
-    folders = [Path(saver.dirpath) for saver in trainer.checkpoint_callbacks if getattr(saver, "dirpath", None)]
-    folders = folders or [log_dir / "checkpoints"]
+    dirpaths = [getattr(saver, "dirpath", None) for saver in trainer.checkpoint_callbacks]
+    folders = [Path(dirpath) for dirpath in dirpaths if dirpath] or [log_dir / "checkpoints"]
     if name == "last" and any(found for folder in folders for found in folder.glob("last*.ckpt")):
         return name
     nearby = _newest(log_dir.parent if trainer.loggers else folders[0])

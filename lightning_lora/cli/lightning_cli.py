@@ -34,7 +34,7 @@ from lightning_lora.strategies.lightning_private import cli_parser, cli_value, s
 COMMANDS = ("fit", "validate", "test", "predict")
 LOGGER = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": "lora"}}
 # With a default class, its arguments can be set directly under `model:` and `data:`, without class_path and init_args.
-DEFAULTS = {
+DEFAULTS: dict[str, dict[str, Any]] = {
     "model": {"class_path": "lightning_lora.tasks.CausalLMTask"},
     "data": {"class_path": "lightning_lora.data.InstructionDataModule"},
     "trainer.logger": LOGGER,

@@ -37,9 +37,10 @@ def usage(*also: type[Exception], known: Callable[[], Iterable[str]] = tuple, wh
         known: Returns the options that there are.
         where: What the message begins with.
     """
+    wrong: tuple[type[Exception], ...] = (ArgumentError, ValueError, *also)
     try:
         yield
-    except (ArgumentError, ValueError, *also) as error:
+    except wrong as error:
         raise UsageError(where + one_line(error, known())) from error
 
 

@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from lightning_lora.data.batching import Example, LengthGroupedSampler, collate_answers, collate_prompts
 from lightning_lora.data.chat import Message, encode_answer, encode_prompt
+from lightning_lora.data.resuming import Position, ResumableLoader
 
 SHAPE = 'a line is {"prompt": "...", "response": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}'
 
@@ -57,6 +58,7 @@ class InstructionDataModule(LightningDataModule):
         self.batch_size, self.max_length, self.seed = batch_size, max_length, seed
         self.pad_to_multiple_of = pad_to_multiple_of
         self.examples: dict[str, list[Example]] = {}
+        self.position = Position()
 
     @override
     def setup(self, stage: str) -> None:
@@ -88,7 +90,20 @@ class InstructionDataModule(LightningDataModule):
         epoch = (lambda: self.trainer.current_epoch) if split == "train" else None  # type: ignore[union-attr]
         sampler = LengthGroupedSampler([len(e) for e in examples], self.batch_size, epoch, self.seed)
         collate = partial(collate_answers, pad=pad, multiple=self.pad_to_multiple_of)
-        return DataLoader(examples, batch_size=self.batch_size, sampler=sampler, collate_fn=collate)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"batch_size": self.batch_size, "sampler": sampler, "collate_fn": collate}
+        if split != "train":
+            return DataLoader(examples, **options)  # type: ignore[arg-type]
+        return ResumableLoader(examples, self.position, **options)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position in the epoch."""
+        return self.position.state_dict()
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Begin the next epoch at a position."""
+        self.position.load_state_dict(state_dict)
 
     @override
     def train_dataloader(self) -> DataLoader:

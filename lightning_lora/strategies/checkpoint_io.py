@@ -57,7 +57,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
         except UNREADABLE as error:
             raise ValueError(why_unreadable(path, error)) from error
         if not isinstance(checkpoint, dict):
-            raise ValueError(f"{path} is not a checkpoint: it holds a {type(checkpoint).__name__}.")
+            raise ValueError(f"{path} was not written under LoRACallback: it holds a {type(checkpoint).__name__}, no checkpoint.")
         return checkpoint
 
 

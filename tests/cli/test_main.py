@@ -80,11 +80,11 @@ def bad(tmp_path):
         (1, ["inspect", "{model}", "--lora.target_modules=[q_prej]"], r"q_prej.*q_proj"),
         (2, ["generate", "{model}", ""], r"prompt is empty"),
         (2, ["generate", "{model}", "a", "--max_new_tokens=0"], r"^max_new_tokens: 0 is not allowed"),
-        (2, ["generate", "{model}", "a", "--dtype=null"], r"^dtype=null: give a value"),
+        (2, ["generate", "{model}", "a", "--max_new_tokens=null"], r"^max_new_tokens.*(null|None)"),
         (2, ["generate", "{model}", "a", "--systme=b"], r"did you mean 'system'\?$"),
         (1, ["generate", "{model}", "a", "--adapter=/no/such/adapter"], r"/no/such/adapter"),
         (1, ["generate", "{model}", "a", "--adapter={bad}/text.ckpt"], r"text.ckpt is not a readable checkpoint"),
-        (1, ["generate", "{model}", "a", "--adapter={bad}/list.ckpt"], r"list.ckpt is not a checkpoint: it holds a list"),
+        (1, ["generate", "{model}", "a", "--adapter={bad}/list.ckpt"], r"list.ckpt was not written under LoRACallback: it holds a list"),
         (1, ["merge", "{model}", "/no/such/adapter", "{tmp}/out/deep"], r"/no/such/adapter"),
         (1, ["merge", "{bad}/text.ckpt", "{model}", "{tmp}/out"], r"text.ckpt' is a file; name its folder"),
     ],
@@ -171,11 +171,11 @@ def test_a_full_disk_is_one_line(config, tmp_path, capsys, monkeypatch):
 class Interrupt(lightning.Callback):
     """Presses Ctrl-C, or sends another signal, in a training step."""
 
-    def __init__(self, number: int = signal.SIGINT, times: int = 1):
-        self.number, self.times = number, times
+    def __init__(self, number: int = int(signal.SIGINT), times: int = 1, at: int = 1):
+        self.number, self.times, self.at = number, times, at
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
-        for _ in range(self.times):
+        for _ in range(self.times if trainer.global_step + 1 == self.at else 0):
             signal.raise_signal(self.number)
 
 
@@ -193,6 +193,23 @@ def test_an_interrupted_fit_says_so_and_goes_on(config, tmp_path, number, times,
             (done,) = tmp_path.rglob("*.ckpt")
             assert done.name != left[0].name and torch.load(done, weights_only=True)["global_step"] == 2
             done.unlink()
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory", "ignore:Checkpoint directory", "ignore:.*overwriting")
+def test_a_run_that_was_stopped_within_an_epoch_goes_on_with_the_next_rows(config, tmp_path):
+    """The adapter of a run with an interruption is that of one without."""
+    arguments = ["fit", "--config", config, "--data.batch_size=1", "--trainer.limit_val_batches=0", "--lora.merge_on_fit_end=false"]
+    found = []
+    for stopped in (False, True):
+        if stopped:
+            assert main([*arguments, f"--trainer.callbacks+={__name__}.Interrupt", "--trainer.callbacks.at=3"]) == 130
+        assert main([*arguments, *(["--ckpt_path=last"] if stopped else [])]) == 0
+        (file,) = tmp_path.rglob("*.ckpt")
+        found.append(torch.load(file, weights_only=True))
+        file.unlink()
+    assert found[0]["global_step"] == found[1]["global_step"] == 6
+    mine, theirs = (state["state_dict"] for state in found)
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 def test_sigterm_to_a_process(config, tmp_path):
