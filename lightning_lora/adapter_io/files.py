@@ -104,7 +104,7 @@ def _read_folder(folder: Path) -> AdapterFile:
     named = {peft_format.our_name(name, str(file)): tensor for name, tensor in tensors.items() if ".original_module." not in name}
     if meta is None:  # PEFT wrote the file
         return AdapterFile(peft_format.from_peft(_read_json(folder / CONFIG), str(folder / CONFIG), named), named, None)
-    config, base, _ = _understood(meta, str(file))
+    config, base, _ = understood(meta, str(file))
     fields = peft_format.as_lora(_read_json(folder / CONFIG), str(folder / CONFIG)) if (folder / CONFIG).is_file() else None
     said = {"r": config.rank, "lora_alpha": config.alpha, "use_rslora": config.scaling == "rslora", "bias": config.bias}
     for name, mine in said.items():
@@ -124,7 +124,7 @@ def _read_checkpoint(file: Path) -> AdapterFile:
     meta = checkpoint.get(META)
     if meta is None:
         raise ValueError(f"{file} was not written under LoRACallback: it holds no adapter.")
-    config, base, root = _understood(meta, str(file))
+    config, base, root = understood(meta, str(file))
     prefix, tensors = f"{root}." if root else "", checkpoint.get("state_dict", {})
     beside = frozenset(meta.get("beside", ()))  # of the task around the adapted model, where it is outside
     outside = [name for name in tensors if not name.startswith(prefix) and name not in beside]
@@ -137,7 +137,7 @@ def _read_checkpoint(file: Path) -> AdapterFile:
     return AdapterFile(config, own, base, frozenset(name.removeprefix(prefix) for name in beside if name.startswith(prefix)), extra, rest)
 
 
-def _understood(meta: dict[str, Any], where: str) -> tuple[LoRAConfig, dict[str, Any] | None, str]:
+def understood(meta: dict[str, Any], where: str) -> tuple[LoRAConfig, dict[str, Any] | None, str]:
     """Return the config, base identity and root that the metadata holds.
 
     Raises:

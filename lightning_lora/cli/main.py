@@ -64,7 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FAILURES as error:
         if os.environ.get(TRACEBACK):
             raise
-        print(f"lightning-lora: error: {one_line(error)}", file=sys.stderr)
+        rank = os.environ.get("LOCAL_RANK", "0")  # set in the processes that DDP starts
+        sys.stderr.write(
+            f"lightning-lora: error: {'' if rank == '0' else f'[rank {rank}] '}{one_line(error)}\n"
+        )  # one write: no mixed lines
         return 2 if isinstance(error, (ArgumentError, UsageError)) else 1
     except KeyboardInterrupt:
         return _interrupted()

@@ -7,6 +7,7 @@ writes its shards. Every rank reads the full folder, since adapters are small, s
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import warnings
@@ -52,9 +53,13 @@ class DurableCheckpointIO(TorchCheckpointIO):
         Raises:
             ValueError: the file is no checkpoint, or it is damaged.
         """
+        if Path(path).is_dir():
+            raise ValueError(f"ckpt_path={str(path)!r} is a folder, no checkpoint; an adapter's is read by load_adapter.")
         try:
             checkpoint = super().load_checkpoint(path, map_location, weights_only)
-        except UNREADABLE as error:
+        except (OSError, *UNREADABLE) as error:
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which reading behind the end of a file that was cut gives
+                raise
             raise ValueError(why_unreadable(path, error)) from error
         if not isinstance(checkpoint, dict):
             raise ValueError(f"{path} was not written under LoRACallback: it holds a {type(checkpoint).__name__}, no checkpoint.")
