@@ -36,7 +36,7 @@ from lightning_lora.optim.state import check_named, load_by_name, state_by_name
 from lightning_lora.strategies import module_state
 from lightning_lora.strategies.adapted_part import AdaptedPart, meta_of, parts_in
 from lightning_lora.strategies.changed_state import ChangedState
-from lightning_lora.strategies.checkpoint_io import REST, DurableCheckpointIO, read_folder, write_folder
+from lightning_lora.strategies.checkpoint_io import REST, DurableCheckpointIO, found, read_folder, write_folder
 from lightning_lora.strategies.equal_ranks import synchronize
 from lightning_lora.strategies.lightning_private import saves_shards
 from lightning_lora.utils.names import clean_name, persistent_buffers
@@ -204,7 +204,7 @@ class StrategyHooks:
         Raises:
             ValueError: it is no adapter checkpoint, was made with another config or on another base, or lacks a tensor.
         """
-        path = self.strategy.broadcast(path)
+        path = found(self.strategy.broadcast(path))
         sharded = os.path.isfile(os.path.join(path, REST))
         checkpoint = read_folder(Path(path)) if sharded else self.strategy.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
         if checkpoint.get(META) is None:
