@@ -30,6 +30,7 @@ from lightning_lora.model.targeting import TargetReport, find_targets
 from lightning_lora.optim.groups import check_ratio
 from lightning_lora.quantization.formats import quantizer_of
 from lightning_lora.strategies import AdaptedPart, StrategyHooks, arrange, check_equal, check_supported, convert_base, synchronize
+from lightning_lora.strategies.savable import check_savable
 from lightning_lora.utils.names import adapter_root
 from lightning_lora.utils.sharding import is_sharded
 
@@ -122,7 +123,7 @@ class LoRACallback(Callback):
         pl_module.configure_model = configure_model  # type: ignore[method-assign]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise ValueError if a parameter that should train is in no optimizer, or an optimizer has nothing to train."""
+        """Raise ValueError if a parameter that should train is in no optimizer, an optimizer has none, or no checkpoint can be written."""
         held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
         trained = {id(p) for p in self._target(pl_module).parameters() if p.requires_grad}
         forgotten = [name for name, p in pl_module.named_parameters() if id(p) in trained - held]
@@ -137,6 +138,7 @@ class LoRACallback(Callback):
                     f"optimizer {index} ({type(optimizer).__name__}) holds no parameter that trains: LoRA froze all of them. Limit LoRA"
                     " to a part with LoRACallback(module=...), or list what this optimizer should train in modules_to_save."
                 )
+        check_savable(trainer, pl_module)
         let_gradients_in(pl_module)  # gradient checkpointing may have been enabled after the injection
         self._gradients, self._compare = GradientCheck(self._target(pl_module)) if self.check_gradients else None, True
 
