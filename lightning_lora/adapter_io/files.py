@@ -24,6 +24,7 @@ from torch import Tensor
 from lightning_lora.adapter_io import peft_format
 from lightning_lora.adapter_io.integrity import check_fields, check_types, seal
 from lightning_lora.config import LoRAConfig
+from lightning_lora.registry import VARIANTS, look_up
 from lightning_lora.utils.atomic_files import write_atomic
 from lightning_lora.utils.folder_commit import commit, read_undisturbed
 from lightning_lora.utils.folders import standing
@@ -156,7 +157,11 @@ def _understood(meta: dict[str, Any], where: str) -> tuple[LoRAConfig, dict[str,
         version = meta["format_version"]
         if version > FORMAT_VERSION:
             raise ValueError(f"{where} has format version {version}, this lightning-lora reads up to {FORMAT_VERSION}; update it.")
-        return LoRAConfig(**meta["config"]), meta["base"], meta.get("root", "")
+        config, base = LoRAConfig(**meta["config"]), meta["base"]
+        look_up(VARIANTS, "variant", config.variant)
+        if base is not None and not all(isinstance(base[key], str) for key in ("fingerprint", "class", "name")):
+            raise TypeError(f"base={base!r}")
+        return config, base, meta.get("root", "")
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{where}: its {META} metadata is not readable ({error}): a newer version wrote it, or it was changed by hand."

@@ -11,6 +11,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -67,7 +68,12 @@ def check_fields(fields: dict[str, Any], meta: dict[str, Any], config: LoRAConfi
         raise ValueError(f"{where}: the metadata beside it is malformed: json={saved!r}.")
     other, variant = peft_format.variant_of(fields), peft_format.variant_of(peft_format.variant_fields(config))
     if other != variant:
-        raise ValueError(f"{where} is of a {other!r} adapter, the tensors were saved with {variant!r}: files of two different saves.")
+        names = [name for one in (variant, other) for name in peft_format.variant_fields(replace(config, variant=one))]
+        name = next(name for name in names if fields.get(name) != saved.get(name))
+        raise ValueError(
+            f"{where} says {name}={fields.get(name)!r} and so is of a {other!r} adapter, the tensors were saved with {variant!r}:"
+            " files of two different saves."
+        )
     now, then = peft_format.from_peft(fields, where, tensors), _meant(saved, where, tensors)
     if now == then:
         return

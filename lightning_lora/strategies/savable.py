@@ -30,7 +30,7 @@ def check_savable(trainer: Trainer, module: LightningModule) -> None:
 
 
 def _check(trainer: Trainer, module: LightningModule) -> None:
-    for callback in trainer.checkpoint_callbacks if not trainer.fast_dev_run else ():
+    for callback in trainer.checkpoint_callbacks if not trainer.fast_dev_run else ():  # type: ignore[attr-defined]
         folder = getattr(callback, "dirpath", None)
         if folder is None or "://" in str(folder):  # none, or a remote storage
             continue
