@@ -10,27 +10,25 @@ Tensors without a JSON still load here, because their metadata holds the config.
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import safetensors.torch
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightning_lora.adapter_io import peft_format
-from lightning_lora.adapter_io.integrity import check_fields, check_types, seal
+from lightning_lora.adapter_io.integrity import check_fields, seal
+from lightning_lora.adapter_io.metadata import FORMAT_VERSION, META, parsed, understood
 from lightning_lora.config import LoRAConfig
-from lightning_lora.registry import VARIANTS, look_up
 from lightning_lora.utils.atomic_files import write_atomic
 from lightning_lora.utils.folder_commit import commit, read_undisturbed
 from lightning_lora.utils.folders import standing
+from lightning_lora.utils.read_checkpoint import read_checkpoint
 
-FORMAT_VERSION = 1
-META = "lightning_lora"  # key of our entry in the safetensors metadata and in a Lightning checkpoint
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -112,30 +110,36 @@ def _read_folder(folder: Path) -> AdapterFile:
         raise ValueError(f"{file} is missing{hint}.")
     try:
         with safe_open(file, framework="pt") as reader:
-            meta = json.loads((reader.metadata() or {}).get(META, "null"))
+            said = (reader.metadata() or {}).get(META, "null")
             tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, json.JSONDecodeError, RecursionError, OSError) as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is not a readable safetensors file (truncated?): {error}") from error
+    meta = parsed(said, f"{file}: its {META} metadata", kinds=(dict, NoneType))
     named = {peft_format.our_name(name, str(file)): tensor for name, tensor in tensors.items() if ".original_module." not in name}
+    for name in tensors.keys() if len(named) < len(tensors) else ():
+        other = named.get(peft_format.our_name(name, str(file)), tensors[name])
+        if ".original_module." not in name and not (other.dtype == tensors[name].dtype and other.equal(tensors[name])):
+            raise ValueError(f"{file} holds two tensors for the parameter of {name!r}, with different values.")
     if meta is None:  # PEFT wrote the file
         fields = _read_json(standing(folder / CONFIG))
         return AdapterFile(peft_format.from_peft(fields, str(folder / CONFIG), named), named, None)
-    config, base, _ = _understood(meta, str(file))
+    config, base, _ = understood(meta, str(file))
     if (folder / CONFIG).is_file():
         check_fields(_read_json(folder / CONFIG), meta, config, named, str(folder / CONFIG))
     return AdapterFile(config, named, base, damaged="checksum" in meta and seal(meta, tensors) != meta["checksum"])
 
 
 def _read_checkpoint(file: Path) -> AdapterFile:
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{file} is not a readable checkpoint: {error}") from error
+    if file.suffix == ".safetensors":
+        raise ValueError(f"{file} is part of an adapter folder: load {file.parent}.")
+    checkpoint = read_checkpoint(file)
     meta = checkpoint.get(META) if isinstance(checkpoint, dict) else None
     if meta is None:
         raise ValueError(f"{file} was not written under LoRACallback: it holds no adapter.")
-    config, base, root = _understood(meta, str(file))
+    config, base, root = understood(meta, str(file))
     prefix, tensors = f"{root}." if root else "", checkpoint.get("state_dict", {})
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
+        raise ValueError(f"{file}: its state_dict is no mapping from names to tensors.")
     beside = frozenset(meta.get("beside", ()))  # of the task around the adapted model, where it is outside
     outside = [name for name in tensors if not name.startswith(prefix) and name not in beside]
     if outside:
@@ -147,35 +151,11 @@ def _read_checkpoint(file: Path) -> AdapterFile:
     return AdapterFile(config, own, base, frozenset(name.removeprefix(prefix) for name in beside if name.startswith(prefix)), extra, rest)
 
 
-def _understood(meta: dict[str, Any], where: str) -> tuple[LoRAConfig, dict[str, Any] | None, str]:
-    """Return the config, base identity and root that the metadata holds.
-
-    Raises:
-        ValueError: the format is newer, or the metadata is malformed.
-    """
-    try:
-        version = meta["format_version"]
-        if version > FORMAT_VERSION:
-            raise ValueError(f"{where} has format version {version}, this lightning-lora reads up to {FORMAT_VERSION}; update it.")
-        config, base = LoRAConfig(**meta["config"]), meta["base"]
-        look_up(VARIANTS, "variant", config.variant)
-        if base is not None and not all(isinstance(base[key], str) for key in ("fingerprint", "class", "name")):
-            raise TypeError(f"base={base!r}")
-        return config, base, meta.get("root", "")
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{where}: its {META} metadata is not readable ({error}): a newer version wrote it, or it was changed by hand."
-        ) from error
-
-
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        fields = json.loads(file.read_text())
+        text = file.read_text()
     except FileNotFoundError as error:
         raise ValueError(f"{file} is missing.") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}.") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file} holds a {type(fields).__name__}, not a JSON object.")
-    check_types(fields, str(file))
-    return fields
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not valid JSON, and cannot be read: {error}.") from error
+    return parsed(text, str(file))

@@ -20,33 +20,12 @@ from lightning_lora.adapter_io import peft_format
 from lightning_lora.config import LoRAConfig
 from lightning_lora.utils.checksums import checksum
 
-_NUMBER, _NAMES = (int, float), (list, str)
-# Fields of PEFT's JSON that are read here → types of their values, besides null.
-_TYPES: dict[str, tuple[type, ...]] = {
-    "peft_type": (str,), "r": (int,), "lora_alpha": _NUMBER, "lora_dropout": _NUMBER, "target_modules": _NAMES, "exclude_modules": _NAMES,
-    "layers_to_transform": (list, int), "layers_pattern": _NAMES, "bias": (str,), "use_rslora": (bool,), "use_dora": (bool,),
-    "modules_to_save": (list,), "rank_pattern": (dict,), "alpha_pattern": (dict,), "init_lora_weights": (bool, str),
-    "variant_options": (dict,),
-}  # fmt: skip
-_OF_NAMES = {"target_modules", "exclude_modules", "layers_pattern", "modules_to_save"}
-
 
 def seal(meta: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     """Return the checksum of an adapter's metadata, but for its checksum, and of its tensors' names, dtypes, shapes and bits."""
     parts = [json.dumps({name: value for name, value in meta.items() if name != "checksum"}, sort_keys=True)]
     parts += [f"{name} {tensor.dtype} {tuple(tensor.shape)} {checksum(tensor)}" for name, tensor in sorted(tensors.items())]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
-
-
-def check_types(fields: dict[str, Any], where: str) -> None:
-    """Raise ValueError, naming the field, if a value of PEFT's JSON has another type than PEFT writes."""
-    for name, types in _TYPES.items():
-        value = fields.get(name)
-        fits = isinstance(value, types) and (bool in types or not isinstance(value, bool))
-        if value is not None and not fits:
-            raise ValueError(f"{where}: {name}={value!r} is a {type(value).__name__}, not {' or '.join(t.__name__ for t in types)}.")
-        if name in _OF_NAMES and isinstance(value, list) and not all(isinstance(entry, str) for entry in value):
-            raise ValueError(f"{where}: {name}={value!r} has an entry that is not a string.")
 
 
 def check_fields(fields: dict[str, Any], meta: dict[str, Any], config: LoRAConfig, tensors: Collection[str], where: str) -> None:

@@ -15,21 +15,30 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from lightning_lora.callbacks.gradient_check import CURE, GradientCheck
-from lightning_lora.callbacks.refusals import check_apart, check_mergeable, frozen_parts, recordable
+from lightning_lora.callbacks.gradient_check import BATCHES, CURE, GradientCheck
+from lightning_lora.callbacks.refusals import check_apart, check_mergeable, check_optimizers, frozen_parts, recordable
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import lora_layers
 from lightning_lora.layers.state import Quantized
 from lightning_lora.model.apply import already_applied, inject, let_gradients_in, trainable_parameters, unload_lora
 from lightning_lora.model.compile import begin_step, compile_layers, keep_gradients, uncompile_layers
 from lightning_lora.model.merge import merge_lora, merge_report, unmerge_for_now
+from lightning_lora.model.modes import restore_flags, wake_dropout
 from lightning_lora.model.quantize import quantize_base
 from lightning_lora.model.targeting import TargetReport, find_targets
 from lightning_lora.optim.groups import check_ratio
 from lightning_lora.quantization.formats import quantizer_of
-from lightning_lora.strategies import AdaptedPart, StrategyHooks, arrange, check_equal, check_supported, convert_base, synchronize
+from lightning_lora.strategies import (
+    AdaptedPart,
+    FiniteCheck,
+    StrategyHooks,
+    arrange,
+    check_equal,
+    check_supported,
+    convert_base,
+    synchronize,
+)
 from lightning_lora.strategies.savable import check_savable
 from lightning_lora.utils.names import adapter_root
 from lightning_lora.utils.sharding import is_sharded
@@ -53,6 +62,8 @@ class LoRACallback(Callback):
         check_base: refuse to resume from a checkpoint that was trained on another base.
         check_gradients: raise if an adapter got no gradient in 100 training batches, or in all batches of a shorter training. Switch it
             off for models that use some layers less often.
+        allow_nonfinite: train on when a parameter turns NaN or infinite. Default: training stops, no checkpoint is written, and none with
+            such values is loaded. What trains is looked at before each save, at the end, and every ``log_every_n_steps`` batches.
         compile: "layer" compiles each repeated block of the model in place until the run ends, see
             :func:`~lightning_lora.model.compile.compile_layers`. Prediction runs uncompiled, because generation would compile again for
             every token.
@@ -73,6 +84,7 @@ class LoRACallback(Callback):
         merge_on_fit_end: bool | None = None,
         check_base: bool = True,
         check_gradients: bool = True,
+        allow_nonfinite: bool = False,
         compile: Literal["layer"] | None = None,
         lora_plus_ratio: float = 1.0,
         quantize: str | None = None,
@@ -95,6 +107,8 @@ class LoRACallback(Callback):
         self.lora_plus_ratio = lora_plus_ratio
         self.check_base = check_base
         self.check_gradients = check_gradients
+        self.allow_nonfinite = allow_nonfinite
+        self._finite: FiniteCheck | None = None
         self.compile, self.cuda_graphs = compile, cuda_graphs
         self._recorded = False
         self.report: TargetReport | None = None
@@ -123,36 +137,22 @@ class LoRACallback(Callback):
         pl_module.configure_model = configure_model  # type: ignore[method-assign]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise ValueError if a parameter that should train is in no optimizer, an optimizer has none, or no checkpoint can be written."""
-        held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
-        trained = {id(p) for p in self._target(pl_module).parameters() if p.requires_grad}
-        forgotten = [name for name, p in pl_module.named_parameters() if id(p) in trained - held]
-        if forgotten:
-            raise ValueError(
-                f"{len(forgotten)} parameters that should train are in no optimizer: {', '.join(forgotten[:4])}. Build the optimizer in"
-                " configure_optimizers, from self.parameters() or get_lora_parameters(self), not in __init__."
-            )
-        for index, optimizer in enumerate(trainer.optimizers):
-            if not any(group["params"] for group in optimizer.param_groups):
-                raise ValueError(
-                    f"optimizer {index} ({type(optimizer).__name__}) holds no parameter that trains: LoRA froze all of them. Limit LoRA"
-                    " to a part with LoRACallback(module=...), or list what this optimizer should train in modules_to_save."
-                )
+        """Raise ValueError if an optimizer lacks a parameter that should train, or has none, or if no checkpoint can be written."""
+        check_optimizers(trainer.optimizers, pl_module, self._target(pl_module))
         check_savable(trainer, pl_module)
         let_gradients_in(pl_module)  # gradient checkpointing may have been enabled after the injection
         self._gradients, self._compare = GradientCheck(self._target(pl_module)) if self.check_gradients else None, True
+        every = trainer.log_every_n_steps or BATCHES  # type: ignore[attr-defined]
+        self._finite = None if self.allow_nonfinite else FiniteCheck(trainer.strategy, pl_module, every)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the frozen values as the reference for changes. Switch on the adapters' dropout where the base is in evaluation mode."""
         self._begun(pl_module)
         trainer.strategy._lora_hooks.state.start()  # type: ignore[attr-defined]
-        asleep = [(name, layer) for name, layer in lora_layers(self._target(pl_module)) if layer.lora_dropout.p > 0 and not layer.training]
-        for _, layer in asleep:
-            layer.training = True  # not `train()`, because submodules must stay in evaluation mode
-            layer.lora_dropout.train()
-        if asleep:
+        woken = wake_dropout(self._target(pl_module))
+        if woken:
             rank_zero_info(
-                f"{asleep[0][0]} and {len(asleep) - 1} more adapted layers were in evaluation mode (as from_pretrained leaves a model),"
+                f"{woken[0]} and {len(woken) - 1} more adapted layers were in evaluation mode (as from_pretrained leaves a model),"
                 " which disables their adapters' dropout: they are in training mode now, the rest of the model is unchanged."
             )
 
@@ -199,11 +199,15 @@ class LoRACallback(Callback):
         """Raise RuntimeError if an adapter got no gradient in any of enough batches."""
         if self._gradients is not None:
             self._gradients.after_batch()
+        if self._finite is not None:
+            self._finite.after_batch()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise RuntimeError if an adapter got no gradient in a whole short training."""
         if self._gradients is not None:
             self._gradients.finish()
+        if self._finite is not None:
+            self._finite.finish()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge layer by layer on the training device, unless ``merge_on_fit_end=False``."""
@@ -245,7 +249,7 @@ class LoRACallback(Callback):
                 undo.callback(self.teardown, trainer, pl_module, "")
                 self._compiled, self._recorded = target, recorded
             if not there:
-                undo.callback(_unfreeze, [(p, p.requires_grad) for p in pl_module.parameters()])
+                undo.callback(restore_flags, [(p, p.requires_grad) for p in pl_module.parameters()])
                 convert_base(trainer, pl_module)
                 if self.quantize is not None:
                     device, saved = trainer.strategy.root_device, self.config.modules_to_save
@@ -260,7 +264,7 @@ class LoRACallback(Callback):
                 rank_zero_info(f"{report}{rest}\ntrainable {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
             arrange(trainer.strategy, pl_module)
             root = ".".join(filter(None, (self.module, adapter_root(target)[0])))
-            self.part = AdaptedPart(root, self.config, self.check_base, self.lora_plus_ratio)
+            self.part = AdaptedPart(root, self.config, self.check_base, self.lora_plus_ratio, self.allow_nonfinite)
             hooks = StrategyHooks.of(trainer.strategy, pl_module)
             undo.callback(hooks.drop, root, forget=not there)
             hooks.add(self.part, training=fitting, new=not there)
@@ -291,9 +295,3 @@ class LoRACallback(Callback):
             raise ValueError(
                 f"module={self.module!r} is no submodule of {type(pl_module).__name__}; its children are {children}."
             ) from error
-
-
-def _unfreeze(flags: list[tuple[nn.Parameter, bool]]) -> None:
-    for parameter, flag in flags:
-        if not is_lazy(parameter):
-            parameter.requires_grad_(flag)

@@ -19,6 +19,7 @@ class AdaptedPart:
         config: the config that the part was adapted with.
         check_base: refuse checkpoints that were trained on another base.
         lora_plus_ratio: B's learning rate divided by A's.
+        allow_nonfinite: write and load checkpoints with NaN or infinity in what trains.
         before_load: called with a checkpoint's config before the module is checked against it. It may change the module to fit.
     """
 
@@ -26,6 +27,7 @@ class AdaptedPart:
     config: LoRAConfig
     check_base: bool = True
     lora_plus_ratio: float = 1.0
+    allow_nonfinite: bool = False
     before_load: Callable[[LoRAConfig], None] | None = None
 
 
