@@ -25,6 +25,7 @@ from lightning_lora.model.apply import inject
 from lightning_lora.model.heads import saved_modules, within
 from lightning_lora.model.merge import unmerge_lora
 from lightning_lora.model.targeting import TargetReport, find_targets
+from lightning_lora.utils.folder_commit import occupied
 from lightning_lora.utils.names import adapter_root, clean_name, modules_by_name, second_names
 from lightning_lora.utils.sharding import full_tensor, is_flattened, on_first_rank
 from lightning_lora.utils.torch_private import NormWithStatistics
@@ -65,7 +66,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
         warnings.warn(f"{name!r} and {other!r} are one module: read by PEFT, the adapter would be on the first only.", stacklevel=2)
     base = None if is_flattened(root) else base_identity(root, extras)
     content = AdapterFile(config, {name: full_tensor(tensor.detach()) for name, tensor in tensors.items()}, base)
-    on_first_rank(lambda: write_folder(folder, content, fields))
+    on_first_rank(lambda: write_folder(folder, content, fields, lambda: _check_free(folder, overwrite)))
     return folder
 
 
@@ -106,6 +107,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
     stateless = [name for name in adapter.extra_state if name.rpartition(".")[0] not in dict(root.named_modules())]
     if stateless:
         raise ValueError(f"{path} has extra state of {stateless[0]!r}, a module that is not here.")
+    adapter.check_intact(str(path))
     layers = adapted_layers(root)
     if layers:
         _same_adapter(root, layers, report, adapter.config, str(path))
@@ -162,7 +164,7 @@ def extra_tensors(root: nn.Module, config: LoRAConfig, adapted: Collection[str])
 def _check_free(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder={str(folder)!r} is a file; choose another.")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+    if occupied(folder) and not overwrite:
         raise ValueError(f"folder={str(folder)!r} is not empty; choose another or pass overwrite=True.")
 
 

@@ -45,6 +45,7 @@ from lightning_lora.strategies import (
     convert_base,
     synchronize,
 )
+from lightning_lora.strategies.savable import check_savable
 from lightning_lora.utils.names import adapter_root
 from lightning_lora.utils.sharding import is_sharded
 
@@ -143,8 +144,9 @@ class LoRACallback(Callback):
         pl_module.configure_model = configure_model  # type: ignore[method-assign]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise ValueError if a parameter that should train is in no optimizer, or an optimizer has nothing to train."""
+        """Raise ValueError if an optimizer lacks a parameter that should train, or has none, or if no checkpoint can be written."""
         check_optimizers(trainer.optimizers, pl_module, self._target(pl_module))
+        check_savable(trainer, pl_module)
         let_gradients_in(pl_module)  # gradient checkpointing may have been enabled after the injection
         self._gradients, self._compare = GradientCheck(self._target(pl_module)) if self.check_gradients else None, True
         every = trainer.log_every_n_steps or BATCHES  # type: ignore[attr-defined]
