@@ -23,6 +23,7 @@ from lightning_lora.layers.base import LoRALayer, lora_layers
 from lightning_lora.layers.factors import Exported
 from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.registry import register_variant
+from lightning_lora.utils.gradient_reducer import hand_over
 from lightning_lora.utils.names import adapter_root, clean_name
 from lightning_lora.utils.sharding import is_sharded
 
@@ -128,7 +129,8 @@ def shrink_adalora(model: nn.Module) -> dict[str, int]:
     found = {f"{prefix}.{name}" if prefix else name: len(kept_triplets(layer)) for name, layer in layers.items()}
     config = _plain_config(layers.items())
     for layer in layers.values():
-        _made_plain(layer, config)
+        before = layer.lora_parameters().values()
+        hand_over(before, _made_plain(layer, config).lora_parameters().values())
     return found
 
 
