@@ -35,7 +35,7 @@ from lightning_lora.layers.state import AdapterState
 from lightning_lora.ops import backends
 from lightning_lora.ops.output_scale import apply_output_scale
 from lightning_lora.quantization import formats
-from lightning_lora.registry import INITS, has_start, look_up
+from lightning_lora.registry import INITS, has_start, init_check, look_up
 from lightning_lora.utils.gradient_reducer import kept_reduced
 from lightning_lora.utils.sharding import local_tensor
 
@@ -73,6 +73,9 @@ class LoRALayer(Factors):
 
         The message is the reason only; the caller adds the layer's name.
         """
+        check = init_check(spec.config.init)
+        if check is not None:
+            check(module, spec, *cls.adapter_shapes(module, spec))
         if not has_start(spec.config.init):
             return
         (r, *inputs), (outputs, again, *_) = cls.adapter_shapes(module, spec)
