@@ -211,6 +211,8 @@ def test_a_start_on_the_meta_device_is_taken_from_the_weights_that_come():
         (lambda: nn.Embedding(9, 4, padding_idx=1), {"init": "olora"}, "init='olora' would train the row of padding_idx=1 too; exclude it"),
         (lambda: nn.Linear(3, 9), {"init": "pissa", "rank": 4}, r"init='pissa' with rank=4 is above min\(in, out\)=3; choose a lower rank"),
         (lambda: nn.Linear(9, 9), {"init": "orthogonal", "rank": 3}, "init='orthogonal' needs an even rank and no groups, here rank=3"),
+        (lambda: nn.Conv2d(4, 4, 3, groups=2), {"init": "orthogonal"}, "init='orthogonal' needs an even rank and no groups, here rank=2"),
+        (lambda: nn.Embedding(9, 4, padding_idx=1), {"init": "orthogonal"}, "init='orthogonal' would train the row of padding_idx=1 too"),
         (lambda: nn.Linear(9, 9), {"init": "pissa", "variant": "vera"}, "init='pissa' and variant='vera'"),
         (lambda: nn.Linear(9, 9), {"init": "pissa", "variant": "adalora"}, "init='pissa' and variant='adalora'"),
         (lambda: nn.Linear(9, 9), {"init": "pisa"}, "init='pisa' is not known; there are gaussian, kaiming, olora"),

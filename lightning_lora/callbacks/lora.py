@@ -147,7 +147,6 @@ class LoRACallback(Callback):
         asleep = [(name, layer) for name, layer in lora_layers(self._target(pl_module)) if layer.lora_dropout.p > 0 and not layer.training]
         for _, layer in asleep:
             layer.training = True  # not `train()`, because submodules must stay in evaluation mode
-            layer.lora_dropout.train()
         if asleep:
             rank_zero_info(
                 f"{asleep[0][0]} and {len(asleep) - 1} more adapted layers were in evaluation mode (as from_pretrained leaves a model),"

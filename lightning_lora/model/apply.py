@@ -16,7 +16,6 @@ from lightning_lora.model.heads import hf_ends, note_saved
 from lightning_lora.model.merge import unmerge_lora
 from lightning_lora.model.targeting import TargetReport, find_targets
 from lightning_lora.quantization.formats import elements, plain_dtype, prepare
-from lightning_lora.registry import INITS, VARIANTS, look_up
 from lightning_lora.utils.names import modules_by_name, parameters_by_name
 from lightning_lora.utils.sharding import is_distributed, reshard
 from lightning_lora.utils.transformers_conventions import checkpoint_options, gives_gradients
@@ -70,8 +69,6 @@ def apply_lora(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
     config = config or LoRAConfig()
     if already_applied(model, config):
         return model
-    look_up(INITS, "init", config.init)
-    look_up(VARIANTS, "variant", config.variant)
     return inject(model, config, find_targets(model, config))
 
 
