@@ -23,8 +23,9 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, merge_lora, unload_lora, unmerge_lora
 from lightning_lora.experimental.pull_frozen import average
 from lightning_lora.layers import lora_layers
-from lightning_lora.model.parallel import GradientReducer, data_parallel_groups, replicated_parameters
+from lightning_lora.model.parallel import data_parallel_groups, replicated_parameters
 from lightning_lora.strategies.fsdp2 import shard_blocks
+from lightning_lora.utils.gradient_reducer import GradientReducer
 from lightning_lora.utils.sharding import full_tensor
 from tests.distributed.nets import CONFIG, Block, clean, fill_adapters, make_data, make_net, reference, same_on_all_ranks, train
 
