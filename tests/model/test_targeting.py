@@ -213,6 +213,10 @@ def test_a_module_without_parameters_cannot_be_saved():
 def test_saving_one_of_two_tied_modules_is_refused(make):
     with pytest.raises(ValueError, match=r"modules_to_save: lm_head.weight is tied to embed.weight"):
         find_targets(make(TinyModel, tied=True), LoRAConfig(modules_to_save=["lm_head"]))
+    model = make(TinyModel)
+    model.lm_head.weight.data = model.embed.weight.data  # tied through memory
+    with pytest.raises(ValueError, match=r"modules_to_save: lm_head.weight is tied to embed.weight"):
+        find_targets(model, LoRAConfig(modules_to_save=["lm_head"]))
     both = find_targets(make(TinyModel, tied=True), LoRAConfig(modules_to_save=["lm_head", "embed"]))
     assert both.saved == ("lm_head", "embed")
 
