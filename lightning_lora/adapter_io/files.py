@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightning_lora.adapter_io import peft_format
+from lightning_lora.adapter_io.peft_names import PREFIX, our_names
 from lightning_lora.config import LoRAConfig
 from lightning_lora.utils.atomic_files import sync_folder, write_atomic
 
@@ -38,7 +39,8 @@ class AdapterFile:
         config: how the layers were adapted.
         tensors: by their names in the adapted model (``layers.0.q_proj.lora_A``), relative to the adapted model itself.
         base: the base's identity; None in files that PEFT wrote.
-        beside: names of tensors that a checkpoint holds beside the adapter and what trained: buffers, base weights that changed.
+        beside: names of tensors beside the adapter and what trained: buffers, base weights that changed.
+        fields: the JSON of a folder that PEFT wrote; ``config`` is then what it says without a model.
         extra_state: name in a state dict → a module's extra state, from a checkpoint.
         outside: the same two, of the task around the adapted model, by their names there; for the adapted model alone they have no place.
     """
@@ -47,6 +49,7 @@ class AdapterFile:
     tensors: dict[str, Tensor]
     base: dict[str, Any] | None
     beside: frozenset[str] = frozenset()
+    fields: dict[str, Any] | None = None
     extra_state: dict[str, Any] = field(default_factory=dict)
     outside: dict[str, Any] = field(default_factory=dict)
 
@@ -73,8 +76,9 @@ def write_folder(folder: Path, content: AdapterFile, fields: dict[str, Any]) -> 
         content: its tensors have PEFT's names, without PEFT's prefix.
         fields: the content of ``adapter_config.json``.
     """
-    tensors = {peft_format.PREFIX + name: tensor.detach().cpu().clone().contiguous() for name, tensor in content.tensors.items()}
-    data = safetensors.torch.save(tensors, {"format": "pt", META: json.dumps(content.meta())})
+    tensors = {PREFIX + name: tensor.detach().cpu().clone().contiguous() for name, tensor in content.tensors.items()}
+    meta = content.meta(**({"beside": sorted(content.beside)} if content.beside else {}))
+    data = safetensors.torch.save(tensors, {"format": "pt", META: json.dumps(meta)})
     text = (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / CONFIG).is_file() and (folder / CONFIG).read_bytes() != text:
@@ -102,9 +106,10 @@ def _read_folder(folder: Path) -> AdapterFile:
             tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise ValueError(f"{file} is not a readable safetensors file (truncated?): {error}") from error
-    named = {peft_format.our_name(name, str(file)): tensor for name, tensor in tensors.items() if ".original_module." not in name}
+    named = {ours: tensors[name] for name, ours in our_names(tensors, str(file)).items()}
     if meta is None:  # PEFT wrote the file
-        return AdapterFile(peft_format.from_peft(_read_json(folder / CONFIG), str(folder / CONFIG), named), named, None)
+        said = _read_json(folder / CONFIG)
+        return AdapterFile(peft_format.from_peft(said, str(folder / CONFIG), named), named, None, fields=said)
     config, base, _ = _understood(meta, str(file))
     fields = peft_format.as_lora(_read_json(folder / CONFIG), str(folder / CONFIG)) if (folder / CONFIG).is_file() else None
     said = {"r": config.rank, "lora_alpha": config.alpha, "use_rslora": config.scaling == "rslora", "bias": config.bias}
@@ -117,7 +122,7 @@ def _read_folder(folder: Path) -> AdapterFile:
         raise ValueError(
             f"{folder}: {CONFIG} is of a {other!r} adapter, the tensors were saved with {config.variant!r}: files of two different saves."
         )
-    return AdapterFile(config, named, base)
+    return AdapterFile(config, named, base, frozenset(meta.get("beside", ())))
 
 
 def _read_checkpoint(file: Path) -> AdapterFile:
@@ -138,7 +143,8 @@ def _read_checkpoint(file: Path) -> AdapterFile:
     rest = {name: value for name, value in tensors.items() if not name.startswith(prefix)}
     extra = {name: value for name, value in own.items() if not isinstance(value, Tensor)}
     own = {name: tensor for name, tensor in own.items() if name not in extra}
-    return AdapterFile(config, own, base, frozenset(name.removeprefix(prefix) for name in beside if name.startswith(prefix)), extra, rest)
+    beside = frozenset(name.removeprefix(prefix) for name in beside if name.startswith(prefix))
+    return AdapterFile(config, own, base, beside, extra_state=extra, outside=rest)
 
 
 def _understood(meta: dict[str, Any], where: str) -> tuple[LoRAConfig, dict[str, Any] | None, str]:

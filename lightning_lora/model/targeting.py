@@ -71,6 +71,11 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetReport:
     Raises:
         ValueError: a pattern or layer index hits nothing, a target cannot be adapted, two fields contradict each other.
     """
+    return resolve(model, config)
+
+
+def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False) -> TargetReport:
+    """:func:`find_targets`, which may be told that targets in parts the user froze as a whole are meant."""
     modules = {name: module for name, module in modules_by_name(model).items() if not name.rpartition(".")[2].startswith(PREFIX)}
     saved = saved_modules(model, config)
     suitability = Suitability(model)
@@ -102,7 +107,8 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetReport:
         else:
             targets.append(Target(fqn, module, type(module).__name__, kind, spec))
 
-    problems += mixed_with_frozen(model, {target.fqn: target.module for target in targets})
+    if not frozen_parts:
+        problems += mixed_with_frozen(model, {target.fqn: target.module for target in targets})
     fields = (wanted, excluded, *rules.values())
     if everything and passed_over and not chosen:
         problems += [f"target_modules='{ALL_LINEAR}' finds no linear that an adapter can serve: {line}." for line in grouped(passed_over)]

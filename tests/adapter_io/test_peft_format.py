@@ -6,7 +6,8 @@ import pytest
 from torch import nn
 
 from lightning_lora import LoRAConfig, apply_lora
-from lightning_lora.adapter_io.peft_format import from_peft, our_name, peft_name, to_peft
+from lightning_lora.adapter_io.peft_format import from_peft, to_peft
+from lightning_lora.adapter_io.peft_names import our_name, peft_name
 from lightning_lora.model.targeting import find_targets
 from lightning_lora.utils.names import modules_by_name
 from tests.conftest import TinyModel
@@ -114,7 +115,7 @@ def test_fields_we_honour_or_may_ignore(fields, expected):
         ({"lora_bias": True}, r"a\.json: lora_bias=True changes what the adapter computes"),
         ({"layer_replication": [[0, 2]]}, "layer_replication="),
         ({"trainable_token_indices": [1]}, "trainable_token_indices="),
-        ({"target_parameters": ["experts.up"]}, "target_parameters="),
+        ({"target_parameters": ["experts.up"]}, "target_parameters names 'experts.up', which is no layer's weight"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens="),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' trains on a base changed at the start"),
         ({"init_lora_weights": "corda"}, "init_lora_weights='corda'"),
