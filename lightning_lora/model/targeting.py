@@ -154,7 +154,7 @@ def _warn_of_rank(target: Target) -> None:
     sizes = [math.prod(shape) // target.rank for shape in target.kind.adapter_shapes(target.module, target.spec)]
     if target.rank > min(sizes):
         warnings.warn(
-            f"rank={target.rank} of {target.fqn!r} is above min(in, out)={min(sizes)}: more parameters than a full update.", stacklevel=4
+            f"rank={target.rank} of {target.fqn!r} is above min(in, out)={min(sizes)}: more parameters than a full update.", stacklevel=5
         )
 
 
@@ -180,7 +180,7 @@ def _warn_of_left_out(left: dict[str, int], total: int) -> None:
             f"target_modules='all-linear' leaves out {size / total:.0%} of the model, which is in no linear that an"
             f" adapter can serve: {name} has {left[name]:,} of {total:,} elements. Name it in target_modules if LoRA has a kind for"
             " it, or in exclude_modules if that is meant.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -58,9 +58,9 @@ def adapter_root(model: nn.Module) -> tuple[str, nn.Module]:
     names: list[str] = []
     while (inside := _wrapped(uncompiled(model))) is not None:
         names, model = [*names, inside[0]], inside[1]
-    if hasattr(model, "configure_optimizers"):
-        children = [(name, child) for name, child in model.named_children() if next(child.parameters(), None) is not None]
-        own = any(True for _ in model.parameters(recurse=False))
+    if hasattr(task := uncompiled(model), "configure_optimizers"):
+        children = [(name, child) for name, child in task.named_children() if next(child.parameters(), None) is not None]
+        own = any(True for _ in task.parameters(recurse=False))
         if len(children) == 1 and not own:
             names, model = [*names, children[0][0]], children[0][1]
     return ".".join(filter(None, names)), model
