@@ -17,8 +17,7 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.registry import VARIANTS
-from lightning_lora.utils.names import clean_name
-from lightning_lora.utils.torch_private import uncompiled
+from lightning_lora.utils.names import bare, clean_name
 from lightning_lora.utils.transformers_conventions import checkpoint_conversions, is_converted
 
 ROOT = "base_model."
@@ -91,7 +90,7 @@ def names_here(model: nn.Module, old: Iterable[str], modules: Collection[str]) -
         if name in modules:
             continue
         if conversions is None:
-            conversions = checkpoint_conversions(uncompiled(model))
+            conversions = checkpoint_conversions(bare(model))
         for end in (".weight", _PROBE):  # some patterns end in the parameter's name, others go on after the module's
             new = _renamed(name + end, conversions).removesuffix(end)
             if new in modules:
@@ -103,7 +102,7 @@ def names_here(model: nn.Module, old: Iterable[str], modules: Collection[str]) -
 def rebuilt(model: nn.Module, old: str) -> str | None:
     """Return what became of a module of an older model, such as one expert, that is no module any more; None if that is not known."""
     name = f"{old}.weight"
-    for conversion in checkpoint_conversions(uncompiled(model)):
+    for conversion in checkpoint_conversions(bare(model)):
         name, pattern = conversion.rename_source_key(name)
         if pattern is not None and hasattr(conversion, "operations"):
             return f"part of {name!r}" if len(conversion.target_patterns) == 1 else f"split into {', '.join(conversion.target_patterns)}"
@@ -117,7 +116,7 @@ def names_for_peft(model: nn.Module, layers: Iterable[str]) -> dict[str, str | N
         model: the adapter's root.
         layers: FQNs.
     """
-    model = uncompiled(model)
+    model = bare(model)
     if not is_converted(model):
         return {fqn: fqn for fqn in layers}
     conversions = [each for each in checkpoint_conversions(model) if not hasattr(each, "operations")]

@@ -31,9 +31,8 @@ from lightning_lora.model.apply import inject
 from lightning_lora.model.heads import saved_modules
 from lightning_lora.model.merge import unmerge_lora
 from lightning_lora.model.targeting import TargetReport, resolve
-from lightning_lora.utils.names import adapter_root, clean_name, modules_by_name, second_names
+from lightning_lora.utils.names import adapter_root, bare, clean_name, modules_by_name, second_names
 from lightning_lora.utils.sharding import full_tensor, is_flattened, on_first_rank
-from lightning_lora.utils.torch_private import uncompiled
 from lightning_lora.utils.transformers_conventions import expert_family, loaded_from
 
 
@@ -160,7 +159,7 @@ def _names(root: nn.Module, layers: Collection[str]) -> dict[str, str]:
 def _fields(root: nn.Module, config: LoRAConfig, exported: dict[str, Exported], layers: dict[str, LoRALayer]) -> dict[str, Any]:
     """Return the content of ``adapter_config.json``."""
     modules, saved = [name for name in modules_by_name(root) if PREFIX not in name], saved_modules(root, config)
-    transposed, model = any(layer.transposed for layer in layers.values()), uncompiled(root)
+    transposed, model = any(layer.transposed for layer in layers.values()), bare(root)
     fields = peft_format.to_peft(config, exported, saved, modules, transposed=transposed)
     fields |= {"base_model_name_or_path": loaded_from(model), "task_type": task_type(model, saved, modules)}
     return beside_experts(fields, expert_family(model), layers, modules)

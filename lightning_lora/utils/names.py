@@ -19,6 +19,13 @@ def clean_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
+def bare(model: nn.Module) -> nn.Module:
+    """Return the module inside the wrappers whose parts :func:`clean_name` removes."""
+    while (child := next((name for name in _WRAPPERS if name in model._modules), None)) is not None:
+        model = model.get_submodule(child)
+    return model
+
+
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
     """Return clean name → module, without the root. A module that two parents share appears under both names."""
     found: dict[str, nn.Module] = {}

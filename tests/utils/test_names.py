@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_lora.utils.names import adapter_root, clean_name, modules_by_name, persistent_buffers, second_names
+from lightning_lora.utils.names import adapter_root, bare, clean_name, modules_by_name, persistent_buffers, second_names
 from tests.conftest import Task, TinyModel
 
 
@@ -78,6 +78,13 @@ def test_adapter_root_is_what_a_wrapper_wraps(make, wrap):
         assert modules_by_name(root).keys() == modules_by_name(make(TinyModel)).keys()
         assert prefix.replace("module", "").strip(".") == name
         assert f"{prefix}.embed.weight".strip(".") in map(clean_name, wrap(model).state_dict())
+
+
+def test_bare_is_the_module_inside(make):
+    model = make(TinyModel)
+    assert bare(model) is model
+    assert bare(torch.compile(checkpoint_wrapper(model), backend="eager")) is model
+    assert bare(fabric().setup(model)) is model
 
 
 def test_modules_that_fabric_set_up_keep_their_names(make):
