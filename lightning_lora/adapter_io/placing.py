@@ -60,7 +60,8 @@ def place(adapter: AdapterFile, root: nn.Module, where: str) -> AdapterFile:
     fields = as_lora(adapter.fields, where)
     beside = frozenset(name for name in tensors if not name.rpartition(".")[2].startswith(PREFIX))
     layers = {name.rpartition(".")[0] for name in tensors.keys() - beside} - {""}
-    heads = [head for head in fresh_heads(root) if {f"{head}.{name}" for name, _ in modules[head].named_parameters()} <= beside]
+    fresh = [head for head in fresh_heads(root) if head in modules]
+    heads = [head for head in fresh if {f"{head}.{name}" for name, _ in modules[head].named_parameters()} <= beside]
     fields |= {"modules_to_save": saved_names(fields)}
     here = _Here(modules, {new: name for name, new in renamed.items()})
     return replace(adapter, config=_meant(adapter.config, fields, layers, heads, here, where), beside=beside)
@@ -79,6 +80,8 @@ def _meant(config: LoRAConfig, fields: dict[str, Any], layers: set[str], heads: 
     """
     by_weight = _weights(fields, here.modules, where)
     targets = by_weight | (layers if _unsaid(fields) else {fqn for fqn in here.modules if here.either(fqn, partial(is_target, fields))})
+    if here.old:  # other modules may have a name today that the file's rules mean; the file was for the layers it has
+        targets &= layers
     if not targets:
         raise ValueError(f"{where}: target_modules={fields.get('target_modules')!r} names no module of this model.")
     if targets != _named(config, here.modules):

@@ -94,7 +94,11 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
     bad = [name for name, tensor in adapter.tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
     if bad and not allow_nonfinite:
         raise ValueError(f"{path}: {bad[0]} holds NaN or infinity ({len(bad)} tensors do); pass allow_nonfinite=True to load it anyway.")
-    report = resolve(root, adapter.config, frozen_parts=True)  # the file says which layers it is for
+    try:
+        report = resolve(root, adapter.config, frozen_parts=True)  # the file says which layers it is for
+    except ValueError as error:
+        first, *others = str(error).splitlines()
+        raise ValueError(f"{path}: {first}" + (f" ({len(others)} more)" if others else "")) from error
     if adapter.base is None:  # PEFT wrote the file, and adapts a module under its first name only
         for name, other in _shared(root, [clean_name(target.fqn) for target in report.targets]).items():
             raise ValueError(

@@ -47,6 +47,15 @@ def test_peft_reads_ours(name, tmp_path):
     assert (expected - outputs(base, inputs)).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("name", ["deepseek_v3", "laguna"])
+def test_transformers_own_loader_reads_ours(name, tmp_path):
+    base, inputs = build(name)
+    ours = adapted(copy.deepcopy(base))
+    save_adapter(ours, tmp_path)
+    base.load_adapter(tmp_path)
+    close(outputs(base.eval(), inputs), outputs(ours, inputs), 2e-6)
+
+
 @pytest.mark.parametrize("name", EXPERTS[::3])
 def test_we_read_pefts(name, tmp_path):
     base, inputs = build(name)

@@ -121,6 +121,16 @@ def test_it_computes_what_was_trained(build, peft, rename, fields, tmp_path):
     assert len(trained) == sum(p.requires_grad for p in other.parameters())
 
 
+def test_a_module_that_has_a_targeted_name_only_today(tmp_path):
+    """The file's layers are those it has tensors of; PEFT of that time found no others."""
+    torch.manual_seed(0)
+    base = llava()
+    old = {"target_modules": ["q_proj"]}
+    written_long_ago(base, {"target_modules": r".*language_model.*\.q_proj"}, before_4_52, old, tmp_path)
+    trained = [name for name, p in load_adapter(base, tmp_path).named_parameters() if p.requires_grad]
+    assert len(trained) == 4 and all("language_model" in name for name in trained)
+
+
 def test_an_adapter_of_one_expert_has_no_place(tmp_path):
     torch.manual_seed(0)
     base = T.MixtralForCausalLM(T.MixtralConfig(**TEXT, num_local_experts=4))
