@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora.adapter_io.files import AdapterFile
 from lightning_lora.adapter_io.peft_format import as_lora
@@ -17,16 +17,18 @@ from lightning_lora.adapter_io.peft_rules import is_saved, is_target, is_target_
 from lightning_lora.config import ALL_LINEAR, LoRAConfig
 from lightning_lora.layers.base import PREFIX
 from lightning_lora.model.heads import fresh_heads, within
+from lightning_lora.model.suitability import Suitability
 from lightning_lora.utils.names import modules_by_name
 from lightning_lora.utils.patterns import compile_pattern, compile_patterns, layer_index
 
 
 @dataclass(frozen=True)
 class _Here:
-    """A model's modules by name, and the names that a file has for those that were renamed since."""
+    """A model's modules by name, the names that a file has for those that were renamed since, and those where its adapter is dead."""
 
     modules: dict[str, nn.Module]
     old: dict[str, str]
+    dead: set[str]
 
     def either(self, fqn: str, rule: Callable[[str], bool]) -> bool:
         """Whether a rule takes a module under its name here or in the file."""
@@ -57,14 +59,16 @@ def place(adapter: AdapterFile, root: nn.Module, where: str) -> AdapterFile:
     adapter = replace(adapter, tensors=tensors)
     if adapter.fields is None:
         return adapter
+    dead = _dead(tensors, root, modules)
+    tensors = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] not in dead}
     fields = as_lora(adapter.fields, where)
     beside = frozenset(name for name in tensors if not name.rpartition(".")[2].startswith(PREFIX))
     layers = {name.rpartition(".")[0] for name in tensors.keys() - beside} - {""}
     fresh = [head for head in fresh_heads(root) if head in modules]
     heads = [head for head in fresh if {f"{head}.{name}" for name, _ in modules[head].named_parameters()} <= beside]
     fields |= {"modules_to_save": saved_names(fields)}
-    here = _Here(modules, {new: name for name, new in renamed.items()})
-    return replace(adapter, config=_meant(adapter.config, fields, layers, heads, here, where), beside=beside)
+    here = _Here(modules, {new: name for name, new in renamed.items()}, dead)
+    return replace(adapter, config=_meant(adapter.config, fields, layers, heads, here, where), tensors=tensors, beside=beside)
 
 
 def _meant(config: LoRAConfig, fields: dict[str, Any], layers: set[str], heads: list[str], here: _Here, where: str) -> LoRAConfig:
@@ -80,6 +84,7 @@ def _meant(config: LoRAConfig, fields: dict[str, Any], layers: set[str], heads: 
     """
     by_weight = _weights(fields, here.modules, where)
     targets = by_weight | (layers if _unsaid(fields) else {fqn for fqn in here.modules if here.either(fqn, partial(is_target, fields))})
+    targets -= here.dead
     if here.old:  # other modules may have a name today that the file's rules mean; the file was for the layers it has
         targets &= layers
     if not targets:
@@ -103,6 +108,21 @@ def _meant(config: LoRAConfig, fields: dict[str, Any], layers: set[str], heads: 
         if values != {fqn: next((value for pattern, value in ours if pattern.matches(fqn)), default) for fqn in targets}:
             exact[name] = {_whole(fqn): value for fqn, value in sorted(values.items()) if value != default}
     return replace(config, **exact)
+
+
+def _dead(tensors: dict[str, Tensor], root: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
+    """Return the layers on which no adapter can act, and whose adapter in the file adds nothing.
+
+    PEFT puts adapters on layers whose weight is read without a call, such as the output projection of ``nn.MultiheadAttention``. They never
+    get a gradient, so B stays zero.
+    """
+    parts: dict[str, list[str]] = {}
+    for name in tensors:
+        owner, _, last = name.rpartition(".")
+        parts.setdefault(owner, []).append(last)
+    suitability = Suitability(root)
+    idle = (fqn for fqn, names in parts.items() if sorted(names) == ["lora_A", "lora_B"] and not tensors[f"{fqn}.lora_B"].any())
+    return {fqn for fqn in idle if fqn in modules and suitability.reason(modules[fqn])}
 
 
 def _unsaid(fields: dict[str, Any]) -> bool:

@@ -14,7 +14,7 @@ from tests.sweep.check import outputs
 
 from .models import DEPRECATED_BY_PEFT, close
 
-pytestmark = pytest.mark.filterwarnings(DEPRECATED_BY_PEFT)
+pytestmark = pytest.mark.filterwarnings(DEPRECATED_BY_PEFT, "ignore:target_modules='all-linear' leaves out")
 
 # Their checkpoints have experts one by one, their models one tensor. Dense and shared MLPs have names like the experts of old.
 EXPERTS = [
@@ -35,7 +35,6 @@ def adapted(model, **fields):
 
 
 @pytest.mark.parametrize("name", [*EXPERTS, *OTHERS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
-@pytest.mark.filterwarnings("ignore:target_modules='all-linear' leaves out")
 @pytest.mark.filterwarnings("ignore:rank=4 of 'model.layers.*shared_expert_gate'")
 def test_peft_reads_ours(name, tmp_path):
     base, inputs = build(name)

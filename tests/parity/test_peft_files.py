@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_lora import LoRAConfig, apply_lora, load_adapter, save_adapter
+from lightning_lora import LoRAConfig, apply_lora, load_adapter, lora_layers, save_adapter
 
 from .models import DEPRECATED_BY_PEFT, SIZES, base, close, logits, randomise, read_by_peft, theirs, trained
 
@@ -176,6 +176,33 @@ def test_embeddings_of_another_base_are_no_resized_vocabulary(vocabulary):
     torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
     load_adapter(model, folder, check_base=False)
     assert torch.equal(model.lm_head.weight, other.base_model.model.lm_head.weight)
+
+
+class Attends(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.fc = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.fc(self.attention(x, x, x)[0])
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["dead", "not-zero"])
+def test_an_adapter_that_can_never_act(trained, tmp_path):
+    """PEFT puts one on a layer that is not called. Training leaves it at zero, and so it is left out; else the reason is told."""
+    torch.manual_seed(0)
+    model, x = Attends().eval(), torch.randn(2, 3, 8)
+    other = theirs(copy.deepcopy(model), target_modules=["out_proj", "fc"], r=2)
+    randomise(other)
+    if not trained:
+        nn.init.zeros_(other.base_model.model.attention.out_proj.lora_B.default.weight)
+    other.save_pretrained(tmp_path)
+    if trained:
+        with pytest.raises(ValueError, match=r"attention\.out_proj'.*reads its weight without calling it"):
+            load_adapter(model, tmp_path)
+    else:
+        close(load_adapter(model, tmp_path)(x), other(x))
+        assert [name for name, _ in lora_layers(model)] == ["fc"]
 
 
 class Distil(nn.Module):
