@@ -45,7 +45,7 @@ def extra_tensors(root: nn.Module, config: LoRAConfig, adapted: Collection[str])
         trained_bias = last.endswith("bias") and (config.bias == "all" or (config.bias == "lora_only" and owner in adapted))
         # Training changes running statistics, unlike the rest of the base: without them a loaded model computes something else.
         statistic = owner in statistics and not isinstance(tensor, nn.Parameter)
-        if not is_adapter(name) and (within(owner, saved) or trained_bias or statistic):
+        if not is_adapter(name) and (within(name, saved) or trained_bias or statistic):
             extras[name] = tensor
     return extras
 
@@ -79,6 +79,8 @@ def why_not_brought(model: nn.Module, mine: Tensor, theirs: Tensor, *, check: bo
         check: want half of the rows to be the same, which tells a resized vocabulary from another base.
     """
     if mine.shape == theirs.shape:
+        if mine.is_meta:  # without values there is nothing to compare; the caller refuses such a model
+            return None
         rows = _same_values(mine.detach().cpu(), theirs.detach().cpu()).reshape(len(mine) if mine.ndim else 1, -1).all(1)
         other = 1 - rows.float().mean().item()
         if not check or other <= 0.5:
@@ -91,7 +93,7 @@ def why_not_brought(model: nn.Module, mine: Tensor, theirs: Tensor, *, check: bo
 
 def equal_values(mine: Tensor, theirs: Tensor) -> bool:
     """Whether two tensors are the same up to the rounding of the narrower dtype."""
-    return mine.shape == theirs.shape and bool(_same_values(mine.detach().cpu(), theirs.detach().cpu()).all())
+    return mine.shape == theirs.shape and not mine.is_meta and bool(_same_values(mine.detach().cpu(), theirs.detach().cpu()).all())
 
 
 def _same_values(mine: Tensor, theirs: Tensor) -> Tensor:

@@ -11,23 +11,22 @@ crash between the two writes, loading it says that the JSON is missing.
 from __future__ import annotations
 
 import json
-import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import safetensors.torch
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightning_lora.adapter_io import peft_format
+from lightning_lora.adapter_io.metadata import FORMAT_VERSION, META, parsed, understood
 from lightning_lora.adapter_io.peft_names import PREFIX, our_names
 from lightning_lora.config import LoRAConfig
 from lightning_lora.utils.atomic_files import sync_folder, write_atomic
+from lightning_lora.utils.read_checkpoint import read_checkpoint
 
-FORMAT_VERSION = 1
-META = "lightning_lora"  # key of our entry in the safetensors metadata and in a Lightning checkpoint
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -102,15 +101,20 @@ def _read_folder(folder: Path) -> AdapterFile:
         raise ValueError(f"{file} is missing{hint}.")
     try:
         with safe_open(file, framework="pt") as reader:
-            meta = json.loads((reader.metadata() or {}).get(META, "null"))
+            said = (reader.metadata() or {}).get(META, "null")
             tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is not a readable safetensors file (truncated?): {error}") from error
-    named = {ours: tensors[name] for name, ours in our_names(tensors, str(file)).items()}
+    meta = parsed(said, f"{file}: its {META} metadata", kinds=(dict, NoneType))
+    named: dict[str, Tensor] = {}
+    for name, ours in our_names(tensors, str(file)).items():
+        twin = named.setdefault(ours, tensors[name])
+        if twin is not tensors[name] and not (twin.dtype == tensors[name].dtype and twin.equal(tensors[name])):
+            raise ValueError(f"{file} holds two tensors for the parameter of {name!r}, with different values.")
     if meta is None:  # PEFT wrote the file
-        said = _read_json(folder / CONFIG)
-        return AdapterFile(peft_format.from_peft(said, str(folder / CONFIG), named), named, None, fields=said)
-    config, base, _ = _understood(meta, str(file))
+        words = _read_json(folder / CONFIG)
+        return AdapterFile(peft_format.from_peft(words, str(folder / CONFIG), named), named, None, fields=words)
+    config, base, _ = understood(meta, str(file))
     fields = peft_format.as_lora(_read_json(folder / CONFIG), str(folder / CONFIG)) if (folder / CONFIG).is_file() else None
     said = {"r": config.rank, "lora_alpha": config.alpha, "use_rslora": config.scaling == "rslora", "bias": config.bias}
     for name, mine in said.items():
@@ -126,15 +130,16 @@ def _read_folder(folder: Path) -> AdapterFile:
 
 
 def _read_checkpoint(file: Path) -> AdapterFile:
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{file} is not a readable checkpoint: {error}") from error
+    if file.suffix == ".safetensors":
+        raise ValueError(f"{file} is part of an adapter folder: load {file.parent}.")
+    checkpoint = read_checkpoint(file)
     meta = checkpoint.get(META) if isinstance(checkpoint, dict) else None
     if meta is None:
         raise ValueError(f"{file} was not written under LoRACallback: it holds no adapter.")
-    config, base, root = _understood(meta, str(file))
+    config, base, root = understood(meta, str(file))
     prefix, tensors = f"{root}." if root else "", checkpoint.get("state_dict", {})
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
+        raise ValueError(f"{file}: its state_dict is no mapping from names to tensors.")
     beside = frozenset(meta.get("beside", ()))  # of the task around the adapted model, where it is outside
     outside = [name for name in tensors if not name.startswith(prefix) and name not in beside]
     if outside:
@@ -147,30 +152,11 @@ def _read_checkpoint(file: Path) -> AdapterFile:
     return AdapterFile(config, own, base, beside, extra_state=extra, outside=rest)
 
 
-def _understood(meta: dict[str, Any], where: str) -> tuple[LoRAConfig, dict[str, Any] | None, str]:
-    """Return the config, base identity and root that the metadata holds.
-
-    Raises:
-        ValueError: the format is newer, or the metadata is malformed.
-    """
-    try:
-        version = meta["format_version"]
-        if version > FORMAT_VERSION:
-            raise ValueError(f"{where} has format version {version}, this lightning-lora reads up to {FORMAT_VERSION}; update it.")
-        return LoRAConfig(**meta["config"]), meta["base"], meta.get("root", "")
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{where}: its {META} metadata is not readable ({error}): a newer version wrote it, or it was changed by hand."
-        ) from error
-
-
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        fields = json.loads(file.read_text())
+        text = file.read_text()
     except FileNotFoundError as error:
         raise ValueError(f"{file} is missing.") from error
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}.") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file} holds a {type(fields).__name__}, not a JSON object.")
-    return fields
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not valid JSON, and cannot be read: {error}.") from error
+    return parsed(text, str(file))

@@ -64,8 +64,11 @@ def place(adapter: AdapterFile, root: nn.Module, where: str) -> AdapterFile:
     fields = as_lora(adapter.fields, where)
     beside = frozenset(name for name in tensors if not name.rpartition(".")[2].startswith(PREFIX))
     layers = {name.rpartition(".")[0] for name in tensors.keys() - beside} - {""}
-    fresh = [head for head in fresh_heads(root) if head in modules]
-    heads = [head for head in fresh if {f"{head}.{name}" for name, _ in modules[head].named_parameters()} <= beside]
+    heads = [
+        head
+        for head in fresh_heads(root)
+        if head in beside or (head in modules and {f"{head}.{name}" for name, _ in modules[head].named_parameters()} <= beside)
+    ]
     fields |= {"modules_to_save": saved_names(fields)}
     here = _Here(modules, {new: name for name, new in renamed.items()}, dead)
     return replace(adapter, config=_meant(adapter.config, fields, layers, heads, here, where), tensors=tensors, beside=beside)

@@ -7,7 +7,7 @@ the base must be the one that the adapter was trained on, and no value may be Na
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from lightning_lora.model.targeting import TargetReport, resolve
 from lightning_lora.utils.names import adapter_root, bare, clean_name, modules_by_name, second_names
 from lightning_lora.utils.sharding import full_tensor, is_flattened, on_first_rank
 from lightning_lora.utils.transformers_conventions import expert_family, loaded_from
+from lightning_lora.utils.values import kind_of_numbers
 
 
 def save_adapter(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> Path:
@@ -64,6 +65,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
     names = _names(root, layers)
     tensors = {f"{names[fqn]}.{part}": tensor for fqn, layer in exported.items() for part, tensor in layer.tensors.items()}
     tensors |= {peft_name(name, layers): tensor for name, tensor in extras.items()}
+    _check_values_kept(tensors, str(folder), "no values to save")
     for name, other in _shared(root, layers).items():
         warnings.warn(f"{name!r} and {other!r} are one module: read by PEFT, the adapter would be on the first only.", stacklevel=2)
     base = None if is_flattened(root) else base_identity(root, extras)
@@ -105,6 +107,9 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
                 f"{path}: {name!r} and {other!r} are one module here and two in PEFT, which would have adapted only the first."
             )
     tensors, brought = _fit(root, report, adapter, str(path), check_base)
+    places = {f"{target.fqn}.{name}": p for target in report.targets for name, p in target.module.named_parameters(recurse=False)}
+    places |= {name: tensor for name, tensor in root.state_dict(keep_vars=True).items() if clean_name(name) in tensors}
+    _check_values_kept(places, str(path), "the adapter's values would be lost there")
     if check_base and adapter.base is not None:
         trained = {name for name in tensors if not is_adapter(name)} | adapter.beside
         fingerprint.check_base(base_identity(root, trained), adapter.base, str(path))
@@ -160,6 +165,16 @@ def _names(root: nn.Module, layers: Collection[str]) -> dict[str, str]:
     return {fqn: name or fqn for fqn, name in found.items()}
 
 
+def _check_values_kept(tensors: Mapping[str, Tensor], where: str, loss: str) -> None:
+    """Raise ValueError if a tensor is on the meta device, where a copy does nothing."""
+    meta = [clean_name(name) for name, tensor in tensors.items() if tensor.is_meta]
+    if meta:
+        raise ValueError(
+            f"{where}: {meta[0]!r} ({len(meta)} of {len(tensors)} tensors) is on the meta device, and {loss}: give the model its weights"
+            " first (from_pretrained, or to_empty and load_state_dict)."
+        )
+
+
 def _fields(root: nn.Module, config: LoRAConfig, exported: dict[str, Exported], layers: dict[str, LoRALayer]) -> dict[str, Any]:
     """Return the content of ``adapter_config.json``."""
     modules, saved = [name for name in modules_by_name(root) if PREFIX not in name], saved_modules(root, config)
@@ -213,6 +228,9 @@ def _fit(root: nn.Module, report: TargetReport, adapter: AdapterFile, where: str
                 f"{where}: {name} has shape {tuple(tensors[name].shape)}, this model and rank={config.rank} need {shape}:"
                 " the adapter is for another base or another rank."
             )
+        mine = kind_of_numbers(base[name].dtype if name in base else torch.float32)
+        if (theirs := kind_of_numbers(tensors[name].dtype)) != mine:
+            raise ValueError(f"{where}: {name} has {theirs} numbers ({tensors[name].dtype}), this model needs {mine} ones.")
     owners: dict[int, str] = {}
     for name in tensors.keys() & base.keys():  # parameters tied in this model: one parameter cannot take two values
         other = owners.setdefault(id(base[name]), name)
@@ -236,7 +254,10 @@ def _same_adapter(root: nn.Module, layers: dict[str, LoRALayer], report: TargetR
         f"{name!r} has {here.get(name)}, the file {file.get(name)}" for name in sorted(here | file) if here.get(name) != file.get(name)
     ]
     own = next(iter(layers.values())).lora_config
-    for name, mine, theirs in (("bias", own.bias, config.bias), ("modules_to_save", saved_modules(root, own), list(report.saved))):
+    for name, mine, theirs in (
+        ("bias", own.bias, config.bias),
+        ("modules_to_save", sorted(saved_modules(root, own)), sorted(report.saved)),
+    ):
         if mine != theirs:
             different.append(f"{name} is {mine!r}, the file has {theirs!r}")
     if different:

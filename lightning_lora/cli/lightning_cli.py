@@ -7,7 +7,7 @@ import pydoc
 import sys
 from typing import Any
 
-from jsonargparse import Namespace
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -17,6 +17,7 @@ from lightning_lora.callbacks import LoRACallback
 from lightning_lora.strategies.lightning_private import cli_parser, cli_value
 
 COMMANDS = ("fit", "validate", "test", "predict")
+CONFIGS_RUN = "A config file runs the classes and functions that it names: take one only from someone whose code you would run."
 LOGGER = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": "lora"}}
 
 
@@ -36,6 +37,7 @@ class LoRACLI(LightningCLI):
     """
 
     def __init__(self, args: ArgsType = None, run: bool = True) -> None:
+        set_parsing_settings(import_path_denylist=[])  # enforces the parser's own list of what no value may name, such as os.system
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -44,7 +46,7 @@ class LoRACLI(LightningCLI):
             save_config_kwargs={"overwrite": True},  # a second run in the same folder is not an error
             trainer_defaults={"logger": LOGGER},
             seed_everything_default=1,
-            parser_kwargs={"exit_on_error": False, **{name: {"exit_on_error": False} for name in COMMANDS}},
+            parser_kwargs={"exit_on_error": False, **{name: {"exit_on_error": False, "description": CONFIGS_RUN} for name in COMMANDS}},
             args=args,
             run=run,
         )
@@ -65,6 +67,10 @@ class LoRACLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         # As in LightningCLI, but without its warning that the process has arguments too: a script such as the quickstart has its own.
         self.config = parser.parse_object(args) if isinstance(args, (dict, Namespace)) else parser.parse_args(args)
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing. Lightning's takes the model's class and arguments from the checkpoint, which is data, and may be a stranger's."""
 
     @override
     def before_instantiate_classes(self) -> None:

@@ -92,7 +92,8 @@ def _usage() -> str:
     commands = "\n".join(f"  {name:<9} {what}" for name, what in {**TRAIN, **TOOLS}.items())
     return (
         f"usage: lightning-lora <command> ...\n\nLoRA for PyTorch Lightning.\n\n{commands}\n\n"
-        f"`lightning-lora <command> --help` lists a command's options; {TRACEBACK}=1 shows where an error arose.\n\n"
+        f"`lightning-lora <command> --help` lists a command's options; {TRACEBACK}=1 shows where an error arose.\n"
+        "A config file runs the classes and functions that it names: take one only from someone whose code you would run.\n\n"
         f"An example of run.yaml, for `lightning-lora fit --config run.yaml`:\n\n{EXAMPLE}"
     )
 

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import os
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_lora.utils.atomic_files import sync_folder, write_atomic
+from lightning_lora.utils.read_checkpoint import located, read_checkpoint, readable
+from lightning_lora.utils.read_shards import read_shards
 from lightning_lora.utils.sharding import on_first_rank
 
 REST = "meta.pt"  # Lightning's name for the file of what is not in the shards; written last: a folder that has it is complete
@@ -33,7 +36,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write to a temporary file beside the target, sync it, rename it. Remote paths are left to Lightning."""
-        if storage_options is not None or "local" not in str(getattr(get_filesystem(path), "protocol", "")):
+        if storage_options is not None or not _is_local(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path)
@@ -46,8 +49,20 @@ class DurableCheckpointIO(TorchCheckpointIO):
             _swap(path)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
-        """Load to the CPU, given as a string: torchao's low-bit optimizer states refuse a function, which is Lightning's default."""
-        return super().load_checkpoint(path, map_location, weights_only)
+        """Load to the CPU, given as a string: torchao's low-bit optimizer states refuse a function, which is Lightning's default.
+
+        Raises:
+            ValueError: as :func:`~lightning_lora.utils.read_checkpoint.read_checkpoint`, and for a file in a storage likewise.
+        """
+        path, weights_only = located(path, weights_only)
+        if _is_local(path):
+            return read_checkpoint(path, weights_only)
+        with readable(path):
+            return super().load_checkpoint(path, map_location, weights_only)
+
+
+def _is_local(path: Any) -> bool:
+    return "local" in str(getattr(get_filesystem(path), "protocol", ""))
 
 
 def write_folder(checkpoint: dict[str, Any], path: Path) -> None:
@@ -104,18 +119,44 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def read_folder(path: Path) -> dict[str, Any]:
-    """Read a folder of shards into the dictionary of a portable file, with full tensors on the CPU."""
-    import torch.distributed.checkpoint as dcp
+def read(io: CheckpointIO, path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+    """Read a checkpoint, file or folder.
 
-    known = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    shapes = {name: meta for name, meta in known.items() if isinstance(meta, dcp.metadata.TensorStorageMetadata)}
-    tensors = {name: torch.empty(meta.size, dtype=meta.properties.dtype) for name, meta in shapes.items()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # intended: each rank reads it all
-        dcp.load(tensors, checkpoint_id=path, no_dist=True)
-    checkpoint = torch.load(path / REST, map_location="cpu", weights_only=True)
+    Args:
+        io: reads a file. Lightning's own gets ``weights_only=True`` where the user said nothing.
+        path: a file or a folder on this machine, or a file in a storage such as ``s3://``.
+        weights_only: as the user passed it to ``fit``. False lets a file on this machine run code.
+
+    Raises:
+        ValueError: the path is a URL, or nothing that can be read is there, or it holds more than tensors and plain values.
+    """
+    path, weights_only = located(path, weights_only)
+    if not weights_only:
+        rank_zero_info(f"{path} is read with weights_only=False, as you asked: what is in it can run any code.")
+    if os.path.isfile(os.path.join(path, REST)):
+        return read_folder(Path(path), weights_only)
+    if os.path.isdir(path) or path.endswith(".safetensors"):
+        raise ValueError(f"{path} is no checkpoint. An adapter folder is loaded by load_adapter(model, folder), before fit.")
+    checkpoint = io.load_checkpoint(path, weights_only=weights_only)
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint.")
+    return checkpoint
+
+
+def read_folder(path: Path, weights_only: bool | None = None) -> dict[str, Any]:
+    """Read a folder of shards into the dictionary of a portable file, with full tensors on the CPU.
+
+    Args:
+        path: the folder.
+        weights_only: of what is not in the shards; see :func:`~lightning_lora.utils.read_checkpoint.read_checkpoint`.
+
+    Raises:
+        ValueError: a file in it is missing or damaged, or holds more than tensors and plain values.
+    """
+    checkpoint, tensors = read_checkpoint(path / REST, weights_only), read_shards(path)
     parts = ("state_dict", "optimizer_states")
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path / REST} holds a {type(checkpoint).__name__}, not a checkpoint.")
     return {name: _put_tensors(value, name, tensors) if name in parts else value for name, value in checkpoint.items()}
 
 

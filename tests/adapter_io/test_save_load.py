@@ -19,6 +19,7 @@ from lightning_lora import LoRAConfig, apply_lora, load_adapter, merge_lora, sav
 from lightning_lora.adapter_io.files import CONFIG, META, TENSORS, read_adapter
 from lightning_lora.layers import lora_layers
 from tests.conftest import ALL, ConvNet, Task, TinyModel, adapted, base_bits, same_bits, snapshot
+from tests.faults.kit import row
 
 
 @pytest.fixture
@@ -487,6 +488,7 @@ for survives in range(1, 17):
 """
 
 
+@row(33)
 def test_a_process_killed_while_it_saves_leaves_the_old_or_the_new_adapter(tmp_path):
     root = Path(__file__).parents[2]
     done = subprocess.run(
@@ -512,3 +514,36 @@ def test_loading_applies_lora_as_apply_lora_does(make, folder):
         (n, p.dtype, p.requires_grad) for n, p in applied.named_parameters()
     ]
     assert apply_lora(loaded, config=LoRAConfig(**ALL)) is loaded
+
+
+@pytest.mark.parametrize("state", ["base", "adapted", "only the head"])
+@pytest.mark.parametrize("peft", [False, True])
+def test_a_model_on_the_meta_device_is_refused(make, tmp_path, peft, state):
+    """Its parameters would swallow the values without a word; once it has its own, the adapter loads."""
+    fields = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    model = adapted(make(TinyModel), **fields)
+    folder = save_adapter(model, tmp_path / "adapter")
+    if peft:
+        save_file(load_file(folder / TENSORS), folder / TENSORS)
+    other = make(TinyModel)
+    if state == "only the head":
+        other.lm_head.to("meta")
+    else:
+        other.to("meta")
+    if state == "adapted":
+        apply_lora(other, config=LoRAConfig(**fields))
+        with pytest.raises(ValueError, match=r"new: 'layers\.0\S+' .* is on the meta device, and no values to save"):
+            save_adapter(other, tmp_path / "new")
+        with pytest.raises(ValueError, match=r"cannot be merged: it is on the meta device"):
+            merge_lora(other)
+        assert not (tmp_path / "new").exists()
+    before = [(type(module), name) for name, module in other.named_modules()]
+    for options in ({}, {"check_base": False}):
+        with pytest.raises(ValueError, match=r"is on the meta device, and the adapter's values would be lost there: give the model its"):
+            load_adapter(other, folder, **options)
+    assert [(type(module), name) for name, module in other.named_modules()] == before
+    unload_lora(other)
+    other.to_empty(device="cpu").load_state_dict(make(TinyModel).state_dict())
+    load_adapter(other, folder)
+    assert same_bits(other.layers[0].attn.q_proj.lora_B, model.layers[0].attn.q_proj.lora_B)
+    assert same_bits(other.lm_head.weight, model.lm_head.weight)
