@@ -41,7 +41,7 @@ def our_names(names: Iterable[str], where: str) -> dict[str, str]:
     adapters = sorted({match[2] for name in names if (match := _FACTOR.search(name)) and match[2]})
     found = {name: our_name(name, where, adapters) for name in names}
     factors = [ours for name, ours in found.items() if _FACTOR.search(name)]
-    if adapters and len(set(factors)) < len(factors):
+    if len(adapters) > 1 or (adapters and len(set(factors)) < len(factors)):
         raise ValueError(f"{where} holds several adapters ({', '.join(adapters)}); save one of them alone.")
     return found
 

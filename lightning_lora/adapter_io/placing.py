@@ -86,12 +86,14 @@ def _meant(config: LoRAConfig, fields: dict[str, Any], layers: set[str], heads: 
         where: the file's path, for messages.
     """
     by_weight = _weights(fields, here.modules, where)
-    targets = by_weight | (layers if _unsaid(fields) else {fqn for fqn in here.modules if here.either(fqn, partial(is_target, fields))})
+    names = fields.get("target_modules")
+    rule = partial(is_target, fields if isinstance(names, str) else fields | {"target_modules": frozenset(names or ())})
+    targets = by_weight | (layers if _unsaid(fields) else {fqn for fqn in here.modules if here.either(fqn, rule)})
     targets -= here.dead
     if here.old:  # other modules may have a name today that the file's rules mean; the file was for the layers it has
         targets &= layers
     if not targets:
-        raise ValueError(f"{where}: target_modules={fields.get('target_modules')!r} names no module of this model.")
+        raise ValueError(f"{where}: target_modules={names!r} names no module of this model.")
     if targets != _named(config, here.modules):
         config = replace(config, target_modules=[_whole(fqn) for fqn in sorted(targets)], exclude_modules=(), layers=None)
     save = partial(is_saved, fields["modules_to_save"])

@@ -50,6 +50,10 @@ def test_an_adapters_name_is_told_from_the_factors():
 def test_several_adapters_in_one_file():
     with pytest.raises(ValueError, match=r"f holds several adapters \(one, two\); save one of them alone"):
         our_names([f"base_model.model.q.lora_A.{name}.weight" for name in ("one", "two")], "f")
+    with pytest.raises(ValueError, match="several adapters"):
+        our_names([f"base_model.model.{name}.lora_A.{name}.weight" for name in ("one", "two")], "f")
+    with pytest.raises(ValueError, match=r"several adapters \(one\)"):
+        our_names(["base_model.model.q.lora_A.weight", "base_model.model.q.lora_A.one.weight"], "f")
 
 
 def test_base_tensors_of_adapted_layers_stand_one_deeper_in_peft():
