@@ -1,7 +1,7 @@
-"""What an adapter file holds beside A and B: modules trained in full, trained biases, running statistics, and base weights it brought.
+"""Collect what an adapter file holds beside A and B: modules trained in full, trained biases, running statistics, new base weights.
 
-PEFT writes the embeddings of a model whose vocabulary was resized, since no checkpoint has the new rows. Such a weight is loaded into the
-base and noted on its module, so that the adapter's next file has it too.
+PEFT writes the embeddings of a model whose vocabulary was resized, because no checkpoint has the new rows. Such a weight is loaded into
+the base and noted on its module. So the next file of that adapter has it too.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Layers that PEFT takes for experts, addressed so that it leaves them alone.
+"""Name layers that PEFT would mistake for experts so that it adapts them.
 
-On transformers 5 the experts of some models are one tensor per projection. PEFT 0.21 therefore turns names such as ``gate_proj`` in
-``target_modules`` into ``target_parameters`` of the experts. It means old files, which had experts one by one, but does so for the dense
-and the shared MLPs of those models as well. A layer that is named by its weight, in ``target_parameters``, keeps its adapter.
+Since transformers 5 the experts of some models are one tensor per projection. For files from before, PEFT 0.21 turns names such as
+``gate_proj`` in ``target_modules`` into ``target_parameters`` of the experts. It does so for the dense and shared MLPs of those models
+too, and drops their adapters. A layer that ``target_parameters`` names by its weight keeps its adapter.
 """
 
 from __future__ import annotations

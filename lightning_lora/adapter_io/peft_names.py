@@ -1,11 +1,10 @@
 """Names of tensors in PEFT's files and in a model, both ways.
 
-Three things stand between the two. PEFT wraps modules, which adds parts to names. Other tools leave an adapter's name or a wrapper's
-part in them. And transformers renames modules between releases: a file may have the names of an older model, or of the published
-checkpoint.
+They differ for three reasons. PEFT wraps modules, which adds parts to names. Other tools leave an adapter's name or a wrapper's part in
+them. And transformers renames modules between releases, so a file may have the names of an older model or of a published checkpoint.
 
-PEFT applies transformers' renamings to every LoRA tensor it reads, also to one that has the model's own name already. A few of them then
-change a right name into a wrong one. Such a layer is written under the name that PEFT turns into the right one.
+PEFT applies transformers' renamings to every LoRA tensor that it reads, even if the name is the model's own already. A few renamings then
+give a wrong name. Such a layer is written under the name that PEFT turns into the right one.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _PROBE = ".lora_A.weight"
 
 
 def our_names(names: Iterable[str], where: str) -> dict[str, str]:
-    """Return name in a PEFT file → name in our adapted model, without what PEFT keeps beside its copies.
+    """Return name in a PEFT file → name in our adapted model. PEFT's copies of untrained modules are left out.
 
     Args:
         names: all of a file.
@@ -50,7 +49,7 @@ def our_name(name: str, where: str, adapters: Collection[str] = ()) -> str:
     """Return the name in our adapted model of a tensor in a PEFT file.
 
     Args:
-        name: in the file; wrappers' parts in it are passed over.
+        name: in the file. Parts that wrappers added are dropped.
         where: the file's path, for messages.
         adapters: names of adapters that stand in the file's names.
 
@@ -100,7 +99,7 @@ def names_here(model: nn.Module, old: Iterable[str], modules: Collection[str]) -
 
 
 def rebuilt(model: nn.Module, old: str) -> str | None:
-    """Return what became of a module of an older model, such as one expert, that is no module any more; None if that is not known."""
+    """Return what became of a module of an older model, such as one expert. None if that is not known."""
     name = f"{old}.weight"
     for conversion in checkpoint_conversions(bare(model)):
         name, pattern = conversion.rename_source_key(name)
@@ -138,7 +137,7 @@ def _candidates(name: str, backward: list[Any]) -> Iterator[str]:
 
 
 def _read(name: str, conversions: list[Any]) -> str:
-    """Return what PEFT 0.21 reads a LoRA tensor's name as. It takes a renaming back that only cuts off the beginning."""
+    """Return what PEFT 0.21 reads a LoRA tensor's name as. It undoes renamings that only remove the beginning."""
     new = _renamed(name, conversions)
     return name if name.endswith(new) else new
 

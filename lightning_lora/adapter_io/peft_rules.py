@@ -1,8 +1,8 @@
-"""Which modules PEFT's JSON means on a model: PEFT's own matching, which differs from ours in corners.
+"""Match modules as PEFT does, which differs from our own matching in three ways.
 
-A name that is a module's whole name is taken whatever ``layers_to_transform`` says. ``modules_to_save`` compares ends of names without a
-dot before them. Task types add the names of heads. Source: PEFT 0.21, ``check_target_module_exists``, ``_set_trainable``,
-``get_pattern_key``, ``PeftModelForSequenceClassification`` and its siblings.
+A module's whole name matches whatever ``layers_to_transform`` says. ``modules_to_save`` compares ends of names, without a dot before
+them. Task types add the names of heads. Source: PEFT 0.21, ``check_target_module_exists``, ``_set_trainable``, ``get_pattern_key``,
+``PeftModelForSequenceClassification`` and its siblings.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def task_type(model: nn.Module, saved: Collection[str], modules: Collection[str]
 
 
 def _named(names: Collection[str], fqn: str) -> bool:
-    """Whether a name or the end of one, from a dot on, is among these; quick where they are a set."""
+    """Whether a name, or the end of it after a dot, is among these. Fast if they are a set."""
     parts = fqn.split(".")
     return any(".".join(parts[start:]) in names for start in range(len(parts)))
 

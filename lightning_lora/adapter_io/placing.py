@@ -1,4 +1,7 @@
-"""Say what a file means on one model: names that transformers changed since, and PEFT's own rules of which modules are meant."""
+"""Say what a file means on one model.
+
+Names that transformers has changed since are translated. A folder of PEFT's is read by PEFT's own rules of which modules are meant.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,13 @@ from lightning_lora.utils.patterns import compile_pattern, compile_patterns, lay
 
 @dataclass(frozen=True)
 class _Here:
-    """A model's modules by name, the names that a file has for those that were renamed since, and those where its adapter is dead."""
+    """What a file is read against.
+
+    Attributes:
+        modules: name → module of the model.
+        old: name of a module → its name in the file, where the two differ.
+        dead: names of modules on which the file's adapter cannot act.
+    """
 
     modules: dict[str, nn.Module]
     old: dict[str, str]
@@ -36,7 +45,7 @@ class _Here:
 
 
 def place(adapter: AdapterFile, root: nn.Module, where: str) -> AdapterFile:
-    """Return a file's content with the names of this model, and, if PEFT wrote it, with the config that means the same here.
+    """Return a file's content with the names of this model. If PEFT wrote it, its config is the one that means the same here.
 
     Args:
         adapter: as it was read.
@@ -44,7 +53,7 @@ def place(adapter: AdapterFile, root: nn.Module, where: str) -> AdapterFile:
         where: the file's path, for messages.
 
     Raises:
-        ValueError: the file adapts tensors that are no layer's weight here.
+        ValueError: the file adapts tensors that are no layer's weight here, or no module at all.
     """
     modules = {name: module for name, module in modules_by_name(root).items() if PREFIX not in name}
     renamed = names_here(root, {name.rpartition(".")[0] for name in adapter.tensors} - {""}, modules)
@@ -75,13 +84,13 @@ def place(adapter: AdapterFile, root: nn.Module, where: str) -> AdapterFile:
 
 
 def _meant(config: LoRAConfig, fields: dict[str, Any], layers: set[str], heads: list[str], here: _Here, where: str) -> LoRAConfig:
-    """Return the config that adapts here what PEFT adapts: the file's own words where they mean that, else whole names.
+    """Return the config that adapts here what PEFT adapts. Its patterns are the file's where they mean that, else whole names.
 
     Args:
         config: what the JSON says without a model.
         fields: the JSON.
         layers: FQNs of the layers that the file has adapters of.
-        heads: FQNs of heads that a task starts with at random and that the file has: they are trained in full, whatever the JSON says.
+        heads: FQNs of fresh heads that the file has. They are trained in full, whatever the JSON says.
         here: the model's modules.
         where: the file's path, for messages.
     """
@@ -90,7 +99,7 @@ def _meant(config: LoRAConfig, fields: dict[str, Any], layers: set[str], heads: 
     rule = partial(is_target, fields if isinstance(names, str) else fields | {"target_modules": frozenset(names or ())})
     targets = by_weight | (layers if _unsaid(fields) else {fqn for fqn in here.modules if here.either(fqn, rule)})
     targets -= here.dead
-    if here.old:  # other modules may have a name today that the file's rules mean; the file was for the layers it has
+    if here.old:  # today the file's rules may hit other modules too: it was trained for the layers that it has
         targets &= layers
     if not targets:
         raise ValueError(f"{where}: target_modules={names!r} names no module of this model.")
@@ -116,10 +125,10 @@ def _meant(config: LoRAConfig, fields: dict[str, Any], layers: set[str], heads: 
 
 
 def _dead(tensors: dict[str, Tensor], root: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
-    """Return the layers on which no adapter can act, and whose adapter in the file adds nothing.
+    """Return the layers on which no adapter can act and whose adapter in the file adds nothing.
 
-    PEFT puts adapters on layers whose weight is read without a call, such as the output projection of ``nn.MultiheadAttention``. They never
-    get a gradient, so B stays zero.
+    PEFT adapts layers whose weight is read without a call, such as the output projection of ``nn.MultiheadAttention``. Such an adapter
+    never gets a gradient, so its B stays zero.
     """
     parts: dict[str, list[str]] = {}
     for name in tensors:
