@@ -149,7 +149,10 @@ def from_peft(fields: dict[str, Any], where: str, tensor_names: Iterable[str]) -
         if name != "auto_mapping":
             warnings.warn(f"{where}: {name}={fields[name]!r} is never acted on: nothing is imported or run for an adapter.", stacklevel=3)
     owners = sorted({name.rpartition(".lora_")[0] for name in tensor_names if ".lora_" in name})
-    targets = owners if fields.get("target_parameters") else fields.get("target_modules") or owners
+    by_weight = [name.removesuffix(".weight") for name in fields.get("target_parameters") or ()]
+    targets = fields.get("target_modules") or ([] if by_weight else owners)
+    if by_weight:
+        targets = [*([f"^(?:{targets})$"] if isinstance(targets, str) else targets), *by_weight]
     saved = saved_names(fields)
     exclude = fields.get("exclude_modules") or ()
     # PEFT never adapts what modules_to_save covers, even if it is targeted. Our config refuses that, so those modules are excluded.

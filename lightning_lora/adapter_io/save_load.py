@@ -31,6 +31,7 @@ from lightning_lora.model.apply import inject
 from lightning_lora.model.heads import saved_modules
 from lightning_lora.model.merge import unmerge_lora
 from lightning_lora.model.targeting import TargetReport, resolve
+from lightning_lora.utils.folder_commit import occupied
 from lightning_lora.utils.names import adapter_root, bare, clean_name, modules_by_name, second_names
 from lightning_lora.utils.sharding import full_tensor, is_flattened, on_first_rank
 from lightning_lora.utils.transformers_conventions import expert_family, loaded_from
@@ -72,7 +73,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
     whole = {name: full_tensor(tensor.detach()) for name, tensor in tensors.items()}
     content = AdapterFile(config, whole, base, frozenset(brought))
     fields = _fields(root, config, exported, layers)
-    on_first_rank(lambda: write_folder(folder, content, fields))
+    on_first_rank(lambda: write_folder(folder, content, fields, lambda: _check_free(folder, overwrite)))
     return folder
 
 
@@ -117,6 +118,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
     stateless = [name for name in adapter.extra_state if name.rpartition(".")[0] not in dict(root.named_modules())]
     if stateless:
         raise ValueError(f"{path} has extra state of {stateless[0]!r}, a module that is not here.")
+    adapter.check_intact(str(path))
     layers = adapted_layers(root)
     if layers:
         _same_adapter(root, layers, report, adapter.config, str(path))
@@ -148,7 +150,7 @@ def adapted_layers(root: nn.Module) -> dict[str, LoRALayer]:
 def _check_free(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder={str(folder)!r} is a file; choose another.")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+    if occupied(folder) and not overwrite:
         raise ValueError(f"folder={str(folder)!r} is not empty; choose another or pass overwrite=True.")
 
 

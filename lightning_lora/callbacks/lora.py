@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lightning_lora.callbacks.dropout import wake_and_log
 from lightning_lora.callbacks.gradient_check import BATCHES, CURE, GradientCheck
+from lightning_lora.callbacks.interruption import handle_interruptions
 from lightning_lora.callbacks.out_of_memory import advise
 from lightning_lora.callbacks.processes import begin_together
 from lightning_lora.callbacks.refusals import check_apart, check_mergeable, check_optimizers, frozen_parts, recordable
@@ -44,6 +45,7 @@ from lightning_lora.strategies import (
     convert_base,
     synchronize,
 )
+from lightning_lora.strategies.savable import check_savable
 from lightning_lora.utils.names import adapter_root
 from lightning_lora.utils.sharding import is_sharded
 
@@ -53,7 +55,8 @@ class LoRACallback(Callback):
 
     The module's own ``configure_optimizers``, schedulers, manual optimization and checkpoint callbacks work as before.
     Checkpoints leave out only what is proved to be the unchanged base (:mod:`lightning_lora.strategies.changed_state`). A resumed run is
-    exact to the step. A refused call leaves the module unchanged. Several callbacks may adapt separate parts, each with its ``module``.
+    exact to the step, also after an interruption (:mod:`lightning_lora.callbacks.interruption`). A refused call leaves the module
+    unchanged. Several callbacks may adapt separate parts, each with its ``module``.
 
     Args:
         config: what to adapt; default ``LoRAConfig()``.
@@ -100,8 +103,7 @@ class LoRACallback(Callback):
         if cuda_graphs and compile is None:
             raise ValueError("cuda_graphs=True records compiled blocks: pass compile='layer' with it.")
         check_ratio(lora_plus_ratio)
-        self.config = config or LoRAConfig()
-        self.module = module
+        self.config, self.module = config or LoRAConfig(), module
         if quantize is not None:
             quantizer_of(quantize)
         if merge_quantized not in (None, "dequantize", "requantize"):
@@ -109,9 +111,7 @@ class LoRACallback(Callback):
         self.quantize, self.merge_quantized = quantize, merge_quantized
         self.merge_on_fit_end = quantize is None or merge_quantized is not None if merge_on_fit_end is None else merge_on_fit_end
         self.lora_plus_ratio = lora_plus_ratio
-        self.check_base = check_base
-        self.check_gradients = check_gradients
-        self.allow_nonfinite = allow_nonfinite
+        self.check_base, self.check_gradients, self.allow_nonfinite = check_base, check_gradients, allow_nonfinite
         self._finite: FiniteCheck | None = None
         self.compile, self.cuda_graphs = compile, cuda_graphs
         self._recorded = False
@@ -128,8 +128,8 @@ class LoRACallback(Callback):
         first = next(c for c in trainer.callbacks if isinstance(c, LoRACallback))  # type: ignore[attr-defined]
         self._roll_call = begin_together(self.config, vars(self), first is self)
         check_supported(trainer)
-        others = [c.module for c in trainer.callbacks if isinstance(c, LoRACallback) and c is not self]  # type: ignore[attr-defined]
-        check_apart(self.module, others)
+        others = handle_interruptions(trainer)
+        check_apart(self.module, [c.module for c in others if isinstance(c, LoRACallback) and c is not self])
         if any(True for _ in pl_module.parameters()):
             self._adapt(trainer, pl_module).watch_configure_model()
             return
@@ -144,8 +144,9 @@ class LoRACallback(Callback):
         pl_module.configure_model = configure_model  # type: ignore[method-assign]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise ValueError if a parameter that should train is in no optimizer, or an optimizer has nothing to train."""
+        """Raise ValueError if an optimizer lacks a parameter that should train, or has none, or if no checkpoint can be written."""
         check_optimizers(trainer.optimizers, pl_module, self._target(pl_module))
+        check_savable(trainer, pl_module)
         let_gradients_in(pl_module)  # gradient checkpointing may have been enabled after the injection
         self._gradients, self._compare = GradientCheck(self._target(pl_module)) if self.check_gradients else None, True
         every = trainer.log_every_n_steps or BATCHES  # type: ignore[attr-defined]
