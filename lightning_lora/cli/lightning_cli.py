@@ -15,6 +15,7 @@ from contextlib import redirect_stdout
 from typing import Any
 
 from jsonargparse import Namespace
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
@@ -29,6 +30,7 @@ from lightning_lora.cli.messages import UsageError, check_not_null, one_line, us
 from lightning_lora.cli.run_folder import BeganConfig, StderrProgressBar, no_folder_of_a_failed_start
 from lightning_lora.cli.yaml_files import check_config_files, unique_keys
 from lightning_lora.config import LoRAConfig
+from lightning_lora.strategies.checkpoint_io import DurableCheckpointIO
 from lightning_lora.strategies.lightning_private import cli_parser, cli_value, start_method
 
 COMMANDS = ("fit", "validate", "test", "predict")
@@ -155,6 +157,8 @@ class LoRACLI(LightningCLI):
             if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > max(8, 4 * cpus):
                 raise ValueError(f"{trainer.num_devices} processes on {cpus} CPUs; give fewer devices")
         handle_interruptions(trainer)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # which leaves a part of a checkpoint where the disk is full
+            trainer.strategy.checkpoint_io = DurableCheckpointIO()
         return trainer
 
     def fit(self, **kwargs: Any) -> None:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+from safetensors import SafetensorError
 
 from lightning_lora.cli.messages import UsageError, check_not_null, nearest, one_line, usage
 from lightning_lora.cli.yaml_files import check_config_files, unique_keys
@@ -30,7 +31,10 @@ TOOLS = {
 }
 TRACEBACK = "LIGHTNING_LORA_TRACEBACK"
 # Wrong input and a machine that fails raise one of these. Anything else is a fault in the code, and shows its traceback.
-FAILURES = (ArgumentError, ValueError, RuntimeError, OSError, ImportError, MemoryError, OverflowError, EOFError, pickle.UnpicklingError)
+FAILURES = (
+    *(ArgumentError, ValueError, RuntimeError, OSError, ImportError, MemoryError, OverflowError, EOFError),
+    *(pickle.UnpicklingError, SafetensorError),
+)
 EXAMPLE = """\
 model:
   model: HuggingFaceTB/SmolLM2-135M-Instruct  # a hub id or a folder
@@ -122,6 +126,7 @@ def _usage() -> str:
     return (
         f"usage: lightning-lora <command> ...\n\nLoRA for PyTorch Lightning.\n\n{commands}\n\n"
         f"`lightning-lora <command> --help` lists a command's options; {TRACEBACK}=1 shows where an error arose.\n"
+        "A config file can name any class, so it is code: run none that you do not trust.\n"
         "Exit codes: 0 done, 2 an option is wrong, 1 the run failed, 130 and 143 stopped by Ctrl-C and SIGTERM.\n\n"
         f"An example of run.yaml, for `lightning-lora fit --config run.yaml`:\n\n{EXAMPLE}"
     )

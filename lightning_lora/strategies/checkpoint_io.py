@@ -43,7 +43,11 @@ class DurableCheckpointIO(TorchCheckpointIO):
         shards = (path / REST).is_file()  # a folder of shards has the target's name
         if shards:
             _remove(_staged(path))
-        write_atomic(_staged(path) if shards else path, lambda file: torch.save(checkpoint, file))
+        try:
+            write_atomic(_staged(path) if shards else path, lambda file: torch.save(checkpoint, file))
+        except OSError as error:
+            error.filename = error.filename or str(path)  # a full disk does not say where
+            raise
         if shards:
             _swap(path)
 
