@@ -62,7 +62,8 @@ class LoRACLI(LightningCLI):
     """
 
     def __init__(self, args: ArgsType = None, run: bool = True) -> None:
-        self.runs = run
+        self.words = sys.argv[1:] if args is None else args if isinstance(args, list) else []
+        self.command = self.words[0] if run and self.words and self.words[0] in COMMANDS else None
         strict = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             LightningModule,
@@ -79,6 +80,12 @@ class LoRACLI(LightningCLI):
         )
 
     @override
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Only the one that is run: each takes time to build."""
+        there = LightningCLI.subcommands()
+        return {self.command: there[self.command]} if self.command else there
+
+    @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(LoRACallback, "lora")
         parser.add_argument("--full_finetuning", type=bool, default=False, help="Train every weight, and ignore what is set under lora.")
@@ -87,18 +94,16 @@ class LoRACLI(LightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         # As in LightningCLI, but without its warning that the process has arguments too: a script such as the quickstart has its own.
-        words = sys.argv[1:] if args is None else args if isinstance(args, list) else []
-        command = words[0] if self.runs and words and words[0] in COMMANDS else None
-        ours = cli_parser(self, command)
+        ours = cli_parser(self, self.command)
         with usage(known=lambda: _options(ours)), unique_keys():
-            check_config_files(words)
+            check_config_files(self.words)
             self.config = _parse(parser, args)
-            chosen = self.config.get(str(command), self.config)
+            chosen = self.config.get(str(self.command), self.config)
             others = {key: {"class_path": path} for key in DEFAULTS if (path := _other_class(chosen, key)) is not None}
             if others:  # the arguments that the user did not set are to be this class's, not those of the class it replaces
                 ours.set_defaults(others)
                 self.config = _parse(parser, args)
-        _check_values(self.config.get(str(command), self.config))
+        _check_values(self.config.get(str(self.command), self.config))
 
     @override
     def _parse_ckpt_path(self) -> None:
