@@ -29,6 +29,7 @@ def inspect(path: str, gguf_file: str | None = None, lora: LoRAConfig = LoRAConf
     """
     if path.endswith(".ckpt") or any(Path(path, file).is_file() for file in (CONFIG, TENSORS)):
         adapter = read_adapter(path)
+        adapter.check_intact(path)
         print(f"adapter {path}\n{adapter.config}")
         for name, tensor in adapter.tensors.items():
             print(f"{name}  {tuple(tensor.shape)}  {str(tensor.dtype).removeprefix('torch.')}")

@@ -14,7 +14,7 @@ import sys
 from contextlib import redirect_stdout
 from typing import Any
 
-from jsonargparse import Namespace
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -34,6 +34,7 @@ from lightning_lora.strategies.checkpoint_io import DurableCheckpointIO
 from lightning_lora.strategies.lightning_private import cli_parser, cli_value, start_method
 
 COMMANDS = ("fit", "validate", "test", "predict")
+CONFIGS_RUN = "A config file runs the classes and functions that it names: take one only from someone whose code you would run."
 LOGGER = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": "lora"}}
 # With a default class, its arguments can be set directly under `model:` and `data:`, without class_path and init_args.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -62,6 +63,7 @@ class LoRACLI(LightningCLI):
     """
 
     def __init__(self, args: ArgsType = None, run: bool = True) -> None:
+        set_parsing_settings(import_path_denylist=[])  # enforces the parser's own list of what no value may name, such as os.system
         self.words = sys.argv[1:] if args is None else args if isinstance(args, list) else []
         self.command = self.words[0] if run and self.words and self.words[0] in COMMANDS else None
         strict = {"exit_on_error": False, "allow_abbrev": False}
@@ -73,7 +75,7 @@ class LoRACLI(LightningCLI):
             subclass_mode_data=True,
             save_config_kwargs={"overwrite": True},  # a second run in the same folder is not an error
             seed_everything_default=1,
-            parser_kwargs={**strict, **{name: dict(strict) for name in COMMANDS}},
+            parser_kwargs={**strict, **{name: {**strict, "description": CONFIGS_RUN} for name in self.subcommands()}},
             auto_configure_optimizers=False,  # `optimizer:` would be built before LoRA, from parameters that LoRA freezes
             args=args,
             run=run,
@@ -107,7 +109,7 @@ class LoRACLI(LightningCLI):
 
     @override
     def _parse_ckpt_path(self) -> None:
-        """Leave the options as they are: LightningCLI puts the checkpoint's hyperparameters in their place."""
+        """Leave the options as they are. Lightning's takes the model's class from the checkpoint, which may be a stranger's."""
 
     @override
     def before_instantiate_classes(self) -> None:
@@ -187,10 +189,10 @@ class LoRACLI(LightningCLI):
                 print(json.dumps(row, ensure_ascii=False, default=str))
 
     def _run(self, command: str, arguments: dict[str, Any]) -> Any:
-        with usage():
-            arguments["ckpt_path"] = checkpoint_of(arguments.get("ckpt_path"), command, self.trainer)
         if arguments.get("weights_only") is None:
             arguments["weights_only"] = True  # Lightning's default runs code that is in the file
+        with usage():
+            arguments["ckpt_path"] = checkpoint_of(arguments.get("ckpt_path"), command, self.trainer, arguments["weights_only"])
         with no_folder_of_a_failed_start(self.trainer):
             try:
                 return getattr(self.trainer, command)(**arguments)

@@ -126,7 +126,7 @@ def _usage() -> str:
     return (
         f"usage: lightning-lora <command> ...\n\nLoRA for PyTorch Lightning.\n\n{commands}\n\n"
         f"`lightning-lora <command> --help` lists a command's options; {TRACEBACK}=1 shows where an error arose.\n"
-        "A config file can name any class, so it is code: run none that you do not trust.\n"
+        "A config file runs the classes and functions that it names: take one only from someone whose code you would run.\n"
         "Exit codes: 0 done, 2 an option is wrong, 1 the run failed, 130 and 143 stopped by Ctrl-C and SIGTERM.\n\n"
         f"An example of run.yaml, for `lightning-lora fit --config run.yaml`:\n\n{EXAMPLE}"
     )

@@ -260,3 +260,31 @@ def test_a_callback_with_its_own_config_needs_no_lora_section(config, tmp_path, 
     file.write_text(yaml.safe_dump(content))
     assert main(["fit", "--config", str(file)]) == 0
     assert "AdaLoRA: 2 modules from rank 4 to 2.00" in caplog.text
+
+
+def test_the_help_says_that_a_config_is_code(capsys):
+    for command in ([], ["fit"], ["predict"]):
+        try:
+            main([*command, "--help"])
+        except SystemExit as stop:
+            assert stop.code == 0
+        assert "take one only from" in capsys.readouterr().out
+
+
+def test_a_value_cannot_name_what_runs_a_shell(config, capsys):
+    for value in ("os.system", "subprocess.run", "builtins.eval"):
+        assert main(["fit", "--config", config, f"--trainer.callbacks+={value}", "--trainer.fast_dev_run=true"]) == 2
+        assert "is not allowed, denied by" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")  # the same folder again
+def test_a_checkpoint_does_not_choose_the_model(config, tmp_path, monkeypatch):
+    """Lightning's command line would import the class that a checkpoint names, and build it with the arguments there."""
+    assert main(["fit", "--config", config, f"--trainer.default_root_dir={tmp_path}"]) == 0
+    file = next(tmp_path.rglob("*.ckpt"))
+    content = torch.load(file, weights_only=True)
+    (tmp_path / "stranger.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    torch.save({**content, "hyper_parameters": {"_class_path": "stranger.Model", "model": "another"}}, file)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["test", "--config", config, f"--ckpt_path={file}", f"--trainer.default_root_dir={tmp_path}"]) == 0
+    assert not (tmp_path / "ran").exists()

@@ -9,6 +9,7 @@ from lightning_lora.data.batching import Example, LengthGroupedSampler, collate_
 from lightning_lora.data.chat import encode_answer, encode_prompt
 from lightning_lora.data.instructions import load_examples
 from tests import tiny_lm
+from tests.faults import kit
 
 ROW = {"prompt": "which colour is the sky", "response": "blue"}
 CHAT = [{"role": "user", "content": ROW["prompt"]}, {"role": "assistant", "content": "blue"}]
@@ -109,6 +110,7 @@ def test_choices_become_the_places_where_they_part(tmp_path):
         ({**ROW, "response": "a", "choices": ["a", " a"]}, r"the choices 'a' and ' a' begin with the same tokens"),
     ],
 )
+@kit.row(58)
 def test_a_bad_line_is_named(tmp_path, line, message):
     file = tmp_path / "rows.jsonl"
     bad = line if isinstance(line, bytes) else line.encode() if isinstance(line, str) else json.dumps(line).encode()
@@ -161,6 +163,7 @@ def test_missing_and_empty_files_are_named(tmp_path):
         load(tmp_path, ["", "  "])
 
 
+@kit.row(58)
 def test_rows_that_lose_their_answer_are_counted_and_named(tmp_path):
     long = {"prompt": "sky " * 20, "response": "blue"}
     with pytest.raises(ValueError, match=r"2 of 3 rows lose their answer to max_length=16: .*rows.jsonl:2 .*rows.jsonl:3"):
