@@ -125,11 +125,10 @@ class LoRACallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Inject, freeze and report. A model that is built in ``configure_model`` is adapted right after that."""
-        first = next(c for c in trainer.callbacks if isinstance(c, LoRACallback))  # type: ignore[attr-defined]
-        self._roll_call = begin_together(self.config, vars(self), first is self)
+        mine = [c for c in handle_interruptions(trainer) if isinstance(c, LoRACallback)]
+        self._roll_call = begin_together(self.config, vars(self), mine[0] is self)
         check_supported(trainer)
-        others = handle_interruptions(trainer)
-        check_apart(self.module, [c.module for c in others if isinstance(c, LoRACallback) and c is not self])
+        check_apart(self.module, [c.module for c in mine if c is not self])
         if any(True for _ in pl_module.parameters()):
             self._adapt(trainer, pl_module).watch_configure_model()
             return
@@ -297,6 +296,5 @@ class LoRACallback(Callback):
             return pl_module.get_submodule(self.module or "")
         except AttributeError as error:
             children = ", ".join(name for name, _ in pl_module.named_children())
-            raise ValueError(
-                f"module={self.module!r} is no submodule of {type(pl_module).__name__}; its children are {children}."
-            ) from error
+            name = type(pl_module).__name__
+            raise ValueError(f"module={self.module!r} is no submodule of {name}; its children are {children}.") from error
