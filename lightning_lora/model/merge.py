@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
 
 from lightning_lora.layers.base import LoRALayer, lora_layers
 from lightning_lora.layers.state import AdapterState, Quantized
+from lightning_lora.model.ties import join, tied_weights, untying
 from lightning_lora.utils.sharding import is_distributed, reshard
 
 
@@ -28,7 +28,7 @@ def merge_lora(
 
     Args:
         model: an adapted model.
-        untie: give an adapted layer whose weight another module shares (tied embeddings) a weight of its own.
+        untie: give an adapted layer whose weight another module shares (tied embeddings) a weight of its own. Other ties stay.
         reversible: keep what :func:`unmerge_lora` needs (a few percent of the weights' bytes).
         device: where to compute, layer by layer (default: where each weight is).
         quantized: how to merge into a quantized weight, which has no default. ``"dequantize"``: the layer becomes a plain one with a
@@ -41,7 +41,7 @@ def merge_lora(
 
     Raises:
         ValueError: an adapter holds NaN or infinity, a weight is quantized and ``quantized`` does not say how to merge into it, or one
-            is tied and ``untie`` is False; nothing is merged then.
+            is tied and ``untie`` is False or no file could hold the model untied; nothing is merged then.
     """
     layers = [(name, layer) for name, layer in lora_layers(model) if not layer.merged]
     for name, layer in layers:
@@ -53,16 +53,20 @@ def merge_lora(
         name, others = next(iter(tied.items()))
         raise ValueError(
             f"{name} is tied to {', '.join(others)}: merging would change that too. Pass untie=True to give it a weight"
-            " of its own (the model's tie_word_embeddings is switched off then), or leave it unmerged."
+            " of its own (that tie is no longer declared by the model then, so it is saved and loaded untied), or leave it unmerged."
         )
-    configs = _tying_configs(model) if tied else []
+    plan = untying(model, tied) if tied else None
+    untied: list[LoRALayer] = []
     for name, layer in _ready(model, layers):
-        shared = [part for weight, part in layer.by_weight().items() if _join(name, weight) in tied]
+        shared = [part for weight, part in layer.by_weight().items() if join(name, weight) in tied]
         for part in shared:
             part.lora_state.shares_weight = True
-        if shared:
-            layer.untie(configs)
+        untied += [layer] if shared else []
         layer.merge_weights(device=device, reversible=reversible, quantized=quantized)
+    if plan is not None:
+        plan.apply()
+    for layer in untied if reversible else ():
+        layer.lora_state.untying = plan
     return model
 
 
@@ -125,37 +129,6 @@ def unmerged(model: nn.Module) -> Iterator[None]:
         merge()
 
 
-def tied_weights(model: nn.Module, weights: Mapping[str, nn.Parameter] | None = None) -> dict[str, list[str]]:
-    """Name of a weight → names of the parameters elsewhere that are the same tensor.
-
-    Args:
-        model: with or without adapters.
-        weights: name → weight, of those that are asked about; default: the adapted ones that are not merged yet.
-    """
-    if weights is None:
-        weights = adapted_weights(model)
-    owners: dict[int, list[str]] = {}
-    for module_name, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(_join(module_name, name))
-    tied = {}
-    for name, weight in weights.items():
-        others = [owner for owner in owners[id(weight)] if owner != name]
-        if others:
-            tied[name] = others
-    return tied
-
-
-def adapted_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name → weight, of those that are adapted and not merged yet."""
-    layers = {_join(fqn, name): part for fqn, layer in lora_layers(model) for name, part in layer.by_weight().items()}
-    return {name: part.weight for name, part in layers.items() if not part.merged}
-
-
-def _join(module_name: str, name: str) -> str:
-    return f"{module_name}.{name}" if module_name else name
-
-
 def _ready(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> Iterator[tuple[str, LoRALayer]]:
     """The layers, each at a time when its weight may be written to."""
     if not is_distributed():
@@ -166,9 +139,3 @@ def _ready(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> Iterator[tu
     reshard(model)
     for batch in parallel.summoned(model, layers):
         yield from batch
-
-
-def _tying_configs(model: nn.Module) -> list[Any]:
-    """The configs by which Hugging Face ties again on save and load."""
-    configs = [getattr(module, "config", None) for module in model.modules()]
-    return [config for config in configs if getattr(config, "tie_word_embeddings", False)]
