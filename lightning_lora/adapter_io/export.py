@@ -8,7 +8,9 @@ Quantized weights are dequantized one by one and written in full precision.
 
 from __future__ import annotations
 
+import copy
 import inspect
+import re
 import shutil
 import tempfile
 import warnings
@@ -27,6 +29,8 @@ from lightning_lora.utils.atomic_files import move_files
 from lightning_lora.utils.names import adapter_root, clean_name
 from lightning_lora.utils.sharding import on_first_rank, on_first_rank_with_help
 
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")  # what from_pretrained reads
+
 
 def export_merged(model: nn.Module, folder: str | Path, *, overwrite: bool = False, shard_bytes: int = 5_000_000_000) -> Path:
     """Write a model with its adapters merged. The model itself does not change.
@@ -40,7 +44,8 @@ def export_merged(model: nn.Module, folder: str | Path, *, overwrite: bool = Fal
         model: an adapted model, merged or not, sharded or not; or a LightningModule around one.
         folder: created if it does not exist.
         overwrite: write into a folder that is not empty. Weights of an earlier export are removed, other files stay.
-        shard_bytes: largest size of a file in bytes. A tensor that would exceed it begins the next file.
+        shard_bytes: largest size of a file in bytes, and of what is in memory. A tensor that would exceed it begins the next file. A class
+            whose ``save_pretrained`` has no ``max_shard_size`` decides by itself.
 
     Returns:
         The folder.
@@ -52,11 +57,11 @@ def export_merged(model: nn.Module, folder: str | Path, *, overwrite: bool = Fal
     folder, (_, root) = Path(folder), adapter_root(model)
     on_first_rank(lambda: _check_free(folder, overwrite))
     weights = MergedWeights(root)
-    copy, originals = plain_copy(root, weights.deferred)
+    merged, originals = plain_copy(root, weights.deferred)
     weights.make_plain(originals)
-    _untie(root, copy)
+    _untie(root, merged)
     with torch.no_grad():
-        on_first_rank_with_help(lambda ask: _write(copy, folder, shard_bytes, weights, ask), weights.read)
+        on_first_rank_with_help(lambda ask: _write(merged, folder, shard_bytes, weights, ask), weights.read)
     return folder
 
 
@@ -69,31 +74,31 @@ def _check_free(folder: Path, overwrite: bool) -> None:
         raise ValueError(f"folder={str(folder)!r} holds an adapter, which from_pretrained would load on top; choose another.")
 
 
-def _untie(root: nn.Module, copy: nn.Module) -> None:
+def _untie(root: nn.Module, merged: nn.Module) -> None:
     """Break the ties of adapted weights in the copy, so that each value is written and read under its own name."""
     tied = tied_weights(root)
-    if tied and not hasattr(type(copy), "save_pretrained"):
+    if tied and not hasattr(type(merged), "save_pretrained"):
         name, others = next(iter(tied.items()))
         raise ValueError(
             f"{name} is tied to {', '.join(others)}, and merged they differ: a state dict that is loaded into a tied model loses one of"
             " them. Call merge_lora(model, untie=True) first, and untie the model that loads it."
         )
     if tied:
-        untying(copy, tied).apply()
+        untying(merged, tied).apply()
 
 
-def _write(copy: Any, folder: Path, limit: int, weights: MergedWeights, ask: Callable[[int], Tensor]) -> None:
+def _write(merged: Any, folder: Path, limit: int, weights: MergedWeights, ask: Callable[[int], Tensor]) -> None:
     """Write the files beside the old ones first, so that a failure leaves the folder as it was."""
     weights.ask = ask
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as staging:
-            _save(copy, Path(staging), limit)
+            _save(merged, Path(staging), limit)
             written = {file.name for file in Path(staging).iterdir()}
             move_files(Path(staging), folder)
-            for file in folder.glob("model*.safetensors*"):
-                if file.name not in written and _is_weights(file.name):
+            for file in folder.iterdir():
+                if file.name not in written and _WEIGHTS.fullmatch(file.name):
                     file.unlink()  # from_pretrained might read it instead of the new ones
     except BaseException:
         if new:
@@ -101,26 +106,24 @@ def _write(copy: Any, folder: Path, limit: int, weights: MergedWeights, ask: Cal
         raise
 
 
-def _save(copy: Any, folder: Path, limit: int) -> None:
-    if hasattr(type(copy), "save_pretrained"):
-        sizes = {"max_shard_size": limit} if "max_shard_size" in inspect.signature(type(copy).save_pretrained).parameters else {}
-        copy.save_pretrained(folder, **sizes)
+def _save(model: Any, folder: Path, limit: int) -> None:
+    if hasattr(type(model), "save_pretrained"):
+        sizes = {"max_shard_size": limit} if "max_shard_size" in inspect.signature(type(model).save_pretrained).parameters else {}
+        model.save_pretrained(folder, **sizes)
         return
-    write_weights(folder, _tensors(copy), limit)
-    config = getattr(copy, "config", None)
-    if hasattr(config, "save_pretrained"):
+    write_weights(folder, _tensors(model), limit)
+    config = getattr(model, "config", None)
+    if hasattr(config, "save_pretrained"):  # of Hugging Face, in a model of one's own
+        config = copy.copy(config)
+        config.__dict__.pop("quantization_config", None)  # all weights were written dequantized
         config.save_pretrained(folder)  # type: ignore[union-attr]
 
 
-def _tensors(copy: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     seen: set[int] = set()
-    for name, tensor in copy.state_dict(keep_vars=True).items():
+    for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
             warnings.warn(f"{name!r} is a {type(tensor).__name__}, no tensor, and is not in the export.", stacklevel=2)
         elif id(tensor) not in seen:  # tied weights are written under one name
             seen.add(id(tensor))
             yield clean_name(name), tensor
-
-
-def _is_weights(name: str) -> bool:
-    return name.removesuffix(".index.json").endswith(".safetensors")

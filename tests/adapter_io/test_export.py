@@ -100,13 +100,16 @@ def test_a_folder_that_is_not_empty_is_refused(model: nn.Module, tmp_path: Path)
 def test_weights_of_an_earlier_export_go(model: nn.Module, tmp_path: Path) -> None:
     """``from_pretrained`` would read the single file before the new ones, or the old index beside the single file."""
     wanted = model(IDS).logits
+    (tmp_path / "model_of_mine.safetensors").write_text("keep")
     for shard_bytes in (5_000_000_000, 10_000, 20_000, 5_000_000_000):
         with torch.no_grad():
             model.lm_head.weight.mul_(2)
         export_merged(model, tmp_path, overwrite=True, shard_bytes=shard_bytes)
         wanted = wanted * 2
         torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, wanted, rtol=1e-4, atol=1e-4)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "generation_config.json", "model.safetensors"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        *("config.json", "generation_config.json", "model.safetensors", "model_of_mine.safetensors")
+    ]
 
 
 def test_an_adapter_is_not_exported_over(model: nn.Module, tmp_path: Path) -> None:
