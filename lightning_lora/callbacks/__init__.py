@@ -1,4 +1,4 @@
-"""The Lightning callbacks: ``LoRACallback``, thin, and ``AdaLoRACallback``.
+"""The Lightning callbacks ``LoRACallback`` and ``AdaLoRACallback``.
 
 May import: everything up to ``strategies``.
 """

@@ -1,9 +1,11 @@
-"""``AdaLoRACallback``: LoRA whose ranks are found in training, from ``Trainer(callbacks=[AdaLoRACallback(LoRAConfig(...))])``.
+"""``AdaLoRACallback``: find the ranks during training, with ``Trainer(callbacks=[AdaLoRACallback(LoRAConfig(...))])``.
 
-It drives :class:`~lightning_lora.variants.rank_allocation.RankAllocator` at three moments. The regularizer goes straight into the
-gradients, in ``on_before_optimizer_step``: there they are complete, averaged over processes, unscaled, and not clipped yet. Scores and
-mask come from a hook of the optimizer itself, right after its step: before anything zeroes the gradients or saves a checkpoint, in
-automatic and manual optimization alike, and not for a step that a loss scaler skipped.
+It calls :class:`~lightning_lora.variants.rank_allocation.RankAllocator` at two moments of each step:
+
+- ``on_before_optimizer_step`` adds the regularizer's gradient to the gradients. At that moment they are complete, averaged over
+  processes, unscaled and not yet clipped.
+- A hook that the optimizer calls right after its step updates the scores and the mask. It runs before anything zeroes the gradients or
+  saves a checkpoint. It works in automatic and manual optimization, and leaves out steps that a loss scaler skipped.
 """
 
 from __future__ import annotations
@@ -29,34 +31,33 @@ from lightning_lora.variants.rank_allocation import RankAllocator, steps_of
 
 
 class AdaLoRACallback(LoRACallback):
-    """:class:`LoRACallback` with AdaLoRA (arXiv:2303.10512): starts at ``init_rank``, prunes to ``target_rank`` on average.
+    """:class:`LoRACallback` with AdaLoRA (arXiv:2303.10512): starts at ``init_rank`` and prunes to ``target_rank`` on average.
 
-    The length of the schedule is the trainer's. After ``fit`` the adapters are plain LoRA, each of the rank that was found
-    (before they are merged, if they are); under strategies that shard adapters they keep their size, and
-    :func:`~lightning_lora.shrink_adalora` on one process shrinks a checkpoint that was loaded. Checkpoints hold AdaLoRA as it is
-    trained; a resumed run goes on step by step.
+    The schedule is as long as the trainer's run. At the end of ``fit``, before a merge, the adapters become plain LoRA of the ranks that
+    were found. Under strategies that shard adapters they keep their size. Then load a checkpoint on one process and call
+    :func:`~lightning_lora.shrink_adalora`. Checkpoints hold AdaLoRA in its training form. A resumed run is exact to the step.
 
     Args:
-        config: what to adapt; ``rank`` and ``variant`` are set here.
+        config: what to adapt; this class sets its ``rank`` and ``variant``.
         target_rank: average rank at the end; the budget is ``target_rank`` times the number of adapted modules.
         init_rank: rank of each module at the start.
-        tinit: optimizer steps before pruning begins, or a share of all.
-        tfinal: optimizer steps at the end in which the ranks stand still, or a share of all.
-        deltaT: optimizer steps from one choice to the next.
+        tinit: optimizer steps before pruning begins, or a share of all steps.
+        tfinal: optimizer steps at the end in which the ranks stay fixed, or a share of all steps.
+        deltaT: optimizer steps from one choice of the ranks to the next.
         beta1: smoothing of the sensitivity.
-        beta2: smoothing of its uncertainty.
-        orth_reg_weight: γ, of the orthogonality regularizer that is added to the loss.
-        total_steps: optimizer steps of the schedule, where they are not the trainer's: several optimizer steps a batch, endless
-            training, or a run that goes on after its schedule ended.
-        **kwargs: as in :class:`LoRACallback`. ``lora_plus_ratio`` scales B's rate here too, as in PEFT, but LoRA+ was worked out for a
-            B that starts at zero, and here E does: try it against 1.
+        beta2: smoothing of the sensitivity's uncertainty.
+        orth_reg_weight: γ, weight of the orthogonality regularizer that is added to the loss.
+        total_steps: optimizer steps of the schedule; default: the trainer's. Set it for several optimizer steps per batch, for endless
+            training, or for a run that continues after the end of its schedule.
+        **kwargs: as in :class:`LoRACallback`. ``lora_plus_ratio`` scales B's learning rate here too, as in PEFT. But LoRA+ was derived
+            for a B that starts at zero, and here E starts at zero: compare with a ratio of 1.
 
     Attributes:
-        allocator: scores, budget and mask, once fit has started.
-        ranks: module name → rank that was found (0: pruned altogether), once fit has ended.
+        allocator: scores, budget and mask; set when fit starts.
+        ranks: module name → rank that was found, 0 if all was pruned; set when fit ends.
 
     Raises:
-        ValueError: an argument is out of range, or, when fit starts, the schedule does not fit the run.
+        ValueError: an argument is out of range; or, when fit starts, the schedule does not fit the run.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class AdaLoRACallback(LoRACallback):
         if config.variant not in ("plain", "adalora"):
             raise ValueError(f"variant={config.variant!r} and AdaLoRACallback exclude each other; leave variant out, or use LoRACallback.")
         if config.rank not in (LoRAConfig().rank, init_rank):
-            raise ValueError(f"rank={config.rank} and init_rank={init_rank}: give the rank at the start once, as init_rank.")
+            raise ValueError(f"rank={config.rank} and init_rank={init_rank} differ: leave rank out and give the start rank as init_rank.")
         for name, value in (("target_rank", target_rank), ("deltaT", deltaT), ("total_steps", total_steps)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value!r}: give a whole number ≥ 1.")
@@ -92,21 +93,21 @@ class AdaLoRACallback(LoRACallback):
         for name, steps in (("tinit", tinit), ("tfinal", tfinal)):
             steps_of(name, steps, 1)
         super().__init__(replace(config, rank=init_rank, variant="adalora"), **kwargs)
-        self.trained_config = self.config  # while the adapters are shrunk, `config` is that of the plain LoRA that they are
+        self.trained_config = self.config  # after shrinking, `config` describes the plain LoRA that the adapters became
         self.target_rank, self.total_steps = target_rank, total_steps
         self.tinit, self.tfinal, self.deltaT = tinit, tfinal, deltaT
         self.beta1, self.beta2, self.orth_reg_weight = beta1, beta2, orth_reg_weight
         self.allocator: RankAllocator | None = None
         self.ranks: dict[str, int] = {}
         self._saved: dict[str, Any] | None = None
-        self._full: list[tuple[LoRALayer, type, dict[str, nn.Parameter], int]] = []  # the layers as they were before they shrank
+        self._full: list[tuple[LoRALayer, type, dict[str, nn.Parameter], int]] = []  # the layers before they shrank
         self._optimizer: Optimizer | None = None
         self._hook: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """As in :class:`LoRACallback`; adapters that are to be trained on, or loaded from a checkpoint, get their size back."""
+        """Adapt as :class:`LoRACallback` does. Restore the full size of adapters before they train again or load a checkpoint."""
         if stage == "fit":
-            self._saved = None  # of a checkpoint that was only tested
+            self._saved = None  # it may come from a checkpoint that was only tested
         super().setup(trainer, pl_module, stage)
         part = self.part
         if self._full and part is not None:
@@ -122,14 +123,14 @@ class AdaLoRACallback(LoRACallback):
         """Plan the schedule.
 
         Raises:
-            ValueError: its length is not known, or has no room to prune; or no optimizer, or more than one, holds the adapters.
+            ValueError: its length is unknown or leaves no steps to prune in; or the adapters are in no optimizer, or in several.
         """
         super().on_fit_start(trainer, pl_module)
         total = self.total_steps or trainer.estimated_stepping_batches
         if not 0 < total < float("inf"):
             raise ValueError(
                 f"the trainer does not know how many optimizer steps it will take (max_epochs={trainer.max_epochs},"
-                f" max_steps={trainer.max_steps}), and AdaLoRA's schedule needs to: set max_steps, or AdaLoRACallback(total_steps=...)."
+                f" max_steps={trainer.max_steps}). AdaLoRA's schedule needs the number: set max_steps or AdaLoRACallback(total_steps=...)."
             )
         total, earlier = int(total), self.allocator
         self.allocator = RankAllocator(
@@ -144,16 +145,16 @@ class AdaLoRACallback(LoRACallback):
             orth_reg_weight=self.orth_reg_weight,
         )
         if earlier is not None and self._saved is None and earlier.layers == self.allocator.layers:
-            self._saved = earlier.state_dict()  # the same module is fitted on
+            self._saved = earlier.state_dict()  # a second fit of the same module continues the first
         parameters = {id(layer.lora_E) for layer in self.allocator.layers.values()}
         holders = [o for o in trainer.optimizers if parameters & {id(p) for group in o.param_groups for p in group["params"]}]
         if len(holders) != 1:
-            raise ValueError(f"{len(holders)} optimizers hold lora_E: AdaLoRA scores all its layers after the same step; use one for them.")
+            raise ValueError(f"{len(holders)} optimizers hold lora_E: AdaLoRA scores all layers after one step, so use one for them all.")
         self._optimizer = holders[0]
         self._hook = self._optimizer.register_step_post_hook(self._after_step)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take up the state of the checkpoint that is resumed, now that everything else has."""
+        """Load the allocator's state from the checkpoint, after everything else is loaded."""
         super().on_train_start(trainer, pl_module)
         assert self.allocator is not None
         if self._saved is not None:
@@ -161,7 +162,7 @@ class AdaLoRACallback(LoRACallback):
             self._saved = None
         elif trainer.global_step > 0:
             raise ValueError(
-                "the checkpoint holds no state of AdaLoRACallback, so its schedule cannot be resumed; start anew from its weights."
+                "the checkpoint holds no state of AdaLoRACallback, so its schedule cannot be resumed: load its weights and start a new run."
             )
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -172,7 +173,7 @@ class AdaLoRACallback(LoRACallback):
             self.allocator.regularize(scaler.get_scale() if still_scaled else 1.0)  # type: ignore[union-attr]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let go of the optimizer, and say if the schedule was cut short."""
+        """Remove the optimizer's hook, and warn if the run ended before the schedule did."""
         super().on_train_end(trainer, pl_module)
         allocator = self.allocator
         assert allocator is not None
@@ -180,48 +181,51 @@ class AdaLoRACallback(LoRACallback):
         self._optimizer = None
         if allocator.step < allocator.prunes_until:
             rank_zero_warn(
-                f"fit ended after {allocator.step} optimizer steps, AdaLoRA's schedule prunes until step {allocator.prunes_until}: the"
-                f" ranks are what they were then, not target_rank={self.target_rank} on average."
+                f"fit ended after {allocator.step} optimizer steps, but AdaLoRA's schedule prunes until step {allocator.prunes_until}: the"
+                f" ranks are those of the last step, not target_rank={self.target_rank} on average."
             )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Shrink the adapters to the ranks found, then as in :class:`LoRACallback`."""
+        """Shrink the adapters to the ranks that were found, then merge as :class:`LoRACallback` does."""
         target = self._target(pl_module)
         layers = [layer for _, layer in lora_layers(target)]
         if any(is_sharded(layer.lora_A) for layer in layers):
             rank_zero_info(
-                "AdaLoRA: the adapters are sharded and keep their size; load a checkpoint on one process and shrink_adalora there."
+                "AdaLoRA: the adapters are sharded and keep their size; load a checkpoint on one process and call shrink_adalora there."
             )
         else:
             full = [(layer, type(layer), layer.lora_parameters(), layer.rank) for layer in layers]
             self.ranks = shrink_adalora(target)
             self._full, self.config = full, layers[0].lora_config
             assert self.part is not None
-            self.part.config = self.config  # what is saved from now on is plain LoRA
+            self.part.config = self.config  # later checkpoints hold plain LoRA
             rank_zero_info(self._report())
         super().on_fit_end(trainer, pl_module)
 
     @property
     def state_key(self) -> str:
-        """Of its state in checkpoints: each of several callbacks has one of its own."""
+        """Key of the state in checkpoints. It has the module's name, because several callbacks need different keys."""
         return super().state_key if self.module is None else f"{super().state_key}{ {'module': self.module} }"
 
     def state_dict(self) -> dict[str, Any]:
-        """Step, mask and scores, for a checkpoint."""
+        """Return step, mask and scores for a checkpoint."""
         return {} if self.allocator is None else self.allocator.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep them until fit starts."""
+        """Keep the state until fit starts."""
         self._saved = state_dict or None
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """The hook. Under a loss scaler fused optimizers unscale the gradients, and skip bad steps, themselves."""
+        """Update scores and mask, as the optimizer's hook.
+
+        Under a loss scaler, fused optimizers unscale the gradients and skip bad steps themselves. ``found_inf`` tells if this one was.
+        """
         bad = getattr(optimizer, "found_inf", None)
         if self.allocator is not None and not (isinstance(bad, torch.Tensor) and bad.item()):
             self.allocator.after_step()
 
     def _unmerge(self, target: nn.Module) -> Callable[[], None]:
-        """Adapters that were shrunk get their size back too."""
+        """Unmerge, and restore the full size of shrunk adapters. Return the function that reverts both."""
         merge, full, config = super()._unmerge(target), self._full, self.config
         self._grow(target)
 
@@ -234,7 +238,7 @@ class AdaLoRACallback(LoRACallback):
         return shrink
 
     def _grow(self, pl_module: nn.Module) -> None:
-        """Take the shrinking back, on the module that was shrunk; another one is none of ours."""
+        """Revert the shrinking if this is the module that was shrunk. The adapters of another module stay as they are."""
         mine = {id(layer) for _, layer in lora_layers(pl_module)}
         if self._full and all(id(layer) in mine for layer, *_ in self._full):
             unmerge_lora(pl_module)
@@ -247,7 +251,7 @@ class AdaLoRACallback(LoRACallback):
     def _report(self) -> str:
         found = list(self.ranks.values())
         gone = [name for name, rank in self.ranks.items() if rank == 0]
-        lost = f" Pruned altogether, kept at rank 1 with B zero: {', '.join(gone)}." if gone else ""
+        lost = f" Pruned completely, kept at rank 1 with B zero: {', '.join(gone)}." if gone else ""
         return (
             f"AdaLoRA: {len(found)} modules from rank {self.trained_config.rank} to {sum(found) / len(found):.2f} on average"
             f" ({min(found)} to {max(found)}).{lost}"

@@ -1,4 +1,4 @@
-"""Finds adapters that no gradient reaches, and says which layers they are on."""
+"""Find adapters that no gradient reaches, and name their layers."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import nn
 from lightning_lora.layers.base import lora_layers
 from lightning_lora.utils.names import clean_name
 
-BATCHES = 100  # with a backward pass, after which a layer that got no gradient is taken to be out of use
+BATCHES = 100  # with a backward pass; a layer that got no gradient in any of them is reported
 
 CURE = (
     "Either the forward pass does not go through these layers (target others), or re-entrant gradient checkpointing cut the graph (pass"
-    " use_reentrant=False, or call model.enable_input_require_grads()). If they are used only now and then, pass"
+    " use_reentrant=False, or call model.enable_input_require_grads()). If the model uses these layers only rarely, pass"
     " LoRACallback(check_gradients=False)."
 )
 
 
 class GradientCheck:
-    """Watches the adapters of a model until each has had a gradient, for a number of batches: some models use parts now and then.
+    """Watches a model's adapters until each has had a gradient. It waits ``BATCHES`` batches, because some models use some layers rarely.
 
     Args:
         target: the adapted module.
@@ -37,7 +37,7 @@ class GradientCheck:
         return [name for name, parameters in self._waiting.items() if parameters]
 
     def after_backward(self) -> None:
-        """Note which adapters have a gradient."""
+        """Record which adapters have a gradient."""
         self._ran = True
         self._waiting = {name: left for name, parameters in self._waiting.items() if (left := [p for p in parameters if p.grad is None])}
 
@@ -45,17 +45,17 @@ class GradientCheck:
         """Count the batch.
 
         Raises:
-            RuntimeError: enough of them went by and a layer got no gradient in any.
+            RuntimeError: a layer got no gradient in any of ``BATCHES`` batches.
         """
         self._batches, self._ran = self._batches + self._ran, False
         if self._batches >= BATCHES:
             self.finish()
 
     def finish(self) -> None:
-        """No more batches come.
+        """Report the layers without a gradient after the last batch.
 
         Raises:
-            RuntimeError: a layer got no gradient in any of them; the message names all such layers, by pattern.
+            RuntimeError: a layer got no gradient in any batch. The message names all such layers, by pattern.
         """
         waiting, self._waiting = self.waiting, {}
         if waiting and self._batches:
@@ -67,7 +67,7 @@ class GradientCheck:
             )
 
     def _patterns(self, kinds: dict[str, list[str]]) -> list[str]:
-        """For ``exclude_modules``: one regex for layers of which none is used, the full names else."""
+        """Return entries for ``exclude_modules``: one regex per group of which no layer is used, else the full names."""
         everyone = grouped(self.layers)
         found = []
         for shown, names in kinds.items():
@@ -77,7 +77,7 @@ class GradientCheck:
 
 
 def grouped(names: list[str]) -> dict[str, list[str]]:
-    """Names that differ in numbers only, under the name with ``*`` for them."""
+    """Group names that differ only in numbers. Each key is the name with ``*`` in place of the numbers."""
     kinds: dict[str, list[str]] = {}
     for name in names:
         kinds.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", name), []).append(name)

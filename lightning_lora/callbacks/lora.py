@@ -1,6 +1,6 @@
-"""``LoRACallback``: LoRA for any LightningModule, from ``Trainer(callbacks=[LoRACallback(LoRAConfig(...))])``.
+"""``LoRACallback``: LoRA for any LightningModule, with ``Trainer(callbacks=[LoRACallback(LoRAConfig(...))])``.
 
-It is thin: it calls the plain functions at the right hooks and leaves the strategy to :mod:`lightning_lora.strategies`.
+It only calls the package's plain functions in the right hooks. What the strategy does is in :mod:`lightning_lora.strategies`.
 """
 
 from __future__ import annotations
@@ -15,21 +15,37 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from lightning_lora.callbacks.gradient_check import CURE, GradientCheck
-from lightning_lora.callbacks.refusals import check_apart, check_mergeable, frozen_parts, recordable
+from lightning_lora.callbacks.dropout import wake_and_log
+from lightning_lora.callbacks.gradient_check import BATCHES, CURE, GradientCheck
+from lightning_lora.callbacks.interruption import handle_interruptions
+from lightning_lora.callbacks.out_of_memory import advise
+from lightning_lora.callbacks.processes import begin_together
+from lightning_lora.callbacks.refusals import check_apart, check_mergeable, check_optimizers, frozen_parts, recordable
+from lightning_lora.callbacks.start_report import log_start
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import lora_layers
 from lightning_lora.layers.state import Quantized
-from lightning_lora.model.apply import already_applied, inject, let_gradients_in, trainable_parameters, unload_lora
+from lightning_lora.model.apply import already_applied, inject, let_gradients_in, unload_lora
 from lightning_lora.model.compile import begin_step, compile_layers, keep_gradients, uncompile_layers
 from lightning_lora.model.merge import merge_lora, merge_report, unmerge_for_now
+from lightning_lora.model.modes import restore_flags
 from lightning_lora.model.quantize import quantize_base
 from lightning_lora.model.targeting import TargetReport, find_targets
 from lightning_lora.optim.groups import check_ratio
 from lightning_lora.quantization.formats import quantizer_of
-from lightning_lora.strategies import AdaptedPart, StrategyHooks, arrange, check_equal, check_supported, convert_base, synchronize
+from lightning_lora.strategies import (
+    AdaptedPart,
+    FiniteCheck,
+    RollCall,
+    StrategyHooks,
+    arrange,
+    check_equal,
+    check_supported,
+    convert_base,
+    synchronize,
+)
+from lightning_lora.strategies.savable import check_savable
 from lightning_lora.utils.names import adapter_root
 from lightning_lora.utils.sharding import is_sharded
 
@@ -38,32 +54,33 @@ class LoRACallback(Callback):
     """Adapts the module in ``setup``, trains and checkpoints the adapter only, merges it in ``on_fit_end``.
 
     The module's own ``configure_optimizers``, schedulers, manual optimization and checkpoint callbacks work as before.
-    Checkpoints hold everything but what is proved to be the unchanged base (:mod:`lightning_lora.strategies.changed_state`); resuming from
-    one is step-exact. A call that is refused leaves the module as it was. Several of these callbacks, each with its ``module``, count side
-    by side.
+    Checkpoints leave out only what is proved to be the unchanged base (:mod:`lightning_lora.strategies.changed_state`). A resumed run is
+    exact to the step, also after an interruption (:mod:`lightning_lora.callbacks.interruption`). A refused call leaves the module
+    unchanged. Several callbacks may adapt separate parts, each with its ``module``.
 
     Args:
         config: what to adapt; default ``LoRAConfig()``.
-        module: name of the submodule to adapt and freeze, for a LightningModule with other parts that train as before;
-            default: all of it.
-        quantize: pack the base's linears, all but heads, before the adapters come, e.g. ``"nf4"``: QLoRA in one line. The formats
-            are those of :func:`~lightning_lora.quantize_base`. A base that comes quantized needs none of it.
-        merge_on_fit_end: merge after a completed ``fit``. Checkpoints stay adapters, and loading one (``test(ckpt_path=
-            "best")``) or fitting again unmerges first. Default: yes, but with ``quantize`` only where ``merge_quantized`` says how.
+        module: name of the submodule to adapt and freeze; default: the whole LightningModule. Other parts then train as before.
+        quantize: format to quantize the base's linears to before they are adapted, such as ``"nf4"`` (QLoRA). Heads stay as they are.
+            The formats are those of :func:`~lightning_lora.quantize_base`. A base that was loaded quantized does not need it.
+        merge_on_fit_end: merge after a completed ``fit``. Checkpoints hold the adapter all the same. Loading one (``test(ckpt_path=
+            "best")``) or fitting again unmerges first. Default: True; with ``quantize``, only if ``merge_quantized`` is given.
         merge_quantized: how to merge into a quantized base, ``"dequantize"`` or ``"requantize"`` (see :func:`~lightning_lora.merge_lora`).
         check_base: refuse to resume from a checkpoint that was trained on another base.
-        check_gradients: raise after 100 training batches, or at the end of fewer, if an adapter got no gradient in any. Switch it off
-            for models that use parts of themselves less often than that.
-        compile: "layer" compiles each of the model's repeated blocks in place, see
-            :func:`~lightning_lora.model.compile.compile_layers`, until the run is over; prediction, which would compile anew for
-            every token that it generates, runs as written.
-        cuda_graphs: with ``compile="layer"``, record each compiled block as CUDA graphs, which takes the launching of kernels off the
-            step: for batches of one size or few (each is recorded for itself), not for sharded models. In manual optimization gradients
-            have to come by ``manual_backward``; what blocks give out has to be cloned if it is kept over batches.
-        lora_plus_ratio: λ of LoRA+ (arXiv:2402.12354), how many times A's learning rate B gets, under any scheduler; the paper suggests 16.
+        check_gradients: raise if an adapter got no gradient in 100 training batches, or in all batches of a shorter training. Switch it
+            off for models that use some layers less often.
+        allow_nonfinite: train on when a parameter turns NaN or infinite. Default: training stops, no checkpoint is written, and none with
+            such values is loaded. What trains is looked at before each save, at the end, and every ``log_every_n_steps`` batches.
+        compile: "layer" compiles each repeated block of the model in place until the run ends, see
+            :func:`~lightning_lora.model.compile.compile_layers`. Prediction runs uncompiled, because generation would compile again for
+            every token.
+        cuda_graphs: with ``compile="layer"``, record each compiled block as CUDA graphs, so that a step launches no kernels one by one.
+            Use it for batches of one or few sizes, since each size is recorded separately. Sharded models are refused. Manual optimization
+            must call ``manual_backward``. Clone the outputs of blocks that you keep across batches.
+        lora_plus_ratio: λ of LoRA+ (arXiv:2402.12354): B's learning rate divided by A's, under any scheduler. The paper suggests 16.
 
     Attributes:
-        report: what was matched, once ``setup`` has run; ``print`` it.
+        report: what the config matched; set by ``setup``. ``print`` it.
     """
 
     def __init__(
@@ -74,6 +91,7 @@ class LoRACallback(Callback):
         merge_on_fit_end: bool | None = None,
         check_base: bool = True,
         check_gradients: bool = True,
+        allow_nonfinite: bool = False,
         compile: Literal["layer"] | None = None,
         lora_plus_ratio: float = 1.0,
         quantize: str | None = None,
@@ -85,8 +103,7 @@ class LoRACallback(Callback):
         if cuda_graphs and compile is None:
             raise ValueError("cuda_graphs=True records compiled blocks: pass compile='layer' with it.")
         check_ratio(lora_plus_ratio)
-        self.config = config or LoRAConfig()
-        self.module = module
+        self.config, self.module = config or LoRAConfig(), module
         if quantize is not None:
             quantizer_of(quantize)
         if merge_quantized not in (None, "dequantize", "requantize"):
@@ -94,8 +111,8 @@ class LoRACallback(Callback):
         self.quantize, self.merge_quantized = quantize, merge_quantized
         self.merge_on_fit_end = quantize is None or merge_quantized is not None if merge_on_fit_end is None else merge_on_fit_end
         self.lora_plus_ratio = lora_plus_ratio
-        self.check_base = check_base
-        self.check_gradients = check_gradients
+        self.check_base, self.check_gradients, self.allow_nonfinite = check_base, check_gradients, allow_nonfinite
+        self._finite: FiniteCheck | None = None
         self.compile, self.cuda_graphs = compile, cuda_graphs
         self._recorded = False
         self.report: TargetReport | None = None
@@ -103,13 +120,16 @@ class LoRACallback(Callback):
         self.part: AdaptedPart | None = None  # of the last setup
         self._gradients: GradientCheck | None = None
         self._compare = False
-        self._undo = ExitStack()  # what takes the preparations back, until the run has begun
+        self._roll_call: RollCall | None = None  # of a run on several processes
+        self._undo = ExitStack()  # reverts the preparations, until the run has begun
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Inject, freeze and explain; for a model built in ``configure_model``, right after that ran."""
+        """Inject, freeze and report. A model that is built in ``configure_model`` is adapted right after that."""
+        first = next(c for c in trainer.callbacks if isinstance(c, LoRACallback))  # type: ignore[attr-defined]
+        self._roll_call = begin_together(self.config, vars(self), first is self)
         check_supported(trainer)
-        others = [c.module for c in trainer.callbacks if isinstance(c, LoRACallback) and c is not self]  # type: ignore[attr-defined]
-        check_apart(self.module, others)
+        others = handle_interruptions(trainer)
+        check_apart(self.module, [c.module for c in others if isinstance(c, LoRACallback) and c is not self])
         if any(True for _ in pl_module.parameters()):
             self._adapt(trainer, pl_module).watch_configure_model()
             return
@@ -118,95 +138,81 @@ class LoRACallback(Callback):
         @functools.wraps(original)  # Lightning follows __wrapped__ to see that the user overrode the hook
         def configure_model() -> None:
             original()
-            pl_module.__dict__.pop("configure_model", None)  # the hook has done its work; the module is the user's own again
+            pl_module.__dict__.pop("configure_model", None)  # it runs once: the user's own method is back
             self._adapt(trainer, pl_module)
 
         pl_module.configure_model = configure_model  # type: ignore[method-assign]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise ValueError if something that should train is in no optimizer."""
-        held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
-        trained = {id(p) for p in self._target(pl_module).parameters() if p.requires_grad}
-        forgotten = [name for name, p in pl_module.named_parameters() if id(p) in trained - held]
-        if forgotten:
-            raise ValueError(
-                f"{len(forgotten)} parameters that should train are in no optimizer: {', '.join(forgotten[:4])}. Build the optimizer in"
-                " configure_optimizers, from self.parameters() or get_lora_parameters(self), not in __init__."
-            )
-        for index, optimizer in enumerate(trainer.optimizers):
-            if not any(group["params"] for group in optimizer.param_groups):
-                raise ValueError(
-                    f"optimizer {index} ({type(optimizer).__name__}) holds no parameter that trains: LoRA froze all of its own. Limit LoRA"
-                    " to a part with LoRACallback(module=...), or name what it trains in modules_to_save."
-                )
-        let_gradients_in(pl_module)  # checkpointing may have been switched on after the adapters came
+        """Raise ValueError if an optimizer lacks a parameter that should train, or has none, or if no checkpoint can be written."""
+        check_optimizers(trainer.optimizers, pl_module, self._target(pl_module))
+        check_savable(trainer, pl_module)
+        let_gradients_in(pl_module)  # gradient checkpointing may have been enabled after the injection
         self._gradients, self._compare = GradientCheck(self._target(pl_module)) if self.check_gradients else None, True
+        every = trainer.log_every_n_steps or BATCHES  # type: ignore[attr-defined]
+        self._finite = None if self.allow_nonfinite else FiniteCheck(trainer.strategy, pl_module, every)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What is frozen and stands here is what "changed" is measured by; adapters drop out though their base is in evaluation mode."""
+        """Take the frozen values as the reference for changes. Switch on the adapters' dropout where the base is in evaluation mode."""
         self._begun(pl_module)
         trainer.strategy._lora_hooks.state.start()  # type: ignore[attr-defined]
-        asleep = [(name, layer) for name, layer in lora_layers(self._target(pl_module)) if layer.lora_dropout.p > 0 and not layer.training]
-        for _, layer in asleep:
-            layer.training = True  # not `train()`, which would wake what is inside
-            layer.lora_dropout.train()
-        if asleep:
-            rank_zero_info(
-                f"{asleep[0][0]} and {len(asleep) - 1} more adapted layers were in evaluation mode (as from_pretrained leaves a model), in"
-                " which their adapters' dropout would do nothing: they are in training mode now, the rest of the model is as it was."
-            )
+        wake_and_log(self._target(pl_module))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Raise RuntimeError, with the cure, where torch would only say that the loss has no gradient."""
+        """Raise RuntimeError with the fix if the loss depends on no adapter. torch would only say that it has no gradient."""
         if self._gradients is not None and self._gradients.waiting and not loss.requires_grad:
             raise RuntimeError(f"the loss does not depend on any adapter. {CURE}")
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note which adapters have a gradient."""
+        """Record which adapters have a gradient."""
         if self._recorded:
             keep_gradients(pl_module.parameters())
         if self._gradients is not None:
             self._gradients.after_backward()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Raise RuntimeError after the first optimizer step if it left different adapters on different processes."""
+        """Raise RuntimeError after the first optimizer step if the adapters differ between processes."""
         self._begin_step()
         if self._compare and trainer.global_step > 0:
             self._compare = False
             check_equal(pl_module)
 
     def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Each batch is a step for recorded graphs."""
+        """Mark each batch as a step for recorded CUDA graphs."""
         self._begin_step()
 
     def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Each batch is a step for recorded graphs."""
+        """Mark each batch as a step for recorded CUDA graphs."""
         self._begin_step()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The run has begun."""
+        """Note that the run has begun."""
         self._begun(pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The run has begun."""
+        """Note that the run has begun."""
         self._begun(pl_module)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The run has begun."""
+        """Note that the run has begun."""
         self._begun(pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Raise RuntimeError, after enough batches, if an adapter got no gradient in any."""
+        """Raise RuntimeError if an adapter got no gradient in any of enough batches."""
         if self._gradients is not None:
             self._gradients.after_batch()
+        if self._finite is not None:
+            self._finite.after_batch()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise RuntimeError if an adapter got no gradient in all of a short training."""
+        """Raise RuntimeError if an adapter got no gradient in a whole short training."""
         if self._gradients is not None:
             self._gradients.finish()
+        if self._finite is not None:
+            self._finite.finish()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Merge layer by layer on the training device; a no-op with ``merge_on_fit_end=False``."""
+        """Merge layer by layer on the training device, unless ``merge_on_fit_end=False``."""
         if not self.merge_on_fit_end:
             return
         target = self._target(pl_module)
@@ -216,23 +222,28 @@ class LoRACallback(Callback):
         rank_zero_info(f"LoRA merged into {len(lost)} modules; rounding lost at most {lost[worst]:.2%} of an update ({worst}).")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let compiled blocks run as written again."""
+        """Undo the compilation of the blocks."""
+        if self._roll_call is not None:
+            self._roll_call.close()
         if self._compiled is not None:
             uncompile_layers(self._compiled)
             self._compiled, self._recorded = None, False
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Lightning tears nothing down then. A run that was refused before it began leaves the module as it was."""
+        """Restore the module if the run was refused before it began. Tear down, because Lightning does not. Advise if memory is out."""
+        advise(exception)
+        if self._roll_call is not None:
+            self._roll_call.answer(exception)
         if not any(is_sharded(p) for p in pl_module.parameters()) and not isinstance(trainer.strategy, FSDPStrategy):
             self._undo.close()
         self._begun(pl_module)
         self.teardown(trainer, pl_module, "")
 
     def _adapt(self, trainer: Trainer, pl_module: LightningModule) -> StrategyHooks:
-        """Check everything, then change the module; if that fails, take it back."""
+        """Check everything, then change the module. Revert the changes if one of them fails."""
         target, fitting = self._target(pl_module), trainer.state.fn == TrainerFn.FITTING
         there = already_applied(target, self.config, merged_too=True)
-        report = find_targets(target, self.config)  # a config that does not fit is refused before anything is packed
+        report = find_targets(target, self.config)  # refuses a config that does not fit, before anything is quantized
         if self.merge_on_fit_end and fitting:
             check_mergeable(target, report, trainer.strategy, self.quantize, self.merge_quantized)
         recorded = self.cuda_graphs and trainer.state.fn != TrainerFn.PREDICTING and recordable(trainer.strategy)
@@ -245,7 +256,7 @@ class LoRACallback(Callback):
                 undo.callback(self.teardown, trainer, pl_module, "")
                 self._compiled, self._recorded = target, recorded
             if not there:
-                undo.callback(_unfreeze, [(p, p.requires_grad) for p in pl_module.parameters()])
+                undo.callback(restore_flags, [(p, p.requires_grad) for p in pl_module.parameters()])
                 convert_base(trainer, pl_module)
                 if self.quantize is not None:
                     device, saved = trainer.strategy.root_device, self.config.modules_to_save
@@ -255,12 +266,10 @@ class LoRACallback(Callback):
                 inject(target, self.config, report)
                 undo.callback(unload_lora, target)
                 synchronize(pl_module)
-                trainable, total = trainable_parameters(pl_module)
-                rest = f"\nfrozen, without an adapter: {stays}" if stays else ""
-                rank_zero_info(f"{report}{rest}\ntrainable {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+                log_start(report, pl_module, stays, fitting and bool(trainer.checkpoint_callbacks))
             arrange(trainer.strategy, pl_module)
             root = ".".join(filter(None, (self.module, adapter_root(target)[0])))
-            self.part = AdaptedPart(root, self.config, self.check_base, self.lora_plus_ratio)
+            self.part = AdaptedPart(root, self.config, self.check_base, self.lora_plus_ratio, self.allow_nonfinite)
             hooks = StrategyHooks.of(trainer.strategy, pl_module)
             undo.callback(hooks.drop, root, forget=not there)
             hooks.add(self.part, training=fitting, new=not there)
@@ -270,11 +279,11 @@ class LoRACallback(Callback):
         return hooks
 
     def _unmerge(self, target: nn.Module) -> Callable[[], None]:
-        """Make the module ready to be trained on; what is returned takes that back."""
+        """Unmerge the module for training. Return the function that merges it again."""
         return unmerge_for_now(target)
 
     def _begun(self, pl_module: LightningModule) -> None:
-        """There is no way back to how the module was before the run."""
+        """Drop the undo record: once a run has begun, the module is not restored to its state before the run."""
         self._undo.pop_all()
         for _, layer in lora_layers(pl_module):
             layer.__dict__.pop("lora_base_again", None)
@@ -291,9 +300,3 @@ class LoRACallback(Callback):
             raise ValueError(
                 f"module={self.module!r} is no submodule of {type(pl_module).__name__}; its children are {children}."
             ) from error
-
-
-def _unfreeze(flags: list[tuple[nn.Parameter, bool]]) -> None:
-    for parameter, flag in flags:
-        if not is_lazy(parameter):
-            parameter.requires_grad_(flag)

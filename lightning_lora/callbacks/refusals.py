@@ -1,4 +1,4 @@
-"""Checks before the callback changes anything: it refuses, or warns of, what would only go wrong in training or at its end."""
+"""Check before the callback changes anything. Refuse what would only fail in training or at its end, or warn of it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import LoRALayer
@@ -18,36 +19,36 @@ from lightning_lora.quantization.formats import format_of
 
 
 def check_apart(mine: str | None, others: Sequence[str | None]) -> None:
-    """Several callbacks have to adapt parts that lie apart.
+    """Check that the callbacks of a trainer adapt separate parts.
 
     Args:
         mine: a callback's ``module``.
-        others: the other callbacks'.
+        others: ``module`` of the other callbacks.
 
     Raises:
-        ValueError: one is inside another.
+        ValueError: one part is the same as another, or inside it.
     """
     for other in others:
         short, long = sorted((mine or "", other or ""), key=len)
         if f"{long}.".startswith(f"{short}." if short else ""):
             raise ValueError(
-                f"callbacks: one LoRACallback has module={mine!r} and another module={other!r}, which do not lie apart: give each a"
-                " module= of its own, or use one callback with rank_pattern and alpha_pattern."
+                f"callbacks: one LoRACallback has module={mine!r} and another module={other!r}, and these parts overlap: give"
+                " each a separate module, or use one callback with rank_pattern and alpha_pattern."
             )
 
 
 def check_mergeable(target: nn.Module, report: TargetReport, strategy: Strategy, quantize: str | None, how: Quantized | None) -> None:
-    """Say at the start what would stop the merge at the end.
+    """Refuse at the start what would prevent the merge at the end.
 
     Args:
-        target: the module that is to be adapted, or is.
-        report: what of it.
-        strategy: that it will be trained under.
-        quantize: what it will be packed as before.
-        how: to merge into a quantized weight.
+        target: the module to adapt, or that is adapted already.
+        report: what the config matches in it.
+        strategy: the trainer's strategy.
+        quantize: format that the base will be quantized to before; None: it stays as it is.
+        how: how to merge into a quantized weight; None: not at all.
 
     Raises:
-        ValueError: a weight is tied, or quantized and ``how`` does not say how to merge into it.
+        ValueError: a weight is tied; or it is quantized, and ``how`` is None or cannot be applied to it.
     """
     sharded = isinstance(strategy, ModelParallelStrategy)
     kinds = {t.module: t.kind for t in report.targets}
@@ -60,7 +61,7 @@ def check_mergeable(target: nn.Module, report: TargetReport, strategy: Strategy,
     }
     quantized = "quantized and will be sharded" if sharded else "quantized"
     tied = tied_weights(target, {name: weight for name, (_, weight) in parts.items()})
-    reasons = {name: f"tied to {', '.join(others)}, and merging would change that too" for name, others in tied.items()}
+    reasons = {name: f"tied to {', '.join(others)}, which merging would change too" for name, others in tied.items()}
     for name, (module, weight) in parts.items():
         if not weight.is_floating_point() or format_of(module) is not None:
             if how is None or format_of(module) is None or sharded:
@@ -70,22 +71,49 @@ def check_mergeable(target: nn.Module, report: TargetReport, strategy: Strategy,
     if reasons:
         name, reason = next(iter(reasons.items()))
         raise ValueError(
-            f"{name} is {reason}: it cannot be merged at the end of fit. Pass LoRACallback(merge_on_fit_end=False);"
-            " merge_lora(model, untie=True) merges tied weights when you want it, LoRACallback(merge_quantized='dequantize') or"
-            " 'requantize' says how to merge into a quantized base."
+            f"{name} is {reason}: it cannot be merged at the end of fit. Pass LoRACallback(merge_on_fit_end=False). To merge tied weights"
+            " later, call merge_lora(model, untie=True). To merge into a quantized base, pass LoRACallback(merge_quantized='dequantize') or"
+            " 'requantize'."
         )
 
 
-def recordable(strategy: Strategy) -> bool:
-    """Whether CUDA graphs, which were asked for, can be had.
+def check_optimizers(optimizers: Sequence[Optimizer], module: nn.Module, target: nn.Module) -> None:
+    """Check that the optimizers hold what trains, and each of them something.
+
+    Args:
+        optimizers: of the trainer.
+        module: the LightningModule.
+        target: the adapted part of it.
 
     Raises:
-        ValueError: never under this strategy.
+        ValueError: a parameter that should train is in no optimizer, or an optimizer has nothing to train.
+    """
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    trained = {id(p) for p in target.parameters() if p.requires_grad}
+    forgotten = [name for name, p in module.named_parameters() if id(p) in trained - held]
+    if forgotten:
+        raise ValueError(
+            f"{len(forgotten)} parameters that should train are in no optimizer: {', '.join(forgotten[:4])}. Build the optimizer in"
+            " configure_optimizers, from self.parameters() or get_lora_parameters(self), not in __init__."
+        )
+    for index, optimizer in enumerate(optimizers):
+        if not any(group["params"] for group in optimizer.param_groups):
+            raise ValueError(
+                f"optimizer {index} ({type(optimizer).__name__}) holds no parameter that trains: LoRA froze all of them. Limit LoRA"
+                " to a part with LoRACallback(module=...), or list what this optimizer should train in modules_to_save."
+            )
+
+
+def recordable(strategy: Strategy) -> bool:
+    """Return True if CUDA graphs can be recorded; warn if the device has none.
+
+    Raises:
+        ValueError: the strategy never allows it.
     """
     if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)):
         raise ValueError(
-            f"cuda_graphs=True with strategy={type(strategy).__name__}: it moves the parameters between uses, and a recorded graph reads"
-            " them where they were. Leave cuda_graphs out."
+            f"cuda_graphs=True with strategy={type(strategy).__name__}: it moves the parameters between uses, but a recorded graph reads"
+            " them at fixed addresses. Leave cuda_graphs out."
         )
     device = strategy.root_device
     if device.type != "cuda":
@@ -94,20 +122,22 @@ def recordable(strategy: Strategy) -> bool:
 
 
 def frozen_parts(target: nn.Module, report: TargetReport, config: LoRAConfig, *, whole: bool) -> str:
-    """Return the names of a LightningModule's own parts that LoRA freezes, and warn: a head beside a pretrained part would stay random.
+    """Return the names of parts that LoRA freezes without an adapter.
+
+    Warn of them, because a new head beside a pretrained part would stay random.
 
     Args:
-        target: what is adapted.
-        report: what the config means for it.
-        config: says in ``modules_to_save`` which parts train in full.
-        whole: whether the target is the whole LightningModule.
+        target: the module to adapt.
+        report: what the config matches in it.
+        config: its ``modules_to_save`` lists the parts that train in full.
+        whole: True if the target is the whole LightningModule.
     """
     stays = left_frozen(target, [each.fqn for each in report.targets], report.saved)
     named = ", ".join(stays[:6]) + (" …" if len(stays) > 6 else "")
     if stays and whole and (config.modules_to_save == "auto" or report.saved):
         rank_zero_warn(
-            f"LoRA freezes {named}, which have no adapter: what is new there stays random. To train it, limit LoRA to the pretrained"
-            " part with LoRACallback(module=...), or name it in modules_to_save. If it is to stay as it is, say so with"
-            " requires_grad_(False) before, or with modules_to_save=[]."
+            f"LoRA freezes {named}, which have no adapter: new parameters in them stay random. To train these parts, limit LoRA to the"
+            " pretrained part with LoRACallback(module=...), or list them in modules_to_save. To keep them frozen without this warning,"
+            " call requires_grad_(False) on them before, or pass modules_to_save=[]."
         )
     return named

@@ -53,6 +53,8 @@ class LoRALayer(Factors):
 
     #: True if ``target_modules="all-linear"`` includes this kind.
     is_linear: ClassVar[bool] = False
+    #: Names of the module's attributes that say the shape of its weight.
+    sizes: ClassVar[tuple[str, ...]] = ()
     #: Options that a variant accepts in ``variant_options``, by name.
     options: ClassVar[dict[str, Option]] = {}
 
@@ -82,6 +84,11 @@ class LoRALayer(Factors):
             raise ValueError(f"{what} would train the row of padding_idx={module.padding_idx} too; exclude it")
         if r > min(outputs, math.prod(inputs)):
             raise ValueError(f"{what} with rank={r} is above min(in, out)={min(outputs, math.prod(inputs))}; choose a lower rank")
+
+    @classmethod
+    def weight_shape(cls, module: Any) -> tuple[int, ...] | None:
+        """Return the shape of the weight by the module's own :attr:`sizes`, from which the adapter's are taken. None: not checked."""
+        return None
 
     def lora_update(self, y: Tensor, x: Tensor) -> Tensor:
         """Return the base's output ``y`` plus this layer's update for the input ``x``."""

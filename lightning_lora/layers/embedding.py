@@ -23,8 +23,14 @@ class LoRAEmbedding(LoRALayer):
     """An ``nn.Embedding`` with a low-rank update: ``lora_A`` (r, num_embeddings), ``lora_B`` (dim, r)."""
 
     peft_names = ("lora_embedding_A", "lora_embedding_B")
+    sizes = ("num_embeddings", "embedding_dim")
     padding_idx: int | None
     num_embeddings: int
+
+    @classmethod
+    def weight_shape(cls, module: Any) -> tuple[int, ...]:
+        """Return (num_embeddings, dim)."""
+        return module.num_embeddings, module.embedding_dim
 
     @classmethod
     def adapter_shapes(cls, module: nn.Embedding, spec: LayerSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:

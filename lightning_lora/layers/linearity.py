@@ -1,9 +1,9 @@
-"""Whether merging a layer's adapter leaves what the adapter does: known for torch's own forwards, tried once for any other.
+"""Check that merging a layer's adapter keeps its effect: known for torch's own forwards, tested once for any other.
 
-A kind's update goes beside the base's output, and the merged one into its weight. Both are the same where the forward is the plain product
-with the weight. A subclass may do more: standardise or quantize its weight, scale its output, pad or normalise its input, return a tuple.
-So an adapter is tried, merged and unmerged, on a small copy of the layer with random weights, on the CPU, in float64. Nothing of the
-layer itself is run or written to, and no random number is taken from the user's generators.
+A kind adds its update to the base's output. A merge adds it to the weight. Both give the same if the forward is the plain product with the
+weight. A subclass may do more: standardise or quantize its weight, scale its output, pad or normalise its input, return a tuple. So an
+adapter is tested, merged and unmerged, on a small copy of the layer with random weights, on the CPU, in float64. The layer itself is
+neither run nor changed, and the user's random generators keep their state.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from lightning_lora.ops.frozen_weight import WEIGHT_READERS
 from lightning_lora.quantization.formats import QUANTIZED_FORMATS, format_of
 from lightning_lora.registry import KINDS, qualified_name
 
-_TOLERANCE = 5e-3  # of the update's effect: a forward that computes in bf16 stays below, rounding to 8 bit does not
-_LARGE, _TOO_LARGE = 2**20, 2**24  # elements: above the first a smaller copy is tried before the whole, above the second instead of it
-_CHANGES = {"_conv_forward", "__call__", "__getattr__", "weight"}  # what torch's own forwards go by
+_TOLERANCE = 5e-3  # relative to the update's effect: a forward that computes in bf16 stays below, one that rounds to 8 bits does not
+_LARGE, _TOO_LARGE = 2**20, 2**24  # elements: above the first a smaller copy is tested before the full one, above the second instead of it
+_CHANGES = {"_conv_forward", "__call__", "__getattr__", "weight"}  # what torch's own forwards depend on
 _FAILS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError,
 )  # fmt: skip
@@ -38,11 +38,13 @@ _REASONS: dict[Any, str | None] = {}
 
 
 def why_not_linear(module: nn.Module, kind: str | None = None) -> str | None:
-    """Why an adapter on this layer could not be merged; None if it could. Tried once per class and the switches of its instances.
+    """Return why an adapter on this layer could not be merged; None if it could.
+
+    Tested once per class and setting of its flags (attributes that are None, bool or str).
 
     Args:
-        module: a layer that a kind adapts, on any device, meta included; or one that has its adapter, which has been asked before.
-        kind: name of its kind, where its type does not tell.
+        module: a layer that a kind adapts, on any device, meta included. An adapted layer was tested before, so None is returned.
+        kind: name of its kind, if its type does not determine it.
     """
     cls: Any = type(module)
     if isinstance(module, LoRALayer) or _is_known(cls) or format_of(module) is not None:
@@ -56,7 +58,7 @@ def why_not_linear(module: nn.Module, kind: str | None = None) -> str | None:
 
 
 def _is_known(cls: type[nn.Module]) -> bool:
-    """Whether the forward is one that a kind was made for, and goes by nothing that a subclass has changed."""
+    """Return True if a kind was made for this forward, and no subclass changed what the forward depends on."""
     for base in cls.__mro__:
         if any(qualified_name(base) in known for known in (KINDS, WEIGHT_READERS, QUANTIZED_FORMATS)):
             return True
@@ -81,13 +83,13 @@ def _tried(module: nn.Module, kind_name: str | None) -> str | None:
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """Without gradients, autocast and default devices, and with the generator of random numbers as it was."""
+    """Switch off gradients, autocast and default devices. Restore the state of the random generator at the end."""
     state = torch.get_rng_state()
     try:
         with ExitStack() as stack:
             for context in (torch.device("cpu"), torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False)):
                 stack.enter_context(context)
-            if "torch._dynamo" in sys.modules:  # some forwards call compiled functions; importing it would take seconds
+            if "torch._dynamo" in sys.modules:  # some forwards call compiled functions. Importing dynamo here would take seconds
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield
     finally:
@@ -95,7 +97,7 @@ def _alone() -> Iterator[None]:
 
 
 def _difference(module: nn.Module, kind: str | None, lengths: dict[int, int]) -> str | None:
-    """What is wrong with an adapter on a copy of the layer, dimensions of some lengths having others."""
+    """Return what is wrong with an adapter on a copy of the layer; ``lengths`` maps dimensions' lengths to those of the copy."""
     generator = torch.Generator().manual_seed(0)
     rank = 2 * getattr(module, "groups", 1)
     try:
@@ -113,20 +115,20 @@ def _difference(module: nn.Module, kind: str | None, lengths: dict[int, int]) ->
             before, alone, together = (_output(each.train(mode), x) for each in (base, layer, merged))
             effect = (together - before).norm()
             if not ((alone - together).norm() <= _TOLERANCE * effect and effect > 0):
-                return "its forward does more than multiply by its weight, so a merged adapter would not do what it did before"
+                return "its forward does more than multiply by its weight, so merging would change what an adapter does"
     except _FAILS as error:
         first = (str(error).splitlines() or [""])[0][:120]
-        return f"its forward does not take or give what {_expected(type(module))} does ({type(error).__name__}: {first})"
+        return f"its forward does not take or return what {_expected(type(module))} does ({type(error).__name__}: {first})"
     return None
 
 
 def _expected(cls: type) -> str:
-    """Whose forward a kind was made for, among the classes that this one is made from."""
+    """Return the name of the base class that a kind was made for, as a possessive."""
     return next((f"nn.{base.__name__}'s" for base in cls.__mro__ if qualified_name(base) in KINDS), "its kind's")
 
 
 def _output(layer: Any, x: Tensor) -> Tensor:
-    """Of the forward itself, without hooks; what is random in it comes out the same each time."""
+    """Return the output of the forward itself, without hooks. The fixed seed makes random parts equal in every call."""
     torch.default_generator.manual_seed(0)
     y = layer.forward(x)
     if not isinstance(y, Tensor):
@@ -135,7 +137,7 @@ def _output(layer: Any, x: Tensor) -> Tensor:
 
 
 def _copy(module: nn.Module, lengths: dict[int, int], generator: torch.Generator) -> Any:
-    """A copy of a layer and of what is in it, in float64, that shares nothing with it: random parameters, and buffers near its own."""
+    """Return an independent copy of a layer and its children in float64, with random parameters, and buffers near the layer's own."""
     new = shallow_copy(module)
     for name in _HOOKS:
         new.__dict__[name] = OrderedDict()
@@ -162,10 +164,10 @@ def _copy(module: nn.Module, lengths: dict[int, int], generator: torch.Generator
 
 
 def _cut(tensor: Tensor, lengths: dict[int, int], generator: torch.Generator) -> Tensor:
-    """A copy on the CPU, its long dimensions cut; floating point in float64, and not quite the same. A meta tensor's has values."""
+    """Return a copy on the CPU with long dimensions cut. Floats become float64, slightly scaled. A meta tensor gives ones."""
     value = torch.ones(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor.detach().to("cpu", copy=True)
     for dim, length in enumerate(value.shape):
         value = value.narrow(dim, 0, lengths.get(length, length))
-    # Scales are often 1 before weights are loaded, where a forward that multiplies by them looks plain.
+    # Scales are often 1 before weights are loaded. A forward that multiplies by them would look plain then.
     factors = 1.25 + torch.rand(value.shape, generator=generator, dtype=torch.float64) / 2
     return value.double() * factors if value.is_floating_point() else value

@@ -1,4 +1,4 @@
-"""The plain functions: put adapters into a model, list them, take them out. No Lightning needed."""
+"""Apply LoRA to a whole model, list its adapter parameters, and remove it again. Lightning is not needed."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from lightning_lora.model.merge import unmerge_lora
 from lightning_lora.model.targeting import TargetReport, find_targets
 from lightning_lora.quantization.formats import elements, plain_dtype, prepare
 from lightning_lora.registry import INITS, VARIANTS, look_up
-from lightning_lora.utils.names import modules_by_name
+from lightning_lora.utils.names import modules_by_name, parameters_by_name
 from lightning_lora.utils.sharding import is_distributed, reshard
 from lightning_lora.utils.transformers_conventions import checkpoint_options, gives_gradients
 
-_WAYS = "call unload_lora(model), which drops it, or merge_lora(model) and unload_lora(model, merged='keep'), which keeps its update"
-_WAYS_MERGED = "unload_lora(model, merged='keep') leaves the update in the weights, unload_lora(model, merged='drop') takes it out"
+_WAYS = "call unload_lora(model) to drop it, or merge_lora(model) and unload_lora(model, merged='keep') to keep its update"
+_WAYS_MERGED = "unload_lora(model, merged='keep') leaves the update in the weights, unload_lora(model, merged='drop') removes it"
 
 
 class LoRAParameters(Sequence[nn.Parameter]):
-    """Parameters in the model's order; ``p in parameters`` compares identity (``==`` on tensors would compare entries)."""
+    """Hold parameters in the model's order. ``p in parameters`` compares by identity, because ``==`` compares entries of tensors."""
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self._parameters = tuple(parameters)
@@ -54,19 +54,19 @@ class LoRAParameters(Sequence[nn.Parameter]):
 def apply_lora(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
     """Adapt the modules that the config names, in place, and freeze the rest.
 
-    Applying the same config again changes nothing. After it, what trains is: the adapters, the biases that
-    ``config.bias`` names, and the modules trained in full (``config.modules_to_save``).
+    Applying the same config again changes nothing. Afterwards three groups train: the adapters, the biases that
+    ``config.bias`` names, and what is trained in full (``config.modules_to_save``).
 
     Args:
-        model: any module; its parameters keep their names, dtypes and devices.
-        config: what to adapt; default ``LoRAConfig()``.
+        model: any module. Its parameters keep their names, dtypes and devices.
+        config: which modules to adapt, and how. Default: ``LoRAConfig()``.
 
     Returns:
         The same ``model``.
 
     Raises:
-        ValueError: the config does not fit the model, or another config is applied, or the adapters are merged; the
-            model is as it was before.
+        ValueError: the config does not fit the model, another config is applied, or the adapters are merged. The
+            model is unchanged then.
     """
     config = config or LoRAConfig()
     if already_applied(model, config):
@@ -77,9 +77,9 @@ def apply_lora(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
 
 
 def inject(model: nn.Module, config: LoRAConfig, report: TargetReport) -> nn.Module:
-    """Do what a report of :func:`~lightning_lora.model.targeting.find_targets` says; all of it or, on an error, nothing."""
+    """Adapt the targets of a report of :func:`~lightning_lora.model.targeting.find_targets`. On an error, undo everything."""
     if is_distributed():
-        reshard(model)  # FSDP2 keeps its root gathered after a forward pass: flags set on those copies would not last
+        reshard(model)  # after a forward pass FSDP2 keeps its root gathered: flags set on these copies would be lost
     lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
     if lazy:
         raise ValueError(f"{lazy[0]!r} is lazy and has no shape yet: run one forward pass before applying LoRA.")
@@ -111,15 +111,15 @@ def inject(model: nn.Module, config: LoRAConfig, report: TargetReport) -> nn.Mod
 
 
 def already_applied(model: nn.Module, config: LoRAConfig, *, merged_too: bool = False) -> bool:
-    """Whether the model has exactly this config; False if it has no LoRA. Nothing is changed.
+    """Return True if LoRA is applied with exactly this config, False if the model has no LoRA. Change nothing.
 
     Args:
         model: any module.
-        config: to compare with.
-        merged_too: accept a model into which it is merged.
+        config: the config to compare with.
+        merged_too: accept a model whose adapters are merged.
 
     Raises:
-        ValueError: it has another one, or it is merged.
+        ValueError: the model has another config, or its adapters are merged.
     """
     layers = list(lora_layers(model))
     if not layers:
@@ -137,42 +137,42 @@ def already_applied(model: nn.Module, config: LoRAConfig, *, merged_too: bool = 
     plain = [target.fqn for target in find_targets(model, config).targets if not isinstance(target.module, LoRALayer)]
     if plain:
         here = layers[0][0]
-        raise ValueError(f"{here!r} has LoRA with this config, {plain[0]!r}, which it targets too, has not; {ways}, first.")
+        raise ValueError(f"{here!r} has LoRA with this config, but {plain[0]!r}, also a target, has no adapter; {ways}, first.")
     return True
 
 
 def get_lora_parameters(model: nn.Module) -> LoRAParameters:
-    """Every adapter parameter, each once (what layers share and never trains is none); membership is by identity."""
+    """Return every adapter parameter once. Frozen tensors that layers share are left out. Membership is by identity."""
     return LoRAParameters([parameter for _, layer in lora_layers(model) for parameter in layer.lora_parameters().values()])
 
 
 def unload_lora(model: nn.Module, *, merged: Literal["keep", "drop"] | None = None) -> nn.Module:
-    """Back to the plain classes. Adapters that are not merged are dropped, and the weights are the base's.
+    """Restore the plain classes. Drop adapters that are not merged; the weights are then the base weights.
 
-    Parameters stay frozen; ``model.requires_grad_(True)`` is the way to train on. A sharded model is to be given whole, as it was wrapped.
+    Parameters stay frozen. Call ``model.requires_grad_(True)`` to train them. Pass a sharded model whole, as it was wrapped.
 
     Args:
         model: any module.
-        merged: what becomes of updates that are merged into the weights, which has no default. ``"keep"``: they stay, so the next training
-            starts from them. ``"drop"``: they are taken out first, and the base is as it was.
+        merged: what to do with updates that are merged into the weights. A merged model has no default. ``"keep"``: leave them in, so
+            that the next training starts from them. ``"drop"``: remove them first, which restores the base.
 
     Returns:
         The same ``model``.
 
     Raises:
-        ValueError: the model is merged and ``merged`` does not say what becomes of the update; it is ``"keep"`` and a layer is not merged;
-            it is ``"drop"`` and the way back was not kept; FSDP1 flattened adapters into one parameter with their base. Nothing is changed.
+        ValueError: the model is merged and ``merged`` is None; ``merged`` is ``"keep"`` and a layer is not merged; ``merged`` is
+            ``"drop"`` and the merge was not reversible; FSDP1 flattened adapters into one parameter with their base. Nothing is changed.
     """
     if merged not in (None, "keep", "drop"):
         raise ValueError(f"merged={merged!r}: choose 'keep' or 'drop'.")
     into = [name for name, layer in lora_layers(model) if layer.merged]
     apart = [name for name, layer in lora_layers(model) if not layer.merged]
     if into and merged is None:
-        raise ValueError(f"LoRA is merged into {into[0]!r} and {len(into) - 1} more, so say what becomes of the update: {_WAYS_MERGED}.")
+        raise ValueError(f"LoRA is merged into {into[0]!r} and {len(into) - 1} more, so say what to do with the update: {_WAYS_MERGED}.")
     if apart and merged == "keep":
         raise ValueError(
-            f"{apart[0]!r} and {len(apart) - 1} more are not merged, and merged='keep' would drop what they learned: call merge_lora(model)"
-            " first, or drop it with unload_lora(model)."
+            f"{apart[0]!r} and {len(apart) - 1} more are not merged, and merged='keep' would lose their updates: call merge_lora(model)"
+            " first, or drop the updates with unload_lora(model)."
         )
     if merged == "drop":
         unmerge_lora(model)
@@ -189,13 +189,13 @@ def unload_lora(model: nn.Module, *, merged: Literal["keep", "drop"] | None = No
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
-    """Elements that train, and all elements."""
+    """Return the number of trainable elements and of all elements."""
     sizes = {p: elements(module, name, p) for module in model.modules() for name, p in module._parameters.items() if p is not None}
     return sum(size for p, size in sizes.items() if p.requires_grad), sum(sizes.values())
 
 
 def _prepare_quantized(model: nn.Module) -> None:
-    """Gradients pass through every quantized layer, adapted or not."""
+    """Let gradients pass through every quantized layer, adapted or not."""
     dtype = plain_dtype(model)
     for name, module in model.named_modules():
         try:
@@ -205,10 +205,10 @@ def _prepare_quantized(model: nn.Module) -> None:
 
 
 def let_gradients_in(model: nn.Module) -> None:
-    """Make the embeddings of Hugging Face models with re-entrant gradient checkpointing give outputs that need a gradient.
+    """Make embeddings of Hugging Face models with re-entrant gradient checkpointing return outputs that need a gradient.
 
-    Such checkpoints cut the graph where none of their inputs needs one, and with a frozen embedding none does: the adapters
-    inside would get no gradient, without a word.
+    A re-entrant checkpoint cuts the graph if no input needs a gradient. With a frozen embedding no input does. The adapters
+    inside would silently get no gradient.
     """
     for module in model.modules():
         if not hasattr(type(module), "enable_input_require_grads") or gives_gradients(module):
@@ -218,9 +218,9 @@ def let_gradients_in(model: nn.Module) -> None:
 
 
 def _train_extras(model: nn.Module, config: LoRAConfig, report: TargetReport) -> None:
-    modules = modules_by_name(model)
+    parts: dict[str, nn.Module | nn.Parameter] = {**parameters_by_name(model), **modules_by_name(model)}
     for fqn in report.saved:
-        modules[fqn].requires_grad_(True)
+        parts[fqn].requires_grad_(True)
     note_saved(model, report.saved)
     owners = {"none": (), "all": model.modules(), "lora_only": (target.module for target in report.targets)}[config.bias]
     for module in owners:

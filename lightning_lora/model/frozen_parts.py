@@ -1,6 +1,6 @@
-"""Parts that the user froze as a whole, such as a teacher or an EMA copy: adapters there would train what is meant to stay.
+"""Refuse adapters in parts that the user froze as a whole, such as a teacher or an EMA copy. These must not train.
 
-A model that is frozen altogether is one about to be adapted, and a frozen first half of the blocks is a way to train: neither is meant.
+Two cases are allowed: a model that is frozen altogether, and frozen blocks of a list, such as the first half.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from lightning_lora.utils.patterns import layer_index
 
 
 def mixed_with_frozen(model: nn.Module, targets: dict[str, nn.Module]) -> list[str]:
-    """A refusal if some targets are in parts that are frozen as a whole and others are not; nothing if they are all alike.
+    """Return a refusal if some targets are in parts frozen as a whole and others are not. Else return an empty list.
 
     Args:
         model: the whole module, without adapters.
         targets: FQN → module to adapt.
     """
-    if any(isinstance(module, LoRALayer) for module in model.modules()):  # all is frozen then, and the question has been asked
+    if any(isinstance(module, LoRALayer) for module in model.modules()):  # the base is frozen then, and was checked before that
         return []
     parts = {clean_name(name): set(part.modules()) for name, part in _frozen_parts(model)}
     frozen = {name: [fqn for fqn, module in targets.items() if module in inside] for name, inside in parts.items()}
@@ -36,13 +36,13 @@ def mixed_with_frozen(model: nn.Module, targets: dict[str, nn.Module]) -> list[s
     other = _part(others[0], list(frozen))
     return [
         f"target_modules hits {hits[0]!r} in {name!r}, which is frozen as a whole, and {others[0]!r}, which trains: adapters would train"
-        f" the frozen part too. Say which is meant, LoRACallback(module={other!r}) or module={name!r}, or exclude the other:"
-        f" exclude_modules=[r'{name}\\..*']. If both are, give them the same requires_grad_() before."
+        f" the frozen part too. Choose one with LoRACallback(module={other!r}) or module={name!r}, or exclude the frozen one:"
+        f" exclude_modules=[r'{name}\\..*']. To adapt both, call requires_grad_() with the same value on both before."
     ]
 
 
 def _frozen_parts(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The largest children, by name, that are frozen as a whole; not layers, nor blocks of a list or a sequence."""
+    """Yield the largest children that are frozen as a whole. Skip layers, and blocks of a list or a sequence."""
     for name, child in module.named_children():
         fqn = f"{prefix}{name}"
         flags = [parameter.requires_grad for parameter in _plain_parameters(child)]
@@ -55,7 +55,7 @@ def _frozen_parts(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn
 
 
 def _plain_parameters(module: nn.Module) -> Iterator[Tensor]:
-    """Those that could train: packed ones and integers never do."""
+    """Yield the parameters that can train. Packed and integer ones cannot."""
     for part in module.modules():
         packed = format_of(part) is not None
         yield from (p for p in part._parameters.values() if p is not None and p.is_floating_point() and not packed)
@@ -66,7 +66,7 @@ def _trains(module: nn.Module) -> bool:
 
 
 def _part(fqn: str, frozen: list[str]) -> str:
-    """The outermost module around a target that has no frozen part in it."""
+    """Return the outermost module around a target that contains no frozen part."""
     names = fqn.split(".")
     outer = (".".join(names[:length]) for length in range(1, len(names) + 1))
     return next(name for name in outer if not any(part == name or part.startswith(name + ".") for part in frozen))

@@ -1,17 +1,17 @@
-"""The plain functions that merge a model's adapters into its weights and take them out again, layer by layer."""
+"""Merge a model's adapters into its weights, and unmerge them again, layer by layer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import nn
 
 from lightning_lora.layers.base import LoRALayer, lora_layers
-from lightning_lora.layers.state import AdapterState, Quantized
+from lightning_lora.layers.state import Quantized
 from lightning_lora.model.ties import join, tied_weights, untying
-from lightning_lora.utils.sharding import is_distributed, reshard
+from lightning_lora.utils.sharding import is_distributed, is_flattened, is_sharded, reshard
 
 
 def merge_lora(
@@ -22,26 +22,26 @@ def merge_lora(
     device: torch.device | str | None = None,
     quantized: Quantized | None = None,
 ) -> nn.Module:
-    """Add every update to its base weight: no cost at inference, and a state dict with the base's keys only.
+    """Add every update to its base weight. Inference then costs nothing extra, and the state dict has the base's keys only.
 
-    Sums are taken in fp32 and rounded once. ``merge_report`` tells what the rounding lost. Merging twice changes nothing.
+    Sums are computed in fp32 and rounded once. ``merge_report`` reports the loss by rounding. Merging twice changes nothing.
 
     Args:
         model: an adapted model.
-        untie: give an adapted layer whose weight another module shares (tied embeddings) a weight of its own. Other ties stay.
-        reversible: keep what :func:`unmerge_lora` needs (a few percent of the weights' bytes).
-        device: where to compute, layer by layer (default: where each weight is).
-        quantized: how to merge into a quantized weight, which has no default. ``"dequantize"``: the layer becomes a plain one with a
-            weight in the dtype it was quantized from, and only the rounding to that is lost. ``"requantize"``: it stays packed, and the
-            update is rounded to the grid of a few bits, which loses more than most updates are worth; look at ``merge_report``.
-            Either way the packed weight is kept for :func:`unmerge_lora`, unless ``reversible`` is False.
+        untie: copy the weight of an adapted layer that another module shares (tied embeddings). Other ties stay.
+        reversible: keep the undo record that :func:`unmerge_lora` needs (a few percent of the weights' bytes).
+        device: device of the sums, layer by layer. Default: each weight's own.
+        quantized: how to merge into a quantized weight. A quantized model has no default. ``"dequantize"``: make the layer a plain one,
+            whose weight has the dtype before quantization. Only the rounding to this dtype is lost. ``"requantize"``: pack the sum
+            again. The update is then rounded to a grid of a few bits, which loses most of a small update; see ``merge_report``.
+            Both keep the packed weight for :func:`unmerge_lora`, unless ``reversible`` is False.
 
     Returns:
         The same ``model``.
 
     Raises:
-        ValueError: an adapter holds NaN or infinity, a weight is quantized and ``quantized`` does not say how to merge into it, or one
-            is tied and ``untie`` is False or no file could hold the model untied; nothing is merged then.
+        ValueError: an adapter holds NaN or infinity, a weight is quantized and ``quantized`` is None, or a weight is tied and
+            ``untie`` is False or no file could hold the model untied. Nothing is merged then.
     """
     layers = [(name, layer) for name, layer in lora_layers(model) if not layer.merged]
     for name, layer in layers:
@@ -52,54 +52,57 @@ def merge_lora(
     if tied and not untie:
         name, others = next(iter(tied.items()))
         raise ValueError(
-            f"{name} is tied to {', '.join(others)}: merging would change that too. Pass untie=True to give it a weight"
+            f"{name} is tied to {', '.join(others)}: merging would change both. Pass untie=True to give it a weight"
             " of its own (that tie is no longer declared by the model then, so it is saved and loaded untied), or leave it unmerged."
         )
     plan = untying(model, tied) if tied else None
-    untied: list[LoRALayer] = []
-    for name, layer in _ready(model, layers):
+
+    def merge(name: str, layer: LoRALayer) -> None:
         shared = [part for weight, part in layer.by_weight().items() if join(name, weight) in tied]
         for part in shared:
             part.lora_state.shares_weight = True
-        untied += [layer] if shared else []
-        layer.merge_weights(device=device, reversible=reversible, quantized=quantized)
-    if plan is not None:
-        plan.apply()
-    for layer in untied if reversible else ():
-        layer.lora_state.untying = plan
+        layer.merge_weights(device=device, quantized=quantized)
+        if shared:
+            layer.untie(plan)
+
+    _all_or_none(model, layers, merge, lambda layer: layer.unmerge_weights())
+    for layer in [layer for _, layer in layers if not reversible]:
+        layer.lora_state.untying = None
+        for part in layer.by_weight().values():
+            part.lora_state.merge.undo = None  # kept until here, to take all back if one layer had failed
     return model
 
 
 def merge_report(model: nn.Module) -> dict[str, float]:
-    """FQN → share of the update that rounding lost in the merge, ‖merged − base − Δ‖ / ‖Δ‖, for every merged layer.
+    """Return FQN → share of the update that the merge lost by rounding, ‖merged − base − Δ‖ / ‖Δ‖, for every merged layer.
 
-    Of a quantized base it is measured against the unpacked weight; 1 and more means that nothing of the update is left to rely on.
+    For a quantized base, "base" is the unpacked weight. At 1 or above the update is lost.
     """
     losses = {name: layer.merge_loss for name, layer in lora_layers(model)}
     return {name: loss for name, loss in losses.items() if loss is not None}
 
 
 def unmerge_lora(model: nn.Module) -> nn.Module:
-    """Take every update out again; the base weights are bit for bit what they were.
+    """Remove every merged update. The base weights are restored bit for bit.
 
     Raises:
-        ValueError: a layer cannot go back (its way back was not kept, or its adapter changed); the message names it.
+        ValueError: a layer cannot be unmerged, since its merge was not reversible or its adapter changed. The message names it.
     """
-    done: list[tuple[LoRALayer, AdapterState]] = []
-    for name, layer in _ready(model, [(name, layer) for name, layer in lora_layers(model) if layer.merged]):
-        before = layer.lora_state.copy()
+    layers = [(name, layer) for name, layer in lora_layers(model) if layer.merged]
+    states = {layer: layer.lora_state.copy() for _, layer in layers}
+
+    def unmerge(name: str, layer: LoRALayer) -> None:
         try:
             layer.unmerge_weights()
         except ValueError as error:
-            for earlier, state in done:
-                earlier.merge_again(state)
             raise ValueError(f"{name!r} cannot be unmerged: {error}.") from error
-        done.append((layer, before))
+
+    _all_or_none(model, layers, unmerge, lambda layer: layer.merge_again(states[layer]))
     return model
 
 
 def unmerge_for_now(model: nn.Module) -> Callable[[], None]:
-    """Unmerge; the function returned merges again what was merged, as it was.
+    """Unmerge, and return a function that merges the same layers again, to the same bits.
 
     Raises:
         ValueError: as :func:`unmerge_lora`.
@@ -109,15 +112,14 @@ def unmerge_for_now(model: nn.Module) -> Callable[[], None]:
     unmerge_lora(model)
 
     def merge() -> None:
-        for _, layer in _ready(model, merged):
-            layer.merge_again(states[layer])
+        _all_or_none(model, merged, lambda _, layer: layer.merge_again(states[layer]), lambda layer: layer.unmerge_weights())
 
     return merge
 
 
 @contextmanager
 def unmerged(model: nn.Module) -> Iterator[None]:
-    """Within it the model is unmerged; after it, what was merged is so again.
+    """Unmerge the model inside the ``with`` block. Afterwards merge the same layers again.
 
     Raises:
         ValueError: as :func:`unmerge_lora`.
@@ -130,7 +132,7 @@ def unmerged(model: nn.Module) -> Iterator[None]:
 
 
 def _ready(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> Iterator[tuple[str, LoRALayer]]:
-    """The layers, each at a time when its weight may be written to."""
+    """Yield the layers. While a layer is yielded, its weight may be written to."""
     if not is_distributed():
         yield from layers
         return
@@ -139,3 +141,28 @@ def _ready(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> Iterator[tu
     reshard(model)
     for batch in parallel.summoned(model, layers):
         yield from batch
+
+
+def _all_or_none(
+    model: nn.Module,
+    layers: list[tuple[str, LoRALayer]],
+    change: Callable[[str, LoRALayer], None],
+    take_back: Callable[[LoRALayer], None],
+) -> None:
+    """Change every layer, or none.
+
+    A layer by itself changes wholly or not at all. After a failure the earlier ones are taken back. A layer for which there is no memory
+    even then stays changed and says so: the model computes the same. So does every layer of a sharded model whose failure other ranks may
+    not share, since they would have to take part.
+    """
+    done: list[LoRALayer] = []
+    try:
+        for name, layer in _ready(model, layers):
+            change(name, layer)
+            done.append(layer)
+    except BaseException as error:
+        alone = not isinstance(error, ValueError) and (is_flattened(model) or any(is_sharded(p) for p in model.parameters()))
+        for layer in [] if alone else reversed(done):
+            with suppress(RuntimeError, MemoryError):
+                take_back(layer)
+        raise

@@ -1,4 +1,4 @@
-"""Whether an adapter on a layer does what it promises in this model: the layer is called, and merging leaves what the adapter did."""
+"""Decide whether a layer suits LoRA in this model: it must be called, and merging must give the adapter's output."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lightning_lora.utils.weight_reads import weight_reads
 
 
 class Suitability:
-    """Asked about the layers of one model.
+    """Tell which layers of one model LoRA can adapt.
 
     Args:
-        model: the whole model, for what a layer's parent does with it counts too.
+        model: the whole model, because a layer's parents matter too.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -25,15 +25,15 @@ class Suitability:
         return weight_reads(self.model)
 
     def reason(self, module: nn.Module, kind: str | None = None) -> str | None:
-        """Why an adapter on this layer would be wrong; None if it would not.
+        """Return why an adapter on this layer would be wrong; None if it would be right.
 
         Args:
             module: the layer.
-            kind: name of its kind, where its type does not tell.
+            kind: name of the layer's kind, if its type does not determine the kind.
         """
         if module in self._reads:
             where = self._reads[module]
             return (
-                f"{where} reads its weight without calling it, so an adapter there would do nothing and merging it would change the model"
+                f"{where} reads its weight without calling it, so an adapter there would have no effect and merging would change the model"
             )
         return why_not_linear(module, kind)

@@ -1,4 +1,4 @@
-"""What a config means for a model: the modules to adapt, what trains in full, and what is left alone; printed as a table."""
+"""Report what a config selects in a model: modules to adapt, what trains in full, what is left out. It prints as a table."""
 
 from __future__ import annotations
 
@@ -21,49 +21,49 @@ class Target:
     fqn: str
     module: nn.Module = field(repr=False)
     type_name: str  # the module's type before it is adapted
-    kind: type[LoRALayer]  # the class that it gets
+    kind: type[LoRALayer]  # the module's class after it is adapted
     spec: LayerSpec
 
     @property
     def rank(self) -> int:
-        """r of its adapter."""
+        """r of the adapter."""
         return self.spec.rank
 
     @property
     def alpha(self) -> float:
-        """Scaling numerator of its adapter."""
+        """Scaling numerator of the adapter."""
         return self.spec.alpha
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the base weight; of the first one where there are several."""
+        """Shape of the base weight; of the first one if the module has several."""
         return self.shapes[0]
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        """Of each base weight."""
+        """Shape of each base weight."""
         if format_of(self.module):
             return [(self.module.out_features, self.module.in_features)]  # type: ignore
         return [tuple(self.module._parameters[name].shape) for name in self.kind.adapted]  # type: ignore[union-attr]
 
     @property
     def parameters(self) -> int:
-        """Elements that the adapter has."""
+        """Number of elements of the adapter."""
         return sum(math.prod(shape) for shape in self.kind.parameter_shapes(self.module, self.spec).values())
 
 
 @dataclass(frozen=True)
 class TargetReport:
-    """What a config means for a model; ``print`` it.
+    """Report what a config selects in a model; ``print`` it.
 
     Attributes:
         targets: the modules to adapt, in the model's order.
-        hits: pattern → how many modules it hit, by config field.
-        saved: FQNs of the modules trained in full.
-        left_out: what ``"all-linear"`` leaves out though it is neither embedding nor vector: what is in no linear, such as experts in one
-            tensor, and the linears of ``passed_over``; module and type → elements.
-        total: elements of the model.
-        passed_over: FQN → why ``"all-linear"`` passed over this linear, which an adapter cannot serve.
+        hits: config field → pattern → number of modules that it matched.
+        saved: FQNs of the modules and parameters trained in full.
+        left_out: module and type → elements left out by ``"all-linear"``: tensors in no linear, such as experts in one tensor, and the
+            linears of ``passed_over``. Embeddings and vectors are not listed.
+        total: number of elements of the model.
+        passed_over: FQN → why ``"all-linear"`` passed over this linear.
     """
 
     targets: tuple[Target, ...]
@@ -75,7 +75,7 @@ class TargetReport:
 
     @property
     def parameters(self) -> int:
-        """Elements that all adapters have together."""
+        """Number of elements of all adapters together."""
         return sum(target.parameters for target in self.targets)
 
     def __str__(self) -> str:
@@ -103,15 +103,15 @@ class TargetReport:
 
 
 def starred(fqn: str) -> str:
-    """With * for the index of a block, so that the layers of all blocks have one name."""
+    """Return the name with * for the index of a block, so that layers of all blocks share one name."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", fqn)
 
 
 def grouped(reasons: dict[str, str]) -> list[str]:
-    """One line for what all blocks have in common.
+    """Return one line per name and reason that all blocks share.
 
     Args:
-        reasons: FQN → what to say of it.
+        reasons: FQN → reason.
     """
     groups = Counter((starred(fqn), reason) for fqn, reason in reasons.items())
     return [f"{name} ({count}): {reason}" for (name, reason), count in groups.items()]

@@ -1,7 +1,7 @@
-"""From a config to the modules it means.
+"""Resolve a config to the modules of a model.
 
-Everything that can be wrong with a config for a model is found here, before anything is changed: a pattern that hits
-nothing (with the nearest names), a module of a type that cannot be adapted, a rank above what a layer can have.
+Every mistake in a config is found here, before the model is changed: a pattern without a match (the message has the nearest
+names), a module that cannot be adapted, a rank above a layer's size.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from lightning_lora.registry import kind_of, qualified_name, why_refused
 from lightning_lora.utils.names import modules_by_name
 from lightning_lora.utils.patterns import compile_patterns, layer_index, no_match
 
-_MUCH = 0.2  # of the model's elements: a warning says what is passed over
+_MUCH = 0.2  # share of the model's elements; a larger share left out by "all-linear" is a warning
 
 
 class _Field:
-    """The patterns of one config field, and how many modules each hit."""
+    """Hold the patterns of one config field and count the modules that each matches."""
 
     def __init__(self, name: str, entries: str | Iterable[str]) -> None:
         self.name, self.patterns = name, compile_patterns(entries, name)
         self.hits = Counter({pattern.text: 0 for pattern in self.patterns})
 
     def matching(self, fqn: str) -> list[str]:
-        """The entries that match a module, each counted."""
+        """Return the entries that match a module, and count them."""
         found = [pattern.text for pattern in self.patterns if pattern.matches(fqn)]
         self.hits.update(found)
         return found
 
 
 class _AllLinear(_Field):
-    """``target_modules="all-linear"``: every linear but output heads, what is trained in full, and what an adapter cannot serve."""
+    """``target_modules="all-linear"``: match every linear except output heads, modules trained in full, and linears unsuitable for LoRA."""
 
     def __init__(self, model: nn.Module, modules: dict[str, nn.Module], saved: list[str], suitability: Suitability) -> None:
         self.name, self.hits = "target_modules", Counter({ALL_LINEAR: 0})
@@ -65,11 +65,11 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetReport:
     """Resolve a config against a model without changing it.
 
     Args:
-        model: any module; layers that have LoRA already are found as if they had not.
-        config: what to adapt.
+        model: any module. Layers that already have LoRA are targets as well.
+        config: the config to resolve.
 
     Raises:
-        ValueError: a pattern or layer index hits nothing, a target cannot be adapted, two fields contradict each other.
+        ValueError: a pattern or a layer index matches nothing, a target cannot be adapted, or two fields contradict each other.
     """
     modules = {name: module for name, module in modules_by_name(model).items() if not name.rpartition(".")[2].startswith(PREFIX)}
     saved = saved_modules(model, config)
@@ -79,9 +79,9 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetReport:
     passed_over = wanted.passed_over if isinstance(wanted, _AllLinear) else {}
     excluded = _Field("exclude_modules", config.exclude_modules)
     rules = {name: _Field(name, list(getattr(config, name))) for name in ("rank_pattern", "alpha_pattern", "kind_pattern")}
-    options_of(config)  # a wrong one is refused here
+    options_of(config)  # raises for a wrong option
 
-    chosen: dict[nn.Module, str] = {}  # a module that two parents share has two names: either may be targeted, it is adapted once
+    chosen: dict[nn.Module, str] = {}  # a module with two parents has two names: both may be targets, and it is adapted once
     skipped: set[str] = set()
     for fqn, module in modules.items():
         if excluded.matching(fqn):
@@ -105,13 +105,13 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetReport:
     problems += mixed_with_frozen(model, {target.fqn: target.module for target in targets})
     fields = (wanted, excluded, *rules.values())
     if everything and passed_over and not chosen:
-        problems += [f"target_modules='{ALL_LINEAR}' finds no linear that an adapter can serve: {line}." for line in grouped(passed_over)]
+        problems += [f"target_modules='{ALL_LINEAR}' finds no linear that LoRA can adapt: {line}." for line in grouped(passed_over)]
     elif not (config.allow_unmatched and targets):
         problems += _unmatched(fields, config, modules, chosen.values())
     if problems:
         raise ValueError("\n".join(problems[:8] + ([f"… and {len(problems) - 8} more."] if len(problems) > 8 else [])))
     if not targets:
-        raise ValueError("target_modules and exclude_modules together leave no module to adapt; exclude less.")
+        raise ValueError("exclude_modules excludes every module that target_modules matches; exclude less.")
     for target in targets:
         _warn_of_rank(target)
     total = sum({p: elements(module, name, p) for module in modules.values() for name, p in _own_parameters(module)}.values())
@@ -123,21 +123,21 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetReport:
 
 
 def _unmatched(fields: Iterable[_Field], config: LoRAConfig, modules: dict[str, nn.Module], chosen: Iterable[str]) -> list[str]:
-    """What the config names that is not there."""
+    """Return a problem per pattern and per layer index that matches nothing."""
     adaptable = [fqn for fqn, module in modules.items() if kind_of(type(module)) is not None] or list(modules)
     problems = [no_match(each.name, text, adaptable) for each in fields for text, count in each.hits.items() if not count]
     hit = {layer_index(fqn) for fqn in chosen}
     missing = [index for index in config.layers or () if index not in hit]
     if missing:
         there = sorted({index for index in map(layer_index, modules) if index is not None})
-        problems.append(f"layers={missing}: no targeted module sits in a block with that index; this model's indices are {_ranges(there)}.")
+        problems.append(f"layers={missing}: no targeted module is in a block with that index; this model's indices are {_ranges(there)}.")
     return problems
 
 
 def _problem(suitability: Suitability, module: nn.Module, spec: LayerSpec, saved: list[str]) -> str | None:
     fqn = spec.fqn
     if within(fqn, saved):
-        return f"{fqn!r} is both in target_modules and in modules_to_save; it can be adapted or trained in full, not both."
+        return f"{fqn!r} is in both target_modules and modules_to_save; adapt it or train it in full, not both."
     problem = refusal(module, spec)
     if problem is None and (reason := suitability.reason(module, spec.kind)):
         return f"{fqn!r} ({qualified_name(type(module))}): {reason}. Exclude it."
@@ -148,12 +148,13 @@ def _warn_of_rank(target: Target) -> None:
     sizes = [math.prod(shape) // target.rank for shape in target.kind.adapter_shapes(target.module, target.spec)]
     if target.rank > min(sizes):
         warnings.warn(
-            f"rank={target.rank} of {target.fqn!r} is above min(in, out)={min(sizes)}: more parameters than a full update.", stacklevel=4
+            f"rank={target.rank} of {target.fqn!r} is above min(in, out)={min(sizes)}: more parameters than a full update; lower the rank.",
+            stacklevel=4,
         )
 
 
 def _left_out(modules: dict[str, nn.Module], passed_over: Container[str]) -> dict[str, int]:
-    """Elements by module and type of what "all-linear" leaves out; vectors (norms, biases) and embeddings are no news."""
+    """Return module and type → elements left out by "all-linear". Vectors (norms, biases) and embeddings are not listed."""
     left: Counter[str] = Counter()
     for fqn, module in modules.items():
         kind = kind_of(type(module))
@@ -171,15 +172,15 @@ def _warn_of_left_out(left: dict[str, int], total: int) -> None:
     if size > _MUCH * total:
         name = next(iter(left))
         warnings.warn(
-            f"target_modules='all-linear' leaves out {size / total:.0%} of the model, which is in no linear that an"
-            f" adapter can serve: {name} has {left[name]:,} of {total:,} elements. Name it in target_modules if LoRA has a kind for"
-            " it, or in exclude_modules if that is meant.",
+            f"target_modules='all-linear' leaves out {size / total:.0%} of the model, which no linear that LoRA can adapt"
+            f" contains: {name} has {left[name]:,} of {total:,} elements. Name it in target_modules if LoRA has a kind for"
+            " it, or in exclude_modules if this is intended.",
             stacklevel=3,
         )
 
 
 def _own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The module's own, without children's and adapters'."""
+    """Return the module's own parameters, without those of children and adapters."""
     return [(name, p) for name, p in module._parameters.items() if p is not None and not name.startswith(PREFIX)]
 
 

@@ -73,9 +73,11 @@ class Untying:
         """Make the changes; once made, do nothing."""
         if self._before is not None:
             return
-        self._before = [((module, name), module._parameters[name]) for module, name in self.copies]  # type: ignore[misc]
-        for (module, name), tied in self._before:
-            module._parameters[name] = nn.Parameter(tied.detach().clone(), requires_grad=tied.requires_grad)
+        shared = [(slot, tied) for slot in self.copies if (tied := slot[0]._parameters[slot[1]]) is not None]
+        own = [nn.Parameter(tied.detach().clone(), requires_grad=tied.requires_grad) for _, tied in shared]  # or no memory: no change
+        for (module, name), parameter in zip(self.copies, own, strict=True):
+            module._parameters[name] = parameter
+        self._before = shared
         for config in self.configs:
             config.tie_word_embeddings = False
         self._declared_before = [(model, declare_ties(model, ties)) for model, ties in self.declared]

@@ -1,4 +1,4 @@
-"""What one callback adapted, and how a checkpoint tells of several."""
+"""Describe the part that one callback adapted, and write several parts into a checkpoint's metadata."""
 
 from __future__ import annotations
 
@@ -7,45 +7,52 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_lora.adapter_io.files import AdapterFile
+from lightning_lora.adapter_io.metadata import understood
 from lightning_lora.config import LoRAConfig
 
 
 @dataclass
 class AdaptedPart:
-    """What one callback adapted.
+    """The part of a module that one callback adapted.
 
     Attributes:
-        root: name of the submodule that adapter files are relative to ("" for the module itself).
-        config: what it was adapted with.
+        root: name of the submodule that names in adapter files are relative to ("" for the module itself).
+        config: the config that the part was adapted with.
         check_base: refuse checkpoints that were trained on another base.
-        lora_plus_ratio: how many times A's learning rate B gets.
-        before_load: called with the config of a checkpoint before it is held against the module, which it may change to fit.
+        lora_plus_ratio: B's learning rate divided by A's.
+        allow_nonfinite: write and load checkpoints with NaN or infinity in what trains.
+        before_load: called with a checkpoint's config before the module is checked against it. It may change the module to fit.
     """
 
     root: str
     config: LoRAConfig
     check_base: bool = True
     lora_plus_ratio: float = 1.0
+    allow_nonfinite: bool = False
     before_load: Callable[[LoRAConfig], None] | None = None
 
 
 def meta_of(parts: Mapping[str, AdaptedPart], base: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
-    """What a checkpoint says of its adapters: of the first as adapter files do, of others in a list.
+    """Return a checkpoint's metadata: the first part's as in adapter files, the others' in the list ``others``.
 
     Args:
         parts: root → part.
-        base: gives the base's identity for a root.
+        base: returns the base's identity for a root.
     """
     first, *others = (AdapterFile(part.config, {}, base(root)).meta(root=root) for root, part in parts.items())
     return {**first, "others": others} if others else first
 
 
 def parts_in(meta: dict[str, Any], parts: Mapping[str, AdaptedPart], where: str) -> dict[str, dict[str, Any]]:
-    """Root here → what a checkpoint says of it.
+    """Return root in this module → the metadata of that part in a checkpoint.
+
+    A single part here takes a checkpoint's single part, under any root.
 
     Raises:
-        ValueError: it has adapters on other submodules.
+        ValueError: it is of a newer format, or has adapters on other submodules.
     """
+    for part in (meta, *meta.get("others", ())):
+        understood(part, where)
     found = {part["root"]: part for part in (meta, *meta.get("others", ()))}
     if len(found) == len(parts) == 1:
         return dict(zip(parts, found.values(), strict=True))

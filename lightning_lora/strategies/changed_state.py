@@ -1,15 +1,15 @@
-"""What of a module a checkpoint holds: everything but what is proved to be the unchanged base.
+"""Decide what a checkpoint holds of a module: everything but what is proved to be the unchanged base.
 
 A frozen parameter is left out only if both hold:
 
-- The base's fingerprint covers it. So a checkpoint that lacks it does not load onto a base where it is another.
-- Each of its bits is as it was when the adapters came. A digest of the whole tensor is taken then and at each save. Less would not
-  do: an EMA that writes through ``.data`` moves no version counter, and a codebook moves a few rows that a sample misses.
+- The base's fingerprint covers it. So a checkpoint without it does not load onto a base where its value differs.
+- Each of its bits is as it was when the adapters were added. A digest of the whole tensor is taken then and at each save. Cheaper checks
+  miss changes: an EMA that writes through ``.data`` changes no version counter, and a codebook changes a few rows that a sample misses.
 
-So the rest is saved: adapters, what trains or trained at any time since, frozen parameters that changed (a codebook, an EMA, weights
-that were loaded after ``setup``), and those beside the adapted submodule, which no fingerprint covers.
+Everything else is saved: adapters, parameters that train or have trained since, frozen parameters that changed (a codebook, an EMA,
+weights loaded after ``setup``), and frozen parameters outside the adapted submodule, which no fingerprint covers.
 
-Digests are taken at setup, at the start of training and at saves, never in a step. They read the memory once.
+Digests are taken in setup, at the start of training and at saves, never in a step. Each reads its tensor once.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from lightning_lora.utils.names import clean_name, persistent_buffers
 from lightning_lora.utils.sharding import gathered_parameters, is_flattened, is_sharded, local_tensor, reshard
 
 T = TypeVar("T")
-COPIES = 64 << 20  # bytes of frozen tensors, the smallest first, whose values at the start are kept to go back to
+COPIES = 64 << 20  # bytes: frozen tensors up to this sum, the smallest first, are copied at the start, so that they can be reset
 
 _STATES: weakref.WeakKeyDictionary[nn.Module, ChangedState] = weakref.WeakKeyDictionary()
 
 
 class ChangedState:
-    """Which parameters of a module a checkpoint has to hold; kept as long as the module has its adapters.
+    """Tracks which parameters of a module a checkpoint has to hold, as long as the module has its adapters.
 
     Attributes:
-        wrapped: gives the module as its strategy wrapped it, which for FSDP1 is where its parameters can be read.
-        roots: names of the adapted submodules, each with a fingerprint → sampled digests of its base.
+        wrapped: returns the module as its strategy wrapped it. Under FSDP1 parameters can only be read through the wrapper.
+        roots: name of each adapted submodule → the sampled digests of its base (:func:`fingerprint.base_digests`).
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -49,17 +49,17 @@ class ChangedState:
         self.wrapped: Callable[[], nn.Module] = lambda: self.module
         self.roots: dict[str, dict[str, str]] = {}
         self._begun: set[str] = set()
-        self._reference: dict[str, str] | None = None  # frozen and covered → digest when adapters came, or training began
-        self._pending: set[str] = set()  # the same, but on the meta device then
+        self._reference: dict[str, str] | None = None  # frozen and covered → digest when adapters were added, or training began
+        self._pending: set[str] = set()  # frozen and covered, but on the meta device then
         self._saved: set[str] = set()  # what trained or changed at any time
-        self._moved: set[str] = set()  # of the reference: what changed since training began
+        self._moved: set[str] = set()  # what changed since training began; only keys of the reference
         self._small: set[str] = set()
         self._copies: dict[str, Tensor] = {}
         self._started = False
 
     @classmethod
     def of(cls, module: nn.Module) -> ChangedState:
-        """The module's own."""
+        """Return the state of a module; create it at the first call."""
         if module not in _STATES:
             _STATES[module] = cls(module)
         return _STATES[module]
@@ -71,16 +71,16 @@ class ChangedState:
         assert module is not None
         return module
 
-    # When it is asked.
+    # Record what changes.
 
     def add(self, root: str, new: bool) -> None:
-        """Count in an adapted submodule; ``new``: its adapters have come just now, and what was known of it before is of no use."""
+        """Add an adapted submodule. If ``new``, its adapters were added just now, and earlier records of it are dropped."""
         if new:
             self.drop(root)
         self.roots.setdefault(root, {})
 
     def drop(self, root: str) -> None:
-        """Forget an adapted submodule, and with the last one everything."""
+        """Forget an adapted submodule. Forget everything with the last one."""
         self.roots.pop(root, None)
         self._begun.discard(root)
         for names in (self._saved, self._moved, self._small, self._pending):
@@ -93,12 +93,12 @@ class ChangedState:
             self._saved.clear()
 
     def begin(self, root: str) -> None:
-        """Take the digests: adapters have come to ``root`` and nothing has trained yet. Nothing if that was done before."""
+        """Take the digests of the base. Call it when ``root`` has its adapters and nothing has trained yet. A second call does nothing."""
         if root in self._begun:
             return
         self._begun.add(root)
         self.roots[root] = fingerprint.base_digests(self.module.get_submodule(root))
-        self._saved = {fqn for fqn in self._saved if not _is_within(fqn, [root])}  # trained till another root's adapters came
+        self._saved = {fqn for fqn in self._saved if not _is_within(fqn, [root])}  # trained while only other roots had adapters
         self._note(self._reference or {})
         frozen = {fqn: p for fqn, _, _, p in self._parameters() if self._is_covered(fqn, p)}
         self._pending = {fqn for fqn, p in frozen.items() if p.is_meta}
@@ -106,17 +106,17 @@ class ChangedState:
         left = COPIES
         for fqn in sorted(self._reference, key=lambda fqn: frozen[fqn].nbytes):
             left -= frozen[fqn].nbytes
-            if left >= 0 and type(local_tensor(frozen[fqn].detach())) is Tensor:  # a packed weight does not change
+            if left >= 0 and type(local_tensor(frozen[fqn].detach())) is Tensor:  # a quantized weight does not change
                 self._small.add(fqn)
         self.rebase()
 
     def note(self) -> None:
-        """Find what trains or has changed by now. A collective under sharding."""
+        """Find what trains or has changed by now; a collective under sharding."""
         if self._reference is not None:
             self._note(self._reference)
 
     def rebase(self) -> None:
-        """After :meth:`note`: the strategy gives tensors another form (dtype, sharding), which is not a change."""
+        """Take the digests anew after the strategy cast or sharded tensors, which is no change. Call :meth:`note` before that."""
         for fqn, owner, name, p in self._parameters():
             if self._reference is not None and fqn in self._reference and fqn not in self._moved:
                 self._reference[fqn] = digest(owner, name, p) or self._reference[fqn]
@@ -124,7 +124,7 @@ class ChangedState:
                     self._copies[fqn] = local_tensor(p.detach()).to("cpu", copy=True)
 
     def start(self) -> None:
-        """Training begins: what was on the meta device has its base by now, and what changes from here on can be reset."""
+        """Note that training begins. What was on the meta device has its values by now. Changes from here on can be reset."""
         self.settle()
         if not self._started:
             self.note()
@@ -132,7 +132,7 @@ class ChangedState:
             self._started = self._reference is not None
 
     def settle(self) -> None:
-        """Take the digests of what was on the meta device, once it has content."""
+        """Take the digests of what was on the meta device, once it has values."""
         if self._pending and self._reference is not None and not any(p.is_meta for _, _, _, p in self._parameters()):
             self._reference |= {fqn: "" for fqn in self._pending - self._saved}
             self._pending = set()
@@ -142,15 +142,15 @@ class ChangedState:
     # What a checkpoint holds.
 
     def holds(self, fqn: str) -> bool:
-        """Whether it holds a parameter, as far as is known."""
+        """Return True if a checkpoint holds this parameter, as far as is known now."""
         base = self._reference is not None and (fqn in self._reference or fqn in self._pending)
         return fqn.rpartition(".")[2].startswith(PREFIX) or fqn in self._saved or not base
 
     def tensors(self, whole: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """Name → parameter, of those that a checkpoint holds. A collective under sharding.
+        """Return name → what a checkpoint holds of each parameter that it holds; a collective under sharding.
 
         Args:
-            whole: what is saved of a tensor.
+            whole: returns what is saved of a tensor.
         """
         for root in self.roots:
             self.begin(root)
@@ -171,7 +171,7 @@ class ChangedState:
         return {name: found[name] for name in names if name in found}
 
     def required(self, present: Collection[str]) -> list[str]:
-        """Names that a checkpoint has to have here and has not.
+        """Return the names that a checkpoint must have here and lacks.
 
         Args:
             present: names that it has.
@@ -185,52 +185,52 @@ class ChangedState:
         return sorted(needed)
 
     def check_base(self, root: str, present: Collection[str], saved: dict[str, Any], where: str) -> None:
-        """Hold what a checkpoint leaves out of an adapted submodule against the base it was trained on.
+        """Compare the base of an adapted submodule, without what a checkpoint holds, with the base that the checkpoint was trained on.
 
         Raises:
-            ValueError: it is another one.
+            ValueError: they differ.
         """
         self.settle()
         module, then = self.module.get_submodule(root), self.identity(root, present)
-        if then["fingerprint"] != saved["fingerprint"]:  # loaded after setup, perhaps, and here again
+        if then["fingerprint"] != saved["fingerprint"]:  # both bases may have been loaded after setup: compare present values
             then = fingerprint.identity_of(module, fingerprint.base_digests(module), self._relative(root, present))
         fingerprint.check_base(then, saved, where)
 
     def identity(self, root: str, present: Collection[str]) -> dict[str, Any]:
-        """The base of an adapted submodule, as it was when the adapters came, without what a checkpoint holds."""
+        """Return the identity that the base of an adapted submodule had before training, without what a checkpoint holds."""
         module = self.module.get_submodule(root)
         digests = self.roots.get(root) or fingerprint.base_digests(module)
         return fingerprint.identity_of(module, digests, self._relative(root, present))
 
     def check_reset(self, present: Collection[str], where: str) -> None:
-        """Refuse a checkpoint that leaves out what changed here since and cannot be put back.
+        """Refuse a checkpoint that leaves out a parameter that has changed here and cannot be reset.
 
         Raises:
-            ValueError: with the names.
+            ValueError: there is one. The message names the first.
         """
         self.note()
         lost = sorted(fqn for fqn in self._moved - set(present) if fqn not in self._copies)
         if lost:
             raise ValueError(
-                f"{where} was written before {lost[0]!r} changed in training ({len(lost)} such parameters), so it leaves that out as base,"
-                " and what it was is not kept here: load it into a module made anew."
+                f"{where} was written before {lost[0]!r} changed in training ({len(lost)} such parameters). So it leaves them out"
+                " as base, and their earlier values are not kept here: load the checkpoint into a newly made module."
             )
 
     def reset(self, present: Collection[str]) -> dict[str, Tensor]:
-        """Name → value when training began, of what changed since and a checkpoint leaves out; this rank's piece."""
+        """Return name → value when training began (this rank's shard) of what changed since and a checkpoint leaves out."""
         return {fqn: self._copies[fqn] for fqn in self._moved - set(present)}
 
-    # Where values go.
+    # Write values.
 
     def places(self, names: Collection[str]) -> dict[str, torch.Size]:
-        """Name → whole shape, of the parameters and persistent buffers among these names."""
+        """Return name → full shape of the parameters and persistent buffers among these names."""
         shapes = {name: tensor.shape for name, tensor in module_state.places(self.module).items() if name in names}
-        if is_flattened(self.wrapped()):  # FSDP1 says what it has of a parameter here
+        if is_flattened(self.wrapped()):  # under FSDP1 the shapes above are those of shards
             shapes |= {fqn: p.shape for fqn, p in self._gathered(names)}
         return shapes
 
     def writable(self, values: dict[str, T]) -> Iterator[tuple[Tensor, T]]:
-        """``(parameter or buffer, value)`` for each name, at a moment when it can be written to."""
+        """Yield ``(parameter or buffer, value)`` for each name, while it can be written to."""
         if is_flattened(self.wrapped()):
             for fqn, p in self._gathered(values.keys(), writeback=True):
                 yield p, values[fqn]
@@ -239,7 +239,7 @@ class ChangedState:
             places = module_state.places(self.module)
         yield from ((places[name], values[name]) for name in values.keys() & places.keys())
 
-    # How it is found.
+    # Find changes.
 
     def _note(self, reference: dict[str, str]) -> None:
         reshard(self.module)
@@ -260,12 +260,12 @@ class ChangedState:
             self._moved |= changed
 
     def _is_cast(self, fqn: str, p: Tensor) -> bool:
-        """Whether a tensor has another dtype now and no other change: some layers cast their bias in the first forward pass."""
+        """Return True if only the dtype changed: some layers cast their bias in the first forward pass."""
         then, now = self._copies.get(fqn), local_tensor(p.detach())
         return then is not None and then.dtype != now.dtype and torch.equal(then.to(now.dtype), now.cpu())
 
     def _gathered(self, names: Collection[str], writeback: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters of these names under FSDP1. Those that it has not flattened come first, and for most runs are all: no collective."""
+        """Yield the parameters of these names under FSDP1. Unflattened ones go first: they are often all, without a collective."""
         left = {clean_name(name) for name, _ in self.module.named_parameters()}.intersection(names)
         for prefix, _, name, p in gathered_parameters(self.wrapped(), writeback) if left else ():
             fqn = clean_name(f"{prefix}.{name}" if prefix else name)
@@ -276,7 +276,7 @@ class ChangedState:
                     return
 
     def _parameters(self) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
-        """Every parameter, at a moment when it can be read."""
+        """Yield every parameter, while it can be read."""
         wrapped = self.wrapped()
         if is_flattened(wrapped):
             for prefix, owner, name, p in gathered_parameters(wrapped):

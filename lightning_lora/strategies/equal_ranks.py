@@ -1,7 +1,8 @@
-"""What trains is the same on every process: made so before training, compared after the first step."""
+"""Keep processes equal: compare their settings, synchronize what trains before training, compare it after the first step."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,8 +15,28 @@ from lightning_lora.utils.names import clean_name
 from lightning_lora.utils.sharding import broadcast, is_distributed, is_sharded
 
 
+def check_same_settings(settings: Mapping[str, Any]) -> None:
+    """Compare the settings of this run between the processes. Every process has to call it.
+
+    Args:
+        settings: name → value, plain types.
+
+    Raises:
+        ValueError: a process has another value. It is raised on all; the message has both values and ranks.
+    """
+    if not is_distributed():
+        return
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, dict(settings))
+    for rank, theirs in enumerate(everyone):
+        names = [name for name in {**everyone[0], **theirs} if repr(theirs.get(name)) != repr(everyone[0].get(name))]
+        if names:
+            different = "; ".join(f"{name}={everyone[0].get(name)!r} on rank 0, {theirs.get(name)!r} on rank {rank}" for name in names)
+            raise ValueError(f"LoRACallback has other settings on rank {rank}: {different}. Give every process the same.")
+
+
 def synchronize(module: nn.Module) -> None:
-    """Give every rank the first rank's values of the adapter and what else trains, where several ranks hold the same."""
+    """Broadcast the adapter and what else trains from the first rank. Of a sharded parameter, do so among the replicas of each shard."""
     if not is_distributed():
         return
     world = torch.distributed.group.WORLD
@@ -25,10 +46,10 @@ def synchronize(module: nn.Module) -> None:
 
 
 def check_equal(module: nn.Module) -> None:
-    """Compare what trains between the processes that hold it whole.
+    """Compare what trains between the processes. Sharded parameters are left out.
 
     Raises:
-        RuntimeError: it differs, so its gradients were not averaged; the message names the first parameter.
+        RuntimeError: a parameter differs, so its gradients were not averaged. The message names the first one.
     """
     if not is_distributed():
         return
@@ -38,6 +59,6 @@ def check_equal(module: nn.Module) -> None:
     different = [name for name in mine if any(other.get(name) != mine[name] for other in everyone)]
     if different:
         raise RuntimeError(
-            f"{len(different)} parameters that train differ between processes after the first step: {different[0]} and others. Their"
-            " gradients were not averaged: was something injected or unfrozen after the model was wrapped?"
+            f"{len(different)} parameters that train differ between processes after the first step: {different[0]} is the first. Their"
+            " gradients were not averaged. Check that nothing was injected or unfrozen after the strategy wrapped the model."
         )

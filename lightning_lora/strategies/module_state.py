@@ -1,8 +1,8 @@
-"""A module's state by name: its tensors, its extra state, and the state dict that a user made of them.
+"""Read and write a module's state by name: its tensors, its extra state, and a state dict that the user's own code makes.
 
-Most modules are what their parameters, buffers and extra state are. Where a class overrides how its state dict is made or loaded (or a
-hook changes it), the state dict is the user's business: it is asked for and given back as plain Lightning would, and only what is
-proved to be the base's is taken out of it.
+The state of most modules is their parameters, buffers and extra state. But a class can override how its state dict is made or loaded, and
+a hook can change it. Then the module's own state dict is saved and loaded as plain Lightning does. Only entries that are proved to be the
+base's are left out.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from lightning_lora.utils.names import clean_name, persistent_buffers
 from lightning_lora.utils.sharding import distribute_like, local_tensor
 
 _METHODS = ("state_dict", "load_state_dict", "_save_to_state_dict", "_load_from_state_dict")
-#: Who overrides these methods and adds no state by it, or state that is looked for in :func:`state_of_user`.
+#: Libraries whose overrides of these methods add no state, or state that :func:`state_of_user` finds.
 _LIBRARIES = {"torch", "lightning", "pytorch_lightning", "lightning_lora", "bitsandbytes", "torchao", "torchmetrics"}
-_EXTRA = "_extra_state"  # torch's name for it in state dicts
+_EXTRA = "_extra_state"  # torch's name for extra state in state dicts
 
 
 def parameters_by_name(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
-    """``(clean name, owner, name in the owner, parameter)`` of every parameter, under every name it has."""
+    """Yield ``(clean name, owner, name in the owner, parameter)`` of every parameter, under each of its names."""
     for prefix, owner in module.named_modules(remove_duplicate=False):
         for name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
             yield clean_name(f"{prefix}.{name}" if prefix else name), owner, name, parameter
 
 
 def places(module: nn.Module) -> dict[str, Tensor]:
-    """Name → where the value of that name in a checkpoint goes: every parameter and persistent buffer."""
+    """Return name → tensor that a checkpoint's value of that name is copied into: every parameter and persistent buffer."""
     return {fqn: p for fqn, _, _, p in parameters_by_name(module)} | persistent_buffers(module)
 
 
 def extra_states(module: nn.Module) -> dict[str, nn.Module]:
-    """Name in a state dict → module that has extra state under it (torch's ``get_extra_state``)."""
+    """Return name in a state dict → module that has extra state under that name (torch's ``get_extra_state``)."""
     return {
         clean_name(f"{prefix}.{_EXTRA}" if prefix else _EXTRA): child
         for prefix, child in module.named_modules()
@@ -46,7 +46,7 @@ def extra_states(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def overrides(module: nn.Module) -> str | None:
-    """Class of a user that overrides how a state dict is made or loaded; None if there is none in the module."""
+    """Return the name of a user's class in the module that overrides how a state dict is made or loaded; None if there is none."""
     for child in module.modules():
         for cls in type(child).__mro__:
             if cls.__module__.partition(".")[0] not in _LIBRARIES and any(method in vars(cls) for method in _METHODS):
@@ -55,7 +55,7 @@ def overrides(module: nn.Module) -> str | None:
 
 
 def state_of_user(module: nn.Module) -> dict[str, Any] | None:
-    """The module's own state dict if it is another than its parameters, buffers and extra state; else None."""
+    """Return the module's own state dict if user code changes it; None if it is just parameters, buffers and extra state."""
     state: dict[str, Any] = {key: value for key, value in module.state_dict().items() if not _of_packed(module, key)}
     if overrides(module) is not None:
         return state
@@ -66,11 +66,11 @@ def state_of_user(module: nn.Module) -> dict[str, Any] | None:
 
 
 def without_base(state: dict[str, Any], base: dict[str, Tensor]) -> dict[str, Any]:
-    """A user's state dict without the entries that are base tensors, told by their memory, or by name and value.
+    """Return a user's state dict without its base tensors. They are recognized by their memory, or by name and value.
 
     Args:
-        state: as the module gave it.
-        base: name → parameter, of those that are proved to be the base's.
+        state: the state dict that the module returned.
+        base: name → parameter that is proved to be the base's.
     """
     memory = {_memory(p) for p in base.values() if p.numel()}
 
@@ -86,7 +86,7 @@ def without_base(state: dict[str, Any], base: dict[str, Tensor]) -> dict[str, An
 
 
 def names_in(saved: Collection[str], module: nn.Module) -> set[str]:
-    """Names of the parameters and buffers that a checkpoint has values for, whatever the user's state dict calls them."""
+    """Return the names of the parameters and buffers that a checkpoint has values for, also if user code saves them by other names."""
     state = state_of_user(module)
     if state is None:
         return set(saved)
@@ -95,7 +95,7 @@ def names_in(saved: Collection[str], module: nn.Module) -> set[str]:
 
 
 def load_users(module: nn.Module, state: dict[str, Any], saved: dict[str, Any], strict: bool) -> None:
-    """Load through the user's methods: what a checkpoint has, and what the module has now for the rest."""
+    """Load a checkpoint by the user's methods. What the checkpoint lacks is loaded with its present value."""
     cut = {
         key: distribute_like(value, state[key]) if isinstance(value, Tensor) and isinstance(state.get(key), Tensor) else value
         for key, value in saved.items()
@@ -109,7 +109,7 @@ def _memory(tensor: Tensor) -> tuple[int, int]:
 
 
 def _of_packed(module: nn.Module, key: str) -> bool:
-    """Whether an entry belongs to a packed weight beside the weight itself (scales, number of bits)."""
+    """Return True if an entry belongs to a quantized weight but is not the weight itself (scales, number of bits)."""
     owner_name, _, name = key.rpartition(".")
     while owner_name:
         try:

@@ -1,18 +1,17 @@
-"""What a Lightning strategy has to do differently under LoRA.
+"""Replace the methods of a Lightning strategy that must work differently under LoRA.
 
-Lightning routes everything that matters here through the strategy: making optimizers, the state dict of a checkpoint,
-loading one, optimizer state. A callback's own hooks come too late or not at all (``on_save_checkpoint`` is skipped for
-``save_weights_only``, ``on_load_checkpoint`` runs after the weights are in). So :class:`StrategyHooks` puts itself
-before those methods on the trainer's strategy *instance*; classes and the user's module stay untouched.
+Lightning calls the strategy to create optimizers, to make and load a checkpoint's state dict, and for optimizer state. A callback's own
+hooks run too late or not at all: ``save_weights_only`` skips ``on_save_checkpoint``, and ``on_load_checkpoint`` runs after the weights
+are loaded. So :class:`StrategyHooks` replaces those methods on the trainer's strategy *instance*. Classes and the user's module stay
+unchanged.
 
-What they do is the same under every strategy, because it is said of single parameters: take a parameter whole, cut the
-piece of it that this rank has, name it. Nothing here asks a strategy for a state dict of the model.
+The hooks do the same under every strategy, because they work on single parameters: gather a parameter, take this rank's shard of it, name
+it. No hook asks a strategy for a state dict of the model.
 """
 
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -27,22 +26,23 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_lora.adapter_io.files import META
-from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import kept_parameters
 from lightning_lora.model.merge import unmerge_lora, unmerged
 from lightning_lora.optim.groups import only_trainable
 from lightning_lora.optim.lora_plus import apply_lora_plus, check_kept, holds_b
 from lightning_lora.optim.state import check_named, load_by_name, state_by_name
 from lightning_lora.strategies import module_state
-from lightning_lora.strategies.adapted_part import AdaptedPart, meta_of, parts_in
+from lightning_lora.strategies.adapted_part import AdaptedPart, meta_of
 from lightning_lora.strategies.changed_state import ChangedState
-from lightning_lora.strategies.checkpoint_io import REST, DurableCheckpointIO, read_folder, write_folder
+from lightning_lora.strategies.checkpoint_checks import check_fits, check_parts, check_values
+from lightning_lora.strategies.checkpoint_io import DurableCheckpointIO, found, read, write_folder
 from lightning_lora.strategies.equal_ranks import synchronize
+from lightning_lora.strategies.finite import check_finite
 from lightning_lora.strategies.lightning_private import saves_shards
 from lightning_lora.utils.names import clean_name, persistent_buffers
 from lightning_lora.utils.sharding import full_tensor, is_flattened, local_shard, local_tensor, on_first_rank, reshard
 
-#: The strategy's methods that the hooks stand in place of.
+#: The strategy's methods that the hooks replace.
 REPLACED = (
     "lightning_module_state_dict",
     "save_checkpoint",
@@ -51,14 +51,14 @@ REPLACED = (
     "optimizer_state",
     "load_optimizer_state_dict",
 )
-_HOOKED = ("setup", "setup_optimizers", *REPLACED)  # the first two call the strategy's own
+_HOOKED = ("setup", "setup_optimizers", *REPLACED)  # the first two also call the strategy's own
 
 
 class StrategyHooks:
-    """Small checkpoints, exact resume and frozen-free optimizers for one module under one strategy.
+    """Small checkpoints, exact resume and optimizers without frozen parameters, for one module under one strategy.
 
     Args:
-        strategy: the trainer's.
+        strategy: the trainer's strategy.
         module: the adapted LightningModule.
     """
 
@@ -70,7 +70,7 @@ class StrategyHooks:
 
     @classmethod
     def of(cls, strategy: Strategy, module: LightningModule) -> StrategyHooks:
-        """The hooks that are on a strategy for this module, or new ones; those for another module are replaced."""
+        """Return the strategy's hooks for this module. Install new ones if it has none, or has those of another module."""
         hooks = getattr(strategy, "_lora_hooks", None)
         if hooks is not None and hooks.module is not module:
             hooks.remove()
@@ -83,12 +83,12 @@ class StrategyHooks:
         return hooks
 
     def add(self, part: AdaptedPart, training: bool, new: bool) -> None:
-        """Count a part in, in place of an earlier one of the same root.
+        """Add a part. It replaces an earlier part with the same root.
 
         Args:
-            part: what was adapted.
-            training: it is going to be trained.
-            new: it was adapted just now.
+            part: the adapted part.
+            training: True if it will be trained.
+            new: True if it was adapted just now.
 
         Raises:
             ValueError: its checkpoints cannot be written under this strategy.
@@ -96,8 +96,8 @@ class StrategyHooks:
         user = module_state.overrides(self.module)
         if user is not None and isinstance(self.strategy, FSDPStrategy):
             raise ValueError(
-                f"{user} overrides how its state dict is made or loaded, and strategy={type(self.strategy).__name__} flattens what it would"
-                " be asked for: use strategy='lora_fsdp2'."
+                f"{user} overrides how its state dict is made or loaded, and strategy={type(self.strategy).__name__} flattens the"
+                " parameters that this needs: use strategy='lora_fsdp2'."
             )
         self.parts[part.root] = part
         self.state.add(part.root, new)
@@ -105,7 +105,7 @@ class StrategyHooks:
             self.state.begin(part.root)
 
     def drop(self, root: str, forget: bool) -> None:
-        """Take a part out again; ``forget`` that its adapters came, too."""
+        """Remove a part. If ``forget``, drop the records of its base too."""
         self.parts.pop(root, None)
         self.module.__dict__.pop("configure_model", None)
         if forget:
@@ -114,7 +114,7 @@ class StrategyHooks:
             self.remove()
 
     def install(self) -> None:
-        """Put the hooks before the strategy's own methods."""
+        """Replace the strategy's methods by the hooks."""
         for name in _HOOKED:
             self.originals[name] = getattr(self.strategy, name)
             setattr(self.strategy, name, getattr(self, name))
@@ -123,13 +123,13 @@ class StrategyHooks:
             self.strategy.checkpoint_io = DurableCheckpointIO()
 
     def remove(self) -> None:
-        """Give the strategy its own methods back."""
+        """Restore the strategy's own methods."""
         for name in self.originals:
             delattr(self.strategy, name)
         del self.strategy._lora_hooks  # type: ignore[attr-defined]
 
     def watch_configure_model(self) -> None:
-        """A module that is there already may shard itself there: its tensors change their form, not their values."""
+        """Wrap the user's ``configure_model``. A module that is built already may shard itself there, which changes no value."""
         original = self.module.configure_model
         if not is_overridden("configure_model", self.module) or "configure_model" in self.module.__dict__:
             return
@@ -143,16 +143,16 @@ class StrategyHooks:
 
         self.module.configure_model = configure_model  # type: ignore[method-assign]
 
-    # Each of these stands before the strategy's method of the same name.
+    # Each of these replaces the strategy's method of the same name.
 
     def setup(self, trainer: Trainer) -> None:
-        """Wrapping and precision give tensors another form, which is not a change; what changed before it is."""
+        """Let the strategy wrap and cast the module, which is no change. What changed before is recorded first."""
         self.state.note()
         self.originals["setup"](trainer)
         self.state.rebase()
 
     def setup_optimizers(self, trainer: Trainer) -> None:
-        """``configure_optimizers``, on adapters that are the same on every rank, without frozen parameters; then LoRA+."""
+        """Call ``configure_optimizers`` with equal adapters on every rank and without frozen parameters. Then apply LoRA+."""
         synchronize(self.module)
         with only_trainable():
             self.originals["setup_optimizers"](trainer)
@@ -167,9 +167,9 @@ class StrategyHooks:
                     apply_lora_plus(optimizer, adapted, part.lora_plus_ratio, *mine)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Everything but what is proved to be the unchanged base (:mod:`lightning_lora.strategies.changed_state`)."""
+        """Return everything but what is proved to be the unchanged base (:mod:`lightning_lora.strategies.changed_state`)."""
         tensors = self.state.tensors(self._saved)
-        if not isinstance(self.strategy, FSDPStrategy):  # which would gather the base for it
+        if not isinstance(self.strategy, FSDPStrategy):  # FSDP1 would gather the base to make a state dict
             with unmerged(self.module) if module_state.overrides(self.module) else nullcontext():
                 theirs = module_state.state_of_user(self.module)
                 if theirs is not None:
@@ -182,48 +182,39 @@ class StrategyHooks:
         return tensors | buffers | extra
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """State by parameter name."""
+        """Return the optimizer's state by parameter name."""
         return state_by_name(getattr(optimizer, "optimizer", optimizer), self.module, self._saved)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str, storage_options: Any = None) -> None:
-        """The checkpoint with what an adapter needs to be known by: format version, config, base."""
+        """Write the checkpoint, with the metadata that identifies its adapter: format version, config, base."""
         names = self._covered(checkpoint["state_dict"])
         meta = meta_of(self.parts, lambda root: self.state.identity(root, names))
         trains = {clean_name(name) for name, _ in kept_parameters(self.module)}
         beside = sorted(checkpoint["state_dict"].keys() - trains)
+        if not any(part.allow_nonfinite for part in self.parts.values()):
+            check_finite(self.strategy, {name: value for name, value in checkpoint["state_dict"].items() if name in trains})
         checkpoint = {**checkpoint, META: {**meta, "beside": beside} if beside else meta}
         if saves_shards(self.strategy):
             write_folder(checkpoint, Path(self.strategy.broadcast(filepath)))
         else:
-            # Only the first process writes, and the others would wait for one that failed.
+            # Only the first process writes. If it fails, the others must raise too, not wait for it.
             on_first_rank(lambda: Strategy.save_checkpoint(self.strategy, checkpoint, filepath, storage_options=storage_options))
 
     def load_checkpoint(self, path: str, weights_only: bool | None = None) -> dict[str, Any]:
-        """A checkpoint, file or folder, held against the module; nothing is loaded into it yet.
+        """Read a checkpoint, file or folder, and check it against the module. Nothing is loaded into the module yet.
 
         Raises:
             ValueError: it is no adapter checkpoint, was made with another config or on another base, or lacks a tensor.
         """
-        path = self.strategy.broadcast(path)
-        sharded = os.path.isfile(os.path.join(path, REST))
-        checkpoint = read_folder(Path(path)) if sharded else self.strategy.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
-        if checkpoint.get(META) is None:
-            raise ValueError(
-                f"{path} was not written under LoRACallback. To start from a full checkpoint load it into the module before fit; to test"
-                " it leave LoRACallback out."
-            )
-        metas = parts_in(checkpoint[META], self.parts, path)
-        for root, meta in metas.items():
-            part, config = self.parts[root], LoRAConfig(**meta["config"])
-            if part.before_load is not None:
-                part.before_load(config)
-            different = config.differences(part.config)
-            if different:
-                raise ValueError(f"{path} was made with another LoRA config (its value != yours): {'; '.join(different)}.")
+        path = found(self.strategy.broadcast(path))
+        checkpoint = read(self.strategy.checkpoint_io, path, weights_only)
+        metas = check_parts(checkpoint, self.parts, path)
+        if not any(part.allow_nonfinite for part in self.parts.values()):
+            check_values(checkpoint, path)
         names = self._covered(checkpoint["state_dict"])
         missing = self.state.required(names)
         theirs = None if isinstance(self.strategy, FSDPStrategy) else module_state.state_of_user(self.module)
-        if theirs is not None:  # what a user's state dict leaves out is not asked for
+        if theirs is not None:  # what a user's state dict leaves out is not required
             missing = sorted(module_state.names_in(theirs, self.module).intersection(missing))
         if missing:
             raise ValueError(f"{path} lacks {len(missing)} tensors that train here: {', '.join(missing[:4])}.")
@@ -231,63 +222,69 @@ class StrategyHooks:
             if self.parts[root].check_base and meta["base"] is not None:
                 self.state.check_base(root, names, meta["base"], str(path))
         self.state.check_reset(names, str(path))
-        unmerge_lora(self.module)
         return checkpoint
 
     def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
-        """Copy the checkpoint's tensors into the module, this rank's piece of each, and put back what it leaves out.
+        """Copy the checkpoint's tensors, this rank's shard of each, into the module. Reset what the checkpoint leaves out.
 
         Raises:
             ValueError: a tensor has another shape, or (if ``strict``) no place here.
         """
         reshard(self.module)
-        saved, theirs = checkpoint["state_dict"], None
-        if not isinstance(self.strategy, FSDPStrategy):
-            theirs = module_state.state_of_user(self.module)
-        reset = self.state.reset(self._covered(saved))
+        saved = checkpoint["state_dict"]
+        by_user = not isinstance(self.strategy, FSDPStrategy) and module_state.state_of_user(self.module) is not None
+        if not by_user:
+            self._check(saved, strict)
+        unmerge_lora(self.module)
+        reset, theirs = self.state.reset(self._covered(saved)), module_state.state_of_user(self.module) if by_user else None
         if theirs is not None:
             module_state.load_users(self.module, theirs, saved, strict)
         else:
-            self._load(saved, strict)
+            self._load(saved)
         self._write(reset)
         trainer = self.module.trainer
         if not self.strategy.lightning_restore_optimizer and trainer.state.fn == TrainerFn.FITTING and "optimizer_states" in checkpoint:
-            self.load_optimizer_state_dict(checkpoint)  # Lightning leaves it to the strategy then
+            self.load_optimizer_state_dict(checkpoint)  # Lightning leaves this to such a strategy
 
-    def _load(self, saved: dict[str, Any], strict: bool) -> None:
+    def _check(self, saved: dict[str, Any], strict: bool) -> None:
         places, extra = self.state.places(saved), module_state.extra_states(self.module)
         unknown = sorted(saved.keys() - places.keys() - extra.keys())
         if unknown and strict:
             named = ", ".join(unknown[:4])
-            raise ValueError(f"the checkpoint has {len(unknown)} tensors that {type(self.module).__name__} has not: {named}.")
-        for name in saved.keys() & places.keys():
-            if saved[name].shape != places[name]:
-                raise ValueError(f"{name} has shape {tuple(saved[name].shape)} in the checkpoint, {tuple(places[name])} here.")
+            raise ValueError(f"the checkpoint has {len(unknown)} tensors that {type(self.module).__name__} does not have: {named}.")
+        check_fits(saved, places, module_state.places(self.module))
         lacking = sorted(extra.keys() - saved.keys())
         if lacking and strict:
             raise ValueError(f"the checkpoint lacks the extra state of {len(lacking)} modules: {', '.join(lacking[:4])}.")
-        self._write({name: saved[name] for name in saved.keys() & places.keys()})
+
+    def _load(self, saved: dict[str, Any]) -> None:
+        extra = module_state.extra_states(self.module)
+        self._write({name: value for name, value in saved.items() if name not in extra})
         for name in saved.keys() & extra.keys():
             extra[name].set_extra_state(saved[name])
 
     @torch.no_grad()
     def _write(self, values: dict[str, Tensor]) -> None:
-        """Values, whole or this rank's piece, into the parameters and buffers of their names."""
+        """Copy values, full or this rank's shard, into the parameters and buffers of these names."""
         for place, value in self.state.writable(values):
+            if place.is_meta:  # a copy to there does nothing
+                raise ValueError(f"{type(self.module).__name__} is on the meta device: give it its weights before a checkpoint is loaded.")
             local_tensor(place).copy_(value if value.shape == local_tensor(place).shape else local_shard(value, place))
 
     def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
-        """Load states by parameter name."""
+        """Load optimizer states by parameter name."""
         saved = checkpoint["optimizer_states"]
+        if not isinstance(saved, list) or not all(isinstance(each, dict) and {"state", "param_groups"} <= each.keys() for each in saved):
+            raise ValueError("the checkpoint's optimizer_states are not what optimizers save: it was changed by hand, or is damaged.")
         if len(saved) != len(self.strategy.optimizers):
-            raise ValueError(f"the checkpoint has {len(saved)} optimizers, configure_optimizers made {len(self.strategy.optimizers)}.")
+            raise ValueError(f"the checkpoint has {len(saved)} optimizers, but configure_optimizers made {len(self.strategy.optimizers)}.")
         for optimizer, state in zip(self.strategy.optimizers, saved, strict=True):
             load_by_name(optimizer, self.module, state)
 
     def _covered(self, saved: dict[str, Any]) -> set[str]:
-        """Names of the module's tensors that a checkpoint's state dict has values for."""
+        """Return the names of the module's tensors that a checkpoint's state dict has values for."""
         return set(saved) if isinstance(self.strategy, FSDPStrategy) else module_state.names_in(saved, self.module)
 
     def _saved(self, tensor: Tensor) -> Tensor:
-        """What a checkpoint gets of a tensor: all of it, or this rank's piece for a folder of shards."""
+        """Return what a checkpoint holds of a tensor: the full tensor, or this rank's shard for a folder of shards."""
         return tensor if saves_shards(self.strategy) else full_tensor(tensor)

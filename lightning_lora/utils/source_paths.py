@@ -1,7 +1,7 @@
-"""The paths that a function reaches from its parameters, such as ``self.attn.weight``, read from its source.
+"""Read from a function's source which attribute paths it reaches from its parameters, such as ``self.attn.weight``.
 
-They are followed through local variables, loops and conditions, whichever branch runs. Without a source the names in the compiled code
-have to do.
+Paths are followed through local variables, loops and all branches of conditions. If there is no source, the names in the compiled code
+are used instead.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 from types import CodeType, FunctionType
 
-Path = tuple[str, ...]  # a parameter of a function, then attributes; "*" is any element, "()" what a call returns
-Call = tuple[Path, tuple[tuple[int | str, Path], ...]]  # what is called, and the position or keyword of each argument that is a path
+Path = tuple[str, ...]  # a parameter, then attributes; "*" stands for any element, "()" for what a call returns
+Call = tuple[Path, tuple[tuple[int | str, Path], ...]]  # the callee; position or keyword, and path, of each argument that has a path
 
-_ELEMENTS = {"children", "values", "modules"}  # methods that give the elements
-_ASKS_ABOUT = {"callable", "getattr", "hasattr", "id", "isinstance", "len", "setattr", "type"}  # ask about their argument, not its values
+_ELEMENTS = {"children", "values", "modules"}  # methods that return the elements
+_ASKS_ABOUT = {"callable", "getattr", "hasattr", "id", "isinstance", "len", "setattr", "type"}  # do not use their argument's values
 _LIKE = {"empty_like", "full_like", "ones_like", "rand_like", "randn_like", "to", "type_as", "zeros_like"}
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What one function reaches from its parameters: the paths that it uses, the calls that it hands paths to, what it returns."""
+    """What one function reaches from its parameters: paths that it uses, calls that it passes paths to, and paths that it returns."""
 
     names: tuple[str, ...] = ()  # its parameters
     paths: frozenset[Path] = frozenset()
@@ -35,10 +35,11 @@ class Scan:
 
 @lru_cache(maxsize=4096)
 def scan(function: FunctionType) -> Scan:
-    """What a function reaches from its parameters."""
+    """Return what a function reaches from its parameters."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function.__code__))).body[0]  # of a function, it would be what that wraps
-    except (OSError, TypeError, SyntaxError, IndexError):  # built at run time
+        # `getsource(function)` would return the source of the function that this one wraps.
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function.__code__))).body[0]
+    except (OSError, TypeError, SyntaxError, IndexError):  # built at run time, so there is no source
         tree = None
     if isinstance(tree, (ast.FunctionDef, ast.AsyncFunctionDef)):
         return _Reader(tree).scan()
@@ -57,7 +58,7 @@ def _names(code: CodeType) -> Iterator[str]:
 
 
 class _Reader:
-    """The paths in one function's syntax tree. A variable stands for all that is ever assigned to it."""
+    """Reads the paths from one function's syntax tree. A variable stands for all values that are ever assigned to it."""
 
     def __init__(self, tree: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
         self.tree = tree
@@ -67,7 +68,7 @@ class _Reader:
 
     def scan(self) -> Scan:
         body = [node for statement in self.tree.body for node in ast.walk(statement)]
-        for _ in range(2):  # a name may be used above the line that assigns it, in a loop
+        for _ in range(2):  # twice, because in a loop a name may be used above the line that assigns it
             for node in body:
                 self.assign(node)
         paths = {path for node in body if self.is_used(node) for path in self.paths(node) if len(path) > 1}
@@ -87,7 +88,7 @@ class _Reader:
 
     def bind(self, target: ast.expr, value: ast.expr) -> None:
         if isinstance(target, ast.Name):
-            paths = {path for path in self.paths(value) if len(path) < 8}  # x = x.next, over and over
+            paths = {path for path in self.paths(value) if len(path) < 8}  # the limit ends x = x.next in a loop
             self.known.setdefault(target.id, set()).update(paths)
         elif isinstance(target, (ast.Tuple, ast.List)) and isinstance(value, (ast.Tuple, ast.List)) and len(target.elts) == len(value.elts):
             for each, part in zip(target.elts, value.elts, strict=True):
@@ -109,7 +110,7 @@ class _Reader:
                 self.known.setdefault(name, set()).update((*path, "*") for path in self.paths(iterable) if len(path) < 8)
 
     def paths(self, node: ast.AST) -> set[Path]:
-        """What an expression may stand for."""
+        """Return the paths that an expression may stand for."""
         match node:
             case ast.Name(name):
                 return self.known.get(name, set())
@@ -136,7 +137,7 @@ class _Reader:
         return set()
 
     def is_used(self, node: ast.AST) -> bool:
-        """Whether a path ends here and is more than asked about or given a name."""
+        """Return True if a path ends at this node and its value is used, not just inspected or assigned to a name."""
         if not isinstance(node, (ast.Name, ast.Attribute, ast.Subscript, ast.Call)) or isinstance(
             getattr(node, "ctx", None), (ast.Store, ast.Del)
         ):
@@ -157,7 +158,7 @@ class _Reader:
         return True
 
     def calls(self, node: ast.Call) -> Iterator[Call]:
-        """The calls that hand paths on."""
+        """Yield what a call passes paths to: one entry per function that may be called."""
         keys: list[tuple[int | str, ast.expr]] = [*enumerate(node.args), *((word.arg, word.value) for word in node.keywords if word.arg)]
         arguments = tuple((key, path) for key, value in keys for path in self.paths(value))
         if arguments:
@@ -167,7 +168,7 @@ class _Reader:
 
 
 def _dotted(node: ast.AST) -> Path | None:
-    """``("a", "b")`` for ``a.b``."""
+    """Return ``("a", "b")`` for ``a.b``; None for an expression that is no dotted name."""
     match node:
         case ast.Name(name):
             return (name,)

@@ -1,8 +1,8 @@
-"""Weights that a forward reads without calling the layer that has them, found in its source.
+"""Find weights that a forward reads without calling the layer that owns them.
 
 ``F.linear(x, self.qkv.weight)`` never calls ``qkv``: an adapter on it does nothing, and merging that adapter changes the model.
-Nothing is run. What the forward reaches from ``self`` is followed into children, the methods of ``self``, the base class's method and
-functions that take a module.
+The forward's source is read, not run. What the forward reaches from ``self`` is followed into children, the methods of ``self``, the base
+class's method and functions that get a module.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 
 from lightning_lora.utils.source_paths import Path, scan
 
-# What is asked of a weight here is not its values.
+# Attributes and methods of a weight that do not read its values.
 _METADATA = {
     "device", "dim", "dtype", "element_size", "get_device", "grad", "is_contiguous", "is_cuda", "is_floating_point", "is_meta", "itemsize",
     "layout", "names", "nbytes", "ndim", "nelement", "new_empty", "new_full", "new_ones", "new_tensor", "new_zeros", "numel",
@@ -26,9 +26,9 @@ _METADATA = {
 
 
 def weight_reads(model: nn.Module) -> dict[nn.Module, str]:
-    """The modules whose ``weight`` another module's forward reads, each with the function that reads it, such as ``Attention.forward``.
+    """Return module whose ``weight`` another module's forward reads → the function that reads it, such as ``Attention.forward``.
 
-    A read in a branch counts, whether the branch is taken now or not. What only asks for a weight's dtype, shape or device is no read.
+    A read in any branch counts, whether the branch is taken now or not. Reading only a weight's dtype, shape or device does not count.
     """
     found: dict[nn.Module, str] = {}
     for parent in model.modules():
@@ -40,15 +40,15 @@ def weight_reads(model: nn.Module) -> dict[nn.Module, str]:
 
 @dataclass
 class _Visit:
-    """One parent's forward, followed with the modules that its names stand for."""
+    """Follows one parent's forward, with the modules that its names stand for."""
 
     parent: nn.Module
     found: dict[nn.Module, str]
-    seen: dict[Any, list[Any]] = field(default_factory=dict)  # function and what its parameters stand for → the modules that it returns
+    seen: dict[Any, list[Any]] = field(default_factory=dict)  # function, and the modules of its parameters → the modules that it returns
 
     def method(self, owner: nn.Module, name: str, bound: dict[int | str, list[Any]], after: type | None = None) -> list[Any]:
-        """Follow a method of a module; what modules it returns."""
-        if name in ("forward", "__call__") and owner is not self.parent:  # a call of the child, as it should be
+        """Follow a method of a module. Return the modules that it returns."""
+        if name in ("forward", "__call__") and owner is not self.parent:  # the child itself is called, so nothing bypasses it
             return []
         found, cls = _method(type(owner), name, after)
         shifted = {key + 1 if isinstance(key, int) else key: value for key, value in bound.items()}
@@ -56,7 +56,7 @@ class _Visit:
         return [each for objects in returned for each in objects]
 
     def function(self, function: FunctionType, bound: dict[int | str, list[Any]], cls: type | None = None) -> list[Any]:
-        """Follow a function whose arguments, by position or keyword, are modules."""
+        """Follow a function. Return the modules that it returns. ``bound`` has its module arguments by position or keyword."""
         source = scan(function)
         start = {
             source.names[key] if isinstance(key, int) else key: v
@@ -66,7 +66,7 @@ class _Visit:
         state = (function, tuple((name, tuple(map(id, objects))) for name, objects in sorted(start.items())))
         where = f"{cls.__name__}.{function.__name__}" if cls is not None else function.__name__
         if state not in self.seen:
-            self.seen[state] = []  # where it comes back to itself
+            self.seen[state] = []  # ends a recursion
             for path in source.paths:
                 self.follow(path, start, where, cls)
             for callee, arguments in source.calls:
@@ -77,7 +77,7 @@ class _Visit:
         return self.seen[state]
 
     def call(self, caller: FunctionType, callee: Path, taken: dict[int | str, list[Any]], start: Any, cls: type | None) -> None:
-        """Follow a call that hands modules on."""
+        """Follow a call whose arguments are modules."""
         if not taken:
             return
         if callee[0] == "super()":
@@ -94,7 +94,7 @@ class _Visit:
                     self.function(each, taken)
 
     def follow(self, path: Path, start: dict[str, list[Any]], where: str | None, cls: type | None) -> list[Any]:
-        """The modules that a path leads to. It ends at weights, which are noted if ``where`` says who reads them, and at all else."""
+        """Return the modules that a path leads to. If ``where`` names the function that reads them, record the weights on the path."""
         super_of = cls if path[0] == "super()" else None
         objects = start.get(path[0], []) if super_of is None else [self.parent]
         for index, name in enumerate(path[1:], 1):
@@ -113,7 +113,7 @@ class _Visit:
         return [each for each in objects if isinstance(each, nn.Module)]
 
     def attribute(self, owner: nn.Module, name: str, after: type | None, used: bool) -> list[Any]:
-        """A child, the children, a list of modules, what a property returns, or a method as (module, its name, no arguments)."""
+        """Return a child, the children, a list of modules, what a property returns, or a method as (module, name, no arguments, after)."""
         if name == "*":
             return [child for child in owner._modules.values() if child is not None]
         if name in owner._modules:
@@ -126,19 +126,19 @@ class _Visit:
             return [each for getter in _wrapped(static.fget) for each in self.function(getter, {0: [owner]}, type(owner))]
         if name.startswith("__"):
             return []
-        if not used:  # handed on, or called with arguments that are no modules
+        if not used:  # passed on, or called without module arguments
             self.method(owner, name, {}, after)
         return [(owner, name, {}, after)]
 
 
 def _method(cls: type, name: str, after: type | None) -> tuple[Any, type | None]:
-    """A method, and the class that has it; ``after`` is the class whose ``super()`` is meant."""
+    """Return a method, and the class that defines it. If ``after`` is a class, search behind it, as its ``super()`` does."""
     mro = cls.__mro__[cls.__mro__.index(after) + 1 :] if after in cls.__mro__ else cls.__mro__
     return next(((vars(base)[name], base) for base in mro if name in vars(base) and base is not nn.Module), (None, None))
 
 
 def _wrapped(function: Any) -> Iterator[FunctionType]:
-    """A function and those that it decorates."""
+    """Yield a function and the functions that it wraps."""
     while function is not None:
         if isinstance(function, FunctionType):
             yield function
@@ -146,7 +146,7 @@ def _wrapped(function: Any) -> Iterator[FunctionType]:
 
 
 def _outside(function: FunctionType, name: str) -> Any:
-    """What a name stands for that a function does not assign: in the function around it, or its module."""
+    """Return the value of a name that a function does not assign, from the function around it or from its module."""
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=False))
     try:
         return cells[name].cell_contents if name in cells else function.__globals__.get(name)

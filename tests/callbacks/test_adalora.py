@@ -201,7 +201,7 @@ def test_a_module_that_lost_all_its_triplets_is_named(tmp_path, caplog):
         _, module, callback, _ = fit(tmp_path, extra=[Gone()])
     assert callback.ranks["net.fc1"] == 0 and module.net.fc1.rank == 1 and not module.net.fc1.lora_B.any()
     assert "AdaLoRA: 2 modules from rank 4 to" in caplog.text
-    assert "Pruned altogether, kept at rank 1 with B zero: net.fc1." in caplog.text
+    assert "Pruned completely, kept at rank 1 with B zero: net.fc1." in caplog.text
 
 
 @pytest.mark.parametrize("part", [None, "net"])
@@ -233,7 +233,7 @@ def test_a_run_may_be_planned_longer_than_it_takes_and_go_on(tmp_path):
     """Half of a run, and then the other half, with the whole schedule named: the same as in one go."""
     *_, whole = fit(tmp_path)
     checkpoint = ModelCheckpoint(tmp_path, filename="half", enable_version_counter=False)
-    with pytest.warns(UserWarning, match=r"ended after 8 optimizer steps, AdaLoRA's schedule prunes until step 13.*target_rank=2"):
+    with pytest.warns(UserWarning, match=r"ended after 8 optimizer steps, but AdaLoRA's schedule prunes until step 13.*target_rank=2"):
         fit(tmp_path, callback=adalora(total_steps=16), extra=[checkpoint], max_epochs=2)
     *_, resumed = fit(tmp_path, callback=adalora(total_steps=16), ckpt_path=str(tmp_path / "half.ckpt"))
     torch.testing.assert_close(resumed.adapters, whole.adapters, rtol=0, atol=1e-6)
@@ -282,7 +282,7 @@ def test_a_checkpoint_of_another_callback_is_refused(tmp_path):
         ({"beta2": 0.0}, "beta2=0.0: give a number between 0 and 1"),
         ({"orth_reg_weight": -0.1}, "orth_reg_weight=-0.1: give a finite number"),
         ({"orth_reg_weight": float("nan")}, "orth_reg_weight=nan: give a finite number"),
-        ({"config": LoRAConfig(rank=6)}, "rank=6 and init_rank=4: give the rank at the start once"),
+        ({"config": LoRAConfig(rank=6)}, "rank=6 and init_rank=4 differ: leave rank out and give the start rank"),
         ({"config": LoRAConfig(variant="dora")}, "variant='dora' and AdaLoRACallback exclude each other"),
     ],
 )
@@ -312,7 +312,7 @@ class Endless(IterableDataset):
 def test_a_run_of_unknown_length(tmp_path, kwargs):
     module = LitNet()
     module.train_dataloader = lambda: DataLoader(Endless(), batch_size=8)
-    with pytest.raises(ValueError, match=r"does not know how many optimizer steps.*set max_steps, or AdaLoRACallback\(total_steps"):
+    with pytest.raises(ValueError, match=r"does not know how many optimizer steps.*set max_steps or AdaLoRACallback\(total_steps"):
         fit(tmp_path, copy.copy(module), **kwargs)
     _, _, callback, _ = fit(tmp_path, module, max_epochs=-1, max_steps=12)
     assert callback.allocator.total_steps == 12 and sum(callback.ranks.values()) == 4

@@ -283,7 +283,7 @@ def test_loading_resets_what_a_checkpoint_leaves_out(tmp_path: Path, monkeypatch
     run = trainer(tmp_path, lora(Late), max_epochs=4)
     run.fit(module)
     before = {name: p.clone() for name, p in module.named_parameters()}
-    with pytest.raises(ValueError, match=r"written before 'backbone\.code\.weight' changed in training.*into a module made anew"):
+    with pytest.raises(ValueError, match=r"written before 'backbone\.code\.weight' changed in training.*into a newly made module"):
         loss(run, module, tmp_path / "epoch=0.ckpt")
     assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
 

@@ -163,7 +163,7 @@ def test_two_callbacks_count_side_by_side(tmp_path: Path) -> None:
 def test_two_callbacks_on_the_same_part_are_refused() -> None:
     check_apart("text", ["image", "text2"])
     for mine, other in ((None, "text"), ("text", "text"), ("text.deep", "text"), (None, None)):
-        with pytest.raises(ValueError, match="do not lie apart"):
+        with pytest.raises(ValueError, match="these parts overlap"):
             check_apart(mine, [other])
 
 

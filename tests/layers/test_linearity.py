@@ -125,7 +125,7 @@ def test_all_linear_passes_over_them():
         report = find_targets(model, LoRAConfig(target_modules="all-linear", rank=2))
     assert [target.fqn for target in report.targets] == ["layers.1"]
     assert report.passed_over.keys() == {"layers.0", "head"}
-    assert "passed over: layers.* (1): its forward does not take or give what nn.Linear's does (ValueError: it returns a tuple)" in str(
+    assert "passed over: layers.* (1): its forward does not take or return what nn.Linear's does (ValueError: it returns a tuple)" in str(
         report
     )
 

@@ -211,7 +211,7 @@ def test_unload(make, ids, merged, tied):
     if merged:
         merge_lora(model, untie=tied)
     if merged:
-        with pytest.raises(ValueError, match=r"say what becomes of the update: unload_lora\(model, merged='keep'\).*merged='drop'"):
+        with pytest.raises(ValueError, match=r"say what to do with the update: unload_lora\(model, merged='keep'\).*merged='drop'"):
             unload_lora(model)
     assert unload_lora(model, merged="keep" if merged else None) is model
     assert {name: type(m) for name, m in model.named_modules()} == {name: type(m) for name, m in base.named_modules()}

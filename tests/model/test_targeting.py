@@ -157,12 +157,12 @@ def test_a_module_under_two_names_is_adapted_once_under_either(targets):
         ({"rank_pattern": {"mlp": 4}}, ["rank_pattern: 'mlp' matches no module"]),
         ({"alpha_pattern": {"q_prj": 4}}, ["alpha_pattern: 'q_prj' matches no module", "q_proj"]),
         ({"modules_to_save": ["lm_heat"]}, ["modules_to_save: 'lm_heat' matches no module", "lm_head"]),
-        ({"layers": [1, 7, 9]}, ["layers=[7, 9]: no targeted module sits in a block", "indices are 0–1"]),
+        ({"layers": [1, 7, 9]}, ["layers=[7, 9]: no targeted module is in a block", "indices are 0–1"]),
         ({"target_modules": ["norm"]}, ["'layers.0.norm' is a torch.nn.modules.normalization.LayerNorm", "supported are", "Linear"]),
         ({"target_modules": ["attn"]}, ["'layers.0.attn' is a tests.conftest.Attention, which LoRA cannot adapt"]),
-        ({"modules_to_save": ["q_proj"]}, ["'layers.0.attn.q_proj' is both in target_modules and in modules_to_save"]),
-        ({"modules_to_save": ["attn"]}, ["is both in target_modules and in modules_to_save"]),
-        ({"exclude_modules": ["q_proj", "v_proj"]}, ["together leave no module to adapt; exclude less"]),
+        ({"modules_to_save": ["q_proj"]}, ["'layers.0.attn.q_proj' is in both target_modules and modules_to_save"]),
+        ({"modules_to_save": ["attn"]}, ["is in both target_modules and modules_to_save"]),
+        ({"exclude_modules": ["q_proj", "v_proj"]}, ["exclude_modules excludes every module that target_modules matches; exclude less"]),
     ],
 )
 def test_refusals_name_field_value_and_fix(make, fields, parts):
@@ -223,9 +223,7 @@ def test_transformer_encoder_layers_fast_path():
 
 def test_all_linear_passes_over_what_an_adapter_cannot_serve():
     model = nn.ModuleDict({"layers": nn.ModuleList(nn.TransformerEncoderLayer(4, 2, 8) for _ in range(2)), "head": nn.Linear(4, 2)})
-    with pytest.warns(
-        UserWarning, match=r"leaves out 72% of the model, which is in no linear that an adapter can serve: layers.\*.self_attn"
-    ):
+    with pytest.warns(UserWarning, match=r"leaves out 72% of the model, which no linear that LoRA can adapt contains: layers.\*.self_attn"):
         report = find_targets(model, LoRAConfig(target_modules="all-linear", rank=2))
     assert [target.fqn for target in report.targets] == ["head"]
     assert len(report.passed_over) == 6
@@ -233,9 +231,7 @@ def test_all_linear_passes_over_what_an_adapter_cannot_serve():
     line = next(line for line in str(report).splitlines() if "linear1" in line)
     assert line.startswith("passed over: layers.*.linear1 (2): TransformerEncoderLayer.forward reads its weight without calling it")
     del model["head"]
-    with pytest.raises(
-        ValueError, match=r"target_modules='all-linear' finds no linear that an adapter can serve: layers.\*.self_attn.out_proj"
-    ):
+    with pytest.raises(ValueError, match=r"target_modules='all-linear' finds no linear that LoRA can adapt: layers.\*.self_attn.out_proj"):
         find_targets(model, LoRAConfig(target_modules="all-linear"))
 
 

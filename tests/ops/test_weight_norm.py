@@ -37,6 +37,22 @@ def test_groups():
     torch.testing.assert_close(found.double(), dense(W, A, B, 0.5).flatten(), rtol=2e-6, atol=0)
 
 
+@pytest.mark.parametrize("left", [1.0, 0.3, 1e-2, 1e-4])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("groups", [False, True])
+def test_an_update_that_takes_the_weight_away(left, compiled, groups):
+    """Expanded, ‖W + s·B·A‖² is then a small difference of large numbers."""
+    A, B = torch.randn(2, 4, 90), torch.randn(2, 30, 4)
+    W = -1.5 * (B @ A) + left * torch.randn(2, 30, 90)
+    W[:, ::3] = torch.randn(2, 10, 90)  # rows of the usual kind between
+    W, A, B = (W, A, B) if groups else (W[0], A[0], B[0])
+    call = torch.compile(squared_norms, backend="eager", fullgraph=True) if compiled else squared_norms
+    found = call(W, A, B, 1.5, lambda: W.square().sum(-1).flatten())
+    exact = dense(W, A, B, 1.5).flatten()
+    # Rounding W + s·B·A in its entries is left: relative to the norm that is eps·‖W‖/‖W + s·B·A‖.
+    assert ((found.double() - exact).abs() / exact).max() < 3e-6 + 6e-7 / left
+
+
 def test_a_cpu_has_no_kernel_for_it():
     assert not weight_norm._served(torch.ones(4, 4, dtype=torch.bfloat16))
 
