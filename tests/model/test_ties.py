@@ -196,3 +196,18 @@ def test_a_copy_of_a_merged_model_unmerges_by_itself(how: Callable[[nn.Module], 
 def test_a_merge_that_is_not_to_be_undone_keeps_nothing_of_the_tie() -> None:
     model = merge_lora(adapted("bart", ["shared"]), untie=True, reversible=False)
     assert model.get_submodule("model.shared").lora_state.untying is None and not model.config.tie_word_embeddings
+
+
+def test_a_merge_that_fails_half_way_ties_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted("bart", ["shared", "fc2"])
+    before, config, tied = logits(model), model.config.to_dict(), parameters(model)
+    layer = model.get_submodule("model.decoder.layers.0.fc2")
+
+    def full(**options: Any) -> None:
+        assert parameters(model) == tied + 3
+        raise MemoryError
+
+    monkeypatch.setattr(layer, "merge_weights", full)
+    with pytest.raises(MemoryError):
+        merge_lora(model, untie=True)
+    assert parameters(model) == tied and model.config.to_dict() == config and torch.equal(logits(model), before)
