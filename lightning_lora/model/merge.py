@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_lora.layers.base import LoRALayer, lora_layers
 from lightning_lora.layers.state import Quantized
-from lightning_lora.model.ties import join, tied_weights, untying
+from lightning_lora.model.ties import adapted_weights, join, tied_weights, untying
 from lightning_lora.utils.sharding import is_distributed, is_flattened, is_sharded, reshard
 
 
@@ -28,7 +28,8 @@ def merge_lora(
 
     Args:
         model: an adapted model.
-        untie: copy the weight of an adapted layer that another module shares (tied embeddings). Other ties stay.
+        untie: copy the weight of an adapted layer that another module shares (tied embeddings, views of one tensor).
+            Other ties stay.
         reversible: keep the undo record that :func:`unmerge_lora` needs (a few percent of the weights' bytes).
         device: device of the sums, layer by layer. Default: each weight's own.
         quantized: how to merge into a quantized weight. A quantized model has no default. ``"dequantize"``: make the layer a plain one,
@@ -41,7 +42,7 @@ def merge_lora(
 
     Raises:
         ValueError: an adapter holds NaN or infinity, a weight is quantized and ``quantized`` is None, or a weight is tied and
-            ``untie`` is False or no file could hold the model untied. Nothing is merged then.
+            ``untie`` is False, or it is sharded, or no file could hold the model untied. Nothing is merged then.
     """
     layers = [(name, layer) for name, layer in lora_layers(model) if not layer.merged]
     for name, layer in layers:
@@ -54,6 +55,12 @@ def merge_lora(
         raise ValueError(
             f"{name} is tied to {', '.join(others)}: merging would change both. Pass untie=True to give it a weight"
             " of its own (that tie is no longer declared by the model then, so it is saved and loaded untied), or leave it unmerged."
+        )
+    if tied and (is_flattened(model) or any(is_sharded(weight) for name, weight in adapted_weights(model).items() if name in tied)):
+        name, others = next(iter(tied.items()))
+        raise ValueError(
+            f"{name} is tied to {', '.join(others)}, and its wrapper would not know a weight of its own: save the adapter and merge in a"
+            " single process, or leave it unmerged."
         )
     plan = untying(model, tied) if tied else None
 

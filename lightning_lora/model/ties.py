@@ -16,27 +16,29 @@ from torch import nn
 from lightning_lora.layers.base import PREFIX, lora_layers
 from lightning_lora.model.plain_copy import plain_copy
 from lightning_lora.utils.names import clean_name
+from lightning_lora.utils.shared_memory import SharedMemory
 from lightning_lora.utils.transformers_conventions import declare_ties, declared_ties, without_ties
 
 Slot = tuple[nn.Module, str]  # a module and the name of its parameter; a module that two parents share has one slot under two names
 
 
 def tied_weights(model: nn.Module, weights: Mapping[str, nn.Parameter] | None = None) -> dict[str, list[str]]:
-    """Name of a weight → names of the parameters elsewhere that are the same tensor.
+    """Return name of a weight → names of the other parameters and buffers that are the same tensor, or share its memory.
 
     Args:
-        model: with or without adapters.
-        weights: name → weight, of those that are asked about; default: the adapted ones that are not merged yet.
+        model: a model with or without adapters.
+        weights: name → weight to look up. Default: the adapted weights that are not merged.
     """
     if weights is None:
         weights = adapted_weights(model)
-    owners: dict[int, list[str]] = {}
-    for module_name, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(join(module_name, name))
+    memory = SharedMemory(
+        (join(module_name, name), tensor)
+        for module_name, module in model.named_modules()
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    )
     tied = {}
     for name, weight in weights.items():
-        others = [owner for owner in owners[id(weight)] if owner != name]
+        others = [other for other in memory.names(weight) if other != name]
         if others:
             tied[name] = others
     return tied
