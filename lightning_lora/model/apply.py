@@ -13,7 +13,8 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.adapting import adapt, unadapt
 from lightning_lora.layers.base import PREFIX, LoRALayer, lora_layers
 from lightning_lora.model.fuse import fuse, unfuse
-from lightning_lora.model.heads import hf_ends, note_saved, saved_modules
+from lightning_lora.model.guards import guard, unguard
+from lightning_lora.model.heads import note_saved, saved_modules
 from lightning_lora.model.merge import unmerge_lora
 from lightning_lora.model.targeting import TargetReport, find_targets
 from lightning_lora.quantization.formats import elements, plain_dtype, prepare
@@ -95,7 +96,7 @@ def inject(model: nn.Module, config: LoRAConfig, report: TargetReport) -> nn.Mod
         report.targets[0].kind.finish({target.fqn: layer for target in report.targets if isinstance(layer := target.module, LoRALayer)})
         fuse(model)
         _train_extras(model, config, report)
-        _guard_resize(model)
+        guard(model)
         let_gradients_in(model)
         if is_distributed():
             from lightning_lora.model import parallel
@@ -204,9 +205,7 @@ def unload_lora(model: nn.Module, *, merged: Literal["keep", "drop"] | None = No
     note_saved(model, ())
     for _, layer in list(lora_layers(model)):
         unadapt(layer)
-    for module in model.modules():
-        if module.__dict__.get("resize_token_embeddings") is _refuse_resize:
-            del module.resize_token_embeddings
+    unguard(model)
     return model
 
 
@@ -249,17 +248,3 @@ def _train_extras(model: nn.Module, config: LoRAConfig, report: TargetReport) ->
         for name, parameter in module.named_parameters(recurse=False):
             if "bias" in name and not name.startswith(PREFIX):
                 parameter.requires_grad_(True)
-
-
-def _guard_resize(model: nn.Module) -> None:
-    """Refuse ``resize_token_embeddings`` if the embedding or the head is adapted: it replaces both, which would drop the adapter."""
-    for module in model.modules():
-        if hasattr(type(module), "resize_token_embeddings") and any(isinstance(end, LoRALayer) for end in hf_ends(module)):
-            module.__dict__["resize_token_embeddings"] = _refuse_resize
-
-
-def _refuse_resize(*args: object, **kwargs: object) -> None:
-    raise ValueError(
-        "resize_token_embeddings would drop the adapter on the embedding or the head: resize before apply_lora,"
-        " or call unload_lora(model) first."
-    )
