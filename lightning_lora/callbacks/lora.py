@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_lora.callbacks.data_position import go_on, has_positions
 from lightning_lora.callbacks.dropout import wake_dropout
 from lightning_lora.callbacks.gradient_check import CURE, GradientCheck
 from lightning_lora.callbacks.out_of_memory import advise
@@ -32,16 +33,7 @@ from lightning_lora.model.quantize import quantize_base
 from lightning_lora.model.targeting import TargetReport, find_targets
 from lightning_lora.optim.groups import check_ratio
 from lightning_lora.quantization.formats import quantizer_of
-from lightning_lora.strategies import (
-    AdaptedPart,
-    RollCall,
-    StrategyHooks,
-    arrange,
-    check_equal,
-    check_supported,
-    convert_base,
-    synchronize,
-)
+from lightning_lora.strategies import AdaptedPart, RollCall, StrategyHooks, arrange, check_equal, check_supported, convert_base, synchronize
 from lightning_lora.utils.names import adapter_root
 from lightning_lora.utils.sharding import is_sharded
 
@@ -115,6 +107,7 @@ class LoRACallback(Callback):
         self.part: AdaptedPart | None = None  # of the last setup
         self._gradients: GradientCheck | None = None
         self._compare = False
+        self._positions = False  # of the loaders, in the checkpoint that the run resumes from
         self._roll_call: RollCall | None = None  # of a run on several processes
         self._undo = ExitStack()  # reverts the preparations, until the run has begun
 
@@ -144,9 +137,14 @@ class LoRACallback(Callback):
         let_gradients_in(pl_module)  # gradient checkpointing may have been enabled after the injection
         self._gradients, self._compare = GradientCheck(self._target(pl_module)) if self.check_gradients else None, True
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note whether the checkpoint has the loaders' positions."""
+        self._positions = has_positions(checkpoint)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the frozen values as the reference for changes. Switch on the adapters' dropout where the base is in evaluation mode."""
+        """Take the frozen values as the reference for changes. Go on in the data. Switch on dropout of a base in evaluation mode."""
         self._begun(pl_module)
+        go_on(trainer, self._positions)
         trainer.strategy._lora_hooks.state.start()  # type: ignore[attr-defined]
         wake_dropout(self._target(pl_module))
 

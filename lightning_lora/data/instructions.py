@@ -20,12 +20,16 @@ from typing_extensions import override
 
 from lightning_lora.data.batching import Example, LengthGroupedSampler, collate_answers, collate_prompts
 from lightning_lora.data.chat import Message, encode_answer, encode_prompt
+from lightning_lora.data.resuming import ResumableBatches, ResumableLoader
 
 SHAPE = 'a line is {"prompt": "...", "response": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}'
 
 
 class InstructionDataModule(LightningDataModule):
     """Prompts and answers from jsonl files, tokenized by the task's tokenizer (so the model is named once, in the task).
+
+    A run that resumes inside an epoch goes on with the next rows. Their order depends on ``seed``, ``batch_size`` and the epoch. On several
+    processes Lightning shuffles it once more, and each takes every n-th row: the order is the same on any number above one.
 
     Args:
         train: Training file.
@@ -88,6 +92,9 @@ class InstructionDataModule(LightningDataModule):
         epoch = (lambda: self.trainer.current_epoch) if split == "train" else None  # type: ignore[union-attr]
         sampler = LengthGroupedSampler([len(e) for e in examples], self.batch_size, epoch, self.seed)
         collate = partial(collate_answers, pad=pad, multiple=self.pad_to_multiple_of)
+        if split == "train":
+            batches = ResumableBatches(sampler, self.batch_size, drop_last=False)
+            return ResumableLoader(examples, batch_sampler=batches, collate_fn=collate)  # type: ignore[arg-type]
         return DataLoader(examples, batch_size=self.batch_size, sampler=sampler, collate_fn=collate)  # type: ignore[arg-type]
 
     @override
