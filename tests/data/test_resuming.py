@@ -41,9 +41,10 @@ class Watch(L.LightningModule):
 
 
 def fit(file: str, folder: str, ckpt: str | None = None, size: int = 4) -> list[list[int]]:
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.manual_seed(0)
     module, several = Watch(), dist.is_initialized()
+    if several:  # a worker's: quiet
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     strategy: Any = DDPStrategy(process_group_backend="gloo") if several else "auto"
