@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Collection, Iterable
 from typing import Any
 
+from lightning_lora.adapter_io.peft_types import check_types
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.factors import Exported
@@ -93,6 +94,7 @@ def as_lora(fields: dict[str, Any], where: str) -> dict[str, Any]:
     Raises:
         ValueError: no variant has this adapter type.
     """
+    check_types(fields, where)
     types = {"LORA": "plain"} | {said["peft_type"]: name for name, said in _said().items() if "peft_type" in said}
     if fields.get("peft_type") not in types:
         raise ValueError(f"{where}: peft_type={fields.get('peft_type')!r}; only {', '.join(types)} adapters can be loaded.")

@@ -7,7 +7,7 @@ the base must be the one that the adapter was trained on, and no value may be Na
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import PREFIX, LoRALayer, lora_layers
 from lightning_lora.layers.spec import options_of
 from lightning_lora.model.apply import inject
-from lightning_lora.model.heads import saved_modules
+from lightning_lora.model.heads import saved_modules, within
 from lightning_lora.model.merge import unmerge_lora
 from lightning_lora.model.targeting import TargetReport, find_targets
+from lightning_lora.utils.folder_commit import occupied
 from lightning_lora.utils.names import adapter_root, clean_name, modules_by_name, second_names
 from lightning_lora.utils.sharding import full_tensor, is_flattened, on_first_rank
 from lightning_lora.utils.torch_private import NormWithStatistics
+from lightning_lora.utils.values import kind_of_numbers
 
 
 def save_adapter(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> Path:
@@ -56,6 +58,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
     extras = extra_tensors(root, config, layers)
     tensors = {f"{fqn}.{part}": tensor for fqn, layer in exported.items() for part, tensor in layer.tensors.items()}
     tensors |= {peft_format.peft_name(name, layers): tensor for name, tensor in extras.items()}
+    _check_values_kept(tensors, str(folder), "no values to save")
     modules = [name for name in modules_by_name(root) if PREFIX not in name]
     transposed = any(layer.transposed for layer in layers.values())
     fields = peft_format.to_peft(config, exported, saved_modules(root, config), modules, transposed=transposed)
@@ -63,7 +66,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
         warnings.warn(f"{name!r} and {other!r} are one module: read by PEFT, the adapter would be on the first only.", stacklevel=2)
     base = None if is_flattened(root) else base_identity(root, extras)
     content = AdapterFile(config, {name: full_tensor(tensor.detach()) for name, tensor in tensors.items()}, base)
-    on_first_rank(lambda: write_folder(folder, content, fields))
+    on_first_rank(lambda: write_folder(folder, content, fields, lambda: _check_free(folder, overwrite)))
     return folder
 
 
@@ -94,6 +97,9 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
                 f"{path}: {name!r} and {other!r} are one module here and two in PEFT, which would have adapted only the first."
             )
     tensors = _fit(root, report, adapter, str(path))
+    places = {f"{target.fqn}.{name}": p for target in report.targets for name, p in target.module.named_parameters(recurse=False)}
+    places |= {name: tensor for name, tensor in root.state_dict(keep_vars=True).items() if clean_name(name) in tensors}
+    _check_values_kept(places, str(path), "the adapter's values would be lost there")
     if check_base and adapter.base is not None:
         trained = {name for name in tensors if not _is_adapter(name)}
         fingerprint.check_base(base_identity(root, trained), adapter.base, str(path))
@@ -101,6 +107,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
     stateless = [name for name in adapter.extra_state if name.rpartition(".")[0] not in dict(root.named_modules())]
     if stateless:
         raise ValueError(f"{path} has extra state of {stateless[0]!r}, a module that is not here.")
+    adapter.check_intact(str(path))
     layers = adapted_layers(root)
     if layers:
         _same_adapter(root, layers, report, adapter.config, str(path))
@@ -145,7 +152,7 @@ def extra_tensors(root: nn.Module, config: LoRAConfig, adapted: Collection[str])
     for name, tensor in root.state_dict(keep_vars=True).items():
         name = clean_name(name)
         owner, _, last = name.rpartition(".")
-        full = any(owner == module or owner.startswith(module + ".") for module in saved)
+        full = within(name, saved)
         trained_bias = last.endswith("bias") and (config.bias == "all" or (config.bias == "lora_only" and owner in adapted))
         # Training changes running statistics, unlike the rest of the base: without them a loaded model computes something else.
         statistic = owner in statistics and not isinstance(tensor, nn.Parameter)
@@ -157,8 +164,18 @@ def extra_tensors(root: nn.Module, config: LoRAConfig, adapted: Collection[str])
 def _check_free(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder={str(folder)!r} is a file; choose another.")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+    if occupied(folder) and not overwrite:
         raise ValueError(f"folder={str(folder)!r} is not empty; choose another or pass overwrite=True.")
+
+
+def _check_values_kept(tensors: Mapping[str, Tensor], where: str, loss: str) -> None:
+    """Raise ValueError if a tensor is on the meta device, where a copy does nothing."""
+    meta = [clean_name(name) for name, tensor in tensors.items() if tensor.is_meta]
+    if meta:
+        raise ValueError(
+            f"{where}: {meta[0]!r} ({len(meta)} of {len(tensors)} tensors) is on the meta device, and {loss}: give the model its weights"
+            " first (from_pretrained, or to_empty and load_state_dict)."
+        )
 
 
 def _is_adapter(name: str) -> bool:
@@ -209,6 +226,9 @@ def _fit(root: nn.Module, report: TargetReport, adapter: AdapterFile, where: str
                 f"{where}: {name} has shape {tuple(tensors[name].shape)}, this model and rank={config.rank} need {shape}:"
                 " the adapter is for another base or another rank."
             )
+        mine = kind_of_numbers(base[name].dtype if name in base else torch.float32)
+        if (theirs := kind_of_numbers(tensors[name].dtype)) != mine:
+            raise ValueError(f"{where}: {name} has {theirs} numbers ({tensors[name].dtype}), this model needs {mine} ones.")
     owners: dict[int, str] = {}
     for name in tensors.keys() & base.keys():  # parameters tied in this model: one parameter cannot take two values
         other = owners.setdefault(id(base[name]), name)
@@ -232,7 +252,10 @@ def _same_adapter(root: nn.Module, layers: dict[str, LoRALayer], report: TargetR
         f"{name!r} has {here.get(name)}, the file {file.get(name)}" for name in sorted(here | file) if here.get(name) != file.get(name)
     ]
     own = next(iter(layers.values())).lora_config
-    for name, mine, theirs in (("bias", own.bias, config.bias), ("modules_to_save", saved_modules(root, own), list(report.saved))):
+    for name, mine, theirs in (
+        ("bias", own.bias, config.bias),
+        ("modules_to_save", sorted(saved_modules(root, own)), sorted(report.saved)),
+    ):
         if mine != theirs:
             different.append(f"{name} is {mine!r}, the file has {theirs!r}")
     if different:

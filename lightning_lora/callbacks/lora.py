@@ -15,29 +15,31 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from lightning_lora.callbacks.data_position import go_on, has_positions
-from lightning_lora.callbacks.dropout import wake_dropout
-from lightning_lora.callbacks.gradient_check import CURE, GradientCheck
+from lightning_lora.callbacks.companions import add_companions
+from lightning_lora.callbacks.dropout import wake_and_log
+from lightning_lora.callbacks.gradient_check import BATCHES, CURE, GradientCheck
 from lightning_lora.callbacks.out_of_memory import advise
 from lightning_lora.callbacks.processes import begin_together
 from lightning_lora.callbacks.refusals import check_apart, check_mergeable, check_optimizers, frozen_parts, recordable
+from lightning_lora.callbacks.start_report import log_start
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import lora_layers
 from lightning_lora.layers.state import Quantized
-from lightning_lora.model.apply import already_applied, inject, let_gradients_in, trainable_parameters, unload_lora
+from lightning_lora.model.apply import already_applied, inject, let_gradients_in, unload_lora
 from lightning_lora.model.compile import begin_step, compile_layers, keep_gradients, uncompile_layers
 from lightning_lora.model.merge import merge_lora, merge_report, unmerge_for_now
+from lightning_lora.model.modes import restore_flags
 from lightning_lora.model.quantize import quantize_base
 from lightning_lora.model.targeting import TargetReport, find_targets
 from lightning_lora.optim.groups import check_ratio
 from lightning_lora.quantization.formats import quantizer_of
-from lightning_lora.strategies import AdaptedPart, RollCall, StrategyHooks, arrange, check_equal, check_supported, convert_base, synchronize
+from lightning_lora.strategies import AdaptedPart, FiniteCheck, RollCall, StrategyHooks
+from lightning_lora.strategies.equal_ranks import check_equal, synchronize
+from lightning_lora.strategies.savable import check_savable
+from lightning_lora.strategies.support import arrange, check_supported, convert_base
 from lightning_lora.utils.names import adapter_root
 from lightning_lora.utils.sharding import is_sharded
-
-CHECKPOINTS = 'checkpoints hold the adapter only: read one with load_adapter(model, "x.ckpt"), not with load_from_checkpoint'
 
 
 class LoRACallback(Callback):
@@ -45,7 +47,8 @@ class LoRACallback(Callback):
 
     The module's own ``configure_optimizers``, schedulers, manual optimization and checkpoint callbacks work as before.
     Checkpoints leave out only what is proved to be the unchanged base (:mod:`lightning_lora.strategies.changed_state`). A resumed run is
-    exact to the step. A refused call leaves the module unchanged. Several callbacks may adapt separate parts, each with its ``module``.
+    exact to the step, also after an interruption (:mod:`lightning_lora.callbacks.interruption`). A refused call leaves the module
+    unchanged. Several callbacks may adapt separate parts, each with its ``module``.
 
     Args:
         config: what to adapt; default ``LoRAConfig()``.
@@ -58,6 +61,8 @@ class LoRACallback(Callback):
         check_base: refuse to resume from a checkpoint that was trained on another base.
         check_gradients: raise if an adapter got no gradient in 100 training batches, or in all batches of a shorter training. Switch it
             off for models that use some layers less often.
+        allow_nonfinite: train on when a parameter turns NaN or infinite. Default: training stops, no checkpoint is written, and none with
+            such values is loaded. What trains is looked at before each save, at the end, and every ``log_every_n_steps`` batches.
         compile: "layer" compiles each repeated block of the model in place until the run ends, see
             :func:`~lightning_lora.model.compile.compile_layers`. Prediction runs uncompiled, because generation would compile again for
             every token.
@@ -78,6 +83,7 @@ class LoRACallback(Callback):
         merge_on_fit_end: bool | None = None,
         check_base: bool = True,
         check_gradients: bool = True,
+        allow_nonfinite: bool = False,
         compile: Literal["layer"] | None = None,
         lora_plus_ratio: float = 1.0,
         quantize: str | None = None,
@@ -89,8 +95,7 @@ class LoRACallback(Callback):
         if cuda_graphs and compile is None:
             raise ValueError("cuda_graphs=True records compiled blocks: pass compile='layer' with it.")
         check_ratio(lora_plus_ratio)
-        self.config = config or LoRAConfig()
-        self.module = module
+        self.config, self.module = config or LoRAConfig(), module
         if quantize is not None:
             quantizer_of(quantize)
         if merge_quantized not in (None, "dequantize", "requantize"):
@@ -98,8 +103,8 @@ class LoRACallback(Callback):
         self.quantize, self.merge_quantized = quantize, merge_quantized
         self.merge_on_fit_end = quantize is None or merge_quantized is not None if merge_on_fit_end is None else merge_on_fit_end
         self.lora_plus_ratio = lora_plus_ratio
-        self.check_base = check_base
-        self.check_gradients = check_gradients
+        self.check_base, self.check_gradients, self.allow_nonfinite = check_base, check_gradients, allow_nonfinite
+        self._finite: FiniteCheck | None = None
         self.compile, self.cuda_graphs = compile, cuda_graphs
         self._recorded = False
         self.report: TargetReport | None = None
@@ -107,7 +112,6 @@ class LoRACallback(Callback):
         self.part: AdaptedPart | None = None  # of the last setup
         self._gradients: GradientCheck | None = None
         self._compare = False
-        self._positions = False  # of the loaders, in the checkpoint that the run resumes from
         self._roll_call: RollCall | None = None  # of a run on several processes
         self._undo = ExitStack()  # reverts the preparations, until the run has begun
 
@@ -116,8 +120,8 @@ class LoRACallback(Callback):
         first = next(c for c in trainer.callbacks if isinstance(c, LoRACallback))  # type: ignore[attr-defined]
         self._roll_call = begin_together(self.config, vars(self), first is self)
         check_supported(trainer)
-        others = [c.module for c in trainer.callbacks if isinstance(c, LoRACallback) and c is not self]  # type: ignore[attr-defined]
-        check_apart(self.module, others)
+        others = add_companions(trainer)
+        check_apart(self.module, [c.module for c in others if isinstance(c, LoRACallback) and c is not self])
         if any(True for _ in pl_module.parameters()):
             self._adapt(trainer, pl_module).watch_configure_model()
             return
@@ -132,21 +136,19 @@ class LoRACallback(Callback):
         pl_module.configure_model = configure_model  # type: ignore[method-assign]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise ValueError if a parameter that should train is in no optimizer, or an optimizer has nothing to train."""
-        check_optimizers(pl_module, self._target(pl_module), trainer.optimizers)
+        """Raise ValueError if an optimizer lacks a parameter that should train, or has none, or if no checkpoint can be written."""
+        check_optimizers(trainer.optimizers, pl_module, self._target(pl_module))
+        check_savable(trainer, pl_module)
         let_gradients_in(pl_module)  # gradient checkpointing may have been enabled after the injection
         self._gradients, self._compare = GradientCheck(self._target(pl_module)) if self.check_gradients else None, True
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note whether the checkpoint has the loaders' positions."""
-        self._positions = has_positions(checkpoint)
+        every = trainer.log_every_n_steps or BATCHES  # type: ignore[attr-defined]
+        self._finite = None if self.allow_nonfinite else FiniteCheck(trainer.strategy, pl_module, every)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the frozen values as the reference for changes. Go on in the data. Switch on dropout of a base in evaluation mode."""
+        """Take the frozen values as the reference for changes. Switch on the adapters' dropout where the base is in evaluation mode."""
         self._begun(pl_module)
-        go_on(trainer, self._positions)
         trainer.strategy._lora_hooks.state.start()  # type: ignore[attr-defined]
-        wake_dropout(self._target(pl_module))
+        wake_and_log(self._target(pl_module))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Raise RuntimeError with the fix if the loss depends on no adapter. torch would only say that it has no gradient."""
@@ -191,11 +193,15 @@ class LoRACallback(Callback):
         """Raise RuntimeError if an adapter got no gradient in any of enough batches."""
         if self._gradients is not None:
             self._gradients.after_batch()
+        if self._finite is not None:
+            self._finite.after_batch()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise RuntimeError if an adapter got no gradient in a whole short training."""
         if self._gradients is not None:
             self._gradients.finish()
+        if self._finite is not None:
+            self._finite.finish()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge layer by layer on the training device, unless ``merge_on_fit_end=False``."""
@@ -242,7 +248,7 @@ class LoRACallback(Callback):
                 undo.callback(self.teardown, trainer, pl_module, "")
                 self._compiled, self._recorded = target, recorded
             if not there:
-                undo.callback(_unfreeze, [(p, p.requires_grad) for p in pl_module.parameters()])
+                undo.callback(restore_flags, [(p, p.requires_grad) for p in pl_module.parameters()])
                 convert_base(trainer, pl_module)
                 if self.quantize is not None:
                     device, saved = trainer.strategy.root_device, self.config.modules_to_save
@@ -252,13 +258,10 @@ class LoRACallback(Callback):
                 inject(target, self.config, report)
                 undo.callback(unload_lora, target)
                 synchronize(pl_module)
-                trainable, total = trainable_parameters(pl_module)
-                rest = f"\nfrozen, without an adapter: {stays}" if stays else ""
-                files = f"\n{CHECKPOINTS}" if fitting and trainer.checkpoint_callbacks else ""
-                rank_zero_info(f"{report}{rest}\ntrainable {trainable:,} of {total:,} parameters ({trainable / total:.2%}){files}")
+                log_start(report, pl_module, stays, fitting and bool(trainer.checkpoint_callbacks))
             arrange(trainer.strategy, pl_module)
             root = ".".join(filter(None, (self.module, adapter_root(target)[0])))
-            self.part = AdaptedPart(root, self.config, self.check_base, self.lora_plus_ratio)
+            self.part = AdaptedPart(root, self.config, self.check_base, self.lora_plus_ratio, self.allow_nonfinite)
             hooks = StrategyHooks.of(trainer.strategy, pl_module)
             undo.callback(hooks.drop, root, forget=not there)
             hooks.add(self.part, training=fitting, new=not there)
@@ -289,9 +292,3 @@ class LoRACallback(Callback):
             raise ValueError(
                 f"module={self.module!r} is no submodule of {type(pl_module).__name__}; its children are {children}."
             ) from error
-
-
-def _unfreeze(flags: list[tuple[nn.Parameter, bool]]) -> None:
-    for parameter, flag in flags:
-        if not is_lazy(parameter):
-            parameter.requires_grad_(flag)

@@ -77,13 +77,13 @@ def check_mergeable(target: nn.Module, report: TargetReport, strategy: Strategy,
         )
 
 
-def check_optimizers(module: nn.Module, target: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-    """Check that the optimizers train what should train.
+def check_optimizers(optimizers: Sequence[Optimizer], module: nn.Module, target: nn.Module) -> None:
+    """Check that the optimizers hold what trains, and each of them something.
 
     Args:
+        optimizers: of the trainer.
         module: the LightningModule.
-        target: the module in it that is adapted.
-        optimizers: the trainer's.
+        target: the adapted part of it.
 
     Raises:
         ValueError: a parameter that should train is in no optimizer, or an optimizer has nothing to train.

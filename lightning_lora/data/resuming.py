@@ -1,62 +1,86 @@
-"""A loader that goes on inside an epoch where a checkpoint was saved.
+"""A DataLoader that a run resumes within an epoch: it begins behind the batches that were trained on.
 
-Lightning asks a training loader for its state when it saves, and gives it back when it resumes. The state counts the rows of all
-processes in this epoch. So a run on another number of processes goes on after them, if its sampler's order does not depend on that
-number: each process takes every n-th row of one order, as Lightning's distributed samplers do.
+Lightning saves and loads the state of a loader, but loads it too late if ``configure_optimizers`` asks how many steps there will be, for
+that makes the loader. So the data module saves the position too, and its loaders share it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import DataLoader
+from typing_extensions import override
 
 
-class ResumableBatches(BatchSampler):
-    """A ``BatchSampler`` whose next epoch leaves its first ``skip`` batches out. It loads no row of them."""
+class Position:
+    """Where a run is in the epoch: shared by a data module and all loaders that Lightning makes of its own.
 
-    skip = 0
+    It is saved in rows of all processes. So a run on another number of processes goes on behind them: each process takes every n-th row of
+    one order, as Lightning's distributed samplers do.
 
-    def __iter__(self) -> Iterator[list[int]]:
-        skip, self.skip = self.skip, 0
-        return islice(super().__iter__(), skip, None)
+    Attributes:
+        given: Batches of this epoch that were given out, on each process.
+        length: Batches of this epoch, on each process.
+        saved: Rows of the epoch in which the next pass begins; None if it begins at the first.
+    """
+
+    def __init__(self) -> None:
+        self.given, self.length, self.rows = 0, 0, 0
+        self.saved: int | None = None
+
+    def begin(self, length: int, rows: int) -> int:
+        """Begin a pass over ``length`` batches of ``rows`` rows, those of all processes. Return how many batches were trained on before."""
+        skip = (self.saved or 0) // rows
+        self.given, self.length, self.rows, self.saved = 0, length, rows, None
+        return skip
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the position in rows, 0 at the end of an epoch."""
+        return {"rows": self.given % max(1, self.length) * self.rows}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Begin the next pass behind these rows. If they end inside a batch, its first rows come again."""
+        self.saved = state["rows"]
 
 
 class ResumableLoader(DataLoader):
-    """A ``DataLoader`` over :class:`ResumableBatches` with ``state_dict`` and ``load_state_dict``.
+    """``DataLoader`` that begins where its position says.
 
-    ``batch_sampler`` must be of that class. Its length stays that of the full epoch.
+    The order of the rows has to be the same again. That of `LengthGroupedSampler` follows from its seed, its batch size and the epoch.
 
-    Attributes:
-        resumed_at: batches that the epoch leaves out in which a run resumes; None if it did not resume. On another number of processes it
-            is not the number of batches that were trained, so :class:`~lightning_lora.LoRACallback` sets Lightning's count to it.
+    Args:
+        dataset: See ``DataLoader``.
+        position: Counts the batches.
+        **options: See ``DataLoader``.
     """
 
-    resumed_at: int | None = None
-    _done = 0  # batches of this epoch that were handed out, left out ones included
+    def __init__(self, dataset: Any, position: Position, **options: Any) -> None:
+        super().__init__(dataset, **options)
+        self.position = position
 
+    @override
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        self._done = self._batches.skip
+        skip = self.position.begin(len(self), self._rows)
         for batch in super().__iter__():
-            self._done += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        """Return the number of rows of this epoch that all processes have had; 0 at its end."""
-        return {"rows": self._done % len(self) * self._rows}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Begin the next epoch after these rows. If they end inside a batch of all processes, its first rows come again."""
-        self.resumed_at = self._batches.skip = state["rows"] // self._rows
+            self.position.given += 1
+            if self.position.given > skip:
+                yield batch
 
     @property
-    def _batches(self) -> ResumableBatches:
-        assert isinstance(self.batch_sampler, ResumableBatches)
-        return self.batch_sampler
+    def resumed_at(self) -> int | None:
+        """Batches that the next pass leaves out; None if it begins at the first. `LoRACallback` sets Lightning's count to it."""
+        return None if self.position.saved is None else self.position.saved // self._rows
 
     @property
     def _rows(self) -> int:
         """Rows of one batch of all processes."""
-        return self._batches.batch_size * int(getattr(self._batches.sampler, "num_replicas", 1))
+        return int(self.batch_size or 1) * int(getattr(self.sampler, "num_replicas", 1))
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the position, for Lightning, which warns of loaders without."""
+        return self.position.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Load the position."""
+        self.position.load_state_dict(state)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.layers import merging
-from lightning_lora.layers.state import Adapted, AdapterState, MergeRecord, Quantized
+from lightning_lora.layers.merge_plans import plan_merge, plan_unmerge
+from lightning_lora.layers.state import Adapted, AdapterState, Quantized
 from lightning_lora.quantization import formats
 from lightning_lora.utils.checksums import checksum
-from lightning_lora.utils.sharding import full_tensor, is_sharded, local_shard, local_tensor
+from lightning_lora.utils.sharding import full_tensor, is_sharded
 
 PREFIX = "lora_"  # prefix of every parameter that LoRA adds to a layer
 
@@ -94,13 +95,18 @@ class Mergeable(Adapted):
 
         Changes nothing.
         """
-        delta, out_scale = self._exactly(device, self._merge_parts)
+        delta, out_scale = self._merge_parts(device)
         weight = full_tensor(self.weight.detach()) if formats.format_of(self) is None else formats.dequantized(self)
         return merging.merged_weight(weight.to(delta.device), delta, out_scale)
 
-    def _merge_parts(self) -> tuple[Tensor, Tensor | None]:
-        delta = self.merge_delta()
-        return delta, self.merge_scale(delta)
+    def _merge_parts(self, device: torch.device | str | None = None, *, scaled: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Return what a merge adds and, if ``scaled``, the factor on the sum, computed as by :meth:`exact_delta`."""
+
+        def parts() -> tuple[Tensor, Tensor | None]:
+            delta = self.merge_delta()
+            return delta, self.merge_scale(delta) if scaled else None
+
+        return self._exactly(device, parts)
 
     def _exactly(self, device: torch.device | str | None, compute: Callable[[], T]) -> T:
         """Return ``compute()``, run with the adapter's full tensors on ``device`` and full-precision products."""
@@ -135,52 +141,14 @@ class Mergeable(Adapted):
         reason = self.merge_refusal(quantized)
         if reason:
             raise ValueError(reason)
-        if formats.format_of(self) is not None:
-            self._merge_packed(device, reversible, quantized)
-            return
-        home, device = self.weight.device, torch.device(device) if device is not None else self.weight.device
-        digest = formats.weight_digest(self)
-        delta, out_scale = self._exactly(device, self._merge_parts)
-        delta = local_shard(delta, self.weight)
-        out_scale = None if out_scale is None else local_shard(out_scale, self.weight)
-        undo: merging.SparseUndo | merging.OriginalUndo | None
-        if self.lora_state.shares_weight:
-            shared = self.weight
-            merged, loss = merging.merged_weight(shared.data.to(device), delta, out_scale)
-            self.weight = nn.Parameter(merged.to(home), requires_grad=False)
-            undo = merging.OriginalUndo(shared) if reversible else None
-        else:
-            mine = local_tensor(self.weight.detach())
-            weight = mine.to(device)
-            undo, loss = merging.merge(weight, delta, out_scale, reversible=reversible)
-            if device != home:
-                mine.copy_(weight)
-        self.lora_state.merge = MergeRecord(undo, digest, device, loss)
-
-    def _merge_packed(self, device: torch.device | str | None, reversible: bool, quantized: Quantized | None) -> None:
-        """Merge into a quantized weight. The undo record holds the quantized tensors themselves."""
-        how = formats.format_of(self)
-        assert how is not None
-        original, digest = formats.take(self, how), formats.weight_digest(self)
-        home, device = self.weight.device, torch.device(device) if device is not None else self.weight.device
-        base, delta = self.base_weight().to(device), self.exact_delta(device)
-        exact = base.to(delta.dtype) + delta
-        if quantized == "requantize":
-            how.requantize(self, exact.to(home))
-        else:
-            self.weight = nn.Parameter(exact.to(base.dtype).to(home), requires_grad=False)
-            for name in original.attributes:
-                del self.__dict__[name]
-            if how.plain_class is not None:
-                self.rebase_class(how.plain_class)
-        lost = (self.base_weight().to(exact) - exact).norm()
-        loss = float(lost / delta.norm()) if delta.any() else 0.0
-        self.lora_state.merge = MergeRecord(original if reversible else None, digest, device, loss, quantized)
+        plan_merge(self, device, reversible, quantized)()
 
     def merge_refusal(self, quantized: Quantized | None = None) -> str | None:
         """Return why the update cannot be merged now; None if it can."""
         if self.disabled:
             return "its adapter is disabled: merge outside of disabled_lora(model)"
+        if any(p.is_meta for p in self._parameters.values() if p is not None):
+            return "it is on the meta device and has no values: load the model's weights first"
         how = formats.format_of(self)
         if how is not None:
             if is_sharded(self.weight):
@@ -204,29 +172,9 @@ class Mergeable(Adapted):
         Raises:
             ValueError: no undo record was kept, or the adapter changed since the merge.
         """
-        record = self.lora_state.merge
-        if record is None:
-            return
-        undo = record.undo
-        if undo is None:
-            raise ValueError(
-                "the way back was not kept (merged with reversible=False, or other weights were loaded since): load the base model again"
-            )
-        if isinstance(undo, merging.SparseUndo):
-            # On the device of the merge: the product must be the same to the bit.
-            mine = local_tensor(self.weight.detach())
-            delta = self._exactly(record.device, self.merge_delta)
-            base = merging.unmerge(mine.to(record.device), local_shard(delta, self.weight), undo)
-            mine.copy_(base)
-        elif isinstance(undo, formats.QuantizedUndo):
-            home = self.weight.device  # the model may have moved since; the undo record did not move with it
-            undo.put_back(self)
-            if self.weight.device != home:
-                self.to(home)
-        else:
-            self.weight = undo.weight
-        self.lora_state.merge = None
-        self.retie()
+        if self.lora_state.merge is not None:
+            plan_unmerge(self)()
+            self.retie()
 
     def untie(self, configs: list[Any]) -> None:
         """Stop Hugging Face from tying, on save and load, weights that a merge separates.

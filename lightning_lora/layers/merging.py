@@ -86,6 +86,15 @@ def merge(weight: Tensor, delta: Tensor, out_scale: Tensor | None = None, *, rev
     Returns:
         The undo record (or None), and the share of the update that rounding lost, ‖(m − w) − Δ‖ / ‖Δ‖.
     """
+    merged, undo, lost = merged_with_undo(weight, delta, out_scale, reversible=reversible)
+    weight.copy_(merged)
+    return undo, lost
+
+
+def merged_with_undo(
+    weight: Tensor, delta: Tensor, out_scale: Tensor | None = None, *, reversible: bool = True
+) -> tuple[Tensor, SparseUndo | None, float]:
+    """Return what :func:`merge` puts in place, and what it returns. Changes nothing."""
     merged, lost = merged_weight(weight, delta, out_scale)
     undo = None
     if reversible:
@@ -93,8 +102,7 @@ def merge(weight: Tensor, delta: Tensor, out_scale: Tensor | None = None, *, rev
         index = (bits(back) != bits(weight)).flatten().nonzero().flatten()
         index = index.to(torch.int32) if weight.numel() < 2**31 else index
         undo = SparseUndo(index, weight.flatten()[index].clone(), checksum(weight), out_scale)
-    weight.copy_(merged)
-    return undo, lost
+    return merged, undo, lost
 
 
 def unmerge(weight: Tensor, delta: Tensor, undo: SparseUndo) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.layers.base import PREFIX, LoRALayer
+from lightning_lora.layers.merge_plans import Plan, plan_merge, plan_unmerge
 from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.layers.state import AdapterState, Quantized
 
@@ -128,9 +129,8 @@ class SeveralWeights(LoRALayer):
         reason = None if self.merged else self.merge_refusal(quantized)
         if reason:
             raise ValueError(reason)
-        for name, layer in self.by_weight().items():
-            layer.merge_weights(device=device, reversible=reversible, quantized=quantized)
-            self._parameters[name] = layer.weight
+        layers = {name: layer for name, layer in self.by_weight().items() if layer.lora_state.merge is None}
+        self._carry_out(layers, {name: plan_merge(layer, device, reversible, quantized) for name, layer in layers.items()})
 
     def unmerge_weights(self) -> None:
         """Restore all base weights bit for bit, or none.
@@ -138,20 +138,20 @@ class SeveralWeights(LoRALayer):
         Raises:
             ValueError: one of them cannot be restored; all stay merged then.
         """
-        before = self.lora_state.copy()
-        done: dict[str, LoRALayer] = {}
-        for name, layer in self.by_weight().items():
+        layers = {name: layer for name, layer in self.by_weight().items() if layer.lora_state.merge is not None}
+        plans = {}
+        for name, layer in layers.items():
             try:
-                layer.unmerge_weights()
+                plans[name] = plan_unmerge(layer)
             except ValueError as error:
-                for earlier, restored in done.items():
-                    restored.merge_again(before.by_weight[earlier])
-                    self._parameters[earlier] = restored.weight
                 raise ValueError(f"{name}: {error}") from error
-            self._parameters[name] = layer.weight
-            if before.by_weight[name].merge is not None:
-                done[name] = layer
+        self._carry_out(layers, plans)
         self.retie()
+
+    def _carry_out(self, layers: Mapping[str, LoRALayer], plans: Mapping[str, Plan]) -> None:
+        for name, plan in plans.items():
+            plan()
+            self._parameters[name] = layers[name].weight
 
     def merge_again(self, state: AdapterState) -> None:
         """Repeat the merge of each weight after an unmerge."""

@@ -17,7 +17,7 @@ from lightning_lora.model.merge import unmerge_lora
 from lightning_lora.model.targeting import TargetReport, find_targets
 from lightning_lora.quantization.formats import elements, plain_dtype, prepare
 from lightning_lora.registry import INITS, VARIANTS, look_up
-from lightning_lora.utils.names import modules_by_name
+from lightning_lora.utils.names import modules_by_name, parameters_by_name
 from lightning_lora.utils.sharding import is_distributed, reshard
 from lightning_lora.utils.transformers_conventions import checkpoint_options, gives_gradients
 
@@ -54,7 +54,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
     """Adapt the modules that the config names, in place, and freeze the rest.
 
     Applying the same config again changes nothing. Afterwards three groups train: the adapters, the biases that
-    ``config.bias`` names, and the modules trained in full (``config.modules_to_save``).
+    ``config.bias`` names, and what is trained in full (``config.modules_to_save``).
 
     Args:
         model: any module. Its parameters keep their names, dtypes and devices.
@@ -219,9 +219,9 @@ def let_gradients_in(model: nn.Module) -> None:
 
 
 def _train_extras(model: nn.Module, config: LoRAConfig, report: TargetReport) -> None:
-    modules = modules_by_name(model)
+    parts: dict[str, nn.Module | nn.Parameter] = {**parameters_by_name(model), **modules_by_name(model)}
     for fqn in report.saved:
-        modules[fqn].requires_grad_(True)
+        parts[fqn].requires_grad_(True)
     note_saved(model, report.saved)
     owners = {"none": (), "all": model.modules(), "lora_only": (target.module for target in report.targets)}[config.bias]
     for module in owners:

@@ -1,64 +1,115 @@
-"""Find heads and embeddings, the modules that LoRA trains in full or leaves frozen."""
+"""Find heads and embeddings: what LoRA trains in full, and what it leaves frozen."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from torch import nn
 
 from lightning_lora.config import ALL_LINEAR, LoRAConfig
 from lightning_lora.layers.base import lora_layers
-from lightning_lora.quantization.formats import format_of
-from lightning_lora.utils.names import clean_name, modules_by_name
+from lightning_lora.quantization.formats import format_of, unknown_storage
+from lightning_lora.utils.names import clean_name, modules_by_name, parameters_by_name
 from lightning_lora.utils.patterns import Pattern, compile_patterns, no_match
-from lightning_lora.utils.transformers_conventions import is_loaded
+from lightning_lora.utils.transformers_conventions import computed_when_missing, is_loaded
 
-# Classes whose heads have always been trained in full, and those whose heads are where it is not known what the checkpoint had.
+# Classes whose heads are always trained in full, and classes whose heads are fresh if the model was not loaded.
 _CLASSIFIERS = re.compile(r"For\w*(Classification|MultipleChoice|QuestionAnswering)\w*$")
 _TASKS = re.compile(r"For\w*(Classification|MultipleChoice|QuestionAnswering|CTC|XVector|Segmentation|Detection|DepthEstimation)\w*$")
+_FOR = re.compile(r"For[A-Z]\w*$|LMHeadModel$|WithLMHead\w*$")
 _TRAINED = "_lora_trained_in_full"  # set on a module, because transformers' marks are lost when parameters are sharded or copied
 
 
 def fresh_heads(model: nn.Module, targets: Sequence[Pattern] = ()) -> list[str]:
-    """FQNs of the modules that Hugging Face task models (``…ForSequenceClassification`` and the like) start untrained.
+    """Return the FQNs of the modules, and of the parameters outside them, that Hugging Face models start untrained.
 
-    A model that ``from_pretrained`` loaded says which parameters the checkpoint had: what it had not is fresh, wherever it is. Otherwise
-    it is what stands beside the backbone. A classifier or a question answering head is trained in full in any case, as PEFT does.
+    Three rules, by what is known of a model:
+
+    - ``from_pretrained`` loaded it, or a part of it: all that no checkpoint contained is fresh, wherever it is.
+    - It was not loaded: the head of a task model (``…ForSequenceClassification`` and the like) is fresh, which is all beside its backbone.
+    - A head for classification or question answering is trained in full in any case, as PEFT does.
+
+    A backbone alone has no head. Its pooler may not be used, so a fresh one stays frozen.
 
     Args:
         model: any module.
-        targets: what is to be adapted by name, such as a fresh pooler's layer: that is adapted, not trained in full.
+        targets: patterns of modules to adapt. A fresh module that one matches is adapted, not trained in full.
     """
     fresh: list[str] = []
+    tasks: list[str] = []
     for fqn, module in model.named_modules():
-        if not isinstance(getattr(type(module), "base_model_prefix", None), str) or not _FOR.search(type(module).__name__):
+        if not _may_have_head(module) or within(fqn, tasks):  # a task model's parts have no heads of their own
             continue
-        missing = _not_loaded(module)
-        inside = [name for name, _ in module.named_modules() if any(p.matches(clean_name(f"{fqn}.{name}".strip("."))) for p in targets)]
-        names = [name for name in missing or () if not any(within(target, [name]) for target in inside)]
+        tasks += [fqn] * _is_task(module)
+        adapted = [name for name, _ in module.named_modules() if any(p.matches(clean_name(_join(fqn, name))) for p in targets)]
+        missing = _not_loaded(module, adapted)
+        found = set(missing or ())
         if _CLASSIFIERS.search(type(module).__name__) or (missing is None and _TASKS.search(type(module).__name__)):
-            names += _beside_backbone(module)
-        names = list(dict.fromkeys(name for name, _ in module.named_modules() if name in names))
-        fresh += [clean_name(f"{fqn}.{name}" if fqn else name) for name in names if not within(name.rpartition(".")[0], names)]
-    return fresh
+            found |= set(_beside_backbone(module))
+        fresh += [clean_name(_join(fqn, name)) for name in _names(module) if name in found]
+    return [name for name in dict.fromkeys(fresh) if not within(name.rpartition(".")[0], fresh)]
 
 
-_FOR = re.compile(r"For[A-Z]\w*$|LMHeadModel$|WithLMHead\w*$")
+def _may_have_head(module: nn.Module) -> bool:
+    """Return True for a Hugging Face model that is more than one backbone."""
+    return _is_task(module) or (_is_hf(module) and any(_is_hf(each) for each in module.modules() if each is not module))
 
 
-def _not_loaded(model: nn.Module) -> list[str] | None:
-    """Return the largest submodules that the checkpoint had no parameter of, by name. None: not loaded, or loaded without marks."""
-    loaded = {id(p) for p in model.parameters() if is_loaded(p)}
-    plain = [p for module in model.modules() if not format_of(module) for p in module._parameters.values() if p is not None]
-    if not plain or 2 * sum(id(p) in loaded for p in plain) < len(plain):  # some ways of quantizing make new parameters
+def _is_task(module: nn.Module) -> bool:
+    return _is_hf(module) and _FOR.search(type(module).__name__) is not None
+
+
+def _is_hf(module: nn.Module) -> bool:
+    return isinstance(getattr(type(module), "base_model_prefix", None), str)
+
+
+def _not_loaded(model: nn.Module, adapted: Collection[str] = ()) -> list[str] | None:
+    """Return what no checkpoint contained: names of the largest such modules, and of single parameters.
+
+    Return None if nothing was loaded, or if parameters were replaced after loading. Conversions of layers do that, and lose transformers'
+    marks. Most parameters of a model are unmarked then, and so are most of a child that has marks.
+
+    Args:
+        model: a Hugging Face model.
+        adapted: names of its modules to leave out.
+    """
+    missing = {id(p) for name, p in model.named_parameters() if not (is_loaded(p) or computed_when_missing(model, name))}
+    packed = {
+        id(p)
+        for module in model.modules()
+        for name, p in module._parameters.items()
+        if p is not None and (format_of(module) or unknown_storage(module, name))
+    }
+    missing -= packed
+    loaded = {id(p) for p in model.parameters() if is_loaded(p)} - packed
+
+    def mostly(module: nn.Module) -> bool:
+        inside = {id(p) for p in module.parameters()}
+        return len(inside & loaded) >= len(inside & missing)
+
+    parts = [child for child in model.children() if not loaded.isdisjoint(map(id, child.parameters()))]
+    if not loaded or not (mostly(model) or all(map(mostly, parts))):
         return None
     names: list[str] = []
     for name, module in model.named_modules():
-        own = list(module.parameters())
-        if name and own and not within(name, names) and not any(id(p) in loaded for p in own) and not any(map(format_of, module.modules())):
+        inside = {id(p) for p in module.parameters()}
+        if not inside & missing or within(name, [*names, *adapted]):
+            continue
+        if name and inside <= missing and not any(within(each, [name]) for each in adapted):
             names.append(name)
+        else:
+            inside = {id(p) for p in module.parameters(recurse=False)}
+            names += [_join(name, own) for own, p in module._parameters.items() if id(p) in missing]
+        missing -= inside  # tied parameters are named once
     return names
+
+
+def _names(model: nn.Module) -> Iterator[str]:
+    """Yield the names of all modules, the root's as "", each followed by the names of its own parameters."""
+    for name, module in model.named_modules():
+        yield name
+        yield from (_join(name, own) for own, p in module._parameters.items() if p is not None)
 
 
 def left_frozen(model: nn.Module, adapted: Iterable[str], saved: Iterable[str]) -> list[str]:
@@ -77,22 +128,26 @@ def left_frozen(model: nn.Module, adapted: Iterable[str], saved: Iterable[str]) 
         if any(p.requires_grad for p in child.parameters()) and not any(within(fqn, [clean_name(name)]) for fqn in busy):
             names.append(name)
     for fqn, module in model.named_modules():
-        if isinstance(getattr(type(module), "base_model_prefix", None), str):
-            names += [f"{fqn}.{name}".strip(".") for name in _not_loaded(module) or ()]
+        if _is_hf(module):
+            names += [_join(fqn, name) for name in _not_loaded(module) or ()]
     names = [clean_name(name) for name in names]
     return [name for name in dict.fromkeys(names) if not within(name, saved) and not any(within(fqn, [name]) for fqn in busy)]
 
 
 def _beside_backbone(model: nn.Module) -> list[str]:
-    """Names of a task model's children that are no pretrained model; where all is inside one, of the layers with an output per label."""
+    """Return the names of a task model's children and own parameters beside its backbone.
+
+    The backbone is the child that transformers names, or else the Hugging Face models and embeddings, or else the largest child, with
+    those before it as its stem. If nothing is beside it, return its layers with one output per label.
+    """
     children = {name: child for name, child in model.named_children() if any(True for _ in child.parameters())}
     prefix, (embeddings, _) = getattr(type(model), "base_model_prefix", ""), hf_ends(model)
-    backbones = {
-        name for name, child in children.items() if name == prefix or hasattr(type(child), "base_model_prefix") or child is embeddings
-    }
-    if not backbones and children:
-        backbones = {max(children, key=lambda name: sum(p.numel() for p in children[name].parameters()))}
-    heads = [name for name in children if name not in backbones]
+    backbones = {prefix} & children.keys() or {name for name, child in children.items() if _is_hf(child) or child is embeddings}
+    if backbones:
+        heads = [name for name in children if name not in backbones] + [name for name, p in model._parameters.items() if p is not None]
+    else:
+        names = sorted(children, key=lambda name: sum(p.numel() for p in children[name].parameters()))
+        heads = [*children][[*children].index(names[-1]) + 1 :] if names else []
     labels = getattr(getattr(model, "config", None), "num_labels", None)
     sizes = ("out_features", "out_channels")
     return heads or [
@@ -101,7 +156,9 @@ def _beside_backbone(model: nn.Module) -> list[str]:
 
 
 def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
-    """Return the FQNs of the modules that ``config.modules_to_save`` trains in full.
+    """Return the FQNs of the modules and parameters that ``config.modules_to_save`` trains in full.
+
+    An entry that matches no module may match parameters, such as a bare ``nn.Parameter`` of the model itself.
 
     Raises:
         ValueError: an entry matches nothing, or a module without parameters.
@@ -111,20 +168,21 @@ def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
         if next(lora_layers(model), None) is None:
             everything = config.target_modules == ALL_LINEAR
             return fresh_heads(model, () if everything else compile_patterns(config.target_modules, "target_modules"))
-        return [clean_name(name) for name, module in model.named_modules() if _TRAINED in module.__dict__]
+        return [clean_name(_join(name, own)) for name, module in model.named_modules() for own in module.__dict__.get(_TRAINED, ())]
+    parameters = parameters_by_name(model)
     saved: list[str] = []
     for pattern in compile_patterns(config.modules_to_save, "modules_to_save"):
-        found = [fqn for fqn in modules if pattern.matches(fqn)]
+        found = [fqn for fqn in modules if pattern.matches(fqn)] or [fqn for fqn in parameters if pattern.matches(fqn)]
         if not found and not config.allow_unmatched:
             raise ValueError(no_match("modules_to_save", pattern.text, modules))
-        empty = [fqn for fqn in found if not any(True for _ in modules[fqn].parameters())]
+        empty = [fqn for fqn in found if fqn in modules and not any(True for _ in modules[fqn].parameters())]
         if empty:
             raise ValueError(
                 f"modules_to_save: {empty[0]!r} ({type(modules[empty[0]]).__name__}) has no parameters to train; name another module."
             )
-        packed = [f"{fqn}.{part}" for fqn in found for part, child in modules[fqn].named_modules() if format_of(child)]
+        packed = [fqn for fqn, module in modules.items() if format_of(module) and (within(fqn, found) or fqn in map(_owner, found))]
         if packed:
-            raise ValueError(f"modules_to_save: {packed[0].rstrip('.')!r} is quantized and cannot be trained in full; adapt it instead.")
+            raise ValueError(f"modules_to_save: {packed[0]!r} is quantized and cannot be trained in full; adapt it instead.")
         saved += found
     saved = list(dict.fromkeys(saved))
     _check_not_tied(model, saved)
@@ -132,12 +190,13 @@ def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
 
 
 def note_saved(model: nn.Module, saved: Iterable[str]) -> None:
-    """Mark these modules as trained in full, and no others."""
+    """Mark these modules and parameters as trained in full, and no others."""
     for module in model.modules():
         module.__dict__.pop(_TRAINED, None)
-    modules = modules_by_name(model)
+    modules = {"": model, **modules_by_name(model)}
     for fqn in saved:
-        modules[fqn].__dict__[_TRAINED] = True
+        owner, own = (fqn, "") if fqn in modules else (_owner(fqn), fqn.rpartition(".")[2])
+        modules[owner].__dict__.setdefault(_TRAINED, []).append(own)
 
 
 def hf_ends(module: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
@@ -158,8 +217,16 @@ def output_heads(model: nn.Module) -> set[nn.Module]:
 
 
 def within(fqn: str, parents: Iterable[str]) -> bool:
-    """Return True if a module is one of ``parents`` or inside one."""
-    return any(fqn == parent or fqn.startswith(parent + ".") for parent in parents)
+    """Return True if a module or parameter is one of ``parents`` or inside one. The root's name is ""."""
+    return any(not parent or fqn == parent or fqn.startswith(parent + ".") for parent in parents)
+
+
+def _owner(fqn: str) -> str:
+    return fqn.rpartition(".")[0]
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}".strip(".")
 
 
 def _check_not_tied(model: nn.Module, saved: list[str]) -> None:

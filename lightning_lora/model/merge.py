@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import nn
 
 from lightning_lora.layers.base import LoRALayer, lora_layers
-from lightning_lora.layers.state import AdapterState, Quantized
-from lightning_lora.utils.sharding import is_distributed, reshard
+from lightning_lora.layers.state import Quantized
+from lightning_lora.utils.sharding import is_distributed, is_flattened, is_sharded, reshard
 
 
 def merge_lora(
@@ -56,13 +56,18 @@ def merge_lora(
             " of its own, which also sets the model's tie_word_embeddings to False, or leave it unmerged."
         )
     configs = _tying_configs(model) if tied else []
-    for name, layer in _ready(model, layers):
+
+    def merge(name: str, layer: LoRALayer) -> None:
         shared = [part for weight, part in layer.by_weight().items() if _join(name, weight) in tied]
         for part in shared:
             part.lora_state.shares_weight = True
+        layer.merge_weights(device=device, quantized=quantized)
         if shared:
             layer.untie(configs)
-        layer.merge_weights(device=device, reversible=reversible, quantized=quantized)
+
+    _all_or_none(model, layers, merge, lambda layer: layer.unmerge_weights())
+    for part in [part for _, layer in layers for part in layer.by_weight().values() if not reversible]:
+        part.lora_state.merge.undo = None  # kept until here, to take all back if one layer had failed
     return model
 
 
@@ -81,16 +86,16 @@ def unmerge_lora(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: a layer cannot be unmerged, since its merge was not reversible or its adapter changed. The message names it.
     """
-    done: list[tuple[LoRALayer, AdapterState]] = []
-    for name, layer in _ready(model, [(name, layer) for name, layer in lora_layers(model) if layer.merged]):
-        before = layer.lora_state.copy()
+    layers = [(name, layer) for name, layer in lora_layers(model) if layer.merged]
+    states = {layer: layer.lora_state.copy() for _, layer in layers}
+
+    def unmerge(name: str, layer: LoRALayer) -> None:
         try:
             layer.unmerge_weights()
         except ValueError as error:
-            for earlier, state in done:
-                earlier.merge_again(state)
             raise ValueError(f"{name!r} cannot be unmerged: {error}.") from error
-        done.append((layer, before))
+
+    _all_or_none(model, layers, unmerge, lambda layer: layer.merge_again(states[layer]))
     return model
 
 
@@ -105,8 +110,7 @@ def unmerge_for_now(model: nn.Module) -> Callable[[], None]:
     unmerge_lora(model)
 
     def merge() -> None:
-        for _, layer in _ready(model, merged):
-            layer.merge_again(states[layer])
+        _all_or_none(model, merged, lambda _, layer: layer.merge_again(states[layer]), lambda layer: layer.unmerge_weights())
 
     return merge
 
@@ -166,6 +170,31 @@ def _ready(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> Iterator[tu
     reshard(model)
     for batch in parallel.summoned(model, layers):
         yield from batch
+
+
+def _all_or_none(
+    model: nn.Module,
+    layers: list[tuple[str, LoRALayer]],
+    change: Callable[[str, LoRALayer], None],
+    take_back: Callable[[LoRALayer], None],
+) -> None:
+    """Change every layer, or none.
+
+    A layer by itself changes wholly or not at all. After a failure the earlier ones are taken back. A layer for which there is no memory
+    even then stays changed and says so: the model computes the same. So does every layer of a sharded model whose failure other ranks may
+    not share, since they would have to take part.
+    """
+    done: list[LoRALayer] = []
+    try:
+        for name, layer in _ready(model, layers):
+            change(name, layer)
+            done.append(layer)
+    except BaseException as error:
+        alone = not isinstance(error, ValueError) and (is_flattened(model) or any(is_sharded(p) for p in model.parameters()))
+        for layer in [] if alone else reversed(done):
+            with suppress(RuntimeError, MemoryError):
+                take_back(layer)
+        raise
 
 
 def _tying_configs(model: nn.Module) -> list[Any]:

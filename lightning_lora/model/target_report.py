@@ -1,4 +1,4 @@
-"""Report what a config selects in a model: modules to adapt, modules trained in full, modules left out. It prints as a table."""
+"""Report what a config selects in a model: modules to adapt, what trains in full, what is left out. It prints as a table."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class TargetReport:
     Attributes:
         targets: the modules to adapt, in the model's order.
         hits: config field → pattern → number of modules that it matched.
-        saved: FQNs of the modules trained in full.
+        saved: FQNs of the modules and parameters trained in full.
         left_out: module and type → elements left out by ``"all-linear"``: tensors in no linear, such as experts in one tensor, and the
             linears of ``passed_over``. Embeddings and vectors are not listed.
         total: number of elements of the model.

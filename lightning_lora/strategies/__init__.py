@@ -4,7 +4,9 @@ From here on ``lightning`` may be imported. May import: everything up to ``exper
 """
 
 from lightning_lora.strategies.adapted_part import AdaptedPart
+from lightning_lora.strategies.checkpoint_io import DurableCheckpointIO
 from lightning_lora.strategies.equal_ranks import check_equal, check_same_settings, synchronize
+from lightning_lora.strategies.finite import FiniteCheck
 from lightning_lora.strategies.fsdp2 import LoRAFSDP2Strategy
 from lightning_lora.strategies.roll_call import RollCall
 from lightning_lora.strategies.strategy_hooks import StrategyHooks
@@ -12,6 +14,8 @@ from lightning_lora.strategies.support import arrange, check_supported, convert_
 
 __all__ = [
     "AdaptedPart",
+    "DurableCheckpointIO",
+    "FiniteCheck",
     "LoRAFSDP2Strategy",
     "RollCall",
     "StrategyHooks",

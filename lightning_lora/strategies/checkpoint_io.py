@@ -8,46 +8,78 @@ writes its shards. Every rank reads the full folder, since adapters are small, s
 from __future__ import annotations
 
 import os
-import shutil
-import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_lora.utils.atomic_files import sync_folder, write_atomic
+from lightning_lora.utils.atomic_files import write_atomic
+from lightning_lora.utils.file_locks import exclusive, lock_file
+from lightning_lora.utils.folders import aside, erase, put_back, remove, standing, swap
+from lightning_lora.utils.read_checkpoint import located, read_checkpoint, readable
+from lightning_lora.utils.read_shards import read_shards
 from lightning_lora.utils.sharding import on_first_rank
 
 REST = "meta.pt"  # Lightning's name for the file of what is not in the shards; written last: a folder that has it is complete
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
-    """Lightning's ``TorchCheckpointIO``, but a crash or a full disk during a save leaves the earlier file intact.
+    """Lightning's ``TorchCheckpointIO``, but a crash or a full disk during a save leaves the earlier checkpoint whole.
+
+    For any Trainer, with or without LoRA: ``Trainer(plugins=[DurableCheckpointIO()])``, or ``AsyncCheckpointIO(DurableCheckpointIO())``.
+    :class:`~lightning_lora.LoRACallback` uses it in place of Lightning's own.
 
     Lightning's own stages in ``$TMPDIR`` and moves the file without syncing it. If ``$TMPDIR`` is on another filesystem, a kill during
-    the move leaves an empty file in place of a good checkpoint.
+    the move leaves an empty file in place of a good checkpoint. Here the file is staged beside its target, synced and renamed.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written to. What was there is unchanged.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write to a temporary file beside the target, sync it, rename it. Remote paths are left to Lightning."""
-        if storage_options is not None or "local" not in str(getattr(get_filesystem(path), "protocol", "")):
+        if storage_options is not None or not _is_local(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path)
         os.makedirs(path.parent, exist_ok=True)
-        shards = (path / REST).is_file()  # a folder of shards has the target's name
-        if shards:
-            _remove(_staged(path))
-        write_atomic(_staged(path) if shards else path, lambda file: torch.save(checkpoint, file))
-        if shards:
-            _swap(path)
+        if not (standing(path) / REST).is_file():
+            write_atomic(path, lambda file: torch.save(checkpoint, file))
+            return
+        with exclusive(lock_file(path)):  # a folder of shards has the target's name
+            put_back(path)
+            erase(_staged(path))
+            write_atomic(_staged(path), lambda file: torch.save(checkpoint, file))
+            swap(_staged(path), path)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a file, or a folder of shards: a kill leaves the folder whole, or gone by its name. Remote paths are left to Lightning."""
+        if _is_local(path):
+            remove(Path(path))
+        else:
+            super().remove_checkpoint(path)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
-        """Load to the CPU, given as a string: torchao's low-bit optimizer states refuse a function, which is Lightning's default."""
-        return super().load_checkpoint(path, map_location, weights_only)
+        """Load to the CPU, given as a string: torchao's low-bit optimizer states refuse a function, which is Lightning's default.
+
+        Raises:
+            ValueError: as :func:`~lightning_lora.utils.read_checkpoint.read_checkpoint`, and for a file in a storage likewise.
+        """
+        path, weights_only = located(path, weights_only)
+        if _is_local(path):
+            return read_checkpoint(path, weights_only)
+        with readable(path):
+            return super().load_checkpoint(path, map_location, weights_only)
+
+
+def _is_local(path: Any) -> bool:
+    return "local" in str(getattr(get_filesystem(path), "protocol", ""))
 
 
 def write_folder(checkpoint: dict[str, Any], path: Path) -> None:
@@ -64,58 +96,72 @@ def write_folder(checkpoint: dict[str, Any], path: Path) -> None:
 
     tensors: dict[str, Tensor] = {}
     rest = _extract_tensors({name: checkpoint[name] for name in ("state_dict", "optimizer_states") if name in checkpoint}, "", tensors)
-    staged = _staged(path)
+    staged, held = _staged(path), ExitStack()
 
     def begin() -> None:
-        _remove(staged)
-        staged.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held.enter_context(exclusive(lock_file(path)))
+        put_back(path)
+        erase(staged)
+        staged.mkdir()
 
     def finish() -> None:
         write_atomic(staged / REST, lambda file: torch.save({**checkpoint, **rest}, file))
-        _swap(path)
+        swap(staged, path)
 
-    on_first_rank(begin)
-    dcp.save(tensors, checkpoint_id=staged)
-    on_first_rank(finish)
+    with held:
+        on_first_rank(begin)
+        dcp.save(tensors, checkpoint_id=staged)
+        on_first_rank(finish)
 
 
 def _staged(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
-def _swap(path: Path) -> None:
-    """Replace the target, a file or a folder, with the staged one.
+def found(path: str) -> str:
+    """Return the path of a checkpoint; after a kill between two renames, where it was put aside."""
+    return path if standing(Path(path)) == Path(path) else str(aside(Path(path)))
 
-    After a kill between the two renames, the old checkpoint is beside the target under its ``.old`` name, until the next save is complete.
+
+def read(io: CheckpointIO, path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+    """Read a checkpoint, file or folder.
+
+    Args:
+        io: reads a file. Lightning's own gets ``weights_only=True`` where the user said nothing.
+        path: a file or a folder on this machine, or a file in a storage such as ``s3://``.
+        weights_only: as the user passed it to ``fit``. False lets a file on this machine run code.
+
+    Raises:
+        ValueError: the path is a URL, or nothing that can be read is there, or it holds more than tensors and plain values.
     """
-    old = path.with_name(f".{path.name}.old")
-    if os.path.lexists(path):  # else such a kill left the last checkpoint at `old`
-        _remove(old)
-        os.replace(path, old)
-    os.replace(_staged(path), path)
-    sync_folder(path.parent)
-    _remove(old)
+    path, weights_only = located(path, weights_only)
+    if not weights_only:
+        rank_zero_info(f"{path} is read with weights_only=False, as you asked: what is in it can run any code.")
+    if os.path.isfile(os.path.join(path, REST)):
+        return read_folder(Path(path), weights_only)
+    if os.path.isdir(path) or path.endswith(".safetensors"):
+        raise ValueError(f"{path} is no checkpoint. An adapter folder is loaded by load_adapter(model, folder), before fit.")
+    checkpoint = io.load_checkpoint(path, weights_only=weights_only)
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path} was not written under LoRACallback: it holds a {type(checkpoint).__name__}.")
+    return checkpoint
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+def read_folder(path: Path, weights_only: bool | None = None) -> dict[str, Any]:
+    """Read a folder of shards into the dictionary of a portable file, with full tensors on the CPU.
 
+    Args:
+        path: the folder.
+        weights_only: of what is not in the shards; see :func:`~lightning_lora.utils.read_checkpoint.read_checkpoint`.
 
-def read_folder(path: Path) -> dict[str, Any]:
-    """Read a folder of shards into the dictionary of a portable file, with full tensors on the CPU."""
-    import torch.distributed.checkpoint as dcp
-
-    known = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    shapes = {name: meta for name, meta in known.items() if isinstance(meta, dcp.metadata.TensorStorageMetadata)}
-    tensors = {name: torch.empty(meta.size, dtype=meta.properties.dtype) for name, meta in shapes.items()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # intended: each rank reads it all
-        dcp.load(tensors, checkpoint_id=path, no_dist=True)
-    checkpoint = torch.load(path / REST, map_location="cpu", weights_only=True)
+    Raises:
+        ValueError: a file in it is missing or damaged, or holds more than tensors and plain values.
+    """
+    checkpoint, tensors = read_checkpoint(path / REST, weights_only), read_shards(path)
     parts = ("state_dict", "optimizer_states")
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path} was not written under LoRACallback: {REST} holds a {type(checkpoint).__name__}.")
     return {name: _put_tensors(value, name, tensors) if name in parts else value for name, value in checkpoint.items()}
 
 

@@ -27,6 +27,11 @@ def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return clean name → parameter. A parameter that two modules share appears under both names."""
+    return {clean_name(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     """Return name → buffer for the buffers that a state dict contains."""
     found = {}

@@ -7,6 +7,7 @@ other model.
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -36,9 +37,19 @@ def gives_gradients(module: nn.Module) -> bool:
 
 
 def is_loaded(parameter: nn.Parameter) -> bool:
-    """Whether a checkpoint had it: transformers marks what it loads, so as not to initialise it again. Without it fresh heads are found by
-    the class that they belong to."""
+    """Return True if a checkpoint contained it. Without it fresh heads are found by the class of their model.
+
+    transformers marks the parameters that it loads, so that it does not initialize them again.
+    """
     return bool(getattr(parameter, "_is_hf_initialized", False))
+
+
+def computed_when_missing(model: nn.Module, name: str) -> bool:
+    """Return True if transformers does not report this parameter when a checkpoint lacks it.
+
+    It is computed, or not used. Without it such a parameter counts as fresh.
+    """
+    return any(re.search(pattern, name) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
 
 
 def checkpoint_options(model: nn.Module) -> Iterator[dict[str, Any]]:

@@ -49,7 +49,7 @@ def test_an_ordinary_loader_starts_over_and_the_log_says_so(tmp_path: Path, capl
     with caplog.at_level("INFO"):
         module = fit(tmp_path / "rest", Rows(), tmp_path / "step=11.ckpt")
     assert module.seen == [0, 1, 2, 3, 4]
-    assert "Resumed inside epoch 1, after 3 batches of it. The checkpoint has no position of DataLoader" in caplog.text
+    assert "Resumed inside epoch 1, after 3 batches of it. The position of DataLoader was not saved" in caplog.text
     assert "its first 5 batches come in this epoch, its last 3 do not" in caplog.text and "StatefulDataLoader" in caplog.text
 
 
@@ -57,7 +57,7 @@ def test_a_checkpoint_without_the_position_of_a_loader_that_has_one(tmp_path: Pa
     fit(tmp_path, Rows())
     with caplog.at_level("INFO"):
         module = fit(tmp_path / "rest", Rows(Resumable), tmp_path / "step=3.ckpt")
-    assert module.seen[:5] == [0, 1, 2, 3, 4] and "no position of Resumable" in caplog.text
+    assert module.seen[:5] == [0, 1, 2, 3, 4] and "The position of Resumable was not saved" in caplog.text
 
 
 @pytest.mark.parametrize(("loader", "step"), [(Resumable, 3), (DataLoader, 8)], ids=["position kept", "end of the epoch"])
@@ -66,6 +66,20 @@ def test_what_goes_on_with_the_next_rows_is_no_news(tmp_path: Path, caplog: pyte
     with caplog.at_level("INFO"):
         rest = fit(tmp_path / "rest", Rows(loader), tmp_path / f"step={step}.ckpt")
     assert rest.seen == whole.seen[step:] and "Resumed inside" not in caplog.text
+
+
+class Early(Rows):
+    def configure_optimizers(self) -> Any:
+        assert self.trainer.estimated_stepping_batches == 16
+        return super().configure_optimizers()
+
+
+def test_a_position_that_lightning_does_not_load(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The loader was made before, for the number of steps."""
+    fit(tmp_path, Early(Resumable))
+    with caplog.at_level("INFO"):
+        module = fit(tmp_path / "rest", Early(Resumable), tmp_path / "step=3.ckpt")
+    assert module.seen[:5] == [0, 1, 2, 3, 4] and "The position of Resumable was not saved or not loaded" in caplog.text
 
 
 def test_a_fresh_run_is_no_news(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig
 from lightning_lora.data import InstructionDataModule
-from lightning_lora.data.resuming import ResumableBatches, ResumableLoader
+from lightning_lora.data.resuming import Position, ResumableLoader
 from tests import tiny_lm
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:You passed in a `val_dataloader`")
@@ -82,15 +82,43 @@ def test_what_was_resumed_can_be_resumed(file: str, tmp_path: Path) -> None:
     assert fit(file, str(tmp_path / "third"), str(tmp_path / "again/step=4.ckpt")) == whole[4:]
 
 
-def test_another_batch_size_goes_on_after_the_same_rows() -> None:
-    """The order of this data module goes by the batch size; the loader's position counts rows."""
-    loader = ResumableLoader(list(range(24)), batch_sampler=ResumableBatches(range(24), 4, drop_last=False))  # type: ignore[arg-type]
-    for batch in loader:
-        if batch[0] == 8:
-            break
-    assert loader.state_dict() == {"rows": 12}
-    for size, first in ((3, 12), (6, 12), (8, 8), (24, 0)):  # the last two begin inside a batch: its first rows come again
-        other = ResumableLoader(list(range(24)), batch_sampler=ResumableBatches(range(24), size, drop_last=False))  # type: ignore[arg-type]
-        other.load_state_dict({"rows": 12})
-        assert next(iter(other))[0] == first
-        assert next(iter(other))[0] == 0, "the epoch after it is whole"
+def loader(position: Position, rows: int = 24, size: int = 4) -> ResumableLoader:
+    return ResumableLoader(list(range(rows)), position, batch_size=size)
+
+
+def test_it_begins_behind_what_was_given_out() -> None:
+    first = loader(Position())
+    batches = iter(first)
+    assert [next(batches)[0] for _ in range(3)] == [0, 4, 8]
+    state = first.state_dict()
+    assert state == {"rows": 12}
+
+    resumed = loader(Position())
+    assert resumed.resumed_at is None
+    resumed.load_state_dict(state)
+    assert resumed.resumed_at == 3
+    batches = iter(resumed)
+    assert next(batches)[0] == 12 and resumed.state_dict() == {"rows": 16}  # counted from the epoch's beginning
+    assert [batch[0] for batch in batches] == [16, 20]
+    assert resumed.state_dict() == {"rows": 0} and resumed.resumed_at is None  # the epoch is over: nothing to skip in the next
+    assert [batch[0] for batch in resumed] == [0, 4, 8, 12, 16, 20]
+
+
+@pytest.mark.parametrize(("size", "first"), [(3, 12), (6, 12), (8, 8), (24, 0)])
+def test_another_size_of_batch_begins_behind_the_same_rows(size: int, first: int) -> None:
+    """As on another number of processes. The last two begin inside a batch, whose first rows come again."""
+    resumed = loader(Position(), size=size)
+    resumed.load_state_dict({"rows": 12})
+    assert next(iter(resumed))[0] == first
+
+
+def test_configure_optimizers_that_asks_for_the_number_of_steps(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It makes the loader before the checkpoint is loaded."""
+
+    def configure(module: Watch) -> Any:
+        assert module.trainer.estimated_stepping_batches == 12
+        return torch.optim.SGD(module.parameters(), lr=0.1)
+
+    monkeypatch.setattr(Watch, "configure_optimizers", configure)
+    whole = fit(file, str(tmp_path / "whole"))
+    assert fit(file, str(tmp_path / "rest"), str(tmp_path / "whole/step=9.ckpt")) == whole[9:]

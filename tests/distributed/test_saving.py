@@ -66,7 +66,7 @@ def fails(*args: Any, **kwargs: Any) -> None:
 
 def test_a_folder_of_shards_is_kept_until_the_next_is_whole(pool: Any, tmp_path: Path) -> None:
     for failed, done in pool.run(folder_after_a_kill, str(tmp_path)):
-        assert ".last.ckpt.old" in failed and "last.ckpt" not in failed and done == ["last.ckpt"]
+        assert "last.ckpt" in failed and ".last.ckpt.old" not in failed and done == ["last.ckpt"]
 
 
 def save_where_it_fails(folder: str) -> str:
@@ -144,7 +144,7 @@ def fail_on_the_first(target: str, call: str, folder: str) -> str:
     ("target", "call"),
     [
         ("adapter_io.export.write_atomic", "export"),
-        ("strategies.checkpoint_io._remove", "folder"),
+        ("strategies.checkpoint_io.erase", "folder"),
         ("strategies.checkpoint_io.write_atomic", "folder"),
         ("strategies.checkpoint_io.DurableCheckpointIO.save_checkpoint", "fit"),
     ],

@@ -64,6 +64,19 @@ UNLOADED = {
         T.YolosConfig(**{**IMAGE, "image_size": [16, 16]}, num_detection_tokens=4),
         ["class_labels_classifier", "bbox_predictor"],
     ),
+    "clipseg": (  # its decoder is a Hugging Face model too
+        T.CLIPSegForImageSegmentation,
+        T.CLIPSegConfig(
+            text_config=TEXT, vision_config=IMAGE, projection_dim=8, extract_layers=[0], reduce_dim=8, decoder_num_attention_heads=2
+        ),
+        ["decoder"],
+    ),
+    "tapas": (
+        T.TapasForQuestionAnswering,
+        T.TapasConfig(**TEXT, type_vocab_sizes=[3, 4, 4, 2, 4, 4, 4], num_aggregation_labels=0),
+        ["output_weights", "column_output_weights", "output_bias", "column_output_bias"],
+    ),
+    "hgnet": (T.HGNetV2ForImageClassification, T.HGNetV2Config(), ["fc"]),  # its stem is beside the encoder
 }
 
 
@@ -82,7 +95,7 @@ def test_the_heads_of_models_that_were_not_loaded(name):
         (T.BertModel, T.BertForSequenceClassification, ["classifier"]),
         (T.BertForMaskedLM, T.BertForSequenceClassification, ["bert.pooler", "classifier"]),
         (T.BertForMaskedLM, T.BertForMaskedLM, []),
-        (T.BertModel, T.BertForMaskedLM, ["cls.predictions.transform"]),  # the decoder is tied to the embedding
+        (T.BertModel, T.BertForMaskedLM, ["cls.predictions.bias", "cls.predictions.transform"]),  # the decoder is tied to the embedding
         (T.BertForSequenceClassification, T.BertForSequenceClassification, ["classifier"]),  # as PEFT does
         (T.BertForMaskedLM, T.BertModel, []),  # its pooler may not even be used
     ],

@@ -223,9 +223,7 @@ def test_transformer_encoder_layers_fast_path():
 
 def test_all_linear_passes_over_what_an_adapter_cannot_serve():
     model = nn.ModuleDict({"layers": nn.ModuleList(nn.TransformerEncoderLayer(4, 2, 8) for _ in range(2)), "head": nn.Linear(4, 2)})
-    with pytest.warns(
-        UserWarning, match=r"leaves out 72% of the model, which no linear that LoRA can adapt contains: layers.\*.self_attn"
-    ):
+    with pytest.warns(UserWarning, match=r"leaves out 72% of the model, which no linear that LoRA can adapt contains: layers.\*.self_attn"):
         report = find_targets(model, LoRAConfig(target_modules="all-linear", rank=2))
     assert [target.fqn for target in report.targets] == ["head"]
     assert len(report.passed_over) == 6
@@ -233,9 +231,7 @@ def test_all_linear_passes_over_what_an_adapter_cannot_serve():
     line = next(line for line in str(report).splitlines() if "linear1" in line)
     assert line.startswith("passed over: layers.*.linear1 (2): TransformerEncoderLayer.forward reads its weight without calling it")
     del model["head"]
-    with pytest.raises(
-        ValueError, match=r"target_modules='all-linear' finds no linear that LoRA can adapt: layers.\*.self_attn.out_proj"
-    ):
+    with pytest.raises(ValueError, match=r"target_modules='all-linear' finds no linear that LoRA can adapt: layers.\*.self_attn.out_proj"):
         find_targets(model, LoRAConfig(target_modules="all-linear"))
 
 

@@ -1,0 +1,142 @@
+"""Plans of a merge into one weight and of its undoing: first everything is computed, then it is put in place.
+
+What can fail, for want of memory above all, fails while the plan is made, and that changes nothing. Carrying a plan out copies into
+memory that is there, or exchanges tensors, and sets the layer's state last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_lora.layers import merging
+from lightning_lora.layers.state import MergeRecord, Quantized
+from lightning_lora.quantization import formats
+from lightning_lora.utils.sharding import local_shard, local_tensor
+
+Plan = Callable[[], None]  # carries it out
+
+
+def plan_merge(layer: Any, device: torch.device | str | None, reversible: bool, quantized: Quantized | None) -> Plan:
+    """Compute the merge of a layer that is not merged and can be. Changes nothing.
+
+    Args:
+        layer: with one weight, as its ``weight``.
+        device: where to compute (default: the weight's device).
+        reversible: keep what :func:`plan_unmerge` needs.
+        quantized: what becomes of a quantized weight.
+    """
+    if formats.format_of(layer) is not None:
+        return _plan_packed(layer, device, reversible, quantized)
+    weight, shared = layer.weight, layer.lora_state.shares_weight
+    device = torch.device(device) if device is not None else weight.device
+    mine = weight.data if shared else local_tensor(weight.detach())
+    digest = formats.weight_digest(layer)
+    delta, out_scale = layer._merge_parts(device)
+    delta, out_scale = local_shard(delta, weight), None if out_scale is None else local_shard(out_scale, weight)
+    undo: merging.SparseUndo | merging.OriginalUndo | None
+    merged, undo, loss = merging.merged_with_undo(mine.to(device), delta, out_scale, reversible=reversible and not shared)
+    if shared:  # another module uses it: it is replaced, never written to
+        new, undo = nn.Parameter(merged.to(weight.device), requires_grad=False), merging.OriginalUndo(weight) if reversible else None
+    record = MergeRecord(undo, digest, device, loss)
+
+    def carry_out() -> None:
+        if shared:
+            layer.weight = new
+        else:
+            mine.copy_(merged)
+        layer.lora_state.merge = record
+
+    return carry_out
+
+
+def _plan_packed(layer: Any, device: torch.device | str | None, reversible: bool, quantized: Quantized | None) -> Plan:
+    """Compute the merge into a quantized weight. The undo record holds the quantized tensors themselves."""
+    how = formats.format_of(layer)
+    assert how is not None
+    original, digest, home = formats.take(layer, how), formats.weight_digest(layer), layer.weight.device
+    device = torch.device(device) if device is not None else home
+    base, delta = layer.base_weight().to(device), layer.exact_delta(device)
+    exact = base.to(delta.dtype) + delta
+    try:
+        if quantized == "requantize":
+            how.requantize(layer, exact.to(home))
+            merged = layer.base_weight().to(exact)
+        else:
+            layer.weight = nn.Parameter(exact.to(base.dtype).to(home), requires_grad=False)
+            for name in original.attributes:
+                del layer.__dict__[name]
+            if how.plain_class is not None:
+                layer.rebase_class(how.plain_class)
+            merged = layer.weight.to(exact)
+        new = formats.take(layer, how)
+        loss = float((merged - exact).norm() / delta.norm()) if delta.any() else 0.0
+    finally:
+        original.put_back(layer)
+    record = MergeRecord(original if reversible else None, digest, device, loss, quantized)
+
+    def carry_out() -> None:
+        _exchange(layer, new, original.attributes)
+        layer.lora_state.merge = record
+
+    return carry_out
+
+
+def plan_unmerge(layer: Any) -> Plan:
+    """Compute the base weight of a merged layer, bit for bit. Changes nothing.
+
+    Raises:
+        ValueError: no undo record was kept, or the adapter changed since the merge.
+    """
+    record = layer.lora_state.merge
+    undo = record.undo
+    if undo is None:
+        raise ValueError(
+            "the way back was not kept (merged with reversible=False, or other weights were loaded since): load the base model again"
+        )
+    if isinstance(undo, merging.SparseUndo):
+        # On the device of the merge: the product must be the same to the bit.
+        mine = local_tensor(layer.weight.detach())
+        delta = local_shard(layer._merge_parts(record.device, scaled=False)[0], layer.weight)
+        base = merging.unmerge(mine.to(record.device), delta, undo)
+    elif isinstance(undo, formats.QuantizedUndo):
+        packed = _moved(layer, undo)
+
+    def carry_out() -> None:
+        if isinstance(undo, merging.SparseUndo):
+            mine.copy_(base)
+        elif isinstance(undo, formats.QuantizedUndo):
+            _exchange(layer, packed, packed.attributes)
+        else:
+            layer.weight = undo.weight
+        layer.lora_state.merge = None
+
+    return carry_out
+
+
+def _moved(layer: Any, undo: formats.QuantizedUndo) -> formats.QuantizedUndo:
+    """Return the packed weight on the layer's device: the model may have moved since the merge, and the undo record did not."""
+    home = layer.weight.device
+    if undo.weight.device == home:
+        return undo
+    merged = _taken(layer, undo.attributes)
+    try:
+        undo.put_back(layer)
+        layer.to(home)
+        return _taken(layer, undo.attributes)
+    finally:
+        _exchange(layer, merged, undo.attributes)
+
+
+def _taken(layer: Any, names: Collection[str]) -> formats.QuantizedUndo:
+    return formats.QuantizedUndo(type(layer), layer.weight, {name: layer.__dict__[name] for name in names if name in layer.__dict__})
+
+
+def _exchange(layer: Any, state: formats.QuantizedUndo, names: Collection[str]) -> None:
+    """Put a state in place of another one that has attributes of these names."""
+    for name in names:
+        layer.__dict__.pop(name, None)
+    state.put_back(layer)
