@@ -16,9 +16,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from lightning_lora.callbacks.companions import add_companions
 from lightning_lora.callbacks.dropout import wake_and_log
 from lightning_lora.callbacks.gradient_check import BATCHES, CURE, GradientCheck
-from lightning_lora.callbacks.interruption import handle_interruptions
 from lightning_lora.callbacks.out_of_memory import advise
 from lightning_lora.callbacks.processes import begin_together
 from lightning_lora.callbacks.refusals import check_apart, check_mergeable, check_optimizers, frozen_parts, recordable
@@ -34,18 +34,10 @@ from lightning_lora.model.quantize import quantize_base
 from lightning_lora.model.targeting import TargetReport, find_targets
 from lightning_lora.optim.groups import check_ratio
 from lightning_lora.quantization.formats import quantizer_of
-from lightning_lora.strategies import (
-    AdaptedPart,
-    FiniteCheck,
-    RollCall,
-    StrategyHooks,
-    arrange,
-    check_equal,
-    check_supported,
-    convert_base,
-    synchronize,
-)
+from lightning_lora.strategies import AdaptedPart, FiniteCheck, RollCall, StrategyHooks
+from lightning_lora.strategies.equal_ranks import check_equal, synchronize
 from lightning_lora.strategies.savable import check_savable
+from lightning_lora.strategies.support import arrange, check_supported, convert_base
 from lightning_lora.utils.names import adapter_root
 from lightning_lora.utils.sharding import is_sharded
 
@@ -125,7 +117,7 @@ class LoRACallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Inject, freeze and report. A model that is built in ``configure_model`` is adapted right after that."""
-        mine = [c for c in handle_interruptions(trainer) if isinstance(c, LoRACallback)]
+        mine = [c for c in add_companions(trainer) if isinstance(c, LoRACallback)]
         self._roll_call = begin_together(self.config, vars(self), mine[0] is self)
         check_supported(trainer)
         check_apart(self.module, [c.module for c in mine if c is not self])
