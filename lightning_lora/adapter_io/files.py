@@ -136,7 +136,8 @@ def _read_checkpoint(file: Path) -> AdapterFile:
     checkpoint = read_checkpoint(file)
     meta = checkpoint.get(META) if isinstance(checkpoint, dict) else None
     if meta is None:
-        raise ValueError(f"{file} was not written under LoRACallback: it holds no adapter.")
+        holds = "no adapter" if isinstance(checkpoint, dict) else f"a {type(checkpoint).__name__}"
+        raise ValueError(f"{file} was not written under LoRACallback: it holds {holds}.")
     config, base, root = understood(meta, str(file))
     prefix, tensors = f"{root}." if root else "", checkpoint.get("state_dict", {})
     if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):

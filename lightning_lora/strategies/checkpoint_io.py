@@ -144,7 +144,7 @@ def read(io: CheckpointIO, path: Any, weights_only: bool | None = None) -> dict[
         raise ValueError(f"{path} is no checkpoint. An adapter folder is loaded by load_adapter(model, folder), before fit.")
     checkpoint = io.load_checkpoint(path, weights_only=weights_only)
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint.")
+        raise ValueError(f"{path} was not written under LoRACallback: it holds a {type(checkpoint).__name__}.")
     return checkpoint
 
 
@@ -161,7 +161,7 @@ def read_folder(path: Path, weights_only: bool | None = None) -> dict[str, Any]:
     checkpoint, tensors = read_checkpoint(path / REST, weights_only), read_shards(path)
     parts = ("state_dict", "optimizer_states")
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path / REST} holds a {type(checkpoint).__name__}, not a checkpoint.")
+        raise ValueError(f"{path} was not written under LoRACallback: {REST} holds a {type(checkpoint).__name__}.")
     return {name: _put_tensors(value, name, tensors) if name in parts else value for name, value in checkpoint.items()}
 
 

@@ -124,6 +124,23 @@ def may_vary(tensor: Tensor, dim: int) -> None:
     torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
+# Processes.
+
+
+def default_store() -> Any:
+    """Return the key-value store with which the processes started. Without it a distributed run under ``LoRACallback`` raises."""
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._get_default_store()
+
+
+def abort_process_groups() -> None:
+    """Abort every process group of this process. Without it a process that raises leaves the others waiting, and raises another error."""
+    from torch.distributed import distributed_c10d
+
+    distributed_c10d._abort_process_group()
+
+
 # Wrappers.
 
 

@@ -18,6 +18,7 @@ from tests.distributed import runs
 from tests.distributed.nets import CONFIG, adapter_tensors, fill_adapters, make_net
 from tests.distributed.runs import run
 from tests.distributed.test_wrapping import BOTH, wrapped_and_adapted
+from tests.faults.kit import row
 
 
 def save(name: str, order: str, folder: str) -> bool:
@@ -148,6 +149,7 @@ def fail_on_the_first(target: str, call: str, folder: str) -> str:
         ("strategies.checkpoint_io.DurableCheckpointIO.save_checkpoint", "fit"),
     ],
 )
+@row(44)
 def test_a_write_that_fails_on_the_first_rank_leaves_none_waiting(pool: Any, tmp_path: Path, target: str, call: str) -> None:
     first, second = pool.run(fail_on_the_first, target, call, str(tmp_path / "out"))
     assert (first, second) == ("disk full", "the first rank raised RuntimeError: disk full")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.kit import row
 from tests.harness.kills import kill_at_each_operation
 from tests.harness.scenarios import SCENARIOS
 
@@ -41,6 +42,7 @@ def run(*arguments: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+@row(33)
 def test_a_few_kills_at_random_moments(tmp_path: Path) -> None:
     assert run("-c", SHORT, str(tmp_path)) == ["4"]
 
