@@ -85,7 +85,7 @@ def erase(path: Path) -> None:
     """Remove a file or a folder that nobody looks for. What cannot be removed stays."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
-    else:
+    elif os.path.lexists(path):
         path.unlink(missing_ok=True)
 
 

@@ -135,7 +135,6 @@ def test_a_link_is_not_followed_on_save(folder: Path) -> None:
     assert torch.equal(load_adapter(net(), folder)(IDS), adapted(std=0.2)(IDS))
 
 
-@known(31, "known only at the first save")
 @row(31)
 def test_a_checkpoint_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
     """Known before the first step."""
@@ -192,7 +191,6 @@ def whole_adapter(folder: Path) -> tuple[Any, ...] | None:
     return json.loads((folder / JSON).read_text()), meta, {name: t.tolist() for name, t in load_file(folder / FILE).items()}
 
 
-@known(32, "the JSON is deleted before the new tensors are written")
 @pytest.mark.parametrize("error", [case(32, "full_disk", FULL), case(34, "kill", Crash())])
 def test_an_adapter_folder_is_never_mixed(tmp_path: Path, error: BaseException) -> None:
     """Whoever reads it by both files finds one whole adapter, the old or the new, at any moment."""
