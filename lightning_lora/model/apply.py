@@ -16,7 +16,6 @@ from lightning_lora.model.heads import hf_ends, note_saved
 from lightning_lora.model.merge import unmerge_lora
 from lightning_lora.model.targeting import TargetReport, find_targets
 from lightning_lora.quantization.formats import elements, plain_dtype, prepare
-from lightning_lora.registry import INITS, VARIANTS, look_up
 from lightning_lora.utils.names import modules_by_name, parameters_by_name
 from lightning_lora.utils.sharding import is_distributed, reshard
 from lightning_lora.utils.transformers_conventions import checkpoint_options, gives_gradients
@@ -70,8 +69,6 @@ def apply_lora(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
     config = config or LoRAConfig()
     if already_applied(model, config):
         return model
-    look_up(INITS, "init", config.init)
-    look_up(VARIANTS, "variant", config.variant)
     return inject(model, config, find_targets(model, config))
 
 
@@ -141,7 +138,11 @@ def already_applied(model: nn.Module, config: LoRAConfig, *, merged_too: bool = 
 
 
 def get_lora_parameters(model: nn.Module) -> LoRAParameters:
-    """Return every adapter parameter once. Frozen tensors that layers share are left out. Membership is by identity."""
+    """Return every adapter parameter once. Frozen tensors that layers share are left out. Membership is by identity.
+
+    What ``modules_to_save`` and ``bias`` train is not in it. For an optimizer use
+    :func:`~lightning_lora.optim.groups.lora_param_groups`, which has all that trains.
+    """
     return LoRAParameters([parameter for _, layer in lora_layers(model) for parameter in layer.lora_parameters().values()])
 
 

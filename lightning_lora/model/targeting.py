@@ -23,7 +23,7 @@ from lightning_lora.model.heads import output_heads, saved_modules, within
 from lightning_lora.model.suitability import Suitability
 from lightning_lora.model.target_report import Target, TargetReport, grouped, starred
 from lightning_lora.quantization.formats import elements
-from lightning_lora.registry import kind_of, qualified_name, why_refused
+from lightning_lora.registry import INITS, kind_of, look_up, qualified_name, why_refused
 from lightning_lora.utils.names import modules_by_name
 from lightning_lora.utils.patterns import compile_patterns, layer_index, no_match
 
@@ -80,13 +80,13 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetReport:
     excluded = _Field("exclude_modules", config.exclude_modules)
     rules = {name: _Field(name, list(getattr(config, name))) for name in ("rank_pattern", "alpha_pattern", "kind_pattern")}
     options_of(config)  # raises for a wrong option
+    look_up(INITS, "init", config.init)
 
-    chosen: dict[nn.Module, str] = {}  # a module with two parents has two names: both may be targets, and it is adapted once
-    skipped: set[str] = set()
+    # A module with two parents has two names: both may be targets, and it is adapted once. It is not if one of them is excluded.
+    out = {module for fqn, module in modules.items() if excluded.matching(fqn)}
+    chosen: dict[nn.Module, str] = {}
     for fqn, module in modules.items():
-        if excluded.matching(fqn):
-            skipped.add(fqn)
-        if wanted.matching(fqn) and fqn not in skipped and (config.layers is None or layer_index(fqn) in config.layers):
+        if wanted.matching(fqn) and module not in out and (config.layers is None or layer_index(fqn) in config.layers):
             chosen.setdefault(module, fqn)
 
     targets, problems = [], []
@@ -115,7 +115,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetReport:
     for target in targets:
         _warn_of_rank(target)
     total = sum({p: elements(module, name, p) for module in modules.values() for name, p in _own_parameters(module)}.values())
-    rest = {fqn: module for fqn, module in modules.items() if fqn not in skipped and not within(fqn, saved)}
+    rest = {fqn: module for fqn, module in modules.items() if module not in out and not within(fqn, saved)}
     left = _left_out(rest, passed_over) if everything else {}
     _warn_of_left_out(left, total)
     hits = {each.name: dict(each.hits) for each in fields if each.hits}

@@ -54,6 +54,14 @@ def after_backward_pass(callback: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
+def revive_hooks(parameter: nn.Parameter) -> None:
+    """Make torch call a parameter's post-accumulate hooks again after ``swap_tensors``, which keeps them but leaves them unregistered.
+
+    Without it gradients of tensor-parallel adapters would no longer be averaged once the module was moved.
+    """
+    parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks
+
+
 def dtensor_storage(tensor: Any) -> Tensor:
     """Return this rank's local shard of a DTensor, the storage itself. Without it every use of a DTensor raises.
 

@@ -282,14 +282,17 @@ def test_a_wrong_submodule_name_lists_the_right_ones(tmp_path: Path) -> None:
         fit(tmp_path, LitNet(), 1, lora=LoRACallback(CONFIG, module="nett"))
 
 
-def test_tied_weights_are_refused_at_the_start_not_after_the_training(tmp_path: Path) -> None:
+@pytest.mark.parametrize("through", ["object", "memory"])
+def test_tied_weights_are_refused_at_the_start_not_after_the_training(through: str, tmp_path: Path) -> None:
     module = LitNet()
     module.net.tied = nn.Linear(16, 32)
-    module.net.tied.weight = module.net.fc1.weight
+    if through == "object":
+        module.net.tied.weight = module.net.fc1.weight
+    else:
+        module.net.tied.weight.data = module.net.fc1.weight.data
     with pytest.raises(ValueError, match=r"net\.fc1\.weight is tied to net\.tied\.weight.*merge_on_fit_end=False"):
         fit(tmp_path, module, 1)
     assert module.losses == []
-    module.net.tied.weight = module.net.fc1.weight
     trainer(tmp_path, LoRACallback(CONFIG)).test(module, verbose=False)  # no merge is due there
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,3 +107,28 @@ def refused(*said: str, model: nn.Module | None = None, error: type[Exception] =
 def known(number: int, why: str) -> Any:
     """A mark for a fault of a row that is not mended yet. The test states what is right; that it passes is an error then."""
     return pytest.mark.xfail(strict=True, reason=f"row {number}: {why}")
+
+
+class Crash(Exception):
+    pass
+
+
+STEPS = ("fsync", "replace", "unlink")
+
+
+def crash_at(monkeypatch: pytest.MonkeyPatch, step: int, error: BaseException) -> list[int]:
+    """Let the step-th of the calls that change the disk fail; returns the counter."""
+    count = [0]
+
+    def wrap(real: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            count[0] += 1
+            if count[0] == step:
+                raise error
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in STEPS:
+        monkeypatch.setattr(os, name, wrap(getattr(os, name)))
+    return count

@@ -17,10 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lightning_lora import LoRACallback, LoRAConfig, apply_lora, export_merged, load_adapter, save_adapter
-from tests.adapter_io.test_save_load import Crash, crash_at
 from tests.conftest import snapshot
 from tests.faults.adapter_files import FILE, JSON, edit_tensors
-from tests.faults.kit import CONFIG, IDS, adapted, case, disk_bits, known, net, refused, row
+from tests.faults.kit import CONFIG, IDS, Crash, adapted, case, crash_at, disk_bits, known, net, refused, row
 from tests.lit import CONFIG as FC
 from tests.lit import LitNet, trainer
 
@@ -197,7 +196,7 @@ def test_an_adapter_folder_is_never_mixed(tmp_path: Path, error: BaseException) 
     models = [adapted(), adapted(LoRAConfig(rank=4, alpha=8, target_modules=["q_proj"]))]
     old, new = (whole_adapter(save_adapter(model, tmp_path / str(i))) for i, model in enumerate(models))
     assert old != new and old is not None and new is not None
-    for step in range(1, 12):
+    for step in range(1, 20):
         folder = save_adapter(models[0], tmp_path / f"step{step}")
         with pytest.MonkeyPatch.context() as patch:
             count = crash_at(patch, step, error)

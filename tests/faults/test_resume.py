@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_lora import LoRACallback, LoRAConfig, load_adapter
-from tests.faults.kit import case, disk_bits, known, refused, row
+from tests.faults.kit import case, disk_bits, refused, row
 from tests.lit import CONFIG as FC
 from tests.lit import LitNet, trainer
 
@@ -44,7 +44,6 @@ class Signal(L.Callback):
             os.kill(os.getpid(), self.number)
 
 
-@known(35, "nothing is saved, and SIGTERM ends with 0")
 @pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Checkpoint directory")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @row(35)
@@ -142,7 +141,6 @@ def test_a_checkpoint_with_code(tmp_path: Path, saved: Path, stage: str) -> None
     assert not saved.with_name("ran").exists()
 
 
-@known(57, "torch's metadata of shards is unpickled")
 @row(57)
 def test_a_folder_of_shards_with_code(tmp_path: Path) -> None:
     folder = tmp_path / "epoch=3.ckpt"
@@ -155,7 +153,6 @@ def test_a_folder_of_shards_with_code(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-@known(57, "a URL is read")
 @row(57)
 def test_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused before anything is asked for."""

@@ -19,7 +19,7 @@ from lightning_lora import (
 )
 from lightning_lora.layers import LoRALayer
 from tests.conftest import base_bits
-from tests.faults.kit import Int8Linear, known, refused, row
+from tests.faults.kit import Int8Linear, refused, row
 from tests.lit import CONFIG as FC
 from tests.lit import LitNet, trainer
 
@@ -175,7 +175,6 @@ def test_out_of_memory(tmp_path: Path, error: Exception) -> None:
         assert torch.equal(mine, theirs) and mine.any()
 
 
-@known(38, "training goes on with NaN")
 @row(38)
 def test_nan(tmp_path: Path) -> None:
     """Training stops, and the checkpoint of before is there and is resumed from."""
@@ -186,7 +185,6 @@ def test_nan(tmp_path: Path) -> None:
     assert all(value.isfinite().all() for value in saved["state_dict"].values())
 
 
-@known(38, "a checkpoint with NaN is resumed from")
 @row(38)
 def test_resume_from_nan(tmp_path: Path) -> None:
     trainer(tmp_path, LoRACallback(FC, merge_on_fit_end=False), every_step(tmp_path), max_epochs=1).fit(LitNet())
