@@ -15,6 +15,7 @@ from lightning_lora import LoRAConfig, apply_lora, load_adapter, merge_lora, sav
 from lightning_lora.adapter_io.files import CONFIG, META, TENSORS, read_adapter
 from lightning_lora.layers import lora_layers
 from tests.conftest import ALL, ConvNet, Task, TinyModel, adapted, base_bits, same_bits, snapshot
+from tests.faults.kit import Crash, crash_at
 
 
 @pytest.fixture
@@ -366,31 +367,6 @@ def test_grouped_convolutions_round_trip_and_refuse_mixed_groups(tmp_path):
 
 
 # Crashes. Kills: tests/harness.
-
-
-class Crash(Exception):
-    pass
-
-
-STEPS = ("fsync", "replace", "unlink")
-
-
-def crash_at(monkeypatch, step, error):
-    """Let the step-th of the calls that change the disk fail; returns the counter."""
-    count = [0]
-
-    def wrap(real):
-        def call(*args, **kwargs):
-            count[0] += 1
-            if count[0] == step:
-                raise error
-            return real(*args, **kwargs)
-
-        return call
-
-    for name in STEPS:
-        monkeypatch.setattr(os, name, wrap(getattr(os, name)))
-    return count
 
 
 @pytest.mark.parametrize("error", [Crash(), OSError(errno.ENOSPC, "No space left on device")], ids=["crash", "full-disk"])
