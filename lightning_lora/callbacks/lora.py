@@ -21,7 +21,7 @@ from lightning_lora.callbacks.dropout import wake_and_log
 from lightning_lora.callbacks.gradient_check import BATCHES, CURE, GradientCheck
 from lightning_lora.callbacks.out_of_memory import advise
 from lightning_lora.callbacks.processes import begin_together
-from lightning_lora.callbacks.refusals import check_apart, check_mergeable, check_optimizers, frozen_parts, recordable
+from lightning_lora.callbacks.refusals import check_apart, check_fit, check_mergeable, frozen_parts, recordable
 from lightning_lora.callbacks.start_report import log_start
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import lora_layers
@@ -36,7 +36,6 @@ from lightning_lora.optim.groups import check_ratio
 from lightning_lora.quantization.formats import quantizer_of
 from lightning_lora.strategies import AdaptedPart, FiniteCheck, RollCall, StrategyHooks
 from lightning_lora.strategies.equal_ranks import check_equal, synchronize
-from lightning_lora.strategies.savable import check_savable
 from lightning_lora.strategies.support import arrange, check_supported, convert_base
 from lightning_lora.utils.names import adapter_root
 from lightning_lora.utils.sharding import is_sharded
@@ -136,8 +135,7 @@ class LoRACallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise ValueError if an optimizer lacks a parameter that should train, or has none, or if no checkpoint can be written."""
-        check_optimizers(trainer.optimizers, pl_module, self._target(pl_module))
-        check_savable(trainer, pl_module)
+        check_fit(trainer, pl_module, self._target(pl_module))
         let_gradients_in(pl_module)  # gradient checkpointing may have been enabled after the injection
         self._gradients, self._compare = GradientCheck(self._target(pl_module)) if self.check_gradients else None, True
         every = trainer.log_every_n_steps or BATCHES  # type: ignore[attr-defined]
