@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from lightning_lora.model.parallel import GradientReducer
 from lightning_lora.utils.blocks import repeated_blocks
+from lightning_lora.utils.gradient_reducer import GradientReducer
 from lightning_lora.utils.sharding import broadcast, is_sharded
 
 POLICY = {"NCCL_CTA_POLICY": "2"}  # NCCL_CTA_POLICY_ZERO: no multiprocessor where a copy engine can do it

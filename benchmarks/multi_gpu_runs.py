@@ -93,8 +93,9 @@ def fsdp1(model: nn.Module, adapt: Adapt, device: torch.device) -> nn.Module:
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-    from lightning_lora.model.parallel import GradientReducer, data_parallel_groups, replicated_parameters
+    from lightning_lora.model.parallel import data_parallel_groups, replicated_parameters
     from lightning_lora.utils.blocks import repeated_blocks
+    from lightning_lora.utils.gradient_reducer import GradientReducer
 
     model = adapt(model)
     policy: Any = ModuleWrapPolicy({type(repeated_blocks(model)[0][1])})

@@ -150,7 +150,7 @@ def _is_index(value: object) -> bool:
 
 
 def _check_rank(name: str, value: object) -> None:
-    if not _is_index(value) or value == 0:
+    if not _is_index(value) or not 0 < value < 2**31:  # type: ignore[operator]
         raise ValueError(f"{name}={value!r}: the rank is a whole number ≥ 1, such as 8.")
 
 

@@ -8,7 +8,8 @@ s·B₀·A₀ from the base weight instead, which gives the same sum. Here the b
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from lightning_lora.utils.sharding import full_tensor, local_shard, local_tensor
 
 if TYPE_CHECKING:
     from lightning_lora.layers.base import LoRALayer
+    from lightning_lora.layers.spec import LayerSpec
 
 
 @register_init("kaiming")
@@ -36,19 +38,24 @@ def gaussian(layer: LoRALayer) -> None:
     nn.init.zeros_(zero)
 
 
-@register_init("orthogonal")
-def orthogonal(layer: LoRALayer) -> None:
-    """Fill A and B with random values in orthogonal subspaces of the r dimensions (as in PEFT). So B·A = 0. r must be even.
+def _splits_in_halves(module: Any, spec: LayerSpec, A: tuple[int, ...], B: tuple[int, ...]) -> None:
+    if spec.rank % 2 or (A[0], B[1]) != (spec.rank, spec.rank):
+        raise ValueError(f"init='orthogonal' needs an even rank and no groups, here rank={spec.rank}; choose another rank or init")
+    if getattr(module, "padding_idx", None) is not None:
+        raise ValueError(f"init='orthogonal' would train the row of padding_idx={module.padding_idx} too; exclude it")
 
-    Raises:
-        ValueError: r is odd, or the layer multiplies A and B in groups.
+
+@register_init("orthogonal", check=_splits_in_halves)
+def orthogonal(layer: LoRALayer) -> None:
+    """Fill A and B with random values in orthogonal subspaces of the r dimensions (as in PEFT). So B·A = 0.
+
+    r must be even. Layers with groups or a padding row are refused.
     """
     r = layer.rank
-    if r % 2 or layer.lora_B.shape[1] != r:
-        raise ValueError(f"init='orthogonal' needs an even rank and no groups, here rank={r}; choose another rank or init")
-    Q, _ = torch.linalg.qr(torch.randn(r, r))
-    A = Q[0::2].t() @ torch.randn(r // 2, layer.lora_A[0].numel()) / 10
-    B = torch.randn(layer.lora_B.shape[0], r // 2) @ Q[1::2] / 10
+    draw = partial(torch.randn, dtype=layer.lora_A.dtype, device="cpu")  # the default dtype may be a half one, which has no QR
+    Q, _ = torch.linalg.qr(draw(r, r))
+    A = Q[0::2].t() @ draw(r // 2, layer.lora_A[0].numel()) / 10
+    B = draw(layer.lora_B.shape[0], r // 2) @ Q[1::2] / 10
     _fill(layer, A, B)
 
 

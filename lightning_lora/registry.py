@@ -18,6 +18,7 @@ INITS: dict[str, Callable[[Any], None]] = {}  # config.init → the function tha
 
 T = TypeVar("T")
 Init = TypeVar("Init", bound=Callable[[Any], None])
+InitCheck = Callable[[Any, Any, tuple[int, ...], tuple[int, ...]], None]
 
 
 def qualified_name(cls: type) -> str:
@@ -38,8 +39,10 @@ def register_kind(*names: str | type, name: str | None = None) -> Callable[[type
     keys = [each if isinstance(each, str) else qualified_name(each) for each in names]
 
     def add(kind: type[T]) -> type[T]:
-        _add(KIND_NAMES, "kind", [] if name is None else [name], kind)
-        return _add(KINDS, "kind", keys, kind)
+        own_names = [] if name is None else [name]
+        _check_free(KIND_NAMES, "kind", own_names, kind)
+        _add(KINDS, "kind", keys, kind)
+        return _add(KIND_NAMES, "kind", own_names, kind)
 
     return add
 
@@ -56,25 +59,38 @@ def register_variant(name: str) -> Callable[[type[T]], type[T]]:
     return lambda variant: _add(VARIANTS, "variant", [name], variant)
 
 
-def register_init(name: str) -> Callable[[T], T]:
+def register_init(name: str, *, check: InitCheck | None = None) -> Callable[[Init], Init]:
     """Function decorator: ``LoRAConfig(init=name)`` initializes a layer's A and B with the decorated function, which takes the layer.
 
     Args:
         name: the init's name in configs.
+        check: takes a module, its ``LayerSpec`` and the shapes of A (r, …) and B (out, r, …). It raises ValueError with the reason if the
+            init does not suit the module. It runs before the model is changed, so the init itself must not refuse a layer.
 
     Raises:
         ValueError: another init has that name.
     """
-    return lambda init: _add(INITS, "init", [name], init)
+
+    def add(init: Init) -> Init:
+        _add(INITS, "init", [name], init)
+        if check is not None:
+            init.check = check  # type: ignore[attr-defined]
+        return init
+
+    return add
 
 
 def _add(table: dict[str, Any], what: str, names: Sequence[str], entry: T) -> T:
     """Register an entry under all names, or under none if another entry has one of them."""
+    _check_free(table, what, names, entry)
+    table.update(dict.fromkeys(names, entry))
+    return entry
+
+
+def _check_free(table: dict[str, Any], what: str, names: Sequence[str], entry: object) -> None:
     taken = [name for name in names if table.get(name, entry) is not entry]
     if taken:
         raise ValueError(f"{what} {taken[0]!r} is registered already, as {table[taken[0]]!r}; choose another name.")
-    table.update(dict.fromkeys(names, entry))
-    return entry
 
 
 def keeps_start(init: Init) -> Init:
@@ -86,6 +102,11 @@ def keeps_start(init: Init) -> Init:
 def has_start(init: str) -> bool:
     """True if layers with this init keep their start."""
     return getattr(look_up(INITS, "init", init), "keeps_start", False)
+
+
+def init_check(init: str) -> InitCheck | None:
+    """Return the check that an init was registered with, None if it has none."""
+    return getattr(look_up(INITS, "init", init), "check", None)
 
 
 def look_up(table: dict[str, T], field: str, name: str) -> T:

@@ -74,6 +74,28 @@ def test_orthogonal_starts_at_random_and_adds_nothing():
     assert not adapted.adds_nothing()
 
 
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("default", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_the_default_dtype_does_not_matter(init, default):
+    """Lightning's half precisions set it while a model is configured."""
+    base, found = nn.Sequential(nn.Linear(12, 10)), []
+    for dtype in (torch.float32, default):
+        torch.set_default_dtype(dtype)
+        try:
+            torch.manual_seed(0)
+            found.append(apply_lora(copy.deepcopy(base), LoRAConfig(rank=4, init=init, target_modules=["0"])))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    wanted = bits(found[0])
+    assert all(same_bits(tensor, wanted[name]) for name, tensor in bits(found[1]).items())
+
+
+def test_orthogonal_in_float64_adds_nothing_to_float64s_precision():
+    model = nn.Sequential(nn.Linear(9, 7, dtype=torch.float64))
+    adapted = apply_lora(model, LoRAConfig(rank=4, init="orthogonal", target_modules=["0"]))[0]
+    assert adapted.lora_B.abs().max() > 0.01 and (adapted.lora_B @ adapted.lora_A).abs().max() < 1e-15
+
+
 def test_the_seed_decides():
     torch.manual_seed(1)
     first = layer("linear").lora_A
@@ -211,6 +233,8 @@ def test_a_start_on_the_meta_device_is_taken_from_the_weights_that_come():
         (lambda: nn.Embedding(9, 4, padding_idx=1), {"init": "olora"}, "init='olora' would train the row of padding_idx=1 too; exclude it"),
         (lambda: nn.Linear(3, 9), {"init": "pissa", "rank": 4}, r"init='pissa' with rank=4 is above min\(in, out\)=3; choose a lower rank"),
         (lambda: nn.Linear(9, 9), {"init": "orthogonal", "rank": 3}, "init='orthogonal' needs an even rank and no groups, here rank=3"),
+        (lambda: nn.Conv2d(4, 4, 3, groups=2), {"init": "orthogonal"}, "init='orthogonal' needs an even rank and no groups, here rank=2"),
+        (lambda: nn.Embedding(9, 4, padding_idx=1), {"init": "orthogonal"}, "init='orthogonal' would train the row of padding_idx=1 too"),
         (lambda: nn.Linear(9, 9), {"init": "pissa", "variant": "vera"}, "init='pissa' and variant='vera'"),
         (lambda: nn.Linear(9, 9), {"init": "pissa", "variant": "adalora"}, "init='pissa' and variant='adalora'"),
         (lambda: nn.Linear(9, 9), {"init": "pisa"}, "init='pisa' is not known; there are gaussian, kaiming, olora"),

@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from lightning_lora import registry
+from lightning_lora import LoRAConfig, find_targets, registry
 from lightning_lora.layers import LoRALinear
 from lightning_lora.layers.conv import LoRAConv
 from lightning_lora.layers.embedding import LoRAEmbedding
@@ -102,3 +102,28 @@ def test_a_kind_takes_all_its_types_or_none(monkeypatch):
     with pytest.raises(ValueError, match="Linear' is registered already"):
         registry.register_kind(Sub, nn.Linear)(LoRAConv)
     assert registry.kind_of(Sub) is LoRALinear
+
+
+@pytest.mark.parametrize(("types", "name"), [((nn.Linear,), "mine"), ((Sub,), "taken")])
+def test_a_kind_takes_its_types_and_its_name_or_none(monkeypatch, types, name):
+    monkeypatch.setattr(registry, "KINDS", dict(registry.KINDS))
+    monkeypatch.setattr(registry, "KIND_NAMES", {"taken": LoRAConv})
+    before = dict(registry.KINDS)
+    with pytest.raises(ValueError, match="is registered already"):
+        registry.register_kind(*types, name=name)(LoRAEmbedding)
+    assert before == registry.KINDS and {"taken": LoRAConv} == registry.KIND_NAMES
+
+
+def test_an_init_brings_its_check(monkeypatch):
+    def check(module, spec, A, B):
+        raise ValueError(f"{type(module).__name__}, rank {spec.rank}, {A}, {B}")
+
+    def init(layer):
+        raise AssertionError
+
+    monkeypatch.setitem(registry.INITS, "mine", init)  # which is taken back
+    assert registry.register_init("mine", check=check)(init) is init
+    model = nn.Sequential(nn.Linear(4, 3))
+    with pytest.raises(ValueError, match=r"'0' .*: Linear, rank 2, \(2, 4\), \(3, 2\)"):
+        find_targets(model, LoRAConfig(target_modules=["0"], rank=2, init="mine"))
+    assert registry.init_check("kaiming") is None

@@ -2,15 +2,15 @@
 
 The safetensors metadata holds what PEFT's format has no field for: our format version, the exact config and the base's identity.
 
-Two files cannot be renamed in one step. So when a folder is overwritten with another config, the old JSON is removed first and the new
-one is written last. A crash leaves a matching pair, or tensors without a JSON, but never a mixed pair. Tensors without a JSON still load
-here, because their metadata holds the config. The exception is a folder that PEFT wrote, whose tensors have no such metadata: after a
-crash between the two writes, loading it says that the JSON is missing.
+Both files are written as one commit (:mod:`lightning_lora.utils.folder_commit`), and read from one. The metadata also holds what the JSON
+said, and a checksum (:mod:`lightning_lora.adapter_io.integrity`). So a pair of two saves and a damaged or edited file are refused.
+Tensors without a JSON still load here, because their metadata holds the config.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -21,9 +21,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightning_lora.adapter_io import peft_format
+from lightning_lora.adapter_io.integrity import check_fields, seal
 from lightning_lora.adapter_io.metadata import FORMAT_VERSION, META, parsed, understood
+from lightning_lora.adapter_io.peft_names import PREFIX, our_names
 from lightning_lora.config import LoRAConfig
-from lightning_lora.utils.atomic_files import sync_folder, write_atomic
+from lightning_lora.utils.atomic_files import write_atomic
+from lightning_lora.utils.folder_commit import commit, read_undisturbed
+from lightning_lora.utils.folders import standing
 from lightning_lora.utils.read_checkpoint import read_checkpoint
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -37,17 +41,30 @@ class AdapterFile:
         config: how the layers were adapted.
         tensors: by their names in the adapted model (``layers.0.q_proj.lora_A``), relative to the adapted model itself.
         base: the base's identity; None in files that PEFT wrote.
-        beside: names of tensors that a checkpoint holds beside the adapter and what trained: buffers, base weights that changed.
+        beside: names of tensors beside the adapter and what trained: buffers, base weights that changed.
+        fields: the JSON of a folder that PEFT wrote; ``config`` is then what it says without a model.
         extra_state: name in a state dict → a module's extra state, from a checkpoint.
         outside: the same two, of the task around the adapted model, by their names there; for the adapted model alone they have no place.
+        damaged: True if the checksum in the file is not that of its content. It is the last thing to refuse, since what is wrong may be
+            known more exactly.
     """
 
     config: LoRAConfig
     tensors: dict[str, Tensor]
     base: dict[str, Any] | None
     beside: frozenset[str] = frozenset()
+    fields: dict[str, Any] | None = None
     extra_state: dict[str, Any] = field(default_factory=dict)
     outside: dict[str, Any] = field(default_factory=dict)
+    damaged: bool = False
+
+    def check_intact(self, where: str) -> None:
+        """Raise ValueError if the content is not what was saved."""
+        if self.damaged:
+            raise ValueError(
+                f"{where}: the content of {TENSORS} is not what was saved (its checksum differs): it is damaged or was edited. If you"
+                " meant the edit, save the tensors without the file's metadata; the JSON then says what they are."
+            )
 
     def meta(self, **more: Any) -> dict[str, Any]:
         """Return the metadata that is stored beside the tensors, as plain types."""
@@ -61,26 +78,25 @@ def read_adapter(path: str | Path) -> AdapterFile:
         ValueError: a file is missing, unreadable or of a newer format, or the two files are of different saves.
     """
     path = Path(path)
-    return _read_checkpoint(path) if path.is_file() else _read_folder(path)
+    return _read_checkpoint(path) if path.is_file() else read_undisturbed(path, (TENSORS, CONFIG), _read_folder)
 
 
-def write_folder(folder: Path, content: AdapterFile, fields: dict[str, Any]) -> None:
-    """Write both files of a folder.
+def write_folder(folder: Path, content: AdapterFile, fields: dict[str, Any], check: Callable[[], object] = lambda: None) -> None:
+    """Write both files of a folder in one step. Other files in it stay.
 
     Args:
         folder: created if it does not exist.
         content: its tensors have PEFT's names, without PEFT's prefix.
         fields: the content of ``adapter_config.json``.
+        check: raises if the folder must not be written to; called once no other process writes to it.
     """
-    tensors = {peft_format.PREFIX + name: tensor.detach().cpu().clone().contiguous() for name, tensor in content.tensors.items()}
-    data = safetensors.torch.save(tensors, {"format": "pt", META: json.dumps(content.meta())})
+    tensors = {PREFIX + name: tensor.detach().cpu().clone().contiguous() for name, tensor in content.tensors.items()}
+    meta = content.meta(json=fields, **({"beside": sorted(content.beside)} if content.beside else {}))
+    data = safetensors.torch.save(tensors, {"format": "pt", META: json.dumps(meta | {"checksum": seal(meta, tensors)})})
     text = (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / CONFIG).is_file() and (folder / CONFIG).read_bytes() != text:
-        (folder / CONFIG).unlink()
-        sync_folder(folder)
-    write_atomic(folder / TENSORS, data)
-    write_atomic(folder / CONFIG, text)
+    with commit(folder, (TENSORS, CONFIG), check) as staged:
+        write_atomic(staged / TENSORS, data)
+        write_atomic(staged / CONFIG, text)
 
 
 def _read_folder(folder: Path) -> AdapterFile:
@@ -102,26 +118,19 @@ def _read_folder(folder: Path) -> AdapterFile:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is not a readable safetensors file (truncated?): {error}") from error
     meta = parsed(said, f"{file}: its {META} metadata", kinds=(dict, NoneType))
-    named = {peft_format.our_name(name, str(file)): tensor for name, tensor in tensors.items() if ".original_module." not in name}
-    for name in tensors.keys() if len(named) < len(tensors) else ():
-        other = named.get(peft_format.our_name(name, str(file)), tensors[name])
-        if ".original_module." not in name and not (other.dtype == tensors[name].dtype and other.equal(tensors[name])):
+    named: dict[str, Tensor] = {}
+    for name, ours in our_names(tensors, str(file)).items():
+        twin = named.setdefault(ours, tensors[name])
+        if twin is not tensors[name] and not (twin.dtype == tensors[name].dtype and twin.equal(tensors[name])):
             raise ValueError(f"{file} holds two tensors for the parameter of {name!r}, with different values.")
     if meta is None:  # PEFT wrote the file
-        return AdapterFile(peft_format.from_peft(_read_json(folder / CONFIG), str(folder / CONFIG), named), named, None)
+        words = _read_json(standing(folder / CONFIG))
+        return AdapterFile(peft_format.from_peft(words, str(folder / CONFIG), named), named, None, fields=words)
     config, base, _ = understood(meta, str(file))
-    fields = peft_format.as_lora(_read_json(folder / CONFIG), str(folder / CONFIG)) if (folder / CONFIG).is_file() else None
-    said = {"r": config.rank, "lora_alpha": config.alpha, "use_rslora": config.scaling == "rslora", "bias": config.bias}
-    for name, mine in said.items():
-        if fields is not None and fields.get(name) != mine:
-            raise ValueError(
-                f"{folder}: {CONFIG} says {name}={fields.get(name)!r}, the tensors were saved with {mine!r}: files of two different saves."
-            )
-    if fields is not None and (other := peft_format.variant_of(fields)) != peft_format.variant_of(peft_format.variant_fields(config)):
-        raise ValueError(
-            f"{folder}: {CONFIG} is of a {other!r} adapter, the tensors were saved with {config.variant!r}: files of two different saves."
-        )
-    return AdapterFile(config, named, base)
+    if (folder / CONFIG).is_file():
+        check_fields(_read_json(folder / CONFIG), meta, config, named, str(folder / CONFIG))
+    damaged = "checksum" in meta and seal(meta, tensors) != meta["checksum"]
+    return AdapterFile(config, named, base, frozenset(meta.get("beside", ())), damaged=damaged)
 
 
 def _read_checkpoint(file: Path) -> AdapterFile:
@@ -130,7 +139,8 @@ def _read_checkpoint(file: Path) -> AdapterFile:
     checkpoint = read_checkpoint(file)
     meta = checkpoint.get(META) if isinstance(checkpoint, dict) else None
     if meta is None:
-        raise ValueError(f"{file} was not written under LoRACallback: it holds no adapter.")
+        holds = "no adapter" if isinstance(checkpoint, dict) else f"a {type(checkpoint).__name__}"
+        raise ValueError(f"{file} was not written under LoRACallback: it holds {holds}.")
     config, base, root = understood(meta, str(file))
     prefix, tensors = f"{root}." if root else "", checkpoint.get("state_dict", {})
     if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
@@ -143,7 +153,8 @@ def _read_checkpoint(file: Path) -> AdapterFile:
     rest = {name: value for name, value in tensors.items() if not name.startswith(prefix)}
     extra = {name: value for name, value in own.items() if not isinstance(value, Tensor)}
     own = {name: tensor for name, tensor in own.items() if name not in extra}
-    return AdapterFile(config, own, base, frozenset(name.removeprefix(prefix) for name in beside if name.startswith(prefix)), extra, rest)
+    beside = frozenset(name.removeprefix(prefix) for name in beside if name.startswith(prefix))
+    return AdapterFile(config, own, base, beside, extra_state=extra, outside=rest)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

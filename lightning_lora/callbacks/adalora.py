@@ -24,6 +24,7 @@ from lightning_lora.callbacks.lora import LoRACallback
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import LoRALayer, lora_layers
 from lightning_lora.model.merge import unmerge_lora
+from lightning_lora.utils.gradient_reducer import hand_over
 from lightning_lora.utils.sharding import is_sharded
 from lightning_lora.utils.torch_private import unscales_itself
 from lightning_lora.variants import shrink_adalora
@@ -244,6 +245,7 @@ class AdaLoRACallback(LoRACallback):
             unmerge_lora(pl_module)
             for layer, cls, parameters, rank in self._full:
                 layer.__class__ = cls
+                hand_over(layer.lora_parameters().values(), parameters.values())
                 layer._parameters.update(parameters)
                 layer.lora_state.spec = replace(layer.spec, config=self.trained_config, rank=rank)
         self._full, self.config = [], self.trained_config

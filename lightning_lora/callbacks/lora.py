@@ -16,15 +16,20 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from lightning_lora.callbacks.dropout import wake_and_log
 from lightning_lora.callbacks.gradient_check import BATCHES, CURE, GradientCheck
+from lightning_lora.callbacks.interruption import handle_interruptions
+from lightning_lora.callbacks.out_of_memory import advise
+from lightning_lora.callbacks.processes import begin_together
 from lightning_lora.callbacks.refusals import check_apart, check_mergeable, check_optimizers, frozen_parts, recordable
+from lightning_lora.callbacks.start_report import log_start
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import lora_layers
 from lightning_lora.layers.state import Quantized
-from lightning_lora.model.apply import already_applied, inject, let_gradients_in, trainable_parameters, unload_lora
+from lightning_lora.model.apply import already_applied, inject, let_gradients_in, unload_lora
 from lightning_lora.model.compile import begin_step, compile_layers, keep_gradients, uncompile_layers
 from lightning_lora.model.merge import merge_lora, merge_report, unmerge_for_now
-from lightning_lora.model.modes import restore_flags, wake_dropout
+from lightning_lora.model.modes import restore_flags
 from lightning_lora.model.quantize import quantize_base
 from lightning_lora.model.targeting import TargetReport, find_targets
 from lightning_lora.optim.groups import check_ratio
@@ -32,6 +37,7 @@ from lightning_lora.quantization.formats import quantizer_of
 from lightning_lora.strategies import (
     AdaptedPart,
     FiniteCheck,
+    RollCall,
     StrategyHooks,
     arrange,
     check_equal,
@@ -39,6 +45,7 @@ from lightning_lora.strategies import (
     convert_base,
     synchronize,
 )
+from lightning_lora.strategies.savable import check_savable
 from lightning_lora.utils.names import adapter_root
 from lightning_lora.utils.sharding import is_sharded
 
@@ -48,7 +55,8 @@ class LoRACallback(Callback):
 
     The module's own ``configure_optimizers``, schedulers, manual optimization and checkpoint callbacks work as before.
     Checkpoints leave out only what is proved to be the unchanged base (:mod:`lightning_lora.strategies.changed_state`). A resumed run is
-    exact to the step. A refused call leaves the module unchanged. Several callbacks may adapt separate parts, each with its ``module``.
+    exact to the step, also after an interruption (:mod:`lightning_lora.callbacks.interruption`). A refused call leaves the module
+    unchanged. Several callbacks may adapt separate parts, each with its ``module``.
 
     Args:
         config: what to adapt; default ``LoRAConfig()``.
@@ -95,8 +103,7 @@ class LoRACallback(Callback):
         if cuda_graphs and compile is None:
             raise ValueError("cuda_graphs=True records compiled blocks: pass compile='layer' with it.")
         check_ratio(lora_plus_ratio)
-        self.config = config or LoRAConfig()
-        self.module = module
+        self.config, self.module = config or LoRAConfig(), module
         if quantize is not None:
             quantizer_of(quantize)
         if merge_quantized not in (None, "dequantize", "requantize"):
@@ -104,9 +111,7 @@ class LoRACallback(Callback):
         self.quantize, self.merge_quantized = quantize, merge_quantized
         self.merge_on_fit_end = quantize is None or merge_quantized is not None if merge_on_fit_end is None else merge_on_fit_end
         self.lora_plus_ratio = lora_plus_ratio
-        self.check_base = check_base
-        self.check_gradients = check_gradients
-        self.allow_nonfinite = allow_nonfinite
+        self.check_base, self.check_gradients, self.allow_nonfinite = check_base, check_gradients, allow_nonfinite
         self._finite: FiniteCheck | None = None
         self.compile, self.cuda_graphs = compile, cuda_graphs
         self._recorded = False
@@ -115,13 +120,16 @@ class LoRACallback(Callback):
         self.part: AdaptedPart | None = None  # of the last setup
         self._gradients: GradientCheck | None = None
         self._compare = False
+        self._roll_call: RollCall | None = None  # of a run on several processes
         self._undo = ExitStack()  # reverts the preparations, until the run has begun
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Inject, freeze and report. A model that is built in ``configure_model`` is adapted right after that."""
+        first = next(c for c in trainer.callbacks if isinstance(c, LoRACallback))  # type: ignore[attr-defined]
+        self._roll_call = begin_together(self.config, vars(self), first is self)
         check_supported(trainer)
-        others = [c.module for c in trainer.callbacks if isinstance(c, LoRACallback) and c is not self]  # type: ignore[attr-defined]
-        check_apart(self.module, others)
+        others = handle_interruptions(trainer)
+        check_apart(self.module, [c.module for c in others if isinstance(c, LoRACallback) and c is not self])
         if any(True for _ in pl_module.parameters()):
             self._adapt(trainer, pl_module).watch_configure_model()
             return
@@ -136,8 +144,9 @@ class LoRACallback(Callback):
         pl_module.configure_model = configure_model  # type: ignore[method-assign]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise ValueError if a parameter that should train is in no optimizer, or an optimizer has nothing to train."""
+        """Raise ValueError if an optimizer lacks a parameter that should train, or has none, or if no checkpoint can be written."""
         check_optimizers(trainer.optimizers, pl_module, self._target(pl_module))
+        check_savable(trainer, pl_module)
         let_gradients_in(pl_module)  # gradient checkpointing may have been enabled after the injection
         self._gradients, self._compare = GradientCheck(self._target(pl_module)) if self.check_gradients else None, True
         every = trainer.log_every_n_steps or BATCHES  # type: ignore[attr-defined]
@@ -147,12 +156,7 @@ class LoRACallback(Callback):
         """Take the frozen values as the reference for changes. Switch on the adapters' dropout where the base is in evaluation mode."""
         self._begun(pl_module)
         trainer.strategy._lora_hooks.state.start()  # type: ignore[attr-defined]
-        woken = wake_dropout(self._target(pl_module))
-        if woken:
-            rank_zero_info(
-                f"{woken[0]} and {len(woken) - 1} more adapted layers were in evaluation mode (as from_pretrained leaves a model),"
-                " which disables their adapters' dropout: they are in training mode now, the rest of the model is unchanged."
-            )
+        wake_and_log(self._target(pl_module))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Raise RuntimeError with the fix if the loss depends on no adapter. torch would only say that it has no gradient."""
@@ -219,12 +223,17 @@ class LoRACallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Undo the compilation of the blocks."""
+        if self._roll_call is not None:
+            self._roll_call.close()
         if self._compiled is not None:
             uncompile_layers(self._compiled)
             self._compiled, self._recorded = None, False
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Restore the module if the run was refused before it began. Tear down, because Lightning does not after an exception."""
+        """Restore the module if the run was refused before it began. Tear down, because Lightning does not. Advise if memory is out."""
+        advise(exception)
+        if self._roll_call is not None:
+            self._roll_call.answer(exception)
         if not any(is_sharded(p) for p in pl_module.parameters()) and not isinstance(trainer.strategy, FSDPStrategy):
             self._undo.close()
         self._begun(pl_module)
@@ -257,9 +266,7 @@ class LoRACallback(Callback):
                 inject(target, self.config, report)
                 undo.callback(unload_lora, target)
                 synchronize(pl_module)
-                trainable, total = trainable_parameters(pl_module)
-                rest = f"\nfrozen, without an adapter: {stays}" if stays else ""
-                rank_zero_info(f"{report}{rest}\ntrainable {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+                log_start(report, pl_module, stays, fitting and bool(trainer.checkpoint_callbacks))
             arrange(trainer.strategy, pl_module)
             root = ".".join(filter(None, (self.module, adapter_root(target)[0])))
             self.part = AdaptedPart(root, self.config, self.check_base, self.lora_plus_ratio, self.allow_nonfinite)

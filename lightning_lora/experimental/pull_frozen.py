@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from lightning_lora.experimental.peer_memory import stream_barrier
 from lightning_lora.experimental.pulling_group import PrefetchOrder, PullingGroup
-from lightning_lora.model.parallel import GradientReducer
+from lightning_lora.utils.gradient_reducer import GradientReducer
 from lightning_lora.utils.sharding import broadcast
 from lightning_lora.utils.torch_private import fsdp2_group
 

@@ -35,8 +35,9 @@ from lightning_lora.layers.state import AdapterState
 from lightning_lora.ops import backends
 from lightning_lora.ops.output_scale import apply_output_scale
 from lightning_lora.quantization import formats
-from lightning_lora.registry import INITS, has_start, look_up
-from lightning_lora.utils.sharding import is_sharded, local_tensor
+from lightning_lora.registry import INITS, has_start, init_check, look_up
+from lightning_lora.utils.gradient_reducer import kept_reduced
+from lightning_lora.utils.sharding import local_tensor
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -47,7 +48,7 @@ class LoRALayer(Factors):
     Attributes:
         lora_A: down-projection, (r, in) for a linear.
         lora_B: up-projection, (out, r) for a linear.
-        lora_dropout: ``nn.Dropout`` on the adapter's input.
+        lora_dropout: ``nn.Dropout`` that holds the probability; the layer's own ``training`` says if it is in force.
         lora_state: the rest of the adapter's state; ``spec``, ``rank``, ``alpha``, ``lora_config`` and ``merged`` read it.
     """
 
@@ -74,6 +75,9 @@ class LoRALayer(Factors):
 
         The message is the reason only; the caller adds the layer's name.
         """
+        check = init_check(spec.config.init)
+        if check is not None:
+            check(module, spec, *cls.adapter_shapes(module, spec))
         if not has_start(spec.config.init):
             return
         (r, *inputs), (outputs, again, *_) = cls.adapter_shapes(module, spec)
@@ -147,7 +151,7 @@ class LoRALayer(Factors):
         for parameter in self.base_parameters().values():
             parameter.requires_grad_(False)
         # Not a child module: parallelization plans and module walks must see the tree that they know.
-        self.__dict__["lora_dropout"] = nn.Dropout(spec.dropout).train(self.training)
+        self.__dict__["lora_dropout"] = nn.Dropout(spec.dropout)
         for name, shape in self.parameter_shapes(self, spec).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype)))
         self.reset_lora_parameters()
@@ -161,6 +165,11 @@ class LoRALayer(Factors):
                 start = self._parameters.get(f"{name}0")
                 if start is not None:
                     local_tensor(start.requires_grad_(False)).copy_(local_tensor(self._parameters[name]))  # type: ignore[arg-type]
+
+    def base_was_loaded(self, loaded: set[str]) -> None:
+        """Compute a kept start again from the new weight, unless the adapter was loaded too or has trained."""
+        if "lora_A0" in self._parameters and "lora_A" not in loaded and self._starts():
+            self.reset_lora_parameters()
 
     def reset_parameters(self) -> None:
         """Reset the base, then the adapter. torch calls this when it materializes a module on the meta device."""
@@ -201,40 +210,25 @@ class LoRALayer(Factors):
 
     def dropout_now(self) -> float:
         """Return the dropout probability in force: 0 in evaluation."""
-        # After validation Lightning restores `training` on each module without calling `train()`: that misses `lora_dropout`, no child.
         return self.lora_dropout.p if self.training else 0.0
 
     # What torch calls.
 
-    def train(self, mode: bool = True) -> LoRALayer:
-        """Set the mode as torch does, on the dropout too."""
-        self.lora_dropout.train(mode)
-        return super().train(mode)
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALayer:
         # `.to(bfloat16)`, `.half()` and Lightning's half-precision plugins convert the base. Adapters in fp32 stay in fp32:
         # in half precision small updates would be rounded away.
-        before = {name: (p.data, None if p.grad is None else p.grad.data) for name, p in self.lora_parameters().items()}
-        super()._apply(fn, recurse)
-        for name, parameter in self.lora_parameters().items():
-            data, grad = before[name]
-            if parameter.dtype in _HALF and data.dtype not in _HALF:
-                data, grad = data.to(parameter.device), None if grad is None else grad.to(parameter.device)
-                if is_sharded(parameter):  # a DTensor keeps its dtype when its data is set
-                    torch.utils.swap_tensors(parameter, nn.Parameter(data, requires_grad=parameter.requires_grad))
-                else:
-                    parameter.data = data
-                parameter.grad = grad
+        adapters = self.lora_parameters().values()
+        mine = {id(tensor): tensor for p in adapters for tensor in (p, p.grad) if tensor is not None}
+
+        def converted(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            halved = id(tensor) in mine and new.dtype in _HALF and tensor.dtype not in _HALF
+            return tensor.to(new.device) if halved else new
+
+        with kept_reduced(adapters):
+            super()._apply(converted, recurse)
         backends.look_at(next(iter(self.lora_parameters().values())).device)
         return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        # Base weights may be loaded after the adapter was created (for example from the meta device).
-        # A start that was computed from other weights is then computed again.
-        alone = prefix + "weight" in state_dict and prefix + "lora_A" not in state_dict and not self.merged
-        if alone and "lora_A0" in self._parameters and not self.lora_A0.is_meta and self.adds_nothing():
-            self.reset_lora_parameters()
 
     def extra_repr(self) -> str:
         """Return the base's text, then the adapter's rank, alpha and dropout."""

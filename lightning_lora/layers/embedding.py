@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.registry import register_kind
+from lightning_lora.utils.autocast import no_autocast
 
 
 @register_kind(nn.Embedding, name="embedding")
@@ -60,7 +61,8 @@ class LoRAEmbedding(LoRALayer):
         t = F.embedding(x, A.t(), padding_idx=self.padding_idx)  # (..., r)
         # Gemma's embeddings scale their output, so the update is scaled too.
         scale = self.scaling * getattr(self, "embed_scale", 1.0)
-        return y + F.linear((t * scale).to(y.dtype), B.to(y.dtype))
+        with no_autocast(y):  # it does not round the base's output, so it must not round the update
+            return y + F.linear((t * scale).to(y.dtype), B.to(y.dtype))
 
     def to_matrix(self, tensor: Tensor) -> Tensor:
         """Return the tensor as (dim, num_embeddings): the inputs are one-hot."""

@@ -44,6 +44,15 @@ class Mergeable(Adapted):
         plain = type(self.weight) is nn.Parameter and self.weight.is_floating_point()
         return self.weight if plain else formats.dequantized(self)
 
+    def base_was_loaded(self, loaded: set[str]) -> None:
+        """Follow a base weight that came after the adapter, for example onto the meta device.
+
+        What the adapter computed from the earlier weight is computed again if the adapter adds nothing yet.
+
+        Args:
+            loaded: names of the adapter parameters that were loaded together with the weight; they stay as they are.
+        """
+
     def merge_delta(self) -> Tensor:
         """Return what a merge adds to the weight, computed from the adapter alone. :meth:`merge_scale` then multiplies the sum."""
         return self.lora_delta()
@@ -226,9 +235,18 @@ class Mergeable(Adapted):
         # The base alone may come to a layer that is merged, or whose adapter does nothing yet.
         if lacks and (self.merged or again or (not comes and self._starts())):
             missing[:] = [key for key in missing if key not in lacks]
+        if len(errors) == failed and not self.merged:
+            self._follow(state_dict, prefix)
+
+    def _follow(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Tell each layer whose weight was loaded."""
+        came = {id(p) for name, p in self.lora_parameters().items() if prefix + name in state_dict}
+        for name, layer in self.by_weight().items():
+            if prefix + name in state_dict:
+                layer.base_was_loaded({short for short, p in layer.lora_parameters().items() if id(p) in came})
 
     def _starts(self) -> bool:
-        """Whether the adapter does nothing yet."""
+        """True if the adapter adds nothing yet. Collective on sharded layers."""
         return not any(p.is_meta for p in self.lora_parameters().values()) and all(
             layer.adds_nothing() for layer in self.by_weight().values()
         )

@@ -12,6 +12,7 @@ from lightning_lora.layers.base import lora_layers
 from lightning_lora.quantization.formats import format_of, unknown_storage
 from lightning_lora.utils.names import clean_name, modules_by_name, parameters_by_name
 from lightning_lora.utils.patterns import Pattern, compile_patterns, no_match
+from lightning_lora.utils.shared_memory import SharedMemory
 from lightning_lora.utils.transformers_conventions import computed_when_missing, is_loaded
 
 # Classes whose heads are always trained in full, and classes whose heads are fresh if the model was not loaded.
@@ -231,13 +232,11 @@ def _join(prefix: str, name: str) -> str:
 
 def _check_not_tied(model: nn.Module, saved: list[str]) -> None:
     """Refuse a module whose weight another module shares: training it in full would train that module too."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(clean_name(name))
-    for tied in names.values():
-        inside = [name for name in tied if within(name, saved)]
-        if inside and len(inside) < len(tied):
-            outside = next(name for name in tied if name not in inside)
+    parameters = [(clean_name(name), parameter) for name, parameter in model.named_parameters(remove_duplicate=False)]
+    memory = SharedMemory(parameters)
+    for inside, parameter in parameters:
+        outside = [name for name in memory.names(parameter) if not within(name, saved)] if within(inside, saved) else []
+        if outside:
             raise ValueError(
-                f"modules_to_save: {inside[0]} is tied to {outside}, which would train too; name both modules, or untie them first."
+                f"modules_to_save: {inside} is tied to {outside[0]}, which would train too; name both modules, or untie them first."
             )

@@ -12,6 +12,7 @@ from torch import nn
 from lightning_lora.layers.base import LoRALayer, lora_layers
 from lightning_lora.layers.state import Quantized
 from lightning_lora.utils.sharding import is_distributed, is_flattened, is_sharded, reshard
+from lightning_lora.utils.shared_memory import SharedMemory
 
 
 def merge_lora(
@@ -28,7 +29,7 @@ def merge_lora(
 
     Args:
         model: an adapted model.
-        untie: copy the weight of an adapted layer that another module shares (tied embeddings).
+        untie: copy the weight of an adapted layer that another module shares (tied embeddings, views of one tensor).
         reversible: keep the undo record that :func:`unmerge_lora` needs (a few percent of the weights' bytes).
         device: device of the sums, layer by layer. Default: each weight's own.
         quantized: how to merge into a quantized weight. A quantized model has no default. ``"dequantize"``: make the layer a plain one,
@@ -41,7 +42,7 @@ def merge_lora(
 
     Raises:
         ValueError: an adapter holds NaN or infinity, a weight is quantized and ``quantized`` is None, or a weight is tied and
-            ``untie`` is False. Nothing is merged then.
+            ``untie`` is False or it is sharded. Nothing is merged then.
     """
     layers = [(name, layer) for name, layer in lora_layers(model) if not layer.merged]
     for name, layer in layers:
@@ -54,6 +55,12 @@ def merge_lora(
         raise ValueError(
             f"{name} is tied to {', '.join(others)}: merging would change both. Pass untie=True to give it a weight"
             " of its own, which also sets the model's tie_word_embeddings to False, or leave it unmerged."
+        )
+    if tied and (is_flattened(model) or any(is_sharded(weight) for name, weight in adapted_weights(model).items() if name in tied)):
+        name, others = next(iter(tied.items()))
+        raise ValueError(
+            f"{name} is tied to {', '.join(others)}, and its wrapper would not know a weight of its own: save the adapter and merge in a"
+            " single process, or leave it unmerged."
         )
     configs = _tying_configs(model) if tied else []
 
@@ -130,7 +137,7 @@ def unmerged(model: nn.Module) -> Iterator[None]:
 
 
 def tied_weights(model: nn.Module, weights: Mapping[str, nn.Parameter] | None = None) -> dict[str, list[str]]:
-    """Return name of a weight → names of the other parameters that are the same tensor.
+    """Return name of a weight → names of the other parameters and buffers that are the same tensor, or share its memory.
 
     Args:
         model: a model with or without adapters.
@@ -138,13 +145,14 @@ def tied_weights(model: nn.Module, weights: Mapping[str, nn.Parameter] | None = 
     """
     if weights is None:
         weights = adapted_weights(model)
-    owners: dict[int, list[str]] = {}
-    for module_name, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(_join(module_name, name))
+    memory = SharedMemory(
+        (_join(module_name, name), tensor)
+        for module_name, module in model.named_modules()
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    )
     tied = {}
     for name, weight in weights.items():
-        others = [owner for owner in owners[id(weight)] if owner != name]
+        others = [other for other in memory.names(weight) if other != name]
         if others:
             tied[name] = others
     return tied

@@ -15,7 +15,6 @@ def wake_dropout(model: nn.Module) -> list[str]:
     asleep = {name: layer for name, layer in lora_layers(model) if layer.lora_dropout.p > 0 and not layer.training}
     for layer in asleep.values():
         layer.training = True  # not `train()`, because submodules must stay in evaluation mode
-        layer.lora_dropout.train()
     return list(asleep)
 
 

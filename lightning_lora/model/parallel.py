@@ -3,8 +3,8 @@
 *Before* wrapping there is nothing to do: DDP, FSDP2 and tensor-parallel plans treat adapters like any other parameters.
 
 *After* wrapping, the wrapper does not know a new parameter. It would not reduce its gradient, and ranks would diverge without an error.
-So adapters are replicated on every data-parallel rank (they are small). :class:`GradientReducer` averages their gradients in one
-collective at the end of each backward pass.
+So adapters are replicated on every data-parallel rank (they are small). :class:`~lightning_lora.utils.gradient_reducer.GradientReducer`
+averages their gradients in one collective at the end of each backward pass.
 
 On a tensor-parallel base adapters become DTensors whose placements follow the base weight's. Column-parallel (W is Shard(0)): B is sharded,
 A is replicated. Row-parallel (W is Shard(1)): A is sharded, B is replicated. The update then has the placement of the base's output.
@@ -12,7 +12,6 @@ A is replicated. Row-parallel (W is Shard(1)): A is sharded, B is replicated. Th
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -25,10 +24,9 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_lora.layers.base import PREFIX, LoRALayer, kept_parameters, lora_layers
+from lightning_lora.utils.gradient_reducer import GradientReducer
 from lightning_lora.utils.sharding import broadcast, full_tensor, is_sharded, local_tensor, reshard
 from lightning_lora.utils.torch_private import (
-    after_backward_pass,
-    backward_pass_id,
     fsdp1_copies,
     fsdp1_flat,
     fsdp1_originals,
@@ -37,47 +35,6 @@ from lightning_lora.utils.torch_private import (
 )
 
 _WRAPPERS = (FSDPModule, FullyShardedDataParallel)
-
-
-class GradientReducer:
-    """Average the gradients of some parameters over process groups, once at the end of every backward pass.
-
-    Reducing is linear, so gradients that accumulate over several backward passes are averaged correctly too.
-
-    Args:
-        parameters: replicated on every rank of the groups; they may be sharded along other mesh dimensions.
-        groups: process groups, averaged over one after the other.
-    """
-
-    def __init__(self, parameters: Sequence[nn.Parameter], groups: Sequence[Any]) -> None:
-        # When a module is fitted again, its parameters have their hooks already.
-        self.parameters = [p for p in parameters if p.requires_grad and not hasattr(p, "_lora_reducer")]
-        self.groups = list(groups)
-        self._queued = -1  # the id of the backward pass that will reduce; not a flag, since a pass that raised never reduces
-        # The garbage collector does not see hooks: a strong reference in one would keep the parameters forever.
-        accumulated = weakref.WeakMethod(self._after_accumulation)
-        for parameter in self.parameters:
-            parameter._lora_reducer = self  # type: ignore[attr-defined]
-            parameter.register_post_accumulate_grad_hook(lambda _: accumulated()())  # type: ignore[misc]
-
-    def _after_accumulation(self) -> None:
-        this = backward_pass_id()
-        if this != self._queued and dist.is_initialized():  # without process groups the module may still train, on one device
-            self._queued = this
-            after_backward_pass(self._reduce)
-
-    @torch.no_grad()
-    def _reduce(self) -> None:
-        self._queued = -1
-        # Reduce all parameters on every rank, even those that this rank's batch did not use: collectives have to match.
-        grads = [torch.zeros_like(local_tensor(p)) if p.grad is None else local_tensor(p.grad) for p in self.parameters]
-        flat = torch.cat([grad.flatten().to(torch.promote_types(grad.dtype, torch.float32)) for grad in grads])
-        for group in self.groups:
-            dist.all_reduce(flat, group=group)
-            flat /= dist.get_world_size(group)
-        for parameter, grad, mean in zip(self.parameters, grads, flat.split([grad.numel() for grad in grads]), strict=True):
-            if parameter.grad is not None:
-                grad.copy_(mean.view_as(grad))
 
 
 def adopt(model: nn.Module, layers: Iterable[tuple[str, LoRALayer]]) -> None:

@@ -23,7 +23,7 @@ from lightning_lora.model.heads import output_heads, saved_modules, within
 from lightning_lora.model.suitability import Suitability
 from lightning_lora.model.target_report import Target, TargetReport, grouped, starred
 from lightning_lora.quantization.formats import elements
-from lightning_lora.registry import kind_of, qualified_name, why_refused
+from lightning_lora.registry import INITS, kind_of, look_up, qualified_name, why_refused
 from lightning_lora.utils.names import modules_by_name
 from lightning_lora.utils.patterns import compile_patterns, layer_index, no_match
 
@@ -71,6 +71,11 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetReport:
     Raises:
         ValueError: a pattern or a layer index matches nothing, a target cannot be adapted, or two fields contradict each other.
     """
+    return resolve(model, config)
+
+
+def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False) -> TargetReport:
+    """:func:`find_targets`, which may be told that targets in parts the user froze as a whole are meant."""
     modules = {name: module for name, module in modules_by_name(model).items() if not name.rpartition(".")[2].startswith(PREFIX)}
     saved = saved_modules(model, config)
     suitability = Suitability(model)
@@ -80,13 +85,13 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetReport:
     excluded = _Field("exclude_modules", config.exclude_modules)
     rules = {name: _Field(name, list(getattr(config, name))) for name in ("rank_pattern", "alpha_pattern", "kind_pattern")}
     options_of(config)  # raises for a wrong option
+    look_up(INITS, "init", config.init)
 
-    chosen: dict[nn.Module, str] = {}  # a module with two parents has two names: both may be targets, and it is adapted once
-    skipped: set[str] = set()
+    # A module with two parents has two names: both may be targets, and it is adapted once. It is not if one of them is excluded.
+    out = {module for fqn, module in modules.items() if excluded.matching(fqn)}
+    chosen: dict[nn.Module, str] = {}
     for fqn, module in modules.items():
-        if excluded.matching(fqn):
-            skipped.add(fqn)
-        if wanted.matching(fqn) and fqn not in skipped and (config.layers is None or layer_index(fqn) in config.layers):
+        if wanted.matching(fqn) and module not in out and (config.layers is None or layer_index(fqn) in config.layers):
             chosen.setdefault(module, fqn)
 
     targets, problems = [], []
@@ -102,7 +107,8 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetReport:
         else:
             targets.append(Target(fqn, module, type(module).__name__, kind, spec))
 
-    problems += mixed_with_frozen(model, {target.fqn: target.module for target in targets})
+    if not frozen_parts:
+        problems += mixed_with_frozen(model, {target.fqn: target.module for target in targets})
     fields = (wanted, excluded, *rules.values())
     if everything and passed_over and not chosen:
         problems += [f"target_modules='{ALL_LINEAR}' finds no linear that LoRA can adapt: {line}." for line in grouped(passed_over)]
@@ -115,7 +121,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetReport:
     for target in targets:
         _warn_of_rank(target)
     total = sum({p: elements(module, name, p) for module in modules.values() for name, p in _own_parameters(module)}.values())
-    rest = {fqn: module for fqn, module in modules.items() if fqn not in skipped and not within(fqn, saved)}
+    rest = {fqn: module for fqn, module in modules.items() if module not in out and not within(fqn, saved)}
     left = _left_out(rest, passed_over) if everything else {}
     _warn_of_left_out(left, total)
     hits = {each.name: dict(each.hits) for each in fields if each.hits}
@@ -149,7 +155,7 @@ def _warn_of_rank(target: Target) -> None:
     if target.rank > min(sizes):
         warnings.warn(
             f"rank={target.rank} of {target.fqn!r} is above min(in, out)={min(sizes)}: more parameters than a full update; lower the rank.",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -175,7 +181,7 @@ def _warn_of_left_out(left: dict[str, int], total: int) -> None:
             f"target_modules='all-linear' leaves out {size / total:.0%} of the model, which no linear that LoRA can adapt"
             f" contains: {name} has {left[name]:,} of {total:,} elements. Name it in target_modules if LoRA has a kind for"
             " it, or in exclude_modules if this is intended.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

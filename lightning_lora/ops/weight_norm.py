@@ -6,8 +6,6 @@ run, one kernel sums the squares (W + s·B·A)² directly.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -17,7 +15,7 @@ from lightning_lora.utils.sharding import is_sharded
 from lightning_lora.utils.torch_private import transforms_active
 
 
-def squared_norms(W: Tensor, A: Tensor, B: Tensor, scale: float, own: Callable[[], Tensor]) -> Tensor:
+def squared_norms(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """Return ``‖W + scale·B·A‖²`` of every row, in B's dtype. For use without gradients and without autocast.
 
     Args:
@@ -25,21 +23,21 @@ def squared_norms(W: Tensor, A: Tensor, B: Tensor, scale: float, own: Callable[[
         A: (r, in), or one per group.
         B: (out, r), or one per group.
         scale: α/r.
-        own: returns ``‖W‖²`` of every row; called only where that is needed.
 
     Returns:
         (out,) over all groups.
     """
     if _served(W):
         return dispatch(_squares, W, A, B, scale)[0].sum(0, dtype=B.dtype)
+    own = torch.linalg.vector_norm(W, dim=-1, dtype=B.dtype).square().flatten()
     cross = (A.to(W.dtype) @ W.mT).mT.to(B.dtype) * (2 * scale)  # (…, out, r); this order of the product is faster
-    before, gram = own(), A @ A.mT
-    square = (torch.add(cross, B @ gram, alpha=scale * scale) * B).sum(-1).flatten() + before
+    gram = A @ A.mT
+    square = (torch.add(cross, B @ gram, alpha=scale * scale) * B).sum(-1).flatten() + own
     plain = type(square) is Tensor and square.device.type == "cpu" and not transforms_active()
     if not plain and not torch.compiler.is_compiling():
         return square
     lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt().unsqueeze(-1)  # ‖A‖ of every row
-    largest = (before.sqrt() + scale * (B.abs() @ lengths).flatten()).square()
+    largest = (own.sqrt() + scale * (B.abs() @ lengths).flatten()).square()
     return dispatch(_exact, square, largest, W, A, B, scale)[0]
 
 

@@ -35,7 +35,7 @@ from lightning_lora.strategies import module_state
 from lightning_lora.strategies.adapted_part import AdaptedPart, meta_of
 from lightning_lora.strategies.changed_state import ChangedState
 from lightning_lora.strategies.checkpoint_checks import check_fits, check_parts, check_values
-from lightning_lora.strategies.checkpoint_io import DurableCheckpointIO, read, write_folder
+from lightning_lora.strategies.checkpoint_io import DurableCheckpointIO, found, read, write_folder
 from lightning_lora.strategies.equal_ranks import synchronize
 from lightning_lora.strategies.finite import check_finite
 from lightning_lora.strategies.lightning_private import saves_shards
@@ -206,7 +206,7 @@ class StrategyHooks:
         Raises:
             ValueError: it is no adapter checkpoint, was made with another config or on another base, or lacks a tensor.
         """
-        path = self.strategy.broadcast(path)
+        path = found(self.strategy.broadcast(path))
         checkpoint = read(self.strategy.checkpoint_io, path, weights_only)
         metas = check_parts(checkpoint, self.parts, path)
         if not any(part.allow_nonfinite for part in self.parts.values()):

@@ -16,6 +16,7 @@ from lightning_lora.model import parallel
 from lightning_lora.quantization.formats import format_of
 from lightning_lora.strategies.lightning_private import start_method
 from lightning_lora.strategies.strategy_hooks import REPLACED
+from lightning_lora.utils.gradient_reducer import GradientReducer
 from lightning_lora.utils.torch_private import ddp_ignores
 
 _SUPPORTED = (SingleDeviceStrategy, DDPStrategy, FSDPStrategy, ModelParallelStrategy)
@@ -108,7 +109,7 @@ def arrange(strategy: Strategy, module: LightningModule) -> None:
         parameter.data = parameter.data.to(strategy.root_device)  # FSDP moves only the parameters that it manages
     mine: list[Any] = list(strategy.kwargs.get("ignored_states") or [])
     strategy.kwargs["ignored_states"] = mine + [p for p in trained if not any(p is other for other in mine)]
-    parallel.GradientReducer(trained, [None])  # None: all processes
+    GradientReducer(trained, [None])  # None: all processes
 
 
 def _check_packed(strategy: Strategy, module: LightningModule) -> None:

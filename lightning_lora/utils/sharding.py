@@ -140,11 +140,20 @@ def distribute_like(full: Tensor, like: Tensor) -> Tensor:
     """
     if not is_sharded(like):
         return full
+    return with_local(local_shard(full, like).to(local_tensor(like).device).contiguous(), like)
+
+
+def with_local(local: Tensor, like: Tensor) -> Tensor:
+    """Return this rank's local shard as a DTensor with the mesh, placements and shape of ``like``. No collective.
+
+    If ``like`` is a plain tensor, return ``local`` itself.
+    """
+    if not is_sharded(like):
+        return local
     from torch.distributed.tensor import DTensor
 
-    piece = local_shard(full, like).to(local_tensor(like).device).contiguous()
     mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
-    return DTensor.from_local(piece, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
 @torch.no_grad()

@@ -48,10 +48,22 @@ COMPILED_CHILD = "_orig_mod"
 FSDP1_CHILD = "_fsdp_wrapped_module"
 WRAPPED_CHILDREN = ("_checkpoint_wrapped_module", FSDP1_CHILD)
 
+# The same of Lightning Fabric's wrapper: what runs (another wrapper under some strategies), and what the user gave. Without them adapter
+# files of a model that Fabric set up have its names.
+FABRIC_CHILDREN = ("_forward_module", "_original_module")
+
 
 def after_backward_pass(callback: Callable[[], None]) -> None:
     """Call a function when the running backward pass ends, as DDP and FSDP do. Without it averaging gradients raises."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def revive_hooks(parameter: nn.Parameter) -> None:
+    """Make torch call a parameter's post-accumulate hooks again after ``swap_tensors``, which keeps them but leaves them unregistered.
+
+    Without it gradients of tensor-parallel adapters would no longer be averaged once the module was moved.
+    """
+    parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks
 
 
 def dtensor_storage(tensor: Any) -> Tensor:
@@ -122,6 +134,23 @@ def autograd_settings(**settings: Any) -> AbstractContextManager[Any]:
 def may_vary(tensor: Tensor, dim: int) -> None:
     """Let a dimension's size differ between calls of one graph. Without it compiling the loss raises."""
     torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+# Processes.
+
+
+def default_store() -> Any:
+    """Return the key-value store with which the processes started. Without it a distributed run under ``LoRACallback`` raises."""
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._get_default_store()
+
+
+def abort_process_groups() -> None:
+    """Abort every process group of this process. Without it a process that raises leaves the others waiting, and raises another error."""
+    from torch.distributed import distributed_c10d
+
+    distributed_c10d._abort_process_group()
 
 
 # Wrappers.

@@ -69,3 +69,38 @@ def keeps_masked_logits(model: nn.Module) -> bool:
     """
     file = sys.modules[type(model).__module__]
     return hasattr(file, "slice_logits_to_keep") and "logits_to_keep" in inspect.signature(type(model).forward).parameters
+
+
+def loaded_from(model: nn.Module) -> str | None:
+    """Return the hub id or folder that the model was loaded from. Without it adapter files do not name their base."""
+    return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "") or None
+
+
+def checkpoint_conversions(model: nn.Module) -> list[Any]:
+    """Return, in order, how transformers turns a checkpoint's names into this model's; empty for other models and before transformers 5.
+
+    Each has ``rename_source_key(name)`` → (name, pattern or None) and ``reverse_transform()``; those that also change tensors have
+    ``operations``. Without it adapter files of older models are refused for their names, and PEFT misreads ours of four architectures.
+    """
+    conversions = getattr(sys.modules.get("transformers.conversion_mapping"), "get_model_conversion_mapping", None)
+    own = isinstance(getattr(model, "base_model_prefix", None), str) and hasattr(getattr(model, "config", None), "model_type")
+    return list(conversions(model)) if conversions is not None and own else []
+
+
+def is_converted(model: nn.Module) -> bool:
+    """True if transformers has conversions for the model's own type, not only for a part's: PEFT applies them only then.
+
+    Without it PEFT misreads our files of a few architectures.
+    """
+    mapping = getattr(sys.modules.get("transformers.conversion_mapping"), "get_checkpoint_conversion_mapping", None)
+    return mapping is not None and mapping(getattr(getattr(model, "config", None), "model_type", None)) is not None
+
+
+def expert_family(model: nn.Module) -> str:
+    """Return whose experts a model's checkpoints have, "qwen2_moe" or "mixtral"; "" if neither's or before transformers 5.
+
+    PEFT goes by this table. Without it PEFT misreads our files of such models.
+    """
+    families: dict[str, str] = getattr(sys.modules.get("transformers.conversion_mapping"), "_MODEL_TO_CONVERSION_PATTERN", {})
+    model_type = getattr(getattr(model, "config", None), "model_type", "")
+    return families.get(model_type, "mixtral" if model_type == "mixtral" and families else "")

@@ -23,6 +23,7 @@ from lightning_lora.layers.base import LoRALayer, lora_layers
 from lightning_lora.layers.factors import Exported
 from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.registry import register_variant
+from lightning_lora.utils.gradient_reducer import hand_over
 from lightning_lora.utils.names import adapter_root, clean_name
 from lightning_lora.utils.sharding import is_sharded
 
@@ -46,10 +47,14 @@ class AdaLoRA(LoRALayer):
 
     @classmethod
     def check(cls, module: Any, spec: LayerSpec) -> None:
-        """Raise ValueError also for layers that cannot be pruned.
+        """Raise ValueError also for an init that is not the default, and for layers that cannot be pruned.
 
         Row i of A and column i of B must form a pair. No row may have to stay zero.
         """
+        if spec.config.init != _INIT:
+            raise ValueError(
+                f"init={spec.config.init!r} and variant='adalora': AdaLoRA defines its own start (A and B normal, E zero); leave init out"
+            )
         super().check(module, spec)
         A, B = cls.adapter_shapes(module, spec)
         if (A[0], B[1]) != (spec.rank, spec.rank):
@@ -67,18 +72,6 @@ class AdaLoRA(LoRALayer):
         from torch.distributed.tensor import Replicate
 
         return super().adapter_placements(placement) | {"lora_E": Replicate()}
-
-    def init_adapter(self, spec: LayerSpec) -> None:
-        """Add the adapter as every variant does.
-
-        Raises:
-            ValueError: ``config.init`` is not the default; AdaLoRA defines its own start.
-        """
-        if spec.config.init != _INIT:
-            raise ValueError(
-                f"init={spec.config.init!r} and variant='adalora': AdaLoRA defines its own start (A and B normal, E zero); leave init out."
-            )
-        super().init_adapter(spec)
 
     def reset_lora_parameters(self) -> None:
         """Reset A and B to normal values with standard deviation 0.02, and E to zero."""
@@ -128,7 +121,8 @@ def shrink_adalora(model: nn.Module) -> dict[str, int]:
     found = {f"{prefix}.{name}" if prefix else name: len(kept_triplets(layer)) for name, layer in layers.items()}
     config = _plain_config(layers.items())
     for layer in layers.values():
-        _made_plain(layer, config)
+        before = layer.lora_parameters().values()
+        hand_over(before, _made_plain(layer, config).lora_parameters().values())
     return found
 
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_lora import LoRACallback, LoRAConfig, apply_lora, get_lora_parameters, load_adapter, save_adapter
 from lightning_lora.layers import lora_layers
+from tests.faults.kit import row
 from tests.lit import CONFIG, LitNet, bits, make_net, trainer
 
 # Lightning's advice to resume with the same callbacks and folder, which these tests do otherwise on purpose.
@@ -281,14 +282,17 @@ def test_a_wrong_submodule_name_lists_the_right_ones(tmp_path: Path) -> None:
         fit(tmp_path, LitNet(), 1, lora=LoRACallback(CONFIG, module="nett"))
 
 
-def test_tied_weights_are_refused_at_the_start_not_after_the_training(tmp_path: Path) -> None:
+@pytest.mark.parametrize("through", ["object", "memory"])
+def test_tied_weights_are_refused_at_the_start_not_after_the_training(through: str, tmp_path: Path) -> None:
     module = LitNet()
     module.net.tied = nn.Linear(16, 32)
-    module.net.tied.weight = module.net.fc1.weight
+    if through == "object":
+        module.net.tied.weight = module.net.fc1.weight
+    else:
+        module.net.tied.weight.data = module.net.fc1.weight.data
     with pytest.raises(ValueError, match=r"net\.fc1\.weight is tied to net\.tied\.weight.*merge_on_fit_end=False"):
         fit(tmp_path, module, 1)
     assert module.losses == []
-    module.net.tied.weight = module.net.fc1.weight
     trainer(tmp_path, LoRACallback(CONFIG)).test(module, verbose=False)  # no merge is due there
 
 
@@ -327,6 +331,7 @@ def test_checkpoints_hold_the_adapter_and_the_statistics_only(tmp_path: Path, we
 
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("merge", [False, True])
+@row(33)
 def test_resume_is_step_exact(tmp_path: Path, late: bool, merge: bool) -> None:
     def run(module: LitNet, folder: str, epochs: int, ckpt: Path | None = None) -> L.Trainer:
         torch.manual_seed(4)

@@ -125,10 +125,18 @@ def test_a_merge_of_what_will_be_sharded_is_refused_at_the_start() -> None:
             check_mergeable(model, report, ModelParallelStrategy(), None, "dequantize")
 
 
-def test_a_config_that_does_not_fit_packs_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_modules": ["sideways"]}, "sideways"),
+        ({"target_modules": ["up"], "rank": 3, "init": "orthogonal"}, "needs an even rank"),
+        ({"target_modules": ["up"], "init": "pissa", "variant": "adalora"}, "AdaLoRA defines its own start"),
+    ],
+)
+def test_a_config_that_does_not_fit_packs_nothing(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
     module = Lit()
-    with pytest.raises(ValueError, match="sideways"):
-        fit(tmp_path, module, LoRACallback(LoRAConfig(target_modules=["sideways"]), quantize="nf4"))
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, module, LoRACallback(LoRAConfig(**fields), quantize="nf4"))
     assert not packed(module)
 
 

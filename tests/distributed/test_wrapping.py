@@ -23,8 +23,9 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, merge_lora, unload_lora, unmerge_lora
 from lightning_lora.experimental.pull_frozen import average
 from lightning_lora.layers import lora_layers
-from lightning_lora.model.parallel import GradientReducer, data_parallel_groups, replicated_parameters
+from lightning_lora.model.parallel import data_parallel_groups, replicated_parameters
 from lightning_lora.strategies.fsdp2 import shard_blocks
+from lightning_lora.utils.gradient_reducer import GradientReducer
 from lightning_lora.utils.sharding import full_tensor
 from tests.distributed.nets import CONFIG, Block, clean, fill_adapters, make_data, make_net, reference, same_on_all_ranks, train
 
@@ -352,3 +353,24 @@ def trainable_elements() -> tuple[int, int]:
 def test_fsdp1_gradients_are_the_adapters_only(pool: Any) -> None:
     for trains, adapters in pool.run(trainable_elements):
         assert trains == adapters
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(8, 4), nn.Linear(4, 8, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def refuse_to_untie(name: str) -> str:
+    model = apply_lora(Tied(), LoRAConfig(rank=2, target_modules=["head"]))
+    model = fully_shard(model) if name == "fsdp2" else fsdp1(model)
+    with pytest.raises(ValueError, match=r"head.weight is tied to .*embed.weight, and its wrapper .* in a single process") as error:
+        merge_lora(model, untie=True)
+    assert not any(layer.merged or layer.lora_state.shares_weight for _, layer in lora_layers(model))
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "fsdp1"])
+def test_a_tied_weight_that_a_wrapper_holds_is_not_untied(pool: Any, name: str) -> None:
+    assert len(set(pool.run(refuse_to_untie, name))) == 1

@@ -85,8 +85,10 @@ def test_the_dropout_module_is_the_switch():
 
 
 def test_an_adapter_made_in_eval_mode_is_in_eval_mode():
-    base = nn.Linear(3, 3).eval()
-    assert not adapt(base, LayerSpec(LoRAConfig(dropout=0.5), 2, 4.0)).lora_dropout.training
+    layer = adapt(nn.Linear(3, 3).eval(), LayerSpec(LoRAConfig(dropout=0.5), 2, 4.0))
+    assert layer.dropout_now() == 0.0
+    layer.training = True  # as Lightning restores it after validation, without a call of `train()`
+    assert layer.dropout_now() == 0.5
 
 
 # Dtypes and devices.

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_lora import merge_lora, merge_report, unload_lora, unmerge_lora
@@ -116,6 +117,51 @@ def test_untied_it_merges_right_and_ties_again(make, ids, targets, dtype):
         assert base_bits(model) == before
         assert same_bits(model(ids), unmerged)
     assert set(tied_weights(model)) == {f"{name}.weight" for name in targets if name != "q_proj"}
+
+
+class Sharing(nn.Module):
+    """Three linears, and what ties one of them to something else through memory."""
+
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = (nn.Linear(4, 4, bias=False) for _ in range(3))
+        whole = torch.randn(8, 4)
+        if how == "data":
+            self.b.weight.data = self.a.weight.data
+        elif how == "overlap":
+            self.a.weight, self.b.weight = nn.Parameter(whole[:4]), nn.Parameter(whole[2:6])
+        elif how == "buffer":
+            self.b.register_buffer("kept", self.a.weight.detach()[1:])
+        elif how == "rows apart":
+            self.a.weight, self.b.weight = nn.Parameter(whole[:4]), nn.Parameter(whole[4:])
+        elif how == "columns apart":
+            self.a.weight, self.b.weight = (nn.Parameter(part) for part in torch.randn(4, 8).chunk(2, dim=1))
+
+    def forward(self, x):
+        return self.a(x), self.b(x), self.c(x)
+
+
+@pytest.mark.parametrize(("how", "other"), [("data", "b.weight"), ("overlap", "b.weight"), ("buffer", "b.kept")])
+def test_weights_tied_through_memory_are_refused_or_untied(how, other):
+    model = adapted(Sharing(how), target_modules=["a", "c"], rank=2)
+    before, x = snapshot(model), torch.randn(3, 4)
+    with pytest.raises(ValueError, match=rf"a.weight is tied to {other}: .* Pass untie=True"):
+        merge_lora(model)
+    assert snapshot(model) == before
+    wanted = model(x)
+    merge_lora(model, untie=True)
+    torch.testing.assert_close(model(x), wanted, rtol=1e-5, atol=1e-5)
+    unmerge_lora(model)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("how", ["rows apart", "columns apart"])
+def test_views_of_one_tensor_that_do_not_overlap_merge_freely(how):
+    model = adapted(Sharing(how), target_modules=["a", "b"], rank=2)
+    x = torch.randn(3, 4)
+    wanted = model(x)
+    torch.testing.assert_close(merge_lora(model)(x), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_layers_beside_a_tied_pair_merge_freely(make):

@@ -163,6 +163,10 @@ def test_a_module_under_two_names_is_adapted_once_under_either(targets):
         ({"modules_to_save": ["q_proj"]}, ["'layers.0.attn.q_proj' is in both target_modules and modules_to_save"]),
         ({"modules_to_save": ["attn"]}, ["is in both target_modules and modules_to_save"]),
         ({"exclude_modules": ["q_proj", "v_proj"]}, ["exclude_modules excludes every module that target_modules matches; exclude less"]),
+        ({"init": "orthogonal", "rank": 3}, ["'layers.0.attn.q_proj' (", "init='orthogonal' needs an even rank"]),
+        ({"init": "gaussian", "variant": "adalora"}, ["'layers.0.attn.q_proj' (", "AdaLoRA defines its own start"]),
+        ({"init": "kaming"}, ["init='kaming' is not known; there are gaussian, kaiming"]),
+        ({"variant": "dorra"}, ["variant='dorra' is not known; there are adalora, dora"]),
     ],
 )
 def test_refusals_name_field_value_and_fix(make, fields, parts):
@@ -172,7 +176,16 @@ def test_refusals_name_field_value_and_fix(make, fields, parts):
         with pytest.raises(ValueError) as error:
             call(model, LoRAConfig(**fields))
         assert all(part in str(error.value) for part in parts), str(error.value)
+        assert ".." not in str(error.value) and str(error.value).count("is not known") <= 1
     assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("targets", [["a", "b", "c"], "all-linear"])
+@pytest.mark.parametrize(("name", "other"), [("a", "c"), ("c", "a")])
+def test_a_module_under_two_names_is_left_alone_if_one_is_excluded(targets, name, other):
+    model = shared_model()
+    found = find_targets(model, LoRAConfig(target_modules=targets, exclude_modules=[name], rank=2))
+    assert [t.fqn for t in found.targets] == ["b"] and other not in str(found.left_out)
 
 
 def test_all_problems_come_at_once_but_not_without_end():
@@ -200,6 +213,10 @@ def test_a_module_without_parameters_cannot_be_saved():
 def test_saving_one_of_two_tied_modules_is_refused(make):
     with pytest.raises(ValueError, match=r"modules_to_save: lm_head.weight is tied to embed.weight"):
         find_targets(make(TinyModel, tied=True), LoRAConfig(modules_to_save=["lm_head"]))
+    model = make(TinyModel)
+    model.lm_head.weight.data = model.embed.weight.data  # tied through memory
+    with pytest.raises(ValueError, match=r"modules_to_save: lm_head.weight is tied to embed.weight"):
+        find_targets(model, LoRAConfig(modules_to_save=["lm_head"]))
     both = find_targets(make(TinyModel, tied=True), LoRAConfig(modules_to_save=["lm_head", "embed"]))
     assert both.saved == ("lm_head", "embed")
 
