@@ -18,6 +18,13 @@ def clean_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
+def bare(model: nn.Module) -> nn.Module:
+    """Return the module inside the wrappers whose parts :func:`clean_name` removes."""
+    while (child := next((name for name in _WRAPPERS if name in model._modules), None)) is not None:
+        model = model.get_submodule(child)
+    return model
+
+
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
     """Return clean name → module, without the root. A module that two parents share appears under both names."""
     found: dict[str, nn.Module] = {}
@@ -55,14 +62,15 @@ def second_names(model: nn.Module) -> dict[str, str]:
 def adapter_root(model: nn.Module) -> tuple[str, nn.Module]:
     """Return ``(name, module)`` of the module that names in adapter files are relative to.
 
-    For a LightningModule with exactly one child that has parameters, that is the child. For DDP's wrapper it is the wrapped module. For
-    anything else it is the model itself. So an adapter of ``MyTask(model=llama)`` fits ``llama`` alone, and the reverse.
+    For a LightningModule with exactly one child that has parameters, that is the child, unless the child is a single layer: then no name
+    would be left for it. For DDP's wrapper it is the wrapped module. For anything else it is the model itself. So an adapter of
+    ``MyTask(model=llama)`` fits ``llama`` alone, and the reverse.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return "module", model.module
     if hasattr(model, "configure_optimizers"):
         children = [(name, child) for name, child in model.named_children() if next(child.parameters(), None) is not None]
         own = any(True for _ in model.parameters(recurse=False))
-        if len(children) == 1 and not own:
+        if len(children) == 1 and not own and any(next(part.parameters(), None) is not None for part in bare(children[0][1]).children()):
             return children[0]
     return "", model
