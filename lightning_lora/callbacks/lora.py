@@ -28,7 +28,7 @@ from lightning_lora.layers.base import lora_layers
 from lightning_lora.layers.state import Quantized
 from lightning_lora.model.apply import already_applied, inject, let_gradients_in, unload_lora
 from lightning_lora.model.compile import begin_step, compile_layers, keep_gradients, uncompile_layers
-from lightning_lora.model.merge import merge_lora, merge_report, unmerge_for_now
+from lightning_lora.model.merge import merge_lora, merge_report, remerging, unmerge_lora
 from lightning_lora.model.modes import restore_flags
 from lightning_lora.model.quantize import quantize_base
 from lightning_lora.model.targeting import TargetReport, find_targets
@@ -166,25 +166,19 @@ class LoRACallback(Callback):
             self._compare = False
             check_equal(pl_module)
 
-    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Mark each batch as a step for recorded CUDA graphs."""
         self._begin_step()
-
-    def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Mark each batch as a step for recorded CUDA graphs."""
-        self._begin_step()
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note that the run has begun."""
-        self._begun(pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note that the run has begun."""
+        """Note that the run has begun: from now on the module is not restored."""
         self._begun(pl_module)
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note that the run has begun."""
-        self._begun(pl_module)
+    # Other stages begin in the same way. In training, `on_train_batch_start` and `on_train_start` do more.
+    on_validation_batch_start = on_test_batch_start
+    on_validation_start = on_predict_start = on_test_start
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Raise RuntimeError if an adapter got no gradient in any of enough batches."""
@@ -238,8 +232,9 @@ class LoRACallback(Callback):
         recorded = self.cuda_graphs and trainer.state.fn != TrainerFn.PREDICTING and recordable(trainer.strategy)
         self._begun(pl_module)
         with ExitStack() as undo:
+            undo.callback(self._restoring(target))  # tests load checkpoints too, which unmerges
             if fitting:
-                undo.callback(self._unmerge(target))
+                self._unmerge(target)
             if self.compile and trainer.state.fn != TrainerFn.PREDICTING:
                 compile_layers(target, cuda_graphs=recorded)
                 undo.callback(self.teardown, trainer, pl_module, "")
@@ -256,7 +251,7 @@ class LoRACallback(Callback):
                 undo.callback(unload_lora, target)
                 synchronize(pl_module)
                 log_start(report, pl_module, stays, fitting and bool(trainer.checkpoint_callbacks))
-            arrange(trainer.strategy, pl_module)
+            undo.callback(arrange(trainer.strategy, pl_module))
             root = ".".join(filter(None, (self.module, adapter_root(target)[0])))
             self.part = AdaptedPart(root, self.config, self.check_base, self.lora_plus_ratio, self.allow_nonfinite)
             hooks = StrategyHooks.of(trainer.strategy, pl_module)
@@ -267,9 +262,13 @@ class LoRACallback(Callback):
             self._undo = undo.pop_all()
         return hooks
 
-    def _unmerge(self, target: nn.Module) -> Callable[[], None]:
-        """Unmerge the module for training. Return the function that merges it again."""
-        return unmerge_for_now(target)
+    def _restoring(self, target: nn.Module) -> Callable[[], None]:
+        """Return a function that merges again what is merged now and is not merged then."""
+        return remerging(target)
+
+    def _unmerge(self, target: nn.Module) -> None:
+        """Unmerge the module for training."""
+        unmerge_lora(target)
 
     def _begun(self, pl_module: LightningModule) -> None:
         """Drop the undo record: once a run has begun, the module is not restored to its state before the run."""

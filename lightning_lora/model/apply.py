@@ -17,7 +17,7 @@ from lightning_lora.model.guards import guard, unguard
 from lightning_lora.model.heads import note_saved, saved_modules
 from lightning_lora.model.merge import unmerge_lora
 from lightning_lora.model.targeting import TargetReport, find_targets
-from lightning_lora.quantization.formats import elements, plain_dtype, prepare
+from lightning_lora.quantization.formats import elements, plain_dtype, prepare, why_not_prepared
 from lightning_lora.registry import has_start
 from lightning_lora.utils.names import clean_name, modules_by_name, parameters_by_name
 from lightning_lora.utils.sharding import is_distributed, reshard
@@ -97,11 +97,11 @@ def inject(model: nn.Module, config: LoRAConfig, report: TargetReport) -> nn.Mod
         fuse(model)
         _train_extras(model, config, report)
         guard(model)
-        let_gradients_in(model)
         if is_distributed():
             from lightning_lora.model import parallel
 
             parallel.adopt(model, lora_layers(model))
+        let_gradients_in(model)  # last: it is not undone
     except BaseException:
         unload_lora(model)
         for parameter, flag in trained:
@@ -195,12 +195,15 @@ def unload_lora(model: nn.Module, *, merged: Literal["keep", "drop"] | None = No
             f"{apart[0]!r} and {len(apart) - 1} more are not merged, and merged='keep' would lose their updates: call merge_lora(model)"
             " first, or drop the updates with unload_lora(model)."
         )
-    if merged == "drop":
-        unmerge_lora(model)
     if is_distributed():
         from lightning_lora.model import parallel
 
+        parallel.lists_without_adapters(model)  # raises before anything is changed
+        if merged == "drop":
+            unmerge_lora(model)
         parallel.forget(model)
+    elif merged == "drop":
+        unmerge_lora(model)
     unfuse(model)
     note_saved(model, ())
     for _, layer in list(lora_layers(model)):
@@ -219,10 +222,11 @@ def _prepare_quantized(model: nn.Module) -> None:
     """Let gradients pass through every quantized layer, adapted or not."""
     dtype = plain_dtype(model)
     for name, module in model.named_modules():
-        try:
-            prepare(module, dtype)
-        except ValueError as error:
-            raise ValueError(f"{name!r}: {error}.") from error
+        reason = why_not_prepared(module)
+        if reason:
+            raise ValueError(f"{name!r}: {reason}.")
+    for module in model.modules():
+        prepare(module, dtype)
 
 
 def let_gradients_in(model: nn.Module) -> None:

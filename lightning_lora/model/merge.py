@@ -108,15 +108,10 @@ def unmerge_lora(model: nn.Module) -> nn.Module:
     return model
 
 
-def unmerge_for_now(model: nn.Module) -> Callable[[], None]:
-    """Unmerge, and return a function that merges the same layers again, to the same bits.
-
-    Raises:
-        ValueError: as :func:`unmerge_lora`.
-    """
+def remerging(model: nn.Module) -> Callable[[], None]:
+    """Return a function that merges the layers that are merged now, to the same bits, if they are no longer merged. Nothing is changed."""
     merged = [(name, layer) for name, layer in lora_layers(model) if layer.merged]
     states = {layer: layer.lora_state.copy() for _, layer in merged}
-    unmerge_lora(model)
 
     def merge() -> None:
         _all_or_none(model, merged, lambda _, layer: layer.merge_again(states[layer]), lambda layer: layer.unmerge_weights())
@@ -131,7 +126,8 @@ def unmerged(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: as :func:`unmerge_lora`.
     """
-    merge = unmerge_for_now(model)
+    merge = remerging(model)
+    unmerge_lora(model)
     try:
         yield
     finally:

@@ -180,10 +180,11 @@ def abort_process_groups() -> None:
 
 
 def ddp_ignores(module: nn.Module, names: Iterable[str]) -> None:
-    """Make DDP ignore some parameters, as Lightning and transformers do. Without it a quantized base raises under DDP."""
+    """Make DDP ignore these parameters too, as Lightning and transformers do. Without it a quantized base raises under DDP."""
     from torch.nn.parallel import DistributedDataParallel
 
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, list(names))
+    ignored = dict.fromkeys([*getattr(module, "_ddp_params_and_buffers_to_ignore", ()), *names])
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, list(ignored))
 
 
 def fsdp1_flat(unit: Any) -> Any:

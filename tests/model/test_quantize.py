@@ -140,12 +140,14 @@ def test_a_weight_rewritten_for_inference_is_refused() -> None:
     model = packed_stack("nf4")
     if functional.has_avx512bf16():
         with torch.no_grad():
-            model.eval()(inputs())
+            model.eval().down(torch.randn(1, model.down.in_features))
     else:  # what that pass does to the weight on CPUs that have it
-        weight = model.up.weight
+        weight = model.down.weight
         weight.data, weight.quant_state = functional._convert_weight_packed_for_cpu(weight.data, weight.quant_state)
-    with pytest.raises(ValueError, match=r"'up': an evaluation pass on the CPU rewrote its 4-bit weight.*apply LoRA first"):
+    before = dict(vars(model.up))
+    with pytest.raises(ValueError, match=r"'down': an evaluation pass on the CPU rewrote its 4-bit weight.*apply LoRA first"):
         apply_lora(model, LoRAConfig(**CONFIG))
+    assert vars(model.up) == before  # the layers before it are not prepared either
 
 
 @pytest.mark.parametrize("how", ["nf4", "int8"])

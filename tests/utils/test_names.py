@@ -91,6 +91,24 @@ def test_modules_that_fabric_set_up_keep_their_names(make):
     assert modules_by_name(fabric().setup(make(TinyModel))).keys() == modules_by_name(make(TinyModel)).keys()
 
 
+@pytest.mark.parametrize(
+    "wrap", [lambda module: module, lambda module: checkpoint_wrapper(module), lambda module: torch.compile(module, backend="eager")]
+)
+def test_adapter_root_of_a_task_with_one_layer_is_the_task(make, wrap):
+    """Inside the layer no name would be left for it."""
+
+    class Activated(nn.Linear):
+        def __init__(self):
+            super().__init__(2, 2)
+            self.act = nn.ReLU()
+
+    for layer in (nn.Linear(2, 2), Activated()):
+        task = Task(wrap(layer))
+        assert adapter_root(task) == ("", task)
+    name, root = adapter_root(Task(wrap(make(TinyModel))))
+    assert name == "model" and root is not None
+
+
 def test_second_names_are_those_of_shared_modules():
     model = nn.ModuleDict({"a": nn.Linear(2, 2), "c": nn.Linear(2, 2)})
     model["b"] = nn.Sequential(model["a"])
