@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check unit matrix family clean
+.PHONY: quickstart test check unit matrix family faults clean
 
 quickstart: $(VENV)/.quickstart  ## LoRA-tune a real language model on real data; everything lands in runs/quickstart/
 	$(BIN)/python examples/quickstart.py
@@ -23,6 +23,9 @@ matrix: $(VENV)/.test  ## what works under which strategy, printed by running it
 
 family: $(VENV)/.test  ## which variant works on which kind of layer, printed by running it
 	$(BIN)/python -m tests.family
+
+faults: $(VENV)/.test  ## every row of the table of faults with its state, found by running its tests
+	$(BIN)/python -m tests.faults
 
 # One virtual environment; a stamp for each set of extras, renewed when what it installs changes.
 $(VENV)/bin/python:

@@ -26,10 +26,11 @@ if TYPE_CHECKING:
     from lightning_lora.callbacks import AdaLoRACallback, LoRACallback
     from lightning_lora.model.compile import compile_layers, cuda_graph_step, uncompile_layers
     from lightning_lora.model.parallel import replicated_parameters
-    from lightning_lora.strategies import LoRAFSDP2Strategy
+    from lightning_lora.strategies import DurableCheckpointIO, LoRAFSDP2Strategy
 
 __all__ = [
     "AdaLoRACallback",
+    "DurableCheckpointIO",
     "GaLoreConfig",
     "LoRACallback",
     "LoRAConfig",
@@ -70,6 +71,7 @@ __version__ = "0.1.0"
 # Imported when they are asked for: Lightning takes seconds, torch's compiler and FSDP the better part of one.
 _LAZY = {
     "AdaLoRACallback": "callbacks",
+    "DurableCheckpointIO": "strategies",
     "LoRACallback": "callbacks",
     "LoRAFSDP2Strategy": "strategies",
     "compile_layers": "model.compile",

@@ -7,6 +7,7 @@ looked up in :mod:`lightning_lora.registry` when they are used, so a new one nee
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
@@ -99,6 +100,11 @@ class LoRAConfig:
         for name, allowed in (("bias", ("none", "all", "lora_only")), ("scaling", tuple(SCALINGS))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}.")
+        for name in ("init", "variant"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: give a registered name, such as {LoRAConfig.__dataclass_fields__[name].default!r}."
+                )
         for name in ("alpha", "dropout"):
             object.__setattr__(self, name, float(getattr(self, name)))
         object.__setattr__(self, "alpha_pattern", {name: float(value) for name, value in self.alpha_pattern.items()})
@@ -136,7 +142,7 @@ def _mapping(name: str, value: Any) -> dict[str, Any]:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -sys.float_info.max <= value <= sys.float_info.max
 
 
 def _is_index(value: object) -> bool:
@@ -144,7 +150,7 @@ def _is_index(value: object) -> bool:
 
 
 def _check_rank(name: str, value: object) -> None:
-    if not _is_index(value) or value == 0:
+    if not _is_index(value) or not 0 < value < 2**31:  # type: ignore[operator]
         raise ValueError(f"{name}={value!r}: the rank is a whole number ≥ 1, such as 8.")
 
 

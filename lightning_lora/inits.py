@@ -8,6 +8,7 @@ s·B₀·A₀ from the base weight instead, which gives the same sum. Here the b
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,9 +52,10 @@ def orthogonal(layer: LoRALayer) -> None:
     r must be even. Layers with groups or a padding row are refused.
     """
     r = layer.rank
-    Q, _ = torch.linalg.qr(torch.randn(r, r))
-    A = Q[0::2].t() @ torch.randn(r // 2, layer.lora_A[0].numel()) / 10
-    B = torch.randn(layer.lora_B.shape[0], r // 2) @ Q[1::2] / 10
+    draw = partial(torch.randn, dtype=layer.lora_A.dtype, device="cpu")  # the default dtype may be a half one, which has no QR
+    Q, _ = torch.linalg.qr(draw(r, r))
+    A = Q[0::2].t() @ draw(r // 2, layer.lora_A[0].numel()) / 10
+    B = draw(layer.lora_B.shape[0], r // 2) @ Q[1::2] / 10
     _fill(layer, A, B)
 
 

@@ -74,6 +74,28 @@ def test_orthogonal_starts_at_random_and_adds_nothing():
     assert not adapted.adds_nothing()
 
 
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("default", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_the_default_dtype_does_not_matter(init, default):
+    """Lightning's half precisions set it while a model is configured."""
+    base, found = nn.Sequential(nn.Linear(12, 10)), []
+    for dtype in (torch.float32, default):
+        torch.set_default_dtype(dtype)
+        try:
+            torch.manual_seed(0)
+            found.append(apply_lora(copy.deepcopy(base), LoRAConfig(rank=4, init=init, target_modules=["0"])))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    wanted = bits(found[0])
+    assert all(same_bits(tensor, wanted[name]) for name, tensor in bits(found[1]).items())
+
+
+def test_orthogonal_in_float64_adds_nothing_to_float64s_precision():
+    model = nn.Sequential(nn.Linear(9, 7, dtype=torch.float64))
+    adapted = apply_lora(model, LoRAConfig(rank=4, init="orthogonal", target_modules=["0"]))[0]
+    assert adapted.lora_B.abs().max() > 0.01 and (adapted.lora_B @ adapted.lora_A).abs().max() < 1e-15
+
+
 def test_the_seed_decides():
     torch.manual_seed(1)
     first = layer("linear").lora_A

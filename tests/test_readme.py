@@ -17,7 +17,7 @@ import peft
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import lightning_lora
 from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, load_adapter, save_adapter
@@ -112,6 +112,22 @@ def test_the_plain_loop_block(namespace: dict[str, Any]) -> None:
     assert sorted(path.name for path in (folder / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     base = llama().state_dict()
     assert all(torch.equal(tensor, base[name]) for name, tensor in model.state_dict().items() if ".lora_" not in name)
+
+
+def test_the_samples_train_all_that_apply_lora_says_trains() -> None:
+    """On a model with a fresh head and trained biases too: what the optimizer gets, and what a recorded step keeps."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 20}
+    model = apply_lora(BertForSequenceClassification(BertConfig(**sizes)), LoRAConfig(target_modules=["query"], bias="all"))
+    names = {**vars(lightning_lora), "torch": torch, "model": model}
+    (optimizer,) = re.findall(r"^optimizer = (.+?)(?:  #.*)?$", README, re.MULTILINE)
+    groups = eval(optimizer, names).param_groups
+    samples = [[p for group in groups for p in group["params"]]]
+    for text in (README, str(lightning_lora.cuda_graph_step.__doc__)):
+        (parameters,) = re.findall(r"with cuda_graph_step(\(.+\)):", text)
+        samples.append(list(eval(parameters, names)))
+    trains = {id(p) for p in model.parameters() if p.requires_grad}
+    assert id(model.classifier.weight) in trains and len(trains) > len(get_lora_parameters(model))
+    assert all({id(p) for p in sample} == trains for sample in samples)
 
 
 @ADVICE

@@ -2,17 +2,18 @@
 
 The safetensors metadata holds what PEFT's format has no field for: our format version, the exact config and the base's identity.
 
-Two files cannot be renamed in one step. So when a folder is overwritten with another config, the old JSON is removed first and the new
-one is written last. A crash leaves a matching pair, or tensors without a JSON, but never a mixed pair. Tensors without a JSON still load
-here, because their metadata holds the config. The exception is a folder that PEFT wrote, whose tensors have no such metadata: after a
-crash between the two writes, loading it says that the JSON is missing.
+Both files are written as one commit (:mod:`lightning_lora.utils.folder_commit`), and read from one. The metadata also holds what the JSON
+said, and a checksum (:mod:`lightning_lora.adapter_io.integrity`). So a pair of two saves and a damaged or edited file are refused.
+Tensors without a JSON still load here, because their metadata holds the config.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import safetensors.torch
@@ -20,12 +21,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightning_lora.adapter_io import peft_format
+from lightning_lora.adapter_io.integrity import check_fields, seal
+from lightning_lora.adapter_io.metadata import FORMAT_VERSION, META, parsed, understood
+from lightning_lora.adapter_io.peft_names import PREFIX, our_names
 from lightning_lora.config import LoRAConfig
-from lightning_lora.utils.atomic_files import sync_folder, write_atomic
+from lightning_lora.utils.atomic_files import write_atomic
+from lightning_lora.utils.folder_commit import commit, read_undisturbed
+from lightning_lora.utils.folders import standing
 from lightning_lora.utils.read_checkpoint import read_checkpoint
 
-FORMAT_VERSION = 1
-META = "lightning_lora"  # key of our entry in the safetensors metadata and in a Lightning checkpoint
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -37,17 +41,30 @@ class AdapterFile:
         config: how the layers were adapted.
         tensors: by their names in the adapted model (``layers.0.q_proj.lora_A``), relative to the adapted model itself.
         base: the base's identity; None in files that PEFT wrote.
-        beside: names of tensors that a checkpoint holds beside the adapter and what trained: buffers, base weights that changed.
+        beside: names of tensors beside the adapter and what trained: buffers, base weights that changed.
+        fields: the JSON of a folder that PEFT wrote; ``config`` is then what it says without a model.
         extra_state: name in a state dict → a module's extra state, from a checkpoint.
         outside: the same two, of the task around the adapted model, by their names there; for the adapted model alone they have no place.
+        damaged: True if the checksum in the file is not that of its content. It is the last thing to refuse, since what is wrong may be
+            known more exactly.
     """
 
     config: LoRAConfig
     tensors: dict[str, Tensor]
     base: dict[str, Any] | None
     beside: frozenset[str] = frozenset()
+    fields: dict[str, Any] | None = None
     extra_state: dict[str, Any] = field(default_factory=dict)
     outside: dict[str, Any] = field(default_factory=dict)
+    damaged: bool = False
+
+    def check_intact(self, where: str) -> None:
+        """Raise ValueError if the content is not what was saved."""
+        if self.damaged:
+            raise ValueError(
+                f"{where}: the content of {TENSORS} is not what was saved (its checksum differs): it is damaged or was edited. If you"
+                " meant the edit, save the tensors without the file's metadata; the JSON then says what they are."
+            )
 
     def meta(self, **more: Any) -> dict[str, Any]:
         """Return the metadata that is stored beside the tensors, as plain types."""
@@ -61,26 +78,25 @@ def read_adapter(path: str | Path) -> AdapterFile:
         ValueError: a file is missing, unreadable or of a newer format, or the two files are of different saves.
     """
     path = Path(path)
-    return _read_checkpoint(path) if path.is_file() else _read_folder(path)
+    return _read_checkpoint(path) if path.is_file() else read_undisturbed(path, (TENSORS, CONFIG), _read_folder)
 
 
-def write_folder(folder: Path, content: AdapterFile, fields: dict[str, Any]) -> None:
-    """Write both files of a folder.
+def write_folder(folder: Path, content: AdapterFile, fields: dict[str, Any], check: Callable[[], object] = lambda: None) -> None:
+    """Write both files of a folder in one step. Other files in it stay.
 
     Args:
         folder: created if it does not exist.
         content: its tensors have PEFT's names, without PEFT's prefix.
         fields: the content of ``adapter_config.json``.
+        check: raises if the folder must not be written to; called once no other process writes to it.
     """
-    tensors = {peft_format.PREFIX + name: tensor.detach().cpu().clone().contiguous() for name, tensor in content.tensors.items()}
-    data = safetensors.torch.save(tensors, {"format": "pt", META: json.dumps(content.meta())})
+    tensors = {PREFIX + name: tensor.detach().cpu().clone().contiguous() for name, tensor in content.tensors.items()}
+    meta = content.meta(json=fields, **({"beside": sorted(content.beside)} if content.beside else {}))
+    data = safetensors.torch.save(tensors, {"format": "pt", META: json.dumps(meta | {"checksum": seal(meta, tensors)})})
     text = (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / CONFIG).is_file() and (folder / CONFIG).read_bytes() != text:
-        (folder / CONFIG).unlink()
-        sync_folder(folder)
-    write_atomic(folder / TENSORS, data)
-    write_atomic(folder / CONFIG, text)
+    with commit(folder, (TENSORS, CONFIG), check) as staged:
+        write_atomic(staged / TENSORS, data)
+        write_atomic(staged / CONFIG, text)
 
 
 def _read_folder(folder: Path) -> AdapterFile:
@@ -97,35 +113,38 @@ def _read_folder(folder: Path) -> AdapterFile:
         raise ValueError(f"{file} is missing{hint}.")
     try:
         with safe_open(file, framework="pt") as reader:
-            meta = json.loads((reader.metadata() or {}).get(META, "null"))
+            said = (reader.metadata() or {}).get(META, "null")
             tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is not a readable safetensors file (truncated?): {error}") from error
-    named = {peft_format.our_name(name, str(file)): tensor for name, tensor in tensors.items() if ".original_module." not in name}
+    meta = parsed(said, f"{file}: its {META} metadata", kinds=(dict, NoneType))
+    named: dict[str, Tensor] = {}
+    for name, ours in our_names(tensors, str(file)).items():
+        twin = named.setdefault(ours, tensors[name])
+        if twin is not tensors[name] and not (twin.dtype == tensors[name].dtype and twin.equal(tensors[name])):
+            raise ValueError(f"{file} holds two tensors for the parameter of {name!r}, with different values.")
     if meta is None:  # PEFT wrote the file
-        return AdapterFile(peft_format.from_peft(_read_json(folder / CONFIG), str(folder / CONFIG), named), named, None)
-    config, base, _ = _understood(meta, str(file))
-    fields = peft_format.as_lora(_read_json(folder / CONFIG), str(folder / CONFIG)) if (folder / CONFIG).is_file() else None
-    said = {"r": config.rank, "lora_alpha": config.alpha, "use_rslora": config.scaling == "rslora", "bias": config.bias}
-    for name, mine in said.items():
-        if fields is not None and fields.get(name) != mine:
-            raise ValueError(
-                f"{folder}: {CONFIG} says {name}={fields.get(name)!r}, the tensors were saved with {mine!r}: files of two different saves."
-            )
-    if fields is not None and (other := peft_format.variant_of(fields)) != peft_format.variant_of(peft_format.variant_fields(config)):
-        raise ValueError(
-            f"{folder}: {CONFIG} is of a {other!r} adapter, the tensors were saved with {config.variant!r}: files of two different saves."
-        )
-    return AdapterFile(config, named, base)
+        words = _read_json(standing(folder / CONFIG))
+        return AdapterFile(peft_format.from_peft(words, str(folder / CONFIG), named), named, None, fields=words)
+    config, base, _ = understood(meta, str(file))
+    if (folder / CONFIG).is_file():
+        check_fields(_read_json(folder / CONFIG), meta, config, named, str(folder / CONFIG))
+    damaged = "checksum" in meta and seal(meta, tensors) != meta["checksum"]
+    return AdapterFile(config, named, base, frozenset(meta.get("beside", ())), damaged=damaged)
 
 
 def _read_checkpoint(file: Path) -> AdapterFile:
+    if file.suffix == ".safetensors":
+        raise ValueError(f"{file} is part of an adapter folder: load {file.parent}.")
     checkpoint = read_checkpoint(file)
     meta = checkpoint.get(META) if isinstance(checkpoint, dict) else None
     if meta is None:
-        raise ValueError(f"{file} was not written under LoRACallback: it holds no adapter.")
-    config, base, root = _understood(meta, str(file))
+        holds = "no adapter" if isinstance(checkpoint, dict) else f"a {type(checkpoint).__name__}"
+        raise ValueError(f"{file} was not written under LoRACallback: it holds {holds}.")
+    config, base, root = understood(meta, str(file))
     prefix, tensors = f"{root}." if root else "", checkpoint.get("state_dict", {})
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
+        raise ValueError(f"{file}: its state_dict is no mapping from names to tensors.")
     beside = frozenset(meta.get("beside", ()))  # of the task around the adapted model, where it is outside
     outside = [name for name in tensors if not name.startswith(prefix) and name not in beside]
     if outside:
@@ -134,33 +153,15 @@ def _read_checkpoint(file: Path) -> AdapterFile:
     rest = {name: value for name, value in tensors.items() if not name.startswith(prefix)}
     extra = {name: value for name, value in own.items() if not isinstance(value, Tensor)}
     own = {name: tensor for name, tensor in own.items() if name not in extra}
-    return AdapterFile(config, own, base, frozenset(name.removeprefix(prefix) for name in beside if name.startswith(prefix)), extra, rest)
-
-
-def _understood(meta: dict[str, Any], where: str) -> tuple[LoRAConfig, dict[str, Any] | None, str]:
-    """Return the config, base identity and root that the metadata holds.
-
-    Raises:
-        ValueError: the format is newer, or the metadata is malformed.
-    """
-    try:
-        version = meta["format_version"]
-        if version > FORMAT_VERSION:
-            raise ValueError(f"{where} has format version {version}, this lightning-lora reads up to {FORMAT_VERSION}; update it.")
-        return LoRAConfig(**meta["config"]), meta["base"], meta.get("root", "")
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{where}: its {META} metadata is not readable ({error}): a newer version wrote it, or it was changed by hand."
-        ) from error
+    beside = frozenset(name.removeprefix(prefix) for name in beside if name.startswith(prefix))
+    return AdapterFile(config, own, base, beside, extra_state=extra, outside=rest)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        fields = json.loads(file.read_text())
+        text = file.read_text()
     except FileNotFoundError as error:
         raise ValueError(f"{file} is missing.") from error
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}.") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file} holds a {type(fields).__name__}, not a JSON object.")
-    return fields
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not valid JSON, and cannot be read: {error}.") from error
+    return parsed(text, str(file))

@@ -15,21 +15,37 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from lightning_lora.callbacks.gradient_check import CURE, GradientCheck
-from lightning_lora.callbacks.refusals import check_apart, check_mergeable, frozen_parts, recordable
+from lightning_lora.callbacks.dropout import wake_and_log
+from lightning_lora.callbacks.gradient_check import BATCHES, CURE, GradientCheck
+from lightning_lora.callbacks.interruption import handle_interruptions
+from lightning_lora.callbacks.out_of_memory import advise
+from lightning_lora.callbacks.processes import begin_together
+from lightning_lora.callbacks.refusals import check_apart, check_mergeable, check_optimizers, frozen_parts, recordable
+from lightning_lora.callbacks.start_report import log_start
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import lora_layers
 from lightning_lora.layers.state import Quantized
-from lightning_lora.model.apply import already_applied, inject, let_gradients_in, trainable_parameters, unload_lora
+from lightning_lora.model.apply import already_applied, inject, let_gradients_in, unload_lora
 from lightning_lora.model.compile import begin_step, compile_layers, keep_gradients, uncompile_layers
 from lightning_lora.model.merge import merge_lora, merge_report, remerging, unmerge_lora
+from lightning_lora.model.modes import restore_flags
 from lightning_lora.model.quantize import quantize_base
 from lightning_lora.model.targeting import TargetReport, find_targets
 from lightning_lora.optim.groups import check_ratio
 from lightning_lora.quantization.formats import quantizer_of
-from lightning_lora.strategies import AdaptedPart, StrategyHooks, arrange, check_equal, check_supported, convert_base, synchronize
+from lightning_lora.strategies import (
+    AdaptedPart,
+    FiniteCheck,
+    RollCall,
+    StrategyHooks,
+    arrange,
+    check_equal,
+    check_supported,
+    convert_base,
+    synchronize,
+)
+from lightning_lora.strategies.savable import check_savable
 from lightning_lora.utils.names import adapter_root
 from lightning_lora.utils.sharding import is_sharded
 
@@ -39,7 +55,8 @@ class LoRACallback(Callback):
 
     The module's own ``configure_optimizers``, schedulers, manual optimization and checkpoint callbacks work as before.
     Checkpoints leave out only what is proved to be the unchanged base (:mod:`lightning_lora.strategies.changed_state`). A resumed run is
-    exact to the step. A refused call leaves the module unchanged. Several callbacks may adapt separate parts, each with its ``module``.
+    exact to the step, also after an interruption (:mod:`lightning_lora.callbacks.interruption`). A refused call leaves the module
+    unchanged. Several callbacks may adapt separate parts, each with its ``module``.
 
     Args:
         config: what to adapt; default ``LoRAConfig()``.
@@ -52,6 +69,8 @@ class LoRACallback(Callback):
         check_base: refuse to resume from a checkpoint that was trained on another base.
         check_gradients: raise if an adapter got no gradient in 100 training batches, or in all batches of a shorter training. Switch it
             off for models that use some layers less often.
+        allow_nonfinite: train on when a parameter turns NaN or infinite. Default: training stops, no checkpoint is written, and none with
+            such values is loaded. What trains is looked at before each save, at the end, and every ``log_every_n_steps`` batches.
         compile: "layer" compiles each repeated block of the model in place until the run ends, see
             :func:`~lightning_lora.model.compile.compile_layers`. Prediction runs uncompiled, because generation would compile again for
             every token.
@@ -72,6 +91,7 @@ class LoRACallback(Callback):
         merge_on_fit_end: bool | None = None,
         check_base: bool = True,
         check_gradients: bool = True,
+        allow_nonfinite: bool = False,
         compile: Literal["layer"] | None = None,
         lora_plus_ratio: float = 1.0,
         quantize: str | None = None,
@@ -83,8 +103,7 @@ class LoRACallback(Callback):
         if cuda_graphs and compile is None:
             raise ValueError("cuda_graphs=True records compiled blocks: pass compile='layer' with it.")
         check_ratio(lora_plus_ratio)
-        self.config = config or LoRAConfig()
-        self.module = module
+        self.config, self.module = config or LoRAConfig(), module
         if quantize is not None:
             quantizer_of(quantize)
         if merge_quantized not in (None, "dequantize", "requantize"):
@@ -92,8 +111,8 @@ class LoRACallback(Callback):
         self.quantize, self.merge_quantized = quantize, merge_quantized
         self.merge_on_fit_end = quantize is None or merge_quantized is not None if merge_on_fit_end is None else merge_on_fit_end
         self.lora_plus_ratio = lora_plus_ratio
-        self.check_base = check_base
-        self.check_gradients = check_gradients
+        self.check_base, self.check_gradients, self.allow_nonfinite = check_base, check_gradients, allow_nonfinite
+        self._finite: FiniteCheck | None = None
         self.compile, self.cuda_graphs = compile, cuda_graphs
         self._recorded = False
         self.report: TargetReport | None = None
@@ -101,13 +120,15 @@ class LoRACallback(Callback):
         self.part: AdaptedPart | None = None  # of the last setup
         self._gradients: GradientCheck | None = None
         self._compare = False
+        self._roll_call: RollCall | None = None  # of a run on several processes
         self._undo = ExitStack()  # reverts the preparations, until the run has begun
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Inject, freeze and report. A model that is built in ``configure_model`` is adapted right after that."""
+        mine = [c for c in handle_interruptions(trainer) if isinstance(c, LoRACallback)]
+        self._roll_call = begin_together(self.config, vars(self), mine[0] is self)
         check_supported(trainer)
-        others = [c.module for c in trainer.callbacks if isinstance(c, LoRACallback) and c is not self]  # type: ignore[attr-defined]
-        check_apart(self.module, others)
+        check_apart(self.module, [c.module for c in mine if c is not self])
         if any(True for _ in pl_module.parameters()):
             self._adapt(trainer, pl_module).watch_configure_model()
             return
@@ -122,36 +143,19 @@ class LoRACallback(Callback):
         pl_module.configure_model = configure_model  # type: ignore[method-assign]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise ValueError if a parameter that should train is in no optimizer, or an optimizer has nothing to train."""
-        held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
-        trained = {id(p) for p in self._target(pl_module).parameters() if p.requires_grad}
-        forgotten = [name for name, p in pl_module.named_parameters() if id(p) in trained - held]
-        if forgotten:
-            raise ValueError(
-                f"{len(forgotten)} parameters that should train are in no optimizer: {', '.join(forgotten[:4])}. Build the optimizer in"
-                " configure_optimizers, from self.parameters() or get_lora_parameters(self), not in __init__."
-            )
-        for index, optimizer in enumerate(trainer.optimizers):
-            if not any(group["params"] for group in optimizer.param_groups):
-                raise ValueError(
-                    f"optimizer {index} ({type(optimizer).__name__}) holds no parameter that trains: LoRA froze all of them. Limit LoRA"
-                    " to a part with LoRACallback(module=...), or list what this optimizer should train in modules_to_save."
-                )
+        """Raise ValueError if an optimizer lacks a parameter that should train, or has none, or if no checkpoint can be written."""
+        check_optimizers(trainer.optimizers, pl_module, self._target(pl_module))
+        check_savable(trainer, pl_module)
         let_gradients_in(pl_module)  # gradient checkpointing may have been enabled after the injection
         self._gradients, self._compare = GradientCheck(self._target(pl_module)) if self.check_gradients else None, True
+        every = trainer.log_every_n_steps or BATCHES  # type: ignore[attr-defined]
+        self._finite = None if self.allow_nonfinite else FiniteCheck(trainer.strategy, pl_module, every)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the frozen values as the reference for changes. Switch on the adapters' dropout where the base is in evaluation mode."""
         self._begun(pl_module)
         trainer.strategy._lora_hooks.state.start()  # type: ignore[attr-defined]
-        asleep = [(name, layer) for name, layer in lora_layers(self._target(pl_module)) if layer.lora_dropout.p > 0 and not layer.training]
-        for _, layer in asleep:
-            layer.training = True  # not `train()`, because submodules must stay in evaluation mode
-        if asleep:
-            rank_zero_info(
-                f"{asleep[0][0]} and {len(asleep) - 1} more adapted layers were in evaluation mode (as from_pretrained leaves a model),"
-                " which disables their adapters' dropout: they are in training mode now, the rest of the model is unchanged."
-            )
+        wake_and_log(self._target(pl_module))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Raise RuntimeError with the fix if the loss depends on no adapter. torch would only say that it has no gradient."""
@@ -190,11 +194,15 @@ class LoRACallback(Callback):
         """Raise RuntimeError if an adapter got no gradient in any of enough batches."""
         if self._gradients is not None:
             self._gradients.after_batch()
+        if self._finite is not None:
+            self._finite.after_batch()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise RuntimeError if an adapter got no gradient in a whole short training."""
         if self._gradients is not None:
             self._gradients.finish()
+        if self._finite is not None:
+            self._finite.finish()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge layer by layer on the training device, unless ``merge_on_fit_end=False``."""
@@ -208,12 +216,17 @@ class LoRACallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Undo the compilation of the blocks."""
+        if self._roll_call is not None:
+            self._roll_call.close()
         if self._compiled is not None:
             uncompile_layers(self._compiled)
             self._compiled, self._recorded = None, False
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Restore the module if the run was refused before it began. Tear down, because Lightning does not after an exception."""
+        """Restore the module if the run was refused before it began. Tear down, because Lightning does not. Advise if memory is out."""
+        advise(exception)
+        if self._roll_call is not None:
+            self._roll_call.answer(exception)
         if not any(is_sharded(p) for p in pl_module.parameters()) and not isinstance(trainer.strategy, FSDPStrategy):
             self._undo.close()
         self._begun(pl_module)
@@ -237,7 +250,7 @@ class LoRACallback(Callback):
                 undo.callback(self.teardown, trainer, pl_module, "")
                 self._compiled, self._recorded = target, recorded
             if not there:
-                undo.callback(_unfreeze, [(p, p.requires_grad) for p in pl_module.parameters()])
+                undo.callback(restore_flags, [(p, p.requires_grad) for p in pl_module.parameters()])
                 convert_base(trainer, pl_module)
                 if self.quantize is not None:
                     device, saved = trainer.strategy.root_device, self.config.modules_to_save
@@ -247,12 +260,10 @@ class LoRACallback(Callback):
                 inject(target, self.config, report)
                 undo.callback(unload_lora, target)
                 synchronize(pl_module)
-                trainable, total = trainable_parameters(pl_module)
-                rest = f"\nfrozen, without an adapter: {stays}" if stays else ""
-                rank_zero_info(f"{report}{rest}\ntrainable {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+                log_start(report, pl_module, stays, fitting and bool(trainer.checkpoint_callbacks))
             undo.callback(arrange(trainer.strategy, pl_module))
             root = ".".join(filter(None, (self.module, adapter_root(target)[0])))
-            self.part = AdaptedPart(root, self.config, self.check_base, self.lora_plus_ratio)
+            self.part = AdaptedPart(root, self.config, self.check_base, self.lora_plus_ratio, self.allow_nonfinite)
             hooks = StrategyHooks.of(trainer.strategy, pl_module)
             undo.callback(hooks.drop, root, forget=not there)
             hooks.add(self.part, training=fitting, new=not there)
@@ -284,12 +295,5 @@ class LoRACallback(Callback):
             return pl_module.get_submodule(self.module or "")
         except AttributeError as error:
             children = ", ".join(name for name, _ in pl_module.named_children())
-            raise ValueError(
-                f"module={self.module!r} is no submodule of {type(pl_module).__name__}; its children are {children}."
-            ) from error
-
-
-def _unfreeze(flags: list[tuple[nn.Parameter, bool]]) -> None:
-    for parameter, flag in flags:
-        if not is_lazy(parameter):
-            parameter.requires_grad_(flag)
+            name = type(pl_module).__name__
+            raise ValueError(f"module={self.module!r} is no submodule of {name}; its children are {children}.") from error

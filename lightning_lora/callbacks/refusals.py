@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.state import Quantized
 from lightning_lora.model.heads import left_frozen
-from lightning_lora.model.merge import tied_weights
 from lightning_lora.model.targeting import TargetReport
+from lightning_lora.model.ties import tied_weights
 from lightning_lora.quantization.formats import format_of
 
 
@@ -74,6 +75,33 @@ def check_mergeable(target: nn.Module, report: TargetReport, strategy: Strategy,
             " later, call merge_lora(model, untie=True). To merge into a quantized base, pass LoRACallback(merge_quantized='dequantize') or"
             " 'requantize'."
         )
+
+
+def check_optimizers(optimizers: Sequence[Optimizer], module: nn.Module, target: nn.Module) -> None:
+    """Check that the optimizers hold what trains, and each of them something.
+
+    Args:
+        optimizers: of the trainer.
+        module: the LightningModule.
+        target: the adapted part of it.
+
+    Raises:
+        ValueError: a parameter that should train is in no optimizer, or an optimizer has nothing to train.
+    """
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    trained = {id(p) for p in target.parameters() if p.requires_grad}
+    forgotten = [name for name, p in module.named_parameters() if id(p) in trained - held]
+    if forgotten:
+        raise ValueError(
+            f"{len(forgotten)} parameters that should train are in no optimizer: {', '.join(forgotten[:4])}. Build the optimizer in"
+            " configure_optimizers, from self.parameters() or get_lora_parameters(self), not in __init__."
+        )
+    for index, optimizer in enumerate(optimizers):
+        if not any(group["params"] for group in optimizer.param_groups):
+            raise ValueError(
+                f"optimizer {index} ({type(optimizer).__name__}) holds no parameter that trains: LoRA froze all of them. Limit LoRA"
+                " to a part with LoRACallback(module=...), or list what this optimizer should train in modules_to_save."
+            )
 
 
 def recordable(strategy: Strategy) -> bool:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from jsonargparse.typing import PositiveInt
 
-from lightning_lora import LoRAConfig, find_targets, load_adapter, merge_lora, unload_lora
-from lightning_lora.adapter_io.files import read_adapter
+from lightning_lora import LoRAConfig, export_merged, find_targets, load_adapter
+from lightning_lora.adapter_io.files import CONFIG, TENSORS, read_adapter
+from lightning_lora.cli.messages import UsageError
+from lightning_lora.cli.output_folder import replaced_folder
 from lightning_lora.data.batching import Example, collate_prompts
 from lightning_lora.data.chat import encode_prompt
 from lightning_lora.tasks.hf import DType, generate_text, load_causal_lm, skeleton
-from lightning_lora.utils.atomic_files import sync_folder
 
 
 def inspect(path: str, gguf_file: str | None = None, lora: LoRAConfig = LoRAConfig()) -> None:  # noqa: B008 (frozen)
@@ -30,8 +27,9 @@ def inspect(path: str, gguf_file: str | None = None, lora: LoRAConfig = LoRAConf
     Raises:
         ValueError: The adapter cannot be read, or the config does not fit the model.
     """
-    if path.endswith(".ckpt") or Path(path, "adapter_config.json").is_file():
+    if path.endswith(".ckpt") or any(Path(path, file).is_file() for file in (CONFIG, TENSORS)):
         adapter = read_adapter(path)
+        adapter.check_intact(path)
         print(f"adapter {path}\n{adapter.config}")
         for name, tensor in adapter.tensors.items():
             print(f"{name}  {tuple(tensor.shape)}  {str(tensor.dtype).removeprefix('torch.')}")
@@ -49,15 +47,14 @@ def merge(model: str, adapter: str, out: str, gguf_file: str | None = None, dtyp
         out: The new folder.
         gguf_file: A GGUF file in the model's folder.
         dtype: The merged weights' dtype; the base's own by default.
-        overwrite: Replace a folder that is not empty.
+        overwrite: Replace a folder that holds a model.
 
     Raises:
         ValueError: The folder is not empty, is or contains the base or the adapter, or the adapter does not fit the base.
     """
     with replaced_folder(out, overwrite, keep=(model, adapter)) as folder:
         network, tokenizer = load_causal_lm(model, gguf_file, dtype)
-        unload_lora(merge_lora(load_adapter(network, adapter), reversible=False), merged="keep")
-        network.save_pretrained(folder)
+        export_merged(load_adapter(network, adapter), folder)
         tokenizer.save_pretrained(folder)
     print(f"merged model in {out}")
 
@@ -86,7 +83,7 @@ def generate(
         ValueError: The prompt is empty, or the adapter does not fit the model.
     """
     if not prompt:
-        raise ValueError("prompt is empty; give the model something to answer")
+        raise UsageError("prompt is empty; give the model something to answer")
     network, tokenizer = load_causal_lm(model, gguf_file, dtype)
     if adapter is not None:
         load_adapter(network, adapter)
@@ -96,34 +93,3 @@ def generate(
     batch = collate_prompts([Example(encode_prompt(tokenizer, messages))], pad=tokenizer.pad_token_id)
     with torch.inference_mode():
         print(generate_text(network.eval(), tokenizer, batch["input_ids"], batch["attention_mask"], max_new_tokens)[0])
-
-
-@contextmanager
-def replaced_folder(out: str, overwrite: bool, keep: tuple[str, ...]) -> Iterator[Path]:
-    """Yield a new folder beside ``out``, and move it to ``out`` at the end. After an error ``out`` is unchanged.
-
-    Args:
-        out: The folder to create.
-        overwrite: Replace a folder that is not empty.
-        keep: Folders or files that ``out`` must neither be nor contain, since they would be deleted with it.
-
-    Raises:
-        ValueError: ``out`` is a file, is not empty, or is or contains one of ``keep``.
-    """
-    target = Path(out).resolve()
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"out={out!r} is a file; name a folder")
-    for source in keep:
-        if os.path.exists(source) and (path := Path(source).resolve()).is_relative_to(target):
-            raise ValueError(f"out={out!r} holds {str(path)!r}, which it is made from; name another folder")
-    if target.exists() and any(target.iterdir()) and not overwrite:
-        raise ValueError(f"out={out!r} is not empty; name another folder, or pass --overwrite to replace all that is in it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as staging:
-        new = Path(staging) / "new"
-        new.mkdir()
-        yield new
-        if target.exists():
-            os.replace(target, Path(staging) / "old")  # a folder cannot be renamed onto one that is not empty
-        os.replace(new, target)
-        sync_folder(target.parent)

@@ -1,91 +1,141 @@
-"""`LoRACLI`: LightningCLI whose defaults are a language model task, instruction data and a `LoRACallback` under ``lora``."""
+"""`LoRACLI`: LightningCLI whose defaults are a language model task, instruction data and a `LoRACallback` under ``lora``.
+
+What stands in the YAML files and options is what runs. Where LightningCLI deviates from that, it is overridden here: hyperparameters in a
+checkpoint replace options, one class's defaults stay when another class is named, an abbreviated option is taken for the whole one.
+"""
 
 from __future__ import annotations
 
+import inspect
 import json
+import os
 import pydoc
 import sys
+from contextlib import redirect_stdout
 from typing import Any
 
 from jsonargparse import Namespace, set_parsing_settings
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
 from lightning_lora.callbacks import LoRACallback
-from lightning_lora.strategies.lightning_private import cli_parser, cli_value
+from lightning_lora.callbacks.interruption import handle_interruptions
+from lightning_lora.cli.checkpoints import checkpoint_of
+from lightning_lora.cli.messages import UsageError, check_not_null, one_line, usage
+from lightning_lora.cli.run_folder import BeganConfig, StderrProgressBar, no_folder_of_a_failed_start
+from lightning_lora.cli.yaml_files import check_config_files, unique_keys
+from lightning_lora.config import LoRAConfig
+from lightning_lora.strategies.checkpoint_io import DurableCheckpointIO
+from lightning_lora.strategies.lightning_private import cli_parser, cli_value, start_method
 
 COMMANDS = ("fit", "validate", "test", "predict")
 CONFIGS_RUN = "A config file runs the classes and functions that it names: take one only from someone whose code you would run."
 LOGGER = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": "lora"}}
+# With a default class, its arguments can be set directly under `model:` and `data:`, without class_path and init_args.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "model": {"class_path": "lightning_lora.tasks.CausalLMTask"},
+    "data": {"class_path": "lightning_lora.data.InstructionDataModule"},
+    "trainer.logger": LOGGER,
+}
+# The least that makes sense; Lightning takes less in silence, or divides by it. -1 is "no limit" for the first two.
+LEAST = {"max_epochs": 1, "max_steps": 1, "accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "gradient_clip_val": 0}
+MACHINE = ("accelerator", "devices", "num_nodes", "strategy", "precision")  # what most errors in making a Trainer are about
 
 
 class LoRACLI(LightningCLI):
     """LightningCLI with ``--lora.*``. ``model`` and ``data`` may be any class, named by its ``class_path``.
 
     A LoRACallback or subclass under ``trainer.callbacks``, such as AdaLoRACallback, replaces the default callback
-    and takes the arguments under ``lora``.
+    and takes the arguments under ``lora``. With ``ckpt_path``, weights and the state of training come from the checkpoint, but no options.
 
     Args:
         args: The command line, a dict, or None for the process's own arguments.
         run: Run the sub-command that ``args`` begins with; otherwise only build ``model``, ``datamodule`` and ``trainer``.
 
     Raises:
-        jsonargparse.ArgumentError: A key or a value is wrong; the message names it.
-        ValueError: Such a callback has a config of its own, and ``lora`` is set too.
+        UsageError: A key or a value is wrong; the message names it. A ValueError.
+        ValueError: The run failed on wrong input.
     """
 
     def __init__(self, args: ArgsType = None, run: bool = True) -> None:
         set_parsing_settings(import_path_denylist=[])  # enforces the parser's own list of what no value may name, such as os.system
+        self.words = sys.argv[1:] if args is None else args if isinstance(args, list) else []
+        self.command = self.words[0] if run and self.words and self.words[0] in COMMANDS else None
+        strict = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             LightningModule,
             LightningDataModule,
+            save_config_callback=BeganConfig,
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_kwargs={"overwrite": True},  # a second run in the same folder is not an error
-            trainer_defaults={"logger": LOGGER},
             seed_everything_default=1,
-            parser_kwargs={"exit_on_error": False, **{name: {"exit_on_error": False, "description": CONFIGS_RUN} for name in COMMANDS}},
+            parser_kwargs={**strict, **{name: {**strict, "description": CONFIGS_RUN} for name in self.subcommands()}},
+            auto_configure_optimizers=False,  # `optimizer:` would be built before LoRA, from parameters that LoRA freezes
             args=args,
             run=run,
         )
 
     @override
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Only the one that is run: each takes time to build."""
+        there = LightningCLI.subcommands()
+        return {self.command: there[self.command]} if self.command else there
+
+    @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(LoRACallback, "lora")
         parser.add_argument("--full_finetuning", type=bool, default=False, help="Train every weight, and ignore what is set under lora.")
-        # With a default class, its arguments can be set directly under `model:` and `data:`, without class_path and init_args.
-        parser.set_defaults(
-            {
-                "model": {"class_path": "lightning_lora.tasks.CausalLMTask"},
-                "data": {"class_path": "lightning_lora.data.InstructionDataModule"},
-            }
-        )
+        parser.set_defaults(DEFAULTS)
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         # As in LightningCLI, but without its warning that the process has arguments too: a script such as the quickstart has its own.
-        self.config = parser.parse_object(args) if isinstance(args, (dict, Namespace)) else parser.parse_args(args)
+        ours = cli_parser(self, self.command)
+        with usage(known=lambda: _options(ours)), unique_keys():
+            check_config_files(self.words)
+            self.config = _parse(parser, args)
+            chosen = self.config.get(str(self.command), self.config)
+            others = {key: {"class_path": path} for key in DEFAULTS if (path := _other_class(chosen, key)) is not None}
+            if others:  # the arguments that the user did not set are to be this class's, not those of the class it replaces
+                ours.set_defaults(others)
+                self.config = _parse(parser, args)
+        _check_values(self.config.get(str(self.command), self.config))
 
     @override
     def _parse_ckpt_path(self) -> None:
-        """Do nothing. Lightning's takes the model's class and arguments from the checkpoint, which is data, and may be a stranger's."""
+        """Leave the options as they are. Lightning's takes the model's class from the checkpoint, which may be a stranger's."""
 
     @override
     def before_instantiate_classes(self) -> None:
         config, parser = self.config.get(str(self.subcommand), self.config), cli_parser(self, self.subcommand)
+        usual = parser.get_defaults()["lora"]
+        given = {name: value for name, value in vars(config.lora).items() if value != usual[name]}
         callbacks = config.get("trainer.callbacks") or []
         for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
             cls = pydoc.locate(callback.class_path)
             if not isinstance(cls, type) or not issubclass(cls, LoRACallback):
                 continue
-            here = {name: callback.init_args[name] for name in vars(config.lora)}
-            if here["config"] is None:
-                callback.init_args.update(config.lora)
-            elif config.lora not in (parser.get_defaults()["lora"], Namespace(here)):
-                raise ValueError(f"trainer.callbacks: {cls.__name__} has a config of its own, and lora is set too; leave one of them out.")
+            for name, value in given.items():
+                mine = callback.init_args.get(name)
+                if name not in callback.init_args:
+                    raise UsageError(f"trainer.callbacks: {cls.__name__} has no argument {name!r}; leave lora.{name} out.")
+                if mine not in (_default(cls, name), value):
+                    raise UsageError(
+                        f"trainer.callbacks: {cls.__name__} has a {name} of its own, and lora.{name} is set too; leave one out."
+                    )
+                callback.init_args[name] = value
             parser.callback_keys = [key for key in parser.callback_keys if key != "lora"]
+
+    @override
+    def instantiate_classes(self) -> None:
+        with usage():
+            super().instantiate_classes()
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -93,18 +143,90 @@ class LoRACLI(LightningCLI):
         callbacks = config.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
-            # Lightning's default, the Rich progress bar, prints nothing if the output is piped into a file.
-            callbacks.append(TQDMProgressBar(refresh_rate=1 if sys.stderr.isatty() else 10))
+            callbacks.append(StderrProgressBar(refresh_rate=1 if sys.stderr.isatty() else 10))
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     @override
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         if cli_value(self, "full_finetuning"):
             callbacks = [callback for callback in callbacks if not isinstance(callback, LoRACallback)]
-        return super()._instantiate_trainer(config, callbacks)
+        for name, least in LEAST.items():
+            value = config[name]
+            if value is not None and not value >= least and (value != -1 or name not in ("max_epochs", "max_steps")):
+                raise UsageError(f"trainer.{name}={value}: give at least {least}")
+        given = {name: config[name] for name in MACHINE if config[name] not in ("auto", None, 1)}
+        where = f"trainer ({', '.join(f'{name}={value!r}' for name, value in given.items())}): " if given else "trainer: "
+        with usage(MisconfigurationException, TypeError, ImportError, where=where):
+            trainer = super()._instantiate_trainer(config, callbacks)
+            if start_method(trainer.strategy) is not None:
+                raise ValueError("this strategy trains in copies of this process, and what they train is lost; use strategy=ddp")
+            cpus = os.cpu_count() or 1
+            if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > max(8, 4 * cpus):
+                raise ValueError(f"{trainer.num_devices} processes on {cpus} CPUs; give fewer devices")
+        handle_interruptions(trainer)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # which leaves a part of a checkpoint where the disk is full
+            trainer.strategy.checkpoint_io = DurableCheckpointIO()
+        return trainer
+
+    def fit(self, **kwargs: Any) -> None:
+        """Run the sub-command ``fit``."""
+        self._run("fit", kwargs)
+
+    def validate(self, **kwargs: Any) -> None:
+        """Run the sub-command ``validate``."""
+        self._run("validate", kwargs)
+
+    def test(self, **kwargs: Any) -> None:
+        """Run the sub-command ``test``."""
+        self._run("test", kwargs)
 
     def predict(self, **kwargs: Any) -> None:
-        """Run the sub-command ``predict`` and print the predictions, one JSON object per line. Lightning would discard them."""
-        for batch in self.trainer.predict(**kwargs) or []:
+        """Run the sub-command ``predict`` and print the predictions, one JSON object per line. Nothing else goes to stdout."""
+        with redirect_stdout(sys.stderr):
+            batches = self._run("predict", kwargs)
+        for batch in batches or []:
             for row in batch if isinstance(batch, (list, tuple)) else [batch]:
                 print(json.dumps(row, ensure_ascii=False, default=str))
+
+    def _run(self, command: str, arguments: dict[str, Any]) -> Any:
+        if arguments.get("weights_only") is None:
+            arguments["weights_only"] = True  # Lightning's default runs code that is in the file
+        with usage():
+            arguments["ckpt_path"] = checkpoint_of(arguments.get("ckpt_path"), command, self.trainer, arguments["weights_only"])
+        with no_folder_of_a_failed_start(self.trainer):
+            try:
+                return getattr(self.trainer, command)(**arguments)
+            except MisconfigurationException as error:
+                raise ValueError(one_line(error)) from error
+
+
+def _parse(parser: LightningArgumentParser, args: ArgsType) -> Namespace:
+    return parser.parse_object(args) if isinstance(args, (dict, Namespace)) else parser.parse_args(args)
+
+
+def _check_values(config: Namespace) -> None:
+    """Refuse null where the parser takes it and the class does not."""
+    for key in ("model", "data"):
+        spec = config.get(key)
+        cls = pydoc.locate(getattr(spec, "class_path", None) or "")
+        if isinstance(cls, type):
+            check_not_null(cls, vars(spec.get("init_args", Namespace())), f"{key}.")
+    check_not_null(LoRACallback, vars(config.lora), "lora.")
+
+
+def _default(cls: type, name: str) -> Any:
+    """The default of an argument that a class has itself or passes on."""
+    signatures = (inspect.signature(vars(base)["__init__"]) for base in cls.__mro__ if "__init__" in vars(base))
+    return next((signature.parameters[name].default for signature in signatures if name in signature.parameters), None)
+
+
+def _options(parser: LightningArgumentParser) -> list[str]:
+    """The options that there are, as one writes them."""
+    there = [key.replace(".init_args", "") for key in parser.get_defaults().keys(branches=True)]
+    return there + [f"lora.config.{name}" for name in inspect.signature(LoRAConfig).parameters]
+
+
+def _other_class(config: Namespace, key: str) -> str | None:
+    """The class that stands under a key, if it is not the default one."""
+    path = getattr(config.get(key), "class_path", None)
+    return path if path is not None and pydoc.locate(path) is not pydoc.locate(DEFAULTS[key]["class_path"]) else None

@@ -7,10 +7,16 @@ LightningDataModule works under ``model`` and ``data``, named by its ``class_pat
 from __future__ import annotations
 
 import os
+import pickle
+import signal
 import sys
 from collections.abc import Sequence
 
-from jsonargparse import ArgumentError, auto_cli
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+from safetensors import SafetensorError
+
+from lightning_lora.cli.messages import UsageError, check_not_null, nearest, one_line, usage
+from lightning_lora.cli.yaml_files import check_config_files, unique_keys
 
 TRAIN = {
     "fit": "train an adapter",
@@ -24,6 +30,11 @@ TOOLS = {
     "generate": "answer one prompt",
 }
 TRACEBACK = "LIGHTNING_LORA_TRACEBACK"
+# Wrong input and a machine that fails raise one of these. Anything else is a fault in the code, and shows its traceback.
+FAILURES = (
+    *(ArgumentError, ValueError, RuntimeError, OSError, ImportError, MemoryError, OverflowError, EOFError),
+    *(pickle.UnpicklingError, SafetensorError),
+)
 EXAMPLE = """\
 model:
   model: HuggingFaceTB/SmolLM2-135M-Instruct  # a hub id or a folder
@@ -44,25 +55,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments; the process's own by default.
 
     Returns:
-        The exit code: 0, or 1 if the input was wrong (one line on stderr says what).
+        The exit code. 0: done. 2: an option or its value is wrong. 1: the run failed. In both cases one line on stderr says what.
+        130, 143: stopped by Ctrl-C or SIGTERM. 141: whatever read the output has closed it.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    command = argv[0] if argv else "--help"
-    if command in ("-h", "--help"):
-        print(_usage())
-        return 0
     try:
-        if command in TRAIN:
-            lightning_cli()(args=argv)
-        elif command in TOOLS:
-            _run_tool(command, argv[1:])
-        else:
-            raise ValueError(f"no command {command!r}; there are {', '.join([*TRAIN, *TOOLS])}")
-    except (ArgumentError, ValueError, OSError, ImportError) as error:
+        _run(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would report it again as it exits
+        return 128 + signal.SIGPIPE
+    except FAILURES as error:
         if os.environ.get(TRACEBACK):
             raise
-        print(f"lightning-lora: error: {one_line(error)}", file=sys.stderr)
-        return 1
+        rank = os.environ.get("LOCAL_RANK", "0")  # set in the processes that DDP starts
+        sys.stderr.write(
+            f"lightning-lora: error: {'' if rank == '0' else f'[rank {rank}] '}{one_line(error)}\n"
+        )  # one write: no mixed lines
+        return 2 if isinstance(error, (ArgumentError, UsageError)) else 1
+    except KeyboardInterrupt:
+        return _interrupted()
+    except SystemExit as stop:  # Lightning ends a run by Ctrl-C in one without its code
+        return _interrupted() if isinstance(stop.__context__, KeyboardInterrupt) else int(stop.code or 0)
     return 0
 
 
@@ -73,19 +87,38 @@ def lightning_cli() -> type:
     return LoRACLI
 
 
+def _run(argv: list[str]) -> None:
+    command = argv[0] if argv else "--help"
+    if command in ("-h", "--help"):
+        print(_usage())
+    elif command in TRAIN:
+        lightning_cli()(args=argv)
+    elif command in TOOLS:
+        _run_tool(command, argv[1:])
+    else:
+        there = [*TRAIN, *TOOLS]
+        raise UsageError(f"no command {command!r}; there are {', '.join(there)}{nearest(command, there)}")
+
+
 def _run_tool(command: str, argv: list[str]) -> None:
     from lightning_lora.cli import commands
 
+    function = getattr(commands, command)
     argv = [f"{argument}=true" if argument == "--overwrite" else argument for argument in argv]  # the parser's booleans require a value
-    auto_cli(getattr(commands, command), args=argv, prog=f"lightning-lora {command}", exit_on_error=False)
+    parser = ArgumentParser(prog=f"lightning-lora {command}", description=TOOLS[command], exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action=ActionConfigFile, help="A YAML file with the options.")
+    parser.add_function_arguments(function, as_group=False, as_positional=True, sub_configs=True)
+    with usage(known=lambda: parser.get_defaults().keys()), unique_keys():
+        check_config_files(argv)
+        arguments = vars(parser.instantiate_classes(parser.parse_args(argv)))
+        arguments.pop("config", None)
+        check_not_null(function, arguments)
+    function(**arguments)
 
 
-def one_line(error: Exception) -> str:
-    """Return an error's message on one line; of the parser's nested messages, the part that says what is wrong."""
-    text = str(error)
-    lines = [line.strip(" -") for line in text.splitlines()]
-    noise = ("Does not validate against", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>")
-    return " ".join(line for line in lines if line and not line.startswith(noise)) or type(error).__name__
+def _interrupted() -> int:
+    print("lightning-lora: interrupted", file=sys.stderr)
+    return 128 + signal.SIGINT
 
 
 def _usage() -> str:
@@ -93,7 +126,8 @@ def _usage() -> str:
     return (
         f"usage: lightning-lora <command> ...\n\nLoRA for PyTorch Lightning.\n\n{commands}\n\n"
         f"`lightning-lora <command> --help` lists a command's options; {TRACEBACK}=1 shows where an error arose.\n"
-        "A config file runs the classes and functions that it names: take one only from someone whose code you would run.\n\n"
+        "A config file runs the classes and functions that it names: take one only from someone whose code you would run.\n"
+        "Exit codes: 0 done, 2 an option is wrong, 1 the run failed, 130 and 143 stopped by Ctrl-C and SIGTERM.\n\n"
         f"An example of run.yaml, for `lightning-lora fit --config run.yaml`:\n\n{EXAMPLE}"
     )
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from jinja2 import TemplateError
+
 Message = dict[str, str]
 
 
@@ -19,10 +21,10 @@ def encode_prompt(tokenizer: Any, messages: list[Message]) -> list[int]:
         messages: The conversation up to the answer. Without a chat template: exactly one message, encoded unchanged.
 
     Raises:
-        ValueError: There are several messages, and the tokenizer has no chat template.
+        ValueError: There are several messages, and the tokenizer has no chat template; or its template refuses them.
     """
     if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = _rendered(tokenizer, messages, add_generation_prompt=True)
         return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written the special tokens
     if len(messages) != 1:
         raise ValueError(f"{len(messages)} messages before the answer, but the tokenizer has no chat template; use prompt/response rows")
@@ -34,18 +36,33 @@ def encode_answer(tokenizer: Any, messages: list[Message], answer: str) -> list[
     """Return the token ids of the answer to ``messages``, with the end token.
 
     Raises:
-        ValueError: The chat template does not put the answer directly after its generation prompt.
+        ValueError: The chat template refuses the messages, changes the answer, or does not put it directly after its generation prompt; or
+            the tokenizer has neither template nor end token.
     """
     if not tokenizer.chat_template:
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no end token (eos_token), so that no answer would end; set one")
         return tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": answer}], tokenize=False)
+    prompt = _rendered(tokenizer, messages, add_generation_prompt=True)
+    whole = _rendered(tokenizer, [*messages, {"role": "assistant", "content": answer}])
     if not whole.startswith(prompt):
         raise ValueError(
             "the tokenizer's chat template does not put the assistant's answer after its generation prompt "
             f"(which ends in {prompt[-40:]!r}); set tokenizer.chat_template to one that does"
         )
+    if answer.strip() not in whole[len(prompt) :]:
+        raise ValueError(
+            f"the tokenizer's chat template changes the answer {answer[:40]!r} (as some cut out reasoning); it would be learned so"
+        )
     ids = tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"]
     if tokenizer.eos_token_id in ids:  # generation stops here, so the template's text after it is cut
         ids = ids[: len(ids) - ids[::-1].index(tokenizer.eos_token_id)]
     return ids
+
+
+def _rendered(tokenizer: Any, messages: list[Message], add_generation_prompt: bool = False) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except (TemplateError, TypeError) as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise ValueError(f"the tokenizer's chat template refuses the messages ({roles}): {error}") from error

@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from lightning_lora.data.batching import Example, LengthGroupedSampler, collate_answers, collate_prompts
 from lightning_lora.data.chat import Message, encode_answer, encode_prompt
+from lightning_lora.data.resuming import Position, ResumableLoader
 
 SHAPE = 'a line is {"prompt": "...", "response": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}'
 
@@ -57,6 +58,7 @@ class InstructionDataModule(LightningDataModule):
         self.batch_size, self.max_length, self.seed = batch_size, max_length, seed
         self.pad_to_multiple_of = pad_to_multiple_of
         self.examples: dict[str, list[Example]] = {}
+        self.position = Position()
 
     @override
     def setup(self, stage: str) -> None:
@@ -66,7 +68,7 @@ class InstructionDataModule(LightningDataModule):
             if file is None and (stage, split) == ("fit", "val"):
                 continue  # only validation within fit is optional
             if file is None:
-                raise ValueError(f"data.{split} is not set; {stage} needs a jsonl file there")
+                raise ValueError(f"data.{split} is not set; {getattr(stage, 'value', stage)} needs a jsonl file there")
             if split not in self.examples:
                 self.examples[split] = load_examples(file, self._tokenizer, self.max_length, split)
 
@@ -88,7 +90,20 @@ class InstructionDataModule(LightningDataModule):
         epoch = (lambda: self.trainer.current_epoch) if split == "train" else None  # type: ignore[union-attr]
         sampler = LengthGroupedSampler([len(e) for e in examples], self.batch_size, epoch, self.seed)
         collate = partial(collate_answers, pad=pad, multiple=self.pad_to_multiple_of)
-        return DataLoader(examples, batch_size=self.batch_size, sampler=sampler, collate_fn=collate)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"batch_size": self.batch_size, "sampler": sampler, "collate_fn": collate}
+        if split != "train":
+            return DataLoader(examples, **options)  # type: ignore[arg-type]
+        return ResumableLoader(examples, self.position, **options)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position in the epoch."""
+        return self.position.state_dict()
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Begin the next epoch at a position."""
+        self.position.load_state_dict(state_dict)
 
     @override
     def train_dataloader(self) -> DataLoader:
@@ -120,8 +135,8 @@ def load_examples(file: str | Path, tokenizer: Any, max_length: int, split: str)
         ValueError: See `InstructionDataModule`.
     """
     path = Path(file)
-    if not path.is_file():
-        raise ValueError(f"data.{split}={str(file)!r}: no such file")
+    if path.is_dir() or not path.exists():
+        raise ValueError(f"data.{split}={str(file)!r}: {'this is a folder; name a jsonl file' if path.is_dir() else 'no such file'}")
     examples: list[Example] = []
     lost: list[str] = []
     cut = 0
@@ -130,8 +145,12 @@ def load_examples(file: str | Path, tokenizer: Any, max_length: int, split: str)
             continue
         where = f"{path}:{number}"
         try:
-            example = _encode(json.loads(line.decode()), tokenizer, split)
-        except ValueError as error:  # json.JSONDecodeError and UnicodeDecodeError are ValueErrors too
+            example = _encode(json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")), tokenizer, split)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where} is not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8") from error
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where} is not JSON ({error.msg} at column {error.colno}); {SHAPE}") from error
+        except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         room = max_length - len(example.prompt)
         if len(example) > max_length:
@@ -162,8 +181,12 @@ def _encode(row: Any, tokenizer: Any, split: str) -> Example:
     if split == "predict":
         return example
     example.answer = encode_answer(tokenizer, messages, answer)
-    if split != "train" and "choices" in row:
-        example.rivals = _rivals(tokenizer, messages, answer, example.answer, row["choices"])
+    if "choices" in row:
+        choices = row["choices"]
+        if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices) or answer not in choices:
+            raise ValueError(f"'choices' must be a list of texts that holds the answer {answer!r}, got {choices!r}")
+        if split != "train":
+            example.rivals = _rivals(tokenizer, messages, answer, example.answer, choices)
     return example
 
 
@@ -175,6 +198,8 @@ def _conversation(row: Any, needs_answer: bool) -> tuple[list[Message], str]:
         messages = row["messages"]
         if not isinstance(messages, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
             raise ValueError(f"'messages' must be a list of objects with 'role' and 'content'; {SHAPE}")
+        if not all(isinstance(m["role"], str) for m in messages):
+            raise ValueError(f"every 'role' must be text such as \"user\"; {SHAPE}")
         if messages and messages[-1]["role"] == "assistant":
             messages, answer = messages[:-1], messages[-1]["content"]
         elif needs_answer:
@@ -193,10 +218,8 @@ def _conversation(row: Any, needs_answer: bool) -> tuple[list[Message], str]:
     return messages, answer
 
 
-def _rivals(tokenizer: Any, messages: list[Message], answer: str, ids: list[int], choices: Any) -> list[tuple[int, int]]:
+def _rivals(tokenizer: Any, messages: list[Message], answer: str, ids: list[int], choices: list[str]) -> list[tuple[int, int]]:
     """Return for every other choice the index of its first token that differs from the answer, and that token (see `Example`)."""
-    if not isinstance(choices, list) or answer not in choices:
-        raise ValueError(f"'choices' must be a list that holds the answer {answer!r}, got {choices!r}")
     rivals = set()
     for choice in choices:
         if choice == answer:

@@ -13,7 +13,7 @@ from lightning_lora.layers.base import PREFIX, LoRALayer
 from lightning_lora.layers.classes import adapted_class, strip_class
 from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.layers.state import AdapterState
-from lightning_lora.quantization.formats import unknown_storage
+from lightning_lora.quantization.formats import format_of, unknown_storage
 from lightning_lora.registry import qualified_name, why_refused
 
 
@@ -38,6 +38,11 @@ def refusal(module: nn.Module, spec: LayerSpec) -> str | None:
                 f"{fqn!r} ({name}) stores its {part} as {stored}, which is neither plain floating point nor a format known here:"
                 " dequantize the base first, or load it in a format that quantize_base names."
             )
+    declared, weight = kind.weight_shape(module), module._parameters.get("weight")
+    if declared is not None and weight is not None and format_of(module) is None:  # a packed weight has a shape of its own
+        shape, said = tuple(weight.shape), ", ".join(kind.sizes)
+        if len(shape) == len(declared) and shape != declared:  # FSDP1 leaves a flat weight
+            return f"{fqn!r} ({name}): its weight has shape {shape}, but {said} say {declared}, as after pruning: set them to the weight's."
     try:
         kind.check(module, spec)
     except ValueError as error:
@@ -74,7 +79,7 @@ def shallow_copy(module: nn.Module) -> Any:
 
     No constructor and no hook runs.
     """
-    new = module.__class__.__new__(module.__class__)
+    new = object.__new__(module.__class__)  # FSDP2's classes have a constructor in `__new__`
     own = (dict, AdapterState)  # the copy may change these without changing the original
     new.__dict__.update({name: value.copy() if isinstance(value, own) else value for name, value in module.__dict__.items()})
     return new

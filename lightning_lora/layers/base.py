@@ -54,6 +54,8 @@ class LoRALayer(Factors):
 
     #: True if ``target_modules="all-linear"`` includes this kind.
     is_linear: ClassVar[bool] = False
+    #: Names of the module's attributes that say the shape of its weight.
+    sizes: ClassVar[tuple[str, ...]] = ()
     #: Options that a variant accepts in ``variant_options``, by name.
     options: ClassVar[dict[str, Option]] = {}
 
@@ -86,6 +88,11 @@ class LoRALayer(Factors):
             raise ValueError(f"{what} would train the row of padding_idx={module.padding_idx} too; exclude it")
         if r > min(outputs, math.prod(inputs)):
             raise ValueError(f"{what} with rank={r} is above min(in, out)={min(outputs, math.prod(inputs))}; choose a lower rank")
+
+    @classmethod
+    def weight_shape(cls, module: Any) -> tuple[int, ...] | None:
+        """Return the shape of the weight by the module's own :attr:`sizes`, from which the adapter's are taken. None: not checked."""
+        return None
 
     def lora_update(self, y: Tensor, x: Tensor) -> Tensor:
         """Return the base's output ``y`` plus this layer's update for the input ``x``."""
@@ -159,6 +166,11 @@ class LoRALayer(Factors):
                 if start is not None:
                     local_tensor(start.requires_grad_(False)).copy_(local_tensor(self._parameters[name]))  # type: ignore[arg-type]
 
+    def base_was_loaded(self, loaded: set[str]) -> None:
+        """Compute a kept start again from the new weight, unless the adapter was loaded too or has trained."""
+        if "lora_A0" in self._parameters and "lora_A" not in loaded and self._starts():
+            self.reset_lora_parameters()
+
     def reset_parameters(self) -> None:
         """Reset the base, then the adapter. torch calls this when it materializes a module on the meta device."""
         base = getattr(super(), "reset_parameters", None)
@@ -217,14 +229,6 @@ class LoRALayer(Factors):
             super()._apply(converted, recurse)
         backends.look_at(next(iter(self.lora_parameters().values())).device)
         return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        # Base weights may be loaded after the adapter was created (for example from the meta device).
-        # A start that was computed from other weights is then computed again.
-        alone = prefix + "weight" in state_dict and prefix + "lora_A" not in state_dict and not self.merged
-        if alone and "lora_A0" in self._parameters and not self.lora_A0.is_meta and self.adds_nothing():
-            self.reset_lora_parameters()
 
     def extra_repr(self) -> str:
         """Return the base's text, then the adapter's rank, alpha and dropout."""

@@ -22,8 +22,14 @@ from lightning_lora.registry import register_kind
 class LoRAConv(LoRALayer):
     """A convolution with a low-rank update: ``lora_A`` (r, in/groups, *kernel), ``lora_B`` (out, r/groups, 1, …)."""
 
+    sizes = ("in_channels", "out_channels", "kernel_size", "groups")
     groups: int
     kernel_size: tuple[int, ...]
+
+    @classmethod
+    def weight_shape(cls, module: Any) -> tuple[int, ...]:
+        """Return (out, in/groups, *kernel)."""
+        return module.out_channels, module.in_channels // module.groups, *module.kernel_size
 
     @classmethod
     def adapter_shapes(cls, module: Any, spec: LayerSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:

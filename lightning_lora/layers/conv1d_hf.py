@@ -19,6 +19,12 @@ class LoRAConv1DHF(LoRALayer):
 
     is_linear = True
     transposed = True
+    sizes = ("nx", "nf")
+
+    @classmethod
+    def weight_shape(cls, module: Any) -> tuple[int, ...]:
+        """Return (in, out)."""
+        return module.nx, module.nf
 
     @classmethod
     def adapter_shapes(cls, module: Any, spec: LayerSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:

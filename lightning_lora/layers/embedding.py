@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.registry import register_kind
+from lightning_lora.utils.autocast import no_autocast
 
 
 @register_kind(nn.Embedding, name="embedding")
@@ -23,8 +24,14 @@ class LoRAEmbedding(LoRALayer):
     """An ``nn.Embedding`` with a low-rank update: ``lora_A`` (r, num_embeddings), ``lora_B`` (dim, r)."""
 
     peft_names = ("lora_embedding_A", "lora_embedding_B")
+    sizes = ("num_embeddings", "embedding_dim")
     padding_idx: int | None
     num_embeddings: int
+
+    @classmethod
+    def weight_shape(cls, module: Any) -> tuple[int, ...]:
+        """Return (num_embeddings, dim)."""
+        return module.num_embeddings, module.embedding_dim
 
     @classmethod
     def adapter_shapes(cls, module: nn.Embedding, spec: LayerSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -54,7 +61,8 @@ class LoRAEmbedding(LoRALayer):
         t = F.embedding(x, A.t(), padding_idx=self.padding_idx)  # (..., r)
         # Gemma's embeddings scale their output, so the update is scaled too.
         scale = self.scaling * getattr(self, "embed_scale", 1.0)
-        return y + F.linear((t * scale).to(y.dtype), B.to(y.dtype))
+        with no_autocast(y):  # it does not round the base's output, so it must not round the update
+            return y + F.linear((t * scale).to(y.dtype), B.to(y.dtype))
 
     def to_matrix(self, tensor: Tensor) -> Tensor:
         """Return the tensor as (dim, num_embeddings): the inputs are one-hot."""

@@ -45,6 +45,7 @@ class LoRALinear(LoRALayer, nn.Linear):
 
     lora_base = nn.Linear
     is_linear = True
+    sizes = ("in_features", "out_features")
     #: The linears that share this one's input; :func:`lightning_lora.model.fuse.fuse` sets it.
     shared_input: SharedInputGroup | None = None
 
@@ -169,6 +170,11 @@ class LoRALinear(LoRALayer, nn.Linear):
     def is_plain_sum(self) -> bool:
         """False for a variant that overrides the update or the output."""
         return self.plain_update
+
+    @classmethod
+    def weight_shape(cls, module: Any) -> tuple[int, ...]:
+        """Return (out, in)."""
+        return module.out_features, module.in_features
 
     @classmethod
     def adapter_shapes(cls, module: nn.Linear, spec: LayerSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -4,15 +4,19 @@ A kind adds its update to the base's output. A merge adds it to the weight. Both
 weight. A subclass may do more: standardise or quantize its weight, scale its output, pad or normalise its input, return a tuple. So an
 adapter is tested, merged and unmerged, on a small copy of the layer with random weights, on the CPU, in float64. The layer itself is
 neither run nor changed, and the user's random generators keep their state.
+
+A verdict is kept for layers that are equal in everything that a forward may depend on besides its weights (:func:`_setting`).
 """
 
 from __future__ import annotations
 
+import enum
 import math
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import BuiltinFunctionType, FunctionType, ModuleType, NoneType
 from typing import Any
 
 import torch
@@ -26,6 +30,7 @@ from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.ops.frozen_weight import WEIGHT_READERS
 from lightning_lora.quantization.formats import QUANTIZED_FORMATS, format_of
 from lightning_lora.registry import KINDS, qualified_name
+from lightning_lora.utils.checksums import checksum
 
 _TOLERANCE = 5e-3  # relative to the update's effect: a forward that computes in bf16 stays below, one that rounds to 8 bits does not
 _LARGE, _TOO_LARGE = 2**20, 2**24  # elements: above the first a smaller copy is tested before the full one, above the second instead of it
@@ -34,27 +39,65 @@ _FAILS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError,
 )  # fmt: skip
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_REASONS: dict[Any, str | None] = {}
+_TORCHS = vars(nn.Module()).keys()  # attributes that every module has: containers, hooks, the mode
+_CONSTANTS = (
+    NoneType, bool, int, float, complex, str, bytes, enum.Enum, type, torch.dtype, torch.device, torch.layout, torch.memory_format,
+)  # fmt: skip
+_REASONS: dict[Hashable, str | None] = {}  # kind and setting → verdict
 
 
 def why_not_linear(module: nn.Module, kind: str | None = None) -> str | None:
     """Return why an adapter on this layer could not be merged; None if it could.
 
-    Tested once per class and setting of its flags (attributes that are None, bool or str).
+    Tested once per class and setting, or each time if the layer has an attribute that is no plain value.
 
     Args:
         module: a layer that a kind adapts, on any device, meta included. An adapted layer was tested before, so None is returned.
         kind: name of its kind, if its type does not determine it.
     """
-    cls: Any = type(module)
-    if isinstance(module, LoRALayer) or _is_known(cls) or format_of(module) is not None:
+    if isinstance(module, LoRALayer) or _is_known(type(module)) or format_of(module) is not None:
         return None
-    switches = tuple((name, value) for name, value in vars(module).items() if value is None or isinstance(value, (bool, str)))
-    parts = tuple(tuple(part is None for part in parts.values()) for parts in (module._parameters, module._buffers))
-    key = (cls, kind, tuple(switch for switch in switches if switch[0] != "training"), parts)
+    try:
+        key = (kind, _setting(module))
+    except (ValueError, RecursionError):
+        return _tried(module, kind)
     if key not in _REASONS:
         _REASONS[key] = _tried(module, kind)
     return _REASONS[key]
+
+
+def _setting(module: nn.Module) -> Hashable:
+    """Return all that a forward may depend on, children included, but the values of parameters: a test draws these at random."""
+    own = tuple((name, _content(value)) for name, value in vars(module).items() if name not in _TORCHS)
+    parameters = tuple((name, None if p is None else p.shape) for name, p in module._parameters.items())
+    children = tuple((name, None if child is None else _setting(child)) for name, child in module._modules.items())
+    return type(module), own, parameters, _content(module._buffers), children
+
+
+def _content(value: Any) -> Hashable:
+    """Return something that is equal for values with equal content.
+
+    It refers to no object that users made, since such a reference would keep a model alive.
+
+    Raises:
+        ValueError: the value is of another type than constants, containers, tensors and functions.
+    """
+    if isinstance(value, _CONSTANTS) or (
+        isinstance(value, BuiltinFunctionType) and isinstance(value.__self__, (type, ModuleType, NoneType))
+    ):
+        return type(value), value
+    if isinstance(value, dict):
+        return type(value), tuple((_content(key), _content(each)) for key, each in value.items())
+    if isinstance(value, (list, tuple)):
+        return type(value), tuple(map(_content, value))
+    if isinstance(value, (set, frozenset)):
+        return type(value), frozenset(map(_content, value))
+    if type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided and not value.is_quantized:
+        return value.shape, value.dtype, "meta" if value.is_meta else checksum(value) if value.numel() else ""
+    if isinstance(value, FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        return value.__module__, value.__code__, _content([cells, value.__defaults__, value.__kwdefaults__])
+    raise ValueError(f"{type(value)} has no content that can be compared")
 
 
 def _is_known(cls: type[nn.Module]) -> bool:

@@ -35,7 +35,7 @@ def plan_merge(layer: Any, device: torch.device | str | None, reversible: bool, 
     device = torch.device(device) if device is not None else weight.device
     mine = weight.data if shared else local_tensor(weight.detach())
     digest = formats.weight_digest(layer)
-    delta, out_scale = layer.merge_parts(device)
+    delta, out_scale = layer._merge_parts(device)
     delta, out_scale = local_shard(delta, weight), None if out_scale is None else local_shard(out_scale, weight)
     undo: merging.SparseUndo | merging.OriginalUndo | None
     merged, undo, loss = merging.merged_with_undo(mine.to(device), delta, out_scale, reversible=reversible and not shared)
@@ -100,7 +100,7 @@ def plan_unmerge(layer: Any) -> Plan:
     if isinstance(undo, merging.SparseUndo):
         # On the device of the merge: the product must be the same to the bit.
         mine = local_tensor(layer.weight.detach())
-        delta = local_shard(layer.merge_parts(record.device, scaled=False)[0], layer.weight)
+        delta = local_shard(layer._merge_parts(record.device, scaled=False)[0], layer.weight)
         base = merging.unmerge(mine.to(record.device), delta, undo)
     elif isinstance(undo, formats.QuantizedUndo):
         packed = _moved(layer, undo)

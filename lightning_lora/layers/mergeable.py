@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_lora.layers import merging
 from lightning_lora.layers.merge_plans import plan_merge, plan_unmerge
-from lightning_lora.layers.state import Adapted, AdapterState, Quantized
+from lightning_lora.layers.state import Adapted, AdapterState, Quantized, Untying
 from lightning_lora.quantization import formats
 from lightning_lora.utils.checksums import checksum
 from lightning_lora.utils.sharding import full_tensor, is_sharded
@@ -43,6 +43,15 @@ class Mergeable(Adapted):
         # Most weights are plain parameters, and a compiler cannot trace the search for a quantized format.
         plain = type(self.weight) is nn.Parameter and self.weight.is_floating_point()
         return self.weight if plain else formats.dequantized(self)
+
+    def base_was_loaded(self, loaded: set[str]) -> None:
+        """Follow a base weight that came after the adapter, for example onto the meta device.
+
+        What the adapter computed from the earlier weight is computed again if the adapter adds nothing yet.
+
+        Args:
+            loaded: names of the adapter parameters that were loaded together with the weight; they stay as they are.
+        """
 
     def merge_delta(self) -> Tensor:
         """Return what a merge adds to the weight, computed from the adapter alone. :meth:`merge_scale` then multiplies the sum."""
@@ -95,11 +104,11 @@ class Mergeable(Adapted):
 
         Changes nothing.
         """
-        delta, out_scale = self.merge_parts(device)
+        delta, out_scale = self._merge_parts(device)
         weight = full_tensor(self.weight.detach()) if formats.format_of(self) is None else formats.dequantized(self)
         return merging.merged_weight(weight.to(delta.device), delta, out_scale)
 
-    def merge_parts(self, device: torch.device | str | None = None, *, scaled: bool = True) -> tuple[Tensor, Tensor | None]:
+    def _merge_parts(self, device: torch.device | str | None = None, *, scaled: bool = True) -> tuple[Tensor, Tensor | None]:
         """Return what a merge adds and, if ``scaled``, the factor on the sum, computed as by :meth:`exact_delta`."""
 
         def parts() -> tuple[Tensor, Tensor | None]:
@@ -176,27 +185,21 @@ class Mergeable(Adapted):
             plan_unmerge(self)()
             self.retie()
 
-    def forget_undo(self) -> None:
-        """Drop what :meth:`unmerge_weights` needs."""
-        for layer in self.by_weight().values():
-            if layer.lora_state.merge is not None:
-                layer.lora_state.merge.undo = None
-
-    def untie(self, configs: list[Any]) -> None:
-        """Stop Hugging Face from tying, on save and load, weights that a merge separates.
+    def untie(self, untying: Untying | None) -> None:
+        """Repeat what a merge did to separate this layer's weight from weights elsewhere.
 
         Args:
-            configs: configs of the models whose ``tie_word_embeddings`` is on.
+            untying: what that was; None if the weight is not tied.
         """
-        for config in configs:
-            config.tie_word_embeddings = False
-        self.lora_state.untied = configs
+        if untying is not None:
+            untying.apply()
+        self.lora_state.untying = untying
 
     def retie(self) -> None:
-        """Switch ``tie_word_embeddings`` on again in the configs that a merge switched off."""
-        for config in self.lora_state.untied:
-            config.tie_word_embeddings = True
-        self.lora_state.untied = []
+        """Take back what a merge did to separate this layer's weight."""
+        if self.lora_state.untying is not None:
+            self.lora_state.untying.undo()
+        self.lora_state.untying = None
 
     def merge_again(self, state: AdapterState) -> None:
         """Repeat a merge after an unmerge. Merging is deterministic, so the merged weight is the same as before.
@@ -206,7 +209,7 @@ class Mergeable(Adapted):
         """
         assert state.merge is not None
         self.merge_weights(device=state.merge.device, quantized=state.merge.quantized)
-        self.untie(state.untied)
+        self.untie(state.untying)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -232,9 +235,18 @@ class Mergeable(Adapted):
         # The base alone may come to a layer that is merged, or whose adapter does nothing yet.
         if lacks and (self.merged or again or (not comes and self._starts())):
             missing[:] = [key for key in missing if key not in lacks]
+        if len(errors) == failed and not self.merged:
+            self._follow(state_dict, prefix)
+
+    def _follow(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Tell each layer whose weight was loaded."""
+        came = {id(p) for name, p in self.lora_parameters().items() if prefix + name in state_dict}
+        for name, layer in self.by_weight().items():
+            if prefix + name in state_dict:
+                layer.base_was_loaded({short for short, p in layer.lora_parameters().items() if id(p) in came})
 
     def _starts(self) -> bool:
-        """Whether the adapter does nothing yet."""
+        """True if the adapter adds nothing yet. Collective on sharded layers."""
         return not any(p.is_meta for p in self.lora_parameters().values()) and all(
             layer.adds_nothing() for layer in self.by_weight().values()
         )

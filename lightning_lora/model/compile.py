@@ -96,7 +96,7 @@ def cuda_graph_step(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
     .. code-block:: python
 
-        with cuda_graph_step(get_lora_parameters(model)):
+        with cuda_graph_step(p for p in model.parameters() if p.requires_grad):
             model(**batch).loss.backward()
         optimizer.step()
 
@@ -104,7 +104,7 @@ def cuda_graph_step(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     without a backward pass too. After an error no gradient is copied.
 
     Args:
-        parameters: the trainable parameters.
+        parameters: all that train, heads and biases too: the next batch overwrites the gradients of others.
     """
     parameters = list(parameters)
     begin_step()

@@ -71,6 +71,11 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetReport:
     Raises:
         ValueError: a pattern or a layer index matches nothing, a target cannot be adapted, or two fields contradict each other.
     """
+    return resolve(model, config)
+
+
+def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False) -> TargetReport:
+    """:func:`find_targets`, which may be told that targets in parts the user froze as a whole are meant."""
     modules = {name: module for name, module in modules_by_name(model).items() if not name.rpartition(".")[2].startswith(PREFIX)}
     saved = saved_modules(model, config)
     suitability = Suitability(model)
@@ -102,7 +107,8 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetReport:
         else:
             targets.append(Target(fqn, module, type(module).__name__, kind, spec))
 
-    problems += mixed_with_frozen(model, {target.fqn: target.module for target in targets})
+    if not frozen_parts:
+        problems += mixed_with_frozen(model, {target.fqn: target.module for target in targets})
     fields = (wanted, excluded, *rules.values())
     if everything and passed_over and not chosen:
         problems += [f"target_modules='{ALL_LINEAR}' finds no linear that LoRA can adapt: {line}." for line in lines_of(passed_over)]
@@ -149,7 +155,7 @@ def _warn_of_rank(target: Target) -> None:
     if target.rank > min(sizes):
         warnings.warn(
             f"rank={target.rank} of {target.fqn!r} is above min(in, out)={min(sizes)}: more parameters than a full update; lower the rank.",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -175,7 +181,7 @@ def _warn_of_left_out(left: dict[str, int], total: int) -> None:
             f"target_modules='all-linear' leaves out {size / total:.0%} of the model, which no linear that LoRA can adapt"
             f" contains: {name} has {left[name]:,} of {total:,} elements. Name it in target_modules if LoRA has a kind for"
             " it, or in exclude_modules if this is intended.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -45,7 +45,7 @@ class _OutputScale(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad,) = grads
         z, out_scale, bias = ctx.saved_tensors
-        h, dz, d_out_scale, dbias = (out_scale - 1).to(z.dtype), None, None, None
+        dz, d_out_scale, dbias = None, None, None
         axis = z.ndim - out_scale.ndim
         others = [dim for dim in range(z.ndim) if dim != axis]
 
@@ -62,5 +62,5 @@ class _OutputScale(torch.autograd.Function):
             d_out_scale = None if d_out_scale is None else d_out_scale - total * bias
             dbias = (total * (1 - out_scale)).to(bias.dtype) if ctx.needs_input_grad[2] else None
         if ctx.needs_input_grad[0]:
-            dz = torch.addcmul(grad, grad, h, out=buffer)
+            dz = plain.scaled(grad, out_scale, out=buffer)
         return dz, d_out_scale, dbias

@@ -60,12 +60,17 @@ def scaled_sum(z: Tensor, t: Tensor, B: Tensor, out_scale: Tensor, bias: Tensor 
 def times_scale(z: Tensor, out_scale: Tensor, bias: Tensor | None) -> Tensor:
     """Return ``g∘(z − bias) + bias``. Scale and bias have one number per output channel and broadcast over z.
 
-    Computed as ``z + h∘(z − bias)`` with h = g − 1 in z's dtype. Rounding h costs little, but rounding g would lose small changes of it.
-    A scale of 1 changes nothing.
+    Computed as ``g∘z + (1 − g)∘bias``. A scale of 1 changes nothing, and one far below 1 leaves no small difference of large numbers.
     """
-    h = (out_scale - 1).to(z.dtype)
-    y = torch.addcmul(z, z, h)
-    return y if bias is None else y.sub_(h * bias.to(z.dtype))
+    y = scaled(z, out_scale)
+    return y if bias is None else y.add_(((1 - out_scale) * bias).to(z.dtype))
+
+
+def scaled(z: Tensor, out_scale: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return ``g∘z`` in z's dtype. Rounding g to half precision would lose small changes of it, so what that loses is multiplied too."""
+    high = out_scale.to(z.dtype)
+    y = torch.mul(z, high, out=out)
+    return y if z.dtype == out_scale.dtype else torch.addcmul(y, z, (out_scale - high).to(z.dtype), out=out)
 
 
 def scaled_sum_backward(
@@ -81,7 +86,7 @@ def scaled_sum_backward(
     d_out_scale = torch.mul(dy, z, out=buffer).sum(0, dtype=wide) + (dB * B).sum(1, dtype=out_scale.dtype)
     if bias is not None:
         d_out_scale -= dy.sum(0, dtype=wide) * bias
-    dz = torch.addcmul(dy, dy, (out_scale - 1).to(dy.dtype), out=buffer)
+    dz = scaled(dy, out_scale, out=buffer)
     return dz, times_scale(dB.t(), out_scale, None).t(), d_out_scale
 
 

@@ -110,10 +110,9 @@ def _scaled_sum(
     old = tl.load(z + row.to(tl.int64)[:, None] * stride_z + c[None, :], mask=inside, other=0.0)
     factor = tl.load(out_scale + c, mask=c < cols, other=0.0).to(tl.float32)
     out = old.to(tl.float32) + _update(t, b, row, c, rows, cols, rank, stride_t, stride_bc, stride_br, BT, BC, BR)
-    if BIAS:  # so that a scale of 1 changes nothing
-        out += (factor - 1.0)[None, :] * (out - tl.load(bias + c, mask=c < cols, other=0.0).to(tl.float32)[None, :])
-    else:
-        out *= factor[None, :]
+    out *= factor[None, :]
+    if BIAS:  # in this form a scale of 1 changes nothing
+        out += (1.0 - factor)[None, :] * tl.load(bias + c, mask=c < cols, other=0.0).to(tl.float32)[None, :]
     tl.store(y + row.to(tl.int64)[:, None] * cols + c[None, :], out.to(y.dtype.element_ty), mask=inside)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_lora.adapter_io.files import AdapterFile
+from lightning_lora.adapter_io.metadata import understood
 from lightning_lora.config import LoRAConfig
 
 
@@ -19,6 +20,7 @@ class AdaptedPart:
         config: the config that the part was adapted with.
         check_base: refuse checkpoints that were trained on another base.
         lora_plus_ratio: B's learning rate divided by A's.
+        allow_nonfinite: write and load checkpoints with NaN or infinity in what trains.
         before_load: called with a checkpoint's config before the module is checked against it. It may change the module to fit.
     """
 
@@ -26,6 +28,7 @@ class AdaptedPart:
     config: LoRAConfig
     check_base: bool = True
     lora_plus_ratio: float = 1.0
+    allow_nonfinite: bool = False
     before_load: Callable[[LoRAConfig], None] | None = None
 
 
@@ -46,8 +49,10 @@ def parts_in(meta: dict[str, Any], parts: Mapping[str, AdaptedPart], where: str)
     A single part here takes a checkpoint's single part, under any root.
 
     Raises:
-        ValueError: the checkpoint has adapters on other submodules.
+        ValueError: it is of a newer format, or has adapters on other submodules.
     """
+    for part in (meta, *meta.get("others", ())):
+        understood(part, where)
     found = {part["root"]: part for part in (meta, *meta.get("others", ()))}
     if len(found) == len(parts) == 1:
         return dict(zip(parts, found.values(), strict=True))

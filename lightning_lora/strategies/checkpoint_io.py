@@ -8,7 +8,7 @@ writes its shards. Every rank reads the full folder, since adapters are small, s
 from __future__ import annotations
 
 import os
-import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_lora.utils.atomic_files import sync_folder, write_atomic
+from lightning_lora.utils.atomic_files import write_atomic
+from lightning_lora.utils.file_locks import exclusive, lock_file
+from lightning_lora.utils.folders import aside, erase, put_back, remove, standing, swap
 from lightning_lora.utils.read_checkpoint import located, read_checkpoint, readable
 from lightning_lora.utils.read_shards import read_shards
 from lightning_lora.utils.sharding import on_first_rank
@@ -28,10 +30,16 @@ REST = "meta.pt"  # Lightning's name for the file of what is not in the shards; 
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
-    """Lightning's ``TorchCheckpointIO``, but a crash or a full disk during a save leaves the earlier file intact.
+    """Lightning's ``TorchCheckpointIO``, but a crash or a full disk during a save leaves the earlier checkpoint whole.
+
+    For any Trainer, with or without LoRA: ``Trainer(plugins=[DurableCheckpointIO()])``, or ``AsyncCheckpointIO(DurableCheckpointIO())``.
+    :class:`~lightning_lora.LoRACallback` uses it in place of Lightning's own.
 
     Lightning's own stages in ``$TMPDIR`` and moves the file without syncing it. If ``$TMPDIR`` is on another filesystem, a kill during
-    the move leaves an empty file in place of a good checkpoint.
+    the move leaves an empty file in place of a good checkpoint. Here the file is staged beside its target, synced and renamed.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written to. What was there is unchanged.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
@@ -41,12 +49,28 @@ class DurableCheckpointIO(TorchCheckpointIO):
             return
         path = Path(path)
         os.makedirs(path.parent, exist_ok=True)
-        shards = (path / REST).is_file()  # a folder of shards has the target's name
-        if shards:
-            _remove(_staged(path))
-        write_atomic(_staged(path) if shards else path, lambda file: torch.save(checkpoint, file))
-        if shards:
-            _swap(path)
+        try:
+            self._write(checkpoint, path)
+        except OSError as error:
+            error.filename = error.filename or str(path)  # a full disk does not say where
+            raise
+
+    def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
+        if not (standing(path) / REST).is_file():
+            write_atomic(path, lambda file: torch.save(checkpoint, file))
+            return
+        with exclusive(lock_file(path)):  # a folder of shards has the target's name
+            put_back(path)
+            erase(_staged(path))
+            write_atomic(_staged(path), lambda file: torch.save(checkpoint, file))
+            swap(_staged(path), path)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a file, or a folder of shards: a kill leaves the folder whole, or gone by its name. Remote paths are left to Lightning."""
+        if _is_local(path):
+            remove(Path(path))
+        else:
+            super().remove_checkpoint(path)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         """Load to the CPU, given as a string: torchao's low-bit optimizer states refuse a function, which is Lightning's default.
@@ -79,44 +103,32 @@ def write_folder(checkpoint: dict[str, Any], path: Path) -> None:
 
     tensors: dict[str, Tensor] = {}
     rest = _extract_tensors({name: checkpoint[name] for name in ("state_dict", "optimizer_states") if name in checkpoint}, "", tensors)
-    staged = _staged(path)
+    staged, held = _staged(path), ExitStack()
 
     def begin() -> None:
-        _remove(staged)
-        staged.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held.enter_context(exclusive(lock_file(path)))
+        put_back(path)
+        erase(staged)
+        staged.mkdir()
 
     def finish() -> None:
         write_atomic(staged / REST, lambda file: torch.save({**checkpoint, **rest}, file))
-        _swap(path)
+        swap(staged, path)
 
-    on_first_rank(begin)
-    dcp.save(tensors, checkpoint_id=staged)
-    on_first_rank(finish)
+    with held:
+        on_first_rank(begin)
+        dcp.save(tensors, checkpoint_id=staged)
+        on_first_rank(finish)
 
 
 def _staged(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
-def _swap(path: Path) -> None:
-    """Replace the target, a file or a folder, with the staged one.
-
-    After a kill between the two renames, the old checkpoint is beside the target under its ``.old`` name, until the next save is complete.
-    """
-    old = path.with_name(f".{path.name}.old")
-    if os.path.lexists(path):  # else such a kill left the last checkpoint at `old`
-        _remove(old)
-        os.replace(path, old)
-    os.replace(_staged(path), path)
-    sync_folder(path.parent)
-    _remove(old)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+def found(path: str) -> str:
+    """Return the path of a checkpoint; after a kill between two renames, where it was put aside."""
+    return path if standing(Path(path)) == Path(path) else str(aside(Path(path)))
 
 
 def read(io: CheckpointIO, path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -139,7 +151,7 @@ def read(io: CheckpointIO, path: Any, weights_only: bool | None = None) -> dict[
         raise ValueError(f"{path} is no checkpoint. An adapter folder is loaded by load_adapter(model, folder), before fit.")
     checkpoint = io.load_checkpoint(path, weights_only=weights_only)
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint.")
+        raise ValueError(f"{path} was not written under LoRACallback: it holds a {type(checkpoint).__name__}.")
     return checkpoint
 
 
@@ -156,7 +168,7 @@ def read_folder(path: Path, weights_only: bool | None = None) -> dict[str, Any]:
     checkpoint, tensors = read_checkpoint(path / REST, weights_only), read_shards(path)
     parts = ("state_dict", "optimizer_states")
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path / REST} holds a {type(checkpoint).__name__}, not a checkpoint.")
+        raise ValueError(f"{path} was not written under LoRACallback: {REST} holds a {type(checkpoint).__name__}.")
     return {name: _put_tensors(value, name, tensors) if name in parts else value for name, value in checkpoint.items()}
 
 

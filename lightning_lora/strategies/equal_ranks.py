@@ -1,7 +1,8 @@
-"""Keep what trains equal on every process: synchronize it before training, compare it after the first step."""
+"""Keep processes equal: compare their settings, synchronize what trains before training, compare it after the first step."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,26 @@ from lightning_lora.model import parallel
 from lightning_lora.utils.checksums import checksum
 from lightning_lora.utils.names import clean_name
 from lightning_lora.utils.sharding import broadcast, is_distributed, is_sharded
+
+
+def check_same_settings(settings: Mapping[str, Any]) -> None:
+    """Compare the settings of this run between the processes. Every process has to call it.
+
+    Args:
+        settings: name → value, plain types.
+
+    Raises:
+        ValueError: a process has another value. It is raised on all; the message has both values and ranks.
+    """
+    if not is_distributed():
+        return
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, dict(settings))
+    for rank, theirs in enumerate(everyone):
+        names = [name for name in {**everyone[0], **theirs} if repr(theirs.get(name)) != repr(everyone[0].get(name))]
+        if names:
+            different = "; ".join(f"{name}={everyone[0].get(name)!r} on rank 0, {theirs.get(name)!r} on rank {rank}" for name in names)
+            raise ValueError(f"LoRACallback has other settings on rank {rank}: {different}. Give every process the same.")
 
 
 def synchronize(module: nn.Module) -> None:

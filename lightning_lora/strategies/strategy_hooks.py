@@ -26,17 +26,18 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_lora.adapter_io.files import META
-from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import kept_parameters
 from lightning_lora.model.merge import unmerge_lora, unmerged
 from lightning_lora.optim.groups import only_trainable
 from lightning_lora.optim.lora_plus import apply_lora_plus, check_kept, holds_b
 from lightning_lora.optim.state import check_named, load_by_name, state_by_name
 from lightning_lora.strategies import module_state
-from lightning_lora.strategies.adapted_part import AdaptedPart, meta_of, parts_in
+from lightning_lora.strategies.adapted_part import AdaptedPart, meta_of
 from lightning_lora.strategies.changed_state import ChangedState
-from lightning_lora.strategies.checkpoint_io import DurableCheckpointIO, read, write_folder
+from lightning_lora.strategies.checkpoint_checks import check_fits, check_parts, check_values
+from lightning_lora.strategies.checkpoint_io import DurableCheckpointIO, found, read, write_folder
 from lightning_lora.strategies.equal_ranks import synchronize
+from lightning_lora.strategies.finite import check_finite
 from lightning_lora.strategies.lightning_private import saves_shards
 from lightning_lora.utils.names import clean_name, persistent_buffers
 from lightning_lora.utils.sharding import full_tensor, is_flattened, local_shard, local_tensor, on_first_rank, reshard
@@ -190,6 +191,8 @@ class StrategyHooks:
         meta = meta_of(self.parts, lambda root: self.state.identity(root, names))
         trains = {clean_name(name) for name, _ in kept_parameters(self.module)}
         beside = sorted(checkpoint["state_dict"].keys() - trains)
+        if not any(part.allow_nonfinite for part in self.parts.values()):
+            check_finite(self.strategy, {name: value for name, value in checkpoint["state_dict"].items() if name in trains})
         checkpoint = {**checkpoint, META: {**meta, "beside": beside} if beside else meta}
         if saves_shards(self.strategy):
             write_folder(checkpoint, Path(self.strategy.broadcast(filepath)))
@@ -203,21 +206,11 @@ class StrategyHooks:
         Raises:
             ValueError: it is no adapter checkpoint, was made with another config or on another base, or lacks a tensor.
         """
-        path = self.strategy.broadcast(path)
+        path = found(self.strategy.broadcast(path))
         checkpoint = read(self.strategy.checkpoint_io, path, weights_only)
-        if checkpoint.get(META) is None:
-            raise ValueError(
-                f"{path} was not written under LoRACallback. To start from a full checkpoint, load it into the module before fit. To"
-                " test it, leave LoRACallback out."
-            )
-        metas = parts_in(checkpoint[META], self.parts, path)
-        for root, meta in metas.items():
-            part, config = self.parts[root], LoRAConfig(**meta["config"])
-            if part.before_load is not None:
-                part.before_load(config)
-            different = config.differences(part.config)
-            if different:
-                raise ValueError(f"{path} was made with another LoRA config (its value != yours): {'; '.join(different)}.")
+        metas = check_parts(checkpoint, self.parts, path)
+        if not any(part.allow_nonfinite for part in self.parts.values()):
+            check_values(checkpoint, path)
         names = self._covered(checkpoint["state_dict"])
         missing = self.state.required(names)
         theirs = None if isinstance(self.strategy, FSDPStrategy) else module_state.state_of_user(self.module)
@@ -229,7 +222,6 @@ class StrategyHooks:
             if self.parts[root].check_base and meta["base"] is not None:
                 self.state.check_base(root, names, meta["base"], str(path))
         self.state.check_reset(names, str(path))
-        unmerge_lora(self.module)
         return checkpoint
 
     def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
@@ -239,32 +231,35 @@ class StrategyHooks:
             ValueError: a tensor has another shape, or (if ``strict``) no place here.
         """
         reshard(self.module)
-        saved, theirs = checkpoint["state_dict"], None
-        if not isinstance(self.strategy, FSDPStrategy):
-            theirs = module_state.state_of_user(self.module)
-        reset = self.state.reset(self._covered(saved))
+        saved = checkpoint["state_dict"]
+        by_user = not isinstance(self.strategy, FSDPStrategy) and module_state.state_of_user(self.module) is not None
+        if not by_user:
+            self._check(saved, strict)
+        unmerge_lora(self.module)
+        reset, theirs = self.state.reset(self._covered(saved)), module_state.state_of_user(self.module) if by_user else None
         if theirs is not None:
             module_state.load_users(self.module, theirs, saved, strict)
         else:
-            self._load(saved, strict)
+            self._load(saved)
         self._write(reset)
         trainer = self.module.trainer
         if not self.strategy.lightning_restore_optimizer and trainer.state.fn == TrainerFn.FITTING and "optimizer_states" in checkpoint:
             self.load_optimizer_state_dict(checkpoint)  # Lightning leaves this to such a strategy
 
-    def _load(self, saved: dict[str, Any], strict: bool) -> None:
+    def _check(self, saved: dict[str, Any], strict: bool) -> None:
         places, extra = self.state.places(saved), module_state.extra_states(self.module)
         unknown = sorted(saved.keys() - places.keys() - extra.keys())
         if unknown and strict:
             named = ", ".join(unknown[:4])
             raise ValueError(f"the checkpoint has {len(unknown)} tensors that {type(self.module).__name__} does not have: {named}.")
-        for name in saved.keys() & places.keys():
-            if saved[name].shape != places[name]:
-                raise ValueError(f"{name} has shape {tuple(saved[name].shape)} in the checkpoint, {tuple(places[name])} here.")
+        check_fits(saved, places, module_state.places(self.module))
         lacking = sorted(extra.keys() - saved.keys())
         if lacking and strict:
             raise ValueError(f"the checkpoint lacks the extra state of {len(lacking)} modules: {', '.join(lacking[:4])}.")
-        self._write({name: saved[name] for name in saved.keys() & places.keys()})
+
+    def _load(self, saved: dict[str, Any]) -> None:
+        extra = module_state.extra_states(self.module)
+        self._write({name: value for name, value in saved.items() if name not in extra})
         for name in saved.keys() & extra.keys():
             extra[name].set_extra_state(saved[name])
 
@@ -279,6 +274,8 @@ class StrategyHooks:
     def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
         """Load optimizer states by parameter name."""
         saved = checkpoint["optimizer_states"]
+        if not isinstance(saved, list) or not all(isinstance(each, dict) and {"state", "param_groups"} <= each.keys() for each in saved):
+            raise ValueError("the checkpoint's optimizer_states are not what optimizers save: it was changed by hand, or is damaged.")
         if len(saved) != len(self.strategy.optimizers):
             raise ValueError(f"the checkpoint has {len(saved)} optimizers, but configure_optimizers made {len(self.strategy.optimizers)}.")
         for optimizer, state in zip(self.strategy.optimizers, saved, strict=True):

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -168,6 +169,15 @@ class CausalLMTask(LightningModule):
         """Return the prompts and the model's greedy answers."""
         texts = generate_text(self.model, self.tokenizer, batch["input_ids"], batch["attention_mask"], self.hparams["max_new_tokens"])
         return [{"prompt": prompt, "response": text} for prompt, text in zip(batch["prompts"], texts, strict=True)]
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say which settings a resumed optimizer has from the checkpoint."""
+        theirs, fits = checkpoint.get("hyper_parameters", {}), self.trainer.state.fn == TrainerFn.FITTING
+        for name in ("learning_rate", "weight_decay"):
+            mine = self.hparams[name]
+            if fits and theirs.get(name, mine) != mine:
+                rank_zero_info(f"{name}={mine} has no effect: the optimizer goes on with {theirs[name]}, from the checkpoint.")
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:

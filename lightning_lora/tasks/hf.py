@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import pickle
+import re
+import ssl
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+REACHED = 10.0  # seconds within which the hub has to answer
+_HUB_ID = re.compile(r"([\w.-]+/)?[\w.-]+", re.ASCII)
 
 
 def load_causal_lm(model: str, gguf_file: str | None = None, dtype: DType = "auto") -> tuple[Any, Any]:
@@ -25,22 +36,22 @@ def load_causal_lm(model: str, gguf_file: str | None = None, dtype: DType = "aut
 
     Raises:
         ImportError: ``gguf_file`` is given, and the package that reads it is not installed; the message names the extra.
-        ValueError: ``model`` can only be a folder, and does not exist.
-        OSError: Transformers finds no such model on the hub.
+        ValueError: ``model`` is neither a model's folder nor a hub id, the hub cannot be reached or has none such, or files are damaged.
     """
     import transformers
 
-    _check_there(model)
+    if gguf_file is not None and find_spec("gguf") is None:
+        raise ImportError(f"gguf_file={gguf_file!r} needs the package gguf; pip install 'lightning-lora[gguf]'")
+    check_there(model, gguf_file)
     source: dict[str, Any] = {}
     quantization: dict[str, Any] = {}
     if gguf_file is not None:
-        if find_spec("gguf") is None:
-            raise ImportError(f"gguf_file={gguf_file!r} needs the package gguf; pip install 'lightning-lora[gguf]'")
         source["gguf_file"] = gguf_file
         if hasattr(transformers, "GgufConfig"):  # releases without it always dequantize
             quantization["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **source, **quantization)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model, **source)
+    with _named(model):
+        network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **source, **quantization)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model, **source)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return network, tokenizer
@@ -53,19 +64,70 @@ def skeleton(model: str, gguf_file: str | None = None) -> Any:
     """
     import transformers
 
-    _check_there(model)
+    check_there(model, gguf_file)
     if gguf_file is not None:
         return load_causal_lm(model, gguf_file)[0]
-    config = transformers.AutoConfig.from_pretrained(model)
-    with torch.device("meta"):
+    with _named(model), torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(model)
         return transformers.AutoModelForCausalLM.from_config(config)
 
 
-def _check_there(model: str | os.PathLike[str]) -> None:
-    """Raise ValueError if ``model`` can only be a folder and does not exist. Transformers would report a malformed hub id instead."""
-    name, path = os.fspath(model), Path(model)
-    if not path.is_dir() and (name.startswith((".", "~")) or path.is_absolute() or len(path.parts) > 2):
-        raise ValueError(f"model={name!r} is no folder (seen from {Path.cwd()}; ~ stays as it is), nor a hub id: 'name' or 'owner/name'.")
+@contextmanager
+def _named(model: str | os.PathLike[str]) -> Iterator[None]:
+    """Name the model in what transformers raises about it, on one line."""
+    try:
+        yield
+    except (SafetensorError, pickle.UnpicklingError, OSError, ValueError) as error:
+        damaged = "its weights are damaged, or no weights: " if isinstance(error, (SafetensorError, pickle.UnpicklingError)) else ""
+        raise ValueError(f"model={os.fspath(model)!r}: {damaged}{str(error).strip().splitlines()[0]}") from error
+
+
+def check_there(model: str | os.PathLike[str], gguf_file: str | None = None) -> None:
+    """Check that ``model`` is a model's folder, or may be a hub id. Transformers asks an unreachable hub for a minute.
+
+    Raises:
+        ValueError: It can only be a folder and is no model's; or the folder does not exist and the hub cannot be reached.
+    """
+    model, path = os.fspath(model), Path(model)
+    if not model:
+        raise ValueError("model='' is empty; name a folder or a hub id")
+    if path.is_file():
+        raise ValueError(f"model={model!r} is a file; name its folder ({str(path.parent)!r})")
+    if path.is_dir():
+        if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+            raise ValueError(f"model={model!r} is an adapter; name the model that it was trained on, and give the adapter as adapter")
+        needed = gguf_file or "config.json"
+        if not (path / needed).is_file():
+            raise ValueError(f"model={model!r} is not a model: the folder has no {needed}")
+        return
+    beside = sorted(other.name for other in path.parent.iterdir() if other.is_dir()) if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, beside, 1)
+    hint = f"; did you mean {str(path.parent / close[0])!r}?" if close else ""
+    if model.startswith((".", "~")) or path.is_absolute() or len(path.parts) > 2 or not _HUB_ID.fullmatch(model):
+        raise ValueError(
+            f"model={model!r} is no folder (seen from {Path.cwd()}; ~ stays as it is), nor a hub id: 'name' or 'owner/name'{hint}"
+        )
+    reason = _unreachable(model, gguf_file or "config.json")
+    if reason is not None:
+        raise ValueError(f"model={model!r} is no folder (seen from {Path.cwd()}), and the hub cannot be reached: {reason}{hint}")
+
+
+def _unreachable(model: str, file: str) -> str | None:
+    """Say why a model can come neither from the hub nor from its cache; None if it may."""
+    import huggingface_hub
+
+    if isinstance(huggingface_hub.try_to_load_from_cache(model, file), str):
+        return None
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set, and the model is not in the cache"
+    try:
+        urllib.request.urlopen(f"{huggingface_hub.constants.ENDPOINT}/api/models/{model}", timeout=REACHED).close()
+    except urllib.error.HTTPError:
+        return None  # it answered, and will say the rest itself
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        return None if isinstance(reason, ssl.SSLError) else str(reason)  # certificates may be set for the hub's library alone
+    return None
 
 
 def enable_checkpointing(model: Any) -> None:

@@ -80,14 +80,20 @@ def readable(path: str | Path) -> Iterator[None]:
         yield
     except UNREADABLE as error:
         names = _refused_globals(path) if isinstance(error, pickle.UnpicklingError) else []
-        if names:
-            raise ValueError(
-                f"{path} is not a readable checkpoint without its code: it holds {', '.join(names[:4])}. If you trust the file, read it"
-                f" within torch.serialization.safe_globals([{', '.join(names[:4])}]), or pass weights_only=False to fit, validate, test or"
-                " predict."
-            ) from error
-        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{path} is not a readable checkpoint (cut short, damaged or of another kind): {reason}") from error
+        raise ValueError(f"{path} is not a readable checkpoint: {_why(path, names, error)}") from error
+
+
+def _why(path: str | Path, names: list[str], error: Exception) -> str:
+    if names:
+        found = ", ".join(names[:4])
+        return (
+            f"it holds {found}, which can run code. If you trust the file, read it within torch.serialization.safe_globals([{found}]), or"
+            " pass weights_only=False to fit, validate, test or predict."
+        )
+    if Path(path).is_file() and Path(path).stat().st_size == 0:
+        return "the file is empty."
+    detail = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0] or type(error).__name__
+    return f"it was not written by torch.save, or it is damaged ({detail})."
 
 
 def _refused_globals(path: str | Path) -> list[str]:

@@ -6,7 +6,8 @@ The norm is a constant for the gradient (section 4.3). ``m`` starts at ‖W‖, 
 applies to the input of everything that was adapted, never to the base's own. The authors' code and PEFT do the same:
 ``W·x + (g − 1)∘W·x̃ + g∘s·B·A·x̃`` with g = m/‖·‖ and x̃ the input after dropout. It costs a second product with W.
 
-The norm needs no dense B·A (:mod:`lightning_lora.ops.weight_norm`). Its frozen part ‖W‖² is cached where that saves a pass over W.
+The norm needs no dense B·A (:mod:`lightning_lora.ops.weight_norm`). Its frozen part ‖W‖² is computed in each call: a write through
+``weight.data`` changes no version counter, so a kept one could be stale without notice.
 """
 
 from __future__ import annotations
@@ -20,11 +21,10 @@ from torch import Tensor, nn
 
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.spec import LayerSpec
-from lightning_lora.ops.low_rank import transformed
 from lightning_lora.ops.weight_norm import squared_norms
 from lightning_lora.registry import register_variant
 from lightning_lora.utils.autocast import no_autocast
-from lightning_lora.utils.sharding import full_tensor, is_sharded, local_shard, local_tensor
+from lightning_lora.utils.sharding import full_tensor, local_shard, local_tensor
 
 MAGNITUDE = "lora_magnitude_vector"  # PEFT's name for m
 
@@ -40,7 +40,6 @@ class DoRA(LoRALayer):
     peft_fields: ClassVar[dict[str, Any]] = {"use_dora": True}
 
     lora_magnitude_vector: nn.Parameter
-    lora_square: tuple[tuple[Any, ...], Tensor] | None = None  # cached ‖W‖², after the key of the W it was computed from
 
     @classmethod
     def parameter_shapes(cls, module: Any, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
@@ -68,9 +67,14 @@ class DoRA(LoRALayer):
         """
         if self.weight.ndim < 2:
             raise ValueError("variant='dora' needs the norms of the weight, which FSDP1 has flattened: apply LoRA before wrapping")
-        self.lora_square = None
         norm = self._norm_of(full_tensor(self.base_weight().detach()), *(full_tensor(factor.detach()) for factor in self.factor_matrices()))
         local_tensor(self.lora_magnitude_vector).copy_(local_shard(norm, self.lora_magnitude_vector))
+
+    def base_was_loaded(self, loaded: set[str]) -> None:
+        """Compute a kept start again, then m, unless they were loaded too or the adapter has trained."""
+        super().base_was_loaded(loaded)
+        if MAGNITUDE not in loaded and self._starts():
+            self.reset_magnitude()
 
     # The formula.
 
@@ -103,20 +107,8 @@ class DoRA(LoRALayer):
     def _norm_of(self, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
         W = self.to_matrix(weight)
         with no_autocast(W):
-            square = squared_norms(W, A, B, self.scaling, lambda: self._square(W, B.dtype))
+            square = squared_norms(W, A, B, self.scaling)
         return square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()
-
-    def _square(self, W: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return ‖W‖² of every output. Compute it again only if the weight changed."""
-        if transformed() or is_sharded(W) or self.weight.is_inference() or self.weight.is_meta:
-            return _square(W, dtype)
-        weight = self.weight
-        key = (weight.data_ptr(), weight._version, weight.dtype, weight.device, dtype)
-        if not key[0]:  # a tensor subclass without its own storage: a change cannot be detected
-            return _square(W, dtype)
-        if self.lora_square is None or self.lora_square[0] != key:
-            self.lora_square = key, _square(W, dtype)
-        return self.lora_square[1]
 
     # Merging: W' = g∘(W + s·B·A).
 
@@ -163,16 +155,3 @@ class DoRA(LoRALayer):
     def from_peft(cls, module: Any, part: str, tensor: Tensor) -> Tensor:
         """Return m as a vector, and other tensors as the kind does."""
         return tensor.flatten() if part == MAGNITUDE else super().from_peft(module, part, tensor)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self.lora_square = None
-        # Base weights may be loaded after the adapter was created (for example from the meta device).
-        # If the adapter is still at its start, m is then computed from the new weights.
-        alone = prefix + "weight" in state_dict and prefix + MAGNITUDE not in state_dict and not self.merged
-        if alone and not self.lora_A.is_meta and self.adds_nothing():
-            self.reset_magnitude()
-
-
-def _square(W: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.linalg.vector_norm(W, dim=-1, dtype=dtype).square().flatten()

@@ -48,11 +48,12 @@ class Projection:
             generator = torch.Generator("cpu").manual_seed(self.seed)
             shapes = ((self.rank, self.wide), (self.tall, self.rank))
             bounds = [math.sqrt(6 / shape[1]) for shape in shapes]
-            A, B = (
-                torch.empty(shape, device="cpu", dtype=torch.float32).uniform_(-bound, bound, generator=generator)
-                for shape, bound in zip(shapes, bounds, strict=True)
-            )
-            self._drawn[device] = A.to(device), B.to(device)
+            with torch.inference_mode(False):  # training may follow: an inference tensor cannot be saved for backward
+                A, B = (
+                    torch.empty(shape, device="cpu", dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+                    for shape, bound in zip(shapes, bounds, strict=True)
+                )
+                self._drawn[device] = A.to(device), B.to(device)
         return self._drawn[device]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Projection:

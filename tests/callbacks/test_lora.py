@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_lora import LoRACallback, LoRAConfig, apply_lora, get_lora_parameters, load_adapter, save_adapter
 from lightning_lora.layers import lora_layers
+from tests.faults.kit import row
 from tests.lit import CONFIG, LitNet, bits, make_net, trainer
 
 # Lightning's advice to resume with the same callbacks and folder, which these tests do otherwise on purpose.
@@ -330,6 +331,7 @@ def test_checkpoints_hold_the_adapter_and_the_statistics_only(tmp_path: Path, we
 
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("merge", [False, True])
+@row(33)
 def test_resume_is_step_exact(tmp_path: Path, late: bool, merge: bool) -> None:
     def run(module: LitNet, folder: str, epochs: int, ckpt: Path | None = None) -> L.Trainer:
         torch.manual_seed(4)

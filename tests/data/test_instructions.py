@@ -9,6 +9,7 @@ from lightning_lora.data.batching import Example, LengthGroupedSampler, collate_
 from lightning_lora.data.chat import encode_answer, encode_prompt
 from lightning_lora.data.instructions import load_examples
 from tests import tiny_lm
+from tests.faults import kit
 
 ROW = {"prompt": "which colour is the sky", "response": "blue"}
 CHAT = [{"role": "user", "content": ROW["prompt"]}, {"role": "assistant", "content": "blue"}]
@@ -91,8 +92,8 @@ def test_choices_become_the_places_where_they_part(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{not json", r"Expecting property name.*"),
-        (b"\xff\xfe", r"'utf-8' codec can't decode"),
+        ("{not json", r"is not JSON \(Expecting property name"),
+        (b"\xff\xfe", r"is not UTF-8"),
         ("[1]", r"expected a JSON object, got list; a line is"),
         ({"prompt": "a"}, r"no 'response' among the keys \['prompt'\]; a line is"),
         ({"instruction": "a"}, r"no 'prompt' and no 'response' among the keys \['instruction'\]"),
@@ -102,17 +103,52 @@ def test_choices_become_the_places_where_they_part(tmp_path):
         ({"messages": []}, r"the last of 'messages' must be the assistant's"),
         ({"messages": CHAT[:1]}, r"the last of 'messages' must be the assistant's"),
         ({"messages": [{"role": "user"}]}, r"'messages' must be a list of objects"),
-        ({**ROW, "choices": ["red"]}, r"'choices' must be a list that holds the answer 'blue', got \['red'\]"),
+        ({**ROW, "choices": ["red"]}, r"'choices' must be a list of texts that holds the answer 'blue', got \['red'\]"),
         ({**ROW, "choices": "blue"}, r"'choices' must be a list"),
+        ({**ROW, "choices": ["blue", 3]}, r"'choices' must be a list of texts"),
+        ({"messages": [{"role": 3, "content": "a"}, CHAT[-1]]}, r"every 'role' must be text"),
         ({**ROW, "response": "a", "choices": ["a", " a"]}, r"the choices 'a' and ' a' begin with the same tokens"),
     ],
 )
+@kit.row(58)
 def test_a_bad_line_is_named(tmp_path, line, message):
     file = tmp_path / "rows.jsonl"
     bad = line if isinstance(line, bytes) else line.encode() if isinstance(line, str) else json.dumps(line).encode()
     file.write_bytes(json.dumps(ROW).encode() + b"\n\n" + bad + b"\n")
-    with pytest.raises(ValueError, match=rf"rows.jsonl:3: {message}"):
+    with pytest.raises(ValueError, match=rf"rows.jsonl:3:? {message}"):
         load_examples(file, tiny_lm.tokenizer(), 64, "val")
+
+
+@pytest.mark.parametrize("split", ["train", "predict"])
+def test_a_template_that_refuses_a_row_is_told_with_its_line(tmp_path, split):
+    tokenizer = tiny_lm.tokenizer()
+    tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + tiny_lm.CHATML
+    file = tiny_lm.write(tmp_path / "rows.jsonl", [ROW, {"messages": [{"role": "system", "content": "be kind"}, *CHAT[-2:]]}])
+    with pytest.raises(
+        ValueError, match=r"rows.jsonl:2: the tokenizer's chat template refuses the messages \(system, user\): no system role"
+    ):
+        load_examples(file, tokenizer, 64, split)
+
+
+def test_a_template_that_changes_the_answer_is_refused(tmp_path):
+    tokenizer = tiny_lm.tokenizer()
+    tokenizer.chat_template = tiny_lm.CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
+    file = tiny_lm.write(tmp_path / "rows.jsonl", [ROW, {"prompt": "a", "response": "<think> a </think> blue"}])
+    with pytest.raises(ValueError, match=r"rows.jsonl:2: the tokenizer's chat template changes the answer '<think> a </think> blue'"):
+        load_examples(file, tokenizer, 64, "train")
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(tmp_path):
+    tokenizer = tiny_lm.tokenizer(chat=False)
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: the tokenizer has no end token"):
+        load_examples(tiny_lm.write(tmp_path / "rows.jsonl", [ROW]), tokenizer, 64, "train")
+
+
+def test_a_byte_order_mark_is_no_content(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + json.dumps(ROW).encode() + b"\n")
+    assert load_examples(file, tiny_lm.tokenizer(), 64, "val") == load(tmp_path, [ROW], "val")
 
 
 def test_an_empty_prompt_is_refused(tmp_path):
@@ -127,6 +163,7 @@ def test_missing_and_empty_files_are_named(tmp_path):
         load(tmp_path, ["", "  "])
 
 
+@kit.row(58)
 def test_rows_that_lose_their_answer_are_counted_and_named(tmp_path):
     long = {"prompt": "sky " * 20, "response": "blue"}
     with pytest.raises(ValueError, match=r"2 of 3 rows lose their answer to max_length=16: .*rows.jsonl:2 .*rows.jsonl:3"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.distributed.runs import REFUSED, STRATEGIES, refuse, run
+from tests.faults.kit import row
 
 PARALLEL = [name for name in STRATEGIES if name != "single"]
 RESUMABLE = ["single", "ddp", "fsdp full", "fsdp sharded", "fsdp2 full", "fsdp2 DCP"]
@@ -65,6 +66,7 @@ def test_checkpoints_hold_the_adapter_only(halves: Any, name: str) -> None:
 
 @pytest.mark.parametrize("target", RESUMABLE)
 @pytest.mark.parametrize("source", RESUMABLE)
+@row(42)
 def test_resumes_from_any_strategy_under_any_other(
     pool: Any, halves: Any, whole_run: dict[str, Any], tmp_path: Path, source: str, target: str
 ) -> None:
@@ -85,6 +87,7 @@ def test_the_others_resume_too(pool: Any, halves: Any, whole_run: dict[str, Any]
 
 
 @pytest.mark.parametrize("target", ["ddp", "fsdp full", "fsdp2 DCP"])
+@row(41)
 def test_resumes_on_another_number_of_processes(pool4: Any, halves: Any, whole_run: dict[str, Any], tmp_path: Path, target: str) -> None:
     folder, half = halves["fsdp2 DCP"]  # two processes wrote it
     for rank in start(pool4, target, str(tmp_path), 4, ckpt=str(folder / "last.ckpt")):

@@ -18,6 +18,7 @@ from tests.distributed import runs
 from tests.distributed.nets import CONFIG, adapter_tensors, fill_adapters, make_net
 from tests.distributed.runs import run
 from tests.distributed.test_wrapping import BOTH, wrapped_and_adapted
+from tests.faults.kit import row
 
 
 def save(name: str, order: str, folder: str) -> bool:
@@ -65,7 +66,7 @@ def fails(*args: Any, **kwargs: Any) -> None:
 
 def test_a_folder_of_shards_is_kept_until_the_next_is_whole(pool: Any, tmp_path: Path) -> None:
     for failed, done in pool.run(folder_after_a_kill, str(tmp_path)):
-        assert ".last.ckpt.old" in failed and "last.ckpt" not in failed and done == ["last.ckpt"]
+        assert "last.ckpt" in failed and ".last.ckpt.old" not in failed and done == ["last.ckpt"]
 
 
 def save_where_it_fails(folder: str) -> str:
@@ -142,12 +143,13 @@ def fail_on_the_first(target: str, call: str, folder: str) -> str:
 @pytest.mark.parametrize(
     ("target", "call"),
     [
-        ("adapter_io.export.write_atomic", "export"),
-        ("strategies.checkpoint_io._remove", "folder"),
+        ("adapter_io.weight_files.write_atomic", "export"),
+        ("strategies.checkpoint_io.erase", "folder"),
         ("strategies.checkpoint_io.write_atomic", "folder"),
         ("strategies.checkpoint_io.DurableCheckpointIO.save_checkpoint", "fit"),
     ],
 )
+@row(44)
 def test_a_write_that_fails_on_the_first_rank_leaves_none_waiting(pool: Any, tmp_path: Path, target: str, call: str) -> None:
     first, second = pool.run(fail_on_the_first, target, call, str(tmp_path / "out"))
     assert (first, second) == ("disk full", "the first rank raised RuntimeError: disk full")

@@ -3,12 +3,13 @@
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from lightning_lora import LoRAConfig
+from lightning_lora import LoRAConfig, apply_lora
 from lightning_lora.layers.adapting import adapt, refusal, shallow_copy, unadapt
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.spec import LayerSpec
-from tests.conftest import fill
+from tests.conftest import fill, snapshot
 from tests.layers.kinds import CASES, every_kind
 
 
@@ -166,3 +167,31 @@ def test_a_twin_has_the_tensors_and_containers_of_its_own(kind):
     assert set(layer.__dict__) == keys
     assert len(layer._forward_hooks) == hooks
     torch.testing.assert_close(layer(x), y, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("variant", ["plain", "dora"])
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        (nn.Linear(2, 1), r"\(4, 3\), but in_features, out_features say \(1, 2\)"),
+        (nn.Embedding(2, 1), r"\(4, 3\), but num_embeddings, embedding_dim say \(2, 1\)"),
+        (Conv1D(2, 1), r"\(4, 3\), but nx, nf say \(1, 2\)"),
+        (nn.Conv1d(4, 2, 3, groups=2), r"\(3, 2, 3\), but in_channels, out_channels, kernel_size, groups say \(2, 2, 3\)"),
+    ],
+)
+def test_a_weight_of_another_shape_than_the_module_says_is_refused(module, said, variant):
+    """As structured pruning leaves it: the adapter's shapes are taken from the module's sizes."""
+    shape = (3, 2, 3) if isinstance(module, nn.Conv1d) else (4, 3)
+    module.weight = nn.Parameter(torch.randn(shape))
+    model = nn.Sequential(module)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=rf"'0' .* its weight has shape {said}, as after pruning: set them to the weight's"):
+        apply_lora(model, config=LoRAConfig(rank=2, target_modules=["0"], variant=variant))
+    assert snapshot(model) == before
+
+
+def test_a_pruned_linear_whose_sizes_are_set_is_adapted():
+    linear = nn.Linear(2, 1)
+    linear.weight, linear.bias, linear.in_features, linear.out_features = nn.Parameter(torch.randn(4, 3)), None, 3, 4
+    model = apply_lora(nn.Sequential(linear), config=LoRAConfig(rank=1, target_modules=["0"]))
+    assert model(torch.randn(5, 3)).shape == (5, 4)

@@ -70,6 +70,20 @@ def test_merged_scaled_embeddings_agree(scale):
     torch.testing.assert_close(layer(ids), unmerged)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", ["plain", "dora"])
+def test_autocast_rounds_the_update_no_more_than_the_base(variant, dtype):
+    """Autocast leaves an embedding's output in the weight's dtype. Outputs and gradients are those without it."""
+    layer, ids, found = CASES["embedding"].layer(dtype, variant=variant), torch.arange(11), []
+    for enabled in (False, True):
+        layer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = layer(ids)
+        y.square().sum().backward()
+        found.append([y, *(p.grad for p in layer.lora_parameters().values())])
+    assert all(same_bits(plain, cast) for plain, cast in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3), (2, 3, 4), (0,)])
 def test_ids_of_any_shape(shape):
     layer = CASES["embedding"].layer()

@@ -1,7 +1,10 @@
 """What adapters can be merged into: known for torch's own forwards, tried for others. Nothing of the layer or the session changes."""
 
+import gc
 import time
 import warnings
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -135,16 +138,71 @@ def test_from_linear_refuses_them():
         LoRALinear.from_linear(OTHER["scaled"]())
 
 
-def test_one_class_with_two_ways():
-    """An instance's switches count, its sizes do not."""
-    cls = linear(lambda self, x: product(self, x) * (0.5 if self.scaled else 1))
-    plain, scaled = cls(4, 3), cls(4, 3)
-    plain.scaled, scaled.scaled = False, True
-    assert why_not_linear(plain) is None and why_not_linear(scaled) is not None
-    before = len(linearity._REASONS)
-    other = cls(6, 5)
-    other.scaled = False
-    assert why_not_linear(other) is None and len(linearity._REASONS) == before
+class Setting(nn.Linear):
+    """Its forward depends on ``how``, by ``use``."""
+
+    def __init__(self, how, use):
+        super().__init__(4, 3)
+        self.use, self.how = use, nn.Buffer(how) if isinstance(how, torch.Tensor) else how
+
+    def forward(self, x):
+        return self.use(self.how, product(self, x))
+
+
+def recursive(scale):
+    def function(y, again=True):
+        return function(y, False) if again else y * scale
+
+    return function
+
+
+# Two values of one attribute, and how the forward uses it: with the first the layer is linear, with the second it is not.
+WAYS = {
+    "a switch": (False, True, lambda how, y: y.relu() if how else y),
+    "a float": (1.0, 3.0, lambda how, y: y * how),
+    "a whole number": (0, 2, lambda how, y: (y * how).round() / how if how else y),
+    "nested": ({"a": ([1.0], {2})}, {"a": ([3.0], {2})}, lambda how, y: y * how["a"][0][0]),
+    "a child": (nn.Identity(), nn.ReLU(), lambda how, y: how(y)),
+    "a child's attribute": (nn.Threshold(-1e9, 0.0), nn.Threshold(0.1, 0.0), lambda how, y: how(y)),
+    "a built-in": (torch.clone, torch.relu, lambda how, y: how(y)),
+    "a function": (lambda y: y, F.relu, lambda how, y: how(y)),
+    "a closure that refers to itself": (recursive(1), recursive(3), lambda how, y: how(y)),
+    "a bound method": (nn.Identity().forward, nn.ReLU().forward, lambda how, y: how(y)),
+    "an object": (SimpleNamespace(scale=1), SimpleNamespace(scale=3), lambda how, y: y * how.scale),
+    "an object in a tuple": ((SimpleNamespace(scale=1),), (SimpleNamespace(scale=3),), lambda how, y: y * how[0].scale),
+    "a mask": (torch.tensor([False] * 3), torch.tensor([True] * 3), lambda how, y: torch.where(how, y.relu(), y)),
+    "zeros": (torch.zeros(3), torch.ones(3), lambda how, y: y + how.double() * y.square()),
+}
+
+
+@pytest.mark.parametrize("other_order", [False, True])
+@pytest.mark.parametrize("name", WAYS)
+def test_each_setting_of_a_class_has_its_own_verdict(name, other_order):
+    *both, use = WAYS[name]
+    cases = [(both[0], True), (both[1], False)]
+    linearity._REASONS.clear()
+    for how, linear in (cases[::-1] if other_order else cases) * 2:
+        assert (why_not_linear(Setting(how, use)) is None) is linear
+
+
+def test_layers_of_one_setting_are_tried_once(monkeypatch):
+    tried = []
+    original = linearity._tried
+    monkeypatch.setattr(linearity, "_tried", lambda *args: tried.append(1) or original(*args))
+    linearity._REASONS.clear()
+    for _ in range(3):
+        assert why_not_linear(Setting({"a": [1.0, torch.float16]}, lambda how, y: y)) is None
+    assert len(tried) == 1
+
+
+def test_a_kept_verdict_keeps_no_object_alive():
+    owner = nn.Identity()
+    gone = weakref.ref(owner)
+    for how in ((owner,), owner.forward, owner.named_parameters, lambda: owner, torch.ones(2).add_):
+        assert why_not_linear(Setting(how, lambda how, y: y)) is None
+    owner = how = None
+    gc.collect()
+    assert gone() is None
 
 
 def test_nothing_is_touched():

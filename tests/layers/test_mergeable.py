@@ -6,6 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_lora import LoRAConfig, apply_lora
+from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.several_weights import SeveralWeights
+from lightning_lora.registry import KIND_NAMES, KINDS, qualified_name, register_kind
 from lightning_lora.utils.checksums import sampled_digest
 from tests.conftest import fill, same_bits
 from tests.layers.kinds import CASES, every_dtype, every_kind
@@ -199,3 +203,59 @@ def test_loading_into_an_unmerged_layer_is_strict_about_the_adapter():
     layer = CASES["linear"].layer()
     with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "lora_A", "lora_B"'):
         layer.load_state_dict(CASES["linear"].base().state_dict())
+
+
+class Two(nn.Module):
+    """Two weights, one the name's end of the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj, self.up_proj = nn.Parameter(torch.randn(6, 5)), nn.Parameter(torch.randn(4, 6))
+
+
+class Single(LoRALayer):
+    lora_base = nn.Module
+
+    @classmethod
+    def adapter_shapes(cls, module, spec):
+        return (spec.rank, module.weight.shape[1]), (module.weight.shape[0], spec.rank)
+
+
+class LoRATwo(SeveralWeights):
+    adapted = ("proj", "up_proj")
+    weight_kind = Single
+
+
+@pytest.fixture
+def kind_of_two():
+    register_kind(Two, name="test_two")(LoRATwo)
+    yield
+    del KINDS[qualified_name(Two)], KIND_NAMES["test_two"]
+
+
+@pytest.mark.usefixtures("kind_of_two")
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("fields", [{"variant": "dora"}, {"init": "olora"}, {"init": "pissa", "variant": "dora"}], ids=str)
+def test_base_weights_that_come_later_are_followed_one_by_one(fields, assign):
+    """What an adapter takes from a weight (DoRA's m, a kept start) it takes again from the one that is loaded, unless it has trained."""
+    config = LoRAConfig(rank=2, target_modules=["two"], **fields)
+    model, other, third = (nn.ModuleDict({"two": Two()}) for _ in range(3))
+    weights, more = ({name: p.detach().clone() for name, p in each.named_parameters()} for each in (other, third))
+    apply_lora(model, config)
+    layer, from_weight = model["two"], ["lora_magnitude_vector"] if "init" not in fields else ["lora_A", "lora_B0"]
+
+    def taken(module, weight):
+        return torch.cat([module._parameters[f"{name}_{weight}"].detach().flatten() for name in from_weight])
+
+    fresh, before = apply_lora(other, config)["two"], taken(layer, "up_proj")
+    model.load_state_dict({"two.proj": weights["two.proj"]}, strict=False, assign=assign)
+    assert torch.equal(taken(layer, "proj"), taken(fresh, "proj")) and torch.equal(taken(layer, "up_proj"), before)
+    model.load_state_dict(weights, assign=assign)
+    assert torch.equal(taken(layer, "up_proj"), taken(fresh, "up_proj"))
+    nn.init.normal_(layer.lora_B_proj)
+    model.load_state_dict(more, strict=False, assign=assign)
+    assert torch.equal(taken(layer, "proj"), taken(fresh, "proj"))
+    assert torch.equal(taken(layer, "up_proj"), taken(apply_lora(third, config)["two"], "up_proj"))
+    saved = model.state_dict()
+    model.load_state_dict({**saved, **weights}, assign=assign)
+    assert all(torch.equal(model.state_dict()[key], saved[key]) for key in saved if key not in weights), "loaded together with the weight"

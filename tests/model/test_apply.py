@@ -154,7 +154,7 @@ def test_a_failure_in_the_middle_of_injection_changes_nothing(make, monkeypatch,
 
 
 def test_a_failure_after_the_last_layer_changes_nothing(make, monkeypatch):
-    monkeypatch.setattr(apply, "_guard_resize", lambda model: 1 / 0)
+    monkeypatch.setattr(apply, "guard", lambda model: 1 / 0)
     model = make(TinyModel)
     before = snapshot(model)
     with pytest.raises(ZeroDivisionError):

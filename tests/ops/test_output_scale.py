@@ -28,6 +28,25 @@ def test_small_changes_of_the_scale_are_felt_in_half_precision(dtype):
     assert (y.double().mean() / (z.double() * 1.003).mean() - 1).abs() < 1e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scale", [1e-6, 2e-3, 0.1, 1.0, 30.0])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_scale_far_from_one_costs_no_digits(dtype, scale, bias):
+    """As g = m/‖W + s·B·A‖ is, where the update is large: rounding is that of the terms, not of z."""
+    if dtype == torch.float16 and scale < 1e-4:
+        pytest.skip("half precision has no such number")
+    z = torch.randn(50, 7).mul(1 / scale).clamp(-6e4, 6e4).to(dtype)
+    out_scale, b = torch.rand(7).add(0.5).mul(scale), torch.randn(7).to(dtype) if bias else None
+    z.requires_grad_()
+    y = apply_output_scale(z, out_scale, b)
+    exact = out_scale.double() * z.double() + (0 if b is None else (1 - out_scale.double()) * b.double())
+    terms = (out_scale.double() * z.double()).abs() + (0 if b is None else (1 - out_scale.double()).abs() * b.double().abs())
+    assert ((y.double() - exact).abs() <= 4 * torch.finfo(dtype).eps * terms + torch.finfo(dtype).tiny).all()
+    (grad,) = torch.autograd.grad(y.float().sum(), z)
+    assert ((grad.double() - out_scale.double()).abs() <= 2 * torch.finfo(dtype).eps * out_scale.double()).all()
+    assert torch.equal(apply_output_scale(z, torch.ones(7), b), z)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_compiler_sees_plain_operations_and_the_same_numbers(bias):
     torch._dynamo.reset()

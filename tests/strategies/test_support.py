@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import nn
 
 from lightning_lora import LoRACallback, apply_lora
 from lightning_lora.strategies import LoRAFSDP2Strategy, arrange
-from lightning_lora.strategies.checkpoint_io import REST, DurableCheckpointIO
+from lightning_lora.strategies.checkpoint_io import DurableCheckpointIO
 from tests.lit import CONFIG, LitNet, trainer
 
 
@@ -84,33 +83,6 @@ def test_a_failed_save_leaves_the_checkpoint_that_was_there(tmp_path: Path, monk
     monkeypatch.undo()
     assert torch.load(path, weights_only=True) == {"step": 1}
     assert os.listdir(path.parent) == ["last.ckpt"]
-
-
-@pytest.mark.parametrize("renames", [None, 0, 1, 2], ids=str)
-def test_a_file_takes_the_place_of_a_folder_of_shards_once_it_is_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int | None
-) -> None:
-    """Whatever step fails, the old checkpoint or the new one is there, if only beside the target."""
-    path, replace, done = tmp_path / "last.ckpt", os.replace, []
-    path.mkdir()
-    (path / REST).write_text("shards")
-
-    def fails_after(*args: Any) -> None:
-        if len(done) == renames:
-            raise OSError(28, "No space left on device")
-        done.append(args)
-        replace(*args)
-
-    monkeypatch.setattr(os, "replace", fails_after)
-    with nullcontext() if renames is None else pytest.raises(OSError, match="No space left"):
-        DurableCheckpointIO().save_checkpoint({"step": 1}, path)
-    monkeypatch.undo()
-    if renames is None:
-        assert os.listdir(tmp_path) == ["last.ckpt"] and torch.load(path, weights_only=True) == {"step": 1}
-    else:
-        folder = path if renames < 2 else tmp_path / ".last.ckpt.old"
-        assert (folder / REST).read_text() == "shards"
-        assert (tmp_path / ".last.ckpt.tmp").exists() == (renames > 0)
 
 
 def test_nothing_is_staged_outside_the_target_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

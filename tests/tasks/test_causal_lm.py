@@ -229,6 +229,7 @@ def test_model_trains_in_training_mode_and_in_the_dtype_asked_for(folder):
 
 def test_gguf_is_unpacked(folder, monkeypatch):
     asked = {}
+    Path(folder, "x.gguf").touch()
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda model, **kwargs: asked.update(kwargs))
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda model, **kwargs: tiny_lm.tokenizer())
     hf.load_causal_lm(folder, gguf_file="x.gguf")

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from lightning_lora.utils.atomic_files import ABANDONED, sync_folder, write_atomic
+from tests.faults.kit import row
 
 
 @pytest.mark.parametrize("content", [b"new", lambda file: file.write(b"new")], ids=["bytes", "function"])
@@ -109,6 +110,7 @@ write_atomic(sys.argv[1], write)
 """
 
 
+@row(33)
 def test_a_killed_writers_staging_file_is_found(tmp_path):
     """That the names are as the search has them."""
     target = tmp_path / "file"

@@ -90,7 +90,8 @@ def test_damage_is_one_line(tmp_path: Path) -> None:
     for cut in range(0, len(whole), 97):
         file.write_bytes(whole[:cut])
         with pytest.raises(
-            ValueError, match=r"x\.ckpt is not a readable checkpoint \(cut short, damaged or of another kind\): ."
+            ValueError,
+            match=r"x\.ckpt is not a readable checkpoint: (the file is empty|it was not written by torch\.save, or it is damaged \(.)",
         ) as caught:
             read_checkpoint(file)
         assert "\n" not in str(caught.value)

@@ -22,7 +22,7 @@ from lightning_lora import (
     unmerge_lora,
 )
 from lightning_lora.layers import lora_layers
-from tests.conftest import ConvNet, TinyModel, base_bits, fill, snapshot
+from tests.conftest import ConvNet, TinyModel, base_bits, fill, same_bits, snapshot
 from tests.lit import LitNet, bits, make_net, trainer
 
 VERA = LoRAConfig(rank=4, target_modules=["fc1", "fc2"], variant="vera", variant_options={"projection_seed": 3})
@@ -164,3 +164,16 @@ def test_a_file_of_another_projection_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"vera_A \(4, 32\) is not what projection_seed=3 gives here, \(4, 32\)"):
         load_adapter(net, tmp_path / "adapter")
     assert snapshot(net) == before
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_it_trains_after_a_first_evaluation(mode):
+    """The first forward pass draws A and B and keeps them."""
+    model = adapted()
+    model.fc1.lora_projection._drawn.clear()
+    with mode():
+        before = model(X)
+    after = model(X)
+    assert same_bits(after, before)
+    after.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

@@ -1,8 +1,7 @@
 import json
-import re
-import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import lightning
 import pytest
@@ -11,54 +10,12 @@ import transformers
 import yaml
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringDataModule
+from lightning.pytorch.loggers import CSVLogger
 
-from lightning_lora import LoRACallback, LoRAConfig, apply_lora, get_lora_parameters, load_adapter, save_adapter
+from lightning_lora import LoRACallback, load_adapter
 from lightning_lora.cli.lightning_cli import LoRACLI
 from lightning_lora.cli.main import main
 from tests import tiny_lm
-
-
-@pytest.fixture(autouse=True)
-def lightning_on_todays_parser(monkeypatch):
-    """LightningCLI 2.6 itself calls what jsonargparse has deprecated; there is no other call to make."""
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny_lm.save(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def adapter(model, tmp_path_factory):
-    """An adapter that changes the answers."""
-    network = apply_lora(transformers.AutoModelForCausalLM.from_pretrained(model), config=LoRAConfig(rank=4))
-    torch.manual_seed(1)
-    for parameter in get_lora_parameters(network):
-        torch.nn.init.normal_(parameter)
-    return str(save_adapter(network, tmp_path_factory.mktemp("adapters") / "adapter"))
-
-
-@pytest.fixture
-def config(model, tmp_path):
-    """A whole run, in the flat form: no class_path where the defaults are meant."""
-    files = {split: tiny_lm.write(tmp_path / f"{split}.jsonl", tiny_lm.rows(6)) for split in ("train", "val", "test")}
-    content = {
-        "model": {"model": model, "learning_rate": 1e-2},
-        "data": {**files, "batch_size": 3},
-        "lora": {"config": {"rank": 2}},
-        "trainer": {
-            "max_epochs": 1,
-            "num_sanity_val_steps": 0,
-            "accelerator": "cpu",
-            "logger": {
-                "class_path": "lightning.pytorch.loggers.CSVLogger",
-                "init_args": {"save_dir": str(tmp_path), "name": "run", "version": ""},
-            },
-        },
-    }
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
-    return str(tmp_path / "run.yaml")
 
 
 @pytest.mark.filterwarnings("ignore:Experiment logs directory")  # the same folder again
@@ -138,12 +95,20 @@ class Head(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
+class Data(BoringDataModule):
+    """A user's own data, whose defaults are others than the package's."""
+
+    def __init__(self, seed: int = 9, batch_size: int = 5, train: str = "mine"):
+        super().__init__()
+        self.given = (seed, batch_size, train)
+
+
 OWN = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_checkpointing=false"]
 OWN += ["--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]
 
 
 def test_any_module_and_data_fit_under_the_same_command(tmp_path, monkeypatch):
-    own = ["--model=tests.cli.test_cli.Head", "--model.width=4", f"--data={BoringDataModule.__module__}.BoringDataModule"]
+    own = ["--model=tests.cli.test_lightning_cli.Head", "--model.width=4", f"--data={BoringDataModule.__module__}.BoringDataModule"]
     lora = ["--lora.config.target_modules=[layer]", "--lora.config.rank=2", "--lora.merge_on_fit_end=false"]
     cli = LoRACLI([*own, *lora, *OWN, f"--trainer.default_root_dir={tmp_path}"], run=False)
     cli.trainer.fit(cli.model, cli.datamodule)
@@ -151,9 +116,93 @@ def test_any_module_and_data_fit_under_the_same_command(tmp_path, monkeypatch):
     assert cli.model.layer.lora_B.abs().max() > 0 and not cli.model.layer.weight.requires_grad
 
 
+@pytest.mark.parametrize(("given", "expected"), [({}, (9, 5, "mine")), ({"seed": 0}, (0, 5, "mine")), ({"train": "x"}, (9, 5, "x"))])
+def test_the_packages_defaults_stay_with_the_packages_classes(given, expected, tmp_path):
+    content = {"model": {"class_path": f"{__name__}.Head"}, "data": {"class_path": f"{__name__}.Data", "init_args": given}}
+    content["trainer"] = {"logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path)}}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(content))
+    cli = LoRACLI(["--config", str(tmp_path / "own.yaml"), "--trainer.accelerator=cpu"], run=False)
+    assert cli.datamodule.given == expected and cli.model.layer.out_features == 32
+
+
+class OtherLogger(CSVLogger):
+    """A user's own."""
+
+    def __init__(self, save_dir: str, name: str = "mine"):
+        super().__init__(save_dir, name)
+
+
+def test_another_loggers_name_is_its_own(tmp_path):
+    own = [f"--model={__name__}.Head", f"--data={__name__}.Data", f"--trainer.logger={__name__}.OtherLogger"]
+    cli = LoRACLI([*own, f"--trainer.logger.save_dir={tmp_path}", "--trainer.accelerator=cpu"], run=False)
+    assert cli.trainer.logger.name == "mine"
+    assert "lora" in str(LoRACLI([*own[:2], "--trainer.accelerator=cpu"], run=False).trainer.log_dir)
+
+
+class Mine(LoRACallback):
+    """A user's own callback, with other defaults."""
+
+    def __init__(self, check_base: bool = False, **kwargs: Any):
+        super().__init__(check_base=check_base, **kwargs)
+
+
+def test_what_is_set_at_a_callback_stays(capsys):
+    own = [f"--model={__name__}.Head", f"--data={__name__}.Data", "--trainer.accelerator=cpu", f"--trainer.callbacks+={__name__}.Mine"]
+    cli = LoRACLI([*own, "--trainer.callbacks.merge_on_fit_end=false", "--lora.check_gradients=false"], run=False)
+    (callback,) = (c for c in cli.trainer.callbacks if isinstance(c, LoRACallback))
+    assert (callback.merge_on_fit_end, callback.check_base, callback.check_gradients) == (False, False, False)
+    with pytest.raises(ValueError, match=r"Mine has a merge_on_fit_end of its own, and lora.merge_on_fit_end is set too"):
+        LoRACLI([*own, "--trainer.callbacks.merge_on_fit_end=false", "--lora.merge_on_fit_end=true"], run=False)
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory", "ignore:Checkpoint directory", "ignore:.*val_dataloader")
+def test_options_beat_what_a_checkpoint_says(config, tmp_path, capsys, caplog):
+    """LightningCLI would train the checkpoint's model, at the checkpoint's rate."""
+    once = ["--config", config, "--trainer.limit_val_batches=0"]
+    assert main(["fit", *once]) == 0
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    other = str(tmp_path / "other")
+    torch.manual_seed(5)
+    network = tiny_lm.llama()
+    torch.nn.init.normal_(network.lm_head.weight)
+    network.save_pretrained(other)
+    tiny_lm.tokenizer().save_pretrained(other)
+    capsys.readouterr()
+    assert main(["test", *once, f"--model.model={other}", f"--ckpt_path={checkpoint}"]) == 1
+    assert "was trained on another base" in capsys.readouterr().err
+    resumed = [f"--ckpt_path={checkpoint}", "--model.learning_rate=0.5", "--model.weight_decay=0.1", "--trainer.max_epochs=2"]
+    assert main(["fit", *once, *resumed]) == 0
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert saved["model"]["init_args"]["learning_rate"] == 0.5
+    assert "learning_rate=0.5 has no effect: the optimizer goes on with 0.01, from the checkpoint" in caplog.text
+
+
+def test_stdout_of_predict_holds_predictions_only(config, capsys, caplog):
+    assert main(["predict", "--config", config]) == 0
+    output = capsys.readouterr()
+    assert [json.loads(line)["prompt"] for line in output.out.splitlines()] == [row["prompt"] for row in tiny_lm.rows(6)]
+    assert "Predicting" in output.err and "No --ckpt_path: predict runs the model as it was loaded" in caplog.text
+
+
+def test_bars_go_to_stderr(config, capsys):
+    assert main(["test", "--config", config]) == 0
+    output = capsys.readouterr()
+    assert "Testing" in output.err and "Testing" not in output.out and "test_accuracy" in output.out
+
+
+def test_last_means_a_checkpoint_of_this_run(config, tmp_path, capsys):
+    once = ["--config", config, "--trainer.limit_val_batches=0", "--trainer.logger.version=null"]
+    assert main(["fit", *once]) == 0
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["fit", *once, "--ckpt_path=last"]) == 2  # a new version has none yet
+    assert f"the newest checkpoint nearby is {str(checkpoint)!r}; give the file" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_compile_from_yaml(tmp_path):
     (tmp_path / "own.yaml").write_text(yaml.safe_dump({"lora": {"compile": "layer"}}))
-    own = ["--model=tests.cli.test_cli.Head", "--model.width=4", f"--data={BoringDataModule.__module__}.BoringDataModule"]
+    own = ["--model=tests.cli.test_lightning_cli.Head", "--model.width=4", f"--data={BoringDataModule.__module__}.BoringDataModule"]
     cli = LoRACLI(["--config", str(tmp_path / "own.yaml"), *own, *OWN, f"--trainer.default_root_dir={tmp_path}"], run=False)
     assert [callback.compile for callback in cli.trainer.callbacks if isinstance(callback, LoRACallback)] == ["layer"]
 
@@ -167,52 +216,6 @@ def test_a_users_own_lightning_cli_takes_the_callback_from_yaml(tmp_path, monkey
     cli = LightningCLI(Head, BoringDataModule, args=arguments, seed_everything_default=0)
     assert any(isinstance(callback, LoRACallback) for callback in cli.trainer.callbacks)
     assert cli.model.layer.lora_A.shape == (2, 32) and cli.model.layer.lora_B.abs().max() > 0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["fit", "--lora.compile=model"], r"lora.compile.*Expected a .*layer"),
-        (["fit", "--lora.config.rank=0"], r"rank=0: the rank is a whole number"),
-        (["fit", "--lora.config.rank=1.5"], r'"lora.config".*Expected a <class .int.>. Got value: 1.5'),
-        (["fit", "--lora.config.bias=some"], r"bias.*some"),
-        (["fit", "--model.learning_rate=-1"], r"learning_rate.*-1"),
-        (["fit", "--lora.lora_plus_ratio=0"], r"lora_plus_ratio=0"),
-        (["fit", "--model.galore.rank=4"], r"q_proj.weight is frozen, .*full_finetuning: true"),
-        (["fit", "--model.galore.rank=0"], r"rank=0"),
-        (["fit", "--data.batch_size=0"], r"batch_size.*0"),
-        (["fit", "--trainer.nothing=1"], r"nothing"),
-        (["fit", "--config=none.yaml"], r"none.yaml"),
-        (["fit", "--data.train=none.jsonl"], r"data.train='none.jsonl': no such file"),
-        (["fit", "--lora.config.target_modules=[q_prej]"], r"q_prej.*q_proj"),
-        (["fit", "--model.model=/no/such/model"], r"/no/such/model"),
-        (["test", "--ckpt_path=none.ckpt"], r"none.ckpt"),
-        (["melt"], r"no command 'melt'; there are fit, validate"),
-        (["inspect", "/no/such/model"], r"/no/such/model"),
-        (["inspect"], r"path"),
-        (["inspect", "{model}", "--lora.rank=-2"], r"rank=-2"),
-        (["inspect", "{model}", "--lora.target_modules=[q_prej]"], r"q_prej.*q_proj"),
-        (["generate", "{model}", ""], r"prompt is empty"),
-        (["generate", "{model}", "a", "--max_new_tokens=0"], r"max_new_tokens.*0"),
-        (["generate", "{model}", "a", "--adapter=/no/such/adapter"], r"/no/such/adapter"),
-        (["merge", "{model}", "/no/such/adapter", "{tmp}/out"], r"/no/such/adapter"),
-    ],
-)
-def test_bad_input_is_one_line_and_an_exit_code(arguments, message, config, model, tmp_path, capsys):
-    arguments = [a.format(model=model, tmp=tmp_path) for a in arguments]
-    if arguments[0] in ("fit", "test") and not arguments[1].startswith("--config"):
-        arguments[1:1] = ["--config", config]
-    assert main(arguments) == 1
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lightning-lora: error: ")]
-    assert len(lines) == 1
-    assert re.search(message, lines[0]), lines[0]
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_traceback_on_request(monkeypatch):
-    monkeypatch.setenv("LIGHTNING_LORA_TRACEBACK", "1")
-    with pytest.raises(ValueError, match="no command"):
-        main(["melt"])
 
 
 ADALORA = str(Path(__file__).parents[2] / "configs" / "adalora.yaml")
@@ -244,8 +247,8 @@ def test_adalora_from_its_yaml_on_top_of_another(model, config, tmp_path, capsys
 
 def test_two_lora_configs_are_one_too_many(config, capsys):
     own = ["--trainer.callbacks+=lightning_lora.AdaLoRACallback", "--trainer.callbacks.config.target_modules=[v_proj]"]
-    assert main(["fit", "--config", config, *own]) == 1
-    assert "AdaLoRACallback has a config of its own, and lora is set too" in capsys.readouterr().err
+    assert main(["fit", "--config", config, *own]) == 2
+    assert "AdaLoRACallback has a config of its own, and lora.config is set too" in capsys.readouterr().err
 
 
 def test_a_callback_with_its_own_config_needs_no_lora_section(config, tmp_path, caplog):
@@ -259,18 +262,6 @@ def test_a_callback_with_its_own_config_needs_no_lora_section(config, tmp_path, 
     assert "AdaLoRA: 2 modules from rank 4 to 2.00" in caplog.text
 
 
-def test_help_lists_every_command(capsys):
-    for arguments in ([], ["--help"], ["-h"]):
-        assert main(arguments) == 0
-        output = capsys.readouterr().out
-        assert all(f"\n  {name} " in output for name in ("fit", "validate", "test", "predict", "inspect", "merge", "generate"))
-    for command in ("fit", "merge"):
-        with pytest.raises(SystemExit) as stop:
-            main([command, "--help"])
-        assert stop.value.code == 0
-    assert "--overwrite" in capsys.readouterr().out
-
-
 def test_the_help_says_that_a_config_is_code(capsys):
     for command in ([], ["fit"], ["predict"]):
         try:
@@ -282,7 +273,7 @@ def test_the_help_says_that_a_config_is_code(capsys):
 
 def test_a_value_cannot_name_what_runs_a_shell(config, capsys):
     for value in ("os.system", "subprocess.run", "builtins.eval"):
-        assert main(["fit", "--config", config, f"--trainer.callbacks+={value}", "--trainer.fast_dev_run=true"]) == 1
+        assert main(["fit", "--config", config, f"--trainer.callbacks+={value}", "--trainer.fast_dev_run=true"]) == 2
         assert "is not allowed, denied by" in capsys.readouterr().err
 
 
@@ -297,85 +288,3 @@ def test_a_checkpoint_does_not_choose_the_model(config, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     assert main(["test", "--config", config, f"--ckpt_path={file}", f"--trainer.default_root_dir={tmp_path}"]) == 0
     assert not (tmp_path / "ran").exists()
-
-
-def test_the_help_has_a_run_to_start_from(model, tmp_path, capsys, monkeypatch):
-    """It runs as printed, once the model and the files are there; nothing in it is a file of the repository."""
-    assert main(["--help"]) == 0
-    printed = capsys.readouterr().out
-    text = printed[printed.index("\n\nmodel:\n") :]
-    monkeypatch.chdir(tmp_path)
-    for split in ("train", "val"):
-        tiny_lm.write(tmp_path / f"{split}.jsonl", tiny_lm.rows(6))
-    (tmp_path / "run.yaml").write_text(text.replace(yaml.safe_load(text)["model"]["model"], model))
-    assert main(["fit", "--config", "run.yaml", "--trainer.accelerator", "cpu", "--trainer.fast_dev_run", "true"]) == 0
-
-
-def test_the_command_line_starts_without_heavy_imports():
-    code = "import sys, lightning_lora.cli.main as c; c.main(['--help']); print(sorted({'transformers', 'lightning'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
-
-
-def test_inspect_a_model_reads_no_weights(model, tmp_path, capsys):
-    folder = tmp_path / "config-only"
-    folder.mkdir()
-    (folder / "config.json").write_bytes(Path(model, "config.json").read_bytes())
-    assert main(["inspect", str(folder), "--lora.rank=4", "--lora.target_modules=all-linear"]) == 0
-    assert "LoRA on 14 modules" in capsys.readouterr().out
-
-
-def test_inspect_an_adapter_and_a_checkpoint(adapter, config, tmp_path, capsys):
-    assert main(["inspect", adapter]) == 0
-    output = capsys.readouterr().out
-    assert "rank=4" in output and "q_proj.lora_A  (4, 32)  float32" in output and "8 tensors, 896 parameters" in output
-    assert main(["fit", "--config", config, "--trainer.limit_train_batches=1"]) == 0
-    (checkpoint,) = (tmp_path / "run").glob("checkpoints/*.ckpt")
-    capsys.readouterr()
-    assert main(["inspect", str(checkpoint)]) == 0
-    assert "rank=2" in capsys.readouterr().out
-
-
-def test_merge_gives_the_adapted_models_logits_and_plain_classes(model, adapter, tmp_path):
-    out = tmp_path / "merged"
-    assert main(["merge", model, adapter, str(out)]) == 0
-    ids = torch.arange(4, 14)[None]
-    base, merged = (transformers.AutoModelForCausalLM.from_pretrained(folder) for folder in (model, out))
-    assert merged.state_dict().keys() == base.state_dict().keys()
-    with torch.no_grad():
-        plain, ours = base(ids).logits, merged(ids).logits
-        theirs = load_adapter(base, adapter)(ids).logits
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    assert (ours - plain).abs().max() > 1e-2
-    assert transformers.AutoTokenizer.from_pretrained(out)("blue").input_ids == tiny_lm.tokenizer()("blue").input_ids
-
-
-def test_merge_never_loses_what_is_there(model, adapter, tmp_path, capsys):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "old").write_text("precious")
-    assert main(["merge", model, adapter, str(out)]) == 1
-    assert "is not empty; name another folder, or pass --overwrite" in capsys.readouterr().err
-    assert main(["merge", model, "/no/such/adapter", str(out), "--overwrite"]) == 1
-    assert [file.name for file in tmp_path.rglob("*")] == ["out", "old"]
-    assert main(["merge", model, adapter, model, "--overwrite"]) == 1
-    assert "which it is made from" in capsys.readouterr().err and Path(model, "model.safetensors").is_file()
-    assert main(["merge", model, adapter, str(out), "--overwrite"]) == 0
-    assert not (out / "old").exists() and (out / "model.safetensors").is_file()
-    assert [file.name for file in tmp_path.iterdir()] == ["out"]
-    assert main(["merge", model, adapter, str(out / "model.safetensors")]) == 1
-    assert "is a file; name a folder" in capsys.readouterr().err
-
-
-def test_generate_answers_with_and_without_the_adapter(model, adapter, capsys):
-    answers = []
-    for extra in ([], ["--adapter", adapter], ["--system", "name a colour"]):
-        assert main(["generate", model, "which colour is the sky", "--max_new_tokens=6", *extra]) == 0
-        answers.append(capsys.readouterr().out.strip())
-    assert len(set(answers)) == 3
-
-    network, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(model), tiny_lm.tokenizer()
-    chat = [{"role": "user", "content": "which colour is the sky"}]
-    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")["input_ids"]
-    expected = network.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
-    assert answers[0] == tokenizer.decode(expected, skip_special_tokens=True)

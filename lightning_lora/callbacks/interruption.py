@@ -1,0 +1,114 @@
+"""Stop a run on SIGTERM or Ctrl-C: after the batch, with a checkpoint to resume from and an exit code that is not 0.
+
+On SIGTERM Lightning raises ``SIGTERMException`` after the batch. That is a ``SystemExit`` without a code: the process exits with 0, as if
+it had finished, and what was trained since the last checkpoint is lost. On Ctrl-C it stops within a step, where no state can be saved.
+
+Here Ctrl-C counts as SIGTERM, and a second one stops at once, as in Lightning. With several processes Lightning's handler waits for the
+others, whatever they do. It is replaced: all processes stop after the same batch, soon after one was told to.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lightning_lora.strategies.agreed_stop import AgreedStop
+from lightning_lora.utils.sharding import is_distributed
+
+#: The checkpoint of an interrupted run. ``ckpt_path="last"`` finds it: Lightning takes the newest file whose name begins with "last".
+NAME = "last-interrupted.ckpt"
+
+
+class Interruption(Callback):
+    """Leave a resumable checkpoint and the exit code 128 + signal (130, 143) when a run is told to stop.
+
+    The checkpoint is written to the folder of the trainer's checkpoint callback. Without such a callback, or if one saves on exceptions
+    itself, nothing is written here. `LoRACallback` adds this callback to its trainer.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None  # what told this process to stop
+        self._stop: AgreedStop | None = None  # of a run on several processes
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set the handlers. Lightning puts back what was there before the run."""
+        self.signal, self._stop = None, AgreedStop(trainer.strategy.root_device) if is_distributed() else None
+        lightnings = signal.getsignal(signal.SIGTERM)
+        if threading.current_thread() is not threading.main_thread() or not callable(lightnings):
+            return
+        if self._stop is not None:
+            signal.signal(signal.SIGTERM, self._note)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._note_ctrl_c)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Stop all processes if one was told to. Not before a batch, which a resumable loader would count as trained on."""
+        self._agree()
+
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Stop all processes if one was told to."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._agree()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save a checkpoint, and give the exception its exit code."""
+        if not isinstance(exception, SIGTERMException):
+            return
+        exception.code = 128 + (self.signal or signal.SIGTERM)
+        if trainer.state.fn != TrainerFn.FITTING or trainer.global_step == 0:
+            return
+        folder = _folder(trainer)
+        if folder is None:
+            rank_zero_info(f"Interrupted at step {trainer.global_step}.")
+            return
+        path = os.path.join(folder, NAME)
+        trainer.save_checkpoint(path)
+        rank_zero_info(f"Interrupted at step {trainer.global_step}; resume with ckpt_path={path!r}.")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finish what the processes exchange. A run that is told to stop within its last batches ends as it would have."""
+        if self._stop is not None:
+            self._stop.close()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove the checkpoint of an interruption that this run resumed from: "last" should not mean it any more."""
+        if trainer.ckpt_path is not None and os.path.basename(trainer.ckpt_path) == NAME:
+            trainer.strategy.remove_checkpoint(trainer.ckpt_path)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.signal = self.signal or signal.Signals(number)
+
+    def _note_ctrl_c(self, number: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.signal = signal.SIGINT
+        rank_zero_info("Ctrl-C: training stops after this batch. Press it again to stop at once, without a checkpoint.")
+        signal.raise_signal(signal.SIGTERM)
+
+    def _agree(self) -> None:
+        if self._stop is not None and self._stop.after_batch(self.signal is not None):
+            raise SIGTERMException
+
+
+def handle_interruptions(trainer: Trainer) -> list[Callback]:
+    """Add `Interruption` to a trainer that has none, and return all its callbacks."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if not any(isinstance(callback, Interruption) for callback in callbacks):
+        callbacks.append(Interruption())
+    return callbacks
+
+
+def _folder(trainer: Trainer) -> str | None:
+    """Where the trainer saves checkpoints; None if it saves none, or saves one on exceptions itself."""
+    savers: list[Any] = trainer.checkpoint_callbacks
+    off = trainer.fast_dev_run  # type: ignore[attr-defined]
+    if off or any(isinstance(s, OnExceptionCheckpoint) or getattr(s, "save_on_exception", False) for s in savers):
+        return None
+    return next((str(saver.dirpath) for saver in savers if getattr(saver, "dirpath", None)), None)

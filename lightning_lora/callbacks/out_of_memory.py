@@ -1,0 +1,20 @@
+"""Say what takes less memory when a run is out of it."""
+
+from __future__ import annotations
+
+import torch
+
+from lightning_lora.utils.messages import append_line
+
+ADVICE = (
+    "Training with LoRA takes less memory with: a smaller batch_size and Trainer(accumulate_grad_batches=...); shorter sequences;"
+    " Trainer(precision='bf16-true'); LoRACallback(quantize='nf4'); gradient checkpointing in the model; strategy='lora_fsdp2' on several"
+    " GPUs. A smaller rank saves little: only gradients and optimizer states of the adapters shrink."
+)
+_CPU = "DefaultCPUAllocator"  # torch raises a plain RuntimeError of it
+
+
+def advise(exception: BaseException) -> None:
+    """Append the advice to an exception that says that memory is out. Leave any other unchanged."""
+    if isinstance(exception, (MemoryError, torch.OutOfMemoryError)) or (isinstance(exception, RuntimeError) and _CPU in str(exception)):
+        append_line(exception, ADVICE)

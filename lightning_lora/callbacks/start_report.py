@@ -1,0 +1,26 @@
+"""Log what a run adapts and trains."""
+
+from __future__ import annotations
+
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from lightning_lora.model.apply import trainable_parameters
+from lightning_lora.model.targeting import TargetReport
+
+CHECKPOINTS = 'checkpoints hold the adapter only: read one with load_adapter(model, "x.ckpt"), not with load_from_checkpoint'
+
+
+def log_start(report: TargetReport, module: nn.Module, stays: str, checkpoints: bool) -> None:
+    """Log the report and the share of parameters that train.
+
+    Args:
+        report: what the config matched.
+        module: the whole LightningModule, adapted.
+        stays: names of what is frozen without an adapter; empty if nothing is.
+        checkpoints: True if the run writes checkpoints. The log then says how to read one.
+    """
+    trainable, total = trainable_parameters(module)
+    rest = f"\nfrozen, without an adapter: {stays}" if stays else ""
+    files = f"\n{CHECKPOINTS}" if checkpoints else ""
+    rank_zero_info(f"{report}{rest}\ntrainable {trainable:,} of {total:,} parameters ({trainable / total:.2%}){files}")

@@ -1,0 +1,129 @@
+"""What went wrong, on one line: the option, its value, and for a mistyped key the nearest one that there is."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import pydoc
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, get_args, get_type_hints
+
+from jsonargparse import ArgumentError
+
+_KEY = re.compile(r'Parser key "([^"]+)":?')
+_UNKNOWN = (
+    re.compile(r"[Oo]ption '([^']+)' is not accepted"),
+    re.compile(r"does not accept option '([^']+)'"),
+    re.compile(r"unrecognized arguments: -+([^\s=]+)"),
+)
+_CLASS = re.compile(r"Problem with given class_path '([^']+)':")
+_MISSING = re.compile(r"the following arguments are required: (.+)")
+_NOISE = ("Does not validate against", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>")
+_ELSEWHERE = {"optimizer", "lr_scheduler"}
+
+
+class UsageError(ValueError):
+    """An option or its value is wrong: exit code 2."""
+
+
+@contextmanager
+def usage(*also: type[Exception], known: Callable[[], Iterable[str]] = tuple, where: str = "") -> Iterator[None]:
+    """Turn what is raised within into a `UsageError` on one line.
+
+    Args:
+        also: Errors that mean a wrong option here, beside ``ValueError`` and the parser's own.
+        known: Returns the options that there are.
+        where: What the message begins with.
+    """
+    wrong: tuple[type[Exception], ...] = (ArgumentError, ValueError, *also)
+    try:
+        yield
+    except wrong as error:
+        raise UsageError(where + one_line(error, known())) from error
+
+
+def check_not_null(function: Callable[..., Any], arguments: dict[str, Any], prefix: str = "") -> None:
+    """Refuse null for arguments that cannot be None; the parser takes it for all.
+
+    Args:
+        function: A function or a class.
+        arguments: What it is going to be called with.
+        prefix: What stands before the arguments' names.
+
+    Raises:
+        UsageError: An argument is None whose type does not allow it.
+    """
+    hints = get_type_hints(function.__init__ if isinstance(function, type) else function)  # type: ignore[misc]
+    for name, parameter in inspect.signature(function).parameters.items():
+        hint = hints.get(name, Any)
+        optional = hint is Any or type(None) in get_args(hint) or parameter.default is None
+        if name in arguments and arguments[name] is None and not optional:
+            raise UsageError(f"{prefix}{name}=null: give a value, or leave it out")
+
+
+def one_line(error: BaseException, known: Iterable[str] = ()) -> str:
+    """Return an error's message on one line.
+
+    Args:
+        error: Any error. The parser's nested messages are reduced to the option's full name and the part that says what is wrong.
+        known: The options that there are, to find the nearest to an unknown one.
+    """
+    text = str(error)
+    option = ""
+    for key in _KEY.findall(text):  # a nested message names the rest of the option, another branch of a union the same again
+        option = option if f".{option}".endswith(f".{key}") else f"{option}.{key}".strip(".")
+    problems: list[str] = []
+    for line in text.splitlines():
+        line = _CLASS.sub("", _KEY.sub("", re.sub(r"^\s*- ", "", line))).strip()
+        if line and not line.startswith(_NOISE) and line.replace('"', "'") not in [other.replace('"', "'") for other in problems]:
+            problems.append(line)
+    if _KEY.search(text) and len(problems) > 1:  # every branch of a union says what it expects
+        problems = [line for line in problems if not line.startswith("Expected a path but ")]
+    what = _plain(("; " if _KEY.search(text) else " ").join(problems)) or type(error).__name__
+    unknown = next((found[1] for pattern in _UNKNOWN if (found := pattern.search(what))), None)
+    if unknown is not None:
+        return _unknown(unknown, option, known, _CLASS.findall(text))
+    missing = _MISSING.fullmatch(what)
+    if option and missing:
+        return ", ".join(f"{option}.{name} is not set" for name in missing[1].split(", ")) + "; give it in the YAML file or as an option"
+    given = re.search(r"Given value: ([^\n]+)", text)
+    if option and given and not re.match(r"NestedArg|Namespace", given[1]) and given[1] not in what:
+        what = f"{what.rstrip('.')}, got {given[1]}"
+    return f"{option}: {what}" if option else what
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return "; did you mean ...?" with the nearest of the known names, or nothing."""
+    known = list(dict.fromkeys(known))
+    found = difflib.get_close_matches(name, known, 1, 0.7)
+    if not found:  # the last part may be right, or nearly, and stand elsewhere
+        last = {key.rpartition(".")[2]: key for key in reversed(known)}
+        found = [last[key] for key in difflib.get_close_matches(name.rpartition(".")[2], list(last), 1, 0.75)]
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def _unknown(name: str, option: str, known: Iterable[str], classes: list[str]) -> str:
+    """Name the nearest option beside an unknown one."""
+    if name.partition(".")[0] in _ELSEWHERE:
+        return f"no option {name!r}: the optimizer is the model class's, see model.learning_rate, or configure_optimizers of your own class"
+    if not classes:
+        return f"no option {name!r}{nearest(name, known)}"
+    there = {parameter: f"{option}.{parameter}" for parameter in _parameters(classes[-1])}
+    close = difflib.get_close_matches(name, list(there), 1, 0.7)
+    hint = f"did you mean {there[close[0]]!r}?" if close else f"there are {', '.join(there.values())}"
+    return f"no option {f'{option}.{name}'!r} of {classes[-1]}; {hint}"
+
+
+def _parameters(path: str) -> list[str]:
+    """Names of the arguments of a class."""
+    cls = pydoc.locate(path)
+    return [name for name in inspect.signature(cls).parameters] if isinstance(cls, type) else []
+
+
+def _plain(text: str) -> str:
+    """Say types in words."""
+    text = re.sub(r"Expected a typing\.Literal\[([^\]]*)\]", r"expected one of \1", text)
+    text = re.sub(r"Expected an? <class '(?:[\w.]*\.)?(\w+)'>", r"expected \1", text)
+    return re.sub(r"Not of type \w+: (\S+) does not conform to restriction (.+)", r"\1 is not allowed: \2", text)

@@ -1,0 +1,96 @@
+"""What a run writes beside its results: its folder and config once it has begun, its progress bar on stderr."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
+from pathlib import Path
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.cli import SaveConfigCallback
+from typing_extensions import override
+
+WRITTEN_AT_START = {"hparams.yaml", "metrics.csv", "config.yaml"}
+
+
+class StderrProgressBar(TQDMProgressBar):
+    """Lightning's bars, on stderr: stdout is for results. Its default, the Rich bar, prints nothing if the output is a file."""
+
+    @override
+    def init_sanity_tqdm(self) -> Tqdm:
+        with redirect_stdout(sys.stderr):
+            return super().init_sanity_tqdm()
+
+    @override
+    def init_train_tqdm(self) -> Tqdm:
+        with redirect_stdout(sys.stderr):
+            return super().init_train_tqdm()
+
+    @override
+    def init_validation_tqdm(self) -> Tqdm:
+        with redirect_stdout(sys.stderr):
+            return super().init_validation_tqdm()
+
+    @override
+    def init_test_tqdm(self) -> Tqdm:
+        with redirect_stdout(sys.stderr):
+            return super().init_test_tqdm()
+
+    @override
+    def init_predict_tqdm(self) -> Tqdm:
+        with redirect_stdout(sys.stderr):
+            return super().init_predict_tqdm()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """End the line that a bar stands on."""
+        if self.is_enabled:
+            sys.stderr.write("\n")
+
+
+class BeganConfig(SaveConfigCallback):
+    """Lightning's ``SaveConfigCallback``, which writes once the run has begun: one that is refused leaves no file."""
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write nothing yet."""
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            super().setup(trainer, pl_module, "validate")
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().setup(trainer, pl_module, "test")
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().setup(trainer, pl_module, "predict")
+
+
+@contextmanager
+def no_folder_of_a_failed_start(trainer: Trainer) -> Iterator[None]:
+    """Remove the run's folder if the run fails with nothing in it. Loggers create it before data, adapter and checkpoint are checked."""
+    folder = Path(trainer.log_dir) if trainer.is_global_zero and trainer.loggers and trainer.log_dir else None
+    there = folder is None or folder.exists()
+    made = [path for path in ([] if there or folder is None else folder.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        if folder is not None and not there and folder.is_dir():
+            files = list(folder.iterdir())
+            if all(file.name in WRITTEN_AT_START and (file.name != "metrics.csv" or not file.stat().st_size) for file in files):
+                shutil.rmtree(folder)
+                with suppress(OSError):  # another run has put its folder beside
+                    for path in made:
+                        path.rmdir()
+        raise

@@ -1,0 +1,87 @@
+"""Config files, read strictly: a key that is there twice is an error, and every message names the file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import get_loader, set_loader
+
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def check_config_files(args: Sequence[str]) -> None:
+    """Read every file that ``--config`` names.
+
+    Raises:
+        ValueError: A file is missing, no UTF-8, no YAML, empty, not a mapping, or has a key twice. The message names file and line.
+    """
+    for index, argument in enumerate(args):
+        option, equals, value = argument.partition("=")
+        if option in ("--config", "-c") and (equals or index + 1 < len(args)):
+            _check(value if equals else args[index + 1])
+
+
+@contextmanager
+def unique_keys() -> Iterator[None]:
+    """Refuse duplicate keys in all YAML that the parser reads, on the command line too."""
+    usual = get_loader("yaml")
+
+    def strict(text: str) -> Any:
+        twice = _twice(text)
+        if twice is not None:
+            raise ValueError(f"{twice[0]!r} is there twice in {text!r}")
+        return usual(text)
+
+    set_loader("yaml", strict, (yaml.YAMLError,))
+    try:
+        yield
+    finally:
+        set_loader("yaml", usual, (yaml.YAMLError,))
+
+
+def _check(name: str) -> None:
+    if name.lstrip().startswith("{"):
+        return  # the config itself
+    where, path = f"--config {name}", Path(name)
+    if path.is_dir() or not path.exists():
+        raise ValueError(f"{where}: {'this is a folder' if path.is_dir() else 'no such file'}; name a YAML file")
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = yaml.load(text, Loader=_Loader)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8 text") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark is not None else ""
+        tab = "; indent with spaces, not tabs" if mark is not None and "\t" in text.splitlines()[mark.line][: mark.column + 1] else ""
+        raise ValueError(f"{where}{line} is not YAML: {getattr(error, 'problem', None) or error}{tab}") from error
+    if not isinstance(content, dict):
+        kind = "is empty" if content is None else f"holds a {type(content).__name__}"
+        raise ValueError(f"{where} {kind}; it should hold keys such as model:, data:, lora:, trainer:")
+    twice = _twice(text)
+    if twice is not None:
+        raise ValueError(f"{where}, line {twice[1]}: the key {twice[0]!r} is there twice; remove one")
+
+
+def _twice(text: str) -> tuple[str, int] | None:
+    """Return the first key that a mapping has twice, and its line; None if there is none, or if this is no YAML."""
+    try:
+        nodes = [yaml.compose(text, Loader=_Loader)]
+    except yaml.YAMLError:
+        return None
+    for node in nodes:  # grows as it goes
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        elif isinstance(node, yaml.MappingNode):
+            seen = set()
+            for key, value in node.value:
+                if key.value in seen and isinstance(key, yaml.ScalarNode):
+                    return key.value, key.start_mark.line + 1
+                if isinstance(key, yaml.ScalarNode):
+                    seen.add(key.value)
+                nodes.append(value)
+    return None

@@ -1,0 +1,89 @@
+"""Check what a checkpoint says and holds before anything of it goes into the module, as ``load_adapter`` does for its files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lora.adapter_io.metadata import META, understood
+from lightning_lora.strategies.adapted_part import AdaptedPart, parts_in
+from lightning_lora.utils.values import kind_of_numbers, nonfinite
+
+
+def check_parts(checkpoint: Mapping[str, Any], parts: Mapping[str, AdaptedPart], path: str) -> dict[str, dict[str, Any]]:
+    """Return root here → what the checkpoint says of the adapter there.
+
+    Raises:
+        ValueError: it is no adapter checkpoint, of a newer format or malformed, or was made with another config.
+    """
+    meta, tensors = checkpoint.get(META), checkpoint.get("state_dict")
+    if meta is None:
+        raise ValueError(
+            f"{path} was not written under LoRACallback. To start from a full checkpoint load it into the module before fit; to test"
+            " it leave LoRACallback out."
+        )
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
+        raise ValueError(f"{path}: its state_dict is no mapping from names to tensors.")
+    others = meta.get("others") if isinstance(meta, dict) else None
+    for said in (meta, *(others if isinstance(others, list) else ())):
+        understood(said, path)
+    metas = parts_in(meta, parts, path)
+    for root, said in metas.items():
+        part, config = parts[root], understood(said, path)[0]
+        if part.before_load is not None:
+            part.before_load(config)
+        different = config.differences(part.config)
+        if different:
+            raise ValueError(f"{path} was made with another LoRA config (its value != yours): {'; '.join(different)}.")
+    return metas
+
+
+def check_values(checkpoint: Mapping[str, Any], path: str) -> None:
+    """Refuse NaN and infinity in what trained. Buffers may hold them, as masks do.
+
+    Raises:
+        ValueError: the message names the first tensor and the switch.
+    """
+    tensors, beside = checkpoint["state_dict"], checkpoint[META].get("beside", ())
+    bad = nonfinite({name: value for name, value in tensors.items() if isinstance(value, Tensor) and name not in beside})
+    if bad:
+        raise ValueError(
+            f"{path}: {bad[0]} holds NaN or infinity ({len(bad)} tensors do), so a training from there cannot recover: take an earlier"
+            " checkpoint, or pass LoRACallback(allow_nonfinite=True) to go on anyway."
+        )
+
+
+def check_fits(saved: Mapping[str, Any], shapes: Mapping[str, torch.Size], places: Mapping[str, Tensor]) -> None:
+    """Check values against the parameters and buffers that they are for.
+
+    Args:
+        saved: name → value in the checkpoint.
+        shapes: name → full shape here.
+        places: name → parameter or buffer here, or a shard of it.
+
+    Raises:
+        ValueError: a value is no tensor, has another shape or numbers of another kind, or two values are for one parameter and differ.
+    """
+    owners: dict[int, str] = {}
+    for name in sorted(saved.keys() & shapes.keys()):
+        value, place = saved[name], places.get(name)
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} is a {type(value).__name__} in the checkpoint, not a tensor.")
+        if value.shape != shapes[name]:
+            raise ValueError(f"{name} has shape {tuple(value.shape)} in the checkpoint, {tuple(shapes[name])} here.")
+        if place is None:
+            continue
+        mine, theirs = kind_of_numbers(place.dtype), kind_of_numbers(value.dtype)
+        if mine != theirs:
+            raise ValueError(f"{name} has {theirs} numbers ({value.dtype}) in the checkpoint, {mine} ones ({place.dtype}) here.")
+        other = owners.setdefault(id(place), name)
+        if other != name and not _same(value, saved[other]):
+            first, second = sorted((name, other))
+            raise ValueError(f"{first} and {second} are one parameter here, and the checkpoint has two values for it.")
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and one.equal(other)

@@ -1,0 +1,62 @@
+"""Stop a training that has turned NaN, before it overwrites the last good checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor
+
+from lightning_lora.layers.base import kept_parameters
+from lightning_lora.utils.names import clean_name
+from lightning_lora.utils.values import nonfinite
+
+
+def check_finite(strategy: Strategy, tensors: Mapping[str, Tensor]) -> None:
+    """Raise on every process if what trains holds NaN or infinity on one of them. A collective.
+
+    Raises:
+        RuntimeError: the message names the first tensor and the switch.
+    """
+    bad = nonfinite(tensors)
+    if strategy.reduce_boolean_decision(bool(bad), all=False):
+        what = f"{bad[0]} holds NaN or infinity ({len(bad)} of {len(tensors)} trained tensors do)" if bad else "it holds NaN elsewhere"
+        raise RuntimeError(
+            f"training stops and writes no checkpoint: {what}. Earlier checkpoints are good: resume from the last one with a lower learning"
+            " rate or gradient_clip_val, or look at the batches since. LoRACallback(allow_nonfinite=True) goes on instead."
+        )
+
+
+class FiniteCheck:
+    """Looks at what trains now and then: reading it means to wait for the device, so not in every batch.
+
+    Args:
+        strategy: the trainer's.
+        module: whose parameters train.
+        every: batches from one look to the next. Lightning's ``log_every_n_steps`` is the number at which it waits to log.
+    """
+
+    def __init__(self, strategy: Strategy, module: LightningModule, every: int) -> None:
+        self.strategy, self.module, self.every = strategy, module, every
+        self._batches = 0
+
+    def after_batch(self) -> None:
+        """Count the batch, and look if enough went by.
+
+        Raises:
+            RuntimeError: as :func:`check_finite`.
+        """
+        self._batches += 1
+        if self._batches >= self.every:
+            self.finish()
+
+    def finish(self) -> None:
+        """Look, if a batch came since.
+
+        Raises:
+            RuntimeError: as :func:`check_finite`.
+        """
+        if self._batches:
+            self._batches = 0
+            check_finite(self.strategy, {clean_name(name): p for name, p in kept_parameters(self.module)})

@@ -1,0 +1,80 @@
+"""Locks between processes that end with their owner: a killed owner holds nothing, and a stale lock file means nothing.
+
+The lock is ``flock`` on a hidden file beside the path. The owner removes that file at the end. Whoever waited for it then holds the lock
+of a file without a name, and opens the new one.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+LONGEST = 600.0  # seconds to wait for another owner
+PAUSE = 0.02  # seconds between two attempts
+
+
+def lock_file(path: Path) -> Path:
+    """Return the file whose lock stands for a path."""
+    return path.with_name(f".{path.name}.lock")
+
+
+@contextmanager
+def exclusive(file: Path) -> Iterator[bool]:
+    """Wait for a lock, and hold it while the ``with`` block runs.
+
+    Args:
+        file: the lock file, from :func:`lock_file`; its folder must exist.
+
+    Yields:
+        True; False on a system or filesystem without such locks, where nothing is held.
+
+    Raises:
+        RuntimeError: another process held the lock for ten minutes.
+    """
+    handle = _acquire(file)
+    if handle is None:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        try:
+            with suppress(OSError):  # a file that stays does no harm
+                os.unlink(file)
+        finally:
+            os.close(handle)
+
+
+def _acquire(file: Path) -> int | None:
+    """Return the handle that holds the lock; None where there are no locks."""
+    end = time.monotonic() + LONGEST
+    while fcntl is not None:
+        try:
+            handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        except PermissionError:  # another user's, whose process was killed
+            return None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), os.stat(file)):
+                    return handle
+            os.close(handle)  # its owner has removed the file meanwhile
+        except BlockingIOError:
+            os.close(handle)
+            if time.monotonic() > end:
+                raise RuntimeError(f"another process holds {file} since {LONGEST:.0f} s: stop it, or choose another folder.") from None
+            time.sleep(PAUSE)
+        except OSError:  # NFS, Lustre and FUSE may have none
+            os.close(handle)
+            with suppress(FileNotFoundError):
+                os.unlink(file)
+            return None
+    return None

@@ -1,0 +1,202 @@
+"""Write several files into a folder as one commit: a kill, a full disk or a second writer leaves the old files or the new ones, never some.
+
+The files are staged in a new folder, which gets hard links to the other files of the old one and takes its place
+(:mod:`lightning_lora.utils.folders`). One writer at a time does so.
+
+Some folders cannot be replaced: a mount point, the working directory, a folder of another user, one with folders in it, one whose parent is
+not writable. There the staged files are moved in one by one. The last one named, without which nobody reads the others, is put aside
+before that and comes last.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TypeVar
+
+from lightning_lora.utils.atomic_files import ABANDONED, sync_folder
+from lightning_lora.utils.file_locks import exclusive
+from lightning_lora.utils.folders import aside, erase, put_back, standing, take_place
+
+T = TypeVar("T")
+ATTEMPTS = 100
+
+
+@contextmanager
+def commit(folder: Path, names: Sequence[str], check: Callable[[], object]) -> Iterator[Path]:
+    """Yield a new folder to write the files into. At the end they are in ``folder``, all at once; after an error it is unchanged.
+
+    Args:
+        folder: created if it does not exist. Its other files stay.
+        names: of the files; the last is the one that is read first.
+        check: raises if the folder must not be written to. It is called once no other writer is at work.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written to.
+        RuntimeError: another process has been writing to it for ten minutes.
+    """
+    folder = Path(os.path.realpath(folder))
+    made = [path for path in folder.parents if not path.exists()]
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        home = _home(folder)
+        with exclusive(home / f".{folder.name}.lock") as alone:
+            put_back(folder)
+            check()
+            with _staging(folder, home, alone) as staged:
+                linked = _link_others(folder, staged, names) if home != folder else None
+                yield staged
+                if linked is None:
+                    _move_in(staged, folder, names)
+                else:
+                    old = take_place(staged, folder)
+                    _bring_late(old, folder, names, linked)
+                    erase(old)
+    except BaseException:
+        for path in made:
+            with suppress(OSError):  # another process has put something there
+                path.rmdir()
+        raise
+
+
+def occupied(folder: Path) -> bool:
+    """Return whether a folder has anything in it but what a writer stages."""
+    folder = Path(os.path.realpath(folder))
+    return folder.is_dir() and any(not _is_ours(name, folder) for name in os.listdir(folder))
+
+
+def read_undisturbed(folder: Path, names: Sequence[str], read: Callable[[Path], T]) -> T:
+    """Return what ``read`` returns for a folder, from one commit: if another was made meanwhile, it is read again.
+
+    Args:
+        folder: the folder. ``read`` gets where it stands.
+        names: of the files in it.
+        read: reads the files. What it raises is raised, if no other commit was made meanwhile.
+
+    Raises:
+        ValueError: commits are made all the time.
+    """
+    for _ in range(ATTEMPTS):
+        before = _stamps(folder, names)
+        try:
+            content = read(standing(folder))
+        except (ValueError, OSError):
+            if _stamps(folder, names) == before:
+                raise
+            continue
+        if _stamps(folder, names) == before:
+            return content
+    raise ValueError(f"{folder} was written to during each of {ATTEMPTS} attempts to read it; stop the other process.")
+
+
+def _stamps(folder: Path, names: Sequence[str]) -> list[tuple[int, ...] | None]:
+    """Return what changes when a file is replaced."""
+    stamps: list[tuple[int, ...] | None] = []
+    for path in (folder, *(folder / name for name in names)):
+        try:
+            stat = path.stat()
+        except OSError:
+            stamps.append(None)
+        else:
+            stamps.append((stat.st_dev, stat.st_ino, *((stat.st_mtime_ns, stat.st_size) if path != folder else ())))
+    return stamps
+
+
+def _home(folder: Path) -> Path:
+    """Return where to stage: beside the folder, or in it if nothing can be renamed from there."""
+    if not folder.is_dir():
+        return folder.parent
+    mounted = os.path.ismount(folder) or folder.stat().st_dev != folder.parent.stat().st_dev
+    return folder if mounted or not os.access(folder.parent, os.W_OK) else folder.parent
+
+
+def _is_working_directory(folder: Path) -> bool:
+    try:
+        return Path.cwd().is_relative_to(folder)
+    except FileNotFoundError:  # the working directory is gone
+        return False
+
+
+@contextmanager
+def _staging(folder: Path, home: Path, alone: bool) -> Iterator[Path]:
+    """Yield a new folder beside or in the target, and remove what is left of it. Remove those of killed writers first."""
+    staged = home / f".{folder.name}.{secrets.token_hex(4)}.tmp"
+    staged.mkdir()
+    try:
+        now = staged.stat().st_mtime  # by the filesystem's own clock
+        for name in filter(re.compile(_staged(folder)).fullmatch, os.listdir(home)):
+            with suppress(OSError):
+                if name != staged.name and (alone or now - (home / name).stat().st_mtime > ABANDONED):
+                    erase(home / name)
+        yield staged
+    finally:
+        erase(staged)
+
+
+def _link_others(folder: Path, staged: Path, names: Sequence[str]) -> dict[str, int] | None:
+    """Link the folder's other files into the staged one. Return name → inode; None if the folder has to stay.
+
+    Its owner, group and permissions go with it.
+    """
+    if not folder.is_dir():
+        return {}
+    mine, new, linked = folder.stat(), staged.stat(), {}
+    if (mine.st_uid, mine.st_gid) != (new.st_uid, new.st_gid) or _is_working_directory(folder):
+        return None
+    for entry in _entries(folder):
+        if not entry.is_symlink() and not entry.is_file():
+            return None
+        if entry.name in names or entry.name == aside(folder / names[-1]).name:
+            continue
+        try:
+            os.link(entry.path, staged / entry.name, follow_symlinks=False)
+        except FileNotFoundError:  # it was removed meanwhile
+            continue
+        except OSError:  # a filesystem without links, or a file of another user
+            return None
+        linked[entry.name] = entry.inode()
+    shutil.copystat(folder, staged)
+    return linked
+
+
+def _bring_late(old: Path, folder: Path, names: Sequence[str], linked: dict[str, int]) -> None:
+    """Move what others put into the old folder after its files were linked."""
+    for entry in _entries(old) if old.is_dir() else ():
+        if entry.name not in names and linked.get(entry.name) != entry.inode() and entry.name != aside(folder / names[-1]).name:
+            os.replace(entry.path, folder / entry.name)
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return list(entries)
+
+
+def _move_in(staged: Path, folder: Path, names: Sequence[str]) -> None:
+    """Move the staged files into the folder one by one."""
+    last = folder / names[-1]
+    there, old = last.is_file(), aside(last)
+    if there and last.read_bytes() != (staged / names[-1]).read_bytes():
+        os.replace(last, old)
+        sync_folder(folder)
+    try:
+        for name in names:
+            os.replace(staged / name, folder / name)
+            sync_folder(folder)
+    except OSError:
+        if there and (staged / names[0]).exists():  # nothing was moved yet
+            put_back(last)
+        raise
+    erase(old)
+
+
+def _is_ours(name: str, folder: Path) -> bool:
+    return re.fullmatch(rf"{_staged(folder)}|\.{re.escape(folder.name)}\.lock", name) is not None
+
+
+def _staged(folder: Path) -> str:
+    return rf"\.{re.escape(folder.name)}\.[0-9a-f]{{8}}\.tmp"

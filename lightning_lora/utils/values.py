@@ -1,0 +1,35 @@
+"""Ask tensors for the values that must not be there: NaN, infinity, numbers of another kind than a place holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.utils.sharding import local_tensor
+
+
+def nonfinite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the tensors that hold NaN or infinity, in their order; of a sharded one this rank's shard is read.
+
+    Waits for a device once per dtype, however many tensors are there.
+    """
+    groups: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        mine = local_tensor(tensor.detach())
+        if type(mine) in (Tensor, nn.Parameter) and mine.numel() and (mine.is_floating_point() or mine.is_complex()):
+            groups.setdefault((mine.device, mine.dtype), {})[name] = mine
+    bad: set[str] = set()
+    for group in groups.values():
+        largest = torch._foreach_norm(list(group.values()), float("inf"))  # NaN and infinity pass on
+        finite = torch.stack(largest).isfinite().tolist()
+        bad |= {name for name, fine in zip(group, finite, strict=True) if not fine}
+    return [name for name in tensors if name in bad]
+
+
+def kind_of_numbers(dtype: torch.dtype) -> str:
+    """Return "floating-point", "complex", "boolean" or "integer". A copy between two of them loses values, or their meaning."""
+    if dtype.is_floating_point:
+        return "floating-point"
+    return "complex" if dtype.is_complex else "boolean" if dtype is torch.bool else "integer"

@@ -1,0 +1,76 @@
+from pathlib import Path
+
+import torch
+import transformers
+
+from lightning_lora import load_adapter
+from lightning_lora.cli.main import main
+from tests import tiny_lm
+
+
+def test_inspect_a_model_reads_no_weights(model, tmp_path, capsys):
+    folder = tmp_path / "config-only"
+    folder.mkdir()
+    (folder / "config.json").write_bytes(Path(model, "config.json").read_bytes())
+    assert main(["inspect", str(folder), "--lora.rank=4", "--lora.target_modules=all-linear"]) == 0
+    assert "LoRA on 14 modules" in capsys.readouterr().out
+
+
+def test_inspect_an_adapter_and_a_checkpoint(adapter, config, tmp_path, capsys):
+    assert main(["inspect", adapter]) == 0
+    output = capsys.readouterr().out
+    assert "rank=4" in output and "q_proj.lora_A  (4, 32)  float32" in output and "8 tensors, 896 parameters" in output
+    assert main(["fit", "--config", config, "--trainer.limit_train_batches=1"]) == 0
+    (checkpoint,) = (tmp_path / "run").glob("checkpoints/*.ckpt")
+    capsys.readouterr()
+    assert main(["inspect", str(checkpoint)]) == 0
+    assert "rank=2" in capsys.readouterr().out
+
+
+def test_merge_gives_the_adapted_models_logits_and_plain_classes(model, adapter, tmp_path):
+    out = tmp_path / "merged"
+    assert main(["merge", model, adapter, str(out)]) == 0
+    ids = torch.arange(4, 14)[None]
+    base, merged = (transformers.AutoModelForCausalLM.from_pretrained(folder) for folder in (model, out))
+    assert merged.state_dict().keys() == base.state_dict().keys()
+    with torch.no_grad():
+        plain, ours = base(ids).logits, merged(ids).logits
+        theirs = load_adapter(base, adapter)(ids).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert (ours - plain).abs().max() > 1e-2
+    assert transformers.AutoTokenizer.from_pretrained(out)("blue").input_ids == tiny_lm.tokenizer()("blue").input_ids
+
+
+def test_merge_never_loses_what_is_there(model, adapter, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("precious")
+    assert main(["merge", model, adapter, str(out)]) == 1
+    assert "is not empty; name another folder, or pass --overwrite" in capsys.readouterr().err
+    assert main(["merge", model, "/no/such/adapter", str(out), "--overwrite"]) == 1
+    assert [file.name for file in tmp_path.rglob("*")] == ["out", "old"]
+    assert main(["merge", model, adapter, model, "--overwrite"]) == 1
+    assert "which it is made from" in capsys.readouterr().err and Path(model, "model.safetensors").is_file()
+    assert main(["merge", model, adapter, str(out), "--overwrite"]) == 1
+    assert "holds 'old': --overwrite replaces a model" in capsys.readouterr().err and (out / "old").read_text() == "precious"
+    (out / "old").unlink()
+    for _ in range(2):
+        assert main(["merge", model, adapter, str(out), "--overwrite"]) == 0
+    assert (out / "model.safetensors").is_file()
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+    assert main(["merge", model, adapter, str(out / "model.safetensors")]) == 1
+    assert "is a file; name a folder" in capsys.readouterr().err
+
+
+def test_generate_answers_with_and_without_the_adapter(model, adapter, capsys):
+    answers = []
+    for extra in ([], ["--adapter", adapter], ["--system", "name a colour"]):
+        assert main(["generate", model, "which colour is the sky", "--max_new_tokens=6", *extra]) == 0
+        answers.append(capsys.readouterr().out.strip())
+    assert len(set(answers)) == 3
+
+    network, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(model), tiny_lm.tokenizer()
+    chat = [{"role": "user", "content": "which colour is the sky"}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    expected = network.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+    assert answers[0] == tokenizer.decode(expected, skip_special_tokens=True)

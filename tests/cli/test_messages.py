@@ -1,0 +1,64 @@
+import pytest
+from jsonargparse import ArgumentError
+
+from lightning_lora.cli.messages import UsageError, check_not_null, nearest, one_line, usage
+
+UNION = """Parser key "data":
+  Does not validate against any of the Union subtypes
+  Subtypes: [<class 'LightningDataModule'>, <class 'NoneType'>]
+  Errors:
+    - Problem with given class_path 'lightning_lora.data.InstructionDataModule':
+        Parser key "batch_size":
+          Not of type PositiveInt: 0 does not conform to restriction v>0
+    - Expected a <class 'NoneType'>
+  Given value type: <class 'jsonargparse._util.NestedArg'>
+  Given value: NestedArg(key='batch_size', val='0')"""
+LITERALS = """Parser key "trainer.precision":
+  Does not validate against any of the Union subtypes
+  Subtypes: [typing.Literal[64, 32], typing.Literal['bf16'], <class 'NoneType'>]
+  Errors:
+    - Expected a typing.Literal[64, 32]
+    - Expected a typing.Literal['bf16']
+    - Expected a <class 'NoneType'>
+  Given value type: <class 'str'>
+  Given value: 8"""
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (UNION, "data.batch_size: 0 is not allowed: v>0"),
+        (LITERALS, "trainer.precision: expected one of 64, 32; expected one of 'bf16', got 8"),
+        ("Parser key \"dtype\":\n  Expected a <class 'bool'>. Got value: maybe", "dtype: expected bool. Got value: maybe"),
+        ("unrecognized arguments: --rnk=2", "no option 'rnk'; did you mean 'rank'?"),
+        ("unrecognized arguments: you", "unrecognized arguments: you"),
+        ("Subcommand 'fit' does not accept option 'a.rnk'", "no option 'a.rnk'; did you mean 'rank'?"),
+        ("first\n\n  second", "first second"),
+        ("", "ArgumentError"),
+    ],
+)
+def test_one_line(text, line):
+    assert one_line(ArgumentError(None, text), ["rank", "alpha"]) == line
+
+
+def test_nearest_knows_names_that_stand_elsewhere():
+    assert nearest("rank", ["lora.config.rank", "model.model"]) == "; did you mean 'lora.config.rank'?"
+    assert nearest("nothing", ["lora.config.rank"]) == ""
+
+
+def test_usage_turns_what_means_a_wrong_option():
+    for error in (ValueError("a"), ArgumentError(None, "a"), TypeError("a")):
+        with pytest.raises(UsageError, match=r"^trainer: a$"), usage(TypeError, where="trainer: "):
+            raise error
+    with pytest.raises(TypeError), usage():
+        raise TypeError("a fault in the code")
+
+
+def test_null_only_where_none_is_allowed():
+    def function(rate: float, name: str | None, limit: int = None, many: int = 3):  # noqa: RUF013
+        """Arguments of all kinds."""
+
+    check_not_null(function, {"rate": 1.0, "name": None, "limit": None, "many": 1})
+    for wrong in ("rate", "many"):
+        with pytest.raises(UsageError, match=f"^model.{wrong}=null: give a value"):
+            check_not_null(function, {wrong: None}, "model.")

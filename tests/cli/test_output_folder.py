@@ -1,0 +1,103 @@
+"""A folder is replaced whole, only if it is a model's; what a killed run left is taken away, what it took is brought back."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_lora.cli.output_folder import replaced_folder
+
+
+def fill(folder: Path, **files: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, text in (files or {"config.json": "old", "model.safetensors": "old"}).items():
+        (folder / name).write_text(text)
+    return folder
+
+
+def write(out: Path, overwrite: bool = False, keep: tuple[str, ...] = ()) -> None:
+    with replaced_folder(str(out), overwrite, keep) as folder:
+        fill(folder, **{"config.json": "new"})
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        ({"config.json": "", "notes.txt": ""}, "holds 'notes.txt'"),
+        ({"config.json": "", "results.json": ""}, "holds 'results.json'"),
+        ({"model.safetensors": ""}, "has no config.json"),
+    ],
+)
+def test_overwrite_replaces_models_only(tmp_path, files, named):
+    out = fill(tmp_path / "out", **files)
+    with pytest.raises(ValueError, match=f"{named}: --overwrite replaces a model"):
+        write(out, overwrite=True)
+    assert {file.name for file in out.iterdir()} == files.keys() and os.listdir(tmp_path) == ["out"]
+
+
+def test_a_folder_in_a_models_folder_is_not_the_models(tmp_path):
+    (fill(tmp_path / "out") / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match="holds 'checkpoints'"):
+        write(tmp_path / "out", overwrite=True)
+
+
+def test_a_models_folder_is_replaced_when_asked(tmp_path):
+    out = fill(tmp_path / "out")
+    with pytest.raises(ValueError, match="is not empty; name another folder, or pass --overwrite"):
+        write(out)
+    write(out, overwrite=True)
+    assert [(file.name, file.read_text()) for file in out.iterdir()] == [("config.json", "new")]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_failure_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError, match="disk"), replaced_folder(str(tmp_path / "a" / "b"), False, ()):
+        raise RuntimeError("disk full")
+    assert not os.listdir(tmp_path)
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    for out in ("file/x", "/proc/none"):
+        with pytest.raises(ValueError, match=f"^out='.*{out}' cannot be written: "):
+            write(tmp_path / out)
+    with pytest.raises(ValueError, match=r"^out='' is empty"), replaced_folder("", False, ()):
+        pass
+
+
+KILLED = """
+import os, sys
+from lightning_lora.cli.output_folder import replaced_folder
+moves = iter(range(2))
+real = os.replace
+def replace(source, target):
+    real(source, target)
+    if next(moves) == {moves} - 1: os._exit(9)
+os.replace = replace
+with replaced_folder(sys.argv[1], True, ()) as folder:
+    (folder / "config.json").write_text("killed")
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs file locks")
+@pytest.mark.parametrize(("moves", "there"), [(1, "old"), (2, "killed")])
+def test_a_killed_run_costs_nothing(tmp_path, moves, there):
+    out = fill(tmp_path / "out")
+    code = KILLED.format(moves=moves)
+    assert subprocess.run([sys.executable, "-c", code, str(out)]).returncode == 9
+    assert len(os.listdir(tmp_path)) == (1 if moves == 1 else 2)  # its staging folder is there, `out` perhaps not
+    with pytest.raises(ValueError, match="is not empty"):  # what it had moved away is back
+        write(out)
+    assert (out / "config.json").read_text() == there and os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs file locks")
+def test_a_run_that_lives_keeps_its_folder(tmp_path):
+    with replaced_folder(str(tmp_path / "out"), False, ()) as mine:
+        fill(mine, **{"config.json": "mine"})
+        write(tmp_path / "out")
+        assert (mine / "config.json").read_text() == "mine"
+        (tmp_path / "out" / "config.json").unlink()
+    assert (tmp_path / "out" / "config.json").read_text() == "mine"

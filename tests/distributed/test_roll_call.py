@@ -1,0 +1,163 @@
+"""A process that raises ends the others, with the cause; one that hangs is named; other settings on another rank are refused."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.distributed as dist
+
+from lightning_lora import LoRACallback
+from lightning_lora.strategies import roll_call
+from tests.distributed.nets import CONFIG
+from tests.distributed.pool import Pool
+from tests.distributed.runs import run
+
+STRATEGIES = ["ddp", "fsdp full", "fsdp2 full", "fsdp2 after", "lora_fsdp2", "tp"]
+OTHERS: dict[str, tuple[dict[str, Any], str]] = {
+    "alpha": ({"alpha": 16}, "alpha=8.0 on rank 0, 16.0 on rank 1"),
+    "dropout": ({"dropout": 0.1}, "dropout=0.0 on rank 0, 0.1 on rank 1"),
+    "rank": ({"rank": 2}, "rank=4 on rank 0, 2 on rank 1"),
+    "targets": ({"target_modules": ["q"]}, "target_modules=['q', 'v', 'fc1', 'fc2'] on rank 0, ['q'] on rank 1"),
+    "lora_plus_ratio": ({}, "lora_plus_ratio=1.0 on rank 0, 16.0 on rank 1"),
+}
+
+
+def run_with_others(name: str, what: str, folder: str) -> str:
+    """A run with another setting on the second rank; the error."""
+    fields, _ = OTHERS[what] if dist.get_rank() else ({}, "")
+    ratio = 16.0 if what == "lora_plus_ratio" and dist.get_rank() else 1.0
+    steps: list[int] = []
+
+    class Steps(L.Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            steps.append(1)
+
+    with pytest.raises(ValueError) as error:
+        run(name, folder, 1, config=replace(CONFIG, **fields), lora_plus_ratio=ratio, more=(Steps(),))
+    assert not steps, "before the first step"
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [*((name, "alpha") for name in STRATEGIES), *(("ddp", what) for what in OTHERS if what != "alpha")]
+)
+def test_other_settings_on_another_rank(pool: Any, tmp_path: Path, name: str, what: str) -> None:
+    """An error on both, which has both values."""
+    first, second = pool.run(run_with_others, name, what, str(tmp_path))
+    assert first == second
+    assert OTHERS[what][1] in first and "Give every process the same" in first
+
+
+class Raises(L.Callback):
+    """The second rank raises, or hangs, at a place of the run; the others do not."""
+
+    def __init__(self, where: str, action: Callable[[], None]) -> None:
+        self.where, self.action = where, action
+
+    def on_fit_start(self, *args: Any) -> None:
+        self._at("fit_start")
+
+    def on_before_backward(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == 1:
+            self._at("step")
+
+    def on_save_checkpoint(self, *args: Any) -> None:
+        self._at("save")
+
+    def _at(self, where: str) -> None:
+        if where == self.where and dist.get_rank() == 1:
+            self.action()
+
+
+def fails() -> None:
+    raise KeyError("no such row")
+
+
+def hangs() -> None:
+    time.sleep(30)
+
+
+def run_where_one(action: Callable[[], None], name: str, where: str, folder: str) -> tuple[str, str]:
+    """The type and text of the first rank's error. The second one's process ends with its error, as a script does."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    timeout = timedelta(seconds=60 if action is fails else 2)
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=Path(folder, "meeting").as_uri(), rank=rank, world_size=world, timeout=timeout)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Exception) as error:
+        patch.setattr(roll_call, "GRACE", 0.2)
+        run(name, folder, 1, save=True, more=(Raises(where, action),))
+    text = "\n".join([str(error.value), *getattr(error.value, "__notes__", [])])
+    if rank == 1:
+        Path(folder, "second").write_text(f"{type(error.value).__name__}: {text}")
+        os._exit(1)
+    return type(error.value).__name__, text
+
+
+def first_of(action: Callable[[], None], name: str, where: str, folder: Path) -> tuple[str, str]:
+    """Run it in workers of its own, because process groups do not survive it. Return what the first rank's error says."""
+    workers = Pool(2)
+    try:
+        workers.run(len, "")  # starts them
+        for _, pipe in workers.workers:
+            pipe.send((run_where_one, (action, name, where, str(folder))))
+        _, pipe = workers.workers[0]
+        assert pipe.poll(25), "the first rank waits"
+        ok, value = pipe.recv()
+        assert ok, value
+        return value
+    finally:
+        workers.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "where"), [*((name, "step") for name in ("ddp", "fsdp full", "fsdp2 full", "tp")), ("ddp", "fit_start"), ("ddp", "save")]
+)
+def test_one_that_raises_ends_the_other(tmp_path: Path, name: str, where: str) -> None:
+    """With the cause, and long before the minute that its collective would wait."""
+    kind, said = first_of(fails, name, where, tmp_path)
+    assert kind in ("RuntimeError", "DistBackendError")
+    assert "Rank 1 raised first: KeyError: 'no such row'" in said
+    assert (tmp_path / "second").read_text().startswith("KeyError: 'no such row'")
+
+
+def test_one_that_hangs_is_named(tmp_path: Path) -> None:
+    """Within the process group's timeout."""
+    kind, said = first_of(hangs, "ddp", "step", tmp_path)
+    assert kind == "RuntimeError" and "Rank 1 did not raise within 0.4 s: it hangs, ended, or waits for this process." in said
+
+
+def raise_on_both(folder: str) -> str:
+    """Both raise the same at the same place; the process group is there afterwards."""
+
+    class Both(L.Callback):
+        def on_before_backward(self, *args: Any) -> None:
+            raise ZeroDivisionError("on both")
+
+    with pytest.raises(ZeroDivisionError) as error:
+        run("ddp", folder, 1, more=(Both(),))
+    dist.barrier()
+    return str(error.value)
+
+
+def test_what_all_raise_stays_as_it_is(pool: Any, tmp_path: Path) -> None:
+    assert pool.run(raise_on_both, str(tmp_path)) == ["on both"] * 2
+
+
+def test_an_error_on_one_process_stays_as_it_is(tmp_path: Path) -> None:
+    class Fails(L.Callback):
+        def on_before_backward(self, *args: Any) -> None:
+            raise ZeroDivisionError("alone")
+
+    with pytest.raises(ZeroDivisionError) as error:
+        run("single", str(tmp_path), 1, more=(Fails(),))
+    assert str(error.value) == "alone"
+    assert torch.is_grad_enabled() and LoRACallback()._roll_call is None
