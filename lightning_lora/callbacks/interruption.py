@@ -97,14 +97,6 @@ class Interruption(Callback):
             raise SIGTERMException
 
 
-def handle_interruptions(trainer: Trainer) -> list[Callback]:
-    """Add `Interruption` to a trainer that has none, and return all its callbacks."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    if not any(isinstance(callback, Interruption) for callback in callbacks):
-        callbacks.append(Interruption())
-    return callbacks
-
-
 def _folder(trainer: Trainer) -> str | None:
     """Where the trainer saves checkpoints; None if it saves none, or saves one on exceptions itself."""
     savers: list[Any] = trainer.checkpoint_callbacks

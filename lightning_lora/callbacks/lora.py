@@ -16,12 +16,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from lightning_lora.callbacks.companions import add_companions
 from lightning_lora.callbacks.dropout import wake_and_log
 from lightning_lora.callbacks.gradient_check import BATCHES, CURE, GradientCheck
-from lightning_lora.callbacks.interruption import handle_interruptions
 from lightning_lora.callbacks.out_of_memory import advise
 from lightning_lora.callbacks.processes import begin_together
-from lightning_lora.callbacks.refusals import check_apart, check_mergeable, check_optimizers, frozen_parts, recordable
+from lightning_lora.callbacks.refusals import check_apart, check_fit, check_mergeable, frozen_parts, recordable
 from lightning_lora.callbacks.start_report import log_start
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import lora_layers
@@ -34,18 +34,9 @@ from lightning_lora.model.quantize import quantize_base
 from lightning_lora.model.targeting import TargetReport, find_targets
 from lightning_lora.optim.groups import check_ratio
 from lightning_lora.quantization.formats import quantizer_of
-from lightning_lora.strategies import (
-    AdaptedPart,
-    FiniteCheck,
-    RollCall,
-    StrategyHooks,
-    arrange,
-    check_equal,
-    check_supported,
-    convert_base,
-    synchronize,
-)
-from lightning_lora.strategies.savable import check_savable
+from lightning_lora.strategies import AdaptedPart, FiniteCheck, RollCall, StrategyHooks
+from lightning_lora.strategies.equal_ranks import check_equal, synchronize
+from lightning_lora.strategies.support import arrange, check_supported, convert_base
 from lightning_lora.utils.names import adapter_root
 from lightning_lora.utils.sharding import is_sharded
 
@@ -125,7 +116,7 @@ class LoRACallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Inject, freeze and report. A model that is built in ``configure_model`` is adapted right after that."""
-        mine = [c for c in handle_interruptions(trainer) if isinstance(c, LoRACallback)]
+        mine = [c for c in add_companions(trainer) if isinstance(c, LoRACallback)]
         self._roll_call = begin_together(self.config, vars(self), mine[0] is self)
         check_supported(trainer)
         check_apart(self.module, [c.module for c in mine if c is not self])
@@ -144,8 +135,7 @@ class LoRACallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise ValueError if an optimizer lacks a parameter that should train, or has none, or if no checkpoint can be written."""
-        check_optimizers(trainer.optimizers, pl_module, self._target(pl_module))
-        check_savable(trainer, pl_module)
+        check_fit(trainer, pl_module, self._target(pl_module))
         let_gradients_in(pl_module)  # gradient checkpointing may have been enabled after the injection
         self._gradients, self._compare = GradientCheck(self._target(pl_module)) if self.check_gradients else None, True
         every = trainer.log_every_n_steps or BATCHES  # type: ignore[attr-defined]

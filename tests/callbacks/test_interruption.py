@@ -12,7 +12,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
 from lightning_lora import LoRACallback, get_lora_parameters
-from lightning_lora.callbacks.interruption import NAME, Interruption, handle_interruptions
+from lightning_lora.callbacks.companions import add_companions
+from lightning_lora.callbacks.interruption import NAME, Interruption
 from tests.lit import CONFIG, LitNet, trainer
 
 pytestmark = pytest.mark.filterwarnings(
@@ -104,5 +105,5 @@ def test_a_test_run_that_is_stopped_says_so(tmp_path: Path) -> None:
 def test_a_trainer_gets_one_and_keeps_it(tmp_path: Path) -> None:
     made = trainer(tmp_path, max_epochs=1)
     for _ in range(2):
-        assert handle_interruptions(made) is made.callbacks
+        assert add_companions(made) is made.callbacks
     assert sum(isinstance(callback, Interruption) for callback in made.callbacks) == 1
