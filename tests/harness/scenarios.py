@@ -172,7 +172,7 @@ def fit(folder: Path, steps: int, log: Path) -> None:
     trainer.fit(Lit(log), ckpt_path=str(last) if last.exists() else None)
 
 
-def resumed_fits(root: Path, kills: int, seed: int, steps: int = 200) -> tuple[int, int]:
+def resumed_fits(root: Path, kills: int, seed: int, steps: int = 40) -> tuple[int, int]:
     """Kill fits at random moments, resume each from its last checkpoint, and compare every loss with an uninterrupted run's, to the bit.
 
     Returns:
