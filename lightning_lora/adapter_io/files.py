@@ -23,6 +23,7 @@ from torch import Tensor
 from lightning_lora.adapter_io import peft_format
 from lightning_lora.adapter_io.integrity import check_fields, seal
 from lightning_lora.adapter_io.metadata import FORMAT_VERSION, META, parsed, understood
+from lightning_lora.adapter_io.peft_names import PREFIX, our_names
 from lightning_lora.config import LoRAConfig
 from lightning_lora.utils.atomic_files import write_atomic
 from lightning_lora.utils.folder_commit import commit, read_undisturbed
@@ -40,7 +41,8 @@ class AdapterFile:
         config: how the layers were adapted.
         tensors: by their names in the adapted model (``layers.0.q_proj.lora_A``), relative to the adapted model itself.
         base: the base's identity; None in files that PEFT wrote.
-        beside: names of tensors that a checkpoint holds beside the adapter and what trained: buffers, base weights that changed.
+        beside: names of tensors beside the adapter and what trained: buffers, base weights that changed.
+        fields: the JSON of a folder that PEFT wrote; ``config`` is then what it says without a model.
         extra_state: name in a state dict → a module's extra state, from a checkpoint.
         outside: the same two, of the task around the adapted model, by their names there; for the adapted model alone they have no place.
         damaged: True if the checksum in the file is not that of its content. It is the last thing to refuse, since what is wrong may be
@@ -51,6 +53,7 @@ class AdapterFile:
     tensors: dict[str, Tensor]
     base: dict[str, Any] | None
     beside: frozenset[str] = frozenset()
+    fields: dict[str, Any] | None = None
     extra_state: dict[str, Any] = field(default_factory=dict)
     outside: dict[str, Any] = field(default_factory=dict)
     damaged: bool = False
@@ -88,8 +91,8 @@ def write_folder(folder: Path, content: AdapterFile, fields: dict[str, Any], che
         fields: the content of ``adapter_config.json``.
         check: raises if the folder must not be written to; called once no other process writes to it.
     """
-    tensors = {peft_format.PREFIX + name: tensor.detach().cpu().clone().contiguous() for name, tensor in content.tensors.items()}
-    meta = content.meta(json=fields)
+    tensors = {PREFIX + name: tensor.detach().cpu().clone().contiguous() for name, tensor in content.tensors.items()}
+    meta = content.meta(json=fields, **({"beside": sorted(content.beside)} if content.beside else {}))
     data = safetensors.torch.save(tensors, {"format": "pt", META: json.dumps(meta | {"checksum": seal(meta, tensors)})})
     text = (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
     with commit(folder, (TENSORS, CONFIG), check) as staged:
@@ -116,18 +119,19 @@ def _read_folder(folder: Path) -> AdapterFile:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is not a readable safetensors file (truncated?): {error}") from error
     meta = parsed(said, f"{file}: its {META} metadata", kinds=(dict, NoneType))
-    named = {peft_format.our_name(name, str(file)): tensor for name, tensor in tensors.items() if ".original_module." not in name}
-    for name in tensors.keys() if len(named) < len(tensors) else ():
-        other = named.get(peft_format.our_name(name, str(file)), tensors[name])
-        if ".original_module." not in name and not (other.dtype == tensors[name].dtype and other.equal(tensors[name])):
+    named: dict[str, Tensor] = {}
+    for name, ours in our_names(tensors, str(file)).items():
+        twin = named.setdefault(ours, tensors[name])
+        if twin is not tensors[name] and not (twin.dtype == tensors[name].dtype and twin.equal(tensors[name])):
             raise ValueError(f"{file} holds two tensors for the parameter of {name!r}, with different values.")
     if meta is None:  # PEFT wrote the file
-        fields = _read_json(standing(folder / CONFIG))
-        return AdapterFile(peft_format.from_peft(fields, str(folder / CONFIG), named), named, None)
+        words = _read_json(standing(folder / CONFIG))
+        return AdapterFile(peft_format.from_peft(words, str(folder / CONFIG), named), named, None, fields=words)
     config, base, _ = understood(meta, str(file))
     if (folder / CONFIG).is_file():
         check_fields(_read_json(folder / CONFIG), meta, config, named, str(folder / CONFIG))
-    return AdapterFile(config, named, base, damaged="checksum" in meta and seal(meta, tensors) != meta["checksum"])
+    damaged = "checksum" in meta and seal(meta, tensors) != meta["checksum"]
+    return AdapterFile(config, named, base, frozenset(meta.get("beside", ())), damaged=damaged)
 
 
 def _read_checkpoint(file: Path) -> AdapterFile:
@@ -150,7 +154,8 @@ def _read_checkpoint(file: Path) -> AdapterFile:
     rest = {name: value for name, value in tensors.items() if not name.startswith(prefix)}
     extra = {name: value for name, value in own.items() if not isinstance(value, Tensor)}
     own = {name: tensor for name, tensor in own.items() if name not in extra}
-    return AdapterFile(config, own, base, frozenset(name.removeprefix(prefix) for name in beside if name.startswith(prefix)), extra, rest)
+    beside = frozenset(name.removeprefix(prefix) for name in beside if name.startswith(prefix))
+    return AdapterFile(config, own, base, beside, extra_state=extra, outside=rest)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Collection, Iterable
 from typing import Any
 
+from lightning_lora.adapter_io.peft_rules import saved_names
 from lightning_lora.adapter_io.peft_types import check_types
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import LoRALayer
@@ -19,20 +20,17 @@ from lightning_lora.layers.factors import Exported
 from lightning_lora.registry import VARIANTS
 from lightning_lora.utils.patterns import is_regex
 
-ROOT = "base_model."
-PREFIX = f"{ROOT}model."  # of every tensor name in PEFT's files
-
 _INERT = {
     "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode", "fan_in_fan_out",
     "megatron_core", "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
 }  # fmt: skip
 _HONOURED = {
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias", "use_rslora",
-    "modules_to_save", "rank_pattern", "alpha_pattern", "init_lora_weights", "use_dora", "variant_options",
+    "modules_to_save", "rank_pattern", "alpha_pattern", "init_lora_weights", "use_dora", "variant_options", "target_parameters",
 }  # fmt: skip
 _REFUSED = {
     "lora_bias", "use_qalora", "use_bdlora", "velora_config", "alora_invocation_tokens", "monteclora_config", "kasa_config",
-    "arrow_config", "layer_replication", "megatron_config", "trainable_token_indices", "target_parameters", "ensure_weight_tying",
+    "arrow_config", "layer_replication", "megatron_config", "trainable_token_indices", "ensure_weight_tying",
 }  # fmt: skip
 _NOT_CODE = {"auto_mapping", "megatron_core", "trust_remote_code"}
 # Values of init_lora_weights that subtract something from the base. All others leave the base unchanged.
@@ -69,13 +67,13 @@ def to_peft(
         "r": config.rank,
         "lora_alpha": _whole(config.alpha),
         "lora_dropout": config.dropout,
-        "target_modules": _targets(config, layers, saved, modules),
+        "target_modules": target_names(config.target_modules, layers, saved, modules),
         "bias": config.bias,
         "use_rslora": config.scaling == "rslora",
         "modules_to_save": sorted(saved) or None,
         # One anchored entry per layer: none overlap, so order does not matter. PEFT sorts keys when it saves, which would reorder patterns.
-        "rank_pattern": {_anchored(fqn): layer.rank for fqn, layer in layers.items() if layer.rank != config.rank},
-        "alpha_pattern": {_anchored(fqn): _whole(layer.alpha) for fqn, layer in layers.items() if layer.alpha != config.alpha},
+        "rank_pattern": {anchored(fqn): layer.rank for fqn, layer in layers.items() if layer.rank != config.rank},
+        "alpha_pattern": {anchored(fqn): _whole(layer.alpha) for fqn, layer in layers.items() if layer.alpha != config.alpha},
         "fan_in_fan_out": transposed,
         "init_lora_weights": True,
     }
@@ -127,6 +125,11 @@ def from_peft(fields: dict[str, Any], where: str, tensor_names: Iterable[str]) -
     for name in sorted(_REFUSED & fields.keys()):
         if fields[name] not in (None, False, [], {}):
             raise ValueError(f"{where}: {name}={fields[name]!r} changes what the adapter computes and is not supported.")
+    if other := [name for name in fields.get("target_parameters") or () if not name.endswith(".weight")]:
+        raise ValueError(
+            f"{where}: target_parameters={fields['target_parameters']!r}: {other[0]!r} is no layer's weight but a tensor such as experts"
+            " have; LoRA there is not supported."
+        )
     init = fields.get("init_lora_weights", True)
     if isinstance(init, str) and _CHANGED_BASE.fullmatch(init):
         raise ValueError(
@@ -145,8 +148,12 @@ def from_peft(fields: dict[str, Any], where: str, tensor_names: Iterable[str]) -
     for name in acting:
         if name != "auto_mapping":
             warnings.warn(f"{where}: {name}={fields[name]!r} is never acted on: nothing is imported or run for an adapter.", stacklevel=3)
-    targets = fields.get("target_modules") or sorted({name.rpartition(".lora_")[0] for name in tensor_names if ".lora_" in name})
-    saved = fields.get("modules_to_save") or ()
+    owners = sorted({name.rpartition(".lora_")[0] for name in tensor_names if ".lora_" in name})
+    by_weight = [name.removesuffix(".weight") for name in fields.get("target_parameters") or ()]
+    targets = fields.get("target_modules") or ([] if by_weight else owners)
+    if by_weight:
+        targets = [*([f"^(?:{targets})$"] if isinstance(targets, str) else targets), *by_weight]
+    saved = saved_names(fields)
     exclude = fields.get("exclude_modules") or ()
     # PEFT never adapts what modules_to_save covers, even if it is targeted. Our config refuses that, so those modules are excluded.
     exclude = [rf"(?:{exclude})"] if isinstance(exclude, str) else [*exclude]
@@ -176,30 +183,9 @@ def variant_of(fields: dict[str, Any]) -> str:
     return next((name for name, mine in _said().items() if mine and all(fields.get(key) == mine[key] for key in mine)), "plain")
 
 
-def our_name(name: str, where: str) -> str:
-    """Return the name in our adapted model of a tensor in a PEFT file.
-
-    Raises:
-        ValueError: the name does not follow PEFT's convention.
-    """
-    if name in (shared := {f"{ROOT}{each}": each for mixin in VARIANTS.values() for each in getattr(mixin, "peft_shared", ())}):
-        return shared[name]
-    if not name.startswith(PREFIX):
-        raise ValueError(f"{where}: tensor {name!r} does not start with {PREFIX!r}; this is no PEFT adapter.")
-    name = re.sub(r"\.lora_(embedding_)?([AB])(\.weight)?$", r".lora_\2", name.removeprefix(PREFIX))
-    name = re.sub(r"\.vera_lambda_([bd])$", r".lora_lambda_\1", name)
-    return re.sub(r"\.(base_layer|modules_to_save)\.", ".", name)
-
-
-def peft_name(name: str, adapted: Collection[str]) -> str:
-    """Return the name of a base tensor in PEFT's files, where adapted layers are one module deeper."""
-    owner, _, last = name.rpartition(".")
-    return f"{owner}.base_layer.{last}" if owner in adapted else name
-
-
-def _targets(config: LoRAConfig, layers: Collection[str], saved: Collection[str], modules: Collection[str]) -> list[str] | str:
-    """Return PEFT ``target_modules`` that match exactly these layers: the user's plain names if they do, else FQNs, else a regex."""
-    for names in (config.target_modules, layers):
+def target_names(preferred: Collection[str], layers: Collection[str], saved: Collection[str], modules: Collection[str]) -> list[str] | str:
+    """Return PEFT ``target_modules`` that match exactly these layers: the preferred plain names if they do, else FQNs, else a regex."""
+    for names in (preferred, layers):
         if not isinstance(names, str) and not any(map(is_regex, names)):
             hit = {m for m in modules if any(m == name or m.endswith(f".{name}") for name in names)}
             if {m for m in hit if not any(m == s or m.startswith(f"{s}.") for s in saved)} == set(layers):
@@ -228,7 +214,8 @@ def _ours(key: str) -> str:
     return rf"(?:.*\.)?(?:{key})" if is_regex(key) else key
 
 
-def _anchored(fqn: str) -> str:
+def anchored(fqn: str) -> str:
+    """Return a key of PEFT's ``rank_pattern`` that matches this name alone."""
     return "^" + re.escape(fqn)
 
 

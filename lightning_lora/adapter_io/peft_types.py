@@ -20,7 +20,7 @@ _CHECKS = {
 }
 #: Field → what it is, if it is not null.
 _FIELDS = {
-    "peft_type": "a text", "bias": "a text",
+    "peft_type": "a text", "task_type": "a text", "bias": "a text",
     "r": "a whole number", "lora_alpha": "a number", "lora_dropout": "a number",
     "vera_dropout": "a number", "d_initial": "a number", "projection_prng_key": "a whole number",
     "use_rslora": "true or false", "use_dora": "true or false", "fan_in_fan_out": "true or false",

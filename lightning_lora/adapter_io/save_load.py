@@ -16,19 +16,26 @@ from torch import Tensor, nn
 
 from lightning_lora.adapter_io import fingerprint, peft_format
 from lightning_lora.adapter_io.exported import export_layers
+from lightning_lora.adapter_io.extras import brought_tensors, equal_values, extra_tensors, is_adapter, note_brought, why_not_brought
 from lightning_lora.adapter_io.files import AdapterFile, read_adapter, write_folder
 from lightning_lora.adapter_io.fingerprint import base_identity
+from lightning_lora.adapter_io.peft_experts import beside_experts
+from lightning_lora.adapter_io.peft_names import names_for_peft, peft_name
+from lightning_lora.adapter_io.peft_rules import task_type
+from lightning_lora.adapter_io.placing import place
+from lightning_lora.adapter_io.size_limit import check_size
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import PREFIX, LoRALayer, lora_layers
+from lightning_lora.layers.factors import Exported
 from lightning_lora.layers.spec import options_of
 from lightning_lora.model.apply import inject
-from lightning_lora.model.heads import saved_modules, within
+from lightning_lora.model.heads import saved_modules
 from lightning_lora.model.merge import unmerge_lora
-from lightning_lora.model.targeting import TargetReport, find_targets
+from lightning_lora.model.targeting import TargetReport, resolve
 from lightning_lora.utils.folder_commit import occupied
-from lightning_lora.utils.names import adapter_root, clean_name, modules_by_name, second_names
+from lightning_lora.utils.names import adapter_root, bare, clean_name, modules_by_name, second_names
 from lightning_lora.utils.sharding import full_tensor, is_flattened, on_first_rank
-from lightning_lora.utils.torch_private import NormWithStatistics
+from lightning_lora.utils.transformers_conventions import expert_family, loaded_from
 from lightning_lora.utils.values import kind_of_numbers
 
 
@@ -55,17 +62,18 @@ def save_adapter(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
         raise ValueError(f"{type(model).__name__} has no LoRA layers to save; call apply_lora(model, config=...) first.")
     on_first_rank(lambda: _check_free(folder, overwrite))
     exported, config = export_layers(layers)
-    extras = extra_tensors(root, config, layers)
-    tensors = {f"{fqn}.{part}": tensor for fqn, layer in exported.items() for part, tensor in layer.tensors.items()}
-    tensors |= {peft_format.peft_name(name, layers): tensor for name, tensor in extras.items()}
+    brought = brought_tensors(root)
+    extras = extra_tensors(root, config, layers) | brought
+    names = _names(root, layers)
+    tensors = {f"{names[fqn]}.{part}": tensor for fqn, layer in exported.items() for part, tensor in layer.tensors.items()}
+    tensors |= {peft_name(name, layers): tensor for name, tensor in extras.items()}
     _check_values_kept(tensors, str(folder), "no values to save")
-    modules = [name for name in modules_by_name(root) if PREFIX not in name]
-    transposed = any(layer.transposed for layer in layers.values())
-    fields = peft_format.to_peft(config, exported, saved_modules(root, config), modules, transposed=transposed)
     for name, other in _shared(root, layers).items():
         warnings.warn(f"{name!r} and {other!r} are one module: read by PEFT, the adapter would be on the first only.", stacklevel=2)
     base = None if is_flattened(root) else base_identity(root, extras)
-    content = AdapterFile(config, {name: full_tensor(tensor.detach()) for name, tensor in tensors.items()}, base)
+    whole = {name: full_tensor(tensor.detach()) for name, tensor in tensors.items()}
+    content = AdapterFile(config, whole, base, frozenset(brought))
+    fields = _fields(root, config, exported, layers)
     on_first_rank(lambda: write_folder(folder, content, fields, lambda: _check_free(folder, overwrite)))
     return folder
 
@@ -86,22 +94,27 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
         ValueError: the file cannot be read or does not fit the model, which is then unchanged.
     """
     _, root = adapter_root(model)
-    adapter = read_adapter(path)
+    check_size(Path(path), root)
+    adapter = place(read_adapter(path), root, str(path))
     bad = [name for name, tensor in adapter.tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
     if bad and not allow_nonfinite:
         raise ValueError(f"{path}: {bad[0]} holds NaN or infinity ({len(bad)} tensors do); pass allow_nonfinite=True to load it anyway.")
-    report = find_targets(root, adapter.config)
+    try:
+        report = resolve(root, adapter.config, frozen_parts=True)  # the file says which layers it is for
+    except ValueError as error:
+        first, *others = str(error).splitlines()
+        raise ValueError(f"{path}: {first}" + (f" ({len(others)} more)" if others else "")) from error
     if adapter.base is None:  # PEFT wrote the file, and adapts a module under its first name only
         for name, other in _shared(root, [clean_name(target.fqn) for target in report.targets]).items():
             raise ValueError(
                 f"{path}: {name!r} and {other!r} are one module here and two in PEFT, which would have adapted only the first."
             )
-    tensors = _fit(root, report, adapter, str(path))
+    tensors, brought = _fit(root, report, adapter, str(path), check_base)
     places = {f"{target.fqn}.{name}": p for target in report.targets for name, p in target.module.named_parameters(recurse=False)}
     places |= {name: tensor for name, tensor in root.state_dict(keep_vars=True).items() if clean_name(name) in tensors}
     _check_values_kept(places, str(path), "the adapter's values would be lost there")
     if check_base and adapter.base is not None:
-        trained = {name for name in tensors if not _is_adapter(name)}
+        trained = {name for name in tensors if not is_adapter(name)} | adapter.beside
         fingerprint.check_base(base_identity(root, trained), adapter.base, str(path))
 
     stateless = [name for name in adapter.extra_state if name.rpartition(".")[0] not in dict(root.named_modules())]
@@ -118,6 +131,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
     with torch.no_grad():
         for name, tensor in tensors.items():
             mine[name].copy_(tensor)
+    note_brought(root, brought)
     for name, value in adapter.extra_state.items():
         root.get_submodule(name.rpartition(".")[0]).set_extra_state(value)
     around, modules = {clean_name(name): t for name, t in model.state_dict(keep_vars=True).items()}, dict(model.named_modules())
@@ -135,37 +149,24 @@ def adapted_layers(root: nn.Module) -> dict[str, LoRALayer]:
     return {clean_name(name): layer for name, layer in lora_layers(root)}
 
 
-def extra_tensors(root: nn.Module, config: LoRAConfig, adapted: Collection[str]) -> dict[str, Tensor]:
-    """Return the tensors of an adapter beside A and B: modules trained in full, trained biases, running statistics.
-
-    Args:
-        root: the model, adapted already or not.
-        config: of the adapter.
-        adapted: FQNs of the layers that are or will be adapted.
-
-    Returns:
-        FQN, without the names of wrappers, → tensor of the model's state dict.
-    """
-    saved = saved_modules(root, config)
-    statistics = {clean_name(name) for name, module in root.named_modules() if isinstance(module, NormWithStatistics)}
-    extras: dict[str, Tensor] = {}
-    for name, tensor in root.state_dict(keep_vars=True).items():
-        name = clean_name(name)
-        owner, _, last = name.rpartition(".")
-        full = within(name, saved)
-        trained_bias = last.endswith("bias") and (config.bias == "all" or (config.bias == "lora_only" and owner in adapted))
-        # Training changes running statistics, unlike the rest of the base: without them a loaded model computes something else.
-        statistic = owner in statistics and not isinstance(tensor, nn.Parameter)
-        if not _is_adapter(name) and (full or trained_bias or statistic):
-            extras[name] = tensor
-    return extras
-
-
 def _check_free(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder={str(folder)!r} is a file; choose another.")
     if occupied(folder) and not overwrite:
         raise ValueError(f"folder={str(folder)!r} is not empty; choose another or pass overwrite=True.")
+
+
+def _names(root: nn.Module, layers: Collection[str]) -> dict[str, str]:
+    """Return FQN of a layer → its name in the file."""
+    found = names_for_peft(root, layers)
+    unread = [fqn for fqn, name in found.items() if name is None]
+    if unread:
+        warnings.warn(
+            f"{unread[0]!r} and {len(unread) - 1} more: PEFT 0.21 renames them when it reads a file, to names that this model does not"
+            " have. load_adapter reads this folder.",
+            stacklevel=3,
+        )
+    return {fqn: name or fqn for fqn, name in found.items()}
 
 
 def _check_values_kept(tensors: Mapping[str, Tensor], where: str, loss: str) -> None:
@@ -178,15 +179,20 @@ def _check_values_kept(tensors: Mapping[str, Tensor], where: str, loss: str) -> 
         )
 
 
-def _is_adapter(name: str) -> bool:
-    return name.rpartition(".")[2].startswith(PREFIX)
+def _fields(root: nn.Module, config: LoRAConfig, exported: dict[str, Exported], layers: dict[str, LoRALayer]) -> dict[str, Any]:
+    """Return the content of ``adapter_config.json``."""
+    modules, saved = [name for name in modules_by_name(root) if PREFIX not in name], saved_modules(root, config)
+    transposed, model = any(layer.transposed for layer in layers.values()), bare(root)
+    fields = peft_format.to_peft(config, exported, saved, modules, transposed=transposed)
+    fields |= {"base_model_name_or_path": loaded_from(model), "task_type": task_type(model, saved, modules)}
+    return beside_experts(fields, expert_family(model), layers, modules)
 
 
-def _fit(root: nn.Module, report: TargetReport, adapter: AdapterFile, where: str) -> dict[str, Tensor]:
-    """Return the file's tensors by their names in this model, checked against it.
+def _fit(root: nn.Module, report: TargetReport, adapter: AdapterFile, where: str, check_base: bool) -> tuple[dict[str, Tensor], set[str]]:
+    """Return the file's tensors by their names in this model, checked against it; and which of them take the place of the base's.
 
     Raises:
-        ValueError: a tensor is missing, left over, or of another shape.
+        ValueError: a tensor is missing, left over, of another shape, or a weight of another base.
     """
     tensors, config = dict(adapter.tensors), adapter.config
     try:
@@ -203,23 +209,23 @@ def _fit(root: nn.Module, report: TargetReport, adapter: AdapterFile, where: str
                     tensors[name] = target.kind.from_peft(target.module, part, tensors[name])
                 except ValueError as error:
                     raise ValueError(f"{where}: {name}: {error}.") from error
-    base = {clean_name(name): tensor for name, tensor in root.state_dict(keep_vars=True).items() if not _is_adapter(name)}
+    base = {clean_name(name): tensor for name, tensor in root.state_dict(keep_vars=True).items() if not is_adapter(name)}
     extras = extra_tensors(root, config, {clean_name(target.fqn) for target in report.targets})
     shapes |= {name: tuple(tensor.shape) for name, tensor in extras.items() if isinstance(tensor, nn.Parameter) or name in tensors}
 
     missing = sorted(shapes.keys() - tensors.keys())
     if missing:
         raise ValueError(f"{where}: {len(missing)} tensors are missing that its config needs on this model: {_some(missing)}.")
-    for name in sorted(tensors.keys() - shapes.keys()):
-        if name in adapter.beside and name in base and base[name].shape == tensors[name].shape:
-            continue
-        # PEFT also writes frozen embeddings. If they equal the base's, they are not part of the adapter.
-        if name not in base or not _equal(base[name], tensors[name]):
-            what = (
-                "is no tensor that its config puts on this model" if name not in base else "is a base weight that differs from this model's"
-            )
-            raise ValueError(f"{where}: {name!r} {what} ({len(tensors.keys() - shapes.keys())} such tensors).")
-        del tensors[name]
+    left = sorted(tensors.keys() - shapes.keys())
+    for name in left:
+        if name not in base:
+            raise ValueError(f"{where}: {name!r} is no tensor that its config puts on this model ({len(left)} such tensors).")
+        if equal_values(base[name], tensors[name]):  # PEFT also writes frozen embeddings: not part of the adapter
+            del tensors[name]
+        elif name not in adapter.beside:
+            raise ValueError(f"{where}: {name!r} is a base weight that differs from this model's ({len(left)} such tensors).")
+        elif reason := why_not_brought(root, base[name], tensors[name], check=check_base and adapter.fields is not None):
+            raise ValueError(f"{where}: {name!r} {reason}.")
     for name, shape in shapes.items():
         if tuple(tensors[name].shape) != shape:
             raise ValueError(
@@ -237,7 +243,7 @@ def _fit(root: nn.Module, report: TargetReport, adapter: AdapterFile, where: str
             raise ValueError(
                 f"{where}: {first} and {second} are one tied parameter in this model, the file has two values; untie them first."
             )
-    return tensors
+    return tensors, tensors.keys() - shapes.keys()
 
 
 def _same_adapter(root: nn.Module, layers: dict[str, LoRALayer], report: TargetReport, config: LoRAConfig, where: str) -> None:
@@ -263,10 +269,6 @@ def _same_adapter(root: nn.Module, layers: dict[str, LoRALayer], report: TargetR
             f"{where} does not fit the LoRA this model has, in {len(different)} places (rank, scaling, variant): {different[0]}; call"
             " unload_lora(model) first (if it is merged with merged='keep', which leaves the update in the weights, or merged='drop')."
         )
-
-
-def _equal(mine: Tensor, theirs: Tensor) -> bool:
-    return mine.shape == theirs.shape and torch.equal(mine.detach().cpu(), theirs.to(mine.dtype).cpu())
 
 
 def _shared(root: nn.Module, adapted: Collection[str]) -> dict[str, str]:

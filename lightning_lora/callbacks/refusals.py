@@ -14,8 +14,8 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.state import Quantized
 from lightning_lora.model.heads import left_frozen
-from lightning_lora.model.merge import tied_weights
 from lightning_lora.model.targeting import TargetReport
+from lightning_lora.model.ties import tied_weights
 from lightning_lora.quantization.formats import format_of
 from lightning_lora.strategies.savable import check_savable
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Literal, overload
 
 from torch import nn
@@ -12,14 +13,17 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.adapting import adapt, unadapt
 from lightning_lora.layers.base import PREFIX, LoRALayer, lora_layers
 from lightning_lora.model.fuse import fuse, unfuse
-from lightning_lora.model.heads import hf_ends, note_saved
+from lightning_lora.model.guards import guard, unguard
+from lightning_lora.model.heads import note_saved, saved_modules
 from lightning_lora.model.merge import unmerge_lora
 from lightning_lora.model.targeting import TargetReport, find_targets
-from lightning_lora.quantization.formats import elements, plain_dtype, prepare
-from lightning_lora.utils.names import modules_by_name, parameters_by_name
+from lightning_lora.quantization.formats import elements, plain_dtype, prepare, why_not_prepared
+from lightning_lora.registry import has_start
+from lightning_lora.utils.names import clean_name, modules_by_name, parameters_by_name
 from lightning_lora.utils.sharding import is_distributed, reshard
 from lightning_lora.utils.transformers_conventions import checkpoint_options, gives_gradients
 
+_HOW = ("dropout", "bias", "scaling", "variant", "variant_options")
 _WAYS = "call unload_lora(model) to drop it, or merge_lora(model) and unload_lora(model, merged='keep') to keep its update"
 _WAYS_MERGED = "unload_lora(model, merged='keep') leaves the update in the weights, unload_lora(model, merged='drop') removes it"
 
@@ -92,12 +96,12 @@ def inject(model: nn.Module, config: LoRAConfig, report: TargetReport) -> nn.Mod
         report.targets[0].kind.finish({target.fqn: layer for target in report.targets if isinstance(layer := target.module, LoRALayer)})
         fuse(model)
         _train_extras(model, config, report)
-        _guard_resize(model)
-        let_gradients_in(model)
+        guard(model)
         if is_distributed():
             from lightning_lora.model import parallel
 
             parallel.adopt(model, lora_layers(model))
+        let_gradients_in(model)  # last: it is not undone
     except BaseException:
         unload_lora(model)
         for parameter, flag in trained:
@@ -107,7 +111,9 @@ def inject(model: nn.Module, config: LoRAConfig, report: TargetReport) -> nn.Mod
 
 
 def already_applied(model: nn.Module, config: LoRAConfig, *, merged_too: bool = False) -> bool:
-    """Return True if LoRA is applied with exactly this config, False if the model has no LoRA. Change nothing.
+    """Return True if LoRA is applied with this config or one that means the same here, False if the model has no LoRA. Change nothing.
+
+    An adapter that was loaded from a file has the file's words for its layers, in the file's order.
 
     Args:
         model: any module.
@@ -126,15 +132,30 @@ def already_applied(model: nn.Module, config: LoRAConfig, *, merged_too: bool = 
             f"LoRA is merged into {merged[0]!r} and {len(merged) - 1} more; call unmerge_lora(model) or unload_lora: {_WAYS_MERGED}."
         )
     ways = _WAYS_MERGED if merged else _WAYS
-    for name, layer in layers:
-        different = layer.lora_config.differences(config)
-        if different:
-            raise ValueError(f"{name!r} has another LoRA config ({'; '.join(different)}); {ways}, before applying a new one.")
+    different = {name: words for name, layer in layers if (words := layer.lora_config.differences(config))}
+    if different and not (all(map(partial(_alike, config), layers)) and _same_layers(model, config, layers)):
+        name, words = next(iter(different.items()))
+        raise ValueError(f"{name!r} has another LoRA config ({'; '.join(words)}); {ways}, before applying a new one.")
     plain = [target.fqn for target in find_targets(model, config).targets if not isinstance(target.module, LoRALayer)]
     if plain:
         here = layers[0][0]
         raise ValueError(f"{here!r} has LoRA with this config, but {plain[0]!r}, also a target, has no adapter; {ways}, first.")
     return True
+
+
+def _alike(config: LoRAConfig, layer: tuple[str, LoRALayer]) -> bool:
+    """Whether a layer computes and trains as a config says, whichever layers that names. How a layer without a kept start began is past."""
+    own = layer[1].lora_config
+    start = {each.init if has_start(each.init) else None for each in (own, config)}
+    return len(start) == 1 and all(getattr(own, name) == getattr(config, name) for name in _HOW)
+
+
+def _same_layers(model: nn.Module, config: LoRAConfig, layers: Sequence[tuple[str, LoRALayer]]) -> bool:
+    """Whether a config names the layers that the model has, with their ranks and alphas, and the modules that it trains in full."""
+    report = find_targets(model, config)
+    here = {clean_name(name): (layer.rank, layer.alpha, layer.spec.kind) for name, layer in layers}
+    there = {target.fqn: (target.rank, target.alpha, target.spec.kind) for target in report.targets}
+    return here == there and set(report.saved) == set(saved_modules(model, layers[0][1].lora_config))
 
 
 def get_lora_parameters(model: nn.Module) -> LoRAParameters:
@@ -174,19 +195,20 @@ def unload_lora(model: nn.Module, *, merged: Literal["keep", "drop"] | None = No
             f"{apart[0]!r} and {len(apart) - 1} more are not merged, and merged='keep' would lose their updates: call merge_lora(model)"
             " first, or drop the updates with unload_lora(model)."
         )
-    if merged == "drop":
-        unmerge_lora(model)
     if is_distributed():
         from lightning_lora.model import parallel
 
+        parallel.lists_without_adapters(model)  # raises before anything is changed
+        if merged == "drop":
+            unmerge_lora(model)
         parallel.forget(model)
+    elif merged == "drop":
+        unmerge_lora(model)
     unfuse(model)
     note_saved(model, ())
     for _, layer in list(lora_layers(model)):
         unadapt(layer)
-    for module in model.modules():
-        if module.__dict__.get("resize_token_embeddings") is _refuse_resize:
-            del module.resize_token_embeddings
+    unguard(model)
     return model
 
 
@@ -200,10 +222,11 @@ def _prepare_quantized(model: nn.Module) -> None:
     """Let gradients pass through every quantized layer, adapted or not."""
     dtype = plain_dtype(model)
     for name, module in model.named_modules():
-        try:
-            prepare(module, dtype)
-        except ValueError as error:
-            raise ValueError(f"{name!r}: {error}.") from error
+        reason = why_not_prepared(module)
+        if reason:
+            raise ValueError(f"{name!r}: {reason}.")
+    for module in model.modules():
+        prepare(module, dtype)
 
 
 def let_gradients_in(model: nn.Module) -> None:
@@ -229,17 +252,3 @@ def _train_extras(model: nn.Module, config: LoRAConfig, report: TargetReport) ->
         for name, parameter in module.named_parameters(recurse=False):
             if "bias" in name and not name.startswith(PREFIX):
                 parameter.requires_grad_(True)
-
-
-def _guard_resize(model: nn.Module) -> None:
-    """Refuse ``resize_token_embeddings`` if the embedding or the head is adapted: it replaces both, which would drop the adapter."""
-    for module in model.modules():
-        if hasattr(type(module), "resize_token_embeddings") and any(isinstance(end, LoRALayer) for end in hf_ends(module)):
-            module.__dict__["resize_token_embeddings"] = _refuse_resize
-
-
-def _refuse_resize(*args: object, **kwargs: object) -> None:
-    raise ValueError(
-        "resize_token_embeddings would drop the adapter on the embedding or the head: resize before apply_lora,"
-        " or call unload_lora(model) first."
-    )

@@ -21,11 +21,11 @@ from lightning_lora.layers.spec import LayerSpec, options_of
 from lightning_lora.model.frozen_parts import mixed_with_frozen
 from lightning_lora.model.heads import output_heads, saved_modules, within
 from lightning_lora.model.suitability import Suitability
-from lightning_lora.model.target_report import Target, TargetReport, grouped, starred
+from lightning_lora.model.target_report import Target, TargetReport, lines_of
 from lightning_lora.quantization.formats import elements
 from lightning_lora.registry import INITS, kind_of, look_up, qualified_name, why_refused
 from lightning_lora.utils.names import modules_by_name
-from lightning_lora.utils.patterns import compile_patterns, layer_index, no_match
+from lightning_lora.utils.patterns import compile_patterns, layer_index, no_match, starred
 
 _MUCH = 0.2  # share of the model's elements; a larger share left out by "all-linear" is a warning
 
@@ -71,6 +71,11 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetReport:
     Raises:
         ValueError: a pattern or a layer index matches nothing, a target cannot be adapted, or two fields contradict each other.
     """
+    return resolve(model, config)
+
+
+def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False) -> TargetReport:
+    """:func:`find_targets`, which may be told that targets in parts the user froze as a whole are meant."""
     modules = {name: module for name, module in modules_by_name(model).items() if not name.rpartition(".")[2].startswith(PREFIX)}
     saved = saved_modules(model, config)
     suitability = Suitability(model)
@@ -102,10 +107,11 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetReport:
         else:
             targets.append(Target(fqn, module, type(module).__name__, kind, spec))
 
-    problems += mixed_with_frozen(model, {target.fqn: target.module for target in targets})
+    if not frozen_parts:
+        problems += mixed_with_frozen(model, {target.fqn: target.module for target in targets})
     fields = (wanted, excluded, *rules.values())
     if everything and passed_over and not chosen:
-        problems += [f"target_modules='{ALL_LINEAR}' finds no linear that LoRA can adapt: {line}." for line in grouped(passed_over)]
+        problems += [f"target_modules='{ALL_LINEAR}' finds no linear that LoRA can adapt: {line}." for line in lines_of(passed_over)]
     elif not (config.allow_unmatched and targets):
         problems += _unmatched(fields, config, modules, chosen.values())
     if problems:
@@ -149,7 +155,7 @@ def _warn_of_rank(target: Target) -> None:
     if target.rank > min(sizes):
         warnings.warn(
             f"rank={target.rank} of {target.fqn!r} is above min(in, out)={min(sizes)}: more parameters than a full update; lower the rank.",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -175,7 +181,7 @@ def _warn_of_left_out(left: dict[str, int], total: int) -> None:
             f"target_modules='all-linear' leaves out {size / total:.0%} of the model, which no linear that LoRA can adapt"
             f" contains: {name} has {left[name]:,} of {total:,} elements. Name it in target_modules if LoRA has a kind for"
             " it, or in exclude_modules if this is intended.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

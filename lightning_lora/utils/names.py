@@ -7,15 +7,23 @@ parts. So a run with ``torch.compile`` and a run without it can read each other'
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
-from lightning_lora.utils.torch_private import COMPILED_CHILD, WRAPPED_CHILDREN
+from lightning_lora.utils.torch_private import COMPILED_CHILD, FABRIC_CHILDREN, WRAPPED_CHILDREN, uncompiled
 
-_WRAPPERS = (COMPILED_CHILD, *WRAPPED_CHILDREN)
+_WRAPPERS = (COMPILED_CHILD, *WRAPPED_CHILDREN, *FABRIC_CHILDREN)
 
 
 def clean_name(name: str) -> str:
     """Return a fully qualified name without the wrappers' parts."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """Return the module inside the wrappers whose parts :func:`clean_name` removes."""
+    while (child := next((name for name in _WRAPPERS if name in model._modules), None)) is not None:
+        model = model.get_submodule(child)
+    return model
 
 
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
@@ -55,14 +63,28 @@ def second_names(model: nn.Module) -> dict[str, str]:
 def adapter_root(model: nn.Module) -> tuple[str, nn.Module]:
     """Return ``(name, module)`` of the module that names in adapter files are relative to.
 
-    For a LightningModule with exactly one child that has parameters, that is the child. For DDP's wrapper it is the wrapped module. For
-    anything else it is the model itself. So an adapter of ``MyTask(model=llama)`` fits ``llama`` alone, and the reverse.
+    For a LightningModule with exactly one child that has parameters, that is the child, unless the child is a single layer: then no name
+    would be left for it. For the wrappers of DDP, DataParallel, averaged weights and Fabric it is what they wrap. For anything else it is
+    the model itself. So an adapter of ``MyTask(model=llama)`` fits ``llama`` alone, and the reverse.
     """
-    if isinstance(model, nn.parallel.DistributedDataParallel):
+    names: list[str] = []
+    while (inside := _wrapped(uncompiled(model))) is not None:
+        names, model = [*names, inside[0]], inside[1]
+    if hasattr(task := uncompiled(model), "configure_optimizers"):
+        children = [(name, child) for name, child in task.named_children() if next(child.parameters(), None) is not None]
+        own = any(True for _ in task.parameters(recurse=False))
+        if len(children) == 1 and not own and _has_layers(children[0][1]):
+            names, model = [*names, children[0][0]], children[0][1]
+    return ".".join(filter(None, names)), model
+
+
+def _has_layers(module: nn.Module) -> bool:
+    return any(next(part.parameters(), None) is not None for part in bare(module).children())
+
+
+def _wrapped(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """Return what a wrapper wraps, with its name in the wrapper's state dict (Fabric's has none); None for other modules."""
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)):
         return "module", model.module
-    if hasattr(model, "configure_optimizers"):
-        children = [(name, child) for name, child in model.named_children() if next(child.parameters(), None) is not None]
-        own = any(True for _ in model.parameters(recurse=False))
-        if len(children) == 1 and not own:
-            return children[0]
-    return "", model
+    runs, _ = FABRIC_CHILDREN
+    return ("", model.get_submodule(runs)) if all(name in model._modules for name in FABRIC_CHILDREN) else None

@@ -107,7 +107,8 @@ class _Reader:
                 for part in parts:
                     self.bind(target, part)
             case _, ast.Name(name):
-                self.known.setdefault(name, set()).update((*path, "*") for path in self.paths(iterable) if len(path) < 8)
+                paths = {(*path, "*") for path in self.paths(iterable) if len(path) < 8}  # whole first: `for x in x` adds to what it reads
+                self.known.setdefault(name, set()).update(paths)
 
     def paths(self, node: ast.AST) -> set[Path]:
         """Return the paths that an expression may stand for."""
@@ -142,6 +143,8 @@ class _Reader:
             getattr(node, "ctx", None), (ast.Store, ast.Del)
         ):
             return False
+        if _asks_type(node) or _asks_type(self.parents.get(node)):
+            return False
         match self.parents.get(node):
             case ast.Attribute() | ast.Subscript(value=_) as outer if getattr(outer, "value", None) is node:
                 return False
@@ -165,6 +168,14 @@ class _Reader:
             outside = _dotted(node.func)
             callees = self.paths(node.func) or ({outside} if outside and not hasattr(builtins, outside[0]) else set())
             yield from ((callee, arguments) for callee in callees)
+
+
+def _asks_type(node: ast.AST | None) -> bool:
+    """Whether this is ``x.type()``, which asks; ``x.type(dtype)`` casts the values."""
+    match node:
+        case ast.Call(ast.Attribute(_, "type"), [], []):
+            return True
+    return False
 
 
 def _dotted(node: ast.AST) -> Path | None:

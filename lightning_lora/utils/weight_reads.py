@@ -21,7 +21,7 @@ from lightning_lora.utils.source_paths import Path, scan
 _METADATA = {
     "device", "dim", "dtype", "element_size", "get_device", "grad", "is_contiguous", "is_cuda", "is_floating_point", "is_meta", "itemsize",
     "layout", "names", "nbytes", "ndim", "nelement", "new_empty", "new_full", "new_ones", "new_tensor", "new_zeros", "numel",
-    "requires_grad", "requires_grad_", "shape", "size", "stride", "type",
+    "requires_grad", "requires_grad_", "shape", "size", "stride",
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from lightning_lora import LoRAConfig, apply_lora
-from lightning_lora.adapter_io.peft_format import from_peft, our_name, peft_name, to_peft
+from lightning_lora.adapter_io.peft_format import from_peft, to_peft
 from lightning_lora.model.targeting import find_targets
 from lightning_lora.utils.names import modules_by_name
 from tests.conftest import TinyModel
@@ -114,7 +114,7 @@ def test_fields_we_honour_or_may_ignore(fields, expected):
         ({"lora_bias": True}, r"a\.json: lora_bias=True changes what the adapter computes"),
         ({"layer_replication": [[0, 2]]}, "layer_replication="),
         ({"trainable_token_indices": [1]}, "trainable_token_indices="),
-        ({"target_parameters": ["experts.up"]}, "target_parameters="),
+        ({"target_parameters": ["experts.up"]}, r"target_parameters=\['experts.up'\]: 'experts.up' is no layer's weight"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens="),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' trains on a base changed at the start"),
         ({"init_lora_weights": "corda"}, "init_lora_weights='corda'"),
@@ -161,31 +161,6 @@ def test_layers_pattern_names_the_list_that_the_index_counts_in():
     model = nn.ModuleDict({name: nn.ModuleList([nn.ModuleDict({"q": nn.Linear(4, 4)}) for _ in range(2)]) for name in ("enc", "dec")})
     fields = {**PLAIN, "target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": "dec"}
     assert [t.fqn for t in find_targets(model, from_peft(fields, "a.json", NAMES)).targets] == ["dec.1.q"]
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("base_model.model.a.q.lora_A.weight", "a.q.lora_A"),
-        ("base_model.model.a.q.lora_B.weight", "a.q.lora_B"),
-        ("base_model.model.e.lora_embedding_A", "e.lora_A"),
-        ("base_model.model.a.q.base_layer.bias", "a.q.bias"),
-        ("base_model.model.head.modules_to_save.weight", "head.weight"),
-        ("base_model.model.head.weight", "head.weight"),
-    ],
-)
-def test_tensor_names(name, expected):
-    assert our_name(name, "f") == expected
-
-
-def test_a_tensor_that_peft_would_not_name_so():
-    with pytest.raises(ValueError, match=r"f: tensor 'a.lora_A' does not start with 'base_model.model.'"):
-        our_name("a.lora_A", "f")
-
-
-def test_base_tensors_of_adapted_layers_stand_one_deeper_in_peft():
-    assert peft_name("a.q.bias", {"a.q"}) == "a.q.base_layer.bias"
-    assert peft_name("a.norm.bias", {"a.q"}) == "a.norm.bias"
 
 
 def test_there_and_back(make):

@@ -83,17 +83,13 @@ ONLY_PEFT = {
     "llama-upper-case": ("llama", {"target_modules": "ALL-LINEAR"}),
     "llama-float-alpha": ("llama", {"target_modules": ["q_proj"], "lora_alpha": 0.5, "init_lora_weights": False}),
     "gpt2-inferred-targets": ("gpt2", CONV1D),
-    "resnet-nested-layers": ("resnet", {"target_modules": ["convolution"], "layers_to_transform": [0], "layers_pattern": ["layer"]}),
-}
-
-
-# PEFT's matching where ours differs: read, if at all, by what the tensors are; never half.
-MATCHED_OTHERWISE = {
-    "exact-ignores-layers": (
+    "llama-whole-name-ignores-layers": (
+        "llama",
         {"target_modules": ["model.layers.0.self_attn.q_proj", "v_proj"], "layers_to_transform": [1]},
-        "layers.0.self_attn.q_proj",
     ),
-    "saved-without-a-dot": ({"target_modules": ["q_proj"], "modules_to_save": ["norm"]}, "input_layernorm"),
+    "llama-saved-without-a-dot": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}),
+    "bert-saved-ends": ("bert", {"target_modules": ["query"], "modules_to_save": ["output.dense"]}),
+    "resnet-nested-layers": ("resnet", {"target_modules": ["convolution"], "layers_to_transform": [0], "layers_pattern": ["layer"]}),
 }
 
 
@@ -152,18 +148,6 @@ def test_we_read_pefts(name, peft, tmp_path):
     for key, parameter in trained(other).items():
         close(trained(ours)[key], parameter, atol=0.0, what=key)
     close(logits(ours.eval(), name), logits(other, name))
-
-
-@pytest.mark.parametrize(("peft", "name"), MATCHED_OTHERWISE.values(), ids=MATCHED_OTHERWISE.keys())
-def test_modules_that_only_pefts_matching_hits_are_refused_by_name(peft, name, tmp_path):
-    other = theirs(base("llama"), **peft)
-    randomise(other)
-    other.save_pretrained(tmp_path)
-    model = base("llama")
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=name):
-        load_adapter(model, tmp_path)
-    same_snapshot(before, snapshot(model))
 
 
 @TIED
@@ -311,7 +295,7 @@ REFUSED = [
     ("lora_bias", True),
     *(("init_lora_weights", init) for init in ("pissa", "pissa_niter_4", "olora", "loftq", "corda", "lora_ga")),
     ("loftq_config", {"loftq_bits": 4, "loftq_iter": 1}),
-    ("target_parameters", ["mlp.gate_proj.weight"]),
+    ("target_parameters", ["mlp.experts.gate_up_proj"]),
     ("trainable_token_indices", [1, 2]),
     ("trainable_token_indices", {"embed_tokens": [1]}),
     ("layer_replication", [[0, 1], [0, 2]]),

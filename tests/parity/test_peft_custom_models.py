@@ -186,8 +186,8 @@ CASES = [
     ("Vanilla MLP 1 LoRA with lora_b bias", "MLP", {**LIN01, "lora_bias": True, "lora_alpha": 32}, "lora_bias"),
     ("Conv2d 1 LoRA with lora_b bias", "Conv2d", {"target_modules": ["conv2d"], "lora_bias": True, "lora_alpha": 32}, "lora_bias"),
     ("Conv3d 1 LoRA with lora_b bias", "Conv3d", {"target_modules": ["conv3d"], "lora_bias": True, "lora_alpha": 32}, "lora_bias"),
-    ("MLP 1 using nn.Parameter LoRA", "MLP", {"target_parameters": ["lin0.weight"], "target_modules": []}, "target_parameters"),
-    ("MLP 2 using nn.Parameter LoRA", "MLP", {**LIN0, "target_parameters": ["lin1.weight"]}, "target_parameters"),
+    ("MLP 1 using nn.Parameter LoRA", "MLP", {"target_parameters": ["lin0.weight"], "target_modules": []}, "read"),
+    ("MLP 2 using nn.Parameter LoRA", "MLP", {**LIN0, "target_parameters": ["lin1.weight"]}, "read"),
 ]
 PEFT_CANNOT_MERGE = {"Conv3d1x1"}  # 0.21.2 raises on the kernel's shape; ours has to agree with its own unmerged forward
 
@@ -356,6 +356,14 @@ def test_folders_refused_by_field(model, peft, outcome, tmp_path):
     untouched(base, build(model))
 
 
+@pytest.mark.parametrize(("model", "peft", "outcome"), rows(lambda outcome: outcome == "read"))
+def test_folders_of_layers_named_by_their_weight(model, peft, outcome, tmp_path):
+    other = theirs(build(model), **peft)
+    randomise(other)
+    other.save_pretrained(tmp_path)
+    close(load_adapter(build(model), tmp_path).eval()(inputs()), other(inputs()))
+
+
 def test_every_row_is_run():
     assert len({case[0] for case in CASES}) == len(CASES)
-    assert all(case[3] in {"equal", "grouped", "grouped DoRA"} | FIELDS or case[3].startswith("no module: ") for case in CASES)
+    assert all(case[3] in {"equal", "read", "grouped", "grouped DoRA"} | FIELDS or case[3].startswith("no module: ") for case in CASES)

@@ -49,7 +49,8 @@ TEXT = {
         gemma gemma2 gemma3_text glm glm4 gpt2 gpt_bigcode gpt_neo gpt_neox gpt_oss gptj granite granitemoe helium jamba
         jetmoe llama llama4_text mamba mamba2 minimax mistral mixtral mpt nemotron olmo olmo2 olmoe opt persimmon phi
         phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next recurrent_gemma seed_oss smollm3 stablelm starcoder2 xglm
-        bitnet lfm2 biogpt ctrl
+        bitnet lfm2 biogpt ctrl afmoe deepseek_v32 ernie4_5_moe exaone_moe glm4_moe glm4_moe_lite hunyuan_v1_moe laguna
+        longcat_flash solar_open
     """,
     "AutoModel": """
         albert bert big_bird camembert convbert data2vec-text deberta deberta-v2 distilbert electra ernie esm fnet ibert

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.optim.swa_utils import AveragedModel
 
-from lightning_lora.utils.names import adapter_root, clean_name, modules_by_name, persistent_buffers, second_names
+from lightning_lora.utils.names import adapter_root, bare, clean_name, modules_by_name, persistent_buffers, second_names
 from tests.conftest import Task, TinyModel
 
 
@@ -53,6 +55,58 @@ def test_adapter_root_of_a_task_is_its_only_child_with_parameters(make):
     owner = Task(model)
     owner.scale = nn.Parameter(torch.ones(1))
     assert adapter_root(owner) == ("", owner)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda module: module, lambda module: checkpoint_wrapper(module), lambda module: torch.compile(module, backend="eager")]
+)
+def test_adapter_root_of_a_task_with_one_layer_is_the_task(make, wrap):
+    """Inside the layer no name would be left for it."""
+
+    class Activated(nn.Linear):
+        def __init__(self):
+            super().__init__(2, 2)
+            self.act = nn.ReLU()
+
+    for layer in (nn.Linear(2, 2), Activated()):
+        task = Task(wrap(layer))
+        assert adapter_root(task) == ("", task)
+    name, root = adapter_root(Task(wrap(make(TinyModel))))
+    assert name == "model" and root is not None
+
+
+WRAPPERS = {
+    "dataparallel": nn.DataParallel,
+    "averaged": AveragedModel,
+    "fabric": lambda model: fabric().setup(model),
+    "fabric-compiled": lambda model: fabric().setup(torch.compile(model, backend="eager")),
+    "compiled-dataparallel": lambda model: torch.compile(nn.DataParallel(model), backend="eager"),
+    "averaged-dataparallel": lambda model: AveragedModel(nn.DataParallel(model)),
+}
+
+
+def fabric():
+    return Fabric(accelerator="cpu", devices=1)
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS.keys())
+def test_adapter_root_is_what_a_wrapper_wraps(make, wrap):
+    for model, name in ((make(TinyModel), ""), (Task(make(TinyModel)), "model")):
+        prefix, root = adapter_root(wrap(model))
+        assert modules_by_name(root).keys() == modules_by_name(make(TinyModel)).keys()
+        assert prefix.replace("module", "").strip(".") == name
+        assert f"{prefix}.embed.weight".strip(".") in map(clean_name, wrap(model).state_dict())
+
+
+def test_bare_is_the_module_inside(make):
+    model = make(TinyModel)
+    assert bare(model) is model
+    assert bare(torch.compile(checkpoint_wrapper(model), backend="eager")) is model
+    assert bare(fabric().setup(model)) is model
+
+
+def test_modules_that_fabric_set_up_keep_their_names(make):
+    assert modules_by_name(fabric().setup(make(TinyModel))).keys() == modules_by_name(make(TinyModel)).keys()
 
 
 def test_second_names_are_those_of_shared_modules():

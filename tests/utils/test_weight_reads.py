@@ -157,6 +157,15 @@ class Reads:
     def b__around(self, x):
         return self.around() or x @ self.b.weight
 
+    def b__cast(self, x):
+        return torch.nn.functional.linear(x.type(torch.float32), self.b.weight.type(torch.float32))
+
+    def items_0_and_items_1__under_one_name(self, x):
+        items = self.items
+        for items in items:  # noqa: B020 (as SAM 2 does)
+            x = x @ items.weight
+        return x
+
 
 class Asks:
     """None of these is a read."""
@@ -179,6 +188,9 @@ class Asks:
 
     def bias(self, x):
         return self.a(x) - self.a.bias
+
+    def type_of_tensor(self, x):
+        return self.a(x.type(self.a.weight.type()))
 
     def hands_on(self, x):
         return torch.utils.checkpoint.checkpoint(self.a, x) + sum(layer(x) for layer in self.items)

@@ -1,0 +1,103 @@
+"""Collect what an adapter file holds beside A and B: modules trained in full, trained biases, running statistics, new base weights.
+
+PEFT writes the embeddings of a model whose vocabulary was resized, because no checkpoint has the new rows. Such a weight is loaded into
+the base and noted on its module. So the next file of that adapter has it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.layers.base import PREFIX
+from lightning_lora.model.heads import saved_modules, within
+from lightning_lora.utils.names import clean_name
+from lightning_lora.utils.torch_private import NormWithStatistics
+
+_BROUGHT = "_lora_brought"  # names of a module's own base weights that an adapter file brought
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a name in a state dict is an adapter's."""
+    return name.rpartition(".")[2].startswith(PREFIX)
+
+
+def extra_tensors(root: nn.Module, config: LoRAConfig, adapted: Collection[str]) -> dict[str, Tensor]:
+    """Return the tensors of an adapter beside A and B that its config means.
+
+    Args:
+        root: the model, adapted already or not.
+        config: of the adapter.
+        adapted: FQNs of the layers that are or will be adapted.
+
+    Returns:
+        FQN, without the names of wrappers, → tensor of the model's state dict.
+    """
+    saved = saved_modules(root, config)
+    statistics = {clean_name(name) for name, module in root.named_modules() if isinstance(module, NormWithStatistics)}
+    extras: dict[str, Tensor] = {}
+    for name, tensor in root.state_dict(keep_vars=True).items():
+        name = clean_name(name)
+        owner, _, last = name.rpartition(".")
+        trained_bias = last.endswith("bias") and (config.bias == "all" or (config.bias == "lora_only" and owner in adapted))
+        # Training changes running statistics, unlike the rest of the base: without them a loaded model computes something else.
+        statistic = owner in statistics and not isinstance(tensor, nn.Parameter)
+        if not is_adapter(name) and (within(name, saved) or trained_bias or statistic):
+            extras[name] = tensor
+    return extras
+
+
+def brought_tensors(root: nn.Module) -> dict[str, Tensor]:
+    """Return FQN → base weight that an adapter file brought."""
+    return {
+        clean_name(f"{name}.{part}" if name else part): module._parameters[part]
+        for name, module in root.named_modules()
+        for part in module.__dict__.get(_BROUGHT, ())
+    }
+
+
+def note_brought(root: nn.Module, names: Iterable[str]) -> None:
+    """Note on the modules which of their base weights a file brought, in place of what was noted before."""
+    wanted = set(names)
+    for name, module in root.named_modules():
+        parts = {part for part in module._parameters if clean_name(f"{name}.{part}" if name else part) in wanted}
+        module.__dict__.pop(_BROUGHT, None)
+        if parts:
+            module.__dict__[_BROUGHT] = frozenset(parts)
+
+
+def why_not_brought(model: nn.Module, mine: Tensor, theirs: Tensor, *, check: bool) -> str | None:
+    """Return why a file's base weight cannot take the place of this model's; None if it can.
+
+    Args:
+        model: the adapter's root.
+        mine: this model's weight.
+        theirs: the file's.
+        check: want half of the rows to be the same, which tells a resized vocabulary from another base.
+    """
+    if mine.shape == theirs.shape:
+        if mine.is_meta:  # without values there is nothing to compare; the caller refuses such a model
+            return None
+        rows = _same_values(mine.detach().cpu(), theirs.detach().cpu()).reshape(len(mine) if mine.ndim else 1, -1).all(1)
+        other = 1 - rows.float().mean().item()
+        if not check or other <= 0.5:
+            return None
+        return f"differs from this model's in {other:.0%} of its rows, so the base is another; check_base=False replaces this model's"
+    resized = mine.ndim == theirs.ndim and mine.shape[1:] == theirs.shape[1:] and hasattr(model, "resize_token_embeddings")
+    how = f": call resize_token_embeddings({len(theirs)}) first" if resized else ""
+    return f"has shape {tuple(theirs.shape)}, this model's has {tuple(mine.shape)}{how}"
+
+
+def equal_values(mine: Tensor, theirs: Tensor) -> bool:
+    """Whether two tensors are the same up to the rounding of the narrower dtype."""
+    return mine.shape == theirs.shape and not mine.is_meta and bool(_same_values(mine.detach().cpu(), theirs.detach().cpu()).all())
+
+
+def _same_values(mine: Tensor, theirs: Tensor) -> Tensor:
+    if mine.is_floating_point() and theirs.is_floating_point():
+        narrow = min(mine.dtype, theirs.dtype, key=lambda dtype: -torch.finfo(dtype).eps)
+        mine, theirs = mine.to(narrow), theirs.to(narrow)
+    return mine == theirs

@@ -1,0 +1,149 @@
+"""Names of tensors in PEFT's files and in a model, both ways.
+
+They differ for three reasons. PEFT wraps modules, which adds parts to names. Other tools leave an adapter's name or a wrapper's part in
+them. And transformers renames modules between releases, so a file may have the names of an older model or of a published checkpoint.
+
+PEFT applies transformers' renamings to every LoRA tensor that it reads, even if the name is the model's own already. A few renamings then
+give a wrong name. Such a layer is written under the name that PEFT turns into the right one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+from lightning_lora.registry import VARIANTS
+from lightning_lora.utils.names import bare, clean_name
+from lightning_lora.utils.transformers_conventions import checkpoint_conversions, is_converted
+
+ROOT = "base_model."
+PREFIX = f"{ROOT}model."  # of every tensor name in PEFT's files
+_FACTOR = re.compile(r"\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector|vera_lambda_[bd])(?:\.(?!weight$|bias$)([^.]+))?(?:\.weight)?$")
+_OURS = {"lora_embedding_A": "lora_A", "lora_embedding_B": "lora_B", "vera_lambda_b": "lora_lambda_b", "vera_lambda_d": "lora_lambda_d"}
+_PROBE = ".lora_A.weight"
+
+
+def our_names(names: Iterable[str], where: str) -> dict[str, str]:
+    """Return name in a PEFT file → name in our adapted model. PEFT's copies of untrained modules are left out.
+
+    Args:
+        names: all of a file.
+        where: the file's path, for messages.
+
+    Raises:
+        ValueError: a name does not follow PEFT's convention, or the file holds several adapters.
+    """
+    names = [name for name in names if ".original_module." not in name]
+    adapters = sorted({match[2] for name in names if (match := _FACTOR.search(name)) and match[2]})
+    found = {name: our_name(name, where, adapters) for name in names}
+    factors = [ours for name, ours in found.items() if _FACTOR.search(name)]
+    if len(adapters) > 1 or (adapters and len(set(factors)) < len(factors)):
+        raise ValueError(f"{where} holds several adapters ({', '.join(adapters)}); save one of them alone.")
+    return found
+
+
+def our_name(name: str, where: str, adapters: Collection[str] = ()) -> str:
+    """Return the name in our adapted model of a tensor in a PEFT file.
+
+    Args:
+        name: in the file. Parts that wrappers added are dropped.
+        where: the file's path, for messages.
+        adapters: names of adapters that stand in the file's names.
+
+    Raises:
+        ValueError: the name does not follow PEFT's convention.
+    """
+    clean = clean_name(name).removeprefix("module.")
+    shared = {f"{ROOT}{each}": each for mixin in VARIANTS.values() for each in getattr(mixin, "peft_shared", ())}
+    if clean in shared:
+        return shared[clean]
+    if not clean.startswith(PREFIX):
+        raise ValueError(f"{where}: tensor {name!r} does not start with {PREFIX!r}; this is no PEFT adapter.")
+    clean = clean.removeprefix(PREFIX)
+    if match := _FACTOR.search(clean):
+        return f"{clean[: match.start()]}.{_OURS.get(match[1], match[1])}"
+    several = "|".join(map(re.escape, ("default", *adapters)))
+    return re.sub(rf"\.(?:base_layer|modules_to_save(?:\.(?:{several})(?=\.))?)\.", ".", clean)
+
+
+def peft_name(name: str, adapted: Collection[str]) -> str:
+    """Return the name of a base tensor in PEFT's files, where adapted layers are one module deeper."""
+    owner, _, last = name.rpartition(".")
+    return f"{owner}.base_layer.{last}" if owner in adapted else name
+
+
+def names_here(model: nn.Module, old: Iterable[str], modules: Collection[str]) -> dict[str, str]:
+    """Return name of a module in a file → its name in this model, for those that transformers has renamed since.
+
+    Args:
+        model: the adapter's root.
+        old: names of modules in the file.
+        modules: names of the model's modules.
+    """
+    conversions = None
+    found: dict[str, str] = {}
+    for name in sorted(old):
+        if name in modules:
+            continue
+        if conversions is None:
+            conversions = checkpoint_conversions(bare(model))
+        for end in (".weight", _PROBE):  # some patterns end in the parameter's name, others go on after the module's
+            new = _renamed(name + end, conversions).removesuffix(end)
+            if new in modules:
+                found[name] = new
+                break
+    return found
+
+
+def rebuilt(model: nn.Module, old: str) -> str | None:
+    """Return what became of a module of an older model, such as one expert. None if that is not known."""
+    name = f"{old}.weight"
+    for conversion in checkpoint_conversions(bare(model)):
+        name, pattern = conversion.rename_source_key(name)
+        if pattern is not None and hasattr(conversion, "operations"):
+            return f"part of {name!r}" if len(conversion.target_patterns) == 1 else f"split into {', '.join(conversion.target_patterns)}"
+    return None
+
+
+def names_for_peft(model: nn.Module, layers: Iterable[str]) -> dict[str, str | None]:
+    """Return FQN of an adapted layer → the name under which PEFT 0.21 finds it; None if it finds it under no name.
+
+    Args:
+        model: the adapter's root.
+        layers: FQNs.
+    """
+    model = bare(model)
+    if not is_converted(model):
+        return {fqn: fqn for fqn in layers}
+    conversions = [each for each in checkpoint_conversions(model) if not hasattr(each, "operations")]
+    backward = [conversion.reverse_transform() for conversion in reversed(conversions)]
+    found: dict[str, str | None] = {}
+    for fqn in layers:
+        names = (name for name in _candidates(fqn + _PROBE, backward) if _read(name, conversions) == fqn + _PROBE)
+        name = next(names, None)
+        found[fqn] = None if name is None else name.removesuffix(_PROBE)
+    return found
+
+
+def _candidates(name: str, backward: list[Any]) -> Iterator[str]:
+    """Yield the model's own name, then what it was before each renaming, then before all."""
+    yield name
+    for conversion in backward:
+        yield _renamed(name, [conversion])
+    yield _renamed(name, backward)
+
+
+def _read(name: str, conversions: list[Any]) -> str:
+    """Return what PEFT 0.21 reads a LoRA tensor's name as. It undoes renamings that only remove the beginning."""
+    new = _renamed(name, conversions)
+    return name if name.endswith(new) else new
+
+
+def _renamed(name: str, conversions: list[Any]) -> str:
+    for conversion in conversions:
+        if not hasattr(conversion, "operations"):
+            name, _ = conversion.rename_source_key(name)
+    return name
