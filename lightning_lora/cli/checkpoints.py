@@ -9,10 +9,10 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_lora.adapter_io.files import CONFIG
 from lightning_lora.strategies.checkpoint_io import REST
-from lightning_lora.utils.read_checkpoint import read_checkpoint
+from lightning_lora.utils.read_checkpoint import located, read_checkpoint
 
 
-def checkpoint_of(ckpt_path: str | None, command: str, trainer: Trainer) -> str | None:
+def checkpoint_of(ckpt_path: str | None, command: str, trainer: Trainer, weights_only: bool | None) -> str | None:
     """Return ``ckpt_path``, or "last", once there is a checkpoint that can be read.
 
     Raises:
@@ -28,9 +28,10 @@ def checkpoint_of(ckpt_path: str | None, command: str, trainer: Trainer) -> str 
         raise ValueError("ckpt_path='' is empty; name a checkpoint file (.ckpt)")
     if ckpt_path == "hpc" or ckpt_path.startswith("registry"):
         return ckpt_path  # Lightning's, for clusters and for its registry
-    path = Path(ckpt_path)
+    located(ckpt_path, weights_only)
     if "://" in ckpt_path:
-        raise ValueError(f"ckpt_path={ckpt_path!r} is a URL; download the file and name it here")
+        return ckpt_path  # in a storage of the user's: read once
+    path = Path(ckpt_path)
     if (path / CONFIG).is_file():
         raise ValueError(
             f"ckpt_path={ckpt_path!r} is an adapter folder; name a checkpoint (.ckpt), or give the folder to generate or merge"
@@ -39,8 +40,8 @@ def checkpoint_of(ckpt_path: str | None, command: str, trainer: Trainer) -> str 
         raise ValueError(f"ckpt_path={ckpt_path!r} is a folder{_newest(path)}; name a checkpoint file (.ckpt)")
     if not path.exists():
         raise ValueError(f"ckpt_path={ckpt_path!r}: no such file{_newest(path.parent)}")
-    if path.is_file():
-        read_checkpoint(path)
+    if path.is_file() and not isinstance(content := read_checkpoint(path, weights_only), dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     return ckpt_path
 
 

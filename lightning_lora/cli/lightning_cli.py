@@ -15,6 +15,7 @@ from contextlib import redirect_stdout
 from typing import Any
 
 from jsonargparse import Namespace, set_parsing_settings
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
@@ -29,6 +30,7 @@ from lightning_lora.cli.messages import UsageError, check_not_null, one_line, us
 from lightning_lora.cli.run_folder import BeganConfig, StderrProgressBar, no_folder_of_a_failed_start
 from lightning_lora.cli.yaml_files import check_config_files, unique_keys
 from lightning_lora.config import LoRAConfig
+from lightning_lora.strategies.checkpoint_io import DurableCheckpointIO
 from lightning_lora.strategies.lightning_private import cli_parser, cli_value, start_method
 
 COMMANDS = ("fit", "validate", "test", "predict")
@@ -62,7 +64,8 @@ class LoRACLI(LightningCLI):
 
     def __init__(self, args: ArgsType = None, run: bool = True) -> None:
         set_parsing_settings(import_path_denylist=[])  # enforces the parser's own list of what no value may name, such as os.system
-        self.runs = run
+        self.words = sys.argv[1:] if args is None else args if isinstance(args, list) else []
+        self.command = self.words[0] if run and self.words and self.words[0] in COMMANDS else None
         strict = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             LightningModule,
@@ -72,11 +75,17 @@ class LoRACLI(LightningCLI):
             subclass_mode_data=True,
             save_config_kwargs={"overwrite": True},  # a second run in the same folder is not an error
             seed_everything_default=1,
-            parser_kwargs={**strict, **{name: {**strict, "description": CONFIGS_RUN} for name in COMMANDS}},
+            parser_kwargs={**strict, **{name: {**strict, "description": CONFIGS_RUN} for name in self.subcommands()}},
             auto_configure_optimizers=False,  # `optimizer:` would be built before LoRA, from parameters that LoRA freezes
             args=args,
             run=run,
         )
+
+    @override
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Only the one that is run: each takes time to build."""
+        there = LightningCLI.subcommands()
+        return {self.command: there[self.command]} if self.command else there
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -87,18 +96,16 @@ class LoRACLI(LightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         # As in LightningCLI, but without its warning that the process has arguments too: a script such as the quickstart has its own.
-        words = sys.argv[1:] if args is None else args if isinstance(args, list) else []
-        command = words[0] if self.runs and words and words[0] in COMMANDS else None
-        ours = cli_parser(self, command)
+        ours = cli_parser(self, self.command)
         with usage(known=lambda: _options(ours)), unique_keys():
-            check_config_files(words)
+            check_config_files(self.words)
             self.config = _parse(parser, args)
-            chosen = self.config.get(str(command), self.config)
+            chosen = self.config.get(str(self.command), self.config)
             others = {key: {"class_path": path} for key in DEFAULTS if (path := _other_class(chosen, key)) is not None}
             if others:  # the arguments that the user did not set are to be this class's, not those of the class it replaces
                 ours.set_defaults(others)
                 self.config = _parse(parser, args)
-        _check_values(self.config.get(str(command), self.config))
+        _check_values(self.config.get(str(self.command), self.config))
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -157,6 +164,8 @@ class LoRACLI(LightningCLI):
             if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > max(8, 4 * cpus):
                 raise ValueError(f"{trainer.num_devices} processes on {cpus} CPUs; give fewer devices")
         add_companions(trainer)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # which leaves a part of a checkpoint where the disk is full
+            trainer.strategy.checkpoint_io = DurableCheckpointIO()
         return trainer
 
     def fit(self, **kwargs: Any) -> None:
@@ -180,10 +189,10 @@ class LoRACLI(LightningCLI):
                 print(json.dumps(row, ensure_ascii=False, default=str))
 
     def _run(self, command: str, arguments: dict[str, Any]) -> Any:
-        with usage():
-            arguments["ckpt_path"] = checkpoint_of(arguments.get("ckpt_path"), command, self.trainer)
         if arguments.get("weights_only") is None:
             arguments["weights_only"] = True  # Lightning's default runs code that is in the file
+        with usage():
+            arguments["ckpt_path"] = checkpoint_of(arguments.get("ckpt_path"), command, self.trainer, arguments["weights_only"])
         with no_folder_of_a_failed_start(self.trainer):
             try:
                 return getattr(self.trainer, command)(**arguments)

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+from safetensors import SafetensorError
 
 from lightning_lora.cli.messages import UsageError, check_not_null, nearest, one_line, usage
 from lightning_lora.cli.yaml_files import check_config_files, unique_keys
@@ -30,7 +31,10 @@ TOOLS = {
 }
 TRACEBACK = "LIGHTNING_LORA_TRACEBACK"
 # Wrong input and a machine that fails raise one of these. Anything else is a fault in the code, and shows its traceback.
-FAILURES = (ArgumentError, ValueError, RuntimeError, OSError, ImportError, MemoryError, OverflowError, EOFError, pickle.UnpicklingError)
+FAILURES = (
+    *(ArgumentError, ValueError, RuntimeError, OSError, ImportError, MemoryError, OverflowError, EOFError),
+    *(pickle.UnpicklingError, SafetensorError),
+)
 EXAMPLE = """\
 model:
   model: HuggingFaceTB/SmolLM2-135M-Instruct  # a hub id or a folder

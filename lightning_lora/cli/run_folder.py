@@ -45,6 +45,12 @@ class StderrProgressBar(TQDMProgressBar):
         with redirect_stdout(sys.stderr):
             return super().init_predict_tqdm()
 
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """End the line that a bar stands on."""
+        if self.is_enabled:
+            sys.stderr.write("\n")
+
 
 class BeganConfig(SaveConfigCallback):
     """Lightning's ``SaveConfigCallback``, which writes once the run has begun: one that is refused leaves no file."""

@@ -49,6 +49,13 @@ class DurableCheckpointIO(TorchCheckpointIO):
             return
         path = Path(path)
         os.makedirs(path.parent, exist_ok=True)
+        try:
+            self._write(checkpoint, path)
+        except OSError as error:
+            error.filename = error.filename or str(path)  # a full disk does not say where
+            raise
+
+    def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
         if not (standing(path) / REST).is_file():
             write_atomic(path, lambda file: torch.save(checkpoint, file))
             return

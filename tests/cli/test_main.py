@@ -10,7 +10,9 @@ import time
 import lightning
 import pytest
 import torch
+import transformers
 import yaml
+from safetensors import SafetensorError
 
 from lightning_lora.cli.main import main
 from tests import tiny_lm
@@ -158,14 +160,27 @@ def test_a_reader_that_closes_the_pipe_is_no_error():
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_a_full_disk_is_one_line(config, tmp_path, capsys, monkeypatch):
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device", str(tmp_path / "x.ckpt"))
+@pytest.mark.parametrize("full_finetuning", ["false", "true"])
+def test_a_full_disk_is_one_line(full_finetuning, config, tmp_path, capsys, monkeypatch):
+    def full(content, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    assert main(["fit", "--config", config]) == 1
-    assert "lightning-lora: error: [Errno 28] No space left on device" in capsys.readouterr().err
+    assert main(["fit", "--config", config, f"--full_finetuning={full_finetuning}"]) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lightning-lora: error")]
+    assert len(lines) == 1 and re.search(r"No space left on device: '.*\.ckpt'$", lines[0])
     assert not list(tmp_path.rglob("*.ckpt")) and not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_full_disk_in_a_merge_is_one_line(model, adapter, tmp_path, capsys, monkeypatch):
+    def full(*args, **kwargs):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
+    assert main(["merge", model, adapter, str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "lightning-lora: error: I/O error: No space left on device (os error 28)"
+    assert not list(tmp_path.iterdir())
 
 
 class Interrupt(lightning.Callback):
