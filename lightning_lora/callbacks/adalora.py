@@ -127,7 +127,13 @@ class AdaLoRACallback(LoRACallback):
             ValueError: its length is unknown or leaves no steps to prune in; or the adapters are in no optimizer, or in several.
         """
         super().on_fit_start(trainer, pl_module)
-        total = self.total_steps or trainer.estimated_stepping_batches
+        # Without batches Lightning reads no data and estimates -1 steps.
+        total = self.total_steps or (trainer.estimated_stepping_batches if trainer.limit_train_batches else 0)
+        if not total:
+            raise ValueError(
+                f"the trainer will take no optimizer step (max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps},"
+                f" limit_train_batches={trainer.limit_train_batches}), so AdaLoRA has no steps to prune in: let it train."
+            )
         if not 0 < total < float("inf"):
             raise ValueError(
                 f"the trainer does not know how many optimizer steps it will take (max_epochs={trainer.max_epochs},"

@@ -340,6 +340,11 @@ def test_a_run_of_unknown_length(tmp_path, kwargs):
     assert callback.allocator.total_steps == 12 and sum(callback.ranks.values()) == 4
 
 
+def test_a_run_without_steps(tmp_path):
+    with pytest.raises(ValueError, match=r"will take no optimizer step \(.*limit_train_batches=0\), so AdaLoRA has no steps to prune in"):
+        fit(tmp_path, limit_train_batches=0)
+
+
 def test_adapters_in_two_optimizers(tmp_path):
     class Two(LitNet):
         def __init__(self):
