@@ -20,6 +20,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lightning_lora.strategies.namespaces import twin, twins
+
 #: The checkpoint of an interrupted run. ``ckpt_path="last"`` finds it: Lightning takes the newest file whose name begins with "last".
 NAME = "last-interrupted.ckpt"
 
@@ -56,7 +58,7 @@ class Interruption(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save a checkpoint, and give the exception its exit code."""
-        if not isinstance(exception, SIGTERMException):
+        if not isinstance(exception, twins(SIGTERMException)):
             return
         exception.code = 128 + (self.signal or signal.SIGTERM)
         if trainer.state.fn != TrainerFn.FITTING or trainer.global_step == 0:
@@ -85,7 +87,7 @@ class Interruption(Callback):
 
     def _agree(self, trainer: Trainer) -> None:
         if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(self.signal is not None, all=False):
-            raise SIGTERMException
+            raise twin(SIGTERMException, trainer)
 
 
 def handle_interruptions(trainer: Trainer) -> list[Callback]:
@@ -100,6 +102,6 @@ def _folder(trainer: Trainer) -> str | None:
     """Where the trainer saves checkpoints; None if it saves none, or saves one on exceptions itself."""
     savers: list[Any] = trainer.checkpoint_callbacks
     off = trainer.fast_dev_run  # type: ignore[attr-defined]
-    if off or any(isinstance(s, OnExceptionCheckpoint) or getattr(s, "save_on_exception", False) for s in savers):
+    if off or any(isinstance(s, twins(OnExceptionCheckpoint)) or getattr(s, "save_on_exception", False) for s in savers):
         return None
     return next((str(saver.dirpath) for saver in savers if getattr(saver, "dirpath", None)), None)

@@ -45,6 +45,8 @@ from lightning_lora.strategies import (
     convert_base,
     synchronize,
 )
+from lightning_lora.strategies.lightning_private import see_mixed_imports
+from lightning_lora.strategies.namespaces import twins
 from lightning_lora.strategies.savable import check_savable
 from lightning_lora.utils.names import adapter_root
 from lightning_lora.utils.sharding import is_sharded
@@ -103,6 +105,7 @@ class LoRACallback(Callback):
         if cuda_graphs and compile is None:
             raise ValueError("cuda_graphs=True records compiled blocks: pass compile='layer' with it.")
         check_ratio(lora_plus_ratio)
+        see_mixed_imports()
         self.config, self.module = config or LoRAConfig(), module
         if quantize is not None:
             quantizer_of(quantize)
@@ -233,7 +236,7 @@ class LoRACallback(Callback):
         advise(exception)
         if self._roll_call is not None:
             self._roll_call.answer(exception)
-        if not any(is_sharded(p) for p in pl_module.parameters()) and not isinstance(trainer.strategy, FSDPStrategy):
+        if not any(is_sharded(p) for p in pl_module.parameters()) and not isinstance(trainer.strategy, twins(FSDPStrategy)):
             self._undo.close()
         self._begun(pl_module)
         self.teardown(trainer, pl_module, "")
