@@ -1,119 +1,129 @@
-"""Write the merged model as a folder of safetensors, tensor by tensor: no process ever holds the full model.
+"""Write the merged model as a folder, tensor by tensor: no process ever holds the full model twice.
 
-Under sharding each weight is gathered alone, merged, passed to the first process and freed. ``from_pretrained`` reads the files: numbered
-shards and an index, or one file if the model is small. Quantized weights are dequantized one by one and written in full precision.
+What is written is a copy of the model's modules without adapters. Each of its weights is computed when the file that it goes to is
+written: gathered alone, merged, passed to the first process and freed. A Hugging Face model writes itself by its own ``save_pretrained``.
+So its folder has the files, names and layouts of any other model of its class. For other models the names are those of a state dict.
+Quantized weights are dequantized one by one and written in full precision.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
-import json
+import inspect
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.layers.base import PREFIX, LoRALayer
-from lightning_lora.quantization.formats import dequantized, format_of
-from lightning_lora.utils.atomic_files import write_atomic
-from lightning_lora.utils.names import adapter_root, clean_name, persistent_buffers
-from lightning_lora.utils.sharding import full_tensor, gathered_parameters, on_first_rank
+from lightning_lora.adapter_io.merged_weights import MergedWeights
+from lightning_lora.adapter_io.weight_files import write_weights
+from lightning_lora.model.plain_copy import plain_copy
+from lightning_lora.model.ties import tied_weights, untying
+from lightning_lora.utils.atomic_files import move_files
+from lightning_lora.utils.names import adapter_root, clean_name
+from lightning_lora.utils.sharding import on_first_rank, on_first_rank_with_help
+
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")  # what from_pretrained reads
 
 
 def export_merged(model: nn.Module, folder: str | Path, *, overwrite: bool = False, shard_bytes: int = 5_000_000_000) -> Path:
     """Write a model with its adapters merged. The model itself does not change.
+
+    A Hugging Face model is written by its own ``save_pretrained``: the folder is that of the merged model, with its configs. An adapted
+    weight that is tied (an embedding and the head) is written under its own name, and ``from_pretrained`` leaves it untied.
 
     Under sharding every process has to call it. An error of the first process is raised on all.
 
     Args:
         model: an adapted model, merged or not, sharded or not; or a LightningModule around one.
         folder: created if it does not exist.
-        overwrite: write into a folder that is not empty.
-        shard_bytes: largest size of a file in bytes. A tensor that would exceed it begins the next file.
+        overwrite: write into a folder that is not empty. Weights of an earlier export are removed, other files stay.
+        shard_bytes: largest size of a file in bytes, and of what is in memory. A tensor that would exceed it begins the next file. A class
+            whose ``save_pretrained`` has no ``max_shard_size`` decides by itself.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: the folder is not empty and ``overwrite`` is False, or a quantized weight is sharded.
+        ValueError: the folder is not empty and ``overwrite`` is False, or it holds an adapter; an adapter holds NaN or is disabled; a
+            quantized weight is sharded or of an unknown format; an adapted weight is tied and the file cannot say that it no longer is.
     """
     folder, (_, root) = Path(folder), adapter_root(model)
-    writer = _Shards(folder, shard_bytes)
-    on_first_rank(lambda: writer.begin(overwrite))
-    seen: set[int] = set()
-    for module_name, module, name, parameter in gathered_parameters(root):
-        if name.startswith(PREFIX) or id(parameter) in seen:  # tied weights are written under one name
-            continue
-        seen.add(id(parameter))
-        with torch.no_grad():
-            layers = module.by_weight() if isinstance(module, LoRALayer) else {"weight": module}
-            layer = layers.get(name)
-            packed = layer is not None and format_of(layer) is not None
-            tensor = _unpacked(layer, module_name) if packed else full_tensor(parameter.detach())
-            if isinstance(layer, LoRALayer) and not layer.merged:
-                tensor, _ = layer.merged_weight()
-        on_first_rank(functools.partial(writer.add, clean_name(f"{module_name}.{name}" if module_name else name), tensor))
-    on_first_rank(lambda: _finish(writer, root))
+    on_first_rank(lambda: _check_free(folder, overwrite))
+    weights = MergedWeights(root)
+    merged, originals = plain_copy(root, weights.deferred)
+    weights.make_plain(originals)
+    _untie(root, merged)
+    with torch.no_grad():
+        on_first_rank_with_help(lambda ask: _write(merged, folder, shard_bytes, weights, ask), weights.read)
     return folder
 
 
-def _finish(writer: _Shards, root: nn.Module) -> None:
-    for name, buffer in persistent_buffers(root).items():
-        writer.add(name, buffer)
-    writer.close()
-    config = getattr(root, "config", None)
-    if hasattr(config, "save_pretrained"):
+def _check_free(folder: Path, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"folder={str(folder)!r} is a file; name a folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise ValueError(f"folder={str(folder)!r} is not empty; choose another or pass overwrite=True.")
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(f"folder={str(folder)!r} holds an adapter, which from_pretrained would load on top; choose another.")
+
+
+def _untie(root: nn.Module, merged: nn.Module) -> None:
+    """Break the ties of adapted weights in the copy, so that each value is written and read under its own name."""
+    tied = tied_weights(root)
+    if tied and not hasattr(type(merged), "save_pretrained"):
+        name, others = next(iter(tied.items()))
+        raise ValueError(
+            f"{name} is tied to {', '.join(others)}, and merged they differ: a state dict that is loaded into a tied model loses one of"
+            " them. Call merge_lora(model, untie=True) first, and untie the model that loads it."
+        )
+    if tied:
+        untying(merged, tied).apply()
+
+
+def _write(merged: Any, folder: Path, limit: int, weights: MergedWeights, ask: Callable[[int], Tensor]) -> None:
+    """Write the files beside the old ones first, so that a failure leaves the folder as it was."""
+    weights.ask = ask
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as staging:
+            _save(merged, Path(staging), limit)
+            written = {file.name for file in Path(staging).iterdir()}
+            move_files(Path(staging), folder)
+            for file in folder.iterdir():
+                if file.name not in written and _WEIGHTS.fullmatch(file.name):
+                    file.unlink()  # from_pretrained might read it instead of the new ones
+    except BaseException:
+        if new:
+            shutil.rmtree(folder)
+        raise
+
+
+def _save(model: Any, folder: Path, limit: int) -> None:
+    if hasattr(type(model), "save_pretrained"):
+        sizes = {"max_shard_size": limit} if "max_shard_size" in inspect.signature(type(model).save_pretrained).parameters else {}
+        model.save_pretrained(folder, **sizes)
+        return
+    write_weights(folder, _tensors(model), limit)
+    config = getattr(model, "config", None)
+    if hasattr(config, "save_pretrained"):  # of Hugging Face, in a model of one's own
         config = copy.copy(config)
         config.__dict__.pop("quantization_config", None)  # all weights were written dequantized
-        config.save_pretrained(writer.folder)  # type: ignore[union-attr]
+        config.save_pretrained(folder)  # type: ignore[union-attr]
 
 
-def _unpacked(module: Any, name: str) -> Tensor:
-    try:
-        return dequantized(module)
-    except ValueError as error:
-        raise ValueError(f"{name!r} cannot be exported: {error}.") from error
-
-
-class _Shards:
-    """Collect tensors on the CPU and write a file whenever the size limit is reached. Only the first process uses it."""
-
-    def __init__(self, folder: Path, limit: int) -> None:
-        self.folder, self.limit = folder, limit
-        self.places: dict[str, int] = {}  # tensor → number of its file
-        self.pending: dict[str, Tensor] = {}
-        self.files = self.size = 0
-
-    def begin(self, overwrite: bool) -> None:
-        if self.folder.is_dir() and any(self.folder.iterdir()) and not overwrite:
-            raise ValueError(f"folder={str(self.folder)!r} is not empty; choose another or pass overwrite=True.")
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        if self.pending and sum(t.nbytes for t in self.pending.values()) + tensor.nbytes > self.limit:
-            self._write()
-        self.pending[name] = tensor.detach().cpu().contiguous().clone()
-        self.places[name] = self.files
-        self.size += tensor.nbytes
-
-    def close(self) -> None:
-        """Write the remaining tensors, rename the files, now that their number is known, and write the index."""
-        self._write()
-        if self.files == 1:
-            (self.folder / self._staged(0)).rename(self.folder / "model.safetensors")
-            return
-        names = [f"model-{number + 1:05d}-of-{self.files:05d}.safetensors" for number in range(self.files)]
-        for number, name in enumerate(names):
-            (self.folder / self._staged(number)).rename(self.folder / name)
-        index: dict[str, Any] = {"metadata": {"total_size": self.size}, "weight_map": {t: names[n] for t, n in self.places.items()}}
-        write_atomic(self.folder / "model.safetensors.index.json", json.dumps(index, indent=2).encode())
-
-    def _write(self) -> None:
-        write_atomic(self.folder / self._staged(self.files), safetensors.torch.save(self.pending, {"format": "pt"}))
-        self.files, self.pending = self.files + 1, {}
-
-    def _staged(self, number: int) -> str:
-        return f".model-{number:05d}.part"
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):
+            warnings.warn(f"{name!r} is a {type(tensor).__name__}, no tensor, and is not in the export.", stacklevel=2)
+        elif id(tensor) not in seen:  # tied weights are written under one name
+            seen.add(id(tensor))
+            yield clean_name(name), tensor

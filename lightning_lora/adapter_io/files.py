@@ -78,7 +78,8 @@ def read_adapter(path: str | Path) -> AdapterFile:
         ValueError: a file is missing, unreadable or of a newer format, or the two files are of different saves.
     """
     path = Path(path)
-    return _read_checkpoint(path) if path.is_file() else read_undisturbed(path, (TENSORS, CONFIG), _read_folder)
+    place = standing(path)
+    return _read_checkpoint(place) if place.is_file() else read_undisturbed(path, (TENSORS, CONFIG), _read_folder)
 
 
 def write_folder(folder: Path, content: AdapterFile, fields: dict[str, Any], check: Callable[[], object] = lambda: None) -> None:

@@ -127,8 +127,8 @@ def from_peft(fields: dict[str, Any], where: str, tensor_names: Iterable[str]) -
             raise ValueError(f"{where}: {name}={fields[name]!r} changes what the adapter computes and is not supported.")
     if other := [name for name in fields.get("target_parameters") or () if not name.endswith(".weight")]:
         raise ValueError(
-            f"{where}: target_parameters names {other[0]!r}, which is no layer's weight but a tensor such as experts have: LoRA there is"
-            " not supported."
+            f"{where}: target_parameters={fields['target_parameters']!r}: {other[0]!r} is no layer's weight but a tensor such as experts"
+            " have; LoRA there is not supported."
         )
     init = fields.get("init_lora_weights", True)
     if isinstance(init, str) and _CHANGED_BASE.fullmatch(init):

@@ -153,7 +153,10 @@ def _weights(fields: dict[str, Any], modules: dict[str, nn.Module], where: str) 
             if not is_target_parameter(fields, f"{fqn}.{name}"):
                 continue
             if name != "weight" or not isinstance(module, nn.Linear):
-                raise ValueError(f"{where}: target_parameters names {f'{fqn}.{name}'!r}, which is no linear layer's weight: not supported.")
+                raise ValueError(
+                    f"{where}: target_parameters={fields['target_parameters']!r}: {f'{fqn}.{name}'!r} is no linear layer's weight; LoRA"
+                    " there is not supported."
+                )
             found.add(fqn)
     return found
 

@@ -23,6 +23,7 @@ from lightning_lora.adapter_io.peft_experts import beside_experts
 from lightning_lora.adapter_io.peft_names import names_for_peft, peft_name
 from lightning_lora.adapter_io.peft_rules import task_type
 from lightning_lora.adapter_io.placing import place
+from lightning_lora.adapter_io.size_limit import check_size
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import PREFIX, LoRALayer, lora_layers
 from lightning_lora.layers.factors import Exported
@@ -93,6 +94,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
         ValueError: the file cannot be read or does not fit the model, which is then unchanged.
     """
     _, root = adapter_root(model)
+    check_size(Path(path), root)
     adapter = place(read_adapter(path), root, str(path))
     bad = [name for name, tensor in adapter.tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
     if bad and not allow_nonfinite:

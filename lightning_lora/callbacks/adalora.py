@@ -127,7 +127,13 @@ class AdaLoRACallback(LoRACallback):
             ValueError: its length is unknown or leaves no steps to prune in; or the adapters are in no optimizer, or in several.
         """
         super().on_fit_start(trainer, pl_module)
-        total = self.total_steps or trainer.estimated_stepping_batches
+        # Without batches Lightning reads no data and estimates -1 steps.
+        total = self.total_steps or (trainer.estimated_stepping_batches if trainer.limit_train_batches else 0)
+        if not total:
+            raise ValueError(
+                f"the trainer will take no optimizer step (max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps},"
+                f" limit_train_batches={trainer.limit_train_batches}), so AdaLoRA has no steps to prune in: let it train."
+            )
         if not 0 < total < float("inf"):
             raise ValueError(
                 f"the trainer does not know how many optimizer steps it will take (max_epochs={trainer.max_epochs},"
@@ -225,23 +231,31 @@ class AdaLoRACallback(LoRACallback):
         if self.allocator is not None and not (isinstance(bad, torch.Tensor) and bad.item()):
             self.allocator.after_step()
 
-    def _unmerge(self, target: nn.Module) -> Callable[[], None]:
-        """Unmerge, and restore the full size of shrunk adapters. Return the function that reverts both."""
-        merge, full, config = super()._unmerge(target), self._full, self.config
-        self._grow(target)
+    def _restoring(self, target: nn.Module) -> Callable[[], None]:
+        """Return a function that shrinks and merges again what is shrunk and merged now."""
+        merge, full, config, shrunk = super()._restoring(target), self._full, self.config, self._shrank(target)
 
-        def shrink() -> None:
-            if full:
+        def restore() -> None:
+            if shrunk and not self._full:
                 shrink_adalora(target)
-                self._full, self.config = full, config
+            self._full, self.config = full, config
             merge()
 
-        return shrink
+        return restore
+
+    def _unmerge(self, target: nn.Module) -> None:
+        """Unmerge, and restore the full size of shrunk adapters."""
+        super()._unmerge(target)
+        self._grow(target)
+
+    def _shrank(self, module: nn.Module) -> bool:
+        """True if this is the module that was shrunk. The adapters of another module stay as they are."""
+        mine = {id(layer) for _, layer in lora_layers(module)}
+        return bool(self._full) and all(id(layer) in mine for layer, *_ in self._full)
 
     def _grow(self, pl_module: nn.Module) -> None:
-        """Revert the shrinking if this is the module that was shrunk. The adapters of another module stay as they are."""
-        mine = {id(layer) for _, layer in lora_layers(pl_module)}
-        if self._full and all(id(layer) in mine for layer, *_ in self._full):
+        """Revert the shrinking if this is the module that was shrunk."""
+        if self._shrank(pl_module):
             unmerge_lora(pl_module)
             for layer, cls, parameters, rank in self._full:
                 layer.__class__ = cls

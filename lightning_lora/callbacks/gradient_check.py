@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_lora.layers.base import lora_layers
 from lightning_lora.utils.names import clean_name
+from lightning_lora.utils.patterns import grouped
 
 BATCHES = 100  # with a backward pass; a layer that got no gradient in any of them is reported
 
@@ -74,11 +75,3 @@ class GradientCheck:
             whole = len(names) > 1 and everyone[shown] == names
             found += [re.escape(shown).replace(r"\*", r"\d+")] if whole else names
         return found
-
-
-def grouped(names: list[str]) -> dict[str, list[str]]:
-    """Group names that differ only in numbers. Each key is the name with ``*`` in place of the numbers."""
-    kinds: dict[str, list[str]] = {}
-    for name in names:
-        kinds.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", name), []).append(name)
-    return kinds

@@ -4,7 +4,7 @@ On SIGTERM Lightning raises ``SIGTERMException`` after the batch. That is a ``Sy
 it had finished, and what was trained since the last checkpoint is lost. On Ctrl-C it stops within a step, where no state can be saved.
 
 Here Ctrl-C counts as SIGTERM, and a second one stops at once, as in Lightning. With several processes Lightning's handler waits for the
-others, whatever they do. It is replaced: all processes agree after each batch whether one was told to stop.
+others, whatever they do. It is replaced: all processes stop after the same batch, soon after one was told to.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lightning_lora.strategies.agreed_stop import AgreedStop
 from lightning_lora.strategies.namespaces import twin, twins
+from lightning_lora.utils.sharding import is_distributed
 
 #: The checkpoint of an interrupted run. ``ckpt_path="last"`` finds it: Lightning takes the newest file whose name begins with "last".
 NAME = "last-interrupted.ckpt"
@@ -35,14 +37,15 @@ class Interruption(Callback):
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None  # what told this process to stop
+        self._stop: AgreedStop | None = None  # of a run on several processes
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the handlers. Lightning puts back what was there before the run."""
-        self.signal = None
+        self.signal, self._stop = None, AgreedStop(trainer.strategy.root_device) if is_distributed() else None
         lightnings = signal.getsignal(signal.SIGTERM)
         if threading.current_thread() is not threading.main_thread() or not callable(lightnings):
             return
-        if trainer.world_size > 1:
+        if self._stop is not None:
             signal.signal(signal.SIGTERM, self._note)
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, self._note_ctrl_c)
@@ -71,6 +74,11 @@ class Interruption(Callback):
         trainer.save_checkpoint(path)
         rank_zero_info(f"Interrupted at step {trainer.global_step}; resume with ckpt_path={path!r}.")
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finish what the processes exchange. A run that is told to stop within its last batches ends as it would have."""
+        if self._stop is not None:
+            self._stop.close()
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the checkpoint of an interruption that this run resumed from: "last" should not mean it any more."""
         if trainer.ckpt_path is not None and os.path.basename(trainer.ckpt_path) == NAME:
@@ -86,16 +94,8 @@ class Interruption(Callback):
         signal.raise_signal(signal.SIGTERM)
 
     def _agree(self, trainer: Trainer) -> None:
-        if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(self.signal is not None, all=False):
+        if self._stop is not None and self._stop.after_batch(self.signal is not None):
             raise twin(SIGTERMException, trainer)
-
-
-def handle_interruptions(trainer: Trainer) -> list[Callback]:
-    """Add `Interruption` to a trainer that has none, and return all its callbacks."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    if not any(isinstance(callback, Interruption) for callback in callbacks):
-        callbacks.append(Interruption())
-    return callbacks
 
 
 def _folder(trainer: Trainer) -> str | None:

@@ -16,38 +16,29 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from lightning_lora.callbacks.companions import add_companions
 from lightning_lora.callbacks.dropout import wake_and_log
 from lightning_lora.callbacks.gradient_check import BATCHES, CURE, GradientCheck
-from lightning_lora.callbacks.interruption import handle_interruptions
 from lightning_lora.callbacks.out_of_memory import advise
 from lightning_lora.callbacks.processes import begin_together
-from lightning_lora.callbacks.refusals import check_apart, check_mergeable, check_optimizers, frozen_parts, recordable
+from lightning_lora.callbacks.refusals import check_apart, check_fit, check_mergeable, frozen_parts, recordable
 from lightning_lora.callbacks.start_report import log_start
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import lora_layers
 from lightning_lora.layers.state import Quantized
 from lightning_lora.model.apply import already_applied, inject, let_gradients_in, unload_lora
 from lightning_lora.model.compile import begin_step, compile_layers, keep_gradients, uncompile_layers
-from lightning_lora.model.merge import merge_lora, merge_report, unmerge_for_now
+from lightning_lora.model.merge import merge_lora, merge_report, remerging, unmerge_lora
 from lightning_lora.model.modes import restore_flags
 from lightning_lora.model.quantize import quantize_base
 from lightning_lora.model.targeting import TargetReport, find_targets
 from lightning_lora.optim.groups import check_ratio
 from lightning_lora.quantization.formats import quantizer_of
-from lightning_lora.strategies import (
-    AdaptedPart,
-    FiniteCheck,
-    RollCall,
-    StrategyHooks,
-    arrange,
-    check_equal,
-    check_supported,
-    convert_base,
-    synchronize,
-)
+from lightning_lora.strategies import AdaptedPart, FiniteCheck, RollCall, StrategyHooks
+from lightning_lora.strategies.equal_ranks import check_equal, synchronize
 from lightning_lora.strategies.lightning_private import see_mixed_imports
 from lightning_lora.strategies.namespaces import twins
-from lightning_lora.strategies.savable import check_savable
+from lightning_lora.strategies.support import arrange, check_supported, convert_base
 from lightning_lora.utils.names import adapter_root
 from lightning_lora.utils.sharding import is_sharded
 
@@ -128,7 +119,7 @@ class LoRACallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Inject, freeze and report. A model that is built in ``configure_model`` is adapted right after that."""
-        mine = [c for c in handle_interruptions(trainer) if isinstance(c, LoRACallback)]
+        mine = [c for c in add_companions(trainer) if isinstance(c, LoRACallback)]
         self._roll_call = begin_together(self.config, vars(self), mine[0] is self)
         check_supported(trainer)
         check_apart(self.module, [c.module for c in mine if c is not self])
@@ -147,8 +138,7 @@ class LoRACallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise ValueError if an optimizer lacks a parameter that should train, or has none, or if no checkpoint can be written."""
-        check_optimizers(trainer.optimizers, pl_module, self._target(pl_module))
-        check_savable(trainer, pl_module)
+        check_fit(trainer, pl_module, self._target(pl_module))
         let_gradients_in(pl_module)  # gradient checkpointing may have been enabled after the injection
         self._gradients, self._compare = GradientCheck(self._target(pl_module)) if self.check_gradients else None, True
         every = trainer.log_every_n_steps or BATCHES  # type: ignore[attr-defined]
@@ -179,25 +169,19 @@ class LoRACallback(Callback):
             self._compare = False
             check_equal(pl_module)
 
-    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Mark each batch as a step for recorded CUDA graphs."""
         self._begin_step()
-
-    def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Mark each batch as a step for recorded CUDA graphs."""
-        self._begin_step()
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note that the run has begun."""
-        self._begun(pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note that the run has begun."""
+        """Note that the run has begun: from now on the module is not restored."""
         self._begun(pl_module)
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note that the run has begun."""
-        self._begun(pl_module)
+    # Other stages begin in the same way. In training, `on_train_batch_start` and `on_train_start` do more.
+    on_validation_batch_start = on_test_batch_start
+    on_validation_start = on_predict_start = on_test_start
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Raise RuntimeError if an adapter got no gradient in any of enough batches."""
@@ -251,8 +235,9 @@ class LoRACallback(Callback):
         recorded = self.cuda_graphs and trainer.state.fn != TrainerFn.PREDICTING and recordable(trainer.strategy)
         self._begun(pl_module)
         with ExitStack() as undo:
+            undo.callback(self._restoring(target))  # tests load checkpoints too, which unmerges
             if fitting:
-                undo.callback(self._unmerge(target))
+                self._unmerge(target)
             if self.compile and trainer.state.fn != TrainerFn.PREDICTING:
                 compile_layers(target, cuda_graphs=recorded)
                 undo.callback(self.teardown, trainer, pl_module, "")
@@ -269,7 +254,7 @@ class LoRACallback(Callback):
                 undo.callback(unload_lora, target)
                 synchronize(pl_module)
                 log_start(report, pl_module, stays, fitting and bool(trainer.checkpoint_callbacks))
-            arrange(trainer.strategy, pl_module)
+            undo.callback(arrange(trainer.strategy, pl_module))
             root = ".".join(filter(None, (self.module, adapter_root(target)[0])))
             self.part = AdaptedPart(root, self.config, self.check_base, self.lora_plus_ratio, self.allow_nonfinite)
             hooks = StrategyHooks.of(trainer.strategy, pl_module)
@@ -280,9 +265,13 @@ class LoRACallback(Callback):
             self._undo = undo.pop_all()
         return hooks
 
-    def _unmerge(self, target: nn.Module) -> Callable[[], None]:
-        """Unmerge the module for training. Return the function that merges it again."""
-        return unmerge_for_now(target)
+    def _restoring(self, target: nn.Module) -> Callable[[], None]:
+        """Return a function that merges again what is merged now and is not merged then."""
+        return remerging(target)
+
+    def _unmerge(self, target: nn.Module) -> None:
+        """Unmerge the module for training."""
+        unmerge_lora(target)
 
     def _begun(self, pl_module: LightningModule) -> None:
         """Drop the undo record: once a run has begun, the module is not restored to its state before the run."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
@@ -13,10 +14,11 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.state import Quantized
 from lightning_lora.model.heads import left_frozen
-from lightning_lora.model.merge import tied_weights
 from lightning_lora.model.targeting import TargetReport
+from lightning_lora.model.ties import tied_weights
 from lightning_lora.quantization.formats import format_of
 from lightning_lora.strategies.namespaces import twins
+from lightning_lora.strategies.savable import check_savable
 
 
 def check_apart(mine: str | None, others: Sequence[str | None]) -> None:
@@ -76,6 +78,12 @@ def check_mergeable(target: nn.Module, report: TargetReport, strategy: Strategy,
             " later, call merge_lora(model, untie=True). To merge into a quantized base, pass LoRACallback(merge_quantized='dequantize') or"
             " 'requantize'."
         )
+
+
+def check_fit(trainer: Trainer, module: LightningModule, target: nn.Module) -> None:
+    """Raise ValueError if an optimizer lacks a parameter that should train or has none, or if a checkpoint cannot be written."""
+    check_optimizers(trainer.optimizers, module, target)
+    check_savable(trainer, module)
 
 
 def check_optimizers(optimizers: Sequence[Optimizer], module: nn.Module, target: nn.Module) -> None:

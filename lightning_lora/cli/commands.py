@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from jsonargparse.typing import PositiveInt
 
-from lightning_lora import LoRAConfig, find_targets, load_adapter, merge_lora, unload_lora
+from lightning_lora import LoRAConfig, export_merged, find_targets, load_adapter
 from lightning_lora.adapter_io.files import CONFIG, TENSORS, read_adapter
 from lightning_lora.cli.messages import UsageError
 from lightning_lora.cli.output_folder import replaced_folder
@@ -54,8 +54,7 @@ def merge(model: str, adapter: str, out: str, gguf_file: str | None = None, dtyp
     """
     with replaced_folder(out, overwrite, keep=(model, adapter)) as folder:
         network, tokenizer = load_causal_lm(model, gguf_file, dtype)
-        unload_lora(merge_lora(load_adapter(network, adapter), reversible=False), merged="keep")
-        network.save_pretrained(folder)
+        export_merged(load_adapter(network, adapter), folder)
         tokenizer.save_pretrained(folder)
     print(f"merged model in {out}")
 

@@ -24,7 +24,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from typing_extensions import override
 
 from lightning_lora.callbacks import LoRACallback
-from lightning_lora.callbacks.interruption import handle_interruptions
+from lightning_lora.callbacks.companions import add_companions
 from lightning_lora.cli.checkpoints import checkpoint_of
 from lightning_lora.cli.messages import UsageError, check_not_null, one_line, usage
 from lightning_lora.cli.run_folder import BeganConfig, StderrProgressBar, no_folder_of_a_failed_start
@@ -163,7 +163,7 @@ class LoRACLI(LightningCLI):
             cpus = os.cpu_count() or 1
             if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > max(8, 4 * cpus):
                 raise ValueError(f"{trainer.num_devices} processes on {cpus} CPUs; give fewer devices")
-        handle_interruptions(trainer)
+        add_companions(trainer)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # which leaves a part of a checkpoint where the disk is full
             trainer.strategy.checkpoint_io = DurableCheckpointIO()
         return trainer

@@ -28,6 +28,9 @@ SHAPE = 'a line is {"prompt": "...", "response": "..."} or {"messages": [{"role"
 class InstructionDataModule(LightningDataModule):
     """Prompts and answers from jsonl files, tokenized by the task's tokenizer (so the model is named once, in the task).
 
+    A run that resumes inside an epoch goes on with the next rows. Their order depends on ``seed``, ``batch_size`` and the epoch. On several
+    processes Lightning shuffles it once more, and each takes every n-th row: the order is the same on any number above one.
+
     Args:
         train: Training file.
         val: Validation file; without one there is no validation.

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
@@ -17,37 +16,38 @@ from typing_extensions import override
 class Position:
     """Where a run is in the epoch: shared by a data module and all loaders that Lightning makes of its own.
 
+    It is saved in rows of all processes. So a run on another number of processes goes on behind them: each process takes every n-th row of
+    one order, as Lightning's distributed samplers do.
+
     Attributes:
-        given: Batches of this epoch that were given out.
+        given: Batches of this epoch that were given out, on each process.
         length: Batches of this epoch, on each process.
+        saved: Rows of the epoch in which the next pass begins; None if it begins at the first.
     """
 
     def __init__(self) -> None:
-        self.given, self.length = 0, 0
-        self._saved: tuple[int, int] | None = None  # where the next pass begins
+        self.given, self.length, self.rows = 0, 0, 0
+        self.saved: int | None = None
 
-    def begin(self, length: int) -> int:
-        """Begin a pass over ``length`` batches; return how many of them were trained on before."""
-        skip, of = self._saved or (0, length)
-        if skip and of != length:
-            rank_zero_info(f"The epoch begins anew: it has {length} batches, {of} when the checkpoint was saved.")
-            skip = 0
-        self.given, self.length, self._saved = 0, length, None
+    def begin(self, length: int, rows: int) -> int:
+        """Begin a pass over ``length`` batches of ``rows`` rows, those of all processes. Return how many batches were trained on before."""
+        skip = (self.saved or 0) // rows
+        self.given, self.length, self.rows, self.saved = 0, length, rows, None
         return skip
 
     def state_dict(self) -> dict[str, int]:
-        """Return the position, 0 at the end of an epoch, and the epoch's length."""
-        return {"batches": self.given % max(1, self.length), "length": self.length}
+        """Return the position in rows, 0 at the end of an epoch."""
+        return {"rows": self.given % max(1, self.length) * self.rows}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Begin the next pass at this position."""
-        self._saved = state["batches"], state["length"]
+        """Begin the next pass behind these rows. If they end inside a batch, its first rows come again."""
+        self.saved = state["rows"]
 
 
 class ResumableLoader(DataLoader):
     """``DataLoader`` that begins where its position says.
 
-    The order of the rows has to be the same again. That of `LengthGroupedSampler` follows from its seed and the epoch.
+    The order of the rows has to be the same again. That of `LengthGroupedSampler` follows from its seed, its batch size and the epoch.
 
     Args:
         dataset: See ``DataLoader``.
@@ -61,11 +61,21 @@ class ResumableLoader(DataLoader):
 
     @override
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        skip = self.position.begin(len(self))
+        skip = self.position.begin(len(self), self._rows)
         for batch in super().__iter__():
             self.position.given += 1
             if self.position.given > skip:
                 yield batch
+
+    @property
+    def resumed_at(self) -> int | None:
+        """Batches that the next pass leaves out; None if it begins at the first. `LoRACallback` sets Lightning's count to it."""
+        return None if self.position.saved is None else self.position.saved // self._rows
+
+    @property
+    def _rows(self) -> int:
+        """Rows of one batch of all processes."""
+        return int(self.batch_size or 1) * int(getattr(self.sampler, "num_replicas", 1))
 
     def state_dict(self) -> dict[str, int]:
         """Return the position, for Lightning, which warns of loaders without."""

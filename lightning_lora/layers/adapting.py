@@ -79,7 +79,7 @@ def shallow_copy(module: nn.Module) -> Any:
 
     No constructor and no hook runs.
     """
-    new = module.__class__.__new__(module.__class__)
+    new = object.__new__(module.__class__)  # FSDP2's classes have a constructor in `__new__`
     own = (dict, AdapterState)  # the copy may change these without changing the original
     new.__dict__.update({name: value.copy() if isinstance(value, own) else value for name, value in module.__dict__.items()})
     return new

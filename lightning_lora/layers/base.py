@@ -37,6 +37,7 @@ from lightning_lora.ops.output_scale import apply_output_scale
 from lightning_lora.quantization import formats
 from lightning_lora.registry import INITS, has_start, init_check, look_up
 from lightning_lora.utils.gradient_reducer import kept_reduced
+from lightning_lora.utils.parameters import make_parameter
 from lightning_lora.utils.sharding import local_tensor
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -153,7 +154,7 @@ class LoRALayer(Factors):
         # Not a child module: parallelization plans and module walks must see the tree that they know.
         self.__dict__["lora_dropout"] = nn.Dropout(spec.dropout)
         for name, shape in self.parameter_shapes(self, spec).items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype)))
+            self.register_parameter(name, make_parameter(torch.empty(shape, device=weight.device, dtype=dtype), True))
         self.reset_lora_parameters()
         backends.look_at(weight.device)
 

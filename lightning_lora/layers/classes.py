@@ -7,6 +7,8 @@ variant instead of the class, because another process may not have created the c
 
 from __future__ import annotations
 
+from functools import wraps
+from inspect import Parameter, signature
 from typing import Any
 
 from torch import nn
@@ -47,7 +49,22 @@ def lora_class(base: type[nn.Module], kind: type, variant: type) -> type[Any]:
         else:
             parents = [cls for cls in (variant, kind, base) if cls is not object and not (cls is base and issubclass(kind, base))]
             _CLASSES[key] = type(name, tuple(parents), own)
+            _name_input_as_base_does(_CLASSES[key])
     return _CLASSES[key]
+
+
+def _name_input_as_base_does(cls: type[Any]) -> None:
+    """Let callers pass the input by the name that the base's forward has for it, as Hugging Face's ``Conv1D`` has ``x``."""
+    name, parameter = [*signature(cls.lora_base.forward).parameters.items(), ("", None)][1]
+    inner = cls.forward
+    if parameter is None or parameter.kind is not Parameter.POSITIONAL_OR_KEYWORD or name == "input":
+        return
+
+    @wraps(cls.lora_base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return inner(self, *args, **kwargs) if args or name not in kwargs else inner(self, kwargs.pop(name), **kwargs)
+
+    cls.forward = forward
 
 
 def strip_class(cls: type[Any], mark: str) -> type[Any]:

@@ -10,11 +10,11 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
-from torch import nn
 
 from lightning_lora.layers import merging
 from lightning_lora.layers.state import MergeRecord, Quantized
 from lightning_lora.quantization import formats
+from lightning_lora.utils.parameters import make_parameter
 from lightning_lora.utils.sharding import local_shard, local_tensor
 
 Plan = Callable[[], None]  # carries it out
@@ -40,7 +40,7 @@ def plan_merge(layer: Any, device: torch.device | str | None, reversible: bool, 
     undo: merging.SparseUndo | merging.OriginalUndo | None
     merged, undo, loss = merging.merged_with_undo(mine.to(device), delta, out_scale, reversible=reversible and not shared)
     if shared:  # another module uses it: it is replaced, never written to
-        new, undo = nn.Parameter(merged.to(weight.device), requires_grad=False), merging.OriginalUndo(weight) if reversible else None
+        new, undo = make_parameter(merged.to(weight.device), False), merging.OriginalUndo(weight) if reversible else None
     record = MergeRecord(undo, digest, device, loss)
 
     def carry_out() -> None:
@@ -66,7 +66,7 @@ def _plan_packed(layer: Any, device: torch.device | str | None, reversible: bool
             how.requantize(layer, exact.to(home))
             merged = layer.base_weight().to(exact)
         else:
-            layer.weight = nn.Parameter(exact.to(base.dtype).to(home), requires_grad=False)
+            layer.weight = make_parameter(exact.to(base.dtype).to(home), False)
             for name in original.attributes:
                 del layer.__dict__[name]
             if how.plain_class is not None:

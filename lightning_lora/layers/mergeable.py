@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_lora.layers import merging
 from lightning_lora.layers.merge_plans import plan_merge, plan_unmerge
-from lightning_lora.layers.state import Adapted, AdapterState, Quantized
+from lightning_lora.layers.state import Adapted, AdapterState, Quantized, Untying
 from lightning_lora.quantization import formats
 from lightning_lora.utils.checksums import checksum
 from lightning_lora.utils.sharding import full_tensor, is_sharded
@@ -185,21 +185,21 @@ class Mergeable(Adapted):
             plan_unmerge(self)()
             self.retie()
 
-    def untie(self, configs: list[Any]) -> None:
-        """Stop Hugging Face from tying, on save and load, weights that a merge separates.
+    def untie(self, untying: Untying | None) -> None:
+        """Repeat what a merge did to separate this layer's weight from weights elsewhere.
 
         Args:
-            configs: configs of the models whose ``tie_word_embeddings`` is on.
+            untying: what that was; None if the weight is not tied.
         """
-        for config in configs:
-            config.tie_word_embeddings = False
-        self.lora_state.untied = configs
+        if untying is not None:
+            untying.apply()
+        self.lora_state.untying = untying
 
     def retie(self) -> None:
-        """Switch ``tie_word_embeddings`` on again in the configs that a merge switched off."""
-        for config in self.lora_state.untied:
-            config.tie_word_embeddings = True
-        self.lora_state.untied = []
+        """Take back what a merge did to separate this layer's weight."""
+        if self.lora_state.untying is not None:
+            self.lora_state.untying.undo()
+        self.lora_state.untying = None
 
     def merge_again(self, state: AdapterState) -> None:
         """Repeat a merge after an unmerge. Merging is deterministic, so the merged weight is the same as before.
@@ -209,7 +209,7 @@ class Mergeable(Adapted):
         """
         assert state.merge is not None
         self.merge_weights(device=state.merge.device, quantized=state.merge.quantized)
-        self.untie(state.untied)
+        self.untie(state.untying)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

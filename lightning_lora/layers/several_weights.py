@@ -158,4 +158,4 @@ class SeveralWeights(LoRALayer):
         for name, layer in self.by_weight().items():
             layer.merge_again(state.by_weight[name])
             self._parameters[name] = layer.weight
-        self.untie(state.untied)
+        self.untie(state.untying)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import nn
@@ -35,6 +35,16 @@ class MergeRecord:
     quantized: Quantized | None = None
 
 
+class Untying(Protocol):
+    """A change of the model around a layer that can be made and taken back, each any number of times."""
+
+    def apply(self) -> None:
+        """Make the change."""
+
+    def undo(self) -> None:
+        """Take it back."""
+
+
 @dataclass
 class AdapterState:
     """The state of one adapted layer.
@@ -44,14 +54,14 @@ class AdapterState:
         shares_weight: True if another module uses the weight too. A merge then replaces it and never writes to it.
         merge: the merge that is in the weight now; None if the layer is not merged.
         by_weight: for a module with several weights, the states of the single weights by name; they hold the merges.
-        untied: configs of Hugging Face models whose ``tie_word_embeddings`` was switched off for that merge.
+        untying: what that merge changed elsewhere to separate a shared weight; layers that share it hold the same object.
     """
 
     spec: LayerSpec
     shares_weight: bool = False
     merge: MergeRecord | None = None
     by_weight: dict[str, AdapterState] = field(default_factory=dict)
-    untied: list[Any] = field(default_factory=list)
+    untying: Untying | None = None
 
     def copy(self) -> AdapterState:
         """Return a copy that can change independently of this state."""

@@ -13,10 +13,11 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.adapting import adapt, unadapt
 from lightning_lora.layers.base import PREFIX, LoRALayer, lora_layers
 from lightning_lora.model.fuse import fuse, unfuse
-from lightning_lora.model.heads import hf_ends, note_saved, saved_modules
+from lightning_lora.model.guards import guard, unguard
+from lightning_lora.model.heads import note_saved, saved_modules
 from lightning_lora.model.merge import unmerge_lora
 from lightning_lora.model.targeting import TargetReport, find_targets
-from lightning_lora.quantization.formats import elements, plain_dtype, prepare
+from lightning_lora.quantization.formats import elements, plain_dtype, prepare, why_not_prepared
 from lightning_lora.registry import has_start
 from lightning_lora.utils.names import clean_name, modules_by_name, parameters_by_name
 from lightning_lora.utils.sharding import is_distributed, reshard
@@ -95,12 +96,12 @@ def inject(model: nn.Module, config: LoRAConfig, report: TargetReport) -> nn.Mod
         report.targets[0].kind.finish({target.fqn: layer for target in report.targets if isinstance(layer := target.module, LoRALayer)})
         fuse(model)
         _train_extras(model, config, report)
-        _guard_resize(model)
-        let_gradients_in(model)
+        guard(model)
         if is_distributed():
             from lightning_lora.model import parallel
 
             parallel.adopt(model, lora_layers(model))
+        let_gradients_in(model)  # last: it is not undone
     except BaseException:
         unload_lora(model)
         for parameter, flag in trained:
@@ -194,19 +195,20 @@ def unload_lora(model: nn.Module, *, merged: Literal["keep", "drop"] | None = No
             f"{apart[0]!r} and {len(apart) - 1} more are not merged, and merged='keep' would lose their updates: call merge_lora(model)"
             " first, or drop the updates with unload_lora(model)."
         )
-    if merged == "drop":
-        unmerge_lora(model)
     if is_distributed():
         from lightning_lora.model import parallel
 
+        parallel.lists_without_adapters(model)  # raises before anything is changed
+        if merged == "drop":
+            unmerge_lora(model)
         parallel.forget(model)
+    elif merged == "drop":
+        unmerge_lora(model)
     unfuse(model)
     note_saved(model, ())
     for _, layer in list(lora_layers(model)):
         unadapt(layer)
-    for module in model.modules():
-        if module.__dict__.get("resize_token_embeddings") is _refuse_resize:
-            del module.resize_token_embeddings
+    unguard(model)
     return model
 
 
@@ -220,10 +222,11 @@ def _prepare_quantized(model: nn.Module) -> None:
     """Let gradients pass through every quantized layer, adapted or not."""
     dtype = plain_dtype(model)
     for name, module in model.named_modules():
-        try:
-            prepare(module, dtype)
-        except ValueError as error:
-            raise ValueError(f"{name!r}: {error}.") from error
+        reason = why_not_prepared(module)
+        if reason:
+            raise ValueError(f"{name!r}: {reason}.")
+    for module in model.modules():
+        prepare(module, dtype)
 
 
 def let_gradients_in(model: nn.Module) -> None:
@@ -249,17 +252,3 @@ def _train_extras(model: nn.Module, config: LoRAConfig, report: TargetReport) ->
         for name, parameter in module.named_parameters(recurse=False):
             if "bias" in name and not name.startswith(PREFIX):
                 parameter.requires_grad_(True)
-
-
-def _guard_resize(model: nn.Module) -> None:
-    """Refuse ``resize_token_embeddings`` if the embedding or the head is adapted: it replaces both, which would drop the adapter."""
-    for module in model.modules():
-        if hasattr(type(module), "resize_token_embeddings") and any(isinstance(end, LoRALayer) for end in hf_ends(module)):
-            module.__dict__["resize_token_embeddings"] = _refuse_resize
-
-
-def _refuse_resize(*args: object, **kwargs: object) -> None:
-    raise ValueError(
-        "resize_token_embeddings would drop the adapter on the embedding or the head: resize before apply_lora,"
-        " or call unload_lora(model) first."
-    )

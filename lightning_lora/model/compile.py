@@ -76,7 +76,8 @@ def compile_layers(model: nn.Module, *, backend: str | Callable[..., Any] = "ind
     for name, block in blocks.items():
         if cuda_graphs and not isinstance(compiled_call(block), (_Recorded, type(None))):
             raise ValueError(
-                f"{name} is compiled already, without CUDA graphs: call uncompile_layers(model) first, or leave cuda_graphs out."
+                f"{name} is compiled already, without CUDA graphs: call uncompile_layers(model) first, leave your own .compile() out, or"
+                " leave cuda_graphs out."
             )
     _change_settings()
     for block in blocks.values():
@@ -160,13 +161,16 @@ def _prepared(backend: str | Callable[..., Any], cuda_graphs: bool) -> Callable[
 
 
 def uncompile_layers(model: nn.Module) -> None:
-    """Run every block eagerly again. Compiled code stays cached, and is reused if the blocks are compiled again.
+    """Run every block that :func:`compile_layers` compiled eagerly again. Blocks that you compiled yourself stay compiled.
+
+    Compiled code stays cached, and is reused if the blocks are compiled again.
 
     Once no block of any model is compiled, Dynamo's global settings get back their values from before :func:`compile_layers`.
     """
     for _, block in repeated_blocks(model):
-        set_compiled_call(block, None)
-        _compiled.discard(block)
+        if block in _compiled:
+            set_compiled_call(block, None)
+            _compiled.discard(block)
     if not _compiled:
         change_dynamo(**_earlier)
         _earlier.clear()

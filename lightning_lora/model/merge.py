@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
 
 import torch
 from torch import nn
 
 from lightning_lora.layers.base import LoRALayer, lora_layers
 from lightning_lora.layers.state import Quantized
+from lightning_lora.model.ties import adapted_weights, join, tied_weights, untying
 from lightning_lora.utils.sharding import is_distributed, is_flattened, is_sharded, reshard
-from lightning_lora.utils.shared_memory import SharedMemory
 
 
 def merge_lora(
@@ -30,6 +29,7 @@ def merge_lora(
     Args:
         model: an adapted model.
         untie: copy the weight of an adapted layer that another module shares (tied embeddings, views of one tensor).
+            Other ties stay.
         reversible: keep the undo record that :func:`unmerge_lora` needs (a few percent of the weights' bytes).
         device: device of the sums, layer by layer. Default: each weight's own.
         quantized: how to merge into a quantized weight. A quantized model has no default. ``"dequantize"``: make the layer a plain one,
@@ -42,7 +42,7 @@ def merge_lora(
 
     Raises:
         ValueError: an adapter holds NaN or infinity, a weight is quantized and ``quantized`` is None, or a weight is tied and
-            ``untie`` is False or it is sharded. Nothing is merged then.
+            ``untie`` is False, or it is sharded, or no file could hold the model untied. Nothing is merged then.
     """
     layers = [(name, layer) for name, layer in lora_layers(model) if not layer.merged]
     for name, layer in layers:
@@ -54,7 +54,7 @@ def merge_lora(
         name, others = next(iter(tied.items()))
         raise ValueError(
             f"{name} is tied to {', '.join(others)}: merging would change both. Pass untie=True to give it a weight"
-            " of its own, which also sets the model's tie_word_embeddings to False, or leave it unmerged."
+            " of its own (that tie is no longer declared by the model then, so it is saved and loaded untied), or leave it unmerged."
         )
     if tied and (is_flattened(model) or any(is_sharded(weight) for name, weight in adapted_weights(model).items() if name in tied)):
         name, others = next(iter(tied.items()))
@@ -62,19 +62,21 @@ def merge_lora(
             f"{name} is tied to {', '.join(others)}, and its wrapper would not know a weight of its own: save the adapter and merge in a"
             " single process, or leave it unmerged."
         )
-    configs = _tying_configs(model) if tied else []
+    plan = untying(model, tied) if tied else None
 
     def merge(name: str, layer: LoRALayer) -> None:
-        shared = [part for weight, part in layer.by_weight().items() if _join(name, weight) in tied]
+        shared = [part for weight, part in layer.by_weight().items() if join(name, weight) in tied]
         for part in shared:
             part.lora_state.shares_weight = True
         layer.merge_weights(device=device, quantized=quantized)
         if shared:
-            layer.untie(configs)
+            layer.untie(plan)
 
     _all_or_none(model, layers, merge, lambda layer: layer.unmerge_weights())
-    for part in [part for _, layer in layers for part in layer.by_weight().values() if not reversible]:
-        part.lora_state.merge.undo = None  # kept until here, to take all back if one layer had failed
+    for layer in [layer for _, layer in layers if not reversible]:
+        layer.lora_state.untying = None
+        for part in layer.by_weight().values():
+            part.lora_state.merge.undo = None  # kept until here, to take all back if one layer had failed
     return model
 
 
@@ -106,15 +108,10 @@ def unmerge_lora(model: nn.Module) -> nn.Module:
     return model
 
 
-def unmerge_for_now(model: nn.Module) -> Callable[[], None]:
-    """Unmerge, and return a function that merges the same layers again, to the same bits.
-
-    Raises:
-        ValueError: as :func:`unmerge_lora`.
-    """
+def remerging(model: nn.Module) -> Callable[[], None]:
+    """Return a function that merges the layers that are merged now, to the same bits, if they are no longer merged. Nothing is changed."""
     merged = [(name, layer) for name, layer in lora_layers(model) if layer.merged]
     states = {layer: layer.lora_state.copy() for _, layer in merged}
-    unmerge_lora(model)
 
     def merge() -> None:
         _all_or_none(model, merged, lambda _, layer: layer.merge_again(states[layer]), lambda layer: layer.unmerge_weights())
@@ -129,43 +126,12 @@ def unmerged(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: as :func:`unmerge_lora`.
     """
-    merge = unmerge_for_now(model)
+    merge = remerging(model)
+    unmerge_lora(model)
     try:
         yield
     finally:
         merge()
-
-
-def tied_weights(model: nn.Module, weights: Mapping[str, nn.Parameter] | None = None) -> dict[str, list[str]]:
-    """Return name of a weight → names of the other parameters and buffers that are the same tensor, or share its memory.
-
-    Args:
-        model: a model with or without adapters.
-        weights: name → weight to look up. Default: the adapted weights that are not merged.
-    """
-    if weights is None:
-        weights = adapted_weights(model)
-    memory = SharedMemory(
-        (_join(module_name, name), tensor)
-        for module_name, module in model.named_modules()
-        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-    )
-    tied = {}
-    for name, weight in weights.items():
-        others = [other for other in memory.names(weight) if other != name]
-        if others:
-            tied[name] = others
-    return tied
-
-
-def adapted_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return name → weight of the adapted weights that are not merged."""
-    layers = {_join(fqn, name): part for fqn, layer in lora_layers(model) for name, part in layer.by_weight().items()}
-    return {name: part.weight for name, part in layers.items() if not part.merged}
-
-
-def _join(module_name: str, name: str) -> str:
-    return f"{module_name}.{name}" if module_name else name
 
 
 def _ready(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> Iterator[tuple[str, LoRALayer]]:
@@ -203,9 +169,3 @@ def _all_or_none(
             with suppress(RuntimeError, MemoryError):
                 take_back(layer)
         raise
-
-
-def _tying_configs(model: nn.Module) -> list[Any]:
-    """Return the configs that make transformers tie weights again on save and load."""
-    configs = [getattr(module, "config", None) for module in model.modules()]
-    return [config for config in configs if getattr(config, "tie_word_embeddings", False)]

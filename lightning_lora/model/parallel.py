@@ -78,8 +78,19 @@ def forget(model: nn.Module) -> None:
     FSDP registers the parameters in its own lists again at the next forward pass.
 
     Raises:
-        ValueError: FSDP1 flattened an adapter into one parameter with its base, or an FSDP2 unit contains only adapters. Nothing is
-            changed then.
+        ValueError: as :func:`lists_without_adapters`. Nothing is changed then.
+    """
+    for group, parameters in lists_without_adapters(model):
+        for gone in set(group.fsdp_params).difference(parameters):
+            gone._post_load_hook_handle.remove()  # it would require the adapter whenever a state dict is loaded
+        group.fsdp_params = parameters
+
+
+def lists_without_adapters(model: nn.Module) -> list[tuple[Any, list[Any]]]:
+    """Return each FSDP2 parameter group with adapters → its list of parameters without them. Nothing is changed.
+
+    Raises:
+        ValueError: FSDP1 flattened an adapter into one parameter with its base, or an FSDP2 unit contains only adapters.
     """
     reshard(model)
     kept: list[tuple[Any, list[Any]]] = []
@@ -99,10 +110,7 @@ def forget(model: nn.Module) -> None:
                     f"{where}: FSDP2 shards nothing but adapters there (ignored_params), and cannot be left with nothing: load a checkpoint"
                     " into a model that is not wrapped."
                 )
-    for group, parameters in kept:
-        for gone in set(group.fsdp_params).difference(parameters):
-            gone._post_load_hook_handle.remove()  # it would require the adapter whenever a state dict is loaded
-        group.fsdp_params = parameters
+    return kept
 
 
 def _shards_adapters(unit: Any) -> bool:
@@ -197,6 +205,8 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     for key, square in squares.items():
         for group in groups[key]:
             dist.all_reduce(square, group=group)
+    if not squares:
+        return torch.zeros(())  # as torch
     norm = torch.stack(list(squares.values())).sum().sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
     for grad in grads:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -12,6 +11,7 @@ from torch import nn
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.quantization.formats import format_of
+from lightning_lora.utils.patterns import starred
 
 
 @dataclass(frozen=True)
@@ -95,19 +95,14 @@ class TargetReport:
         ]
         lines.append(f"LoRA on {len(self.targets)} modules, {self.parameters:,} parameters")
         lines += [f"  {name} {pattern!r}: {count} modules" for name, hits in self.hits.items() for pattern, count in hits.items()]
-        lines += [f"passed over: {line}" for line in grouped(self.passed_over)]
+        lines += [f"passed over: {line}" for line in lines_of(self.passed_over)]
         if self.saved:
             lines.append(f"trained in full: {', '.join(self.saved)}")
         lines += [f"left out: {name}, {size:,} elements, {size / self.total:.0%} of the model" for name, size in self.left_out.items()]
         return "\n".join(line.rstrip() for line in lines)
 
 
-def starred(fqn: str) -> str:
-    """Return the name with * for the index of a block, so that layers of all blocks share one name."""
-    return re.sub(r"\.\d+(?=\.|$)", ".*", fqn)
-
-
-def grouped(reasons: dict[str, str]) -> list[str]:
+def lines_of(reasons: dict[str, str]) -> list[str]:
     """Return one line per name and reason that all blocks share.
 
     Args:

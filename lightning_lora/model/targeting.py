@@ -21,11 +21,11 @@ from lightning_lora.layers.spec import LayerSpec, options_of
 from lightning_lora.model.frozen_parts import mixed_with_frozen
 from lightning_lora.model.heads import output_heads, saved_modules, within
 from lightning_lora.model.suitability import Suitability
-from lightning_lora.model.target_report import Target, TargetReport, grouped, starred
+from lightning_lora.model.target_report import Target, TargetReport, lines_of
 from lightning_lora.quantization.formats import elements
 from lightning_lora.registry import INITS, kind_of, look_up, qualified_name, why_refused
 from lightning_lora.utils.names import modules_by_name
-from lightning_lora.utils.patterns import compile_patterns, layer_index, no_match
+from lightning_lora.utils.patterns import compile_patterns, layer_index, no_match, starred
 
 _MUCH = 0.2  # share of the model's elements; a larger share left out by "all-linear" is a warning
 
@@ -111,7 +111,7 @@ def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False)
         problems += mixed_with_frozen(model, {target.fqn: target.module for target in targets})
     fields = (wanted, excluded, *rules.values())
     if everything and passed_over and not chosen:
-        problems += [f"target_modules='{ALL_LINEAR}' finds no linear that LoRA can adapt: {line}." for line in grouped(passed_over)]
+        problems += [f"target_modules='{ALL_LINEAR}' finds no linear that LoRA can adapt: {line}." for line in lines_of(passed_over)]
     elif not (config.allow_unmatched and targets):
         problems += _unmatched(fields, config, modules, chosen.values())
     if problems:

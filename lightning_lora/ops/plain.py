@@ -32,9 +32,14 @@ def draw_drop(x: Tensor, dropout: float) -> tuple[Drop, float]:
     """
     if x.device.type != "cpu":
         return Drop(torch.empty_like(x, dtype=torch.bool).bernoulli_(dropout)), dropout
-    level = round(dropout * 2**16)
+    level = nearest_level(dropout)
     draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     return Drop((draws.view(torch.int16)[: x.numel()] < level - 2**15).view(x.shape)), level / 2**16
+
+
+def nearest_level(dropout: float) -> int:
+    """Return the probability times 2¹⁶, rounded. It stays below 2¹⁶, since all entries zero have no factor that compensates."""
+    return min(round(dropout * 2**16), 2**16 - 1)
 
 
 def zeroed(x: Tensor, drop: Drop | None) -> Tensor:

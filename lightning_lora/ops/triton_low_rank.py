@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_lora.ops.plain import Drop
+from lightning_lora.ops.plain import Drop, nearest_level
 from lightning_lora.ops.triton_dropout import kept
 
 PROGRAMS = 528  # programs that fill an H100: four on each of its 132 multiprocessors
@@ -46,7 +46,7 @@ TILES = {
 
 def draw_drop(x: Tensor, dropout: float) -> tuple[Drop, float]:
     """Return a seed for one call's mask with its threshold, and the exact probability: a multiple of 2⁻¹⁶."""
-    threshold = round(dropout * 2**16)
+    threshold = nearest_level(dropout)
     return Drop(torch.randint(2**62, (1,), device=x.device), threshold), threshold / 2**16
 
 

@@ -14,6 +14,8 @@ from lightning_lora.layers.base import lora_layers
 
 #: Key in a group of B's: how many times A's learning rate the group gets.
 RATIO = "lora_plus_ratio"
+#: Group of B's → the group whose learning rate it has a multiple of.
+RATE_OF_B = {"lora_B": "lora_A", "lora_B_no_decay": "no_decay"}
 
 
 def lora_param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0, lora_plus_ratio: float = 1.0) -> list[dict[str, Any]]:
@@ -22,10 +24,10 @@ def lora_param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0,
     Args:
         model: an adapted model; every parameter that requires a gradient is in exactly one group.
         lr: learning rate of A and of everything else that trains.
-        weight_decay: for matrices; vectors (biases, norms) get none.
+        weight_decay: for matrices; vectors (biases, norms, VeRA's) get none.
         lora_plus_ratio: λ; B's learning rate is λ times ``lr`` (LoRA+, arXiv:2402.12354, suggests 16). B is the factor that starts at zero;
-            for an embedding that is ``lora_A``. If both start at random or from the weight (``orthogonal``, ``pissa``, ``olora``), B
-            is ``lora_B``, as in PEFT. AdaLoRA starts B at random and E, between the two, at zero. The paper's analysis does
+            for an embedding that is ``lora_A``, for VeRA b. If both start at random or from the weight (``orthogonal``, ``pissa``,
+            ``olora``), B is ``lora_B``, as in PEFT. AdaLoRA starts B at random and E, between the two, at zero. The paper's analysis does
             not cover that; B gets λ and E 1, as in PEFT. Schedulers that set every group's rate from one number (OneCycleLR,
             CyclicLR) would undo the ratio. Give them a list, or use :func:`~lightning_lora.optim.apply_lora_plus`, which works with any.
 
@@ -38,17 +40,22 @@ def lora_param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0,
     """
     check_ratio(lora_plus_ratio)
     zero = {id(factor) for factor in zero_factors(model)}
+    of_b = {RATIO: lora_plus_ratio} if lora_plus_ratio != 1 else {}
     groups: dict[str, dict[str, Any]] = {
         "lora_A": {"lr": lr, "weight_decay": weight_decay},
-        "lora_B": {"lr": lr * lora_plus_ratio, "weight_decay": weight_decay, **({RATIO: lora_plus_ratio} if lora_plus_ratio != 1 else {})},
+        "lora_B": {"lr": lr * lora_plus_ratio, "weight_decay": weight_decay, **of_b},
+        "lora_B_no_decay": {"lr": lr * lora_plus_ratio, "weight_decay": 0.0, **of_b},
         "other": {"lr": lr, "weight_decay": weight_decay},
         "no_decay": {"lr": lr, "weight_decay": 0.0},
     }
     factors = {id(factor) for _, layer in lora_layers(model) for part in layer.by_weight().values() for factor in part.lora_factors()}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            adapter = "lora_B" if id(parameter) in zero else "lora_A"
-            group = adapter if id(parameter) in factors and parameter.ndim > 1 else "other" if parameter.ndim > 1 else "no_decay"
+            vector = parameter.ndim < 2
+            if id(parameter) in zero:
+                group = "lora_B_no_decay" if vector else "lora_B"
+            else:
+                group = "no_decay" if vector else "lora_A" if id(parameter) in factors else "other"
             groups[group].setdefault("params", []).append(parameter)
     found = [{"name": name, **group} for name, group in groups.items() if "params" in group]
     if not found:

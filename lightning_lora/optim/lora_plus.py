@@ -1,9 +1,10 @@
 """LoRA+ (arXiv:2402.12354): B's learning rate is λ times A's, under any scheduler.
 
-The B's of a group move to a new group directly behind it. The new group's rate is λ times the rate of the group before it. Schedulers
-keep lists with one entry per group. Some (OneCycleLR, CyclicLR, a minimal rate) write absolute rates, which would undo the ratio.
+The B's of a group move to a new group directly behind it, one per model. The new group's rate is λ times the rate of the group that it was
+split from. Schedulers keep lists with one entry per group. Some (OneCycleLR, CyclicLR, a minimal rate) write absolute rates, which would
+undo the ratio.
 
-So schedulers never see the groups of B. During ``scheduler.step()`` the optimizer exposes only the user's own groups. Afterwards the
+So schedulers never see the groups of B. During each method of a scheduler the optimizer exposes only the user's own groups. Afterwards the
 scheduler's changes are copied to the groups of B. Rates are copied before every optimizer step too, for code that sets
 ``group["lr"]`` directly.
 
@@ -12,17 +13,19 @@ The alternative is to rewrite each scheduler's lists and limits. It would need c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import pairwise
+from inspect import getattr_static
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_lora.optim.groups import RATIO, check_ratio, zero_factors
+from lightning_lora.optim.groups import RATE_OF_B, RATIO, check_ratio, zero_factors
 
-#: Key in a group that was split off: its rates are ``group[RATIO]`` times those of the group before it.
+#: Key in a group that was split off: its rates are ``group[RATIO]`` times those of the last group before it that was not split off.
 SPLIT = "lora_plus_split"
 _RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # rates that torch's schedulers keep in a group
 
@@ -30,7 +33,8 @@ _RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # rates that torch's schedule
 def apply_lora_plus(optimizer: Optimizer, model: nn.Module, ratio: float, *schedulers: Any) -> None:
     """Give the B's that an optimizer holds ``ratio`` times their group's learning rate, under any scheduler.
 
-    ``LoRACallback(lora_plus_ratio=16)`` calls it. In a plain loop, call it once, after building the optimizer and its schedulers.
+    ``LoRACallback(lora_plus_ratio=16)`` calls it. In a plain loop, call it after building the optimizer and its schedulers. Parts of a
+    model may have ratios of their own: call it once for each.
 
     Args:
         optimizer: any; each of its groups that holds B's is split in two, with equal settings except the rate.
@@ -40,13 +44,14 @@ def apply_lora_plus(optimizer: Optimizer, model: nn.Module, ratio: float, *sched
         schedulers: those that set this optimizer's rates, built before the call; they keep working on the groups they were built on.
 
     Raises:
-        ValueError: the ratio is out of range, the optimizer holds no B, or its groups have a ratio already.
+        ValueError: the ratio is out of range, the optimizer holds no B, or a group that holds one has a ratio already.
     """
     check_ratio(ratio)
     wanted = {id(factor) for factor in zero_factors(model)}
-    if any(RATIO in group for group in optimizer.param_groups):
+    if any(RATIO in group and any(_of(wanted, group)) for group in optimizer.param_groups):
         raise ValueError(f"lora_plus_ratio={ratio!r}: the optimizer's groups have a ratio already; give it once.")
-    groups = [part for group in optimizer.param_groups for part in _split(group, wanted, ratio)]
+    names = {group.get("name") for group in optimizer.param_groups}
+    groups = [part for group in optimizer.param_groups for part in _split(group, wanted, ratio, names)]
     if len(groups) == len(optimizer.param_groups):
         raise ValueError(f"lora_plus_ratio={ratio!r}: {type(optimizer).__name__} holds no B of an adapter of {type(model).__name__}.")
     optimizer.param_groups = groups
@@ -68,29 +73,35 @@ def check_kept(optimizer: Optimizer) -> None:
         ValueError: a scheduler set one rate for all groups when it was built.
     """
     groups = {group.get("name"): group for group in optimizer.param_groups if SPLIT not in group}
-    a, b = groups.get("lora_A"), groups.get("lora_B")
-    if a is None or b is None or RATIO not in b:
-        return
-    wanted, found = float(a["lr"]) * b[RATIO], float(b["lr"])
-    if abs(found - wanted) > 1e-6 * abs(wanted):
-        raise ValueError(
-            f"lora_plus_ratio={b[RATIO]!r}: a scheduler gave B the rate {found:g} where A has {float(a['lr']):g}. Pass"
-            f" LoRACallback(lora_plus_ratio={b[RATIO]!r}) in place of lora_param_groups(lora_plus_ratio=...), or the scheduler a list of"
-            " rates, one per group."
-        )
+    for a, b in ((groups.get(name), groups.get(of_b)) for of_b, name in RATE_OF_B.items()):
+        if a is None or b is None or RATIO not in b:
+            continue
+        wanted, found = float(a["lr"]) * b[RATIO], float(b["lr"])
+        if abs(found - wanted) > 1e-6 * abs(wanted):
+            raise ValueError(
+                f"lora_plus_ratio={b[RATIO]!r}: a scheduler gave B the rate {found:g} where A has {float(a['lr']):g}. Pass"
+                f" LoRACallback(lora_plus_ratio={b[RATIO]!r}) in place of lora_param_groups(lora_plus_ratio=...), or the scheduler a list"
+                " of rates, one per group."
+            )
 
 
-def _split(group: dict[str, Any], wanted: set[int], ratio: float) -> list[dict[str, Any]]:
-    """Return the group, then a group of its B's; the group alone if it has none.
+def _of(wanted: set[int], group: dict[str, Any]) -> list[bool]:
+    """Return for each parameter of a group whether it is wanted."""
+    return [id(p) in wanted for p in group["params"]]
+
+
+def _split(group: dict[str, Any], wanted: set[int], ratio: float, names: set[str | None]) -> list[dict[str, Any]]:
+    """Return the group, then a group of its B's, under a name that no group has; the group alone if it has none.
 
     The group stays even if it becomes empty: schedulers rely on its position.
     """
-    of_b = [id(p) in wanted for p in group["params"]]
+    of_b = _of(wanted, group)
     if not any(of_b):
         return [group]
     b = {**group, RATIO: ratio, SPLIT: True}
     if "name" in group:  # names of groups are the keys of Lightning's LearningRateMonitor
-        b["name"] = f"{group['name']}_lora_B"
+        numbers = ("", *(f"_{number}" for number in range(2, len(names) + 3)))
+        b["name"] = next(name for name in (f"{group['name']}_lora_B{number}" for number in numbers) if name not in names)
     for key in ("params", "param_names"):
         if key in group:
             b[key] = [entry for entry, is_b in zip(group[key], of_b, strict=True) if is_b]
@@ -104,7 +115,12 @@ def _pairs(groups: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[
 
     Matched by position, not by reference: loading a state replaces the groups.
     """
-    return ((before, group) for before, group in pairwise(groups) if SPLIT in group)
+    whole: dict[str, Any] = {}
+    for group in groups:
+        if SPLIT in group:
+            yield whole, group
+        else:
+            whole = group
 
 
 def _carry_over(optimizer: Optimizer, changed: dict[int, dict[str, Any]] | None = None) -> None:
@@ -140,13 +156,7 @@ def _users_groups(optimizer: Optimizer) -> Iterator[None]:
 
 
 class _OnUsersGroups:
-    """Mixin before a scheduler's class. An attribute on the instance would be saved in the scheduler's state dict."""
-
-    optimizer: Optimizer
-
-    def step(self, *args: Any, **kwargs: Any) -> Any:
-        with _users_groups(self.optimizer):
-            return super().step(*args, **kwargs)  # type: ignore[misc]
+    """Mark of a scheduler's class whose methods see the user's groups only. A mark on the instance would be in its state dict."""
 
 
 _CLASSES: dict[type, type] = {}
@@ -154,6 +164,20 @@ _CLASSES: dict[type, type] = {}
 
 def _hide_groups_of_b(scheduler: Any) -> None:
     cls = type(scheduler)
-    if not isinstance(scheduler, _OnUsersGroups):
-        _CLASSES.setdefault(cls, type(cls.__name__, (_OnUsersGroups, cls), {"__module__": cls.__module__}))
-        scheduler.__class__ = _CLASSES[cls]
+    if isinstance(scheduler, _OnUsersGroups):
+        return
+    if cls not in _CLASSES:
+        # Some set rates in other methods than `step`, as timm's do in `step_update`.
+        methods = {name: getattr_static(cls, name) for name in dir(cls) if not name.startswith("_")}
+        hidden = {name: _on_users_groups(method) for name, method in methods.items() if isinstance(method, FunctionType)}
+        _CLASSES[cls] = type(cls.__name__, (_OnUsersGroups, cls), {"__module__": cls.__module__, **hidden})
+    scheduler.__class__ = _CLASSES[cls]
+
+
+def _on_users_groups(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _users_groups(self.optimizer):
+            return method(self, *args, **kwargs)
+
+    return wrapped

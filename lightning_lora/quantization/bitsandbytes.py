@@ -47,20 +47,21 @@ class Linear4bitFormat(QuantizedFormat):
         """True from the layer's first move to a device."""
         return _state(module) is not None
 
+    def refusal(self, module: Any) -> str | None:
+        """Return a reason if bitsandbytes has rewritten the weight for inference."""
+        if getattr(_state(module), "packing_format_for_cpu", False):
+            return (
+                "an evaluation pass on the CPU rewrote its 4-bit weight for inference, which cannot be trained through: load the"
+                " model again and apply LoRA first"
+            )
+        return None
+
     def prepare(self, module: Any, dtype: torch.dtype | None) -> None:
         """Quantize the weight on its current device, and keep bitsandbytes from rewriting it.
 
         On CPUs with AVX512-BF16 a pass in evaluation mode rewrites the weight for inference, permanently. The scales are then rounded
         to bf16 and the layer has no backward pass.
-
-        Raises:
-            ValueError: the weight has been rewritten already. The message is only the reason.
         """
-        if getattr(_state(module), "packing_format_for_cpu", False):
-            raise ValueError(
-                "an evaluation pass on the CPU rewrote its 4-bit weight for inference, which cannot be trained through: load the"
-                " model again and apply LoRA first"
-            )
         module.support_avx512bf16_for_cpu = False
         if _state(module) is None and module.weight.device.type != "meta":
             module.weight = module.weight.to(module.weight.device)

@@ -42,15 +42,16 @@ class QuantizedFormat:
         """True if the weight is quantized already. Some formats quantize only when the layer is moved to a device."""
         return True
 
+    def refusal(self, module: Any) -> str | None:
+        """Return why the layer cannot be trained on, only the reason; None if it can."""
+        return None
+
     def prepare(self, module: Any, dtype: torch.dtype | None) -> None:
-        """Make the layer ready for training adapters on it: quantize it if that is still to be done.
+        """Make the layer, which is not refused, ready for training adapters on it: quantize it if that is still to be done.
 
         Args:
             module: the layer.
             dtype: dtype of the surrounding model, for a format that does not record the dtype it was quantized from.
-
-        Raises:
-            ValueError: the layer cannot be trained on. The message is only the reason.
         """
 
     def dequantize(self, module: Any) -> Tensor:
@@ -140,14 +141,25 @@ def prepare(module: Any, dtype: torch.dtype | None = None) -> None:
     Raises:
         ValueError: the layer cannot be trained on. The message is only the reason.
     """
+    reason = why_not_prepared(module)
+    if reason:
+        raise ValueError(reason)
     packing = _candidate(module)
     if packing is None:
         return
-    if is_sharded(module.weight) and not packing.shards:
-        raise ValueError(f"its quantized weight ({type(module).__name__}) cannot be sharded: use 'nf4', or do not shard it")
     if not packing.is_quantized(module) and not module.weight.is_meta:
         remember(module, sampled_digest(module.weight))
     packing.prepare(module, dtype)
+
+
+def why_not_prepared(module: Any) -> str | None:
+    """Return why :func:`prepare` refuses a layer, only the reason; None if it does not."""
+    packing = _candidate(module)
+    if packing is None:
+        return None
+    if is_sharded(module.weight) and not packing.shards:
+        return f"its quantized weight ({type(module).__name__}) cannot be sharded: use 'nf4', or do not shard it"
+    return packing.refusal(module)
 
 
 def plain_dtype(model: nn.Module) -> torch.dtype | None:
@@ -210,6 +222,8 @@ def weight_digest(module: Any) -> str:
 
 
 def _candidate(module: nn.Module) -> QuantizedFormat | None:
+    if isinstance(module, torch.jit.ScriptModule):  # never quantized; its table of parameters is no dict
+        return None
     weight = module._parameters.get("weight")
     for cls in (*type(module).__mro__, *(() if weight is None else type(local_tensor(weight)).__mro__)):
         packing = QUANTIZED_FORMATS.get(qualified_name(cls))

@@ -69,3 +69,8 @@ def cli_parser(cli: Any, subcommand: str | None) -> Any:
 def cli_value(cli: Any, key: str) -> Any:
     """Return a value from the running sub-command's configuration, with its classes instantiated."""
     return cli._get(cli.config_init, key)
+
+
+def loader_states_not_loaded(trainer: Any) -> bool:
+    """True if the checkpoint's positions of training loaders were not loaded. If its name goes, a run that resumes raises."""
+    return bool(trainer.fit_loop._combined_loader_states_to_load)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -83,8 +85,8 @@ def convert_base(trainer: Trainer, module: LightningModule) -> None:
         trainer.precision_plugin.convert_module(module)
 
 
-def arrange(strategy: Strategy, module: LightningModule) -> None:
-    """Prepare a strategy for a module that was just adapted and is not wrapped yet.
+def arrange(strategy: Strategy, module: LightningModule) -> Callable[[], None]:
+    """Prepare a strategy for a module that was just adapted and is not wrapped yet. Return a function that takes back its settings.
 
     FSDP1 flattens a block with its adapters into one parameter, which needs gradient memory for the frozen base too. So FSDP1 is told to
     ignore trainable parameters. They are replicated on every rank, and one collective per step averages their gradients.
@@ -94,13 +96,19 @@ def arrange(strategy: Strategy, module: LightningModule) -> None:
             device.
     """
     _check_packed(strategy, module)
+    undo = ExitStack()
+    if isinstance(strategy, twins(FSDPStrategy)) and not any(isinstance(child, FullyShardedDataParallel) for child in module.modules()):
+        _ignore_trained(strategy, module, undo)  # wrapped by the user, `parallel.adopt` placed the adapters when LoRA was applied
     if isinstance(strategy, twins(FSDPStrategy, ModelParallelStrategy)):
         # Lightning refuses to clip by norm under FSDP, and torch cannot do it if only some layers are tensor-parallel.
-        strategy.precision_plugin.clip_grad_by_norm = functools.partial(_clip, strategy.precision_plugin)  # type: ignore[method-assign]
-    if not isinstance(strategy, twins(FSDPStrategy)):
-        return
-    if any(isinstance(child, FullyShardedDataParallel) for child in module.modules()):
-        return  # wrapped by the user: `parallel.adopt` placed the adapters when LoRA was applied
+        plugin = strategy.precision_plugin
+        if "clip_grad_by_norm" not in vars(plugin):
+            undo.callback(vars(plugin).pop, "clip_grad_by_norm", None)
+        plugin.clip_grad_by_norm = functools.partial(_clip, plugin)  # type: ignore[method-assign]
+    return undo.close
+
+
+def _ignore_trained(strategy: FSDPStrategy, module: LightningModule, undo: ExitStack) -> None:
     if strategy.kwargs.get("ignored_modules"):
         raise ValueError(
             "FSDPStrategy(ignored_modules=...): LoRA passes parameters to ignore itself; give yours as ignored_states=[parameters]."
@@ -111,6 +119,7 @@ def arrange(strategy: Strategy, module: LightningModule) -> None:
     for parameter in trained:
         parameter.data = parameter.data.to(strategy.root_device)  # FSDP moves only the parameters that it manages
     mine: list[Any] = list(strategy.kwargs.get("ignored_states") or [])
+    undo.callback(strategy.kwargs.__setitem__, "ignored_states", mine)
     strategy.kwargs["ignored_states"] = mine + [p for p in trained if not any(p is other for other in mine)]
     GradientReducer(trained, [None])  # None: all processes
 

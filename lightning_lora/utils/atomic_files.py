@@ -47,6 +47,20 @@ def write_atomic(path: str | Path, write: bytes | Callable[[BinaryIO], object]) 
     sync_folder(path.parent)
 
 
+def move_files(source: Path, target: Path) -> None:
+    """Move all files of a folder, and of the folders in it, to the same places in another folder. What has these names is replaced.
+
+    Each file is moved in one step, and is on the disk before that. Both folders must be on one filesystem.
+    """
+    for file in sorted(path for path in source.rglob("*") if path.is_file()):
+        place = target / file.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("rb+") as open_file:
+            os.fsync(open_file.fileno())
+        os.replace(file, place)
+        sync_folder(place.parent)
+
+
 def _remove_abandoned(path: Path, now: float) -> None:
     """Remove the staging files that killed writers of this target left. Keep those of other targets and those still being written."""
     staged = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.tmp")  # the form of mkstemp's names

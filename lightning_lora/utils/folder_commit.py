@@ -82,9 +82,9 @@ def read_undisturbed(folder: Path, names: Sequence[str], read: Callable[[Path], 
         ValueError: commits are made all the time.
     """
     for _ in range(ATTEMPTS):
-        before = _stamps(folder, names)
+        before, real = _stamps(folder, names), Path(os.path.realpath(folder))
         try:
-            content = read(standing(folder))
+            content = read(folder if standing(real) == real else standing(real))
         except (ValueError, OSError):
             if _stamps(folder, names) == before:
                 raise

@@ -49,8 +49,12 @@ def take_place(staged: Path, target: Path) -> Path:
             old = staged
         else:
             erase(old)
-            os.replace(target, old)
-            _rename_or_put_back(staged, target)
+            try:
+                os.replace(target, old)
+                os.replace(staged, target)
+            except BaseException:  # an interrupt too
+                put_back(target)
+                raise
     else:
         os.replace(staged, target)
     sync_folder(target.parent)
@@ -61,14 +65,6 @@ def swap(staged: Path, target: Path) -> None:
     """Put a staged file or folder in the target's place, and remove the old one."""
     erase(take_place(staged, target))
     erase(aside(target))
-
-
-def _rename_or_put_back(staged: Path, target: Path) -> None:
-    try:
-        os.replace(staged, target)
-    except OSError:
-        put_back(target)
-        raise
 
 
 def remove(path: Path) -> None:
@@ -89,7 +85,7 @@ def erase(path: Path) -> None:
     """Remove a file or a folder that nobody looks for. What cannot be removed stays."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
-    else:
+    elif os.path.lexists(path):
         path.unlink(missing_ok=True)
 
 

@@ -63,9 +63,9 @@ def second_names(model: nn.Module) -> dict[str, str]:
 def adapter_root(model: nn.Module) -> tuple[str, nn.Module]:
     """Return ``(name, module)`` of the module that names in adapter files are relative to.
 
-    For a LightningModule with exactly one child that has parameters, that is the child. For the wrappers of DDP, DataParallel, averaged
-    weights and Fabric it is what they wrap. For anything else it is the model itself. So an adapter of ``MyTask(model=llama)`` fits
-    ``llama`` alone, and the reverse.
+    For a LightningModule with exactly one child that has parameters, that is the child, unless the child is a single layer: then no name
+    would be left for it. For the wrappers of DDP, DataParallel, averaged weights and Fabric it is what they wrap. For anything else it is
+    the model itself. So an adapter of ``MyTask(model=llama)`` fits ``llama`` alone, and the reverse.
     """
     names: list[str] = []
     while (inside := _wrapped(uncompiled(model))) is not None:
@@ -73,9 +73,13 @@ def adapter_root(model: nn.Module) -> tuple[str, nn.Module]:
     if hasattr(task := uncompiled(model), "configure_optimizers"):
         children = [(name, child) for name, child in task.named_children() if next(child.parameters(), None) is not None]
         own = any(True for _ in task.parameters(recurse=False))
-        if len(children) == 1 and not own:
+        if len(children) == 1 and not own and _has_layers(children[0][1]):
             names, model = [*names, children[0][0]], children[0][1]
     return ".".join(filter(None, names)), model
+
+
+def _has_layers(module: nn.Module) -> bool:
+    return any(next(part.parameters(), None) is not None for part in bare(module).children())
 
 
 def _wrapped(model: nn.Module) -> tuple[str, nn.Module] | None:

@@ -73,3 +73,16 @@ def no_match(field: str, text: str, names: Iterable[str]) -> str:
 def layer_index(fqn: str) -> int | None:
     """Return the index of the block that contains a module: the first whole number in its FQN (``model.layers.3.mlp`` → 3)."""
     return next((int(part) for part in fqn.split(".") if part.isdigit()), None)
+
+
+def starred(fqn: str) -> str:
+    """Return the name with ``*`` for each number, so that layers of all blocks share one name."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", fqn)
+
+
+def grouped(names: Iterable[str]) -> dict[str, list[str]]:
+    """Group names that differ only in numbers. Each key is the starred name."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(starred(name), []).append(name)
+    return kinds

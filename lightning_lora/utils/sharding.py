@@ -6,12 +6,15 @@ A DTensor is recognized by its attributes, so importing this file does not impor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.utils.torch_private import FSDP1_CHILD, dtensor_storage
+
+T = TypeVar("T")
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -61,25 +64,53 @@ def on_first_rank(action: Callable[[], object]) -> None:
         ValueError, OSError: raised by the action.
         RuntimeError: on the other ranks, for anything else that the action raised.
     """
+    on_first_rank_with_help(lambda _: action(), lambda _: None)
+
+
+def on_first_rank_with_help(action: Callable[[Callable[[int], T]], object], answer: Callable[[int], T]) -> None:
+    """Run an action on the first rank that needs collectives at times only it knows. Otherwise as :func:`on_first_rank`.
+
+    Args:
+        action: gets a function that calls ``answer`` on every rank, and returns the first rank's result.
+        answer: number of a question → its answer; it may use collectives.
+    """
     if not is_distributed():
-        action()
+        action(answer)
         return
     if not is_first_rank():
-        box: list[Any] = [None]
-        torch.distributed.broadcast_object_list(box)
-        if box[0] is not None:
-            kind, text = box[0]
-            error: Exception = kind(text)
-            raise error
+        _help(answer)
         return
+
+    def ask(question: int) -> T:
+        torch.distributed.broadcast_object_list([question])
+        return answer(question)
+
     try:
-        action()
+        action(ask)
     except BaseException as caught:
         known = next((kind for kind in (ValueError, OSError) if isinstance(caught, kind)), None)
         told = (known, str(caught)) if known else (RuntimeError, f"the first rank raised {type(caught).__qualname__}: {caught}")
         torch.distributed.broadcast_object_list([told])
         raise
     torch.distributed.broadcast_object_list([None])
+
+
+def _help(answer: Callable[[int], object]) -> None:
+    """Answer the first rank's questions until it is done."""
+    box: list[Any] = [None]
+    torch.distributed.broadcast_object_list(box)
+    while isinstance(box[0], int):
+        try:
+            answer(box[0])
+            torch.distributed.broadcast_object_list(box)
+        except BaseException:
+            while isinstance(box[0], int):  # the first rank says at the end what became of it, and waits for all to hear
+                torch.distributed.broadcast_object_list(box)
+            raise
+    if box[0] is not None:
+        kind, text = box[0]
+        error: Exception = kind(text)
+        raise error
 
 
 def gathered_parameters(model: nn.Module, writeback: bool = False) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
@@ -91,7 +122,7 @@ def gathered_parameters(model: nn.Module, writeback: bool = False) -> Iterator[t
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     units = FullyShardedDataParallel.fsdp_modules(model)
-    flat = {module for unit in units for module in _managed(unit)}
+    flat = flattened(model)
     for name, module in model.named_modules():
         if module not in flat:
             for parameter_name, parameter in module.named_parameters(recurse=False):
@@ -102,6 +133,25 @@ def gathered_parameters(model: nn.Module, writeback: bool = False) -> Iterator[t
             for module in _managed(unit):
                 for parameter_name, parameter in module.named_parameters(recurse=False):
                     yield names[module], module, parameter_name, parameter
+
+
+def flattened(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Return module → the FSDP1 unit that flattened its parameters, for the modules that one did."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return {module: unit for unit in FullyShardedDataParallel.fsdp_modules(model) for module in _managed(unit)}
+
+
+@contextmanager
+def gathered(unit: nn.Module | None) -> Iterator[None]:
+    """Within it the parameters of an FSDP1 unit are full (a collective). Do nothing without a unit."""
+    if unit is None:
+        yield
+        return
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False):
+        yield
 
 
 def _managed(unit: nn.Module) -> Iterator[nn.Module]:

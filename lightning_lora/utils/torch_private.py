@@ -131,6 +131,29 @@ def autograd_settings(**settings: Any) -> AbstractContextManager[Any]:
     return patch
 
 
+def returns_new_tensors(op: Any) -> bool:
+    """Return whether a dispatched operation returns only tensors and writes to no argument. Without it ``export_merged`` raises."""
+    schema = op._schema
+    return not schema.is_mutable and all(str(value.type) in ("Tensor", "List[Tensor]") for value in schema.returns)
+
+
+def writes_to(op: Any, args: Any, kwargs: Any, cls: type[Tensor]) -> bool:
+    """Return whether a dispatched operation writes to an argument of that class. Without it ``export_merged`` raises."""
+    schema = op._schema
+    given = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | kwargs
+    written = [given.get(argument.name) for argument in schema.arguments if argument.alias_info and argument.alias_info.is_write]
+    found: list[Tensor] = []
+    map_tensors(cls, found.append, written)
+    return bool(found)
+
+
+def map_tensors(cls: type[Tensor], change: Callable[[Any], Any], tree: Any) -> Any:
+    """Return a nested list, tuple or dict with every tensor of a class changed. Without it ``export_merged`` raises."""
+    from torch.utils._pytree import tree_map_only
+
+    return tree_map_only(cls, change, tree)
+
+
 def may_vary(tensor: Tensor, dim: int) -> None:
     """Let a dimension's size differ between calls of one graph. Without it compiling the loss raises."""
     torch._dynamo.maybe_mark_dynamic(tensor, dim)
@@ -157,10 +180,11 @@ def abort_process_groups() -> None:
 
 
 def ddp_ignores(module: nn.Module, names: Iterable[str]) -> None:
-    """Make DDP ignore some parameters, as Lightning and transformers do. Without it a quantized base raises under DDP."""
+    """Make DDP ignore these parameters too, as Lightning and transformers do. Without it a quantized base raises under DDP."""
     from torch.nn.parallel import DistributedDataParallel
 
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, list(names))
+    ignored = dict.fromkeys([*getattr(module, "_ddp_params_and_buffers_to_ignore", ()), *names])
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, list(ignored))
 
 
 def fsdp1_flat(unit: Any) -> Any:
@@ -183,6 +207,12 @@ def fsdp1_originals(unit: Any) -> list[nn.Parameter]:
 def fsdp1_copies(unit: Any) -> Any:
     """Return the process group of the replicas of a shard under hybrid sharding, None under any other sharding."""
     return getattr(unit, "_inter_node_pg", None)
+
+
+def fsdp2_original(cls: type[nn.Module]) -> type[nn.Module]:
+    """Return the class that a module had before FSDP2 replaced it. Without it an export names FSDP2's class."""
+    first, *rest = cls.__bases__
+    return fsdp2_original(rest[0]) if first.__name__ == "FSDPModule" else cls
 
 
 def fsdp2_group(unit: Any) -> Any:

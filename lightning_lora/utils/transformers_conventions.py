@@ -6,10 +6,12 @@ other model.
 
 from __future__ import annotations
 
+import copy
 import inspect
+import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -104,3 +106,96 @@ def expert_family(model: nn.Module) -> str:
     families: dict[str, str] = getattr(sys.modules.get("transformers.conversion_mapping"), "_MODEL_TO_CONVERSION_PATTERN", {})
     model_type = getattr(getattr(model, "config", None), "model_type", "")
     return families.get(model_type, "mixtral" if model_type == "mixtral" and families else "")
+
+
+# Saving.
+
+
+def forget_placement(model: nn.Module) -> None:
+    """Make a model forget the devices that it was loaded to. Without it ``save_pretrained`` takes deferred weights for offloaded ones."""
+    model.__dict__.pop("hf_device_map", None)
+    config = model.__dict__.get("config")
+    if getattr(config, "distributed_config", None) is not None:
+        del config.distributed_config  # type: ignore[union-attr]
+
+
+def quantizing_library(model: nn.Module) -> str | None:
+    """Return the library whose format a model was loaded in (``bitsandbytes``), None for a plain model.
+
+    Without it an export of a quantized model whose every layer was dequantized by a merge cannot be loaded.
+    """
+    method = getattr(getattr(model.__dict__.get("hf_quantizer"), "quantization_config", None), "quant_method", None)
+    return None if method is None else str(getattr(method, "value", method))
+
+
+def forget_quantizer(model: nn.Module) -> None:
+    """Make a model forget that it was loaded quantized. Without it an export of dequantized weights cannot be loaded."""
+    model.__dict__.pop("hf_quantizer", None)
+    getattr(model.__dict__.get("config"), "__dict__", {}).pop("quantization_config", None)
+    read = model.__dict__.get("_weight_conversions")
+    if read is not None:  # how the names in the files became those of the model; what unpacked weights has no way back, and needs none
+        model.__dict__["_weight_conversions"] = [each for each in read if _has_way_back(each)]
+
+
+def _has_way_back(conversion: Any) -> bool:
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True
+
+
+# Ties.
+
+
+def is_transformers_model(module: nn.Module) -> bool:
+    """Whether a module is a model of transformers, by its classes. Without it ``save_pretrained`` of an adapted model is not guarded."""
+    return any(f"{cls.__module__}.{cls.__qualname__}" == "transformers.modeling_utils.PreTrainedModel" for cls in type(module).__mro__)
+
+
+def declared_ties(model: nn.Module) -> Iterator[tuple[str, Any, dict[str, str]]]:
+    """Yield ``(prefix, model, ties)`` for each Hugging Face model inside: name of a weight → name of the one that it is tied to.
+
+    Names are relative to the inner model; ``prefix`` makes them full. Models that tie nothing are left out. Without it a weight that a
+    merge unties is tied again when it is loaded.
+    """
+    for name, module in model.named_modules(remove_duplicate=False):
+        ties = module.get_expanded_tied_weights_keys() if is_transformers_model(module) else {}
+        if ties:
+            yield f"{name}." if name else "", module, ties
+
+
+def declare_ties(model: nn.Module, ties: dict[str, str] | None) -> dict[str, str] | None:
+    """Set the ties of one instance; None removes them, so that its class's count. Return what was set before.
+
+    Without it a weight that a merge unties is left out by ``save_pretrained``.
+    """
+    before: dict[str, str] | None = model.__dict__.pop("_tied_weights_keys", None)
+    if ties is not None:
+        model.__dict__["_tied_weights_keys"] = ties
+    return before
+
+
+def without_ties(config: Any, classes: Iterable[type[nn.Module]]) -> list[Any] | None:
+    """Return the configs whose ``tie_word_embeddings`` must be off for a model to load with no ties.
+
+    None if ties cannot be switched off by it: a forward reads the flag for something else too, or the config does not keep it, as T5's.
+    """
+    forwards = (getattr(inspect.unwrap(cls.forward), "__code__", None) for cls in classes)
+    if any(code is not None and "tie_word_embeddings" in code.co_names for code in forwards):
+        return None
+    text = config.get_text_config()
+    off = [each for each in ([config] if text is config else [config, text]) if getattr(each, "tie_word_embeddings", False)]
+    tied, untied = (_read_back(config, off, flag) for flag in (True, False))
+    return off if untied[0] is False and tied[1] == untied[1] else None
+
+
+def _read_back(config: Any, flagged: list[Any], flag: bool) -> tuple[bool, str]:
+    """Return ``tie_word_embeddings`` of a config that was saved with this flag and loaded, and all its other fields."""
+    memo: dict[int, Any] = {}
+    changed = copy.deepcopy(config, memo)
+    for each in flagged:
+        memo[id(each)].tie_word_embeddings = flag
+    loaded = type(config).from_dict(changed.to_dict())
+    fields = json.dumps(loaded.to_dict(), sort_keys=True, default=str)
+    return loaded.tie_word_embeddings, fields.replace('"tie_word_embeddings": true', '"tie_word_embeddings": false')

@@ -25,6 +25,7 @@ from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.registry import register_variant
 from lightning_lora.utils.gradient_reducer import hand_over
 from lightning_lora.utils.names import adapter_root, clean_name
+from lightning_lora.utils.parameters import make_parameter
 from lightning_lora.utils.sharding import is_sharded
 
 _STD = 0.02  # standard deviation of A and B at the start, as in the authors' code and in PEFT
@@ -151,7 +152,7 @@ def _made_plain(layer: LoRALayer, config: LoRAConfig) -> LoRALayer:
     factors = {"lora_A": layer.lora_A[kept].clone(), "lora_B": layer.lora_B[:, kept] * E}
     del layer._parameters["lora_E"]
     for name, factor in factors.items():
-        layer._parameters[name] = nn.Parameter(factor, requires_grad=layer._parameters[name].requires_grad)  # type: ignore[union-attr]
+        layer._parameters[name] = make_parameter(factor, layer._parameters[name].requires_grad)  # type: ignore[union-attr]
     layer.lora_state.spec = replace(layer.spec, config=config, rank=len(kept))
     layer.rebase_class(layer.lora_base)
     return layer

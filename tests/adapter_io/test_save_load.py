@@ -1,6 +1,8 @@
 """Adapters out of a model and into one: all of it or nothing, whatever goes wrong, even a kill."""
 
+import contextlib
 import copy
+import errno
 import os
 
 import pytest
@@ -13,6 +15,7 @@ from lightning_lora import LoRAConfig, apply_lora, load_adapter, merge_lora, sav
 from lightning_lora.adapter_io.files import CONFIG, META, TENSORS, read_adapter
 from lightning_lora.layers import lora_layers
 from tests.conftest import ALL, ConvNet, Task, TinyModel, adapted, base_bits, same_bits, snapshot
+from tests.faults.kit import Crash, crash_at
 
 
 @pytest.fixture
@@ -361,6 +364,33 @@ def test_grouped_convolutions_round_trip_and_refuse_mixed_groups(tmp_path):
     with pytest.raises(ValueError, match=r"0\.lora_A: .* mixes the groups"):
         load_adapter(other, folder)
     assert snapshot(other) == before
+
+
+# Crashes. Kills: tests/harness.
+
+
+@pytest.mark.parametrize("error", [Crash(), OSError(errno.ENOSPC, "No space left on device")], ids=["crash", "full-disk"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_save_that_fails_anywhere_leaves_the_old_or_the_new_adapter_and_nothing_else(make, ids, tmp_path, first, error):
+    """At each call that changes the disk."""
+    models = [adapted(make(TinyModel), seed=rank, target_modules=["q_proj"], rank=rank) for rank in (2, 4)]
+    outputs = [model(ids) for model in models]
+    for step in range(1, 30):
+        folder = tmp_path / str(step) / "adapter"
+        if not first:
+            save_adapter(models[0], folder)
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(type(error)):
+            count = crash_at(patch, step, error)
+            save_adapter(models[1], folder, overwrite=True)
+        if folder.exists() or not first:
+            result = load_adapter(make(TinyModel), folder)(ids)
+            assert same_bits(result, outputs[1]) or (not first and count[0] >= step and same_bits(result, outputs[0]))
+        save_adapter(models[1], folder, overwrite=True)
+        assert same_bits(load_adapter(make(TinyModel), folder)(ids), outputs[1])
+        assert sorted(os.listdir(folder)) == [CONFIG, TENSORS] and os.listdir(folder.parent) == ["adapter"]
+        if count[0] < step:
+            break
+    assert 6 < step < 29
 
 
 # What a loaded model is.

@@ -46,6 +46,28 @@ def fit(folder, module=None, callback=None, extra=(), ckpt_path=None, **kwargs):
     return run, module, callback, trained
 
 
+@pytest.mark.parametrize("stage", ["fit", "test"])
+def test_a_checkpoint_of_another_base_leaves_the_shrunk_adapters_merged(stage, tmp_path):
+    """They grow to their full size before the base is checked."""
+    other = LitNet()
+    with torch.no_grad():
+        other.net.fc1.weight.add_(1)
+    for name, module in (("other", other), ("mine", LitNet())):
+        run, module, callback, _ = fit(tmp_path, module, extra=[ModelCheckpoint(tmp_path / name, filename="a", save_last=True)])
+    before, weights, ranks = adapters(module), {n: p.clone() for n, p in module.named_parameters()}, dict(callback.ranks)
+    with pytest.raises(ValueError, match="another base"):
+        getattr(run, stage)(module, ckpt_path=tmp_path / "other/a.ckpt")
+    after = adapters(module)
+    assert all(type(layer).__name__ == "LoRALinear" and layer.merged for _, layer in lora_layers(module))
+    assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+    assert all(torch.equal(p, weights[n]) for n, p in module.named_parameters())
+    assert callback.config.variant == "plain"
+    run.fit_loop.max_epochs = 8
+    callback.total_steps = 16  # the schedule is over: the ranks stay
+    run.fit(module)  # grows again, and goes on
+    assert callback.ranks == ranks
+
+
 # Against a plain loop with the paper's loss.
 
 
@@ -318,6 +340,11 @@ def test_a_run_of_unknown_length(tmp_path, kwargs):
     assert callback.allocator.total_steps == 12 and sum(callback.ranks.values()) == 4
 
 
+def test_a_run_without_steps(tmp_path):
+    with pytest.raises(ValueError, match=r"will take no optimizer step \(.*limit_train_batches=0\), so AdaLoRA has no steps to prune in"):
+        fit(tmp_path, limit_train_batches=0)
+
+
 def test_adapters_in_two_optimizers(tmp_path):
     class Two(LitNet):
         def __init__(self):
@@ -329,3 +356,18 @@ def test_adapters_in_two_optimizers(tmp_path):
 
     with pytest.raises(ValueError, match="2 optimizers hold lora_E"):
         fit(tmp_path, Two())
+
+
+def test_a_module_of_one_layer_trains_shrinks_and_reads_its_file(tmp_path):
+    class One(LitNet):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = nn.Linear(8, 4)
+
+    config = LoRAConfig(alpha=4, target_modules=["net"])
+    _, module, callback, _ = fit(tmp_path, One(), adalora(config, merge_on_fit_end=False))
+    assert callback.ranks == {"net": 2} and module.net.rank == 2
+    save_adapter(module, tmp_path / "adapter")
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(load_adapter(One(), tmp_path / "adapter").net(x), module.net(x))

@@ -12,7 +12,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
 from lightning_lora import LoRACallback, get_lora_parameters
-from lightning_lora.callbacks.interruption import NAME, Interruption, handle_interruptions
+from lightning_lora.callbacks.companions import add_companions
+from lightning_lora.callbacks.interruption import NAME, Interruption
 from tests.lit import CONFIG, LitNet, trainer
 
 pytestmark = pytest.mark.filterwarnings(
@@ -104,17 +105,5 @@ def test_a_test_run_that_is_stopped_says_so(tmp_path: Path) -> None:
 def test_a_trainer_gets_one_and_keeps_it(tmp_path: Path) -> None:
     made = trainer(tmp_path, max_epochs=1)
     for _ in range(2):
-        assert handle_interruptions(made) is made.callbacks
+        assert add_companions(made) is made.callbacks
     assert sum(isinstance(callback, Interruption) for callback in made.callbacks) == 1
-
-
-def test_all_processes_stop_after_the_same_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With several processes the handler only takes note: whether to stop is decided together."""
-    made = trainer(tmp_path, max_epochs=1)
-    monkeypatch.setattr(type(made), "world_size", 2)
-    answers = iter([False, True])
-    monkeypatch.setattr(made.strategy, "reduce_boolean_decision", lambda decision, all: next(answers))
-    mine = Interruption()
-    mine.on_train_batch_end(made, LitNet(), None, None, 0)
-    with pytest.raises(SystemExit):
-        mine.on_train_batch_end(made, LitNet(), None, None, 1)

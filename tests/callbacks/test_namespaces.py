@@ -102,12 +102,11 @@ def test_sigterm_leaves_a_checkpoint_and_its_exit_code(P: Any, tmp_path: Path, s
     assert [path.name for path in tmp_path.glob("*.ckpt")] == ["mine.ckpt" if saves_itself else NAME]
 
 
-def test_several_processes_stop_with_the_trainers_own_exception(P: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = trainer(P, tmp_path)
-    monkeypatch.setattr(type(run), "world_size", 2)
-    monkeypatch.setattr(run.strategy, "reduce_boolean_decision", lambda decision, all: True)
+def test_several_processes_stop_with_the_trainers_own_exception(P: Any, tmp_path: Path) -> None:
+    companion = Interruption()
+    companion._stop = SimpleNamespace(after_batch=lambda told: True)  # type: ignore[assignment]
     with pytest.raises(P.utilities.exceptions.SIGTERMException):
-        Interruption().on_train_batch_end(run, lit(P), None, None, 0)
+        companion.on_train_batch_end(trainer(P, tmp_path), lit(P), None, None, 0)
 
 
 def test_the_durable_io_is_a_plugin(P: Any, tmp_path: Path) -> None:

@@ -93,6 +93,22 @@ def test_a_checkpoint_that_is_refused_changes_nothing(tmp_path: Path) -> None:
             same(snapshot(module), before)
 
 
+@pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
+def test_a_checkpoint_whose_shapes_do_not_fit_changes_nothing(stage: str, tmp_path: Path) -> None:
+    """That is found last, when the module is unmerged already."""
+    module = LitNet()
+    run = fit(tmp_path, module)
+    run.save_checkpoint(tmp_path / "good.ckpt")
+    checkpoint = torch.load(tmp_path / "good.ckpt", weights_only=True)
+    checkpoint["state_dict"]["net.fc2.lora_A"] = torch.zeros(2, 5)
+    torch.save(checkpoint, tmp_path / "bad.ckpt")
+    before = snapshot(module)
+    assert all(layer.merged for _, layer in lora_layers(module))
+    with pytest.raises(ValueError, match=r"net\.fc2\.lora_A has shape \(2, 5\) in the checkpoint"):
+        getattr(trainer(tmp_path, LoRACallback(CONFIG), max_epochs=2), stage)(module, ckpt_path=tmp_path / "bad.ckpt")
+    same(snapshot(module), before)
+
+
 def test_trials_on_one_base_and_stages_on_each_other(tmp_path: Path) -> None:
     module = LitNet()
     base = bits(module.net)

@@ -236,7 +236,7 @@ def run(
         max_epochs=epochs,
         callbacks=callbacks,
         default_root_dir=folder,
-        enable_checkpointing=save,
+        enable_checkpointing=any(isinstance(each, ModelCheckpoint) for each in callbacks),
         **quiet,
         **trainer_kwargs,
     )

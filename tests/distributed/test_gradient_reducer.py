@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, shrink_adalora
 from lightning_lora.utils.sharding import full_tensor
@@ -40,13 +40,14 @@ def loss(model: nn.Module, rank: int, both: bool) -> torch.Tensor:
 
 
 def wrapped(how: str, variant: str = "plain") -> nn.Module:
-    """Sharded first, adapted after. ``"2d"`` has tensor parallelism too, on a mesh that this many processes have."""
+    """Sharded first, adapted after. ``"2d"`` has tensor parallelism too, over a half of the processes (over one of two)."""
     model = Mixture()
     if how == "fsdp2":
         fully_shard(model)
     else:
-        mesh = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("dp", "tp"))
-        parallelize_module(model, mesh["tp"], {"b": ColwiseParallel(output_layouts=Replicate())})
+        mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("dp", "tp"))
+        plan = {"a": ColwiseParallel(output_layouts=Replicate()), "b": RowwiseParallel(input_layouts=Replicate())}
+        parallelize_module(model, mesh["tp"], plan)
         fully_shard(model, mesh=mesh["dp"])
     apply_lora(model, LoRAConfig(rank=2, target_modules=["a", "b", "c"], variant=variant))
     fill_adapters(model)
@@ -57,7 +58,7 @@ def wrapped(how: str, variant: str = "plain") -> nn.Module:
 
 def trained(how: str, passes: int) -> dict[str, Any]:
     """Gradients after some backward passes of which rank 0 alone uses ``b``, with those of one process."""
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank, world = dist.get_rank() // (dist.get_world_size() // 2), 2
     model, alone = wrapped(how), apply_lora(Mixture(), LoRAConfig(rank=2, target_modules=["a", "b", "c"]))
     fill_adapters(alone)
     for _ in range(passes):
@@ -73,6 +74,13 @@ def test_a_rank_that_does_not_use_a_layer_gets_the_mean_too(pool: Any, how: str,
     for result in pool.run(trained, how, passes):
         assert result["same"]
         assert result["grads"].keys() == result["alone"].keys() == {f"{m}.lora_{p}" for m in "ab" for p in "AB"}  # none for c
+        torch.testing.assert_close(result["grads"], result["alone"], rtol=1e-5, atol=1e-6)
+
+
+def test_partial_sums_of_gradients_get_the_mean_too(pool4: Any) -> None:
+    """A row-parallel layer's gradient of B is a partial sum on each rank that has one."""
+    for result in pool4.run(trained, "2d", 1):
+        assert result["same"] and result["grads"].keys() == result["alone"].keys()
         torch.testing.assert_close(result["grads"], result["alone"], rtol=1e-5, atol=1e-6)
 
 

@@ -14,12 +14,13 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_lora import LoRACallback
 from lightning_lora.strategies import roll_call
 from tests.distributed.nets import CONFIG
 from tests.distributed.pool import Pool
-from tests.distributed.runs import run
+from tests.distributed.runs import LitShared, run
 
 STRATEGIES = ["ddp", "fsdp full", "fsdp2 full", "fsdp2 after", "lora_fsdp2", "tp"]
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
@@ -161,3 +162,28 @@ def test_an_error_on_one_process_stays_as_it_is(tmp_path: Path) -> None:
         run("single", str(tmp_path), 1, more=(Fails(),))
     assert str(error.value) == "alone"
     assert torch.is_grad_enabled() and LoRACallback()._roll_call is None
+
+
+def run_on_gpus(folder: str) -> tuple[str, float]:
+    """DDP over NCCL, whose collectives wait whatever the other processes do. The second process raises, and lives on."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Exception) as error:
+        patch.setattr(roll_call, "GRACE", 1.0)
+        module = LitShared()
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+        callbacks = [LoRACallback(CONFIG, merge_on_fit_end=False), Raises("step", fails)]
+        trainer = L.Trainer(accelerator="gpu", devices=2, strategy=DDPStrategy(), max_epochs=1, callbacks=callbacks, **quiet)
+        begun = time.monotonic()
+        trainer.fit(module)
+    return "\n".join([f"{type(error.value).__name__}: {error.value}", *getattr(error.value, "__notes__", [])]), time.monotonic() - begun
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
+def test_one_that_raises_ends_the_other_on_gpus(tmp_path: Path) -> None:
+    workers = Pool(2, "cuda")
+    try:
+        (first, waited), (second, _) = workers.run(run_on_gpus, str(tmp_path))
+    finally:
+        workers.close()
+    assert "Rank 1 raised first: KeyError: 'no such row'" in first and waited < 60
+    assert second.startswith("KeyError")

@@ -143,7 +143,7 @@ def fail_on_the_first(target: str, call: str, folder: str) -> str:
 @pytest.mark.parametrize(
     ("target", "call"),
     [
-        ("adapter_io.export.write_atomic", "export"),
+        ("adapter_io.weight_files.write_atomic", "export"),
         ("strategies.checkpoint_io.erase", "folder"),
         ("strategies.checkpoint_io.write_atomic", "folder"),
         ("strategies.checkpoint_io.DurableCheckpointIO.save_checkpoint", "fit"),

@@ -267,16 +267,20 @@ def test_unloaded_adapters_stay_away_and_new_ones_train(pool: Any, name: str, or
         assert result["left"] == [] and result["error"] < 1e-5, result
 
 
-def refuse_flattened() -> str:
+def refuse_flattened(merged: bool) -> str:
     model = FSDP(apply_lora(make_net(), config=CONFIG), use_orig_params=True, device_id=torch.device("cpu"))
+    if merged:
+        merge_lora(model)
     with pytest.raises(ValueError, match=r"FSDP1 flattened lora_A .* ignored_states=replicated_parameters") as error:
-        unload_lora(model)
+        unload_lora(model, merged="drop" if merged else None)
     assert len(get_lora_parameters(model)) == 16
+    assert all(layer.merged is merged for _, layer in lora_layers(model))
     return str(error.value)
 
 
-def test_unloading_what_fsdp1_flattened_is_refused(pool: Any) -> None:
-    assert len(set(pool.run(refuse_flattened))) == 1
+@pytest.mark.parametrize("merged", [False, True])
+def test_unloading_what_fsdp1_flattened_is_refused(pool: Any, merged: bool) -> None:
+    assert len(set(pool.run(refuse_flattened, merged))) == 1
 
 
 def refuse_emptied(order: str) -> str:

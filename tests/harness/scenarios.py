@@ -73,14 +73,14 @@ def adapter(root: Path, inside: bool = False, exchange: bool = True) -> Scenario
 
 
 def shards(root: Path, exchange: bool = True) -> Scenario:
-    """A folder of shards is replaced, and another one is written and removed."""
+    """A folder of shards is replaced. Where names can be exchanged, which a removal does not need, another is written and removed too."""
     root.mkdir(parents=True)
     path, other = root / "last.ckpt", root / "step.ckpt"
 
     def act(turn: int) -> None:
         with without_exchange() if not exchange else at_once(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of DCP: a single process
-            for each in (path, other):
+            for each in (path, other)[: 1 + exchange]:
                 write_folder({"state_dict": {"x": torch.full((64,), turn % 2), "y": torch.full((3, 5), turn % 2)}}, each)
         DurableCheckpointIO().remove_checkpoint(other)
 
@@ -172,7 +172,7 @@ def fit(folder: Path, steps: int, log: Path) -> None:
     trainer.fit(Lit(log), ckpt_path=str(last) if last.exists() else None)
 
 
-def resumed_fits(root: Path, kills: int, seed: int, steps: int = 200) -> tuple[int, int]:
+def resumed_fits(root: Path, kills: int, seed: int, steps: int = 40) -> tuple[int, int]:
     """Kill fits at random moments, resume each from its last checkpoint, and compare every loss with an uninterrupted run's, to the bit.
 
     Returns:

@@ -30,8 +30,9 @@ SHORT = """
 import sys
 from pathlib import Path
 from tests.harness.kills import kill_at_random
-from tests.harness.scenarios import SCENARIOS
+from tests.harness.scenarios import SCENARIOS, resumed_fits
 print(sum(kill_at_random(SCENARIOS["adapter"](Path(sys.argv[1], "here")), 4, seed=0).values()))
+print(resumed_fits(Path(sys.argv[1], "fit"), 2, seed=0, steps=12)[0])
 """
 
 
@@ -44,7 +45,7 @@ def run(*arguments: str) -> list[str]:
 
 @row(33)
 def test_a_few_kills_at_random_moments(tmp_path: Path) -> None:
-    assert run("-c", SHORT, str(tmp_path)) == ["4"]
+    assert run("-c", SHORT, str(tmp_path)) == ["4", "2"]
 
 
 @pytest.mark.slow

@@ -1,9 +1,13 @@
 """An adapted layer's class: one for each base, kind and variant, in this order of precedence, whatever the base does at its making."""
 
+import pytest
+import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import LoRAConfig, LoRALinear, apply_lora
 from lightning_lora.layers.classes import adapted_class, lora_class
+from tests.conftest import fill, same_bits
 from tests.layers.kinds import CASES
 
 
@@ -42,3 +46,26 @@ def test_a_base_that_checks_its_subclasses():
 
     model = apply_lora(nn.Sequential(Strict(4, 3)), config=LoRAConfig(rank=2, target_modules=["0"]))
     assert type(model[0]).__name__ == "LoRAStrict"
+
+
+class Named(nn.Linear):
+    def forward(self, hidden, shift=0.0):
+        return super().forward(hidden) + shift
+
+
+@pytest.mark.parametrize("make", [lambda: Conv1D(6, 6), lambda: Named(6, 6)], ids=["Conv1D", "a subclass"])
+@pytest.mark.parametrize("variant", ["plain", "dora", "vera"])
+def test_the_input_has_the_name_that_the_base_gives_it(make, variant):
+    model = nn.Sequential(make())
+    fill(apply_lora(model, config=LoRAConfig(rank=2, target_modules=["0"], dropout=0.5, variant=variant)))
+    layer, x, found = model[0], torch.randn(3, 6), []
+    name = "x" if layer.lora_base is Conv1D else "hidden"
+    more = {} if layer.lora_base is Conv1D else {"shift": 2.0}
+    for args, kwargs in (((x,), more), ((), {name: x, **more}), ((), {"input": x, **more})):
+        torch.manual_seed(0)
+        found.append(layer(*args, **kwargs))
+    assert same_bits(found[1], found[0]) and same_bits(found[2], found[0])
+    with pytest.raises(TypeError, match="input"):
+        layer()
+    with pytest.raises(TypeError):
+        layer(x, **{name: x})

@@ -154,7 +154,7 @@ def test_a_failure_in_the_middle_of_injection_changes_nothing(make, monkeypatch,
 
 
 def test_a_failure_after_the_last_layer_changes_nothing(make, monkeypatch):
-    monkeypatch.setattr(apply, "_guard_resize", lambda model: 1 / 0)
+    monkeypatch.setattr(apply, "guard", lambda model: 1 / 0)
     model = make(TinyModel)
     before = snapshot(model)
     with pytest.raises(ZeroDivisionError):
@@ -311,3 +311,29 @@ def test_injecting_does_what_find_targets_reported(make):
     report = find_targets(model, config)
     apply_lora(model, config=config)
     assert [t.fqn for t in report.targets] == [name for name, _ in lora_layers(model)]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.parametrize("targets", ["0", "all-linear"])
+def test_scripted_parts_stay_as_they_are(targets):
+    model = nn.Sequential(nn.Linear(4, 16), torch.jit.script(nn.Sequential(nn.Linear(16, 1), nn.ReLU())))
+    x = torch.randn(2, 4)
+    before = model(x)
+    apply_lora(model, LoRAConfig(rank=2, target_modules=targets))
+    model(x).sum().backward()
+    assert model[0].lora_B.grad is not None
+    merge_lora(model)
+    torch.testing.assert_close(unload_lora(model, merged="drop")(x), before)
+
+
+def test_a_base_whose_adapters_cannot_be_placed_keeps_its_embeddings_hooks(monkeypatch):
+    """Letting gradients into a Hugging Face model is not undone, so nothing that can fail comes after it."""
+    let_in = []
+    monkeypatch.setattr(apply, "is_distributed", lambda: True)
+    monkeypatch.setattr(apply, "let_gradients_in", let_in.append)
+    model = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(model)
+    model.module = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="wrapped in DistributedDataParallel"):
+        apply_lora(model, LoRAConfig(rank=2, target_modules=["0"]))
+    assert let_in == [] and type(model.module[0]) is nn.Linear

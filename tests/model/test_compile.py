@@ -287,3 +287,5 @@ def test_a_block_that_is_compiled_stays_so() -> None:
     own = model[0]._compiled_call_impl
     compile_layers(model, backend="eager")
     assert model[0]._compiled_call_impl is own and model[1]._compiled_call_impl is not None
+    uncompile_layers(model)
+    assert model[0]._compiled_call_impl is own and model[1]._compiled_call_impl is None

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_lora import merge_lora, merge_report, unload_lora, unmerge_lora
 from lightning_lora.layers import lora_layers
-from lightning_lora.model.merge import tied_weights
+from lightning_lora.model.ties import tied_weights
 from tests.conftest import ALL, DTYPES, TinyModel, adapted, base_bits, same_bits, snapshot
 
 

@@ -140,12 +140,14 @@ def test_a_weight_rewritten_for_inference_is_refused() -> None:
     model = packed_stack("nf4")
     if functional.has_avx512bf16():
         with torch.no_grad():
-            model.eval()(inputs())
+            model.eval().down(torch.randn(1, model.down.in_features))
     else:  # what that pass does to the weight on CPUs that have it
-        weight = model.up.weight
+        weight = model.down.weight
         weight.data, weight.quant_state = functional._convert_weight_packed_for_cpu(weight.data, weight.quant_state)
-    with pytest.raises(ValueError, match=r"'up': an evaluation pass on the CPU rewrote its 4-bit weight.*apply LoRA first"):
+    before = dict(vars(model.up))
+    with pytest.raises(ValueError, match=r"'down': an evaluation pass on the CPU rewrote its 4-bit weight.*apply LoRA first"):
         apply_lora(model, LoRAConfig(**CONFIG))
+    assert vars(model.up) == before  # the layers before it are not prepared either
 
 
 @pytest.mark.parametrize("how", ["nf4", "int8"])
@@ -348,6 +350,33 @@ def test_a_model_that_transformers_loaded_quantized(how: str, tmp_path: Any) -> 
     with torch.no_grad():
         mine, theirs = model(input_ids=ids).logits.float(), plain(input_ids=ids).logits.float()
     assert (mine - theirs).norm() < 0.05 * theirs.norm()  # LLM.int8() packs its input too in evaluation, which is most of this
+    assert (
+        not hasattr(plain.config, "quantization_config") and hasattr(model.config, "quantization_config") and model.hf_quantizer is not None
+    )
+    assert {file.name for file in (tmp_path / "export").iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+    merge_lora(model, quantized="dequantize")  # of every layer: nothing is left that is packed
+    with torch.no_grad():
+        merged = model(input_ids=ids).logits.float()
+    plain = transformers.AutoModelForCausalLM.from_pretrained(export_merged(model, tmp_path / "merged"))
+    assert torch.equal(plain(input_ids=ids).logits.float(), merged)
+
+
+@pytest.mark.filterwarnings("ignore:.*come quantized.*", "ignore:Casting fp32 inputs", "ignore:MatMul8bitLt")
+@pytest.mark.parametrize("how", ["4bit", "8bit"])
+def test_export_of_a_model_whose_files_were_quantized(how: str, tmp_path: Any) -> None:
+    import transformers
+
+    packed = transformers.BitsAndBytesConfig(**{f"load_in_{how}": True})
+    transformers.AutoModelForCausalLM.from_pretrained(
+        tiny_lm.save(tmp_path / "plain"), quantization_config=packed, device_map="cpu"
+    ).save_pretrained(tmp_path / "packed")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed", device_map="cpu")
+    fill(apply_lora(model, LoRAConfig(rank=2, target_modules=["q_proj", "down_proj"]))).eval()
+    ids = torch.tensor([[2, 5, 9, 3]])
+    plain = transformers.AutoModelForCausalLM.from_pretrained(export_merged(model, tmp_path / "export"))
+    with torch.no_grad():
+        mine, theirs = model(input_ids=ids).logits.float(), plain(input_ids=ids).logits.float()
+    assert (mine - theirs).norm() < 0.06 * theirs.norm()  # as above
 
 
 def test_a_format_that_is_not_packed_again_is_refused_before_anything_is_merged() -> None:

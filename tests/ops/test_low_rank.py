@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
+from lightning_lora.ops import plain
 from lightning_lora.ops.low_rank import lora_update, lora_update_reference
 
 IN, OUT, RANK = 5, 4, 3
@@ -245,3 +246,15 @@ def test_the_output_may_be_written_into_in_place(shape):
         torch.relu_(y)
         gradients.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
     assert all(torch.allclose(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("dropout", [2**-18, 1 - 2**-18, 1 - 2**-16, 0.999995, 1 - 2**-53])
+def test_a_probability_near_its_bounds_is_rounded_within_them(dropout):
+    """A CPU draws multiples of 2⁻¹⁶. At 1 nothing would be left, and the factor that compensates would be infinite."""
+    drop, probability = plain.draw_drop(torch.ones(64, 64), dropout)
+    assert 0 <= probability < 1 and abs(probability - dropout) <= 2**-16
+    assert drop.source.double().mean() == pytest.approx(probability, abs=2e-3)
+    x = torch.randn(3, 5, requires_grad=True)
+    y = lora_update(torch.zeros(3, 4), x, torch.randn(2, 5), torch.randn(4, 2), 1.0, dropout)
+    y.sum().backward()
+    assert y.isfinite().all() and x.grad.isfinite().all()

@@ -18,6 +18,7 @@ from torch.optim import lr_scheduler as S
 
 from lightning_lora import LoRACallback, LoRAConfig, apply_lora, get_lora_parameters
 from lightning_lora.optim import apply_lora_plus, lora_param_groups
+from lightning_lora.optim.lora_plus import check_kept
 from tests.conftest import TinyModel, same_bits
 from tests.lit import CONFIG, LitNet, trainer
 from tests.parity.models import DEPRECATED_BY_PEFT
@@ -270,3 +271,89 @@ def test_a_resume_with_another_ratio_is_refused(tmp_path: Path) -> None:
         fit(tmp_path, LitNet(), 4, 2, ckpt=tmp_path / "last.ckpt")
     with pytest.raises(ValueError, match=r"has 2 parameter groups, this one 1; build it as it was built then \(lora_plus_ratio"):
         fit(tmp_path, LitNet(), 1.0, 2, ckpt=tmp_path / "last.ckpt")
+
+
+def rates(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[float, float]]:
+    held = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    return {name: held[id(p)] for name, p in model.named_parameters() if id(p) in held}
+
+
+@pytest.mark.parametrize("variant", ["plain", "dora", "lora_fa", "adalora", "vera"])
+def test_both_ways_give_each_parameter_the_same_rate(make: Any, variant: str) -> None:
+    """VeRA's b, a vector, starts at zero as B does. Vectors do not decay in ``lora_param_groups``."""
+    model = apply_lora(make(TinyModel), config=LoRAConfig(variant=variant))
+    groups = torch.optim.AdamW(lora_param_groups(model, lr=RATE, weight_decay=0.3, lora_plus_ratio=RATIO))
+    split = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.3)
+    apply_lora_plus(split, model, RATIO)
+    here, there = rates(model, groups), rates(model, split)
+    assert {name: rate for name, (rate, _) in here.items()} == {name: rate for name, (rate, _) in there.items()}
+    assert {rate for rate, _ in here.values()} == {RATE, RATE * RATIO} if variant != "lora_fa" else {RATE * RATIO}
+    shapes = {name: p.ndim for name, p in model.named_parameters()}
+    assert {name: decay for name, (_, decay) in here.items()} == {name: 0.3 * (shapes[name] > 1) for name in here}
+
+
+def test_a_scheduler_that_undoes_vera_s_ratio_is_refused(make: Any) -> None:
+    model = apply_lora(make(TinyModel), config=LoRAConfig(variant="vera"))
+    optimizer = torch.optim.AdamW(lora_param_groups(model, lr=RATE, lora_plus_ratio=RATIO))
+    check_kept(optimizer)
+    S.OneCycleLR(optimizer, RATE, total_steps=20)
+    with pytest.raises(ValueError, match="a scheduler gave B the rate"):
+        check_kept(optimizer)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_parts_have_ratios_of_their_own_in_one_optimizer(tmp_path: Path, shared: bool) -> None:
+    class Parts(Scheduled):
+        def configure_optimizers(self) -> Any:
+            parts = [{"params": list(part.parameters()), "name": "both"} for part in ([self.net] if shared else [self.net.fc1])]
+            parts += [] if shared else [{"params": list(self.net.fc2.parameters()), "name": "own", "lr": 3 * RATE}]
+            optimizer = torch.optim.AdamW(parts, lr=RATE)
+            optimizer.register_step_post_hook(lambda o, args, kwargs: self.seen.append(rates(self.net, o)))
+            return [optimizer], [{"scheduler": S.CosineAnnealingLR(optimizer, 6, eta_min=RATE / 4), "interval": "step"}]
+
+    config, ratios = LoRAConfig(rank=2, target_modules=["0"]), {"fc1": 16, "fc2": 4}
+    callbacks = [LoRACallback(config, module=f"net.{n}", lora_plus_ratio=r, merge_on_fit_end=False) for n, r in ratios.items()]
+    module = Parts(None)
+    module.seen = []
+    module.net.fc1, module.net.fc2 = nn.Sequential(module.net.fc1), nn.Sequential(module.net.fc2)
+    run = trainer(tmp_path, *callbacks, LearningRateMonitor(), max_epochs=1)
+    run.loggers = [CSVLogger(tmp_path)]
+    run.fit(module)
+    assert len(module.seen) == 4
+    for seen in module.seen:
+        for name, ratio in ratios.items():
+            assert seen[f"{name}.0.lora_B"] == (ratio * seen[f"{name}.0.lora_A"][0], 1e-2)
+    names = ["both", "both_lora_B_2", "both_lora_B"] if shared else ["both", "both_lora_B", "own", "own_lora_B"]
+    assert [group["name"] for group in run.optimizers[0].param_groups] == names
+    with pytest.raises(ValueError, match="have a ratio already; give it once"):
+        apply_lora_plus(run.optimizers[0], module.net.fc2, 2)
+
+
+class ByPosition:
+    """A scheduler of another library: it sets rates by position, in methods of its own, one calling the other."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.base = optimizer, [group["lr"] for group in optimizer.param_groups]
+
+    def step_update(self, number: int) -> None:
+        self.write([rate / (1 + number) for rate in self.base])
+
+    def write(self, values: list[float]) -> None:
+        for group, value in zip(self.optimizer.param_groups, values, strict=True):
+            group["lr"], group["momentum"] = value, 0.5
+
+    def step(self, epoch: int) -> None:
+        self.step_update(epoch)
+
+
+@pytest.mark.parametrize("method", ["step", "step_update", "write"])
+def test_whatever_method_of_a_scheduler_sets_the_rates(method: str) -> None:
+    model = apply_lora(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), LoRAConfig(rank=2, target_modules=["0", "1"]))
+    groups = [{"params": [p for p in layer.parameters() if p.requires_grad], "lr": lr} for layer, lr in zip(model, (1.0, 2.0), strict=True)]
+    optimizer = torch.optim.SGD(groups)
+    scheduler = ByPosition(optimizer)
+    apply_lora_plus(optimizer, model, RATIO, scheduler)
+    getattr(scheduler, method)([0.5, 1.0] if method == "write" else 1)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 8.0, 1.0, 16.0]
+    assert [group["momentum"] for group in optimizer.param_groups] == [0.5] * 4
+    assert isinstance(scheduler, ByPosition) and vars(scheduler).keys() == {"optimizer", "base"}

@@ -101,12 +101,12 @@ REFUSED = {
     "experts": (
         {"target_parameters": ["mlp.experts.gate_up_proj"]},
         (),
-        "target_parameters names 'mlp.experts.gate_up_proj', which is no layer's",
+        "'mlp.experts.gate_up_proj' is no layer's weight but a tensor",
     ),
     "embedding-by-weight": (
         {"target_parameters": ["embed_tokens.weight"]},
         (),
-        "'model.embed_tokens.weight', which is no linear layer's weight",
+        "'model.embed_tokens.weight' is no linear layer's weight",
     ),
     "tokens": ({"trainable_token_indices": [1]}, (), r"trainable_token_indices=\[1\] changes what the adapter computes"),
     "no-layers": ({"target_modules": ["c_attn"]}, (), r"target_modules=\['c_attn'\] names no module of this model"),

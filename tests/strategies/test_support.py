@@ -6,10 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.plugins.precision import FSDPPrecision, Precision
+from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
+from torch import nn
 
-from lightning_lora import LoRACallback
+from lightning_lora import LoRACallback, apply_lora
+from lightning_lora.strategies import LoRAFSDP2Strategy, arrange
 from lightning_lora.strategies.checkpoint_io import DurableCheckpointIO
 from tests.lit import CONFIG, LitNet, trainer
 
@@ -86,3 +90,19 @@ def test_nothing_is_staged_outside_the_target_folder(tmp_path: Path, monkeypatch
     monkeypatch.setattr("tempfile.tempdir", None)
     DurableCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "x.ckpt")
     assert torch.load(tmp_path / "x.ckpt", weights_only=True) == {"step": 1}
+
+
+def test_a_refused_run_gives_the_strategy_its_settings_back() -> None:
+    module = apply_lora(LitNet(), CONFIG)
+    own = nn.Parameter(torch.zeros(1))
+    sharded = FSDPStrategy(parallel_devices=[torch.device("cpu")], cluster_environment=LightningEnvironment(), ignored_states=[own])
+    for strategy, precision in ((LoRAFSDP2Strategy(), Precision()), (sharded, FSDPPrecision("32-true"))):
+        strategy.precision_plugin = precision
+        undo = arrange(strategy, module)
+        assert "clip_grad_by_norm" in vars(strategy.precision_plugin)
+        arrange(strategy, module)()  # a second run's, which changes nothing
+        assert "clip_grad_by_norm" in vars(strategy.precision_plugin)
+        assert strategy is not sharded or len(sharded.kwargs["ignored_states"]) == 5
+        undo()
+        assert "clip_grad_by_norm" not in vars(strategy.precision_plugin)
+    assert len(sharded.kwargs["ignored_states"]) == 1 and sharded.kwargs["ignored_states"][0] is own

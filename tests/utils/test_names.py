@@ -57,6 +57,24 @@ def test_adapter_root_of_a_task_is_its_only_child_with_parameters(make):
     assert adapter_root(owner) == ("", owner)
 
 
+@pytest.mark.parametrize(
+    "wrap", [lambda module: module, lambda module: checkpoint_wrapper(module), lambda module: torch.compile(module, backend="eager")]
+)
+def test_adapter_root_of_a_task_with_one_layer_is_the_task(make, wrap):
+    """Inside the layer no name would be left for it."""
+
+    class Activated(nn.Linear):
+        def __init__(self):
+            super().__init__(2, 2)
+            self.act = nn.ReLU()
+
+    for layer in (nn.Linear(2, 2), Activated()):
+        task = Task(wrap(layer))
+        assert adapter_root(task) == ("", task)
+    name, root = adapter_root(Task(wrap(make(TinyModel))))
+    assert name == "model" and root is not None
+
+
 WRAPPERS = {
     "dataparallel": nn.DataParallel,
     "averaged": AveragedModel,

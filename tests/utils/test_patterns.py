@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightning_lora.utils.patterns import compile_pattern, compile_patterns, is_regex, layer_index
+from lightning_lora.utils.patterns import compile_pattern, compile_patterns, grouped, is_regex, layer_index, starred
 
 
 @pytest.mark.parametrize(
@@ -65,3 +65,15 @@ def test_an_invalid_regex_says_where():
 )
 def test_layer_index_is_the_first_whole_number(fqn, index):
     assert layer_index(fqn) == index
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("layers.3.q", "layers.*.q"), ("0.q", "*.q"), ("12", "*"), ("h.1.0.2", "h.*.*.*"), ("conv1.q2", "conv1.q2"), ("", "")],
+)
+def test_starred_names_have_a_star_per_number(name, shown):
+    assert starred(name) == shown
+
+
+def test_names_are_grouped_in_their_order():
+    assert grouped(["1.q", "0.k", "0.q"]) == {"*.q": ["1.q", "0.q"], "*.k": ["0.k"]}

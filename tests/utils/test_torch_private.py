@@ -43,3 +43,10 @@ class Several(nn.Module):
 def test_a_group_of_fsdp2_that_is_not_there_is_told(unit: nn.Module) -> None:
     with pytest.raises(ValueError, match=rf"no single parameter group in {type(unit).__name__}, .* a model that is not wrapped"):
         torch_private.fsdp2_group(unit)
+
+
+def test_what_ddp_ignores_already_is_kept() -> None:
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    for names in (["1.bias"], ["0.weight", "1.bias"]):
+        torch_private.ddp_ignores(model, names)
+    assert model._ddp_params_and_buffers_to_ignore == ["1.bias", "0.weight"]

@@ -70,7 +70,7 @@ def test_only_the_vectors_are_parameters_each_once():
     assert [tuple(p.shape) for p in parameters] == [(4,), (32,), (4,), (4,)]
     assert len({id(p) for p in parameters}) == len(parameters) and all(p.requires_grad for p in parameters)
     torch.optim.AdamW(parameters)
-    assert [group["name"] for group in lora_param_groups(model, lr=1e-3, weight_decay=0.1)] == ["no_decay"]
+    assert [group["name"] for group in lora_param_groups(model, lr=1e-3, weight_decay=0.1)] == ["lora_B_no_decay", "no_decay"]
     assert not any("projection" in name or "lora_A" in name for name in [*model.state_dict(), *dict(model.named_buffers())])
 
 

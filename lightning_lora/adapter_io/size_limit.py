@@ -1,0 +1,39 @@
+"""Refuse a file that is too large for the model, before it is read: a stranger's file must not take more memory than the model does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lightning_lora.adapter_io.files import TENSORS
+from lightning_lora.utils.sharding import is_distributed
+
+SMALL = 64 * 2**20  # bytes that any file may have
+#: Bytes of a file per byte of the model. A checkpoint that trained everything has fp32 values and two moments per bf16 parameter: 6.
+SHARE = 16
+
+
+def check_size(path: Path, model: nn.Module) -> None:
+    """Compare the size of an adapter's file with the model's.
+
+    Args:
+        path: an adapter folder, or a checkpoint file. What does not exist is left to the reader.
+        model: the model that it will be loaded into, sharded or not.
+
+    Raises:
+        ValueError: the file is larger than 64 MiB, and than 16 times the model.
+    """
+    file = path / TENSORS if path.is_dir() else path
+    if not file.is_file():
+        return
+    processes = torch.distributed.get_world_size() if is_distributed() else 1  # each may hold a shard only
+    tensors = [*model.parameters(), *model.buffers()]
+    room = max(SMALL, SHARE * processes * sum(t.numel() * t.element_size() for t in tensors if not nn.parameter.is_lazy(t)))
+    size = file.stat().st_size
+    if size > room:
+        raise ValueError(
+            f"{file} has {size:,} bytes; an adapter of this {type(model).__name__} has at most {room:,}. It was made for another model, or"
+            " is damaged."
+        )

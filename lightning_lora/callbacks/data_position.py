@@ -1,0 +1,58 @@
+"""Resume inside an epoch: go on where the loader goes on, or say which rows come again.
+
+Lightning keeps a loader's position if the loader has ``state_dict`` and ``load_state_dict``, such as torchdata's
+``StatefulDataLoader``. Any other loader starts over: the epoch goes on for as many batches as it lacks, but with the loader's first ones.
+So does one that ``configure_optimizers`` had made before, by asking for ``trainer.estimated_stepping_batches``: Lightning loads no position
+into it.
+
+A loader with an attribute ``resumed_at`` (batches that it leaves out in this epoch; None if it did not resume) sets Lightning's count.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
+
+from lightning_lora.strategies.lightning_private import loader_states_not_loaded
+
+
+class DataPosition(Callback):
+    """Set Lightning's count of batches to the loader's position when a run resumes. Without a position, log what comes again.
+
+    ``LoRACallback`` adds this callback to its trainer.
+    """
+
+    def __init__(self) -> None:
+        self.saved = False  # the checkpoint has the positions of training loaders
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note whether the checkpoint has the loaders' positions."""
+        self.saved = bool(checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {}).get("combined_loader"))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on at the position, or say that there is none."""
+        progress, batches = trainer.fit_loop.epoch_loop.batch_progress.current, trainer.num_training_batches
+        if trainer.ckpt_path is None or not 0 < progress.ready < batches:
+            return
+        loaders = CombinedLoader(trainer.train_dataloader).flattened
+        resumed_at = getattr(loaders[0], "resumed_at", None) if len(loaders) == 1 else None
+        if resumed_at is not None:
+            shift = resumed_at - progress.ready  # 0, unless the number of processes is another
+            for count in ("ready", "started", "processed", "completed"):
+                setattr(progress, count, getattr(progress, count) + shift)
+            return
+        ordinary = [loader for loader in loaders if not (hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"))]
+        if ordinary or not self.saved or loader_states_not_loaded(trainer):
+            _log(trainer, type((ordinary or loaders)[0]).__name__, progress.ready, batches)
+
+
+def _log(trainer: Trainer, loader: str, done: int, batches: float) -> None:
+    """Say what is trained twice and what is left out."""
+    again = "." if batches == float("inf") else f": its first {batches - done} batches come in this epoch, its last {done} do not."
+    rank_zero_info(
+        f"Resumed inside epoch {trainer.current_epoch}, after {done} batches of it. The position of {loader} was not saved or not loaded,"
+        f" so it starts over{again} If it shuffles, it draws a new order. To go on with the next rows, use torchdata's StatefulDataLoader,"
+        " give the loader state_dict and load_state_dict, or save at the end of epochs."
+    )

@@ -1,0 +1,57 @@
+"""Methods of Hugging Face models that would lose an adapter without a word. While a model is adapted, they raise.
+
+The guard is an attribute of the instance, so it goes along with deep copies and pickles, and other instances of the class have none.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from lightning_lora.layers.base import PREFIX, LoRALayer, lora_layers
+from lightning_lora.model.heads import hf_ends
+from lightning_lora.model.plain_copy import GUARDED
+from lightning_lora.utils.transformers_conventions import is_transformers_model
+
+_RESIZE, _SAVE = GUARDED
+
+
+def guard(model: nn.Module) -> None:
+    """Guard every Hugging Face model in an adapted model, where an adapter is inside."""
+    for module in model.modules():
+        if hasattr(type(module), _RESIZE) and any(isinstance(end, LoRALayer) for end in hf_ends(module)):
+            module.__dict__[_RESIZE] = _refuse_resize
+        if is_transformers_model(module) and _SAVE not in module.__dict__ and next(lora_layers(module), None) is not None:
+            module.__dict__[_SAVE] = partial(_save_plain, module)
+
+
+def unguard(model: nn.Module) -> None:
+    """Remove the guards."""
+    for module in model.modules():
+        if module.__dict__.get(_RESIZE) is _refuse_resize:
+            del module.__dict__[_RESIZE]
+        if getattr(module.__dict__.get(_SAVE), "func", None) is _save_plain:
+            del module.__dict__[_SAVE]
+
+
+def _refuse_resize(*args: object, **kwargs: object) -> None:
+    """``resize_token_embeddings`` swaps or reshapes the embedding and the head, whose adapter would be lost."""
+    raise ValueError(
+        "resize_token_embeddings would drop the adapter on the embedding or the head: resize before apply_lora,"
+        " or call unload_lora(model) first."
+    )
+
+
+def _save_plain(model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+    """``save_pretrained``, of models whose file would hold no adapter parameters: ``from_pretrained`` would drop these."""
+    state = kwargs.get("state_dict")
+    apart = [name for name, layer in lora_layers(model) if not layer.merged]
+    if apart and (state is None or any(key.rpartition(".")[2].startswith(PREFIX) for key in state)):
+        raise ValueError(
+            f"save_pretrained({str(save_directory)!r}): {apart[0]!r} and {len(apart) - 1} more have adapters that are not merged, and"
+            " from_pretrained would load the base without them. Call export_merged(model, folder) for a merged copy on disk,"
+            " save_adapter(model, folder) for the adapter alone, or merge_lora(model) before save_pretrained."
+        )
+    return type(model).save_pretrained(model, save_directory, *args, **kwargs)

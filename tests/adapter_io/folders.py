@@ -1,0 +1,72 @@
+"""Folders of models, compared file by file, and a merge by hand in float64 to compare with."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from lightning_lora.layers.base import LoRALayer, lora_layers
+
+
+def merged_by_hand(base: nn.Module, adapted: nn.Module) -> nn.Module:
+    """A deep copy of the base with W + s·B·A in each adapted weight, computed in float64; of shared weights each gets its own."""
+    model = copy.deepcopy(base)
+    uses: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    for name, layer in lora_layers(adapted):
+        module: Any = model.get_submodule(name)
+        merged = by_hand(module.weight.detach(), layer)
+        if uses[id(module.weight)] > 1:
+            module.weight = nn.Parameter(merged)
+        else:
+            module.weight.data.copy_(merged)
+    return model
+
+
+def by_hand(weight: Tensor, layer: LoRALayer) -> Tensor:
+    A, B = layer.lora_A.detach().double(), layer.lora_B.detach().double()
+    update = B @ A
+    update = update if update.shape == weight.shape and not layer.transposed else update.T
+    return (weight.double() + layer.scaling * update).to(weight.dtype)
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as reader:
+            found.update({name: reader.get_tensor(name) for name in reader.keys()})  # noqa: SIM118 (not a dict)
+    return found
+
+
+def metadata(folder: Path) -> dict[str, Any]:
+    return {file.name: safe_open(file, framework="pt").metadata() for file in folder.glob("*.safetensors")}
+
+
+def differences(found: Path, wanted: Path) -> list[str]:
+    """What differs between two folders, in words: names of files, bytes of the side files, tensors by name, dtype, shape and value."""
+    names = [{file.name for file in folder.iterdir()} for folder in (found, wanted)]
+    words = [f"files: {sorted(names[0] ^ names[1])[:4]}"] if names[0] != names[1] else []
+    both = sorted(name for name in names[0] & names[1] if not name.endswith(".safetensors"))
+    words += [f"{name} differs" for name in both if not same(found / name, wanted / name)]
+    words += ["metadata differs"] if metadata(found) != metadata(wanted) else []
+    mine, theirs = tensors(found), tensors(wanted)
+    words += [f"names: {sorted(mine.keys() ^ theirs.keys())[:4]}"] if mine.keys() != theirs.keys() else []
+    for name in mine.keys() & theirs.keys():
+        if (mine[name].dtype, mine[name].shape) != (theirs[name].dtype, theirs[name].shape):
+            words.append(f"{name}: {mine[name].dtype} {tuple(mine[name].shape)}")
+        elif not torch.allclose(mine[name].double(), theirs[name].double(), rtol=1e-6, atol=1e-6):
+            words.append(f"{name}: off by {float((mine[name].double() - theirs[name].double()).abs().max()):.1e}")
+    return words
+
+
+def same(found: Path, wanted: Path) -> bool:
+    read = (lambda file: json.loads(file.read_text())) if found.suffix == ".json" else Path.read_bytes
+    return bool(read(found) == read(wanted))

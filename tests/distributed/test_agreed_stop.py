@@ -1,0 +1,54 @@
+"""One process is told to stop: all stop after the same batch, with one checkpoint that a later run resumes from."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lightning_lora.callbacks.interruption import NAME
+from lightning_lora.strategies.agreed_stop import LAG, AgreedStop
+from tests.distributed.runs import run
+
+
+def stops(told_at: dict[int, int], batches: int) -> int | None:
+    """After which batch this rank stops; rank → batch after which it is told to."""
+    stop = AgreedStop(torch.device("cpu"))
+    mine = told_at.get(dist.get_rank(), batches + 1)
+    for batch in range(1, batches + 1):
+        if stop.after_batch(batch >= mine):
+            return batch
+    stop.close()
+    return None
+
+
+@pytest.mark.parametrize(("told_at", "expected"), [({1: 3}, 3 + LAG), ({0: 4, 1: 2}, 2 + LAG), ({}, None), ({0: 8}, None)])
+def test_all_stop_after_the_same_batch(pool: Any, told_at: dict[int, int], expected: int | None) -> None:
+    assert pool.run(stops, told_at, 8) == [expected, expected]
+
+
+class Terminate(L.Callback):
+    """Raises SIGTERM in the second process, within the first step."""
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        if trainer.global_step == 0 and dist.get_rank() == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def run_terminated(name: str, folder: str) -> Any:
+    with pytest.raises(SIGTERMException) as stop:
+        run(name, folder, 4, save=True, more=(Terminate(),))
+    return stop.value.code
+
+
+@pytest.mark.parametrize("name", ["ddp", "lora_fsdp2"])
+def test_a_terminated_run_leaves_one_checkpoint(pool: Any, tmp_path: Path, name: str) -> None:
+    assert pool.run(run_terminated, name, str(tmp_path)) == [143, 143]
+    (file,) = tmp_path.rglob(NAME)
+    assert torch.load(file, weights_only=True)["global_step"] == 1 + LAG
