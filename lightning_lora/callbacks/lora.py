@@ -36,6 +36,7 @@ from lightning_lora.optim.groups import check_ratio
 from lightning_lora.quantization.formats import quantizer_of
 from lightning_lora.strategies import AdaptedPart, FiniteCheck, RollCall, StrategyHooks
 from lightning_lora.strategies.equal_ranks import check_equal, synchronize
+from lightning_lora.strategies.fsdp2 import offer_to_others
 from lightning_lora.strategies.lightning_private import see_mixed_imports
 from lightning_lora.strategies.namespaces import twins
 from lightning_lora.strategies.support import arrange, check_supported, convert_base
@@ -97,6 +98,7 @@ class LoRACallback(Callback):
             raise ValueError("cuda_graphs=True records compiled blocks: pass compile='layer' with it.")
         check_ratio(lora_plus_ratio)
         see_mixed_imports()
+        offer_to_others()
         self.config, self.module = config or LoRAConfig(), module
         if quantize is not None:
             quantizer_of(quantize)
