@@ -28,18 +28,15 @@ def test_trains_saves_resumes_and_merges_alike(pool: Any, tmp_path: Path) -> Non
 
 
 def under_both(folder: str) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Two epochs under ``lightning.pytorch``, and under the other package two runs of one, the second resumed; by strategy."""
     found = {}
     for name in NAMES:
-        expected = halves(name, f"{folder}/lightning {name}")
+        expected = runs.run(name, f"{folder}/{name}", 2, save=True, merge=True)
         with other_package():
-            found[name] = (halves(name, f"{folder}/pytorch_lightning {name}"), expected)
+            half = runs.run(name, f"{folder}/half {name}", 1, save=True)
+            mine = runs.run(name, f"{folder}/whole {name}", 2, ckpt=f"{folder}/half {name}/last.ckpt", save=True, merge=True)
+        found[name] = ({**mine, "losses": half["losses"] + mine["losses"]}, expected)
     return found
-
-
-def halves(name: str, folder: str) -> dict[str, Any]:
-    """Fit one epoch, resume for another, merge."""
-    runs.run(name, folder, 1, save=True)
-    return runs.run(name, f"{folder} 2", 2, ckpt=f"{folder}/last.ckpt", save=True, merge=True)
 
 
 def other_package() -> ExitStack:
