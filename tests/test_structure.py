@@ -64,6 +64,7 @@ KERNELS = {"ops.triton_dropout", "ops.triton_low_rank", "ops.triton_gated_mlp", 
 # Errors are ValueError (wrong input) or RuntimeError (wrong at run time); beside those:
 OTHER_ERRORS = {
     ("", "AttributeError"),  # what the import system expects of a module's __getattr__
+    ("callbacks.interruption", "twin"),  # the SIGTERMException of the Trainer's package
     ("layers.base", "NotImplementedError"),
     ("layers.factors", "NotImplementedError"),  # a kind that is not finished
     ("layers.mergeable", "NotImplementedError"),  # a kind that is not finished

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_lora.strategies.agreed_stop import AgreedStop
+from lightning_lora.strategies.namespaces import twin, twins
 from lightning_lora.utils.sharding import is_distributed
 
 #: The checkpoint of an interrupted run. ``ckpt_path="last"`` finds it: Lightning takes the newest file whose name begins with "last".
@@ -51,16 +52,16 @@ class Interruption(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Stop all processes if one was told to. Not before a batch, which a resumable loader would count as trained on."""
-        self._agree()
+        self._agree(trainer)
 
     def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Stop all processes if one was told to."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self._agree()
+            self._agree(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save a checkpoint, and give the exception its exit code."""
-        if not isinstance(exception, SIGTERMException):
+        if not isinstance(exception, twins(SIGTERMException)):
             return
         exception.code = 128 + (self.signal or signal.SIGTERM)
         if trainer.state.fn != TrainerFn.FITTING or trainer.global_step == 0:
@@ -92,15 +93,15 @@ class Interruption(Callback):
         rank_zero_info("Ctrl-C: training stops after this batch. Press it again to stop at once, without a checkpoint.")
         signal.raise_signal(signal.SIGTERM)
 
-    def _agree(self) -> None:
+    def _agree(self, trainer: Trainer) -> None:
         if self._stop is not None and self._stop.after_batch(self.signal is not None):
-            raise SIGTERMException
+            raise twin(SIGTERMException, trainer)
 
 
 def _folder(trainer: Trainer) -> str | None:
     """Where the trainer saves checkpoints; None if it saves none, or saves one on exceptions itself."""
     savers: list[Any] = trainer.checkpoint_callbacks
     off = trainer.fast_dev_run  # type: ignore[attr-defined]
-    if off or any(isinstance(s, OnExceptionCheckpoint) or getattr(s, "save_on_exception", False) for s in savers):
+    if off or any(isinstance(s, twins(OnExceptionCheckpoint)) or getattr(s, "save_on_exception", False) for s in savers):
         return None
     return next((str(saver.dirpath) for saver in savers if getattr(saver, "dirpath", None)), None)

@@ -36,6 +36,9 @@ from lightning_lora.optim.groups import check_ratio
 from lightning_lora.quantization.formats import quantizer_of
 from lightning_lora.strategies import AdaptedPart, FiniteCheck, RollCall, StrategyHooks
 from lightning_lora.strategies.equal_ranks import check_equal, synchronize
+from lightning_lora.strategies.fsdp2 import offer_to_others
+from lightning_lora.strategies.lightning_private import see_mixed_imports
+from lightning_lora.strategies.namespaces import twins
 from lightning_lora.strategies.support import arrange, check_supported, convert_base
 from lightning_lora.utils.names import adapter_root
 from lightning_lora.utils.sharding import is_sharded
@@ -94,6 +97,8 @@ class LoRACallback(Callback):
         if cuda_graphs and compile is None:
             raise ValueError("cuda_graphs=True records compiled blocks: pass compile='layer' with it.")
         check_ratio(lora_plus_ratio)
+        see_mixed_imports()
+        offer_to_others()
         self.config, self.module = config or LoRAConfig(), module
         if quantize is not None:
             quantizer_of(quantize)
@@ -217,7 +222,7 @@ class LoRACallback(Callback):
         advise(exception)
         if self._roll_call is not None:
             self._roll_call.answer(exception)
-        if not any(is_sharded(p) for p in pl_module.parameters()) and not isinstance(trainer.strategy, FSDPStrategy):
+        if not any(is_sharded(p) for p in pl_module.parameters()) and not isinstance(trainer.strategy, twins(FSDPStrategy)):
             self._undo.close()
         self._begun(pl_module)
         self.teardown(trainer, pl_module, "")

@@ -17,6 +17,7 @@ from lightning_lora.model.heads import left_frozen
 from lightning_lora.model.targeting import TargetReport
 from lightning_lora.model.ties import tied_weights
 from lightning_lora.quantization.formats import format_of
+from lightning_lora.strategies.namespaces import twins
 from lightning_lora.strategies.savable import check_savable
 
 
@@ -52,7 +53,7 @@ def check_mergeable(target: nn.Module, report: TargetReport, strategy: Strategy,
     Raises:
         ValueError: a weight is tied; or it is quantized, and ``how`` is None or cannot be applied to it.
     """
-    sharded = isinstance(strategy, ModelParallelStrategy)
+    sharded = isinstance(strategy, twins(ModelParallelStrategy))
     kinds = {t.module: t.kind for t in report.targets}
     parts = {
         f"{fqn}.{name}" if fqn else name: (module, getattr(module, name))
@@ -118,7 +119,7 @@ def recordable(strategy: Strategy) -> bool:
     Raises:
         ValueError: the strategy never allows it.
     """
-    if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)):
+    if isinstance(strategy, twins(FSDPStrategy, ModelParallelStrategy)):
         raise ValueError(
             f"cuda_graphs=True with strategy={type(strategy).__name__}: it moves the parameters between uses, but a recorded graph reads"
             " them at fixed addresses. Leave cuda_graphs out."

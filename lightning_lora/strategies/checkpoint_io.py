@@ -19,6 +19,7 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from lightning_lora.strategies.namespaces import twins
 from lightning_lora.utils.atomic_files import write_atomic
 from lightning_lora.utils.file_locks import exclusive, lock_file
 from lightning_lora.utils.folders import aside, erase, put_back, remove, standing, swap
@@ -41,6 +42,11 @@ class DurableCheckpointIO(TorchCheckpointIO):
     Raises:
         OSError: the disk is full, or the folder cannot be written to. What was there is unchanged.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        for base in twins(CheckpointIO)[1:]:  # type: ignore[type-abstract]
+            base.register(type(self))  # a Trainer of pytorch_lightning then takes it as a plugin
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write to a temporary file beside the target, sync it, rename it. Remote paths are left to Lightning."""

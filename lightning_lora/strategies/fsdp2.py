@@ -8,7 +8,7 @@ adapters are sharded with their block and need no all-gather of their own; with 
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
@@ -23,6 +23,7 @@ from lightning_lora.experimental import check_torch
 from lightning_lora.model.parallel import place_adapters
 from lightning_lora.quantization.formats import format_of
 from lightning_lora.strategies.lightning_private import set_data_parallel_size
+from lightning_lora.strategies.namespaces import loaded, twins
 from lightning_lora.utils.blocks import BLOCKS, repeated_blocks
 from lightning_lora.utils.sharding import is_sharded
 from lightning_lora.utils.transformers_conventions import tensor_parallel_plan
@@ -32,27 +33,14 @@ from lightning_lora.utils.transformers_conventions import tensor_parallel_plan
 _STYLES: dict[str, type[ParallelStyle]] = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
 
 
-class LoRAFSDP2Strategy(ModelParallelStrategy):
-    """FSDP2 over a model's blocks; with ``tensor_parallel_size`` above 1 also the model's own tensor-parallel plan.
+if TYPE_CHECKING:
+    _Base = ModelParallelStrategy
+else:
+    _Base = object
 
-    Args:
-        data_parallel_size: number of processes that split the batch; "auto": all processes divided by ``tensor_parallel_size``.
-        tensor_parallel_size: number of processes that split each layer.
-        save_distributed_checkpoint: write checkpoints as folders of shards instead of one portable file.
-        process_group_backend: backend of the collectives; by default chosen by device.
-        timeout: of collectives.
-        reshard_after_forward: free a block's gathered weights after the forward pass, and gather them again for the backward pass. False
-            keeps them in between: half the traffic, but at the peak the memory of a model that is not sharded.
-        pull_frozen: **experimental**: it builds on private parts of FSDP2, and is refused on a torch that it was not tested with. Copy
-            engines read frozen weights from the other GPUs' memory, where FSDP2 gathers them through NCCL. Adapters are replicated on
-            every GPU (:mod:`lightning_lora.experimental.pull_frozen`). Faster, with the same results. For processes of one host whose
-            GPUs can access each other's memory. After writing to a frozen weight through ``.data`` between steps, call ``reshard()`` on
-            the modules.
 
-    Raises:
-        ValueError: the model has no repeated blocks; or tensor parallelism is asked for, and it has no plan; or a sharding option is
-            given, and the model is sharded already; or ``pull_frozen`` is set on several hosts, or on an untested torch.
-    """
+class OwnBlocks(_Base):
+    """What ``lora_fsdp2`` does, for the ``ModelParallelStrategy`` of either package of Lightning's."""
 
     strategy_name = "lora_fsdp2"
 
@@ -113,6 +101,29 @@ class LoRAFSDP2Strategy(ModelParallelStrategy):
             from lightning_lora.experimental.pull_frozen import release
 
             release(self.lightning_module)
+
+
+class LoRAFSDP2Strategy(OwnBlocks, ModelParallelStrategy):
+    """FSDP2 over a model's blocks; with ``tensor_parallel_size`` above 1 also the model's own tensor-parallel plan.
+
+    Args:
+        data_parallel_size: number of processes that split the batch; "auto": all processes divided by ``tensor_parallel_size``.
+        tensor_parallel_size: number of processes that split each layer.
+        save_distributed_checkpoint: write checkpoints as folders of shards instead of one portable file.
+        process_group_backend: backend of the collectives; by default chosen by device.
+        timeout: of collectives.
+        reshard_after_forward: free a block's gathered weights after the forward pass, and gather them again for the backward pass. False
+            keeps them in between: half the traffic, but at the peak the memory of a model that is not sharded.
+        pull_frozen: **experimental**: it builds on private parts of FSDP2, and is refused on a torch that it was not tested with. Copy
+            engines read frozen weights from the other GPUs' memory, where FSDP2 gathers them through NCCL. Adapters are replicated on
+            every GPU (:mod:`lightning_lora.experimental.pull_frozen`). Faster, with the same results. For processes of one host whose
+            GPUs can access each other's memory. After writing to a frozen weight through ``.data`` between steps, call ``reshard()`` on
+            the modules.
+
+    Raises:
+        ValueError: the model has no repeated blocks; or tensor parallelism is asked for, and it has no plan; or a sharding option is
+            given, and the model is sharded already; or ``pull_frozen`` is set on several hosts, or on an untested torch.
+    """
 
 
 def shard_blocks(model: nn.Module, mesh: DeviceMesh, reshard_after_forward: bool = True, pull_frozen: bool = False) -> None:
@@ -176,8 +187,19 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
     place_adapters(top)
 
 
-StrategyRegistry.register(
-    LoRAFSDP2Strategy.strategy_name, LoRAFSDP2Strategy, description="FSDP2 over a model's own blocks, with their adapters"
-)
+def offer_to_others() -> None:
+    """Let a Trainer of ``pytorch_lightning`` know ``strategy="lora_fsdp2"`` too, where that package is loaded.
 
-__all__ = ["LoRAFSDP2Strategy", "shard_blocks", "tensor_parallel"]
+    Its strategies have another base class, and a registry of their own.
+    """
+    name, others = LoRAFSDP2Strategy.strategy_name, twins(ModelParallelStrategy)[1:]
+    for base, home in zip(others, loaded("lightning.pytorch.strategies")[1:], strict=True):
+        registry: Any = home.StrategyRegistry
+        if name not in registry:
+            registry.register(name, type(LoRAFSDP2Strategy.__name__, (OwnBlocks, base), {"__module__": __name__}), _DESCRIPTION)
+
+
+_DESCRIPTION = "FSDP2 over a model's own blocks, with their adapters"
+StrategyRegistry.register(LoRAFSDP2Strategy.strategy_name, LoRAFSDP2Strategy, _DESCRIPTION)
+
+__all__ = ["LoRAFSDP2Strategy", "offer_to_others", "shard_blocks", "tensor_parallel"]

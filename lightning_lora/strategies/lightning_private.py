@@ -5,17 +5,21 @@ Lightning is pinned below 2.7 because of them. If a later version removes one, a
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
+from lightning_lora.strategies.namespaces import LIGHTNING, library, loaded, twins
+
 
 def saves_shards(strategy: Strategy) -> bool:
     """True if the user asked for checkpoints as folders of shards. If its names go, saving raises."""
-    if isinstance(strategy, FSDPStrategy):
+    if isinstance(strategy, twins(FSDPStrategy)):
         return strategy._state_dict_type == "sharded"
-    return isinstance(strategy, ModelParallelStrategy) and bool(strategy._save_distributed_checkpoint)
+    return isinstance(strategy, twins(ModelParallelStrategy)) and bool(strategy._save_distributed_checkpoint)
 
 
 def set_data_parallel_size(strategy: ModelParallelStrategy, processes: int) -> None:
@@ -31,7 +35,30 @@ def start_method(strategy: Strategy) -> str | None:
     If its names go, importing ``lightning_lora`` raises.
     """
     launcher: Any = strategy.launcher
-    return str(launcher._start_method) if isinstance(launcher, _MultiProcessingLauncher) else None
+    return str(launcher._start_method) if isinstance(launcher, twins(_MultiProcessingLauncher)) else None
+
+
+def see_mixed_imports() -> None:
+    """Let Lightning name the package in its refusal of a module of the other one (``pytorch_lightning``), for a user's classes too.
+
+    It looks at the module of the class itself only, and says of a LightningModule in a user's file that it is none. Whatever is checked
+    here is refused anyway. If its names go, making a ``LoRACallback`` raises.
+    """
+    homes: list[Any] = [*loaded("lightning.pytorch.utilities.model_helpers"), *loaded("lightning.pytorch.utilities.compile")]
+    for home in homes:
+        if not hasattr(home._check_mixed_imports, "__wrapped__"):
+            home._check_mixed_imports = _by_base(home._check_mixed_imports)
+
+
+def _by_base(check: Callable[[object], None]) -> Callable[[object], None]:
+    """Return Lightning's check, applied to the first class of Lightning's that an object's class is made from."""
+
+    @functools.wraps(check)
+    def check_base(instance: object) -> None:
+        base = next((cls for cls in type(instance).__mro__ if library(cls) in LIGHTNING), type(instance))
+        check(instance if base is type(instance) else object.__new__(base))
+
+    return check_base
 
 
 def cli_parser(cli: Any, subcommand: str | None) -> Any:

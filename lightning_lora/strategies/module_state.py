@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from lightning_lora.layers.base import PREFIX
 from lightning_lora.quantization.formats import format_of
+from lightning_lora.strategies.namespaces import LIGHTNING, library
 from lightning_lora.utils.names import clean_name, persistent_buffers
 from lightning_lora.utils.sharding import distribute_like, local_tensor
 
 _METHODS = ("state_dict", "load_state_dict", "_save_to_state_dict", "_load_from_state_dict")
 #: Libraries whose overrides of these methods add no state, or state that :func:`state_of_user` finds.
-_LIBRARIES = {"torch", "lightning", "pytorch_lightning", "lightning_lora", "bitsandbytes", "torchao", "torchmetrics"}
+_LIBRARIES = LIGHTNING | {"torch", "lightning_lora", "bitsandbytes", "torchao", "torchmetrics"}
 _EXTRA = "_extra_state"  # torch's name for extra state in state dicts
 
 
@@ -49,7 +50,7 @@ def overrides(module: nn.Module) -> str | None:
     """Return the name of a user's class in the module that overrides how a state dict is made or loaded; None if there is none."""
     for child in module.modules():
         for cls in type(child).__mro__:
-            if cls.__module__.partition(".")[0] not in _LIBRARIES and any(method in vars(cls) for method in _METHODS):
+            if library(cls) not in _LIBRARIES and any(method in vars(cls) for method in _METHODS):
                 return cls.__qualname__
     return None
 

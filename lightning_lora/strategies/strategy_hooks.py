@@ -39,6 +39,7 @@ from lightning_lora.strategies.checkpoint_io import DurableCheckpointIO, found, 
 from lightning_lora.strategies.equal_ranks import synchronize
 from lightning_lora.strategies.finite import check_finite
 from lightning_lora.strategies.lightning_private import saves_shards
+from lightning_lora.strategies.namespaces import twin, twins
 from lightning_lora.utils.names import clean_name, persistent_buffers
 from lightning_lora.utils.sharding import full_tensor, is_flattened, local_shard, local_tensor, on_first_rank, reshard
 
@@ -94,7 +95,7 @@ class StrategyHooks:
             ValueError: its checkpoints cannot be written under this strategy.
         """
         user = module_state.overrides(self.module)
-        if user is not None and isinstance(self.strategy, FSDPStrategy):
+        if user is not None and isinstance(self.strategy, twins(FSDPStrategy)):
             raise ValueError(
                 f"{user} overrides how its state dict is made or loaded, and strategy={type(self.strategy).__name__} flattens the"
                 " parameters that this needs: use strategy='lora_fsdp2'."
@@ -119,7 +120,7 @@ class StrategyHooks:
             self.originals[name] = getattr(self.strategy, name)
             setattr(self.strategy, name, getattr(self, name))
         self.strategy._lora_hooks = self  # type: ignore[attr-defined]
-        if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
+        if type(self.strategy.checkpoint_io) in twins(TorchCheckpointIO):
             self.strategy.checkpoint_io = DurableCheckpointIO()
 
     def remove(self) -> None:
@@ -130,8 +131,8 @@ class StrategyHooks:
 
     def watch_configure_model(self) -> None:
         """Wrap the user's ``configure_model``. A module that is built already may shard itself there, which changes no value."""
-        original = self.module.configure_model
-        if not is_overridden("configure_model", self.module) or "configure_model" in self.module.__dict__:
+        original, base = self.module.configure_model, twin(LightningModule, self.module)
+        if not is_overridden("configure_model", self.module, base) or "configure_model" in self.module.__dict__:
             return
 
         @functools.wraps(original)  # Lightning follows __wrapped__ to see that the user overrode the hook
@@ -169,7 +170,7 @@ class StrategyHooks:
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return everything but what is proved to be the unchanged base (:mod:`lightning_lora.strategies.changed_state`)."""
         tensors = self.state.tensors(self._saved)
-        if not isinstance(self.strategy, FSDPStrategy):  # FSDP1 would gather the base to make a state dict
+        if not isinstance(self.strategy, twins(FSDPStrategy)):  # FSDP1 would gather the base to make a state dict
             with unmerged(self.module) if module_state.overrides(self.module) else nullcontext():
                 theirs = module_state.state_of_user(self.module)
                 if theirs is not None:
@@ -213,7 +214,7 @@ class StrategyHooks:
             check_values(checkpoint, path)
         names = self._covered(checkpoint["state_dict"])
         missing = self.state.required(names)
-        theirs = None if isinstance(self.strategy, FSDPStrategy) else module_state.state_of_user(self.module)
+        theirs = None if isinstance(self.strategy, twins(FSDPStrategy)) else module_state.state_of_user(self.module)
         if theirs is not None:  # what a user's state dict leaves out is not required
             missing = sorted(module_state.names_in(theirs, self.module).intersection(missing))
         if missing:
@@ -232,7 +233,7 @@ class StrategyHooks:
         """
         reshard(self.module)
         saved = checkpoint["state_dict"]
-        by_user = not isinstance(self.strategy, FSDPStrategy) and module_state.state_of_user(self.module) is not None
+        by_user = not isinstance(self.strategy, twins(FSDPStrategy)) and module_state.state_of_user(self.module) is not None
         if not by_user:
             self._check(saved, strict)
         unmerge_lora(self.module)
@@ -283,7 +284,7 @@ class StrategyHooks:
 
     def _covered(self, saved: dict[str, Any]) -> set[str]:
         """Return the names of the module's tensors that a checkpoint's state dict has values for."""
-        return set(saved) if isinstance(self.strategy, FSDPStrategy) else module_state.names_in(saved, self.module)
+        return set(saved) if isinstance(self.strategy, twins(FSDPStrategy)) else module_state.names_in(saved, self.module)
 
     def _saved(self, tensor: Tensor) -> Tensor:
         """Return what a checkpoint holds of a tensor: the full tensor, or this rank's shard for a folder of shards."""

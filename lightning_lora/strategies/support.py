@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lightning_lora.model import parallel
 from lightning_lora.quantization.formats import format_of
 from lightning_lora.strategies.lightning_private import start_method
+from lightning_lora.strategies.namespaces import LIGHTNING, check_namespace, library, twins
 from lightning_lora.strategies.strategy_hooks import REPLACED
 from lightning_lora.utils.gradient_reducer import GradientReducer
 from lightning_lora.utils.torch_private import ddp_ignores
@@ -30,11 +31,12 @@ def check_supported(trainer: Trainer) -> None:
     Raises:
         ValueError: the strategy is not supported, or is a subclass that overrides saving or loading; or it trains in copies of this
             process, so that the trained adapters would be lost; or a precision plugin or a callback conflicts with LoRA; or
-            ``FSDPStrategy`` has ``use_orig_params=False``.
+            ``FSDPStrategy`` has ``use_orig_params=False``; or as :func:`~lightning_lora.strategies.namespaces.check_namespace`.
     """
     strategy, callbacks = trainer.strategy, trainer.callbacks  # type: ignore[attr-defined]
+    check_namespace(trainer, callbacks)
     name = type(strategy).__name__
-    if not isinstance(strategy, _SUPPORTED) or isinstance(strategy, DeepSpeedStrategy):  # DeepSpeed's is a DDPStrategy
+    if not isinstance(strategy, twins(*_SUPPORTED)) or isinstance(strategy, twins(DeepSpeedStrategy)):  # DeepSpeed's is a DDPStrategy
         known = ", ".join(cls.__name__ for cls in _SUPPORTED)
         raise ValueError(f"strategy={name} is not supported under LoRACallback; there are {known}. For sharding use strategy='lora_fsdp2'.")
     _check_not_overridden(strategy)
@@ -45,19 +47,20 @@ def check_supported(trainer: Trainer) -> None:
             " use strategy='ddp' from a script."
         )
     precision = trainer.precision_plugin
-    if isinstance(precision, TransformerEnginePrecision):
+    if isinstance(precision, twins(TransformerEnginePrecision)):
         raise ValueError(
             f"plugins: {type(precision).__name__} replaces every linear layer after LoRA was injected, and so removes the adapters: convert"
             " the model before it goes into the LightningModule, and leave the plugin out."
         )
-    averaging = next((callback for callback in callbacks if isinstance(callback, (WeightAveraging, StochasticWeightAveraging))), None)
+    averages = twins(WeightAveraging, StochasticWeightAveraging)
+    averaging = next((callback for callback in callbacks if isinstance(callback, averages)), None)
     if averaging is not None:
         raise ValueError(
             f"callbacks: {type(averaging).__name__} copies the whole model: before LoRACallback in the list it averages a model without"
             ' adapters, after it, it puts base weights into adapter checkpoints. Leave it out; README\'s "Averages of adapters" has a'
             " callback of a few lines that averages what trains."
         )
-    if isinstance(strategy, FSDPStrategy) and not strategy.kwargs.get("use_orig_params", True):
+    if isinstance(strategy, twins(FSDPStrategy)) and not strategy.kwargs.get("use_orig_params", True):
         raise ValueError("FSDPStrategy(use_orig_params=False) hides the parameters that LoRA trains: leave use_orig_params out.")
 
 
@@ -65,7 +68,7 @@ def _check_not_overridden(strategy: Strategy) -> None:
     """Raise ValueError if a user's subclass overrides a method that the hooks replace: it would never be called."""
     for name in REPLACED:
         owner = next(cls for cls in type(strategy).__mro__ if name in vars(cls))
-        if owner.__module__.partition(".")[0] not in ("lightning", "lightning_lora"):
+        if library(owner) not in LIGHTNING | {"lightning_lora"}:
             raise ValueError(
                 f"strategy={type(strategy).__name__}: {owner.__module__}.{owner.__name__} overrides {name}, which LoRACallback replaces, so"
                 f" that it would never be called. Remove {name}; to change checkpoints, use the module's on_save_checkpoint or a"
@@ -78,7 +81,7 @@ def convert_base(trainer: Trainer, module: LightningModule) -> None:
 
     Lightning calls the plugin after ``setup``, when it would replace adapted layers too. It skips a module that is converted already.
     """
-    if isinstance(trainer.precision_plugin, BitsandbytesPrecision):
+    if isinstance(trainer.precision_plugin, twins(BitsandbytesPrecision)):
         trainer.precision_plugin.convert_module(module)
 
 
@@ -94,9 +97,9 @@ def arrange(strategy: Strategy, module: LightningModule) -> Callable[[], None]:
     """
     _check_packed(strategy, module)
     undo = ExitStack()
-    if isinstance(strategy, FSDPStrategy) and not any(isinstance(child, FullyShardedDataParallel) for child in module.modules()):
+    if isinstance(strategy, twins(FSDPStrategy)) and not any(isinstance(child, FullyShardedDataParallel) for child in module.modules()):
         _ignore_trained(strategy, module, undo)  # wrapped by the user, `parallel.adopt` placed the adapters when LoRA was applied
-    if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)):
+    if isinstance(strategy, twins(FSDPStrategy, ModelParallelStrategy)):
         # Lightning refuses to clip by norm under FSDP, and torch cannot do it if only some layers are tensor-parallel.
         plugin = strategy.precision_plugin
         if "clip_grad_by_norm" not in vars(plugin):
@@ -126,18 +129,18 @@ def _check_packed(strategy: Strategy, module: LightningModule) -> None:
     packed = {name: packing for name, child in module.named_modules() if (packing := format_of(child)) is not None}
     if not packed:
         return
-    if isinstance(strategy, FSDPStrategy):
+    if isinstance(strategy, twins(FSDPStrategy)):
         raise ValueError(
             f"strategy={type(strategy).__name__} flattens a block into one parameter, and {next(iter(packed))!r} is quantized: use"
             " strategy='lora_fsdp2'."
         )
     whole = [name for name, packing in packed.items() if not packing.shards]
-    if isinstance(strategy, ModelParallelStrategy) and whole:
+    if isinstance(strategy, twins(ModelParallelStrategy)) and whole:
         raise ValueError(
             f"strategy={type(strategy).__name__} cannot shard {whole[0]!r} ({type(module.get_submodule(whole[0])).__name__}), whose 8-bit"
             " weight cannot be split: use quantize='nf4' or 'torchao-nf4', or strategy='ddp'."
         )
-    if isinstance(strategy, DDPStrategy):
+    if isinstance(strategy, twins(DDPStrategy)):
         names = [f"{name}.weight" for name in packed]
         ddp_ignores(module, names)
 
