@@ -1,8 +1,8 @@
 """Write the merged model as a folder, tensor by tensor: no process ever holds the full model twice.
 
-What is written is a copy of the model's modules without adapters. Each of its weights is computed when the file that it goes to is
-written: gathered alone, merged, passed to the first process and freed. A Hugging Face model writes itself by its own ``save_pretrained``.
-So its folder has the files, names and layouts of any other model of its class. For other models the names are those of a state dict.
+A copy of the model's modules without adapters is written. Each weight is computed when its file is written: gathered alone, merged, passed
+to the first process and freed. A Hugging Face model is written by its own ``save_pretrained``. So its folder has the files, names and
+layouts of any other model of its class. For other models the names are those of a state dict.
 Quantized weights are dequantized one by one and written in full precision.
 """
 
@@ -29,7 +29,7 @@ from lightning_lora.utils.atomic_files import move_files
 from lightning_lora.utils.names import adapter_root, clean_name
 from lightning_lora.utils.sharding import on_first_rank, on_first_rank_with_help
 
-_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")  # what from_pretrained reads
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")  # files that from_pretrained reads
 
 
 def export_merged(model: nn.Module, folder: str | Path, *, overwrite: bool = False, shard_bytes: int = 5_000_000_000) -> Path:
@@ -44,15 +44,15 @@ def export_merged(model: nn.Module, folder: str | Path, *, overwrite: bool = Fal
         model: an adapted model, merged or not, sharded or not; or a LightningModule around one.
         folder: created if it does not exist.
         overwrite: write into a folder that is not empty. Weights of an earlier export are removed, other files stay.
-        shard_bytes: largest size of a file in bytes, and of what is in memory. A tensor that would exceed it begins the next file. A class
-            whose ``save_pretrained`` has no ``max_shard_size`` decides by itself.
+        shard_bytes: largest size in bytes of a file, and of the tensors in memory. A tensor that would exceed it begins the next
+            file. A class whose ``save_pretrained`` has no ``max_shard_size`` decides by itself.
 
     Returns:
         The folder.
 
     Raises:
         ValueError: the folder is not empty and ``overwrite`` is False, or it holds an adapter; an adapter holds NaN or is disabled; a
-            quantized weight is sharded or of an unknown format; an adapted weight is tied and the file cannot say that it no longer is.
+            quantized weight is sharded or of an unknown format; an adapted weight is tied and the file cannot record its broken tie.
     """
     folder, (_, root) = Path(folder), adapter_root(model)
     on_first_rank(lambda: _check_free(folder, overwrite))
@@ -113,7 +113,7 @@ def _save(model: Any, folder: Path, limit: int) -> None:
         return
     write_weights(folder, _tensors(model), limit)
     config = getattr(model, "config", None)
-    if hasattr(config, "save_pretrained"):  # of Hugging Face, in a model of one's own
+    if hasattr(config, "save_pretrained"):  # a Hugging Face config in a model of the user's own class
         config = copy.copy(config)
         config.__dict__.pop("quantization_config", None)  # all weights were written dequantized
         config.save_pretrained(folder)  # type: ignore[union-attr]

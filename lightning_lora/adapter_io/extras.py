@@ -17,20 +17,20 @@ from lightning_lora.model.heads import saved_modules, within
 from lightning_lora.utils.names import clean_name
 from lightning_lora.utils.torch_private import NormWithStatistics
 
-_BROUGHT = "_lora_brought"  # names of a module's own base weights that an adapter file brought
+_BROUGHT = "_lora_brought"  # names of a module's own base weights that were loaded from an adapter file
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a name in a state dict is an adapter's."""
+    """Return whether a name in a state dict is an adapter's."""
     return name.rpartition(".")[2].startswith(PREFIX)
 
 
 def extra_tensors(root: nn.Module, config: LoRAConfig, adapted: Collection[str]) -> dict[str, Tensor]:
-    """Return the tensors of an adapter beside A and B that its config means.
+    """Return the tensors that an adapter with this config has beside A and B.
 
     Args:
         root: the model, adapted already or not.
-        config: of the adapter.
+        config: the adapter's config.
         adapted: FQNs of the layers that are or will be adapted.
 
     Returns:
@@ -51,7 +51,7 @@ def extra_tensors(root: nn.Module, config: LoRAConfig, adapted: Collection[str])
 
 
 def brought_tensors(root: nn.Module) -> dict[str, Tensor]:
-    """Return FQN → base weight that an adapter file brought."""
+    """Return FQN → base weight that was loaded from an adapter file."""
     return {
         clean_name(f"{name}.{part}" if name else part): module._parameters[part]
         for name, module in root.named_modules()
@@ -60,7 +60,7 @@ def brought_tensors(root: nn.Module) -> dict[str, Tensor]:
 
 
 def note_brought(root: nn.Module, names: Iterable[str]) -> None:
-    """Note on the modules which of their base weights a file brought, in place of what was noted before."""
+    """Record on the modules which of their base weights came from an adapter file. Earlier records are replaced."""
     wanted = set(names)
     for name, module in root.named_modules():
         parts = {part for part in module._parameters if clean_name(f"{name}.{part}" if name else part) in wanted}
@@ -70,13 +70,13 @@ def note_brought(root: nn.Module, names: Iterable[str]) -> None:
 
 
 def why_not_brought(model: nn.Module, mine: Tensor, theirs: Tensor, *, check: bool) -> str | None:
-    """Return why a file's base weight cannot take the place of this model's; None if it can.
+    """Return why a file's base weight cannot replace this model's; None if it can.
 
     Args:
         model: the adapter's root.
         mine: this model's weight.
-        theirs: the file's.
-        check: want half of the rows to be the same, which tells a resized vocabulary from another base.
+        theirs: the file's weight.
+        check: require half of the rows to be equal. This distinguishes a resized vocabulary from another base.
     """
     if mine.shape == theirs.shape:
         if mine.is_meta:  # without values there is nothing to compare; the caller refuses such a model
@@ -92,7 +92,7 @@ def why_not_brought(model: nn.Module, mine: Tensor, theirs: Tensor, *, check: bo
 
 
 def equal_values(mine: Tensor, theirs: Tensor) -> bool:
-    """Whether two tensors are the same up to the rounding of the narrower dtype."""
+    """Return whether two tensors are the same up to the rounding of the narrower dtype."""
     return mine.shape == theirs.shape and not mine.is_meta and bool(_same_values(mine.detach().cpu(), theirs.detach().cpu()).all())
 
 

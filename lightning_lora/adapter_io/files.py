@@ -2,9 +2,9 @@
 
 The safetensors metadata holds what PEFT's format has no field for: our format version, the exact config and the base's identity.
 
-Both files are written as one commit (:mod:`lightning_lora.utils.folder_commit`), and read from one. The metadata also holds what the JSON
-said, and a checksum (:mod:`lightning_lora.adapter_io.integrity`). So a pair of two saves and a damaged or edited file are refused.
-Tensors without a JSON still load here, because their metadata holds the config.
+Both files are written as one commit (:mod:`lightning_lora.utils.folder_commit`), and read from one. The metadata also holds the JSON's
+fields and a checksum (:mod:`lightning_lora.adapter_io.integrity`). So files of two different saves are refused. So are damaged files, and
+edits that change the adapter. Tensors without a JSON still load here, because their metadata holds the config.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class AdapterFile:
         config: how the layers were adapted.
         tensors: by their names in the adapted model (``layers.0.q_proj.lora_A``), relative to the adapted model itself.
         base: the base's identity; None in files that PEFT wrote.
-        beside: names of tensors beside the adapter and what trained: buffers, base weights that changed.
-        fields: the JSON of a folder that PEFT wrote; ``config`` is then what it says without a model.
+        beside: names of the tensors that are no adapter's and did not train: buffers, base weights that changed.
+        fields: the JSON of a folder that PEFT wrote; ``config`` is then what the JSON alone says, without a model.
         extra_state: name in a state dict → a module's extra state, from a checkpoint.
-        outside: the same two, of the task around the adapted model, by their names there; for the adapted model alone they have no place.
-        damaged: True if the checksum in the file is not that of its content. It is the last thing to refuse, since what is wrong may be
-            known more exactly.
+        outside: tensors and extra state of the task around the adapted model, by their names there. The adapted model cannot take them.
+        damaged: True if the checksum in the file is not that of its content. It is checked last, because other checks name the fault more
+            exactly.
     """
 
     config: LoRAConfig

@@ -1,8 +1,8 @@
-"""Whether an adapter folder is what ``save_adapter`` wrote: a checksum, and the JSON's fields against those that were saved.
+"""Check that an adapter folder is what ``save_adapter`` wrote: its checksum, and the JSON's fields against those that were saved.
 
-The metadata of the tensors holds the JSON's fields and a checksum over all the rest of it and the tensors. A JSON is often edited. An edit
-that changes nothing here, such as the base's path, counts as it does in anyone's folder. One that would change the adapter is refused by
-name, because it cannot be told from the JSON of another save.
+The metadata of the tensors holds the JSON's fields, and a checksum over the tensors and the rest of the metadata. Users often edit a JSON.
+An edit that does not change the adapter, such as the base's path, takes effect. An edit that would change the adapter is refused by the
+field's name, because it cannot be distinguished from the JSON of another save.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from lightning_lora.utils.checksums import checksum
 
 
 def seal(meta: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    """Return the checksum of an adapter's metadata, but for its checksum, and of its tensors' names, dtypes, shapes and bits."""
+    """Return the checksum of an adapter's metadata, except the checksum in it, and of its tensors' names, dtypes, shapes and bits."""
     parts = [json.dumps({name: value for name, value in meta.items() if name != "checksum"}, sort_keys=True)]
     parts += [f"{name} {tensor.dtype} {tuple(tensor.shape)} {checksum(tensor)}" for name, tensor in sorted(tensors.items())]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
 def check_fields(fields: dict[str, Any], meta: dict[str, Any], config: LoRAConfig, tensors: Collection[str], where: str) -> None:
-    """Check a JSON as one of PEFT's, and against the metadata of the tensors beside it.
+    """Check that a JSON follows PEFT's format, and that it agrees with the metadata of the tensors beside it.
 
     Args:
         fields: the JSON.
@@ -66,7 +66,7 @@ def check_fields(fields: dict[str, Any], meta: dict[str, Any], config: LoRAConfi
 
 
 def _meant(fields: dict[str, Any], where: str, tensors: Collection[str]) -> LoRAConfig | None:
-    """Return what a JSON means; None if that is no adapter."""
+    """Return the config that a JSON means; None if it means no adapter."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -1,4 +1,4 @@
-"""The weights of a model as a merge leaves them, each computed when it is read."""
+"""Compute the weights of a model as a merge leaves them, each when it is read."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class MergedWeights:
         return self._parameters[module, name]
 
     def make_plain(self, originals: dict[nn.Module, nn.Module]) -> None:
-        """Make a plain copy of the model forget how its weights were stored.
+        """Remove from a plain copy of the model what says how its weights were stored.
 
         Args:
             originals: module of the copy → module of the model.
@@ -81,7 +81,7 @@ class MergedWeights:
 
     @torch.no_grad()
     def read(self, number: int) -> Tensor:
-        """Compute a weight, on the CPU. Under sharding every rank has to."""
+        """Compute a weight, on the CPU. Under sharding every rank has to call it."""
         if self._last is None or self._last[0] != number:
             self._last = None
             module, name = self._places[number]

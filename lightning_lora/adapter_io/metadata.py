@@ -1,4 +1,4 @@
-"""What adapter files and checkpoints say of an adapter beside its tensors, checked: format version, config, base, root."""
+"""Check what adapter files and checkpoints say of an adapter beside its tensors: format version, config, base, root."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def understood(meta: Any, where: str) -> tuple[LoRAConfig, dict[str, Any] | None
         raise ValueError(f"{where}: its config is wrong: {error}") from error
     try:
         look_up(INITS, "init", config.init)
-        options_of(config)  # and the variant
+        options_of(config)  # raises for an unknown variant too
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     return config, meta["base"], meta.get("root", "")
@@ -69,10 +69,10 @@ def parsed(text: str, where: str, *, kinds: Collection[type] = (dict,)) -> Any:
     Args:
         text: the JSON.
         where: the file, for messages.
-        kinds: what it may be.
+        kinds: types that the value may have.
 
     Raises:
-        ValueError: it is not JSON, is nested too deep, or is something else.
+        ValueError: the text is not JSON, is nested too deep, or has a value of another type.
     """
     try:
         value = json.loads(text)

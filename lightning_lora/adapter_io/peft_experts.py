@@ -1,6 +1,6 @@
-"""Name layers that PEFT would mistake for experts so that it adapts them.
+"""Write names by which PEFT adapts layers that it would otherwise mistake for experts.
 
-Since transformers 5 the experts of some models are one tensor per projection. For files from before, PEFT 0.21 turns names such as
+Since transformers 5 the experts of some models are one tensor per projection. For older files, PEFT 0.21 turns names such as
 ``gate_proj`` in ``target_modules`` into ``target_parameters`` of the experts. It does so for the dense and shared MLPs of those models
 too, and drops their adapters. A layer that ``target_parameters`` names by its weight keeps its adapter.
 """
@@ -21,13 +21,13 @@ _NAMES = {"mixtral": ("gate", "w1", "w2", "w3"), "qwen2_moe": ("gate", "gate_pro
 
 
 def beside_experts(fields: dict[str, Any], family: str, layers: Mapping[str, nn.Module], modules: Collection[str]) -> dict[str, Any]:
-    """Return the JSON with the layers that PEFT would take for experts named by their weights.
+    """Return the JSON. In it, the layers that PEFT would take for experts are named by their weights.
 
-    PEFT has no dropout there, and nothing but plain LoRA on ``nn.Linear``. Where that loses something, it is warned of.
+    For such names PEFT has only plain LoRA on ``nn.Linear``, without dropout. A warning names what that loses.
 
     Args:
         fields: PEFT's JSON.
-        family: of the model's experts, ``""`` if none.
+        family: the family of the model's experts, ``""`` if it has none.
         layers: FQN → adapted layer.
         modules: FQNs of all modules.
     """

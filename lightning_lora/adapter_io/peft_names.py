@@ -20,7 +20,7 @@ from lightning_lora.utils.names import bare, clean_name
 from lightning_lora.utils.transformers_conventions import checkpoint_conversions, is_converted
 
 ROOT = "base_model."
-PREFIX = f"{ROOT}model."  # of every tensor name in PEFT's files
+PREFIX = f"{ROOT}model."  # begins every tensor name in PEFT's files
 _FACTOR = re.compile(r"\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector|vera_lambda_[bd])(?:\.(?!weight$|bias$)([^.]+))?(?:\.weight)?$")
 _OURS = {"lora_embedding_A": "lora_A", "lora_embedding_B": "lora_B", "vera_lambda_b": "lora_lambda_b", "vera_lambda_d": "lora_lambda_d"}
 _PROBE = ".lora_A.weight"
@@ -30,7 +30,7 @@ def our_names(names: Iterable[str], where: str) -> dict[str, str]:
     """Return name in a PEFT file → name in our adapted model. PEFT's copies of untrained modules are left out.
 
     Args:
-        names: all of a file.
+        names: all names in a file.
         where: the file's path, for messages.
 
     Raises:
@@ -99,7 +99,7 @@ def names_here(model: nn.Module, old: Iterable[str], modules: Collection[str]) -
 
 
 def rebuilt(model: nn.Module, old: str) -> str | None:
-    """Return what became of a module of an older model, such as one expert. None if that is not known."""
+    """Return what replaces a module of an older model, such as one expert. None if that is not known."""
     name = f"{old}.weight"
     for conversion in checkpoint_conversions(bare(model)):
         name, pattern = conversion.rename_source_key(name)
@@ -109,7 +109,7 @@ def rebuilt(model: nn.Module, old: str) -> str | None:
 
 
 def names_for_peft(model: nn.Module, layers: Iterable[str]) -> dict[str, str | None]:
-    """Return FQN of an adapted layer → the name under which PEFT 0.21 finds it; None if it finds it under no name.
+    """Return FQN of an adapted layer → the name under which PEFT 0.21 finds it; None if there is no such name.
 
     Args:
         model: the adapter's root.
@@ -129,7 +129,7 @@ def names_for_peft(model: nn.Module, layers: Iterable[str]) -> dict[str, str | N
 
 
 def _candidates(name: str, backward: list[Any]) -> Iterator[str]:
-    """Yield the model's own name, then what it was before each renaming, then before all."""
+    """Yield the model's own name, then the name before each renaming, then the name before all renamings."""
     yield name
     for conversion in backward:
         yield _renamed(name, [conversion])
@@ -137,7 +137,7 @@ def _candidates(name: str, backward: list[Any]) -> Iterator[str]:
 
 
 def _read(name: str, conversions: list[Any]) -> str:
-    """Return what PEFT 0.21 reads a LoRA tensor's name as. It undoes renamings that only remove the beginning."""
+    """Return the name as which PEFT 0.21 reads a LoRA tensor's name. PEFT undoes renamings that only remove the beginning."""
     new = _renamed(name, conversions)
     return name if name.endswith(new) else new
 

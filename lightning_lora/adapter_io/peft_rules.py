@@ -1,6 +1,6 @@
 """Match modules as PEFT does, which differs from our own matching in three ways.
 
-A module's whole name matches whatever ``layers_to_transform`` says. ``modules_to_save`` compares ends of names, without a dot before
+A module's whole name matches regardless of ``layers_to_transform``. ``modules_to_save`` compares ends of names, without a dot before
 them. Task types add the names of heads. Source: PEFT 0.21, ``check_target_module_exists``, ``_set_trainable``, ``get_pattern_key``,
 ``PeftModelForSequenceClassification`` and its siblings.
 """
@@ -27,7 +27,7 @@ _TASKS = {
 
 
 def is_target(fields: dict[str, Any], fqn: str) -> bool:
-    """Whether PEFT adapts a module for ``target_modules``."""
+    """Return whether PEFT adapts a module for ``target_modules``."""
     exclude, targets = fields.get("exclude_modules"), fields.get("target_modules")
     if exclude and (re.fullmatch(exclude, fqn) if isinstance(exclude, str) else _named(exclude, fqn)):
         return False
@@ -44,22 +44,22 @@ def is_target(fields: dict[str, Any], fqn: str) -> bool:
 
 
 def is_target_parameter(fields: dict[str, Any], name: str) -> bool:
-    """Whether PEFT adapts a parameter for ``target_parameters``."""
+    """Return whether PEFT adapts a parameter for ``target_parameters``."""
     return _named(fields.get("target_parameters") or (), name)
 
 
 def saved_names(fields: dict[str, Any]) -> list[str]:
-    """Return what PEFT takes for ``modules_to_save``, with what it adds for the task type."""
+    """Return the names that PEFT uses as ``modules_to_save``, with those that it adds for the task type."""
     return [*(fields.get("modules_to_save") or ()), *HEADS.get(fields.get("task_type") or "", ())]
 
 
 def is_saved(names: Collection[str], fqn: str) -> bool:
-    """Whether PEFT trains a module in full for these names."""
+    """Return whether PEFT trains a module in full for these names."""
     return any(fqn.endswith(name) for name in names)
 
 
 def pattern_value(patterns: dict[str, Any] | None, fqn: str, default: Any) -> Any:
-    """Return what ``rank_pattern`` or ``alpha_pattern`` says of a layer: the first key that matches counts."""
+    """Return the value of ``rank_pattern`` or ``alpha_pattern`` for a layer. The first key that matches applies."""
     found = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", fqn))
     return next(found, default)
 
@@ -84,7 +84,7 @@ def task_type(model: nn.Module, saved: Collection[str], modules: Collection[str]
 
 
 def _named(names: Collection[str], fqn: str) -> bool:
-    """Whether a name, or the end of it after a dot, is among these. Fast if they are a set."""
+    """Return whether a name, or an end of it after a dot, is among these. It is fast for a set."""
     parts = fqn.split(".")
     return any(".".join(parts[start:]) in names for start in range(len(parts)))
 

@@ -18,7 +18,7 @@ _CHECKS = {
         isinstance(each, int) and not isinstance(each, bool) for each in (value if isinstance(value, list) else [value])
     ),
 }
-#: Field → what it is, if it is not null.
+#: Field → what its value is, unless it is null.
 _FIELDS = {
     "peft_type": "a text", "task_type": "a text", "bias": "a text",
     "r": "a whole number", "lora_alpha": "a number", "lora_dropout": "a number",
@@ -34,14 +34,14 @@ _SHOWN = 60  # characters of a wrong value in the message
 
 
 def check_types(fields: dict[str, Any], where: str) -> None:
-    """Check the fields that are acted on.
+    """Check the types of the fields that this package uses.
 
     Args:
         fields: the JSON.
         where: the file's path, for messages.
 
     Raises:
-        ValueError: a field is something else than PEFT writes.
+        ValueError: a field has a value of another type than PEFT writes.
     """
     for name, what in _FIELDS.items():
         value = fields.get(name)

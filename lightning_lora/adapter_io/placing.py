@@ -1,6 +1,6 @@
-"""Say what a file means on one model.
+"""Translate an adapter file to one model: its names, and its config.
 
-Names that transformers has changed since are translated. A folder of PEFT's is read by PEFT's own rules of which modules are meant.
+Names that transformers has changed since are translated. For a folder that PEFT wrote, PEFT's own rules decide which modules are meant.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lightning_lora.utils.patterns import compile_pattern, compile_patterns, lay
 
 @dataclass(frozen=True)
 class _Here:
-    """What a file is read against.
+    """The model to which a file is translated.
 
     Attributes:
         modules: name → module of the model.
@@ -40,12 +40,12 @@ class _Here:
     dead: set[str]
 
     def either(self, fqn: str, rule: Callable[[str], bool]) -> bool:
-        """Whether a rule takes a module under its name here or in the file."""
+        """Return whether a rule matches a module by its name here or in the file."""
         return rule(fqn) or (fqn in self.old and rule(self.old[fqn]))
 
 
 def place(adapter: AdapterFile, root: nn.Module, where: str) -> AdapterFile:
-    """Return a file's content with the names of this model. If PEFT wrote it, its config is the one that means the same here.
+    """Return a file's content with the names of this model. If PEFT wrote it, return a config that means the same on this model.
 
     Args:
         adapter: as it was read.
@@ -84,12 +84,12 @@ def place(adapter: AdapterFile, root: nn.Module, where: str) -> AdapterFile:
 
 
 def _meant(config: LoRAConfig, fields: dict[str, Any], layers: set[str], heads: list[str], here: _Here, where: str) -> LoRAConfig:
-    """Return the config that adapts here what PEFT adapts. Its patterns are the file's where they mean that, else whole names.
+    """Return the config that adapts here what PEFT adapts. It has the file's patterns if they match the same, else whole names.
 
     Args:
         config: what the JSON says without a model.
         fields: the JSON.
-        layers: FQNs of the layers that the file has adapters of.
+        layers: FQNs of the layers that the file has adapters for.
         heads: FQNs of fresh heads that the file has. They are trained in full, whatever the JSON says.
         here: the model's modules.
         where: the file's path, for messages.
@@ -99,7 +99,7 @@ def _meant(config: LoRAConfig, fields: dict[str, Any], layers: set[str], heads: 
     rule = partial(is_target, fields if isinstance(names, str) else fields | {"target_modules": frozenset(names or ())})
     targets = by_weight | (layers if _unsaid(fields) else {fqn for fqn in here.modules if here.either(fqn, rule)})
     targets -= here.dead
-    if here.old:  # today the file's rules may hit other modules too: it was trained for the layers that it has
+    if here.old:  # the file's rules may match more modules today than the layers that were trained
         targets &= layers
     if not targets:
         raise ValueError(f"{where}: target_modules={names!r} names no module of this model.")
@@ -140,7 +140,7 @@ def _dead(tensors: dict[str, Tensor], root: nn.Module, modules: dict[str, nn.Mod
 
 
 def _unsaid(fields: dict[str, Any]) -> bool:
-    """Whether the JSON leaves the layers to PEFT's choice: then the file's tensors say them."""
+    """Return whether the JSON leaves the choice of layers to PEFT. The file's tensors then determine the layers."""
     names = fields.get("target_modules")
     return (names is None and not fields.get("target_parameters")) or (isinstance(names, str) and names.lower() == ALL_LINEAR)
 
@@ -162,7 +162,7 @@ def _weights(fields: dict[str, Any], modules: dict[str, nn.Module], where: str) 
 
 
 def _named(config: LoRAConfig, modules: Collection[str]) -> set[str]:
-    """Return what our own matching takes."""
+    """Return the names of the modules that our own matching selects."""
     wanted, excluded = (
         compile_patterns(config.target_modules, "target_modules"),
         compile_patterns(config.exclude_modules, "exclude_modules"),

@@ -189,7 +189,7 @@ def _fields(root: nn.Module, config: LoRAConfig, exported: dict[str, Exported], 
 
 
 def _fit(root: nn.Module, report: TargetReport, adapter: AdapterFile, where: str, check_base: bool) -> tuple[dict[str, Tensor], set[str]]:
-    """Return the file's tensors by their names in this model, checked against it; and which of them take the place of the base's.
+    """Return the file's tensors by their names in this model, checked against it, and the names of those that replace base weights.
 
     Raises:
         ValueError: a tensor is missing, left over, of another shape, or a weight of another base.

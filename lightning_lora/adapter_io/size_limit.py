@@ -1,4 +1,4 @@
-"""Refuse a file that is too large for the model, before it is read: a stranger's file must not take more memory than the model does."""
+"""Refuse a file that is too large for the model, before it is read. A file from an unknown source must not fill the memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from lightning_lora.adapter_io.files import TENSORS
 from lightning_lora.utils.sharding import is_distributed
 
-SMALL = 64 * 2**20  # bytes that any file may have
+SMALL = 64 * 2**20  # bytes; a file up to this size is always accepted
 #: Bytes of a file per byte of the model. A checkpoint that trained everything has fp32 values and two moments per bf16 parameter: 6.
 SHARE = 16
 
@@ -19,7 +19,7 @@ def check_size(path: Path, model: nn.Module) -> None:
     """Compare the size of an adapter's file with the model's.
 
     Args:
-        path: an adapter folder, or a checkpoint file. What does not exist is left to the reader.
+        path: an adapter folder, or a checkpoint file. A path that does not exist passes here; the reader refuses it.
         model: the model that it will be loaded into, sharded or not.
 
     Raises:

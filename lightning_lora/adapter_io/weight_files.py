@@ -1,4 +1,4 @@
-"""Write named tensors as safetensors, one file or numbered ones and an index, holding one file's tensors at a time."""
+"""Write named tensors as safetensors: one file, or numbered files and an index. Only one file's tensors are in memory at a time."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: in
     """Write tensors with the file names of Hugging Face models.
 
     Args:
-        folder: exists.
-        tensors: name and tensor, in the order of the files; each is copied to the CPU when its turn comes.
+        folder: an existing folder.
+        tensors: name and tensor, in the order of the files; each is copied to the CPU when it is reached.
         limit: largest size of a file in bytes. A tensor that would exceed it begins the next file.
     """
     names: list[list[str]] = []
