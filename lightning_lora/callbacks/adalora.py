@@ -225,7 +225,7 @@ class AdaLoRACallback(LoRACallback):
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Update scores and mask, as the optimizer's hook.
 
-        Under a loss scaler, fused optimizers unscale the gradients and skip bad steps themselves. ``found_inf`` tells if this one was.
+        Under a loss scaler, fused optimizers unscale the gradients and skip bad steps themselves. ``found_inf`` says if they did.
         """
         bad = getattr(optimizer, "found_inf", None)
         if self.allocator is not None and not (isinstance(bad, torch.Tensor) and bad.item()):

@@ -1,9 +1,9 @@
-"""Resume inside an epoch: go on where the loader goes on, or say which rows come again.
+"""Resume inside an epoch at the loader's position, or log which rows are trained on twice.
 
 Lightning keeps a loader's position if the loader has ``state_dict`` and ``load_state_dict``, such as torchdata's
-``StatefulDataLoader``. Any other loader starts over: the epoch goes on for as many batches as it lacks, but with the loader's first ones.
-So does one that ``configure_optimizers`` had made before, by asking for ``trainer.estimated_stepping_batches``: Lightning loads no position
-into it.
+``StatefulDataLoader``. Any other loader starts over: the epoch has as many batches left as it lacks, but they are the loader's first ones.
+A loader also starts over if ``configure_optimizers`` reads ``trainer.estimated_stepping_batches``. Lightning then makes the loader early,
+and loads no position into it.
 
 A loader with an attribute ``resumed_at`` (batches that it leaves out in this epoch; None if it did not resume) sets Lightning's count.
 """
@@ -19,7 +19,7 @@ from lightning_lora.strategies.lightning_private import loader_states_not_loaded
 
 
 class DataPosition(Callback):
-    """Set Lightning's count of batches to the loader's position when a run resumes. Without a position, log what comes again.
+    """Set Lightning's count of batches to the loader's position when a run resumes. Without one, log which rows are trained on twice.
 
     ``LoRACallback`` adds this callback to its trainer.
     """
@@ -32,14 +32,14 @@ class DataPosition(Callback):
         self.saved = bool(checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {}).get("combined_loader"))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on at the position, or say that there is none."""
+        """Set the position, or log that there is none."""
         progress, batches = trainer.fit_loop.epoch_loop.batch_progress.current, trainer.num_training_batches
         if trainer.ckpt_path is None or not 0 < progress.ready < batches:
             return
         loaders = CombinedLoader(trainer.train_dataloader).flattened
         resumed_at = getattr(loaders[0], "resumed_at", None) if len(loaders) == 1 else None
         if resumed_at is not None:
-            shift = resumed_at - progress.ready  # 0, unless the number of processes is another
+            shift = resumed_at - progress.ready  # 0, unless the number of processes changed
             for count in ("ready", "started", "processed", "completed"):
                 setattr(progress, count, getattr(progress, count) + shift)
             return
@@ -49,7 +49,7 @@ class DataPosition(Callback):
 
 
 def _log(trainer: Trainer, loader: str, done: int, batches: float) -> None:
-    """Say what is trained twice and what is left out."""
+    """Log which batches are trained on twice and which are left out."""
     again = "." if batches == float("inf") else f": its first {batches - done} batches come in this epoch, its last {done} do not."
     rank_zero_info(
         f"Resumed inside epoch {trainer.current_epoch}, after {done} batches of it. The position of {loader} was not saved or not loaded,"

@@ -3,8 +3,8 @@
 On SIGTERM Lightning raises ``SIGTERMException`` after the batch. That is a ``SystemExit`` without a code: the process exits with 0, as if
 it had finished, and what was trained since the last checkpoint is lost. On Ctrl-C it stops within a step, where no state can be saved.
 
-Here Ctrl-C counts as SIGTERM, and a second one stops at once, as in Lightning. With several processes Lightning's handler waits for the
-others, whatever they do. It is replaced: all processes stop after the same batch, soon after one was told to.
+Here Ctrl-C counts as SIGTERM, and a second one stops at once, as in Lightning. On several processes Lightning's handler waits for the
+others, whatever they do. It is replaced: all processes stop after the same batch, soon after one of them gets the signal.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Interruption(Callback):
         self._stop: AgreedStop | None = None  # of a run on several processes
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the handlers. Lightning puts back what was there before the run."""
+        """Set the handlers. Lightning restores the earlier handlers after the run."""
         self.signal, self._stop = None, AgreedStop(trainer.strategy.root_device) if is_distributed() else None
         lightnings = signal.getsignal(signal.SIGTERM)
         if threading.current_thread() is not threading.main_thread() or not callable(lightnings):
@@ -51,11 +51,11 @@ class Interruption(Callback):
             signal.signal(signal.SIGINT, self._note_ctrl_c)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Stop all processes if one was told to. Not before a batch, which a resumable loader would count as trained on."""
+        """Stop all processes if one was told to stop. Before a batch, a resumable loader would count that batch as trained on."""
         self._agree(trainer)
 
     def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Stop all processes if one was told to."""
+        """Stop all processes if one was told to stop."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._agree(trainer)
 
@@ -75,12 +75,12 @@ class Interruption(Callback):
         rank_zero_info(f"Interrupted at step {trainer.global_step}; resume with ckpt_path={path!r}.")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Finish what the processes exchange. A run that is told to stop within its last batches ends as it would have."""
+        """Finish the exchange between the processes. A run that is told to stop within its last batches ends normally."""
         if self._stop is not None:
             self._stop.close()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove the checkpoint of an interruption that this run resumed from: "last" should not mean it any more."""
+        """Remove the checkpoint of an interruption that this run resumed from, so that "last" no longer finds it."""
         if trainer.ckpt_path is not None and os.path.basename(trainer.ckpt_path) == NAME:
             trainer.strategy.remove_checkpoint(trainer.ckpt_path)
 
@@ -99,7 +99,7 @@ class Interruption(Callback):
 
 
 def _folder(trainer: Trainer) -> str | None:
-    """Where the trainer saves checkpoints; None if it saves none, or saves one on exceptions itself."""
+    """Return the folder of the trainer's checkpoints; None if it saves none, or saves one on exceptions itself."""
     savers: list[Any] = trainer.checkpoint_callbacks
     off = trainer.fast_dev_run  # type: ignore[attr-defined]
     if off or any(isinstance(s, twins(OnExceptionCheckpoint)) or getattr(s, "save_on_exception", False) for s in savers):

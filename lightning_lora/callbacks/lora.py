@@ -133,7 +133,7 @@ class LoRACallback(Callback):
         @functools.wraps(original)  # Lightning follows __wrapped__ to see that the user overrode the hook
         def configure_model() -> None:
             original()
-            pl_module.__dict__.pop("configure_model", None)  # it runs once: the user's own method is back
+            pl_module.__dict__.pop("configure_model", None)  # it runs once; from now on the user's own method is called
             self._adapt(trainer, pl_module)
 
         pl_module.configure_model = configure_model  # type: ignore[method-assign]

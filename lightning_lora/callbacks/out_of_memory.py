@@ -1,4 +1,4 @@
-"""Say what takes less memory when a run is out of it."""
+"""Advise which settings take less memory when a run is out of memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ADVICE = (
     " Trainer(precision='bf16-true'); LoRACallback(quantize='nf4'); gradient checkpointing in the model; strategy='lora_fsdp2' on several"
     " GPUs. A smaller rank saves little: only gradients and optimizer states of the adapters shrink."
 )
-_CPU = "DefaultCPUAllocator"  # torch raises a plain RuntimeError of it
+_CPU = "DefaultCPUAllocator"  # torch raises a plain RuntimeError that names it
 
 
 def advise(exception: BaseException) -> None:

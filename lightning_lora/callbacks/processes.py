@@ -1,4 +1,4 @@
-"""Begin a run on several processes: they watch each other's errors, and have the same settings."""
+"""Begin a run on several processes: check that their settings are equal, and make them watch each other's errors."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def begin_together(config: LoRAConfig, attributes: dict[str, Any], first: bool) 
     """Compare a callback's settings between the processes. Every process has to call it.
 
     Args:
-        config: the callback's.
-        attributes: of the callback; public ones of plain types are settings.
+        config: the callback's config.
+        attributes: the callback's attributes; public ones of plain types are settings.
         first: True for the first callback of a trainer. It starts the roll call, one per run.
 
     Returns:
