@@ -1,4 +1,4 @@
-"""What ``--ckpt_path`` names, checked before anything is written."""
+"""Check what ``--ckpt_path`` names, before anything is written."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def checkpoint_of(ckpt_path: str | None, command: str, trainer: Trainer, weights
     if not ckpt_path:
         raise ValueError("ckpt_path='' is empty; name a checkpoint file (.ckpt)")
     if ckpt_path == "hpc" or ckpt_path.startswith("registry"):
-        return ckpt_path  # Lightning's, for clusters and for its registry
+        return ckpt_path  # Lightning's own values, for clusters and for its registry
     located(ckpt_path, weights_only)
     if "://" in ckpt_path:
-        return ckpt_path  # in a storage of the user's: read once
+        return ckpt_path  # in a remote storage of the user's, from where it is read only once
     path = Path(ckpt_path)
     if (path / CONFIG).is_file():
         raise ValueError(

@@ -1,7 +1,7 @@
 """`LoRACLI`: LightningCLI whose defaults are a language model task, instruction data and a `LoRACallback` under ``lora``.
 
-What stands in the YAML files and options is what runs. Where LightningCLI deviates from that, it is overridden here: hyperparameters in a
-checkpoint replace options, one class's defaults stay when another class is named, an abbreviated option is taken for the whole one.
+A run has the values that the YAML files and options give. LightningCLI deviates from that in three ways, which are overridden here:
+hyperparameters in a checkpoint replace options; one class's defaults stay when another class is named; an abbreviated option is accepted.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "data": {"class_path": "lightning_lora.data.InstructionDataModule"},
     "trainer.logger": LOGGER,
 }
-# The least that makes sense; Lightning takes less in silence, or divides by it. -1 is "no limit" for the first two.
+# Smallest valid values. Lightning accepts smaller ones silently, or divides by zero. -1 is "no limit" for the first two.
 LEAST = {"max_epochs": 1, "max_steps": 1, "accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "gradient_clip_val": 0}
 MACHINE = ("accelerator", "devices", "num_nodes", "strategy", "precision")  # what most errors in making a Trainer are about
 
@@ -83,7 +83,7 @@ class LoRACLI(LightningCLI):
 
     @override
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Only the one that is run: each takes time to build."""
+        """Return only the sub-command that is run, because each takes time to build."""
         there = LightningCLI.subcommands()
         return {self.command: there[self.command]} if self.command else there
 
@@ -109,7 +109,7 @@ class LoRACLI(LightningCLI):
 
     @override
     def _parse_ckpt_path(self) -> None:
-        """Leave the options as they are. Lightning's takes the model's class from the checkpoint, which may be a stranger's."""
+        """Leave the options as they are. Lightning's method would take the model's class from a checkpoint that anyone may have made."""
 
     @override
     def before_instantiate_classes(self) -> None:
@@ -164,7 +164,7 @@ class LoRACLI(LightningCLI):
             if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > max(8, 4 * cpus):
                 raise ValueError(f"{trainer.num_devices} processes on {cpus} CPUs; give fewer devices")
         add_companions(trainer)
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # which leaves a part of a checkpoint where the disk is full
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # it leaves a part of a checkpoint when the disk is full
             trainer.strategy.checkpoint_io = DurableCheckpointIO()
         return trainer
 
@@ -215,18 +215,18 @@ def _check_values(config: Namespace) -> None:
 
 
 def _default(cls: type, name: str) -> Any:
-    """The default of an argument that a class has itself or passes on."""
+    """Return the default of an argument that a class has itself or passes on."""
     signatures = (inspect.signature(vars(base)["__init__"]) for base in cls.__mro__ if "__init__" in vars(base))
     return next((signature.parameters[name].default for signature in signatures if name in signature.parameters), None)
 
 
 def _options(parser: LightningArgumentParser) -> list[str]:
-    """The options that there are, as one writes them."""
+    """Return all options, as a user writes them."""
     there = [key.replace(".init_args", "") for key in parser.get_defaults().keys(branches=True)]
     return there + [f"lora.config.{name}" for name in inspect.signature(LoRAConfig).parameters]
 
 
 def _other_class(config: Namespace, key: str) -> str | None:
-    """The class that stands under a key, if it is not the default one."""
+    """Return the class under a key; None if it is the default one."""
     path = getattr(config.get(key), "class_path", None)
     return path if path is not None and pydoc.locate(path) is not pydoc.locate(DEFAULTS[key]["class_path"]) else None

@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, (ArgumentError, UsageError)) else 1
     except KeyboardInterrupt:
         return _interrupted()
-    except SystemExit as stop:  # Lightning ends a run by Ctrl-C in one without its code
+    except SystemExit as stop:  # after Ctrl-C Lightning raises one without the exit code
         return _interrupted() if isinstance(stop.__context__, KeyboardInterrupt) else int(stop.code or 0)
     return 0
 

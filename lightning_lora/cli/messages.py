@@ -1,4 +1,4 @@
-"""What went wrong, on one line: the option, its value, and for a mistyped key the nearest one that there is."""
+"""Say on one line what went wrong: the option, its value, and for a mistyped key the nearest existing one."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def usage(*also: type[Exception], known: Callable[[], Iterable[str]] = tuple, wh
 
     Args:
         also: Errors that mean a wrong option here, beside ``ValueError`` and the parser's own.
-        known: Returns the options that there are.
-        where: What the message begins with.
+        known: Returns all options.
+        where: The beginning of the message.
     """
     wrong: tuple[type[Exception], ...] = (ArgumentError, ValueError, *also)
     try:
@@ -49,8 +49,8 @@ def check_not_null(function: Callable[..., Any], arguments: dict[str, Any], pref
 
     Args:
         function: A function or a class.
-        arguments: What it is going to be called with.
-        prefix: What stands before the arguments' names.
+        arguments: The arguments that it will be called with.
+        prefix: Text before the arguments' names.
 
     Raises:
         UsageError: An argument is None whose type does not allow it.
@@ -68,11 +68,11 @@ def one_line(error: BaseException, known: Iterable[str] = ()) -> str:
 
     Args:
         error: Any error. The parser's nested messages are reduced to the option's full name and the part that says what is wrong.
-        known: The options that there are, to find the nearest to an unknown one.
+        known: All options, to find the one nearest to an unknown one.
     """
     text = str(error)
     option = ""
-    for key in _KEY.findall(text):  # a nested message names the rest of the option, another branch of a union the same again
+    for key in _KEY.findall(text):  # a nested message names the rest of the option; another branch of a union repeats the same part
         option = option if f".{option}".endswith(f".{key}") else f"{option}.{key}".strip(".")
     problems: list[str] = []
     for line in text.splitlines():
@@ -98,7 +98,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return "; did you mean ...?" with the nearest of the known names, or nothing."""
     known = list(dict.fromkeys(known))
     found = difflib.get_close_matches(name, known, 1, 0.7)
-    if not found:  # the last part may be right, or nearly, and stand elsewhere
+    if not found:  # the last part may be right or nearly right, but under another key
         last = {key.rpartition(".")[2]: key for key in reversed(known)}
         found = [last[key] for key in difflib.get_close_matches(name.rpartition(".")[2], list(last), 1, 0.75)]
     return f"; did you mean {found[0]!r}?" if found else ""
@@ -117,13 +117,13 @@ def _unknown(name: str, option: str, known: Iterable[str], classes: list[str]) -
 
 
 def _parameters(path: str) -> list[str]:
-    """Names of the arguments of a class."""
+    """Return the names of the arguments of a class."""
     cls = pydoc.locate(path)
     return [name for name in inspect.signature(cls).parameters] if isinstance(cls, type) else []
 
 
 def _plain(text: str) -> str:
-    """Say types in words."""
+    """Replace types by words."""
     text = re.sub(r"Expected a typing\.Literal\[([^\]]*)\]", r"expected one of \1", text)
     text = re.sub(r"Expected an? <class '(?:[\w.]*\.)?(\w+)'>", r"expected \1", text)
     return re.sub(r"Not of type \w+: (\S+) does not conform to restriction (.+)", r"\1 is not allowed: \2", text)

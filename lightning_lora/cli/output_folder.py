@@ -1,4 +1,4 @@
-"""Write a model's folder in one step: the old one or the new one is there, complete, and nothing else is ever deleted."""
+"""Write a model's folder in one step. The old folder or the new one is there, complete. Nothing else is ever deleted."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ MODEL_FILES = (
 def replaced_folder(out: str, overwrite: bool, keep: tuple[str, ...]) -> Iterator[Path]:
     """Yield a new folder beside ``out``, and move it to ``out`` at the end. After an error everything is as it was.
 
-    What a killed run left beside ``out`` is removed; its lock tells that it is dead. If it was killed while it replaced ``out``, the old
+    What a killed run left beside ``out`` is removed; its free lock shows that it ended. If it was killed while it replaced ``out``, the old
     folder is put back.
 
     Args:
@@ -110,7 +110,7 @@ def _prefix(target: Path) -> str:
 
 
 def _locked(lock: IO[bytes]) -> bool:
-    """Take a lock, which the system gives back when the process ends; False if another process has it."""
+    """Take a lock, which the system releases when the process ends. Return False if another process has it."""
     if fcntl is None:
         return False
     try:
@@ -121,9 +121,9 @@ def _locked(lock: IO[bytes]) -> bool:
 
 
 def _clean(target: Path) -> None:
-    """Remove what killed runs left; bring the old folder back that one had moved away."""
+    """Remove what killed runs left. Put back the old folder that such a run had moved away."""
     for left in target.parent.glob(f"{_prefix(target)}{'[a-z0-9_]' * 8}"):
-        with suppress(FileNotFoundError), open(left / "lock", "r+b") as lock:  # without one, it is just being made
+        with suppress(FileNotFoundError), open(left / "lock", "r+b") as lock:  # a folder without a lock is still being made
             if not _locked(lock):
                 continue
             if (left / "old").is_dir() and not target.exists():

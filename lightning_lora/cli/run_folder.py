@@ -1,4 +1,4 @@
-"""What a run writes beside its results: its folder and config once it has begun, its progress bar on stderr."""
+"""Control what a run writes beside its results: its folder and config once it has begun, its progress bar on stderr."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ class StderrProgressBar(TQDMProgressBar):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """End the line that a bar stands on."""
+        """End the line of the progress bar."""
         if self.is_enabled:
             sys.stderr.write("\n")
 
 
 class BeganConfig(SaveConfigCallback):
-    """Lightning's ``SaveConfigCallback``, which writes once the run has begun: one that is refused leaves no file."""
+    """Lightning's ``SaveConfigCallback``, but it writes once the run has begun. So a run that is refused leaves no file."""
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -90,7 +90,7 @@ def no_folder_of_a_failed_start(trainer: Trainer) -> Iterator[None]:
             files = list(folder.iterdir())
             if all(file.name in WRITTEN_AT_START and (file.name != "metrics.csv" or not file.stat().st_size) for file in files):
                 shutil.rmtree(folder)
-                with suppress(OSError):  # another run has put its folder beside
+                with suppress(OSError):  # a parent folder holds another run's folder
                     for path in made:
                         path.rmdir()
         raise

@@ -1,4 +1,4 @@
-"""Config files, read strictly: a key that is there twice is an error, and every message names the file."""
+"""Read config files strictly: a duplicate key is an error, and every message names the file."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def unique_keys() -> Iterator[None]:
 
 def _check(name: str) -> None:
     if name.lstrip().startswith("{"):
-        return  # the config itself
+        return  # the text of a config, not the name of a file
     where, path = f"--config {name}", Path(name)
     if path.is_dir() or not path.exists():
         raise ValueError(f"{where}: {'this is a folder' if path.is_dir() else 'no such file'}; name a YAML file")
@@ -73,7 +73,7 @@ def _twice(text: str) -> tuple[str, int] | None:
         nodes = [yaml.compose(text, Loader=_Loader)]
     except yaml.YAMLError:
         return None
-    for node in nodes:  # grows as it goes
+    for node in nodes:  # the loop appends to it
         if isinstance(node, yaml.SequenceNode):
             nodes += node.value
         elif isinstance(node, yaml.MappingNode):
