@@ -26,8 +26,8 @@ SCALINGS: dict[str, Callable[[float, float], float]] = {
 class LoRAConfig:
     """Configuration of the adapter: ``h = W₀x + scaling · B·A·dropout(x)`` on every module that matches ``target_modules``.
 
-    Its fields cannot be set: make another config with ``dataclasses.replace``. Its mappings are its own plain dicts, since parsers and
-    pickles need such. Do not modify them: nothing would validate the change.
+    Its fields cannot be set: make another config with ``dataclasses.replace``. Its mappings are copies, as plain dicts, because parsers
+    and pickles need these. Do not modify them: nothing would validate the change.
 
     Args:
         rank: r, the inner dimension of the update; a whole number ≥ 1.

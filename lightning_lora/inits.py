@@ -52,7 +52,7 @@ def orthogonal(layer: LoRALayer) -> None:
     r must be even. Layers with groups or a padding row are refused.
     """
     r = layer.rank
-    draw = partial(torch.randn, dtype=layer.lora_A.dtype, device="cpu")  # the default dtype may be a half one, which has no QR
+    draw = partial(torch.randn, dtype=layer.lora_A.dtype, device="cpu")  # the default dtype may be half precision, which has no QR
     Q, _ = torch.linalg.qr(draw(r, r))
     A = Q[0::2].t() @ draw(r // 2, layer.lora_A[0].numel()) / 10
     B = draw(layer.lora_B.shape[0], r // 2) @ Q[1::2] / 10
