@@ -39,7 +39,7 @@ def refusal(module: nn.Module, spec: LayerSpec) -> str | None:
                 " dequantize the base first, or load it in a format that quantize_base names."
             )
     declared, weight = kind.weight_shape(module), module._parameters.get("weight")
-    if declared is not None and weight is not None and format_of(module) is None:  # a packed weight has a shape of its own
+    if declared is not None and weight is not None and format_of(module) is None:  # a packed weight has another shape
         shape, said = tuple(weight.shape), ", ".join(kind.sizes)
         if len(shape) == len(declared) and shape != declared:  # FSDP1 leaves a flat weight
             return f"{fqn!r} ({name}): its weight has shape {shape}, but {said} say {declared}, as after pruning: set them to the weight's."

@@ -49,7 +49,7 @@ class LoRALayer(Factors):
     Attributes:
         lora_A: down-projection, (r, in) for a linear.
         lora_B: up-projection, (out, r) for a linear.
-        lora_dropout: ``nn.Dropout`` that holds the probability; the layer's own ``training`` says if it is in force.
+        lora_dropout: ``nn.Dropout`` that holds the probability; the layer's own ``training`` says if it is active.
         lora_state: the rest of the adapter's state; ``spec``, ``rank``, ``alpha``, ``lora_config`` and ``merged`` read it.
     """
 
@@ -92,7 +92,7 @@ class LoRALayer(Factors):
 
     @classmethod
     def weight_shape(cls, module: Any) -> tuple[int, ...] | None:
-        """Return the shape of the weight by the module's own :attr:`sizes`, from which the adapter's are taken. None: not checked."""
+        """Return the weight's shape by the module's own :attr:`sizes`, which determine the adapter's shapes. None: it is not checked."""
         return None
 
     def lora_update(self, y: Tensor, x: Tensor) -> Tensor:

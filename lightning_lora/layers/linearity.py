@@ -49,7 +49,7 @@ _REASONS: dict[Hashable, str | None] = {}  # kind and setting → verdict
 def why_not_linear(module: nn.Module, kind: str | None = None) -> str | None:
     """Return why an adapter on this layer could not be merged; None if it could.
 
-    Tested once per class and setting, or each time if the layer has an attribute that is no plain value.
+    The test runs once per class and setting, or each time if the layer has an attribute that is no plain value.
 
     Args:
         module: a layer that a kind adapts, on any device, meta included. An adapted layer was tested before, so None is returned.
@@ -67,7 +67,7 @@ def why_not_linear(module: nn.Module, kind: str | None = None) -> str | None:
 
 
 def _setting(module: nn.Module) -> Hashable:
-    """Return all that a forward may depend on, children included, but the values of parameters: a test draws these at random."""
+    """Return all that a forward may depend on, children included, except the values of parameters: a test draws these at random."""
     own = tuple((name, _content(value)) for name, value in vars(module).items() if name not in _TORCHS)
     parameters = tuple((name, None if p is None else p.shape) for name, p in module._parameters.items())
     children = tuple((name, None if child is None else _setting(child)) for name, child in module._modules.items())

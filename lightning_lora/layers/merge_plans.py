@@ -1,7 +1,7 @@
-"""Plans of a merge into one weight and of its undoing: first everything is computed, then it is put in place.
+"""Plan a merge into one weight, and its undoing: compute everything first, then change the layer.
 
-What can fail, for want of memory above all, fails while the plan is made, and that changes nothing. Carrying a plan out copies into
-memory that is there, or exchanges tensors, and sets the layer's state last.
+A failure, above all a lack of memory, happens while the plan is made, and nothing has changed then. Carrying out a plan copies into
+allocated memory, or exchanges tensors. It sets the layer's state last.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ Plan = Callable[[], None]  # carries it out
 
 
 def plan_merge(layer: Any, device: torch.device | str | None, reversible: bool, quantized: Quantized | None) -> Plan:
-    """Compute the merge of a layer that is not merged and can be. Changes nothing.
+    """Compute the merge of a layer that is not merged and can be merged. Change nothing.
 
     Args:
-        layer: with one weight, as its ``weight``.
+        layer: a layer with one weight, its ``weight``.
         device: where to compute (default: the weight's device).
         reversible: keep what :func:`plan_unmerge` needs.
-        quantized: what becomes of a quantized weight.
+        quantized: how to merge into a quantized weight.
     """
     if formats.format_of(layer) is not None:
         return _plan_packed(layer, device, reversible, quantized)
@@ -86,7 +86,7 @@ def _plan_packed(layer: Any, device: torch.device | str | None, reversible: bool
 
 
 def plan_unmerge(layer: Any) -> Plan:
-    """Compute the base weight of a merged layer, bit for bit. Changes nothing.
+    """Compute the base weight of a merged layer, bit for bit. Change nothing.
 
     Raises:
         ValueError: no undo record was kept, or the adapter changed since the merge.
@@ -95,7 +95,7 @@ def plan_unmerge(layer: Any) -> Plan:
     undo = record.undo
     if undo is None:
         raise ValueError(
-            "the way back was not kept (merged with reversible=False, or other weights were loaded since): load the base model again"
+            "no undo record was kept (merged with reversible=False, or other weights were loaded since): load the base model again"
         )
     if isinstance(undo, merging.SparseUndo):
         # On the device of the merge: the product must be the same to the bit.
@@ -118,7 +118,7 @@ def plan_unmerge(layer: Any) -> Plan:
 
 
 def _moved(layer: Any, undo: formats.QuantizedUndo) -> formats.QuantizedUndo:
-    """Return the packed weight on the layer's device: the model may have moved since the merge, and the undo record did not."""
+    """Return the packed weight on the layer's device: the model may have moved since the merge, but not the undo record."""
     home = layer.weight.device
     if undo.weight.device == home:
         return undo
@@ -136,7 +136,7 @@ def _taken(layer: Any, names: Collection[str]) -> formats.QuantizedUndo:
 
 
 def _exchange(layer: Any, state: formats.QuantizedUndo, names: Collection[str]) -> None:
-    """Put a state in place of another one that has attributes of these names."""
+    """Replace the layer's attributes of these names by a kept state."""
     for name in names:
         layer.__dict__.pop(name, None)
     state.put_back(layer)

@@ -91,8 +91,10 @@ class Mergeable(Adapted):
         return None if record is None else record.digest
 
     def kept_base(self) -> str | Tensor | None:
-        """Of a merged layer: the checksum of its base weight (of this rank's piece), or that weight itself where it was kept aside; None if
-        the way back was not kept."""
+        """Return the checksum of a merged layer's base weight (of this rank's shard), or the weight itself if that was kept.
+
+        None if no undo record was kept.
+        """
         undo = None if self.lora_state.merge is None else self.lora_state.merge.undo
         return undo.checksum if isinstance(undo, merging.SparseUndo) else None if undo is None else undo.weight
 
@@ -197,7 +199,7 @@ class Mergeable(Adapted):
         self.lora_state.untying = untying
 
     def retie(self) -> None:
-        """Take back what a merge did to separate this layer's weight."""
+        """Undo what a merge did to separate this layer's weight."""
         if self.lora_state.untying is not None:
             self.lora_state.untying.undo()
         self.lora_state.untying = None
@@ -240,14 +242,14 @@ class Mergeable(Adapted):
             self._follow(state_dict, prefix)
 
     def _follow(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Tell each layer whose weight was loaded."""
+        """Call :meth:`base_was_loaded` on each layer whose weight was loaded."""
         came = {id(p) for name, p in self.lora_parameters().items() if prefix + name in state_dict}
         for name, layer in self.by_weight().items():
             if prefix + name in state_dict:
                 layer.base_was_loaded({short for short, p in layer.lora_parameters().items() if id(p) in came})
 
     def _starts(self) -> bool:
-        """True if the adapter adds nothing yet. Collective on sharded layers."""
+        """Return True if the adapter adds nothing yet. Collective on sharded layers."""
         return not any(p.is_meta for p in self.lora_parameters().values()) and all(
             layer.adds_nothing() for layer in self.by_weight().values()
         )

@@ -94,7 +94,7 @@ def merge(weight: Tensor, delta: Tensor, out_scale: Tensor | None = None, *, rev
 def merged_with_undo(
     weight: Tensor, delta: Tensor, out_scale: Tensor | None = None, *, reversible: bool = True
 ) -> tuple[Tensor, SparseUndo | None, float]:
-    """Return what :func:`merge` puts in place, and what it returns. Changes nothing."""
+    """Return the merged weight that :func:`merge` would write, and what it returns. Change nothing."""
     merged, lost = merged_weight(weight, delta, out_scale)
     undo = None
     if reversible:

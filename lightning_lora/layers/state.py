@@ -36,13 +36,13 @@ class MergeRecord:
 
 
 class Untying(Protocol):
-    """A change of the model around a layer that can be made and taken back, each any number of times."""
+    """A change of the model around a layer. It can be made and undone any number of times."""
 
     def apply(self) -> None:
         """Make the change."""
 
     def undo(self) -> None:
-        """Take it back."""
+        """Undo the change."""
 
 
 @dataclass

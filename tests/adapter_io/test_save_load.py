@@ -321,7 +321,7 @@ def test_training_settings_may_differ(make, ids, tmp_path):
 def test_a_merge_without_a_way_back_is_refused(make, folder):
     model = merge_lora(adapted(make(TinyModel), **ALL), reversible=False)
     before = snapshot(model)
-    with pytest.raises(ValueError, match="'embed' cannot be unmerged: the way back was not kept"):
+    with pytest.raises(ValueError, match="'embed' cannot be unmerged: no undo record was kept"):
         load_adapter(model, folder)
     assert snapshot(model) == before
 

@@ -245,7 +245,7 @@ def test_unload_drops_or_keeps_as_it_is_told(make, merged):
 def test_a_base_that_cannot_come_back_stays_merged(make):
     model = merge_lora(adapted(make(TinyModel), **ALL), reversible=False)
     before = snapshot(model)
-    with pytest.raises(ValueError, match="cannot be unmerged: the way back was not kept"):
+    with pytest.raises(ValueError, match="cannot be unmerged: no undo record was kept"):
         unload_lora(model, merged="drop")
     assert snapshot(model) == before
 

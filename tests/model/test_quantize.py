@@ -117,7 +117,7 @@ def test_a_dequantized_merge_ends_as_a_plain_model(how: str) -> None:
 @each_format
 def test_without_a_way_back_unmerging_is_refused(how: str) -> None:
     model = merge_lora(adapted(packed_stack(how), **CONFIG), quantized="requantize", reversible=False)
-    with pytest.raises(ValueError, match=r"'up' cannot be unmerged: the way back was not kept"):
+    with pytest.raises(ValueError, match=r"'up' cannot be unmerged: no undo record was kept"):
         unmerge_lora(model)
 
 
