@@ -101,7 +101,7 @@ def inject(model: nn.Module, config: LoRAConfig, report: TargetReport) -> nn.Mod
             from lightning_lora.model import parallel
 
             parallel.adopt(model, lora_layers(model))
-        let_gradients_in(model)  # last: it is not undone
+        let_gradients_in(model)  # last, because it is not undone
     except BaseException:
         unload_lora(model)
         for parameter, flag in trained:
@@ -113,7 +113,7 @@ def inject(model: nn.Module, config: LoRAConfig, report: TargetReport) -> nn.Mod
 def already_applied(model: nn.Module, config: LoRAConfig, *, merged_too: bool = False) -> bool:
     """Return True if LoRA is applied with this config or one that means the same here, False if the model has no LoRA. Change nothing.
 
-    An adapter that was loaded from a file has the file's words for its layers, in the file's order.
+    An adapter that was loaded from a file names its layers as the file does, in the file's order.
 
     Args:
         model: any module.
@@ -144,14 +144,17 @@ def already_applied(model: nn.Module, config: LoRAConfig, *, merged_too: bool = 
 
 
 def _alike(config: LoRAConfig, layer: tuple[str, LoRALayer]) -> bool:
-    """Whether a layer computes and trains as a config says, whichever layers that names. How a layer without a kept start began is past."""
+    """Return whether a layer computes and trains as a config says. Which layers the config names is not compared.
+
+    Its init is compared only if the layer keeps its start: otherwise the init has no effect any more.
+    """
     own = layer[1].lora_config
     start = {each.init if has_start(each.init) else None for each in (own, config)}
     return len(start) == 1 and all(getattr(own, name) == getattr(config, name) for name in _HOW)
 
 
 def _same_layers(model: nn.Module, config: LoRAConfig, layers: Sequence[tuple[str, LoRALayer]]) -> bool:
-    """Whether a config names the layers that the model has, with their ranks and alphas, and the modules that it trains in full."""
+    """Return whether a config names the layers that the model has, with their ranks and alphas, and the modules trained in full."""
     report = find_targets(model, config)
     here = {clean_name(name): (layer.rank, layer.alpha, layer.spec.kind) for name, layer in layers}
     there = {target.fqn: (target.rank, target.alpha, target.spec.kind) for target in report.targets}

@@ -1,6 +1,6 @@
-"""Methods of Hugging Face models that would lose an adapter without a word. While a model is adapted, they raise.
+"""Guard the methods of Hugging Face models that would silently lose an adapter: while a model is adapted, they raise.
 
-The guard is an attribute of the instance, so it goes along with deep copies and pickles, and other instances of the class have none.
+The guard is an attribute of the instance. So deep copies and pickles have it too, and other instances of the class do not.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _RESIZE, _SAVE = GUARDED
 
 
 def guard(model: nn.Module) -> None:
-    """Guard every Hugging Face model in an adapted model, where an adapter is inside."""
+    """Guard every Hugging Face model in an adapted model that contains an adapter."""
     for module in model.modules():
         if hasattr(type(module), _RESIZE) and any(isinstance(end, LoRALayer) for end in hf_ends(module)):
             module.__dict__[_RESIZE] = _refuse_resize
@@ -37,7 +37,7 @@ def unguard(model: nn.Module) -> None:
 
 
 def _refuse_resize(*args: object, **kwargs: object) -> None:
-    """``resize_token_embeddings`` swaps or reshapes the embedding and the head, whose adapter would be lost."""
+    """Refuse ``resize_token_embeddings``: it replaces or reshapes the embedding and the head, whose adapter would be lost."""
     raise ValueError(
         "resize_token_embeddings would drop the adapter on the embedding or the head: resize before apply_lora,"
         " or call unload_lora(model) first."
@@ -45,7 +45,7 @@ def _refuse_resize(*args: object, **kwargs: object) -> None:
 
 
 def _save_plain(model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-    """``save_pretrained``, of models whose file would hold no adapter parameters: ``from_pretrained`` would drop these."""
+    """Call ``save_pretrained``. Refuse if adapters are not merged, because ``from_pretrained`` would drop their parameters."""
     state = kwargs.get("state_dict")
     apart = [name for name, layer in lora_layers(model) if not layer.merged]
     if apart and (state is None or any(key.rpartition(".")[2].startswith(PREFIX) for key in state)):

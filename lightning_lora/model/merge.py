@@ -78,7 +78,7 @@ def merge_lora(
     for layer in [layer for _, layer in layers if not reversible]:
         layer.lora_state.untying = None
         for part in layer.by_weight().values():
-            part.lora_state.merge.undo = None  # kept until here, to take all back if one layer had failed
+            part.lora_state.merge.undo = None  # kept until here, to undo all merges if one layer had failed
     return model
 
 
@@ -156,9 +156,9 @@ def _all_or_none(
 ) -> None:
     """Change every layer, or none.
 
-    A layer by itself changes wholly or not at all. After a failure the earlier ones are taken back. A layer for which there is no memory
-    even then stays changed and says so: the model computes the same. So does every layer of a sharded model whose failure other ranks may
-    not share, since they would have to take part.
+    A single layer changes completely or not at all. After a failure the earlier layers are changed back. A layer for which memory is
+    lacking even then stays changed, and its state says so: the model computes the same. The layers of a sharded model stay changed too if
+    other ranks may not have failed, because these ranks would have to take part.
     """
     done: list[LoRALayer] = []
     try:

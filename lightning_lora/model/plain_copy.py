@@ -1,4 +1,4 @@
-"""A copy of a model's modules without adapters and without wrappers, over parameters that the caller chooses."""
+"""Copy a model's modules without adapters and without wrappers, over parameters that the caller chooses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _the_same(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Param
 
 
 def plain_copy(model: nn.Module, choose: Choose = _the_same) -> tuple[nn.Module, dict[nn.Module, nn.Module]]:
-    """Copy the modules of a model, not its tensors. Buffers are shared, and so is everything else but the configs of Hugging Face models.
+    """Copy the modules of a model, not its tensors. Buffers and everything else are shared, except the configs of Hugging Face models.
 
     Args:
         model: adapted or not, merged or not; it does not change.

@@ -75,7 +75,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetReport:
 
 
 def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False) -> TargetReport:
-    """:func:`find_targets`, which may be told that targets in parts the user froze as a whole are meant."""
+    """Do as :func:`find_targets`. With ``frozen_parts``, accept targets in parts that the user froze as a whole."""
     modules = {name: module for name, module in modules_by_name(model).items() if not name.rpartition(".")[2].startswith(PREFIX)}
     saved = saved_modules(model, config)
     suitability = Suitability(model)

@@ -1,4 +1,4 @@
-"""Weights that modules share, and how to give one of them a weight of its own.
+"""Find the weights that modules share, and give one of the modules a weight of its own.
 
 Hugging Face models declare their ties: name of a weight → name of the weight that it is tied to. ``save_pretrained`` leaves out what is
 declared as tied, and ``from_pretrained`` ties what it does not find. So a tie that a merge breaks must no longer be declared, and the
@@ -45,7 +45,7 @@ def tied_weights(model: nn.Module, weights: Mapping[str, nn.Parameter] | None = 
 
 
 def adapted_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name → weight, of those that are adapted and not merged yet."""
+    """Return name → weight of the adapted weights that are not merged yet."""
     layers = {join(fqn, name): part for fqn, layer in lora_layers(model) for name, part in layer.by_weight().items()}
     return {name: part.weight for name, part in layers.items() if not part.merged}
 
@@ -57,7 +57,7 @@ def join(module_name: str, name: str) -> str:
 
 @dataclass
 class Untying:
-    """What has to change so that some tied weights are saved and loaded each under its own name.
+    """The changes with which some tied weights are saved and loaded each under its own name.
 
     Attributes:
         copies: weights that were tied to one of them and to each other, and now need a copy each.
@@ -72,11 +72,12 @@ class Untying:
     _declared_before: list[tuple[nn.Module, Any]] = field(default_factory=list)
 
     def apply(self) -> None:
-        """Make the changes; once made, do nothing."""
+        """Make the changes. If they are made already, do nothing."""
         if self._before is not None:
             return
         shared = [(slot, tied) for slot in self.copies if (tied := slot[0]._parameters[slot[1]]) is not None]
-        own = [nn.Parameter(tied.detach().clone(), requires_grad=tied.requires_grad) for _, tied in shared]  # or no memory: no change
+        # First, because a lack of memory has to raise before any change.
+        own = [nn.Parameter(tied.detach().clone(), requires_grad=tied.requires_grad) for _, tied in shared]
         for (module, name), parameter in zip(self.copies, own, strict=True):
             module._parameters[name] = parameter
         self._before = shared
@@ -85,7 +86,7 @@ class Untying:
         self._declared_before = [(model, declare_ties(model, ties)) for model, ties in self.declared]
 
     def undo(self) -> None:
-        """Take the changes back; without any, do nothing."""
+        """Undo the changes. If none is made, do nothing."""
         for (module, name), tied in self._before or ():
             module._parameters[name] = tied
         for config in self.configs if self._before is not None else ():
@@ -96,14 +97,14 @@ class Untying:
 
 
 def untying(model: nn.Module, own: Collection[str]) -> Untying:
-    """Say what has to change when some tied weights get values of their own. Nothing is changed.
+    """Return the changes that are needed when some tied weights get values of their own. Nothing is changed.
 
     Args:
         model: with or without adapters.
         own: names of the weights that get values of their own.
 
     Raises:
-        ValueError: the model cannot be saved so that it loads as it is then.
+        ValueError: after the changes the model could not be saved and loaded without the tie.
     """
     slots, names = _slots(model)
     value: dict[str, Any] = {name: id(module._parameters[part]) for name, (module, part) in slots.items()}
