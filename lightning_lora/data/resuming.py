@@ -1,7 +1,7 @@
-"""A DataLoader that a run resumes within an epoch: it begins behind the batches that were trained on.
+"""Resume a run within an epoch: the DataLoader begins after the batches that were trained on.
 
-Lightning saves and loads the state of a loader, but loads it too late if ``configure_optimizers`` asks how many steps there will be, for
-that makes the loader. So the data module saves the position too, and its loaders share it.
+Lightning saves and loads the state of a loader. It loads the state too late if ``configure_optimizers`` asks for the number of steps,
+because that makes the loader. So the data module saves the position too, and its loaders share it.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing_extensions import override
 
 
 class Position:
-    """Where a run is in the epoch: shared by a data module and all loaders that Lightning makes of its own.
+    """A run's position in the epoch. A data module and all loaders that Lightning makes from its own share one.
 
-    It is saved in rows of all processes. So a run on another number of processes goes on behind them: each process takes every n-th row of
-    one order, as Lightning's distributed samplers do.
+    It is saved as the number of rows that all processes took. So a run on another number of processes goes on after these rows. Each
+    process takes every n-th row of one order, as Lightning's distributed samplers do.
 
     Attributes:
-        given: Batches of this epoch that were given out, on each process.
-        length: Batches of this epoch, on each process.
+        given: Number of batches of this epoch that each process took.
+        length: Number of batches of this epoch, per process.
         saved: Rows of the epoch in which the next pass begins; None if it begins at the first.
     """
 
@@ -40,7 +40,7 @@ class Position:
         return {"rows": self.given % max(1, self.length) * self.rows}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Begin the next pass behind these rows. If they end inside a batch, its first rows come again."""
+        """Begin the next pass behind these rows. If they end inside a batch, its first rows are taken again."""
         self.saved = state["rows"]
 
 

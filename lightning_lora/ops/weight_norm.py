@@ -48,7 +48,7 @@ def _exact(square: Tensor, largest: Tensor, W: Tensor, A: Tensor, B: Tensor, sca
     """Compute again, densely, the rows in which the expansion's terms cancel: where the update takes most of W away, or is itself a small
     difference. The rounding error is that of ``largest``, (‖W‖ + Σ|s·B|·‖A‖)².
 
-    Few rows in few trainings are there. On GPUs without a kernel this is left out, since looking would wait for the device.
+    Such rows are rare. On GPUs without a kernel this is left out, because finding them would make the CPU wait for the device.
     """
     if square.device.type != "cpu" or not (low := square < largest / _CANCELS).any():
         return [square]

@@ -14,7 +14,7 @@ from lightning_lora.layers.base import lora_layers
 
 #: Key in a group of B's: how many times A's learning rate the group gets.
 RATIO = "lora_plus_ratio"
-#: Group of B's → the group whose learning rate it has a multiple of.
+#: Group of B's → the group of which its learning rate is a multiple.
 RATE_OF_B = {"lora_B": "lora_A", "lora_B_no_decay": "no_decay"}
 
 

@@ -156,7 +156,7 @@ def _users_groups(optimizer: Optimizer) -> Iterator[None]:
 
 
 class _OnUsersGroups:
-    """Mark of a scheduler's class whose methods see the user's groups only. A mark on the instance would be in its state dict."""
+    """Mark a scheduler's class whose methods see the user's groups only. A mark on the instance would be in its state dict."""
 
 
 _CLASSES: dict[type, type] = {}

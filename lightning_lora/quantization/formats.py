@@ -43,11 +43,11 @@ class QuantizedFormat:
         return True
 
     def refusal(self, module: Any) -> str | None:
-        """Return why the layer cannot be trained on, only the reason; None if it can."""
+        """Return only the reason why the layer cannot be trained on; None if it can."""
         return None
 
     def prepare(self, module: Any, dtype: torch.dtype | None) -> None:
-        """Make the layer, which is not refused, ready for training adapters on it: quantize it if that is still to be done.
+        """Prepare a layer that is not refused for training adapters on it. Quantize it if it is not quantized yet.
 
         Args:
             module: the layer.
@@ -153,7 +153,7 @@ def prepare(module: Any, dtype: torch.dtype | None = None) -> None:
 
 
 def why_not_prepared(module: Any) -> str | None:
-    """Return why :func:`prepare` refuses a layer, only the reason; None if it does not."""
+    """Return only the reason why :func:`prepare` refuses a layer; None if it does not."""
     packing = _candidate(module)
     if packing is None:
         return None
