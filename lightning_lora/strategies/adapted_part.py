@@ -49,7 +49,7 @@ def parts_in(meta: dict[str, Any], parts: Mapping[str, AdaptedPart], where: str)
     A single part here takes a checkpoint's single part, under any root.
 
     Raises:
-        ValueError: it is of a newer format, or has adapters on other submodules.
+        ValueError: the metadata is of a newer format, or has adapters on other submodules.
     """
     for part in (meta, *meta.get("others", ())):
         understood(part, where)

@@ -1,8 +1,8 @@
-"""Let all processes stop after the same batch when one of them was told to.
+"""Let all processes stop after the same batch when one of them was told to stop.
 
 Each process adds its flag to one small reduction per batch. The result is read ``LAG`` batches later. Reading it at once would make the
-process wait for its GPU in every batch; by then the GPU has passed it, and has later batches to compute. Every process reads the same
-result after the same batch, so no process stops while another waits for it.
+process wait for its GPU in every batch. ``LAG`` batches later the GPU has finished the reduction, and still has batches to compute. Every
+process reads the same result after the same batch, so no process stops while another waits for it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ LAG = 2  # batches
 
 
 class AgreedStop:
-    """The flags of one run. Every process has to make one, and to call it after every batch.
+    """Exchange the flags of one run. Every process has to make one, and to call it after every batch.
 
     Args:
         device: where the process group reduces: the strategy's root device.
@@ -44,7 +44,7 @@ class AgreedStop:
         return len(self._pending) > LAG and self._pending.popleft()()
 
     def close(self) -> None:
-        """Wait for the reductions that nobody has read. The run is over."""
+        """Wait for the unread reductions at the end of the run."""
         while self._pending:
             self._pending.popleft()()
 

@@ -1,4 +1,4 @@
-"""Check what a checkpoint says and holds before anything of it goes into the module, as ``load_adapter`` does for its files."""
+"""Check what a checkpoint says and holds before anything of it is loaded, as ``load_adapter`` does for its files."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def check_values(checkpoint: Mapping[str, Any], path: str) -> None:
     """Refuse NaN and infinity in what trained. Buffers may hold them, as masks do.
 
     Raises:
-        ValueError: the message names the first tensor and the switch.
+        ValueError: a tensor holds them. The message names the first one, and the option that allows them.
     """
     tensors, beside = checkpoint["state_dict"], checkpoint[META].get("beside", ())
     bad = nonfinite({name: value for name, value in tensors.items() if isinstance(value, Tensor) and name not in beside})

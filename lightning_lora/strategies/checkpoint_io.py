@@ -72,7 +72,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
             swap(_staged(path), path)
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Remove a file, or a folder of shards: a kill leaves the folder whole, or gone by its name. Remote paths are left to Lightning."""
+        """Remove a file, or a folder of shards: a kill leaves the folder whole, or without its name. Remote paths are left to Lightning."""
         if _is_local(path):
             remove(Path(path))
         else:
@@ -133,7 +133,7 @@ def _staged(path: Path) -> Path:
 
 
 def found(path: str) -> str:
-    """Return the path of a checkpoint; after a kill between two renames, where it was put aside."""
+    """Return the path of a checkpoint. After a kill between two renames, return the path that it was moved to."""
     return path if standing(Path(path)) == Path(path) else str(aside(Path(path)))
 
 

@@ -17,7 +17,7 @@ def check_finite(strategy: Strategy, tensors: Mapping[str, Tensor]) -> None:
     """Raise on every process if what trains holds NaN or infinity on one of them. A collective.
 
     Raises:
-        RuntimeError: the message names the first tensor and the switch.
+        RuntimeError: a tensor holds them. The message names the first one, and the option that allows them.
     """
     bad = nonfinite(tensors)
     if strategy.reduce_boolean_decision(bool(bad), all=False):
@@ -29,12 +29,12 @@ def check_finite(strategy: Strategy, tensors: Mapping[str, Tensor]) -> None:
 
 
 class FiniteCheck:
-    """Looks at what trains now and then: reading it means to wait for the device, so not in every batch.
+    """Checks what trains once per ``every`` batches. A check waits for the device, so it is not made in every batch.
 
     Args:
-        strategy: the trainer's.
-        module: whose parameters train.
-        every: batches from one look to the next. Lightning's ``log_every_n_steps`` is the number at which it waits to log.
+        strategy: the trainer's strategy.
+        module: the module whose parameters train.
+        every: batches from one check to the next. At Lightning's ``log_every_n_steps``, logging waits for the device anyway.
     """
 
     def __init__(self, strategy: Strategy, module: LightningModule, every: int) -> None:
@@ -42,7 +42,7 @@ class FiniteCheck:
         self._batches = 0
 
     def after_batch(self) -> None:
-        """Count the batch, and look if enough went by.
+        """Count the batch. Check after every ``every`` batches.
 
         Raises:
             RuntimeError: as :func:`check_finite`.
@@ -52,7 +52,7 @@ class FiniteCheck:
             self.finish()
 
     def finish(self) -> None:
-        """Look, if a batch came since.
+        """Check if a batch was trained on since the last check.
 
         Raises:
             RuntimeError: as :func:`check_finite`.

@@ -40,7 +40,7 @@ else:
 
 
 class OwnBlocks(_Base):
-    """What ``lora_fsdp2`` does, for the ``ModelParallelStrategy`` of either package of Lightning's."""
+    """Implement ``lora_fsdp2`` for the ``ModelParallelStrategy`` of either package of Lightning's."""
 
     strategy_name = "lora_fsdp2"
 

@@ -41,8 +41,8 @@ def start_method(strategy: Strategy) -> str | None:
 def see_mixed_imports() -> None:
     """Let Lightning name the package in its refusal of a module of the other one (``pytorch_lightning``), for a user's classes too.
 
-    It looks at the module of the class itself only, and says of a LightningModule in a user's file that it is none. Whatever is checked
-    here is refused anyway. If its names go, making a ``LoRACallback`` raises.
+    Lightning looks only at the Python module that defines the class. So it says that a user's LightningModule is none. All that is checked
+    here is refused anyway. Without Lightning's private names, making a ``LoRACallback`` raises.
     """
     homes: list[Any] = [*loaded("lightning.pytorch.utilities.model_helpers"), *loaded("lightning.pytorch.utilities.compile")]
     for home in homes:
@@ -51,7 +51,7 @@ def see_mixed_imports() -> None:
 
 
 def _by_base(check: Callable[[object], None]) -> Callable[[object], None]:
-    """Return Lightning's check, applied to the first class of Lightning's that an object's class is made from."""
+    """Return Lightning's check, applied to the first class of Lightning's that an object's class inherits from."""
 
     @functools.wraps(check)
     def check_base(instance: object) -> None:
@@ -72,5 +72,5 @@ def cli_value(cli: Any, key: str) -> Any:
 
 
 def loader_states_not_loaded(trainer: Any) -> bool:
-    """True if the checkpoint's positions of training loaders were not loaded. If its name goes, a run that resumes raises."""
+    """Return True if the checkpoint's positions of training loaders were not loaded. Without it a run that resumes raises."""
     return bool(trainer.fit_loop._combined_loader_states_to_load)

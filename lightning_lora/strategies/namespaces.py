@@ -1,4 +1,4 @@
-"""Both names of Lightning: ``lightning.pytorch`` and ``pytorch_lightning``. Only this file knows the second.
+"""Support both names of Lightning: ``lightning.pytorch`` and ``pytorch_lightning``. Only this file knows the second.
 
 The two packages have the same code, but classes of their own: an object of one is no instance of the other's classes. The callbacks work
 under both. So every check against a class of Lightning's asks for its :func:`twins`. ``pytorch_lightning`` is never imported here: where
@@ -40,10 +40,10 @@ def library(cls: type) -> str:
 
 
 def check_namespace(trainer: Trainer, callbacks: list[Callback]) -> None:
-    """Refuse what Lightning itself takes in silence, and works otherwise than it seems.
+    """Refuse combinations that Lightning accepts silently, but that do not work as they seem to.
 
     Args:
-        trainer: of either package.
+        trainer: a Trainer of either package.
         callbacks: the trainer's.
 
     Raises:

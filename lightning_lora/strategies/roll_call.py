@@ -3,9 +3,9 @@
 A process that raises leaves the others in a collective. They then fail with an error about a socket, or wait until the process group's
 timeout, and none says why. A process that hangs is never named either.
 
-So the processes tell each other through the key-value store with which they started. One that raises writes its error there and waits a
-little for the others. If they raise too, they were at the same place. If not, they may wait for this process: its process groups are
-aborted. Whoever fails after that finds in the store who was first, and which ranks are silent.
+So the processes tell each other through the key-value store with which they started. A process that raises writes its error there, and
+waits a few seconds for the others. If they raise too, none waits for another. If not, they may wait for this process, so its process groups
+are aborted. A process that fails after that reads in the store which rank raised first, and which ranks are silent.
 
 A collective of gloo fails when a member has ended, or when its group is aborted and nothing holds it. One of NCCL does not fail: there a
 thread looks into the store and aborts its own side. How long a collective waits for a process that hangs is the strategy's ``timeout``,
@@ -30,7 +30,7 @@ _POLL = 0.05  # seconds between two looks into the store
 
 
 class RollCall:
-    """The errors of one run, by rank. Every process makes one at the same place, before the run can fail."""
+    """Collects the errors of one run, by rank. Every process makes one at the same place, before the run can fail."""
 
     def __init__(self) -> None:
         name = [uuid.uuid4().hex]
@@ -42,7 +42,7 @@ class RollCall:
             threading.Thread(target=self._watch, name="lightning_lora roll call", daemon=True).start()
 
     def answer(self, exception: BaseException) -> None:
-        """Tell the others what this process raised, and free them if they wait. Append to the message who was first, and who is silent."""
+        """Tell the others what this process raised, and free them if they wait. Append which rank was first, and which are silent."""
         if self._done.is_set():
             return
         self._done.set()
@@ -65,7 +65,7 @@ class RollCall:
             append_line(exception, f"Rank {ranks} did not raise within {2 * GRACE:g} s: it hangs, ended, or waits for this process.")
 
     def close(self) -> None:
-        """Stop watching. The run is over."""
+        """Stop watching, at the end of the run."""
         self._done.set()
 
     def _silent(self) -> list[int]:

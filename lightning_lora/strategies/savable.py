@@ -1,7 +1,7 @@
-"""Before the first step: whether the checkpoints that a run will write can be written.
+"""Check before the first step that the checkpoints of a run can be written.
 
-The folders of all checkpoint callbacks on this machine are tried, with at least the space that one checkpoint takes. A checkpoint that a
-kill between two renames has set aside is put back.
+The folders of all checkpoint callbacks on this machine are tried, with at least the space that one checkpoint takes. A checkpoint that is
+left under its ``.old`` name, after a kill between two renames, gets its own name back.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def _check(trainer: Trainer, module: LightningModule) -> None:
             path = old.with_name(old.name[1:].removesuffix(".old"))
             if not os.path.lexists(path):
                 put_back(path)
-                rank_zero_warn(f"{path} had been set aside by a save that was killed. It is in its place again: resume with ckpt_path=.")
+                rank_zero_warn(f"{path} had been renamed by a save that was killed. It has its name again: resume with ckpt_path=.")
 
 
 def least_bytes(module: LightningModule, optimizers: list[Optimizer]) -> int:
-    """Return what a checkpoint takes at least: what trains, the buffers, and the moments of torch's own optimizers, in bytes."""
+    """Return the least size of a checkpoint in bytes: what trains, the buffers, and the moments of torch's own optimizers."""
     tensors = [p for p in module.parameters() if p.requires_grad] + list(persistent_buffers(module).values())
     trained: list[Any] = [
         (p.numel() * p.element_size(), _moments(group))
@@ -56,5 +56,5 @@ def least_bytes(module: LightningModule, optimizers: list[Optimizer]) -> int:
 
 
 def _moments(group: dict[str, Any]) -> int:
-    """Return how many values per parameter the state of a group holds at least."""
+    """Return the least number of values per parameter in the state of a group."""
     return 2 if "betas" in group else int(bool(group.get("momentum")))

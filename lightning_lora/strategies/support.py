@@ -86,7 +86,7 @@ def convert_base(trainer: Trainer, module: LightningModule) -> None:
 
 
 def arrange(strategy: Strategy, module: LightningModule) -> Callable[[], None]:
-    """Prepare a strategy for a module that was just adapted and is not wrapped yet. Return a function that takes back its settings.
+    """Prepare a strategy for a module that was just adapted and is not wrapped yet. Return a function that restores its settings.
 
     FSDP1 flattens a block with its adapters into one parameter, which needs gradient memory for the frozen base too. So FSDP1 is told to
     ignore trainable parameters. They are replicated on every rank, and one collective per step averages their gradients.

@@ -49,7 +49,7 @@ def test_a_checkpoint_that_was_set_aside_is_put_back(tmp_path: Path) -> None:
     (tmp_path / ".last.ckpt.old").mkdir(parents=True)
     (tmp_path / ".other.ckpt.old").touch()
     (tmp_path / "other.ckpt").touch()
-    with pytest.warns(UserWarning, match=r"last\.ckpt had been set aside by a save that was killed"):
+    with pytest.warns(UserWarning, match=r"last\.ckpt had been renamed by a save that was killed"):
         trainer(tmp_path, LoRACallback(CONFIG), ModelCheckpoint(tmp_path), max_epochs=1).fit(LitNet())
     assert (tmp_path / "last.ckpt").is_dir() and (tmp_path / ".other.ckpt.old").exists()
 
