@@ -78,7 +78,7 @@ def _shape_only(tensor: Tensor) -> Tensor:
 
 
 def _alone(meta: Tensor) -> Tensor:
-    """Return a tensor of its own for a view. Writers of files take the storage's size for the tensor's."""
+    """Return a view as a tensor with its own storage, because writers of files take the storage's size for the tensor's."""
     return torch.empty_strided(meta.shape, meta.stride(), dtype=meta.dtype, device="meta")
 
 

@@ -1,4 +1,4 @@
-"""Locks between processes that end with their owner: a killed owner holds nothing, and a stale lock file means nothing.
+"""Lock files between processes. A lock ends with its owner: a killed process holds none, and a stale lock file has no effect.
 
 The lock is ``flock`` on a hidden file beside the path. The owner removes that file at the end. Whoever waited for it then holds the lock
 of a file without a name, and opens the new one.

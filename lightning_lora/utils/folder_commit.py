@@ -1,11 +1,11 @@
-"""Write several files into a folder as one commit: a kill, a full disk or a second writer leaves the old files or the new ones, never some.
+"""Write several files into a folder as one commit: a kill, a full disk or a second writer leaves all old files or all new ones.
 
 The files are staged in a new folder, which gets hard links to the other files of the old one and takes its place
 (:mod:`lightning_lora.utils.folders`). One writer at a time does so.
 
 Some folders cannot be replaced: a mount point, the working directory, a folder of another user, one with folders in it, one whose parent is
-not writable. There the staged files are moved in one by one. The last one named, without which nobody reads the others, is put aside
-before that and comes last.
+not writable. There the staged files are moved in one by one. The last one named, without which nobody reads the others, is moved away
+before that, and is put in last.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def commit(folder: Path, names: Sequence[str], check: Callable[[], object]) -> I
 
     Args:
         folder: created if it does not exist. Its other files stay.
-        names: of the files; the last is the one that is read first.
+        names: names of the files; the last is the one that is read first.
         check: raises if the folder must not be written to. It is called once no other writer is at work.
 
     Raises:
@@ -71,15 +71,15 @@ def occupied(folder: Path) -> bool:
 
 
 def read_undisturbed(folder: Path, names: Sequence[str], read: Callable[[Path], T]) -> T:
-    """Return what ``read`` returns for a folder, from one commit: if another was made meanwhile, it is read again.
+    """Return what ``read`` returns for a folder, from one commit. Read again if another commit was made meanwhile.
 
     Args:
-        folder: the folder. ``read`` gets where it stands.
-        names: of the files in it.
+        folder: the folder. ``read`` gets its present path.
+        names: names of the files in it.
         read: reads the files. What it raises is raised, if no other commit was made meanwhile.
 
     Raises:
-        ValueError: commits are made all the time.
+        ValueError: another commit was made during every attempt.
     """
     for _ in range(ATTEMPTS):
         before, real = _stamps(folder, names), Path(os.path.realpath(folder))
@@ -108,7 +108,7 @@ def _stamps(folder: Path, names: Sequence[str]) -> list[tuple[int, ...] | None]:
 
 
 def _home(folder: Path) -> Path:
-    """Return where to stage: beside the folder, or in it if nothing can be renamed from there."""
+    """Return the folder to stage in: the parent, or the folder itself if nothing can be renamed from the parent."""
     if not folder.is_dir():
         return folder.parent
     mounted = os.path.ismount(folder) or folder.stat().st_dev != folder.parent.stat().st_dev
@@ -118,7 +118,7 @@ def _home(folder: Path) -> Path:
 def _is_working_directory(folder: Path) -> bool:
     try:
         return Path.cwd().is_relative_to(folder)
-    except FileNotFoundError:  # the working directory is gone
+    except FileNotFoundError:  # the working directory was deleted
         return False
 
 
@@ -141,7 +141,7 @@ def _staging(folder: Path, home: Path, alone: bool) -> Iterator[Path]:
 def _link_others(folder: Path, staged: Path, names: Sequence[str]) -> dict[str, int] | None:
     """Link the folder's other files into the staged one. Return name → inode; None if the folder has to stay.
 
-    Its owner, group and permissions go with it.
+    The staged folder gets the folder's owner, group and permissions.
     """
     if not folder.is_dir():
         return {}

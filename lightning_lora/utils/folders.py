@@ -27,7 +27,7 @@ def aside(path: Path) -> Path:
 
 
 def standing(path: Path) -> Path:
-    """Return the path; after a kill between two renames, where the old file or folder was put aside."""
+    """Return the path. After a kill between two renames, return the ``.old`` path that the old file or folder was moved to."""
     return aside(path) if not os.path.lexists(path) and os.path.lexists(aside(path)) else path
 
 
@@ -68,7 +68,7 @@ def swap(staged: Path, target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, and what was put aside for it. A kill leaves it whole, or gone by its name."""
+    """Remove a file or a folder, and what stands under its ``.old`` name. A kill leaves it whole, or without its name."""
     if path.is_dir() and not path.is_symlink():
         hidden = path.with_name(f".{path.name}{REMOVED}")
         erase(hidden)

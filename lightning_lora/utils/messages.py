@@ -1,10 +1,10 @@
-"""Add a line to the message of an exception that is on its way. It stays the same object, so that handlers of it still match."""
+"""Add a line to the message of an exception that was raised. The exception stays the same object, so its handlers still match."""
 
 from __future__ import annotations
 
 
 def append_line(exception: BaseException, line: str) -> None:
-    """Append a line to an exception's message. Of an exception whose message is not its one argument, add a note instead."""
+    """Append a line to an exception's message. If the message is not its only argument, add a note instead."""
     text = str(exception)
     if line in (text, *getattr(exception, "__notes__", ())) or text.endswith(f"\n{line}"):
         return

@@ -1,4 +1,4 @@
-"""Read a checkpoint file that may be a stranger's: tensors and plain values come in, code does not.
+"""Read a checkpoint file from an unknown source: load tensors and plain values, run no code.
 
 A pickle can run any code when it is read. So every file is read with ``weights_only=True``, whatever Lightning's or torch's default
 is, and no path leads to a download. ``weights_only=False`` is a user's own choice, for a file on this machine.
@@ -19,7 +19,7 @@ import torch
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(::|://)")
 _LOCAL = {"file", "local"}
-#: Storages that a user logs in to and Lightning writes checkpoints to. Every other scheme is a download from anywhere.
+#: Storages that a user logs in to and Lightning writes checkpoints to. Every other scheme is a download from an unknown source.
 _STORAGES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "hdfs", "memory"}
 #: What torch raises for a file that is cut short, damaged or of another kind.
 UNREADABLE = (
@@ -71,7 +71,7 @@ def read_checkpoint(path: str | Path, weights_only: bool | None = None) -> Any:
 
 @contextmanager
 def readable(path: str | Path) -> Iterator[None]:
-    """Within it a file is read. What torch raises becomes one line.
+    """Turn what torch raises into one line, while a file is read inside the ``with`` block.
 
     Raises:
         ValueError: the file is damaged, or holds more than tensors and plain values; the message names what.

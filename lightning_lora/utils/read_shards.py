@@ -1,4 +1,4 @@
-"""Read a folder of torch's distributed checkpoint (DCP) whole, and run no code that a stranger put into it.
+"""Read a folder of torch's distributed checkpoint (DCP) whole, and run no code that is in it.
 
 DCP's own reader unpickles the index ``.metadata``, which can run any code. Here each class that DCP writes there is replaced by a record
 of plain values, and every other name is refused. Shards are read with ``weights_only=True``. If a later torch writes another class, or

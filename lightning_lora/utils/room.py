@@ -1,4 +1,4 @@
-"""Whether a folder can be written to and has room, known before the work whose result goes there."""
+"""Check that a folder can be written to and has room, before the work whose result goes there."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check_room(folder: str | Path, size: int, name: str) -> None:
         name: how the user set the folder, for messages, such as ``dirpath``.
 
     Raises:
-        ValueError: it cannot be written to, or lacks the room.
+        ValueError: the folder cannot be written to, or lacks the room.
     """
     folder = Path(folder)
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
@@ -55,4 +55,4 @@ def _allocate(handle: int, size: int) -> None:
     except OSError as error:
         if error.errno in _FULL:
             raise
-        # else the filesystem cannot, and the free space has to tell
+        # else the filesystem cannot, and only the free space is compared

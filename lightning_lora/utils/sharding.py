@@ -68,7 +68,7 @@ def on_first_rank(action: Callable[[], object]) -> None:
 
 
 def on_first_rank_with_help(action: Callable[[Callable[[int], T]], object], answer: Callable[[int], T]) -> None:
-    """Run an action on the first rank that needs collectives at times only it knows. Otherwise as :func:`on_first_rank`.
+    """Run an action on the first rank. It needs collectives, at times that only this rank knows. Otherwise as :func:`on_first_rank`.
 
     Args:
         action: gets a function that calls ``answer`` on every rank, and returns the first rank's result.
@@ -104,7 +104,7 @@ def _help(answer: Callable[[int], object]) -> None:
             answer(box[0])
             torch.distributed.broadcast_object_list(box)
         except BaseException:
-            while isinstance(box[0], int):  # the first rank says at the end what became of it, and waits for all to hear
+            while isinstance(box[0], int):  # at the end the first rank sends the outcome, and waits until all have it
                 torch.distributed.broadcast_object_list(box)
             raise
     if box[0] is not None:
@@ -144,7 +144,7 @@ def flattened(model: nn.Module) -> dict[nn.Module, nn.Module]:
 
 @contextmanager
 def gathered(unit: nn.Module | None) -> Iterator[None]:
-    """Within it the parameters of an FSDP1 unit are full (a collective). Do nothing without a unit."""
+    """Gather the parameters of an FSDP1 unit inside the ``with`` block (a collective). Do nothing without a unit."""
     if unit is None:
         yield
         return

@@ -43,7 +43,7 @@ def _storage(tensor: Tensor) -> object:
 
 
 def _overlap(one: Tensor, other: Tensor) -> bool:
-    """True if two tensors over one storage have bytes in common."""
+    """Return True if two tensors over one storage have bytes in common."""
     one, other = local_tensor(one), local_tensor(other)
     (start, end), (first, last) = _bytes(one), _bytes(other)
     if start >= last or first >= end:

@@ -171,7 +171,7 @@ class _Reader:
 
 
 def _asks_type(node: ast.AST | None) -> bool:
-    """Whether this is ``x.type()``, which asks; ``x.type(dtype)`` casts the values."""
+    """Return True for ``x.type()``, which returns the type's name; ``x.type(dtype)`` casts the values."""
     match node:
         case ast.Call(ast.Attribute(_, "type"), [], []):
             return True

@@ -90,7 +90,7 @@ def checkpoint_conversions(model: nn.Module) -> list[Any]:
 
 
 def is_converted(model: nn.Module) -> bool:
-    """True if transformers has conversions for the model's own type, not only for a part's: PEFT applies them only then.
+    """Return True if transformers has conversions for the model's own type, not only for a part's: PEFT applies them only then.
 
     Without it PEFT misreads our files of a few architectures.
     """
@@ -101,7 +101,7 @@ def is_converted(model: nn.Module) -> bool:
 def expert_family(model: nn.Module) -> str:
     """Return whose experts a model's checkpoints have, "qwen2_moe" or "mixtral"; "" if neither's or before transformers 5.
 
-    PEFT goes by this table. Without it PEFT misreads our files of such models.
+    PEFT decides by this table. Without it PEFT misreads our files of such models.
     """
     families: dict[str, str] = getattr(sys.modules.get("transformers.conversion_mapping"), "_MODEL_TO_CONVERSION_PATTERN", {})
     model_type = getattr(getattr(model, "config", None), "model_type", "")
@@ -133,7 +133,7 @@ def forget_quantizer(model: nn.Module) -> None:
     model.__dict__.pop("hf_quantizer", None)
     getattr(model.__dict__.get("config"), "__dict__", {}).pop("quantization_config", None)
     read = model.__dict__.get("_weight_conversions")
-    if read is not None:  # how the names in the files became those of the model; what unpacked weights has no way back, and needs none
+    if read is not None:  # conversions of the files' names to the model's; those that unpacked weights cannot be reversed
         model.__dict__["_weight_conversions"] = [each for each in read if _has_way_back(each)]
 
 
@@ -149,7 +149,7 @@ def _has_way_back(conversion: Any) -> bool:
 
 
 def is_transformers_model(module: nn.Module) -> bool:
-    """Whether a module is a model of transformers, by its classes. Without it ``save_pretrained`` of an adapted model is not guarded."""
+    """Return True for a model of transformers, by its classes. Without it ``save_pretrained`` of an adapted model is not guarded."""
     return any(f"{cls.__module__}.{cls.__qualname__}" == "transformers.modeling_utils.PreTrainedModel" for cls in type(module).__mro__)
 
 

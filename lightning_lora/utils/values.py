@@ -1,4 +1,4 @@
-"""Ask tensors for the values that must not be there: NaN, infinity, numbers of another kind than a place holds."""
+"""Find values that a tensor must not have: NaN, infinity, numbers of another kind than the parameter that they are for."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from lightning_lora.utils.sharding import local_tensor
 
 
 def nonfinite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of the tensors that hold NaN or infinity, in their order; of a sharded one this rank's shard is read.
+    """Return the names of the tensors that hold NaN or infinity, in their order. Of a sharded tensor, check this rank's shard.
 
-    Waits for a device once per dtype, however many tensors are there.
+    It waits for a device once per dtype, however many tensors are there.
     """
     groups: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -22,7 +22,7 @@ def nonfinite(tensors: Mapping[str, Tensor]) -> list[str]:
             groups.setdefault((mine.device, mine.dtype), {})[name] = mine
     bad: set[str] = set()
     for group in groups.values():
-        largest = torch._foreach_norm(list(group.values()), float("inf"))  # NaN and infinity pass on
+        largest = torch._foreach_norm(list(group.values()), float("inf"))  # the norm is NaN or infinite if an entry is
         finite = torch.stack(largest).isfinite().tolist()
         bad |= {name for name, fine in zip(group, finite, strict=True) if not fine}
     return [name for name in tensors if name in bad]
