@@ -172,7 +172,7 @@ class CausalLMTask(LightningModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say which settings a resumed optimizer has from the checkpoint."""
+        """Log which settings of a resumed optimizer are the checkpoint's."""
         theirs, fits = checkpoint.get("hyper_parameters", {}), self.trainer.state.fn == TrainerFn.FITTING
         for name in ("learning_rate", "weight_decay"):
             mine = self.hparams[name]

@@ -36,7 +36,7 @@ def load_causal_lm(model: str, gguf_file: str | None = None, dtype: DType = "aut
 
     Raises:
         ImportError: ``gguf_file`` is given, and the package that reads it is not installed; the message names the extra.
-        ValueError: ``model`` is neither a model's folder nor a hub id, the hub cannot be reached or has none such, or files are damaged.
+        ValueError: ``model`` is neither a model's folder nor a hub id, the hub cannot be reached or lacks the model, or files are damaged.
     """
     import transformers
 
@@ -83,7 +83,7 @@ def _named(model: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def check_there(model: str | os.PathLike[str], gguf_file: str | None = None) -> None:
-    """Check that ``model`` is a model's folder, or may be a hub id. Transformers asks an unreachable hub for a minute.
+    """Check that ``model`` is a model's folder, or may be a hub id. Transformers would try an unreachable hub for a minute.
 
     Raises:
         ValueError: It can only be a folder and is no model's; or the folder does not exist and the hub cannot be reached.
@@ -113,7 +113,7 @@ def check_there(model: str | os.PathLike[str], gguf_file: str | None = None) -> 
 
 
 def _unreachable(model: str, file: str) -> str | None:
-    """Say why a model can come neither from the hub nor from its cache; None if it may."""
+    """Return why a model can be loaded neither from the hub nor from its cache; None if it may be."""
     import huggingface_hub
 
     if isinstance(huggingface_hub.try_to_load_from_cache(model, file), str):

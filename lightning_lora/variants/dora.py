@@ -7,7 +7,7 @@ applies to the input of everything that was adapted, never to the base's own. Th
 ``W·x + (g − 1)∘W·x̃ + g∘s·B·A·x̃`` with g = m/‖·‖ and x̃ the input after dropout. It costs a second product with W.
 
 The norm needs no dense B·A (:mod:`lightning_lora.ops.weight_norm`). Its frozen part ‖W‖² is computed in each call: a write through
-``weight.data`` changes no version counter, so a kept one could be stale without notice.
+``weight.data`` changes no version counter, so a cached one could be stale without notice.
 """
 
 from __future__ import annotations
