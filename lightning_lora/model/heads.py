@@ -138,8 +138,8 @@ def left_frozen(model: nn.Module, adapted: Iterable[str], saved: Iterable[str]) 
 def _beside_backbone(model: nn.Module) -> list[str]:
     """Return the names of a task model's children and own parameters beside its backbone.
 
-    The backbone is the child that transformers names, or else the Hugging Face models and embeddings, or else the largest child, with
-    those before it as its stem. If nothing is beside it, return its layers with one output per label.
+    The backbone is the child that transformers names. Without one, it is the Hugging Face models and embeddings. Without these, it is the
+    largest child, with the children before it as its stem. If nothing is beside the backbone, return its layers with one output per label.
     """
     children = {name: child for name, child in model.named_children() if any(True for _ in child.parameters())}
     prefix, (embeddings, _) = getattr(type(model), "base_model_prefix", ""), hf_ends(model)

@@ -41,8 +41,8 @@ def merge_lora(
         The same ``model``.
 
     Raises:
-        ValueError: an adapter holds NaN or infinity, a weight is quantized and ``quantized`` is None, or a weight is tied and
-            ``untie`` is False, or it is sharded, or no file could hold the model untied. Nothing is merged then.
+        ValueError: an adapter holds NaN or infinity; a weight is quantized and ``quantized`` is None; or a weight is tied, and
+            ``untie`` is False, the weight is sharded or no file could hold the model untied. Nothing is merged then.
     """
     if is_distributed():
         reshard(model)  # what FSDP2 keeps gathered after a forward pass does not look sharded

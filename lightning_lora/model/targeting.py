@@ -87,7 +87,7 @@ def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False)
     options_of(config)  # raises for a wrong option
     look_up(INITS, "init", config.init)
 
-    # A module with two parents has two names: both may be targets, and it is adapted once. It is not if one of them is excluded.
+    # A module with two parents has two names. It is adapted once even if both are targets, and not at all if one of them is excluded.
     out = {module for fqn, module in modules.items() if excluded.matching(fqn)}
     chosen: dict[nn.Module, str] = {}
     for fqn, module in modules.items():
