@@ -33,7 +33,7 @@ from lightning_lora.registry import KINDS, qualified_name
 from lightning_lora.utils.checksums import checksum
 
 _TOLERANCE = 5e-3  # relative to the update's effect: a forward that computes in bf16 stays below, one that rounds to 8 bits does not
-_LARGE, _TOO_LARGE = 2**20, 2**24  # elements: above the first a smaller copy is tested before the full one, above the second instead of it
+_LARGE, _TOO_LARGE = 2**20, 2**24  # elements: above the first, a smaller copy is tested before the full one; above the second instead of it
 _CHANGES = {"_conv_forward", "__call__", "__getattr__", "weight"}  # what torch's own forwards depend on
 _FAILS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError,
@@ -211,6 +211,6 @@ def _cut(tensor: Tensor, lengths: dict[int, int], generator: torch.Generator) ->
     value = torch.ones(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor.detach().to("cpu", copy=True)
     for dim, length in enumerate(value.shape):
         value = value.narrow(dim, 0, lengths.get(length, length))
-    # Scales are often 1 before weights are loaded. A forward that multiplies by them would look plain then.
+    # Scales are often 1 before weights are loaded. A forward that multiplies by them would then look plain.
     factors = 1.25 + torch.rand(value.shape, generator=generator, dtype=torch.float64) / 2
     return value.double() * factors if value.is_floating_point() else value

@@ -255,7 +255,7 @@ class Mergeable(Adapted):
         )
 
     def _is_base(self, weight: Any) -> bool:
-        """Whether a weight is bit for bit this layer's base weight."""
+        """Return True if a weight is bit for bit this layer's base weight."""
         if not isinstance(weight, Tensor) or weight.shape != self.weight.shape or is_sharded(self.weight) or weight.is_meta:
             return False
         base = self.kept_base() if self.merged else self.weight.detach()
