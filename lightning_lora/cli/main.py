@@ -30,7 +30,7 @@ TOOLS = {
     "generate": "answer one prompt",
 }
 TRACEBACK = "LIGHTNING_LORA_TRACEBACK"
-# Wrong input and a machine that fails raise one of these. Anything else is a fault in the code, and shows its traceback.
+# Wrong input and failures of the machine raise one of these. Any other error is a fault in the code, and shows its traceback.
 FAILURES = (
     *(ArgumentError, ValueError, RuntimeError, OSError, ImportError, MemoryError, OverflowError, EOFError),
     *(pickle.UnpicklingError, SafetensorError),

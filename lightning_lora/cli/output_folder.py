@@ -55,8 +55,8 @@ def replaced_folder(out: str, overwrite: bool, keep: tuple[str, ...]) -> Iterato
         keep: Folders or files that ``out`` must neither be nor contain, since they would be deleted with it.
 
     Raises:
-        ValueError: ``out`` is a file, holds something and ``overwrite`` is False, holds something that is no model, is or contains one of
-            ``keep``, or cannot be written.
+        ValueError: ``out`` is a file or cannot be written; it is not empty and ``overwrite`` is False; it holds something that is no model;
+            it is or contains one of ``keep``.
     """
     if not out:
         raise ValueError("out='' is empty; name a folder")
