@@ -116,10 +116,10 @@ def format_of(module: nn.Module) -> QuantizedFormat | None:
 
 
 def unknown_storage(module: nn.Module, name: str) -> str | None:
-    """What a layer's weight of that name is stored as, if that is neither plain floating point nor a format that is known; else None.
+    """Return how a layer's weight of that name is stored, if that is neither plain floating point nor a known format; else None.
 
-    A weight in 8 bit has scales somewhere, and a tensor subclass with operations of its own may hold anything: neither is the number that
-    it looks like, and adding an update to it would lose the update without a word.
+    An 8-bit weight has scales in another tensor. A tensor subclass with operations of its own may hold anything. Both differ from the
+    numbers that they show, so adding an update to them would silently lose it.
     """
     weight = module._parameters.get(name)
     if weight is None or _candidate(module) is not None:

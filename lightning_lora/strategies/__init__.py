@@ -1,4 +1,4 @@
-"""What Lightning's strategies do differently: hooks, checkpoints on disk, which are supported, ``lora_fsdp2``.
+"""Change what Lightning's strategies do: hooks, checkpoints on disk, checks of what is supported, ``lora_fsdp2``.
 
 From here on ``lightning`` may be imported. May import: everything up to ``experimental``.
 """

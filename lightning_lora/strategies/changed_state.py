@@ -6,8 +6,8 @@ A frozen parameter is left out only if both hold:
 - Each of its bits is as it was when the adapters were added. A digest of the whole tensor is taken then and at each save. Cheaper checks
   miss changes: an EMA that writes through ``.data`` changes no version counter, and a codebook changes a few rows that a sample misses.
 
-Everything else is saved: adapters, parameters that train or have trained since, frozen parameters that changed (a codebook, an EMA,
-weights loaded after ``setup``), and frozen parameters outside the adapted submodule, which no fingerprint covers.
+Everything else is saved: adapters; parameters that train or have trained since; frozen parameters that changed (a codebook, an EMA,
+weights loaded after ``setup``); and frozen parameters outside the adapted submodule, which no fingerprint covers.
 
 Digests are taken in setup, at the start of training and at saves, never in a step. Each reads its tensor once.
 """
