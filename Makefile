@@ -1,6 +1,7 @@
 # Two commands do all the set-up they need on a fresh machine: `make quickstart` and `make test`.
 VENV ?= .venv
 PYTHON ?= python3
+WORKERS ?= 2
 BIN := $(VENV)/bin
 
 .PHONY: quickstart test check unit matrix family faults clean
@@ -15,8 +16,8 @@ check: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-unit: $(VENV)/.test
-	$(BIN)/python -m pytest
+unit: $(VENV)/.test  ## the suite, WORKERS files at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 matrix: $(VENV)/.test  ## what works under which strategy, printed by running it
 	$(BIN)/python -m tests.matrix

@@ -26,6 +26,9 @@ SCALINGS: dict[str, Callable[[float, float], float]] = {
 class LoRAConfig:
     """Configuration of the adapter: ``h = W₀x + scaling · B·A·dropout(x)`` on every module that matches ``target_modules``.
 
+    Its fields cannot be set: make another config with ``dataclasses.replace``. Its mappings are its own plain dicts, since parsers and
+    pickles need such. Do not modify them: nothing would validate the change.
+
     Args:
         rank: r, the inner dimension of the update; a whole number ≥ 1.
         alpha: numerator of the scaling, finite and > 0.
@@ -107,7 +110,7 @@ class LoRAConfig:
                 )
         for name in ("alpha", "dropout"):
             object.__setattr__(self, name, float(getattr(self, name)))
-        object.__setattr__(self, "alpha_pattern", _FrozenDict({name: float(value) for name, value in self.alpha_pattern.items()}))
+        object.__setattr__(self, "alpha_pattern", {name: float(value) for name, value in self.alpha_pattern.items()})
 
     def scaling_of(self, rank: float, alpha: float) -> float:
         """Return the factor of ``B·A`` for a layer of this rank and alpha."""
@@ -115,8 +118,7 @@ class LoRAConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return a dict of plain types only, for checkpoints. ``LoRAConfig(**d)`` is the inverse."""
-        plain: dict[type, Callable[[Any], Any]] = {tuple: list, _FrozenDict: dict}
-        return {name: plain.get(type(value), lambda same: same)(value) for name, value in asdict(self).items()}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     def differences(self, other: LoRAConfig) -> list[str]:
         """Return the differing fields, as one ``field: mine != theirs`` per entry. Empty if both adapt the same way."""
@@ -136,23 +138,10 @@ def _sequence(name: str, value: Any) -> Any:
     return value if isinstance(value, str) else tuple(sorted(value) if isinstance(value, (set, frozenset)) else value)
 
 
-class _FrozenDict(dict[str, Any]):
-    """A dict whose content stays. It can be copied and pickled, which ``MappingProxyType`` cannot."""
-
-    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
-        raise ValueError("a LoRAConfig is immutable: make another one, as by dataclasses.replace(config, rank_pattern={...})")
-
-    __setitem__ = __delitem__ = __ior__ = _refuse
-    clear = pop = popitem = setdefault = update = _refuse
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (dict(self),)
-
-
 def _mapping(name: str, value: Any) -> dict[str, Any]:
     if value is not None and not isinstance(value, Mapping):
         raise ValueError(f"{name}={value!r}: give a mapping from {'option' if name == 'variant_options' else 'pattern'} to value.")
-    return _FrozenDict(value or {})
+    return dict(value or {})
 
 
 def _is_number(value: object) -> bool:

@@ -1,10 +1,8 @@
 """LoRAConfig: every field checked once, immutable, the same after a trip through JSON."""
 
-import copy
 import dataclasses
 import json
 import math
-import pickle
 
 import pytest
 
@@ -112,28 +110,3 @@ def test_differences_name_each_field_that_changes_the_adapter():
     lines = LoRAConfig(rank=4).differences(LoRAConfig(rank=8, bias="all", allow_unmatched=True))
     assert lines == ["rank: 4 != 8", "bias: 'none' != 'all'"]
     assert LoRAConfig().differences(LoRAConfig()) == []
-
-
-FIELDS = {"rank_pattern": {"q": 4}, "alpha_pattern": {"q": 4.0}, "kind_pattern": {"q": "linear"}, "variant_options": {"d_initial": 0.1}}
-CHANGES = {
-    "set": lambda d: d.__setitem__("q", -3),
-    "delete": lambda d: d.__delitem__(next(iter(d))),
-    "update": lambda d: d.update(q=-3),
-    "or": lambda d: d.__ior__({"q": -3}),
-    "default": lambda d: d.setdefault("k", 1),
-    "pop": lambda d: d.pop(next(iter(d))),
-    "popitem": lambda d: d.popitem(),
-    "clear": lambda d: d.clear(),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("name", FIELDS)
-def test_its_mappings_are_immutable_too(name, change):
-    config = LoRAConfig(**FIELDS)
-    copies = [config, copy.deepcopy(config), pickle.loads(pickle.dumps(config)), dataclasses.replace(config, rank=8)]
-    for each in copies:
-        with pytest.raises(ValueError, match="a LoRAConfig is immutable"):
-            CHANGES[change](getattr(each, name))
-        assert each == config == LoRAConfig(**FIELDS) and getattr(each, name) == FIELDS[name]
-    assert type(config.to_dict()[name]) is dict

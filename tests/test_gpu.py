@@ -71,9 +71,9 @@ def error(found: list[Tensor], exact: list[Tensor]) -> float:
 def served(model: Any, monkeypatch: pytest.MonkeyPatch) -> int:
     """How many times a forward pass asks whether the kernels serve and is told that they do."""
     answers: list[bool] = []
-    usable = backends.usable
+    usable = backends.worth_kernels
     with monkeypatch.context() as patch:
-        patch.setattr(backends, "usable", lambda x: answers.append(usable(x)) or answers[-1])
+        patch.setattr(backends, "worth_kernels", lambda x: answers.append(usable(x)) or answers[-1])
         with torch.no_grad():
             model(input_ids=batch())
     return sum(answers)
@@ -99,8 +99,8 @@ def test_a_step_is_as_exact_as_with_plain_operations(quantize: str | None, varia
     found["compiled"] = run(model)
     uncompile_layers(model)
     unfuse(model)
-    monkeypatch.setattr(backends, "usable", lambda x: False)
-    monkeypatch.setattr(backends, "run", lambda x: False)  # the norms'
+    monkeypatch.setattr(backends, "worth_kernels", lambda x: False)
+    monkeypatch.setattr(backends, "has_kernels", lambda x: False)  # the norms'
     found["plain"] = run(model)
     exact = run(dequantized(model).double())
     errors = {way: error(tensors, exact) for way, tensors in found.items()}
@@ -115,7 +115,7 @@ def test_fifty_steps_lose_as_with_plain_operations(compiled: bool, monkeypatch: 
         model = llama()
         if compiled and fused:
             compile_layers(model)
-        monkeypatch.setattr(backends, "usable", usable if fused else lambda x: False)
+        monkeypatch.setattr(backends, "worth_kernels", usable if fused else lambda x: False)
         optimizer = torch.optim.AdamW(get_lora_parameters(model), lr=1e-3)
         found = []
         for k in range(50):
@@ -126,7 +126,7 @@ def test_fifty_steps_lose_as_with_plain_operations(compiled: bool, monkeypatch: 
             found.append(loss.item())
         return found
 
-    usable = backends.usable
+    usable = backends.worth_kernels
     mine, plain = losses(True), losses(False)
     print(max(abs(a - b) for a, b in zip(mine, plain, strict=True)))
     assert plain[-1] < plain[0] - 0.05

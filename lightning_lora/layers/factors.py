@@ -160,7 +160,9 @@ class Factors(Mergeable):
 
     @classmethod
     def take_shared(cls, layers: Sequence[tuple[Any, LayerSpec]], tensors: dict[str, Tensor]) -> None:
-        """Remove the tensors that belong to no single layer (:attr:`peft_shared`) from a file's tensors, and check them.
+        """Check a file's tensors that belong to no single layer (:attr:`peft_shared`), and remove them from ``tensors``.
+
+        The layers do not read them: VeRA draws its A and B again from the seed.
 
         Args:
             layers: modules, adapted or not, with their specs; all that the file is for.

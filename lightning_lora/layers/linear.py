@@ -19,7 +19,7 @@ from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.layers.tensor_parallel import local_forward
 from lightning_lora.ops import backends, low_rank
 from lightning_lora.ops.frozen_weight import FrozenWeight, WeightReader, reader_of
-from lightning_lora.ops.fused_linear import serves
+from lightning_lora.ops.fused_linear import one_operation_takes
 from lightning_lora.quantization.formats import format_of
 from lightning_lora.registry import register_kind
 from lightning_lora.utils.sharding import is_sharded
@@ -134,7 +134,7 @@ class LoRALinear(LoRALayer, nn.Linear):
         y = None
         if self.shared_input is not None and self.shared_input.open:
             y = self.shared_input.output(self, input)
-        if y is None and backends.usable(input):
+        if y is None and backends.worth_kernels(input):
             y = self.fused_output(input)
         if y is None and is_sharded(input):
             y = self.tensor_parallel_output(input)
@@ -149,7 +149,7 @@ class LoRALinear(LoRALayer, nn.Linear):
 
     def fused_output(self, x: Tensor) -> Tensor | None:
         """Return the output by path 3; None if it does not apply."""
-        weight = self.frozen_weight(x) if serves(x) else None
+        weight = self.frozen_weight(x) if one_operation_takes(x) else None
         return None if weight is None else compute([self], [weight], x)[0]
 
     def tensor_parallel_output(self, x: Tensor) -> Tensor | None:

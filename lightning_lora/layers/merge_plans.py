@@ -55,24 +55,24 @@ def plan_merge(layer: Any, device: torch.device | str | None, reversible: bool, 
 
 def _plan_packed(layer: Any, device: torch.device | str | None, reversible: bool, quantized: Quantized | None) -> Plan:
     """Compute the merge into a quantized weight. The undo record holds the quantized tensors themselves."""
-    how = formats.format_of(layer)
-    assert how is not None
-    original, digest, home = formats.take(layer, how), formats.weight_digest(layer), layer.weight.device
+    packing = formats.format_of(layer)
+    assert packing is not None
+    original, digest, home = formats.take(layer, packing), formats.weight_digest(layer), layer.weight.device
     device = torch.device(device) if device is not None else home
     base, delta = layer.base_weight().to(device), layer.exact_delta(device)
     exact = base.to(delta.dtype) + delta
     try:
         if quantized == "requantize":
-            how.requantize(layer, exact.to(home))
+            packing.requantize(layer, exact.to(home))
             merged = layer.base_weight().to(exact)
         else:
             layer.weight = make_parameter(exact.to(base.dtype).to(home), False)
             for name in original.attributes:
                 del layer.__dict__[name]
-            if how.plain_class is not None:
-                layer.rebase_class(how.plain_class)
+            if packing.plain_class is not None:
+                layer.rebase_class(packing.plain_class)
             merged = layer.weight.to(exact)
-        new = formats.take(layer, how)
+        new = formats.take(layer, packing)
         loss = float((merged - exact).norm() / delta.norm()) if delta.any() else 0.0
     finally:
         original.put_back(layer)

@@ -29,7 +29,8 @@ class Mergeable(Adapted):
 
     #: Names of the parameters that a merge changes.
     adapted: ClassVar[tuple[str, ...]] = ("weight",)
-    #: Whether a state dict with the base alone may come, at a time when modules load their base (Lightning's ``setup``).
+    #: True during Lightning's ``setup``, where a module's own code may load its base weights once more. A state dict that has the base
+    #: alone then leaves a merged layer merged, and a trained adapter as it is.
     lora_base_again: bool = False
     weight: Any  # nn.Parameter; some quantized bases have a subclass of it
     disabled: bool
@@ -158,8 +159,8 @@ class Mergeable(Adapted):
             return "its adapter is disabled: merge outside of disabled_lora(model)"
         if any(p.is_meta for p in self._parameters.values() if p is not None):
             return "it is on the meta device and has no values: load the model's weights first"
-        how = formats.format_of(self)
-        if how is not None:
+        packing = formats.format_of(self)
+        if packing is not None:
             if is_sharded(self.weight):
                 return "its quantized weight is sharded: save the adapter and merge in a single process"
             if quantized not in ("dequantize", "requantize"):
@@ -167,7 +168,7 @@ class Mergeable(Adapted):
                     f"its weight is quantized, and how to merge into that is a choice (quantized={quantized!r}): quantized='dequantize'"
                     " makes it a 16-bit layer, exact to rounding; quantized='requantize' keeps it packed and rounds the update to its grid"
                 )
-            if quantized == "requantize" and not how.requantizes:
+            if quantized == "requantize" and not packing.requantizes:
                 return f"its weight, a {type(self.weight.data).__name__}, is not packed again here: pass quantized='dequantize'"
         elif not self.weight.is_floating_point():
             kind = f"the weight is quantized ({self.weight.dtype})"

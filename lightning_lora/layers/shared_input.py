@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.ops.frozen_weight import FrozenWeight
-from lightning_lora.ops.fused_linear import lora_linears, serves
+from lightning_lora.ops.fused_linear import lora_linears, one_operation_takes
 from lightning_lora.utils.autocast import autocast_dtype
 
 #: Smallest number of input entries for which sharing pays: one product with the A's and one gradient for x.
@@ -53,7 +53,7 @@ class SharedInputGroup:
         if x.numel() < FEW_ENTRIES and not torch.compiler.is_compiling() and not layer.dropout_now():
             return None
         index = -1
-        for k, other in enumerate(self.layers):
+        for k, other in enumerate(self.layers):  # no generator: each of its steps would be a Python call
             if other is layer:
                 index = k
         if index < 0:  # a copy of a layer, such as nn.DataParallel's replica, is not in the group
@@ -74,8 +74,8 @@ class SharedInputGroup:
     def _weights(self, x: Tensor) -> list[FrozenWeight] | None:
         """Return each layer's frozen weight; None if the layers cannot be one operation for x at the moment."""
         weights: list[FrozenWeight] = []
-        dropout = None
-        if not serves(x):
+        dropout: float | None = None
+        if not one_operation_takes(x):
             return None
         for layer in self.layers:
             if getattr(layer, "shared_input", None) is not self:  # its adapter was unloaded
@@ -84,7 +84,7 @@ class SharedInputGroup:
             if layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
                 return None
             weight, p = layer.frozen_weight(x), layer.dropout_now()
-            if weight is None or p != (p if dropout is None else dropout):
+            if weight is None or dropout not in (None, p):
                 return None
             weights.append(weight)
             dropout = p

@@ -40,26 +40,26 @@ def local_forward(layer: Any, x: Any) -> Tensor | None:
     for tensor in (weight, x, A, B):
         if not is_sharded(tensor) or tensor.device_mesh.ndim != 1:
             return None
-    (cut,), (mine,), (A_place,), (B_place,) = weight.placements, x.placements, A.placements, B.placements
-    colwise = cut.is_shard(0)
+    (of_W,), (of_x,), (of_A,), (of_B,) = weight.placements, x.placements, A.placements, B.placements
+    colwise = of_W.is_shard(0)
     if colwise:
-        alike = mine.is_replicate() and A_place.is_replicate() and B_place.is_shard(0)
-        alike = alike and (bias is None or (is_sharded(bias) and bias.placements[0].is_shard(0)))
+        fits = of_x.is_replicate() and of_A.is_replicate() and of_B.is_shard(0)
+        fits = fits and (bias is None or (is_sharded(bias) and bias.placements[0].is_shard(0)))
     else:  # the base adds the bias after the sum
-        alike = bias is None and cut.is_shard(1) and mine.is_shard(last) and A_place.is_shard(1) and B_place.is_replicate()
-    if not alike or weight.requires_grad or layer.dropout_now():  # only DTensor operations draw the same dropout mask on all ranks
+        fits = bias is None and of_W.is_shard(1) and of_x.is_shard(last) and of_A.is_shard(1) and of_B.is_replicate()
+    if not fits or weight.requires_grad or layer.dropout_now():  # only DTensor operations draw the same dropout mask on all ranks
         return None
     if x.dtype != weight.dtype and autocast_dtype(x) is None:
         return None
-    place = Shard(last)
-    piece, W = x.to_local(grad_placements=[Partial() if colwise else place]), weight.to_local()
-    factors, b = (_piece(A, A_place), _piece(B, B_place)), None if bias is None else bias.to_local()
-    if backends.usable(piece):
-        (y,) = lora_linears(piece, [W], [b], factors[:1], factors[1:], [layer.scaling])
+    by_columns = Shard(last)
+    local, W = x.to_local(grad_placements=[Partial() if colwise else by_columns]), weight.to_local()
+    factors, b = (_local_shard(A), _local_shard(B)), None if bias is None else bias.to_local()
+    if backends.worth_kernels(local):
+        (y,) = lora_linears(local, [W], [b], factors[:1], factors[1:], [layer.scaling])
     else:
-        rows = piece.reshape(-1, piece.shape[-1])  # two-dimensional, so that the update can be added in place
+        rows = local.reshape(-1, local.shape[-1])  # two-dimensional, so that the update can be added in place
         y = low_rank.lora_update(F.linear(rows, W, b), rows, *factors, layer.scaling, inplace=True)
-        y = y.view(*piece.shape[:-1], y.shape[-1])
+        y = y.view(*local.shape[:-1], y.shape[-1])
     if y.requires_grad and not torch.compiler.is_compiling():
         y.register_hook(_first_derivative)
     shape = torch.Size((*x.shape[:-1], weight.shape[0]))
@@ -67,19 +67,19 @@ def local_forward(layer: Any, x: Any) -> Tensor | None:
     for size in reversed(shape[1:]):
         strides.append(strides[-1] * size)
     return DTensor.from_local(
-        y, weight.device_mesh, [place if colwise else Partial()], run_check=False, shape=shape, stride=tuple(reversed(strides))
+        y, weight.device_mesh, [by_columns if colwise else Partial()], run_check=False, shape=shape, stride=tuple(reversed(strides))
     )
 
 
-def _piece(factor: Any, place: Any) -> Tensor:
+def _local_shard(factor: Any) -> Tensor:
     """Return the local shard of a factor. The gradient of a replicated factor is summed over the ranks."""
     from torch.distributed.tensor import Partial
 
-    if not place.is_replicate():
-        piece: Tensor = factor.to_local()
-        return piece
-    whole: Tensor = factor.redistribute(placements=factor.placements).to_local(grad_placements=[Partial()])
-    return whole
+    if not factor.placements[0].is_replicate():
+        shard: Tensor = factor.to_local()
+        return shard
+    replica: Tensor = factor.redistribute(placements=factor.placements).to_local(grad_placements=[Partial()])
+    return replica
 
 
 def _first_derivative(grad: Tensor) -> None:

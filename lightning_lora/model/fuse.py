@@ -18,7 +18,7 @@ from lightning_lora.layers.classes import strip_class
 from lightning_lora.layers.shared_input import SharedInputGroup
 from lightning_lora.ops import backends
 from lightning_lora.ops.frozen_weight import FrozenWeight
-from lightning_lora.ops.fused_linear import serves
+from lightning_lora.ops.fused_linear import one_operation_takes
 from lightning_lora.ops.gated_mlp import lora_gated_mlp
 from lightning_lora.utils.forward_source import calls_together, is_gated_mlp
 
@@ -91,14 +91,14 @@ class GatedMLP(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the fused operation if it applies, else the original class's forward."""
-        fused = self._fused_output(args[0]) if len(args) == 1 and not kwargs and backends.usable(args[0]) else None
+        fused = self._fused_output(args[0]) if len(args) == 1 and not kwargs and backends.worth_kernels(args[0]) else None
         return super().forward(*args, **kwargs) if fused is None else fused
 
     def _fused_output(self, x: Tensor) -> Tensor | None:
         """Return the output of the fused operation over all three projections; None if a precondition does not hold."""
         layers: list[Any] = [self.gate_proj, self.up_proj, self.down_proj]
         # The kernel's sums over the intermediate features are not deterministic.
-        if not serves(x) or not _is_silu(self.act_fn) or torch.are_deterministic_algorithms_enabled():
+        if not one_operation_takes(x) or not _is_silu(self.act_fn) or torch.are_deterministic_algorithms_enabled():
             return None
         weights: list[FrozenWeight] = []
         for layer in layers:

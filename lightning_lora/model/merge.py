@@ -44,6 +44,8 @@ def merge_lora(
         ValueError: an adapter holds NaN or infinity, a weight is quantized and ``quantized`` is None, or a weight is tied and
             ``untie`` is False, or it is sharded, or no file could hold the model untied. Nothing is merged then.
     """
+    if is_distributed():
+        reshard(model)  # what FSDP2 keeps gathered after a forward pass does not look sharded
     layers = [(name, layer) for name, layer in lora_layers(model) if not layer.merged]
     for name, layer in layers:
         reason = layer.merge_refusal(quantized)

@@ -45,21 +45,21 @@ def quantize_base(
             module, not a plain ``nn.Linear``, or of a size that does not fit the format. Nothing is quantized then.
         ImportError: the library is not installed; the message names the extra.
     """
-    form = quantizer_of(how)
-    form.check_installed()
+    quantizer = quantizer_of(how)
+    quantizer.check_installed()
     report = find_targets(model, LoRAConfig(rank=1, target_modules=targets, modules_to_save=modules_to_save))
     layers = {target.fqn: target.module for target in report.targets if format_of(target.module) is None}
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     for fqn, layer in layers.items():
-        reason = _refusal(layer, fqn, owners, form.unit)
+        reason = _refusal(layer, fqn, owners, quantizer.unit)
         if reason:
             raise ValueError(f"quantize={how!r}: {fqn!r} ({type(layer).__name__}) {reason}.")
     for layer in layers.values():  # all checks ran above, so no rollback copy is needed
         assert isinstance(layer, nn.Linear)
         remember(layer, sampled_digest(layer.weight))
-        form.pack(layer, torch.device(device) if device is not None else layer.weight.device)
+        quantizer.pack(layer, torch.device(device) if device is not None else layer.weight.device)
     return model
 
 

@@ -1,8 +1,8 @@
 """Choose between the two versions of the rank-r products that a layer calls.
 
 ``plain`` uses torch operations, for every device and dtype. ``triton_low_rank``, ``triton_gated_mlp`` and ``triton_weight_norm`` are
-Triton kernels for NVIDIA GPUs, with few passes over the big tensors. They are imported only if :func:`usable` or :func:`run` returns
-True. Each version is tested against float64.
+Triton kernels for NVIDIA GPUs, with few passes over the big tensors. They are imported only where a GPU :func:`has_kernels`. Each version
+is tested against float64.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def look_at(device: torch.device) -> None:
         logger.warning("%s goes without the Triton kernels: %s.", device, reason)
 
 
-def usable(x: Tensor) -> bool:
+def worth_kernels(x: Tensor) -> bool:
     """True if the Triton kernels apply to tensors like x (..., features): they run on its device, and it has enough rows.
 
     Under autocast, x may still have the dtype that it will be cast from.
@@ -78,9 +78,9 @@ def usable(x: Tensor) -> bool:
     if not x.is_cuda:
         return False
     few = FEW_ENTRIES_COMPILED if torch.compiler.is_compiling() and not _recording else FEW_ROWS * x.shape[-1]
-    return x.numel() >= few and run(x)
+    return x.numel() >= few and has_kernels(x)
 
 
-def run(x: Tensor) -> bool:
+def has_kernels(x: Tensor) -> bool:
     """True if the Triton kernels run on x, however small it is: in half precision, on a GPU of the Ampere generation or later."""
     return x.is_cuda and (autocast_dtype(x) or x.dtype) in (torch.bfloat16, torch.float16) and _RUNS.get(x.device.index, False)

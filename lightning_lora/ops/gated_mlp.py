@@ -35,7 +35,7 @@ def lora_gated_mlp(
     """Return ``down(silu(gate(x))·up(x))`` with adapted projections. With dropout, gate and up drop the same entries of x.
 
     Args:
-        x: (..., in), half precision; :func:`lightning_lora.ops.backends.usable` must hold for it.
+        x: (..., in), half precision; :func:`lightning_lora.ops.backends.worth_kernels` must hold for it.
         weights: frozen weights of gate (wide, in), up (wide, in) and down (out, wide), floating-point or quantized.
         A_list: three factors (r_k, in), for down (r_k, wide).
         B_list: three factors (wide, r_k), for down (out, r_k).

@@ -27,7 +27,7 @@ def squared_norms(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     Returns:
         (out,) over all groups.
     """
-    if _served(W):
+    if _kernel_takes(W):
         return dispatch(_squares, W, A, B, scale)[0].sum(0, dtype=B.dtype)
     own = torch.linalg.vector_norm(W, dim=-1, dtype=B.dtype).square().flatten()
     cross = (A.to(W.dtype) @ W.mT).mT.to(B.dtype) * (2 * scale)  # (…, out, r); this order of the product is faster
@@ -63,9 +63,9 @@ def _exact_shapes(square: Tensor, largest: Tensor, W: Tensor, A: Tensor, B: Tens
     return [torch.empty_like(square)]
 
 
-def _served(W: Tensor) -> bool:
+def _kernel_takes(W: Tensor) -> bool:
     plain = torch.compiler.is_compiling() or not transforms_active()
-    return plain and W.ndim == 2 and not is_sharded(W) and W.stride(1) == 1 and backends.run(W)
+    return plain and W.ndim == 2 and not is_sharded(W) and W.stride(1) == 1 and backends.has_kernels(W)
 
 
 def _squares(W: Tensor, A: Tensor, B: Tensor, scale: float) -> list[Tensor]:

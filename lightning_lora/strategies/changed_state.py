@@ -39,6 +39,10 @@ _STATES: weakref.WeakKeyDictionary[nn.Module, ChangedState] = weakref.WeakKeyDic
 class ChangedState:
     """Tracks which parameters of a module a checkpoint has to hold, as long as the module has its adapters.
 
+    A frozen parameter that a fingerprint covers moves from left to right only (``_moved``: those that changed since training began)::
+
+        _pending (on the meta device)  ── settle ──▶  _reference (has a digest)  ── note: trains, or bits differ ──▶  also _saved
+
     Attributes:
         wrapped: returns the module as its strategy wrapped it. Under FSDP1 parameters can only be read through the wrapper.
         roots: name of each adapted submodule → the sampled digests of its base (:func:`fingerprint.base_digests`).
@@ -53,7 +57,7 @@ class ChangedState:
         self._pending: set[str] = set()  # frozen and covered, but on the meta device then
         self._saved: set[str] = set()  # what trained or changed at any time
         self._moved: set[str] = set()  # what changed since training began; only keys of the reference
-        self._small: set[str] = set()
+        self._small: set[str] = set()  # what is copied, so that it can be reset
         self._copies: dict[str, Tensor] = {}
         self._started = False
 

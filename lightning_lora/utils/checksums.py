@@ -1,4 +1,16 @@
-"""Checksums of tensors: a full one that changes with any bit, and a cheap sampled one that identifies a base model."""
+"""Checksums of tensors: a full one that changes with any bit, and a cheap sampled one that identifies a base model.
+
+What is built on them, and where:
+
+=========================================  ==============================================================================
+:func:`checksum`                           all bits of a tensor: "did this change at all?"
+:func:`sampled_digest`                     some entries, rounded: "is this the same base model?"
+``quantization.formats.weight_digest``     the sampled digest of a layer's weight as it was before it was quantized
+``layers.mergeable.base_weight_digest``    the sampled digest of a merged layer's weight as it was before the merge
+``layers.mergeable.kept_base``             the checksum of a merged layer's weight before the merge, or that weight
+``strategies.digests.digest``              the checksum of a parameter in training, whatever is merged into it
+=========================================  ==============================================================================
+"""
 
 from __future__ import annotations
 

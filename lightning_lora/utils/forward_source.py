@@ -9,6 +9,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,15 +35,20 @@ _TOGETHER: dict[type[nn.Module], list[list[str]]] = {}
 
 
 def _families(tree: ast.Module) -> Iterator[list[str]]:
-    calls = [call for call in map(_child_call, ast.walk(tree)) if call is not None]
+    if not tree.body or not isinstance(tree.body[0], ast.FunctionDef):
+        return
+    arguments = tree.body[0].args
+    me = next((argument.arg for argument in (*arguments.posonlyargs, *arguments.args)), "")
+    child_call = partial(_child_call, me)
+    calls = [call for call in map(child_call, ast.walk(tree)) if call is not None]
     once = {name for name, _ in calls if [other for other, _ in calls].count(name) == 1}
-    for body in _blocks(tree.body[0]) if tree.body else ():
+    for body in _blocks(tree.body[0]):
         families: dict[str, list[str]] = {}  # variable → children called on it so far
         for statement in body:
             parts = list(ast.walk(statement))
             # A statement with inner blocks, or with an expression that decides what runs, may skip its calls.
             if isinstance(statement, _SIMPLE) and not any(isinstance(part, _DECIDING) for part in parts):
-                for name, argument in filter(None, map(_child_call, parts)):
+                for name, argument in filter(None, map(child_call, parts)):
                     if name in once:
                         families.setdefault(argument, []).append(name)
             for part in parts:
@@ -65,10 +71,10 @@ _SIMPLE = (ast.Assign, ast.AnnAssign, ast.Return, ast.Expr)
 _DECIDING = (ast.IfExp, ast.BoolOp, ast.comprehension, ast.Lambda)
 
 
-def _child_call(node: ast.AST) -> tuple[str, str] | None:
-    """Return ``("q_proj", "x")`` for ``self.q_proj(x)``, None for anything else."""
+def _child_call(me: str, node: ast.AST) -> tuple[str, str] | None:
+    """Return ``("q_proj", "x")`` for ``self.q_proj(x)`` if ``me`` is "self", None for anything else."""
     match node:
-        case ast.Call(ast.Attribute(ast.Name("self"), name), [ast.Name(argument)], []):
+        case ast.Call(ast.Attribute(ast.Name(owner), name), [ast.Name(argument)], []) if owner == me:
             return name, argument
     return None
 

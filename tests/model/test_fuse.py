@@ -133,7 +133,7 @@ def test_undone_below_a_class_that_was_put_on_top(monkeypatch):
     """As FSDP2 does; once unloaded the module is plain, and fused again when adapters come again."""
     model = nn.Sequential(mlp())
     model[0].__class__ = type("FSDPMLP", (type(model[0]),), {"wrapped": True})
-    monkeypatch.setattr(backends, "usable", lambda x: True)
+    monkeypatch.setattr(backends, "worth_kernels", lambda x: True)
     unload_lora(model)
     assert type(model[0]).__name__ == "FSDPMLP" and model[0].wrapped and isinstance(model[0], MLP)
     assert not isinstance(model[0], GatedMLP) and "lora_groups" not in model[0].__dict__
@@ -146,7 +146,7 @@ def test_one_projection_without_its_adapter_is_computed_as_written(monkeypatch):
     model = mlp()
     expected = model(torch.ones(2, 16))
     unload_lora(model.up_proj)
-    monkeypatch.setattr(backends, "usable", lambda x: True)
+    monkeypatch.setattr(backends, "worth_kernels", lambda x: True)
     assert model(torch.ones(2, 16)).shape == expected.shape
 
 
@@ -218,7 +218,7 @@ def test_steps_aside_by_rule(case, quantize, monkeypatch):
     expected = model(x)
     if case == "own output":
         assert not torch.allclose(expected, mlp()(x))
-    monkeypatch.setattr(backends, "usable", lambda x: True)
+    monkeypatch.setattr(backends, "worth_kernels", lambda x: True)
     taken = []
     run_fused = fuse_module.lora_gated_mlp
     monkeypatch.setattr(fuse_module, "lora_gated_mlp", lambda *args: taken.append(1) or run_fused(*args))
@@ -229,7 +229,7 @@ def test_steps_aside_by_rule(case, quantize, monkeypatch):
 
 
 def test_deterministic_algorithms_are_respected(monkeypatch):
-    monkeypatch.setattr(backends, "usable", lambda x: True)
+    monkeypatch.setattr(backends, "worth_kernels", lambda x: True)
     monkeypatch.setattr("lightning_lora.ops.fused_linear._backend", lambda fast: plain)
     monkeypatch.setattr("lightning_lora.model.fuse.lora_gated_mlp", lambda *args: pytest.fail("its sums are not deterministic"))
     torch.use_deterministic_algorithms(True)
@@ -276,7 +276,7 @@ def test_a_model_with_scales_is_as_its_layers_one_by_one(monkeypatch):
     expected = run(alone)
     taken, operation = [], GatedMLP.forward.__globals__["lora_gated_mlp"]
     monkeypatch.setattr("lightning_lora.model.fuse.lora_gated_mlp", lambda *args: taken.append(len(args[-1])) or operation(*args))
-    monkeypatch.setattr(backends, "usable", lambda x: True)
+    monkeypatch.setattr(backends, "worth_kernels", lambda x: True)
     assert_close(run(model), expected, rtol=1e-3, atol=1e-5)
     assert taken == [3, 3]
 
@@ -289,7 +289,7 @@ def test_a_model_with_scales_is_as_its_layers_one_by_one(monkeypatch):
 def test_compiled_blocks_are_one_graph_with_the_fused_operations(quantize, checkpointed, variant, monkeypatch):
     """With kernels that serve (here under the interpreter): siblings, the output projection and the gated MLP, in every block."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(backends, "usable", lambda x: True)
+    monkeypatch.setattr(backends, "worth_kernels", lambda x: True)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = adapted("llama", quantize, variant=variant).train()

@@ -9,7 +9,7 @@ from lightning_lora.ops import backends
 
 
 def gpu_tensor(rows=2048, features=4096, dtype=torch.bfloat16, index=0):
-    """What `usable` asks a tensor on a GPU."""
+    """What `worth_kernels` asks a tensor on a GPU."""
     answers = {"numel": lambda: rows * features, "is_floating_point": lambda: True}
     return SimpleNamespace(is_cuda=True, dtype=dtype, shape=(rows, features), device=torch.device("cuda", index), **answers)
 
@@ -21,7 +21,7 @@ def device(monkeypatch):
 
 def test_a_cpu_has_none():
     backends.look_at(torch.device("cpu"))
-    assert not backends.usable(torch.ones(4096, 64, dtype=torch.bfloat16))
+    assert not backends.worth_kernels(torch.ones(4096, 64, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize(
@@ -37,15 +37,15 @@ def test_a_cpu_has_none():
     ],
 )
 def test_half_precision_and_enough_rows(device, options, expected):
-    assert backends.usable(gpu_tensor(**options)) is expected
+    assert backends.worth_kernels(gpu_tensor(**options)) is expected
 
 
 def test_autocast_decides_the_dtype(device):
     with torch.autocast("cuda", torch.bfloat16, enabled=False):
-        assert not backends.usable(gpu_tensor(dtype=torch.float32))
+        assert not backends.worth_kernels(gpu_tensor(dtype=torch.float32))
     torch.set_autocast_enabled("cuda", True)
     try:
-        assert backends.usable(gpu_tensor(dtype=torch.float32))
+        assert backends.worth_kernels(gpu_tensor(dtype=torch.float32))
     finally:
         torch.set_autocast_enabled("cuda", False)
 
@@ -67,8 +67,8 @@ def test_a_device_is_looked_at_once_and_what_is_missing_is_said(monkeypatch, cap
 
 def test_a_compiler_keeps_small_inputs(device, monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not backends.usable(gpu_tensor(rows=2048))
-    assert backends.usable(gpu_tensor(rows=8192))
+    assert not backends.worth_kernels(gpu_tensor(rows=2048))
+    assert backends.worth_kernels(gpu_tensor(rows=8192))
     with backends.recording():  # a recorded graph launches every kernel alike
-        assert backends.usable(gpu_tensor(rows=2048)) and not backends.usable(gpu_tensor(rows=512))
-    assert not backends.usable(gpu_tensor(rows=2048))
+        assert backends.worth_kernels(gpu_tensor(rows=2048)) and not backends.worth_kernels(gpu_tensor(rows=512))
+    assert not backends.worth_kernels(gpu_tensor(rows=2048))

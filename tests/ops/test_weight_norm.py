@@ -22,7 +22,7 @@ def dense(W, A, B, scale):
 def test_equals_the_dense_product(start, served, monkeypatch):
     if served:
         pytest.importorskip("triton")
-        monkeypatch.setattr(weight_norm, "_served", lambda W: True)
+        monkeypatch.setattr(weight_norm, "_kernel_takes", lambda W: True)
     W, A, B = operands()
     B *= not start
     found = squared_norms(W, A, B, 1.5)
@@ -53,12 +53,12 @@ def test_an_update_that_takes_the_weight_away(left, compiled, groups):
 
 
 def test_a_cpu_has_no_kernel_for_it():
-    assert not weight_norm._served(torch.ones(4, 4, dtype=torch.bfloat16))
+    assert not weight_norm._kernel_takes(torch.ones(4, 4, dtype=torch.bfloat16))
 
 
 def test_compiled_it_is_one_operation(monkeypatch):
     pytest.importorskip("triton")
-    monkeypatch.setattr(weight_norm, "_served", lambda W: True)
+    monkeypatch.setattr(weight_norm, "_kernel_takes", lambda W: True)
     torch._dynamo.reset()
     operations = []
 

@@ -15,6 +15,15 @@ class Forms(nn.Module):
         k = self.b(x).tanh()
         return q + self.c(x) * k
 
+    def another_name_for_self(module, x):
+        return module.a(x) + module.b(x)
+
+    def by_position(self, x, /):
+        return self.a(x) + self.b(x)
+
+    def of_another_object(self, other, x):
+        return other.a(x) + other.b(x) + self.c(x)
+
     def other_variable(self, x, y):
         return self.a(x) + self.b(y)
 
@@ -47,6 +56,9 @@ class Forms(nn.Module):
 
 TOGETHER = {
     "straight": [["a", "b", "c"]],
+    "another_name_for_self": [["a", "b"]],
+    "by_position": [["a", "b"]],
+    "of_another_object": [],
     "other_variable": [],
     "assigned_in_between": [],
     "in_a_branch": [["a", "c"]],

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRAConfig, apply_lora, merge_lora, shrink_adalora, unmerge_lora
+from lightning_lora import LoRAConfig, apply_lora, merge_lora, quantize_base, shrink_adalora, unmerge_lora
 from lightning_lora.utils.parameters import make_parameter
 from tests.conftest import fill
 
@@ -51,6 +51,17 @@ def test_a_tied_weight_that_was_merged_in_inference_mode_trains():
     with torch.inference_mode():
         unmerge_lora(model)
     assert model.head.weight is model.embed.weight and trains(model)
+
+
+@pytest.mark.parametrize("how", ["nf4", "int8"])
+def test_a_packed_weight_that_was_merged_in_inference_mode_passes_gradients_on(how):
+    model = quantize_base(nn.Sequential(nn.Linear(64, 64)), how)
+    fill(apply_lora(model, LoRAConfig(rank=2, target_modules=["0"])))
+    with torch.inference_mode():
+        merge_lora(model, quantized="dequantize")
+    x = torch.randn(4, 64, requires_grad=True)
+    model(x).sum().backward()
+    assert x.grad.any()
 
 
 def test_an_adapter_that_shrank_in_inference_mode_trains():
