@@ -124,6 +124,7 @@ class Both(LoRACallback, pytorch_lightning.Callback):
 
 
 def test_pls_cli_takes_a_class_of_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of what Lightning's own CLI calls
     monkeypatch.setattr(sys, "argv", ["fit.py"])  # Lightning warns of options in both
     options = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "default_root_dir": str(tmp_path), "enable_checkpointing": False}
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
