@@ -17,6 +17,7 @@ from types import NoneType
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -29,8 +30,10 @@ from lightning_lora.utils.atomic_files import write_atomic
 from lightning_lora.utils.folder_commit import commit, read_undisturbed
 from lightning_lora.utils.folders import standing
 from lightning_lora.utils.read_checkpoint import read_checkpoint
+from lightning_lora.utils.regular_files import read_regular
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+LONGEST = 2**24  # bytes of JSON; 100,000 layers that are named one by one take half of it
 
 
 @dataclass(frozen=True)
@@ -154,13 +157,17 @@ def _read_checkpoint(file: Path) -> AdapterFile:
     rest = {name: value for name, value in tensors.items() if not name.startswith(prefix)}
     extra = {name: value for name, value in own.items() if not isinstance(value, Tensor)}
     own = {name: tensor for name, tensor in own.items() if name not in extra}
+    odd = [name for name, tensor in own.items() if tensor.is_meta or (tensor.layout != torch.strided and prefix + name not in beside)]
+    if odd:
+        how = "the meta device" if own[odd[0]].is_meta else str(own[odd[0]].layout)
+        raise ValueError(f"{file}: {odd[0]!r} has no plain values ({how}): it was not written under LoRACallback, or is damaged.")
     beside = frozenset(name.removeprefix(prefix) for name in beside if name.startswith(prefix))
     return AdapterFile(config, own, base, beside, extra_state=extra, outside=rest)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        text = file.read_text()
+        text = read_regular(file, LONGEST).decode()
     except FileNotFoundError as error:
         raise ValueError(f"{file} is missing.") from error
     except (OSError, UnicodeDecodeError) as error:

@@ -48,7 +48,7 @@ def check_fields(fields: dict[str, Any], meta: dict[str, Any], config: LoRAConfi
     other, variant = peft_format.variant_of(fields), peft_format.variant_of(peft_format.variant_fields(config))
     if other != variant:
         names = [name for one in (variant, other) for name in peft_format.variant_fields(replace(config, variant=one))]
-        name = next(name for name in names if fields.get(name) != saved.get(name))
+        name = next((name for name in names if fields.get(name) != saved.get(name)), names[0])
         raise ValueError(
             f"{where} says {name}={fields.get(name)!r} and so is of a {other!r} adapter, the tensors were saved with {variant!r}:"
             " files of two different saves."

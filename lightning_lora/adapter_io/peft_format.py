@@ -159,7 +159,7 @@ def from_peft(fields: dict[str, Any], where: str, tensor_names: Iterable[str]) -
     exclude = [rf"(?:{exclude})"] if isinstance(exclude, str) else [*exclude]
     exclude += [rf"(?:.*\.)?{re.escape(name)}(?:\..*)?" for name in saved]
     targets, layers = _layers(targets, fields.get("layers_to_transform"), fields.get("layers_pattern"))
-    return LoRAConfig(
+    said: dict[str, Any] = dict(
         rank=fields.get("r", 8),
         alpha=fields.get("lora_alpha", 8),
         dropout=fields.get("lora_dropout", 0.0),
@@ -176,6 +176,10 @@ def from_peft(fields: dict[str, Any], where: str, tensor_names: Iterable[str]) -
         variant_options=fields.get("variant_options", {}),
         allow_unmatched=True,  # PEFT's patterns may match nothing; loading checks the tensors' names instead
     )
+    try:
+        return LoRAConfig(**said)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def variant_of(fields: dict[str, Any]) -> str:

@@ -43,8 +43,10 @@ def load_by_name(optimizer: Optimizer, model: nn.Module, saved: dict[str, Any]) 
     """Load what :func:`state_by_name` returned, regardless of the parameters' order and sharding here.
 
     Raises:
-        ValueError: the optimizer has other groups or other parameters; nothing is loaded then.
+        ValueError: the optimizer has other groups or other parameters, or this is no optimizer's state; nothing is loaded then.
     """
+    if not _is_state(saved):
+        raise ValueError("the checkpoint's optimizer_states are not what optimizers save: it was changed by hand, or is damaged.")
     names = _names(optimizer, model)
     numbers = {name: index for index, name in names.items()}
     here, there = optimizer.state_dict()["param_groups"], saved["param_groups"]
@@ -69,7 +71,9 @@ def load_by_name(optimizer: Optimizer, model: nn.Module, saved: dict[str, Any]) 
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[Any, Any] = {}
     for name, slots in saved["state"].items():
-        if name not in numbers:
+        if name not in numbers or not isinstance(slots, dict):
+            if name in numbers:
+                raise ValueError(f"the checkpoint's optimizer state of {name!r} is a {type(slots).__name__}, not a mapping.")
             state[name] = slots
             continue
         like = parameters[numbers[name]]
@@ -77,6 +81,14 @@ def load_by_name(optimizer: Optimizer, model: nn.Module, saved: dict[str, Any]) 
         moments = {slot: value for slot, value in slots.items() if isinstance(value, Tensor) and value.shape == like.shape}
         state[numbers[name]] = slots | {slot: distribute_like(value, like) for slot, value in moments.items()}
     optimizer.load_state_dict({**saved, "state": state, "param_groups": groups})
+
+
+def _is_state(saved: Any) -> bool:
+    groups = saved.get("param_groups") if isinstance(saved, dict) and isinstance(saved.get("state"), dict) else None
+    return isinstance(groups, list) and all(
+        isinstance(group, dict) and isinstance(names := group.get("params"), list) and all(isinstance(name, str) for name in names)
+        for group in groups
+    )
 
 
 def check_named(optimizer: Optimizer, model: nn.Module) -> None:

@@ -53,7 +53,7 @@ def parts_in(meta: dict[str, Any], parts: Mapping[str, AdaptedPart], where: str)
     """
     for part in (meta, *meta.get("others", ())):
         understood(part, where)
-    found = {part["root"]: part for part in (meta, *meta.get("others", ()))}
+    found = {part.get("root", ""): part for part in (meta, *meta.get("others", ()))}
     if len(found) == len(parts) == 1:
         return dict(zip(parts, found.values(), strict=True))
     if found.keys() != parts.keys():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -76,6 +77,9 @@ def check_fits(saved: Mapping[str, Any], shapes: Mapping[str, torch.Size], place
             raise ValueError(f"{name} has shape {tuple(value.shape)} in the checkpoint, {tuple(shapes[name])} here.")
         if place is None:
             continue
+        if value.layout != place.layout or value.is_meta:
+            how = "on the meta device, without values" if value.is_meta else f"stored as {value.layout}"
+            raise ValueError(f"{name} is {how} in the checkpoint, {place.layout} here.")
         mine, theirs = kind_of_numbers(place.dtype), kind_of_numbers(value.dtype)
         if mine != theirs:
             raise ValueError(f"{name} has {theirs} numbers ({value.dtype}) in the checkpoint, {mine} ones ({place.dtype}) here.")
@@ -83,6 +87,17 @@ def check_fits(saved: Mapping[str, Any], shapes: Mapping[str, torch.Size], place
         if other != name and not _same(value, saved[other]):
             first, second = sorted((name, other))
             raise ValueError(f"{first} and {second} are one parameter here, and the checkpoint has two values for it.")
+
+
+@contextmanager
+def naming(path: object) -> Iterator[None]:
+    """Within it, a ValueError that does not name the checkpoint gets its path."""
+    try:
+        yield
+    except ValueError as error:
+        if path is None or str(path) in str(error):
+            raise
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

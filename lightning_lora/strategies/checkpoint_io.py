@@ -175,7 +175,11 @@ def read_folder(path: Path, weights_only: bool | None = None) -> dict[str, Any]:
     parts = ("state_dict", "optimizer_states")
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} was not written under LoRACallback: {REST} holds a {type(checkpoint).__name__}.")
-    return {name: _put_tensors(value, name, tensors) if name in parts else value for name, value in checkpoint.items()}
+    used = set[str]()
+    content = {name: _put_tensors(value, name, tensors, used) if name in parts else value for name, value in checkpoint.items()}
+    if unused := sorted(tensors.keys() - used):
+        raise ValueError(f"{path}: {REST} has no place for {len(unused)} tensors of the shards, such as {unused[0]!r}: it is damaged.")
+    return content
 
 
 def _extract_tensors(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
@@ -190,12 +194,13 @@ def _extract_tensors(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
     return value
 
 
-def _put_tensors(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
-    """Undo :func:`_extract_tensors`: return a copy with the tensors in their places."""
-    if key in tensors:
+def _put_tensors(value: Any, key: str, tensors: dict[str, Tensor], used: set[str]) -> Any:
+    """Undo :func:`_extract_tensors`: return a copy with the tensors in their places, and note which are used."""
+    if key in tensors and value is None:
+        used.add(key)
         return tensors[key]
     if isinstance(value, dict):
-        return {name: _put_tensors(item, f"{key}/{name}", tensors) for name, item in value.items()}
+        return {name: _put_tensors(item, f"{key}/{name}", tensors, used) for name, item in value.items()}
     if isinstance(value, list):
-        return [_put_tensors(item, f"{key}/{index}", tensors) for index, item in enumerate(value)]
+        return [_put_tensors(item, f"{key}/{index}", tensors, used) for index, item in enumerate(value)]
     return value

@@ -9,6 +9,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from lightning.pytorch.loops.loop import _Loop
+from lightning.pytorch.loops.progress import _BaseProgress
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
@@ -74,3 +76,10 @@ def cli_value(cli: Any, key: str) -> Any:
 def loader_states_not_loaded(trainer: Any) -> bool:
     """Return True if the checkpoint's positions of training loaders were not loaded. Without it a run that resumes raises."""
     return bool(trainer.fit_loop._combined_loader_states_to_load)
+
+
+def progress_of(loop: Any) -> dict[str, dict[str, Any]]:
+    """Return the counts of a loop and of those in it, by their names in a checkpoint. If its names go, resuming raises."""
+    mine = {name: value.state_dict() for name, value in vars(loop).items() if isinstance(value, _BaseProgress)}
+    inner = {name: value for name, value in vars(loop).items() if isinstance(value, _Loop)}
+    return mine | {f"{name}.{key}": value for name, each in inner.items() for key, value in progress_of(each).items()}

@@ -40,15 +40,15 @@ def library(cls: type) -> str:
 
 
 def check_namespace(trainer: Trainer, callbacks: list[Callback]) -> None:
-    """Refuse combinations that Lightning accepts silently, but that do not work as they seem to.
+    """Refuse mixes of the two packages that Lightning itself accepts.
 
     Args:
         trainer: a Trainer of either package.
         callbacks: the trainer's.
 
     Raises:
-        ValueError: the Trainer is of a ``pytorch_lightning`` whose minor version is not ``lightning``'s, which the callbacks are tested
-            with; or a checkpoint callback is of the other package, so that the Trainer does not know it as one.
+        ValueError: the Trainer is ``pytorch_lightning``'s, and its minor version is not ``lightning``'s, with which the callbacks are
+            tested; or a checkpoint callback is of the other package, so the Trainer does not know it as one.
     """
     mine = twin(Checkpoint, trainer)
     if mine is not Checkpoint:

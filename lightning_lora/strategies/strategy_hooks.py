@@ -34,10 +34,11 @@ from lightning_lora.optim.state import check_named, load_by_name, state_by_name
 from lightning_lora.strategies import module_state
 from lightning_lora.strategies.adapted_part import AdaptedPart, meta_of
 from lightning_lora.strategies.changed_state import ChangedState
-from lightning_lora.strategies.checkpoint_checks import check_fits, check_parts, check_values
+from lightning_lora.strategies.checkpoint_checks import check_fits, check_parts, check_values, naming
 from lightning_lora.strategies.checkpoint_io import DurableCheckpointIO, found, read, write_folder
 from lightning_lora.strategies.equal_ranks import synchronize
 from lightning_lora.strategies.finite import check_finite
+from lightning_lora.strategies.lightning_fields import check_fields
 from lightning_lora.strategies.lightning_private import saves_shards
 from lightning_lora.strategies.namespaces import twin, twins
 from lightning_lora.utils.names import clean_name, persistent_buffers
@@ -210,6 +211,7 @@ class StrategyHooks:
         path = found(self.strategy.broadcast(path))
         checkpoint = read(self.strategy.checkpoint_io, path, weights_only)
         metas = check_parts(checkpoint, self.parts, path)
+        check_fields(checkpoint, self.module.trainer, path)
         if not any(part.allow_nonfinite for part in self.parts.values()):
             check_values(checkpoint, path)
         names = self._covered(checkpoint["state_dict"])
@@ -235,7 +237,8 @@ class StrategyHooks:
         saved = checkpoint["state_dict"]
         by_user = not isinstance(self.strategy, twins(FSDPStrategy)) and module_state.state_of_user(self.module) is not None
         if not by_user:
-            self._check(saved, strict)
+            with naming(self.module.trainer.ckpt_path):
+                self._check(saved, strict)
         unmerge_lora(self.module)
         reset, theirs = self.state.reset(self._covered(saved)), module_state.state_of_user(self.module) if by_user else None
         if theirs is not None:
@@ -274,9 +277,11 @@ class StrategyHooks:
 
     def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
         """Load optimizer states by parameter name."""
+        with naming(self.module.trainer.ckpt_path):
+            self._load_optimizers(checkpoint)
+
+    def _load_optimizers(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint["optimizer_states"]
-        if not isinstance(saved, list) or not all(isinstance(each, dict) and {"state", "param_groups"} <= each.keys() for each in saved):
-            raise ValueError("the checkpoint's optimizer_states are not what optimizers save: it was changed by hand, or is damaged.")
         if len(saved) != len(self.strategy.optimizers):
             raise ValueError(f"the checkpoint has {len(saved)} optimizers, but configure_optimizers made {len(self.strategy.optimizers)}.")
         for optimizer, state in zip(self.strategy.optimizers, saved, strict=True):

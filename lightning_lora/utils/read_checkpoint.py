@@ -10,12 +10,16 @@ import pickle
 import re
 import struct
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from lightning_lora.utils.regular_files import open_regular
+from lightning_lora.utils.stored_size import check_records, check_tensors
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(::|://)")
 _LOCAL = {"file", "local"}
@@ -24,7 +28,7 @@ _STORAGES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "hdfs", "me
 #: What torch raises for a file that is cut short, damaged or of another kind.
 UNREADABLE = (
     *(pickle.UnpicklingError, RuntimeError, EOFError, OSError, LookupError, TypeError, AttributeError, ValueError),
-    *(AssertionError, ArithmeticError, struct.error),
+    *(AssertionError, ArithmeticError, struct.error, zipfile.BadZipFile),
 )
 
 
@@ -59,14 +63,19 @@ def read_checkpoint(path: str | Path, weights_only: bool | None = None) -> Any:
         weights_only: False lets the file run code; None and True do not.
 
     Raises:
-        ValueError: the path is a URL or no file, or the file is damaged or holds more than tensors and plain values.
+        ValueError: the path is a URL or no file, or the file is damaged, holds more than tensors and plain values, or would take more
+            memory than it has bytes.
     """
     text, weights_only = located(path, weights_only)
     if not Path(text).is_file():
         raise ValueError(f"{text}: there is no such checkpoint{' file' if Path(text).exists() else ''}.")
     with readable(text), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Detected pickle protocol")  # the file is read whole, or refused
-        return torch.load(text, map_location="cpu", weights_only=weights_only)
+        with open_regular(Path(text)) as file:
+            check_records(file)
+        content = torch.load(text, map_location="cpu", weights_only=weights_only)
+        check_tensors(content, Path(text).stat().st_size)
+    return content
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import pickletools
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ import torch
 from torch import Tensor
 
 from lightning_lora.utils.read_checkpoint import readable
+from lightning_lora.utils.regular_files import open_regular, read_regular
+from lightning_lora.utils.stored_size import check_records, check_tensors
 
 INDEX = ".metadata"
+LARGEST = 2**28  # bytes that an index has at most: about 200 for each shard of each tensor
 _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
 
@@ -65,10 +69,23 @@ def read_shards(folder: Path) -> dict[str, Tensor]:
         ValueError: the index or a shard is missing, damaged, or holds something else than DCP writes.
     """
     with readable(folder):
-        index: Any = _IndexUnpickler(io.BytesIO((folder / INDEX).read_bytes())).load()
+        data = read_regular(folder / INDEX, LARGEST)
+        _check_numbers(data)
+        index: Any = _IndexUnpickler(io.BytesIO(data)).load()
         stored: Any = {(key.fields["fqn"], key.fields["offset"]): info.fields for key, info in index.fields["storage_data"].items()}
         known = {name: meta.fields for name, meta in index.fields["state_dict_metadata"].items() if isinstance(meta, _TENSOR)}
+        whole = sum(math.prod(meta["size"]) * meta["properties"].fields[0].itemsize for meta in known.values())
+        size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+        if whole > size:  # before memory is taken for it
+            raise ValueError(f"its tensors have {whole:,} bytes, its files {size:,}")
         return {name: _tensor(folder, name, meta, stored) for name, meta in known.items()}
+
+
+def _check_numbers(data: bytes) -> None:
+    """Check the numbers by which a pickle refers to its own objects: Python makes a table as long as the largest."""
+    for opcode, number, _ in pickletools.genops(data):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= number < len(data):
+            raise ValueError(f"its index has {len(data):,} bytes, and an object of the number {number:,}")
 
 
 def _tensor(folder: Path, name: str, meta: dict[str, Any], stored: dict[Any, dict[str, Any]]) -> Tensor:
@@ -93,9 +110,15 @@ def _chunk(folder: Path, info: dict[str, Any]) -> Tensor:
     file = info["relative_path"]
     if Path(file).name != file:
         raise ValueError(f"its index names the shard {file!r}, which is not in the folder")
-    with (folder / file).open("rb") as stream:
-        stream.seek(info["offset"])
-        part = torch.load(io.BytesIO(stream.read(info["length"])), map_location="cpu", weights_only=True)
+    start, length = info["offset"], info["length"]
+    with open_regular(folder / file) as stream:
+        if not 0 <= start <= start + length <= stream.seek(0, 2):
+            raise ValueError(f"the shard {file!r} ends before byte {start + length:,}")
+        stream.seek(start)
+        content = io.BytesIO(stream.read(length))
+    check_records(content)
+    part = torch.load(content, map_location="cpu", weights_only=True)
+    check_tensors(part, length)
     if not isinstance(part, Tensor):
         raise ValueError(f"the shard {file!r} holds a {type(part).__name__}, not a tensor")
     return part

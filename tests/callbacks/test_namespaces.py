@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +13,9 @@ import lightning as L
 import pytest
 import pytorch_lightning
 import torch
+from pytorch_lightning.cli import LightningCLI
 
-from lightning_lora import AdaLoRACallback, DurableCheckpointIO, LoRACallback, LoRAConfig
+from lightning_lora import AdaLoRACallback, DurableCheckpointIO, LoRACallback, LoRAConfig, LoRALinear
 from lightning_lora.callbacks.interruption import NAME, Interruption
 from lightning_lora.callbacks.refusals import check_mergeable, recordable
 from lightning_lora.layers import lora_layers
@@ -115,6 +117,23 @@ def test_the_durable_io_is_a_plugin(P: Any, tmp_path: Path) -> None:
     own = P.plugins.io.AsyncCheckpointIO(DurableCheckpointIO())
     trainer(P, tmp_path, LoRACallback(CONFIG), saver(P, tmp_path), plugins=[own], max_epochs=1).fit(lit(P))
     assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["epoch=0-step=4.ckpt", "last.ckpt"]
+
+
+class Both(LoRACallback, pytorch_lightning.Callback):
+    """What README names for pl's LightningCLI, which wants a subclass of its own ``Callback``."""
+
+
+def test_pls_cli_takes_a_class_of_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of what Lightning's own CLI calls
+    monkeypatch.setattr(sys, "argv", ["fit.py"])  # Lightning warns of options in both
+    options = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "default_root_dir": str(tmp_path), "enable_checkpointing": False}
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    named = [f"--trainer.callbacks={__name__}.Both", "--trainer.callbacks.config.target_modules=[fc1]"]
+    cli = LightningCLI(
+        type(lit(pytorch_lightning)), run=False, seed_everything_default=False, args=named, trainer_defaults={**options, **quiet}
+    )
+    cli.trainer.fit(cli.model)
+    assert [type(layer) for _, layer in lora_layers(cli.model)] == [LoRALinear] and isinstance(cli.trainer.callbacks[0], Both)
 
 
 # What is refused, or arranged, by class.

@@ -1,0 +1,44 @@
+"""Open a file that may be a stranger's: a FIFO would hang, and a link to a device would fill the memory."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading. Links are followed.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        ValueError: it is a folder, a FIFO, a socket or a device.
+        OSError: it cannot be opened.
+    """
+    # Looked at once it is open: by its name another file could come between. Without O_NONBLOCK, opening a FIFO waits for a writer.
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a file.")
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOCTTY", 0))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise ValueError(f"{path} is a device or a pipe, not a file.")
+    return os.fdopen(handle, "rb")
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """Return what is in a regular file.
+
+    Args:
+        path: the file.
+        limit: bytes that it has at most.
+
+    Raises:
+        ValueError: it is larger, or no regular file.
+        OSError: as :func:`open_regular`.
+    """
+    with open_regular(path) as stream:
+        data = stream.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"{path} has more than {limit:,} bytes, which such a file never has.")
+    return data
