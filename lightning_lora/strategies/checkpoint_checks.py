@@ -91,7 +91,7 @@ def check_fits(saved: Mapping[str, Any], shapes: Mapping[str, torch.Size], place
 
 @contextmanager
 def naming(path: object) -> Iterator[None]:
-    """Within it, a ValueError that does not name the checkpoint gets its path."""
+    """Add the checkpoint's path to a ValueError that lacks it, inside the ``with`` block."""
     try:
         yield
     except ValueError as error:

@@ -1,7 +1,7 @@
 """Check what a checkpoint says to Lightning, which trusts it: version, counts of the loops, states of optimizers and schedulers.
 
-Lightning would raise a KeyError or a TypeError after the module has been changed, or go on from a count that is a text. A checkpoint of another
-version of Lightning may count in other ways, which Lightning converts. Of such a one the loops are not checked.
+Lightning would raise a KeyError or a TypeError after the module has been changed, or continue from a count that is a text. A checkpoint of
+another version of Lightning may count in other ways, which Lightning converts. In such a checkpoint the loops are not checked.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def check_fields(checkpoint: Mapping[str, Any], trainer: Trainer, path: str) -> 
     """Check the fields that Lightning reads, for what the trainer is about to do.
 
     Raises:
-        ValueError: one is missing or malformed. The message names it.
+        ValueError: a field is missing or malformed. The message names it.
     """
     version = checkpoint.get(VERSION)
     try:

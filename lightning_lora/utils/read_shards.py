@@ -22,7 +22,7 @@ from lightning_lora.utils.regular_files import open_regular, read_regular
 from lightning_lora.utils.stored_size import check_records, check_tensors
 
 INDEX = ".metadata"
-LARGEST = 2**28  # bytes that an index has at most: about 200 for each shard of each tensor
+LARGEST = 2**28  # largest size of an index in bytes; it takes about 200 per shard of a tensor
 _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
 

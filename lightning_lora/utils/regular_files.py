@@ -1,4 +1,4 @@
-"""Open a file that may be a stranger's: a FIFO would hang, and a link to a device would fill the memory."""
+"""Open a file from an unknown source: a FIFO would hang, and a link to a device would fill the memory."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading. Links are followed.
 
     Raises:
-        FileNotFoundError: it does not exist.
-        ValueError: it is a folder, a FIFO, a socket or a device.
-        OSError: it cannot be opened.
+        FileNotFoundError: the path does not exist.
+        ValueError: the path is a folder, a FIFO, a socket or a device.
+        OSError: the file cannot be opened.
     """
-    # Looked at once it is open: by its name another file could come between. Without O_NONBLOCK, opening a FIFO waits for a writer.
+    # The open file is checked, because the path could name another file by then. Without O_NONBLOCK, opening a FIFO waits for a writer.
     if path.is_dir():
         raise ValueError(f"{path} is a folder, not a file.")
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOCTTY", 0))
@@ -27,14 +27,14 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_regular(path: Path, limit: int) -> bytes:
-    """Return what is in a regular file.
+    """Return the content of a regular file.
 
     Args:
         path: the file.
-        limit: bytes that it has at most.
+        limit: the largest size in bytes.
 
     Raises:
-        ValueError: it is larger, or no regular file.
+        ValueError: the file is larger, or not a regular file.
         OSError: as :func:`open_regular`.
     """
     with open_regular(path) as stream:

@@ -1,8 +1,8 @@
 """Refuse a checkpoint that would take more memory than it has bytes, or whose bytes are not those that were written.
 
-``torch.save`` writes a zip archive without compression, with a checksum (CRC-32) of each record that ``torch.load`` does not look at. So the
-records are checked before torch reads them. A tensor may also be a view that repeats what is stored, of any size. It would take that size
-once it is copied.
+``torch.save`` writes a zip archive without compression, with a checksum (CRC-32) per record. ``torch.load`` does not compare it. So the
+records are checked before torch reads them. A tensor may also be a view that repeats its stored values, of any size. A copy of it would
+take that size.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-SMALL = 64 * 2**20  # bytes that a tensor of any file may have, such as a mask that was expanded
+SMALL = 64 * 2**20  # bytes; a tensor up to this size is always accepted, such as a mask that was expanded
 _CHUNK = 2**20
 
 
@@ -21,11 +21,11 @@ def check_records(file: BinaryIO) -> None:
     """Check the records of a zip archive. A file of another kind is left to torch.
 
     Args:
-        file: at its start, and again afterwards.
+        file: the open file, at its start. It is at its start again afterwards.
 
     Raises:
-        ValueError: they are larger than the file, or are not what was written.
-        zipfile.BadZipFile: the same of one record, or the archive is damaged.
+        ValueError: the records are compressed, or larger than the file.
+        zipfile.BadZipFile: a record is not what was written, or the archive is damaged.
     """
     begins, size = file.read(4), file.seek(0, 2)
     file.seek(0)
@@ -46,11 +46,11 @@ def check_tensors(content: Any, size: int) -> None:
     """Check nested mappings and sequences for tensors that are larger than the file.
 
     Args:
-        content: what was read.
-        size: of the file, in bytes.
+        content: the content of the file.
+        size: the file's size in bytes.
 
     Raises:
-        ValueError: there is one.
+        ValueError: a tensor is larger.
     """
     if isinstance(content, Tensor):
         whole = content.numel() * content.element_size()
