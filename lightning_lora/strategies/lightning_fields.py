@@ -1,7 +1,7 @@
 """Check what a checkpoint says to Lightning, which trusts it: version, counts of the loops, states of optimizers and schedulers.
 
-Lightning would raise a KeyError or a TypeError after the module has been changed, or go on from a count that is a text. A checkpoint of another
-version of Lightning may count in other ways, which Lightning converts. Of such a one the loops are not checked.
+Lightning would raise a KeyError or a TypeError after the module has been changed, or go on from a count that is a text. Another version of
+Lightning may count in other ways, which Lightning converts: the loops of its checkpoints are not checked.
 """
 
 from __future__ import annotations

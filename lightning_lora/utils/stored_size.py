@@ -1,7 +1,7 @@
 """Refuse a checkpoint that would take more memory than it has bytes, or whose bytes are not those that were written.
 
-``torch.save`` writes a zip archive without compression, with a checksum (CRC-32) of each record that ``torch.load`` does not look at. So the
-records are checked before torch reads them. A tensor may also be a view that repeats what is stored, of any size. It would take that size
+``torch.save`` writes a zip archive without compression. ``torch.load`` does not look at the checksum (CRC-32) of each record, so they are
+checked before torch reads them. A tensor may also be a view that repeats what is stored, of any size. It would take that size
 once it is copied.
 """
 

@@ -240,6 +240,6 @@ class VeRA(LoRALayer):
             **rest,
             "lora_alpha": _DEFAULT.alpha,
             "use_rslora": False,
-            "bias": rest.get("bias", "none").replace("vera", "lora"),
+            "bias": (rest.get("bias") or "none").replace("vera", "lora"),
             "variant_options": options,
         }
