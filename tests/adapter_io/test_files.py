@@ -239,3 +239,9 @@ def test_a_tensor_of_a_checkpoint_without_plain_values(model, tmp_path, odd):
     torch.save({META: meta, "state_dict": tensors}, tmp_path / "x.ckpt")
     with pytest.raises(ValueError, match=r"x\.ckpt: '.*lora_A' has no plain values"):
         read_adapter(tmp_path / "x.ckpt")
+
+
+def test_metadata_of_null_does_not_make_it_a_folder_of_pefts(folder):
+    save_file(load_file(folder / TENSORS), folder / TENSORS, {"format": "pt", META: "null"})
+    with pytest.raises(ValueError, match="metadata holds a NoneType, not a JSON object"):
+        read_adapter(folder)
