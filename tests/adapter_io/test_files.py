@@ -245,3 +245,12 @@ def test_metadata_of_null_does_not_make_it_a_folder_of_pefts(folder):
     save_file(load_file(folder / TENSORS), folder / TENSORS, {"format": "pt", META: "null"})
     with pytest.raises(ValueError, match="metadata holds a NoneType, not a JSON object"):
         read_adapter(folder)
+
+
+@pytest.mark.parametrize("value", [2.0, True])
+def test_a_field_that_is_equal_and_of_another_type(folder, value):
+    """What the metadata says of the JSON was edited: 2.0 and True are no rank."""
+    change_tensors(folder, change_meta=lambda meta: meta["json"].update(r=value))
+    change_json(folder, r=int(value))
+    with pytest.raises(ValueError, match=rf"r={int(value)}, the tensors were saved with {value}"):
+        read_adapter(folder)
