@@ -101,3 +101,8 @@ def _same_values(mine: Tensor, theirs: Tensor) -> Tensor:
         narrow = min(mine.dtype, theirs.dtype, key=lambda dtype: -torch.finfo(dtype).eps)
         mine, theirs = mine.to(narrow), theirs.to(narrow)
     return mine == theirs
+
+
+def takes_extra_state(module: nn.Module | None) -> bool:
+    """Return whether a module is there and has state of its own kind in its state dict (torch's ``set_extra_state``)."""
+    return module is not None and type(module).set_extra_state is not nn.Module.set_extra_state

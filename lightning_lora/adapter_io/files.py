@@ -13,7 +13,6 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 import safetensors.torch
@@ -117,11 +116,11 @@ def _read_folder(folder: Path) -> AdapterFile:
         raise ValueError(f"{file} is missing{hint}.")
     try:
         with safe_open(file, framework="pt") as reader:
-            said = (reader.metadata() or {}).get(META, "null")
+            said = (reader.metadata() or {}).get(META)
             tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is not a readable safetensors file (truncated?): {error}") from error
-    meta = parsed(said, f"{file}: its {META} metadata", kinds=(dict, NoneType))
+    meta = None if said is None else parsed(said, f"{file}: its {META} metadata")
     named: dict[str, Tensor] = {}
     for name, ours in our_names(tensors, str(file)).items():
         twin = named.setdefault(ours, tensors[name])

@@ -56,7 +56,8 @@ def check_fields(fields: dict[str, Any], meta: dict[str, Any], config: LoRAConfi
     now, then = peft_format.from_peft(fields, where, tensors), _meant(saved, where, tensors)
     if now == then:
         return
-    changed = [name for name in sorted(fields.keys() | saved.keys()) if fields.get(name) != saved.get(name)]
+    # As text: 1, 1.0 and True are equal and do not mean the same.
+    changed = [name for name in sorted(fields.keys() | saved.keys()) if repr(fields.get(name)) != repr(saved.get(name))]
     guilty = [name for name in changed if _meant({**saved, name: fields.get(name)}, where, tensors) != then]
     name = (guilty or changed)[0]
     raise ValueError(

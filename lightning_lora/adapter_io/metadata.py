@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
 from typing import Any
 
 from lightning_lora.config import LoRAConfig
@@ -63,13 +62,12 @@ def _malformed(meta: Any) -> str | None:
     return None if all(isinstance(name, str) for name in meta.get("beside", [])) else "'beside' has entries that are no names"
 
 
-def parsed(text: str, where: str, *, kinds: Collection[type] = (dict,)) -> Any:
+def parsed(text: str, where: str) -> dict[str, Any]:
     """Parse JSON.
 
     Args:
         text: the JSON.
         where: the file, for messages.
-        kinds: types that the value may have.
 
     Raises:
         ValueError: the text is not JSON, is nested too deep, or has a value of another type.
@@ -78,6 +76,6 @@ def parsed(text: str, where: str, *, kinds: Collection[type] = (dict,)) -> Any:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not valid JSON: {error}.") from error
-    if not isinstance(value, tuple(kinds)):
+    if not isinstance(value, dict):
         raise ValueError(f"{where} holds a {type(value).__name__}, not a JSON object.")
     return value

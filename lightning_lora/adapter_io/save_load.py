@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from lightning_lora.adapter_io import fingerprint, peft_format
 from lightning_lora.adapter_io.exported import export_layers
-from lightning_lora.adapter_io.extras import brought_tensors, equal_values, extra_tensors, is_adapter, note_brought, why_not_brought
+from lightning_lora.adapter_io.extras import (
+    brought_tensors,
+    equal_values,
+    extra_tensors,
+    is_adapter,
+    note_brought,
+    takes_extra_state,
+    why_not_brought,
+)
 from lightning_lora.adapter_io.files import AdapterFile, read_adapter, write_folder
 from lightning_lora.adapter_io.fingerprint import base_identity
 from lightning_lora.adapter_io.peft_experts import beside_experts
@@ -117,9 +125,12 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
         trained = {name for name in tensors if not is_adapter(name)} | adapter.beside
         fingerprint.check_base(base_identity(root, trained), adapter.base, str(path))
 
-    stateless = [name for name in adapter.extra_state if name.rpartition(".")[0] not in dict(root.named_modules())]
-    if stateless:
-        raise ValueError(f"{path} has extra state of {stateless[0]!r}, a module that is not here.")
+    around, modules = {clean_name(name): t for name, t in model.state_dict(keep_vars=True).items()}, dict(model.named_modules())
+    outside = {} if root is model else adapter.outside
+    beside = {name: value for name, value in outside.items() if not isinstance(value, Tensor) and name.rpartition(".")[0] in modules}
+    for states, there in ((adapter.extra_state, dict(root.named_modules())), (beside, modules)):
+        if stateless := [name for name in states if not takes_extra_state(there.get(name.rpartition(".")[0]))]:
+            raise ValueError(f"{path} has extra state under {stateless[0]!r}: there is no module here that takes it.")
     adapter.check_intact(str(path))
     layers = adapted_layers(root)
     if layers:
@@ -134,12 +145,11 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
     note_brought(root, brought)
     for name, value in adapter.extra_state.items():
         root.get_submodule(name.rpartition(".")[0]).set_extra_state(value)
-    around, modules = {clean_name(name): t for name, t in model.state_dict(keep_vars=True).items()}, dict(model.named_modules())
-    for name, value in adapter.outside.items() if root is not model else ():
+    for name, value in outside.items():
         mine_there = around.get(name)
         if isinstance(value, Tensor) and isinstance(mine_there, Tensor) and mine_there.shape == value.shape:
             mine_there.detach().copy_(value)
-        elif not isinstance(value, Tensor) and name.rpartition(".")[0] in modules:
+        elif name in beside:
             modules[name.rpartition(".")[0]].set_extra_state(value)
     return model
 

@@ -84,7 +84,7 @@ def read_shards(folder: Path) -> dict[str, Tensor]:
 def _check_numbers(data: bytes) -> None:
     """Check the numbers by which a pickle refers to its own objects: Python makes a table as long as the largest."""
     for opcode, number, _ in pickletools.genops(data):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= number < len(data):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= int(number or 0) < len(data):
             raise ValueError(f"its index has {len(data):,} bytes, and an object of the number {number:,}")
 
 

@@ -74,7 +74,7 @@ class VeRA(LoRALayer):
     """
 
     options: ClassVar[dict[str, Option]] = {
-        "projection_seed": Option(0, lambda value: type(value) is int and value >= 0, "a whole number ≥ 0"),
+        "projection_seed": Option(0, lambda value: type(value) is int and 0 <= value < 2**63, "a whole number ≥ 0, below 2⁶³"),
         "d_initial": Option(0.1, lambda value: type(value) in (int, float) and math.isfinite(value), "a finite number such as 0.1"),
     }
     peft_fields: ClassVar[dict[str, Any]] = {"peft_type": "VERA"}
@@ -240,6 +240,6 @@ class VeRA(LoRALayer):
             **rest,
             "lora_alpha": _DEFAULT.alpha,
             "use_rslora": False,
-            "bias": rest.get("bias", "none").replace("vera", "lora"),
+            "bias": (rest.get("bias") or "none").replace("vera", "lora"),
             "variant_options": options,
         }

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -206,3 +207,50 @@ def test_a_checkpoint_that_is_no_dict(tmp_path):
     torch.save([1, 2], tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match="was not written under LoRACallback"):
         read_adapter(tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize("put", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")], ids=["fifo", "folder", "endless"])
+def test_a_json_that_is_no_file(folder, put):
+    """Refused at once: a FIFO has no writer, and the device no end."""
+    change_tensors(folder, drop_meta=True)
+    (folder / CONFIG).unlink()
+    put(folder / CONFIG)
+    with pytest.raises(ValueError, match=r"adapter_config\.json is a (folder|device or a pipe), not a file"):
+        read_adapter(folder)
+
+
+def test_a_config_of_pefts_that_is_out_of_range_names_the_file(folder):
+    change_tensors(folder, drop_meta=True)
+    change_json(folder, lora_dropout=1.5)
+    with pytest.raises(ValueError, match=r"adapter_config\.json: dropout=1\.5"):
+        read_adapter(folder)
+
+
+def test_metadata_of_another_variant_than_its_own_json(folder):
+    change_tensors(folder, change_meta=lambda meta: meta["config"].update(variant="dora"))
+    with pytest.raises(ValueError, match="is of a 'plain' adapter, the tensors were saved with 'dora'"):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize("odd", [lambda t: t.to("meta"), lambda t: t.to_sparse()], ids=["meta", "sparse"])
+def test_a_tensor_of_a_checkpoint_without_plain_values(model, tmp_path, odd):
+    meta = AdapterFile(CONFIGURED, {}, None).meta(root="")
+    tensors = {name: odd(tensor.detach()) for name, tensor in model.state_dict().items() if "lora_" in name}
+    torch.save({META: meta, "state_dict": tensors}, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match=r"x\.ckpt: '.*lora_A' has no plain values"):
+        read_adapter(tmp_path / "x.ckpt")
+
+
+def test_metadata_of_null_does_not_make_it_a_folder_of_pefts(folder):
+    save_file(load_file(folder / TENSORS), folder / TENSORS, {"format": "pt", META: "null"})
+    with pytest.raises(ValueError, match="metadata holds a NoneType, not a JSON object"):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize("value", [2.0, True])
+def test_a_field_that_is_equal_and_of_another_type(folder, value):
+    """What the metadata says of the JSON was edited: 2.0 and True are no rank."""
+    change_tensors(folder, change_meta=lambda meta: meta["json"].update(r=value))
+    change_json(folder, r=int(value))
+    with pytest.raises(ValueError, match=rf"r={int(value)}, the tensors were saved with {value}"):
+        read_adapter(folder)

@@ -152,3 +152,17 @@ def test_optimizer_states_that_are_none_are_refused(content: dict[str, Any], tmp
         match=r"x\.ckpt: (optimizer_states is .*, which Lightning does not|the checkpoint's optimizer_states are not|the checkpoint has 0)",
     ):
         trainer(tmp_path, LoRACallback(CONFIG), max_epochs=2).fit(LitNet(), ckpt_path=tmp_path / "x.ckpt")
+
+
+@pytest.mark.parametrize(("odd", "said"), [(lambda t: t.to("meta"), "on the meta device"), (lambda t: t.to_sparse(), "torch.sparse_coo")])
+def test_a_tensor_without_plain_values_is_refused(content: dict[str, Any], tmp_path: Path, odd: Any, said: str) -> None:
+    tensors = content["state_dict"]
+    torch.save({**content, "state_dict": {**tensors, "net.norm.running_mean": odd(tensors["net.norm.running_mean"])}}, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match=f"net.norm.running_mean is .*{said}"):
+        trainer(tmp_path, LoRACallback(CONFIG), max_epochs=2).fit(LitNet(), ckpt_path=tmp_path / "x.ckpt")
+
+
+def test_a_checkpoint_that_leaves_out_its_root_is_of_the_whole_module(content: dict[str, Any], tmp_path: Path) -> None:
+    meta = {name: value for name, value in content["lightning_lora"].items() if name != "root"}
+    torch.save({**content, "lightning_lora": meta}, tmp_path / "x.ckpt")
+    trainer(tmp_path, LoRACallback(CONFIG), max_epochs=1).fit(LitNet(), ckpt_path=tmp_path / "x.ckpt")

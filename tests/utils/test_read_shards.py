@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pickle
 import warnings
@@ -73,6 +74,7 @@ def test_an_index_runs_no_code(folder: Path) -> None:
         b"Px\n.",  # a persistent id
         b"",
         b"N.",
+        b"Nr\xff\xff\xff\x7f.",  # a number by which Python would make a table of 32 GB
     ],
 )
 def test_a_written_pickle_reaches_nothing(folder: Path, program: bytes) -> None:
@@ -99,11 +101,11 @@ def test_a_shard_runs_no_code(folder: Path) -> None:
     assert not (folder / "ran").exists()
 
 
-@pytest.mark.parametrize("what", ["path", "size", "dtype", "offset", "huge", "gone", "cut"])
+@pytest.mark.parametrize("what", ["path", "size", "dtype", "offset", "huge", "many", "repeated", "fifo", "gone", "cut"])
 def test_an_index_that_lies_is_refused(folder: Path, what: str) -> None:
     index = pickle.loads((folder / INDEX).read_bytes())
     meta = index.state_dict_metadata["deep"]
-    info = next(info for key, info in index.storage_data.items() if key.fqn == "deep")
+    key, info = next((key, info) for key, info in index.storage_data.items() if key.fqn == "deep")
     shard = folder / info.relative_path
     if what == "path":
         info.relative_path = f"../{folder.name}/{info.relative_path}"
@@ -115,6 +117,19 @@ def test_an_index_that_lies_is_refused(folder: Path, what: str) -> None:
         meta.chunks[0].offsets = torch.Size([1, 0, 0, 0])
     elif what == "huge":  # refused before memory is taken
         meta.size = meta.chunks[0].sizes = torch.Size([2**40, 1, 1, 1])
+    elif what == "many":  # each of them the same bytes
+        index.state_dict_metadata |= {f"again{number}": meta for number in range(1000)}
+        index.storage_data |= {dataclasses.replace(key, fqn=name): info for name in index.state_dict_metadata if name.startswith("again")}
+    elif what == "repeated":  # a shard that is one number, seen as 2^30
+        torch.save(torch.zeros(1).expand(2**30), shard)
+        meta.size = meta.chunks[0].sizes = torch.Size([2**30])
+        meta.chunks[0].offsets, info.offset, info.length = torch.Size([0]), 0, shard.stat().st_size
+        index.storage_data[dataclasses.replace(key, offset=torch.Size([0]))] = info
+        (folder / "holes").touch()
+        os.truncate(folder / "holes", 2**33)
+    elif what == "fifo":
+        shard.unlink()
+        os.mkfifo(shard)
     elif what == "gone":
         del index.storage_data[next(key for key in index.storage_data if key.fqn == "deep")]
     else:
