@@ -23,6 +23,7 @@ from lightning_lora.registry import register_variant
 from lightning_lora.utils.sharding import is_sharded
 
 _DEFAULT = LoRAConfig()
+_MAX = torch.finfo(torch.float32).max
 
 
 class Projection:
@@ -75,7 +76,7 @@ class VeRA(LoRALayer):
 
     options: ClassVar[dict[str, Option]] = {
         "projection_seed": Option(0, lambda value: type(value) is int and 0 <= value < 2**63, "a whole number ≥ 0, below 2⁶³"),
-        "d_initial": Option(0.1, lambda value: type(value) in (int, float) and math.isfinite(value), "a finite number such as 0.1"),
+        "d_initial": Option(0.1, lambda value: type(value) in (int, float) and -_MAX <= value <= _MAX, "a finite number such as 0.1"),
     }
     peft_fields: ClassVar[dict[str, Any]] = {"peft_type": "VERA"}
     peft_shared: ClassVar[tuple[str, ...]] = ("vera_A", "vera_B")
@@ -135,7 +136,7 @@ class VeRA(LoRALayer):
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
         """Reset d to ``d_initial`` and b to zero."""
-        nn.init.constant_(self.lora_lambda_d, self.spec.options["d_initial"])
+        nn.init.constant_(self.lora_lambda_d, float(self.spec.options["d_initial"]))
         nn.init.zeros_(self.lora_lambda_b)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALayer:

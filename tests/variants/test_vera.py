@@ -139,6 +139,8 @@ def test_a_checkpoint_holds_the_vectors_alone_and_resumes_exactly(tmp_path):
         (TinyModel, {"variant_options": {"seed": 1}}, r"variant_options\['seed'\]=1 is not known.*; it takes d_initial, projection_seed"),
         (TinyModel, {"variant_options": {"projection_seed": -1}}, r"variant_options\['projection_seed'\]=-1: give a whole number ≥ 0"),
         (TinyModel, {"variant_options": {"d_initial": "x"}}, r"variant_options\['d_initial'\]='x': give a finite number such as 0\.1"),
+        (TinyModel, {"variant_options": {"d_initial": 10**400}}, r"give a finite number such as 0\.1"),
+        (TinyModel, {"variant_options": {"projection_seed": 2**63}}, r"give a whole number ≥ 0, below"),
     ],
 )
 def test_what_it_has_no_place_for_is_refused_and_changes_nothing(make, model, fields, message):
