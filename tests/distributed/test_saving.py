@@ -17,7 +17,7 @@ from lightning_lora.utils.sharding import local_tensor, on_first_rank
 from tests.distributed import runs
 from tests.distributed.nets import CONFIG, adapter_tensors, fill_adapters, make_net
 from tests.distributed.runs import run
-from tests.distributed.test_wrapping import BOTH, wrapped_and_adapted
+from tests.distributed.wrappers import BOTH, wrapped_and_adapted
 from tests.faults.kit import row
 
 
