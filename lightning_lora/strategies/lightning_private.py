@@ -80,6 +80,6 @@ def loader_states_not_loaded(trainer: Any) -> bool:
 
 def progress_of(loop: Any) -> dict[str, dict[str, Any]]:
     """Return the counts of a loop and of those in it, by their names in a checkpoint. If its names go, resuming raises."""
-    mine = {name: value.state_dict() for name, value in vars(loop).items() if isinstance(value, _BaseProgress)}
-    inner = {name: value for name, value in vars(loop).items() if isinstance(value, _Loop)}
+    mine = {name: value.state_dict() for name, value in vars(loop).items() if isinstance(value, twins(_BaseProgress))}
+    inner = {name: value for name, value in vars(loop).items() if isinstance(value, twins(_Loop))}
     return mine | {f"{name}.{key}": value for name, each in inner.items() for key, value in progress_of(each).items()}

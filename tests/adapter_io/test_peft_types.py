@@ -87,7 +87,7 @@ def test_json_that_cannot_be_read_is_one_line(make: Any, tmp_path: Path) -> None
     file.mkdir()
     (file / "x").write_text("")
     save_file(load_file(folder / TENSORS), folder / TENSORS)
-    with pytest.raises(ValueError, match=r"adapter_config\.json is not valid JSON, and cannot be read"):
+    with pytest.raises(ValueError, match=r"adapter_config\.json is a folder, not a file"):
         load_adapter(make(TinyModel), folder)
 
 

@@ -1,49 +1,20 @@
-"""AdaLoRACallback: the right gradients and scores in every mode of the Trainer, resume, shrinking, refusals."""
-
-import copy
+"""AdaLoRACallback: the right gradients and scores in every mode of the Trainer, resume, shrinking (refusals: test_adalora_refusals.py)."""
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_lora import AdaLoRACallback, LoRACallback, LoRAConfig, apply_lora, load_adapter, save_adapter
+from lightning_lora import LoRACallback, LoRAConfig, apply_lora, load_adapter, save_adapter
 from lightning_lora.adapter_io.files import read_adapter
 from lightning_lora.layers import LoRALinear, lora_layers
 from lightning_lora.variants.rank_allocation import RankAllocator
+from tests.callbacks.adalora_runs import adalora, adapters, fit
 from tests.lit import LitNet, make_net, trainer
 from tests.variants.test_rank_allocation import orthogonality
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:Checkpoint directory", "ignore:The `srun`")
-
-CONFIG = LoRAConfig(alpha=4, target_modules=["fc1", "fc2"])
-PLAN = {"target_rank": 2, "init_rank": 4, "tinit": 2, "tfinal": 3, "deltaT": 2}
-
-
-def adalora(config=CONFIG, **fields):
-    return AdaLoRACallback(config, **{**PLAN, **fields})
-
-
-def adapters(module):
-    return {f"{n}.{part}": p.detach().clone() for n, layer in lora_layers(module) for part, p in layer.lora_parameters().items()}
-
-
-class Trained(Callback):
-    """Keeps the adapters as they are when training ends, before they shrink, and the allocator's state then."""
-
-    def on_train_end(self, trainer, pl_module):
-        self.adapters = adapters(pl_module)
-        self.state = next(c for c in trainer.callbacks if isinstance(c, AdaLoRACallback)).allocator.state_dict()
-
-
-def fit(folder, module=None, callback=None, extra=(), ckpt_path=None, **kwargs):
-    torch.manual_seed(5)
-    module, callback, trained = module or LitNet(), callback or adalora(), Trained()
-    run = trainer(folder, callback, trained, *extra, **{"max_epochs": 4, **kwargs})
-    run.fit(module, ckpt_path=ckpt_path)
-    return run, module, callback, trained
 
 
 @pytest.mark.parametrize("stage", ["fit", "test"])
@@ -286,76 +257,6 @@ def test_a_checkpoint_of_another_callback_is_refused(tmp_path):
     trainer(tmp_path, plain, checkpoint, max_epochs=1).fit(LitNet())
     with pytest.raises(ValueError, match="no state of AdaLoRACallback"):
         fit(tmp_path, ckpt_path=str(tmp_path / "plain.ckpt"))
-
-
-# Refusals.
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"target_rank": 0}, "target_rank=0: give a whole number"),
-        ({"target_rank": 4}, "target_rank=4 is not below init_rank=4"),
-        ({"deltaT": 0}, "deltaT=0: give a whole number"),
-        ({"total_steps": 0}, "total_steps=0: give a whole number"),
-        ({"tinit": -1}, "tinit=-1: give a whole number of optimizer steps, or a share"),
-        ({"tfinal": 1.0}, "tfinal=1.0: give a whole number of optimizer steps, or a share"),
-        ({"beta1": 1.0}, "beta1=1.0: give a number between 0 and 1"),
-        ({"beta2": 0.0}, "beta2=0.0: give a number between 0 and 1"),
-        ({"orth_reg_weight": -0.1}, "orth_reg_weight=-0.1: give a finite number"),
-        ({"orth_reg_weight": float("nan")}, "orth_reg_weight=nan: give a finite number"),
-        ({"config": LoRAConfig(rank=6)}, "rank=6 and init_rank=4 differ: leave rank out and give the start rank"),
-        ({"config": LoRAConfig(variant="dora")}, "variant='dora' and AdaLoRACallback exclude each other"),
-    ],
-)
-def test_arguments_out_of_range(fields, message):
-    with pytest.raises(ValueError, match=message):
-        adalora(**fields)
-
-
-def test_needs_nothing_but_targets(tmp_path):
-    _, _, callback, _ = fit(tmp_path, callback=AdaLoRACallback(CONFIG, target_rank=2, init_rank=4))
-    allocator = callback.allocator
-    assert (allocator.total_steps, allocator.tinit, allocator.tfinal) == (16, 2, 5) and sum(callback.ranks.values()) == 4
-
-
-def test_a_schedule_that_does_not_fit_the_run(tmp_path):
-    with pytest.raises(ValueError, match="tinit=10 and tfinal=6 leave none of the 16 optimizer steps"):
-        fit(tmp_path, callback=adalora(tinit=10, tfinal=6))
-
-
-class Endless(IterableDataset):
-    def __iter__(self):
-        while True:
-            yield torch.randn(8), torch.tensor(1)
-
-
-@pytest.mark.parametrize("kwargs", [{"max_epochs": -1}, {"max_epochs": 2}])
-def test_a_run_of_unknown_length(tmp_path, kwargs):
-    module = LitNet()
-    module.train_dataloader = lambda: DataLoader(Endless(), batch_size=8)
-    with pytest.raises(ValueError, match=r"does not know how many optimizer steps.*set max_steps or AdaLoRACallback\(total_steps"):
-        fit(tmp_path, copy.copy(module), **kwargs)
-    _, _, callback, _ = fit(tmp_path, module, max_epochs=-1, max_steps=12)
-    assert callback.allocator.total_steps == 12 and sum(callback.ranks.values()) == 4
-
-
-def test_a_run_without_steps(tmp_path):
-    with pytest.raises(ValueError, match=r"will take no optimizer step \(.*limit_train_batches=0\), so AdaLoRA has no steps to prune in"):
-        fit(tmp_path, limit_train_batches=0)
-
-
-def test_adapters_in_two_optimizers(tmp_path):
-    class Two(LitNet):
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
-
-        def configure_optimizers(self):
-            return [torch.optim.SGD(layer.parameters(), 0.1) for layer in (self.net.fc1, self.net.fc2)]
-
-    with pytest.raises(ValueError, match="2 optimizers hold lora_E"):
-        fit(tmp_path, Two())
 
 
 def test_a_module_of_one_layer_trains_shrinks_and_reads_its_file(tmp_path):

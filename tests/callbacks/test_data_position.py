@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRACallback
-from tests.callbacks.test_lora import Resumable
+from tests.callbacks.lora_runs import Resumable
 from tests.lit import CONFIG, LitNet, trainer
 
 pytestmark = pytest.mark.filterwarnings(

@@ -57,7 +57,7 @@ class Pool:
         meeting = Path(self.folder, "meeting").as_uri()
         context = mp.get_context("spawn" if self.device == "cuda" else "forkserver")  # the test files' imports may start CUDA
         if self.device != "cuda":
-            context.set_forkserver_preload(["tests.distributed.runs", "tests.distributed.test_wrapping", "transformers"])
+            context.set_forkserver_preload(["tests.distributed.runs", "tests.distributed.wrappers", "transformers"])
         for rank in range(self.world):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(rank, self.world, meeting, theirs, self.device), daemon=True)

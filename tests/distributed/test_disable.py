@@ -10,7 +10,7 @@ import torch
 from lightning_lora import disabled_lora
 from lightning_lora.utils.sharding import full_tensor
 from tests.distributed.nets import make_net
-from tests.distributed.test_wrapping import WRAPPERS, wrapped_and_adapted
+from tests.distributed.wrappers import WRAPPERS, wrapped_and_adapted
 
 
 def outputs(name: str, order: str, x: torch.Tensor) -> tuple[bool, bool]:

@@ -14,7 +14,7 @@ from torch import nn
 from lightning_lora import LoRAConfig, apply_lora, export_merged
 from lightning_lora.utils.sharding import on_first_rank_with_help
 from tests.adapter_io.folders import differences
-from tests.distributed.test_wrapping import fill_adapters
+from tests.distributed.nets import fill_adapters
 
 
 def model(targets: list[str]) -> nn.Module:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from lightning_lora import export_merged, save_adapter
 from tests.distributed.pool import Pool
 from tests.distributed.runs import run
-from tests.distributed.test_wrapping import wrapped_and_adapted
+from tests.distributed.wrappers import wrapped_and_adapted
 from tests.faults.kit import row
 
 

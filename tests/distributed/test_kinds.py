@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from lightning_lora import LoRAConfig, apply_lora, merge_lora, unmerge_lora
 from lightning_lora.utils.sharding import is_sharded
 from tests.distributed.nets import adapter_tensors, fill_adapters
-from tests.distributed.test_wrapping import WRAPPERS, fsdp1, weights_of
+from tests.distributed.wrappers import WRAPPERS, fsdp1, weights_of
 from tests.layers.experts import registered, tiny_qwen3_moe
 
 KINDS = LoRAConfig(rank=4, alpha=8, target_modules=["embed", "conv", "linear"])

@@ -17,7 +17,7 @@ from lightning_lora.utils.sharding import local_tensor, on_first_rank
 from tests.distributed import runs
 from tests.distributed.nets import CONFIG, adapter_tensors, fill_adapters, make_net
 from tests.distributed.runs import run
-from tests.distributed.test_wrapping import BOTH, wrapped_and_adapted
+from tests.distributed.wrappers import BOTH, wrapped_and_adapted
 from tests.faults.kit import row
 
 
@@ -57,6 +57,7 @@ def folder_after_a_kill(folder: str) -> tuple[list[str], list[str]]:
     dist.barrier()
     write_folder({"state_dict": {"x": torch.zeros(2)}}, path)
     assert torch.equal(read_folder(path)["state_dict"]["x"], torch.zeros(2))
+    dist.barrier()  # the first rank has released its lock, which is a file
     return failed, sorted(p.name for p in Path(folder).iterdir())
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from lightning_lora import LoRAConfig, apply_lora
 from tests.distributed.nets import CONFIG, make_net
-from tests.distributed.test_wrapping import BOTH, check_merge, check_training, fsdp1
+from tests.distributed.wrappers import BOTH, check_merge, check_training, fsdp1
 
 VARIANTS = {name: replace(CONFIG, variant=name) for name in ("dora", "lora_fa", "adalora")}
 VARIANTS["vera"] = replace(CONFIG, variant="vera", alpha=LoRAConfig().alpha)  # whose formula has no scaling

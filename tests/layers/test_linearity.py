@@ -20,13 +20,12 @@ from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 from transformers.models.perceiver.modeling_perceiver import Conv2dSamePadding
 from transformers.pytorch_utils import Conv1D
 
-from lightning_lora import LoRAConfig, LoRALinear, apply_lora, find_targets, registry
+from lightning_lora import LoRAConfig, LoRALinear, apply_lora, find_targets
 from lightning_lora.layers import linearity
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.linearity import why_not_linear
 from lightning_lora.layers.spec import LayerSpec
 from tests.conftest import snapshot
-from tests.layers.experts import LoRAExperts
 from tests.layers.fused_qkv import LoRAFusedQKV
 
 
@@ -270,33 +269,3 @@ def test_a_kind_that_does_not_say_what_a_forward_takes_is_not_tried(monkeypatch)
     linearity._REASONS.clear()
     assert why_not_linear(layer, "test_qkv") is None
     linearity._REASONS.clear()
-
-
-def test_each_of_several_weights_is_tried():
-    class Pair(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.gate_up_proj, self.down_proj = nn.Parameter(torch.zeros(2, 6, 4)), nn.Parameter(torch.zeros(2, 3, 6))
-
-        def forward(self, x):
-            return x @ self.gate_up_proj.mT @ self.down_proj.mT
-
-    class Bypass(Pair):
-        def forward(self, x):
-            return x @ self.gate_up_proj.mT @ self._parameters["down_proj"].mT  # not what the kind puts in its place
-
-    class Again(Pair):
-        def forward(self, x):
-            return super().forward(x) + 1
-
-    class LoRAPair(LoRAExperts):
-        @classmethod
-        def example_input(cls, module, generator):
-            return torch.randn(2, 3, module.gate_up_proj.shape[-1], generator=generator, dtype=torch.float64)
-
-    registry.register_kind(Pair, name="test_pair")(LoRAPair)
-    try:
-        assert why_not_linear(Pair()) is None and why_not_linear(Again()) is None
-        assert why_not_linear(Bypass()).startswith("its forward does more than multiply by its weight")
-    finally:
-        del registry.KINDS[registry.qualified_name(Pair)], registry.KIND_NAMES["test_pair"]

@@ -14,8 +14,7 @@ from transformers import (
 
 from lightning_lora import LoRAConfig, apply_lora, find_targets
 from lightning_lora.model.heads import fresh_heads
-from tests.conftest import ConvNet, TinyModel, snapshot
-from tests.layers.experts import tiny_qwen3_moe
+from tests.conftest import TinyModel, snapshot
 
 SIZES = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -264,64 +263,3 @@ def test_names_are_free_of_compilers_parts(make):
     model.layers[0] = torch.compile(model.layers[0], backend="eager")
     assert names(model) == [Q[0], V[0], Q[1], V[1]]
     assert names(model, target_modules=[r"layers\.0\.attn\.q_proj"]) == [Q[0]]
-
-
-def test_the_report_counts_and_explains(make):
-    model = make(TinyModel)
-    config = LoRAConfig(
-        target_modules=["q_proj", "mlp"], rank=4, rank_pattern={"mlp": 2}, exclude_modules=["layers.1.mlp"], modules_to_save=["lm_head"]
-    )
-    report = find_targets(model, config)
-    assert report.parameters == 2 * 4 * 16 + 2 * 16
-    assert [(t.shape, t.parameters, t.type_name) for t in report.targets][:1] == [((8, 8), 64, "Linear")]
-    assert report.hits == {
-        "target_modules": {"q_proj": 2, "mlp": 2},
-        "exclude_modules": {"layers.1.mlp": 1},
-        "rank_pattern": {"mlp": 1},
-    }
-    apply_lora(model, config=config)
-    assert report.parameters == sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
-    text = str(report)
-    assert text.splitlines()[0].split() == ["module", "type", "weight", "rank", "alpha", "count", "parameters"]
-    assert text.splitlines()[1].split() == ["layers.*.attn.q_proj", "Linear", "8×8", "4", "16", "2", "128"]
-    assert text.splitlines()[2].split() == ["layers.*.mlp", "Linear", "8×8", "2", "16", "1", "32"]
-    assert "LoRA on 3 modules, 160 parameters" in text
-    assert "target_modules 'q_proj': 2 modules" in text
-    assert "exclude_modules 'layers.1.mlp': 1 modules" in text
-    assert text.splitlines()[-1] == "trained in full: lm_head"
-
-
-def test_the_report_names_the_type_before_the_swap_and_convolutions():
-    model = ConvNet()
-    report = find_targets(model, LoRAConfig(target_modules=["conv", "head"], rank=2))
-    assert [(t.type_name, t.shape) for t in report.targets] == [("Conv2d", (4, 3, 3, 3)), ("Linear", (2, 4))]
-    apply_lora(model, config=LoRAConfig(target_modules=["conv", "head"], rank=2))
-    assert [t.type_name for t in report.targets] == ["Conv2d", "Linear"]
-
-
-# What "all-linear" leaves out.
-
-
-def test_what_all_linear_leaves_out_is_said():
-    model = tiny_qwen3_moe()
-    with pytest.warns(
-        UserWarning, match=r"leaves out 71% of the model, .* model.layers.\*.mlp.experts \(Qwen3MoeExperts\) has 24,576 of 35,520"
-    ):
-        report = find_targets(model, LoRAConfig(target_modules="all-linear"))
-    assert report.total == sum(p.numel() for p in model.parameters()) == 35_520
-    assert report.left_out == {"model.layers.*.mlp.experts (Qwen3MoeExperts)": 24_576, "model.layers.*.mlp.gate (Qwen3MoeTopKRouter)": 512}
-    assert "left out: model.layers.*.mlp.experts (Qwen3MoeExperts), 24,576 elements, 69% of the model" in str(report)
-    apply_lora(model, config=LoRAConfig(target_modules=["q_proj"]))
-    with pytest.warns(UserWarning, match="of 35,520 elements"):  # of the base, not of the adapters on it
-        assert find_targets(model, LoRAConfig(target_modules="all-linear")).left_out == report.left_out
-
-
-def test_what_is_left_out_on_purpose_is_no_news():
-    model = tiny_qwen3_moe()
-    report = find_targets(model, LoRAConfig(target_modules="all-linear", exclude_modules=["experts"]))  # warnings are errors here
-    assert list(report.left_out) == ["model.layers.*.mlp.gate (Qwen3MoeTopKRouter)"]
-    assert find_targets(model, LoRAConfig(target_modules=["q_proj"])).left_out == {}
-
-
-def test_embeddings_heads_and_norms_are_not_left_out(make):
-    assert find_targets(make(), LoRAConfig(target_modules="all-linear")).left_out == {}

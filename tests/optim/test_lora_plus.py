@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
@@ -18,63 +18,13 @@ from torch.optim import lr_scheduler as S
 
 from lightning_lora import LoRACallback, LoRAConfig, apply_lora, get_lora_parameters
 from lightning_lora.optim import apply_lora_plus, lora_param_groups
-from lightning_lora.optim.lora_plus import check_kept
 from tests.conftest import TinyModel, same_bits
 from tests.lit import CONFIG, LitNet, trainer
+from tests.optim.lora_plus_runs import RATE, RATIO, SCHEDULERS, Scheduled, checkpoint, fit
 from tests.parity.models import DEPRECATED_BY_PEFT
 
 # Lightning's advice to resume with the same callbacks and folder, which these tests do otherwise on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:Checkpoint directory")
-
-RATE, RATIO = 1e-2, 16
-
-# Each schedules the one group of LitNet's AdamW, as its user wrote it: some with lists of one entry, some with absolute rates.
-SCHEDULERS = {
-    "OneCycle": lambda o: S.OneCycleLR(o, 3 * RATE, total_steps=20),
-    "OneCycle list": lambda o: S.OneCycleLR(o, [3 * RATE], total_steps=20, three_phase=True),
-    "Cyclic": lambda o: S.CyclicLR(o, RATE / 10, RATE, step_size_up=3),
-    "Plateau": lambda o: S.ReduceLROnPlateau(o, patience=0, threshold=1e3, min_lr=RATE / 3),
-    "Plateau list": lambda o: S.ReduceLROnPlateau(o, patience=0, threshold=1e3, min_lr=[RATE / 3]),
-    "Sequential": lambda o: S.SequentialLR(o, [S.LinearLR(o, 0.1, 1.0, 3), S.CosineAnnealingLR(o, 5, eta_min=RATE / 2)], [3]),
-    "Chained": lambda o: S.ChainedScheduler([S.ConstantLR(o, 0.5, 4), S.ExponentialLR(o, 0.9)]),
-    "Lambda": lambda o: S.LambdaLR(o, lambda step: 0.9**step),
-    "Lambda list": lambda o: S.LambdaLR(o, [lambda step: 0.9**step]),
-    "Multiplicative": lambda o: S.MultiplicativeLR(o, lambda step: 0.9),
-    "Cosine": lambda o: S.CosineAnnealingLR(o, 6, eta_min=RATE / 4),
-    "Warm restarts": lambda o: S.CosineAnnealingWarmRestarts(o, 3, eta_min=RATE / 4),
-    "Polynomial": lambda o: S.PolynomialLR(o, 8),
-    "MultiStep": lambda o: S.MultiStepLR(o, [2, 4, 6], 0.5),
-}
-
-
-class Scheduled(LitNet):
-    """LitNet with a scheduler that steps every batch; notes the settings in force at each optimizer step."""
-
-    def __init__(self, schedule: Any) -> None:
-        super().__init__()
-        self.make, self.steps = schedule, []
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=RATE, weight_decay=0.1)
-        optimizer.register_step_post_hook(lambda o, args, kwargs: self.note(o))
-        scheduler = self.make(optimizer)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "monitor": "loss", "strict": False}}
-
-    def note(self, optimizer: torch.optim.Optimizer) -> None:
-        names = {id(p): name.rpartition(".")[2] for name, p in self.named_parameters()}
-        held = [(names[id(p)], group) for group in optimizer.param_groups for p in group["params"]]
-        self.steps.append({name: [group[key] for key in ("lr", "betas", "weight_decay")] for name, group in held})
-
-
-def fit(folder: Path, module: LitNet, ratio: float, epochs: int, *callbacks: Any, ckpt: Any = None) -> Any:
-    torch.manual_seed(5)
-    run = trainer(folder, LoRACallback(CONFIG, merge_on_fit_end=False, lora_plus_ratio=ratio), *callbacks, max_epochs=epochs)
-    run.fit(module, ckpt_path=ckpt)
-    return run
-
-
-def checkpoint(folder: Path) -> ModelCheckpoint:
-    return ModelCheckpoint(folder, save_last=True, enable_version_counter=False)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -241,38 +191,6 @@ def test_groups_are_pefts(make: Any, variant: str, number: int) -> None:
     assert table(ours, here) == table(theirs, there) == table(ours, split)
 
 
-@pytest.mark.parametrize("ratio", [0, -1, float("nan"), float("inf"), "16", None])
-def test_a_ratio_out_of_range_is_refused_where_it_is_given(ratio: Any) -> None:
-    with pytest.raises(ValueError, match=r"lora_plus_ratio=.*: give a number > 0, such as 16"):
-        LoRACallback(lora_plus_ratio=ratio)
-
-
-def test_what_would_undo_or_repeat_the_ratio_is_refused(tmp_path: Path, make: Any) -> None:
-    class Own(LitNet):
-        def configure_optimizers(self) -> Any:
-            optimizer = torch.optim.AdamW(lora_param_groups(self, lr=RATE, lora_plus_ratio=RATIO))
-            return [optimizer], [self.schedule(optimizer)] if self.schedule else []
-
-    with pytest.raises(
-        ValueError, match=r"lora_plus_ratio=16: a scheduler gave B the rate 0\.0004 where A has 0\.0004\. Pass LoRACallback"
-    ):
-        fit(tmp_path, Own(schedule=lambda o: S.OneCycleLR(o, RATE, total_steps=20)), 1.0, 1)
-    fit(tmp_path, Own(schedule=lambda o: S.OneCycleLR(o, [RATE, RATIO * RATE], total_steps=20)), 1.0, 1)
-    with pytest.raises(ValueError, match="lora_plus_ratio=4: the optimizer's groups have a ratio already; give it once"):
-        fit(tmp_path, Own(), 4, 1)
-    model = apply_lora(make(TinyModel))
-    with pytest.raises(ValueError, match="lora_plus_ratio=4: SGD holds no B of an adapter of TinyModel"):
-        apply_lora_plus(torch.optim.SGD([torch.ones(1)], lr=RATE), model, 4)
-
-
-def test_a_resume_with_another_ratio_is_refused(tmp_path: Path) -> None:
-    fit(tmp_path, LitNet(), RATIO, 1, checkpoint(tmp_path))
-    with pytest.raises(ValueError, match="lora_plus_ratio is 16 in the checkpoint, 4 here; resume with the same"):
-        fit(tmp_path, LitNet(), 4, 2, ckpt=tmp_path / "last.ckpt")
-    with pytest.raises(ValueError, match=r"has 2 parameter groups, this one 1; build it as it was built then \(lora_plus_ratio"):
-        fit(tmp_path, LitNet(), 1.0, 2, ckpt=tmp_path / "last.ckpt")
-
-
 def rates(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[float, float]]:
     held = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
     return {name: held[id(p)] for name, p in model.named_parameters() if id(p) in held}
@@ -290,15 +208,6 @@ def test_both_ways_give_each_parameter_the_same_rate(make: Any, variant: str) ->
     assert {rate for rate, _ in here.values()} == {RATE, RATE * RATIO} if variant != "lora_fa" else {RATE * RATIO}
     shapes = {name: p.ndim for name, p in model.named_parameters()}
     assert {name: decay for name, (_, decay) in here.items()} == {name: 0.3 * (shapes[name] > 1) for name in here}
-
-
-def test_a_scheduler_that_undoes_vera_s_ratio_is_refused(make: Any) -> None:
-    model = apply_lora(make(TinyModel), config=LoRAConfig(variant="vera"))
-    optimizer = torch.optim.AdamW(lora_param_groups(model, lr=RATE, lora_plus_ratio=RATIO))
-    check_kept(optimizer)
-    S.OneCycleLR(optimizer, RATE, total_steps=20)
-    with pytest.raises(ValueError, match="a scheduler gave B the rate"):
-        check_kept(optimizer)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -327,33 +236,3 @@ def test_parts_have_ratios_of_their_own_in_one_optimizer(tmp_path: Path, shared:
     assert [group["name"] for group in run.optimizers[0].param_groups] == names
     with pytest.raises(ValueError, match="have a ratio already; give it once"):
         apply_lora_plus(run.optimizers[0], module.net.fc2, 2)
-
-
-class ByPosition:
-    """A scheduler of another library: it sets rates by position, in methods of its own, one calling the other."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer, self.base = optimizer, [group["lr"] for group in optimizer.param_groups]
-
-    def step_update(self, number: int) -> None:
-        self.write([rate / (1 + number) for rate in self.base])
-
-    def write(self, values: list[float]) -> None:
-        for group, value in zip(self.optimizer.param_groups, values, strict=True):
-            group["lr"], group["momentum"] = value, 0.5
-
-    def step(self, epoch: int) -> None:
-        self.step_update(epoch)
-
-
-@pytest.mark.parametrize("method", ["step", "step_update", "write"])
-def test_whatever_method_of_a_scheduler_sets_the_rates(method: str) -> None:
-    model = apply_lora(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), LoRAConfig(rank=2, target_modules=["0", "1"]))
-    groups = [{"params": [p for p in layer.parameters() if p.requires_grad], "lr": lr} for layer, lr in zip(model, (1.0, 2.0), strict=True)]
-    optimizer = torch.optim.SGD(groups)
-    scheduler = ByPosition(optimizer)
-    apply_lora_plus(optimizer, model, RATIO, scheduler)
-    getattr(scheduler, method)([0.5, 1.0] if method == "write" else 1)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 8.0, 1.0, 16.0]
-    assert [group["momentum"] for group in optimizer.param_groups] == [0.5] * 4
-    assert isinstance(scheduler, ByPosition) and vars(scheduler).keys() == {"optimizer", "base"}

@@ -1,0 +1,93 @@
+"""What must not go wrong in silence under LoRACallback."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import LoRACallback
+from tests.callbacks.lora_runs import fit
+from tests.lit import CONFIG, LitNet, trainer
+
+# Lightning's advice to resume with the same callbacks and folder, which these tests do otherwise on purpose.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Be aware that when using `ckpt_path`", "ignore:The dirpath has changed", "ignore:Checkpoint directory"
+)
+
+
+def test_an_optimizer_built_too_early_is_an_error(tmp_path: Path) -> None:
+    class Early(LitNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.early = torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+        def configure_optimizers(self) -> Any:
+            return self.early
+
+    with pytest.raises(ValueError, match=r"4 parameters that should train are in no optimizer: net\.fc1\.lora_A.*configure_optimizers"):
+        fit(tmp_path, Early(), 1)
+
+
+class Bypass(LitNet):
+    def step(self, batch: Any) -> torch.Tensor:
+        hidden = self.net.fc1(self.net.embed(batch[0])).relu()
+        return nn.functional.cross_entropy(nn.functional.linear(hidden, self.net.fc2.weight), batch[1])
+
+
+def test_an_adapter_without_a_gradient_is_an_error_unless_told_otherwise(tmp_path: Path) -> None:
+    with pytest.raises(
+        RuntimeError, match=r"1 of 2 adapted layers got no gradient in 4 batches: net\.fc2\. .*exclude_modules=\['net\.fc2'\]"
+    ):
+        fit(tmp_path, Bypass(), 1)
+    fit(tmp_path, Bypass(), 1, lora=LoRACallback(CONFIG, check_gradients=False))
+
+
+def test_every_adapter_has_a_gradient_after_the_first_backward(tmp_path: Path) -> None:
+    class Look(L.Callback):
+        missing: list[str] | None = None
+
+        def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            if self.missing is None:
+                self.missing = [name for name, p in pl_module.named_parameters() if "lora_" in name and p.grad is None]
+
+    look = Look()
+    fit(tmp_path, LitNet(), 1, callbacks=(look,))
+    assert look.missing == []
+
+
+def test_a_wrong_submodule_name_lists_the_right_ones(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="module='nett' is no submodule of LitNet; its children are net"):
+        fit(tmp_path, LitNet(), 1, lora=LoRACallback(CONFIG, module="nett"))
+
+
+@pytest.mark.parametrize("through", ["object", "memory"])
+def test_tied_weights_are_refused_at_the_start_not_after_the_training(through: str, tmp_path: Path) -> None:
+    module = LitNet()
+    module.net.tied = nn.Linear(16, 32)
+    if through == "object":
+        module.net.tied.weight = module.net.fc1.weight
+    else:
+        module.net.tied.weight.data = module.net.fc1.weight.data
+    with pytest.raises(ValueError, match=r"net\.fc1\.weight is tied to net\.tied\.weight.*merge_on_fit_end=False"):
+        fit(tmp_path, module, 1)
+    assert module.losses == []
+    trainer(tmp_path, LoRACallback(CONFIG)).test(module, verbose=False)  # no merge is due there
+
+
+@pytest.mark.filterwarnings("ignore:.*`LightningModule` that was compiled")
+def test_the_module_stays_picklable_and_free_of_patches(tmp_path: Path) -> None:
+    module = LitNet(late=True)
+    fit(tmp_path, module, 1)
+    assert "configure_model" not in module.__dict__
+    x = torch.randn(4, 8)
+    twin = pickle.loads(pickle.dumps(module.net))
+    module.eval()
+    torch.testing.assert_close(twin.eval()(x), module.net(x))
+    assert copy.deepcopy(module.net).fc1.merged
