@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader
 
 from lightning_lora import LoRACallback, LoRAConfig, save_adapter
 from lightning_lora.optim.state import state_by_name
+from lightning_lora.storage.atomic_files import write_atomic
 from lightning_lora.strategies import LoRAFSDP2Strategy
 from lightning_lora.strategies.checkpoint_io import write_folder
-from lightning_lora.utils.atomic_files import write_atomic
 from lightning_lora.utils.names import clean_name
 from lightning_lora.utils.sharding import full_tensor
 

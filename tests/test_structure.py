@@ -27,6 +27,7 @@ NAME = "lightning_lora"
 # package itself. A file imports from lower folders, and in its own folder without a cycle.
 FOLDERS = [
     "utils",
+    "storage",
     "registry",
     "config",
     "ops",

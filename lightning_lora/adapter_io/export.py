@@ -25,7 +25,7 @@ from lightning_lora.adapter_io.merged_weights import MergedWeights
 from lightning_lora.adapter_io.weight_files import write_weights
 from lightning_lora.model.plain_copy import plain_copy
 from lightning_lora.model.ties import tied_weights, untying
-from lightning_lora.utils.atomic_files import move_files
+from lightning_lora.storage.atomic_files import move_files
 from lightning_lora.utils.names import adapter_root, clean_name
 from lightning_lora.utils.sharding import on_first_rank, on_first_rank_with_help
 

@@ -2,7 +2,7 @@
 
 The safetensors metadata holds what PEFT's format has no field for: our format version, the exact config and the base's identity.
 
-Both files are written as one commit (:mod:`lightning_lora.utils.folder_commit`), and read from one. The metadata also holds the JSON's
+Both files are written as one commit (:mod:`lightning_lora.storage.folder_commit`), and read from one. The metadata also holds the JSON's
 fields and a checksum (:mod:`lightning_lora.adapter_io.integrity`). So files of two different saves are refused. So are damaged files, and
 edits that change the adapter. Tensors without a JSON still load here, because their metadata holds the config.
 """
@@ -25,11 +25,11 @@ from lightning_lora.adapter_io.integrity import check_fields, seal
 from lightning_lora.adapter_io.metadata import FORMAT_VERSION, META, parsed, understood
 from lightning_lora.adapter_io.peft_names import PREFIX, our_names
 from lightning_lora.config import LoRAConfig
-from lightning_lora.utils.atomic_files import write_atomic
-from lightning_lora.utils.folder_commit import commit, read_undisturbed
-from lightning_lora.utils.folders import standing
-from lightning_lora.utils.read_checkpoint import read_checkpoint
-from lightning_lora.utils.regular_files import read_regular
+from lightning_lora.storage.atomic_files import write_atomic
+from lightning_lora.storage.folder_commit import commit, read_undisturbed
+from lightning_lora.storage.folders import standing
+from lightning_lora.storage.read_checkpoint import read_checkpoint
+from lightning_lora.storage.regular_files import read_regular
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 LONGEST = 2**24  # bytes of JSON; 100,000 layers that are named one by one take half of it

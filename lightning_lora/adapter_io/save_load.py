@@ -40,7 +40,7 @@ from lightning_lora.model.apply import inject
 from lightning_lora.model.heads import saved_modules
 from lightning_lora.model.merge import unmerge_lora
 from lightning_lora.model.targeting import TargetReport, resolve
-from lightning_lora.utils.folder_commit import occupied
+from lightning_lora.storage.folder_commit import occupied
 from lightning_lora.utils.names import adapter_root, bare, clean_name, modules_by_name, second_names
 from lightning_lora.utils.sharding import full_tensor, is_flattened, on_first_rank
 from lightning_lora.utils.transformers_conventions import expert_family, loaded_from

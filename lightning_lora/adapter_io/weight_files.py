@@ -10,7 +10,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from lightning_lora.utils.atomic_files import write_atomic
+from lightning_lora.storage.atomic_files import write_atomic
 
 INDEX = "model.safetensors.index.json"
 

@@ -8,8 +8,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_lora.adapter_io.files import CONFIG
+from lightning_lora.storage.read_checkpoint import located, read_checkpoint
 from lightning_lora.strategies.checkpoint_io import REST
-from lightning_lora.utils.read_checkpoint import located, read_checkpoint
 
 
 def checkpoint_of(ckpt_path: str | None, command: str, trainer: Trainer, weights_only: bool | None) -> str | None:

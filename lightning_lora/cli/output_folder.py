@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO
 
-from lightning_lora.utils.atomic_files import sync_folder
+from lightning_lora.storage.atomic_files import sync_folder
 
 try:
     import fcntl

@@ -19,12 +19,12 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from lightning_lora.storage.atomic_files import write_atomic
+from lightning_lora.storage.file_locks import exclusive, lock_file
+from lightning_lora.storage.folders import aside, erase, put_back, remove, standing, swap
+from lightning_lora.storage.read_checkpoint import located, read_checkpoint, readable
+from lightning_lora.storage.read_shards import read_shards
 from lightning_lora.strategies.namespaces import twins
-from lightning_lora.utils.atomic_files import write_atomic
-from lightning_lora.utils.file_locks import exclusive, lock_file
-from lightning_lora.utils.folders import aside, erase, put_back, remove, standing, swap
-from lightning_lora.utils.read_checkpoint import located, read_checkpoint, readable
-from lightning_lora.utils.read_shards import read_shards
 from lightning_lora.utils.sharding import on_first_rank
 
 REST = "meta.pt"  # Lightning's name for the file of what is not in the shards; written last: a folder that has it is complete
@@ -82,7 +82,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
         """Load to the CPU, given as a string: torchao's low-bit optimizer states refuse a function, which is Lightning's default.
 
         Raises:
-            ValueError: as :func:`~lightning_lora.utils.read_checkpoint.read_checkpoint`, and for a file in a storage likewise.
+            ValueError: as :func:`~lightning_lora.storage.read_checkpoint.read_checkpoint`, and for a file in a storage likewise.
         """
         path, weights_only = located(path, weights_only)
         if _is_local(path):
@@ -166,7 +166,7 @@ def read_folder(path: Path, weights_only: bool | None = None) -> dict[str, Any]:
 
     Args:
         path: the folder.
-        weights_only: of what is not in the shards; see :func:`~lightning_lora.utils.read_checkpoint.read_checkpoint`.
+        weights_only: of what is not in the shards; see :func:`~lightning_lora.storage.read_checkpoint.read_checkpoint`.
 
     Raises:
         ValueError: a file in it is missing or damaged, or holds more than tensors and plain values.

@@ -14,9 +14,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
-from lightning_lora.utils.folders import put_back
+from lightning_lora.storage.folders import put_back
+from lightning_lora.storage.room import check_room
 from lightning_lora.utils.names import persistent_buffers
-from lightning_lora.utils.room import check_room
 from lightning_lora.utils.sharding import on_first_rank
 
 

@@ -1,4 +1,4 @@
-"""Helpers that know nothing of LoRA: names, patterns, checksums, atomic writes, sharded tensors, custom operators.
+"""Helpers that know nothing of LoRA: names, patterns, checksums, sharded tensors, custom operators, source code that is read.
 
 ``torch_private`` and ``transformers_conventions`` wrap the private names of those libraries.
 

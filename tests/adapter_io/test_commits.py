@@ -7,7 +7,7 @@ import pytest
 
 from lightning_lora import load_adapter, save_adapter
 from lightning_lora.adapter_io.files import CONFIG, TENSORS, read_adapter
-from lightning_lora.utils.folders import aside
+from lightning_lora.storage.folders import aside
 from tests.conftest import TinyModel, adapted, same_bits
 
 

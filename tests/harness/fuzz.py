@@ -29,8 +29,8 @@ from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, load_adapter, save_adapter
 from lightning_lora.cli.commands import inspect
+from lightning_lora.storage.read_checkpoint import read_checkpoint
 from lightning_lora.strategies.checkpoint_io import write_folder
-from lightning_lora.utils.read_checkpoint import read_checkpoint
 from tests.faults.adapter_files import as_peft
 from tests.faults.kit import CONFIG, adapted, net
 from tests.harness.mutations import ADAPTER, ANYWHERE, IN_CHECKPOINTS, IN_FOLDERS, TENSORS, Mutation, header_of, write_header

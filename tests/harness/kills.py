@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.utils import folders
+from lightning_lora.storage import folders
 
 #: Every function of ``os`` by which the package changes what is on the disk.
 OPERATIONS = ("open", "mkdir", "rename", "replace", "link", "unlink", "rmdir", "fsync", "chmod")

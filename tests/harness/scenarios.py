@@ -23,9 +23,9 @@ from torch.utils.data import DataLoader
 
 from lightning_lora import LoRACallback, LoRAConfig, save_adapter
 from lightning_lora.adapter_io.files import CONFIG, TENSORS, read_adapter
+from lightning_lora.storage import folders
+from lightning_lora.storage.folders import standing
 from lightning_lora.strategies.checkpoint_io import DurableCheckpointIO, found, read_folder, write_folder
-from lightning_lora.utils import folders
-from lightning_lora.utils.folders import standing
 from tests.conftest import TinyModel, adapted, same_bits
 from tests.harness.kills import Scenario, in_a_child, result
 

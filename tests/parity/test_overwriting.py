@@ -5,7 +5,7 @@ from torch import nn
 
 from lightning_lora import apply_lora, save_adapter
 from lightning_lora.adapter_io import files
-from lightning_lora.utils.atomic_files import write_atomic
+from lightning_lora.storage.atomic_files import write_atomic
 
 from .models import DEPRECATED_BY_PEFT, base, close, logits, our_config, randomise, read_by_peft
 

@@ -14,8 +14,8 @@ import torch
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from lightning_lora import LoRACallback, save_adapter
+from lightning_lora.storage.read_shards import INDEX
 from lightning_lora.strategies.checkpoint_io import REST, DurableCheckpointIO, read, write_folder
-from lightning_lora.utils.read_shards import INDEX
 from tests.lit import CONFIG, LitNet, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:Be aware that when using `ckpt_path`")

@@ -13,8 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from lightning_lora import DurableCheckpointIO, LoRACallback
+from lightning_lora.storage import folders
 from lightning_lora.strategies.checkpoint_io import REST, found, read_folder, write_folder
-from lightning_lora.utils import folders
 from tests.lit import CONFIG, LitNet, trainer
 
 pytestmark = pytest.mark.filterwarnings(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lightning_lora.utils.regular_files import open_regular, read_regular
+from lightning_lora.storage.regular_files import open_regular, read_regular
 
 
 def test_a_file_is_read_through_a_link_too(tmp_path: Path) -> None:

@@ -3,8 +3,8 @@ import os
 
 import pytest
 
-from lightning_lora.utils import room
-from lightning_lora.utils.room import check_room
+from lightning_lora.storage import room
+from lightning_lora.storage.room import check_room
 
 
 def test_a_folder_with_room_is_left_as_it_was(tmp_path):

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from lightning_lora.utils.atomic_files import ABANDONED, sync_folder, write_atomic
+from lightning_lora.storage.atomic_files import ABANDONED, sync_folder, write_atomic
 from tests.faults.kit import row
 
 
@@ -101,7 +101,7 @@ def test_a_leftover_that_cannot_be_removed_is_no_reason_not_to_save(tmp_path, mo
 
 KILLED = """
 import os, signal, sys
-from lightning_lora.utils.atomic_files import write_atomic
+from lightning_lora.storage.atomic_files import write_atomic
 def write(file):
     file.write(b"half")
     file.flush()

@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from lightning_lora.utils import file_locks
-from lightning_lora.utils.file_locks import exclusive, lock_file
+from lightning_lora.storage import file_locks
+from lightning_lora.storage.file_locks import exclusive, lock_file
 
 fcntl = pytest.importorskip("fcntl")
 
@@ -38,7 +38,7 @@ def test_one_owner_at_a_time(tmp_path):
 OWNER = """
 import sys, time
 from pathlib import Path
-from lightning_lora.utils.file_locks import exclusive
+from lightning_lora.storage.file_locks import exclusive
 with exclusive(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

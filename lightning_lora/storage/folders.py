@@ -15,7 +15,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from lightning_lora.utils.atomic_files import sync_folder
+from lightning_lora.storage.atomic_files import sync_folder
 
 REMOVED = ".lightning_lora.removed"
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux, see renameat2(2)

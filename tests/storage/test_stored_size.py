@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_lora.utils.read_checkpoint import read_checkpoint
-from lightning_lora.utils.stored_size import SMALL, check_tensors
+from lightning_lora.storage.read_checkpoint import read_checkpoint
+from lightning_lora.storage.stored_size import SMALL, check_tensors
 
 CONTENT = {"state_dict": {"x": torch.arange(64.0)}, "epoch": 1, "pair": (1, [torch.zeros(3)])}
 

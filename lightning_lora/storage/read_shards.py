@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lora.utils.read_checkpoint import readable
-from lightning_lora.utils.regular_files import open_regular, read_regular
-from lightning_lora.utils.stored_size import check_records, check_tensors
+from lightning_lora.storage.read_checkpoint import readable
+from lightning_lora.storage.regular_files import open_regular, read_regular
+from lightning_lora.storage.stored_size import check_records, check_tensors
 
 INDEX = ".metadata"
 LARGEST = 2**28  # largest size of an index in bytes; it takes about 200 per shard of a tensor

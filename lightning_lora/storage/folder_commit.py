@@ -1,7 +1,7 @@
 """Write several files into a folder as one commit: a kill, a full disk or a second writer leaves all old files or all new ones.
 
 The files are staged in a new folder, with hard links to the other files of the old folder. The new folder then takes the old one's place
-(:mod:`lightning_lora.utils.folders`), one writer at a time.
+(:mod:`lightning_lora.storage.folders`), one writer at a time.
 
 Some folders cannot be replaced: a mount point, the working directory, a folder of another user, one with folders in it, one whose parent is
 not writable. There the staged files are moved in one by one. The last one named, without which nobody reads the others, is moved away
@@ -19,9 +19,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from lightning_lora.utils.atomic_files import ABANDONED, sync_folder
-from lightning_lora.utils.file_locks import exclusive
-from lightning_lora.utils.folders import aside, erase, put_back, standing, take_place
+from lightning_lora.storage.atomic_files import ABANDONED, sync_folder
+from lightning_lora.storage.file_locks import exclusive
+from lightning_lora.storage.folders import aside, erase, put_back, standing, take_place
 
 T = TypeVar("T")
 ATTEMPTS = 100

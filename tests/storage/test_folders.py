@@ -3,8 +3,8 @@ import os
 
 import pytest
 
-from lightning_lora.utils import folders
-from lightning_lora.utils.folders import REMOVED, aside, exchange, put_back, remove, standing, swap
+from lightning_lora.storage import folders
+from lightning_lora.storage.folders import REMOVED, aside, exchange, put_back, remove, standing, swap
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="renames there are another matter")
 

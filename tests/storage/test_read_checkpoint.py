@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_lora.utils.read_checkpoint import located, read_checkpoint
+from lightning_lora.storage.read_checkpoint import located, read_checkpoint
 
 
 class Evil:

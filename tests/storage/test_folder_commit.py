@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from lightning_lora.utils import folder_commit
-from lightning_lora.utils.atomic_files import ABANDONED
-from lightning_lora.utils.folder_commit import commit, occupied, read_undisturbed
+from lightning_lora.storage import folder_commit
+from lightning_lora.storage.atomic_files import ABANDONED
+from lightning_lora.storage.folder_commit import commit, occupied, read_undisturbed
 
 NAMES = ("tensors", "config")
 
@@ -143,7 +143,7 @@ def test_leftovers_of_killed_writers_go_those_of_others_stay(tmp_path):
 
 
 def test_without_locks_leftovers_go_by_their_age(tmp_path, monkeypatch):
-    from lightning_lora.utils import file_locks
+    from lightning_lora.storage import file_locks
 
     monkeypatch.setattr(file_locks, "fcntl", None)
     for name, age in ((".adapter.00000000.tmp", 0), (".adapter.11111111.tmp", ABANDONED + 60)):

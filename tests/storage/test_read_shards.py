@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from lightning_lora.utils.read_shards import INDEX, read_shards
+from lightning_lora.storage.read_shards import INDEX, read_shards
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int8, torch.bool, torch.uint8]
 TENSORS = {f"x/{dtype}": torch.randn(3, 4).mul(3).to(dtype) for dtype in DTYPES} | {

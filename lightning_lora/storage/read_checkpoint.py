@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from lightning_lora.utils.regular_files import open_regular
-from lightning_lora.utils.stored_size import check_records, check_tensors
+from lightning_lora.storage.regular_files import open_regular
+from lightning_lora.storage.stored_size import check_records, check_tensors
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(::|://)")
 _LOCAL = {"file", "local"}
