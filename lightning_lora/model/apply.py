@@ -7,7 +7,6 @@ from functools import partial
 from typing import Literal, overload
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.adapting import adapt, unadapt
@@ -80,9 +79,6 @@ def inject(model: nn.Module, config: LoRAConfig, report: TargetReport) -> nn.Mod
     """Adapt the targets of a report of :func:`~lightning_lora.model.targeting.find_targets`. On an error, undo everything."""
     if is_distributed():
         reshard(model)  # after a forward pass FSDP2 keeps its root gathered: flags set on these copies would be lost
-    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
-    if lazy:
-        raise ValueError(f"{lazy[0]!r} is lazy and has no shape yet: run one forward pass before applying LoRA.")
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         for parameter, _ in trained:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Container, Iterable
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_lora.config import ALL_LINEAR, LoRAConfig
 from lightning_lora.layers.adapting import refusal
@@ -24,7 +25,7 @@ from lightning_lora.model.suitability import Suitability
 from lightning_lora.model.target_report import Target, TargetReport, lines_of
 from lightning_lora.quantization.formats import elements
 from lightning_lora.registry import INITS, kind_of, look_up, qualified_name, why_refused
-from lightning_lora.utils.names import modules_by_name
+from lightning_lora.utils.names import modules_by_name, parameters_by_name
 from lightning_lora.utils.patterns import compile_patterns, layer_index, no_match, starred
 
 _MUCH = 0.2  # share of the model's elements; a larger share left out by "all-linear" is a warning
@@ -116,6 +117,9 @@ def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False)
         problems += _unmatched(fields, config, modules, chosen.values())
     if problems:
         raise ValueError("\n".join(problems[:8] + ([f"… and {len(problems) - 8} more."] if len(problems) > 8 else [])))
+    lazy = [name for name, parameter in parameters_by_name(model).items() if is_lazy(parameter)]
+    if lazy:
+        raise ValueError(f"{lazy[0]!r} is lazy and has no shape yet: run one forward pass before applying LoRA.")
     if not targets:
         raise ValueError("exclude_modules excludes every module that target_modules matches; exclude less.")
     for target in targets:

@@ -14,6 +14,7 @@ from lightning_lora import (
     LoRAConfig,
     LoRALinear,
     apply_lora,
+    find_targets,
     get_lora_parameters,
     load_adapter,
     merge_lora,
@@ -160,6 +161,18 @@ def test_lazy() -> None:
     assert type(model[0]) is nn.LazyLinear
     model(torch.ones(1, 3))
     assert type(apply_lora(model, config=LoRAConfig(rank=2, target_modules=["0"]))[0]) is LoRALinear
+
+
+@row(53)
+def test_lazy_beside_the_targets() -> None:
+    """It is frozen, or trained in full, and has no shape for either."""
+    model = nn.ModuleDict({"backbone": nn.Linear(3, 4), "head": nn.LazyLinear(1)})
+    for saved in ([], ["head"]):
+        with pytest.raises(ValueError, match=r"'head.weight' is lazy and has no shape yet: run one forward pass"):
+            find_targets(model, LoRAConfig(rank=2, target_modules=["backbone"], modules_to_save=saved))
+        with pytest.raises(ValueError, match=r"'head.weight' is lazy"):
+            apply_lora(model, LoRAConfig(rank=2, target_modules=["backbone"], modules_to_save=saved))
+    assert type(model["backbone"]) is nn.Linear and model["backbone"].weight.requires_grad
 
 
 @row(53)
