@@ -4,7 +4,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check unit matrix family faults clean
+.PHONY: quickstart test check unit matrix family faults experimental clean
 
 quickstart: $(VENV)/.quickstart  ## LoRA-tune a real language model on real data; everything lands in runs/quickstart/
 	$(BIN)/python examples/quickstart.py
@@ -27,6 +27,10 @@ family: $(VENV)/.test  ## which variant works on which kind of layer, printed by
 
 faults: $(VENV)/.test  ## every row of the table of faults with its state, found by running its tests
 	$(BIN)/python -m tests.faults
+
+experimental: $(VENV)/.test  ## what depends on FSDP2's private names, alone; with TORCH=2.14.1 and a VENV of its own, on another torch
+	$(if $(TORCH),$(BIN)/pip install --quiet torch==$(TORCH))
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(wildcard tests/distributed/test_pull_frozen*.py)
 
 # One virtual environment; a stamp for each set of extras, renewed when what it installs changes.
 $(VENV)/bin/python:
