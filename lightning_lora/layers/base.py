@@ -203,6 +203,8 @@ class LoRALayer(Factors):
         if out_scale is None:
             return z
         bias = self._parameters.get("bias")
+        if bias is None:  # in a backward pass FSDP1 has plain tensors in place of parameters; checkpointing runs the forward there
+            bias = self.__dict__.get("bias")
         return apply_output_scale(z, self.per_output(out_scale), None if bias is None else self.per_output(bias))
 
     def base_forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -72,6 +72,7 @@ def _work(rank: int, world: int, meeting: str, pipe: Any, device: str) -> None:
     import torch.distributed as dist
 
     from lightning_lora.experimental import pulling_group
+    from tests.distributed import nets
 
     pulling_group.SMALL = 300  # bytes: the networks here are tiny
     torch.set_num_threads(1)
@@ -88,3 +89,4 @@ def _work(rank: int, world: int, meeting: str, pipe: Any, device: str) -> None:
             pipe.send((True, function(*args)))
         except BaseException:
             pipe.send((False, f"rank {rank}: {traceback.format_exc()}"))
+        nets.Net.checkpointing = None  # a run may have set it

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lightning_lora import LoRAConfig, apply_lora
-from tests.distributed.nets import CONFIG, make_net
+from tests.distributed.nets import CONFIG, Net, make_net
 from tests.distributed.wrappers import BOTH, check_merge, check_training, fsdp1
 
 VARIANTS = {name: replace(CONFIG, variant=name) for name in ("dora", "lora_fa", "adalora")}
@@ -27,6 +27,20 @@ def test_trains_and_merges_as_one_process_does(pool: Any, variant: str, name: st
     for result in pool.run(check, name, order, variant):
         assert result["gradient"] < 1e-6 and result["adapter"] < 2e-6, result
         assert result["difference"] < 1e-5 and result["exact"] < 1e-6 and result["back"], result
+
+
+def check_checkpointed(name: str, variant: str, mode: str) -> dict[str, float]:
+    Net.checkpointing = mode
+    return check_training(name, "before", VARIANTS[variant])
+
+
+@pytest.mark.parametrize("mode", ["non-reentrant", "reentrant"])
+@pytest.mark.parametrize("name", ["fsdp1", "fsdp2"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_trains_as_one_process_does_under_checkpointing(pool: Any, variant: str, name: str, mode: str) -> None:
+    """FSDP1 has plain tensors in place of parameters while a checkpoint's forward runs again."""
+    for result in pool.run(check_checkpointed, name, variant, mode):
+        assert result["gradient"] < 1e-6 and result["adapter"] < 2e-6, result
 
 
 def refused(variant: str) -> str:
