@@ -72,7 +72,10 @@ def times_scale(z: Tensor, out_scale: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def scaled(z: Tensor, out_scale: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return ``g∘z`` in z's dtype. Rounding g to half precision would lose small changes of it, so the rounding rest is multiplied too."""
+    """Return ``g∘z`` in z's dtype. Rounding g to half precision would lose small changes of it, so the rounding rest is multiplied too.
+
+    In fp16 a g below 6e-5, its smallest normal number, loses digits all the same.
+    """
     high = out_scale.to(z.dtype)
     y = torch.mul(z, high, out=out)
     return y if z.dtype == out_scale.dtype else torch.addcmul(y, z, (out_scale - high).to(z.dtype), out=out)

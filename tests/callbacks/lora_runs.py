@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import lr_scheduler as S
 from torch.utils.data import DataLoader
@@ -25,6 +26,17 @@ def fit(
     run = trainer(folder, lora, *callbacks, max_epochs=epochs, **kwargs)
     run.fit(module, ckpt_path=ckpt)
     return run
+
+
+class Early(LitNet):
+    """Its optimizer is built before the adapters come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early = torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+    def configure_optimizers(self) -> Any:
+        return self.early
 
 
 SCHEDULES = {

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRACallback
-from tests.callbacks.lora_runs import fit
+from tests.callbacks.lora_runs import Early, fit
 from tests.lit import CONFIG, LitNet, trainer
 
 # Lightning's advice to resume with the same callbacks and folder, which these tests do otherwise on purpose.
@@ -23,14 +23,6 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 def test_an_optimizer_built_too_early_is_an_error(tmp_path: Path) -> None:
-    class Early(LitNet):
-        def __init__(self) -> None:
-            super().__init__()
-            self.early = torch.optim.AdamW(self.parameters(), lr=1e-2)
-
-        def configure_optimizers(self) -> Any:
-            return self.early
-
     with pytest.raises(ValueError, match=r"4 parameters that should train are in no optimizer: net\.fc1\.lora_A.*configure_optimizers"):
         fit(tmp_path, Early(), 1)
 

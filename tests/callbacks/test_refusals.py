@@ -15,6 +15,7 @@ from lightning_lora import LoRACallback, LoRAConfig, apply_lora, unload_lora
 from lightning_lora.callbacks import gradient_check
 from lightning_lora.callbacks.refusals import check_apart
 from lightning_lora.layers import lora_layers
+from tests.callbacks.lora_runs import Early
 from tests.lit import CONFIG, LitNet, bits, trainer
 
 OTHER = LoRAConfig(rank=4, target_modules=["fc1"])
@@ -36,15 +37,6 @@ def fit(folder: Path, module: L.LightningModule, *callbacks: L.Callback, **kwarg
     run = trainer(folder, *(callbacks or (LoRACallback(CONFIG),)), max_epochs=1, limit_val_batches=0, **kwargs)
     run.fit(module)
     return run
-
-
-class Early(LitNet):
-    def __init__(self) -> None:
-        super().__init__()
-        self.early = torch.optim.AdamW(self.parameters(), lr=1e-2)
-
-    def configure_optimizers(self) -> Any:
-        return self.early
 
 
 class Outside(LitNet):

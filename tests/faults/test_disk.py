@@ -22,6 +22,7 @@ from tests.faults.adapter_files import FILE, JSON, edit_tensors
 from tests.faults.kit import CONFIG, IDS, Crash, adapted, case, crash_at, disk_bits, net, refused, row
 from tests.lit import CONFIG as FC
 from tests.lit import LitNet, trainer
+from tests.memory import on_linux, peak
 
 
 def header(file: Path, length: int, content: bytes) -> None:
@@ -59,14 +60,7 @@ def test_a_header_that_lies(folder: Path, spoil: Any, said: tuple[str, ...]) -> 
     assert {name: (folder / name).stat().st_size for name in os.listdir(folder)} == before
 
 
-def peak() -> int:
-    """The largest memory that this process had since the last call, in bytes."""
-    status = Path("/proc/self/status").read_text()
-    Path("/proc/self/clear_refs").write_text("5")
-    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells a process its peak memory")
+@on_linux
 @row(25)
 def test_a_tensor_of_gigabytes(folder: Path) -> None:
     """In a file that has this size (and holes): known without reading it."""

@@ -36,6 +36,7 @@ from tests.faults.kit import CONFIG, adapted, net
 from tests.harness.mutations import ADAPTER, ANYWHERE, IN_CHECKPOINTS, IN_FOLDERS, TENSORS, Mutation, header_of, write_header
 from tests.lit import CONFIG as LIT
 from tests.lit import LitNet, trainer
+from tests.memory import peak
 
 SECONDS, MEMORY = 30, 256 * 2**20  # what a case may take
 DIFFERS = "loads, and differs"
@@ -128,16 +129,6 @@ def limited() -> Iterator[Callable[[], int]]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
-
-
-def peak() -> int:
-    """Return the largest memory since the last call, in bytes. It counts from there on."""
-    try:
-        status = Path("/proc/self/status").read_text()
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:  # not Linux
-        return 0
-    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
 def verdict(action: Callable[[Path], nn.Module | str], path: Path, whole: Any, honest: bool) -> str:

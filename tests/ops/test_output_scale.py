@@ -28,13 +28,19 @@ def test_small_changes_of_the_scale_are_felt_in_half_precision(dtype):
     assert (y.double().mean() / (z.double() * 1.003).mean() - 1).abs() < 1e-3
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("scale", [1e-6, 2e-3, 0.1, 1.0, 30.0])
+# In fp16 a scale below the normal numbers loses digits by itself: 1e-6 is known there to 3 %.
+SCALES = [
+    (dtype, scale)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    for scale in (1e-6, 1.3e-4, 2e-3, 0.1, 1.0, 30.0)
+    if scale > torch.finfo(dtype).tiny
+]
+
+
+@pytest.mark.parametrize(("dtype", "scale"), SCALES, ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_scale_far_from_one_costs_no_digits(dtype, scale, bias):
     """As g = m/‖W + s·B·A‖ is, where the update is large: rounding is that of the terms, not of z."""
-    if dtype == torch.float16 and scale < 1e-4:
-        pytest.skip("half precision has no such number")
     z = torch.randn(50, 7).mul(1 / scale).clamp(-6e4, 6e4).to(dtype)
     out_scale, b = torch.rand(7).add(0.5).mul(scale), torch.randn(7).to(dtype) if bias else None
     z.requires_grad_()
