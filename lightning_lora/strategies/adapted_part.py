@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_lora.adapter_io.files import AdapterFile
-from lightning_lora.adapter_io.metadata import understood
 from lightning_lora.config import LoRAConfig
 
 
@@ -48,11 +47,14 @@ def parts_in(meta: dict[str, Any], parts: Mapping[str, AdaptedPart], where: str)
 
     A single part here takes a checkpoint's single part, under any root.
 
+    Args:
+        meta: checked, with its ``others``.
+        parts: root → part here.
+        where: the file, for messages.
+
     Raises:
-        ValueError: the metadata is of a newer format, or has adapters on other submodules.
+        ValueError: the metadata has adapters on other submodules.
     """
-    for part in (meta, *meta.get("others", ())):
-        understood(part, where)
     found = {part.get("root", ""): part for part in (meta, *meta.get("others", ()))}
     if len(found) == len(parts) == 1:
         return dict(zip(parts, found.values(), strict=True))
