@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_lora.registry import look_up, qualified_name
 from lightning_lora.utils.checksums import sampled_digest
-from lightning_lora.utils.sharding import full_tensor, is_sharded, local_tensor
+from lightning_lora.utils.sharding import is_sharded, local_tensor
 
 QUANTIZED_FORMATS: dict[str, QuantizedFormat] = {}  # qualified name of a layer's or a weight's type → its format
 QUANTIZERS: dict[str, Quantizer] = {}  # quantize=… → what quantizes a linear
@@ -215,7 +215,7 @@ def weight_digest(module: Any) -> str:
     """
     packing = format_of(module)
     if packing is None:
-        return sampled_digest(full_tensor(module.weight.detach()))
+        return sampled_digest(module.weight)
     if _DIGEST in module.__dict__:
         return module.__dict__[_DIGEST]
     return UNKNOWN + "+".join(sampled_digest(code) for code in packing.codes(module))
