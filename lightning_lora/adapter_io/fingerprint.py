@@ -1,9 +1,9 @@
 """Identify the base that an adapter belongs to by a cheap content hash of the frozen weights.
 
 Elsewhere an adapter loads on a base it was not trained on without an error, and its outputs are wrong. The hash reads 1,024 entries of each
-frozen tensor, so it takes milliseconds. It tells other models and other revisions apart, but not a change of few entries;
-:func:`~lightning_lora.utils.checksums.sampled_digest` says how likely. Entries are rounded to bf16, so the same checkpoint loaded in fp32 or
-bf16 has the same hash. Of a sharded base only these entries are gathered, so the hash is the same under every strategy and as fast.
+frozen tensor, so it takes a fraction of a second. It tells other models and other revisions apart, but not a change of few entries;
+:func:`~lightning_lora.utils.checksums.sampled_digest` says how likely. Entries are rounded to bf16, so the same checkpoint loaded in fp32
+or bf16 has the same hash. Of a sharded base only these entries are gathered, so the hash is the same under every strategy and as fast.
 
 A copy that was quantized here has the same hash too: its layers store the digest of their unpacked weights. For a base that was loaded
 quantized, only the parameters that are not quantized (embeddings, norms, biases) are compared, with a warning.

@@ -42,7 +42,7 @@ from lightning_lora.model.merge import unmerge_lora
 from lightning_lora.model.targeting import TargetReport, resolve
 from lightning_lora.storage.folder_commit import occupied
 from lightning_lora.utils.names import adapter_root, bare, clean_name, modules_by_name, second_names
-from lightning_lora.utils.sharding import full_tensor, is_flattened, on_first_rank
+from lightning_lora.utils.sharding import full_tensor, on_first_rank
 from lightning_lora.utils.transformers_conventions import expert_family, loaded_from
 from lightning_lora.utils.values import kind_of_numbers
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.utils.sharding import is_sharded, local_shard, local_tensor
+from lightning_lora.utils.sharding import is_sharded, local_shard, local_tensor, shard_groups
 from lightning_lora.utils.torch_private import fsdp1_runs
 
 _ABSENT = -(2**63)  # below every code
@@ -61,10 +61,7 @@ def piece_of(tensor: Tensor) -> Piece:
     tensor, shape = tensor.detach(), tuple(tensor.shape)
     if not is_sharded(tensor):
         return Piece(tensor, shape, (0,) * len(shape))
-    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
-    placements: Any = tensor.placements  # type: ignore[attr-defined]
-    groups = tuple(mesh.get_group(dim) for dim, placement in enumerate(placements) if not placement.is_replicate())
-    return Piece(local_tensor(tensor), shape, _starts(tensor), groups)
+    return Piece(local_tensor(tensor), shape, _starts(tensor), shard_groups(tensor))
 
 
 def flattened_pieces(model: nn.Module) -> dict[tuple[nn.Module, str], Piece]:

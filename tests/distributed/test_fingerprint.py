@@ -13,8 +13,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from lightning_lora import apply_lora, load_adapter, merge_lora, save_adapter, unmerge_lora
-from lightning_lora.adapter_io.fingerprint import base_identity
 from lightning_lora.adapter_io.files import read_adapter
+from lightning_lora.adapter_io.fingerprint import base_identity
 from lightning_lora.utils.checksums import sampled_digest
 from lightning_lora.utils.names import adapter_root
 from tests.distributed.nets import CONFIG, fill_adapters, make_net
@@ -22,7 +22,7 @@ from tests.distributed.wrappers import WRAPPERS, fsdp1, wrapped_and_adapted
 
 
 class Large(nn.Module):
-    """Weights that are sampled, not read in full; sizes that no number of ranks divides."""
+    """Weights that are sampled, not read in full; sizes that no number of ranks divides. FSDP1 takes any memory format."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,11 +59,7 @@ def test_it_is_that_of_one_process(pool: Any, name: str, order: str) -> None:
 
 
 def large(name: str) -> str:
-    model = Large()
-    if name == "fsdp1":  # which takes weights that do not lie row by row
-        model = fsdp1(model.to(memory_format=torch.channels_last), auto_wrap_policy=None)
-    else:
-        model = WRAPPERS[name][0](model)
+    model = WRAPPERS[name][0](Large()) if name != "fsdp1" else fsdp1(Large().to(memory_format=torch.channels_last), auto_wrap_policy=None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DTensor, "full_tensor", gathers)
         patch.setattr(FSDP, "summon_full_params", gathers)
