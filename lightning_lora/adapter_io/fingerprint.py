@@ -16,11 +16,11 @@ import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora.layers.base import PREFIX, LoRALayer
-from lightning_lora.quantization.formats import UNKNOWN, weight_digest
-from lightning_lora.utils.checksums import sampled_digest
+from lightning_lora.quantization.formats import UNKNOWN, digest_or_weight
+from lightning_lora.utils.checksums import sampled_digests
 from lightning_lora.utils.names import bare, clean_name
 from lightning_lora.utils.pieces import Piece, flattened_pieces
 from lightning_lora.utils.sharding import is_flattened
@@ -50,14 +50,17 @@ def base_digests(root: nn.Module) -> dict[str, str]:
 
     What is on the meta device has no content yet and is left out. Names that begin with ``@`` are weights of linear layers.
     """
-    digests, flat = {}, flattened_pieces(root) if is_flattened(root) else {}
+    contents: dict[str, str | Tensor | Piece] = {}
+    flat = flattened_pieces(root) if is_flattened(root) else {}
     for module_name, module in sorted(root.named_modules(remove_duplicate=False)):
         for name, parameter in sorted(module.named_parameters(recurse=False, remove_duplicate=False)):
             full = clean_name(f"{module_name}.{name}" if module_name else name)
             if not name.startswith(PREFIX) and not parameter.is_meta:
                 key = LINEAR_MARK + full if name == "weight" and isinstance(module, LINEAR) else full
-                digests[key] = _digest(module, name, flat.get((module, name), parameter))
-    return digests
+                contents[key] = _content(module, name, flat.get((module, name), parameter))
+    sampled = [key for key, content in contents.items() if not isinstance(content, str)]
+    digests = dict(zip(sampled, sampled_digests([contents[key] for key in sampled]), strict=True))  # type: ignore[misc]
+    return {key: content if isinstance(content, str) else digests[key] for key, content in contents.items()}
 
 
 def identity_of(root: nn.Module, digests: Mapping[str, str], exclude: Collection[str] = ()) -> dict[str, Any]:
@@ -101,10 +104,11 @@ def check_base(mine: dict[str, Any], saved: dict[str, Any], where: str) -> None:
         )
 
 
-def _digest(module: nn.Module, name: str, content: nn.Parameter | Piece) -> str:
+def _content(module: nn.Module, name: str, content: nn.Parameter | Piece) -> str | Tensor | Piece:
+    """Return a base tensor's digest, or what it is to be computed from."""
     if isinstance(module, LoRALayer) and name in module.adapted:
         layer = module.by_weight()[name]
         if layer.base_weight_digest:
             return layer.base_weight_digest
         module, name = layer, "weight"
-    return sampled_digest(content) if isinstance(content, Piece) or name != "weight" else weight_digest(module)
+    return content if isinstance(content, Piece) or name != "weight" else digest_or_weight(module)

@@ -17,11 +17,12 @@ from __future__ import annotations
 import array
 import hashlib
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.utils.pieces import Piece, piece_of
+from lightning_lora.utils.pieces import Piece, piece_of, whole_codes
 
 RUNS, RUN = 64, 16  # of the sampled digest: runs per tensor, entries per run
 ROW, ROWS = 1 << 13, 1 << 9  # of the full digest: words per row, rows per chunk
@@ -63,22 +64,26 @@ def _weights(start: int, count: int, device: torch.device) -> Tensor:
 
 
 def sampled_digest(tensor: Tensor | Piece) -> str:
-    """Return a digest of a tensor's shape and of some entries, rounded to bf16. Of a sharded tensor, only these entries are gathered.
+    """Return :func:`sampled_digests` of one tensor."""
+    return sampled_digests([tensor])[0]
 
-    It reads 64 evenly spaced runs of 16 entries, or all entries of a tensor that has no more. A run lies in one or two cache lines, so
-    it costs as much as one entry. If a share p of a tensor's entries changed by more than the rounding, scattered at random, the digest
-    misses that with probability (1 − p)^1024: 36 % at p = 0.1 %, 3·10⁻⁵ at 1 %. It misses a change of one entry almost always.
+
+def sampled_digests(tensors: Sequence[Tensor | Piece]) -> list[str]:
+    """Return a digest of each tensor's shape and of some entries, rounded to bf16. Of a sharded tensor, only these entries are gathered.
+
+    A digest reads 64 evenly spaced runs of 16 entries, or all entries of a tensor that has no more. A run lies in one or two cache lines,
+    so it costs about as much as one entry. If a share p of a tensor's entries changed by more than the rounding, scattered at random, the
+    digest misses that with probability (1 − p)^1024: 36 % at p = 0.1 %, 3·10⁻⁵ at 1 %. A change of one entry it misses almost always.
 
     Because of the rounding, a model loaded in fp32 and in bf16 counts as the same base.
 
     Args:
-        tensor: a tensor, plain or a DTensor; or this rank's piece of one. A collective if it is sharded.
+        tensors: plain ones, DTensors, or this rank's pieces. One collective for all that are sharded in the same way.
     """
-    piece = tensor if isinstance(tensor, Piece) else piece_of(tensor)
-    codes = piece.codes(_positions(math.prod(piece.shape)))
-    digest = hashlib.sha256(str(piece.shape).encode())
-    digest.update(array.array("q", codes.tolist()).tobytes())
-    return digest.hexdigest()[:16]
+    pieces = [tensor if isinstance(tensor, Piece) else piece_of(tensor) for tensor in tensors]
+    codes = whole_codes(pieces, [_positions(math.prod(piece.shape)) for piece in pieces])
+    contents = [str(piece.shape).encode() + array.array("q", each.tolist()).tobytes() for piece, each in zip(pieces, codes, strict=True)]
+    return [hashlib.sha256(content).hexdigest()[:16] for content in contents]
 
 
 def _positions(count: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,7 @@ class Piece:
     strides: tuple[int, ...] | None = None
 
     def codes(self, index: Tensor) -> Tensor:
-        """Return the entries at flat positions of the full tensor, each as an integer. A collective if there are groups.
+        """Return the entries at flat positions of the full tensor, each as an integer; for those elsewhere, a number below all of these.
 
         Args:
             index: positions (n,) in row-major order, on the CPU.
@@ -51,8 +52,6 @@ class Piece:
         inside = torch.stack([(place >= 0) & (place < size) for place, size in zip(here, local.shape, strict=True)]).all(0)
         codes = torch.full_like(index, _ABSENT)
         codes[inside] = _codes(local[tuple(place[inside].to(local.device) for place in here)]).cpu()
-        for group in self.groups:
-            codes = _largest(codes, group)
         return codes
 
 
@@ -89,6 +88,26 @@ def _codes(values: Tensor) -> Tensor:
     if values.is_complex():
         values = torch.view_as_real(values).sum(-1)
     return (values.to(torch.bfloat16).view(torch.int16) if values.is_floating_point() else values).long()
+
+
+def whole_codes(pieces: Sequence[Piece], indices: Sequence[Tensor]) -> list[Tensor]:
+    """Return :meth:`Piece.codes` of the full tensors. A collective for those that are sharded: one for all over the same groups.
+
+    Args:
+        pieces: of one tensor each.
+        indices: the positions to read in each.
+    """
+    codes = [piece.codes(index) for piece, index in zip(pieces, indices, strict=True)]
+    together: dict[tuple[Any, ...], list[int]] = {}
+    for number, piece in enumerate(pieces):
+        together.setdefault(piece.groups, []).append(number)
+    for groups, numbers in together.items():
+        joined = torch.cat([codes[number] for number in numbers])
+        for group in groups:
+            joined = _largest(joined, group)
+        for number, own in zip(numbers, joined.split([len(codes[number]) for number in numbers]), strict=True):
+            codes[number] = own
+    return codes
 
 
 def _largest(codes: Tensor, group: Any) -> Tensor:

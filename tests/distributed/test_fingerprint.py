@@ -58,6 +58,25 @@ def test_it_is_that_of_one_process(pool: Any, name: str, order: str) -> None:
         assert found and set(found) == {wanted}
 
 
+@pytest.mark.parametrize("name", ["2d", "fsdp1 hybrid"])
+def test_on_a_mesh_of_two_dimensions(pool4: Any, name: str) -> None:
+    assert {each for found in pool4.run(fingerprints, name, "after") for each in found} == {base_identity(make_net())["fingerprint"]}
+
+
+def reductions(name: str) -> int:
+    model, count, reduce = WRAPPERS[name][0](make_net()), [], dist.all_reduce
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", lambda tensor, *args, **kwargs: count.append(tensor) or reduce(tensor, *args, **kwargs))
+        base_identity(model)
+    return len(count)
+
+
+@pytest.mark.parametrize("name", ["fsdp1", "fsdp2", "tp"])
+def test_it_takes_few_collectives(pool: Any, name: str) -> None:
+    """One for all tensors over the same processes."""
+    assert all(count == 1 for count in pool.run(reductions, name))
+
+
 def large(name: str) -> str:
     model = WRAPPERS[name][0](Large()) if name != "fsdp1" else fsdp1(Large().to(memory_format=torch.channels_last), auto_wrap_policy=None)
     with pytest.MonkeyPatch.context() as patch:
