@@ -25,7 +25,6 @@ from lightning_lora.layers.base import LoRALayer, lora_layers
 from lightning_lora.layers.rounding import Rounding, check_limit, check_lost
 from lightning_lora.model.merge import roundings
 from lightning_lora.model.probe import OutputDifference, Probe, probe_merge
-from lightning_lora.quantization.formats import dequantized
 from lightning_lora.storage.atomic_files import write_atomic
 from lightning_lora.utils.names import adapter_root, clean_name
 from lightning_lora.utils.sharding import full_tensor
@@ -43,7 +42,6 @@ class MergeCertificate:
         base: the base's identity, as adapter files store it: ``fingerprint``, ``class``, ``name``.
         adapter: checksum of the adapter; ``lightning-lora inspect`` prints it for a folder.
         layers: FQN → what rounding lost, None if other code merged; a layer with several weights has an entry for each.
-        dtypes: FQN → dtype of the merged weight, such as ``"bfloat16"``.
         probe: output → how far the merged model's is from the unmerged model's; None without a probe.
         versions: package → version, of those that computed this.
     """
@@ -51,7 +49,6 @@ class MergeCertificate:
     base: dict[str, Any]
     adapter: str
     layers: dict[str, Rounding | None]
-    dtypes: dict[str, str]
     probe: dict[str, OutputDifference] | None
     versions: dict[str, str]
 
@@ -62,12 +59,9 @@ class MergeCertificate:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the certificate as plain types, as the JSON has it. Shares are between 0 and 1; ``lost`` may exceed 1."""
-        layers = {
-            name: {"dtype": self.dtypes[name]}
-            | ({} if each is None else {"survives": each.survives, "lost": each.lost, "unchanged": each.unchanged, "entries": each.entries})
-            for name, each in self.layers.items()
-        }
-        dtypes = sorted(set(self.dtypes.values()))
+        shown = ("dtype", "survives", "lost", "unchanged", "entries")
+        layers = {name: each and {field: getattr(each, field) for field in shown} for name, each in self.layers.items()}
+        dtypes = sorted({each.dtype for each in self.layers.values() if each is not None})
         return {
             "format_version": FORMAT_VERSION,
             "base": self.base,
@@ -90,7 +84,7 @@ class MergeCertificate:
 
 def summary(certificate: Mapping[str, Any]) -> str:
     """Return one line on a certificate's JSON: the worst layer, and the largest difference of an output."""
-    lost = {name: each["lost"] for name, each in certificate["layers"].items() if "lost" in each}
+    lost = {name: each["lost"] for name, each in certificate["layers"].items() if each is not None}
     worst = max(lost, key=lambda name: lost[name], default=None)
     line = "no merge was measured" if worst is None else f"rounding loses at most {lost[worst]:.2%} of an update ({worst})"
     differ = {name: each["max_relative"] for name, each in (certificate["probe"] or {}).items()}
@@ -125,14 +119,13 @@ def merge_certificate(model: nn.Module, *, probe: Probe | None = None) -> MergeC
         if not layer.merged and (reason := layer.merge_refusal("dequantize")):
             raise ValueError(f"{name!r} cannot be merged: {reason}.")
     measured = {clean_name(name): each for name, each in roundings(root).items()}
-    dtypes = dict(zip(measured, _dtypes(layers), strict=True))
     for name, rounding in measured.items():
         if rounding is not None and math.isinf(rounding.lost):
-            raise ValueError(f"{name!r}: its merged weight does not fit {dtypes[name]}: load the base in bfloat16 or float32.")
+            raise ValueError(f"{name!r}: its merged weight does not fit {rounding.dtype}: load the base in bfloat16 or float32.")
     extras = extra_tensors(root, next(iter(layers.values())).lora_config, layers) | brought_tensors(root)
     checksum = _adapter_checksum(layers, extras)
     compared = None if probe is None else probe_merge(model, probe)
-    return MergeCertificate(base_identity(root, extras), checksum, measured, dtypes, compared, _versions())
+    return MergeCertificate(base_identity(root, extras), checksum, measured, compared, _versions())
 
 
 def _adapter_checksum(layers: Mapping[str, LoRALayer], extras: Mapping[str, Tensor]) -> str:
@@ -146,11 +139,6 @@ def _adapter_checksum(layers: Mapping[str, LoRALayer], extras: Mapping[str, Tens
     tensors = {our_name(f"{PREFIX}{fqn}.{part}", ""): tensor for fqn, each in exported.items() for part, tensor in each.tensors.items()}
     whole = {name: full_tensor(tensor.detach()) for name, tensor in (tensors | dict(extras)).items()}
     return seal({"config": config.to_dict()}, whole)
-
-
-def _dtypes(layers: Mapping[str, LoRALayer]) -> list[str]:
-    parts = [part for layer in layers.values() for part in layer.by_weight().values()]
-    return [str((part.weight if part.lora_state.merge else dequantized(part)).dtype).removeprefix("torch.") for part in parts]
 
 
 def _versions() -> dict[str, str]:

@@ -76,7 +76,8 @@ def export_merged(
     merged, originals = plain_copy(root, weights.deferred)
     weights.make_plain(originals)
     _untie(root, merged)
-    certificate = merge_certificate(model, probe=probe) if any(lora_layers(root)) else None
+    asked = probe is not None or max_lost is not None or any(lora_layers(root))
+    certificate = merge_certificate(model, probe=probe) if asked else None
     if certificate is not None:
         certificate.check(max_lost)
     with torch.no_grad():

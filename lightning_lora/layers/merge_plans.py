@@ -68,16 +68,16 @@ def _plan_packed(layer: Any, device: torch.device | str | None, reversible: bool
     try:
         if quantized == "requantize":
             packing.requantize(layer, exact.to(home))
-            merged = layer.base_weight().to(exact)
+            merged = layer.base_weight()
         else:
             layer.weight = make_parameter(exact.to(base.dtype).to(home), False)
             for name in original.attributes:
                 del layer.__dict__[name]
             if packing.plain_class is not None:
                 layer.rebase_class(packing.plain_class)
-            merged = layer.weight.to(exact)
+            merged = layer.weight.detach()
         new = formats.take(layer, packing)
-        rounding = measure(base.to(delta.dtype), delta, merged)
+        rounding = measure(base.to(delta.dtype), delta, merged.to(device))
     finally:
         original.put_back(layer)
     record = MergeRecord(original if reversible else None, digest, device, rounding, quantized)

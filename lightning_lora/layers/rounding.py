@@ -20,12 +20,14 @@ class Rounding:
         update: ‖Δ‖².
         unchanged: number of entries with the same value before and after the merge.
         entries: number of entries.
+        dtype: the merged weight's, such as ``"bfloat16"``; of a quantized weight the dtype that it dequantizes to.
     """
 
     missing: float
     update: float
     unchanged: int
     entries: int
+    dtype: str
 
     @property
     def lost(self) -> float:
@@ -57,7 +59,7 @@ def measure(base: Tensor, update: Tensor, merged: Tensor, groups: Sequence[Any] 
     sums = [missing**2 if math.isfinite(missing) else math.inf, size**2, unchanged, base.numel()]
     for group in groups:
         sums = _total(sums, group)
-    return Rounding(sums[0], sums[1], int(sums[2]), int(sums[3]))
+    return Rounding(sums[0], sums[1], int(sums[2]), int(sums[3]), str(merged.dtype).removeprefix("torch."))
 
 
 def _total(numbers: list[float], group: Any) -> list[float]:

@@ -69,7 +69,7 @@ def test_every_layer_against_float64(name: str) -> None:
     assert certificate.layers.keys() == wanted.keys()
     for fqn, (lost, unchanged, entries) in wanted.items():
         found = certificate.layers[fqn]
-        assert found is not None and found.entries == entries and certificate.dtypes[fqn] == "bfloat16"
+        assert found is not None and found.entries == entries and found.dtype == "bfloat16"
         assert found.lost == pytest.approx(lost, rel=0.02) and 0 < lost < 0.5  # a few sums fall next to the middle of two bf16 numbers
         assert abs(found.unchanged - unchanged) <= 0.01 * entries and found.survives == 1 - found.lost
     again = merge_certificate(model)
@@ -161,8 +161,9 @@ def test_a_model_without_an_adapter_gets_no_file(make: Any, tmp_path: Path) -> N
     assert (tmp_path / CERTIFICATE).is_file()
     export_merged(make(TinyModel), tmp_path, overwrite=True)
     assert not (tmp_path / CERTIFICATE).exists()  # the old one is of other weights
-    with pytest.raises(ValueError, match="TinyModel has no LoRA layers to certify"):
-        merge_certificate(make(TinyModel))
+    for call in (merge_certificate, lambda model, **asked: export_merged(model, tmp_path / "other", **asked)):
+        with pytest.raises(ValueError, match="TinyModel has no LoRA layers to certify"):
+            call(make(TinyModel), probe=IDS)
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -200,7 +201,8 @@ def test_what_other_code_merged_is_not_certified(make: Any) -> None:
     model = adapted(make(TinyModel), target_modules=["q_proj"])
     model.layers[0].attn.q_proj.merged = True
     certificate = merge_certificate(model)
-    assert certificate.layers["layers.0.attn.q_proj"] is None
+    assert certificate.layers["layers.0.attn.q_proj"] is certificate.to_dict()["layers"]["layers.0.attn.q_proj"] is None
+    assert str(certificate).startswith("rounding loses at most 0.00% of an update (layers.1.attn.q_proj)")
     with pytest.raises(ValueError, match=r"'layers.0.attn.q_proj' was merged by other code.*max_lost=0\.1 cannot be checked"):
         certificate.check(0.1)
 

@@ -14,7 +14,7 @@ def test_it_is_the_definition():
     found = measure(base, update, merged)
     exact = (merged.double() - base.double() - update.double()).norm() / update.double().norm()
     assert found.lost == pytest.approx(exact.item(), rel=1e-3) and found.survives == 1 - found.lost
-    assert found.entries == 1200 and found.unchanged == int((merged.float() == base).sum()) > 0
+    assert found.entries == 1200 and found.dtype == "bfloat16" and found.unchanged == int((merged.float() == base).sum()) > 0
 
 
 def test_no_update_loses_nothing_and_changes_nothing():
@@ -34,7 +34,7 @@ def test_a_sum_outside_the_dtype_loses_everything(value):
 
 
 def test_the_worst_layer_is_named():
-    good, bad, worst = (Rounding(missing, 1.0, 0, 4) for missing in (0.0001, 0.04, 0.25))
+    good, bad, worst = (Rounding(missing, 1.0, 0, 4, "float16") for missing in (0.0001, 0.04, 0.25))
     check_lost({"a": good, "b": bad, "c": worst}, None)
     check_lost({"a": good, "b": bad, "c": worst}, 0.5)
     with pytest.raises(ValueError, match=r"'c' loses 50.00% of its update by rounding, more than max_lost=0.1 \(2 of 3 weights do\)"):
