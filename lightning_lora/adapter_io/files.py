@@ -29,7 +29,7 @@ from lightning_lora.storage.atomic_files import write_atomic
 from lightning_lora.storage.folder_commit import commit, read_undisturbed
 from lightning_lora.storage.folders import standing
 from lightning_lora.storage.read_checkpoint import read_checkpoint
-from lightning_lora.storage.regular_files import read_regular
+from lightning_lora.storage.regular_files import WrongPath, read_regular
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 LONGEST = 2**24  # bytes of JSON; 100,000 layers that are named one by one take half of it
@@ -77,7 +77,8 @@ def read_adapter(path: str | Path) -> AdapterFile:
     """Read an adapter folder or a checkpoint written under ``LoRACallback``.
 
     Raises:
-        ValueError: a file is missing, unreadable or of a newer format, or the two files are of different saves.
+        WrongPath: there is no such adapter or checkpoint.
+        ValueError: a file is unreadable or of a newer format, or the two files are of different saves.
     """
     path = Path(path)
     place = standing(path)
@@ -105,7 +106,7 @@ def write_folder(folder: Path, content: AdapterFile, fields: dict[str, Any], che
 def _read_folder(folder: Path) -> AdapterFile:
     file = folder / TENSORS
     if not folder.is_dir():
-        raise ValueError(f"{folder}: there is no such adapter folder or checkpoint.")
+        raise WrongPath(f"{folder}: there is no such adapter folder or checkpoint.")
     if not file.is_file():
         pickled = folder / "adapter_model.bin"
         hint = (
@@ -113,7 +114,7 @@ def _read_folder(folder: Path) -> AdapterFile:
             if pickled.exists()
             else ""
         )
-        raise ValueError(f"{file} is missing{hint}.")
+        raise WrongPath(f"{file} is missing{hint}.")
     try:
         with safe_open(file, framework="pt") as reader:
             said = (reader.metadata() or {}).get(META)

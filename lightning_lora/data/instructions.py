@@ -21,6 +21,7 @@ from typing_extensions import override
 from lightning_lora.data.batching import Example, LengthGroupedSampler, collate_answers, collate_prompts
 from lightning_lora.data.chat import Message, encode_answer, encode_prompt
 from lightning_lora.data.resuming import Position, ResumableLoader
+from lightning_lora.storage.regular_files import WrongPath
 
 SHAPE = 'a line is {"prompt": "...", "response": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}'
 
@@ -139,7 +140,7 @@ def load_examples(file: str | Path, tokenizer: Any, max_length: int, split: str)
     """
     path = Path(file)
     if path.is_dir() or not path.exists():
-        raise ValueError(f"data.{split}={str(file)!r}: {'this is a folder; name a jsonl file' if path.is_dir() else 'no such file'}")
+        raise WrongPath(f"data.{split}={str(file)!r}: {'this is a folder; name a jsonl file' if path.is_dir() else 'no such file'}")
     examples: list[Example] = []
     lost: list[str] = []
     cut = 0

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from lightning_lora.storage.regular_files import open_regular
+from lightning_lora.storage.regular_files import WrongPath, open_regular
 from lightning_lora.storage.stored_size import check_records, check_tensors
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(::|://)")
@@ -63,12 +63,13 @@ def read_checkpoint(path: str | Path, weights_only: bool | None = None) -> Any:
         weights_only: False lets the file run code; None and True do not.
 
     Raises:
-        ValueError: the path is a URL or no file, or the file is damaged, holds more than tensors and plain values, or would take more
+        WrongPath: there is no such file.
+        ValueError: the path is a URL, or the file is damaged, holds more than tensors and plain values, or would take more
             memory than it has bytes.
     """
     text, weights_only = located(path, weights_only)
     if not Path(text).is_file():
-        raise ValueError(f"{text}: there is no such checkpoint{' file' if Path(text).exists() else ''}.")
+        raise WrongPath(f"{text}: there is no such checkpoint{' file' if Path(text).exists() else ''}.")
     with readable(text), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Detected pickle protocol")  # the file is read whole, or refused
         with open_regular(Path(text)) as file:
