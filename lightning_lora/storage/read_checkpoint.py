@@ -69,7 +69,7 @@ def read_checkpoint(path: str | Path, weights_only: bool | None = None) -> Any:
     """
     text, weights_only = located(path, weights_only)
     if not Path(text).is_file():
-        raise WrongPath(f"{text}: there is no such checkpoint{' file' if Path(text).exists() else ''}.")
+        raise WrongPath(f"Checkpoint file not found: {text}{' is no file' if Path(text).exists() else ''}.")
     with readable(text), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Detected pickle protocol")  # the file is read whole, or refused
         with open_regular(Path(text)) as file:
