@@ -128,7 +128,7 @@ class LoRACallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Inject, freeze and report. A model that is built in its ``setup`` or ``configure_model`` is adapted right after that."""
         mine = [c for c in add_companions(trainer, temporary=True) if isinstance(c, LoRACallback)]
-        self._roll_call = begin_together(self.config, vars(self), mine[0] is self)
+        self._roll_call = begin_together(self.config, vars(self), mine[0] is self, trainer)
         check_supported(trainer)
         check_apart(self.module, [c.module for c in mine if c is not self])
         if any(True for _ in pl_module.parameters()):
