@@ -21,11 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.adapter_io.extras import is_adapter
 from lightning_lora.adapter_io.merged_weights import MergedWeights
 from lightning_lora.adapter_io.weight_files import write_weights
 from lightning_lora.model.plain_copy import plain_copy
 from lightning_lora.model.ties import tied_weights, untying
 from lightning_lora.storage.atomic_files import move_files
+from lightning_lora.storage.room import check_room
 from lightning_lora.utils.names import adapter_root, clean_name
 from lightning_lora.utils.sharding import on_first_rank, on_first_rank_with_help
 
@@ -51,11 +53,12 @@ def export_merged(model: nn.Module, folder: str | Path, *, overwrite: bool = Fal
         The folder.
 
     Raises:
-        ValueError: the folder is not empty and ``overwrite`` is False, or it holds an adapter; an adapter holds NaN or is disabled; a
+        ValueError: the folder is not empty and ``overwrite`` is False, or it holds an adapter, or it cannot be written to, or there is no
+            room for the model; an adapter holds NaN or is disabled; a
             quantized weight is sharded or of an unknown format; an adapted weight is tied and the file cannot record its broken tie.
     """
     folder, (_, root) = Path(folder), adapter_root(model)
-    on_first_rank(lambda: _check_free(folder, overwrite))
+    on_first_rank(lambda: _check_free(folder, overwrite, _least_bytes(root)))
     weights = MergedWeights(root)
     merged, originals = plain_copy(root, weights.deferred)
     weights.make_plain(originals)
@@ -65,13 +68,19 @@ def export_merged(model: nn.Module, folder: str | Path, *, overwrite: bool = Fal
     return folder
 
 
-def _check_free(folder: Path, overwrite: bool) -> None:
+def _least_bytes(root: nn.Module) -> int:
+    """Return the least size of the files in bytes: that of the base's weights, packed ones as they are."""
+    return sum(p.numel() * p.element_size() for name, p in root.named_parameters() if not is_adapter(name) and not nn.parameter.is_lazy(p))
+
+
+def _check_free(folder: Path, overwrite: bool, least: int) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder={str(folder)!r} is a file; name a folder.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise ValueError(f"folder={str(folder)!r} is not empty; choose another or pass overwrite=True.")
     if (folder / "adapter_config.json").exists():
         raise ValueError(f"folder={str(folder)!r} holds an adapter, which from_pretrained would load on top; choose another.")
+    check_room(folder, least, "folder", "the merged model takes at least")
 
 
 def _untie(root: nn.Module, merged: nn.Module) -> None:

@@ -30,6 +30,7 @@ from lightning_lora.storage.folder_commit import commit, read_undisturbed
 from lightning_lora.storage.folders import standing
 from lightning_lora.storage.read_checkpoint import read_checkpoint
 from lightning_lora.storage.regular_files import WrongPath, read_regular
+from lightning_lora.storage.sharded_checkpoint import REST, read_folder
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 LONGEST = 2**24  # bytes of JSON; 100,000 layers that are named one by one take half of it
@@ -74,7 +75,7 @@ class AdapterFile:
 
 
 def read_adapter(path: str | Path) -> AdapterFile:
-    """Read an adapter folder or a checkpoint written under ``LoRACallback``.
+    """Read an adapter folder, or a checkpoint written under ``LoRACallback``: a file or a folder of shards.
 
     Raises:
         WrongPath: there is no such adapter or checkpoint.
@@ -82,7 +83,11 @@ def read_adapter(path: str | Path) -> AdapterFile:
     """
     path = Path(path)
     place = standing(path)
-    return _read_checkpoint(place) if place.is_file() else read_undisturbed(path, (TENSORS, CONFIG), _read_folder)
+    if place.is_file():
+        return _of_checkpoint(_read_file(place), place)
+    if (place / REST).is_file():
+        return _of_checkpoint(read_folder(place), place)
+    return read_undisturbed(path, (TENSORS, CONFIG), _read_folder)
 
 
 def write_folder(folder: Path, content: AdapterFile, fields: dict[str, Any], check: Callable[[], object] = lambda: None) -> None:
@@ -137,10 +142,13 @@ def _read_folder(folder: Path) -> AdapterFile:
     return AdapterFile(config, named, base, frozenset(meta.get("beside", ())), damaged=damaged)
 
 
-def _read_checkpoint(file: Path) -> AdapterFile:
+def _read_file(file: Path) -> Any:
     if file.suffix == ".safetensors":
         raise ValueError(f"{file} is part of an adapter folder: load {file.parent}.")
-    checkpoint = read_checkpoint(file)
+    return read_checkpoint(file)
+
+
+def _of_checkpoint(checkpoint: Any, file: Path) -> AdapterFile:
     meta = checkpoint.get(META) if isinstance(checkpoint, dict) else None
     if meta is None:
         holds = "no adapter" if isinstance(checkpoint, dict) else f"a {type(checkpoint).__name__}"
