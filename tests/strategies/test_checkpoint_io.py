@@ -71,7 +71,7 @@ def test_an_adapter_is_loaded_from_a_folder_of_shards(
     inspect(str(folder))
     inspect(str(trained / "c.ckpt"))
     first, second = capsys.readouterr().out.split("adapter ")[1:]
-    assert first.splitlines()[1:] == second.splitlines()[1:] and "net.fc1.lora_A" in first
+    assert first.splitlines()[1:] == second.splitlines()[1:] and "fc1.lora_A" in first
 
     (folder / "__0_0.distcp").unlink()
     fresh = LitNet()
