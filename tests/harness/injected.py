@@ -1,12 +1,13 @@
 """A pytest plugin that gives every Trainer a ``LoRACallback``: ``pytest -p tests.harness.injected``.
 
-It is for the test suites of others, above all Lightning's own (:mod:`tests.harness.lightning_suite`). Merging is left out where the
-Trainer has its callback already.
+It is for the tests of others, above all Lightning's own (:mod:`tests.harness.lightning_suite`). Adapters start small, so that tests which
+train with large steps do not diverge. Tests resume in modules with new random weights, so the base is not checked.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,7 +15,9 @@ import lightning.pytorch as pl
 from lightning_lora import LoRACallback, LoRAConfig
 
 
-def _injecting(init: Any) -> Any:
+def injecting(init: Callable[..., None]) -> Callable[..., None]:
+    """Return a Trainer's ``__init__`` that adds the callback, unless it is given one."""
+
     @functools.wraps(init)  # LightningCLI reads the signature
     def wrapped(self: pl.Trainer, *args: Any, callbacks: Any = None, **kwargs: Any) -> None:
         given = [] if callbacks is None else [callbacks] if isinstance(callbacks, pl.Callback) else list(callbacks)
@@ -26,4 +29,5 @@ def _injecting(init: Any) -> Any:
 
 
 def pytest_configure() -> None:
-    pl.Trainer.__init__ = _injecting(pl.Trainer.__init__)  # type: ignore[method-assign]
+    """Replace the Trainer's ``__init__``."""
+    pl.Trainer.__init__ = injecting(pl.Trainer.__init__)  # type: ignore[method-assign]
