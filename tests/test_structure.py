@@ -75,11 +75,9 @@ OTHER_ERRORS = {
     ("quantization.bitsandbytes", "ImportError"),  # an extra is not installed
     # ValueErrors with an exit code of their own
     *(("cli." + file, "UsageError") for file in ("main", "commands", "lightning_cli", "messages", "output_folder")),
-    *(
-        (file, "WrongPath")
-        for file in ("storage.regular_files", "storage.read_checkpoint", "adapter_io.files", "data.instructions", "tasks.hf")
-    ),
+    *((file, "WrongPath") for file in ("storage.regular_files", "storage.read_checkpoint", "adapter_io.files", "data.reading", "tasks.hf")),
     ("tasks.hf", "ImportError"),  # an extra is not installed
+    ("data.hub", "ImportError"),  # likewise
     ("optim.galore", "ImportError"),  # likewise
 }
 
