@@ -23,9 +23,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 #: What the text of an expected failure holds → why it is expected.
 EXPECTED = {
-    r"LoRACallback|LoRA froze|no layers to adapt|replaced \d+ layers|cannot be merged at the end|are in no optimizer": "refused by name",
-    r"matches? no|no module|nothing to adapt": "the model has no layer that all-linear matches: refused",
     r"training stops and writes no checkpoint": "the parameters turn NaN, which is refused",
+    r"LoRACallback|LoRA froze|no layers to adapt|replaced \d+ layers|copies of this process": "refused by name",
+    r"cannot be merged at the end|are in no optimizer": "refused by name",
+    r"matches? no|no module|nothing to adapt": "the model has no layer that all-linear matches: refused",
     r"is a URL": "checkpoints are not read from URLs",
     r"(Missing|Unexpected) key\(s\) in state_dict|lacks \d+ tensors|has \d+ tensors that": "a checkpoint has the adapter only",
     r"'lightning_lora'|lora_[AB]": "asserts the exact keys of a checkpoint or a state dict",
