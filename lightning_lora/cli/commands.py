@@ -12,9 +12,10 @@ from lightning_lora import LoRAConfig, export_merged, find_targets, load_adapter
 from lightning_lora.adapter_io.certificate import CERTIFICATE, summary
 from lightning_lora.adapter_io.files import CONFIG, TENSORS, read_adapter
 from lightning_lora.cli.messages import UsageError
-from lightning_lora.cli.output_folder import replaced_folder
+from lightning_lora.cli.output_folder import replaced_folder, weight_bytes
 from lightning_lora.data.batching import Example, collate_prompts
 from lightning_lora.data.chat import encode_prompt
+from lightning_lora.storage.sharded_checkpoint import REST
 from lightning_lora.tasks.hf import DType, generate_text, load_causal_lm, skeleton, token_probe
 
 
@@ -22,14 +23,15 @@ def inspect(path: str, gguf_file: str | None = None, lora: LoRAConfig = LoRAConf
     """Print what is in an adapter, or what ``lora`` would adapt in a model.
 
     Args:
-        path: An adapter folder, a checkpoint (.ckpt), or a model: a hub id or a folder. A model's weights are not loaded.
+        path: An adapter folder, a checkpoint (.ckpt, or a folder of shards), or a model: a hub id or a folder. A model's weights are
+            not loaded.
         gguf_file: A GGUF file in the model's folder.
         lora: Which layers to adapt, and how.
 
     Raises:
         ValueError: The adapter cannot be read, or the config does not fit the model.
     """
-    if path.endswith(".ckpt") or any(Path(path, file).is_file() for file in (CONFIG, TENSORS)):
+    if path.endswith(".ckpt") or any(Path(path, file).is_file() for file in (CONFIG, TENSORS, REST)):
         adapter = read_adapter(path)
         adapter.check_intact(path)
         print(f"adapter {path}\n{adapter.config}")
@@ -67,7 +69,7 @@ def merge(
         ValueError: The folder is not empty, is or contains the base or the adapter; the adapter does not fit the base; or rounding loses
             more than ``max_lost``.
     """
-    with replaced_folder(out, overwrite, keep=(model, adapter)) as folder:
+    with replaced_folder(out, overwrite, keep=(model, adapter), room=weight_bytes(model, gguf_file, dtype)) as folder:
         network, tokenizer = load_causal_lm(model, gguf_file, dtype)
         load_adapter(network, adapter)
         export_merged(network, folder, probe=token_probe(network, probe_tokens), max_lost=max_lost)

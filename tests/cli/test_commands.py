@@ -75,20 +75,20 @@ def test_merge_never_loses_what_is_there(model, adapter, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
     (out / "old").write_text("precious")
-    assert main(["merge", model, adapter, str(out)]) == 1
+    assert main(["merge", model, adapter, str(out)]) == 2
     assert "is not empty; name another folder, or pass --overwrite" in capsys.readouterr().err
-    assert main(["merge", model, "/no/such/adapter", str(out), "--overwrite"]) == 1
+    assert main(["merge", model, "/no/such/adapter", str(out), "--overwrite"]) == 2
     assert [file.name for file in tmp_path.rglob("*")] == ["out", "old"]
-    assert main(["merge", model, adapter, model, "--overwrite"]) == 1
+    assert main(["merge", model, adapter, model, "--overwrite"]) == 2
     assert "which it is made from" in capsys.readouterr().err and Path(model, "model.safetensors").is_file()
-    assert main(["merge", model, adapter, str(out), "--overwrite"]) == 1
+    assert main(["merge", model, adapter, str(out), "--overwrite"]) == 2
     assert "holds 'old': --overwrite replaces a model" in capsys.readouterr().err and (out / "old").read_text() == "precious"
     (out / "old").unlink()
     for _ in range(2):
         assert main(["merge", model, adapter, str(out), "--overwrite"]) == 0
     assert (out / "model.safetensors").is_file()
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
-    assert main(["merge", model, adapter, str(out / "model.safetensors")]) == 1
+    assert main(["merge", model, adapter, str(out / "model.safetensors")]) == 2
     assert "is a file; name a folder" in capsys.readouterr().err
 
 
