@@ -21,7 +21,7 @@ from lightning_lora.callbacks.gradient_check import BATCHES, CURE, GradientCheck
 from lightning_lora.callbacks.late_models import when_built
 from lightning_lora.callbacks.out_of_memory import advise
 from lightning_lora.callbacks.processes import begin_together
-from lightning_lora.callbacks.refusals import check_apart, check_fit, check_mergeable, frozen_parts, recordable
+from lightning_lora.callbacks.refusals import check_apart, check_fit, check_mergeable, frozen_parts, recordable, submodule
 from lightning_lora.callbacks.start_report import log_start
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import lora_layers
@@ -297,9 +297,4 @@ class LoRACallback(Callback):
             begin_step()
 
     def _target(self, pl_module: LightningModule) -> nn.Module:
-        try:
-            return pl_module.get_submodule(self.module or "")
-        except AttributeError as error:
-            children = ", ".join(name for name, _ in pl_module.named_children())
-            name = type(pl_module).__name__
-            raise ValueError(f"module={self.module!r} is no submodule of {name}; its children are {children}.") from error
+        return submodule(pl_module, self.module)

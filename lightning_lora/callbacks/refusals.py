@@ -168,3 +168,12 @@ def frozen_parts(target: nn.Module, report: TargetReport, config: LoRAConfig, *,
             " call requires_grad_(False) on them before, or pass modules_to_save=[]."
         )
     return named
+
+
+def submodule(pl_module: LightningModule, name: str | None) -> nn.Module:
+    """Return the submodule that is adapted; the whole module by default."""
+    try:
+        return pl_module.get_submodule(name or "")
+    except AttributeError as error:
+        children = ", ".join(child for child, _ in pl_module.named_children())
+        raise ValueError(f"module={name!r} is no submodule of {type(pl_module).__name__}; its children are {children}.") from error
