@@ -10,6 +10,8 @@ are aborted. A process that fails after that reads in the store which rank raise
 A collective of gloo fails when a member has ended, or when its group is aborted and nothing holds it. One of NCCL does not fail: there a
 thread looks into the store and aborts its own side. How long a collective waits for a process that hangs is the strategy's ``timeout``,
 such as ``DDPStrategy(timeout=timedelta(minutes=2))``.
+
+Without ``torchrun`` the store is the first process's, and ends with it. The others then say so.
 """
 
 from __future__ import annotations
@@ -46,6 +48,15 @@ class RollCall:
         if self._done.is_set():
             return
         self._done.set()
+        try:
+            self._tell(exception)
+        except torch.distributed.DistError:
+            if is_distributed():
+                abort_process_groups()
+            if isinstance(exception, Exception):
+                append_line(exception, "Rank 0 ended, or its launcher: the store through which the processes tell each other errors is gone.")
+
+    def _tell(self, exception: BaseException) -> None:
         first = self._store.add("raised", 1) == 1
         self._store.set(str(self.rank), f"{type(exception).__qualname__}: {exception}")
         if first:
@@ -80,7 +91,11 @@ class RollCall:
     def _watch(self) -> None:
         """Abort a collective of this process that another process will never join."""
         while not self._done.wait(1.0):
-            if self._store.check(["first"]):
+            try:
+                raised = self._store.check(["first"])
+            except torch.distributed.DistError:  # the process that held it has ended
+                raised = True
+            if raised:
                 if not self._done.wait(GRACE) and is_distributed():
                     abort_process_groups()
                 return
