@@ -54,7 +54,7 @@ class RollCall:
             if is_distributed():
                 abort_process_groups()
             if isinstance(exception, Exception):
-                append_line(exception, "Rank 0 ended, or its launcher: the store through which the processes tell each other errors is gone.")
+                append_line(exception, "Rank 0 ended, or its launcher: the store for the errors of all processes is gone.")
 
     def _tell(self, exception: BaseException) -> None:
         first = self._store.add("raised", 1) == 1

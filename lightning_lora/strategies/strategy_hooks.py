@@ -12,6 +12,7 @@ it. No hook asks a strategy for a state dict of the model.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -80,8 +81,9 @@ class StrategyHooks:
         if hooks is None:
             hooks = cls(strategy, module)
             hooks.install()
-        hooks.state = ChangedState.of(module)
-        hooks.state.wrapped = lambda: model if (model := strategy.model) is not None and is_flattened(model) else module
+        hooks.state = state = ChangedState.of(module)
+        there = weakref.ref(strategy)  # a state that kept its strategy would keep the module too, and so both for ever
+        state.wrapped = lambda: model if (model := getattr(there(), "model", None)) is not None and is_flattened(model) else state.module
         return hooks
 
     def add(self, part: AdaptedPart, training: bool, new: bool) -> None:

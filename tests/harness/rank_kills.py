@@ -1,7 +1,7 @@
 """Kill one or both processes of FSDP2 fits, and resume the fits: every loss must be that of an uninterrupted run, to the bit.
 
-``python -m tests.harness.rank_kills --kills 100 --seed 0 --folder /somewhere`` kills at random moments, half of the fits with checkpoints in
-shards, half with them in one file. It then kills each process before each call of a save that changes the disk.
+``python -m tests.harness.rank_kills --kills 100 --seed 0 --folder /somewhere`` kills at random moments: half of the fits write shards,
+half one file. It then kills each process before each call of a save that changes the disk.
 """
 
 from __future__ import annotations
