@@ -38,7 +38,7 @@ def write_atomic(path: str | Path, write: bytes | Callable[[BinaryIO], object]) 
     try:
         with os.fdopen(handle, "wb") as file:
             _remove_abandoned(path, os.fstat(handle).st_mtime)
-            file.write(write) if isinstance(write, bytes) else write(file)
+            file.write(write) if isinstance(write, bytes) else _call(write, file)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(staged, 0o666 & ~_umask())  # mkstemp creates private files; this one gets the usual permissions
@@ -61,6 +61,21 @@ def move_files(source: Path, target: Path) -> None:
             os.fsync(open_file.fileno())
         os.replace(file, place)
         sync_folder(place.parent)
+
+
+def hidden(error: BaseException) -> OSError | None:
+    """Return the OSError that torch.save hides: on a full disk its writer raises a RuntimeError about a position in the file."""
+    return error.__context__ if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError) else None
+
+
+def _call(write: Callable[[BinaryIO], object], file: BinaryIO) -> None:
+    try:
+        write(file)
+    except RuntimeError as error:
+        full = hidden(error)
+        if full is None:
+            raise
+        raise full from None
 
 
 def _stage(path: Path) -> tuple[int, str]:

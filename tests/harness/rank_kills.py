@@ -7,12 +7,15 @@ half one file. It then kills each process before each call of a save that change
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import random
 import re
+import signal
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,16 +30,12 @@ def losses(log: Path) -> list[list[str]]:
     return [line.split() for line in log.read_text().splitlines()] if log.exists() else []
 
 
-def uninterrupted(root: Path, steps: int, shards: bool) -> tuple[dict[str, str], float]:
-    """Return the losses of a run by rank and step, and the seconds that a second such run takes."""
-    curves = []
-    for name in ("whole", "again"):
-        begun = time.perf_counter()
-        codes, _ = Processes(Fit(str(root / name), steps, shards, str(root / f"{name}.log"))).end()
-        assert codes == [0] * WORLD
-        curves.append(dict(losses(root / f"{name}.log")))
-    assert curves[0] == curves[1] and len(curves[0]) == WORLD * steps
-    return curves[0], time.perf_counter() - begun
+def uninterrupted(root: Path, steps: int, shards: bool, name: str = "whole") -> dict[str, str]:
+    """Return the losses of a run by rank and step."""
+    codes, _ = Processes(Fit(str(root / name), steps, shards, str(root / f"{name}.log"))).end()
+    curve = dict(losses(root / f"{name}.log"))
+    assert codes == [0] * WORLD and len(curve) == WORLD * steps
+    return curve
 
 
 def same_losses(log: Path, expected: dict[str, str]) -> int:
@@ -67,7 +66,9 @@ def kill_at_random(root: Path, kills: int, seed: int, shards: bool, steps: int =
         the other one was killed.
     """
     root.mkdir(parents=True)
-    expected, once = uninterrupted(root, steps, shards)
+    expected, begun = uninterrupted(root, steps, shards), time.perf_counter()
+    assert uninterrupted(root, steps, shards, "again") == expected
+    once = time.perf_counter() - begun  # of the second run: the first one waits for the server's imports
     chance, killed, compared, longest, run = random.Random(seed), Counter[str](), 0, 0.0, 0
     while killed.total() < kills:
         run += 1
@@ -88,33 +89,41 @@ def kill_at_random(root: Path, kills: int, seed: int, shards: bool, steps: int =
     return killed, compared, longest
 
 
-def kill_in_a_save(root: Path, rank: int, shards: bool, steps: int = 3, first: int = 1, stride: int = 1) -> list[int]:
+def kill_in_a_save(
+    root: Path, rank: int, shards: bool, expected: dict[str, str], numbers: Iterable[int] = itertools.count(1), steps: int = 3
+) -> list[int]:
     """Kill a process before its first call of the second save that changes the disk, before its second one, and so on till none is left.
 
     The other process must end with an error that names it. The fit must resume from what is left.
 
+    Args:
+        root: where to write.
+        rank: of the process that is killed.
+        shards: write shards, else one file.
+        expected: losses of an uninterrupted run.
+        numbers: of the calls.
+        steps: of a fit.
+
     Returns:
         The step of the checkpoint that was found after each.
     """
-    root.mkdir(parents=True, exist_ok=True)
-    expected, _ = uninterrupted(root, steps, shards)
     seen: list[int] = []
-    for operation in range(first, 1000, stride):
-        name = f"rank{rank}.{operation}"
-        fit = Fit(str(root / name), steps, shards, str(root / f"{name}.log"), rank, operation, step=2)
+    for number in numbers:
+        name = f"rank{rank}.{number}"
+        fit = Fit(str(root / name), steps, shards, str(root / f"{name}.log"), rank, number, step=2)
         processes = Processes(fit)
         codes, _ = processes.end()
-        if codes == [0] * WORLD:
+        if codes == [0] * WORLD:  # there are no more calls
             check_left(fit)
-            return seen
-        assert codes[rank] == -9 and codes[1 - rank] == 1, codes
+            break
+        assert codes[rank] == -signal.SIGKILL and codes[1 - rank] == 1, codes
         said = processes.error(1 - rank)
         assert re.search(rf"Rank {rank} (ended|did not raise|raised first)", said), said
         seen.append(step_in(fit))
         assert Processes(replace(fit, rank=-1)).end()[0] == [0] * WORLD
         same_losses(Path(fit.log), expected)
         check_left(fit)
-    raise AssertionError("a save has no end")
+    return seen
 
 
 def main() -> None:
@@ -135,9 +144,12 @@ def main() -> None:
                 flush=True,
             )
         for name, shards in kinds.items():
+            root = Path(folder, f"save {name}")
+            root.mkdir()
+            expected = uninterrupted(root, 3, shards)
             for rank in range(WORLD):
                 begun = time.perf_counter()
-                seen = kill_in_a_save(Path(folder, f"save {name}"), rank, shards)
+                seen = kill_in_a_save(root, rank, shards, expected)
                 print(
                     f"{name}, rank {rank} killed in a save: {len(seen)} kills in {time.perf_counter() - begun:.0f} s,"
                     f" {seen.count(1)} found the old checkpoint, {seen.count(2)} the new; the other process named rank {rank} each time",

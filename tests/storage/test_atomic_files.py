@@ -10,6 +10,7 @@ import tempfile
 import time
 
 import pytest
+import torch
 
 from lightning_lora.storage import file_locks
 from lightning_lora.storage.atomic_files import ABANDONED, sync_folder, write_atomic
@@ -49,6 +50,28 @@ def test_a_full_disk_leaves_the_old_file_and_no_temporary(tmp_path, monkeypatch,
     assert error.value.errno == errno.ENOSPC
     assert target.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_full_disk_behind_torchs_writer(tmp_path):
+    """It raises a RuntimeError about a position in the file."""
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data):
+            if self.file.tell() > 500:
+                full_disk()
+            return self.file.write(data)
+
+        def flush(self): ...
+
+    with pytest.raises(OSError) as error:
+        write_atomic(tmp_path / "file", lambda file: torch.save({"x": torch.ones(1000)}, Full(file)))
+    assert error.value.errno == errno.ENOSPC
+    with pytest.raises(RuntimeError, match="its own"):
+        write_atomic(tmp_path / "file", lambda file: (_ for _ in ()).throw(RuntimeError("its own")))
+    assert os.listdir(tmp_path) == []
 
 
 def test_an_interrupt_is_cleaned_up_too(tmp_path):
