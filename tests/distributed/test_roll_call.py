@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -162,6 +163,19 @@ def test_an_error_on_one_process_stays_as_it_is(tmp_path: Path) -> None:
         run("single", str(tmp_path), 1, more=(Fails(),))
     assert str(error.value) == "alone"
     assert torch.is_grad_enabled() and LoRACallback()._roll_call is None
+
+
+def test_over_nccl_a_store_that_ends_with_its_process_counts_as_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that looks into it then frees this process's collectives too, which NCCL does not."""
+    gone = dist.DistNetworkError("Connection was likely closed")
+    aborted: list[bool] = []
+    call = object.__new__(roll_call.RollCall)
+    call._store = SimpleNamespace(check=lambda names: (_ for _ in ()).throw(gone))
+    call._done = SimpleNamespace(wait=lambda seconds: False)  # type: ignore[assignment]
+    monkeypatch.setattr(roll_call, "is_distributed", lambda: True)
+    monkeypatch.setattr(roll_call, "abort_process_groups", lambda: aborted.append(True))
+    call._watch()
+    assert aborted == [True]
 
 
 def run_on_gpus(folder: str) -> tuple[str, float]:
