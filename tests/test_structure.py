@@ -74,6 +74,7 @@ OTHER_ERRORS = {
     ("quantization.torchao", "ImportError"),  # an extra is not installed
     ("quantization.bitsandbytes", "ImportError"),  # an extra is not installed
     *(("cli." + file, "UsageError") for file in ("main", "commands", "lightning_cli", "messages")),  # a ValueError with an exit code
+    ("strategies.checkpoint_io", "OSError"),  # the disk's own, as the single-file writer raises it
     ("tasks.hf", "ImportError"),  # an extra is not installed
     ("data.hub", "ImportError"),  # likewise
     ("optim.galore", "ImportError"),  # likewise

@@ -31,7 +31,7 @@ def test_the_harness_sees_it(tmp_path: Path) -> None:
         left.extend({"x": []} for _ in range(3))
 
     try:
-        with pytest.raises(AssertionError, match="in 8 rounds: .*'memory'.*'open_files': 8.*'objects'.*'files': 8"):
+        with pytest.raises(AssertionError, match=r"in 8 rounds: .*'memory'.*'open_files': 8.*'objects'.*'files': 8"):
             soak.repeat(10, once, tmp_path)
     finally:
         for each in left:
