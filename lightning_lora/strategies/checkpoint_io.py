@@ -144,7 +144,8 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.errno is not None:  # else its text is all that it has, which a filename would replace
+            error.filename = error.filename or str(path)
         raise
 
 
