@@ -22,11 +22,11 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.utils.data import DataLoader
 
 from lightning_lora import LoRACallback
 from lightning_lora.strategies import LoRAFSDP2Strategy, roll_call
 from tests.distributed.nets import CONFIG, make_net
+from tests.harness import scenarios
 from tests.harness.kills import operations
 
 WORLD = 2
@@ -48,12 +48,12 @@ class Fit:
     step: int = 0
 
 
-class Lit(L.LightningModule):
-    """Takes its batch from the number of the step and the rank, so that no loader's place in its data matters. Writes each loss down."""
+class Lit(scenarios.Lit):
+    """Takes its batch from the number of the step and the rank."""
 
     def __init__(self, log: Path) -> None:
-        super().__init__()
-        self.net, self.log_file = make_net(), log
+        super().__init__(log)
+        self.net = make_net()
 
     def training_step(self, batch: Any, index: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(2 * self.global_step + self.global_rank)
@@ -62,12 +62,6 @@ class Lit(L.LightningModule):
         with self.log_file.open("a") as stream:
             stream.write(f"{self.global_rank}/{self.global_step} {loss.item().hex()}\n")
         return loss
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.Adam(self.parameters(), lr=1e-2, eps=1e-3)
-
-    def train_dataloader(self) -> Any:
-        return DataLoader(torch.zeros(10**6, 1), batch_size=1)  # type: ignore[arg-type]
 
 
 class DiesInASave(ModelCheckpoint):
