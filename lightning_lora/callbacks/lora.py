@@ -25,12 +25,13 @@ from lightning_lora.callbacks.refusals import check_apart, check_fit, check_merg
 from lightning_lora.callbacks.start_report import log_start
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import lora_layers
+from lightning_lora.layers.rounding import check_limit
 from lightning_lora.layers.state import Quantized
 from lightning_lora.model.apply import already_applied, inject, let_gradients_in, unload_lora
 from lightning_lora.model.compile import begin_step, compile_layers, keep_gradients, uncompile_layers
 from lightning_lora.model.merge import merge_lora, merge_report, remerging, unmerge_lora
 from lightning_lora.model.modes import restore_flags
-from lightning_lora.model.quantize import quantize_base
+from lightning_lora.model.quantize import quantize_reversibly
 from lightning_lora.model.targeting import TargetReport, find_targets
 from lightning_lora.optim.groups import check_ratio
 from lightning_lora.quantization.formats import quantizer_of
@@ -60,6 +61,8 @@ class LoRACallback(Callback):
         merge_on_fit_end: merge after a completed ``fit``. Checkpoints hold the adapter all the same. Loading one (``test(ckpt_path=
             "best")``) or fitting again unmerges first. Default: True; with ``quantize``, only if ``merge_quantized`` is given.
         merge_quantized: how to merge into a quantized base, ``"dequantize"`` or ``"requantize"`` (see :func:`~lightning_lora.merge_lora`).
+        merge_max_lost: the largest share of an update that rounding may lose in the merge. If a layer loses more, ``fit`` ends in a
+            ValueError, unmerged, after the last checkpoint. Default: no limit.
         check_base: refuse to resume from a checkpoint that was trained on another base.
         check_gradients: raise if an adapter got no gradient in 100 training batches, or in all batches of a shorter training. Switch it
             off for models that use some layers less often.
@@ -91,6 +94,7 @@ class LoRACallback(Callback):
         quantize: str | None = None,
         merge_quantized: Quantized | None = None,
         cuda_graphs: bool = False,
+        merge_max_lost: float | None = None,
     ) -> None:
         if compile not in (None, "layer"):
             raise ValueError(f"compile={compile!r} is not known; it is None or 'layer'.")
@@ -104,6 +108,8 @@ class LoRACallback(Callback):
             quantizer_of(quantize)
         if merge_quantized not in (None, "dequantize", "requantize"):
             raise ValueError(f"merge_quantized={merge_quantized!r}: choose 'dequantize' or 'requantize'.")
+        check_limit(merge_max_lost, "merge_max_lost")
+        self.merge_max_lost = merge_max_lost
         self.quantize, self.merge_quantized = quantize, merge_quantized
         self.merge_on_fit_end = quantize is None or merge_quantized is not None if merge_on_fit_end is None else merge_on_fit_end
         self.lora_plus_ratio = lora_plus_ratio
@@ -204,7 +210,7 @@ class LoRACallback(Callback):
         if not self.merge_on_fit_end:
             return
         target = self._target(pl_module)
-        merge_lora(target, device=trainer.strategy.root_device, quantized=self.merge_quantized)
+        merge_lora(target, device=trainer.strategy.root_device, quantized=self.merge_quantized, max_lost=self.merge_max_lost)
         lost = merge_report(target)
         worst = max(lost, key=lambda name: lost[name])
         rank_zero_info(f"LoRA merged into {len(lost)} modules; rounding lost at most {lost[worst]:.2%} of an update ({worst}).")
@@ -249,7 +255,7 @@ class LoRACallback(Callback):
                 convert_base(trainer, pl_module)
                 if self.quantize is not None:
                     device, saved = trainer.strategy.root_device, self.config.modules_to_save
-                    quantize_base(target, self.quantize, modules_to_save=saved, device=device)
+                    undo.callback(quantize_reversibly(target, self.quantize, modules_to_save=saved, device=device))
                 self.report = report = find_targets(target, self.config)
                 stays = frozen_parts(target, report, self.config, whole=self.module is None)
                 inject(target, self.config, report)

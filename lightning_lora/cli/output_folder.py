@@ -11,6 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO
 
+from lightning_lora.adapter_io.certificate import CERTIFICATE
 from lightning_lora.storage.atomic_files import sync_folder
 
 try:
@@ -18,7 +19,7 @@ try:
 except ImportError:  # Windows: what a killed run left stays
     fcntl = None  # type: ignore[assignment]
 
-# What transformers writes into a model's folder.
+# What transformers writes into a model's folder, and the certificate of a merge.
 MODEL_FILES = (
     *(
         "config.json",
@@ -38,7 +39,7 @@ MODEL_FILES = (
         "*.tiktoken",
         "spiece.model",
     ),
-    *("chat_template.*", "*processor_config.json"),
+    *("chat_template.*", "*processor_config.json", CERTIFICATE),
 )
 
 
