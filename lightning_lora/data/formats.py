@@ -111,9 +111,8 @@ def _turn(message: Message) -> Message:
     if not isinstance(message["role"], str):
         raise ValueError(f"every 'role' must be text such as \"user\", got {message['role']!r:.60}")
     turn = {key: value for key, value in message.items() if value is not None}
-    if turn.get("tool_calls"):
-        turn["tool_calls"] = [_call(call) for call in turn["tool_calls"]]
-        turn.setdefault("content", "")
+    if calls := turn.pop("tool_calls", None):
+        turn = {"content": "", **turn, "tool_calls": [_call(call) for call in calls]}
     if "content" not in turn:
         raise ValueError(f"the message of {turn['role']!r} has no 'content' and no 'tool_calls'")
     turn["content"] = text_of(turn["content"], f"the content of {turn['role']!r}")
