@@ -85,11 +85,11 @@ class Chat:
     @cached_property
     def ends(self) -> list[int]:
         """The tokens that end an answer: of one in text, and of a call to a tool if the template writes it otherwise."""
-        tail = self._whole([QUESTION, {"role": "assistant", "content": MARK}]).rpartition(MARK)[2]
-        ids = self._ids(tail)
+        _, there, tail = self._whole([QUESTION, {"role": "assistant", "content": MARK}]).rpartition(MARK)
+        ids = self._ids(tail) if there else []
         special = [i for i in ids if i in self._special]
-        if not special and tail.strip() and len(self._ids(tail.strip())) == 1:
-            special = self._ids(tail.strip())
+        if not special and len(ids := self._ids(tail.strip())) == 1 and there:
+            special = ids
         if not special:
             raise ValueError(
                 f"the tokenizer's chat template ends an answer with no token of its own (but {tail!r}), so that no answer would end; "
