@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
@@ -21,11 +21,21 @@ from lightning_lora.data.formats import check_format, to_record
 from lightning_lora.data.reading import PlacedRow, read_rows
 from lightning_lora.data.records import Record
 from lightning_lora.data.resuming import Position, ResumableLoader
+from lightning_lora.data.splits import share_of, take_share
 from lightning_lora.data.store import Examples
+from lightning_lora.data.stream import Stream
 from lightning_lora.ops.cross_entropy import IGNORE
 
 Source = str | list[str]
-BATCHING = ("batch_size", "pad_to_multiple_of", "num_workers", "cache", "sources", "examples")  # do not change the encoded rows
+BATCHING = (
+    "batch_size",
+    "pad_to_multiple_of",
+    "num_workers",
+    "cache",
+    "streaming",
+    "sources",
+    "examples",
+)  # do not change the encoded rows
 STAGES = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"], "predict": ["predict"]}
 
 
@@ -55,6 +65,7 @@ class FileDataModule(LightningDataModule, ABC):
         long_rows: Cut longer rows, drop them, or refuse them. What is cut or dropped is counted and said.
         cache: Keep the encoded rows, in this folder or in ``~/.cache/lightning_lora``. They are used again while the files' content, the
             tokenizer and the settings are the same.
+        streaming: Read and encode the training rows while the model trains, for sources larger than memory. ``trainer.max_steps`` ends it.
         num_workers: Processes that make batches; 0 makes them in the training process.
 
     Raises:
@@ -79,6 +90,7 @@ class FileDataModule(LightningDataModule, ABC):
         subset: str | None = None,
         long_rows: Literal["cut", "drop", "refuse"] = "cut",
         cache: bool | str = True,
+        streaming: bool = False,
         num_workers: NonNegativeInt = 0,
     ) -> None:
         super().__init__()
@@ -87,8 +99,11 @@ class FileDataModule(LightningDataModule, ABC):
         self.format, self.columns, self.subset = format, columns, subset
         self.batch_size, self.max_length, self.seed = batch_size, max_length, seed
         self.pad_to_multiple_of, self.num_workers = pad_to_multiple_of, num_workers
-        self.long_rows, self.cache, self.share = long_rows, cache, _share(val)
-        self.examples: dict[str, Examples] = {}
+        self.long_rows, self.cache, self.share = long_rows, cache, share_of(val)
+        if streaming and self.share is not None:
+            raise ValueError(f"data.val={val} is a share of the training rows, which data.streaming never has as a whole; name a source")
+        self.streaming = streaming
+        self.examples: dict[str, Examples | Stream] = {}
         self.position = Position()
         self._tokenizer: Any = None
 
@@ -145,14 +160,14 @@ class FileDataModule(LightningDataModule, ABC):
             if missing:
                 raise ValueError(f"data.{split} is not set; {getattr(stage, 'value', stage)} needs a file there")
             if split not in self.examples:
-                self.examples[split] = self.load(split)
+                self.examples[split] = self.stream() if self.streaming and split == "train" else self.load(split)
 
     @override
     def prepare_data(self) -> None:
         """Encode what this run needs in one process per machine, before the others find it in the cache."""
         if self.trainer is not None and self.trainer.world_size > 1 and self.cache:
             for split in STAGES[self.trainer.state.fn or "fit"]:
-                if self.sources[split] is not None:
+                if self.sources[split] is not None and not (self.streaming and split == "train"):
                     self.load(split)
 
     def load(self, split: str) -> Examples:
@@ -179,6 +194,23 @@ class FileDataModule(LightningDataModule, ABC):
         report.say(f"data.{split} {name}", examples.lengths, self.max_length, cached=kept is not None)
         return examples
 
+    def stream(self) -> Stream:
+        """Return the training rows as a stream.
+
+        Raises:
+            ValueError: Nothing would end the run, or the first row cannot be encoded.
+        """
+        if self.trainer is not None and self.trainer.max_steps < 0 and isinstance(self.trainer.limit_train_batches, float):
+            raise ValueError("data.streaming has no end; set trainer.max_steps")
+        sources, encode = self._sources("train"), partial(self._encode, split="train")
+        process = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+        def read() -> Iterator[PlacedRow]:
+            return chain.from_iterable(read_rows(source, "train", self.subset, streaming=True) for source in sources)
+
+        next(iter(Stream(read, encode, self.seed, buffer=1)))  # an error before the first step
+        return Stream(read, encode, self.seed, *process)
+
     def _sources(self, split: str) -> list[str]:
         source = self.sources["train" if self.share is not None and split == "val" else split]
         return [source] if isinstance(source, str) else list(source or [])  # type: ignore[arg-type]
@@ -195,13 +227,7 @@ class FileDataModule(LightningDataModule, ABC):
         """Read the rows of a split."""
         shared = self.share is not None and split in ("train", "val")
         rows = [row for one in sources for row in read_rows(one, "train" if shared else split, self.subset)]
-        if not shared or not rows:
-            return rows
-        taken = round(self.share * len(rows))  # type: ignore[operator]
-        if not 0 < taken < len(rows):
-            raise ValueError(f"data.val={self.share} of {len(rows)} training rows are {taken}: both parts need a row")
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed)).tolist()
-        return [rows[i] for i in sorted(order[:taken] if split == "val" else order[taken:])]
+        return take_share(rows, self.share, self.seed, split) if self.share is not None and shared else rows
 
     def _encode(self, row: Any, split: str) -> tuple[list[Any], dict[str, str]]:
         """Encode one row. Return its examples, and what happened to it with a note."""
@@ -224,9 +250,10 @@ class FileDataModule(LightningDataModule, ABC):
     def batching(self, split: str) -> dict[str, Any]:
         """Return how examples become batches, as arguments of ``DataLoader``: order and size in ``sampler``, content in ``collate_fn``."""
         options: dict[str, Any] = {"batch_size": self.batch_size, "collate_fn": partial(self.collate, split=split)}
-        if split != "predict":  # which keeps the file's order
+        examples = self.examples[split]
+        if split != "predict" and isinstance(examples, Examples):  # which keeps the file's order
             epoch = (lambda: self.trainer.current_epoch) if split == "train" else None  # type: ignore[union-attr]
-            options["sampler"] = LengthGroupedSampler(self.examples[split].lengths, self.batch_size, epoch, self.seed)
+            options["sampler"] = LengthGroupedSampler(examples.lengths, self.batch_size, epoch, self.seed)
         return options
 
     def loader(self, split: str) -> DataLoader:
@@ -263,14 +290,3 @@ class FileDataModule(LightningDataModule, ABC):
     @override
     def predict_dataloader(self) -> DataLoader:
         return self.loader("predict")
-
-
-def _share(val: Any) -> float | None:
-    """Return ``data.val`` if it is a number."""
-    try:
-        share = float(val)
-    except (TypeError, ValueError):
-        return None
-    if not 0 < share < 1:
-        raise ValueError(f"data.val={val!r} must be a share of the training rows between 0 and 1, or name a file")
-    return share
