@@ -82,15 +82,20 @@ class Chat:
             found = [Example(example.ids, list(example.ids)) for example in found]
         return found
 
-    @cached_property
+    @property
     def ends(self) -> list[int]:
-        """The tokens that end an answer: of one in text, and of a call to a tool if the template writes it otherwise."""
+        """The tokens that end an answer: of one in text, and of a call to a tool if the template ends it otherwise."""
+        ids = [self._ids(end)[-1] for end in self._endings]
+        return list(dict.fromkeys(ids))
+
+    @cached_property
+    def _endings(self) -> tuple[str, str]:
+        """What the template writes at the end of an answer in text, and of a call to a tool."""
         _, there, tail = self._whole([QUESTION, {"role": "assistant", "content": MARK}]).rpartition(MARK)
-        ids = self._ids(tail) if there else []
-        special = [i for i in ids if i in self._special]
-        if not special and len(ids := self._ids(tail.strip())) == 1 and there:
-            special = ids
-        if not special:
+        end = self._ending(tail) if there else ""
+        if not end and there and len(self._ids(tail.strip())) == 1:
+            end = tail.strip()
+        if not end:
             raise ValueError(
                 f"the tokenizer's chat template ends an answer with no token of its own (but {tail!r}), so that no answer would end; "
                 "put the end token there, or choose another with data.template"
@@ -98,9 +103,16 @@ class Chat:
         try:
             tail = self._whole([QUESTION, {"role": "assistant", "content": "", "tool_calls": [CALL]}], [TOOL]).rpartition(MARK)[2]
         except ValueError:
-            return special[:1]  # this template knows no tools, or none of this form: rows that have them are told so
-        of_calls = [i for i in self._ids(tail) if i in self._special]
-        return special[:1] if special[0] in of_calls else special[:1] + of_calls[:1]
+            return end, end  # this template knows no tools, or none of this form: rows that have them are told so
+        return end, end if end in tail else self._ending(tail) or end
+
+    def _ending(self, tail: str) -> str:
+        """Return the first special token in what follows an answer, with those directly after it (Cohere's templates write two)."""
+        specials = [self.tokenizer.convert_ids_to_tokens(i) for i in self._ids(tail) if i in self._special]
+        end = specials[0] if specials else ""
+        for token in specials[1:]:
+            end += token if end + token in tail else ""
+        return end
 
     @cached_property
     def writes_tools(self) -> bool:
@@ -125,7 +137,7 @@ class Chat:
         else:
             raise ValueError(
                 "the tokenizer's chat template does not put the assistant's answer after its generation prompt "
-                f"(which ends in {prompt[-40:]!r}); choose another with data.template"
+                f"(which ends in {prompt[-40:]!r}); set data.chat_template_kwargs (as enable_thinking: false), or another data.template"
             )
         turn = whole[len(start) :]
         shown = _letters(turn)
@@ -137,7 +149,7 @@ class Chat:
         for call in message.get("tool_calls", []):
             if call["function"]["name"] not in turn:
                 raise ValueError(f"the tokenizer's chat template does not write the tool call {call['function']['name']!r:.60}")
-        end = self.tokenizer.convert_ids_to_tokens(self.ends[-1] if message.get("tool_calls") else self.ends[0])
+        end = self._endings[bool(message.get("tool_calls"))]
         if end not in turn:
             raise ValueError(f"the tokenizer's chat template does not end the answer with {end} as others, but with {turn[-40:]!r}")
         return prompt, turn[: turn.rindex(end) + len(end)]

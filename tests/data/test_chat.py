@@ -78,3 +78,13 @@ def test_an_answer_that_holds_the_end_token_is_learnt_to_its_last():
 def test_messages_that_are_all_left_out_are_refused():
     with pytest.raises(ValueError, match="every answer has weight 0"):
         answers(tiny_lm.tokenizer(), [CHAT[0], {**CHAT[1], "weight": 0}])
+
+
+def test_an_answer_that_two_tokens_end():
+    """As Cohere's; the last one stops generation."""
+    tokenizer = families.tokenizer("llama3_1")
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|eot_id|>", "<|eom_id|><|eot_id|>")
+    chat = Chat(tokenizer)
+    (example,) = chat.examples(Conversation(CHAT))
+    assert tokenizer.decode(example.answer) == "blue<|eom_id|><|eot_id|>"
+    assert tokenizer.convert_ids_to_tokens(chat.ends) == ["<|eot_id|>"]
