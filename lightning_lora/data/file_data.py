@@ -190,9 +190,8 @@ class FileDataModule(LightningDataModule, ABC):
             rows = self._rows(split, sources)
             if not rows:
                 raise ValueError(f"data.{split}={name!r} is empty; it needs at least one row")
-            found, report = encode_rows(rows, partial(self._encode, split=split), f"data.{split}")
-            report.check(f"data.{split}={name!r}", len(found), self.max_length)
-            examples = Examples.pack(self.example, found)
+            examples, report = encode_rows(rows, partial(self._encode, split=split), self.example, f"data.{split}")
+            report.check(f"data.{split}={name!r}", len(examples), self.max_length)
             if file is not None:
                 write_cache(file, examples, vars(report))
         if say:
