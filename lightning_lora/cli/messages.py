@@ -55,9 +55,13 @@ def check_not_null(function: Callable[..., Any], arguments: dict[str, Any], pref
     Raises:
         UsageError: An argument is None whose type does not allow it.
     """
-    hints = get_type_hints(function.__init__ if isinstance(function, type) else function)  # type: ignore[misc]
-    for name, parameter in inspect.signature(function).parameters.items():
-        hint = hints.get(name, Any)
+    parameters: dict[str, tuple[Any, Any]] = {}
+    for owner in [vars(base).get("__init__") for base in function.__mro__] if isinstance(function, type) else [function]:
+        if inspect.isfunction(owner):
+            hints = get_type_hints(owner)
+            for name, parameter in inspect.signature(owner).parameters.items():
+                parameters.setdefault(name, (hints.get(name, Any), parameter))  # of a base class, which **kwargs go to
+    for name, (hint, parameter) in parameters.items():
         optional = hint is Any or type(None) in get_args(hint) or parameter.default is None
         if name in arguments and arguments[name] is None and not optional:
             raise UsageError(f"{prefix}{name}=null: give a value, or leave it out")

@@ -1,6 +1,6 @@
 """Ready-made LightningDataModules for the tasks.
 
-May import: ``utils``, ``ops``.
+May import: ``utils``, ``storage``, ``ops``.
 """
 
 from lightning_lora.data.instructions import InstructionDataModule
