@@ -23,7 +23,7 @@ from lightning_lora.callbacks.gradient_check import BATCHES, CURE, GradientCheck
 from lightning_lora.callbacks.out_of_memory import advise
 from lightning_lora.callbacks.processes import begin_together
 from lightning_lora.callbacks.refusals import check_apart, check_fit, check_mergeable, check_options, frozen_parts, recordable
-from lightning_lora.callbacks.start_report import log_start
+from lightning_lora.callbacks.start_report import log_advice, log_start
 from lightning_lora.callbacks.starting import Start, log_beginning
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import lora_layers
@@ -148,6 +148,7 @@ class LoRACallback(Callback):
         self._begun(pl_module)
         trainer.strategy._lora_hooks.state.start()  # type: ignore[attr-defined]
         log_beginning(trainer, self.start_from)
+        log_advice(trainer, self._target(pl_module))
         wake_and_log(self._target(pl_module))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
