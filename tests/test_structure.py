@@ -77,6 +77,7 @@ OTHER_ERRORS = {
         ("cli." + file, "UsageError") for file in ("main", "commands", "export", "lightning_cli", "messages")
     ),  # a ValueError with an exit code
     ("tasks.hf", "ImportError"),  # an extra is not installed
+    ("data.hub", "ImportError"),  # likewise
     ("optim.galore", "ImportError"),  # likewise
 }
 
