@@ -11,6 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO
 
+from lightning_lora.cli.messages import UsageError
 from lightning_lora.storage.atomic_files import sync_folder
 
 try:
@@ -59,7 +60,7 @@ def replaced_folder(out: str, overwrite: bool, keep: tuple[str, ...]) -> Iterato
             it is or contains one of ``keep``.
     """
     if not out:
-        raise ValueError("out='' is empty; name a folder")
+        raise UsageError("out='' is empty; name a folder")
     target = Path(out).resolve()
     _clean(target)
     _check(out, target, overwrite, keep)
@@ -90,17 +91,17 @@ def replaced_folder(out: str, overwrite: bool, keep: tuple[str, ...]) -> Iterato
 
 def _check(out: str, target: Path, overwrite: bool, keep: tuple[str, ...]) -> None:
     if target.exists() and not target.is_dir():
-        raise ValueError(f"out={out!r} is a file; name a folder")
+        raise UsageError(f"out={out!r} is a file; name a folder")
     for source in keep:
         if os.path.exists(source) and (path := Path(source).resolve()).is_relative_to(target):
-            raise ValueError(f"out={out!r} holds {str(path)!r}, which it is made from; name another folder")
+            raise UsageError(f"out={out!r} holds {str(path)!r}, which it is made from; name another folder")
     there = sorted(target.iterdir()) if target.exists() else []
     if there and not overwrite:
-        raise ValueError(f"out={out!r} is not empty; name another folder, or pass --overwrite to replace the model in it")
+        raise UsageError(f"out={out!r} is not empty; name another folder, or pass --overwrite to replace the model in it")
     foreign = [entry.name for entry in there if entry.is_dir() or not any(fnmatch(entry.name, pattern) for pattern in MODEL_FILES)]
     if foreign or (there and not (target / "config.json").is_file()):
         what = f"holds {foreign[0]!r}" if foreign else "has no config.json"
-        raise ValueError(
+        raise UsageError(
             f"out={out!r} {what}: --overwrite replaces a model, and this is more or none; name another folder, or empty it yourself"
         )
 
