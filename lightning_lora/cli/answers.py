@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from lightning_lora.cli.messages import UsageError
+from lightning_lora.cli.tuned import Tuned
 from lightning_lora.data.batching import Example, collate_prompts
 from lightning_lora.data.chat import Message, encode_prompt
 
@@ -37,16 +39,21 @@ class Sampling:
 
 
 class Answerer:
-    """A model, its tokenizer and its sampling options.
+    """A model that writes texts, and how it does so.
 
     Args:
-        network: A Hugging Face causal language model, in evaluation mode.
-        tokenizer: Its tokenizer.
+        tuned: The model.
         sampling: How tokens are chosen.
+
+    Raises:
+        ValueError: The model writes no texts.
     """
 
-    def __init__(self, network: Any, tokenizer: Any, sampling: Sampling) -> None:
-        self.network, self.tokenizer, self.sampling = network, tokenizer, sampling
+    def __init__(self, tuned: Tuned, sampling: Sampling) -> None:
+        if not hasattr(type(tuned.network), "generate") or not tuned.network.can_generate():
+            raise UsageError(f"{type(tuned.network).__name__} writes no texts; use lightning-lora predict with the run's config")
+        self.network, self.tokenizer, self.sampling = tuned.network, tuned.preprocessor, sampling
+        self.encodes = bool(self.network.config.is_encoder_decoder)  # the prompt is the encoder's, and no part of the output
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
 
@@ -61,8 +68,7 @@ class Answerer:
 
     def _generate(self, conversations: Sequence[list[Message]], streamer: Any = None) -> Any:
         """Return the generated token ids, (B, T)."""
-        examples = [Example(encode_prompt(self.tokenizer, messages)) for messages in conversations]
-        batch = collate_prompts(examples, pad=self.tokenizer.pad_token_id)
+        batch = collate_prompts([Example(self._encode(messages)) for messages in conversations], pad=self.tokenizer.pad_token_id)
         device = self.network.device
         with torch.inference_mode():
             output = self.network.generate(
@@ -72,7 +78,10 @@ class Answerer:
                 streamer=streamer,
                 **self.sampling.options(),
             )
-        return output[:, batch["input_ids"].shape[1] :]
+        return output if self.encodes else output[:, batch["input_ids"].shape[1] :]
+
+    def _encode(self, messages: list[Message]) -> list[int]:
+        return self.tokenizer(messages[-1]["content"])["input_ids"] if self.encodes else encode_prompt(self.tokenizer, messages)
 
     def _text(self, ids: Any) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)

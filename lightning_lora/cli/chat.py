@@ -43,10 +43,10 @@ def chat(
     Raises:
         ValueError: The tokenizer has no chat template, a path does not exist, or the adapter does not fit the model.
     """
-    network, tokenizer = load_tuned(model, adapter, gguf_file, dtype)
-    if not tokenizer.chat_template:
+    tuned = load_tuned(model, adapter, gguf_file, dtype)
+    answerer = Answerer(tuned, Sampling(max_new_tokens, temperature, top_p, seed))
+    if not getattr(tuned.preprocessor, "chat_template", None):
         raise UsageError(f"model={model!r} has no chat template, so it keeps no conversation; use generate, one prompt at a time")
-    answerer = Answerer(network, tokenizer, Sampling(max_new_tokens, temperature, top_p, seed))
     _Conversation(answerer, system, sys.stdin.isatty()).run(_lines())
 
 

@@ -51,7 +51,7 @@ def generate(
         ValueError: There is no prompt, a path does not exist, or the adapter does not fit the model.
     """
     conversations = _conversations(prompt, file, system)
-    answerer = Answerer(*load_tuned(model, adapter, gguf_file, dtype), Sampling(max_new_tokens, temperature, top_p, seed))
+    answerer = Answerer(load_tuned(model, adapter, gguf_file, dtype), Sampling(max_new_tokens, temperature, top_p, seed))
     if file is None and not json:
         answerer.stream(conversations[0], write_out)
         print()

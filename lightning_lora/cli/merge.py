@@ -27,9 +27,9 @@ def merge(
         ValueError: The folder is not empty, is or contains the base or the adapter, or the adapter does not fit the base.
     """
     with replaced_folder(out, overwrite, keep=(model, adapter)) as folder:
-        network, tokenizer = load_tuned(model, adapter, gguf_file, dtype)
-        layers = len(list(lora_layers(network)))
+        tuned = load_tuned(model, adapter, gguf_file, dtype)
+        layers = len(list(lora_layers(tuned.network)))
         with working("merging"):
-            export_merged(network, folder)
-            tokenizer.save_pretrained(folder)
+            export_merged(tuned.network, folder)
+            tuned.preprocessor.save_pretrained(folder)
     print_json({"model": out, "base": model, "adapter": adapter, "merged_layers": layers}) if json else print(f"merged model in {out}")

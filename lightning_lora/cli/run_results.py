@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lightning_lora.adapter_io.save_load import save_adapter
 from lightning_lora.callbacks import LoRACallback
 from lightning_lora.cli.console import print_pairs
 from lightning_lora.cli.loss_picture import can_draw, draw_loss
+from lightning_lora.cli.task_file import write_task
 from lightning_lora.storage.room import check_room
 from lightning_lora.strategies.savable import least_bytes
 from lightning_lora.utils.sharding import is_flattened, is_sharded, on_first_rank
@@ -61,7 +63,9 @@ class RunResults(Callback):
         for callback in callbacks:
             name = "adapter" if len(callbacks) == 1 else f"adapter-{callback.module}"
             folder = trainer.strategy.broadcast(_free(self._folder / name))
-            self.adapters.append(save_adapter(pl_module.get_submodule(callback.module or ""), folder))
+            save_adapter(pl_module.get_submodule(callback.module or ""), folder)
+            on_first_rank(partial(write_task, folder, pl_module))
+            self.adapters.append(folder)
 
     def report(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         """Return where the results are, the last metrics, and commands to type next. Draw the loss picture."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,29 @@ from lightning_lora import load_adapter
 from lightning_lora.adapter_io.metadata import META
 from lightning_lora.cli.console import working
 from lightning_lora.cli.messages import UsageError, usage
+from lightning_lora.cli.task_file import Task, read_task
 from lightning_lora.storage.read_checkpoint import read_checkpoint
-from lightning_lora.tasks.hf import DType, check_there, load_causal_lm
+from lightning_lora.tasks.hf import DType, check_there, load_image_processor, load_model, load_tokenizer
 
 PREFIX = "model."  # the attribute of our tasks that holds the Hugging Face model
 
 
-def load_tuned(model: str, adapter: str | None, gguf_file: str | None, dtype: DType) -> tuple[Any, Any]:
+@dataclass(frozen=True)
+class Tuned:
+    """A loaded model.
+
+    Attributes:
+        network: The Hugging Face model, in evaluation mode.
+        preprocessor: Its tokenizer, or its image processor.
+        task: How it was loaded.
+    """
+
+    network: Any
+    preprocessor: Any
+    task: Task
+
+
+def load_tuned(model: str, adapter: str | None, gguf_file: str | None, dtype: DType) -> Tuned:
     """Load a model, its adapter and its tokenizer.
 
     Args:
@@ -25,9 +42,6 @@ def load_tuned(model: str, adapter: str | None, gguf_file: str | None, dtype: DT
         adapter: An adapter folder, a checkpoint with an adapter, or one of a full fine-tune; None for the model as it is.
         gguf_file: A GGUF file in the model's folder.
         dtype: The weights' dtype.
-
-    Returns:
-        The model in evaluation mode, and the tokenizer.
 
     Raises:
         ValueError: A path does not exist, or the adapter does not fit the model.
@@ -37,14 +51,22 @@ def load_tuned(model: str, adapter: str | None, gguf_file: str | None, dtype: DT
     with usage():
         check_there(model, gguf_file)
     with working("loading the model"):
-        network, tokenizer = load_causal_lm(model, gguf_file, dtype)
+        task = read_task(adapter)
+        network = load_model(task.auto_class, model, gguf_file, dtype, **task.config())
+        preprocessor = _preprocessor(model, gguf_file, task)
         if adapter is not None:
             weights = full_weights(adapter)
             if weights is None:
                 load_adapter(network, adapter)
             else:
                 _load_full(network, weights, adapter)
-    return network.eval(), tokenizer
+    return Tuned(network.eval(), preprocessor, task)
+
+
+def _preprocessor(model: str, gguf_file: str | None, task: Task) -> Any:
+    if task.auto_class == "AutoModelForImageClassification":
+        return load_image_processor(task.preprocessor or model)
+    return load_tokenizer(task.preprocessor) if task.preprocessor else load_tokenizer(model, gguf_file)
 
 
 def full_weights(path: str) -> dict[str, Any] | None:
