@@ -12,7 +12,8 @@ import torch
 from lightning_lora.cli.messages import UsageError
 from lightning_lora.cli.tuned import Tuned
 from lightning_lora.data.batching import Example, collate_prompts
-from lightning_lora.data.chat import Message, encode_prompt
+from lightning_lora.data.chat import encode_prompt, stop_tokens
+from lightning_lora.data.records import Conversation
 
 
 @dataclass(frozen=True)
@@ -57,31 +58,34 @@ class Answerer:
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
 
-    def answer(self, conversations: Sequence[list[Message]]) -> list[str]:
+    def answer(self, conversations: Sequence[Conversation]) -> list[str]:
         """Return the answers to a batch of conversations."""
         return [self._text(row) for row in self._generate(conversations)]
 
-    def stream(self, conversation: list[Message], write: Callable[[str], object]) -> str:
+    def stream(self, conversation: Conversation, write: Callable[[str], object]) -> str:
         """Return the answer to one conversation. Pass its text to ``write`` as it is generated."""
         (row,) = self._generate([conversation], Streamer(self.tokenizer, write))
         return self._text(row)
 
-    def _generate(self, conversations: Sequence[list[Message]], streamer: Any = None) -> Any:
+    def _generate(self, conversations: Sequence[Conversation], streamer: Any = None) -> Any:
         """Return the generated token ids, (B, T)."""
-        batch = collate_prompts([Example(self._encode(messages)) for messages in conversations], pad=self.tokenizer.pad_token_id)
+        batch = collate_prompts([Example(self._encode(each)) for each in conversations], pad=self.tokenizer.pad_token_id)
         device = self.network.device
         with torch.inference_mode():
             output = self.network.generate(
                 input_ids=batch["input_ids"].to(device),
                 attention_mask=batch["attention_mask"].to(device),
                 pad_token_id=self.tokenizer.pad_token_id,
+                eos_token_id=stop_tokens(self.network, self.tokenizer) or None,
                 streamer=streamer,
                 **self.sampling.options(),
             )
         return output if self.encodes else output[:, batch["input_ids"].shape[1] :]
 
-    def _encode(self, messages: list[Message]) -> list[int]:
-        return self.tokenizer(messages[-1]["content"])["input_ids"] if self.encodes else encode_prompt(self.tokenizer, messages)
+    def _encode(self, conversation: Conversation) -> list[int]:
+        if self.encodes:
+            return self.tokenizer(conversation.messages[-1]["content"])["input_ids"]
+        return encode_prompt(self.tokenizer, conversation.messages, conversation.tools)
 
     def _text(self, ids: Any) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)

@@ -10,7 +10,7 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveIn
 from lightning_lora.cli.answers import Answerer, Sampling, write_out
 from lightning_lora.cli.messages import UsageError
 from lightning_lora.cli.tuned import load_tuned
-from lightning_lora.data.chat import Message
+from lightning_lora.data.records import Conversation, Message
 from lightning_lora.tasks.hf import DType
 
 WORDS = {"/reset": "forget the conversation", "/system TEXT": "begin anew with another system message", "/exit": "end; so does Ctrl-D"}
@@ -77,7 +77,7 @@ class _Conversation:
     def _answer(self, text: str) -> None:
         self.messages.append({"role": "user", "content": text})
         try:
-            answer = self.answerer.stream(self.messages, write_out)
+            answer = self.answerer.stream(Conversation(self.messages), write_out)
         except KeyboardInterrupt:  # the answer stops, and the conversation goes on without it
             if not self.terminal:
                 raise

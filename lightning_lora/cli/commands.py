@@ -5,17 +5,19 @@ from __future__ import annotations
 from lightning_lora import LoRAConfig
 from lightning_lora.cli.chat import chat
 from lightning_lora.cli.generate import generate
+from lightning_lora.cli.init import init
 from lightning_lora.cli.inspect_files import inspect_adapter, inspect_model, is_adapter
 from lightning_lora.cli.merge import merge
 
-__all__ = ["chat", "generate", "inspect", "merge"]
+__all__ = ["chat", "generate", "init", "inspect", "merge"]
 
 
 def inspect(path: str, gguf_file: str | None = None, lora: LoRAConfig = LoRAConfig(), json: bool = False) -> None:  # noqa: B008 (frozen)
-    """Print what is in an adapter, or what ``lora`` would adapt in a model.
+    """Print what is in an adapter, what ``lora`` would adapt in a model, or what a run would train on (see `inspect_rows`).
 
     Args:
-        path: An adapter folder, a checkpoint (.ckpt), or a model: a hub id or a folder. A model's weights are not loaded.
+        path: An adapter folder, a checkpoint (.ckpt), a model (a hub id or a folder, whose weights are not loaded), a run's config (.yaml),
+            or a data file, which needs --model. The last two take the options of fit.
         gguf_file: A GGUF file in the model's folder.
         lora: Which layers to adapt, and how.
         json: Print JSON.

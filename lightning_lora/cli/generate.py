@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveInt
 
 from lightning_lora.cli.answers import Answerer, Sampling, write_out
 from lightning_lora.cli.console import print_json, working
-from lightning_lora.cli.messages import UsageError
+from lightning_lora.cli.messages import UsageError, usage
 from lightning_lora.cli.tuned import load_tuned
-from lightning_lora.data.chat import Message
+from lightning_lora.data.formats import to_record
+from lightning_lora.data.reading import read_rows
+from lightning_lora.data.records import Conversation, Message
 from lightning_lora.tasks.hf import DType
 
 
@@ -60,21 +65,51 @@ def generate(
         batch = conversations[start : start + batch_size]
         with working(f"answering {start + len(batch)} of {len(conversations)}"):
             answers = answerer.answer(batch)
-        for messages, answer in zip(batch, answers, strict=True):
-            print_json({"prompt": messages[-1]["content"], "response": answer}) if json else print(answer, flush=True)
+        for conversation, answer in zip(batch, answers, strict=True):
+            if json:
+                print_json({"prompt": conversation.messages[-1]["content"], "response": answer})
+            else:
+                print(answer, flush=True)
 
 
-def _conversations(prompt: str | None, file: str | None, system: str | None) -> list[list[Message]]:
+def _conversations(prompt: str | None, file: str | None, system: str | None) -> list[Conversation]:
     """Return what is to be answered."""
     if prompt is not None and file is not None:
-        raise UsageError("prompt and --file are both given; leave one out")
-    if file is not None:
-        prompts = _read(file)
-    elif prompt is None and not sys.stdin.isatty():
-        prompts = [sys.stdin.read().strip()]
-    else:
-        prompts = [prompt or ""]
-    if not all(prompts):
-        raise UsageError("the prompt is empty; give the model something to answer")
+        raise UsageError("a prompt and --file are both given; leave one out")
+    if file is None and prompt is None and not sys.stdin.isatty():
+        prompt = sys.stdin.read().strip()
     first: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-    return [[*first, {"role": "user", "content": text}] for text in prompts]
+    if file is not None:
+        with usage():
+            found = list(_read(Path(file)))
+        return [replace(each, messages=[*first, *each.messages]) for each in found]
+    if not prompt:
+        raise UsageError("the prompt is empty; give the model something to answer")
+    return [Conversation([*first, {"role": "user", "content": prompt}])]
+
+
+def _read(file: Path) -> Iterator[Conversation]:
+    """Yield the prompts of a file.
+
+    Raises:
+        ValueError: There is no such file, it has no prompt, or a row is malformed. The message names file and line.
+    """
+    if file.suffix and not file.exists():
+        raise ValueError(f"file={str(file)!r}: no such file")
+    if file.suffix == ".txt":
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        rows: Iterable[tuple[str, Any]] = [(f"{file}:{number}", {"prompt": line}) for number, line in enumerate(lines, 1) if line.strip()]
+    else:
+        rows = read_rows(str(file), "predict")
+    empty = True
+    for place, row in rows:
+        try:
+            record = to_record(row, needs_answer=False)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+        if not isinstance(record, Conversation):
+            raise ValueError(f"{place}: a {type(record).__name__} is nothing to answer; give it a key prompt or messages")
+        empty = False
+        yield record
+    if empty:
+        raise ValueError(f"{file} has no prompts; write one per line")

@@ -52,12 +52,12 @@ def function_parser(function: Callable[..., Any], command: str, description: str
     Required arguments are positional, and so is one called ``prompt``.
     """
     options = "".join(f" {name.upper()}" for name, p in inspect.signature(function).parameters.items() if p.default is p.empty)
-    optional = {"prompt"} & inspect.signature(function).parameters.keys()
-    usage = f"lightning-lora {command}{options}{''.join(f' [{name.upper()}]' for name in optional)} [--option value ...]"
+    optional: set[str | int] = {name for name in inspect.signature(function).parameters if name == "prompt"}
+    usage = f"lightning-lora {command}{options}{''.join(f' [{name.upper()}]' for name in map(str, optional))} [--option value ...]"
     parser = ArgumentParser(usage=usage, description=f"{description.capitalize()}.", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile, help="A YAML file with the options.")
     parser.add_function_arguments(function, as_group=False, as_positional=True, sub_configs=True, skip=optional)
-    for name in optional:
+    for name in map(str, optional):
         text = next(param.description for param in parse(function.__doc__ or "").params if param.arg_name == name)
         parser.add_argument(name, nargs="?", type=Optional[str], help=text)  # noqa: UP045 (the parser takes no X | Y here)
     return parser

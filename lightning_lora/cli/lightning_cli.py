@@ -12,6 +12,7 @@ import os
 import pydoc
 import sys
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace, set_parsing_settings
@@ -33,12 +34,14 @@ from lightning_lora.cli.run_folder import BeganConfig, StderrProgressBar, no_fol
 from lightning_lora.cli.run_results import RunResults, print_report
 from lightning_lora.cli.yaml_files import check_config_files, unique_keys
 from lightning_lora.config import LoRAConfig
+from lightning_lora.data.reading import READERS
 from lightning_lora.strategies.checkpoint_io import DurableCheckpointIO
 from lightning_lora.strategies.lightning_private import cli_parser, cli_value, start_method
 
 COMMANDS = ("fit", "validate", "test", "predict")
 CONFIGS_RUN = "A config file runs the classes and functions that it names: take one only from someone whose code you would run."
 LOGGER = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": "lora"}}
+SPLITS = ("train", "val", "test", "predict")
 # Smallest valid values. Lightning accepts smaller ones silently, or divides by zero. -1 is "no limit" for the first two.
 LEAST = {"max_epochs": 1, "max_steps": 1, "accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "gradient_clip_val": 0}
 MACHINE = ("accelerator", "devices", "num_nodes", "strategy", "precision")  # what most errors in making a Trainer are about
@@ -66,7 +69,7 @@ class LoRACLI(LightningCLI):
         self.words = sys.argv[1:] if args is None else args if isinstance(args, list) else []
         self.command = self.words[0] if run and self.words and self.words[0] in COMMANDS else None
         task = chosen_task(self.words)
-        self.defaults = {
+        self.defaults: dict[str, dict[str, Any]] = {
             "model": {"class_path": class_path(task)},
             "data": {"class_path": class_path(default_data(task))},
             "trainer.logger": LOGGER,
@@ -184,7 +187,7 @@ class LoRACLI(LightningCLI):
         """Run the sub-command ``fit``. Print where its results are and what to type next."""
         with redirect_stdout(sys.stderr):  # its tables are no results
             self._run("fit", kwargs)
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
+        if self.trainer.is_global_zero and not cli_value(self, "trainer").fast_dev_run:
             report = self.results.report(self.trainer, self.model)
             print_json(report) if self.as_json else print_report(report)
 
@@ -230,13 +233,18 @@ def _parse(parser: LightningArgumentParser, args: ArgsType) -> Namespace:
 
 
 def _check_values(config: Namespace) -> None:
-    """Refuse null where the parser takes it and the class does not."""
+    """Refuse null where the parser takes it and the class does not, and data files that do not exist."""
     for key in ("model", "data"):
         spec = config.get(key)
         cls = pydoc.locate(getattr(spec, "class_path", None) or "")
         if isinstance(cls, type):
             check_not_null(cls, vars(spec.get("init_args", Namespace())), f"{key}.")
     check_not_null(LoRACallback, vars(config.lora), "lora.")
+    files = vars(config.data.get("init_args", Namespace())) if config.get("data") else {}
+    for split in SPLITS:
+        for file in files[split] if isinstance(files.get(split), list) else [files.get(split)]:
+            if isinstance(file, str) and Path(file).suffix in READERS and not Path(file).exists():
+                raise UsageError(f"data.{split}={file!r}: no such file (seen from {Path.cwd()})")
 
 
 def _default(cls: type, name: str) -> Any:

@@ -95,8 +95,12 @@ def _train(argv: list[str]) -> None:
 
 
 def _run_tool(command: str, argv: list[str]) -> None:
-    from lightning_lora.cli import commands, group_help
+    from lightning_lora.cli import commands, group_help, inspect_rows
 
+    words = inspect_rows.run_words(argv) if command == "inspect" else None
+    if words is not None:
+        inspect_rows.inspect_run(words, "--json" in argv)
+        return
     function: Callable[..., Any] = getattr(commands, command)
     parser = group_help.function_parser(function, command, TOOLS[command])
     flags = {f"--{name}" for name, p in inspect.signature(function).parameters.items() if isinstance(p.default, bool)}

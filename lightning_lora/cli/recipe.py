@@ -89,7 +89,7 @@ def recipe(model: str, data: str, task: str | None, val: str | None, gguf_file: 
         ("log_every_n_steps", 5, ""),
     ]
     packed = _packed(seen)
-    lines = [f"# Written by `lightning-lora init`. Run it: lightning-lora fit --config FILE; see its rows: lightning-lora inspect FILE"]
+    lines = ["# Written by `lightning-lora init`. Run it: lightning-lora fit --config FILE; see its rows: lightning-lora inspect FILE"]
     lines += ["seed_everything: 0", *_class_block("model", tasks, task, model_values), "data:", *_lines(data_values, 2), "lora:"]
     lines += _lines([("quantize", "nf4", packed)], 2) if packed else []
     lines += ["  config:", *_lines(lora, 4), "trainer:", *_lines(trainer, 2)]
@@ -132,7 +132,14 @@ ALL_LINEAR = LoRAConfig(rank=1, target_modules="all-linear", modules_to_save=[])
 
 def _task_of(model: str, data: str, gguf_file: str | None) -> str:
     """Return the task that the rows are for. A model with an encoder and a decoder writes texts from texts."""
-    kinds = [type(to_record(row)).__name__ for _, row in islice(read_rows(data, "train"), LOOKED_AT)]
+    kinds = []
+    with usage():
+        rows = list(islice(read_rows(data, "train"), LOOKED_AT))
+    for place, row in rows:
+        try:
+            kinds.append(type(to_record(row)).__name__)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
     if not kinds:
         raise UsageError(f"data={data!r} is empty; it needs at least one row")
     name = TASKS[max(set(kinds), key=kinds.count)]

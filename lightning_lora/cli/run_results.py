@@ -20,7 +20,6 @@ from lightning_lora.storage.room import check_room
 from lightning_lora.strategies.savable import least_bytes
 from lightning_lora.utils.sharding import is_flattened, is_sharded, on_first_rank
 
-
 # Class of model → the commands that answer with it.
 ANSWERING: dict[str, tuple[list[str], ...]] = {
     "AutoModelForCausalLM": (["generate", "Hello"], ["chat"]),
@@ -74,7 +73,7 @@ class RunResults(Callback):
         for logger in csv:
             logger.save()
         metrics = folder / "metrics.csv"
-        saved = [str(saver.best_model_path) for saver in trainer.checkpoint_callbacks if getattr(saver, "best_model_path", "")]
+        saved = [path for saver in trainer.checkpoint_callbacks if (path := str(getattr(saver, "best_model_path", "")))]
         config = folder / "config.yaml"
         return {
             "folder": str(folder),

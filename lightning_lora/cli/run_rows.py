@@ -38,7 +38,7 @@ class RunConfig(LoRACLI):
         """Make neither model nor trainer."""
 
     @property
-    def task(self) -> type:
+    def task(self) -> Any:
         """The task's class."""
         return _class(self.config.model.class_path)
 
@@ -53,7 +53,7 @@ class RunConfig(LoRACLI):
         Raises:
             ValueError: The rows cannot be read; the message names file and line.
         """
-        data = _made(_class(self.config.data.class_path), self.config.data.get("init_args", Namespace()))
+        data: Any = _made(_class(self.config.data.class_path), self.config.data.get("init_args", Namespace()))
         data.trainer = SimpleNamespace(lightning_module=self.stand_in(), current_epoch=0, world_size=1)
         if not hasattr(data, "load"):
             raise UsageError(f"{type(data).__name__} shows no rows; inspect shows those of the package's data modules")
@@ -63,7 +63,7 @@ class RunConfig(LoRACLI):
         """Return what a data module takes from the task: its tokenizer or image processor, and its labels once they are known."""
         model, gguf_file = self.model_arguments.get("model"), self.model_arguments.get("gguf_file")
         if not isinstance(model, str):
-            raise UsageError("the model is not set, whose tokenizer reads the rows; give --model.model")
+            raise UsageError(f"{self.task.__name__} names no model whose tokenizer reads the rows; inspect shows runs of the package's tasks")
         with usage():
             check_there(model, gguf_file)
         images = getattr(self.task, "auto_class", "") == "AutoModelForImageClassification"

@@ -52,18 +52,21 @@ def test_help_fits_a_screen(words, capsys):
     assert len(lines) <= 45 and max(map(len, lines)) <= 130
 
 
+GROUPS = {"model": DEFAULT_TASK, "data": DEFAULT_DATA, "lora": LoRACallback, "lora.config": LoRAConfig, "trainer": Trainer}
+
+
 def defaults():
     """Option → default, as the parser has them."""
     parser = jsonargparse.ArgumentParser()
-    for prefix, cls in {"model": DEFAULT_TASK, "data": DEFAULT_DATA, "lora": LoRACallback, "lora.config": LoRAConfig, "trainer": Trainer}.items():
+    for prefix, cls in GROUPS.items():
         parser.add_class_arguments(cls, prefix, fail_untyped=False, skip={"config"} if prefix == "lora" else set())
-    return {f"--{key}": value for key, value in vars(parser.get_defaults()).items() for key, value in _flat(key, value)}
+    return {f"--{key}": value for key, value in _flat("", parser.get_defaults())}
 
 
 def _flat(key, value):
     if isinstance(value, jsonargparse.Namespace):
         for name, inner in vars(value).items():
-            yield from _flat(f"{key}.{name}", inner)
+            yield from _flat(f"{key}.{name}".strip("."), inner)
     else:
         yield key, value
 
