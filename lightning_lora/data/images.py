@@ -10,7 +10,6 @@ import torch
 from typing_extensions import override
 
 from lightning_lora.data.batching import Example
-from lightning_lora.data.file_data import Source
 from lightning_lora.data.labels import LabelDataModule
 from lightning_lora.data.reading import PlacedRow
 from lightning_lora.data.records import LabelledImage, Record
@@ -37,8 +36,21 @@ class ImageClassificationDataModule(LabelDataModule):
         module = self.trainer.lightning_module if self.trainer is not None else None
         processor = getattr(module, "processor", None)
         if processor is None:
-            raise ValueError(f"{type(self).__name__} takes its processor from the task, but {type(module).__name__} has none; use a task of ours")
+            raise ValueError(f"{type(self).__name__} takes its processor from the task, but {type(module).__name__} has no `processor`")
         return processor
+
+    @override
+    def read(self, source: str, slot: str) -> Iterable[PlacedRow]:
+        path = Path(source)
+        if path.is_dir() and not (path / "dataset_info.json").is_file() and not (path / "dataset_dict.json").is_file():
+            return images_of(path, slot)
+        columns = (self.columns or {}).items()
+        names = {"path", *(one for one, other in columns if other == "path"), *(other for one, other in columns if one == "path")}
+        rows: list[PlacedRow] = []
+        for place, row in super().read(source, slot):
+            files = {name: str(path.parent / row[name]) for name in names & row.keys() if isinstance(row[name], str)}
+            rows.append((place, {**row, **files}))
+        return rows
 
     @override
     def labels_of(self, record: Any) -> Iterable[Any]:
@@ -86,6 +98,8 @@ def images_of(folder: Path, slot: str) -> list[PlacedRow]:
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS)
     if not files:
         raise ValueError(f"data.{slot}={str(folder)!r} has no images ({', '.join(sorted(ENDINGS))})")
-    return [
-        (str(path), {"path": str(path), **({} if path.parent == folder else {"label": path.relative_to(folder).parts[0]})}) for path in files
-    ]
+    rows: list[PlacedRow] = []
+    for file in files:
+        parts = file.relative_to(folder).parts
+        rows.append((str(file), {"path": str(file), **({"label": parts[0]} if len(parts) > 1 else {})}))
+    return rows

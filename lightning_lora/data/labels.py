@@ -10,7 +10,6 @@ from typing_extensions import override
 
 from lightning_lora.data.file_data import STAGES, FileDataModule
 from lightning_lora.data.formats import to_record
-from lightning_lora.data.records import Record
 
 
 class LabelDataModule(FileDataModule):
@@ -36,7 +35,7 @@ class LabelDataModule(FileDataModule):
     def setup(self, stage: str) -> None:
         task = self.trainer.lightning_module if self.trainer is not None else None
         if not hasattr(task, "set_labels"):
-            raise ValueError(f"{type(self).__name__} tells the task its labels, but {type(task).__name__} has no `set_labels`; use a task of ours")
+            raise ValueError(f"{type(self).__name__} tells the task its labels, but {type(task).__name__} has no `set_labels`")
         self.label_ids = self._ids(task, stage)
         super().setup(stage)
 
@@ -53,7 +52,7 @@ class LabelDataModule(FileDataModule):
         """Return the labels of a split, and of what is taken from it for validation, in their order."""
         splits = [split, *(["val"] if split == "train" and self.share is not None else [])]
         rows = [row for each in splits for row in self._rows(each)[1]]
-        names = {}
+        names: dict[str, None] = {}
         for place, row in rows:
             try:
                 record = to_record(row, self.format, self.columns)

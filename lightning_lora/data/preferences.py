@@ -32,9 +32,9 @@ class PairExample:
 
 
 class PreferenceDataModule(FileDataModule):
-    """Rows with ``prompt``, ``chosen`` and ``rejected``: texts, or lists of messages. What is learnt is the assistant's part of the answers.
+    """Rows with ``prompt``, ``chosen`` and ``rejected``: texts, or lists of messages.
 
-    A batch has the better answers first and then the worse ones: twice ``batch_size`` rows.
+    What is learnt is the assistant's part of the answers. A batch has the better answers first and then the worse ones: twice ``batch_size`` rows.
 
     Args:
         *args: Those of `FileDataModule`.
@@ -75,7 +75,7 @@ class PreferenceDataModule(FileDataModule):
         before = [{**message, "weight": 0} for message in _turns(pair.prompt, "user")]
         examples = self.chat.examples(Conversation([*before, *_turns(answer, "assistant")], pair.tools))
         if len(examples) > 1:
-            raise ValueError("the tokenizer's chat template rewrites the first turns of an answer when more follow; give one turn as answer")
+            raise ValueError("the tokenizer's chat template rewrites turns when more follow; answer in one turn")
         return examples[0]
 
     def _raw(self, prompt: str, answer: str) -> Example:

@@ -65,7 +65,8 @@ def first_tokens(tokenizer: Any, words: Sequence[str]) -> tuple[list[int], list[
         raise ValueError(f"{type(tokenizer).__name__} does not tell which token belongs to which word; use a model with a fast tokenizer")
     encoded = tokenizer(" ".join(words), return_offsets_mapping=True)
     spans = encoded["offset_mapping"]
-    first, position, start = [], 0, 0
+    first: list[int] = []
+    position = start = 0
     for word in words:
         end = start + len(word)
         while position < len(spans) and (spans[position][1] <= start or spans[position][0] == spans[position][1]):

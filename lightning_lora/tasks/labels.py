@@ -50,6 +50,11 @@ class LabelTask(HFTask):
         """The labels' names; empty as long as they are not known."""
         return [] if self.model is None else [str(self.model.config.id2label[i]) for i in range(self.model.config.num_labels)]
 
+    @property
+    def labels_given(self) -> bool:
+        """Whether its labels are fixed. Those of a model's own head are replaced by others."""
+        return self.model is not None and not self._own
+
     def set_labels(self, labels: Sequence[str]) -> None:
         """Give the model a head for these labels. If it knows them all, its head stays as it is.
 
@@ -62,7 +67,7 @@ class LabelTask(HFTask):
                 raise ValueError(f"labels={names!r}: there must be at least two, all different")
             if known and known != self._own:
                 new = sorted(set(names) - set(known))
-                raise ValueError(f"{new[0]!r} is none of the labels {known} of this task; correct the rows, or set model.labels to all of them")
+                raise ValueError(f"{new[0]!r} is none of the labels {known} of this task; correct the rows, or set model.labels")
             if known:
                 rank_zero_info(f"The labels of the model's own head, {known}, are replaced by {names}.")
             self._load(names)
@@ -138,5 +143,5 @@ class LabelTask(HFTask):
         """
         theirs = checkpoint.get("hyper_parameters", {}).get("labels")
         if theirs and self.labels and list(theirs) != self.labels:
-            raise ValueError(f"the checkpoint was trained with labels={list(theirs)}, this task has {self.labels}; set model.labels to those")
+            raise ValueError(f"the checkpoint was trained with labels={list(theirs)}, this task has {self.labels}; set model.labels so")
         super().on_load_checkpoint(checkpoint)

@@ -9,6 +9,7 @@ import transformers as T
 from lightning_lora import get_lora_parameters
 from tests import tiny_lm
 
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 
 
@@ -37,7 +38,9 @@ def save(folder: Path, kind: str) -> str:
 
 
 def bert() -> T.PreTrainedModel:
-    return T.BertModel(T.BertConfig(vocab_size=len(tiny_lm.WORDS), max_position_embeddings=64, **SIZES))
+    return T.BertModel(
+        T.BertConfig(vocab_size=len(tiny_lm.WORDS), max_position_embeddings=64, initializer_range=0.3, **NO_DROPOUT, **SIZES)
+    )
 
 
 def llama() -> T.PreTrainedModel:
