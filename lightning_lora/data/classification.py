@@ -20,6 +20,8 @@ class ClassificationDataModule(LabelDataModule):
 
     @override
     def labels_of(self, record: Any) -> Iterable[Any]:
+        if isinstance(record, PlainText):
+            raise ValueError("the row has no 'label'; add it, or name its column with data.columns")
         return [record.label]
 
     @override
@@ -30,9 +32,7 @@ class ClassificationDataModule(LabelDataModule):
         ids = self.tokenizer(record.text)["input_ids"]
         if split == "predict":
             return [Example(ids, text=record.text)]
-        if isinstance(record, PlainText):
-            raise ValueError("the row has no 'label'; add it, or name its column with data.columns")
-        return [Example(ids, [self.id_of(record.label)])]
+        return [Example(ids, [self.id_of(label) for label in self.labels_of(record)])]
 
     @override
     def fits(self, example: Example, split: str) -> str | None:

@@ -9,7 +9,6 @@ from typing import Any
 from typing_extensions import override
 
 from lightning_lora.data.file_data import STAGES, FileDataModule
-from lightning_lora.data.formats import to_record
 
 
 class LabelDataModule(FileDataModule):
@@ -55,8 +54,7 @@ class LabelDataModule(FileDataModule):
         names: dict[str, None] = {}
         for place, row in rows:
             try:
-                record = to_record(row, self.format, self.columns)
-                names |= dict.fromkeys(map(name_of, self.labels_of(record)))
+                names |= dict.fromkeys(map(name_of, self.labels_of(self.record_of(row, split))))
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from error
         return sorted(names, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))

@@ -34,7 +34,8 @@ class PairExample:
 class PreferenceDataModule(FileDataModule):
     """Rows with ``prompt``, ``chosen`` and ``rejected``: texts, or lists of messages.
 
-    What is learnt is the assistant's part of the answers. A batch has the better answers first and then the worse ones: twice ``batch_size`` rows.
+    What is learnt is the assistant's part of the answers. A batch has the better answers first and then the worse ones, so twice
+    ``batch_size`` rows.
 
     Args:
         *args: Those of `FileDataModule`.

@@ -56,7 +56,7 @@ class TokenClassificationDataModule(LabelDataModule):
 
 
 def first_tokens(tokenizer: Any, words: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Return the token ids of words that are separated by spaces, and the index of each word's first token.
+    """Return the token ids of words that are separated by spaces, and the index of each word's first token: the first with a letter of it.
 
     Raises:
         ValueError: The tokenizer cannot tell where its tokens are, or a word has no token of its own.

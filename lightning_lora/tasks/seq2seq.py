@@ -25,6 +25,8 @@ class ROUGE(ROUGEScore):
         kind: "rouge1", "rouge2" or "rougeL".
     """
 
+    __hash__ = Metric.__hash__  # ROUGEScore's is equal for several empty ones, which torch then takes for one module
+
     def __init__(self, kind: str) -> None:
         super().__init__(rouge_keys=kind)
         self.kind = kind
