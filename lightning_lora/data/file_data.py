@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -108,6 +108,10 @@ class FileDataModule(LightningDataModule, ABC):
         del example.ids[self.max_length :], example.labels[self.max_length :]
         return "lost" if lost or all(label == IGNORE for label in example.labels) else "cut"
 
+    def read(self, source: str, slot: str) -> Iterable[PlacedRow]:
+        """Return the rows of a source, with their places."""
+        return read_rows(source, slot, self.subset)
+
     # From sources to examples.
 
     @property
@@ -170,7 +174,7 @@ class FileDataModule(LightningDataModule, ABC):
         slot = "train" if shared else split
         source = self.sources[slot]
         sources = [source] if isinstance(source, str) else list(source or [])  # type: ignore[arg-type]
-        rows = [row for one in sources for row in read_rows(one, slot, self.subset)]
+        rows = [row for one in sources for row in self.read(one, slot)]
         if shared and rows:
             taken = round(self.share * len(rows))  # type: ignore[operator]
             if not 0 < taken < len(rows):
@@ -179,13 +183,21 @@ class FileDataModule(LightningDataModule, ABC):
             rows = [rows[i] for i in sorted(order[:taken] if split == "val" else order[taken:])]
         return sources, rows
 
-    def _encode(self, row: Any, split: str) -> tuple[list[Any], dict[str, str]]:
-        """Encode one row. Return its examples, and what happened to it with a note."""
+    def record_of(self, row: Any, split: str) -> Record:
+        """Return what a row means.
+
+        Raises:
+            ValueError: It has no known format, or is of a kind that this class does not take.
+        """
         record = to_record(row, self.format, self.columns, needs_answer=split != "predict")
         if not isinstance(record, self.records):
             names = ", ".join(kind.__name__ for kind in self.records)
             raise ValueError(f"{type(self).__name__} takes rows of {names}, and this is a {type(record).__name__}; set data.format or data")
-        examples = list(self.encode(record, split))
+        return record
+
+    def _encode(self, row: Any, split: str) -> tuple[list[Any], dict[str, str]]:
+        """Encode one row. Return its examples, and what happened to it with a note."""
+        examples = list(self.encode(self.record_of(row, split), split))
         happened = {}
         for example in examples:
             size, thing = len(example), self.fits(example, split)

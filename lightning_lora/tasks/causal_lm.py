@@ -10,7 +10,7 @@ layer trains, is adapted or sharded, or if the model changes its logits afterwar
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 from typing_extensions import override
 
-from lightning_lora.ops.cross_entropy import IGNORE, bypassed, chunked_cross_entropy, unchunkable
+from lightning_lora.ops.cross_entropy import IGNORE, bypassed, chunked_cross_entropy, unchunkable, wide
 from lightning_lora.tasks.base import HFTask, Perplexity
 from lightning_lora.tasks.hf import generate_text
 from lightning_lora.utils.torch_private import compiled_call
@@ -71,15 +71,12 @@ class CausalLMTask(HFTask):
 
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = self._chunked_loss(batch)
-        if loss is None:
-            logits, answers = self(batch)
-            loss = F.cross_entropy(logits.float(), answers)
+        loss = self.answer_loss(batch)
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
         return loss
 
-    def _chunked_loss(self, batch: dict[str, Tensor]) -> Tensor | None:
-        """Return the loss, computed without all logits at once; None if this model needs them."""
+    def answer_loss(self, batch: dict[str, Tensor], reduction: Literal["mean", "none"] = "mean") -> Tensor:
+        """Return the loss over the N answer tokens: the mean, or each token's (N,), row by row."""
         head = self.model.get_output_embeddings()
         reason = self._needs_logits or unchunkable(head)
         if reason is None:
@@ -88,12 +85,13 @@ class CausalLMTask(HFTask):
             if len(inputs) == 1 and hidden is inputs[0]:
                 hidden = hidden if self.keeps_logits else hidden[predicts]
                 compiled = hidden.is_cuda and any(compiled_call(module) is not None for module in self.model.modules())
-                return chunked_cross_entropy(hidden, head.weight, answers, head.bias, compiled=compiled)
+                return chunked_cross_entropy(hidden, head.weight, answers, head.bias, compiled=compiled, reduction=reduction)
             reason = self._needs_logits = f"{type(self.model).__name__} does something to its logits"
         if not self._told:
             self._told = True
             rank_zero_info(f"The loss takes all logits at once: {reason}.")
-        return None
+        logits, answers = self(batch)
+        return F.cross_entropy(wide(logits), answers, reduction=reduction)
 
     @override
     def make_metrics(self) -> dict[str, Metric]:
@@ -102,7 +100,7 @@ class CausalLMTask(HFTask):
     @override
     def evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
         logits, answers = self(batch)
-        logits, rows = logits.float(), len(batch["labels"])
+        logits, rows = wide(logits), len(batch["labels"])
         losses = F.cross_entropy(logits, answers, reduction="none")
         self.measure(stage, "loss", losses, rows=rows)
         self.measure(stage, "perplexity", losses, rows=rows)

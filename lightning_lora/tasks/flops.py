@@ -10,7 +10,7 @@ computes again does not. Of experts in one tensor those that a token is routed t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -54,6 +54,26 @@ class FlopsPerPosition:
             forward, step = self.parts[part]
             flops += positions * (step if training else forward)
         return flops
+
+
+def measured_positions(model: nn.Module, run: Callable[[], Any]) -> dict[nn.Module, int]:
+    """Return how many positions each linear and convolution computes, in a run that is made for it.
+
+    In a language model every layer computes every token. An image model may merge positions from layer to layer.
+    """
+    found: dict[nn.Module, int] = {}
+
+    def note(module: Any, args: Any, output: Any) -> None:
+        found[module] = found.get(module, 0) + output.numel() // (getattr(module, "out_features", None) or module.out_channels)
+
+    layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))]
+    hooks = [layer.register_forward_hook(note) for layer in layers]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
 
 
 def _matrices(module: nn.Module, share: float) -> Iterator[tuple[nn.Parameter, bool, float]]:
