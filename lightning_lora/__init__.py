@@ -23,6 +23,7 @@ from lightning_lora.variants import shrink_adalora
 from lightning_lora.variants.rank_allocation import RankAllocator
 
 if TYPE_CHECKING:
+    from lightning_lora.adapter_io.export_adapter import export_adapter
     from lightning_lora.callbacks import AdaLoRACallback, LoRACallback
     from lightning_lora.model.compile import compile_layers, cuda_graph_step, uncompile_layers
     from lightning_lora.model.parallel import replicated_parameters
@@ -44,6 +45,7 @@ __all__ = [
     "compile_layers",
     "cuda_graph_step",
     "disabled_lora",
+    "export_adapter",
     "export_merged",
     "find_targets",
     "galore_optimizer",
@@ -76,6 +78,7 @@ _LAZY = {
     "LoRAFSDP2Strategy": "strategies",
     "compile_layers": "model.compile",
     "cuda_graph_step": "model.compile",
+    "export_adapter": "adapter_io.export_adapter",
     "replicated_parameters": "model.parallel",
     "uncompile_layers": "model.compile",
 }

@@ -73,7 +73,9 @@ OTHER_ERRORS = {
     ("quantization.formats", "NotImplementedError"),  # a packing that is not finished
     ("quantization.torchao", "ImportError"),  # an extra is not installed
     ("quantization.bitsandbytes", "ImportError"),  # an extra is not installed
-    *(("cli." + file, "UsageError") for file in ("main", "commands", "lightning_cli", "messages")),  # a ValueError with an exit code
+    *(
+        ("cli." + file, "UsageError") for file in ("main", "commands", "export", "lightning_cli", "messages")
+    ),  # a ValueError with an exit code
     ("tasks.hf", "ImportError"),  # an extra is not installed
     ("data.hub", "ImportError"),  # likewise
     ("optim.galore", "ImportError"),  # likewise

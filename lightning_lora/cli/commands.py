@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from lightning_lora import LoRAConfig
 from lightning_lora.cli.chat import chat
+from lightning_lora.cli.export import export
 from lightning_lora.cli.generate import generate
 from lightning_lora.cli.init import init
 from lightning_lora.cli.inspect_files import inspect_adapter, inspect_model, is_adapter
 from lightning_lora.cli.merge import merge
 
-__all__ = ["chat", "generate", "init", "inspect", "merge"]
+__all__ = ["chat", "export", "generate", "init", "inspect", "merge"]
 
 
 def inspect(path: str, gguf_file: str | None = None, lora: LoRAConfig = LoRAConfig(), json: bool = False) -> None:  # noqa: B008 (frozen)

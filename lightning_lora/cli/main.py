@@ -23,6 +23,7 @@ from lightning_lora.cli.messages import UsageError, check_not_null, nearest, one
 from lightning_lora.cli.quiet import quiet
 from lightning_lora.cli.yaml_files import check_config_files, unique_keys
 
+KEYWORDS = {"--for": "--target"}  # options whose name no Python argument can have
 # Wrong input and failures of the machine raise one of these. Any other error is a fault in the code, and shows its traceback.
 FAILURES = (
     *(ArgumentError, ValueError, RuntimeError, OSError, ImportError, MemoryError, OverflowError, EOFError),
@@ -104,6 +105,7 @@ def _run_tool(command: str, argv: list[str]) -> None:
     function: Callable[..., Any] = getattr(commands, command)
     parser = group_help.function_parser(function, command, TOOLS[command])
     flags = {f"--{name}" for name, p in inspect.signature(function).parameters.items() if isinstance(p.default, bool)}
+    argv = [KEYWORDS.get(name, name) + equals + value for name, equals, value in (argument.partition("=") for argument in argv)]
     argv = [f"{argument}=true" if argument in flags else argument for argument in argv]  # the parser's booleans require a value
     with usage(known=lambda: parser.get_defaults().keys()), unique_keys():
         check_config_files(argv)

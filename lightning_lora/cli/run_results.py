@@ -125,6 +125,8 @@ def next_commands(module: LightningModule, tuned: list[str], config: str | None,
             commands.append([*command, "--adapter", tuned[0], *gguf])
             commands[-1].insert(1, model)
         commands.append(["merge", model, tuned[0], os.path.join(os.path.dirname(config or tuned[0]), "merged"), *gguf])
+        if os.path.isdir(tuned[0]):
+            commands.append(["export", tuned[0], os.path.join(os.path.dirname(tuned[0]), "vllm"), "--for", "vllm"])
     if config is not None and checkpoints:
         commands.append(["test", "--config", config, "--ckpt_path", checkpoints[0]])
     return [shlex.join(["lightning-lora", *words]) for words in commands]
