@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from lightning_lora import data, tasks
+from lightning_lora.cli.messages import UsageError, nearest
 from lightning_lora.cli.yaml_files import content_of
 
 # With a default class, its arguments can be set directly under `model:` and `data:`, without class_path and init_args.
@@ -41,7 +42,11 @@ def _chosen(words: Sequence[str], key: str, home: Any, default: type) -> type:
     named = [name for name in _named(words, key) if name]
     if not named:
         return default
-    cls = pydoc.locate(named[-1]) if "." in named[-1] else getattr(home, named[-1], None)
+    name = named[-1]
+    if "." not in name and name not in home.__all__:
+        there = ", ".join(home.__all__)
+        raise UsageError(f"{key}={name!r}: there are {there}, and a class of your own by its full path{nearest(name, home.__all__)}")
+    cls = pydoc.locate(name) if "." in name else getattr(home, name)
     return cls if isinstance(cls, type) else default  # the parser will refuse the name
 
 

@@ -29,7 +29,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print rows in columns. Numbers are aligned at the right."""
     table = Table(box=None, pad_edge=False, header_style="bold", show_header=any(header))
     for index, name in enumerate(header):
-        numbers = bool(rows) and all(isinstance(row[index], (int, float)) for row in rows)
+        numbers = bool(rows) and all(type(row[index]) in (int, float) for row in rows)
         table.add_column(name, justify="right" if numbers else "left", overflow="fold")
     for row in rows:
         table.add_row(*(_cell(value) for value in row))

@@ -53,8 +53,7 @@ def inspect_run(words: Sequence[str], as_json: bool) -> None:
     """
     run = RunConfig(words)
     tokenizer = getattr(run.stand_in(), "tokenizer", None)
-    splits = [split for split in ("train", "val") if run.config.data.init_args.get(split) is not None]
-    rows = {split: run.rows(split) for split in splits}
+    rows = run.rows()
     facts = {split: _facts(examples) for split, examples in rows.items()}
     shown = [[list(part) for part in parts(tokenizer, example)] for examples in list(rows.values())[:1] for example in _some(examples)]
     if as_json:

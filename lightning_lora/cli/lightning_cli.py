@@ -188,7 +188,7 @@ class LoRACLI(LightningCLI):
         with redirect_stdout(sys.stderr):  # its tables are no results
             self._run("fit", kwargs)
         if self.trainer.is_global_zero and not cli_value(self, "trainer").fast_dev_run:
-            report = self.results.report(self.trainer, self.model)
+            report = self.results.report(self.trainer, self.model, self.datamodule)
             print_json(report) if self.as_json else print_report(report)
 
     def validate(self, **kwargs: Any) -> None:

@@ -90,7 +90,7 @@ def _train(argv: list[str]) -> None:
     if group is not None:
         print(group_help.group_help(group, argv[1:]))
         return
-    quiet()
+    quiet(argv[0])
     words = ["--help" if word == "--help-all" else word for word in argv if word != "--json"]
     lightning_cli()(args=words, as_json="--json" in argv)
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,12 +21,20 @@ from lightning_lora.cli.messages import UsageError, usage
 from lightning_lora.cli.run_rows import RunConfig
 from lightning_lora.config import LoRAConfig
 from lightning_lora.data.formats import to_record
+from lightning_lora.data.images import ENDINGS
 from lightning_lora.data.reading import read_rows
 from lightning_lora.ops.cross_entropy import IGNORE
 from lightning_lora.tasks.hf import check_there, load_config, skeleton
 
 # What rows are for: type of record → task.
-TASKS = {"Conversation": "CausalLMTask", "PlainText": "CausalLMTask", "Labelled": "SequenceClassificationTask", "Pair": "DPOTask"}
+TASKS = {
+    "Conversation": "CausalLMTask",
+    "PlainText": "CausalLMTask",
+    "Labelled": "SequenceClassificationTask",
+    "Tagged": "TokenClassificationTask",
+    "LabelledImage": "ImageClassificationTask",
+    "Pair": "DPOTask",
+}
 LOOKED_AT = 1000  # rows whose type is read
 QUANTILE = 0.99  # of the rows are not cut
 MULTIPLE = 64  # of which max_length is one
@@ -35,6 +44,7 @@ RANKS = (8, 16, 32, 64, 128)
 TOKENS_PER_PARAMETER = 2  # a parameter holds about two bits, a learnt token brings about one
 EPOCHS = ((2_000, 3), (20_000, 2))  # fewer rows than this → passes
 SHARES = ((50, None), (500, 0.1))  # fewer rows than this → share for validation
+ALL_LINEAR = LoRAConfig(rank=1, target_modules="all-linear", modules_to_save=[])
 LARGE = 0.6  # share of a GPU's memory above which a 16-bit base is packed
 
 
@@ -48,6 +58,7 @@ class Seen:
         context: Longest input of the model, in tokens; None if its config does not say.
         parameters: Of the model.
         per_rank: Parameters of an adapter of rank 1 on all linears.
+        width: Of the model's hidden states.
         device: "cuda" or "cpu".
     """
 
@@ -56,6 +67,7 @@ class Seen:
     context: int | None
     parameters: int
     per_rank: float
+    width: int
     device: str
 
 
@@ -73,7 +85,7 @@ def recipe(model: str, data: str, task: str | None, val: str | None, gguf_file: 
     steps = math.ceil(len(seen.lengths) / BATCH) * epochs
     model_values: list[tuple[str, Any, str]] = [("model", model, f"{seen.parameters / 1e6:,.0f} M parameters")]
     model_values += [("gguf_file", gguf_file, "")] if gguf_file else []
-    model_values += [("learning_rate", "auto", "from the method, the rank's scaling and the model's width; the log says which")]
+    model_values += [("learning_rate", learning_rate(seen.width), f"for LoRA at width {seen.width:,}; the rank matters little")]
     data_values: list[tuple[str, Any, str]] = [("train", data, f"{len(seen.lengths):,} rows, {seen.learnt:,} tokens to learn")]
     data_values += [] if share is None else [("val", _number(share), "share of the training rows, drawn by the seed" * (val is None))]
     data_values += [
@@ -113,26 +125,31 @@ def lora_rank(seen: Seen) -> int:
     return next((rank for rank in RANKS if rank >= needed), RANKS[-1])
 
 
+def learning_rate(width: int) -> float:
+    """Return AdamW's learning rate for LoRA: ten times full fine-tuning's, falling with the width (tinker-cookbook's rule)."""
+    return float(f"{5e-4 * (2000 / width) ** 0.781:.1e}")
+
+
 def _look(model: str, data: str, task: str, gguf_file: str | None) -> Seen:
     words = [f"--model={task}", f"--model.model={model}", f"--data.train={data}", f"--data.max_length={10**9}"]
     run = RunConfig(words + ([f"--model.gguf_file={gguf_file}"] if gguf_file else []))
-    examples = run.rows("train")
+    examples = run.rows()["train"]
     lengths = sorted(int(length) for length in examples.lengths)
     labels = [getattr(example, "labels", None) for example in examples]
     learnt = sum(sum(label != IGNORE for label in each) if isinstance(each, list) else 1 for each in labels)
     report = find_targets(skeleton(model, gguf_file, getattr(run.task, "auto_class", "AutoModelForCausalLM")), ALL_LINEAR)
     config = load_config(model, gguf_file)
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    per_rank = report.parameters / ALL_LINEAR.rank
-    return Seen(lengths, learnt, context, report.total, per_rank, "cuda" if torch.cuda.is_available() else "cpu")
-
-
-ALL_LINEAR = LoRAConfig(rank=1, target_modules="all-linear", modules_to_save=[])
+    text = config.get_text_config()
+    width = int(getattr(text, "hidden_size", None) or text.hidden_sizes[-1])
+    context, device = getattr(text, "max_position_embeddings", None), "cuda" if torch.cuda.is_available() else "cpu"
+    return Seen(lengths, learnt, context, report.total, report.parameters / ALL_LINEAR.rank, width, device)
 
 
 def _task_of(model: str, data: str, gguf_file: str | None) -> str:
     """Return the task that the rows are for. A model with an encoder and a decoder writes texts from texts."""
     kinds = []
+    if Path(data).is_dir() and any(file.suffix.lower() in ENDINGS for file in Path(data).rglob("*")):
+        return "ImageClassificationTask"
     with usage():
         rows = list(islice(read_rows(data, "train"), LOOKED_AT))
     for place, row in rows:
@@ -183,5 +200,8 @@ def _lines(values: Sequence[tuple[str, Any, str]], indent: int) -> list[str]:
 
 def _scalar(value: Any) -> str:
     """Return a value as YAML, of which JSON is a part. Plain words need no quotes."""
+    if isinstance(value, float):
+        mantissa, mark, exponent = f"{value:g}".partition("e")  # YAML reads 1e-3 as text, and 1.0e-3 as a number
+        return f"{mantissa if '.' in mantissa or not mark else f'{mantissa}.0'}{mark}{exponent}"
     plain = isinstance(value, str) and value.replace("-", "").replace("_", "").isalnum() and not value[0].isdigit()
     return value if plain else json.dumps(value, ensure_ascii=False)

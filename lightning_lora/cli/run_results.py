@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,9 @@ class RunResults(Callback):
             on_first_rank(partial(write_task, folder, pl_module))
             self.adapters.append(folder)
 
-    def report(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+    def report(self, trainer: Trainer, module: LightningModule, data: Any) -> dict[str, Any]:
         """Return where the results are, the last metrics, and commands to type next. Draw the loss picture."""
+        sources = getattr(data, "sources", {})
         folder = self._folder
         csv = [logger for logger in trainer.loggers if isinstance(logger, CSVLogger)]
         for logger in csv:
@@ -83,7 +85,7 @@ class RunResults(Callback):
             "loss_picture": draw_loss(metrics, folder / "loss.png") if metrics.is_file() else None,
             "config": str(config) if config.is_file() else None,
             "last": {name: float(value) for name, value in trainer.callback_metrics.items()},
-            "next": next_commands(module, [*map(str, self.adapters), *saved], str(config) if config.is_file() else None, saved),
+            "next": next_commands(module, sources, [*map(str, self.adapters), *saved], str(config) if config.is_file() else None, saved),
         }
 
 
@@ -108,27 +110,33 @@ def run_folder(trainer: Trainer) -> Path:
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
-def next_commands(module: LightningModule, tuned: list[str], config: str | None, checkpoints: list[str]) -> list[str]:
+def next_commands(
+    module: LightningModule, sources: Mapping[str, Any], tuned: list[str], config: str | None, checkpoints: list[str]
+) -> list[str]:
     """Return commands that can be typed as they are. They are those of the package's tasks.
 
     Args:
         module: The task.
+        sources: Split → its rows, where the data module says so.
         tuned: Adapter folders and checkpoints; the first one is used.
         config: The run's config.
         checkpoints: Checkpoints of the run.
     """
     commands = []
     model, gguf_file = module.hparams.get("model"), module.hparams.get("gguf_file")
+    answering = ANSWERING.get(getattr(module, "auto_class", ""), ())
     if isinstance(model, str) and tuned:
-        gguf = ["--gguf_file", gguf_file] if gguf_file else []
-        for command in ANSWERING.get(getattr(module, "auto_class", ""), ()):
-            commands.append([*command, "--adapter", tuned[0], *gguf])
-            commands[-1].insert(1, model)
-        commands.append(["merge", model, tuned[0], os.path.join(os.path.dirname(config or tuned[0]), "merged"), *gguf])
+        gguf, folder = ["--gguf_file", gguf_file] if gguf_file else [], os.path.dirname(config or tuned[0])
+        commands += [[name, model, *prompt, "--adapter", tuned[0], *gguf] for name, *prompt in answering]
+        commands.append(["merge", model, tuned[0], os.path.join(folder, "merged"), *gguf])
         if os.path.isdir(tuned[0]):
-            commands.append(["export", tuned[0], os.path.join(os.path.dirname(tuned[0]), "vllm"), "--for", "vllm"])
+            server = "vllm" if answering else "peft"
+            commands.append(["export", tuned[0], os.path.join(folder, server), "--for", server])
     if config is not None and checkpoints:
-        commands.append(["test", "--config", config, "--ckpt_path", checkpoints[0]])
+        run = ["--config", config, "--ckpt_path", checkpoints[0]]
+        commands += [[name, *run] for name, split in (("test", "test"), ("validate", "val")) if sources.get(split) is not None][:1]
+        if not answering and isinstance(sources.get("train"), str):
+            commands.append(["predict", *run, "--data.predict", sources["train"]])
     return [shlex.join(["lightning-lora", *words]) for words in commands]
 
 

@@ -47,28 +47,32 @@ class RunConfig(LoRACLI):
         """The task's arguments."""
         return vars(self.config.model.get("init_args", Namespace()))
 
-    def rows(self, split: str) -> Any:
-        """Return the examples of a split, as the run would train on them.
+    def rows(self) -> dict[str, Any]:
+        """Return split → examples, as the run would train on them and validate.
 
         Raises:
             ValueError: The rows cannot be read; the message names file and line.
         """
         data: Any = _made(_class(self.config.data.class_path), self.config.data.get("init_args", Namespace()))
         data.trainer = SimpleNamespace(lightning_module=self.stand_in(), current_epoch=0, world_size=1)
-        if not hasattr(data, "load"):
+        data.setup("fit")
+        if not hasattr(data, "examples"):
             raise UsageError(f"{type(data).__name__} shows no rows; inspect shows those of the package's data modules")
-        return data.load(split)
+        return data.examples
 
     def stand_in(self) -> Any:
         """Return what a data module takes from the task: its tokenizer or image processor, and its labels once they are known."""
         model, gguf_file = self.model_arguments.get("model"), self.model_arguments.get("gguf_file")
         if not isinstance(model, str):
-            raise UsageError(f"{self.task.__name__} names no model whose tokenizer reads the rows; inspect shows runs of the package's tasks")
+            raise UsageError(
+                f"{self.task.__name__} names no model whose tokenizer reads the rows; inspect shows runs of the package's tasks"
+            )
         with usage():
             check_there(model, gguf_file)
         images = getattr(self.task, "auto_class", "") == "AutoModelForImageClassification"
         made = {"processor": load_image_processor(model)} if images else {"tokenizer": load_tokenizer(model, gguf_file)}
-        task = SimpleNamespace(**made, labels=list(self.model_arguments.get("labels") or []))
+        labels = self.model_arguments.get("labels")
+        task = SimpleNamespace(**made, labels=list(labels or []), labels_given=labels is not None)
         task.set_labels = lambda labels: setattr(task, "labels", [str(label) for label in labels])
         return task
 

@@ -54,12 +54,16 @@ def load_model(auto_class: str, model: str, gguf_file: str | None = None, dtype:
 def load_tokenizer(model: str, gguf_file: str | None = None) -> Any:
     """Load the tokenizer. One without a padding token gets its end token as one.
 
+    Args:
+        model: A hub id, a local folder, or an adapter's folder with a tokenizer.
+        gguf_file: A GGUF file in it.
+
     Raises:
         ValueError: As for `load_model`.
     """
     import transformers
 
-    source = _source(model, gguf_file)
+    source = {} if Path(model, "tokenizer_config.json").is_file() and gguf_file is None else _source(model, gguf_file)
     with _named(model):
         tokenizer = transformers.AutoTokenizer.from_pretrained(model, **source)
     if tokenizer.pad_token is None:
@@ -78,7 +82,8 @@ def load_image_processor(model: str) -> Any:
 
     if find_spec("PIL") is None:
         raise ImportError("images need the package pillow; pip install 'lightning-lora[vision]'")
-    check_there(model)
+    if not Path(model, "preprocessor_config.json").is_file():
+        check_there(model)
     with _named(model):
         return transformers.AutoImageProcessor.from_pretrained(model)
 
