@@ -21,7 +21,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 import lightning_lora
 from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, load_adapter, save_adapter
-from lightning_lora.cli import commands, main
+from lightning_lora.cli import commands, inspect_rows, main
 from lightning_lora.cli.lightning_cli import LoRACLI
 from lightning_lora.layers import LoRALayer
 from lightning_lora.registry import INITS, VARIANTS
@@ -218,6 +218,8 @@ def test_command_lines(words: list[str], folder: Path, monkeypatch: pytest.Monke
         assert (ROOT / rest[0]).is_file()
     elif program == "lightning-lora" and rest[0] in main.TRAIN:
         assert parsed(*rest)
+    elif rest[0] == "inspect" and (run := inspect_rows.run_words(rest[1:])) is not None:
+        assert parsed("fit", *run)
     elif program == "lightning-lora":
         called: dict[str, Any] = {}
         original = getattr(commands, rest[0])

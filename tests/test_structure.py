@@ -52,7 +52,7 @@ LIGHTNING_FROM = "strategies"
 # Start-up is fast because these import what is slow when it is asked for: Lightning, and most of torch.distributed. And who does not
 # pull what is frozen does not depend on FSDP2's insides.
 DEFERS = {
-    "cli.main": {"cli.lightning_cli", "cli.commands"},
+    "cli.main": {"cli.lightning_cli", "cli.commands", "cli.group_help", "cli.inspect_rows"},
     "model.apply": {"model.parallel"},
     "model.merge": {"model.parallel"},
     "ops.fused_linear": {"ops.triton_low_rank"},
@@ -73,9 +73,9 @@ OTHER_ERRORS = {
     ("quantization.formats", "NotImplementedError"),  # a packing that is not finished
     ("quantization.torchao", "ImportError"),  # an extra is not installed
     ("quantization.bitsandbytes", "ImportError"),  # an extra is not installed
-    *(
-        ("cli." + file, "UsageError") for file in ("main", "commands", "export", "lightning_cli", "messages")
-    ),  # a ValueError with an exit code
+    # A ValueError with an exit code.
+    *(("cli." + file, "UsageError") for file in ("main", "export", "lightning_cli", "messages", "choice", "output_folder", "tuned")),
+    *(("cli." + file, "UsageError") for file in ("answers", "chat", "generate", "init", "recipe", "run_rows")),
     ("tasks.hf", "ImportError"),  # an extra is not installed
     ("data.hub", "ImportError"),  # likewise
     ("optim.galore", "ImportError"),  # likewise

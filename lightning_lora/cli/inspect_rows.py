@@ -69,7 +69,7 @@ def inspect_run(words: Sequence[str], as_json: bool) -> None:
         out.print(Text(f"example {number}, what is learnt is {'green' if coloured else f'between {OPEN} and {CLOSE}'}:", style="bold"))
         out.print(_rendered(example, coloured), soft_wrap=True)
         print()
-    if "--config" in words:
+    if "--config" in words and not run.config.full_finetuning:
         print(find_targets(skeleton(run.model_arguments["model"], run.model_arguments.get("gguf_file"), run.task.auto_class), _lora(run)))
 
 

@@ -147,6 +147,7 @@ class LoRACLI(LightningCLI):
 
     @override
     def instantiate_classes(self) -> None:
+        check_files(self.config.get(str(self.subcommand), self.config))
         with usage():
             super().instantiate_classes()
 
@@ -233,13 +234,21 @@ def _parse(parser: LightningArgumentParser, args: ArgsType) -> Namespace:
 
 
 def _check_values(config: Namespace) -> None:
-    """Refuse null where the parser takes it and the class does not, and data files that do not exist."""
+    """Refuse null where the parser takes it and the class does not."""
     for key in ("model", "data"):
         spec = config.get(key)
         cls = pydoc.locate(getattr(spec, "class_path", None) or "")
         if isinstance(cls, type):
             check_not_null(cls, vars(spec.get("init_args", Namespace())), f"{key}.")
     check_not_null(LoRACallback, vars(config.lora), "lora.")
+
+
+def check_files(config: Namespace) -> None:
+    """Refuse data files that do not exist, before a model is loaded.
+
+    Raises:
+        UsageError: A file does not exist.
+    """
     files = vars(config.data.get("init_args", Namespace())) if config.get("data") else {}
     for split in SPLITS:
         for file in files[split] if isinstance(files.get(split), list) else [files.get(split)]:

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningDataModule
 from typing_extensions import override
 
-from lightning_lora.cli.lightning_cli import LoRACLI
+from lightning_lora.cli.lightning_cli import LoRACLI, check_files
 from lightning_lora.cli.messages import UsageError, usage
 from lightning_lora.tasks.hf import check_there, load_image_processor, load_tokenizer
 
@@ -36,6 +36,7 @@ class RunConfig(LoRACLI):
     @override
     def instantiate_classes(self) -> None:
         """Make neither model nor trainer."""
+        check_files(self.config)
 
     @property
     def task(self) -> Any:
