@@ -46,7 +46,7 @@ def load_tuned(model: str, adapter: str | None, gguf_file: str | None, dtype: DT
     Raises:
         ValueError: A path does not exist, or the adapter does not fit the model.
     """
-    if adapter is not None and not Path(adapter).exists():
+    if adapter is not None and (not adapter or not Path(adapter).exists()):
         raise UsageError(f"adapter={adapter!r}: no such folder or checkpoint")
     with usage():
         check_there(model, gguf_file)
