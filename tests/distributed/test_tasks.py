@@ -13,14 +13,15 @@ from torch.utils.data import DataLoader
 
 from lightning_lora import LoRACallback, LoRAConfig
 from lightning_lora.data.batching import Example, collate_answers, pad_right
-from lightning_lora.tasks import DPOTask, SequenceClassificationTask
+from lightning_lora.tasks import DPOTask, Seq2SeqTask, SequenceClassificationTask
 from lightning_lora.tasks.base import HFTask
 from lightning_lora.utils.sharding import full_tensor
 from tests import tiny_lm
 from tests.distributed.nets import clean
 from tests.distributed.runs import STRATEGIES
+from tests.tasks import tiny
 
-TARGETS = ["q_proj", "v_proj"]
+TARGETS = ["q_proj", "v_proj", "q", "v"]
 PAIRS = [([5 + i, 6, 7], [8 + i % 4, 9, 3], [12, 13 + i % 3, 10, 3]) for i in range(8)]
 LABELS = ["a", "b", "c"]
 
@@ -34,9 +35,15 @@ def text_batch(rows: list[Any]) -> dict[str, torch.Tensor]:
     return {**pad_right([prompt + answer for prompt, answer, _ in rows], 0), "labels": torch.tensor([row[0][0] % 3 for row in rows])}
 
 
+def target_batch(rows: list[Any]) -> dict[str, Any]:
+    labels = torch.tensor([answer for _, _, answer in rows])
+    return {**pad_right([prompt + answer for prompt, answer, _ in rows], 0), "labels": labels, "targets": ["green blue"] * len(rows)}
+
+
 # Name → the task on a folder, and what makes a batch of rows.
 TASKS: dict[str, tuple[Any, Any]] = {
     "dpo": (lambda folder: DPOTask(folder, beta=0.5), pair_batch),
+    "seq2seq": (lambda folder: Seq2SeqTask(f"{folder}/t5", max_new_tokens=8), target_batch),
     "classification": (lambda folder: SequenceClassificationTask(folder, labels=LABELS), text_batch),
 }
 
@@ -63,7 +70,7 @@ def train(strategy: str, name: str, folder: str) -> dict[str, Any]:
         strategy=STRATEGIES[strategy][0](),
         max_epochs=2,
         num_sanity_val_steps=0,
-        callbacks=[LoRACallback(LoRAConfig(rank=2, target_modules=TARGETS), merge_on_fit_end=False)],
+        callbacks=[LoRACallback(LoRAConfig(rank=2, target_modules=TARGETS, allow_unmatched=True), merge_on_fit_end=False)],
         enable_checkpointing=False,
         default_root_dir=folder,
         **quiet,
@@ -75,7 +82,9 @@ def train(strategy: str, name: str, folder: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny_lm.save(Path(tmp_path_factory.mktemp("model")))
+    path = Path(tmp_path_factory.mktemp("model"))
+    tiny.save(path / "t5", "t5")
+    return tiny_lm.save(path)
 
 
 @pytest.fixture(scope="module")
