@@ -46,7 +46,7 @@ FOLDERS = [
     "tasks",
     "cli",
 ]
-OPTIONAL = {"transformers", "bitsandbytes", "torchao", "triton", "datasets", "matplotlib", "peft", "gguf", "pytorch_optimizer"}
+OPTIONAL = {"transformers", "PIL", "bitsandbytes", "torchao", "triton", "datasets", "matplotlib", "peft", "gguf", "pytorch_optimizer"}
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}
 LIGHTNING_FROM = "strategies"
 # Start-up is fast because these import what is slow when it is asked for: Lightning, and most of torch.distributed. And who does not
@@ -77,6 +77,7 @@ OTHER_ERRORS = {
     *(("cli." + file, "UsageError") for file in ("main", "export", "lightning_cli", "messages", "choice", "output_folder", "tuned")),
     *(("cli." + file, "UsageError") for file in ("answers", "chat", "generate", "init", "recipe", "run_rows")),
     ("tasks.hf", "ImportError"),  # an extra is not installed
+    ("data.images", "ImportError"),  # likewise
     ("data.hub", "ImportError"),  # likewise
     ("optim.galore", "ImportError"),  # likewise
 }

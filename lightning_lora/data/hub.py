@@ -47,7 +47,23 @@ def read_dataset(source: str, slot: str, subset: str | None = None, streaming: b
         ValueError: There is no such data set or split, or the hub cannot be reached.
     """
     rows = load_dataset(source, slot, subset, streaming)
-    return ((f"{source}:{number}", row) for number, row in enumerate(rows, start=1))
+    names = _label_names(rows.features or {})
+    return ((f"{source}:{number}", _named(row, names)) for number, row in enumerate(rows, start=1))
+
+
+def _label_names(features: dict[str, Any]) -> dict[str, list[str]]:
+    """Return column → names of its labels, for columns that have a label, or a list of labels, as a number."""
+    found = {column: getattr(getattr(feature, "feature", feature), "names", None) for column, feature in features.items()}
+    return {column: names for column, names in found.items() if isinstance(names, list)}
+
+
+def _named(row: dict[str, Any], names: dict[str, list[str]]) -> dict[str, Any]:
+    """Give labels their names; -1 is no label."""
+
+    def name(label: Any, its: list[str]) -> Any:
+        return [name(each, its) for each in label] if isinstance(label, list) else its[label] if label in range(len(its)) else None
+
+    return {**row, **{column: name(row[column], its) for column, its in names.items() if column in row}}
 
 
 def load_dataset(source: str, slot: str, subset: str | None = None, streaming: bool = False) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_lora.data.batching import Example
@@ -51,6 +52,10 @@ class ImageClassificationDataModule(LabelDataModule):
             files = {name: str(path.parent / row[name]) for name in names & row.keys() if isinstance(row[name], str)}
             rows.append((place, {**row, **files}))
         return rows
+
+    @override
+    def _say(self, split: str, name: str, examples: Any, rows: int, counts: Any) -> None:
+        rank_zero_info(f"data.{split} {name}: {rows} images.")
 
     @override
     def labels_of(self, record: Any) -> Iterable[Any]:

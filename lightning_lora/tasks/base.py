@@ -6,6 +6,7 @@ A task is a subclass in a file of its own. It names its class of model, defines 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Literal, cast
 
@@ -35,7 +36,7 @@ class Perplexity(MeanMetric):
         return super().compute().exp()
 
 
-class HFTask(LightningModule):
+class HFTask(LightningModule, ABC):
     """A Hugging Face model with an optimizer, a schedule and metrics.
 
     Args:
@@ -92,13 +93,13 @@ class HFTask(LightningModule):
             enable_checkpointing(self.model)
         self.metrics = nn.ModuleDict({f"{stage}_{name}": metric for stage in STAGES for name, metric in self.make_metrics().items()})
 
+    @abstractmethod
     def make_metrics(self) -> dict[str, Metric]:
         """Return new metrics of one stage by name."""
-        raise NotImplementedError
 
+    @abstractmethod
     def evaluate(self, batch: dict[str, Any], stage: str) -> None:
         """Update the stage's metrics with a batch."""
-        raise NotImplementedError
 
     def measure(self, stage: str, name: str, *values: Any, rows: int) -> None:
         """Update a metric and log it."""

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 
 from lightning_lora.data.chat import stop_tokens
+from lightning_lora.utils.sharding import is_sharded
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 REACHED = 10.0  # seconds within which the hub has to answer
@@ -202,7 +203,13 @@ def generate_text(model: Any, tokenizer: Any, input_ids: Any, attention_mask: An
         attention_mask=attention_mask,
         max_new_tokens=max_new_tokens,
         do_sample=False,
+        synced_gpus=is_sharded_model(model),
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=stop_tokens(model, tokenizer) or None,
     )
     return tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
+
+
+def is_sharded_model(model: Any) -> bool:
+    """Return True if each step of generation needs all processes, so that none may stop before the others."""
+    return any(is_sharded(parameter) for parameter in model.parameters())

@@ -9,31 +9,15 @@ import torch.nn.functional as F
 from jsonargparse.typing import PositiveInt
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
-from torchmetrics.text import ROUGEScore, SacreBLEUScore
+from torchmetrics.functional.text.rouge import rouge_score
+from torchmetrics.text import SacreBLEUScore
 from typing_extensions import override
 
 from lightning_lora.ops.cross_entropy import IGNORE, wide
 from lightning_lora.tasks.base import HFTask, Perplexity
+from lightning_lora.tasks.hf import is_sharded_model
 
-ROUGES = ("rouge1", "rouge2", "rougeL")  # rougeLsum would download data
-
-
-class ROUGE(ROUGEScore):
-    """The F-measure of one kind of ROUGE, without stemming.
-
-    Args:
-        kind: "rouge1", "rouge2" or "rougeL".
-    """
-
-    __hash__ = Metric.__hash__  # ROUGEScore's is equal for several empty ones, which torch then takes for one module
-
-    def __init__(self, kind: str) -> None:
-        super().__init__(rouge_keys=kind)
-        self.kind = kind
-
-    @override
-    def compute(self) -> Tensor:  # type: ignore[override]
-        return super().compute()[f"{self.kind}_fmeasure"]
+ROUGES = ("rouge1", "rouge2", "rougeL")  # F-measures without stemming; rougeLsum would download data
 
 
 class Seq2SeqTask(HFTask):
@@ -88,7 +72,7 @@ class Seq2SeqTask(HFTask):
 
     @override
     def make_metrics(self) -> dict[str, Metric]:
-        written = {"bleu": SacreBLEUScore(), **{kind: ROUGE(kind) for kind in ROUGES}} if self.hparams["predict_with_generate"] else {}
+        written = {"bleu": SacreBLEUScore(), **{kind: MeanMetric() for kind in ROUGES}} if self.hparams["predict_with_generate"] else {}
         return {"loss": MeanMetric(), "perplexity": Perplexity(), **written}
 
     @override
@@ -100,11 +84,13 @@ class Seq2SeqTask(HFTask):
         if self.hparams["predict_with_generate"]:
             texts = self._write(batch)
             self.measure(stage, "bleu", texts, [[target] for target in batch["targets"]], rows=rows)
-            for kind in ROUGES:
-                self.measure(stage, kind, texts, batch["targets"], rows=rows)
+            scores = rouge_score(texts, batch["targets"], rouge_keys=ROUGES)
+            for kind in ROUGES:  # ROUGEScore gathers row by row, and waits for ever if another process has fewer
+                self.measure(stage, kind, scores[f"{kind}_fmeasure"], rows, rows=rows)
 
     def _write(self, batch: dict[str, Any]) -> list[str]:
         options = {"max_new_tokens": self.hparams["max_new_tokens"], "num_beams": self.hparams["num_beams"], "do_sample": False}
+        options["synced_gpus"] = is_sharded_model(self.model)
         output = self.model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **options)
         return self.tokenizer.batch_decode(output, skip_special_tokens=True)
 

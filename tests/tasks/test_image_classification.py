@@ -15,7 +15,7 @@ from tests.tasks import tiny
 from tests.tasks.tiny import trainer
 
 COLOURS = {"blue": (0, 0, 250), "green": (0, 200, 0), "red": (250, 0, 0)}
-TARGETS = {"vit": "all-linear", "resnet": ["convolution"]}
+TARGETS = {"vit": ["q_proj", "v_proj"], "resnet": ["convolution"]}
 
 
 @pytest.fixture(scope="module", params=["vit", "resnet"])

@@ -81,7 +81,7 @@ def test_checkpoint_tells_its_labels_and_is_resumed(trained, kind, folder, rows)
     assert tested["test_accuracy"] == 1
     turned = SequenceClassificationTask(folder, labels=["sky", "grass", "blood"])
     with pytest.raises(ValueError, match=r"the checkpoint was trained with labels=\['blood', 'grass', 'sky'\], this task has \['sky', "):
-        trainer(LoRACallback(config)).test(turned, data, ckpt_path=trained[2], verbose=False)
+        trainer(LoRACallback(config)).test(turned, ClassificationDataModule(test=rows), ckpt_path=trained[2], verbose=False)
 
 
 def test_export_is_a_model_of_the_auto_class_with_its_labels(trained, rows, tmp_path):

@@ -47,6 +47,11 @@ def llama() -> T.PreTrainedModel:
     return tiny_lm.llama().model
 
 
+def modernbert() -> T.PreTrainedModel:
+    tokens = {"vocab_size": len(tiny_lm.WORDS), "pad_token_id": 0, "cls_token_id": 2, "sep_token_id": 3}
+    return T.ModernBertModel(T.ModernBertConfig(max_position_embeddings=64, **tokens, **SIZES))
+
+
 def t5() -> T.PreTrainedModel:
     tokens = {"decoder_start_token_id": 0, "eos_token_id": 3, "pad_token_id": 0}
     config = T.T5Config(vocab_size=len(tiny_lm.WORDS), d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0, **tokens)
@@ -61,5 +66,5 @@ def resnet() -> T.PreTrainedModel:
     return T.ResNetModel(T.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]))
 
 
-KINDS = {"bert": bert, "llama": llama, "t5": t5, "vit": vit, "resnet": resnet}
+KINDS = {"bert": bert, "modernbert": modernbert, "llama": llama, "t5": t5, "vit": vit, "resnet": resnet}
 IMAGES = ("vit", "resnet")
