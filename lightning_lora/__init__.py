@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lightning_lora.callbacks import AdaLoRACallback, LoRACallback
     from lightning_lora.model.compile import compile_layers, cuda_graph_step, uncompile_layers
     from lightning_lora.model.parallel import replicated_parameters
+    from lightning_lora.optim.advice import advise_learning_rate
     from lightning_lora.strategies import DurableCheckpointIO, LoRAFSDP2Strategy
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "LoRALayer",
     "LoRALinear",
     "RankAllocator",
+    "advise_learning_rate",
     "apply_lora",
     "apply_lora_plus",
     "chunked_cross_entropy",
@@ -76,6 +78,7 @@ _LAZY = {
     "DurableCheckpointIO": "strategies",
     "LoRACallback": "callbacks",
     "LoRAFSDP2Strategy": "strategies",
+    "advise_learning_rate": "optim.advice",
     "compile_layers": "model.compile",
     "cuda_graph_step": "model.compile",
     "export_adapter": "adapter_io.export_adapter",

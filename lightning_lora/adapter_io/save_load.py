@@ -41,7 +41,7 @@ from lightning_lora.model.heads import saved_modules
 from lightning_lora.model.merge import unmerge_lora
 from lightning_lora.model.targeting import TargetReport, resolve
 from lightning_lora.utils.names import adapter_root, bare, clean_name, modules_by_name, second_names
-from lightning_lora.utils.sharding import full_tensor, is_flattened, on_first_rank
+from lightning_lora.utils.sharding import full_tensor, is_flattened, local_shard, local_tensor, on_first_rank
 from lightning_lora.utils.transformers_conventions import expert_family, loaded_from
 from lightning_lora.utils.values import kind_of_numbers
 
@@ -140,7 +140,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
     mine = {clean_name(name): tensor for name, tensor in root.state_dict(keep_vars=True).items()}
     with torch.no_grad():
         for name, tensor in tensors.items():
-            mine[name].copy_(tensor)
+            local_tensor(mine[name]).copy_(local_shard(tensor, mine[name]))
     note_brought(root, brought)
     for name, value in adapter.extra_state.items():
         root.get_submodule(name.rpartition(".")[0]).set_extra_state(value)

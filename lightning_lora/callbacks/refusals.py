@@ -16,9 +16,29 @@ from lightning_lora.layers.state import Quantized
 from lightning_lora.model.heads import left_frozen
 from lightning_lora.model.targeting import TargetReport
 from lightning_lora.model.ties import tied_weights
-from lightning_lora.quantization.formats import format_of
+from lightning_lora.optim.groups import check_ratio
+from lightning_lora.quantization.formats import format_of, quantizer_of
 from lightning_lora.strategies.namespaces import twins
 from lightning_lora.strategies.savable import check_savable
+
+
+def check_options(
+    compile: str | None, cuda_graphs: bool, quantize: str | None, merge_quantized: str | None, lora_plus_ratio: float
+) -> None:
+    """Check the callback's arguments, each alone and against each other.
+
+    Raises:
+        ValueError: one has a value that is not known.
+    """
+    if compile not in (None, "layer"):
+        raise ValueError(f"compile={compile!r} is not known; it is None or 'layer'.")
+    if cuda_graphs and compile is None:
+        raise ValueError("cuda_graphs=True records compiled blocks: pass compile='layer' with it.")
+    check_ratio(lora_plus_ratio)
+    if quantize is not None:
+        quantizer_of(quantize)
+    if merge_quantized not in (None, "dequantize", "requantize"):
+        raise ValueError(f"merge_quantized={merge_quantized!r}: choose 'dequantize' or 'requantize'.")
 
 
 def check_apart(mine: str | None, others: Sequence[str | None]) -> None:

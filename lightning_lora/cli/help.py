@@ -47,7 +47,7 @@ COMMON = {
         ("--model.model", "", "a hub id or a folder"),
         ("--model.gguf_file", "", "a GGUF file in it"),
         ("--model.dtype", "auto", "float32, bfloat16, float16, or the checkpoint's own"),
-        ("--model.learning_rate", "0.001", "AdamW's, after the warm-up"),
+        ("--model.learning_rate", "0.001", "AdamW's, after the warm-up; or auto"),
         ("--model.gradient_checkpointing", "false", "less memory for a third more time"),
     ),
     "data": (

@@ -58,7 +58,6 @@ class Seen:
         context: Longest input of the model, in tokens; None if its config does not say.
         parameters: Of the model.
         per_rank: Parameters of an adapter of rank 1 on all linears.
-        width: Of the model's hidden states.
         device: "cuda" or "cpu".
     """
 
@@ -67,7 +66,6 @@ class Seen:
     context: int | None
     parameters: int
     per_rank: float
-    width: int
     device: str
 
 
@@ -85,7 +83,7 @@ def recipe(model: str, data: str, task: str | None, val: str | None, gguf_file: 
     steps = math.ceil(len(seen.lengths) / BATCH) * epochs
     model_values: list[tuple[str, Any, str]] = [("model", model, f"{seen.parameters / 1e6:,.0f} M parameters")]
     model_values += [("gguf_file", gguf_file, "")] if gguf_file else []
-    model_values += [("learning_rate", learning_rate(seen.width), f"for LoRA at width {seen.width:,}; the rank matters little")]
+    model_values += [("learning_rate", "auto", "from the method, its scaling and the model's width; the log says which")]
     data_values: list[tuple[str, Any, str]] = [("train", data, f"{len(seen.lengths):,} rows, {seen.learnt:,} tokens to learn")]
     data_values += [] if share is None else [("val", _number(share), "share of the training rows, drawn by the seed" * (val is None))]
     data_values += [
@@ -125,11 +123,6 @@ def lora_rank(seen: Seen) -> int:
     return next((rank for rank in RANKS if rank >= needed), RANKS[-1])
 
 
-def learning_rate(width: int) -> float:
-    """Return AdamW's learning rate for LoRA: ten times full fine-tuning's, falling with the width (tinker-cookbook's rule)."""
-    return float(f"{5e-4 * (2000 / width) ** 0.781:.1e}")
-
-
 def _look(model: str, data: str, task: str, gguf_file: str | None) -> Seen:
     words = [f"--model={task}", f"--model.model={model}", f"--data.train={data}", f"--data.max_length={10**9}"]
     run = RunConfig(words + ([f"--model.gguf_file={gguf_file}"] if gguf_file else []))
@@ -140,9 +133,8 @@ def _look(model: str, data: str, task: str, gguf_file: str | None) -> Seen:
     report = find_targets(skeleton(model, gguf_file, getattr(run.task, "auto_class", "AutoModelForCausalLM")), ALL_LINEAR)
     config = load_config(model, gguf_file)
     text = config.get_text_config()
-    width = int(getattr(text, "hidden_size", None) or text.hidden_sizes[-1])
     context, device = getattr(text, "max_position_embeddings", None), "cuda" if torch.cuda.is_available() else "cpu"
-    return Seen(lengths, learnt, context, report.total, report.parameters / ALL_LINEAR.rank, width, device)
+    return Seen(lengths, learnt, context, report.total, report.parameters / ALL_LINEAR.rank, device)
 
 
 def _task_of(model: str, data: str, gguf_file: str | None) -> str:

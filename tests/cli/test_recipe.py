@@ -8,10 +8,10 @@ import torch
 import yaml
 
 from lightning_lora.cli.main import main
-from lightning_lora.cli.recipe import Seen, batch_size, learning_rate, lora_rank, max_length
+from lightning_lora.cli.recipe import Seen, batch_size, lora_rank, max_length
 from tests import tiny_lm
 
-SEEN = Seen(lengths=[10] * 97 + [100, 500, 9000], learnt=1000, context=2048, parameters=10**8, per_rank=10**5, width=576, device="cpu")
+SEEN = Seen(lengths=[10] * 97 + [100, 500, 9000], learnt=1000, context=2048, parameters=10**8, per_rank=10**5, device="cpu")
 
 
 def test_max_length_covers_most_rows_within_the_context():
@@ -33,10 +33,6 @@ def test_the_rank_holds_what_is_learnt():
     assert lora_rank(dataclasses.replace(SEEN, learnt=10**12)) == 128
 
 
-def test_the_rate_falls_with_the_width():
-    assert learning_rate(2000) == 5e-4 and learning_rate(576) == pytest.approx(1.3e-3) and learning_rate(4096) == pytest.approx(2.9e-4)
-
-
 def test_what_init_writes_runs(model, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny_lm.write(tmp_path / "rows 1.jsonl", tiny_lm.rows(60))
@@ -45,7 +41,7 @@ def test_what_init_writes_runs(model, tmp_path, capsys, monkeypatch):
     assert written in capsys.readouterr().out
     config = yaml.safe_load(written)
     assert config["data"] == {"train": "rows 1.jsonl", "val": 0.1, "max_length": 64, "batch_size": 16}
-    assert config["lora"]["config"]["target_modules"] == "all-linear" and isinstance(config["model"]["learning_rate"], float)
+    assert config["lora"]["config"]["target_modules"] == "all-linear" and config["model"]["learning_rate"] == "auto"
     assert main(["init", model, "rows 1.jsonl"]) == 2
     assert "out='run.yaml' exists; name another file, or pass --overwrite" in capsys.readouterr().err
     assert main(["fit", "--config", "run.yaml", "--trainer.accelerator=cpu", "--trainer.max_steps=1"]) == 0
