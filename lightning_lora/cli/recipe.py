@@ -35,6 +35,7 @@ TASKS = {
     "LabelledImage": "ImageClassificationTask",
     "Pair": "DPOTask",
 }
+OWN_RATE = {"DPOTask"}  # tasks whose default is a rate of their own
 LOOKED_AT = 1000  # rows whose type is read
 QUANTILE = 0.99  # of the rows are not cut
 MULTIPLE = 64  # of which max_length is one
@@ -83,7 +84,9 @@ def recipe(model: str, data: str, task: str | None, val: str | None, gguf_file: 
     steps = math.ceil(len(seen.lengths) / BATCH) * epochs
     model_values: list[tuple[str, Any, str]] = [("model", model, f"{seen.parameters / 1e6:,.0f} M parameters")]
     model_values += [("gguf_file", gguf_file, "")] if gguf_file else []
-    model_values += [("learning_rate", "auto", "from the method, its scaling and the model's width; the log says which")]
+    model_values += (
+        [] if task in OWN_RATE else [("learning_rate", "auto", "from the method, its scaling and the model's width; the log says which")]
+    )
     data_values: list[tuple[str, Any, str]] = [("train", data, f"{len(seen.lengths):,} rows, {seen.learnt:,} tokens to learn")]
     data_values += [] if share is None else [("val", _number(share), "share of the training rows, drawn by the seed" * (val is None))]
     data_values += [

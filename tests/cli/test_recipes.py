@@ -50,7 +50,7 @@ def tiny(model: str, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.yaml")))
-def test_a_recipe_trains(recipe, tmp_path, capfd):
+def test_a_recipe_trains(recipe, tmp_path, caplog):
     file = RECIPES / f"{recipe}.yaml"
     content = yaml.safe_load(file.read_text())
     data = tiny_lm.write(tmp_path / "rows.jsonl", tiny_lm.rows(4 * content["data"]["batch_size"]))
@@ -68,7 +68,7 @@ def test_a_recipe_trains(recipe, tmp_path, capfd):
         losses = [float(row["train_loss"]) for row in csv.DictReader(rows) if row.get("train_loss")]
     assert len(losses) == 2 and all(0 < loss < 100 for loss in losses)
     assert len(list((tmp_path / "run" / "checkpoints").glob("*.ckpt"))) == 1
-    assert "learning_rate: " in capfd.readouterr().err
+    assert "learning_rate: " in caplog.text
 
 
 def test_the_job_script_is_one_that_the_shell_reads():
