@@ -54,7 +54,7 @@ def export_adapter(
         component: part of a diffusers pipeline, such as ``unet`` or ``transformer``; default: by the base's class.
         data: what the adapter was trained on, for the card.
         metrics: name → value, for the card.
-        overwrite: replace the adapter in a folder that is not empty; its other files stay.
+        overwrite: replace the adapter and the card in a folder that is not empty; its other files stay.
 
     Returns:
         The folder.
@@ -136,7 +136,7 @@ def _parts(fields: dict[str, Any], layers: dict[str, FileLayer], others: list[st
         yield "vera", fields["peft_type"]
     if fields.get("target_parameters"):
         yield "parameter", fields["target_parameters"][0]
-    yield from (("saved", name) for name in others)
+    yield from (("base" if ".base_layer.weight" in name else "saved", name) for name in others)
     for fqn, layer in layers.items():
         if "magnitude_vector" in layer.tensors:
             yield "dora", fqn

@@ -17,7 +17,8 @@ MERGE = "merge it (`lightning-lora merge BASE ADAPTER OUT`, export_merged) and s
 PARTS: dict[str, str] = {
     "dora": "DoRA's magnitude",
     "vera": "VeRA's vectors, with a projection that all layers share",
-    "saved": "a tensor trained in full (modules_to_save, a bias, a resized embedding, running statistics)",
+    "saved": "a tensor trained in full (modules_to_save, a bias, running statistics)",
+    "base": "a base weight beside it (of a resized vocabulary, or PEFT's copy of an unchanged one: load_adapter, then export the model)",
     "token_embedding": "an adapter on the token embedding",
     "embedding": "an adapter on an embedding that is not the token embedding",
     "conv": "an adapter on a convolution",

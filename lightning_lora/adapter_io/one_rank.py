@@ -22,7 +22,7 @@ from lightning_lora.utils.names import clean_name
 
 _PAIR = ("A", "B")
 _FACTOR = re.compile(
-    r"^(?:module\.)?base_model\.model\.(?P<owner>.+)\.lora_(?P<embedding>embedding_)?(?P<part>A|B|magnitude_vector)(?:\.\w+)*$"
+    r"^(?:module\.)?base_model\.model\.(?P<owner>.+)\.lora_(?P<embedding>embedding_)?(?P<part>A|B|magnitude_vector)(?:\.(?!bias$)\w+)*$"
 )
 
 
@@ -56,9 +56,8 @@ def layers_of(tensors: Mapping[str, Tensor], fields: dict[str, Any], where: str)
             others.append(name)
             continue
         fqn = match["owner"]
-        rank, alpha = (
-            pattern_value(fields.get(f"{key}_pattern"), fqn, fields.get(of, 8)) for key, of in (("rank", "r"), ("alpha", "lora_alpha"))
-        )
+        rank = pattern_value(fields.get("rank_pattern"), fqn, fields.get("r", 8))
+        alpha = pattern_value(fields.get("alpha_pattern"), fqn, fields.get("lora_alpha", 8))
         scaling = alpha / (math.sqrt(rank) if fields.get("use_rslora") else rank)
         layers.setdefault(fqn, FileLayer({}, scaling, bool(match["embedding"]))).tensors[match["part"]] = tensor
     for fqn, layer in layers.items():

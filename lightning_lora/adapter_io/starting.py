@@ -18,6 +18,7 @@ from torch import nn
 from lightning_lora.adapter_io.exported import by_name
 from lightning_lora.adapter_io.files import read_adapter
 from lightning_lora.adapter_io.placing import place
+from lightning_lora.adapter_io.size_limit import check_size
 from lightning_lora.config import ALL_LINEAR, LoRAConfig
 from lightning_lora.layers.spec import options_of
 from lightning_lora.model.heads import saved_modules
@@ -42,6 +43,7 @@ def starting_config(model: nn.Module, path: str | Path, given: LoRAConfig) -> Lo
         ValueError: the adapter does not fit the model, or a field of ``given`` disagrees with it.
     """
     _, root = adapter_root(model)
+    check_size(Path(path), root)
     adapter = place(read_adapter(path), root, str(path))
     try:
         report = resolve(root, adapter.config, frozen_parts=True)
@@ -96,22 +98,18 @@ def _conflicts(root: nn.Module, given: LoRAConfig, found: LoRAConfig, report: Ta
     theirs = {t.fqn: t for t in report.targets}
     if is_set("target_modules", "exclude_modules", "layers"):
         which = replace(_DEFAULT, **{name: getattr(given, name) for name in ("target_modules", "exclude_modules", "layers")}, rank=1)
-        mine = {t.fqn for t in resolve(root, which, frozen_parts=True).targets}
-        if other := sorted(mine ^ theirs.keys()):
-            owner = "only the config" if other[0] in mine else "only the adapter"
-            yield "target_modules", given.target_modules, f"{len(theirs)} layers; {owner} has {other[0]}"
-    doubled = has_start(given.init)
-    for fqn, target in theirs.items():
-        rank = _value(given.rank_pattern, given.rank, fqn)
-        if is_set("rank", "rank_pattern") and target.rank not in ({rank, 2 * rank} if doubled else {rank}):
-            yield f"rank of {fqn}", rank, target.rank
-        alpha = _value(given.alpha_pattern, given.alpha, fqn)
-        # A kept start doubles the rank in the file, not the scaling.
-        twice = alpha * given.scaling_of(1, 1) / given.scaling_of(2, 1)
-        if is_set("alpha", "alpha_pattern") and not any(
-            math.isclose(target.alpha, each) for each in ({alpha, twice} if doubled else {alpha})
-        ):
-            yield f"alpha of {fqn}", alpha, target.alpha
+        wanted = {t.fqn for t in resolve(root, which, frozen_parts=True).targets}
+        if unlike := sorted(wanted ^ theirs.keys()):
+            owner = "only the config" if unlike[0] in wanted else "only the adapter"
+            yield "target_modules", given.target_modules, f"{len(theirs)} layers; {owner} has {unlike[0]}"
+    doubled = has_start(given.init)  # a kept start doubles the rank in the file, not the scaling
+    twice = given.scaling_of(1, 1) / given.scaling_of(2, 1)
+    for name, patterns, factors in (("rank", "rank_pattern", (1, 2)), ("alpha", "alpha_pattern", (1, twice))):
+        for fqn, target in theirs.items() if is_set(name, patterns) else ():
+            mine, other = _value(getattr(given, patterns), getattr(given, name), fqn), getattr(target, name)
+            if not any(math.isclose(other, factor * mine) for factor in factors[: 1 + doubled]):
+                yield f"{name} of {fqn}", mine, other
+                break
 
 
 def _value(patterns: Mapping[str, Any], default: Any, fqn: str) -> Any:

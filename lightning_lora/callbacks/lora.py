@@ -100,7 +100,7 @@ class LoRACallback(Callback):
         offer_to_others()
         self.config, self.module = config or LoRAConfig(), module
         self.start_from = None if start_from is None else str(start_from)
-        self.start = None if self.start_from is None else Start(self.start_from)
+        self._start = None if self.start_from is None else Start(self.start_from)
         self.quantize, self.merge_quantized = quantize, merge_quantized
         self.merge_on_fit_end = quantize is None or merge_quantized is not None if merge_on_fit_end is None else merge_on_fit_end
         self.lora_plus_ratio = lora_plus_ratio
@@ -229,8 +229,8 @@ class LoRACallback(Callback):
     def _adapt(self, trainer: Trainer, pl_module: LightningModule) -> StrategyHooks:
         """Check everything, then change the module. Revert the changes if one of them fails."""
         target, fitting = self._target(pl_module), trainer.state.fn == TrainerFn.FITTING
-        if self.start is not None:
-            self.config = self.start.config(target, self.config)
+        if self._start is not None:
+            self.config = self._start.config(target, self.config)
         there = already_applied(target, self.config, merged_too=True)
         report = find_targets(target, self.config)  # refuses a config that does not fit, before anything is quantized
         if self.merge_on_fit_end and fitting:
@@ -257,8 +257,8 @@ class LoRACallback(Callback):
                 undo.callback(unload_lora, target)
                 synchronize(pl_module)
                 log_start(report, pl_module, stays, fitting and bool(trainer.checkpoint_callbacks))
-            if self.start is not None:
-                self.start.load(target, undo, self.check_base, self.allow_nonfinite)
+            if self._start is not None:
+                self._start.load(target, undo, self.check_base, self.allow_nonfinite)
             undo.callback(arrange(trainer.strategy, pl_module))
             root = ".".join(filter(None, (self.module, adapter_root(target)[0])))
             self.part = AdaptedPart(root, self.config, self.check_base, self.lora_plus_ratio, self.allow_nonfinite)

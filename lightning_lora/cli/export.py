@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_lora import export_adapter, load_adapter
 from lightning_lora.cli.messages import UsageError
+from lightning_lora.storage.folder_commit import occupied
 from lightning_lora.tasks.hf import load_causal_lm
 
 METRICS, SETTINGS = "metrics.csv", "config.yaml"  # what a run leaves beside its adapter and its checkpoints
@@ -39,6 +40,8 @@ def export(
     Raises:
         ValueError: The adapter has a part that the server does not load, or the folder is not empty.
     """
+    if occupied(Path(out)) and not overwrite:
+        raise ValueError(f"out={out!r} is not empty; name another folder, or pass --overwrite to replace the adapter in it")
     source: str | nn.Module = adapter
     if Path(adapter).is_file():
         if base is None:
@@ -56,9 +59,20 @@ def run_of(adapter: Path) -> tuple[str | None, dict[str, float]]:
     metrics: dict[str, float] = {}
     if (folder / METRICS).is_file():
         with open(folder / METRICS, newline="") as file:
-            for row in csv.DictReader(file):
+            rows = csv.DictReader(file)
+            for row in rows if {"epoch", "step"} <= {*(rows.fieldnames or ())} else ():  # CSVLogger's
                 metrics |= {name: float(value) for name, value in row.items() if name and value and name.startswith(("val_", "test_"))}
-    settings: Any = yaml.safe_load((folder / SETTINGS).read_text()) if (folder / SETTINGS).is_file() else {}
-    data = (settings or {}).get("data") or {}
-    train = data.get("init_args", data).get("train")
-    return str(train) if train else None, metrics
+    return _train_file(folder / SETTINGS), metrics
+
+
+def _train_file(settings: Path) -> str | None:
+    """Return ``data.train`` of a run's config; None for a file that is no run's."""
+    if not settings.is_file():
+        return None
+    try:
+        found: Any = yaml.safe_load(settings.read_text())
+    except yaml.YAMLError:
+        return None
+    for key in ("data", "init_args", "train"):
+        found = found.get(key, found if key == "init_args" else None) if isinstance(found, dict) else None
+    return None if found is None else str(found)

@@ -99,9 +99,8 @@ def advise_setup(model: nn.Module, batch: int | None = None) -> list[str]:
     parameters = sum(p.numel() for layer in layers for p in layer.lora_parameters().values())
     adapted = sum(1 for layer in layers if isinstance(layer, nn.Linear))
     linears = sum(1 for module in model.modules() if isinstance(module, nn.Linear))
-    lines = [f"target_modules: {adapted} of {linears} linear layers."]
-    if adapted < linears / 2:
-        lines[0] += " 'all-linear' learns more from the same number of parameters, above all in the MLPs."
+    few = " 'all-linear' learns more from the same number of parameters, above all in the MLPs." if adapted < linears / 2 else ""
+    lines = [f"target_modules: {adapted} of {linears} linear layers.{few}"] if linears else []
     rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     lines.append(
         f"rank: {rank}, {parameters:,} adapter parameters: room for about {2 * parameters:,} answer tokens (2 bits per parameter, 1 per"

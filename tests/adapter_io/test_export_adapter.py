@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from lightning_lora import LoRAConfig, apply_lora, export_adapter, load_adapter, save_adapter
 from lightning_lora.adapter_io.export_targets import TARGETS
+from lightning_lora.adapter_io.one_rank import layers_of
 from lightning_lora.layers import lora_layers
 from tests.adapter_io.servers import READERS, largest_difference
 from tests.parity.models import DEPRECATED_BY_PEFT, base, logits, randomise
@@ -223,3 +224,23 @@ def test_every_target_says_how_it_is_loaded():
     for name, target in TARGETS.items():
         assert "{folder}" in target.load, name
         assert not target.ranks or list(target.ranks) == sorted(target.ranks)
+
+
+def test_a_copy_of_the_embedding_that_peft_wrote(tmp_path):
+    """Servers skip it without a word. Equal to the base's, it goes when the adapter is loaded; then the export has no use for it."""
+    theirs = peft.get_peft_model(base("llama"), peft.LoraConfig(r=4, target_modules=[*QV, "embed_tokens"]))
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ValueError, match=r"base_layer.weight' has a base weight beside it .*load_adapter, then export the model"):
+        export_adapter(tmp_path / "theirs", tmp_path / "out", target="vllm", base="b")
+    model = load_adapter(base("llama"), tmp_path / "theirs")
+    found = READERS["vllm"](export_adapter(model, tmp_path / "out", target="vllm", base="b"))
+    assert "model.embed_tokens" in found
+
+
+def test_a_bias_of_a_factor_is_no_factor():
+    tensors = {f"base_model.model.fc.lora_{name}": torch.ones(2, 2) for name in ("A.weight", "B.default.weight", "B.bias")}
+    layers, others = layers_of(tensors, {}, "here")
+    assert [*layers["fc"].tensors] == ["A", "B"] and others == ["base_model.model.fc.lora_B.bias"]
+    with pytest.raises(ValueError, match="here: 'fc' has no lora_B; the adapter is not whole"):
+        layers_of({"base_model.model.fc.lora_A.weight": torch.ones(2, 2)}, {}, "here")

@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from lightning_lora import load_adapter
+from lightning_lora.cli.export import run_of
 from lightning_lora.cli.main import main
 
 
@@ -43,10 +44,20 @@ def test_wrong_input_is_one_line(adapter, tmp_path, capsys):
         ([adapter, "out", "--for", "vlm"], 2, "target: expected one of 'peft', 'vllm', 'sglang', 'llama.cpp', 'diffusers'. Got value: vlm"),
         ([adapter, "out", "--four", "vllm"], 2, "no option 'four'"),
         ([str(tmp_path / "none"), "out"], 1, "there is no such adapter folder or checkpoint"),
-        ([adapter, adapter], 1, "is not empty; choose another or pass overwrite=True"),
+        ([adapter, adapter], 1, "is not empty; name another folder, or pass --overwrite"),
         ([adapter, "out", "--for", "diffusers"], 1, "component is not set"),
     ):
         assert main(["export", *arguments]) == code
         (line,) = capsys.readouterr().err.splitlines()
         assert words in line
     assert not Path("out").exists()
+
+
+def test_files_that_are_no_runs_say_nothing(tmp_path):
+    (tmp_path / "metrics.csv").write_text("name,val_loss\nx,high\n")
+    for text in ("data: train.jsonl\n", "- a\n", "x: !!python/object:os.system {}\n", "data: {other: 1}\n", ""):
+        (tmp_path / "config.yaml").write_text(text)
+        assert run_of(tmp_path / "adapter") == (None, {})
+    (tmp_path / "config.yaml").write_text("data: {class_path: x, init_args: {train: rows.jsonl}}\n")
+    (tmp_path / "metrics.csv").write_text("epoch,step,train_loss,val_loss\n0,1,3,\n0,2,,2.5\n1,4,,1.5\n")
+    assert run_of(tmp_path / "checkpoints" / "last.ckpt") == ("rows.jsonl", {"val_loss": 1.5})
