@@ -68,6 +68,10 @@ class AdapterFile:
                 " meant the edit, save the tensors without the file's metadata; the JSON then says what they are."
             )
 
+    def checksum(self) -> str:
+        """Return a checksum of the adapter, that which a merge certificate has."""
+        return seal({"config": self.config.to_dict()}, self.tensors)
+
     def meta(self, **more: Any) -> dict[str, Any]:
         """Return the metadata that is stored beside the tensors, as plain types."""
         return {"format_version": FORMAT_VERSION, "config": self.config.to_dict(), "base": self.base, **more}

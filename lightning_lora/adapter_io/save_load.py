@@ -41,7 +41,7 @@ from lightning_lora.model.heads import saved_modules
 from lightning_lora.model.merge import unmerge_lora
 from lightning_lora.model.targeting import TargetReport, resolve
 from lightning_lora.utils.names import adapter_root, bare, clean_name, modules_by_name, second_names
-from lightning_lora.utils.sharding import full_tensor, is_flattened, local_shard, local_tensor, on_first_rank
+from lightning_lora.utils.sharding import full_tensor, local_shard, local_tensor, on_first_rank
 from lightning_lora.utils.transformers_conventions import expert_family, loaded_from
 from lightning_lora.utils.values import kind_of_numbers
 
@@ -77,7 +77,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
     _check_values_kept(tensors, str(folder), "no values to save")
     for name, other in _shared(root, layers).items():
         warnings.warn(f"{name!r} and {other!r} are one module: read by PEFT, the adapter would be on the first only.", stacklevel=2)
-    base = None if is_flattened(root) else base_identity(root, extras)
+    base = base_identity(root, extras)
     whole = {name: full_tensor(tensor.detach()) for name, tensor in tensors.items()}
     content = AdapterFile(config, whole, base, frozenset(brought))
     fields = _fields(root, config, exported, layers)

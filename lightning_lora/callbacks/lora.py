@@ -32,7 +32,7 @@ from lightning_lora.model.apply import already_applied, inject, let_gradients_in
 from lightning_lora.model.compile import begin_step, compile_layers, keep_gradients, uncompile_layers
 from lightning_lora.model.merge import merge_lora, merge_report, remerging, unmerge_lora
 from lightning_lora.model.modes import restore_flags
-from lightning_lora.model.quantize import quantize_base
+from lightning_lora.model.quantize import quantize_reversibly
 from lightning_lora.model.targeting import TargetReport, find_targets
 from lightning_lora.strategies import AdaptedPart, FiniteCheck, RollCall, StrategyHooks
 from lightning_lora.strategies.equal_ranks import check_equal, synchronize
@@ -60,6 +60,8 @@ class LoRACallback(Callback):
         merge_on_fit_end: merge after a completed ``fit``. Checkpoints hold the adapter all the same. Loading one (``test(ckpt_path=
             "best")``) or fitting again unmerges first. Default: True; with ``quantize``, only if ``merge_quantized`` is given.
         merge_quantized: how to merge into a quantized base, ``"dequantize"`` or ``"requantize"`` (see :func:`~lightning_lora.merge_lora`).
+        merge_max_lost: the largest share of an update that rounding may lose in the merge. If a layer loses more, ``fit`` ends in a
+            ValueError, unmerged, after the last checkpoint. Default: no limit.
         check_base: refuse to resume from a checkpoint that was trained on another base.
         check_gradients: raise if an adapter got no gradient in 100 training batches, or in all batches of a shorter training. Switch it
             off for models that use some layers less often.
@@ -93,15 +95,16 @@ class LoRACallback(Callback):
         quantize: str | None = None,
         merge_quantized: Quantized | None = None,
         cuda_graphs: bool = False,
+        merge_max_lost: float | None = None,
         start_from: str | Path | None = None,
     ) -> None:
-        check_options(compile, cuda_graphs, quantize, merge_quantized, lora_plus_ratio)
+        check_options(compile, cuda_graphs, quantize, merge_quantized, lora_plus_ratio, merge_max_lost)
         see_mixed_imports()
         offer_to_others()
         self.config, self.module = config or LoRAConfig(), module
         self.start_from = None if start_from is None else str(start_from)
         self._start = None if self.start_from is None else Start(self.start_from)
-        self.quantize, self.merge_quantized = quantize, merge_quantized
+        self.quantize, self.merge_quantized, self.merge_max_lost = quantize, merge_quantized, merge_max_lost
         self.merge_on_fit_end = quantize is None or merge_quantized is not None if merge_on_fit_end is None else merge_on_fit_end
         self.lora_plus_ratio = lora_plus_ratio
         self.check_base, self.check_gradients, self.allow_nonfinite = check_base, check_gradients, allow_nonfinite
@@ -203,7 +206,7 @@ class LoRACallback(Callback):
         if not self.merge_on_fit_end:
             return
         target = self._target(pl_module)
-        merge_lora(target, device=trainer.strategy.root_device, quantized=self.merge_quantized)
+        merge_lora(target, device=trainer.strategy.root_device, quantized=self.merge_quantized, max_lost=self.merge_max_lost)
         lost = merge_report(target)
         worst = max(lost, key=lambda name: lost[name])
         rank_zero_info(f"LoRA merged into {len(lost)} modules; rounding lost at most {lost[worst]:.2%} of an update ({worst}).")
@@ -250,7 +253,7 @@ class LoRACallback(Callback):
                 convert_base(trainer, pl_module)
                 if self.quantize is not None:
                     device, saved = trainer.strategy.root_device, self.config.modules_to_save
-                    quantize_base(target, self.quantize, modules_to_save=saved, device=device)
+                    undo.callback(quantize_reversibly(target, self.quantize, modules_to_save=saved, device=device))
                 self.report = report = find_targets(target, self.config)
                 stays = frozen_parts(target, report, self.config, whole=self.module is None)
                 inject(target, self.config, report)

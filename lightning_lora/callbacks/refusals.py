@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.rounding import check_limit
 from lightning_lora.layers.state import Quantized
 from lightning_lora.model.heads import left_frozen
 from lightning_lora.model.targeting import TargetReport
@@ -23,7 +24,12 @@ from lightning_lora.strategies.savable import check_savable
 
 
 def check_options(
-    compile: str | None, cuda_graphs: bool, quantize: str | None, merge_quantized: str | None, lora_plus_ratio: float
+    compile: str | None,
+    cuda_graphs: bool,
+    quantize: str | None,
+    merge_quantized: str | None,
+    lora_plus_ratio: float,
+    merge_max_lost: float | None,
 ) -> None:
     """Check the callback's arguments, each alone and against each other.
 
@@ -39,6 +45,7 @@ def check_options(
         quantizer_of(quantize)
     if merge_quantized not in (None, "dequantize", "requantize"):
         raise ValueError(f"merge_quantized={merge_quantized!r}: choose 'dequantize' or 'requantize'.")
+    check_limit(merge_max_lost, "merge_max_lost")
 
 
 def check_apart(mine: str | None, others: Sequence[str | None]) -> None:

@@ -28,6 +28,7 @@ def inspect_adapter(path: str, as_json: bool) -> None:
     tensors = {name: {"shape": list(tensor.shape), "dtype": _dtype(tensor)} for name, tensor in adapter.tensors.items()}
     parameters = sum(tensor.numel() for tensor in adapter.tensors.values())
     facts: dict[str, Any] = {"adapter": path, "base": base_name(adapter), "tensors": len(tensors), "parameters": parameters}
+    facts["checksum"] = adapter.checksum()  # a merge certificate has it too
     if as_json:
         print_json(facts | {"config": adapter.config.to_dict(), "tensors": tensors})
         return

@@ -11,6 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO
 
+from lightning_lora.adapter_io.certificate import CERTIFICATE
 from lightning_lora.cli.messages import UsageError
 from lightning_lora.storage.atomic_files import sync_folder
 
@@ -19,7 +20,7 @@ try:
 except ImportError:  # Windows: what a killed run left stays
     fcntl = None  # type: ignore[assignment]
 
-# What transformers writes into a model's folder.
+# What transformers writes into a model's folder, and the certificate of a merge.
 MODEL_FILES = (
     *(
         "config.json",
@@ -39,7 +40,7 @@ MODEL_FILES = (
         "*.tiktoken",
         "spiece.model",
     ),
-    *("chat_template.*", "*processor_config.json"),
+    *("chat_template.*", "*processor_config.json", CERTIFICATE),
 )
 
 

@@ -9,7 +9,7 @@ import re
 import ssl
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -194,6 +194,21 @@ def enable_checkpointing(model: Any) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:  # its name in earlier releases, deprecated since
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def token_probe(model: Any, length: int) -> Callable[[Any], Any] | None:
+    """Return what a merge certificate compares logits on: a random sequence of tokens, the same at every call. None for length 0.
+
+    Args:
+        model: A causal language model.
+        length: In tokens; at most the model's context.
+    """
+    if not length:
+        return None
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or length
+    vocabulary, generator = model.get_input_embeddings().num_embeddings, torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (1, min(length, longest)), generator=generator).to(model.device)
+    return lambda model: {"logits": model(input_ids=ids, use_cache=False).logits}
 
 
 def generate_text(model: Any, tokenizer: Any, input_ids: Any, attention_mask: Any, max_new_tokens: int) -> list[str]:

@@ -108,7 +108,7 @@ def test_weights_of_an_earlier_export_go(model: nn.Module, tmp_path: Path) -> No
         wanted = wanted * 2
         torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, wanted, rtol=1e-4, atol=1e-4)
     assert sorted(file.name for file in tmp_path.iterdir()) == [
-        *("config.json", "generation_config.json", "model.safetensors", "model_of_mine.safetensors")
+        *("config.json", "generation_config.json", "merge_certificate.json", "model.safetensors", "model_of_mine.safetensors")
     ]
 
 
