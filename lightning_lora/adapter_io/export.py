@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapter_io.certificate import CERTIFICATE, MergeCertificate, merge_certificate
+from lightning_lora.adapter_io.extras import is_adapter
 from lightning_lora.adapter_io.merged_weights import MergedWeights
 from lightning_lora.adapter_io.weight_files import write_weights
 from lightning_lora.layers.base import lora_layers
@@ -30,6 +31,7 @@ from lightning_lora.model.plain_copy import plain_copy
 from lightning_lora.model.probe import Probe
 from lightning_lora.model.ties import tied_weights, untying
 from lightning_lora.storage.atomic_files import move_files
+from lightning_lora.storage.room import check_room
 from lightning_lora.utils.names import adapter_root, clean_name
 from lightning_lora.utils.sharding import on_first_rank, on_first_rank_with_help
 
@@ -65,13 +67,14 @@ def export_merged(
         The folder.
 
     Raises:
-        ValueError: the folder is not empty and ``overwrite`` is False, or it holds an adapter; an adapter holds NaN or is disabled; a
-            quantized weight is sharded or of an unknown format; an adapted weight is tied and the file cannot record its broken tie; the
-            certificate cannot be made, or rounding loses more than ``max_lost``. Nothing is written then.
+        ValueError: the folder is not empty and ``overwrite`` is False, or it holds an adapter, or it cannot be written to, or there is no
+            room for the model; an adapter holds NaN or is disabled; a quantized weight is sharded or of an unknown format; an adapted
+            weight is tied and the file cannot record its broken tie; the certificate cannot be made, or rounding loses more than
+            ``max_lost``. Nothing is written then.
     """
     folder, (_, root) = Path(folder), adapter_root(model)
     check_limit(max_lost)
-    on_first_rank(lambda: _check_free(folder, overwrite))
+    on_first_rank(lambda: _check_free(folder, overwrite, _least_bytes(root)))
     weights = MergedWeights(root)
     merged, originals = plain_copy(root, weights.deferred)
     weights.make_plain(originals)
@@ -85,13 +88,19 @@ def export_merged(
     return folder
 
 
-def _check_free(folder: Path, overwrite: bool) -> None:
+def _least_bytes(root: nn.Module) -> int:
+    """Return the least size of the files in bytes: that of the base's weights, packed ones as they are."""
+    return sum(p.numel() * p.element_size() for name, p in root.named_parameters() if not is_adapter(name) and not nn.parameter.is_lazy(p))
+
+
+def _check_free(folder: Path, overwrite: bool, least: int) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder={str(folder)!r} is a file; name a folder.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise ValueError(f"folder={str(folder)!r} is not empty; choose another or pass overwrite=True.")
     if (folder / "adapter_config.json").exists():
         raise ValueError(f"folder={str(folder)!r} holds an adapter, which from_pretrained would load on top; choose another.")
+    check_room(folder, least, "folder", "the merged model takes at least")
 
 
 def _untie(root: nn.Module, merged: nn.Module) -> None:

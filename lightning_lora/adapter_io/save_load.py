@@ -90,7 +90,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
 
     Args:
         model: a base model, one with an adapter of the same shapes, or a LightningModule around one.
-        path: a folder (ours or PEFT's), or a checkpoint that :class:`~lightning_lora.LoRACallback` wrote.
+        path: a folder (ours or PEFT's), or a checkpoint that :class:`~lightning_lora.LoRACallback` wrote, a file or a folder of shards.
         check_base: refuse an adapter that was trained on another base (known for adapters written here).
         allow_nonfinite: accept NaN and infinity.
 

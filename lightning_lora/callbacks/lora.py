@@ -5,7 +5,6 @@ It only calls the package's plain functions in the right hooks. What the strateg
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,9 +19,10 @@ from torch import Tensor, nn
 from lightning_lora.callbacks.companions import add_companions
 from lightning_lora.callbacks.dropout import wake_and_log
 from lightning_lora.callbacks.gradient_check import BATCHES, CURE, GradientCheck
+from lightning_lora.callbacks.late_models import when_built
 from lightning_lora.callbacks.out_of_memory import advise
 from lightning_lora.callbacks.processes import begin_together
-from lightning_lora.callbacks.refusals import check_apart, check_fit, check_mergeable, check_options, frozen_parts, recordable
+from lightning_lora.callbacks.refusals import check_apart, check_fit, check_mergeable, check_options, frozen_parts, recordable, submodule
 from lightning_lora.callbacks.start_report import log_advice, log_start
 from lightning_lora.callbacks.starting import Start, log_beginning
 from lightning_lora.config import LoRAConfig
@@ -40,7 +40,7 @@ from lightning_lora.strategies.fsdp2 import offer_to_others
 from lightning_lora.strategies.lightning_private import see_mixed_imports
 from lightning_lora.strategies.namespaces import twins
 from lightning_lora.strategies.support import arrange, check_supported, convert_base
-from lightning_lora.utils.names import adapter_root
+from lightning_lora.utils.names import adapter_root, clean_name
 from lightning_lora.utils.sharding import is_sharded
 
 
@@ -119,28 +119,32 @@ class LoRACallback(Callback):
         self._roll_call: RollCall | None = None  # of a run on several processes
         self._undo = ExitStack()  # reverts the preparations, until the run has begun
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the settings and the report. What belongs to a run stays out of copies and pickles: some of it cannot be copied."""
+        of_a_run = {"_undo": ExitStack(), "_recorded": False, "_compare": False}
+        none = ("_finite", "_gradients", "_compiled", "_roll_call", "part")
+        return vars(self) | of_a_run | dict.fromkeys(none)
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Inject, freeze and report. A model that is built in ``configure_model`` is adapted right after that."""
-        mine = [c for c in add_companions(trainer) if isinstance(c, LoRACallback)]
-        self._roll_call = begin_together(self.config, vars(self), mine[0] is self)
+        """Inject, freeze and report. A model that is built in its ``setup`` or ``configure_model`` is adapted right after that."""
+        mine = [c for c in add_companions(trainer, temporary=True) if isinstance(c, LoRACallback)]
+        self._roll_call = begin_together(self.config, vars(self), mine[0] is self, trainer)
         check_supported(trainer)
         check_apart(self.module, [c.module for c in mine if c is not self])
         if any(True for _ in pl_module.parameters()):
             self._adapt(trainer, pl_module).watch_configure_model()
             return
-        original = pl_module.configure_model
 
-        @functools.wraps(original)  # Lightning follows __wrapped__ to see that the user overrode the hook
-        def configure_model() -> None:
-            original()
-            pl_module.__dict__.pop("configure_model", None)  # it runs once; from now on the user's own method is called
-            self._adapt(trainer, pl_module)
+        def adapt(hook: str) -> None:
+            hooks = self._adapt(trainer, pl_module)
+            if hook == "setup":
+                hooks.watch_configure_model()
 
-        pl_module.configure_model = configure_model  # type: ignore[method-assign]
+        self._undo.callback(when_built(pl_module, adapt))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise ValueError if an optimizer lacks a parameter that should train, or has none, or if no checkpoint can be written."""
-        check_fit(trainer, pl_module, self._target(pl_module))
+        check_fit(trainer, pl_module, self._target(pl_module), self.part)
         let_gradients_in(pl_module)  # gradient checkpointing may have been enabled after the injection
         self._gradients, self._compare = GradientCheck(self._target(pl_module)) if self.check_gradients else None, True
         every = trainer.log_every_n_steps or BATCHES  # type: ignore[attr-defined]
@@ -264,7 +268,8 @@ class LoRACallback(Callback):
                 self._start.load(target, undo, self.check_base, self.allow_nonfinite)
             undo.callback(arrange(trainer.strategy, pl_module))
             root = ".".join(filter(None, (self.module, adapter_root(target)[0])))
-            self.part = AdaptedPart(root, self.config, self.check_base, self.lora_plus_ratio, self.allow_nonfinite)
+            layers = [clean_name(name) for name, _ in lora_layers(target)]
+            self.part = AdaptedPart(root, self.config, self.check_base, self.lora_plus_ratio, self.allow_nonfinite, layers)
             hooks = StrategyHooks.of(trainer.strategy, pl_module)
             undo.callback(hooks.drop, root, forget=not there)
             hooks.add(self.part, training=fitting, new=not there)
@@ -292,9 +297,4 @@ class LoRACallback(Callback):
             begin_step()
 
     def _target(self, pl_module: LightningModule) -> nn.Module:
-        try:
-            return pl_module.get_submodule(self.module or "")
-        except AttributeError as error:
-            children = ", ".join(name for name, _ in pl_module.named_children())
-            name = type(pl_module).__name__
-            raise ValueError(f"module={self.module!r} is no submodule of {name}; its children are {children}.") from error
+        return submodule(pl_module, self.module)

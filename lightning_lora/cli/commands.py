@@ -17,8 +17,8 @@ def inspect(path: str, gguf_file: str | None = None, lora: LoRAConfig = LoRAConf
     """Print what is in an adapter, what ``lora`` would adapt in a model, or what a run would train on (see `inspect_rows`).
 
     Args:
-        path: An adapter folder, a checkpoint (.ckpt), a model (a hub id or a folder, whose weights are not loaded), a run's config (.yaml),
-            or a data file, which needs --model. The last two take the options of fit.
+        path: An adapter folder, a checkpoint (.ckpt, or a folder of shards), a model (a hub id or a folder, whose weights are not loaded),
+            a run's config (.yaml), or a data file, which needs --model. The last two take the options of fit.
         gguf_file: A GGUF file in the model's folder.
         lora: Which layers to adapt, and how.
         json: Print JSON.

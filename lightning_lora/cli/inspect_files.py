@@ -11,14 +11,14 @@ from torch import Tensor
 from lightning_lora import LoRAConfig, find_targets
 from lightning_lora.adapter_io.files import CONFIG, TENSORS, AdapterFile, read_adapter
 from lightning_lora.cli.console import print_json, print_pairs, print_table
-from lightning_lora.cli.messages import usage
-from lightning_lora.tasks.hf import check_there, skeleton
+from lightning_lora.storage.sharded_checkpoint import REST
+from lightning_lora.tasks.hf import skeleton
 from lightning_lora.utils.patterns import starred
 
 
 def is_adapter(path: str) -> bool:
-    """True if a path names an adapter folder or a checkpoint file."""
-    return path.endswith(".ckpt") or any(Path(path, file).is_file() for file in (CONFIG, TENSORS))
+    """True if a path names an adapter folder or a checkpoint: a file, or a folder of shards."""
+    return path.endswith(".ckpt") or any(Path(path, file).is_file() for file in (CONFIG, TENSORS, REST))
 
 
 def inspect_adapter(path: str, as_json: bool) -> None:
@@ -41,8 +41,6 @@ def inspect_adapter(path: str, as_json: bool) -> None:
 
 def inspect_model(path: str, gguf_file: str | None, lora: LoRAConfig, as_json: bool) -> None:
     """Print what a config would adapt in a model. No weights are loaded."""
-    with usage():
-        check_there(path, gguf_file)
     report = find_targets(skeleton(path, gguf_file), lora)
     if not as_json:
         print(report)

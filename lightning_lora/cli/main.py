@@ -22,6 +22,7 @@ from lightning_lora.cli.help import TOOLS, TRACEBACK, TRAIN
 from lightning_lora.cli.messages import UsageError, check_not_null, nearest, one_line, usage
 from lightning_lora.cli.quiet import quiet
 from lightning_lora.cli.yaml_files import check_config_files, unique_keys
+from lightning_lora.storage.regular_files import WrongPath
 
 KEYWORDS = {"--for": "--target"}  # options whose name no Python argument can have
 # Wrong input and failures of the machine raise one of these. Any other error is a fault in the code, and shows its traceback.
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(
             f"lightning-lora: error: {'' if rank == '0' else f'[rank {rank}] '}{one_line(error)}\n"
         )  # one write: no mixed lines
-        return 2 if isinstance(error, (ArgumentError, UsageError)) else 1
+        return 2 if isinstance(error, (ArgumentError, UsageError, WrongPath)) else 1
     except KeyboardInterrupt:
         return _interrupted()
     except SystemExit as stop:  # after Ctrl-C Lightning raises one without the exit code

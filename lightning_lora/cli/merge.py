@@ -9,7 +9,7 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt
 from lightning_lora import export_merged, lora_layers
 from lightning_lora.adapter_io.certificate import CERTIFICATE, summary
 from lightning_lora.cli.console import print_json, working
-from lightning_lora.cli.output_folder import replaced_folder
+from lightning_lora.cli.output_folder import replaced_folder, weight_bytes
 from lightning_lora.cli.task_file import Task
 from lightning_lora.cli.tuned import load_tuned
 from lightning_lora.tasks.hf import DType, token_probe
@@ -46,7 +46,7 @@ def merge(
         ValueError: The folder is not empty, is or contains the base or the adapter; the adapter does not fit the base; or rounding loses
             more than ``max_lost``.
     """
-    with replaced_folder(out, overwrite, keep=(model, adapter)) as folder:
+    with replaced_folder(out, overwrite, keep=(model, adapter), room=weight_bytes(model, gguf_file, dtype)) as folder:
         tuned = load_tuned(model, adapter, gguf_file, dtype)
         layers = len(list(lora_layers(tuned.network)))
         certificate = None

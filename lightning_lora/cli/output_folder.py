@@ -14,6 +14,7 @@ from typing import IO
 from lightning_lora.adapter_io.certificate import CERTIFICATE
 from lightning_lora.cli.messages import UsageError
 from lightning_lora.storage.atomic_files import sync_folder
+from lightning_lora.storage.room import check_room
 
 try:
     import fcntl
@@ -45,7 +46,7 @@ MODEL_FILES = (
 
 
 @contextmanager
-def replaced_folder(out: str, overwrite: bool, keep: tuple[str, ...]) -> Iterator[Path]:
+def replaced_folder(out: str, overwrite: bool, keep: tuple[str, ...], room: int = 0) -> Iterator[Path]:
     """Yield a new folder beside ``out``, and move it to ``out`` at the end. After an error everything is as it was.
 
     What a killed run left beside ``out`` is removed; its free lock shows that it ended. If it was killed while it replaced ``out``, the old
@@ -56,8 +57,11 @@ def replaced_folder(out: str, overwrite: bool, keep: tuple[str, ...]) -> Iterato
         overwrite: Replace a folder that holds a model.
         keep: Folders or files that ``out`` must neither be nor contain, since they would be deleted with it.
 
+        room: The least size in bytes of what will be in it.
+
     Raises:
-        ValueError: ``out`` is a file or cannot be written; it is not empty and ``overwrite`` is False; it holds something that is no model;
+        ValueError: There is no room for it, beside the old one.
+        UsageError: ``out`` is a file or cannot be written; it is not empty and ``overwrite`` is False; it holds something that is no model;
             it is or contains one of ``keep``.
     """
     if not out:
@@ -65,12 +69,14 @@ def replaced_folder(out: str, overwrite: bool, keep: tuple[str, ...]) -> Iterato
     target = Path(out).resolve()
     _clean(target)
     _check(out, target, overwrite, keep)
+    if room:
+        check_room(target.parent, room, "out", "the new model takes at least")
     made = [path for path in target.parents if not path.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=_prefix(target)))
     except OSError as error:
-        raise ValueError(f"out={out!r} cannot be written: {error.strerror} ({error.filename})") from error
+        raise UsageError(f"out={out!r} cannot be written: {error.strerror} ({error.filename})") from error
     try:
         with open(staging / "lock", "wb") as lock:
             _locked(lock)
@@ -88,6 +94,19 @@ def replaced_folder(out: str, overwrite: bool, keep: tuple[str, ...]) -> Iterato
                 path.rmdir()
         raise
     shutil.rmtree(staging)
+
+
+def weight_bytes(model: str, gguf_file: str | None, dtype: str) -> int:
+    """Return the least size in bytes of a model's weights once they are written again. Of a model that is not in a local folder: 0.
+
+    Args:
+        model: A hub id or a folder.
+        gguf_file: A GGUF file in it.
+        dtype: What the weights are converted to; "auto" keeps theirs.
+    """
+    patterns = [gguf_file] if gguf_file else ["*.safetensors", "pytorch_model*.bin"]
+    size = max(sum(file.stat().st_size for file in Path(model).glob(pattern)) for pattern in patterns)
+    return size if dtype in ("auto", "float32") else size // 2
 
 
 def _check(out: str, target: Path, overwrite: bool, keep: tuple[str, ...]) -> None:

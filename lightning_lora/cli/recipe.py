@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from lightning_lora import find_targets, tasks
-from lightning_lora.cli.messages import UsageError, usage
+from lightning_lora.cli.messages import UsageError
 from lightning_lora.cli.run_rows import RunConfig
 from lightning_lora.config import LoRAConfig
 from lightning_lora.data.formats import to_record
@@ -72,8 +72,7 @@ class Seen:
 
 def recipe(model: str, data: str, task: str | None, val: str | None, gguf_file: str | None) -> str:
     """Return the text of a config; see `lightning_lora.cli.init.init`."""
-    with usage():
-        check_there(model, gguf_file)
+    check_there(model, gguf_file)
     task = task or _task_of(model, data, gguf_file)
     seen = _look(model, data, task, gguf_file)
     length, rank = max_length(seen), lora_rank(seen)
@@ -145,8 +144,7 @@ def _task_of(model: str, data: str, gguf_file: str | None) -> str:
     kinds = []
     if Path(data).is_dir() and any(file.suffix.lower() in ENDINGS for file in Path(data).rglob("*")):
         return "ImageClassificationTask"
-    with usage():
-        rows = list(islice(read_rows(data, "train"), LOOKED_AT))
+    rows = list(islice(read_rows(data, "train"), LOOKED_AT))
     for place, row in rows:
         try:
             kinds.append(type(to_record(row)).__name__)

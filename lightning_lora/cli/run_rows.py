@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_lora.cli.lightning_cli import LoRACLI, check_files
 from lightning_lora.cli.messages import UsageError, usage
-from lightning_lora.tasks.hf import check_there, load_image_processor, load_tokenizer
+from lightning_lora.tasks.hf import load_image_processor, load_tokenizer
 
 
 class RunConfig(LoRACLI):
@@ -68,8 +68,6 @@ class RunConfig(LoRACLI):
             raise UsageError(
                 f"{self.task.__name__} names no model whose tokenizer reads the rows; inspect shows runs of the package's tasks"
             )
-        with usage():
-            check_there(model, gguf_file)
         images = getattr(self.task, "auto_class", "") == "AutoModelForImageClassification"
         made = {"processor": load_image_processor(model)} if images else {"tokenizer": load_tokenizer(model, gguf_file)}
         labels = self.model_arguments.get("labels")

@@ -11,10 +11,10 @@ from torch import nn
 from lightning_lora import load_adapter
 from lightning_lora.adapter_io.metadata import META
 from lightning_lora.cli.console import working
-from lightning_lora.cli.messages import UsageError, usage
+from lightning_lora.cli.messages import UsageError
 from lightning_lora.cli.task_file import Task, read_task
 from lightning_lora.storage.read_checkpoint import read_checkpoint
-from lightning_lora.tasks.hf import DType, check_there, load_image_processor, load_model, load_tokenizer
+from lightning_lora.tasks.hf import DType, load_image_processor, load_model, load_tokenizer
 
 PREFIX = "model."  # the attribute of our tasks that holds the Hugging Face model
 
@@ -48,8 +48,6 @@ def load_tuned(model: str, adapter: str | None, gguf_file: str | None, dtype: DT
     """
     if adapter is not None and (not adapter or not Path(adapter).exists()):
         raise UsageError(f"adapter={adapter!r}: no such folder or checkpoint")
-    with usage():
-        check_there(model, gguf_file)
     with working("loading the model"):
         task = read_task(adapter)
         network = load_model(task.auto_class, model, gguf_file, dtype, **task.config())

@@ -108,11 +108,19 @@ def bad(tmp_path):
         (1, ["generate", "{model}", "a", "--adapter={bad}/text.ckpt"], r"text.ckpt is not a readable checkpoint"),
         (1, ["generate", "{model}", "a", "--adapter={bad}/list.ckpt"], r"list.ckpt was not written under LoRACallback: it holds a list"),
         (2, ["merge", "{model}", "/no/such/adapter", "{tmp}/out/deep"], r"/no/such/adapter"),
+        (2, ["inspect", "none.ckpt"], r"^none.ckpt: there is no such adapter folder or checkpoint"),
+        (2, ["generate", "/no/such/model", "a"], r"^model='/no/such/model' is no folder"),
+        (2, ["generate", "{model}", "a", "--adapter={bad}/empty"], r"adapter_model.safetensors is missing"),
+        (2, ["merge", "{model}", "{adapter}", "{bad}/text.ckpt"], r"^out='.*text.ckpt' is a file; name a folder"),
+        (2, ["merge", "{model}", "{adapter}", "{bad}"], r"^out='.*bad' is not empty"),
         (2, ["merge", "{bad}/text.ckpt", "{model}", "{tmp}/out"], r"text.ckpt' is a file; name its folder"),
     ],
 )
-def test_bad_input_is_one_line_and_an_exit_code(code, arguments, message, config, model, bad, tmp_path, capsys, monkeypatch):
-    arguments = [a.replace("{model}", model).replace("{tmp}", str(tmp_path)).replace("{bad}", str(bad)) for a in arguments]
+def test_bad_input_is_one_line_and_an_exit_code(code, arguments, message, config, model, adapter, bad, tmp_path, capsys, monkeypatch):
+    arguments = [
+        a.replace("{model}", model).replace("{adapter}", adapter).replace("{tmp}", str(tmp_path)).replace("{bad}", str(bad))
+        for a in arguments
+    ]
     if arguments[0] in ("fit", "validate", "test", "predict"):
         arguments[1:1] = ["--config", config]
     monkeypatch.chdir(tmp_path)
