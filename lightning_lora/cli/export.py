@@ -9,10 +9,10 @@ from typing import Any, Literal
 import yaml
 from torch import nn
 
-from lightning_lora import export_adapter, load_adapter
+from lightning_lora import export_adapter
 from lightning_lora.cli.messages import UsageError
+from lightning_lora.cli.tuned import load_tuned
 from lightning_lora.storage.folder_commit import occupied
-from lightning_lora.tasks.hf import load_causal_lm
 
 METRICS, SETTINGS = "metrics.csv", "config.yaml"  # what a run leaves beside its adapter and its checkpoints
 
@@ -46,7 +46,7 @@ def export(
     if Path(adapter).is_file():
         if base is None:
             raise UsageError(f"adapter={adapter!r} is a checkpoint; give --base, the model that it was trained on")
-        source = load_adapter(load_causal_lm(base, gguf_file)[0], adapter)
+        source = load_tuned(base, adapter, gguf_file, "auto").network
     data, metrics = run_of(Path(adapter))
     export_adapter(source, out, target=target, base=base, component=component, data=data, metrics=metrics, overwrite=overwrite)
     print(f"adapter for {target} in {out}; {Path(out) / 'README.md'} says how to load it")

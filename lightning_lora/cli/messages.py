@@ -138,4 +138,5 @@ def _plain(text: str) -> str:
     """Replace types by words."""
     text = re.sub(r"Expected a typing\.Literal\[([^\]]*)\]", r"expected one of \1", text)
     text = re.sub(r"Expected an? <class '(?:[\w.]*\.)?(\w+)'>", r"expected \1", text)
+    text = re.sub(r"Not of type \w+: does not conform to restriction ([^;]+)", r"expected \1", text)
     return re.sub(r"Not of type \w+: (\S+) does not conform to restriction (.+)", r"\1 is not allowed: \2", text)

@@ -43,7 +43,7 @@ def test_wrong_input_is_one_line(adapter, tmp_path, capsys):
     for arguments, code, words in (
         ([adapter, "out", "--for", "vlm"], 2, "target: expected one of 'peft', 'vllm', 'sglang', 'llama.cpp', 'diffusers'. Got value: vlm"),
         ([adapter, "out", "--four", "vllm"], 2, "no option 'four'"),
-        ([str(tmp_path / "none"), "out"], 1, "there is no such adapter folder or checkpoint"),
+        ([str(tmp_path / "none"), "out"], 2, "there is no such adapter folder or checkpoint"),
         ([adapter, adapter], 1, "is not empty; name another folder, or pass --overwrite"),
         ([adapter, "out", "--for", "diffusers"], 1, "component is not set"),
     ):

@@ -42,7 +42,7 @@ def bad(tmp_path):
         (2, ["fit", "--lora.config={rank: 2, rank: 3}"], r"'rank' is there twice in '{rank: 2, rank: 3}'"),
         (2, ["fit", "--lora.config.bias=some"], r"bias.*some"),
         (2, ["fit", "--lora.rank=4"], r"^no option 'lora.rank'; did you mean 'lora.config.rank'\?$"),
-        (2, ["fit", "--model.learning_rate=-1"], r"^model.learning_rate: -1.* is not allowed: v>0"),
+        (2, ["fit", "--model.learning_rate=-1"], r"^model.learning_rate: expected v>0; expected one of 'auto', got -1$"),
         (
             2,
             ["fit", "--model.lr=1"],
