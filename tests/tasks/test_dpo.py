@@ -97,6 +97,15 @@ def test_loss_gradients_and_rewards_are_the_papers(loss_type, beta, smoothing, c
     assert logged["train_accuracy"] == (better > worse).double().mean()
 
 
+def test_gradient_checkpointing_changes_no_gradient(batch, monkeypatch):
+    """It computes the policy's activations once more, after the reference: with the adapters on."""
+    gradients = []
+    for on in (False, True):
+        task, _, _ = adapted(monkeypatch, gradient_checkpointing=on, beta=0.5)
+        gradients.append(torch.autograd.grad(task.training_step(batch, 0), list(get_lora_parameters(task.model))))
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=0)
+
+
 def test_at_the_start_policy_and_reference_are_equal(batch, monkeypatch):
     task, _, logged = adapted(monkeypatch)
     for name, p in task.model.named_parameters():
