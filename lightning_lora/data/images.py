@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_lora.data.batching import Example
@@ -41,21 +40,21 @@ class ImageClassificationDataModule(LabelDataModule):
         return processor
 
     @override
-    def read(self, source: str, slot: str) -> Iterable[PlacedRow]:
+    def read(self, source: str, slot: str, streaming: bool = False) -> Iterable[PlacedRow]:
         path = Path(source)
         if path.is_dir() and not (path / "dataset_info.json").is_file() and not (path / "dataset_dict.json").is_file():
             return images_of(path, slot)
         columns = (self.columns or {}).items()
         names = {"path", *(one for one, other in columns if other == "path"), *(other for one, other in columns if one == "path")}
         rows: list[PlacedRow] = []
-        for place, row in super().read(source, slot):
+        for place, row in super().read(source, slot, streaming):
             files = {name: str(path.parent / row[name]) for name in names & row.keys() if isinstance(row[name], str)}
             rows.append((place, {**row, **files}))
         return rows
 
     @override
-    def _say(self, split: str, name: str, examples: Any, rows: int, counts: Any) -> None:
-        rank_zero_info(f"data.{split} {name}: {rows} images.")
+    def _cache_file(self, split: str, sources: list[str]) -> None:
+        return None  # paths depend on the place of the file, and there are no tokens to keep
 
     @override
     def labels_of(self, record: Any) -> Iterable[Any]:
