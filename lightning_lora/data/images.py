@@ -14,6 +14,7 @@ from lightning_lora.data.labels import LabelDataModule
 from lightning_lora.data.reading import PlacedRow
 from lightning_lora.data.records import LabelledImage, Record
 
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 ENDINGS = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"))
 
 
@@ -97,13 +98,18 @@ def images_of(folder: Path, slot: str) -> list[PlacedRow]:
     """Return a row for each image in a folder that has a folder per label, or images only.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is none, or the folders are those of splits.
     """
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS)
+    files = sorted(path for path in folder.rglob("[!.]*") if path.suffix.lower() in ENDINGS)
     if not files:
         raise ValueError(f"data.{slot}={str(folder)!r} has no images ({', '.join(sorted(ENDINGS))})")
     rows: list[PlacedRow] = []
     for file in files:
         parts = file.relative_to(folder).parts
         rows.append((str(file), {"path": str(file), **({"label": parts[0]} if len(parts) > 1 else {})}))
+    labels = {row["label"].lower() for _, row in rows if "label" in row}
+    if labels and labels <= SPLITS:
+        raise ValueError(
+            f"data.{slot}={str(folder)!r} has a folder per split ({', '.join(sorted(labels))}), not per label; name one of them"
+        )
     return rows
