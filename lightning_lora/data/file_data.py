@@ -18,6 +18,7 @@ from lightning_lora.data.batching import Example, LengthGroupedSampler
 from lightning_lora.data.cache import cache_folder, key_of, read_cache, settings_of, tokenizer_state, write_cache
 from lightning_lora.data.encoding import Report, encode_rows
 from lightning_lora.data.formats import check_format, to_record
+from lightning_lora.data.of_task import of_task
 from lightning_lora.data.reading import PlacedRow, read_rows
 from lightning_lora.data.records import Record
 from lightning_lora.data.resuming import Position, ResumableLoader
@@ -27,15 +28,8 @@ from lightning_lora.data.stream import Stream
 from lightning_lora.ops.cross_entropy import IGNORE
 
 Source = str | list[str]
-BATCHING = (
-    "batch_size",
-    "pad_to_multiple_of",
-    "num_workers",
-    "cache",
-    "streaming",
-    "sources",
-    "examples",
-)  # do not change the encoded rows
+# Attributes that do not change the encoded rows.
+BATCHING = {"batch_size", "pad_to_multiple_of", "num_workers", "cache", "streaming", "sources", "examples"}
 STAGES = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"], "predict": ["predict"]}
 
 
@@ -144,16 +138,7 @@ class FileDataModule(LightningDataModule, ABC):
         Raises:
             ValueError: The LightningModule has none.
         """
-        if self._tokenizer is not None:
-            return self._tokenizer
-        module = self.trainer.lightning_module if self.trainer is not None else None
-        tokenizer = getattr(module, "tokenizer", None)
-        if tokenizer is None:
-            raise ValueError(
-                f"{type(self).__name__} takes its tokenizer from the LightningModule, but {type(module).__name__} has no "
-                "`tokenizer`; set self.tokenizer there, or use one of the tasks"
-            )
-        return tokenizer
+        return of_task(self, "tokenizer") if self._tokenizer is None else self._tokenizer
 
     @override
     def setup(self, stage: str) -> None:

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lightning_lora.data.batching import Example
 from lightning_lora.data.labels import LabelDataModule
+from lightning_lora.data.of_task import of_task
 from lightning_lora.data.reading import PlacedRow
 from lightning_lora.data.records import LabelledImage, Record
 
@@ -34,11 +35,7 @@ class ImageClassificationDataModule(LabelDataModule):
         Raises:
             ValueError: The LightningModule has none.
         """
-        module = self.trainer.lightning_module if self.trainer is not None else None
-        processor = getattr(module, "processor", None)
-        if processor is None:
-            raise ValueError(f"{type(self).__name__} takes its processor from the task, but {type(module).__name__} has no `processor`")
-        return processor
+        return of_task(self, "processor")
 
     @override
     def read(self, source: str, slot: str, streaming: bool = False) -> Iterable[PlacedRow]:
