@@ -9,6 +9,7 @@ from typing import Any
 from typing_extensions import override
 
 from lightning_lora.data.file_data import STAGES, FileDataModule
+from lightning_lora.utils.messages import listed
 
 
 class LabelDataModule(FileDataModule):
@@ -80,7 +81,7 @@ class LabelDataModule(FileDataModule):
         name = name_of(label)
         if name not in self.label_ids:
             known = [known for known, i in self.label_ids.items() if known != str(i)] or list(self.label_ids)
-            raise ValueError(f"the label {name!r} is none of {known}; correct the row, or set model.labels to all labels")
+            raise ValueError(f"the label {name!r} is none of {listed(known)}; correct the row, or set model.labels to all labels")
         return self.label_ids[name]
 
 

@@ -21,6 +21,7 @@ from typing_extensions import override
 from lightning_lora.ops.cross_entropy import IGNORE
 from lightning_lora.tasks.base import HFTask
 from lightning_lora.tasks.hf import load_config
+from lightning_lora.utils.messages import listed
 
 
 class LabelTask(HFTask):
@@ -64,12 +65,12 @@ class LabelTask(HFTask):
         names, known = [str(label) for label in labels], self.labels
         if not set(names) <= set(known):
             if len(names) < 2 or len(set(names)) < len(names):
-                raise ValueError(f"labels={names!r}: there must be at least two, all different")
+                raise ValueError(f"labels={listed(names)}: there must be at least two, all different")
             if known and known != self._own:
                 new = sorted(set(names) - set(known))
-                raise ValueError(f"{new[0]!r} is none of the labels {known} of this task; correct the rows, or set model.labels")
+                raise ValueError(f"{new[0]!r} is none of the task's labels {listed(known)}; correct the rows, or set model.labels")
             if known:
-                rank_zero_info(f"The labels of the model's own head, {known}, are replaced by {names}.")
+                rank_zero_info(f"The labels of the model's own head, {listed(known)}, are replaced by {listed(names)}.")
             self._load(names)
         self._own = []
 
