@@ -20,7 +20,7 @@ from lightning_lora.data.encoding import Report, encode_rows
 from lightning_lora.data.formats import check_format, to_record
 from lightning_lora.data.of_task import of_task
 from lightning_lora.data.reading import PlacedRow, read_rows
-from lightning_lora.data.records import Record
+from lightning_lora.data.records import CALLED, Record
 from lightning_lora.data.resuming import Position, ResumableLoader
 from lightning_lora.data.splits import share_of, take_share
 from lightning_lora.data.store import Examples
@@ -226,8 +226,10 @@ class FileDataModule(LightningDataModule, ABC):
         """
         record = to_record(row, self.format, self.columns, needs_answer=split != "predict")
         if not isinstance(record, self.records):
-            names = ", ".join(kind.__name__ for kind in self.records)
-            raise ValueError(f"{type(self).__name__} takes rows of {names}, and this is a {type(record).__name__}; set data.format or data")
+            takes, name = " or ".join(CALLED[kind] for kind in self.records), type(self).__name__
+            raise ValueError(
+                f"{name} takes {takes}, and this row is {CALLED[type(record)]}; set data.format, or choose another data module"
+            )
         return record
 
     def _encode(self, row: Any, split: str) -> tuple[list[Any], dict[str, str]]:
