@@ -157,10 +157,14 @@ class FileDataModule(LightningDataModule, ABC):
         if self.trainer is not None and self.trainer.world_size > 1 and self.cache:
             for split in STAGES[self.trainer.state.fn or "fit"]:
                 if self.sources[split] is not None and not (self.streaming and split == "train"):
-                    self.load(split)
+                    self.load(split, say=False)
 
-    def load(self, split: str) -> Examples:
+    def load(self, split: str, say: bool = True) -> Examples:
         """Return the encoded rows of a split, from the cache if they are there.
+
+        Args:
+            split: "train", "val", "test" or "predict".
+            say: Log what became of the rows.
 
         Raises:
             ValueError: See the class.
@@ -175,12 +179,12 @@ class FileDataModule(LightningDataModule, ABC):
             rows = self._rows(split, sources)
             if not rows:
                 raise ValueError(f"data.{split}={name!r} is empty; it needs at least one row")
-            found, report = encode_rows(rows, partial(self._encode, split=split), f"data.{split}")
-            report.check(f"data.{split}={name!r}", len(found), self.max_length)
-            examples = Examples.pack(self.example, found)
+            examples, report = encode_rows(rows, partial(self._encode, split=split), self.example, f"data.{split}")
+            report.check(f"data.{split}={name!r}", len(examples), self.max_length)
             if file is not None:
                 write_cache(file, examples, vars(report))
-        report.say(f"data.{split} {name}", examples.lengths, self.max_length, cached=kept is not None)
+        if say:
+            report.say(f"data.{split} {name}", examples.lengths, self.max_length, cached=kept is not None)
         return examples
 
     def stream(self) -> Stream:
