@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+_SPLIT = re.compile(r"(.+?):(\w[\w.+]*(?:\[[^\]]*\])?)")
+_HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
 # The split that a data set usually has for each use.
 SPLITS = {"train": "train", "val": "validation", "test": "test", "predict": "test"}
+
+
+def names_dataset(source: str) -> bool:
+    """Tell whether a source is a folder or may be a hub id, either with ``:split`` at its end or without."""
+    name = _split_of(source, "train")[0]
+    return Path(name).is_dir() or bool(_HUB_ID.fullmatch(name))
 
 
 def read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
@@ -28,7 +37,7 @@ def read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}:{number}", row
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a whole parquet file: {str(error).splitlines()[0]}") from error
 
 
@@ -70,7 +79,7 @@ def load_dataset(source: str, slot: str, subset: str | None = None, streaming: b
     """Return the data set itself; see `read_dataset`."""
     name, split = _split_of(source, slot)
     folder = Path(name)
-    what = f"data.{slot}={source!r}:" + " this is a folder, and" * folder.is_dir()
+    what = f"data.{slot}={source!r}: this is a folder, and" if folder.is_dir() else f"data.{slot}={source!r}: no such file, and of the hub:"
     _require("datasets", what)
     import datasets
 
@@ -88,8 +97,9 @@ def load_dataset(source: str, slot: str, subset: str | None = None, streaming: b
 
 
 def _split_of(source: str, slot: str) -> tuple[str, str]:
-    name, _, split = (source, "", "") if Path(source).exists() else source.partition(":")
-    return name, split or SPLITS[slot]
+    """Return the data set's name and the split."""
+    named = _SPLIT.fullmatch(source)
+    return (source, SPLITS[slot]) if Path(source).exists() or not named else (named[1], named[2])
 
 
 def _require(package: str, what: str) -> None:

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_lora.data.batching import Example
 from lightning_lora.data.labels import LabelDataModule
+from lightning_lora.data.of_task import of_task
 from lightning_lora.data.reading import PlacedRow
 from lightning_lora.data.records import LabelledImage, Record
 
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 ENDINGS = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"))
 
 
@@ -34,28 +35,24 @@ class ImageClassificationDataModule(LabelDataModule):
         Raises:
             ValueError: The LightningModule has none.
         """
-        module = self.trainer.lightning_module if self.trainer is not None else None
-        processor = getattr(module, "processor", None)
-        if processor is None:
-            raise ValueError(f"{type(self).__name__} takes its processor from the task, but {type(module).__name__} has no `processor`")
-        return processor
+        return of_task(self, "processor")
 
     @override
-    def read(self, source: str, slot: str) -> Iterable[PlacedRow]:
+    def read(self, source: str, slot: str, streaming: bool = False) -> Iterable[PlacedRow]:
         path = Path(source)
         if path.is_dir() and not (path / "dataset_info.json").is_file() and not (path / "dataset_dict.json").is_file():
             return images_of(path, slot)
         columns = (self.columns or {}).items()
         names = {"path", *(one for one, other in columns if other == "path"), *(other for one, other in columns if one == "path")}
         rows: list[PlacedRow] = []
-        for place, row in super().read(source, slot):
+        for place, row in super().read(source, slot, streaming):
             files = {name: str(path.parent / row[name]) for name in names & row.keys() if isinstance(row[name], str)}
             rows.append((place, {**row, **files}))
         return rows
 
     @override
-    def _say(self, split: str, name: str, examples: Any, rows: int, counts: Any) -> None:
-        rank_zero_info(f"data.{split} {name}: {rows} images.")
+    def _cache_file(self, split: str, sources: list[str]) -> None:
+        return None  # paths depend on the place of the file, and there are no tokens to keep
 
     @override
     def labels_of(self, record: Any) -> Iterable[Any]:
@@ -98,13 +95,18 @@ def images_of(folder: Path, slot: str) -> list[PlacedRow]:
     """Return a row for each image in a folder that has a folder per label, or images only.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is none, or the folders are those of splits.
     """
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS)
+    files = sorted(path for path in folder.rglob("[!.]*") if path.suffix.lower() in ENDINGS)
     if not files:
         raise ValueError(f"data.{slot}={str(folder)!r} has no images ({', '.join(sorted(ENDINGS))})")
     rows: list[PlacedRow] = []
     for file in files:
         parts = file.relative_to(folder).parts
         rows.append((str(file), {"path": str(file), **({"label": parts[0]} if len(parts) > 1 else {})}))
+    labels = {row["label"].lower() for _, row in rows if "label" in row}
+    if labels and labels <= SPLITS:
+        raise ValueError(
+            f"data.{slot}={str(folder)!r} has a folder per split ({', '.join(sorted(labels))}), not per label; name one of them"
+        )
     return rows

@@ -9,6 +9,7 @@ from typing import Any
 from typing_extensions import override
 
 from lightning_lora.data.file_data import STAGES, FileDataModule
+from lightning_lora.utils.messages import listed
 
 
 class LabelDataModule(FileDataModule):
@@ -31,16 +32,28 @@ class LabelDataModule(FileDataModule):
         """Return the labels of a record."""
 
     @override
+    def prepare_data(self) -> None:
+        if self.trainer is not None and self.trainer.world_size > 1:  # this process encodes before `setup`
+            self._agree(self.trainer.state.fn or "fit")
+        super().prepare_data()
+
+    @override
     def setup(self, stage: str) -> None:
+        self._agree(stage)
+        super().setup(stage)
+
+    def _agree(self, stage: str) -> None:
+        """Tell the task the labels, or take its own."""
         task = self.trainer.lightning_module if self.trainer is not None else None
         if not hasattr(task, "set_labels"):
-            raise ValueError(f"{type(self).__name__} tells the task its labels, but {type(task).__name__} has no `set_labels`")
+            raise ValueError(
+                f"{type(self).__name__} tells the task its labels, but {type(task).__name__} has no `set_labels`; choose a task with labels"
+            )
         self.label_ids = self._ids(task, stage)
-        super().setup(stage)
 
     def _ids(self, task: Any, stage: str) -> dict[str, int]:
         split = STAGES[stage][0] if self.sources["train"] is None else "train"
-        if split != "predict" and not task.labels_given:
+        if split != "predict" and self.sources[split] is not None and not task.labels_given:
             seen = self._seen(split)
             if not (task.labels and all(name.isdecimal() and int(name) < len(task.labels) for name in seen)):
                 task.set_labels(seen)
@@ -49,8 +62,10 @@ class LabelDataModule(FileDataModule):
 
     def _seen(self, split: str) -> list[str]:
         """Return the labels of a split, and of what is taken from it for validation, in their order."""
+        if self.streaming:
+            raise ValueError("data.streaming reads no row before it is trained on, so it cannot tell the labels; set model.labels")
         splits = [split, *(["val"] if split == "train" and self.share is not None else [])]
-        rows = [row for each in splits for row in self._rows(each)[1]]
+        rows = [row for each in splits for row in self._rows(each, self._sources(each))]
         names: dict[str, None] = {}
         for place, row in rows:
             try:
@@ -68,7 +83,7 @@ class LabelDataModule(FileDataModule):
         name = name_of(label)
         if name not in self.label_ids:
             known = [known for known, i in self.label_ids.items() if known != str(i)] or list(self.label_ids)
-            raise ValueError(f"the label {name!r} is none of {known}; correct the row, or set model.labels to all labels")
+            raise ValueError(f"the label {name!r} is none of {listed(known)}; correct the row, or set model.labels to all labels")
         return self.label_ids[name]
 
 

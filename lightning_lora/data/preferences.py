@@ -13,6 +13,7 @@ from lightning_lora.data.batching import Example, collate_answers, collate_promp
 from lightning_lora.data.chat import Chat
 from lightning_lora.data.file_data import FileDataModule
 from lightning_lora.data.records import Conversation, Message, Pair, Record
+from lightning_lora.data.store import Examples
 from lightning_lora.data.templates import set_template
 from lightning_lora.ops.cross_entropy import IGNORE
 
@@ -57,6 +58,11 @@ class PreferenceDataModule(FileDataModule):
         if self.template is not None:
             set_template(self.tokenizer, self.template)
         return Chat(self.tokenizer, self.chat_template_kwargs)
+
+    @override
+    def load(self, split: str) -> Examples:
+        self.chat  # noqa: B018 (it may set the tokenizer's template, of which the name in the cache depends)
+        return super().load(split)
 
     @override
     def encode(self, record: Record, split: str) -> Sequence[PairExample]:

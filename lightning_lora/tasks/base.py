@@ -27,6 +27,7 @@ from lightning_lora.tasks.hf import DType, enable_checkpointing, load_model, loa
 from lightning_lora.tasks.rates import learning_rate_of
 
 STAGES = ("val", "test")
+SHOWN = ("loss", "accuracy")  # in the progress bar
 
 
 class Perplexity(MeanMetric):
@@ -107,7 +108,7 @@ class HFTask(LightningModule, ABC):
         """Update a metric and log it."""
         metric = cast(Metric, self.metrics[f"{stage}_{name}"])
         metric.update(*values)
-        self.log(f"{stage}_{name}", metric, prog_bar=True, batch_size=rows)
+        self.log(f"{stage}_{name}", metric, prog_bar=name in SHOWN, batch_size=rows)
 
     @override
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:

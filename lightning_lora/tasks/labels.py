@@ -21,6 +21,7 @@ from typing_extensions import override
 from lightning_lora.ops.cross_entropy import IGNORE
 from lightning_lora.tasks.base import HFTask
 from lightning_lora.tasks.hf import load_config
+from lightning_lora.utils.messages import listed
 
 
 class LabelTask(HFTask):
@@ -37,7 +38,7 @@ class LabelTask(HFTask):
 
     inputs: tuple[str, ...]  # what of a batch the model's forward takes
 
-    def __init__(self, model: str, labels: Sequence[str] | None = None, **shared: Any) -> None:
+    def __init__(self, model: str, labels: Sequence[str | int] | None = None, **shared: Any) -> None:
         super().__init__(model, **shared)
         self._own = [] if labels is not None else self._own_labels()  # labels that others may replace
         if labels is not None:
@@ -55,7 +56,7 @@ class LabelTask(HFTask):
         """Whether its labels are fixed. Those of a model's own head are replaced by others."""
         return self.model is not None and not self._own
 
-    def set_labels(self, labels: Sequence[str]) -> None:
+    def set_labels(self, labels: Sequence[str | int]) -> None:
         """Give the model a head for these labels. If it knows them all, its head stays as it is.
 
         Raises:
@@ -64,12 +65,12 @@ class LabelTask(HFTask):
         names, known = [str(label) for label in labels], self.labels
         if not set(names) <= set(known):
             if len(names) < 2 or len(set(names)) < len(names):
-                raise ValueError(f"labels={names!r}: there must be at least two, all different")
+                raise ValueError(f"labels={listed(names)}: there must be at least two, all different")
             if known and known != self._own:
                 new = sorted(set(names) - set(known))
-                raise ValueError(f"{new[0]!r} is none of the labels {known} of this task; correct the rows, or set model.labels")
+                raise ValueError(f"{new[0]!r} is none of the task's labels {listed(known)}; correct the rows, or set model.labels")
             if known:
-                rank_zero_info(f"The labels of the model's own head, {known}, are replaced by {names}.")
+                rank_zero_info(f"The labels of the model's own head, {listed(known)}, are replaced by {listed(names)}.")
             self._load(names)
         self._own = []
 
@@ -77,7 +78,7 @@ class LabelTask(HFTask):
         """Return the labels of the checkpoint's own head for this task; empty if it has none, or none with names."""
         config = load_config(self.hparams["model"], self.hparams["gguf_file"])
         suffix = self.auto_class.removeprefix("AutoModel")
-        names = [str(config.id2label[i]) for i in sorted(config.id2label)]
+        names = [str(name) for _, name in sorted((getattr(config, "id2label", None) or {}).items())]
         heads = any(str(name).endswith(suffix) for name in getattr(config, "architectures", None) or ())
         return names if heads and not all(name.startswith("LABEL_") for name in names) else []
 

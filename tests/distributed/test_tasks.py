@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from lightning_lora import LoRACallback, LoRAConfig
+from lightning_lora.data import ClassificationDataModule
 from lightning_lora.data.batching import Example, collate_answers, pad_right
 from lightning_lora.tasks import DPOTask, Seq2SeqTask, SequenceClassificationTask
 from lightning_lora.tasks.base import HFTask
@@ -90,6 +91,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def whole(folder: str) -> dict[str, dict[str, Any]]:
     return {name: train("single", name, folder) for name in TASKS}
+
+
+def validate_rows(strategy: str, folder: str, file: str) -> dict[str, Any]:
+    """One process reads the rows before the others. Each finds the labels, and measures its part."""
+    world = dist.get_world_size() if dist.is_initialized() and strategy != "single" else 1
+    torch.manual_seed(1)
+    task, data = SequenceClassificationTask(folder), ClassificationDataModule(val=file, batch_size=2)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    callback = LoRACallback(LoRAConfig(rank=2, target_modules=["q_proj"]))
+    trainer = L.Trainer(accelerator="cpu", devices=world, strategy=STRATEGIES[strategy][0](), callbacks=[callback], **quiet)
+    metrics = trainer.validate(task, data, verbose=False)[0]
+    return {"labels": task.labels, **metrics}
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "lora_fsdp2"])
+def test_labels_and_metrics_of_rows_are_those_of_one_process(pool: Any, folder: str, tmp_path: Path, strategy: str) -> None:
+    content = [{"text": "which colour is the sky", "label": "sky"}, {"text": "name a colour", "label": "a"}, {"text": "red", "label": "b"}]
+    file = tiny_lm.write(tmp_path / "rows.jsonl", [content[i % 3] for i in (0, 1, 2, 1, 1, 0, 2, 0)])
+    whole = validate_rows("single", folder, file)
+    assert whole["labels"] == ["a", "b", "sky"]
+    for result in pool.run(validate_rows, strategy, folder, file):
+        assert result.pop("labels") == whole["labels"]
+        assert result == pytest.approx({name: value for name, value in whole.items() if name != "labels"}, abs=1e-5)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "lora_fsdp2"])

@@ -7,8 +7,8 @@ from lightning.pytorch.callbacks import ThroughputMonitor
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_lora import LoRACallback, LoRAConfig, apply_lora, quantize_base
-from lightning_lora.data import InstructionDataModule
-from lightning_lora.tasks import CausalLMTask
+from lightning_lora.data import InstructionDataModule, PreferenceDataModule
+from lightning_lora.tasks import CausalLMTask, DPOTask
 from lightning_lora.tasks.flops import FlopsPerPosition, measured_positions
 from tests import tiny_lm
 from tests.tasks import tiny
@@ -103,3 +103,14 @@ def test_lightnings_monitor_shows_them(tmp_path, monkeypatch):
     step = sum(value for module, value in per.step.items())
     output = 4 * head.weight.numel()
     assert task.flops_per_batch == (step - output) * rows[-1]["input_ids"].numel() + output * answers
+
+
+def test_dpo_counts_the_reference_too(tmp_path):
+    folder = tiny_lm.save(tmp_path / "model")
+    file = tiny_lm.write(tmp_path / "pairs.jsonl", [{"prompt": "the sky", "chosen": "blue", "rejected": "red"}] * 2)
+    task, data = DPOTask(folder), PreferenceDataModule(file, batch_size=2)
+    trainer(LoRACallback(CONFIG, merge_on_fit_end=False), max_epochs=1, limit_val_batches=0).fit(task, data)
+    batch, per = data.collate(list(data.examples["train"]), "train"), FlopsPerPosition(task.model)
+    answers = (batch["labels"] != -100).sum().item()
+    parts = [(task.model.model, batch["input_ids"].numel()), (task.model.lm_head, answers)]
+    assert task.flops_per_batch == per.total(parts, training=True) + per.total(parts, training=False)

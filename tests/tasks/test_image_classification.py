@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy
 import pytest
@@ -98,6 +99,9 @@ def test_wrong_input_is_named(folder, images, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"data.val='.*empty' has no images"):
         run(tmp_path / "empty")
+    shutil.copytree(images, tmp_path / "splits" / "train")
+    with pytest.raises(ValueError, match=r"has a folder per split \(train\), not per label; name one of them"):
+        run(tmp_path / "splits")
     file = tiny_lm.write(tmp_path / "rows.jsonl", [{"path": "none.png", "label": "red"}])
     with pytest.raises(ValueError, match=r"rows.jsonl:1: there is no image '.*none.png'; a path is relative to the file"):
         run(file)
