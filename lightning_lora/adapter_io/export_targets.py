@@ -38,6 +38,7 @@ class Target:
         names: pattern that a layer's name must contain; others are never looked at.
         stacks: names of layers that it computes as one → for each, the neighbour with an equal shape. A zero adapter stands in for an
             absent one. A layer without such a neighbour must be adapted.
+        stacks_unless: names of layers beside which nothing is stacked.
         file: name of the file with the tensors.
         components: beginning or end of a base's class name → the component that the tensors' names begin with.
         load: how to load the exported folder, for its README. ``{folder}``, ``{base}`` and ``{rank}`` are filled in.
@@ -48,6 +49,7 @@ class Target:
     ranks: tuple[int, ...] = ()
     names: re.Pattern[str] = re.compile("")
     stacks: tuple[Mapping[str, str | None], ...] = ()
+    stacks_unless: frozenset[str] = frozenset()
     file: str = "adapter_model.safetensors"
     components: Mapping[str, str] = field(default_factory=dict)
     load: str
@@ -73,8 +75,9 @@ TARGETS: dict[str, Target] = {
         takes=frozenset({"token_embedding"}),
         names=re.compile(r"(^|\.)layers\.\d+\.|(^|\.)(embed_tokens|lm_head)$"),
         # normalize_qkv_proj stacks q, k and v where q is adapted, and reads v without asking whether it is there.
-        # normalize_gate_up_proj stacks gate and up.
+        # In DeepSeek's latent attention it leaves q alone. normalize_gate_up_proj stacks gate and up.
         stacks=({"q_proj": None, "k_proj": "v_proj", "v_proj": "k_proj"}, {"gate_proj": None, "up_proj": "gate_proj"}),
+        stacks_unless=frozenset({"kv_a_proj_with_mqa", "kv_b_proj"}),
         load="python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths adapter={folder}",
     ),
     "llama.cpp": Target(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,7 +68,7 @@ def layers_of(tensors: Mapping[str, Tensor], fields: dict[str, Any], where: str)
 
 def one_rank(adapter: AdapterFolder, layers: dict[str, FileLayer], rules: Target, component: str | None) -> AdapterFolder:
     """Return the adapter with one rank and one scaling for all layers."""
-    added = {fqn: layer for stack in rules.stacks for fqn, layer in _stand_ins(stack, layers)}
+    added = {fqn: layer for stack in rules.stacks for fqn, layer in _stand_ins(stack, rules.stacks_unless, layers)}
     layers = layers | added
     largest = max(layer.rank for layer in layers.values())
     rank = next((rank for rank in rules.ranks if rank >= largest), largest)
@@ -98,10 +98,10 @@ def _targets(fields: dict[str, Any], layers: Iterable[str], added: bool) -> dict
     return {"target_modules": names} | {key: value for key, value in narrowing.items() if key in fields}
 
 
-def _stand_ins(stack: Mapping[str, str | None], layers: dict[str, FileLayer]) -> Iterator[tuple[str, FileLayer]]:
+def _stand_ins(stack: Mapping[str, str | None], unless: Collection[str], layers: dict[str, FileLayer]) -> Iterator[tuple[str, FileLayer]]:
     """Yield FQN and a zero adapter for each layer that is stacked with adapted ones and has none."""
     parents = {fqn.rpartition(".")[0] for fqn in layers if fqn.rpartition(".")[2] in stack}
-    for parent in sorted(parents):
+    for parent in sorted(parents - {fqn.rpartition(".")[0] for fqn in layers if fqn.rpartition(".")[2] in unless}):
         there = {name: layers.get(f"{parent}.{name}") for name in stack}
         for name, twin in stack.items():
             if there[name] is not None:

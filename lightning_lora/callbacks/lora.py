@@ -23,7 +23,7 @@ from lightning_lora.callbacks.late_models import when_built
 from lightning_lora.callbacks.out_of_memory import advise
 from lightning_lora.callbacks.processes import begin_together
 from lightning_lora.callbacks.refusals import check_apart, check_fit, check_mergeable, check_options, frozen_parts, recordable, submodule
-from lightning_lora.callbacks.start_report import log_advice, log_start
+from lightning_lora.callbacks.start_report import log_start
 from lightning_lora.callbacks.starting import Start, log_beginning
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import lora_layers
@@ -98,15 +98,15 @@ class LoRACallback(Callback):
         merge_max_lost: float | None = None,
         start_from: str | Path | None = None,
     ) -> None:
-        check_options(compile, cuda_graphs, quantize, merge_quantized, lora_plus_ratio, merge_max_lost)
+        check_options(compile, cuda_graphs, quantize, merge_quantized, merge_max_lost, lora_plus_ratio)
         see_mixed_imports()
         offer_to_others()
         self.config, self.module = config or LoRAConfig(), module
         self.start_from = None if start_from is None else str(start_from)
         self._start = None if self.start_from is None else Start(self.start_from)
-        self.quantize, self.merge_quantized, self.merge_max_lost = quantize, merge_quantized, merge_max_lost
+        self.quantize, self.merge_quantized = quantize, merge_quantized
         self.merge_on_fit_end = quantize is None or merge_quantized is not None if merge_on_fit_end is None else merge_on_fit_end
-        self.lora_plus_ratio = lora_plus_ratio
+        self.lora_plus_ratio, self.merge_max_lost = lora_plus_ratio, merge_max_lost
         self.check_base, self.check_gradients, self.allow_nonfinite = check_base, check_gradients, allow_nonfinite
         self._finite: FiniteCheck | None = None
         self.compile, self.cuda_graphs = compile, cuda_graphs
@@ -154,8 +154,7 @@ class LoRACallback(Callback):
         """Take the frozen values as the reference for changes. Switch on the adapters' dropout where the base is in evaluation mode."""
         self._begun(pl_module)
         trainer.strategy._lora_hooks.state.start()  # type: ignore[attr-defined]
-        log_beginning(trainer, self.start_from)
-        log_advice(trainer, self._target(pl_module))
+        log_beginning(trainer, self._target(pl_module), self.start_from)
         wake_and_log(self._target(pl_module))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:

@@ -30,8 +30,8 @@ def check_options(
     cuda_graphs: bool,
     quantize: str | None,
     merge_quantized: str | None,
-    lora_plus_ratio: float,
     merge_max_lost: float | None,
+    lora_plus_ratio: float,
 ) -> None:
     """Check the callback's arguments, each alone and against each other.
 

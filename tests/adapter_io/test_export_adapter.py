@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_lora import LoRAConfig, apply_lora, export_adapter, load_adapter, save_adapter
 from lightning_lora.adapter_io.export_targets import TARGETS
-from lightning_lora.adapter_io.one_rank import layers_of
+from lightning_lora.adapter_io.files import AdapterFolder
+from lightning_lora.adapter_io.one_rank import layers_of, one_rank
 from lightning_lora.layers import lora_layers
 from tests.adapter_io.servers import READERS, largest_difference
 from tests.parity.models import DEPRECATED_BY_PEFT, base, logits, randomise
@@ -128,6 +129,16 @@ def test_sglang_needs_whole_stacks(targets, words, tmp_path):
         export_adapter(adapted({"target_modules": targets}), tmp_path / "out", target="sglang", base="b")
 
 
+def test_sglang_leaves_latent_attention_alone(tmp_path):
+    """DeepSeek's q_proj is computed by itself there."""
+    names = {"q_proj": "q_proj", "kv_b_proj": "v_proj"}
+    tensors = load_file(save_adapter(adapted({"target_modules": QV}), tmp_path / "saved") / "adapter_model.safetensors")
+    renamed = {name.replace(old, new): tensor for name, tensor in tensors.items() for new, old in names.items() if old in name}
+    layers, _ = layers_of(renamed, {"r": 8, "lora_alpha": 16}, "here")
+    found = one_rank(AdapterFolder(renamed, {"target_modules": [*names]}, None, None), layers, TARGETS["sglang"], None)
+    assert found.tensors.keys() == renamed.keys()
+
+
 def test_sglang_reads_numbered_layers_only(tmp_path):
     with pytest.raises(ValueError, match=r"sglang does not look at 'transformer.h.0.mlp.c_fc'|stored as"):
         export_adapter(adapted({"target_modules": ["c_fc"]}, "gpt2"), tmp_path / "out", target="sglang", base="b")
@@ -152,6 +163,8 @@ def test_auto_classes_find_the_base(tmp_path):
     folder = export_adapter(save_adapter(model, tmp_path / "saved"), tmp_path / "out", base=str(tmp_path / "base"))
     found = peft.AutoPeftModelForCausalLM.from_pretrained(folder)
     torch.testing.assert_close(logits(found.eval(), "llama"), logits(model, "llama"))
+    by_transformers = AutoModelForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(logits(by_transformers.eval(), "llama"), logits(model, "llama"))
     # llama.cpp's converter reads the base's config by the same field
     named = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert AutoConfig.from_pretrained(named).architectures == ["LlamaForCausalLM"]

@@ -1,6 +1,8 @@
 """``LoRACallback(start_from=...)``: an adapter is trained further on new data, with a new optimizer, apart from resuming."""
 
+import copy
 import logging
+import pickle
 
 import lightning as L
 import peft
@@ -111,9 +113,9 @@ def test_its_checkpoints_resume_and_start_others(late, tmp_path, caplog):
 def test_a_second_fit_trains_what_is_there(tmp_path):
     lora, module = LoRACallback(start_from=saved(tmp_path / "adapter")), LitNet()
     fit(tmp_path, lora, module)
-    load_adapter(copy := make_net(), save_adapter(module, tmp_path / "after"))
+    load_adapter(after := make_net(), save_adapter(module, tmp_path / "after"))
     _, seen = fit(tmp_path, lora, module)
-    equal({n: t for n, t in seen.bits.items() if "lora" in n}, {n: t for n, t in bits(copy).items() if "lora" in n})
+    equal({n: t for n, t in seen.bits.items() if "lora" in n}, {n: t for n, t in bits(after).items() if "lora" in n})
     _, seen = fit(tmp_path, lora, LitNet())  # another module starts from the file again
     equal(seen.bits, bits(load_adapter(make_net(), tmp_path / "adapter")))
 
@@ -226,3 +228,11 @@ def test_a_refused_start_changes_nothing(tmp_path):
     with pytest.raises(ValueError, match="later"):  # the file's values are taken out again, of fc2 too
         trainer(tmp_path, LoRACallback(start_from=folder), Fails(), max_epochs=1).fit(module)
     equal(bits(module), before)
+
+
+def test_a_copy_starts_anew(tmp_path):
+    lora = LoRACallback(start_from=saved(tmp_path / "adapter"))
+    fit(tmp_path, lora)
+    for copied in (copy.deepcopy(lora), pickle.loads(pickle.dumps(lora))):
+        _, seen = fit(tmp_path, copied)
+        equal(seen.bits, bits(load_adapter(make_net(), tmp_path / "adapter")))

@@ -1,6 +1,7 @@
 """Every recipe of ``configs/recipes`` trains two steps, with a tiny random model of its architecture in place of its model."""
 
 import csv
+import logging
 import os
 import subprocess
 from pathlib import Path
@@ -51,6 +52,7 @@ def tiny(model: str, folder: Path) -> str:
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.yaml")))
 def test_a_recipe_trains(recipe, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     file = RECIPES / f"{recipe}.yaml"
     content = yaml.safe_load(file.read_text())
     data = tiny_lm.write(tmp_path / "rows.jsonl", tiny_lm.rows(4 * content["data"]["batch_size"]))
