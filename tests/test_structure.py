@@ -77,6 +77,7 @@ OTHER_ERRORS = {
     *(("cli." + file, "UsageError") for file in ("main", "export", "lightning_cli", "messages", "choice", "output_folder", "tuned")),
     *(("cli." + file, "UsageError") for file in ("answers", "chat", "generate", "init", "recipe", "run_rows")),
     *((file, "WrongPath") for file in ("storage.regular_files", "storage.read_checkpoint", "adapter_io.files", "data.reading", "tasks.hf")),
+    ("data.templates", "WrongPath"),
     ("strategies.checkpoint_io", "OSError"),  # the disk's own, as the single-file writer raises it
     ("tasks.hf", "ImportError"),  # an extra is not installed
     ("data.images", "ImportError"),  # likewise
