@@ -163,7 +163,7 @@ def write_folder(folder: Path, content: AdapterFile, fields: dict[str, Any], che
     tensors = {PREFIX + name: tensor.detach().cpu().clone().contiguous() for name, tensor in content.tensors.items()}
     data = _encoded(content, tensors, fields)
     text = (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
-    with commit(folder, (TENSORS, CONFIG), check) as staged:
+    with commit(folder, CONFIG, check) as staged:
         write_atomic(staged / TENSORS, data)
         write_atomic(staged / CONFIG, text)
 
