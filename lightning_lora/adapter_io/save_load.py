@@ -77,7 +77,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
     _check_values_kept(tensors, str(folder), "no values to save")
     for name, other in _shared(root, layers).items():
         warnings.warn(f"{name!r} and {other!r} are one module: read by PEFT, the adapter would be on the first only.", stacklevel=2)
-    base = base_identity(root, extras)
+    base = base_identity(root, extras) if fingerprint.is_readable(root) else None  # the file then loads on any base of its shapes
     whole = {name: full_tensor(tensor.detach()) for name, tensor in tensors.items()}
     content = AdapterFile(config, whole, base, frozenset(brought))
     fields = _fields(root, config, exported, layers)

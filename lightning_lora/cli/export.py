@@ -9,10 +9,11 @@ from typing import Any, Literal
 import yaml
 from torch import nn
 
-from lightning_lora import export_adapter, load_adapter
+from lightning_lora import export_adapter
+from lightning_lora.cli.console import print_json
 from lightning_lora.cli.messages import UsageError
+from lightning_lora.cli.tuned import load_tuned
 from lightning_lora.storage.folder_commit import occupied
-from lightning_lora.tasks.hf import load_causal_lm
 
 METRICS, SETTINGS = "metrics.csv", "config.yaml"  # what a run leaves beside its adapter and its checkpoints
 
@@ -25,6 +26,7 @@ def export(
     gguf_file: str | None = None,
     component: str | None = None,
     overwrite: bool = False,
+    json: bool = False,
 ) -> None:
     """Write an adapter as a server loads it, with a model card.
 
@@ -36,20 +38,24 @@ def export(
         gguf_file: A GGUF file in the base's folder, for a checkpoint.
         component: The part of a diffusers pipeline, such as unet; by default by the base's class.
         overwrite: Replace an adapter in a folder that is not empty.
+        json: Print the result as JSON.
 
     Raises:
         ValueError: The adapter has a part that the server does not load, or the folder is not empty.
     """
     if occupied(Path(out)) and not overwrite:
-        raise ValueError(f"out={out!r} is not empty; name another folder, or pass --overwrite to replace the adapter in it")
+        raise UsageError(f"out={out!r} is not empty; name another folder, or pass --overwrite to replace the adapter in it")
     source: str | nn.Module = adapter
     if Path(adapter).is_file():
         if base is None:
             raise UsageError(f"adapter={adapter!r} is a checkpoint; give --base, the model that it was trained on")
-        source = load_adapter(load_causal_lm(base, gguf_file)[0], adapter)
+        source = load_tuned(base, adapter, gguf_file, "auto").network
     data, metrics = run_of(Path(adapter))
     export_adapter(source, out, target=target, base=base, component=component, data=data, metrics=metrics, overwrite=overwrite)
-    print(f"adapter for {target} in {out}; {Path(out) / 'README.md'} says how to load it")
+    if json:
+        print_json({"adapter": out, "target": target, "made_from": adapter})
+    else:
+        print(f"adapter for {target} in {out}; {Path(out) / 'README.md'} says how to load it")
 
 
 def run_of(adapter: Path) -> tuple[str | None, dict[str, float]]:

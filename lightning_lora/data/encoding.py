@@ -67,7 +67,8 @@ class Report:
         parts = [f"{self.rows} rows" + " (tokenized before)" * cached]
         parts += [f"{count} {thing}" for thing, count in self.counts.items()]
         parts += [f"{len(lengths)} examples"] if len(lengths) != self.rows else []
-        rank_zero_info(f"{name}: {', '.join(parts)}; {int(median(lengths))} tokens in the median row, {max(lengths)} in the longest.")
+        tokens = f"; {int(median(lengths))} tokens in the median row, {max(lengths)} in the longest" * (max(lengths) > 1)  # or images
+        rank_zero_info(f"{name}: {', '.join(parts)}{tokens}.")
 
 
 def encode_rows(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -18,8 +18,9 @@ from lightning_lora.data.batching import Example, LengthGroupedSampler
 from lightning_lora.data.cache import cache_folder, key_of, read_cache, settings_of, tokenizer_state, write_cache
 from lightning_lora.data.encoding import Report, encode_rows
 from lightning_lora.data.formats import check_format, to_record
+from lightning_lora.data.of_task import of_task
 from lightning_lora.data.reading import PlacedRow, read_rows
-from lightning_lora.data.records import Record
+from lightning_lora.data.records import CALLED, Record
 from lightning_lora.data.resuming import Position, ResumableLoader
 from lightning_lora.data.splits import share_of, take_share
 from lightning_lora.data.store import Examples
@@ -124,6 +125,10 @@ class FileDataModule(LightningDataModule, ABC):
         del example.ids[self.max_length :], example.labels[self.max_length :]
         return "lost" if lost or all(label == IGNORE for label in example.labels) else "cut"
 
+    def read(self, source: str, slot: str, streaming: bool = False) -> Iterable[PlacedRow]:
+        """Return the rows of a source, with their places."""
+        return read_rows(source, slot, self.subset, streaming)
+
     # From sources to examples.
 
     @property
@@ -133,16 +138,7 @@ class FileDataModule(LightningDataModule, ABC):
         Raises:
             ValueError: The LightningModule has none.
         """
-        if self._tokenizer is not None:
-            return self._tokenizer
-        module = self.trainer.lightning_module if self.trainer is not None else None
-        tokenizer = getattr(module, "tokenizer", None)
-        if tokenizer is None:
-            raise ValueError(
-                f"{type(self).__name__} takes its tokenizer from the LightningModule, but {type(module).__name__} has no "
-                "`tokenizer`; set self.tokenizer there, or use one of the tasks"
-            )
-        return tokenizer
+        return of_task(self, "tokenizer") if self._tokenizer is None else self._tokenizer
 
     @override
     def setup(self, stage: str) -> None:
@@ -198,7 +194,7 @@ class FileDataModule(LightningDataModule, ABC):
         """Return the training rows as a stream; see `endless`."""
         sources = self._sources("train")
         return endless(
-            lambda: chain.from_iterable(read_rows(source, "train", self.subset, streaming=True) for source in sources),
+            lambda: chain.from_iterable(self.read(source, "train", streaming=True) for source in sources),
             partial(self._encode, split="train"),
             self.seed,
             self.trainer,
@@ -219,20 +215,30 @@ class FileDataModule(LightningDataModule, ABC):
     def _rows(self, split: str, sources: list[str]) -> list[PlacedRow]:
         """Read the rows of a split."""
         shared = self.share is not None and split in ("train", "val")
-        rows = [row for one in sources for row in read_rows(one, "train" if shared else split, self.subset)]
+        rows = [row for one in sources for row in self.read(one, "train" if shared else split)]
         return take_share(rows, self.share, self.seed, split) if self.share is not None and shared else rows
+
+    def record_of(self, row: Any, split: str) -> Record:
+        """Return what a row means.
+
+        Raises:
+            ValueError: It has no known format, or is of a kind that this class does not take.
+        """
+        record = to_record(row, self.format, self.columns, needs_answer=split != "predict")
+        if not isinstance(record, self.records):
+            takes, name = " or ".join(CALLED[kind] for kind in self.records), type(self).__name__
+            raise ValueError(
+                f"{name} takes {takes}, and this row is {CALLED[type(record)]}; set data.format, or choose another data module"
+            )
+        return record
 
     def _encode(self, row: Any, split: str) -> tuple[list[Any], dict[str, str]]:
         """Encode one row. Return its examples, and what happened to it with a note."""
-        record = to_record(row, self.format, self.columns, needs_answer=split != "predict")
-        if not isinstance(record, self.records):
-            names = ", ".join(kind.__name__ for kind in self.records)
-            raise ValueError(f"{type(self).__name__} takes rows of {names}, and this is a {type(record).__name__}; set data.format or data")
         examples, happened = [], {}
-        for example in self.encode(record, split):
+        for example in self.encode(self.record_of(row, split), split):
             size, thing = len(example), self.fits(example, split)
             if thing is not None:
-                thing = "lost" if split == "predict" else {"cut": thing, "drop": "dropped", "refuse": "lost"}[self.long_rows]
+                thing = thing if split == "predict" else {"cut": thing, "drop": "dropped", "refuse": "lost"}[self.long_rows]
                 happened[thing] = f" ({size} tokens)"
             if thing != "dropped":
                 examples.append(example)

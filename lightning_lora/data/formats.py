@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_lora.data.messages import check_prompt, parsed, text_of, tools_of, turns_of
-from lightning_lora.data.records import Conversation, Labelled, Message, Pair, PlainText, Record
+from lightning_lora.data.records import Conversation, Labelled, LabelledImage, Message, Pair, PlainText, Record, Tagged
 
 Row = dict[str, Any]
 # ShareGPT's names of the roles, and those of data sets in its form.
@@ -178,6 +178,20 @@ def _labelled(row: Row, needs_answer: bool) -> Record:
     return Labelled(text_of(row["text"], "'text'"), label)
 
 
+def _image(row: Row, needs_answer: bool) -> Record:
+    return LabelledImage(text_of(row["path"], "'path'"), row.get("label"))
+
+
+def _tagged(row: Row, needs_answer: bool) -> Record:
+    tokens, tags = row["tokens"], row.get("tags", [])
+    if not isinstance(tokens, list) or not all(isinstance(token, str) and token.strip() for token in tokens):
+        raise ValueError(f"'tokens' must be a list of words, none of them empty, got {tokens!r:.60}")
+    if needs_answer and (not isinstance(tags, list) or len(tags) != len(tokens)):
+        count = len(tags) if isinstance(tags, list) else f"{tags!r:.40}"
+        raise ValueError(f"'tags' must be a list with one tag per token: {len(tokens)} tokens, tags: {count}")
+    return Tagged(["".join(token.split()) for token in tokens], tags if needs_answer else [])
+
+
 def _pair(row: Row, needs_answer: bool) -> Record:
     """Two answers. Without a prompt, what both begin with is the prompt, as in TRL."""
     chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
@@ -213,5 +227,7 @@ FORMATS: dict[str, RowFormat] = {
     "prompt_response": RowFormat(("prompt",), ("response",), _prompted("response"), '{"prompt": "...", "response": "..."}'),
     "prompt_completion": RowFormat(("prompt",), ("completion",), _prompted("completion"), '{"prompt": "...", "completion": "..."}'),
     "labelled": RowFormat(("text",), ("label",), _labelled, '{"text": "...", "label": "..."}'),
+    "tagged": RowFormat(("tokens",), ("tags",), _tagged, '{"tokens": ["Emma", "reads"], "tags": ["B-PER", "O"]}'),
+    "image": RowFormat(("path",), ("label",), _image, '{"path": "cats/1.png", "label": "cat"}'),
     "text": RowFormat(("text",), (), _text, '{"text": "..."}'),
 }

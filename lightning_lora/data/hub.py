@@ -76,13 +76,29 @@ def read_dataset(source: str, slot: str, subset: str | None = None, streaming: b
             rows = rows.to_iterable_dataset() if streaming else rows
         else:
             rows = datasets.load_dataset(name, subset, split=split, streaming=streaming)
+        names = _label_names(rows.features or {})
         for number, row in enumerate(rows, start=1):  # a stream meets its errors here
-            yield f"{source}:{number}", row
+            yield f"{source}:{number}", _named(row, names)
     except (ValueError, OSError, LookupError, TypeError, datasets.exceptions.DatasetsError, pyarrow.ArrowException) as error:
         said = f"{what} {' '.join(str(error).split())[:400]}"
         if folder.is_dir():
             raise ValueError(said) from error
         raise WrongPath(said) from error
+
+
+def _label_names(features: dict[str, Any]) -> dict[str, list[str]]:
+    """Return column → names of its labels, for columns that have a label, or a list of labels, as a number."""
+    found = {column: getattr(getattr(feature, "feature", feature), "names", None) for column, feature in features.items()}
+    return {column: names for column, names in found.items() if isinstance(names, list)}
+
+
+def _named(row: dict[str, Any], names: dict[str, list[str]]) -> dict[str, Any]:
+    """Give labels their names; -1 is no label."""
+
+    def name(label: Any, its: list[str]) -> Any:
+        return [name(each, its) for each in label] if isinstance(label, list) else its[label] if label in range(len(its)) else None
+
+    return {**row, **{column: name(row[column], its) for column, its in names.items() if column in row}}
 
 
 def _split_of(source: str, slot: str) -> tuple[str, str]:

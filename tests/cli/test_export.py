@@ -24,7 +24,8 @@ def test_an_adapter_for_a_server(model, adapter, tmp_path, capsys):
             load_adapter(transformers.AutoModelForCausalLM.from_pretrained(model), folder)(ids).logits for folder in (out, adapter)
         )
     torch.testing.assert_close(ours, theirs)
-    assert main(["export", adapter, str(out), "--for=llama.cpp", "--base=owner/name", "--overwrite"]) == 0
+    assert main(["export", adapter, str(out), "--for=llama.cpp", "--base=owner/name", "--overwrite", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"adapter": str(out), "target": "llama.cpp", "made_from": adapter}
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "owner/name"
 
 
@@ -44,7 +45,7 @@ def test_wrong_input_is_one_line(adapter, tmp_path, capsys):
         ([adapter, "out", "--for", "vlm"], 2, "target: expected one of 'peft', 'vllm', 'sglang', 'llama.cpp', 'diffusers'. Got value: vlm"),
         ([adapter, "out", "--four", "vllm"], 2, "no option 'four'"),
         ([str(tmp_path / "none"), "out"], 2, "there is no such adapter folder or checkpoint"),
-        ([adapter, adapter], 1, "is not empty; name another folder, or pass --overwrite"),
+        ([adapter, adapter], 2, "is not empty; name another folder, or pass --overwrite"),
         ([adapter, "out", "--for", "diffusers"], 1, "component is not set"),
     ):
         assert main(["export", *arguments]) == code

@@ -81,7 +81,7 @@ def test_columns_and_format(tmp_path):
     with pytest.raises(ValueError, match=r"data.format='sharegpt' is not known; the formats are"):
         module(train=file, format="sharegpt")
     labelled = tiny_lm.write(tmp_path / "labels.jsonl", [{"text": "sky", "label": "blue"}])
-    with pytest.raises(ValueError, match=r"labels.jsonl:1: InstructionDataModule takes rows of Conversation, PlainText, .* a Labelled"):
+    with pytest.raises(ValueError, match=r"labels.jsonl:1: InstructionDataModule takes a conversation or a text, .* a text with a label"):
         module(train=labelled).load("train")
 
 
