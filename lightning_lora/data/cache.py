@@ -59,15 +59,18 @@ def tokenizer_state(tokenizer: Any) -> str:
     return json.dumps([versions, type(tokenizer).__name__, content, tokenizer.chat_template, special], sort_keys=True, default=str)
 
 
-def key_of(files: Iterable[Path], *texts: str) -> str:
-    """Return a name for the content of some files and texts."""
+def key_of(content: Iterable[Path | tuple[str, Any]], *texts: str) -> str:
+    """Return a name for the content of files, or of rows, and for some texts."""
     key = hashlib.sha256()
-    for file in files:
-        content = hashlib.sha256()
-        with file.open("rb") as opened:
-            while block := opened.read(1 << 20):
-                content.update(block)
-        key.update(content.digest())
+    for item in content:
+        part = hashlib.sha256()
+        if isinstance(item, Path):
+            with item.open("rb") as opened:
+                while block := opened.read(1 << 20):
+                    part.update(block)
+        else:
+            part.update(json.dumps(item[1], sort_keys=True, default=str).encode())
+        key.update(part.digest())
     for text in texts:
         key.update(hashlib.sha256(text.encode()).digest())
     return key.hexdigest()[:40]
