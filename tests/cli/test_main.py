@@ -64,7 +64,7 @@ def bad(tmp_path):
         (2, ["fit", "--config={bad}/twice.yaml"], r"^--config .*twice.yaml, line 3: the key 'max_epochs' is there twice"),
         (2, ["fit", "--config={bad}/key.yaml"], r"^no option 'trainer.max_epoch'; did you mean 'trainer.max_epochs'\?"),
         (2, ["fit", "--data.train=none.jsonl"], r"^data.train='none.jsonl': no such file"),
-        (1, ["fit", "--data.train={bad}"], r"^data.train='.*bad': this is a folder"),
+        (2, ["fit", "--data.train={bad}"], r"^data.train='.*bad': this is a folder"),
         (1, ["fit", "--data.val={bad}/latin.jsonl"], r"latin.jsonl:1 is not UTF-8"),
         (1, ["fit", "--lora.config.target_modules=[q_prej]"], r"q_prej.*q_proj"),
         (2, ["fit", "--model.model=/no/such/model"], r"^model='/no/such/model' is no folder"),
