@@ -74,7 +74,7 @@ OTHER_ERRORS = {
     ("quantization.torchao", "ImportError"),  # an extra is not installed
     ("quantization.bitsandbytes", "ImportError"),  # an extra is not installed
     # ValueErrors with an exit code of their own
-    *(("cli." + file, "UsageError") for file in ("main", "commands", "lightning_cli", "messages", "output_folder")),
+    *(("cli." + file, "UsageError") for file in ("main", "commands", "export", "lightning_cli", "messages", "output_folder")),
     *((file, "WrongPath") for file in ("storage.regular_files", "storage.read_checkpoint", "adapter_io.files", "tasks.hf")),
     *((file, "WrongPath") for file in ("data.reading", "data.hub", "data.templates")),
     ("strategies.checkpoint_io", "OSError"),  # the disk's own, as the single-file writer raises it

@@ -11,6 +11,7 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 from lightning_lora import LoRAConfig, export_merged, find_targets, load_adapter
 from lightning_lora.adapter_io.certificate import CERTIFICATE, summary
 from lightning_lora.adapter_io.files import CONFIG, TENSORS, read_adapter
+from lightning_lora.cli.export import export as export  # a command too
 from lightning_lora.cli.messages import UsageError
 from lightning_lora.cli.output_folder import replaced_folder, weight_bytes
 from lightning_lora.data.batching import Example, collate_prompts

@@ -28,8 +28,10 @@ TRAIN = {
 TOOLS = {
     "inspect": "print what would be adapted in a model, or what is in an adapter",
     "merge": "write a model with its adapter merged in, as a folder for from_pretrained",
+    "export": "write an adapter as vLLM, SGLang, llama.cpp, diffusers or PEFT loads it",
     "generate": "answer one prompt",
 }
+KEYWORDS = {"--for": "--target"}  # options whose name no Python argument can have
 TRACEBACK = "LIGHTNING_LORA_TRACEBACK"
 # Wrong input and failures of the machine raise one of these. Any other error is a fault in the code, and shows its traceback.
 FAILURES = (
@@ -105,6 +107,7 @@ def _run_tool(command: str, argv: list[str]) -> None:
     from lightning_lora.cli import commands
 
     function = getattr(commands, command)
+    argv = [KEYWORDS.get(name, name) + equals + value for name, equals, value in (argument.partition("=") for argument in argv)]
     argv = [f"{argument}=true" if argument == "--overwrite" else argument for argument in argv]  # the parser's booleans require a value
     parser = ArgumentParser(prog=f"lightning-lora {command}", description=TOOLS[command], exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile, help="A YAML file with the options.")

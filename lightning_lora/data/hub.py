@@ -56,7 +56,8 @@ def read_dataset(source: str, slot: str, subset: str | None = None, streaming: b
 
     Raises:
         ImportError: The extra is not installed.
-        WrongPath: There is no such data set or split, it cannot be read, or the hub cannot be reached.
+        WrongPath: There is no such data set, or the hub cannot be reached.
+        ValueError: The folder has no such split, or its files cannot be read.
     """
     name, split = _split_of(source, slot)
     folder = Path(name)
@@ -79,7 +80,10 @@ def read_dataset(source: str, slot: str, subset: str | None = None, streaming: b
         for number, row in enumerate(rows, start=1):  # a stream meets its errors here
             yield f"{source}:{number}", _named(row, names)
     except (ValueError, OSError, LookupError, TypeError, datasets.exceptions.DatasetsError, pyarrow.ArrowException) as error:
-        raise WrongPath(f"{what} {' '.join(str(error).split())[:400]}") from error
+        said = f"{what} {' '.join(str(error).split())[:400]}"
+        if folder.is_dir():
+            raise ValueError(said) from error
+        raise WrongPath(said) from error
 
 
 def _label_names(features: dict[str, Any]) -> dict[str, list[str]]:

@@ -24,6 +24,7 @@ from typing_extensions import override
 from lightning_lora.optim import GaLoreConfig, galore_optimizer, galore_param_groups
 from lightning_lora.tasks.flops import FlopsPerPosition
 from lightning_lora.tasks.hf import DType, enable_checkpointing, load_model, load_tokenizer
+from lightning_lora.tasks.rates import learning_rate_of
 
 STAGES = ("val", "test")
 SHOWN = ("loss", "accuracy")  # in the progress bar
@@ -44,7 +45,8 @@ class HFTask(LightningModule, ABC):
         model: A hub id or a local folder.
         gguf_file: A GGUF file in it, dequantized when loaded (needs the extra ``gguf``).
         dtype: The weights' dtype; "auto" keeps the checkpoint's own.
-        learning_rate: AdamW's learning rate after the warm-up.
+        learning_rate: AdamW's learning rate after the warm-up. "auto": from the method, its scaling and the model's width
+            (`lightning_lora.optim.advice`); the log has the reason.
         weight_decay: AdamW's weight decay.
         warmup: Fraction of the steps over which the learning rate rises.
         schedule: How the learning rate falls to zero after the warm-up, or "constant".
@@ -65,7 +67,7 @@ class HFTask(LightningModule, ABC):
         model: str,
         gguf_file: str | None = None,
         dtype: DType = "auto",
-        learning_rate: PositiveFloat = 1e-3,
+        learning_rate: PositiveFloat | Literal["auto"] = 1e-3,
         weight_decay: NonNegativeFloat = 0.0,
         warmup: ClosedUnitInterval = 0.05,
         schedule: Literal["constant", "linear", "cosine"] = "cosine",
@@ -173,7 +175,7 @@ class HFTask(LightningModule, ABC):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        rates = {"lr": self.hparams["learning_rate"], "weight_decay": self.hparams["weight_decay"]}
+        rates = {"lr": learning_rate_of(self), "weight_decay": self.hparams["weight_decay"]}
         optimizer: Optimizer
         if self.galore is None:
             optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], **rates)
