@@ -1,0 +1,133 @@
+"""Pack several examples into each row, so that every batch has one shape and nearly no padding.
+
+The rows are put together once, by best-fit decreasing as TRL's ``bfd``: the longest example first, each into the fullest row that has room.
+Every epoch shuffles the rows. The number of rows and the shape of a batch never change, so schedules know the end, and one compiled graph
+or one recorded CUDA graph serves every step.
+
+A batch says where documents begin by the names that transformers' models take: ``position_ids`` restart in every document, and
+``cu_seq_lens_q`` has the documents' bounds in the rows laid end to end, always as many as the fullest rows need. Padding is documents
+without labels.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from lightning_lora.data.batching import Example
+from lightning_lora.ops.cross_entropy import IGNORE
+
+
+def best_fit_decreasing(lengths: Sequence[int], room: int, seed: int = 0) -> list[list[int]]:
+    """Return rows of indices whose lengths add up to at most ``room``.
+
+    Args:
+        lengths: At most ``room`` each.
+        room: Tokens per row.
+        seed: Of the order among equal lengths.
+    """
+    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
+    left: list[int] = []  # the room that rows have left, sorted, each number once
+    rows_with: dict[int, list[list[int]]] = {}
+    rows: list[list[int]] = []
+    for index in sorted(order, key=lambda i: -lengths[i]):
+        place = bisect_left(left, lengths[index])
+        if place == len(left):
+            space, row = room, list[int]()
+            rows.append(row)
+        else:
+            space = left[place]
+            row = rows_with[space].pop()
+            if not rows_with[space]:
+                del rows_with[space], left[place]
+        row.append(index)
+        space -= lengths[index]
+        if space and space not in rows_with:
+            insort(left, space)
+            rows_with[space] = []
+        if space:
+            rows_with[space].append(row)
+    return rows
+
+
+class PackedRows(Dataset[list[Example]]):
+    """Examples, several per row.
+
+    Args:
+        examples: A sequence with ``lengths``, in tokens.
+        length: Tokens per row.
+        rows: Rows per batch.
+        seed: Seed of the packing.
+
+    Attributes:
+        longest: Tokens of the longest example.
+        documents: Number of documents, padding included, of the row that has most.
+    """
+
+    def __init__(self, examples: Any, length: int, rows: int, seed: int = 0) -> None:
+        self.examples, self.length, self.rows = examples, length, rows
+        self.packs = best_fit_decreasing(examples.lengths, length, seed)
+        self.longest = max(examples.lengths)
+        self.tokens = sum(examples.lengths)
+        self.documents = max(
+            -(-length // self.longest),  # a row of padding only
+            *(len(pack) + len(self._padding(sum(examples.lengths[i] for i in pack))) for pack in self.packs),
+        )
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def __getitem__(self, index: int) -> list[Example]:
+        return [self.examples[i] for i in self.packs[index]]
+
+    def __str__(self) -> str:
+        share = self.tokens / (len(self) * self.length)
+        return f"{len(self.examples)} examples packed into {len(self)} rows of {self.length} tokens, {share:.1%} full"
+
+    def _padding(self, used: int) -> list[int]:
+        """Return the lengths of the documents that fill a row up. None is longer than an example: models may have no further positions."""
+        whole, rest = divmod(self.length - used, self.longest)
+        return [self.longest] * whole + [rest] * (rest > 0)
+
+    def collate(self, packs: Sequence[Sequence[Example]], pad: int) -> dict[str, Any]:
+        """Return a batch of B rows of T tokens. If fewer than B packs are left, rows of padding take their place.
+
+        Args:
+            packs: At most B.
+            pad: The token of padding.
+
+        Returns:
+            ``input_ids``, ``labels``, ``position_ids`` (B, T); ``cu_seq_lens_q`` and ``cu_seq_lens_k`` (N + 1,), the same bounds of the
+            documents, the last one repeated; ``max_length_q`` and ``max_length_k``, the longest document of any batch.
+        """
+        filled = [*packs, *([[]] * (self.rows - len(packs)))]
+        ids: list[int] = []
+        labels: list[int] = []
+        lengths: list[int] = []
+        for pack in filled:
+            for example in pack:
+                ids += example.ids
+                labels += [IGNORE, *example.labels[1:]]  # nothing in its document predicts a first token
+                lengths.append(len(example))
+            padding = self._padding(sum(map(len, pack)))
+            ids += [pad] * sum(padding)
+            labels += [IGNORE] * sum(padding)
+            lengths += padding
+        bounds = torch.zeros(self.rows * self.documents + 1, dtype=torch.int32)
+        bounds[1 : len(lengths) + 1] = torch.tensor(lengths).cumsum(0)
+        bounds[len(lengths) + 1 :] = self.rows * self.length
+        shaped = partial(torch.Tensor.view, size=(self.rows, self.length))
+        return {
+            "input_ids": shaped(torch.tensor(ids)),
+            "labels": shaped(torch.tensor(labels)),
+            "position_ids": shaped(torch.cat([torch.arange(length) for length in lengths])),
+            "cu_seq_lens_q": bounds,
+            "cu_seq_lens_k": bounds,
+            "max_length_q": self.longest,
+            "max_length_k": self.longest,
+        }
