@@ -89,7 +89,7 @@ def use_attention(model: Any, name: str) -> None:
     try:
         model.set_attn_implementation(name)
     except (ImportError, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).strip("'\".")
     else:
         if attention_implementation(model) == name:
             return

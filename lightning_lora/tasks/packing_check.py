@@ -51,7 +51,7 @@ def settle_attention(model: Any, length: int, longest: int, device: torch.device
     accepted = inspect.signature(model.forward).parameters
     if "position_ids" not in accepted:
         raise ValueError(_refusal(name, "its forward takes no position_ids, so positions cannot restart in every document"))
-    second = min(length - length // 4, longest)
+    second = min(length - max(1, length // 4), longest)
     first = min(length - second, second)
     first -= first % _TILE if first > _TILE else 0
     tokens = torch.randint(model.config.get_text_config().vocab_size, (first + second,), generator=torch.Generator().manual_seed(0))
