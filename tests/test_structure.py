@@ -75,6 +75,7 @@ OTHER_ERRORS = {
     ("quantization.bitsandbytes", "ImportError"),  # an extra is not installed
     *(("cli." + file, "UsageError") for file in ("main", "commands", "lightning_cli", "messages")),  # a ValueError with an exit code
     ("tasks.hf", "ImportError"),  # an extra is not installed
+    ("data.hub", "ImportError"),  # likewise
     ("optim.galore", "ImportError"),  # likewise
 }
 

@@ -19,18 +19,37 @@ WINDOW = 32  # batches sorted together: enough for similar lengths within a batc
 class Example:
     """One encoded row.
 
-    ``rivals`` has one entry for every other choice, at its first token that differs from the answer: (index into ``answer``, the choice's
-    token). Greedy decoding limited to the choices gives the answer if and only if the answer's token beats the rival's at each of those
-    positions. So one forward pass over prompt and answer gives the accuracy, for any number of choices.
+    ``rivals`` has one entry for every other choice, at its first token that differs from the answer: (index into the row's answer tokens,
+    the choice's token). Greedy decoding limited to the choices gives the answer if and only if the answer's token beats the rival's at each
+    of those positions. So one forward pass over the row gives the accuracy, for any number of choices.
+
+    Attributes:
+        ids: The row's tokens.
+        labels: As long as ``ids`` and not shifted: the same token where it is learnt, otherwise ``IGNORE``.
+        rivals: See above.
+        text: The prompt as text, in prediction.
     """
 
-    prompt: list[int]
-    answer: list[int] = field(default_factory=list)
+    ids: list[int]
+    labels: list[int] = field(default_factory=list)
     rivals: list[tuple[int, int]] = field(default_factory=list)
     text: str = ""
 
     def __len__(self) -> int:
-        return len(self.prompt) + len(self.answer)
+        return len(self.ids)
+
+    def __post_init__(self) -> None:
+        self.rivals = [(index, token) for index, token in self.rivals]  # files have lists
+
+    @property
+    def prompt(self) -> list[int]:
+        """The tokens before the first one that is learnt."""
+        return self.ids[: next((i for i, label in enumerate(self.labels) if label != IGNORE), len(self.ids))]
+
+    @property
+    def answer(self) -> list[int]:
+        """The tokens that are learnt. The first token of a row is not, because nothing predicts it."""
+        return [label for label in self.labels[1:] if label != IGNORE]
 
 
 def collate_answers(examples: Sequence[Example], pad: int, multiple: int = 1) -> dict[str, Tensor]:
@@ -40,12 +59,10 @@ def collate_answers(examples: Sequence[Example], pad: int, multiple: int = 1) ->
     batch's answer tokens counted row by row, rival token).
     """
     length = -(-max(len(e) for e in examples) // multiple) * multiple
-    rows = [e.prompt + e.answer for e in examples]
-    labels = [[IGNORE] * len(e.prompt) + e.answer for e in examples]
     batch = {
-        "input_ids": torch.tensor([ids + [pad] * (length - len(ids)) for ids in rows]),
-        "attention_mask": torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids in rows]),
-        "labels": torch.tensor([ids + [IGNORE] * (length - len(ids)) for ids in labels]),
+        "input_ids": torch.tensor([e.ids + [pad] * (length - len(e)) for e in examples]),
+        "attention_mask": torch.tensor([[1] * len(e) + [0] * (length - len(e)) for e in examples]),
+        "labels": torch.tensor([e.labels + [IGNORE] * (length - len(e)) for e in examples]),
     }
     rivals, start = [], 0
     for row, example in enumerate(examples):
@@ -58,10 +75,10 @@ def collate_answers(examples: Sequence[Example], pad: int, multiple: int = 1) ->
 
 def collate_prompts(examples: Sequence[Example], pad: int) -> dict[str, Any]:
     """Return a left-padded batch for generation: ``input_ids``, ``attention_mask`` (B, T), and the ``prompts`` as text."""
-    length = max(len(e.prompt) for e in examples)
+    length = max(len(e) for e in examples)
     return {
-        "input_ids": torch.tensor([[pad] * (length - len(e.prompt)) + e.prompt for e in examples]),
-        "attention_mask": torch.tensor([[0] * (length - len(e.prompt)) + [1] * len(e.prompt) for e in examples]),
+        "input_ids": torch.tensor([[pad] * (length - len(e)) + e.ids for e in examples]),
+        "attention_mask": torch.tensor([[0] * (length - len(e)) + [1] * len(e) for e in examples]),
         "prompts": [e.text for e in examples],
     }
 

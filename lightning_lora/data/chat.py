@@ -1,68 +1,201 @@
-"""Encode a conversation as token ids: the prompt that the model reads, and the answer that it learns.
+"""Encode a conversation as the model reads it: the tokens, and which of them it learns.
 
-Prompt and answer are tokenized separately, as at inference: the model gets the prompt's tokens and generates the answer's. If the full
-text were tokenized and then split, a token could span prompt and answer. Generation never produces such a token.
+At inference the model reads the conversation up to an answer, as its chat template writes it, and generates the answer. So for every
+answer the template is rendered twice: up to the answer, with its generation prompt, and including it. What the second has more, up to the
+token that ends the turn, is learnt. An answer that is written otherwise once more turns follow (Qwen 3 drops the reasoning, Mistral moves
+the tools) is learnt in an example of its own, which ends with it.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import suppress
+from functools import cached_property
+from typing import Any, Literal
 
 from jinja2 import TemplateError
 
-Message = dict[str, str]
+from lightning_lora.data.batching import Example
+from lightning_lora.data.records import Conversation, Message
+from lightning_lora.data.templates import set_template
+from lightning_lora.ops.cross_entropy import IGNORE
+
+TrainOn = Literal["assistant", "last", "all"]
+MARK = "qwzxqwzxq"  # stands in for an answer; templates of Mistral want ids of calls with nine characters
 
 
-def encode_prompt(tokenizer: Any, messages: list[Message]) -> list[int]:
-    """Return the token ids of everything before the answer.
+class Chat:
+    """A tokenizer with its chat template. Without one it gets the plain one of `TEMPLATES`.
 
     Args:
-        tokenizer: A Hugging Face tokenizer; its chat template is used if it has one.
-        messages: The conversation up to the answer. Without a chat template: exactly one message, encoded unchanged.
+        tokenizer: A Hugging Face tokenizer.
+        options: Further variables of the template, such as ``enable_thinking``.
 
     Raises:
-        ValueError: There are several messages, and the tokenizer has no chat template; or its template refuses them.
+        ValueError: The tokenizer has neither template nor end token.
     """
+
+    def __init__(self, tokenizer: Any, options: dict[str, Any] | None = None) -> None:
+        if not tokenizer.chat_template:
+            set_template(tokenizer, "plain")
+        self.tokenizer, self.options = tokenizer, options or {}
+
+    def prompt(self, messages: list[Message], tools: list[Any] | None = None) -> list[int]:
+        """Return the tokens from which the model generates its answer.
+
+        Raises:
+            ValueError: The template refuses the messages.
+        """
+        return self._ids(self._prompt(messages, tools))
+
+    def examples(self, conversation: Conversation, train_on: TrainOn = "assistant") -> list[Example]:
+        """Return the examples to learn a conversation from: one, or several if the template rewrites earlier answers.
+
+        Args:
+            conversation: The last message is the assistant's. A message with ``weight: 0`` is not learnt.
+            train_on: Learn every assistant turn, the last one, or every token.
+
+        Raises:
+            ValueError: The template refuses the messages, drops or changes an answer, does not write it after its generation prompt, or
+                ends it with no token of its own.
+        """
+        messages, tools = conversation.messages, conversation.tools
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message.get("weight", 1)]
+        if train_on != "assistant":
+            turns = [len(messages) - 1]
+        if not turns:
+            raise ValueError("every answer has weight 0, or there is nothing to learn; leave the row out")
+        parts = [self._turn(messages[: i + 1], tools) for i in turns]
+        found: list[Example] = []
+        while parts:
+            whole = "".join(parts[-1])
+            shared = [part for part in parts if whole.startswith("".join(part))]
+            parts = [part for part in parts if part not in shared]
+            found.insert(0, self._example(whole, shared))
+        if train_on == "all":
+            found = [Example(example.ids, list(example.ids)) for example in found]
+        return found
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """The tokens that end an answer: of one in text, and of a call to a tool if the template writes it otherwise."""
+        question: Message = {"role": "user", "content": "a"}
+        tail = self._whole([question, {"role": "assistant", "content": MARK}]).rpartition(MARK)[2]
+        ids = self._ids(tail)
+        special = [i for i in ids if i in self._special]
+        if not special and tail.strip() and len(self._ids(tail.strip())) == 1:
+            special = self._ids(tail.strip())
+        if not special:
+            raise ValueError(
+                f"the tokenizer's chat template ends an answer with no token of its own (but {tail!r}), so that no answer would end; "
+                "put the end token there, or choose another with data.template"
+            )
+        call = {"id": MARK, "type": "function", "function": {"name": MARK, "arguments": {MARK: MARK}}}
+        tool = {"type": "function", "function": {"name": MARK, "description": "", "parameters": {"type": "object", "properties": {}}}}
+        try:
+            tail = self._whole([question, {"role": "assistant", "content": "", "tool_calls": [call]}], [tool]).rpartition(MARK)[2]
+        except ValueError:
+            return special[:1]  # this template knows no tools, or none of this form: rows that have them are told so
+        of_calls = [i for i in self._ids(tail) if i in self._special]
+        return special[:1] if special[0] in of_calls else special[:1] + of_calls[:1]
+
+    @cached_property
+    def _special(self) -> set[int]:
+        added = self.tokenizer.added_tokens_decoder
+        return {i for i, token in added.items() if token.special} | set(self.tokenizer.all_special_ids)
+
+    def _turn(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, str]:
+        """Return the text before the last message, which is the assistant's, and its own up to its end."""
+        prompt, whole = self._prompt(messages[:-1], tools), self._whole(messages, tools)
+        if not whole.startswith(prompt):
+            raise ValueError(
+                "the tokenizer's chat template does not put the assistant's answer after its generation prompt "
+                f"(which ends in {prompt[-40:]!r}); choose another with data.template"
+            )
+        turn, message = whole[len(prompt) :], messages[-1]
+        shown = _letters(turn)
+        if _letters(message["content"]) not in shown:
+            raise ValueError(
+                f"the tokenizer's chat template changes the answer {message['content'][:40]!r} (as some cut out reasoning); "
+                "it would be learned so"
+            )
+        for call in message.get("tool_calls", []):
+            if call["function"]["name"] not in turn:
+                raise ValueError(f"the tokenizer's chat template does not write the tool call {call['function']['name']!r:.60}")
+        end = self.tokenizer.convert_ids_to_tokens(self.ends[-1] if message.get("tool_calls") else self.ends[0])
+        if end not in turn:
+            raise ValueError(f"the tokenizer's chat template does not end the answer with {end} as others, but with {turn[-40:]!r}")
+        return prompt, turn[: turn.rindex(end) + len(end)]
+
+    def _example(self, whole: str, parts: list[tuple[str, str]]) -> Example:
+        """Encode a text of which some parts are learnt: (the text before the part, the part)."""
+        ids = self._ids(whole)
+        spans = []
+        for prompt, turn in parts:
+            before, after = self._ids(prompt), self._ids(prompt + turn)
+            spans.append((len(before), len(after)))
+            if ids[: len(before)] != before or ids[: len(after)] != after:  # a token spans prompt and answer: generation makes none such
+                ids, spans = self._pieces(whole, parts)
+                break
+        labels = [IGNORE] * len(ids)
+        for start, end in spans:
+            labels[start:end] = ids[start:end]
+        return Example(ids, labels)
+
+    def _pieces(self, whole: str, parts: list[tuple[str, str]]) -> tuple[list[int], list[tuple[int, int]]]:
+        """Encode every part for itself."""
+        ids: list[int] = []
+        spans, done = [], 0
+        for prompt, turn in parts:
+            ids += self._ids(whole[done : len(prompt)])
+            start, done = len(ids), len(prompt) + len(turn)
+            ids += self._ids(turn)
+            spans.append((start, len(ids)))
+        spelled = self.tokenizer.convert_ids_to_tokens
+        if "".join(spelled(ids)) != "".join(spelled(self._ids(whole))):
+            raise ValueError(
+                f"the tokenizer writes prompt and answer otherwise apart than together (at {parts[-1][0][-20:]!r}); "
+                "choose another chat template with data.template"
+            )
+        return ids, spans
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written the special tokens
+
+    def _prompt(self, messages: list[Message], tools: list[Any] | None) -> str:
+        return self._rendered(messages, tools, add_generation_prompt=True)
+
+    def _whole(self, messages: list[Message], tools: list[Any] | None = None) -> str:
+        return self._rendered(messages, tools, add_generation_prompt=False)
+
+    def _rendered(self, messages: list[Message], tools: list[Any] | None, add_generation_prompt: bool) -> str:
+        shown = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+        try:
+            return self.tokenizer.apply_chat_template(
+                shown, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt, **self.options
+            )
+        except (TemplateError, TypeError) as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise ValueError(f"the tokenizer's chat template refuses the messages ({roles}): {error}") from error
+
+
+def _letters(text: str) -> str:
+    return "".join(text.split())
+
+
+def encode_prompt(tokenizer: Any, messages: list[Message], tools: list[Any] | None = None) -> list[int]:
+    """Return the tokens from which the model generates its answer to ``messages``; see `Chat.prompt`."""
+    return Chat(tokenizer).prompt(messages, tools)
+
+
+def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Return the tokens at which generation stops: those of the model's generation config, the tokenizer's end token, and its template's.
+
+    Many base models end a text with one token, and their chat template a turn with another.
+    """
+    own = model.generation_config.eos_token_id
+    ids = own if isinstance(own, list) else [own]
+    ids = [*ids, tokenizer.eos_token_id]
     if tokenizer.chat_template:
-        text = _rendered(tokenizer, messages, add_generation_prompt=True)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written the special tokens
-    if len(messages) != 1:
-        raise ValueError(f"{len(messages)} messages before the answer, but the tokenizer has no chat template; use prompt/response rows")
-    ids = tokenizer(messages[0]["content"])["input_ids"]
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids  # some tokenizers append the end token to every text
-
-
-def encode_answer(tokenizer: Any, messages: list[Message], answer: str) -> list[int]:
-    """Return the token ids of the answer to ``messages``, with the end token.
-
-    Raises:
-        ValueError: The chat template refuses the messages, changes the answer, or does not put it directly after its generation prompt; or
-            the tokenizer has neither template nor end token.
-    """
-    if not tokenizer.chat_template:
-        if tokenizer.eos_token_id is None:
-            raise ValueError("the tokenizer has no end token (eos_token), so that no answer would end; set one")
-        return tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    prompt = _rendered(tokenizer, messages, add_generation_prompt=True)
-    whole = _rendered(tokenizer, [*messages, {"role": "assistant", "content": answer}])
-    if not whole.startswith(prompt):
-        raise ValueError(
-            "the tokenizer's chat template does not put the assistant's answer after its generation prompt "
-            f"(which ends in {prompt[-40:]!r}); set tokenizer.chat_template to one that does"
-        )
-    if answer.strip() not in whole[len(prompt) :]:
-        raise ValueError(
-            f"the tokenizer's chat template changes the answer {answer[:40]!r} (as some cut out reasoning); it would be learned so"
-        )
-    ids = tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"]
-    if tokenizer.eos_token_id in ids:  # generation stops here, so the template's text after it is cut
-        ids = ids[: len(ids) - ids[::-1].index(tokenizer.eos_token_id)]
-    return ids
-
-
-def _rendered(tokenizer: Any, messages: list[Message], add_generation_prompt: bool = False) -> str:
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except (TemplateError, TypeError) as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise ValueError(f"the tokenizer's chat template refuses the messages ({roles}): {error}") from error
+        with suppress(ValueError):  # a template that ends no turn can still be generated with, up to the length asked for
+            ids += Chat(tokenizer).ends
+    return sorted({i for i in ids if i is not None})

@@ -18,6 +18,8 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 
+from lightning_lora.data.chat import stop_tokens
+
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 REACHED = 10.0  # seconds within which the hub has to answer
 _HUB_ID = re.compile(r"([\w.-]+/)?[\w.-]+", re.ASCII)
@@ -147,5 +149,6 @@ def generate_text(model: Any, tokenizer: Any, input_ids: Any, attention_mask: An
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=stop_tokens(model, tokenizer) or None,
     )
     return tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)

@@ -2,11 +2,8 @@ import json
 
 import lightning
 import pytest
-import torch
 
 from lightning_lora.data import InstructionDataModule
-from lightning_lora.data.batching import Example, LengthGroupedSampler, collate_answers, collate_prompts
-from lightning_lora.data.chat import encode_answer, encode_prompt
 from lightning_lora.data.instructions import load_examples
 from tests import tiny_lm
 from tests.faults import kit
@@ -27,59 +24,19 @@ def test_prompt_and_answer_with_a_chat_template(tmp_path):
         assert tokenizer.decode(example.answer) == "blue </s>"
 
 
-def test_only_the_last_answer_of_a_conversation_is_taught(tmp_path):
-    (example,) = load(tmp_path, [{"messages": [{"role": "system", "content": "name a colour"}, *CHAT, *CHAT]}])
-    text = tiny_lm.tokenizer().decode(example.prompt)
-    assert text.startswith("<s> system name a colour </s> <s> user") and text.count("blue") == 1
-    assert tiny_lm.tokenizer().decode(example.answer) == "blue </s>"
+def test_without_a_chat_template_the_prompt_says_where_the_answer_begins(tmp_path):
+    for row in (ROW, {"messages": CHAT}):
+        (example,) = load(tmp_path, [row], chat=False)
+        assert tiny_lm.tokenizer().decode(example.prompt) == ROW["prompt"] + " <unk> <unk>"  # ### Response:
+        assert tiny_lm.tokenizer().decode(example.answer) == "blue </s>"
+    (example,) = load(tmp_path, [{"messages": CHAT + CHAT}], chat=False)
+    assert tiny_lm.tokenizer().decode(example.answer) == "blue </s> blue </s>"
 
 
-def test_without_a_chat_template_the_prompt_is_taken_as_it_is(tmp_path):
-    (example,) = load(tmp_path, [ROW], chat=False)
-    assert tiny_lm.tokenizer().decode(example.prompt) == ROW["prompt"]
-    assert tiny_lm.tokenizer().decode(example.answer) == "blue </s>"
-    with pytest.raises(ValueError, match=r"rows.jsonl:1: 3 messages before the answer, but the tokenizer has no chat template"):
-        load(tmp_path, [{"messages": CHAT + CHAT}], chat=False)
-
-
-def test_what_a_template_writes_after_the_end_is_not_taught():
-    tokenizer = tiny_lm.tokenizer()
-    tokenizer.chat_template += "{% if not add_generation_prompt %}name name{% endif %}"
-    assert tokenizer.decode(encode_answer(tokenizer, CHAT[:1], "blue")) == "blue </s>"
-    tokenizer.chat_template = "{{ messages[-1]['content'] }}{% if add_generation_prompt %} <s>{% endif %}"
-    with pytest.raises(ValueError, match="does not put the assistant's answer after its generation prompt"):
-        encode_answer(tokenizer, CHAT[:1], "blue")
-
-
-def test_prompt_is_what_generation_reads():
-    tokenizer = tiny_lm.tokenizer()
-    both = encode_prompt(tokenizer, CHAT[:1]) + encode_answer(tokenizer, CHAT[:1], "blue")
-    assert both == tokenizer.apply_chat_template(CHAT, tokenize=True)["input_ids"]
-
-
-def test_answers_are_padded_right_and_the_loss_is_on_them_only():
-    batch = collate_answers([Example([5, 6], [7, 3], rivals=[(0, 9)]), Example([5, 6, 7, 8], [9, 3], rivals=[(0, 7), (1, 4)])], pad=0)
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 3, 0, 0], [5, 6, 7, 8, 9, 3]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0], [1] * 6]
-    assert batch["labels"].tolist() == [[-100, -100, 7, 3, -100, -100], [-100] * 4 + [9, 3]]
-    assert batch["rivals"].tolist() == [[0, 0, 9], [1, 2, 7], [1, 3, 4]]
-
-
-@pytest.mark.parametrize(("multiple", "length"), [(1, 6), (4, 8), (6, 6), (64, 64)])
-def test_lengths_are_multiples(multiple, length):
-    examples = [Example([5, 6], [7, 3], rivals=[(0, 9)]), Example([5, 6, 7, 8], [9, 3])]
-    batch, plain = collate_answers(examples, pad=0, multiple=multiple), collate_answers(examples, pad=0)
-    for name, filler in (("input_ids", 0), ("attention_mask", 0), ("labels", -100)):
-        assert batch[name].shape == (2, length)
-        assert torch.equal(batch[name][:, :6], plain[name]) and (batch[name][:, 6:] == filler).all()
-    assert torch.equal(batch["rivals"], plain["rivals"])
-
-
-def test_prompts_are_padded_left():
-    batch = collate_prompts([Example([5], text="a"), Example([5, 6, 7], text="b")], pad=0)
-    assert batch["input_ids"].tolist() == [[0, 0, 5], [5, 6, 7]]
-    assert batch["attention_mask"].tolist() == [[0, 0, 1], [1, 1, 1]]
-    assert batch["prompts"] == ["a", "b"]
+def test_a_text_is_learnt_as_a_whole(tmp_path):
+    (example,) = load(tmp_path, [{"text": "the sky is blue"}, {"text": " \n"}])
+    assert example.ids == example.labels
+    assert tiny_lm.tokenizer().decode(example.ids) == "the sky is blue </s>"
 
 
 def test_choices_become_the_places_where_they_part(tmp_path):
@@ -94,15 +51,17 @@ def test_choices_become_the_places_where_they_part(tmp_path):
     [
         ("{not json", r"is not JSON \(Expecting property name"),
         (b"\xff\xfe", r"is not UTF-8"),
-        ("[1]", r"expected a JSON object, got list; a line is"),
-        ({"prompt": "a"}, r"no 'response' among the keys \['prompt'\]; a line is"),
-        ({"instruction": "a"}, r"no 'prompt' and no 'response' among the keys \['instruction'\]"),
+        ("[1]", r"expected a JSON object, got list; a row is"),
+        ({"prompt": "a"}, r"no 'response' among the keys \['prompt'\], for the format 'prompt_response'"),
+        ({"instruction": "a"}, r"no 'output' among the keys \['instruction'\]"),
+        ({"question": "a"}, r"the keys \['question'\] are of no known format \(preference: chosen, rejected; messages"),
         ({"prompt": 3, "response": "a"}, r"the prompt must be text"),
         ({"prompt": "a", "response": ""}, r"the answer is ''"),
-        ({"prompt": "a", "response": None}, r"the answer is None"),
-        ({"messages": []}, r"the last of 'messages' must be the assistant's"),
-        ({"messages": CHAT[:1]}, r"the last of 'messages' must be the assistant's"),
-        ({"messages": [{"role": "user"}]}, r"'messages' must be a list of objects"),
+        ({"prompt": "a", "response": None}, r"no 'response' among the keys"),
+        ({"messages": []}, r"there are no messages"),
+        ({"messages": CHAT[:1]}, r"the last message must be the assistant's"),
+        ({"messages": [{"role": "user"}]}, r"the message of 'user' has no 'content'"),
+        ({"messages": [{"content": "a"}]}, r"'messages' must be a list of objects"),
         ({**ROW, "choices": ["red"]}, r"'choices' must be a list of texts that holds the answer 'blue', got \['red'\]"),
         ({**ROW, "choices": "blue"}, r"'choices' must be a list"),
         ({**ROW, "choices": ["blue", 3]}, r"'choices' must be a list of texts"),
@@ -152,14 +111,14 @@ def test_a_byte_order_mark_is_no_content(tmp_path):
 
 
 def test_an_empty_prompt_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"rows.jsonl:1: the prompt has no tokens"):
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: the prompt is empty"):
         load(tmp_path, [{"prompt": "", "response": "blue"}], chat=False)
 
 
 def test_missing_and_empty_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"data.train='.*none.jsonl': no such file"):
         load_examples(tmp_path / "none.jsonl", tiny_lm.tokenizer(), 64, "train")
-    with pytest.raises(ValueError, match=r"data.train='.*rows.jsonl' is empty; a line is"):
+    with pytest.raises(ValueError, match=r"data.train='.*rows.jsonl' is empty; it needs at least one row"):
         load(tmp_path, ["", "  "])
 
 
@@ -177,31 +136,6 @@ def test_rows_that_lose_some_of_their_answer_are_counted_and_kept(tmp_path):
     assert len(examples[1]) == 16
     with pytest.raises(ValueError, match="1 of 1 rows lose their answer"):  # half a choice cannot be judged
         load(tmp_path, [{**long, "choices": [long["response"], "red"]}], "val", max_length=16)
-
-
-def batches_of(sampler, size):
-    rows = list(sampler)
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
-
-
-def test_batches_are_of_similar_length_and_random_by_seed_and_epoch():
-    lengths = torch.randint(5, 100, (1003,), generator=torch.Generator().manual_seed(0)).tolist()
-    epoch = [0]
-    sampler = LengthGroupedSampler(lengths, 8, lambda: epoch[0], seed=3)
-    first = batches_of(sampler, 8)
-    assert sorted(i for b in first for i in b) == list(range(1003)) and len(sampler) == 1003
-    spread = sum(max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in first) / len(first)
-    assert spread < 10  # random batches of eight: over 70
-    means = [sum(lengths[i] for i in b) for b in first]
-    assert means != sorted(means)
-    assert batches_of(sampler, 8) == first
-    epoch[0] = 1
-    assert {frozenset(b) for b in batches_of(sampler, 8)} != {frozenset(b) for b in first}
-    assert batches_of(LengthGroupedSampler(lengths, 8, lambda: 0, seed=4), 8) != first
-
-
-def test_without_an_epoch_rows_come_by_length():
-    assert list(LengthGroupedSampler([5, 3, 9, 4], 2)) == [1, 3, 0, 2]
 
 
 def test_an_epoch_has_its_own_order_in_a_fit(tmp_path):
@@ -236,7 +170,7 @@ def test_an_epoch_has_its_own_order_in_a_fit(tmp_path):
 def test_what_a_stage_needs_is_asked_for():
     data = InstructionDataModule()
     for stage, key in (("fit", "train"), ("validate", "val"), ("test", "test"), ("predict", "predict")):
-        with pytest.raises(ValueError, match=f"data.{key} is not set; {stage} needs a jsonl file there"):
+        with pytest.raises(ValueError, match=f"data.{key} is not set; {stage} needs a file there"):
             data.setup(stage)
 
 

@@ -1,0 +1,272 @@
+"""The formats of rows: which keys each has, and which record a row of it becomes.
+
+A format is recognised by its keys, or named by ``data.format``. Their names and keys are those of TRL, axolotl and LLaMA-Factory. To add
+one, write a function from a row to a record and give it an entry in `FORMATS`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_lora.data.records import Conversation, Labelled, Message, Pair, PlainText, Record
+
+Row = dict[str, Any]
+# ShareGPT's names of the roles, and those of data sets in its form.
+ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant"}
+ROLES |= {"observation": "tool", "function_response": "tool", "function_call": "assistant"}
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """How rows of a format are recognised and read.
+
+    Attributes:
+        keys: Keys by which a row is recognised.
+        answers: Further keys that it must have, except in prediction.
+        read: Makes the record. Its second argument tells whether an answer is needed.
+        example: A row, for error messages.
+    """
+
+    keys: tuple[str, ...]
+    answers: tuple[str, ...]
+    read: Callable[[Row, bool], Record]
+    example: str
+
+
+def to_record(row: Any, format: str = "auto", columns: Mapping[str, str] | None = None, needs_answer: bool = True) -> Record:
+    """Return what a row means.
+
+    Args:
+        row: The parsed row.
+        format: A name in `FORMATS`, or "auto": the first one whose keys the row has.
+        columns: Pairs of names. Whichever of the two a row has gets the other name. So ``{response: reply}`` and ``{reply: response}``
+            both read the column "reply" as "response".
+        needs_answer: Require what is to be learnt. False in prediction.
+
+    Raises:
+        ValueError: The row has no known format, lacks a key, or has a value of the wrong kind.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, got {type(row).__name__}; a row is {FORMATS['prompt_response'].example}, for example")
+    row = {key: value for key, value in _renamed(row, columns or {}).items() if value is not None}  # tables have every key in every row
+    if format == "auto":
+        format = _recognised(row)
+    chosen = FORMATS[format]
+    missing = [key for key in chosen.keys + chosen.answers * needs_answer if key not in row]
+    if missing:
+        raise ValueError(
+            f"no {' and no '.join(map(repr, missing))} among the keys {sorted(row)}, for the format {format!r}: {chosen.example}; "
+            "data.columns renames keys"
+        )
+    return chosen.read(row, needs_answer)
+
+
+def check_format(format: str) -> None:
+    """Refuse a name that is in no entry of `FORMATS`."""
+    if format != "auto" and format not in FORMATS:
+        raise ValueError(f"data.format={format!r} is not known; the formats are auto, {', '.join(FORMATS)}")
+
+
+def _recognised(row: Row) -> str:
+    for needs_answer in (True, False):  # text with a label before text alone
+        for name, format in FORMATS.items():
+            if set(format.keys + format.answers * needs_answer) <= row.keys():
+                return name
+    known = "; ".join(f"{name}: {', '.join(format.keys + format.answers)}" for name, format in FORMATS.items())
+    raise ValueError(f"the keys {sorted(row)} are of no known format ({known}); rename them with data.columns")
+
+
+def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
+    row = dict(row)
+    for one, other in columns.items():
+        there = [name for name in (one, other) if name in row]
+        if len(there) != 1:
+            raise ValueError(
+                f"data.columns has {one}: {other}, and the row has {'both' if there else 'neither'} of them among its keys {sorted(row)}"
+            )
+        row[other if there == [one] else one] = row.pop(there[0])
+    return row
+
+
+def text_of(value: Any, name: str) -> str:
+    """Return a text, also from a list of text parts, as multimodal chat files have them."""
+    if isinstance(value, list) and value and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
+        value = "".join(str(part.get("text", "")) for part in value)
+    if not isinstance(value, str):
+        kind = "parts other than text" if isinstance(value, list) else f"{value!r:.60}"
+        raise ValueError(f"{name} must be text, got {kind}; write it as a JSON text")
+    return value
+
+
+def _turns(value: Any, name: str) -> list[Message]:
+    if not isinstance(value, list) or not all(isinstance(m, dict) and "role" in m for m in value):
+        raise ValueError(f"{name!r} must be a list of objects with 'role' and 'content': {FORMATS['messages'].example}")
+    return [_turn(message) for message in value]
+
+
+def _turn(message: Message) -> Message:
+    if not isinstance(message["role"], str):
+        raise ValueError(f"every 'role' must be text such as \"user\", got {message['role']!r:.60}")
+    turn = {key: value for key, value in message.items() if value is not None}
+    if turn.get("tool_calls"):
+        turn["tool_calls"] = [_call(call) for call in turn["tool_calls"]]
+        turn.setdefault("content", "")
+    if "content" not in turn:
+        raise ValueError(f"the message of {turn['role']!r} has no 'content' and no 'tool_calls'")
+    turn["content"] = text_of(turn["content"], f"the content of {turn['role']!r}")
+    return turn
+
+
+def _call(call: Any) -> Any:
+    """Give a call's arguments as an object. OpenAI's files have them as JSON text, which templates would quote a second time."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError(f'a tool call must be like {{"function": {{"name": "...", "arguments": {{}}}}}}, got {call!r:.80}')
+    function = {"arguments": {}, **function}
+    if isinstance(function["arguments"], str):
+        function["arguments"] = _json(function["arguments"], "a tool call's arguments")
+    return {**call, "type": "function", "function": function} if "function" in call else {"type": "function", "function": function}
+
+
+def _json(text: str, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} are not JSON ({error.msg} at column {error.colno}): {text!r:.60}") from error
+
+
+def _tools(row: Row) -> list[Any] | None:
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        tools = _json(tools, "'tools'") if tools.strip() else None
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise ValueError("'tools' must be a list of objects, each a function's JSON schema")
+    return tools or None
+
+
+def _conversation(row: Row, messages: list[Message], needs_answer: bool) -> Conversation:
+    """Check what all conversations share."""
+    if row.get("system") and messages[:1] and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": text_of(row["system"], "'system'")}, *messages]
+    if not needs_answer and messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if not messages:
+        raise ValueError("there are no messages; give the model something to answer")
+    if not needs_answer:
+        _check_prompt(messages)
+        return Conversation(messages, _tools(row))
+    last = messages[-1]
+    if last["role"] != "assistant":
+        raise ValueError(f"the last message must be the assistant's answer, not of {last['role']!r}; add it, or leave the row out")
+    _check_prompt(messages[:-1])
+    if not last["content"].strip() and not last.get("tool_calls"):
+        raise ValueError(f"the answer is {last['content']!r}; it must be a text that is not empty, or there is nothing to learn")
+    choices = row.get("choices")
+    if choices is not None and (
+        not isinstance(choices, list) or not all(isinstance(c, str) for c in choices) or last["content"] not in choices
+    ):
+        raise ValueError(f"'choices' must be a list of texts that holds the answer {last['content']!r}, got {choices!r}")
+    return Conversation(messages, _tools(row), choices)
+
+
+def _check_prompt(messages: list[Message]) -> None:
+    if not any(message["content"].strip() for message in messages):
+        raise ValueError("the prompt is empty; give the model something to answer")
+
+
+def _messages(row: Row, needs_answer: bool) -> Record:
+    return _conversation(row, _turns(row["messages"], "messages"), needs_answer)
+
+
+def _sharegpt(row: Row, needs_answer: bool) -> Record:
+    turns = row["conversations"]
+    if not isinstance(turns, list) or not all(isinstance(t, dict) and {"from", "value"} <= t.keys() for t in turns):
+        return _conversation(row, _turns(turns, "conversations"), needs_answer)  # with the keys of messages
+    messages = []
+    for turn in turns:
+        role, value = str(turn["from"]), turn["value"]
+        message: Message = {"role": ROLES.get(role, role), "content": value}
+        if role == "function_call":
+            calls = _json(text_of(value, "a function_call"), "a function_call's value")
+            message |= {"content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
+        messages.append(message)
+    return _conversation(row, _turns(messages, "conversations"), needs_answer)
+
+
+def _alpaca(row: Row, needs_answer: bool) -> Record:
+    parts = [text_of(row[key], f"{key!r}") for key in ("instruction", "input") if row.get(key)]
+    turns = [turn for pair in row.get("history") or [] for turn in zip(("user", "assistant"), pair, strict=False)]
+    return _exchange(row, [{"role": role, "content": text} for role, text in turns], "\n".join(parts), row.get("output"), needs_answer)
+
+
+def _prompted(answer: str) -> Callable[[Row, bool], Record]:
+    """Return the reader of rows with a prompt and an answer: texts, or lists of messages."""
+
+    def read(row: Row, needs_answer: bool) -> Record:
+        return _exchange(row, [], row["prompt"], row.get(answer), needs_answer)
+
+    return read
+
+
+def _exchange(row: Row, before: list[Message], prompt: Any, answer: Any, needs_answer: bool) -> Record:
+    messages = [*before, *_as_turns(prompt, "user", "the prompt")]
+    return _conversation(row, messages + (_as_turns(answer, "assistant", "the answer") if needs_answer else []), needs_answer)
+
+
+def _as_turns(value: Any, role: str, name: str) -> list[Message]:
+    if isinstance(value, list):
+        return _turns(value, name)
+    return [{"role": role, "content": text_of(value, name)}]
+
+
+def _text(row: Row, needs_answer: bool) -> Record:
+    return PlainText(text_of(row["text"], "'text'"))
+
+
+def _labelled(row: Row, needs_answer: bool) -> Record:
+    label = row.get("label")
+    if needs_answer and not isinstance(label, (str, int, float)):
+        raise ValueError(f"'label' must be a text or a number, got {label!r:.60}")
+    return Labelled(text_of(row["text"], "'text'"), label)
+
+
+def _pair(row: Row, needs_answer: bool) -> Record:
+    """Two answers. Without a prompt, what both begin with is the prompt, as in TRL."""
+    chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
+    if isinstance(chosen, str) and isinstance(rejected, str) and prompt is None:
+        same = [one == other for one, other in zip(chosen, rejected, strict=False)]
+        start = chosen[: same.index(False) if False in same else len(same)]
+        start = start[: start.rfind(" ") + 1 or len(start)] if start[-1:].isalnum() else start  # not inside a word
+        return _told_apart(Pair(start, chosen[len(start) :], rejected[len(start) :], _tools(row)))
+    good, bad = _as_turns(chosen, "assistant", "'chosen'"), _as_turns(rejected, "assistant", "'rejected'")
+    if prompt is not None:
+        before = _as_turns(prompt, "user", "the prompt")
+    else:
+        same = [one == other for one, other in zip(good, bad, strict=False)]
+        before = good[: same.index(False) if False in same else len(same)]
+    if good[: len(before)] == before and bad[: len(before)] == before:  # some files repeat the prompt in both
+        good, bad = good[len(before) :], bad[len(before) :]
+    return _told_apart(Pair(before, good, bad, _tools(row)))
+
+
+def _told_apart(pair: Pair) -> Pair:
+    if not pair.prompt:
+        raise ValueError("'chosen' and 'rejected' have no prompt: add 'prompt', or begin both with it")
+    if not pair.chosen or not pair.rejected or pair.chosen == pair.rejected:
+        raise ValueError("'chosen' and 'rejected' must both have an answer, and not the same one")
+    return pair
+
+
+FORMATS: dict[str, RowFormat] = {
+    "preference": RowFormat(("chosen", "rejected"), (), _pair, '{"prompt": "...", "chosen": "...", "rejected": "..."}'),
+    "messages": RowFormat(("messages",), (), _messages, '{"messages": [{"role": "user", "content": "..."}, ...]}'),
+    "conversations": RowFormat(("conversations",), (), _sharegpt, '{"conversations": [{"from": "human", "value": "..."}, ...]}'),
+    "alpaca": RowFormat(("instruction",), ("output",), _alpaca, '{"instruction": "...", "input": "...", "output": "..."}'),
+    "prompt_response": RowFormat(("prompt",), ("response",), _prompted("response"), '{"prompt": "...", "response": "..."}'),
+    "prompt_completion": RowFormat(("prompt",), ("completion",), _prompted("completion"), '{"prompt": "...", "completion": "..."}'),
+    "labelled": RowFormat(("text",), ("label",), _labelled, '{"text": "...", "label": "..."}'),
+    "text": RowFormat(("text",), (), _text, '{"text": "..."}'),
+}

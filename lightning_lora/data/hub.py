@@ -1,0 +1,81 @@
+"""Read parquet files, folders that the library ``datasets`` saved, and data sets of the hub. All need the extra ``datasets``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+# The split that a data set usually has for each use.
+SPLITS = {"train": "train", "val": "validation", "test": "test", "predict": "test"}
+
+
+def read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the rows of a parquet file, each with ``file:row``.
+
+    Raises:
+        ImportError: The extra is not installed.
+        ValueError: The file is damaged.
+    """
+    _require("pyarrow", f"{path}:")
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}:{number}", row
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path} is not a whole parquet file: {str(error).splitlines()[0]}") from error
+
+
+def read_dataset(source: str, slot: str, subset: str | None = None, streaming: bool = False) -> Iterator[tuple[str, Any]]:
+    """Yield the rows of a data set, each with ``name:row``.
+
+    Args:
+        source: A folder that ``save_to_disk`` wrote, a folder of data files, or a hub id; with ``:split`` at its end for another split than
+            the usual one.
+        slot: "train", "val", "test" or "predict".
+        subset: The configuration, for data sets that have several.
+        streaming: Read it while it is downloaded.
+
+    Raises:
+        ImportError: The extra is not installed.
+        ValueError: There is no such data set or split, or the hub cannot be reached.
+    """
+    rows = load_dataset(source, slot, subset, streaming)
+    return ((f"{source}:{number}", row) for number, row in enumerate(rows, start=1))
+
+
+def load_dataset(source: str, slot: str, subset: str | None = None, streaming: bool = False) -> Any:
+    """Return the data set itself; see `read_dataset`."""
+    name, split = _split_of(source, slot)
+    folder = Path(name)
+    what = f"data.{slot}={source!r}:" + " this is a folder, and" * folder.is_dir()
+    _require("datasets", what)
+    import datasets
+
+    try:
+        if any((folder / file).is_file() for file in ("dataset_info.json", "dataset_dict.json", "state.json")):
+            loaded = datasets.load_from_disk(name)
+            if isinstance(loaded, datasets.DatasetDict):
+                if split not in loaded:
+                    raise ValueError(f"it has no split {split!r}, but {', '.join(loaded)}; write {name}:SPLIT")
+                loaded = loaded[split]
+            return loaded.to_iterable_dataset() if streaming else loaded
+        return datasets.load_dataset(name, subset, split=split, streaming=streaming)
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"{what} {' '.join(str(error).split())[:400]}") from error
+
+
+def _split_of(source: str, slot: str) -> tuple[str, str]:
+    name, _, split = (source, "", "") if Path(source).exists() else source.partition(":")
+    return name, split or SPLITS[slot]
+
+
+def _require(package: str, what: str) -> None:
+    if find_spec(package) is None:
+        raise ImportError(f"{what} reading it needs the package {package}; pip install 'lightning-lora[datasets]'")

@@ -1,0 +1,152 @@
+"""Read rows from files, each with its place: jsonl, json, csv, tsv, parquet, a folder of the library ``datasets``, or a hub id."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lightning_lora.data.hub import read_dataset, read_parquet
+
+#: A row's place ("file:line"), and the parsed row.
+PlacedRow = tuple[str, Any]
+BOMS = {
+    b"\xef\xbb\xbf": "utf-8-sig",
+    b"\xff\xfe\x00\x00": "utf-32",
+    b"\x00\x00\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+}
+_HUB_ID = re.compile(r"([\w.-]+/)?[\w.-]+(:.+)?", re.ASCII)
+
+
+def read_rows(source: str, slot: str, subset: str | None = None, streaming: bool = False) -> Iterator[PlacedRow]:
+    """Yield the rows of a source, blank lines left out.
+
+    Args:
+        source: A file (its name's ending is its format), a folder, or a hub id: ``owner/name``, or ``owner/name:split``.
+        slot: "train", "val", "test" or "predict", for errors and a data set's split.
+        subset: A data set's configuration.
+        streaming: Read a data set while it is downloaded.
+
+    Yields:
+        The place ("file:line", or "name:row" where there are no lines) and the row.
+
+    Raises:
+        ImportError: The source needs the package ``datasets``; the message names the extra.
+        ValueError: There is no such file, it cannot be parsed, or it is not text.
+    """
+    path = Path(source)
+    if path.is_dir() or (not path.exists() and path.suffix not in READERS and _HUB_ID.fullmatch(source) and len(path.parts) < 3):
+        return read_dataset(source, slot, subset, streaming)
+    if not path.is_file():
+        raise ValueError(f"data.{slot}={source!r}: no such file (seen from {Path.cwd()})")
+    if path.suffix not in READERS:
+        raise ValueError(f"data.{slot}={source!r}: the ending {path.suffix!r} is of no format; rename it to one of {', '.join(READERS)}")
+    return READERS[path.suffix](path)
+
+
+def _text(path: Path) -> str:
+    """Return a file's text, with ``\\n`` for every line end."""
+    raw = path.read_bytes()
+    encoding = next((name for mark, name in BOMS.items() if raw.startswith(mark)), None) or _unmarked(raw)
+    try:
+        return raw.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path}:{line} is not {encoding.upper().removesuffix('-SIG')} ({error.reason} at byte {error.start}); save the file as UTF-8 "
+            f"(as from Windows: iconv -f windows-1252 -t utf-8 {path.name} > new{path.suffix})"
+        ) from error
+
+
+def _unmarked(raw: bytes) -> str:
+    """Return the encoding of a file without a mark. In UTF-16 every second byte of plain characters is zero; UTF-8 text has none."""
+    start = raw[:200]
+    return next((name for name, odd in (("utf-16-le", 1), ("utf-16-be", 0)) if start and start[odd::2].count(0) * 4 > len(start)), "utf-8")
+
+
+def _read_json(path: Path) -> Iterator[PlacedRow]:
+    """Read one object per line, an array, or objects over several lines, whatever the ending says."""
+    text = _text(path)
+    first = next((line for line in text.split("\n") if line.strip()), "")
+    if first.lstrip().startswith("["):
+        return _read_array(path, text)
+    try:
+        json.loads(first)
+    except json.JSONDecodeError as error:
+        if error.pos >= len(first.rstrip()):  # it goes on in the next line
+            return _read_values(path, text, 0)
+    return _read_lines(path, text)
+
+
+def _read_lines(path: Path, text: str) -> Iterator[PlacedRow]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield f"{path}:{number}", json.loads(line)
+            except json.JSONDecodeError as error:
+                hint = 'a line is like {"prompt": "...", "response": "..."}'
+                raise ValueError(f"{path}:{number} is not JSON ({error.msg} at column {error.colno}); {hint}") from error
+
+
+def _read_array(path: Path, text: str) -> Iterator[PlacedRow]:
+    end = len(text.rstrip())
+    if not text.endswith("]", 0, end):
+        raise ValueError(f"{path}:{text.count(chr(10), 0, end) + 1} the array that begins the file has no end; close it with ]")
+    return _read_values(path, text[: end - 1], text.index("[") + 1)
+
+
+def _read_values(path: Path, text: str, position: int) -> Iterator[PlacedRow]:
+    """Read values one after another, with or without commas between them."""
+    decoder, separators = json.JSONDecoder(), re.compile(r"[\s,]*")
+    line, counted = 1, 0
+    while (position := separators.match(text, position).end()) < len(text):  # type: ignore[union-attr]
+        line, counted = line + text.count("\n", counted, position), position
+        try:
+            row, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{line} is not JSON ({error.msg} at line {error.lineno}, column {error.colno})") from error
+        yield f"{path}:{line}", row
+
+
+def _read_table(path: Path) -> Iterator[PlacedRow]:
+    """Read comma, semicolon or tab separated values with a header; the header tells which."""
+    text = _text(path)
+    header = text.lstrip("\n").partition("\n")[0]
+    limit = csv.field_size_limit(sys.maxsize)  # its default refuses texts of over 128 KiB
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), strict=True)
+        names: list[str] = []
+        start = 1
+        for fields in reader:
+            place, start = f"{path}:{start}", reader.line_num + 1
+            if not any(field.strip() for field in fields):
+                continue
+            if not names:
+                names = [name.strip() for name in fields]
+                if len(set(names)) < len(names):
+                    raise ValueError(f"{place}: the header names a column twice: {names}; rename one")
+            elif len(fields) != len(names):
+                raise ValueError(f"{place}: {len(fields)} fields, but the header names {len(names)}; put texts with separators in quotes")
+            else:
+                yield place, dict(zip(names, fields, strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{path}:{reader.line_num} is not csv ({error})") from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+READERS: dict[str, Callable[[Path], Iterator[PlacedRow]]] = {
+    ".jsonl": _read_json,
+    ".ndjson": _read_json,
+    ".json": _read_json,
+    ".csv": _read_table,
+    ".tsv": _read_table,
+    ".parquet": read_parquet,
+}

@@ -1,0 +1,59 @@
+"""What a row of data means, whatever its format: a conversation, a plain text, a text with a label, or a pair to prefer from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+#: One turn: ``role``, ``content``, and what a chat template may read beside them (``tool_calls``, ``reasoning_content``, ...).
+Message = dict[str, Any]
+
+
+@dataclass
+class Conversation:
+    """Turns to learn from, or to answer.
+
+    Attributes:
+        messages: The turns. The last one is the assistant's, except in prediction.
+        tools: The functions that the assistant may call, as JSON schemas; None without.
+        choices: Texts to choose the last answer from, which is one of them; None for a free answer.
+    """
+
+    messages: list[Message]
+    tools: list[Any] | None = None
+    choices: list[str] | None = None
+
+
+@dataclass
+class PlainText:
+    """A text to continue, which is learnt as a whole."""
+
+    text: str
+
+
+@dataclass
+class Labelled:
+    """A text and its label; None in prediction."""
+
+    text: str
+    label: str | int | float | None = None
+
+
+@dataclass
+class Pair:
+    """Two answers to one prompt, the better one first.
+
+    Attributes:
+        prompt: The turns before the answers; or a raw text, which gets no chat template.
+        chosen: The turns of the better answer; or a raw text.
+        rejected: The turns of the other answer; or a raw text.
+        tools: As in `Conversation`.
+    """
+
+    prompt: list[Message] | str
+    chosen: list[Message] | str
+    rejected: list[Message] | str
+    tools: list[Any] | None = field(default=None)
+
+
+Record = Conversation | PlainText | Labelled | Pair
