@@ -91,7 +91,9 @@ def batches(kind: str, options: argparse.Namespace, vocab: int) -> list[dict[str
         if kind == "full":  # in tensors of the same shape, so that one graph serves both
             whole = torch.randint(vocab, (options.rows * BATCHES, options.length), generator=torch.Generator().manual_seed(1)).tolist()
             packed = PackedRows(Documents(Example(ids, ids) for ids in whole), options.length, options.rows)
-            packed.documents, packed.longest = (getattr(PackedRows(found, options.length, options.rows), name) for name in ("documents", "longest"))
+            packed.documents, packed.longest = (
+                getattr(PackedRows(found, options.length, options.rows), name) for name in ("documents", "longest")
+            )
         else:
             packed = PackedRows(found, options.length, options.rows)
             print(packed, f"at most {packed.documents} in one of them", flush=True)

@@ -205,10 +205,11 @@ class FileDataModule(LightningDataModule, ABC):
 
     def batching(self, split: str) -> dict[str, Any]:
         """Return how examples become batches, as arguments of ``DataLoader``: order and size in ``sampler``, content in ``collate_fn``."""
-        options: dict[str, Any] = {"batch_size": self.batch_size, "collate_fn": partial(self.collate, split=split)}
+        rows, collate = self.examples[split], partial(self.collate, split=split)
+        options: dict[str, Any] = {"dataset": rows, "batch_size": self.batch_size, "collate_fn": collate}
         if split != "predict":  # which keeps the file's order
             epoch = (lambda: self.trainer.current_epoch) if split == "train" else None  # type: ignore[union-attr]
-            options["sampler"] = LengthGroupedSampler(self.examples[split].lengths, self.batch_size, epoch, self.seed)
+            options["sampler"] = LengthGroupedSampler(rows.lengths, self.batch_size, epoch, self.seed)
         return options
 
     def loader(self, split: str) -> DataLoader:
@@ -216,9 +217,8 @@ class FileDataModule(LightningDataModule, ABC):
         options: dict[str, Any] = {"num_workers": self.num_workers, **self.batching(split)}
         if self.num_workers:
             options["multiprocessing_context"] = "fork"  # `collate` is a method of this module, which cannot be pickled
-        if split == "train":
-            return ResumableLoader(self.examples[split], self.position, **options)
-        return DataLoader(self.examples[split], **options)  # type: ignore[arg-type]
+        rows = options.pop("dataset")
+        return ResumableLoader(rows, self.position, **options) if split == "train" else DataLoader(rows, **options)
 
     @override
     def state_dict(self) -> dict[str, Any]:
