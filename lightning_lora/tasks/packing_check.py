@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,14 +57,14 @@ def settle_attention(model: Any, length: int, longest: int, device: torch.device
     first -= first % _TILE if first > _TILE else 0
     tokens = torch.randint(model.config.get_text_config().vocab_size, (first + second,), generator=torch.Generator().manual_seed(0))
     one, other = tokens.to(device).split([first, second])
-    reason = ""
+    probe, reason = _Probe(model, unchunkable(model.get_output_embeddings()) is not None), ""
     with _as_tested(model):
-        alone = _states(model, {"input_ids": other[None], "attention_mask": torch.ones_like(other)[None]})
+        alone = probe.states(input_ids=other[None], attention_mask=torch.ones_like(other)[None])
         limits = _LIMITS.get(alone.dtype, _HALF_LIMITS)
         for choice in _choices(before, device, fixed):
             with _attention(model, choice) as keep:
                 try:
-                    changes = _changes(model, one, other, alone)
+                    changes = probe.changes(one, other, alone)
                 except ValueError as error:  # an attention says what it cannot do
                     reason = " ".join(str(error).split())
                     continue
@@ -102,31 +103,40 @@ def _choices(before: str | None, device: torch.device, fixed: bool) -> list[str 
     return [register(), before] if before == "sdpa" and fast and not fixed else [before]
 
 
-def _changes(model: Any, one: Tensor, other: Tensor, alone: Tensor) -> tuple[float, float]:
-    """Return how much the documents' hidden states change, relative to their size: between both orders, and to the second one alone."""
-    begins, behind = _packed(model, one, other), _packed(model, other, one)
-    cut, end = len(one), len(other)
-    between = max(_relative(begins[:cut], behind[end:]).max().item(), _relative(begins[cut:], behind[:end]).max().item())
-    return between, _relative(behind[:end], alone).mean().item()
+@dataclass(frozen=True)
+class _Probe:
+    """Compares documents of one model.
 
+    Attributes:
+        model: The model.
+        whole: Compare logits, because the output layer cannot be left out. Sharding may end with the first pass, so it is decided once.
+    """
 
-def _packed(model: Any, *documents: Tensor) -> Tensor:
-    """Return the hidden states of one packed row."""
-    row = torch.cat(documents)
-    lengths = [len(document) for document in documents]
-    bounds = torch.tensor([0, *lengths], device=row.device).cumsum(0, dtype=torch.int32)
-    places = torch.cat([torch.arange(length, device=row.device) for length in lengths])[None]
-    values = (places, bounds, bounds, len(row), len(row))
-    with packed_rows():
-        return _states(model, {"input_ids": row[None], **packed_inputs(model, dict(zip(PACKED_INPUTS, values, strict=True)))})
+    model: Any
+    whole: bool
 
+    def changes(self, one: Tensor, other: Tensor, alone: Tensor) -> tuple[float, float]:
+        """Return how much the documents' states change, relative to their size: between both orders, and to the second one alone."""
+        begins, behind = self.packed(one, other), self.packed(other, one)
+        cut, end = len(one), len(other)
+        between = max(_relative(begins[:cut], behind[end:]).max().item(), _relative(begins[cut:], behind[:end]).max().item())
+        return between, _relative(behind[:end], alone).mean().item()
 
-def _states(model: Any, inputs: dict[str, Any]) -> Tensor:
-    """Return what the output layer gets, (T, d), or the logits where it cannot be left out."""
-    head = model.get_output_embeddings()
-    with nullcontext() if unchunkable(head) else bypassed(head):
-        states: Tensor = model(**inputs, use_cache=False).logits[0]
-        return states
+    def packed(self, *documents: Tensor) -> Tensor:
+        """Return the states of one packed row."""
+        row = torch.cat(documents)
+        lengths = [len(document) for document in documents]
+        bounds = torch.tensor([0, *lengths], device=row.device).cumsum(0, dtype=torch.int32)
+        places = torch.cat([torch.arange(length, device=row.device) for length in lengths])[None]
+        values = (places, bounds, bounds, len(row), len(row))
+        with packed_rows():
+            return self.states(input_ids=row[None], **packed_inputs(self.model, dict(zip(PACKED_INPUTS, values, strict=True))))
+
+    def states(self, **inputs: Any) -> Tensor:
+        """Return what the output layer gets, or the logits: (T, d)."""
+        with nullcontext() if self.whole else bypassed(self.model.get_output_embeddings()):
+            states: Tensor = self.model(**inputs, use_cache=False).logits[0]
+            return states
 
 
 def packed_inputs(model: Any, batch: dict[str, Any]) -> dict[str, Any]:

@@ -125,7 +125,8 @@ def test_documents_are_no_longer_than_the_longest(
     length: int, longest: int, lengths: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    monkeypatch.setattr(packing_check, "_changes", lambda network, one, other, alone: seen.append((len(one), len(other))) or (0.0, 0.0))
-    monkeypatch.setattr(packing_check, "_states", lambda network, inputs: torch.zeros(1))
+    probe = packing_check._Probe
+    monkeypatch.setattr(probe, "changes", lambda self, one, other, alone: seen.append((len(one), len(other))) or (0.0, 0.0))
+    monkeypatch.setattr(probe, "states", lambda self, **inputs: torch.zeros(1))
     settle(model("Llama"), length, longest)
     assert seen == [lengths]
