@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -151,11 +152,16 @@ def alternate(group: dict[str, Mode], options: argparse.Namespace, vocab: int) -
     losses: dict[str, float] = {}
     peaks: dict[str, float] = {}
     for step in range(options.warmup + options.steps):
-        for name in names if step % 2 else names[::-1]:
+        for name in list(names) if step % 2 else names[::-1]:
             mode, (model, optimizer) = group[name], models[group[name].model]
             batch = data[mode.batches][step % BATCHES]
             (model.get_base_model() if mode.model.startswith("peft") else model).set_attn_implementation(mode.attention)
-            seconds, losses[name], peak = timed(lambda m=mode, x=model, o=optimizer, b=batch: train(m, x, o, b))
+            try:
+                seconds, losses[name], peak = timed(partial(train, mode, model, optimizer, batch))
+            except Exception as error:  # out of memory, or anything that a mode fails by: its row says so
+                print(f"| {name} | {type(error).__name__}: {' '.join(str(error).split())[:300]} |", flush=True)
+                names.remove(name)
+                continue
             if step >= options.warmup:
                 milliseconds[name].append(1000 * seconds)
                 speeds[name].append(batch["useful"] / seconds)
