@@ -209,6 +209,7 @@ def test_qlora_step_measures(name: str, checkpointed: bool) -> None:
     assert not any(parameter.is_meta for parameter in model.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # which PEFT asks
 def test_packing_computes_the_same_in_every_way(capsys: pytest.CaptureFixture[str]) -> None:
     main = runpy.run_path(str(BENCHMARKS / "packing.py"))["main"]
     options = ["--shape", "tiny", "--rows", "2", "--length", "64", "--median", "12", "--documents", "200", "--steps", "1", "--warmup", "1"]
