@@ -5,7 +5,8 @@
 
 Lengths are lognormal. Every mode trains on documents drawn from the same list, about as many useful tokens per batch:
 
-    full            one document of the row's full length per row: what packed rows are compared with
+    full            one document of the row's full length per row, the same kernel: what packed rows are compared with
+    full sdpa       the same rows as rows that are not packed: torch's fastest causal kernel
     packed          best-fit decreasing, attention over documents of varying length
     packed sdpa     the same rows, transformers' mask for its sdpa
     packed flex     the same rows, transformers' block mask for flex attention (on a GPU)
@@ -66,6 +67,7 @@ def modes(flex: bool) -> dict[str, dict[str, Mode]]:
     """Groups of modes that alternate."""
     fixed = {
         "full": Mode("ours", NAME, "full"),
+        "full sdpa": Mode("ours", "sdpa", "full"),
         "packed": Mode("ours", NAME, "packed"),
         "packed sdpa": Mode("ours", "sdpa", "packed"),
         "peft": Mode("peft", "sdpa", "packed"),
@@ -124,6 +126,8 @@ def loss_of(mode: Mode, model: Any, batch: dict[str, Any]) -> Tensor:
             with torch.autocast(DEVICE, torch.bfloat16) if GPU else nullcontext():
                 return model(**inputs, labels=batch["labels"]).loss
         base = model.get_base_model() if mode.model == "peft fast" else model
+        if mode.batches == "full" and mode.attention == "sdpa":
+            inputs = {"input_ids": batch["input_ids"]}
         hidden = base.model(**inputs).last_hidden_state.flatten(0, 1)
         labels = F.pad(batch["labels"][:, 1:], (0, 1), value=-100).flatten()
         return chunked_cross_entropy(hidden, base.lm_head.weight, labels, compiled=GPU)

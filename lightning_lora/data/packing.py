@@ -11,6 +11,7 @@ without labels.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from functools import partial
@@ -22,14 +23,17 @@ from torch.utils.data import Dataset
 from lightning_lora.data.batching import Example
 from lightning_lora.ops.cross_entropy import IGNORE
 
+CROWD = 4  # a row is closed at this many times the mean number of examples: a batch has bounds for its fullest rows, which kernels look at
 
-def best_fit_decreasing(lengths: Sequence[int], room: int, seed: int = 0) -> list[list[int]]:
+
+def best_fit_decreasing(lengths: Sequence[int], room: int, seed: int = 0, most: int | None = None) -> list[list[int]]:
     """Return rows of indices whose lengths add up to at most ``room``.
 
     Args:
         lengths: At most ``room`` each.
         room: Tokens per row.
         seed: Of the order among equal lengths.
+        most: Indices per row; any number by default.
     """
     order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
     left: list[int] = []  # the room that rows have left, sorted, each number once
@@ -47,10 +51,10 @@ def best_fit_decreasing(lengths: Sequence[int], room: int, seed: int = 0) -> lis
                 del rows_with[space], left[place]
         row.append(index)
         space -= lengths[index]
-        if space and space not in rows_with:
-            insort(left, space)
-            rows_with[space] = []
-        if space:
+        if space and len(row) != most:
+            if space not in rows_with:
+                insort(left, space)
+                rows_with[space] = []
             rows_with[space].append(row)
     return rows
 
@@ -71,9 +75,9 @@ class PackedRows(Dataset[list[Example]]):
 
     def __init__(self, examples: Any, length: int, rows: int, seed: int = 0) -> None:
         self.examples, self.length, self.rows = examples, length, rows
-        self.packs = best_fit_decreasing(examples.lengths, length, seed)
-        self.longest = max(examples.lengths)
-        self.tokens = sum(examples.lengths)
+        self.longest, self.tokens = max(examples.lengths), sum(examples.lengths)
+        mean = length * len(examples) / self.tokens
+        self.packs = best_fit_decreasing(examples.lengths, length, seed, most=math.ceil(CROWD * mean))
         self.documents = max(
             -(-length // self.longest),  # a row of padding only
             *(len(pack) + len(self._padding(sum(examples.lengths[i] for i in pack))) for pack in self.packs),

@@ -45,6 +45,16 @@ def test_rows_are_full_and_quickly_made() -> None:
     assert best_fit_decreasing(lengths, 2048) == rows != best_fit_decreasing(lengths, 2048, seed=1)
 
 
+def test_no_row_is_crowded() -> None:
+    """Four times the mean at the most. It costs little room."""
+    examples = documents(chat_lengths(3000))
+    packed = PackedRows(examples, 2048, 4)
+    mean = 2048 * 3000 / sum(examples.lengths)
+    assert max(map(len, best_fit_decreasing(examples.lengths, 2048))) > 4 * mean + 1 > max(map(len, packed.packs))
+    assert packed.documents <= 4 * mean + 2 and sum(examples.lengths) > 0.99 * 2048 * len(packed)
+    assert sorted(chain.from_iterable(packed.packs)) == list(range(3000))
+
+
 def test_a_batch_says_where_documents_begin() -> None:
     """Eight tokens per row: 5 + 3, 4 + 2 + 2 of padding; then a row of padding in the place of a missing one."""
     examples = documents([5, 4, 3, 2])
