@@ -25,7 +25,7 @@ PACKED_INPUTS = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q
 # Rounding changes hidden states by less; a leak or a wrong position changes them by more. First between orders, the worst token: shapes and
 # kernels are the same. Then between packed and alone, the mean over tokens.
 _LIMITS = {torch.float32: (1e-3, 1e-3), torch.float64: (1e-6, 1e-6)}
-_HALF_LIMITS = (0.03, 0.1)
+_HALF_LIMITS = (0.03, 0.25)  # a random 8B model in bf16: 0 and 0.05, for alone another kernel is chosen
 _TILE = 128  # kernels add in the same order if a document begins on a tile's boundary
 
 
