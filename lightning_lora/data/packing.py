@@ -75,13 +75,12 @@ class PackedRows(Dataset[list[Example]]):
 
     def __init__(self, examples: Any, length: int, rows: int, seed: int = 0) -> None:
         self.examples, self.length, self.rows = examples, length, rows
-        self.longest, self.tokens = max(examples.lengths), sum(examples.lengths)
-        mean = length * len(examples) / self.tokens
-        self.packs = best_fit_decreasing(examples.lengths, length, seed, most=math.ceil(CROWD * mean))
-        self.documents = max(
-            -(-length // self.longest),  # a row of padding only
-            *(len(pack) + len(self._padding(sum(examples.lengths[i] for i in pack))) for pack in self.packs),
-        )
+        lengths = list(examples.lengths)
+        self.longest, self.tokens = max(lengths), sum(lengths)
+        mean = length * len(lengths) / self.tokens
+        self.packs = best_fit_decreasing(lengths, length, seed, most=math.ceil(CROWD * mean))
+        documents = [len(pack) + len(self._padding(sum(lengths[i] for i in pack))) for pack in self.packs]
+        self.documents = max(*documents, -(-length // self.longest))  # at least those of a row of padding only
 
     def __len__(self) -> int:
         return len(self.packs)

@@ -47,8 +47,13 @@ WAYS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(("groups", "value_size", "window"), [(1, 8, None), (2, 8, None), (4, 4, None), (2, 8, 3), (1, 8, 1)])
+CASES = [(1, 8, None), (2, 8, None), (4, 4, None), (2, 8, 3), (1, 8, 1)]
+
+
+@pytest.mark.parametrize(
+    ("way", "groups", "value_size", "window"),
+    [(way, *case) for way in ("documents", "mask") for case in CASES] + [("compiled", *CASES[3])],
+)
 def test_every_way_equals_the_definition(way: str, groups: int, value_size: int, window: int | None) -> None:
     inputs = operands(groups=groups, value_size=value_size)
     expected = by_hand(*inputs, scale=0.3, window=window or 99)

@@ -125,8 +125,7 @@ def test_attention_with_more_than_scores_is_refused() -> None:
         run(network, packed_batch(documents()))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("attention", [NAME, "sdpa"])
+@pytest.mark.parametrize(("attention", "checkpointing"), [(NAME, False), (NAME, True), ("sdpa", False)])
 def test_one_graph_for_all_packed_batches(attention: str, checkpointing: bool) -> None:
     """Whatever the documents' number and lengths."""
     register()
