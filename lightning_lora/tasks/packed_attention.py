@@ -52,24 +52,16 @@ def register() -> str:
         sliding_window: int | None = None,
         cu_seq_lens_q: Tensor | None = None,
         max_length_q: int | None = None,
-        **options: Any,
+        **others: Any,
     ) -> tuple[Tensor, None]:
         if cu_seq_lens_q is None or max_length_q is None:
-            return sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **options)
+            return sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **others)
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        extra = [name for name in _LEAVES_OUT if options.get(name) is not None]
+        extra = [name for name in _LEAVES_OUT if others.get(name) is not None]
         if extra or not causal or query.shape[2] != key.shape[2]:
             raise ValueError(f"{type(module).__name__} has {', '.join(extra) or 'no causal attention'}, which {NAME} does not compute.")
-        found = varlen_attention(
-            query,
-            key,
-            value,
-            cu_seq_lens_q,
-            max_length_q,
-            scale=scaling,
-            window=sliding_window,
-            dropout=dropout if module.training else 0.0,
-        )
+        options = {"scale": scaling, "window": sliding_window, "dropout": dropout}
+        found = varlen_attention(query, key, value, cu_seq_lens_q, max_length_q, **options)
         return found.transpose(1, 2).contiguous(), None
 
     def mask(*args: Any, **options: Any) -> Any:
