@@ -23,6 +23,7 @@ from question_types import cache_folder, fetch, read_questions, write_splits
 
 from lightning_lora import get_lora_parameters, merge_lora, save_adapter, unmerge_lora
 from lightning_lora.cli.lightning_cli import LoRACLI
+from lightning_lora.storage.room import check_room
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "quickstart.yaml"
@@ -76,6 +77,7 @@ def sweep(rate: float, overrides: list[str], out: Path) -> float:
 
 def run(overrides: list[str], out: Path, started: float) -> dict:
     """Test, train, test; leave the adapter, the loss curve and ``summary.json`` in ``out``."""
+    check_room(out / "adapter", 0, "--out")  # it is written at the end
     cli = build(overrides, out)
     task, data, trainer = cli.model, cli.datamodule, cli.trainer
     clock = {"prepare": time.perf_counter() - started}

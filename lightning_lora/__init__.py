@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from lightning_lora import inits  # noqa: F401 (it registers what configs name)
+from lightning_lora.adapter_io.certificate import MergeCertificate, merge_certificate
 from lightning_lora.adapter_io.export import export_merged
 from lightning_lora.adapter_io.save_load import load_adapter, save_adapter
 from lightning_lora.config import LoRAConfig
@@ -37,6 +38,7 @@ __all__ = [
     "LoRAFSDP2Strategy",
     "LoRALayer",
     "LoRALinear",
+    "MergeCertificate",
     "RankAllocator",
     "apply_lora",
     "apply_lora_plus",
@@ -52,6 +54,7 @@ __all__ = [
     "load_adapter",
     "lora_layers",
     "lora_param_groups",
+    "merge_certificate",
     "merge_lora",
     "merge_report",
     "quantize_base",

@@ -28,7 +28,7 @@ STABLE = {
     *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_conv_forward"),
     *("_version", "_replace", "_asdict"),
 }
-DOCUMENTED = ("_foreach_",)  # torch's reference lists these functions
+DOCUMENTED = ("_foreach_", "_current_frames")  # torch's and Python's references list these functions
 MARKS = ("_lora_",)  # what we put on objects of others
 # FSDP2's list of what a unit shards, taken from the guarded `fsdp2_group`: there is no other way to take adapters out of it.
 ALSO = {("model.parallel", "_module_info"), ("model.parallel", "_post_load_hook_handle")}

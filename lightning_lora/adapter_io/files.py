@@ -29,7 +29,8 @@ from lightning_lora.storage.atomic_files import write_atomic
 from lightning_lora.storage.folder_commit import commit, read_undisturbed
 from lightning_lora.storage.folders import standing
 from lightning_lora.storage.read_checkpoint import read_checkpoint
-from lightning_lora.storage.regular_files import read_regular
+from lightning_lora.storage.regular_files import WrongPath, read_regular
+from lightning_lora.storage.sharded_checkpoint import REST, read_folder
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 LONGEST = 2**24  # bytes of JSON; 100,000 layers that are named one by one take half of it
@@ -68,20 +69,29 @@ class AdapterFile:
                 " meant the edit, save the tensors without the file's metadata; the JSON then says what they are."
             )
 
+    def checksum(self) -> str:
+        """Return a checksum of the adapter, that which a merge certificate has."""
+        return seal({"config": self.config.to_dict()}, self.tensors)
+
     def meta(self, **more: Any) -> dict[str, Any]:
         """Return the metadata that is stored beside the tensors, as plain types."""
         return {"format_version": FORMAT_VERSION, "config": self.config.to_dict(), "base": self.base, **more}
 
 
 def read_adapter(path: str | Path) -> AdapterFile:
-    """Read an adapter folder or a checkpoint written under ``LoRACallback``.
+    """Read an adapter folder, or a checkpoint written under ``LoRACallback``: a file or a folder of shards.
 
     Raises:
-        ValueError: a file is missing, unreadable or of a newer format, or the two files are of different saves.
+        WrongPath: there is no such adapter or checkpoint.
+        ValueError: a file is unreadable or of a newer format, or the two files are of different saves.
     """
     path = Path(path)
     place = standing(path)
-    return _read_checkpoint(place) if place.is_file() else read_undisturbed(path, (TENSORS, CONFIG), _read_folder)
+    if place.is_file():
+        return _of_checkpoint(_read_file(place), place)
+    if (place / REST).is_file():
+        return _of_checkpoint(read_folder(place), place)
+    return read_undisturbed(path, (TENSORS, CONFIG), _read_folder)
 
 
 def write_folder(folder: Path, content: AdapterFile, fields: dict[str, Any], check: Callable[[], object] = lambda: None) -> None:
@@ -105,7 +115,7 @@ def write_folder(folder: Path, content: AdapterFile, fields: dict[str, Any], che
 def _read_folder(folder: Path) -> AdapterFile:
     file = folder / TENSORS
     if not folder.is_dir():
-        raise ValueError(f"{folder}: there is no such adapter folder or checkpoint.")
+        raise WrongPath(f"{folder}: there is no such adapter folder or checkpoint.")
     if not file.is_file():
         pickled = folder / "adapter_model.bin"
         hint = (
@@ -113,7 +123,7 @@ def _read_folder(folder: Path) -> AdapterFile:
             if pickled.exists()
             else ""
         )
-        raise ValueError(f"{file} is missing{hint}.")
+        raise WrongPath(f"{file} is missing{hint}.")
     try:
         with safe_open(file, framework="pt") as reader:
             said = (reader.metadata() or {}).get(META)
@@ -136,10 +146,13 @@ def _read_folder(folder: Path) -> AdapterFile:
     return AdapterFile(config, named, base, frozenset(meta.get("beside", ())), damaged=damaged)
 
 
-def _read_checkpoint(file: Path) -> AdapterFile:
+def _read_file(file: Path) -> Any:
     if file.suffix == ".safetensors":
         raise ValueError(f"{file} is part of an adapter folder: load {file.parent}.")
-    checkpoint = read_checkpoint(file)
+    return read_checkpoint(file)
+
+
+def _of_checkpoint(checkpoint: Any, file: Path) -> AdapterFile:
     meta = checkpoint.get(META) if isinstance(checkpoint, dict) else None
     if meta is None:
         holds = "no adapter" if isinstance(checkpoint, dict) else f"a {type(checkpoint).__name__}"

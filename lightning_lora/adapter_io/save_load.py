@@ -42,7 +42,7 @@ from lightning_lora.model.merge import unmerge_lora
 from lightning_lora.model.targeting import TargetReport, resolve
 from lightning_lora.storage.folder_commit import occupied
 from lightning_lora.utils.names import adapter_root, bare, clean_name, modules_by_name, second_names
-from lightning_lora.utils.sharding import full_tensor, is_flattened, on_first_rank
+from lightning_lora.utils.sharding import full_tensor, on_first_rank
 from lightning_lora.utils.transformers_conventions import expert_family, loaded_from
 from lightning_lora.utils.values import kind_of_numbers
 
@@ -78,7 +78,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
     _check_values_kept(tensors, str(folder), "no values to save")
     for name, other in _shared(root, layers).items():
         warnings.warn(f"{name!r} and {other!r} are one module: read by PEFT, the adapter would be on the first only.", stacklevel=2)
-    base = None if is_flattened(root) else base_identity(root, extras)
+    base = base_identity(root, extras)
     whole = {name: full_tensor(tensor.detach()) for name, tensor in tensors.items()}
     content = AdapterFile(config, whole, base, frozenset(brought))
     fields = _fields(root, config, exported, layers)
@@ -91,7 +91,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
 
     Args:
         model: a base model, one with an adapter of the same shapes, or a LightningModule around one.
-        path: a folder (ours or PEFT's), or a checkpoint that :class:`~lightning_lora.LoRACallback` wrote.
+        path: a folder (ours or PEFT's), or a checkpoint that :class:`~lightning_lora.LoRACallback` wrote, a file or a folder of shards.
         check_base: refuse an adapter that was trained on another base (known for adapters written here).
         allow_nonfinite: accept NaN and infinity.
 

@@ -19,19 +19,17 @@ def check_size(path: Path, model: nn.Module) -> None:
     """Compare the size of an adapter's file with the model's.
 
     Args:
-        path: an adapter folder, or a checkpoint file. A path that does not exist passes here; the reader refuses it.
+        path: an adapter folder, or a checkpoint, a file or a folder of shards. A path that does not exist is left to the reader.
         model: the model that it will be loaded into, sharded or not.
 
     Raises:
         ValueError: the file is larger than 64 MiB, and than 16 times the model.
     """
-    file = path / TENSORS if path.is_dir() else path
-    if not file.is_file():
-        return
+    file = path / TENSORS if (path / TENSORS).is_file() else path
+    size = 0 if not file.exists() else sum(each.stat().st_size for each in (file.iterdir() if file.is_dir() else [file]) if each.is_file())
     processes = torch.distributed.get_world_size() if is_distributed() else 1  # each may hold a shard only
     tensors = [*model.parameters(), *model.buffers()]
     room = max(SMALL, SHARE * processes * sum(t.numel() * t.element_size() for t in tensors if not nn.parameter.is_lazy(t)))
-    size = file.stat().st_size
     if size > room:
         raise ValueError(
             f"{file} has {size:,} bytes; an adapter of this {type(model).__name__} has at most {room:,}. It was made for another model, or"

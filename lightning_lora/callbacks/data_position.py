@@ -12,19 +12,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
 
+from lightning_lora.callbacks.companion import Companion
 from lightning_lora.strategies.lightning_private import loader_states_not_loaded
 
 
-class DataPosition(Callback):
+class DataPosition(Companion):
     """Set Lightning's count of batches to the loader's position when a run resumes. Without one, log which rows are trained on twice.
 
     ``LoRACallback`` adds this callback to its trainer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, temporary: bool = False) -> None:
+        super().__init__(temporary)
         self.saved = False  # the checkpoint has the positions of training loaders
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

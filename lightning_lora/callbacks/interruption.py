@@ -4,7 +4,8 @@ On SIGTERM Lightning raises ``SIGTERMException`` after the batch. That is a ``Sy
 it had finished, and what was trained since the last checkpoint is lost. On Ctrl-C it stops within a step, where no state can be saved.
 
 Here Ctrl-C counts as SIGTERM, and a second one stops at once, as in Lightning. On several processes Lightning's handler waits for the
-others, whatever they do. It is replaced: all processes stop after the same batch, soon after one of them gets the signal.
+others, whatever they do. It is replaced: all processes stop after the same batch, soon after one of them gets the signal. A handler that
+the user has set for SIGTERM is still called.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ import signal
 import threading
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lightning_lora.callbacks.companion import Companion
 from lightning_lora.strategies.agreed_stop import AgreedStop
+from lightning_lora.strategies.lightning_private import handler_before
 from lightning_lora.strategies.namespaces import twin, twins
 from lightning_lora.utils.sharding import is_distributed
 
@@ -28,16 +31,18 @@ from lightning_lora.utils.sharding import is_distributed
 NAME = "last-interrupted.ckpt"
 
 
-class Interruption(Callback):
+class Interruption(Companion):
     """Leave a resumable checkpoint and the exit code 128 + signal (130, 143) when a run is told to stop.
 
     The checkpoint is written to the folder of the trainer's checkpoint callback. Without such a callback, or if one saves on exceptions
     itself, nothing is written here. `LoRACallback` adds this callback to its trainer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, temporary: bool = False) -> None:
+        super().__init__(temporary)
         self.signal: signal.Signals | None = None  # what told this process to stop
         self._stop: AgreedStop | None = None  # of a run on several processes
+        self._users: Any = None  # the user's own handler of SIGTERM
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the handlers. Lightning restores the earlier handlers after the run."""
@@ -46,6 +51,7 @@ class Interruption(Callback):
         if threading.current_thread() is not threading.main_thread() or not callable(lightnings):
             return
         if self._stop is not None:
+            self._users = handler_before(trainer, signal.SIGTERM)
             signal.signal(signal.SIGTERM, self._note)
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, self._note_ctrl_c)
@@ -86,6 +92,8 @@ class Interruption(Callback):
 
     def _note(self, number: int, frame: Any) -> None:
         self.signal = self.signal or signal.Signals(number)
+        if callable(self._users):
+            self._users(number, frame)
 
     def _note_ctrl_c(self, number: int, frame: Any) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -5,7 +5,6 @@ It only calls the package's plain functions in the right hooks. What the strateg
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Literal
@@ -19,18 +18,20 @@ from torch import Tensor, nn
 from lightning_lora.callbacks.companions import add_companions
 from lightning_lora.callbacks.dropout import wake_and_log
 from lightning_lora.callbacks.gradient_check import BATCHES, CURE, GradientCheck
+from lightning_lora.callbacks.late_models import when_built
 from lightning_lora.callbacks.out_of_memory import advise
 from lightning_lora.callbacks.processes import begin_together
-from lightning_lora.callbacks.refusals import check_apart, check_fit, check_mergeable, frozen_parts, recordable
+from lightning_lora.callbacks.refusals import check_apart, check_fit, check_mergeable, frozen_parts, recordable, submodule
 from lightning_lora.callbacks.start_report import log_start
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import lora_layers
+from lightning_lora.layers.rounding import check_limit
 from lightning_lora.layers.state import Quantized
 from lightning_lora.model.apply import already_applied, inject, let_gradients_in, unload_lora
 from lightning_lora.model.compile import begin_step, compile_layers, keep_gradients, uncompile_layers
 from lightning_lora.model.merge import merge_lora, merge_report, remerging, unmerge_lora
 from lightning_lora.model.modes import restore_flags
-from lightning_lora.model.quantize import quantize_base
+from lightning_lora.model.quantize import quantize_reversibly
 from lightning_lora.model.targeting import TargetReport, find_targets
 from lightning_lora.optim.groups import check_ratio
 from lightning_lora.quantization.formats import quantizer_of
@@ -40,7 +41,7 @@ from lightning_lora.strategies.fsdp2 import offer_to_others
 from lightning_lora.strategies.lightning_private import see_mixed_imports
 from lightning_lora.strategies.namespaces import twins
 from lightning_lora.strategies.support import arrange, check_supported, convert_base
-from lightning_lora.utils.names import adapter_root
+from lightning_lora.utils.names import adapter_root, clean_name
 from lightning_lora.utils.sharding import is_sharded
 
 
@@ -60,6 +61,8 @@ class LoRACallback(Callback):
         merge_on_fit_end: merge after a completed ``fit``. Checkpoints hold the adapter all the same. Loading one (``test(ckpt_path=
             "best")``) or fitting again unmerges first. Default: True; with ``quantize``, only if ``merge_quantized`` is given.
         merge_quantized: how to merge into a quantized base, ``"dequantize"`` or ``"requantize"`` (see :func:`~lightning_lora.merge_lora`).
+        merge_max_lost: the largest share of an update that rounding may lose in the merge. If a layer loses more, ``fit`` ends in a
+            ValueError, unmerged, after the last checkpoint. Default: no limit.
         check_base: refuse to resume from a checkpoint that was trained on another base.
         check_gradients: raise if an adapter got no gradient in 100 training batches, or in all batches of a shorter training. Switch it
             off for models that use some layers less often.
@@ -91,6 +94,7 @@ class LoRACallback(Callback):
         quantize: str | None = None,
         merge_quantized: Quantized | None = None,
         cuda_graphs: bool = False,
+        merge_max_lost: float | None = None,
     ) -> None:
         if compile not in (None, "layer"):
             raise ValueError(f"compile={compile!r} is not known; it is None or 'layer'.")
@@ -104,6 +108,8 @@ class LoRACallback(Callback):
             quantizer_of(quantize)
         if merge_quantized not in (None, "dequantize", "requantize"):
             raise ValueError(f"merge_quantized={merge_quantized!r}: choose 'dequantize' or 'requantize'.")
+        check_limit(merge_max_lost, "merge_max_lost")
+        self.merge_max_lost = merge_max_lost
         self.quantize, self.merge_quantized = quantize, merge_quantized
         self.merge_on_fit_end = quantize is None or merge_quantized is not None if merge_on_fit_end is None else merge_on_fit_end
         self.lora_plus_ratio = lora_plus_ratio
@@ -119,28 +125,32 @@ class LoRACallback(Callback):
         self._roll_call: RollCall | None = None  # of a run on several processes
         self._undo = ExitStack()  # reverts the preparations, until the run has begun
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the settings and the report. What belongs to a run stays out of copies and pickles: some of it cannot be copied."""
+        of_a_run = {"_undo": ExitStack(), "_recorded": False, "_compare": False}
+        none = ("_finite", "_gradients", "_compiled", "_roll_call", "part")
+        return vars(self) | of_a_run | dict.fromkeys(none)
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Inject, freeze and report. A model that is built in ``configure_model`` is adapted right after that."""
-        mine = [c for c in add_companions(trainer) if isinstance(c, LoRACallback)]
-        self._roll_call = begin_together(self.config, vars(self), mine[0] is self)
+        """Inject, freeze and report. A model that is built in its ``setup`` or ``configure_model`` is adapted right after that."""
+        mine = [c for c in add_companions(trainer, temporary=True) if isinstance(c, LoRACallback)]
+        self._roll_call = begin_together(self.config, vars(self), mine[0] is self, trainer)
         check_supported(trainer)
         check_apart(self.module, [c.module for c in mine if c is not self])
         if any(True for _ in pl_module.parameters()):
             self._adapt(trainer, pl_module).watch_configure_model()
             return
-        original = pl_module.configure_model
 
-        @functools.wraps(original)  # Lightning follows __wrapped__ to see that the user overrode the hook
-        def configure_model() -> None:
-            original()
-            pl_module.__dict__.pop("configure_model", None)  # it runs once; from now on the user's own method is called
-            self._adapt(trainer, pl_module)
+        def adapt(hook: str) -> None:
+            hooks = self._adapt(trainer, pl_module)
+            if hook == "setup":
+                hooks.watch_configure_model()
 
-        pl_module.configure_model = configure_model  # type: ignore[method-assign]
+        self._undo.callback(when_built(pl_module, adapt))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise ValueError if an optimizer lacks a parameter that should train, or has none, or if no checkpoint can be written."""
-        check_fit(trainer, pl_module, self._target(pl_module))
+        check_fit(trainer, pl_module, self._target(pl_module), self.part)
         let_gradients_in(pl_module)  # gradient checkpointing may have been enabled after the injection
         self._gradients, self._compare = GradientCheck(self._target(pl_module)) if self.check_gradients else None, True
         every = trainer.log_every_n_steps or BATCHES  # type: ignore[attr-defined]
@@ -204,7 +214,7 @@ class LoRACallback(Callback):
         if not self.merge_on_fit_end:
             return
         target = self._target(pl_module)
-        merge_lora(target, device=trainer.strategy.root_device, quantized=self.merge_quantized)
+        merge_lora(target, device=trainer.strategy.root_device, quantized=self.merge_quantized, max_lost=self.merge_max_lost)
         lost = merge_report(target)
         worst = max(lost, key=lambda name: lost[name])
         rank_zero_info(f"LoRA merged into {len(lost)} modules; rounding lost at most {lost[worst]:.2%} of an update ({worst}).")
@@ -249,7 +259,7 @@ class LoRACallback(Callback):
                 convert_base(trainer, pl_module)
                 if self.quantize is not None:
                     device, saved = trainer.strategy.root_device, self.config.modules_to_save
-                    quantize_base(target, self.quantize, modules_to_save=saved, device=device)
+                    undo.callback(quantize_reversibly(target, self.quantize, modules_to_save=saved, device=device))
                 self.report = report = find_targets(target, self.config)
                 stays = frozen_parts(target, report, self.config, whole=self.module is None)
                 inject(target, self.config, report)
@@ -258,7 +268,8 @@ class LoRACallback(Callback):
                 log_start(report, pl_module, stays, fitting and bool(trainer.checkpoint_callbacks))
             undo.callback(arrange(trainer.strategy, pl_module))
             root = ".".join(filter(None, (self.module, adapter_root(target)[0])))
-            self.part = AdaptedPart(root, self.config, self.check_base, self.lora_plus_ratio, self.allow_nonfinite)
+            layers = [clean_name(name) for name, _ in lora_layers(target)]
+            self.part = AdaptedPart(root, self.config, self.check_base, self.lora_plus_ratio, self.allow_nonfinite, layers)
             hooks = StrategyHooks.of(trainer.strategy, pl_module)
             undo.callback(hooks.drop, root, forget=not there)
             hooks.add(self.part, training=fitting, new=not there)
@@ -286,9 +297,4 @@ class LoRACallback(Callback):
             begin_step()
 
     def _target(self, pl_module: LightningModule) -> nn.Module:
-        try:
-            return pl_module.get_submodule(self.module or "")
-        except AttributeError as error:
-            children = ", ".join(name for name, _ in pl_module.named_children())
-            name = type(pl_module).__name__
-            raise ValueError(f"module={self.module!r} is no submodule of {name}; its children are {children}.") from error
+        return submodule(pl_module, self.module)

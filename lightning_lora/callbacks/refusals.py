@@ -11,14 +11,16 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.base import LoRALayer, lora_layers
 from lightning_lora.layers.state import Quantized
 from lightning_lora.model.heads import left_frozen
 from lightning_lora.model.targeting import TargetReport
 from lightning_lora.model.ties import tied_weights
 from lightning_lora.quantization.formats import format_of
+from lightning_lora.strategies.adapted_part import AdaptedPart
 from lightning_lora.strategies.namespaces import twins
 from lightning_lora.strategies.savable import check_savable
+from lightning_lora.utils.names import clean_name
 
 
 def check_apart(mine: str | None, others: Sequence[str | None]) -> None:
@@ -80,8 +82,22 @@ def check_mergeable(target: nn.Module, report: TargetReport, strategy: Strategy,
         )
 
 
-def check_fit(trainer: Trainer, module: LightningModule, target: nn.Module) -> None:
-    """Raise ValueError if an optimizer lacks a parameter that should train or has none, or if a checkpoint cannot be written."""
+def check_fit(trainer: Trainer, module: LightningModule, target: nn.Module, part: AdaptedPart | None) -> None:
+    """Raise ValueError if adapters are gone, an optimizer lacks a parameter that should train or has none, or no checkpoint can be written.
+
+    Args:
+        trainer: before its first step.
+        module: the LightningModule.
+        target: the adapted part of it.
+        part: what was adapted; None if nothing was.
+    """
+    here = {clean_name(name) for name, _ in lora_layers(target)}
+    gone = [name for name in part.layers if name not in here] if part is not None else []
+    if gone or not here:
+        what = f"replaced {len(gone)} layers after they were adapted: {', '.join(gone[:4])}" if gone else "built no layers to adapt"
+        raise ValueError(
+            f"{type(module).__name__} {what}. Build layers in __init__ or configure_model; or in setup, in a module that has none before."
+        )
     check_optimizers(trainer.optimizers, module, target)
     check_savable(trainer, module)
 
@@ -97,6 +113,8 @@ def check_optimizers(optimizers: Sequence[Optimizer], module: nn.Module, target:
     Raises:
         ValueError: a parameter that should train is in no optimizer, or an optimizer has nothing to train.
     """
+    if not any(optimizer.param_groups for optimizer in optimizers):
+        return  # configure_optimizers returned None: Lightning warns that it runs without an optimizer
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     trained = {id(p) for p in target.parameters() if p.requires_grad}
     forgotten = [name for name, p in module.named_parameters() if id(p) in trained - held]
@@ -150,3 +168,12 @@ def frozen_parts(target: nn.Module, report: TargetReport, config: LoRAConfig, *,
             " call requires_grad_(False) on them before, or pass modules_to_save=[]."
         )
     return named
+
+
+def submodule(pl_module: LightningModule, name: str | None) -> nn.Module:
+    """Return the submodule that is adapted; the whole module by default."""
+    try:
+        return pl_module.get_submodule(name or "")
+    except AttributeError as error:
+        children = ", ".join(child for child, _ in pl_module.named_children())
+        raise ValueError(f"module={name!r} is no submodule of {type(pl_module).__name__}; its children are {children}.") from error

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from lightning_lora.cli.messages import UsageError, check_not_null, nearest, one_line, usage
 from lightning_lora.cli.yaml_files import check_config_files, unique_keys
+from lightning_lora.storage.regular_files import WrongPath
 
 TRAIN = {
     "fit": "train an adapter",
@@ -55,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments; the process's own by default.
 
     Returns:
-        The exit code. 0: done. 2: an option or its value is wrong. 1: the run failed. In both cases one line on stderr says what.
-        130, 143: stopped by Ctrl-C or SIGTERM. 141: whatever read the output has closed it.
+        The exit code. 0: done. 2: an option or its value is wrong, or a path leads to nothing. 1: the run failed. In both cases one line
+        on stderr says what. 130, 143: stopped by Ctrl-C or SIGTERM. 141: whatever read the output has closed it.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(
             f"lightning-lora: error: {'' if rank == '0' else f'[rank {rank}] '}{one_line(error)}\n"
         )  # one write: no mixed lines
-        return 2 if isinstance(error, (ArgumentError, UsageError)) else 1
+        return 2 if isinstance(error, (ArgumentError, UsageError, WrongPath)) else 1
     except KeyboardInterrupt:
         return _interrupted()
     except SystemExit as stop:  # after Ctrl-C Lightning raises one without the exit code
@@ -127,7 +128,7 @@ def _usage() -> str:
         f"usage: lightning-lora <command> ...\n\nLoRA for PyTorch Lightning.\n\n{commands}\n\n"
         f"`lightning-lora <command> --help` lists a command's options; {TRACEBACK}=1 shows where an error arose.\n"
         "A config file runs the classes and functions that it names: take one only from someone whose code you would run.\n"
-        "Exit codes: 0 done, 2 an option is wrong, 1 the run failed, 130 and 143 stopped by Ctrl-C and SIGTERM.\n\n"
+        "Exit codes: 0 done, 2 an option or a path is wrong, 1 the run failed, 130 and 143 stopped by Ctrl-C and SIGTERM.\n\n"
         f"An example of run.yaml, for `lightning-lora fit --config run.yaml`:\n\n{EXAMPLE}"
     )
 

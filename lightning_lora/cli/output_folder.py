@@ -11,14 +11,17 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO
 
+from lightning_lora.adapter_io.certificate import CERTIFICATE
+from lightning_lora.cli.messages import UsageError
 from lightning_lora.storage.atomic_files import sync_folder
+from lightning_lora.storage.room import check_room
 
 try:
     import fcntl
 except ImportError:  # Windows: what a killed run left stays
     fcntl = None  # type: ignore[assignment]
 
-# What transformers writes into a model's folder.
+# What transformers writes into a model's folder, and the certificate of a merge.
 MODEL_FILES = (
     *(
         "config.json",
@@ -38,12 +41,12 @@ MODEL_FILES = (
         "*.tiktoken",
         "spiece.model",
     ),
-    *("chat_template.*", "*processor_config.json"),
+    *("chat_template.*", "*processor_config.json", CERTIFICATE),
 )
 
 
 @contextmanager
-def replaced_folder(out: str, overwrite: bool, keep: tuple[str, ...]) -> Iterator[Path]:
+def replaced_folder(out: str, overwrite: bool, keep: tuple[str, ...], room: int = 0) -> Iterator[Path]:
     """Yield a new folder beside ``out``, and move it to ``out`` at the end. After an error everything is as it was.
 
     What a killed run left beside ``out`` is removed; its free lock shows that it ended. If it was killed while it replaced ``out``, the old
@@ -54,21 +57,26 @@ def replaced_folder(out: str, overwrite: bool, keep: tuple[str, ...]) -> Iterato
         overwrite: Replace a folder that holds a model.
         keep: Folders or files that ``out`` must neither be nor contain, since they would be deleted with it.
 
+        room: The least size in bytes of what will be in it.
+
     Raises:
-        ValueError: ``out`` is a file or cannot be written; it is not empty and ``overwrite`` is False; it holds something that is no model;
+        ValueError: There is no room for it, beside the old one.
+        UsageError: ``out`` is a file or cannot be written; it is not empty and ``overwrite`` is False; it holds something that is no model;
             it is or contains one of ``keep``.
     """
     if not out:
-        raise ValueError("out='' is empty; name a folder")
+        raise UsageError("out='' is empty; name a folder")
     target = Path(out).resolve()
     _clean(target)
     _check(out, target, overwrite, keep)
+    if room:
+        check_room(target.parent, room, "out", "the new model takes at least")
     made = [path for path in target.parents if not path.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=_prefix(target)))
     except OSError as error:
-        raise ValueError(f"out={out!r} cannot be written: {error.strerror} ({error.filename})") from error
+        raise UsageError(f"out={out!r} cannot be written: {error.strerror} ({error.filename})") from error
     try:
         with open(staging / "lock", "wb") as lock:
             _locked(lock)
@@ -88,19 +96,32 @@ def replaced_folder(out: str, overwrite: bool, keep: tuple[str, ...]) -> Iterato
     shutil.rmtree(staging)
 
 
+def weight_bytes(model: str, gguf_file: str | None, dtype: str) -> int:
+    """Return the least size in bytes of a model's weights once they are written again. Of a model that is not in a local folder: 0.
+
+    Args:
+        model: A hub id or a folder.
+        gguf_file: A GGUF file in it.
+        dtype: What the weights are converted to; "auto" keeps theirs.
+    """
+    patterns = [gguf_file] if gguf_file else ["*.safetensors", "pytorch_model*.bin"]
+    size = max(sum(file.stat().st_size for file in Path(model).glob(pattern)) for pattern in patterns)
+    return size if dtype in ("auto", "float32") else size // 2
+
+
 def _check(out: str, target: Path, overwrite: bool, keep: tuple[str, ...]) -> None:
     if target.exists() and not target.is_dir():
-        raise ValueError(f"out={out!r} is a file; name a folder")
+        raise UsageError(f"out={out!r} is a file; name a folder")
     for source in keep:
         if os.path.exists(source) and (path := Path(source).resolve()).is_relative_to(target):
-            raise ValueError(f"out={out!r} holds {str(path)!r}, which it is made from; name another folder")
+            raise UsageError(f"out={out!r} holds {str(path)!r}, which it is made from; name another folder")
     there = sorted(target.iterdir()) if target.exists() else []
     if there and not overwrite:
-        raise ValueError(f"out={out!r} is not empty; name another folder, or pass --overwrite to replace the model in it")
+        raise UsageError(f"out={out!r} is not empty; name another folder, or pass --overwrite to replace the model in it")
     foreign = [entry.name for entry in there if entry.is_dir() or not any(fnmatch(entry.name, pattern) for pattern in MODEL_FILES)]
     if foreign or (there and not (target / "config.json").is_file()):
         what = f"holds {foreign[0]!r}" if foreign else "has no config.json"
-        raise ValueError(
+        raise UsageError(
             f"out={out!r} {what}: --overwrite replaces a model, and this is more or none; name another folder, or empty it yourself"
         )
 

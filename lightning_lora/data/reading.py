@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lora.data.hub import read_dataset, read_parquet
+from lightning_lora.storage.regular_files import WrongPath
 
 #: A row's place ("file:line"), and the parsed row.
 PlacedRow = tuple[str, Any]
@@ -39,13 +40,14 @@ def read_rows(source: str, slot: str, subset: str | None = None, streaming: bool
 
     Raises:
         ImportError: The source needs the package ``datasets``; the message names the extra.
-        ValueError: There is no such file, it cannot be parsed, or it is not text.
+        WrongPath: There is no such file.
+        ValueError: It cannot be parsed, or it is not text.
     """
     path = Path(source)
     if path.is_dir() or (not path.exists() and path.suffix not in READERS and _HUB_ID.fullmatch(source) and len(path.parts) < 3):
         return read_dataset(source, slot, subset, streaming)
     if not path.is_file():
-        raise ValueError(f"data.{slot}={source!r}: no such file (seen from {Path.cwd()})")
+        raise WrongPath(f"data.{slot}={source!r}: no such file (seen from {Path.cwd()})")
     if path.suffix not in READERS:
         raise ValueError(f"data.{slot}={source!r}: the ending {path.suffix!r} is of no format; rename it to one of {', '.join(READERS)}")
     return READERS[path.suffix](path)

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from lightning_lora.layers import merging
+from lightning_lora.layers.rounding import measure
 from lightning_lora.layers.state import MergeRecord, Quantized
 from lightning_lora.quantization import formats
 from lightning_lora.utils.parameters import make_parameter
-from lightning_lora.utils.sharding import local_shard, local_tensor
+from lightning_lora.utils.sharding import local_shard, local_tensor, shard_groups
 
 Plan = Callable[[], None]  # carries it out
 
@@ -38,10 +39,13 @@ def plan_merge(layer: Any, device: torch.device | str | None, reversible: bool, 
     delta, out_scale = layer._merge_parts(device)
     delta, out_scale = local_shard(delta, weight), None if out_scale is None else local_shard(out_scale, weight)
     undo: merging.SparseUndo | merging.OriginalUndo | None
-    merged, undo, loss = merging.merged_with_undo(mine.to(device), delta, out_scale, reversible=reversible and not shared)
+    groups = shard_groups(weight)
+    merged, undo, rounding = merging.merged_with_undo(
+        mine.to(device), delta, out_scale, reversible=reversible and not shared, groups=groups
+    )
     if shared:  # another module uses it: it is replaced, never written to
         new, undo = make_parameter(merged.to(weight.device), False), merging.OriginalUndo(weight) if reversible else None
-    record = MergeRecord(undo, digest, device, loss)
+    record = MergeRecord(undo, digest, device, rounding)
 
     def carry_out() -> None:
         if shared:
@@ -64,19 +68,19 @@ def _plan_packed(layer: Any, device: torch.device | str | None, reversible: bool
     try:
         if quantized == "requantize":
             packing.requantize(layer, exact.to(home))
-            merged = layer.base_weight().to(exact)
+            merged = layer.base_weight()
         else:
             layer.weight = make_parameter(exact.to(base.dtype).to(home), False)
             for name in original.attributes:
                 del layer.__dict__[name]
             if packing.plain_class is not None:
                 layer.rebase_class(packing.plain_class)
-            merged = layer.weight.to(exact)
+            merged = layer.weight.detach()
         new = formats.take(layer, packing)
-        loss = float((merged - exact).norm() / delta.norm()) if delta.any() else 0.0
+        rounding = measure(base.to(delta.dtype), delta, merged.to(device))
     finally:
         original.put_back(layer)
-    record = MergeRecord(original if reversible else None, digest, device, loss, quantized)
+    record = MergeRecord(original if reversible else None, digest, device, rounding, quantized)
 
     def carry_out() -> None:
         _exchange(layer, new, original.attributes)

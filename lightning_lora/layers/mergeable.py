@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_lora.layers import merging
 from lightning_lora.layers.merge_plans import plan_merge, plan_unmerge
+from lightning_lora.layers.rounding import Rounding
 from lightning_lora.layers.state import Adapted, AdapterState, Quantized, Untying
 from lightning_lora.quantization import formats
 from lightning_lora.utils.checksums import checksum
@@ -102,8 +103,8 @@ class Mergeable(Adapted):
         """Return the dense update, computed with full-precision products on ``device`` (default: the weight's device)."""
         return self._exactly(device, self.lora_delta)
 
-    def merged_weight(self, device: torch.device | str | None = None) -> tuple[Tensor, float]:
-        """Return the full weight as a merge would leave it, and the share of the update that rounding lost.
+    def merged_weight(self, device: torch.device | str | None = None) -> tuple[Tensor, Rounding]:
+        """Return the full weight as a merge would leave it, and what rounding lost of the update.
 
         Changes nothing.
         """

@@ -12,7 +12,7 @@ record stores it. The inverse is ``round(m/γ − Δ)``. It is computed in a pre
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.layers.rounding import Rounding, measure
 from lightning_lora.utils.checksums import bits, checksum
 
 
@@ -60,18 +61,16 @@ def exact_matmul() -> Iterator[None]:
             backend.fp32_precision = precision
 
 
-def merged_weight(weight: Tensor, delta: Tensor, out_scale: Tensor | None = None) -> tuple[Tensor, float]:
-    """Return ``round(γ∘(w + Δ))``, and the share of the change that rounding lost.
+def merged_weight(weight: Tensor, delta: Tensor, out_scale: Tensor | None = None, groups: Sequence[Any] = ()) -> tuple[Tensor, Rounding]:
+    """Return ``round(γ∘(w + Δ))``, and what rounding lost of the change.
 
-    Computes in Δ's dtype (fp32 or wider).
+    Computes in Δ's dtype (fp32 or wider). If the tensors are shards, ``groups`` are the process groups over which the weight is sharded.
     """
     wide = weight.to(_dtype(weight, delta, out_scale))
     exact = wide + delta if out_scale is None else (wide + delta) * out_scale
     merged = exact.to(weight.dtype)
     change = delta if out_scale is None else exact - wide
-    missing = (merged.to(wide.dtype) - wide).sub_(change)
-    size = change.norm()
-    return merged, float(missing.norm() / size) if size > 0 else 0.0
+    return merged, measure(wide, change, merged, groups)
 
 
 def merge(weight: Tensor, delta: Tensor, out_scale: Tensor | None = None, *, reversible: bool = True) -> tuple[SparseUndo | None, float]:
@@ -86,23 +85,23 @@ def merge(weight: Tensor, delta: Tensor, out_scale: Tensor | None = None, *, rev
     Returns:
         The undo record (or None), and the share of the update that rounding lost, ‖(m − w) − Δ‖ / ‖Δ‖.
     """
-    merged, undo, lost = merged_with_undo(weight, delta, out_scale, reversible=reversible)
+    merged, undo, rounding = merged_with_undo(weight, delta, out_scale, reversible=reversible)
     weight.copy_(merged)
-    return undo, lost
+    return undo, rounding.lost
 
 
 def merged_with_undo(
-    weight: Tensor, delta: Tensor, out_scale: Tensor | None = None, *, reversible: bool = True
-) -> tuple[Tensor, SparseUndo | None, float]:
-    """Return the merged weight that :func:`merge` would write, and what it returns. Change nothing."""
-    merged, lost = merged_weight(weight, delta, out_scale)
+    weight: Tensor, delta: Tensor, out_scale: Tensor | None = None, *, reversible: bool = True, groups: Sequence[Any] = ()
+) -> tuple[Tensor, SparseUndo | None, Rounding]:
+    """Return the merged weight that :func:`merge` would write, its undo record, and what rounding lost. Change nothing."""
+    merged, rounding = merged_weight(weight, delta, out_scale, groups)
     undo = None
     if reversible:
         back = _taken_out(merged, delta, out_scale)
         index = (bits(back) != bits(weight)).flatten().nonzero().flatten()
         index = index.to(torch.int32) if weight.numel() < 2**31 else index
         undo = SparseUndo(index, weight.flatten()[index].clone(), checksum(weight), out_scale)
-    return merged, undo, lost
+    return merged, undo, rounding
 
 
 def unmerge(weight: Tensor, delta: Tensor, undo: SparseUndo) -> Tensor:

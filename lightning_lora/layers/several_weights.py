@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -130,7 +130,8 @@ class SeveralWeights(LoRALayer):
         if reason:
             raise ValueError(reason)
         layers = {name: layer for name, layer in self.by_weight().items() if layer.lora_state.merge is None}
-        self._carry_out(layers, {name: plan_merge(layer, device, reversible, quantized) for name, layer in layers.items()})
+        plans = {name: plan_merge(layer, device, reversible, quantized) for name, layer in layers.items()}
+        self._carry_out(layers, plans, lambda layer: layer.unmerge_weights())
 
     def unmerge_weights(self) -> None:
         """Restore all base weights bit for bit, or none.
@@ -139,19 +140,28 @@ class SeveralWeights(LoRALayer):
             ValueError: one of them cannot be restored; all stay merged then.
         """
         layers = {name: layer for name, layer in self.by_weight().items() if layer.lora_state.merge is not None}
-        plans = {}
+        plans, states = {}, {layer: layer.lora_state.copy() for layer in layers.values()}
         for name, layer in layers.items():
             try:
                 plans[name] = plan_unmerge(layer)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-        self._carry_out(layers, plans)
+        self._carry_out(layers, plans, lambda layer: layer.merge_again(states[layer]))
         self.retie()
 
-    def _carry_out(self, layers: Mapping[str, LoRALayer], plans: Mapping[str, Plan]) -> None:
-        for name, plan in plans.items():
-            plan()
-            self._parameters[name] = layers[name].weight
+    def _carry_out(self, layers: Mapping[str, LoRALayer], plans: Mapping[str, Plan], take_back: Callable[[LoRALayer], None]) -> None:
+        """Carry out all plans, or none."""
+        done = []
+        try:
+            for name, plan in plans.items():
+                plan()
+                self._parameters[name] = layers[name].weight
+                done.append(name)
+        except BaseException:
+            for name in done:
+                take_back(layers[name])
+                self._parameters[name] = layers[name].weight
+            raise
 
     def merge_again(self, state: AdapterState) -> None:
         """Repeat the merge of each weight after an unmerge."""

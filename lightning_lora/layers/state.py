@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.merging import OriginalUndo, SparseUndo
+from lightning_lora.layers.rounding import Rounding
 from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.quantization.formats import QuantizedUndo
 
@@ -24,15 +25,20 @@ class MergeRecord:
         undo: the undo record, which restores the base weight bit for bit; None if it was not kept.
         digest: sampled digest of the base weight.
         device: where the sum was computed; unmerging must compute the same product there.
-        loss: share of the update that rounding lost, ‖merged − base − Δ‖ / ‖Δ‖.
+        rounding: what rounding lost of the update; None if code outside this package merged.
         quantized: how the update was merged into a quantized weight.
     """
 
     undo: SparseUndo | OriginalUndo | QuantizedUndo | None
     digest: str
     device: torch.device
-    loss: float
+    rounding: Rounding | None
     quantized: Quantized | None = None
+
+    @property
+    def loss(self) -> float:
+        """Share of the update that rounding lost, ‖merged − base − Δ‖ / ‖Δ‖."""
+        return 0.0 if self.rounding is None else self.rounding.lost
 
 
 class Untying(Protocol):
@@ -104,7 +110,7 @@ class Adapted(nn.Module):
     @merged.setter
     def merged(self, value: bool) -> None:
         """Record a merge that code outside this package did. It has no undo record, so it cannot be undone here."""
-        self.lora_state.merge = MergeRecord(None, "", next(self.parameters()).device, 0.0) if value else None
+        self.lora_state.merge = MergeRecord(None, "", next(self.parameters()).device, None) if value else None
 
     @property
     def merge_loss(self) -> float | None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lightning_lora.layers.base import LoRALayer, lora_layers
+from lightning_lora.layers.rounding import Rounding, check_limit, check_lost
 from lightning_lora.layers.state import Quantized
 from lightning_lora.model.ties import adapted_weights, join, tied_weights, untying
 from lightning_lora.utils.sharding import is_distributed, is_flattened, is_sharded, reshard
@@ -21,6 +22,7 @@ def merge_lora(
     reversible: bool = True,
     device: torch.device | str | None = None,
     quantized: Quantized | None = None,
+    max_lost: float | None = None,
 ) -> nn.Module:
     """Add every update to its base weight. Inference then costs nothing extra, and the state dict has the base's keys only.
 
@@ -36,14 +38,17 @@ def merge_lora(
             whose weight has the dtype before quantization. Only the rounding to this dtype is lost. ``"requantize"``: pack the sum
             again. The update is then rounded to a grid of a few bits, which loses most of a small update; see ``merge_report``.
             Both keep the packed weight for :func:`unmerge_lora`, unless ``reversible`` is False.
+        max_lost: the largest share of an update that rounding may lose, as in ``merge_report``. If a layer loses more, all are unmerged.
 
     Returns:
         The same ``model``.
 
     Raises:
         ValueError: an adapter holds NaN or infinity; a weight is quantized and ``quantized`` is None; or a weight is tied, and
-            ``untie`` is False, the weight is sharded or no file could hold the model untied. Nothing is merged then.
+            ``untie`` is False, the weight is sharded or no file could hold the model untied; or rounding would lose more than
+            ``max_lost`` of an update. Nothing is merged then.
     """
+    check_limit(max_lost)
     if is_distributed():
         reshard(model)  # what FSDP2 keeps gathered after a forward pass does not look sharded
     layers = [(name, layer) for name, layer in lora_layers(model) if not layer.merged]
@@ -75,6 +80,12 @@ def merge_lora(
             layer.untie(plan)
 
     _all_or_none(model, layers, merge, lambda layer: layer.unmerge_weights())
+    if max_lost is not None:
+        try:
+            check_lost(roundings(model, layers), max_lost)
+        except ValueError:
+            _unmerge(model, layers)
+            raise
     for layer in [layer for _, layer in layers if not reversible]:
         layer.lora_state.untying = None
         for part in layer.by_weight().values():
@@ -85,7 +96,8 @@ def merge_lora(
 def merge_report(model: nn.Module) -> dict[str, float]:
     """Return FQN → share of the update that the merge lost by rounding, ‖merged − base − Δ‖ / ‖Δ‖, for every merged layer.
 
-    For a quantized base, "base" is the unpacked weight. At 1 or above the update is lost.
+    For a quantized base, "base" is the unpacked weight. At 1 or above the update is lost. :func:`~lightning_lora.merge_certificate` has
+    more.
     """
     losses = {name: layer.merge_loss for name, layer in lora_layers(model)}
     return {name: loss for name, loss in losses.items() if loss is not None}
@@ -97,7 +109,11 @@ def unmerge_lora(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: a layer cannot be unmerged, since its merge was not reversible or its adapter changed. The message names it.
     """
-    layers = [(name, layer) for name, layer in lora_layers(model) if layer.merged]
+    _unmerge(model, [(name, layer) for name, layer in lora_layers(model) if layer.merged])
+    return model
+
+
+def _unmerge(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> None:
     states = {layer: layer.lora_state.copy() for _, layer in layers}
 
     def unmerge(name: str, layer: LoRALayer) -> None:
@@ -107,7 +123,22 @@ def unmerge_lora(model: nn.Module) -> nn.Module:
             raise ValueError(f"{name!r} cannot be unmerged: {error}.") from error
 
     _all_or_none(model, layers, unmerge, lambda layer: layer.merge_again(states[layer]))
-    return model
+
+
+@torch.no_grad()
+def roundings(model: nn.Module, layers: list[tuple[str, LoRALayer]] | None = None) -> dict[str, Rounding | None]:
+    """Return FQN → what rounding lost in the merge of each layer (default: all), or would lose in one. Nothing is changed.
+
+    A quantized weight that is not merged is measured as if it were dequantized. A layer with several weights has an entry for each, named
+    by the weight's full name. None stands for a merge by code outside this package. On a sharded model this is a collective.
+    """
+    found: dict[str, Rounding | None] = {}
+    for fqn, layer in _ready(model, list(lora_layers(model)) if layers is None else layers):
+        for name, part in layer.by_weight().items():
+            record = part.lora_state.merge
+            rounding = part.merged_weight()[1] if record is None else record.rounding
+            found[fqn if len(layer.adapted) == 1 else join(fqn, name)] = rounding
+    return found
 
 
 def remerging(model: nn.Module) -> Callable[[], None]:

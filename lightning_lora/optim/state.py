@@ -27,6 +27,8 @@ def state_by_name(optimizer: Optimizer, model: nn.Module, saved: Callable[[Tenso
     """
     names = _names(optimizer, model)
     state = optimizer.state_dict()
+    if not state:  # Lightning's stand-in for a run without an optimizer
+        return state
     return {
         **state,
         "state": {
@@ -45,6 +47,8 @@ def load_by_name(optimizer: Optimizer, model: nn.Module, saved: dict[str, Any]) 
     Raises:
         ValueError: the optimizer has other groups or other parameters, or this is no optimizer's state; nothing is loaded then.
     """
+    if saved == {} and not optimizer.param_groups:
+        return
     if not _is_state(saved):
         raise ValueError("the checkpoint's optimizer_states are not what optimizers save: it was changed by hand, or is damaged.")
     names = _names(optimizer, model)

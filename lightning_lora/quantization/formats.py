@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_lora.registry import look_up, qualified_name
 from lightning_lora.utils.checksums import sampled_digest
-from lightning_lora.utils.sharding import full_tensor, is_sharded, local_tensor
+from lightning_lora.utils.sharding import is_sharded, local_tensor
 
 QUANTIZED_FORMATS: dict[str, QuantizedFormat] = {}  # qualified name of a layer's or a weight's type → its format
 QUANTIZERS: dict[str, Quantizer] = {}  # quantize=… → what quantizes a linear
@@ -213,9 +213,16 @@ def weight_digest(module: Any) -> str:
 
     For a quantized weight it is the digest from before it was quantized, or ``packed:…`` if that is unknown.
     """
+    content = digest_or_weight(module)
+    return content if isinstance(content, str) else sampled_digest(content)
+
+
+def digest_or_weight(module: Any) -> str | Tensor:
+    """Return :func:`weight_digest` if it is known or the weight is quantized; otherwise the weight that it is to be computed from."""
     packing = format_of(module)
     if packing is None:
-        return sampled_digest(full_tensor(module.weight.detach()))
+        weight: Tensor = module.weight
+        return weight
     if _DIGEST in module.__dict__:
         return module.__dict__[_DIGEST]
     return UNKNOWN + "+".join(sampled_digest(code) for code in packing.codes(module))

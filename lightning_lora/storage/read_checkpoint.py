@@ -12,14 +12,15 @@ import struct
 import warnings
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lightning_lora.storage.regular_files import open_regular
-from lightning_lora.storage.stored_size import check_records, check_tensors
+from lightning_lora.storage.regular_files import WrongPath, open_regular
+from lightning_lora.storage.stored_size import check_checksums, check_records, check_tensors
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(::|://)")
 _LOCAL = {"file", "local"}
@@ -63,17 +64,22 @@ def read_checkpoint(path: str | Path, weights_only: bool | None = None) -> Any:
         weights_only: False lets the file run code; None and True do not.
 
     Raises:
-        ValueError: the path is a URL or no file, or the file is damaged, holds more than tensors and plain values, or would take more
+        WrongPath: there is no such file.
+        ValueError: the path is a URL, or the file is damaged, holds more than tensors and plain values, or would take more
             memory than it has bytes.
     """
     text, weights_only = located(path, weights_only)
     if not Path(text).is_file():
-        raise ValueError(f"{text}: there is no such checkpoint{' file' if Path(text).exists() else ''}.")
+        raise WrongPath(f"Checkpoint file not found: {text}{' is no file' if Path(text).exists() else ''}.")
     with readable(text), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Detected pickle protocol")  # the file is read whole, or refused
-        with open_regular(Path(text)) as file:
+        with open_regular(Path(text)) as file, ThreadPoolExecutor(1) as beside:
             check_records(file)
-        content = torch.load(text, map_location="cpu", weights_only=weights_only)
+            checked = beside.submit(check_checksums, file)  # it takes about half as long as loading does
+            try:
+                content = torch.load(text, map_location="cpu", weights_only=weights_only)
+            finally:
+                checked.result()  # in place of what torch says of a damaged record
         check_tensors(content, Path(text).stat().st_size)
     return content
 

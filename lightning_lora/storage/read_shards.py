@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_lora.storage.read_checkpoint import readable
 from lightning_lora.storage.regular_files import open_regular, read_regular
-from lightning_lora.storage.stored_size import check_records, check_tensors
+from lightning_lora.storage.stored_size import check_checksums, check_records, check_tensors
 
 INDEX = ".metadata"
 LARGEST = 2**28  # largest size of an index in bytes; it takes about 200 per shard of a tensor
@@ -117,6 +117,7 @@ def _chunk(folder: Path, info: dict[str, Any]) -> Tensor:
         stream.seek(start)
         content = io.BytesIO(stream.read(length))
     check_records(content)
+    check_checksums(content)
     part = torch.load(content, map_location="cpu", weights_only=True)
     check_tensors(part, length)
     if not isinstance(part, Tensor):

@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 
+class WrongPath(ValueError, FileNotFoundError):
+    """A path that the user gave leads to nothing, or to something of another kind. The command line exits with 2, as for a wrong option."""
+
+
 def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading. Links are followed.
 

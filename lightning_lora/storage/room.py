@@ -11,7 +11,7 @@ from pathlib import Path
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def check_room(folder: str | Path, size: int, name: str) -> None:
+def check_room(folder: str | Path, size: int, name: str, what: str = "one checkpoint of this run takes at least") -> None:
     """Raise unless a file of this size can be written into a folder. Nothing is left there.
 
     The space is really allocated where the system can do so, because a quota does not show in the free space.
@@ -20,6 +20,7 @@ def check_room(folder: str | Path, size: int, name: str) -> None:
         folder: it need not exist yet.
         size: in bytes.
         name: how the user set the folder, for messages, such as ``dirpath``.
+        what: what has this size, for messages.
 
     Raises:
         ValueError: the folder cannot be written to, or lacks the room.
@@ -42,7 +43,7 @@ def check_room(folder: str | Path, size: int, name: str) -> None:
         short = True
     if short:
         raise ValueError(
-            f"{name}={str(folder)!r} has no room for {size / 1e6:,.1f} MB, as much as one checkpoint of this run takes at least"
+            f"{name}={str(folder)!r} has no room for {size / 1e6:,.1f} MB, as much as {what}"
             f" ({free / 1e6:,.1f} MB are free, apart from quotas). Make room, or choose another folder."
         )
 

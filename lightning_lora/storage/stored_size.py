@@ -1,8 +1,8 @@
 """Refuse a checkpoint that would take more memory than it has bytes, or whose bytes are not those that were written.
 
-``torch.save`` writes a zip archive without compression, with a checksum (CRC-32) per record. ``torch.load`` does not compare it. So the
-records are checked before torch reads them. A tensor may also be a view that repeats its stored values, of any size. A copy of it would
-take that size.
+``torch.save`` writes a zip archive without compression, with a checksum (CRC-32) per record. ``torch.load`` does not compare it. So sizes
+are checked before torch reads the records, and checksums before anyone uses what it read. A tensor may also be a view that repeats its
+stored values, of any size. A copy of it would take that size.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _CHUNK = 2**20
 
 
 def check_records(file: BinaryIO) -> None:
-    """Check the records of a zip archive. A file of another kind is left to torch.
+    """Check the sizes of a zip archive's records. A file of another kind is left to torch.
 
     Args:
         file: the open file, at its start. It is at its start again afterwards.
 
     Raises:
         ValueError: the records are compressed, or larger than the file.
-        zipfile.BadZipFile: a record is not what was written, or the archive is damaged.
+        zipfile.BadZipFile: the archive is damaged.
     """
     begins, size = file.read(4), file.seek(0, 2)
     file.seek(0)
@@ -34,7 +34,23 @@ def check_records(file: BinaryIO) -> None:
             records = archive.infolist()
             if any(record.compress_type != zipfile.ZIP_STORED for record in records) or sum(each.file_size for each in records) > size:
                 raise ValueError(f"its {size:,} bytes stand for more: torch.save writes no compressed records")
-            for record in records:
+    file.seek(0)
+
+
+def check_checksums(file: BinaryIO) -> None:
+    """Compare the checksums of a zip archive's records. A file of another kind is left to torch.
+
+    Args:
+        file: the open file, at its start, whose records :func:`check_records` has checked.
+
+    Raises:
+        zipfile.BadZipFile: a record is not what was written, or the archive is damaged.
+    """
+    begins = file.read(4)
+    file.seek(0)
+    if begins == b"PK\3\4":
+        with zipfile.ZipFile(file) as archive:
+            for record in archive.infolist():
                 if record.CRC:  # 0 is what torch writes after torch.serialization.set_crc32_options(False)
                     with archive.open(record) as stream:
                         while stream.read(_CHUNK):

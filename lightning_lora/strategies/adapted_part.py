@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ class AdaptedPart:
         check_base: refuse checkpoints that were trained on another base.
         lora_plus_ratio: B's learning rate divided by A's.
         allow_nonfinite: write and load checkpoints with NaN or infinity in what trains.
+        layers: names of the layers that were adapted, in the part.
         before_load: called with a checkpoint's config before the module is checked against it. It may change the module to fit.
     """
 
@@ -28,6 +29,7 @@ class AdaptedPart:
     check_base: bool = True
     lora_plus_ratio: float = 1.0
     allow_nonfinite: bool = False
+    layers: Sequence[str] = ()
     before_load: Callable[[LoRAConfig], None] | None = None
 
 

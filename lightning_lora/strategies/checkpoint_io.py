@@ -23,11 +23,9 @@ from lightning_lora.storage.atomic_files import write_atomic
 from lightning_lora.storage.file_locks import exclusive, lock_file
 from lightning_lora.storage.folders import aside, erase, put_back, remove, standing, swap
 from lightning_lora.storage.read_checkpoint import located, read_checkpoint, readable
-from lightning_lora.storage.read_shards import read_shards
+from lightning_lora.storage.sharded_checkpoint import PARTS, REST, read_folder
 from lightning_lora.strategies.namespaces import twins
 from lightning_lora.utils.sharding import on_first_rank
-
-REST = "meta.pt"  # Lightning's name for the file of what is not in the shards; written last: a folder that has it is complete
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -108,7 +106,7 @@ def write_folder(checkpoint: dict[str, Any], path: Path) -> None:
     import torch.distributed.checkpoint as dcp
 
     tensors: dict[str, Tensor] = {}
-    rest = _extract_tensors({name: checkpoint[name] for name in ("state_dict", "optimizer_states") if name in checkpoint}, "", tensors)
+    rest = _extract_tensors({name: checkpoint[name] for name in PARTS if name in checkpoint}, "", tensors)
     staged, held = _staged(path), ExitStack()
 
     def begin() -> None:
@@ -161,27 +159,6 @@ def read(io: CheckpointIO, path: Any, weights_only: bool | None = None) -> dict[
     return checkpoint
 
 
-def read_folder(path: Path, weights_only: bool | None = None) -> dict[str, Any]:
-    """Read a folder of shards into the dictionary of a portable file, with full tensors on the CPU.
-
-    Args:
-        path: the folder.
-        weights_only: of what is not in the shards; see :func:`~lightning_lora.storage.read_checkpoint.read_checkpoint`.
-
-    Raises:
-        ValueError: a file in it is missing or damaged, or holds more than tensors and plain values.
-    """
-    checkpoint, tensors = read_checkpoint(path / REST, weights_only), read_shards(path)
-    parts = ("state_dict", "optimizer_states")
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path} was not written under LoRACallback: {REST} holds a {type(checkpoint).__name__}.")
-    used = set[str]()
-    content = {name: _put_tensors(value, name, tensors, used) if name in parts else value for name, value in checkpoint.items()}
-    if unused := sorted(tensors.keys() - used):
-        raise ValueError(f"{path}: {REST} has no place for {len(unused)} tensors of the shards, such as {unused[0]!r}: it is damaged.")
-    return content
-
-
 def _extract_tensors(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
     """Copy nested dicts and lists without their tensors, and add those to ``tensors`` by their paths."""
     if isinstance(value, Tensor):
@@ -191,16 +168,4 @@ def _extract_tensors(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
         return {name: _extract_tensors(item, f"{key}/{name}" if key else name, tensors) for name, item in value.items()}
     if isinstance(value, list):
         return [_extract_tensors(item, f"{key}/{index}", tensors) for index, item in enumerate(value)]
-    return value
-
-
-def _put_tensors(value: Any, key: str, tensors: dict[str, Tensor], used: set[str]) -> Any:
-    """Undo :func:`_extract_tensors`: return a copy with the tensors in their places, and note which are used."""
-    if key in tensors and value is None:
-        used.add(key)
-        return tensors[key]
-    if isinstance(value, dict):
-        return {name: _put_tensors(item, f"{key}/{name}", tensors, used) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_put_tensors(item, f"{key}/{index}", tensors, used) for index, item in enumerate(value)]
     return value

@@ -40,6 +40,17 @@ def start_method(strategy: Strategy) -> str | None:
     return str(launcher._start_method) if isinstance(launcher, twins(_MultiProcessingLauncher)) else None
 
 
+def collective_timeout(strategy: Any) -> float:
+    """Return for how many seconds a collective waits, infinity if the strategy does not say. If its name goes, a hang is named later."""
+    timeout = getattr(strategy, "_timeout", None)
+    return float("inf") if timeout is None else float(timeout.total_seconds())
+
+
+def handler_before(trainer: Any, number: int) -> Any:
+    """Return the user's handler of a signal, which Lightning's has replaced for this run. If its names go, a distributed run raises."""
+    return trainer._signal_connector._original_handlers.get(number)
+
+
 def see_mixed_imports() -> None:
     """Let Lightning name the package in its refusal of a module of the other one (``pytorch_lightning``), for a user's classes too.
 

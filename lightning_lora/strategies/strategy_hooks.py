@@ -12,6 +12,7 @@ it. No hook asks a strategy for a state dict of the model.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -69,6 +70,7 @@ class StrategyHooks:
         self.parts: dict[str, AdaptedPart] = {}
         self.state = ChangedState.of(module)
         self.originals: dict[str, Callable[..., Any]] = {}
+        self._watching: Callable[[], None] | None = None
 
     @classmethod
     def of(cls, strategy: Strategy, module: LightningModule) -> StrategyHooks:
@@ -81,7 +83,8 @@ class StrategyHooks:
             hooks = cls(strategy, module)
             hooks.install()
         hooks.state = ChangedState.of(module)
-        hooks.state.wrapped = lambda: model if (model := strategy.model) is not None and is_flattened(model) else module
+        here, state = weakref.ref(strategy), hooks.state  # the state is found by its module: a reference from it would keep the module
+        state.wrapped = lambda: model if is_flattened(model := getattr(here(), "model", None) or state.module) else state.module
         return hooks
 
     def add(self, part: AdaptedPart, training: bool, new: bool) -> None:
@@ -109,7 +112,8 @@ class StrategyHooks:
     def drop(self, root: str, forget: bool) -> None:
         """Remove a part. If ``forget``, drop the records of its base too."""
         self.parts.pop(root, None)
-        self.module.__dict__.pop("configure_model", None)
+        if self.module.__dict__.get("configure_model") is self._watching is not None:
+            del self.module.configure_model
         if forget:
             self.state.drop(root)
         if not self.parts:
@@ -143,7 +147,7 @@ class StrategyHooks:
             original()
             self.state.rebase()
 
-        self.module.configure_model = configure_model  # type: ignore[method-assign]
+        self._watching = self.module.configure_model = configure_model  # type: ignore[method-assign]
 
     # Each of these replaces the strategy's method of the same name.
 

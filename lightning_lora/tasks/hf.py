@@ -9,7 +9,7 @@ import re
 import ssl
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 
 from lightning_lora.data.chat import stop_tokens
+from lightning_lora.storage.regular_files import WrongPath
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 REACHED = 10.0  # seconds within which the hub has to answer
@@ -88,30 +89,30 @@ def check_there(model: str | os.PathLike[str], gguf_file: str | None = None) -> 
     """Check that ``model`` is a model's folder, or may be a hub id. Transformers would try an unreachable hub for a minute.
 
     Raises:
-        ValueError: It can only be a folder and is no model's; or the folder does not exist and the hub cannot be reached.
+        WrongPath: It can only be a folder and is no model's; or the folder does not exist and the hub cannot be reached.
     """
     model, path = os.fspath(model), Path(model)
     if not model:
-        raise ValueError("model='' is empty; name a folder or a hub id")
+        raise WrongPath("model='' is empty; name a folder or a hub id")
     if path.is_file():
-        raise ValueError(f"model={model!r} is a file; name its folder ({str(path.parent)!r})")
+        raise WrongPath(f"model={model!r} is a file; name its folder ({str(path.parent)!r})")
     if path.is_dir():
         if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-            raise ValueError(f"model={model!r} is an adapter; name the model that it was trained on, and give the adapter as adapter")
+            raise WrongPath(f"model={model!r} is an adapter; name the model that it was trained on, and give the adapter as adapter")
         needed = gguf_file or "config.json"
         if not (path / needed).is_file():
-            raise ValueError(f"model={model!r} is not a model: the folder has no {needed}")
+            raise WrongPath(f"model={model!r} is not a model: the folder has no {needed}")
         return
     beside = sorted(other.name for other in path.parent.iterdir() if other.is_dir()) if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, beside, 1)
     hint = f"; did you mean {str(path.parent / close[0])!r}?" if close else ""
     if model.startswith((".", "~")) or path.is_absolute() or len(path.parts) > 2 or not _HUB_ID.fullmatch(model):
-        raise ValueError(
+        raise WrongPath(
             f"model={model!r} is no folder (seen from {Path.cwd()}; ~ stays as it is), nor a hub id: 'name' or 'owner/name'{hint}"
         )
     reason = _unreachable(model, gguf_file or "config.json")
     if reason is not None:
-        raise ValueError(f"model={model!r} is no folder (seen from {Path.cwd()}), and the hub cannot be reached: {reason}{hint}")
+        raise WrongPath(f"model={model!r} is no folder (seen from {Path.cwd()}), and the hub cannot be reached: {reason}{hint}")
 
 
 def _unreachable(model: str, file: str) -> str | None:
@@ -139,6 +140,21 @@ def enable_checkpointing(model: Any) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:  # its name in earlier releases, deprecated since
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def token_probe(model: Any, length: int) -> Callable[[Any], Any] | None:
+    """Return what a merge certificate compares logits on: a random sequence of tokens, the same at every call. None for length 0.
+
+    Args:
+        model: A causal language model.
+        length: In tokens; at most the model's context.
+    """
+    if not length:
+        return None
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or length
+    vocabulary, generator = model.get_input_embeddings().num_embeddings, torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (1, min(length, longest)), generator=generator).to(model.device)
+    return lambda model: {"logits": model(input_ids=ids, use_cache=False).logits}
 
 
 def generate_text(model: Any, tokenizer: Any, input_ids: Any, attention_mask: Any, max_new_tokens: int) -> list[str]:

@@ -14,12 +14,17 @@ What is built on them, and where:
 
 from __future__ import annotations
 
+import array
 import hashlib
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-SAMPLES = 64  # entries that the sampled digest reads per tensor
+from lightning_lora.utils.pieces import Piece, piece_of, whole_codes
+
+RUNS, RUN = 64, 16  # of the sampled digest: runs per tensor, entries per run
 ROW, ROWS = 1 << 13, 1 << 9  # of the full digest: words per row, rows per chunk
 
 
@@ -58,16 +63,35 @@ def _weights(start: int, count: int, device: torch.device) -> Tensor:
     return (x ^ (x >> 27)).mul_(-7723592293110705685) | 1
 
 
-def sampled_digest(tensor: Tensor) -> str:
-    """Return a digest of a tensor's shape and of evenly spaced entries, rounded to bf16.
+def sampled_digest(tensor: Tensor | Piece) -> str:
+    """Return :func:`sampled_digests` of one tensor."""
+    return sampled_digests([tensor])[0]
+
+
+def sampled_digests(tensors: Sequence[Tensor | Piece]) -> list[str]:
+    """Return a digest of each tensor's shape and of some entries, rounded to bf16. Of a sharded tensor, only these entries are gathered.
+
+    A digest reads 64 evenly spaced runs of 16 entries, or all entries of a tensor that has no more. A run lies in one or two cache lines,
+    so it costs about as much as one entry. If a share p of a tensor's entries changed by more than the rounding, scattered at random, the
+    digest misses that with probability (1 − p)^1024: 36 % at p = 0.1 %, 3·10⁻⁵ at 1 %. A change of one entry it misses almost always.
 
     Because of the rounding, a model loaded in fp32 and in bf16 counts as the same base.
+
+    Args:
+        tensors: plain ones, DTensors, or this rank's pieces. One collective for all that are sharded in the same way.
     """
-    flat = tensor.detach().flatten()
-    index = torch.linspace(0, max(flat.numel() - 1, 0), min(SAMPLES, flat.numel()), dtype=torch.float64).round().long()
-    sample = flat[index.to(flat.device)]
-    sample = sample.to(torch.bfloat16).view(torch.int16) if sample.is_floating_point() else sample.to(torch.int64)
-    return hashlib.sha256(str((tuple(tensor.shape), sample.tolist())).encode()).hexdigest()[:16]
+    pieces = [tensor if isinstance(tensor, Piece) else piece_of(tensor) for tensor in tensors]
+    codes = whole_codes(pieces, [_positions(math.prod(piece.shape)) for piece in pieces])
+    contents = [str(piece.shape).encode() + array.array("q", each.tolist()).tobytes() for piece, each in zip(pieces, codes, strict=True)]
+    return [hashlib.sha256(content).hexdigest()[:16] for content in contents]
+
+
+def _positions(count: int) -> Tensor:
+    """Return the flat positions that the sampled digest reads of a tensor with so many entries."""
+    if count <= RUNS * RUN:
+        return torch.arange(count)
+    starts = torch.linspace(0, count - RUN, RUNS, dtype=torch.float64).round().long()
+    return (starts[:, None] + torch.arange(RUN)).flatten()
 
 
 def bits(tensor: Tensor) -> Tensor:

@@ -37,6 +37,15 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return dtensor_storage(tensor) if is_sharded(tensor) else tensor
 
 
+def shard_groups(tensor: Tensor) -> tuple[Any, ...]:
+    """Return the process groups over which a DTensor is cut, not those where it is replicated. Return none for any other tensor."""
+    if not is_sharded(tensor):
+        return ()
+    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+    placements: Any = tensor.placements  # type: ignore[attr-defined]
+    return tuple(mesh.get_group(dim) for dim, placement in enumerate(placements) if not placement.is_replicate())
+
+
 def reshard(model: nn.Module) -> None:
     """Free the unsharded copies that FSDP2 keeps after a forward pass. Values written to those copies would be lost."""
     for module in model.modules():

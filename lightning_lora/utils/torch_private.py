@@ -198,6 +198,28 @@ def fsdp1_parts(unit: Any) -> list[tuple[str, nn.Module]]:
     return [] if flat is None else [(name, module) for name, module, _ in flat._param_infos]
 
 
+def fsdp1_runs(unit: Any) -> list[tuple[tuple[nn.Module, str], Tensor, tuple[int, ...], int, tuple[int, ...]]]:
+    """Return what this rank holds of every parameter that was flattened. Without it a base's fingerprint raises under FSDP1.
+
+    Each entry has the module and the parameter's name, the local values (n,), the full shape, the position of the first local value in
+    the full parameter's memory, and the full parameter's strides.
+    """
+    flat = fsdp1_flat(unit)
+    if flat is None:
+        return []
+    shards = getattr(flat, "_local_shard", flat).detach()  # before the first pass, the flat parameter itself
+    runs: dict[tuple[nn.Module, str], Any] = {}
+    for (name, module, _), shape, strides, shard in zip(
+        flat._param_infos, flat._shapes, flat._strides, flat._shard_param_infos, strict=True
+    ):
+        first = shard.offset_in_shard or 0
+        local = shards[first : first + (shard.numel_in_shard or 0)]
+        runs[module, name] = (local, tuple(shape), shard.intra_param_start_idx or 0, tuple(strides))
+    tied = {(info.module, info.param_name): (info.prim_module, info.prim_param_name) for info in flat._shared_param_infos}
+    runs |= {place: runs[first] for place, first in tied.items()}
+    return [(place, *run) for place, run in runs.items()]
+
+
 def fsdp1_originals(unit: Any) -> list[nn.Parameter]:
     """Return the original parameters that were flattened, which ``use_orig_params=True`` keeps."""
     flat = fsdp1_flat(unit)

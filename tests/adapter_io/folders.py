@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from lightning_lora.adapter_io.certificate import CERTIFICATE
 from lightning_lora.layers.base import LoRALayer, lora_layers
 
 
@@ -51,8 +52,11 @@ def metadata(folder: Path) -> dict[str, Any]:
 
 
 def differences(found: Path, wanted: Path) -> list[str]:
-    """What differs between two folders, in words: names of files, bytes of the side files, tensors by name, dtype, shape and value."""
-    names = [{file.name for file in folder.iterdir()} for folder in (found, wanted)]
+    """What differs between two folders, in words: names of files, bytes of the side files, tensors by name, dtype, shape and value.
+
+    The certificate of a merge is left out: ``save_pretrained`` writes none.
+    """
+    names = [{file.name for file in folder.iterdir()} - {CERTIFICATE} for folder in (found, wanted)]
     words = [f"files: {sorted(names[0] ^ names[1])[:4]}"] if names[0] != names[1] else []
     both = sorted(name for name in names[0] & names[1] if not name.endswith(".safetensors"))
     words += [f"{name} differs" for name in both if not same(found / name, wanted / name)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
+import os
 import weakref
 from pathlib import Path
 from typing import Any
@@ -108,7 +110,7 @@ def test_weights_of_an_earlier_export_go(model: nn.Module, tmp_path: Path) -> No
         wanted = wanted * 2
         torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, wanted, rtol=1e-4, atol=1e-4)
     assert sorted(file.name for file in tmp_path.iterdir()) == [
-        *("config.json", "generation_config.json", "model.safetensors", "model_of_mine.safetensors")
+        *("config.json", "generation_config.json", "merge_certificate.json", "model.safetensors", "model_of_mine.safetensors")
     ]
 
 
@@ -138,6 +140,17 @@ def test_a_failure_leaves_the_folder_as_it_was(model: nn.Module, tmp_path: Path,
 
 
 # What is refused.
+
+
+def test_no_room_for_the_model_is_known_before_the_work(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", no_room)
+    monkeypatch.setattr(MergedWeights, "read", None)
+    with pytest.raises(ValueError, match=r"^folder='.*out' has no room for 0\.1 MB, as much as the merged model takes at least"):
+        export_merged(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_spoilt_or_disabled_adapter_is_refused(model: nn.Module, tmp_path: Path) -> None:

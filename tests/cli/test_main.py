@@ -63,7 +63,7 @@ def bad(tmp_path):
         (2, ["fit", "--config=none.yaml"], r"^--config none.yaml: no such file"),
         (2, ["fit", "--config={bad}/twice.yaml"], r"^--config .*twice.yaml, line 3: the key 'max_epochs' is there twice"),
         (2, ["fit", "--config={bad}/key.yaml"], r"^no option 'trainer.max_epoch'; did you mean 'trainer.max_epochs'\?"),
-        (1, ["fit", "--data.train=none.jsonl"], r"^data.train='none.jsonl': no such file"),
+        (2, ["fit", "--data.train=none.jsonl"], r"^data.train='none.jsonl': no such file"),
         (1, ["fit", "--data.train={bad}"], r"^data.train='.*bad': this is a folder"),
         (1, ["fit", "--data.val={bad}/latin.jsonl"], r"latin.jsonl:1 is not UTF-8"),
         (1, ["fit", "--lora.config.target_modules=[q_prej]"], r"q_prej.*q_proj"),
@@ -74,8 +74,8 @@ def bad(tmp_path):
         (2, ["validate", "--ckpt_path={bad}/noise.ckpt"], r"noise.ckpt is not a readable checkpoint: it was not written by torch.save"),
         (2, ["melt"], r"^no command 'melt'; there are fit, validate"),
         (2, ["generat"], r"did you mean 'generate'\?$"),
-        (1, ["inspect", "/no/such/model"], r"^model='/no/such/model' is no folder"),
-        (1, ["inspect", "{bad}/empty"], r"is not a model: the folder has no config.json"),
+        (2, ["inspect", "/no/such/model"], r"^model='/no/such/model' is no folder"),
+        (2, ["inspect", "{bad}/empty"], r"is not a model: the folder has no config.json"),
         (2, ["inspect"], r"path"),
         (2, ["inspect", "{model}", "--lora.rank=-2"], r"rank=-2"),
         (2, ["inspect", "{model}", "--lora.rnk=2"], r"^no option 'lora.rnk'; did you mean 'lora.rank'\?$"),
@@ -84,15 +84,23 @@ def bad(tmp_path):
         (2, ["generate", "{model}", "a", "--max_new_tokens=0"], r"^max_new_tokens: 0 is not allowed"),
         (2, ["generate", "{model}", "a", "--max_new_tokens=null"], r"^max_new_tokens.*(null|None)"),
         (2, ["generate", "{model}", "a", "--systme=b"], r"did you mean 'system'\?$"),
-        (1, ["generate", "{model}", "a", "--adapter=/no/such/adapter"], r"/no/such/adapter"),
+        (2, ["generate", "{model}", "a", "--adapter=/no/such/adapter"], r"/no/such/adapter"),
         (1, ["generate", "{model}", "a", "--adapter={bad}/text.ckpt"], r"text.ckpt is not a readable checkpoint"),
         (1, ["generate", "{model}", "a", "--adapter={bad}/list.ckpt"], r"list.ckpt was not written under LoRACallback: it holds a list"),
-        (1, ["merge", "{model}", "/no/such/adapter", "{tmp}/out/deep"], r"/no/such/adapter"),
-        (1, ["merge", "{bad}/text.ckpt", "{model}", "{tmp}/out"], r"text.ckpt' is a file; name its folder"),
+        (2, ["merge", "{model}", "/no/such/adapter", "{tmp}/out/deep"], r"/no/such/adapter"),
+        (2, ["inspect", "none.ckpt"], r"^none.ckpt: there is no such adapter folder or checkpoint"),
+        (2, ["generate", "/no/such/model", "a"], r"^model='/no/such/model' is no folder"),
+        (2, ["generate", "{model}", "a", "--adapter={bad}/empty"], r"adapter_model.safetensors is missing"),
+        (2, ["merge", "{model}", "{adapter}", "{bad}/text.ckpt"], r"^out='.*text.ckpt' is a file; name a folder"),
+        (2, ["merge", "{model}", "{adapter}", "{bad}"], r"^out='.*bad' is not empty"),
+        (2, ["merge", "{bad}/text.ckpt", "{model}", "{tmp}/out"], r"text.ckpt' is a file; name its folder"),
     ],
 )
-def test_bad_input_is_one_line_and_an_exit_code(code, arguments, message, config, model, bad, tmp_path, capsys, monkeypatch):
-    arguments = [a.replace("{model}", model).replace("{tmp}", str(tmp_path)).replace("{bad}", str(bad)) for a in arguments]
+def test_bad_input_is_one_line_and_an_exit_code(code, arguments, message, config, model, adapter, bad, tmp_path, capsys, monkeypatch):
+    arguments = [
+        a.replace("{model}", model).replace("{adapter}", adapter).replace("{tmp}", str(tmp_path)).replace("{bad}", str(bad))
+        for a in arguments
+    ]
     if arguments[0] in ("fit", "validate", "test", "predict"):
         arguments[1:1] = ["--config", config]
     monkeypatch.chdir(tmp_path)

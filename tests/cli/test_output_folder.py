@@ -1,5 +1,6 @@
 """A folder is replaced whole, only if it is a model's; what a killed run left is taken away, what it took is brought back."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_lora.cli.output_folder import replaced_folder
+from lightning_lora.cli.output_folder import replaced_folder, weight_bytes
 
 
 def fill(folder: Path, **files: str) -> Path:
@@ -69,7 +70,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
 
 KILLED = """
 import os, sys
-from lightning_lora.cli.output_folder import replaced_folder
+from lightning_lora.cli.output_folder import replaced_folder, weight_bytes
 moves = iter(range(2))
 real = os.replace
 def replace(source, target):
@@ -101,3 +102,25 @@ def test_a_run_that_lives_keeps_its_folder(tmp_path):
         assert (mine / "config.json").read_text() == "mine"
         (tmp_path / "out" / "config.json").unlink()
     assert (tmp_path / "out" / "config.json").read_text() == "mine"
+
+
+def test_no_room_is_known_before_the_work(tmp_path, monkeypatch):
+    """The old model stays until the new one is whole, so there must be room beside it."""
+    monkeypatch.setattr(os, "posix_fallocate", no_room)
+    out = fill(tmp_path / "out")
+    message = r"^out='.*' has no room for 1\.0 MB, as much as the new model takes at least"
+    with pytest.raises(ValueError, match=message), replaced_folder(str(out), True, (), room=10**6):
+        raise AssertionError("the work has begun")
+    assert (out / "config.json").read_text() == "old" and os.listdir(tmp_path) == ["out"]
+
+
+def no_room(*args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_the_size_of_a_models_weights(tmp_path):
+    fill(tmp_path, **{"model-1.safetensors": "abcd", "model-2.safetensors": "ef", "pytorch_model.bin": "a" * 5, "some.gguf": "abc"})
+    assert weight_bytes(str(tmp_path), None, "auto") == weight_bytes(str(tmp_path), None, "float32") == 6
+    assert weight_bytes(str(tmp_path), None, "bfloat16") == 3
+    assert weight_bytes(str(tmp_path), "some.gguf", "auto") == 3
+    assert weight_bytes("some/hub-id", None, "auto") == 0

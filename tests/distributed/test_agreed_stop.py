@@ -42,13 +42,19 @@ class Terminate(L.Callback):
 
 
 def run_terminated(name: str, folder: str) -> Any:
-    with pytest.raises(SIGTERMException) as stop:
-        run(name, folder, 4, save=True, more=(Terminate(),))
-    return stop.value.code
+    """The exit code, and how often the user's own handler was called."""
+    called: list[int] = []
+    earlier = signal.signal(signal.SIGTERM, lambda number, frame: called.append(number))
+    try:
+        with pytest.raises(SIGTERMException) as stop:
+            run(name, folder, 4, save=True, more=(Terminate(),))
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+    return stop.value.code, len(called)
 
 
 @pytest.mark.parametrize("name", ["ddp", "lora_fsdp2"])
 def test_a_terminated_run_leaves_one_checkpoint(pool: Any, tmp_path: Path, name: str) -> None:
-    assert pool.run(run_terminated, name, str(tmp_path)) == [143, 143]
+    assert pool.run(run_terminated, name, str(tmp_path)) == [(143, 0), (143, 1)]
     (file,) = tmp_path.rglob(NAME)
     assert torch.load(file, weights_only=True)["global_step"] == 1 + LAG

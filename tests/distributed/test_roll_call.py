@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +20,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_lora import LoRACallback
 from lightning_lora.strategies import roll_call
+from lightning_lora.strategies.standing import hanging
 from tests.distributed.nets import CONFIG
 from tests.distributed.pool import Pool
 from tests.distributed.runs import LitShared, run
@@ -134,6 +137,47 @@ def test_one_that_hangs_is_named(tmp_path: Path) -> None:
     """Within the process group's timeout."""
     kind, said = first_of(hangs, "ddp", "step", tmp_path)
     assert kind == "RuntimeError" and "Rank 1 did not raise within 0.4 s: it hangs, ended, or waits for this process." in said
+    assert re.search(r"^Rank 1 was last seen at distributed/test_roll_call\.py:\d+ \(hangs\)\.$", said, re.MULTILINE)
+
+
+def run_that_stands(folder: str, on: str, seconds: float) -> list[str]:
+    """A run that the second process holds up for a while, and goes on. What is logged meanwhile."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger(roll_call.__name__)
+    log.addHandler(handler)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(roll_call, "LONGEST", seconds / 4)
+            if on == "cpu":
+                run("ddp", folder, 1, more=(Raises("step", lambda: time.sleep(seconds)),))
+            else:
+                fit_on_gpus(Raises("step", lambda: time.sleep(seconds)))
+    finally:
+        log.removeHandler(handler)
+    return said
+
+
+def test_one_that_hangs_is_named_while_the_others_wait(pool: Any, tmp_path: Path) -> None:
+    """Once, by one of the processes, with where each stands. The run goes on if the process does."""
+    (said,) = [line for lines in pool.run(run_that_stands, str(tmp_path), "cpu", 2.0) for line in lines]
+    assert re.match(
+        r"Rank 1 hangs: for \d s the processes have not moved: rank 0 at autograd/\S+ .*; rank 1 at distributed/test_roll_call", said
+    )
+
+
+@pytest.mark.parametrize(
+    ("records", "expected"),
+    [
+        ([([0, 3], True), ([0, 3], False)], [1]),  # one is in a collective
+        ([([0, 3], False), ([0, 2], False)], [1]),  # one is a batch behind: a kernel is waited for later than it is launched
+        ([([0, 3], True), ([0, 3], True)], [0, 1]),  # both in a collective, perhaps not the same one
+        ([([1, 0], True), ([0, 9], True), ([0, 9], False)], [2]),
+    ],
+)
+def test_whom_the_others_wait_for(records: list[tuple[list[int], bool]], expected: list[int]) -> None:
+    assert hanging({rank: {"position": position, "in_torch": inside} for rank, (position, inside) in enumerate(records)}) == expected
 
 
 def raise_on_both(folder: str) -> str:
@@ -164,16 +208,18 @@ def test_an_error_on_one_process_stays_as_it_is(tmp_path: Path) -> None:
     assert torch.is_grad_enabled() and LoRACallback()._roll_call is None
 
 
+def fit_on_gpus(callback: L.Callback) -> None:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    callbacks = [LoRACallback(CONFIG, merge_on_fit_end=False), callback]
+    L.Trainer(accelerator="gpu", devices=2, strategy=DDPStrategy(), max_epochs=1, callbacks=callbacks, **quiet).fit(LitShared())
+
+
 def run_on_gpus(folder: str) -> tuple[str, float]:
     """DDP over NCCL, whose collectives wait whatever the other processes do. The second process raises, and lives on."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Exception) as error:
         patch.setattr(roll_call, "GRACE", 1.0)
-        module = LitShared()
-        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-        callbacks = [LoRACallback(CONFIG, merge_on_fit_end=False), Raises("step", fails)]
-        trainer = L.Trainer(accelerator="gpu", devices=2, strategy=DDPStrategy(), max_epochs=1, callbacks=callbacks, **quiet)
         begun = time.monotonic()
-        trainer.fit(module)
+        fit_on_gpus(Raises("step", fails))
     return "\n".join([f"{type(error.value).__name__}: {error.value}", *getattr(error.value, "__notes__", [])]), time.monotonic() - begun
 
 
@@ -187,3 +233,15 @@ def test_one_that_raises_ends_the_other_on_gpus(tmp_path: Path) -> None:
         workers.close()
     assert "Rank 1 raised first: KeyError: 'no such row'" in first and waited < 60
     assert second.startswith("KeyError")
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
+def test_one_that_hangs_is_named_on_gpus(tmp_path: Path) -> None:
+    """NCCL's collectives do not fail by themselves, and its watchdog ends the process without a word of who hangs."""
+    workers = Pool(2, "cuda")
+    try:
+        (said,) = [line for lines in workers.run(run_that_stands, str(tmp_path), "cuda", 12.0) for line in lines]
+    finally:
+        workers.close()
+    assert re.match(r"Rank 1 hangs: for \d+ s the processes have not moved: .*rank 1 at distributed/test_roll_call", said)

@@ -46,6 +46,19 @@ def test_the_report_says_what_rounding_lost(make):
     assert merge_report(model) == {}
 
 
+@pytest.mark.parametrize("reversible", [True, False])
+def test_a_limit_on_what_rounding_loses(make, reversible):
+    model = adapted(make(TinyModel).bfloat16(), **ALL)
+    with torch.no_grad():
+        model.layers[0].mlp.lora_B.mul_(1e-3)  # below the last digit of most entries
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"'layers.0.mlp' loses \d+\.\d+% of its update by rounding, more than max_lost=0.3 \(1 of 7 wei"):
+        merge_lora(model, max_lost=0.3, reversible=reversible)
+    assert snapshot(model) == before
+    merge_lora(model, max_lost=1.0, reversible=reversible)
+    assert 0.3 < merge_report(model)["layers.0.mlp"] < 1
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_one_spoilt_adapter_and_nothing_is_merged(make, value):
     model = adapted(make(TinyModel), **ALL)

@@ -107,7 +107,8 @@ def test_a_model_that_transformers_loaded_quantized(how: str, tmp_path: Any) -> 
     assert (
         not hasattr(plain.config, "quantization_config") and hasattr(model.config, "quantization_config") and model.hf_quantizer is not None
     )
-    assert {file.name for file in (tmp_path / "export").iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+    files = {"config.json", "generation_config.json", "merge_certificate.json", "model.safetensors"}
+    assert {file.name for file in (tmp_path / "export").iterdir()} == files
     merge_lora(model, quantized="dequantize")  # of every layer: nothing is left that is packed
     with torch.no_grad():
         merged = model(input_ids=ids).logits.float()

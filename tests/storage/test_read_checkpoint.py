@@ -96,5 +96,5 @@ def test_damage_is_one_line(tmp_path: Path) -> None:
             read_checkpoint(file)
         assert "\n" not in str(caught.value)
     for path in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(ValueError, match="there is no such checkpoint"):
+        with pytest.raises(ValueError, match="Checkpoint file not found: "):
             read_checkpoint(path)

@@ -13,9 +13,11 @@ import pytest
 import torch
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
-from lightning_lora import LoRACallback, save_adapter
+from lightning_lora import LoRACallback, load_adapter, save_adapter
+from lightning_lora.cli.commands import inspect
 from lightning_lora.storage.read_shards import INDEX
 from lightning_lora.strategies.checkpoint_io import REST, DurableCheckpointIO, read, write_folder
+from tests.conftest import snapshot
 from tests.lit import CONFIG, LitNet, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:Be aware that when using `ckpt_path`")
@@ -54,6 +56,37 @@ def resume(folder: Path, path: Path | str, **kwargs: Any) -> LitNet:
     plugins = kwargs.pop("plugins", None)
     trainer(folder, LoRACallback(CONFIG, merge_on_fit_end=False), max_epochs=2, plugins=plugins).fit(module, ckpt_path=str(path), **kwargs)
     return module
+
+
+def test_an_adapter_is_loaded_from_a_folder_of_shards(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As from a file: ``load_adapter`` and ``inspect``, under any name."""
+    content = torch.load(trained / "c.ckpt", weights_only=True)
+    folder = shards(tmp_path / "folder", content, monkeypatch)
+    of_file, of_folder = LitNet(), LitNet()
+    load_adapter(of_file, trained / "c.ckpt")
+    load_adapter(of_folder, folder)
+    assert snapshot(of_folder)["bits"] == snapshot(of_file)["bits"]
+    inspect(str(folder))
+    inspect(str(trained / "c.ckpt"))
+    first, second = capsys.readouterr().out.split("adapter ")[1:]
+    assert first.splitlines()[1:] == second.splitlines()[1:] and "fc1.lora_A" in first
+
+    (folder / "__0_0.distcp").unlink()
+    fresh = LitNet()
+    before = snapshot(fresh)
+    with pytest.raises(ValueError, match="__0_0"):
+        load_adapter(fresh, folder)
+    assert snapshot(fresh) == before
+
+
+def test_a_large_folder_of_shards_is_not_read(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = shards(tmp_path / "folder", torch.load(trained / "c.ckpt", weights_only=True), monkeypatch)
+    with open(folder / "more", "wb") as file:
+        file.truncate(2**27)
+    with pytest.raises(ValueError, match=r"folder has [\d,]+ bytes; an adapter of this Net has at most"):
+        load_adapter(LitNet(), folder)
 
 
 def test_a_folder_of_shards_holds_what_a_file_does(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +138,7 @@ def test_a_trusted_file_is_read_when_asked_for_and_that_is_said(trained: Path, t
     [
         ("adapter", r"adapter is no checkpoint\. An adapter folder is loaded by load_adapter\(model, folder\), before fit"),
         ("adapter/adapter_model.safetensors", "is no checkpoint"),
-        ("nowhere.ckpt", r"nowhere\.ckpt: there is no such checkpoint"),
+        ("nowhere.ckpt", r"Checkpoint file not found: .*nowhere\.ckpt\.$"),
         ("list.ckpt", r"list\.ckpt was not written under LoRACallback: it holds a list"),
         ("model.pt", r"model\.pt is not a readable checkpoint: it holds .*torch\.nn\.modules"),
         ("cut.ckpt", r"cut\.ckpt is not a readable checkpoint: it was not written by torch\.save, or it is damaged"),

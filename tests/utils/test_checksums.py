@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_lora.utils.checksums import SAMPLES, bits, checksum, sampled_digest
+from lightning_lora.utils.checksums import RUN, RUNS, bits, checksum, sampled_digest
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8, torch.int64]
 
@@ -67,14 +67,31 @@ def test_sampled_digest_sees_shape_values_and_both_ends():
 
 
 def test_sampled_digest_reads_all_of_a_small_tensor_and_few_entries_of_a_large_one():
-    small = torch.randn(SAMPLES)
-    for position in range(SAMPLES):
+    small = torch.randn(RUNS * RUN)
+    for position in range(RUNS * RUN):
         changed = small.clone()
         changed[position] += 1
         assert sampled_digest(changed) != sampled_digest(small)
-    large = torch.zeros(100_000)
-    seen = sum(sampled_digest(torch.zeros(100_000).index_fill_(0, torch.tensor([i]), 1.0)) != sampled_digest(large) for i in range(64))
-    assert seen == 1  # index 0
+    large = torch.zeros(200_000)
+    seen = [i for i in range(64) if sampled_digest(large.index_fill(0, torch.tensor([i]), 1.0)) != sampled_digest(large)]
+    assert seen == list(range(RUN))  # the first run
+
+
+def test_sampled_digest_sees_scattered_changes_as_often_as_it_says():
+    """1,024 of the entries are read: a change of each with probability p is missed with probability (1 − p)^1024."""
+    torch.manual_seed(0)
+    tensor, tries = torch.zeros(300, 400), 200
+    before = sampled_digest(tensor)
+    for share in (0.0005, 0.002):
+        missed = sum(sampled_digest((torch.rand(tensor.shape) < share).float()) == before for _ in range(tries)) / tries
+        expected = (1 - share) ** (RUNS * RUN)
+        assert abs(missed - expected) < 4 * (expected * (1 - expected) / tries) ** 0.5
+
+
+@pytest.mark.parametrize("change", [lambda t: t.t().contiguous().t(), lambda t: t[:, ::2], lambda t: t.expand(3, 300, 400)])
+def test_sampled_digest_is_of_the_entries_however_they_lie(change):
+    tensor = change(torch.randn(300, 400))
+    assert sampled_digest(tensor) == sampled_digest(tensor.contiguous())
 
 
 @pytest.mark.parametrize("tensor", [torch.zeros(0, 3), torch.tensor(3.0), torch.tensor([1, 2])], ids=["empty", "scalar", "integers"])

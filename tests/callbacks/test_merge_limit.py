@@ -1,0 +1,33 @@
+"""``merge_max_lost``: the merge at the end of a fit is refused if rounding would lose too much of an update."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_lora import LoRACallback, merge_certificate, merge_lora
+from lightning_lora.layers.base import lora_layers
+from tests.callbacks.lora_runs import checkpoint_in, fit
+from tests.lit import CONFIG, LitNet
+
+
+def test_a_merge_that_loses_too_much_is_refused_after_the_last_checkpoint(tmp_path: Path) -> None:
+    module = LitNet()
+    callback = LoRACallback(CONFIG, merge_max_lost=1e-4)
+    with pytest.raises(ValueError, match=r"'net\.fc[12]' loses .* more than max_lost=0\.0001 \(2 of 2 weights do\)"):
+        fit(tmp_path, module, 1, lora=callback, callbacks=(checkpoint_in(tmp_path),), precision="bf16-true")
+    assert (tmp_path / "last.ckpt").is_file()
+    assert not any(layer.merged for _, layer in lora_layers(module))
+    assert max(each.lost for each in merge_certificate(merge_lora(module)).layers.values() if each) > 1e-4
+    module = LitNet()
+    lora = LoRACallback(CONFIG, merge_max_lost=0.9)
+    fit(tmp_path, module, 1, lora=lora, precision="bf16-true")
+    assert all(layer.merged for _, layer in lora_layers(module))
+
+
+@pytest.mark.parametrize("limit", [-1, "all", True, float("nan")])
+def test_a_limit_is_a_number(limit: Any) -> None:
+    with pytest.raises(ValueError, match=r"merge_max_lost=.* must be a share of an update"):
+        LoRACallback(CONFIG, merge_max_lost=limit)
