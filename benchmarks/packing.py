@@ -39,7 +39,7 @@ from torch import Tensor
 
 from lightning_lora import chunked_cross_entropy, compile_layers, cuda_graph_step, get_lora_parameters
 from lightning_lora.data.batching import Example, LengthGroupedSampler, collate_answers
-from lightning_lora.data.packing import PackedRows
+from lightning_lora.data.packing import PackedRows, collate_end_to_end
 from lightning_lora.tasks.packed_attention import NAME, packed_rows, register
 
 GPU = DEVICE == "cuda"
@@ -108,15 +108,9 @@ def batches(kind: str, options: argparse.Namespace, vocab: int) -> list[dict[str
         sampler = LengthGroupedSampler(found.lengths, size, (lambda: 0) if kind != "padded" else None)
         order = torch.randperm(len(found), generator=torch.Generator().manual_seed(1)).tolist() if kind == "padded" else list(sampler)
         examples = [[found[i] for i in order[k * size : (k + 1) * size]] for k in range(BATCHES)]
-        lay = flat if kind == "flat" else lambda batch: collate_answers(batch, pad=0)
+        lay = partial(collate_end_to_end, pad=0, longest=options.length) if kind == "flat" else partial(collate_answers, pad=0)
         made = [lay(batch) | {"useful": sum(map(len, batch))} for batch in examples]
     return [{name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in batch.items()} for batch in made]
-
-
-def flat(batch: Sequence[Example]) -> dict[str, Any]:
-    """All documents in one row, without padding."""
-    row = PackedRows(Documents(batch), sum(map(len, batch)), 1)
-    return row.collate([row[0]], pad=0)
 
 
 def loss_of(mode: Mode, model: Any, batch: dict[str, Any]) -> Tensor:

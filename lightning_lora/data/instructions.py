@@ -19,7 +19,7 @@ from typing_extensions import override
 from lightning_lora.data.batching import Example, LengthGroupedSampler, collate_answers, collate_prompts
 from lightning_lora.data.chat import Chat, TrainOn
 from lightning_lora.data.file_data import FileDataModule
-from lightning_lora.data.packing import PackedRows
+from lightning_lora.data.packing import PackedRows, collate_end_to_end
 from lightning_lora.data.records import Conversation, PlainText, Record
 from lightning_lora.data.store import Examples
 from lightning_lora.data.templates import set_template
@@ -36,6 +36,7 @@ class InstructionDataModule(FileDataModule):
         packing: Train on rows of one length, each with several examples that do not see one another (`lightning_lora.data.packing`).
             ``batch_size`` counts these rows. Validation is not packed.
         pack_length: Tokens per packed row; ``max_length`` by default.
+        padding_free: Train on batches without padding: their rows stand one behind the other, and do not see one another.
         **kwargs: Those of `FileDataModule`.
 
     Raises:
@@ -52,9 +53,13 @@ class InstructionDataModule(FileDataModule):
         train_on: TrainOn = "assistant",
         packing: bool = False,
         pack_length: PositiveInt | None = None,
+        padding_free: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if packing and padding_free:
+            raise ValueError("data.padding_free=True has no effect on packed rows; choose it or data.packing")
+        self.padding_free = padding_free
         self.packing, self.pack_length = packing, _pack_length(packing, pack_length, self.max_length, self.pad_to_multiple_of)
         self.template, self.chat_template_kwargs, self.train_on = template, chat_template_kwargs, train_on
         self._chat: Chat | None = None
@@ -112,13 +117,17 @@ class InstructionDataModule(FileDataModule):
 
     @override
     def batching(self, split: str) -> dict[str, Any]:
-        options = super().batching(split)
-        if not self.packing or split != "train":
+        options, rows, pad = super().batching(split), self.examples[split], self.tokenizer.pad_token_id
+        if split == "train" and self.padding_free:
+            return options | {
+                "collate_fn": partial(collate_end_to_end, pad=pad, longest=max(rows.lengths), multiple=self.pad_to_multiple_of)
+            }
+        if split != "train" or not self.packing:
             return options
-        packed = PackedRows(self.examples[split], self.pack_length, self.batch_size, self.seed)
+        packed = PackedRows(rows, self.pack_length, self.batch_size, self.seed)
         rank_zero_info(f"data.packing: {packed}.")
         order = LengthGroupedSampler([self.pack_length] * len(packed), self.batch_size, options["sampler"].epoch, self.seed)
-        return {**options, "dataset": packed, "sampler": order, "collate_fn": partial(packed.collate, pad=self.tokenizer.pad_token_id)}
+        return options | {"dataset": packed, "sampler": order, "collate_fn": partial(packed.collate, pad=pad)}
 
     @override
     def collate(self, examples: Sequence[Example], split: str) -> dict[str, Any]:

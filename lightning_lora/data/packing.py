@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torch.utils.data import Dataset
 from lightning_lora.data.batching import Example
 from lightning_lora.ops.cross_entropy import IGNORE
 
+_SHAPED = ("input_ids", "labels", "position_ids")
 CROWD = 4  # a row is closed at this many times the mean number of examples: a batch has bounds for its fullest rows, which kernels look at
 
 
@@ -109,28 +109,49 @@ class PackedRows(Dataset[list[Example]]):
             documents, the last one repeated; ``max_length_q`` and ``max_length_k``, the longest document of any batch.
         """
         filled = [*packs, *([[]] * (self.rows - len(packs)))]
-        ids: list[int] = []
-        labels: list[int] = []
-        lengths: list[int] = []
-        for pack in filled:
-            for example in pack:
-                ids += example.ids
-                labels += [IGNORE, *example.labels[1:]]  # nothing in its document predicts a first token
-                lengths.append(len(example))
-            padding = self._padding(sum(map(len, pack)))
-            ids += [pad] * sum(padding)
-            labels += [IGNORE] * sum(padding)
-            lengths += padding
-        bounds = torch.zeros(self.rows * self.documents + 1, dtype=torch.int32)
-        bounds[1 : len(lengths) + 1] = torch.tensor(lengths).cumsum(0)
-        bounds[len(lengths) + 1 :] = self.rows * self.length
-        shaped = partial(torch.Tensor.view, size=(self.rows, self.length))
-        return {
-            "input_ids": shaped(torch.tensor(ids)),
-            "labels": shaped(torch.tensor(labels)),
-            "position_ids": shaped(torch.cat([torch.arange(length) for length in lengths])),
-            "cu_seq_lens_q": bounds,
-            "cu_seq_lens_k": bounds,
-            "max_length_q": self.longest,
-            "max_length_k": self.longest,
-        }
+        padding = [self._padding(sum(map(len, pack))) for pack in filled]
+        return _batch(filled, padding, pad, self.length, self.longest, self.rows * self.documents)
+
+
+def collate_end_to_end(examples: Sequence[Example], pad: int, longest: int, multiple: int = 1) -> dict[str, Any]:
+    """Return a batch whose examples stand one behind the other in one row, without padding but what ``multiple`` asks for.
+
+    Args:
+        examples: The batch's.
+        pad: The token of padding.
+        longest: Tokens of the data set's longest example.
+        multiple: The row's length is a multiple of it.
+
+    Returns:
+        See `PackedRows.collate`; B is 1.
+    """
+    used = sum(map(len, examples))
+    length = -(-used // multiple) * multiple
+    padding = [1] * (length - used)  # few tokens, so each may be a document of its own
+    return _batch([examples], [padding], pad, length, longest, len(examples) + len(padding))
+
+
+def _batch(
+    packs: Sequence[Sequence[Example]], padding: Sequence[list[int]], pad: int, length: int, longest: int, documents: int
+) -> dict[str, Any]:
+    """Lay out one row per pack, each with its examples and the documents of padding that fill it up."""
+    ids: list[int] = []
+    labels: list[int] = []
+    lengths: list[int] = []
+    for pack, rest in zip(packs, padding, strict=True):
+        for example in pack:
+            ids += example.ids
+            labels += [IGNORE, *example.labels[1:]]  # nothing in its document predicts a first token
+            lengths.append(len(example))
+        ids += [pad] * sum(rest)
+        labels += [IGNORE] * sum(rest)
+        lengths += rest
+    bounds = torch.zeros(documents + 1, dtype=torch.int32)
+    bounds[1 : len(lengths) + 1] = torch.tensor(lengths).cumsum(0)
+    bounds[len(lengths) + 1 :] = len(packs) * length
+    places = torch.cat([torch.arange(count) for count in lengths])
+    return {
+        **{name: torch.as_tensor(values).view(len(packs), length) for name, values in zip(_SHAPED, (ids, labels, places), strict=True)},
+        **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), bounds),
+        **dict.fromkeys(("max_length_q", "max_length_k"), longest),
+    }

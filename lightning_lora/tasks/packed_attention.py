@@ -60,7 +60,7 @@ def register() -> str:
         extra = [name for name in _LEAVES_OUT if others.get(name) is not None]
         if extra or not causal or query.shape[2] != key.shape[2]:
             raise ValueError(f"{type(module).__name__} has {', '.join(extra) or 'no causal attention'}, which {NAME} does not compute.")
-        options = {"scale": scaling, "window": sliding_window, "dropout": dropout}
+        options: dict[str, Any] = {"scale": scaling, "window": sliding_window, "dropout": dropout}
         found = varlen_attention(query, key, value, cu_seq_lens_q, max_length_q, **options)
         return found.transpose(1, 2).contiguous(), None
 

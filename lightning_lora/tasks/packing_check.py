@@ -94,7 +94,7 @@ def _attention(model: Any, choice: str | None) -> Iterator[Callable[[], None]]:
 
 
 def _refusal(name: str, reason: str) -> str:
-    return f"data.packing=True: {name} does not keep packed documents apart: {reason}. Set data.packing: false."
+    return f"data.packing or data.padding_free is on, but {name} does not keep packed documents apart: {reason}. Set it to false."
 
 
 def _choices(before: str | None, device: torch.device, fixed: bool) -> list[str | None]:
