@@ -7,6 +7,8 @@ or one recorded CUDA graph serves every step.
 A batch says where documents begin by the names that transformers' models take: ``position_ids`` restart in every document, and
 ``cu_seq_lens_q`` has the documents' bounds in the rows laid end to end, always as many as the fullest rows need. Padding is documents
 without labels.
+
+`collate_end_to_end` does the same for one batch in one row, whose length varies: TRL's ``padding_free``.
 """
 
 from __future__ import annotations
