@@ -76,6 +76,7 @@ OTHER_ERRORS = {
     # ValueErrors with an exit code of their own
     *(("cli." + file, "UsageError") for file in ("main", "commands", "lightning_cli", "messages", "output_folder")),
     *((file, "WrongPath") for file in ("storage.regular_files", "storage.read_checkpoint", "adapter_io.files", "data.reading", "tasks.hf")),
+    ("strategies.checkpoint_io", "OSError"),  # the disk's own, as the single-file writer raises it
     ("tasks.hf", "ImportError"),  # an extra is not installed
     ("data.hub", "ImportError"),  # likewise
     ("optim.galore", "ImportError"),  # likewise

@@ -169,10 +169,10 @@ def _of_checkpoint(checkpoint: Any, file: Path) -> AdapterFile:
     rest = {name: value for name, value in tensors.items() if not name.startswith(prefix)}
     extra = {name: value for name, value in own.items() if not isinstance(value, Tensor)}
     own = {name: tensor for name, tensor in own.items() if name not in extra}
-    odd = [name for name, tensor in own.items() if tensor.is_meta or (tensor.layout != torch.strided and prefix + name not in beside)]
+    odd = [name for name, value in tensors.items() if isinstance(value, Tensor) and (value.is_meta or value.layout != torch.strided)]
     if odd:
-        how = "the meta device" if own[odd[0]].is_meta else str(own[odd[0]].layout)
-        raise ValueError(f"{file}: {odd[0]!r} has no plain values ({how}): it was not written under LoRACallback, or is damaged.")
+        how = "the meta device" if tensors[odd[0]].is_meta else str(tensors[odd[0]].layout)
+        raise ValueError(f"{file}: {odd[0]!r} has no plain values ({how}): it is damaged, or is for Trainer(...).fit(ckpt_path=...) alone.")
     beside = frozenset(name.removeprefix(prefix) for name in beside if name.startswith(prefix))
     return AdapterFile(config, own, base, beside, extra_state=extra, outside=rest)
 

@@ -3,9 +3,9 @@
 The new content is written to a staging file beside the target. A rename is atomic only within one filesystem, and ``$TMPDIR`` is
 often on another. The staging file is synced to disk and renamed over the target. The folder is then synced, so that the rename is durable.
 
-A writer that is killed cannot remove its staging file. The next writer of the same target removes it, once nothing has been
-written to it for an hour by the filesystem's own clock. A process number or this machine's clock says nothing about a writer on
-another machine. Locks are not available on every filesystem.
+A writer that is killed cannot remove its staging file. The next writer of the same target removes it. A writer locks its staging file,
+and the lock ends with the writer. Where the filesystem has no locks, the next writer removes a file to which nothing has been written for
+an hour by the filesystem's own clock. A process number or this machine's clock says nothing about a writer on another machine.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-ABANDONED = 3600.0  # seconds since the last write, after which the writer of a staging file counts as dead
+from lightning_lora.storage.file_locks import try_lock
+
+ABANDONED = 3600.0  # seconds since the last write, after which a writer counts as dead where there are no locks
 
 
 def write_atomic(path: str | Path, write: bytes | Callable[[BinaryIO], object]) -> None:
@@ -32,11 +34,11 @@ def write_atomic(path: str | Path, write: bytes | Callable[[BinaryIO], object]) 
         OSError: the disk is full or the folder is read-only. The old file is intact and the staging file is removed.
     """
     path = Path(path)
-    handle, staged = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    handle, staged = _stage(path)
     try:
         with os.fdopen(handle, "wb") as file:
             _remove_abandoned(path, os.fstat(handle).st_mtime)
-            file.write(write) if isinstance(write, bytes) else write(file)
+            file.write(write) if isinstance(write, bytes) else _call(write, file)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(staged, 0o666 & ~_umask())  # mkstemp creates private files; this one gets the usual permissions
@@ -61,12 +63,43 @@ def move_files(source: Path, target: Path) -> None:
         sync_folder(place.parent)
 
 
+def hidden(error: BaseException) -> OSError | None:
+    """Return the OSError that torch.save hides: on a full disk its writer raises a RuntimeError about a position in the file."""
+    return error.__context__ if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError) else None
+
+
+def _call(write: Callable[[BinaryIO], object], file: BinaryIO) -> None:
+    try:
+        write(file)
+    except RuntimeError as error:
+        full = hidden(error)
+        if full is None:
+            raise
+        raise full from None
+
+
+def _stage(path: Path) -> tuple[int, str]:
+    """Make a locked staging file. Return its handle and its name."""
+    while True:
+        handle, staged = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        if try_lock(handle) is not False and os.path.lexists(staged):
+            return handle, staged
+        os.close(handle)  # another writer found it before it was locked, and removes it
+
+
 def _remove_abandoned(path: Path, now: float) -> None:
     """Remove the staging files that killed writers of this target left. Keep those of other targets and those still being written."""
     staged = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.tmp")  # the form of mkstemp's names
     for name in filter(staged.fullmatch, os.listdir(path.parent)):
         with suppress(OSError):  # another writer renamed or removed it, or another user owns it: save anyway
-            if now - (path.parent / name).stat().st_mtime > ABANDONED:
+            handle = os.open(path.parent / name, os.O_RDWR)
+            try:
+                dead = try_lock(handle)
+                if dead:  # removed under the lock, or its writer could take it meanwhile
+                    (path.parent / name).unlink()
+            finally:
+                os.close(handle)
+            if dead is None and now - (path.parent / name).stat().st_mtime > ABANDONED:
                 (path.parent / name).unlink()
 
 

@@ -1,7 +1,7 @@
-"""Lock files between processes. A lock ends with its owner: a killed process holds none, and a stale lock file has no effect.
+"""Locks between processes. A lock ends with its owner: a killed process holds none, and a stale lock file has no effect.
 
-The lock is ``flock`` on a hidden file beside the path. The owner removes that file at the end. Whoever waited for it then holds the lock
-of a file without a name, and opens the new one.
+The lock is ``flock`` on an open file. :func:`exclusive` takes it on a hidden file beside the path. The owner removes that file at the end.
+Whoever waited for it then holds the lock of a file without a name, and opens the new one.
 """
 
 from __future__ import annotations
@@ -24,6 +24,23 @@ PAUSE = 0.02  # seconds between two attempts
 def lock_file(path: Path) -> Path:
     """Return the file whose lock stands for a path."""
     return path.with_name(f".{path.name}.lock")
+
+
+def try_lock(handle: int) -> bool | None:
+    """Lock an open file until it is closed, without waiting for another owner.
+
+    Returns:
+        True if it is locked now; False if another process has the lock; None on a system or filesystem without such locks.
+    """
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # NFS, Lustre and FUSE may have none
+        return None
+    return True
 
 
 @contextmanager
@@ -61,20 +78,18 @@ def _acquire(file: Path) -> int | None:
             handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         except PermissionError:  # another user's, whose process was killed
             return None
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(handle), os.stat(file)):
-                    return handle
-            os.close(handle)  # its owner has removed the file meanwhile
-        except BlockingIOError:
-            os.close(handle)
-            if time.monotonic() > end:
-                raise RuntimeError(f"another process holds {file} since {LONGEST:.0f} s: stop it, or choose another folder.") from None
-            time.sleep(PAUSE)
-        except OSError:  # NFS, Lustre and FUSE may have none
-            os.close(handle)
+        held = try_lock(handle)
+        with suppress(FileNotFoundError):
+            if held and os.path.samestat(os.fstat(handle), os.stat(file)):
+                return handle
+        os.close(handle)
+        if held is None:
             with suppress(FileNotFoundError):
                 os.unlink(file)
             return None
+        if held:  # its owner has removed the file meanwhile
+            continue
+        if time.monotonic() > end:
+            raise RuntimeError(f"another process holds {file} since {LONGEST:.0f} s: stop it, or choose another folder.")
+        time.sleep(PAUSE)
     return None

@@ -180,16 +180,22 @@ def _move_in(staged: Path, folder: Path, names: Sequence[str]) -> None:
     """Move the staged files into the folder one by one."""
     last = folder / names[-1]
     there, old = last.is_file(), aside(last)
-    if there and last.read_bytes() != (staged / names[-1]).read_bytes():
-        os.replace(last, old)
-        sync_folder(folder)
     try:
+        if there and last.read_bytes() != (staged / names[-1]).read_bytes():
+            os.replace(last, old)
+            sync_folder(folder)
         for name in names:
             os.replace(staged / name, folder / name)
             sync_folder(folder)
     except OSError:
-        if there and (staged / names[0]).exists():  # nothing was moved yet
-            put_back(last)
+        left = [name for name in names if (staged / name).exists()]
+        if left == list(names):  # nothing was moved yet
+            if there:
+                put_back(last)
+        else:  # the old files are no longer all there, so the new ones have to be
+            for name in left:
+                os.replace(staged / name, folder / name)
+            erase(old)
         raise
     erase(old)
 

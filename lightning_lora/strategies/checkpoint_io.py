@@ -8,7 +8,8 @@ writes its shards. Every rank reads the full folder, since adapters are small, s
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_lora.storage.atomic_files import write_atomic
+from lightning_lora.storage.atomic_files import hidden, write_atomic
 from lightning_lora.storage.file_locks import exclusive, lock_file
 from lightning_lora.storage.folders import aside, erase, put_back, remove, standing, swap
 from lightning_lora.storage.read_checkpoint import located, read_checkpoint, readable
@@ -52,12 +53,9 @@ class DurableCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path)
-        os.makedirs(path.parent, exist_ok=True)
-        try:
+        with _naming(path):
+            os.makedirs(path.parent, exist_ok=True)
             self._write(checkpoint, path)
-        except OSError as error:
-            error.filename = error.filename or str(path)  # a full disk does not say where
-            raise
 
     def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
         if not (standing(path) / REST).is_file():
@@ -101,10 +99,8 @@ def write_folder(checkpoint: dict[str, Any], path: Path) -> None:
         path: the folder; an existing one is replaced at the end.
 
     Raises:
-        OSError: the first rank could not write. It is raised on every rank.
+        OSError: a rank could not write. It is raised on every rank. What was there is unchanged.
     """
-    import torch.distributed.checkpoint as dcp
-
     tensors: dict[str, Tensor] = {}
     rest = _extract_tensors({name: checkpoint[name] for name in PARTS if name in checkpoint}, "", tensors)
     staged, held = _staged(path), ExitStack()
@@ -114,16 +110,41 @@ def write_folder(checkpoint: dict[str, Any], path: Path) -> None:
         held.enter_context(exclusive(lock_file(path)))
         put_back(path)
         erase(staged)
+        held.callback(erase, staged)
         staged.mkdir()
 
     def finish() -> None:
         write_atomic(staged / REST, lambda file: torch.save({**checkpoint, **rest}, file))
         swap(staged, path)
 
-    with held:
+    with _naming(path), held:
         on_first_rank(begin)
-        dcp.save(tensors, checkpoint_id=staged)
+        _write_shards(tensors, staged)
         on_first_rank(finish)
+
+
+def _write_shards(tensors: dict[str, Tensor], folder: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    try:
+        dcp.save(tensors, checkpoint_id=folder)
+    except dcp.CheckpointException as error:  # its text is a traceback per rank
+        rank, (cause, _) = min(error.failures.items())
+        full = cause if isinstance(cause, OSError) else hidden(cause)
+        if full is not None:
+            raise OSError(full.errno, f"{full.strerror} (rank {rank})", full.filename) from error
+        raise RuntimeError(f"{folder}: rank {rank} could not write its shards: {type(cause).__name__}: {cause}") from error
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Add the path to an OSError without one, such as that of a full disk, inside the ``with`` block."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:  # else its text is all that it has, which a filename would replace
+            error.filename = error.filename or str(path)
+        raise
 
 
 def _staged(path: Path) -> Path:

@@ -14,6 +14,8 @@ A process that hangs raises nothing. So a thread of each process writes into the
 (:mod:`lightning_lora.strategies.standing`). If a process stands still for half as long as a collective waits, or for ``LONGEST`` seconds,
 its thread logs which rank hangs, and where. This ends nothing. It needs no collective, so it is the same under gloo and NCCL. How long a
 collective waits is the strategy's ``timeout``, such as ``DDPStrategy(timeout=timedelta(minutes=2))``.
+
+Without ``torchrun`` the store is the first process's, and ends with it. The others then say so.
 """
 
 from __future__ import annotations
@@ -66,6 +68,15 @@ class RollCall:
         if self._done.is_set():
             return
         self._done.set()
+        try:
+            self._tell_error(exception)
+        except torch.distributed.DistError:
+            if is_distributed():
+                abort_process_groups()
+            if isinstance(exception, Exception):
+                append_line(exception, "Rank 0 ended, or its launcher: the store for the errors of all processes is gone.")
+
+    def _tell_error(self, exception: BaseException) -> None:
         first = self._store.add("raised", 1) == 1
         self._store.set(str(self.rank), f"{type(exception).__qualname__}: {exception}")
         if first:
@@ -102,17 +113,19 @@ class RollCall:
             time.sleep(_POLL)
 
     def _watch(self) -> None:
-        """Look at this process and into the store until the run ends."""
+        """Look at this process and into the store until the run ends. Under NCCL, abort a collective that another process never joins."""
+        raised = False
         try:
             store = torch.distributed.PrefixStore(self._prefix, default_store().clone())  # a call of the other thread may hold the first
-            while not self._done.wait(min(1.0, self._patience / 5)):
-                self._say_where(store)
-                if self._aborts and store.check(["first"]):
-                    if not self._done.wait(GRACE) and is_distributed():
-                        abort_process_groups()
+            while not raised:
+                if self._done.wait(min(1.0, self._patience / 5)):
                     return
-        except torch.distributed.DistError:
-            return  # the process that keeps the store has ended; the next collective says so
+                self._say_where(store)
+                raised = self._aborts and store.check(["first"])
+        except torch.distributed.DistError:  # the process that holds the store has ended; gloo's next collective says so
+            raised = self._aborts
+        if raised and not self._done.wait(GRACE) and is_distributed():
+            abort_process_groups()
 
     def _say_where(self, store: Any) -> None:
         """Write where this process stands. Name the ranks that hang if it has stood there for too long, and none has named them yet."""
@@ -122,9 +135,9 @@ class RollCall:
         if stood > self._patience and self._told != record["position"]:
             self._told = record["position"]
             if store.add(f"told {record['position']}", 1) == 1:
-                self._tell(stood, store)
+                self._name_hanging(stood, store)
 
-    def _tell(self, stood: float, store: Any) -> None:
+    def _name_hanging(self, stood: float, store: Any) -> None:
         """Log which ranks hang, and where all stand."""
         self._done.wait(self._patience / 2)  # the others write where they are now
         records = self._records(range(self.world), store)

@@ -233,11 +233,16 @@ def test_metadata_of_another_variant_than_its_own_json(folder):
 
 
 @pytest.mark.parametrize("odd", [lambda t: t.to("meta"), lambda t: t.to_sparse()], ids=["meta", "sparse"])
-def test_a_tensor_of_a_checkpoint_without_plain_values(model, tmp_path, odd):
-    meta = AdapterFile(CONFIGURED, {}, None).meta(root="")
-    tensors = {name: odd(tensor.detach()) for name, tensor in model.state_dict().items() if "lora_" in name}
+@pytest.mark.parametrize("root", ["", "model"])
+@pytest.mark.parametrize("beside", [False, True], ids=["adapter", "beside"])
+def test_a_tensor_of_a_checkpoint_without_plain_values(model, tmp_path, odd, beside, root):
+    """Of the adapter, or of what is saved beside it: a buffer, inside the adapted part or around it."""
+    meta = AdapterFile(CONFIGURED, {}, None).meta(root=root) | {"beside": ["mean"]}
+    prefix = f"{root}." if root else ""
+    tensors = {prefix + name: tensor.detach() for name, tensor in model.state_dict().items() if "lora_" in name} | {"mean": torch.zeros(3)}
+    tensors |= {name: odd(tensor) for name, tensor in tensors.items() if beside == (name == "mean")}
     torch.save({META: meta, "state_dict": tensors}, tmp_path / "x.ckpt")
-    with pytest.raises(ValueError, match=r"x\.ckpt: '.*lora_A' has no plain values"):
+    with pytest.raises(ValueError, match=rf"x\.ckpt: '{'mean' if beside else '.*lora_A'}' has no plain values"):
         read_adapter(tmp_path / "x.ckpt")
 
 

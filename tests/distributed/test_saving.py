@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -154,6 +156,25 @@ def fail_on_the_first(target: str, call: str, folder: str) -> str:
 def test_a_write_that_fails_on_the_first_rank_leaves_none_waiting(pool: Any, tmp_path: Path, target: str, call: str) -> None:
     first, second = pool.run(fail_on_the_first, target, call, str(tmp_path / "out"))
     assert (first, second) == ("disk full", "the first rank raised RuntimeError: disk full")
+
+
+def full_on_the_first(folder: str) -> str:
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError) as caught:
+        if dist.get_rank() == 0:
+            patch.setattr("lightning_lora.strategies.checkpoint_io.write_atomic", full)
+        write_folder({"state_dict": {"x": torch.ones(2)}}, Path(folder, "last.ckpt"))
+    dist.barrier()  # the first rank has removed what it staged
+    return str(caught.value)
+
+
+@row(32)
+def test_a_disk_that_is_full_on_the_first_rank_is_named_on_all(pool: Any, tmp_path: Path) -> None:
+    first, second = pool.run(full_on_the_first, str(tmp_path))
+    assert first == f"[Errno 28] No space left on device: '{tmp_path}/last.ckpt'" and "No space left on device" in second
+    assert os.listdir(tmp_path) == []
 
 
 def moved(name: str, folder: str, ckpt: str | None = None) -> dict[str, Any]:

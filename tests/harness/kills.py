@@ -41,8 +41,8 @@ class Killed(BaseException):
 
 
 @contextmanager
-def killed_at(operation: int) -> Iterator[list[str]]:
-    """Raise right before the ``operation``-th call that changes the disk, and at every one after that: no clean-up is done either.
+def operations(before: Callable[[int], object]) -> Iterator[list[str]]:
+    """Call ``before`` ahead of each call that changes the disk, with the number of the call. The first is 1.
 
     Yields:
         The names of the calls.
@@ -52,8 +52,7 @@ def killed_at(operation: int) -> Iterator[list[str]]:
     def wrap(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             called.append(name)
-            if len(called) >= operation:
-                raise Killed
+            before(len(called))
             return real(*args, **kwargs)
 
         return call
@@ -63,8 +62,23 @@ def killed_at(operation: int) -> Iterator[list[str]]:
             real = getattr(module, name)
             setattr(module, name, wrap(name, real))
             stack.callback(setattr, module, name, real)
-        with suppress(Killed):
-            yield called
+        yield called
+
+
+@contextmanager
+def killed_at(operation: int) -> Iterator[list[str]]:
+    """Raise right before the ``operation``-th call that changes the disk, and at every one after that: no clean-up is done either.
+
+    Yields:
+        The names of the calls.
+    """
+
+    def stop(number: int) -> None:
+        if number >= operation:
+            raise Killed
+
+    with operations(stop) as called, suppress(Killed):
+        yield called
 
 
 def kill_at_each_operation(scenario: Scenario, versions: tuple[int, int] = (0, 1)) -> list[int]:

@@ -32,20 +32,21 @@ from tests.harness.kills import Scenario, in_a_child, result
 OTHERS = {"README.md": "mine", "tokenizer.json": "{}"}
 
 
-def build() -> nn.Module:
+def build(size: int = 8) -> nn.Module:
     torch.manual_seed(3)
-    return TinyModel()
+    return TinyModel(size=size)
 
 
-def adapter(root: Path, inside: bool = False, exchange: bool = True) -> Scenario:
+def adapter(root: Path, inside: bool = False, exchange: bool = True, size: int = 8) -> Scenario:
     """Two adapters of different shape take turns in one folder, beside files of the user's.
 
     Args:
         root: where the folder is.
         inside: with a folder of the user's in it, so that it is not replaced.
         exchange: whether two names can be exchanged in one step.
+        size: width of the model.
     """
-    models = [adapted(build(), seed=rank, target_modules=["q_proj"], rank=rank) for rank in (2, 4)]
+    models = [adapted(build(size), seed=rank, target_modules=["q_proj"], rank=rank) for rank in (2, 4)]
     expected = [{name: t.clone() for name, t in model.state_dict().items() if "lora_" in name} for model in models]
     folder = root / "adapter"
     folder.mkdir(parents=True)

@@ -22,8 +22,7 @@ def test_a_kill_at_any_operation_leaves_the_old_or_the_new(tmp_path: Path, monke
     monkeypatch.setattr(os, "fsync", lambda handle: None)  # counted all the same; what the disk does is not what is tested
     found = kill_at_each_operation(SCENARIOS[name](tmp_path / "here"))
     assert found == sorted(found) and set(found) == {0, 1}
-    if name != "file":  # staging files are removed after an hour, see storage/atomic_files.py
-        assert len(os.listdir(tmp_path / "here")) == 1, "nothing is left over"
+    assert len(os.listdir(tmp_path / "here")) == 1, "nothing is left over"
 
 
 SHORT = """

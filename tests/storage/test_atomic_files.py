@@ -6,11 +6,15 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
+import torch
 
+from lightning_lora.storage import file_locks
 from lightning_lora.storage.atomic_files import ABANDONED, sync_folder, write_atomic
+from lightning_lora.storage.file_locks import try_lock
 from tests.faults.kit import row
 
 
@@ -48,6 +52,28 @@ def test_a_full_disk_leaves_the_old_file_and_no_temporary(tmp_path, monkeypatch,
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_a_full_disk_behind_torchs_writer(tmp_path):
+    """It raises a RuntimeError about a position in the file."""
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data):
+            if self.file.tell() > 500:
+                full_disk()
+            return self.file.write(data)
+
+        def flush(self): ...
+
+    with pytest.raises(OSError) as error:
+        write_atomic(tmp_path / "file", lambda file: torch.save({"x": torch.ones(1000)}, Full(file)))
+    assert error.value.errno == errno.ENOSPC
+    with pytest.raises(RuntimeError, match="its own"):
+        write_atomic(tmp_path / "file", lambda file: (_ for _ in ()).throw(RuntimeError("its own")))
+    assert os.listdir(tmp_path) == []
+
+
 def test_an_interrupt_is_cleaned_up_too(tmp_path):
     def interrupted(file):
         file.write(b"half")
@@ -66,20 +92,64 @@ def leftover(folder, name, age):
     return name
 
 
-def test_what_killed_writers_of_the_target_left_is_removed(tmp_path):
+@pytest.mark.parametrize("locks", [True, False])
+def test_what_killed_writers_of_the_target_left_is_removed(tmp_path, monkeypatch, locks):
+    """At once where a lock says that its writer is dead; else after an hour."""
+    if not locks:
+        monkeypatch.setattr(file_locks, "fcntl", None)
     target = tmp_path / "a+b.ckpt"
     for name in (".a+b.ckpt.abcd_123.tmp", ".a+b.ckpt.zzzzzzzz.tmp"):
-        leftover(tmp_path, name, ABANDONED + 60)
+        leftover(tmp_path, name, 0 if locks else ABANDONED + 60)
     others = (".a+b.abcd_123.tmp", ".a+b.ckpt.old.abcd_123.tmp", ".aab.ckpt.abcd_123.tmp")  # other targets'
     users = ("a+b.ckpt.abcd_123.tmp", ".a+b.ckpt.tmp", ".a+b.ckpt.mine.tmp")
     kept = {leftover(tmp_path, name, 10 * ABANDONED) for name in (*others, *users)}
-    kept.add(leftover(tmp_path, ".a+b.ckpt.living12.tmp", ABANDONED - 60))  # its writer may be alive
+    if not locks:
+        kept.add(leftover(tmp_path, ".a+b.ckpt.living12.tmp", ABANDONED - 60))  # its writer may be alive
     write_atomic(target, b"new")
     assert set(os.listdir(tmp_path)) == {*kept, "a+b.ckpt"}
 
 
+def test_a_staging_file_that_is_being_written_is_kept(tmp_path):
+    """However long its writer takes: here another writer of the same target comes in between, an hour later."""
+    target = tmp_path / "file"
+
+    def slow(file):
+        file.write(b"slow")
+        os.utime(file.fileno(), (time.time() - 10 * ABANDONED,) * 2)
+        write_atomic(target, b"fast")
+        assert target.read_bytes() == b"fast"
+
+    write_atomic(target, slow)
+    assert target.read_bytes() == b"slow"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("removes", ["first", "in between"])
+def test_a_staging_file_that_another_writer_takes_for_abandoned(tmp_path, monkeypatch, removes):
+    """Between its making and its lock: the writer makes another one."""
+    real, taken = tempfile.mkstemp, []
+
+    def mkstemp(**kwargs):
+        handle, staged = real(**kwargs)
+        if not taken:
+            taken.append(os.open(staged, os.O_RDWR))
+            assert try_lock(taken[0])
+            if removes == "first":
+                os.unlink(staged)
+                os.close(taken[0])
+        return handle, staged
+
+    monkeypatch.setattr(tempfile, "mkstemp", mkstemp)
+    write_atomic(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"new"
+    if removes == "in between":
+        assert len(os.listdir(tmp_path)) == 2  # the other writer has still to remove it
+        os.close(taken[0])
+
+
 def test_the_age_is_by_the_filesystems_clock(tmp_path, monkeypatch):
-    """Which may be another machine's."""
+    """Which may be another machine's. It counts where there are no locks."""
+    monkeypatch.setattr(file_locks, "fcntl", None)
     name = leftover(tmp_path, ".file.abcd_123.tmp", 60)
     monkeypatch.setattr(time, "time", lambda: 1e11)
     write_atomic(tmp_path / "file", b"new")
@@ -115,10 +185,7 @@ def test_a_killed_writers_staging_file_is_found(tmp_path):
     """That the names are as the search has them."""
     target = tmp_path / "file"
     assert subprocess.run([sys.executable, "-c", KILLED, str(target)], timeout=120).returncode == -signal.SIGKILL
-    (left,) = os.listdir(tmp_path)
-    write_atomic(target, b"new")
-    assert sorted(os.listdir(tmp_path)) == [left, "file"]
-    os.utime(tmp_path / left, (time.time() - ABANDONED - 60,) * 2)
+    assert os.listdir(tmp_path) not in ([], ["file"])
     write_atomic(target, b"new")
     assert os.listdir(tmp_path) == ["file"]
 

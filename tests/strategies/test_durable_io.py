@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import warnings
 from pathlib import Path
@@ -136,3 +137,25 @@ def test_a_resume_finds_what_was_set_aside(tmp_path: Path) -> None:
     again = LitNet()
     trainer(tmp_path, LoRACallback(CONFIG, merge_on_fit_end=False), max_epochs=2).fit(again, ckpt_path=str(path))
     assert len(again.losses) == len(module.losses)
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), OSError, r"No space left on device \(rank 0\): .*last\.ckpt"),
+        (KeyError("torn"), RuntimeError, r"last\.ckpt.*: rank 0 could not write its shards: KeyError: 'torn'"),
+    ],
+)
+def test_a_shard_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: Exception, kind: type, said: str) -> None:
+    """One line, where DCP's own text is a traceback per rank. The old folder stays, and nothing is beside it."""
+    path = shards(tmp_path / "last.ckpt", 1)
+
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise raised
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", fails)
+        with pytest.raises(kind, match=said) as caught:
+            shards(path, 2)
+    assert "\n" not in str(caught.value)
+    assert os.listdir(tmp_path) == ["last.ckpt"] and value_of(path) == 1
