@@ -205,11 +205,10 @@ class FileDataModule(LightningDataModule, ABC):
 
     def batching(self, split: str) -> dict[str, Any]:
         """Return how examples become batches, as arguments of ``DataLoader``: order and size in ``sampler``, content in ``collate_fn``."""
-        rows, collate = self.examples[split], partial(self.collate, split=split)
-        options: dict[str, Any] = {"dataset": rows, "batch_size": self.batch_size, "collate_fn": collate}
+        options: dict[str, Any] = {"batch_size": self.batch_size, "collate_fn": partial(self.collate, split=split)}
         if split != "predict":  # which keeps the file's order
             epoch = (lambda: self.trainer.current_epoch) if split == "train" else None  # type: ignore[union-attr]
-            options["sampler"] = LengthGroupedSampler(rows.lengths, self.batch_size, epoch, self.seed)
+            options["sampler"] = LengthGroupedSampler(self.examples[split].lengths, self.batch_size, epoch, self.seed)
         return options
 
     def loader(self, split: str) -> DataLoader:
@@ -217,7 +216,7 @@ class FileDataModule(LightningDataModule, ABC):
         options: dict[str, Any] = {"num_workers": self.num_workers, **self.batching(split)}
         if self.num_workers:
             options["multiprocessing_context"] = "fork"  # `collate` is a method of this module, which cannot be pickled
-        rows = options.pop("dataset")
+        rows = options.pop("dataset", self.examples[split])
         return ResumableLoader(rows, self.position, **options) if split == "train" else DataLoader(rows, **options)
 
     @override
