@@ -11,10 +11,9 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,8 @@ from lightning_lora.layers.rounding import check_limit
 from lightning_lora.model.plain_copy import plain_copy
 from lightning_lora.model.probe import Probe
 from lightning_lora.model.ties import tied_weights, untying
-from lightning_lora.storage.atomic_files import move_files
+from lightning_lora.storage.atomic_files import sync_files
+from lightning_lora.storage.folder_commit import commit, occupied
 from lightning_lora.storage.room import check_room
 from lightning_lora.utils.names import adapter_root, clean_name
 from lightning_lora.utils.sharding import on_first_rank, on_first_rank_with_help
@@ -74,7 +74,8 @@ def export_merged(
     """
     folder, (_, root) = Path(folder), adapter_root(model)
     check_limit(max_lost)
-    on_first_rank(lambda: _check_free(folder, overwrite, _least_bytes(root)))
+    check = partial(_check_free, folder, overwrite, _least_bytes(root))
+    on_first_rank(check)
     weights = MergedWeights(root)
     merged, originals = plain_copy(root, weights.deferred)
     weights.make_plain(originals)
@@ -84,7 +85,7 @@ def export_merged(
     if certificate is not None:
         certificate.check(max_lost)
     with torch.no_grad():
-        on_first_rank_with_help(lambda ask: _write(merged, folder, shard_bytes, weights, ask, certificate), weights.read)
+        on_first_rank_with_help(lambda ask: _write(merged, folder, shard_bytes, weights, ask, certificate, check), weights.read)
     return folder
 
 
@@ -96,7 +97,7 @@ def _least_bytes(root: nn.Module) -> int:
 def _check_free(folder: Path, overwrite: bool, least: int) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder={str(folder)!r} is a file; name a folder.")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+    if occupied(folder) and not overwrite:
         raise ValueError(f"folder={str(folder)!r} is not empty; choose another or pass overwrite=True.")
     if (folder / "adapter_config.json").exists():
         raise ValueError(f"folder={str(folder)!r} holds an adapter, which from_pretrained would load on top; choose another.")
@@ -117,26 +118,22 @@ def _untie(root: nn.Module, merged: nn.Module) -> None:
 
 
 def _write(
-    merged: Any, folder: Path, limit: int, weights: MergedWeights, ask: Callable[[int], Tensor], certificate: MergeCertificate | None
+    merged: Any,
+    folder: Path,
+    limit: int,
+    weights: MergedWeights,
+    ask: Callable[[int], Tensor],
+    certificate: MergeCertificate | None,
+    check: Callable[[], object],
 ) -> None:
-    """Write the files beside the old ones first, so that a failure leaves the folder as it was."""
+    """Write the files as one commit: a failure or a kill leaves the folder as it was."""
     weights.ask = ask
-    new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as staging:
-            _save(merged, Path(staging), limit)
-            if certificate is not None:
-                certificate.write(Path(staging))
-            written = {file.name for file in Path(staging).iterdir()}
-            move_files(Path(staging), folder)
-            for file in folder.iterdir():
-                if file.name not in written and (_WEIGHTS.fullmatch(file.name) or file.name == CERTIFICATE):
-                    file.unlink()  # from_pretrained might read old weights instead of the new ones
-    except BaseException:
-        if new:
-            shutil.rmtree(folder)
-        raise
+    outdated = re.compile(f"{_WEIGHTS.pattern}|{re.escape(CERTIFICATE)}")  # from_pretrained might read old weights instead of the new ones
+    with commit(folder, "config.json", check, outdated.fullmatch) as staged:
+        _save(merged, staged, limit)
+        if certificate is not None:
+            certificate.write(staged)
+        sync_files(staged)
 
 
 def _save(model: Any, folder: Path, limit: int) -> None:

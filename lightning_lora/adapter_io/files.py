@@ -107,7 +107,7 @@ def write_folder(folder: Path, content: AdapterFile, fields: dict[str, Any], che
     meta = content.meta(json=fields, **({"beside": sorted(content.beside)} if content.beside else {}))
     data = safetensors.torch.save(tensors, {"format": "pt", META: json.dumps(meta | {"checksum": seal(meta, tensors)})})
     text = (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
-    with commit(folder, (TENSORS, CONFIG), check) as staged:
+    with commit(folder, CONFIG, check) as staged:
         write_atomic(staged / TENSORS, data)
         write_atomic(staged / CONFIG, text)
 

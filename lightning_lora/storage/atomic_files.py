@@ -49,18 +49,14 @@ def write_atomic(path: str | Path, write: bytes | Callable[[BinaryIO], object]) 
     sync_folder(path.parent)
 
 
-def move_files(source: Path, target: Path) -> None:
-    """Move all files of a folder, and of the folders in it, to the same places in another folder. What has these names is replaced.
-
-    Each file is moved in one step, and is on the disk before that. Both folders must be on one filesystem.
-    """
-    for file in sorted(path for path in source.rglob("*") if path.is_file()):
-        place = target / file.relative_to(source)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("rb+") as open_file:
-            os.fsync(open_file.fileno())
-        os.replace(file, place)
-        sync_folder(place.parent)
+def sync_files(folder: Path) -> None:
+    """Wait until all files in a folder, and in the folders in it, are on the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_file():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+        else:
+            sync_folder(path)
 
 
 def hidden(error: BaseException) -> OSError | None:

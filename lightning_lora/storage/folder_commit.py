@@ -4,8 +4,8 @@ The files are staged in a new folder, with hard links to the other files of the 
 (:mod:`lightning_lora.storage.folders`), one writer at a time.
 
 Some folders cannot be replaced: a mount point, the working directory, a folder of another user, one with folders in it, one whose parent is
-not writable. There the staged files are moved in one by one. The last one named, without which nobody reads the others, is moved away
-before that, and is put in last.
+not writable. There the staged files are moved in one by one. The last one, without which nobody reads the others, is moved away before
+that, and is put in last.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ ATTEMPTS = 100
 
 
 @contextmanager
-def commit(folder: Path, names: Sequence[str], check: Callable[[], object]) -> Iterator[Path]:
-    """Yield a new folder to write the files into. At the end they are in ``folder``, all at once; after an error it is unchanged.
+def commit(folder: Path, last: str, check: Callable[[], object], drops: Callable[[str], object] = lambda name: False) -> Iterator[Path]:
+    """Yield a new folder to write files into. At the end they are in ``folder``, all at once; after an error it is unchanged.
 
     Args:
         folder: created if it does not exist. Its other files stay.
-        names: names of the files; the last is the one that is read first.
+        last: name of the file that is read first, and found last.
         check: raises if the folder must not be written to. It is called once no other writer is at work.
+        drops: tells of the name of another file whether it does not stay.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written to.
@@ -49,13 +50,19 @@ def commit(folder: Path, names: Sequence[str], check: Callable[[], object]) -> I
             put_back(folder)
             check()
             with _staging(folder, home, alone) as staged:
-                linked = _link_others(folder, staged, names) if home != folder else None
                 yield staged
+                names = sorted(os.listdir(staged), key=lambda name: (name == last, name))
+                hidden = aside(folder / names[-1]).name  # of an earlier commit that was killed
+                gone = {name for name in _names(folder) if name in names or name == hidden or drops(name)}
+                linked = _link_others(folder, staged, gone) if home != folder else None
                 if linked is None:
                     _move_in(staged, folder, names)
+                    for name in gone.difference(names):
+                        erase(folder / name)
                 else:
+                    sync_folder(staged)
                     old = take_place(staged, folder)
-                    _bring_late(old, folder, names, linked)
+                    _bring_late(old, folder, gone, linked)
                     erase(old)
     except BaseException:
         for path in made:
@@ -138,8 +145,12 @@ def _staging(folder: Path, home: Path, alone: bool) -> Iterator[Path]:
         erase(staged)
 
 
-def _link_others(folder: Path, staged: Path, names: Sequence[str]) -> dict[str, int] | None:
-    """Link the folder's other files into the staged one. Return name → inode; None if the folder has to stay.
+def _names(folder: Path) -> list[str]:
+    return os.listdir(folder) if folder.is_dir() else []
+
+
+def _link_others(folder: Path, staged: Path, gone: set[str]) -> dict[str, int] | None:
+    """Link the folder's files into the staged one, but for those that go. Return name → inode; None if the folder has to stay.
 
     The staged folder gets the folder's owner, group and permissions.
     """
@@ -151,7 +162,7 @@ def _link_others(folder: Path, staged: Path, names: Sequence[str]) -> dict[str, 
     for entry in _entries(folder):
         if not entry.is_symlink() and not entry.is_file():
             return None
-        if entry.name in names or entry.name == aside(folder / names[-1]).name:
+        if entry.name in gone:
             continue
         try:
             os.link(entry.path, staged / entry.name, follow_symlinks=False)
@@ -164,10 +175,10 @@ def _link_others(folder: Path, staged: Path, names: Sequence[str]) -> dict[str, 
     return linked
 
 
-def _bring_late(old: Path, folder: Path, names: Sequence[str], linked: dict[str, int]) -> None:
+def _bring_late(old: Path, folder: Path, gone: set[str], linked: dict[str, int]) -> None:
     """Move what others put into the old folder after its files were linked."""
     for entry in _entries(old) if old.is_dir() else ():
-        if entry.name not in names and linked.get(entry.name) != entry.inode() and entry.name != aside(folder / names[-1]).name:
+        if entry.name not in gone and linked.get(entry.name) != entry.inode():
             os.replace(entry.path, folder / entry.name)
 
 

@@ -15,7 +15,7 @@ NAMES = ("tensors", "config")
 
 
 def write(folder, text, check=lambda: None):
-    with commit(folder, NAMES, check) as staged:
+    with commit(folder, NAMES[-1], check) as staged:
         for name in NAMES:
             (staged / name).write_text(f"{name} {text}")
 
@@ -71,7 +71,7 @@ def test_both_files_are_replaced_and_the_others_stay(folder):
 
 def test_a_failure_while_writing_leaves_all_as_it_was(folder):
     before = contents(folder)
-    with pytest.raises(OSError, match="No space"), commit(folder, NAMES, lambda: None) as staged:
+    with pytest.raises(OSError, match="No space"), commit(folder, NAMES[-1], lambda: None) as staged:
         (staged / "tensors").write_text("half")
         full()
     assert contents(folder) == before and os.listdir(folder.parent) == ["adapter"]
@@ -115,7 +115,7 @@ def test_permissions_stay_and_a_link_is_followed(tmp_path):
 
 
 def test_a_first_save_that_fails_leaves_no_folder(tmp_path):
-    with pytest.raises(OSError, match="No space"), commit(tmp_path / "a" / "b" / "adapter", NAMES, lambda: None):
+    with pytest.raises(OSError, match="No space"), commit(tmp_path / "a" / "b" / "adapter", NAMES[-1], lambda: None):
         full()
     assert os.listdir(tmp_path) == []
 
@@ -124,7 +124,7 @@ def test_files_that_come_while_it_is_written_are_kept(tmp_path):
     folder = tmp_path / "adapter"
     write(folder, "old")
     (folder / "README.md").write_text("first")
-    with commit(folder, NAMES, lambda: None) as staged:
+    with commit(folder, NAMES[-1], lambda: None) as staged:
         for name in NAMES:
             (staged / name).write_text(f"{name} new")
         (folder / "tokenizer.json").write_text("late")
