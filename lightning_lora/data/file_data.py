@@ -28,8 +28,6 @@ from lightning_lora.data.stream import Stream, endless
 from lightning_lora.ops.cross_entropy import IGNORE
 
 Source = str | list[str]
-# What does not change the encoded rows.
-BATCHING = ["batch_size", "pad_to_multiple_of", "num_workers", "cache", "streaming", "sources", "examples"]
 STAGES = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"], "predict": ["predict"]}
 
 
@@ -209,7 +207,7 @@ class FileDataModule(LightningDataModule, ABC):
         folder = cache_folder(self.cache)
         if folder is None:
             return None
-        key = key_of(content, split, settings_of(self, BATCHING), tokenizer_state(self.tokenizer))
+        key = key_of(content, split, settings_of(self), tokenizer_state(self.tokenizer))
         return folder / f"{split}-{key}.safetensors"
 
     def _rows(self, split: str, sources: list[str]) -> list[PlacedRow]:
@@ -264,9 +262,8 @@ class FileDataModule(LightningDataModule, ABC):
         options: dict[str, Any] = {"num_workers": self.num_workers, **self.batching(split)}
         if self.num_workers:
             options["multiprocessing_context"] = "fork"  # `collate` is a method of this module, which cannot be pickled
-        if split == "train":
-            return ResumableLoader(self.examples[split], self.position, **options)
-        return DataLoader(self.examples[split], **options)  # type: ignore[arg-type]
+        rows = options.pop("dataset", self.examples[split])
+        return ResumableLoader(rows, self.position, **options) if split == "train" else DataLoader(rows, **options)
 
     @override
     def state_dict(self) -> dict[str, Any]:
