@@ -11,9 +11,10 @@ import torch
 
 from lightning_lora.cli.messages import UsageError
 from lightning_lora.cli.tuned import Tuned
-from lightning_lora.data.batching import Example, collate_prompts
+from lightning_lora.data.batching import Example, collate_prompts, pad_right
 from lightning_lora.data.chat import encode_prompt, stop_tokens
 from lightning_lora.data.records import Conversation
+from lightning_lora.data.seq2seq import source_of
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ class Answerer:
 
     def _generate(self, conversations: Sequence[Conversation], streamer: Any = None) -> Any:
         """Return the generated token ids, (B, T)."""
-        batch = collate_prompts([Example(self._encode(each)) for each in conversations], pad=self.tokenizer.pad_token_id)
+        rows, pad = [self._encode(each) for each in conversations], self.tokenizer.pad_token_id
+        batch = pad_right(rows, pad) if self.encodes else collate_prompts([Example(ids) for ids in rows], pad)  # as in training
         device = self.network.device
         with torch.inference_mode():
             output = self.network.generate(
@@ -84,7 +86,7 @@ class Answerer:
 
     def _encode(self, conversation: Conversation) -> list[int]:
         if self.encodes:
-            return self.tokenizer(conversation.messages[-1]["content"])["input_ids"]
+            return self.tokenizer(source_of(conversation.messages))["input_ids"]
         return encode_prompt(self.tokenizer, conversation.messages, conversation.tools)
 
     def _text(self, ids: Any) -> str:

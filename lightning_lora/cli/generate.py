@@ -16,7 +16,7 @@ from lightning_lora.cli.messages import UsageError, usage
 from lightning_lora.cli.tuned import load_tuned
 from lightning_lora.data.formats import to_record
 from lightning_lora.data.reading import read_rows
-from lightning_lora.data.records import Conversation, Message
+from lightning_lora.data.records import CALLED, Conversation, Message
 from lightning_lora.tasks.hf import DType
 
 
@@ -41,7 +41,7 @@ def generate(
         model: A hub id or a local folder.
         prompt: The user's message; read from stdin if neither it nor a file is given.
         adapter: An adapter folder or a checkpoint (.ckpt); without one the base model answers.
-        system: The system message, for models with a chat template.
+        system: The system message, for models with a chat template. A row's own takes its place.
         file: Prompts to answer: a text file with one per line, or rows as ``predict`` reads them.
         batch_size: Rows of the file that are answered together.
         max_new_tokens: Longest answer, in tokens.
@@ -82,7 +82,8 @@ def _conversations(prompt: str | None, file: str | None, system: str | None) -> 
     if file is not None:
         with usage():
             found = list(_read(Path(file)))
-        return [replace(each, messages=[*first, *each.messages]) for each in found]
+        own = [each.messages[0]["role"] == "system" for each in found]
+        return [each if has else replace(each, messages=[*first, *each.messages]) for each, has in zip(found, own, strict=True)]
     if not prompt:
         raise UsageError("the prompt is empty; give the model something to answer")
     return [Conversation([*first, {"role": "user", "content": prompt}])]
@@ -108,7 +109,7 @@ def _read(file: Path) -> Iterator[Conversation]:
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
         if not isinstance(record, Conversation):
-            raise ValueError(f"{place}: a {type(record).__name__} is nothing to answer; give it a key prompt or messages")
+            raise ValueError(f"{place}: {CALLED[type(record)]} is nothing to answer; give it a key prompt or messages")
         empty = False
         yield record
     if empty:

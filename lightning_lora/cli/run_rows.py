@@ -55,6 +55,8 @@ class RunConfig(LoRACLI):
             ValueError: The rows cannot be read; the message names file and line.
         """
         data: Any = _made(_class(self.config.data.class_path), self.config.data.get("init_args", Namespace()))
+        if getattr(data, "streaming", False):
+            raise UsageError("data.streaming=True: a stream has no end, and inspect reads all rows; add --data.streaming false")
         data.trainer = SimpleNamespace(lightning_module=self.stand_in(), current_epoch=0, world_size=1)
         data.setup("fit")
         if not hasattr(data, "examples"):

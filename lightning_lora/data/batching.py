@@ -52,11 +52,12 @@ class Example:
         return [label for label in self.labels[1:] if label != IGNORE]
 
 
-def collate_answers(examples: Sequence[Example], pad: int, multiple: int = 1) -> dict[str, Tensor]:
+def collate_answers(examples: Sequence[Example], pad: int, multiple: int = 1, choices: bool = False) -> dict[str, Tensor]:
     """Return a right-padded batch: ``input_ids``, ``attention_mask``, ``labels`` (B, T), and ``rivals`` (M, 3) if a row has choices.
 
     T is the longest row's length, rounded up to a multiple of ``multiple``. A row of ``rivals`` is (row of the batch, index among the
-    batch's answer tokens counted row by row, rival token).
+    batch's answer tokens counted row by row, rival token). With ``choices`` they are there in any case, because some row of the split has
+    choices: every process has to log the same metrics.
     """
     length = -(-max(len(e) for e in examples) // multiple) * multiple
     batch = {
@@ -68,8 +69,8 @@ def collate_answers(examples: Sequence[Example], pad: int, multiple: int = 1) ->
     for row, example in enumerate(examples):
         rivals += [(row, start + index, token) for index, token in example.rivals]
         start += len(example.answer)
-    if rivals:
-        batch["rivals"] = torch.tensor(rivals)
+    if rivals or choices:
+        batch["rivals"] = torch.tensor(rivals, dtype=torch.long).view(-1, 3)
     return batch
 
 

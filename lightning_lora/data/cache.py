@@ -79,7 +79,8 @@ def read_cache(file: Path, kind: type) -> tuple[Examples, dict[str, Any]] | None
     """Return the examples and notes in a file; None if there is none that can be read."""
     try:
         found: tuple[Examples, dict[str, Any]] = Examples.load(file, kind)
-        os.utime(file)
+        with suppress(OSError):  # of a folder that others may only read
+            os.utime(file)
         return found
     except FileNotFoundError:
         return None

@@ -96,7 +96,7 @@ class FileDataModule(LightningDataModule, ABC):
             raise ValueError(f"data.val={val} is a share of the training rows, which data.streaming never has as a whole; name a source")
         self.streaming = streaming
         self.examples: dict[str, Examples | Stream] = {}
-        self.position = Position()
+        self.position = Position(self._limit)
         self._tokenizer: Any = None
 
     # What a subclass defines.
@@ -264,6 +264,10 @@ class FileDataModule(LightningDataModule, ABC):
             options["multiprocessing_context"] = "fork"  # `collate` is a method of this module, which cannot be pickled
         rows = options.pop("dataset", self.examples[split])
         return ResumableLoader(rows, self.position, **options) if split == "train" else DataLoader(rows, **options)
+
+    def _limit(self) -> float:
+        """Return how many training batches an epoch has at most."""
+        return self.trainer.num_training_batches if self.trainer is not None else float("inf")
 
     @override
     def state_dict(self) -> dict[str, Any]:

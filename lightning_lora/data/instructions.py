@@ -7,6 +7,7 @@ multiple-choice question. Validation and test then report how often the model, l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -75,9 +76,16 @@ class InstructionDataModule(FileDataModule):
 
     @override
     def load(self, split: str, say: bool = True) -> Examples:
-        if self.template is not None:
-            self.chat  # noqa: B018 (a wrong name is an error of its own, not of the first row)
+        if self.template is not None or self._converses(split):
+            self.chat  # noqa: B018 (other processes or a cache may encode, and the tokenizer is saved and answers with its template)
         return super().load(split, say)
+
+    def _converses(self, split: str) -> bool:
+        """Return whether the first row is a conversation. A row that cannot be read is refused where all are."""
+        rows = (row for source in self._sources(split) for _, row in self.read(source, split))
+        with suppress(ValueError):
+            return isinstance(self.record_of(next(iter(rows), None), split), Conversation)
+        return False
 
     @override
     def encode(self, record: Record, split: str) -> Sequence[Example]:
@@ -142,7 +150,9 @@ class InstructionDataModule(FileDataModule):
         pad = self.tokenizer.pad_token_id
         if split == "predict":
             return collate_prompts(examples, pad)
-        return collate_answers(examples, pad, self.pad_to_multiple_of)
+        rows = self.examples.get(split)
+        choices = isinstance(rows, Examples) and rows.any_has("rivals")
+        return collate_answers(examples, pad, self.pad_to_multiple_of, choices)
 
 
 def _pack_length(packing: bool, length: int | None, longest: int, multiple: int) -> int:

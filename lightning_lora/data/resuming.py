@@ -6,7 +6,7 @@ because that makes the loader. So the data module saves the position too, and it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
@@ -19,13 +19,17 @@ class Position:
     It is saved as the number of rows that all processes took. So a run on another number of processes goes on after these rows. Each
     process takes every n-th row of one order, as Lightning's distributed samplers do.
 
+    Args:
+        limit: Returns how many batches an epoch has at most, per process (``trainer.limit_train_batches``).
+
     Attributes:
         given: Number of batches of this epoch that each process took.
         length: Number of batches of this epoch, per process; None of a stream without an end.
         saved: Rows of the epoch in which the next pass begins; None if it begins at the first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: Callable[[], float] | None = None) -> None:
+        self.limit = limit
         self.given, self.rows = 0, 0
         self.length: int | None = 0
         self.saved: int | None = None
@@ -33,6 +37,8 @@ class Position:
     def begin(self, length: int | None, rows: int) -> int:
         """Begin a pass over ``length`` batches of ``rows`` rows, those of all processes. Return how many batches were trained on before."""
         skip = (self.saved or 0) // rows
+        if length is not None and self.limit is not None:
+            length = int(min(length, self.limit()))
         self.given, self.length, self.rows, self.saved = 0, length, rows, None
         return skip
 

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_lora.data.batching import Example, cut_ids, pad_right
 from lightning_lora.data.file_data import FileDataModule
-from lightning_lora.data.records import Conversation, Record
+from lightning_lora.data.records import Conversation, Message, Record
 from lightning_lora.ops.cross_entropy import IGNORE
 
 
@@ -37,7 +37,7 @@ class Seq2SeqDataModule(FileDataModule):
     def encode(self, record: Record, split: str) -> Sequence[Example]:
         assert isinstance(record, Conversation)
         before = record.messages if split == "predict" else record.messages[:-1]
-        source = "\n".join(message["content"] for message in before)
+        source = source_of(before)
         ids = self.tokenizer(self.source_prefix + source)["input_ids"]
         if split == "predict":
             return [Example(ids, text=source)]
@@ -65,3 +65,8 @@ class Seq2SeqDataModule(FileDataModule):
         longest = -(-max(len(e.labels) for e in examples) // multiple) * multiple
         batch["labels"] = torch.tensor([e.labels + [IGNORE] * (longest - len(e.labels)) for e in examples])
         return batch if split == "train" else {**batch, "targets": [e.text for e in examples]}
+
+
+def source_of(messages: Sequence[Message]) -> str:
+    """Return the text that an encoder reads: the messages, one per line."""
+    return "\n".join(message["content"] for message in messages)

@@ -77,6 +77,11 @@ class Examples(Sequence[T]):
         """Every row's length in tokens."""
         return self.columns["length"].tolist()
 
+    def any_has(self, field: str) -> bool:
+        """Return whether any row has something in a field that is a list or a text. Of integers, see `lengths`."""
+        sizes = self.columns[f"{field}.ends"].diff()
+        return bool((sizes > len("[]")).any())  # of an empty list's JSON, as long as an empty text's
+
     def __len__(self) -> int:
         return len(self.columns["length"])
 

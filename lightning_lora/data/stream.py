@@ -85,9 +85,24 @@ def endless(read: Callable[[], Iterator[PlacedRow]], encode: Encode, seed: int, 
         trainer: The Trainer, if there is one.
 
     Raises:
-        ValueError: Nothing would end the run, or the first row cannot be encoded.
+        ValueError: Nothing would end the run, each epoch would have the same rows, or the first row cannot be encoded.
     """
-    if trainer is not None and trainer.max_steps < 0 and isinstance(trainer.limit_train_batches, float):
-        raise ValueError("data.streaming has no end; set trainer.max_steps")
+    if trainer is not None:
+        _check_end(trainer)
     next(iter(Stream(read, encode, seed, buffer=1)))  # an error before the first step
     return Stream(read, encode, seed, *((trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)))
+
+
+def _check_end(trainer: Any) -> None:
+    """Refuse a run without an end, and one whose epochs begin the stream anew. A run of one epoch, or on purpose on few batches, may."""
+    limit, steps = trainer.limit_train_batches, trainer.max_steps
+    if isinstance(limit, float):
+        if steps < 0:
+            raise ValueError("data.streaming has no end; set trainer.max_steps")
+        return
+    once = trainer.max_epochs == 1 or trainer.overfit_batches or 0 <= steps * trainer.accumulate_grad_batches <= limit
+    if not once:
+        raise ValueError(
+            f"trainer.limit_train_batches={limit} begins data.streaming anew in each epoch, with the same rows; set trainer.max_steps "
+            f"instead, and to validate as often trainer.val_check_interval: {limit} with check_val_every_n_epoch: null"
+        )

@@ -7,8 +7,11 @@ import pytest
 import torch
 import transformers
 
-from lightning_lora.cli.answers import Sampling, Streamer
+from lightning_lora.cli.answers import Answerer, Sampling, Streamer
 from lightning_lora.cli.main import main
+from lightning_lora.cli.task_file import Task
+from lightning_lora.cli.tuned import Tuned
+from lightning_lora.data.records import Conversation
 from tests import tiny_lm
 
 QUESTION = "which colour is the sky"
@@ -100,3 +103,27 @@ def test_the_streamer_waits_for_whole_characters():
 def test_sampling_options(temperature, drawn):
     options = Sampling(5, temperature, 0.9).options()
     assert options["do_sample"] is drawn and options["max_new_tokens"] == 5 and (options["top_p"] == 0.9) is drawn
+
+
+def test_a_rows_own_system_message_stays(model, tmp_path, capsys):
+    messages = [{"role": "system", "content": "a"}, {"role": "user", "content": QUESTION}]
+    file = tiny_lm.write(tmp_path / "p.jsonl", [{"messages": messages}, {"prompt": QUESTION}])
+    answers = [run(capsys, model, QUESTION, "--max_new_tokens=6", "--system", text) for text in ("a", "blood")]
+    assert run(capsys, model, "--file", file, "--max_new_tokens=6", "--system", "blood") == "".join(answers)
+
+
+def test_an_encoder_reads_prompts_of_a_batch_as_alone():
+    """BART's positions begin at the first token, padding included."""
+    torch.manual_seed(0)
+    layers = {
+        f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 48))
+    }
+    tokens = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 3, "forced_eos_token_id": None}
+    config = transformers.BartConfig(
+        vocab_size=len(tiny_lm.WORDS), d_model=32, max_position_embeddings=64, init_std=1.0, **layers, **tokens
+    )
+    network = transformers.BartForConditionalGeneration(config).eval()
+    answerer = Answerer(Tuned(network, tiny_lm.tokenizer(chat=False), Task("AutoModelForSeq2SeqLM")), Sampling(6))
+    prompts = [Conversation([{"role": "user", "content": text}]) for text in (QUESTION, "grass", "is blood a pear")]
+    alone = [answerer.answer([prompt])[0] for prompt in prompts]
+    assert answerer.answer(prompts) == alone and len(set(alone)) == 3

@@ -79,3 +79,8 @@ def test_what_is_a_run(tmp_path):
     assert run_words(["a.yaml", "--json", "--lora.rank=3"]) == ["--config", "a.yaml", "--lora.config.rank=3"]
     assert run_words(["a.jsonl", "--model", "m", "--gguf_file=g"]) == ["--data.train=a.jsonl", "--model.model", "m", "--model.gguf_file=g"]
     assert run_words(["owner/name"]) is None and run_words(["--help"]) is None and run_words([]) is None
+
+
+def test_a_stream_is_refused(model, rows, capsys):
+    assert main(["inspect", rows, "--model", model, "--data.streaming", "true"]) == 2
+    assert "add --data.streaming false" in capsys.readouterr().err

@@ -245,3 +245,37 @@ def test_a_data_module_of_ones_own(tmp_path, workers):
     data._tokenizer = object()
     data.setup("validate")
     assert [batch["ids"].tolist() for batch in data.val_dataloader()] == [[[97, 98], [99, 100]], [[101, 102], [103, 104]]]
+
+
+def test_a_cache_that_may_only_be_read_is_used(tmp_path, kept, monkeypatch):
+    file, calls = tiny_lm.write(tmp_path / "rows.jsonl", rows(3)), encoded(monkeypatch)
+    module(train=file, cache=str(kept)).load("train")
+
+    def refused(*args):
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr("lightning_lora.data.cache.os.utime", refused)
+    calls.clear()
+    assert len(module(train=file, cache=str(kept)).load("train")) == 3 and not calls
+
+
+@pytest.mark.parametrize(("row", "template"), [(ROW, True), ({"text": "sky"}, False)])
+def test_the_tokenizer_gets_the_plain_template_from_a_cache_too(row, template, tmp_path, kept):
+    """It is saved beside the adapter. A text is no conversation."""
+    file = tiny_lm.write(tmp_path / "rows.jsonl", [row])
+    for _ in range(2):
+        data = module(train=file, cache=str(kept))
+        data._tokenizer = tiny_lm.tokenizer(chat=False)
+        data.load("train")
+        assert bool(data._tokenizer.chat_template) is template
+        assert len(list(kept.rglob("*.safetensors"))) == 1
+
+
+def test_every_batch_of_a_split_with_choices_has_rivals(tmp_path):
+    """Or processes would log different metrics and wait for one another for ever."""
+    content = [{**row, "choices": tiny_lm.CHOICES} if i == 0 else row for i, row in enumerate(rows(3))]
+    data = module(train=tiny_lm.write(tmp_path / "rows.jsonl", content), val=tiny_lm.write(tmp_path / "val.jsonl", content))
+    data.setup("fit")
+    sizes = [data.collate([data.examples["val"][i]], "val")["rivals"].shape for i in range(3)]
+    assert sizes[0][0] > 0 and sizes[1:] == [(0, 3), (0, 3)]
+    assert "rivals" not in data.collate([data.examples["train"][0]], "train")

@@ -46,7 +46,7 @@ class Watch(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(file: str, folder: str, ckpt: str | None = None, size: int = 4, **packing: Any) -> list[list[int]]:
+def fit(file: str, folder: str, ckpt: str | None = None, size: int = 4, limit: float = 1.0, **packing: Any) -> list[list[int]]:
     torch.manual_seed(0)
     module, several = Watch(), dist.is_initialized()
     if several:  # a worker's: quiet
@@ -56,6 +56,7 @@ def fit(file: str, folder: str, ckpt: str | None = None, size: int = 4, **packin
     strategy: Any = DDPStrategy(process_group_backend="gloo") if several else "auto"
     lora = LoRACallback(LoRAConfig(rank=1, target_modules=["linear"]), merge_on_fit_end=False)
     devices = dist.get_world_size() if several else 1
+    quiet["limit_train_batches"] = limit
     trainer = L.Trainer(accelerator="cpu", devices=devices, strategy=strategy, max_epochs=2, callbacks=[lora, keep], **quiet)
     trainer.fit(module, InstructionDataModule(file, batch_size=size, **packing), ckpt_path=ckpt)
     return module.seen
@@ -84,6 +85,12 @@ def test_it_goes_on_with_the_next_rows(size: int, options: dict[str, Any], file:
     assert len(whole) == 12 and rows(whole[:6]) == rows(whole[6:]) == list(range(8, 32)) and whole[:6] != whole[6:]
     for step in (1, 3, 5, 6, 7, 11):
         assert fit(file, str(tmp_path / f"from{step}"), str(tmp_path / f"whole/step={step}.ckpt"), size, **options) == whole[step:], step
+
+
+def test_it_goes_on_with_the_next_epoch_where_epochs_are_limited(file: str, tmp_path: Path) -> None:
+    whole = fit(file, str(tmp_path / "whole"), limit=3)
+    for step in (2, 3, 4):
+        assert fit(file, str(tmp_path / f"from{step}"), str(tmp_path / f"whole/step={step}.ckpt"), limit=3) == whole[step:], step
 
 
 def test_what_was_resumed_can_be_resumed(file: str, tmp_path: Path) -> None:

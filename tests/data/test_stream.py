@@ -73,13 +73,13 @@ class Watch(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(folder: Path, file: str, ckpt=None, steps=9, **options):
+def fit(folder: Path, file: str, ckpt=None, steps=9, limit=1.0, **options):
     torch.manual_seed(0)
     module = Watch()
     keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     lora = LoRACallback(LoRAConfig(rank=1, target_modules=["linear"]), merge_on_fit_end=False)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
-    often = {"max_steps": steps, "max_epochs": -1, "val_check_interval": 4, "check_val_every_n_epoch": None}
+    often = {"limit_train_batches": limit, "max_steps": steps, "max_epochs": -1, "val_check_interval": 4, "check_val_every_n_epoch": None}
     trainer = L.Trainer(accelerator="cpu", callbacks=[lora, keep], **often, **quiet)
     trainer.fit(module, InstructionDataModule(file, file, batch_size=4, streaming=True, **options), ckpt_path=ckpt)
     return [batch for batch in module.seen if batch != "val"], module.seen.count("val")
@@ -100,8 +100,13 @@ def test_a_run_goes_on_with_the_next_rows(file, tmp_path, workers):
 def test_what_ends_the_run_has_to_be_said(file, tmp_path):
     with pytest.raises(ValueError, match=r"data.streaming has no end; set trainer.max_steps"):
         fit(tmp_path, file, steps=-1)
+    with pytest.raises(
+        ValueError, match=r"limit_train_batches=4 begins data.streaming anew in each epoch, with the same rows; set trainer"
+    ):
+        fit(tmp_path / "anew", file, limit=4)
+    assert len(fit(tmp_path / "once", file, steps=4, limit=4)[0]) == 4  # one epoch
     with pytest.raises(ValueError, match=r"data.val=0.1 is a share of the training rows, which data.streaming never has as a whole"):
         InstructionDataModule(file, 0.1, streaming=True)
     Path(file).write_text(json.dumps({"prompt": "a"}))
     with pytest.raises(ValueError, match=r"rows.jsonl:1: no 'response'"):
-        fit(tmp_path, file)
+        fit(tmp_path / "bad", file)
