@@ -24,7 +24,7 @@ from lightning_lora.utils.checksums import sampled_digests
 from lightning_lora.utils.names import bare, clean_name
 from lightning_lora.utils.pieces import Piece, flattened_pieces
 from lightning_lora.utils.sharding import is_flattened
-from lightning_lora.utils.torch_private import fsdp2_original
+from lightning_lora.utils.torch_private import fsdp1_flattened, fsdp2_original
 from lightning_lora.utils.transformers_conventions import model_name
 
 HALF, QUANTIZED = 16, "q"
@@ -43,6 +43,13 @@ def base_identity(root: nn.Module, exclude: Collection[str] = ()) -> dict[str, A
         exclude: names of base tensors that were trained, and so are no part of the base.
     """
     return identity_of(root, base_digests(root), exclude)
+
+
+def is_readable(root: nn.Module) -> bool:
+    """False if an FSDP1 unit around the root has flattened some of its parameters. Their shapes and places are known to that unit only."""
+    flat = flattened_pieces(root) if is_flattened(root) else {}
+    inside = ((module, name, p) for module in root.modules() for name, p in module.named_parameters(recurse=False))
+    return not any(fsdp1_flattened(p) and (module, name) not in flat for module, name, p in inside)
 
 
 def base_digests(root: nn.Module) -> dict[str, str]:

@@ -220,6 +220,11 @@ def fsdp1_runs(unit: Any) -> list[tuple[tuple[nn.Module, str], Tensor, tuple[int
     return [(place, *run) for place, run in runs.items()]
 
 
+def fsdp1_flattened(parameter: nn.Parameter) -> bool:
+    """True if FSDP1 has flattened the parameter. Without it an adapter saved from inside an FSDP1 unit has a wrong fingerprint."""
+    return bool(getattr(parameter, "_fsdp_flattened", False))
+
+
 def fsdp1_originals(unit: Any) -> list[nn.Parameter]:
     """Return the original parameters that were flattened, which ``use_orig_params=True`` keeps."""
     flat = fsdp1_flat(unit)
