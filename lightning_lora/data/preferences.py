@@ -60,9 +60,9 @@ class PreferenceDataModule(FileDataModule):
         return Chat(self.tokenizer, self.chat_template_kwargs)
 
     @override
-    def load(self, split: str) -> Examples:
+    def load(self, split: str, say: bool = True) -> Examples:
         self.chat  # noqa: B018 (it may set the tokenizer's template, of which the name in the cache depends)
-        return super().load(split)
+        return super().load(split, say)
 
     @override
     def encode(self, record: Record, split: str) -> Sequence[PairExample]:

@@ -57,12 +57,14 @@ class Seq2SeqTask(HFTask):
 
         The decoder's products with the encoder's output are counted at the target's length.
         """
-        encoder, source, target = self.model.get_encoder(), batch["input_ids"].numel(), batch["labels"].numel()
-        yield encoder, source
-        within = set(encoder.modules())
-        for module in self.model.modules():
-            if module not in within and not any(True for _ in module.children()):
-                yield module, target
+        encoder = self.model.get_encoder()
+        yield encoder, batch["input_ids"].numel()
+        parts = [self.model]
+        for part in parts:  # the loop appends to it
+            around = encoder in part.modules()
+            parts += [child for child in part.children() if around and child is not encoder]
+            if not around:
+                yield part, batch["labels"].numel()
 
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

@@ -6,9 +6,9 @@ import transformers as T
 from lightning.pytorch.callbacks import ThroughputMonitor
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_lora import LoRACallback, LoRAConfig, apply_lora, quantize_base
+from lightning_lora import LoRACallback, LoRAConfig, apply_lora, disabled_lora, quantize_base
 from lightning_lora.data import InstructionDataModule, PreferenceDataModule
-from lightning_lora.tasks import CausalLMTask, DPOTask
+from lightning_lora.tasks import CausalLMTask, DPOTask, Seq2SeqTask
 from lightning_lora.tasks.flops import FlopsPerPosition, measured_positions
 from tests import tiny_lm
 from tests.tasks import tiny
@@ -114,3 +114,22 @@ def test_dpo_counts_the_reference_too(tmp_path):
     answers = (batch["labels"] != -100).sum().item()
     parts = [(task.model.model, batch["input_ids"].numel()), (task.model.lm_head, answers)]
     assert task.flops_per_batch == per.total(parts, training=True) + per.total(parts, training=False)
+
+
+def test_encoder_and_decoder_count_their_own_lengths(tmp_path):
+    task = Seq2SeqTask(tiny.save(tmp_path / "t5", "t5"))
+    apply_lora(task.model, LoRAConfig(rank=2, target_modules=["q"]))
+    task.setup("validate")
+    for source, target in ((7, 7), (7, 14)):
+        task._flops = 0.0
+        ids, labels = torch.randint(4, 20, (2, source)), torch.randint(4, 20, (2, target))
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        with torch.no_grad(), disabled_lora(task.model), FlopCounterMode(display=False) as counter:  # it cannot see into fused operators
+            task(batch)
+        products = {torch.ops.aten.mm, torch.ops.aten.addmm}
+        expected = sum(flops for operator, flops in counter.get_flop_counts()["Global"].items() if operator in products)
+        adapters = sum(
+            2 * p.numel() * 2 * (source if "encoder" in name else target) for name, p in task.model.named_parameters() if "lora" in name
+        )
+        crossed = [m for name, m in task.model.named_modules() if ".EncDecAttention." in name and name[-2:] in (".k", ".v")]
+        assert task.flops_per_batch == expected + adapters + 2 * 2 * (target - source) * sum(m.weight.numel() for m in crossed)
