@@ -26,7 +26,7 @@ from typing_extensions import override
 from lightning_lora.callbacks import LoRACallback
 from lightning_lora.callbacks.companions import add_companions
 from lightning_lora.cli.checkpoints import checkpoint_of
-from lightning_lora.cli.messages import UsageError, check_not_null, one_line, usage
+from lightning_lora.cli.messages import UsageError, arguments_of, check_not_null, one_line, usage
 from lightning_lora.cli.run_folder import BeganConfig, StderrProgressBar, no_folder_of_a_failed_start
 from lightning_lora.cli.yaml_files import check_config_files, unique_keys
 from lightning_lora.config import LoRAConfig
@@ -216,8 +216,8 @@ def _check_values(config: Namespace) -> None:
 
 def _default(cls: type, name: str) -> Any:
     """Return the default of an argument that a class has itself or passes on."""
-    signatures = (inspect.signature(vars(base)["__init__"]) for base in cls.__mro__ if "__init__" in vars(base))
-    return next((signature.parameters[name].default for signature in signatures if name in signature.parameters), None)
+    found = arguments_of(cls).get(name)
+    return None if found is None else found[0].default
 
 
 def _options(parser: LightningArgumentParser) -> list[str]:

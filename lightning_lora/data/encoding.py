@@ -8,10 +8,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from tqdm import tqdm
 
 from lightning_lora.data.reading import PlacedRow
@@ -23,9 +25,51 @@ Encode = Callable[[Any], tuple[list[Any], dict[str, str]]]
 _work: tuple[Sequence[PlacedRow], Encode] | None = None  # what forked processes inherit
 
 
-def encode_rows(
-    rows: Sequence[PlacedRow], encode: Encode, title: str, processes: int | None = None
-) -> tuple[list[Any], Counter[str], dict[str, list[str]]]:
+@dataclass
+class Report:
+    """What became of the rows.
+
+    Attributes:
+        rows: How many there were.
+        counts: How many were "cut", "dropped", "empty" or "lost": those of which cutting leaves nothing to learn.
+        places: The first five places of each.
+    """
+
+    rows: int
+    counts: dict[str, int] = field(default_factory=dict)
+    places: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, thing: str, place: str) -> None:
+        """Count what happened to a row."""
+        self.counts[thing] = self.counts.get(thing, 0) + 1
+        if self.counts[thing] <= 5:
+            self.places.setdefault(thing, []).append(place)
+
+    def check(self, name: str, examples: int, max_length: int) -> None:
+        """Refuse rows that would be lost, and sources of which nothing is left."""
+        if lost := self.counts.get("lost"):
+            more = ", ..." if lost > len(self.places["lost"]) else ""
+            raise ValueError(
+                f"{lost} of {self.rows} rows lose their answer to max_length={max_length}: {', '.join(self.places['lost'])}{more}; "
+                "raise data.max_length, shorten their prompts, or set data.long_rows: drop"
+            )
+        if not examples:
+            reasons = ", ".join(f"{count} {thing}" for thing, count in self.counts.items())
+            raise ValueError(f"{name}: no row of {self.rows} is left ({reasons})")
+
+    def say(self, name: str, lengths: list[int], max_length: int, cached: bool) -> None:
+        """Log the counts and lengths. Warn of rows that are cut or dropped."""
+        for thing, reason in (("cut", f"to max_length={max_length} tokens"), ("dropped", f"as longer than max_length={max_length} tokens")):
+            if count := self.counts.get(thing):
+                rank_zero_warn(f"{name}: {count} of {self.rows} rows are {thing} {reason}, first {self.places[thing][0]}")
+        parts = [f"{self.rows} rows" + " (tokenized before)" * cached]
+        parts += [f"{count} {thing}" for thing, count in self.counts.items()]
+        parts += [f"{len(lengths)} examples"] if len(lengths) != self.rows else []
+        tokens = f"; {int(median(lengths))} tokens in the median row, {max(lengths)} in the longest" * (max(lengths) > 1)  # or images
+        rank_zero_info(f"{name}: {', '.join(parts)}{tokens}.")
+
+
+def encode_rows(rows: Sequence[PlacedRow], encode: Encode, title: str, processes: int | None = None) -> tuple[list[Any], Report]:
     """Encode all rows, in their order.
 
     Args:
@@ -35,17 +79,16 @@ def encode_rows(
         processes: How many to use; None for as many as are worth it.
 
     Returns:
-        The examples, how many rows each thing happened to, and for each thing the first places.
+        The examples, and what became of the rows.
 
     Raises:
         ValueError: A row cannot be encoded. The message begins with its place.
     """
     global _work
     examples: list[Any] = []
-    counts: Counter[str] = Counter()
-    places: dict[str, list[str]] = {}
+    report = Report(len(rows))
     chunks = range(0, len(rows), CHUNK)
-    count = processes or max(1, min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, len(rows) // WORTH))
+    count = processes or max(1, min(_processors(), len(rows) // WORTH))
     _work = (rows, encode)
     try:
         with tqdm(total=len(rows), desc=title, unit=" rows", leave=False, disable=True if len(rows) < WORTH else None) as bar:
@@ -53,12 +96,14 @@ def encode_rows(
                 examples += found
                 bar.update(done)
                 for thing, place in happened:
-                    counts[thing] += 1
-                    if counts[thing] <= 5:
-                        places.setdefault(thing, []).append(place)
+                    report.add(thing, place)
     finally:
         _work = None
-    return examples, counts, places
+    return examples, report
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 Result = tuple[int, list[Any], list[tuple[str, str]]]

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+_SPLIT = re.compile(r"(.+?):(\w[\w.+]*(?:\[[^\]]*\])?)")
+_HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
 # The split that a data set usually has for each use.
 SPLITS = {"train": "train", "val": "validation", "test": "test", "predict": "test"}
+
+
+def names_dataset(source: str) -> bool:
+    """Tell whether a source is a folder or may be a hub id, either with ``:split`` at its end or without."""
+    name = _split_of(source, "train")[0]
+    return Path(name).is_dir() or bool(_HUB_ID.fullmatch(name))
 
 
 def read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
@@ -47,14 +56,30 @@ def read_dataset(source: str, slot: str, subset: str | None = None, streaming: b
         ValueError: There is no such data set or split, or the hub cannot be reached.
     """
     rows = load_dataset(source, slot, subset, streaming)
-    return ((f"{source}:{number}", row) for number, row in enumerate(rows, start=1))
+    names = _label_names(rows.features or {})
+    return ((f"{source}:{number}", _named(row, names)) for number, row in enumerate(rows, start=1))
+
+
+def _label_names(features: dict[str, Any]) -> dict[str, list[str]]:
+    """Return column → names of its labels, for columns that have a label, or a list of labels, as a number."""
+    found = {column: getattr(getattr(feature, "feature", feature), "names", None) for column, feature in features.items()}
+    return {column: names for column, names in found.items() if isinstance(names, list)}
+
+
+def _named(row: dict[str, Any], names: dict[str, list[str]]) -> dict[str, Any]:
+    """Give labels their names; -1 is no label."""
+
+    def name(label: Any, its: list[str]) -> Any:
+        return [name(each, its) for each in label] if isinstance(label, list) else its[label] if label in range(len(its)) else None
+
+    return {**row, **{column: name(row[column], its) for column, its in names.items() if column in row}}
 
 
 def load_dataset(source: str, slot: str, subset: str | None = None, streaming: bool = False) -> Any:
     """Return the data set itself; see `read_dataset`."""
     name, split = _split_of(source, slot)
     folder = Path(name)
-    what = f"data.{slot}={source!r}:" + " this is a folder, and" * folder.is_dir()
+    what = f"data.{slot}={source!r}: this is a folder, and" if folder.is_dir() else f"data.{slot}={source!r}: no such file, and of the hub:"
     _require("datasets", what)
     import datasets
 
@@ -72,8 +97,9 @@ def load_dataset(source: str, slot: str, subset: str | None = None, streaming: b
 
 
 def _split_of(source: str, slot: str) -> tuple[str, str]:
-    name, _, split = (source, "", "") if Path(source).exists() else source.partition(":")
-    return name, split or SPLITS[slot]
+    """Return the data set's name and the split."""
+    named = _SPLIT.fullmatch(source)
+    return (source, SPLITS[slot]) if Path(source).exists() or not named else (named[1], named[2])
 
 
 def _require(package: str, what: str) -> None:

@@ -74,6 +74,12 @@ class InstructionDataModule(FileDataModule):
         return self._chat
 
     @override
+    def load(self, split: str) -> Examples:
+        if self.template is not None:
+            self.chat  # noqa: B018 (a wrong name is an error of its own, not of the first row)
+        return super().load(split)
+
+    @override
     def encode(self, record: Record, split: str) -> Sequence[Example]:
         if isinstance(record, PlainText):
             return self._text(record.text, split)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.data.hub import read_dataset, read_parquet
+from lightning_lora.data.hub import names_dataset, read_dataset, read_parquet
 from lightning_lora.storage.regular_files import WrongPath
 
 #: A row's place ("file:line"), and the parsed row.
@@ -23,7 +23,6 @@ BOMS = {
     b"\xff\xfe": "utf-16",
     b"\xfe\xff": "utf-16",
 }
-_HUB_ID = re.compile(r"([\w.-]+/)?[\w.-]+(:.+)?", re.ASCII)
 
 
 def read_rows(source: str, slot: str, subset: str | None = None, streaming: bool = False) -> Iterator[PlacedRow]:
@@ -44,7 +43,7 @@ def read_rows(source: str, slot: str, subset: str | None = None, streaming: bool
         ValueError: It cannot be parsed, or it is not text.
     """
     path = Path(source)
-    if path.is_dir() or (not path.exists() and path.suffix not in READERS and _HUB_ID.fullmatch(source) and len(path.parts) < 3):
+    if not path.is_file() and path.suffix not in READERS and names_dataset(source):
         return read_dataset(source, slot, subset, streaming)
     if not path.is_file():
         raise WrongPath(f"data.{slot}={source!r}: no such file (seen from {Path.cwd()})")
