@@ -124,12 +124,11 @@ class InstructionDataModule(FileDataModule):
     @override
     def batching(self, split: str) -> dict[str, Any]:
         rows, pad = self.examples[split], self.tokenizer.pad_token_id
-        known = isinstance(rows, Examples)  # not while they are streamed
-        if split == "train" and self.packing and not known:
+        if split == "train" and self.packing and not isinstance(rows, Examples):  # they are streamed
             raise ValueError("data.packing=True looks at every row before training; set data.streaming: false, or use data.padding_free")
         options = super().batching(split)
         if split == "train" and self.padding_free:
-            longest = max(rows.lengths) if known else self.max_length
+            longest = max(rows.lengths) if isinstance(rows, Examples) else self.max_length
             return options | {"collate_fn": partial(collate_end_to_end, pad=pad, longest=longest, multiple=self.pad_to_multiple_of)}
         if split != "train" or not self.packing:
             return options
