@@ -67,6 +67,18 @@ def test_the_attention_that_the_user_named_stays() -> None:
     assert "attention 'sdpa'" in settle(network, fixed=True) and network.config._attn_implementation == "sdpa"
 
 
+def test_half_precision_is_known_by_autocast_and_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever dtype the last norm has: under bf16-mixed an fp32 model differs by bf16's rounding."""
+    states, network = torch.zeros(1), model("Llama", torch.float32)
+    strict, loose = packing_check._LIMITS, packing_check._HALF_LIMITS
+    assert packing_check._limits(network, states) == strict
+    with torch.autocast("cpu", torch.bfloat16):
+        assert packing_check._limits(network, states) == loose
+        assert f"attention '{NAME}'" in settle(network)
+    network.model.layers[0].to(torch.bfloat16)
+    assert packing_check._limits(network, states) == loose == packing_check._limits(torch.nn.Linear(1, 1), states.half())
+
+
 def test_old_gpus_keep_the_masks_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert packing_check._choices("sdpa", torch.device("cuda"), False) == ["sdpa"]
