@@ -131,7 +131,8 @@ class Chat:
         # Some templates write the text before an answer otherwise once the answer is there (Mistral's leave out the system message). What
         # generation reads counts, and the answer is taken from after a shorter question.
         for shorter in (before, [QUESTION]):
-            start, whole = self._prompt(shorter, tools), self._whole([*shorter, message], tools)
+            start = prompt if shorter is before else self._prompt(shorter, tools)
+            whole = self._whole([*shorter, message], tools)
             if whole.startswith(start):
                 break
         else:
@@ -159,7 +160,8 @@ class Chat:
         ids = self._ids(whole)
         spans = []
         for prompt, turn in parts:
-            before, after = self._ids(prompt), self._ids(prompt + turn)
+            before = self._ids(prompt)
+            after = ids if prompt + turn == whole else self._ids(prompt + turn)
             spans.append((len(before), len(after)))
             if ids[: len(before)] != before or ids[: len(after)] != after:  # a token spans prompt and answer: generation makes none such
                 ids, spans = self._pieces(whole, parts)

@@ -11,18 +11,20 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from tqdm import tqdm
 
 from lightning_lora.data.reading import PlacedRow
+from lightning_lora.data.store import Examples
 
 CHUNK = 256  # rows that a process takes at a time
 WORTH = 4 * CHUNK  # rows for which a further process is worth its start
 #: Encodes a row: examples, and what happened to it ("cut", "empty", ...) with a note for its place.
 Encode = Callable[[Any], tuple[list[Any], dict[str, str]]]
-_work: tuple[Sequence[PlacedRow], Encode] | None = None  # what forked processes inherit
+_work: tuple[Sequence[PlacedRow], Encode, type] | None = None  # what forked processes inherit
+T = TypeVar("T")
 
 
 @dataclass
@@ -69,12 +71,15 @@ class Report:
         rank_zero_info(f"{name}: {', '.join(parts)}{tokens}.")
 
 
-def encode_rows(rows: Sequence[PlacedRow], encode: Encode, title: str, processes: int | None = None) -> tuple[list[Any], Report]:
+def encode_rows(
+    rows: Sequence[PlacedRow], encode: Encode, kind: type[T], title: str, processes: int | None = None
+) -> tuple[Examples[T], Report]:
     """Encode all rows, in their order.
 
     Args:
         rows: The rows with their places.
         encode: See above.
+        kind: The dataclass of the examples.
         title: What the progress bar says.
         processes: How many to use; None for as many as are worth it.
 
@@ -85,28 +90,28 @@ def encode_rows(rows: Sequence[PlacedRow], encode: Encode, title: str, processes
         ValueError: A row cannot be encoded. The message begins with its place.
     """
     global _work
-    examples: list[Any] = []
+    parts = [Examples.pack(kind, [])]
     report = Report(len(rows))
     chunks = range(0, len(rows), CHUNK)
     count = processes or max(1, min(_processors(), len(rows) // WORTH))
-    _work = (rows, encode)
+    _work = (rows, encode, kind)
     try:
         with tqdm(total=len(rows), desc=title, unit=" rows", leave=False, disable=True if len(rows) < WORTH else None) as bar:
-            for done, found, happened in _results(chunks, count):
-                examples += found
+            for done, columns, happened in _results(chunks, count):
+                parts.append(Examples.of_arrays(kind, columns))
                 bar.update(done)
                 for thing, place in happened:
                     report.add(thing, place)
     finally:
         _work = None
-    return examples, report
+    return Examples.joined(parts), report
 
 
 def _processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-Result = tuple[int, list[Any], list[tuple[str, str]]]
+Result = tuple[int, dict[str, Any], list[tuple[str, str]]]  # rows, the examples' columns, and what happened to which row
 
 
 def _results(chunks: range, count: int) -> Iterator[Result]:
@@ -123,7 +128,7 @@ def _results(chunks: range, count: int) -> Iterator[Result]:
 def _encode_chunk(start: int) -> Result | str:
     """Return the chunk's examples; of a bad row the message, because an exception would come with another process's traceback."""
     assert _work is not None
-    rows, encode = _work
+    rows, encode, kind = _work
     examples: list[Any] = []
     happened = []
     chunk = rows[start : start + CHUNK]
@@ -134,7 +139,7 @@ def _encode_chunk(start: int) -> Result | str:
             return f"{place}: {error}"
         examples += found
         happened += [(thing, place + note) for thing, note in things.items()]
-    return len(chunk), examples, happened
+    return len(chunk), Examples.pack(kind, examples).arrays(), happened
 
 
 def _checked(result: Result | str) -> Result:

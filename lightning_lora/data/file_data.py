@@ -20,7 +20,7 @@ from lightning_lora.data.encoding import Report, encode_rows
 from lightning_lora.data.formats import check_format, to_record
 from lightning_lora.data.of_task import of_task
 from lightning_lora.data.reading import PlacedRow, read_rows
-from lightning_lora.data.records import Record
+from lightning_lora.data.records import CALLED, Record
 from lightning_lora.data.resuming import Position, ResumableLoader
 from lightning_lora.data.splits import share_of, take_share
 from lightning_lora.data.store import Examples
@@ -168,10 +168,14 @@ class FileDataModule(LightningDataModule, ABC):
         if self.trainer is not None and self.trainer.world_size > 1 and self.cache:
             for split in STAGES[self.trainer.state.fn or "fit"]:
                 if self.sources[split] is not None and not (self.streaming and split == "train"):
-                    self.load(split)
+                    self.load(split, say=False)
 
-    def load(self, split: str) -> Examples:
+    def load(self, split: str, say: bool = True) -> Examples:
         """Return the encoded rows of a split, from the cache if they are there.
+
+        Args:
+            split: "train", "val", "test" or "predict".
+            say: Log what became of the rows.
 
         Raises:
             ValueError: See the class.
@@ -186,12 +190,12 @@ class FileDataModule(LightningDataModule, ABC):
             rows = self._rows(split, sources)
             if not rows:
                 raise ValueError(f"data.{split}={name!r} is empty; it needs at least one row")
-            found, report = encode_rows(rows, partial(self._encode, split=split), f"data.{split}")
-            report.check(f"data.{split}={name!r}", len(found), self.max_length)
-            examples = Examples.pack(self.example, found)
+            examples, report = encode_rows(rows, partial(self._encode, split=split), self.example, f"data.{split}")
+            report.check(f"data.{split}={name!r}", len(examples), self.max_length)
             if file is not None:
                 write_cache(file, examples, vars(report))
-        report.say(f"data.{split} {name}", examples.lengths, self.max_length, cached=kept is not None)
+        if say:
+            report.say(f"data.{split} {name}", examples.lengths, self.max_length, cached=kept is not None)
         return examples
 
     def stream(self) -> Stream:
@@ -237,8 +241,10 @@ class FileDataModule(LightningDataModule, ABC):
         """
         record = to_record(row, self.format, self.columns, needs_answer=split != "predict")
         if not isinstance(record, self.records):
-            names = ", ".join(kind.__name__ for kind in self.records)
-            raise ValueError(f"{type(self).__name__} takes rows of {names}, and this is a {type(record).__name__}; set data.format or data")
+            takes, name = " or ".join(CALLED[kind] for kind in self.records), type(self).__name__
+            raise ValueError(
+                f"{name} takes {takes}, and this row is {CALLED[type(record)]}; set data.format, or choose another data module"
+            )
         return record
 
     def _encode(self, row: Any, split: str) -> tuple[list[Any], dict[str, str]]:

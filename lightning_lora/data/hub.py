@@ -37,7 +37,7 @@ def read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}:{number}", row
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a whole parquet file: {str(error).splitlines()[0]}") from error
 
 

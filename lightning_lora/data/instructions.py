@@ -74,10 +74,10 @@ class InstructionDataModule(FileDataModule):
         return self._chat
 
     @override
-    def load(self, split: str) -> Examples:
+    def load(self, split: str, say: bool = True) -> Examples:
         if self.template is not None:
             self.chat  # noqa: B018 (a wrong name is an error of its own, not of the first row)
-        return super().load(split)
+        return super().load(split, say)
 
     @override
     def encode(self, record: Record, split: str) -> Sequence[Example]:

@@ -46,7 +46,9 @@ class LabelDataModule(FileDataModule):
         """Tell the task the labels, or take its own."""
         task = self.trainer.lightning_module if self.trainer is not None else None
         if not hasattr(task, "set_labels"):
-            raise ValueError(f"{type(self).__name__} tells the task its labels, but {type(task).__name__} has no `set_labels`")
+            raise ValueError(
+                f"{type(self).__name__} tells the task its labels, but {type(task).__name__} has no `set_labels`; choose a task with labels"
+            )
         self.label_ids = self._ids(task, stage)
 
     def _ids(self, task: Any, stage: str) -> dict[str, int]:

@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,20 +81,31 @@ def _read_json(path: Path) -> Iterator[PlacedRow]:
         return _read_array(path, text)
     try:
         json.loads(first)
-    except json.JSONDecodeError as error:
-        if error.pos >= len(first.rstrip()):  # it goes on in the next line
+    except (RecursionError, ValueError) as error:
+        if getattr(error, "pos", 0) >= len(first.rstrip()) > 0:  # it goes on in the next line
             return _read_values(path, text, 0)
     return _read_lines(path, text)
+
+
+@contextmanager
+def _placed(place: str) -> Iterator[None]:
+    """Name the place of what cannot be parsed within."""
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        at = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+        raise ValueError(f'{place} is not JSON ({error.msg} at {at}); a line is like {{"prompt": "...", "response": "..."}}') from error
+    except (RecursionError, ValueError) as error:  # nested a thousand deep, or a number of thousands of digits
+        raise ValueError(f"{place} cannot be read as JSON ({error})") from error
 
 
 def _read_lines(path: Path, text: str) -> Iterator[PlacedRow]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            try:
-                yield f"{path}:{number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                hint = 'a line is like {"prompt": "...", "response": "..."}'
-                raise ValueError(f"{path}:{number} is not JSON ({error.msg} at column {error.colno}); {hint}") from error
+            place = f"{path}:{number}"
+            with _placed(place):
+                row = json.loads(line)
+            yield place, row
 
 
 def _read_array(path: Path, text: str) -> Iterator[PlacedRow]:
@@ -109,10 +121,8 @@ def _read_values(path: Path, text: str, position: int) -> Iterator[PlacedRow]:
     line, counted = 1, 0
     while (position := separators.match(text, position).end()) < len(text):  # type: ignore[union-attr]
         line, counted = line + text.count("\n", counted, position), position
-        try:
+        with _placed(f"{path}:{line}"):
             row, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{line} is not JSON ({error.msg} at line {error.lineno}, column {error.colno})") from error
         yield f"{path}:{line}", row
 
 

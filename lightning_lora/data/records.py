@@ -73,3 +73,13 @@ class Pair:
 
 
 Record = Conversation | PlainText | Labelled | LabelledImage | Tagged | Pair
+
+#: What each record is called in messages.
+CALLED: dict[type, str] = {
+    Conversation: "a conversation",
+    PlainText: "a text",
+    Labelled: "a text with a label",
+    LabelledImage: "an image's path",
+    Tagged: "tokens with tags",
+    Pair: "a pair of chosen and rejected",
+}

@@ -11,6 +11,8 @@ from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
+from lightning_lora.storage.regular_files import WrongPath
+
 _LOOP = "{% for message in messages %}"
 _PROMPT = "{% endfor %}{% if add_generation_prompt %}"
 
@@ -77,6 +79,7 @@ def set_template(tokenizer: Any, template: str) -> None:
         template: A name in `TEMPLATES`, a file whose name ends in ``.jinja``, or a template itself.
 
     Raises:
+        WrongPath: There is no such file.
         ValueError: The name is unknown, or the tokenizer lacks a token that the template writes.
     """
     if "{" in template or template.endswith(".jinja"):
@@ -102,7 +105,7 @@ def _set_own(tokenizer: Any, template: str) -> None:
     if "{" not in template:
         file = Path(template)
         if not file.is_file():
-            raise ValueError(f"data.template={template!r}: no such file (seen from {Path.cwd()})")
+            raise WrongPath(f"data.template={template!r}: no such file (seen from {Path.cwd()})")
         template = file.read_text(encoding="utf-8")
     before, tokenizer.chat_template = tokenizer.chat_template, template
     try:

@@ -131,6 +131,10 @@ def _named(model: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, pickle.UnpicklingError, OSError, ValueError) as error:
+        if other := re.match(r"Unrecognized configuration class .*?(\w+)'> for this kind of AutoModel: (\w+)", str(error)):
+            raise ValueError(
+                f"model={os.fspath(model)!r}: there is no {other[2]} for a {other[1]}; choose another task or model"
+            ) from error
         damaged = "its weights are damaged, or no weights: " if isinstance(error, (SafetensorError, pickle.UnpicklingError)) else ""
         raise ValueError(f"model={os.fspath(model)!r}: {damaged}{str(error).strip().splitlines()[0]}") from error
 

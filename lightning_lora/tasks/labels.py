@@ -38,7 +38,7 @@ class LabelTask(HFTask):
 
     inputs: tuple[str, ...]  # what of a batch the model's forward takes
 
-    def __init__(self, model: str, labels: Sequence[str] | None = None, **shared: Any) -> None:
+    def __init__(self, model: str, labels: Sequence[str | int] | None = None, **shared: Any) -> None:
         super().__init__(model, **shared)
         self._own = [] if labels is not None else self._own_labels()  # labels that others may replace
         if labels is not None:
@@ -56,7 +56,7 @@ class LabelTask(HFTask):
         """Whether its labels are fixed. Those of a model's own head are replaced by others."""
         return self.model is not None and not self._own
 
-    def set_labels(self, labels: Sequence[str]) -> None:
+    def set_labels(self, labels: Sequence[str | int]) -> None:
         """Give the model a head for these labels. If it knows them all, its head stays as it is.
 
         Raises:
@@ -78,7 +78,7 @@ class LabelTask(HFTask):
         """Return the labels of the checkpoint's own head for this task; empty if it has none, or none with names."""
         config = load_config(self.hparams["model"], self.hparams["gguf_file"])
         suffix = self.auto_class.removeprefix("AutoModel")
-        names = [str(config.id2label[i]) for i in sorted(config.id2label)]
+        names = [str(name) for _, name in sorted((getattr(config, "id2label", None) or {}).items())]
         heads = any(str(name).endswith(suffix) for name in getattr(config, "architectures", None) or ())
         return names if heads and not all(name.startswith("LABEL_") for name in names) else []
 

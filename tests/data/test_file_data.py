@@ -81,7 +81,7 @@ def test_columns_and_format(tmp_path):
     with pytest.raises(ValueError, match=r"data.format='sharegpt' is not known; the formats are"):
         module(train=file, format="sharegpt")
     labelled = tiny_lm.write(tmp_path / "labels.jsonl", [{"text": "sky", "label": "blue"}])
-    with pytest.raises(ValueError, match=r"labels.jsonl:1: InstructionDataModule takes rows of Conversation, PlainText, .* a Labelled"):
+    with pytest.raises(ValueError, match=r"labels.jsonl:1: InstructionDataModule takes a conversation or a text, .* a text with a label"):
         module(train=labelled).load("train")
 
 
@@ -151,23 +151,6 @@ def test_a_cache_that_nobody_used_for_a_month_is_removed(tmp_path, kept, monkeyp
     assert not old.exists()
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_processes_encode_in_order(monkeypatch, processes):
-    monkeypatch.setattr(encoding, "CHUNK", 4)
-    placed = [(f"file:{i}", i) for i in range(23)]
-    examples, report = encode_rows(placed, lambda row: ([row] * (row % 3), {"empty": ""} if row % 3 == 0 else {}), "rows", processes)
-    assert examples == [row for row in range(23) for _ in range(row % 3)]
-    assert report.counts == {"empty": 8} and report.places == {"empty": [f"file:{i}" for i in (0, 3, 6, 9, 12)]}
-
-    def refuse(row):
-        if row in (9, 17):
-            raise ValueError(f"{row} is bad")
-        return [row], {}
-
-    with pytest.raises(ValueError, match=r"^file:9: 9 is bad$"):
-        encode_rows(placed, refuse, "rows", processes)
-
-
 def test_processes_that_encode_share_the_module(tmp_path, monkeypatch):
     file = tiny_lm.write(tmp_path / "rows.jsonl", rows(30))
     alone = module(train=file, cache=False).load("train")
@@ -204,6 +187,23 @@ class Odd:
 
     def __len__(self) -> int:
         return len(self.numbers)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_processes_encode_in_order(monkeypatch, processes):
+    monkeypatch.setattr(encoding, "CHUNK", 4)
+    placed = [(f"file:{i}", i) for i in range(23)]
+    examples, report = encode_rows(placed, lambda row: ([Odd([row])] * (row % 3), {} if row % 3 else {"empty": ""}), Odd, "rows", processes)
+    assert [example.numbers for example in examples] == [[row] for row in range(23) for _ in range(row % 3)]
+    assert report.counts == {"empty": 8} and report.places == {"empty": [f"file:{i}" for i in (0, 3, 6, 9, 12)]}
+
+    def refuse(row):
+        if row in (9, 17):
+            raise ValueError(f"{row} is bad")
+        return [Odd([row])], {}
+
+    with pytest.raises(ValueError, match=r"^file:9: 9 is bad$"):
+        encode_rows(placed, refuse, Odd, "rows", processes)
 
 
 def test_examples_of_any_fields(tmp_path):

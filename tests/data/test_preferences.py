@@ -88,7 +88,7 @@ def test_long_pairs_are_cut_and_counted(tmp_path):
         ({"prompt": "a", "chosen": "blue", "rejected": "blue"}, "must both have an answer, and not the same one"),
         ({"chosen": "blue", "rejected": "red"}, "have no prompt: add 'prompt'"),
         ({"prompt": "a", "response": "b"}, "the row has no 'chosen' and 'rejected'"),
-        ({"text": "a"}, "PreferenceDataModule takes rows of Pair"),
+        ({"text": "a"}, "PreferenceDataModule takes a pair of chosen and rejected"),
     ],
 )
 def test_a_bad_row_is_named(row, message, tmp_path):

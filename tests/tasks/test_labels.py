@@ -129,7 +129,10 @@ def test_metrics_are_those_of_the_whole_set_whatever_the_batches(folder, rows, t
         ([*ROWS, {"text": "a", "label": None}], r"rows.jsonl:13: .*no 'label'"),
         ([*ROWS, {"text": "a", "label": 0.5}], r"rows.jsonl:13: the label is 0.5; it must be a text or a whole number"),
         ([{"text": "a", "label": "x"}], r"labels=\['x'\]: there must be at least two, all different"),
-        ([{"prompt": "a", "response": "b"}], r"rows.jsonl:1: ClassificationDataModule takes rows of Labelled"),
+        (
+            [{"prompt": "a", "response": "b"}],
+            r"rows.jsonl:1: ClassificationDataModule takes a text with a label or a text, and this row is a conversation",
+        ),
     ],
 )
 def test_a_bad_row_is_named(content, message, folder, tmp_path):

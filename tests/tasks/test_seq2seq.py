@@ -106,5 +106,5 @@ def test_prefix_columns_and_lengths(folder, tmp_path):
 
 def test_a_row_of_another_kind_is_named(folder, tmp_path):
     file = tiny_lm.write(tmp_path / "rows.jsonl", [{"text": "a", "label": "b"}])
-    with pytest.raises(ValueError, match=r"rows.jsonl:1: Seq2SeqDataModule takes rows of Conversation, and this is a Labelled"):
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: Seq2SeqDataModule takes a conversation, and this row is a text with a label"):
         trainer().validate(Seq2SeqTask(folder), Seq2SeqDataModule(val=file), verbose=False)
