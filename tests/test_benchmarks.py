@@ -207,3 +207,16 @@ def test_qlora_step_measures(name: str, checkpointed: bool) -> None:
     model = step["MODES"][name](step["build"](step["TINY"], "cpu"))
     assert len([module for module in model.modules() if format_of(module) is not None]) == 2 * 7
     assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # which PEFT asks
+def test_packing_computes_the_same_in_every_way(capsys: pytest.CaptureFixture[str]) -> None:
+    main = runpy.run_path(str(BENCHMARKS / "packing.py"))["main"]
+    options = ["--shape", "tiny", "--rows", "2", "--length", "64", "--median", "12", "--documents", "200", "--steps", "1", "--warmup", "1"]
+    speeds = main(options)
+    assert set(speeds) == {"full", "full sdpa", "packed", "packed sdpa", "peft", "peft fast", "grouped", "padded", "flat"}
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.count(" | ") == 6]
+    losses = {cells[0]: float(cells[-1]) for cells in rows if cells[0] in speeds}
+    assert losses.keys() == speeds.keys() and losses["grouped"] == pytest.approx(losses["flat"], abs=2e-3)
+    packed = [loss for name, loss in losses.items() if name.startswith(("packed", "peft"))]
+    assert len(packed) == 4 and packed == pytest.approx([packed[0]] * 4, abs=2e-3)  # after a step or two with adapters of their own

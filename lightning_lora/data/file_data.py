@@ -29,7 +29,18 @@ from lightning_lora.ops.cross_entropy import IGNORE
 
 Source = str | list[str]
 # Attributes that do not change the encoded rows.
-BATCHING = {"batch_size", "pad_to_multiple_of", "num_workers", "cache", "streaming", "sources", "examples"}
+BATCHING = {
+    "batch_size",
+    "packing",
+    "pack_length",
+    "padding_free",
+    "pad_to_multiple_of",
+    "num_workers",
+    "cache",
+    "streaming",
+    "sources",
+    "examples",
+}
 STAGES = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"], "predict": ["predict"]}
 
 
@@ -264,9 +275,8 @@ class FileDataModule(LightningDataModule, ABC):
         options: dict[str, Any] = {"num_workers": self.num_workers, **self.batching(split)}
         if self.num_workers:
             options["multiprocessing_context"] = "fork"  # `collate` is a method of this module, which cannot be pickled
-        if split == "train":
-            return ResumableLoader(self.examples[split], self.position, **options)
-        return DataLoader(self.examples[split], **options)  # type: ignore[arg-type]
+        rows = options.pop("dataset", self.examples[split])
+        return ResumableLoader(rows, self.position, **options) if split == "train" else DataLoader(rows, **options)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from typing_extensions import override
 from lightning_lora.ops.cross_entropy import IGNORE, bypassed, chunked_cross_entropy, unchunkable, wide
 from lightning_lora.tasks.base import HFTask, Perplexity
 from lightning_lora.tasks.hf import generate_text
+from lightning_lora.tasks.packed_attention import packed_rows, use_attention
+from lightning_lora.tasks.packing_check import packed_inputs, settle_attention
 from lightning_lora.utils.torch_private import compiled_call
 from lightning_lora.utils.transformers_conventions import keeps_masked_logits
 
@@ -36,19 +38,24 @@ class CausalLMTask(HFTask):
     Args:
         model: A hub id or a local folder.
         max_new_tokens: Longest answer in prediction, in tokens.
+        attn_implementation: transformers' name of an attention: sdpa, eager, flex_attention, flash_attention_2, and so on. By default
+            transformers chooses; for packed rows the fastest that keeps documents apart in this model is used.
         **shared: See `HFTask`.
     """
 
     auto_class = "AutoModelForCausalLM"
     data_class = "lightning_lora.data.InstructionDataModule"
 
-    def __init__(self, model: str, max_new_tokens: PositiveInt = 32, **shared: Any) -> None:
+    def __init__(self, model: str, max_new_tokens: PositiveInt = 32, attn_implementation: str | None = None, **shared: Any) -> None:
         super().__init__(model, **shared)
         self.load()
         # Read here, while type(self.model) is still the class in the modeling file: wrappers such as FSDP2 change it.
         self.keeps_logits = keeps_masked_logits(self.model)
         self._needs_logits: str | None = None  # why the loss cannot be computed in chunks, once that is known
         self._told = False
+        self._packs = False  # the model was seen to keep the documents of packed rows apart
+        if attn_implementation is not None:
+            use_attention(self.model, attn_implementation)
 
     @override
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -61,16 +68,23 @@ class CausalLMTask(HFTask):
         labels = batch["labels"][:, 1:]  # position t predicts token t + 1
         answers = labels != IGNORE  # (B, T - 1)
         predicts = F.pad(answers, (0, 1), value=False)  # (B, T)
-        inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+        inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "use_cache": False}
         if self.keeps_logits:
             inputs["logits_to_keep"] = predicts
         tokens, head = labels[answers], self.model.get_output_embeddings()
         positions, predicted = batch["input_ids"].numel(), len(tokens) if self.keeps_logits else batch["input_ids"].numel()
         self.count_flops((part, predicted if part is head else positions) for part in self.model.children())
-        return self.model(**inputs).logits, predicts, tokens
+        if "position_ids" not in batch:
+            return self.model(**inputs, attention_mask=batch["attention_mask"]).logits, predicts, tokens
+        with packed_rows():
+            return self.model(**inputs, **packed_inputs(self.model, batch)).logits, predicts, tokens
 
     @override
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        if "position_ids" in batch and not self._packs:
+            ids, fixed = batch["input_ids"], self.hparams["attn_implementation"] is not None
+            rank_zero_info(settle_attention(self.model, ids.shape[1], batch["max_length_q"], ids.device, fixed=fixed))
+            self._packs = True
         loss = self.answer_loss(batch)
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
         return loss
