@@ -68,7 +68,7 @@ def export_adapter(
 
     def write(path: Path) -> None:
         files = _files(path, target, base, component, lambda fields, of: model_card(fields, of, target, folder.name, data, metrics or {}))
-        with commit(folder, list(files), lambda: check_free(folder, overwrite)) as staged:
+        with commit(folder, next(reversed(files)), lambda: check_free(folder, overwrite)) as staged:
             for name, content in files.items():
                 write_atomic(staged / name, content)
 

@@ -41,7 +41,7 @@ from lightning_lora.strategies.lightning_private import cli_parser, cli_value, s
 COMMANDS = ("fit", "validate", "test", "predict")
 CONFIGS_RUN = "A config file runs the classes and functions that it names: take one only from someone whose code you would run."
 LOGGER = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": "lora"}}
-SPLITS = ("train", "val", "test", "predict")
+SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}  # command → what it reads
 # Smallest valid values. Lightning accepts smaller ones silently, or divides by zero. -1 is "no limit" for the first two.
 LEAST = {"max_epochs": 1, "max_steps": 1, "accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "gradient_clip_val": 0}
 MACHINE = ("accelerator", "devices", "num_nodes", "strategy", "precision")  # what most errors in making a Trainer are about
@@ -147,7 +147,7 @@ class LoRACLI(LightningCLI):
 
     @override
     def instantiate_classes(self) -> None:
-        check_files(self.config.get(str(self.subcommand), self.config))
+        check_files(self.config.get(str(self.subcommand), self.config), self.command)
         with usage():
             super().instantiate_classes()
 
@@ -243,14 +243,14 @@ def _check_values(config: Namespace) -> None:
     check_not_null(LoRACallback, vars(config.lora), "lora.")
 
 
-def check_files(config: Namespace) -> None:
-    """Refuse data files that do not exist, before a model is loaded.
+def check_files(config: Namespace, command: str | None) -> None:
+    """Refuse data files that a command reads and that do not exist, before a model is loaded.
 
     Raises:
         UsageError: A file does not exist.
     """
     files = vars(config.data.get("init_args", Namespace())) if config.get("data") else {}
-    for split in SPLITS:
+    for split in SPLITS.get(str(command), ()):
         for file in files[split] if isinstance(files.get(split), list) else [files.get(split)]:
             if isinstance(file, str) and Path(file).suffix in READERS and not Path(file).exists():
                 raise UsageError(f"data.{split}={file!r}: no such file (seen from {Path.cwd()})")

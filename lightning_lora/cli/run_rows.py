@@ -36,7 +36,7 @@ class RunConfig(LoRACLI):
     @override
     def instantiate_classes(self) -> None:
         """Make neither model nor trainer."""
-        check_files(self.config)
+        check_files(self.config, "fit")
 
     @property
     def task(self) -> Any:

@@ -23,6 +23,9 @@ from lightning_lora.data.store import Examples
 
 FOLDER = "LIGHTNING_LORA_CACHE"  # the environment variable that names another folder
 UNUSED = 30 * 24 * 3600.0  # seconds without use, after which a file is removed
+# Attributes of data modules that do not change the encoded rows.
+BATCHING = ("batch_size", "packing", "pack_length", "padding_free", "pad_to_multiple_of", "num_workers", "cache", "streaming")
+ROWS = ("sources", "examples")  # which `key_of` gets by content
 PLAIN = (str, int, float, bool, type(None), list, tuple, dict)
 
 
@@ -33,13 +36,9 @@ def cache_folder(cache: bool | str) -> Path | None:
     return Path(cache if isinstance(cache, str) else os.environ.get(FOLDER, "~/.cache/lightning_lora")).expanduser()
 
 
-def settings_of(module: Any, without: Iterable[str]) -> str:
-    """Return all that a data module's encoding depends on beside rows and tokenizer: its plain public attributes, and its code.
-
-    Args:
-        module: The data module.
-        without: Attributes that only concern batches.
-    """
+def settings_of(module: Any) -> str:
+    """Return all that a data module's encoding depends on beside rows and tokenizer: its plain public attributes, and its code."""
+    without = BATCHING + ROWS
     values = {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in without and isinstance(v, PLAIN)}
     code = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):
@@ -59,15 +58,18 @@ def tokenizer_state(tokenizer: Any) -> str:
     return json.dumps([versions, type(tokenizer).__name__, content, tokenizer.chat_template, special], sort_keys=True, default=str)
 
 
-def key_of(files: Iterable[Path], *texts: str) -> str:
-    """Return a name for the content of some files and texts."""
+def key_of(content: Iterable[Path | tuple[str, Any]], *texts: str) -> str:
+    """Return a name for the content of files, or of rows, and for some texts."""
     key = hashlib.sha256()
-    for file in files:
-        content = hashlib.sha256()
-        with file.open("rb") as opened:
-            while block := opened.read(1 << 20):
-                content.update(block)
-        key.update(content.digest())
+    for item in content:
+        part = hashlib.sha256()
+        if isinstance(item, Path):
+            with item.open("rb") as opened:
+                while block := opened.read(1 << 20):
+                    part.update(block)
+        else:
+            part.update(json.dumps(item[1], sort_keys=True, default=str).encode())
+        key.update(part.digest())
     for text in texts:
         key.update(hashlib.sha256(text.encode()).digest())
     return key.hexdigest()[:40]

@@ -21,8 +21,6 @@ from lightning_lora.ops.cross_entropy import IGNORE
 
 TrainOn = Literal["assistant", "last", "all"]
 MARK = "qwzxqwzxq"  # stands in for an answer; templates of Mistral want ids of calls with nine characters
-
-
 QUESTION: Message = {"role": "user", "content": "a"}
 CALL = {"id": MARK, "type": "function", "function": {"name": MARK, "arguments": {MARK: MARK}}}
 TOOL = {"type": "function", "function": {"name": MARK, "description": "a", "parameters": {"type": "object", "properties": {}}}}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -24,23 +24,10 @@ from lightning_lora.data.records import CALLED, Record
 from lightning_lora.data.resuming import Position, ResumableLoader
 from lightning_lora.data.splits import share_of, take_share
 from lightning_lora.data.store import Examples
-from lightning_lora.data.stream import Stream
+from lightning_lora.data.stream import Stream, endless
 from lightning_lora.ops.cross_entropy import IGNORE
 
 Source = str | list[str]
-# Attributes that do not change the encoded rows.
-BATCHING = {
-    "batch_size",
-    "packing",
-    "pack_length",
-    "padding_free",
-    "pad_to_multiple_of",
-    "num_workers",
-    "cache",
-    "streaming",
-    "sources",
-    "examples",
-}
 STAGES = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"], "predict": ["predict"]}
 
 
@@ -156,7 +143,8 @@ class FileDataModule(LightningDataModule, ABC):
         for split in STAGES[stage]:
             missing = self.sources[split] is None
             if missing and (stage, split) == ("fit", "val"):
-                continue  # only validation within fit is optional
+                self.val_dataloader = None  # type: ignore[assignment, method-assign]
+                continue  # only validation within fit is optional; an empty loader would make Lightning warn
             if missing:
                 raise ValueError(f"data.{split} is not set; {getattr(stage, 'value', stage)} needs a file there")
             if split not in self.examples:
@@ -182,12 +170,14 @@ class FileDataModule(LightningDataModule, ABC):
         """
         sources = self._sources(split)
         name = ", ".join(sources)
-        file = self._cache_file(split, sources)
+        whole_files = all(Path(source).is_file() for source in sources)
+        rows = None if whole_files else self._rows(split, sources)
+        file = self._cache_file(split, [Path(source) for source in sources] if rows is None else rows)
         kept = read_cache(file, self.example) if file is not None else None
         if kept is not None:
             examples, report = kept[0], Report(**kept[1])
         else:
-            rows = self._rows(split, sources)
+            rows = self._rows(split, sources) if rows is None else rows
             if not rows:
                 raise ValueError(f"data.{split}={name!r} is empty; it needs at least one row")
             examples, report = encode_rows(rows, partial(self._encode, split=split), self.example, f"data.{split}")
@@ -199,32 +189,25 @@ class FileDataModule(LightningDataModule, ABC):
         return examples
 
     def stream(self) -> Stream:
-        """Return the training rows as a stream.
-
-        Raises:
-            ValueError: Nothing would end the run, or the first row cannot be encoded.
-        """
-        if self.trainer is not None and self.trainer.max_steps < 0 and isinstance(self.trainer.limit_train_batches, float):
-            raise ValueError("data.streaming has no end; set trainer.max_steps")
-        sources, encode = self._sources("train"), partial(self._encode, split="train")
-        process = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
-
-        def read() -> Iterator[PlacedRow]:
-            return chain.from_iterable(self.read(source, "train", streaming=True) for source in sources)
-
-        next(iter(Stream(read, encode, self.seed, buffer=1)))  # an error before the first step
-        return Stream(read, encode, self.seed, *process)
+        """Return the training rows as a stream; see `endless`."""
+        sources = self._sources("train")
+        return endless(
+            lambda: chain.from_iterable(self.read(source, "train", streaming=True) for source in sources),
+            partial(self._encode, split="train"),
+            self.seed,
+            self.trainer,
+        )
 
     def _sources(self, split: str) -> list[str]:
         source = self.sources["train" if self.share is not None and split == "val" else split]
         return [source] if isinstance(source, str) else list(source or [])  # type: ignore[arg-type]
 
-    def _cache_file(self, split: str, sources: list[str]) -> Path | None:
-        """Return where the encoded rows are kept; None where they are not, or where only reading them tells what they are."""
-        folder, files = cache_folder(self.cache), [Path(source) for source in sources]
-        if folder is None or not all(file.is_file() for file in files):
+    def _cache_file(self, split: str, content: Sequence[Path] | Sequence[PlacedRow]) -> Path | None:
+        """Return where the encoded rows are kept; None without a cache."""
+        folder = cache_folder(self.cache)
+        if folder is None:
             return None
-        key = key_of(files, split, settings_of(self, BATCHING), tokenizer_state(self.tokenizer))
+        key = key_of(content, split, settings_of(self), tokenizer_state(self.tokenizer))
         return folder / f"{split}-{key}.safetensors"
 
     def _rows(self, split: str, sources: list[str]) -> list[PlacedRow]:
@@ -258,6 +241,10 @@ class FileDataModule(LightningDataModule, ABC):
             if thing != "dropped":
                 examples.append(example)
         return examples, happened or ({} if examples else {"empty": ""})
+
+    @override
+    def teardown(self, stage: str) -> None:
+        vars(self).pop("val_dataloader", None)  # see `setup`
 
     # From examples to batches.
 
@@ -293,8 +280,8 @@ class FileDataModule(LightningDataModule, ABC):
         return self.loader("train")
 
     @override
-    def val_dataloader(self) -> DataLoader | list:
-        return self.loader("val") if "val" in self.examples else []
+    def val_dataloader(self) -> DataLoader:
+        return self.loader("val")
 
     @override
     def test_dataloader(self) -> DataLoader:

@@ -51,7 +51,7 @@ class ImageClassificationDataModule(LabelDataModule):
         return rows
 
     @override
-    def _cache_file(self, split: str, sources: list[str]) -> None:
+    def _cache_file(self, split: str, content: Any) -> None:
         return None  # paths depend on the place of the file, and there are no tokens to keep
 
     @override

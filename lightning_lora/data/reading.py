@@ -44,6 +44,8 @@ def read_rows(source: str, slot: str, subset: str | None = None, streaming: bool
         ValueError: It cannot be parsed, or it is not text.
     """
     path = Path(source)
+    if not source.strip():
+        raise WrongPath(f"data.{slot}={source!r} is empty; name a file")
     if not path.is_file() and path.suffix not in READERS and names_dataset(source):
         return read_dataset(source, slot, subset, streaming)
     if not path.is_file():

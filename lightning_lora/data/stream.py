@@ -73,3 +73,21 @@ class Stream(IterableDataset):
                 raise ValueError(
                     f"of the training rows, none is left for process {part + 1} of {parts}; give more rows, or fewer processes"
                 )
+
+
+def endless(read: Callable[[], Iterator[PlacedRow]], encode: Encode, seed: int, trainer: Any = None) -> Stream:
+    """Return a process's stream of training examples.
+
+    Args:
+        read: See `Stream`, as for ``encode`` and ``seed``.
+        encode: See there.
+        seed: See there.
+        trainer: The Trainer, if there is one.
+
+    Raises:
+        ValueError: Nothing would end the run, or the first row cannot be encoded.
+    """
+    if trainer is not None and trainer.max_steps < 0 and isinstance(trainer.limit_train_batches, float):
+        raise ValueError("data.streaming has no end; set trainer.max_steps")
+    next(iter(Stream(read, encode, seed, buffer=1)))  # an error before the first step
+    return Stream(read, encode, seed, *((trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)))

@@ -18,11 +18,11 @@ def test_fit_starts_from_an_adapter(adapter, config, tmp_path, caplog):
     assert max(float(value.abs().max()) for name, value in state.items() if name.endswith("lora_B")) > 1  # the fixture's, not zeros
 
 
-def test_test_runs_the_adapter(adapter, config, capsys, caplog):
+def test_test_runs_the_adapter(adapter, config, tmp_path, capsys, caplog):
     caplog.set_level(logging.INFO)
     scores = []
     for options in ([], ["--lora.config.rank=4", "--lora.start_from", adapter]):
-        assert main(["test", "--config", config, "--trainer.logger=false", *options]) == 0
+        assert main(["test", "--config", config, "--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}", *options]) == 0
         assert ("which no adapter has changed" in caplog.text) == (not options)
         caplog.clear()
         scores.append(next(line for line in capsys.readouterr().out.splitlines() if "test_loss" in line))

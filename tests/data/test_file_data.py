@@ -9,7 +9,7 @@ import lightning
 import pytest
 import torch
 
-from lightning_lora.data import InstructionDataModule, cache, encoding
+from lightning_lora.data import InstructionDataModule, cache, encoding, file_data
 from lightning_lora.data.batching import Example
 from lightning_lora.data.encoding import encode_rows
 from lightning_lora.data.file_data import FileDataModule
@@ -123,6 +123,13 @@ def test_rows_are_tokenized_once(tmp_path, kept, monkeypatch, caplog):
     tiny_lm.write(tmp_path / "rows.jsonl", [*rows(2), ROW, {**ROW, "response": "blue " * 30}])
     assert load()[1] == 4
     assert len(list(kept.iterdir())) == 5
+
+
+def test_rows_of_a_data_set_are_tokenized_once(tmp_path, kept, monkeypatch):
+    calls = encoded(monkeypatch)
+    monkeypatch.setattr(file_data, "read_rows", lambda *args: ((f"name:{i}", row) for i, row in enumerate(rows(4))))
+    first = module(train="owner/name", cache=str(kept)).load("train")
+    assert module(train="owner/name", cache=str(kept)).load("train") == first and len(calls) == 4
 
 
 def test_a_cache_that_cannot_be_used_is_made_again(tmp_path, kept, monkeypatch):

@@ -60,6 +60,17 @@ def test_a_data_set_of_files(tmp_path, streaming):
         read(folder, "test", streaming=streaming)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_that_is_no_data_set(tmp_path, streaming):
+    (tmp_path / "train.jsonl").write_text('{"a": 1}\n{"a": ')
+    with pytest.raises(ValueError, match=r"data.train='.*': this is a folder, and ") as error:
+        read(tmp_path, streaming=streaming)
+    assert "\n" not in str(error.value)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"data.train='.*empty': this is a folder, and "):
+        read(tmp_path / "empty", streaming=streaming)
+
+
 def test_what_the_hub_does_not_have(monkeypatch):
     def refuse(*args, **options):
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'owner/name'\ndoesn't exist on the Hub or cannot be accessed.")

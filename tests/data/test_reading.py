@@ -99,6 +99,11 @@ def test_what_cannot_be_parsed_is_named(tmp_path, name, content, message):
     assert "\n" not in str(error.value)
 
 
+def test_an_empty_name_is_no_folder():
+    with pytest.raises(ValueError, match=r"data.train='' is empty; name a file"):
+        list(read_rows("", "train"))
+
+
 @pytest.mark.parametrize("name", ["none.jsonl", "folder/none.csv", "a/b/c", "./none", "none.txt/"])
 def test_a_missing_file_is_named(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)

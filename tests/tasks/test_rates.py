@@ -22,10 +22,10 @@ def rates(model, folder, *options):
     args = [f"--model.model={model}", "--model.warmup=0", "--model.schedule=constant"]
     args += [f"--data.train={data}", f"--data.val={data}", "--data.batch_size=2", *(f"--trainer.{name}=false" for name in quiet)]
     args += [
+        f"--trainer.default_root_dir={folder}",
         "--trainer.accelerator=cpu",
         "--trainer.max_epochs=1",
         "--trainer.num_sanity_val_steps=0",
-        f"--trainer.default_root_dir={folder}",
     ]
     cli = LoRACLI([*args, *options], run=False)
     cli.trainer.fit(cli.model, cli.datamodule)
