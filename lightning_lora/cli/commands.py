@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -11,12 +12,15 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 from lightning_lora import LoRAConfig, export_merged, find_targets, load_adapter
 from lightning_lora.adapter_io.certificate import CERTIFICATE, summary
 from lightning_lora.adapter_io.files import CONFIG, TENSORS, read_adapter
+from lightning_lora.adapter_io.fingerprint import OtherBase
 from lightning_lora.cli.messages import UsageError
 from lightning_lora.cli.output_folder import replaced_folder, weight_bytes
 from lightning_lora.data.batching import Example, collate_prompts
 from lightning_lora.data.chat import encode_prompt
 from lightning_lora.storage.sharded_checkpoint import REST
 from lightning_lora.tasks.hf import DType, generate_text, load_causal_lm, skeleton, token_probe
+
+IDENTIFYING: tuple[DType, ...] = ("auto", "float16")  # dtypes in which an adapter's base may have had its fingerprint
 
 
 def inspect(path: str, gguf_file: str | None = None, lora: LoRAConfig = LoRAConfig()) -> None:  # noqa: B008 (frozen)
@@ -70,8 +74,7 @@ def merge(
             more than ``max_lost``.
     """
     with replaced_folder(out, overwrite, keep=(model, adapter), room=weight_bytes(model, gguf_file, dtype)) as folder:
-        network, tokenizer = load_causal_lm(model, gguf_file, dtype)
-        load_adapter(network, adapter)
+        network, tokenizer = _load(model, adapter, gguf_file, dtype)
         export_merged(network, folder, probe=token_probe(network, probe_tokens), max_lost=max_lost)
         tokenizer.save_pretrained(folder)
         certificate = json.loads((folder / CERTIFICATE).read_text())
@@ -103,12 +106,35 @@ def generate(
     """
     if not prompt:
         raise UsageError("prompt is empty; give the model something to answer")
-    network, tokenizer = load_causal_lm(model, gguf_file, dtype)
-    if adapter is not None:
-        load_adapter(network, adapter)
+    network, tokenizer = _load(model, adapter, gguf_file, dtype) if adapter is not None else load_causal_lm(model, gguf_file, dtype)
     messages = [{"role": "user", "content": prompt}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
     batch = collate_prompts([Example(encode_prompt(tokenizer, messages))], pad=tokenizer.pad_token_id)
     with torch.inference_mode():
         print(generate_text(network.eval(), tokenizer, batch["input_ids"], batch["attention_mask"], max_new_tokens)[0])
+
+
+def _load(model: str, adapter: str, gguf_file: str | None, dtype: DType) -> tuple[Any, Any]:
+    """Load a base, in any dtype, and an adapter of it. Return the adapted model and the tokenizer.
+
+    In float16 a base may have another fingerprint than in its own dtype. So if the fingerprint is another one, the base is loaded in both
+    dtypes, one after the other, and compared in each.
+    """
+    refused = None
+    for tried in dict.fromkeys((dtype, *IDENTIFYING)):
+        network, tokenizer = load_causal_lm(model, gguf_file, tried)
+        try:
+            load_adapter(network, adapter)
+            break
+        except OtherBase as error:
+            refused = refused or error.with_traceback(None)  # which would keep the model in memory
+            del network
+    else:
+        assert refused is not None
+        raise refused
+    if tried != dtype:
+        del network
+        network, tokenizer = load_causal_lm(model, gguf_file, dtype)
+        load_adapter(network, adapter, check_base=False)
+    return network, tokenizer
