@@ -10,6 +10,7 @@ that, and is put in last.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -38,7 +39,7 @@ def commit(folder: Path, last: str, check: Callable[[], object], drops: Callable
         drops: tells of the name of another file whether it does not stay.
 
     Raises:
-        OSError: the disk is full, or the folder cannot be written to.
+        OSError: the disk is full, the folder cannot be written to, or it has a folder where a file is to be.
         RuntimeError: another process has been writing to it for ten minutes.
     """
     folder = Path(os.path.realpath(folder))
@@ -52,6 +53,8 @@ def commit(folder: Path, last: str, check: Callable[[], object], drops: Callable
             with _staging(folder, home, alone) as staged:
                 yield staged
                 names = sorted(os.listdir(staged), key=lambda name: (name == last, name))
+                if blocked := [folder / name for name in names if (folder / name).is_dir() and not (folder / name).is_symlink()]:
+                    raise IsADirectoryError(errno.EISDIR, "is a folder, where a file is to be written", str(blocked[0]))
                 hidden = aside(folder / names[-1]).name  # of an earlier commit that was killed
                 gone = {name for name in _names(folder) if name in names or name == hidden or drops(name)}
                 linked = _link_others(folder, staged, gone) if home != folder else None

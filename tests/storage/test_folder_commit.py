@@ -88,6 +88,15 @@ def test_a_full_disk_leaves_all_as_it_was(folder, monkeypatch, call):
     assert contents(folder) == before and os.listdir(folder.parent) == ["adapter"]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_in_a_files_place_stays(tmp_path, name):
+    folder = tmp_path / "adapter"
+    (folder / name / "inside").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError, match=rf"is a folder, where a file is to be written: '.*/{name}'"):
+        write(folder, "new")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(["adapter", name, "inside"])
+
+
 @pytest.mark.parametrize("stop", [OSError(errno.ENOSPC, "No space"), KeyboardInterrupt()])
 def test_several_files_are_never_mixed_where_a_folder_stays(tmp_path, monkeypatch, stop):
     """Whoever finds the last file finds all of one version, between any two calls, and after one of them failed."""
