@@ -10,7 +10,6 @@ are scored alike. The learning rate was chosen on the validation split; the test
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import shutil
 import time
@@ -23,6 +22,7 @@ from question_types import cache_folder, fetch, read_questions, write_splits
 
 from lightning_lora import get_lora_parameters, merge_lora, save_adapter, unmerge_lora
 from lightning_lora.cli.lightning_cli import LoRACLI
+from lightning_lora.cli.loss_picture import draw_loss
 from lightning_lora.storage.room import check_room
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,7 +95,7 @@ def run(overrides: list[str], out: Path, started: float) -> dict:
     said_after = [row for batch in trainer.predict(task, data) for row in batch]
 
     folder = save_adapter(task, out / "adapter", overwrite=True)
-    draw_loss(out)
+    draw_loss(out / "metrics.csv", out / "loss.png")
     parameters = list(task.model.parameters())
     answers = Counter(tuple(e.answer) for e in data.examples["test"])
     summary = {
@@ -128,25 +128,6 @@ def merge_difference(task, prompts) -> float:
     merged = merge_lora(model)(**batch).logits
     unmerge_lora(model)
     return (merged - unmerged).abs().max().item()
-
-
-def draw_loss(out: Path) -> None:
-    """The loss curve of ``metrics.csv`` as ``loss.png``."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
-    with (out / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    figure, axes = plt.subplots(figsize=(7, 4))
-    for name, style in (("train_loss", "-"), ("val_loss", "o-")):
-        points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
-        axes.plot(*zip(*points, strict=True), style, label=name)
-    axes.set(xlabel="step", ylabel="loss on the answer", yscale="log", title="LoRA quickstart")
-    axes.legend()
-    figure.savefig(out / "loss.png", dpi=120, bbox_inches="tight")
-    plt.close(figure)
 
 
 def report(summary: dict, out: Path) -> None:

@@ -24,9 +24,11 @@ from lightning_lora.variants import shrink_adalora
 from lightning_lora.variants.rank_allocation import RankAllocator
 
 if TYPE_CHECKING:
+    from lightning_lora.adapter_io.export_adapter import export_adapter
     from lightning_lora.callbacks import AdaLoRACallback, LoRACallback
     from lightning_lora.model.compile import compile_layers, cuda_graph_step, uncompile_layers
     from lightning_lora.model.parallel import replicated_parameters
+    from lightning_lora.optim.advice import advise_learning_rate
     from lightning_lora.strategies import DurableCheckpointIO, LoRAFSDP2Strategy
 
 __all__ = [
@@ -40,12 +42,14 @@ __all__ = [
     "LoRALinear",
     "MergeCertificate",
     "RankAllocator",
+    "advise_learning_rate",
     "apply_lora",
     "apply_lora_plus",
     "chunked_cross_entropy",
     "compile_layers",
     "cuda_graph_step",
     "disabled_lora",
+    "export_adapter",
     "export_merged",
     "find_targets",
     "galore_optimizer",
@@ -77,8 +81,10 @@ _LAZY = {
     "DurableCheckpointIO": "strategies",
     "LoRACallback": "callbacks",
     "LoRAFSDP2Strategy": "strategies",
+    "advise_learning_rate": "optim.advice",
     "compile_layers": "model.compile",
     "cuda_graph_step": "model.compile",
+    "export_adapter": "adapter_io.export_adapter",
     "replicated_parameters": "model.parallel",
     "uncompile_layers": "model.compile",
 }

@@ -16,6 +16,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # has to be set before the kernels are imported
 
 
+@pytest.fixture(scope="session", autouse=True)
+def tokens_are_kept_apart(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keeps tokenized rows out of the user's own cache, in child processes too."""
+    os.environ["LIGHTNING_LORA_CACHE"] = str(tmp_path_factory.mktemp("tokens"))
+
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 #: A config's fields that adapt seven layers of TinyModel, of two kinds.
 ALL = {"target_modules": ["q_proj", "v_proj", "mlp", "embed"], "rank": 4}

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
 from tests import tiny_lm
 
@@ -207,3 +208,32 @@ def test_qlora_step_measures(name: str, checkpointed: bool) -> None:
     model = step["MODES"][name](step["build"](step["TINY"], "cpu"))
     assert len([module for module in model.modules() if format_of(module) is not None]) == 2 * 7
     assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+def test_the_advised_rate_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "who", "where", "is", "it"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertForSequenceClassification(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(tmp_path)
+    rows = [{"messages": [{}, {"content": f"{word} is it"}, {"content": word}]} for word in ("who", "where") * 8]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    script = runpy.run_path(str(BENCHMARKS / "advised_rate.py"))
+    monkeypatch.setattr(sys, "argv", ["advised_rate.py", str(tmp_path), str(tmp_path), "--ways", "lora", "lora+", "full", "--times", "1"])
+    script["main"]()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["way", "lora", "lora+", "full"] and all("%" in line for line in lines[1:])
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # which PEFT asks
+def test_packing_computes_the_same_in_every_way(capsys: pytest.CaptureFixture[str]) -> None:
+    main = runpy.run_path(str(BENCHMARKS / "packing.py"))["main"]
+    options = ["--shape", "tiny", "--rows", "2", "--length", "64", "--median", "12", "--documents", "200", "--steps", "1", "--warmup", "1"]
+    speeds = main(options)
+    assert set(speeds) == {"full", "full sdpa", "packed", "packed sdpa", "peft", "peft fast", "grouped", "padded", "flat"}
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.count(" | ") == 6]
+    losses = {cells[0]: float(cells[-1]) for cells in rows if cells[0] in speeds}
+    assert losses.keys() == speeds.keys() and losses["grouped"] == pytest.approx(losses["flat"], abs=2e-3)
+    packed = [loss for name, loss in losses.items() if name.startswith(("packed", "peft"))]
+    assert len(packed) == 4 and packed == pytest.approx([packed[0]] * 4, abs=2e-3)  # after a step or two with adapters of their own

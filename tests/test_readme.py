@@ -21,10 +21,11 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 import lightning_lora
 from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, load_adapter, save_adapter
-from lightning_lora.cli import commands, main
+from lightning_lora.cli import commands, inspect_rows, main
 from lightning_lora.cli.lightning_cli import LoRACLI
 from lightning_lora.layers import LoRALayer
 from lightning_lora.registry import INITS, VARIANTS
+from tests.tasks import tiny
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -82,6 +83,8 @@ def namespace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, An
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("readme")
         patch.chdir(folder)
+        tiny.save(folder / "answerdotai" / "ModernBERT-base", "modernbert")
+        (folder / "train.csv").write_text("text,label\n" + "which colour is the sky,sky\nblood is red,blood\n" * 10)
         names: dict[str, Any] = {"MyModule": MyModule, "model": llama(), "batches": batches(), "__folder__": folder}
         for block in blocks("python"):
             line = README[: README.index(block)].count("\n")
@@ -101,6 +104,14 @@ def test_the_callback_block(namespace: dict[str, Any]) -> None:
     assert len(layers) == 2 * len(config.target_modules) and all(layer.merged for layer in layers)
     assert module.model.state_dict().keys() == llama().state_dict().keys()
     assert namespace["trainer"].callback_metrics["test_loss"] < MyModule().model.eval()(**batches()[0]).loss
+
+
+@ADVICE
+def test_the_task_block(namespace: dict[str, Any]) -> None:
+    """It learned the labels of the rows, with a new head beside the adapters."""
+    task = namespace["task"]
+    assert task.labels == ["blood", "sky"] and task.trainer.callback_metrics.keys() >= {"val_loss", "val_accuracy", "val_f1"}
+    assert task.model.classifier.weight.requires_grad and all(layer.merged for layer in task.modules() if isinstance(layer, LoRALayer))
 
 
 @ADVICE
@@ -218,6 +229,8 @@ def test_command_lines(words: list[str], folder: Path, monkeypatch: pytest.Monke
         assert (ROOT / rest[0]).is_file()
     elif program == "lightning-lora" and rest[0] in main.TRAIN:
         assert parsed(*rest)
+    elif rest[0] == "inspect" and (run := inspect_rows.run_words(rest[1:])) is not None:
+        assert parsed("fit", *run)
     elif program == "lightning-lora":
         called: dict[str, Any] = {}
         original = getattr(commands, rest[0])

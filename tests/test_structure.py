@@ -46,13 +46,13 @@ FOLDERS = [
     "tasks",
     "cli",
 ]
-OPTIONAL = {"transformers", "bitsandbytes", "torchao", "triton", "datasets", "matplotlib", "peft", "gguf", "pytorch_optimizer"}
+OPTIONAL = {"transformers", "PIL", "bitsandbytes", "torchao", "triton", "datasets", "matplotlib", "peft", "gguf", "pytorch_optimizer"}
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}
 LIGHTNING_FROM = "strategies"
 # Start-up is fast because these import what is slow when it is asked for: Lightning, and most of torch.distributed. And who does not
 # pull what is frozen does not depend on FSDP2's insides.
 DEFERS = {
-    "cli.main": {"cli.lightning_cli", "cli.commands"},
+    "cli.main": {"cli.lightning_cli", "cli.commands", "cli.group_help", "cli.inspect_rows"},
     "model.apply": {"model.parallel"},
     "model.merge": {"model.parallel"},
     "ops.fused_linear": {"ops.triton_low_rank"},
@@ -74,10 +74,13 @@ OTHER_ERRORS = {
     ("quantization.torchao", "ImportError"),  # an extra is not installed
     ("quantization.bitsandbytes", "ImportError"),  # an extra is not installed
     # ValueErrors with an exit code of their own
-    *(("cli." + file, "UsageError") for file in ("main", "commands", "lightning_cli", "messages", "output_folder")),
-    *((file, "WrongPath") for file in ("storage.regular_files", "storage.read_checkpoint", "adapter_io.files", "data.reading", "tasks.hf")),
+    *(("cli." + file, "UsageError") for file in ("main", "export", "lightning_cli", "messages", "choice", "output_folder", "tuned")),
+    *(("cli." + file, "UsageError") for file in ("answers", "chat", "generate", "init", "recipe", "run_rows")),
+    *((file, "WrongPath") for file in ("storage.regular_files", "storage.read_checkpoint", "adapter_io.files", "tasks.hf")),
+    *((file, "WrongPath") for file in ("data.reading", "data.hub", "data.templates")),
     ("strategies.checkpoint_io", "OSError"),  # the disk's own, as the single-file writer raises it
     ("tasks.hf", "ImportError"),  # an extra is not installed
+    ("data.images", "ImportError"),  # likewise
     ("data.hub", "ImportError"),  # likewise
     ("optim.galore", "ImportError"),  # likewise
 }
@@ -220,7 +223,7 @@ def test_the_rules_see_the_package() -> None:
     """That the checks above look at real imports: some that are known to be there are found."""
     assert {"config", "layers.base", "callbacks.lora", ""} <= FILES.keys()
     assert "config" in {own(i.module) for i in imports("layers.spec")}
-    assert [i.top for i in imports("tasks.hf") if i.module == "transformers"] == [False] * 2
+    assert {i.top for i in imports("tasks.hf") if i.module == "transformers"} == {False}
     assert any(i.typing for i in imports("inits"))
     assert any(root(i.module) in LIGHTNING for i in imports("callbacks.lora"))
 

@@ -29,10 +29,10 @@ def export_layers(layers: dict[str, LoRALayer]) -> tuple[dict[str, Exported], Lo
         config = replace(
             config,
             rank=max(ranks.values()),
-            rank_pattern={} if len(set(ranks.values())) == 1 else _by_name(ranks),
+            rank_pattern={} if len(set(ranks.values())) == 1 else by_name(ranks),
             alpha=max(alphas.values()),
-            alpha_pattern={} if len(set(alphas.values())) == 1 else _by_name(alphas),
-            kind_pattern=_by_name({fqn: kind for fqn, kind in kinds.items() if kind is not None}),
+            alpha_pattern={} if len(set(alphas.values())) == 1 else by_name(alphas),
+            kind_pattern=by_name({fqn: kind for fqn, kind in kinds.items() if kind is not None}),
         )
     return exported, config
 
@@ -41,7 +41,7 @@ def _own(layer: LoRALayer) -> tuple[int, float, str | None]:
     return layer.rank, layer.alpha, layer.spec.kind
 
 
-def _by_name(values: dict[str, Any]) -> dict[str, Any]:
+def by_name(values: dict[str, Any]) -> dict[str, Any]:
     """Return one pattern per layer."""
     # The first matching pattern wins, and a name also matches every FQN that ends in it: so longer names go first.
     return {fqn: values[fqn] for fqn in sorted(values, key=lambda fqn: (-len(fqn), fqn))}

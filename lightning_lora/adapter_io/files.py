@@ -26,7 +26,7 @@ from lightning_lora.adapter_io.metadata import FORMAT_VERSION, META, parsed, und
 from lightning_lora.adapter_io.peft_names import PREFIX, our_names
 from lightning_lora.config import LoRAConfig
 from lightning_lora.storage.atomic_files import write_atomic
-from lightning_lora.storage.folder_commit import commit, read_undisturbed
+from lightning_lora.storage.folder_commit import commit, occupied, read_undisturbed
 from lightning_lora.storage.folders import standing
 from lightning_lora.storage.read_checkpoint import read_checkpoint
 from lightning_lora.storage.regular_files import WrongPath, read_regular
@@ -78,6 +78,63 @@ class AdapterFile:
         return {"format_version": FORMAT_VERSION, "config": self.config.to_dict(), "base": self.base, **more}
 
 
+@dataclass(frozen=True)
+class AdapterFolder:
+    """An adapter folder with the names and fields of its files.
+
+    Attributes:
+        tensors: by their names in the file.
+        fields: the content of ``adapter_config.json``.
+        config: the exact config; None in folders that PEFT wrote.
+        base: the base's identity, if the files have it.
+        beside: names of the tensors that did not train, as in :class:`AdapterFile`.
+    """
+
+    tensors: dict[str, Tensor]
+    fields: dict[str, Any]
+    config: LoRAConfig | None
+    base: dict[str, Any] | None
+    beside: frozenset[str] = frozenset()
+
+
+def read_raw(folder: str | Path) -> AdapterFolder:
+    """Read an adapter folder, and check it as :func:`read_adapter` does.
+
+    Raises:
+        ValueError: a file is missing, damaged or of another save.
+    """
+    return read_undisturbed(Path(folder), (TENSORS, CONFIG), _read_raw)
+
+
+def _read_raw(folder: Path) -> AdapterFolder:
+    content = _read_folder(folder)
+    content.check_intact(str(folder))
+    fields = content.fields if content.fields is not None else _read_json(folder / CONFIG)
+    config = content.config if content.fields is None else None
+    return AdapterFolder(safetensors.torch.load_file(folder / TENSORS), dict(fields), config, content.base, content.beside)
+
+
+def encoded(adapter: AdapterFolder) -> bytes:
+    """Return the content of the tensors' file: with our metadata if the adapter has a config of ours."""
+    if adapter.config is None:
+        return safetensors.torch.save(adapter.tensors, {"format": "pt"})
+    content = AdapterFile(adapter.config, adapter.tensors, adapter.base, adapter.beside)
+    return _encoded(content, adapter.tensors, adapter.fields)
+
+
+def _encoded(content: AdapterFile, tensors: dict[str, Tensor], fields: dict[str, Any]) -> bytes:
+    meta = content.meta(json=fields, **({"beside": sorted(content.beside)} if content.beside else {}))
+    return safetensors.torch.save(tensors, {"format": "pt", META: json.dumps(meta | {"checksum": seal(meta, tensors)})})
+
+
+def check_free(folder: Path, overwrite: bool) -> None:
+    """Raise ValueError if a folder is a file, or is not empty and must not be overwritten."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"folder={str(folder)!r} is a file; choose another.")
+    if occupied(folder) and not overwrite:
+        raise ValueError(f"folder={str(folder)!r} is not empty; choose another or pass overwrite=True.")
+
+
 def read_adapter(path: str | Path) -> AdapterFile:
     """Read an adapter folder, or a checkpoint written under ``LoRACallback``: a file or a folder of shards.
 
@@ -104,8 +161,7 @@ def write_folder(folder: Path, content: AdapterFile, fields: dict[str, Any], che
         check: raises if the folder must not be written to; called once no other process writes to it.
     """
     tensors = {PREFIX + name: tensor.detach().cpu().clone().contiguous() for name, tensor in content.tensors.items()}
-    meta = content.meta(json=fields, **({"beside": sorted(content.beside)} if content.beside else {}))
-    data = safetensors.torch.save(tensors, {"format": "pt", META: json.dumps(meta | {"checksum": seal(meta, tensors)})})
+    data = _encoded(content, tensors, fields)
     text = (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
     with commit(folder, CONFIG, check) as staged:
         write_atomic(staged / TENSORS, data)

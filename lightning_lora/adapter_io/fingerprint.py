@@ -3,7 +3,8 @@
 Elsewhere an adapter loads on a base it was not trained on without an error, and its outputs are wrong. The hash reads 1,024 entries of each
 frozen tensor, so it takes a fraction of a second. It tells other models and other revisions apart, but not a change of few entries;
 :func:`~lightning_lora.utils.checksums.sampled_digest` says how likely. Entries are rounded to bf16, so the same checkpoint loaded in fp32
-or bf16 has the same hash. In float16 it may have another, because rounding twice is not rounding once. Of a sharded base only these entries are gathered, so the hash is the same under every strategy and as fast.
+or bf16 has the same hash. In float16 it may have another, because rounding twice is not rounding once. Of a sharded base only these entries
+are gathered, so the hash is the same under every strategy and as fast.
 
 A copy that was quantized here has the same hash too: its layers store the digest of their unpacked weights. For a base that was loaded
 quantized, only the parameters that are not quantized (embeddings, norms, biases) are compared, with a warning.
@@ -24,7 +25,7 @@ from lightning_lora.utils.checksums import sampled_digests
 from lightning_lora.utils.names import bare, clean_name
 from lightning_lora.utils.pieces import Piece, flattened_pieces
 from lightning_lora.utils.sharding import is_flattened
-from lightning_lora.utils.torch_private import fsdp2_original
+from lightning_lora.utils.torch_private import fsdp1_flattened, fsdp2_original
 from lightning_lora.utils.transformers_conventions import model_name
 
 HALF, QUANTIZED = 16, "q"
@@ -47,6 +48,13 @@ def base_identity(root: nn.Module, exclude: Collection[str] = ()) -> dict[str, A
         exclude: names of base tensors that were trained, and so are no part of the base.
     """
     return identity_of(root, base_digests(root), exclude)
+
+
+def is_readable(root: nn.Module) -> bool:
+    """False if an FSDP1 unit around the root has flattened some of its parameters. Their shapes and places are known to that unit only."""
+    flat = flattened_pieces(root) if is_flattened(root) else {}
+    inside = ((module, name, p) for module in root.modules() for name, p in module.named_parameters(recurse=False))
+    return not any(fsdp1_flattened(p) and (module, name) not in flat for module, name, p in inside)
 
 
 def base_digests(root: nn.Module) -> dict[str, str]:

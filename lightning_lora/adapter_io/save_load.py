@@ -25,7 +25,7 @@ from lightning_lora.adapter_io.extras import (
     takes_extra_state,
     why_not_brought,
 )
-from lightning_lora.adapter_io.files import AdapterFile, read_adapter, write_folder
+from lightning_lora.adapter_io.files import AdapterFile, check_free, read_adapter, write_folder
 from lightning_lora.adapter_io.fingerprint import base_identity
 from lightning_lora.adapter_io.peft_experts import beside_experts
 from lightning_lora.adapter_io.peft_names import names_for_peft, peft_name
@@ -40,9 +40,8 @@ from lightning_lora.model.apply import inject
 from lightning_lora.model.heads import saved_modules
 from lightning_lora.model.merge import unmerge_lora
 from lightning_lora.model.targeting import TargetReport, resolve
-from lightning_lora.storage.folder_commit import occupied
 from lightning_lora.utils.names import adapter_root, bare, clean_name, modules_by_name, second_names
-from lightning_lora.utils.sharding import full_tensor, on_first_rank
+from lightning_lora.utils.sharding import full_tensor, local_shard, local_tensor, on_first_rank
 from lightning_lora.utils.transformers_conventions import expert_family, loaded_from
 from lightning_lora.utils.values import kind_of_numbers
 
@@ -68,7 +67,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
     layers = adapted_layers(root)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no LoRA layers to save; call apply_lora(model, config=...) first.")
-    on_first_rank(lambda: _check_free(folder, overwrite))
+    on_first_rank(lambda: check_free(folder, overwrite))
     exported, config = export_layers(layers)
     brought = brought_tensors(root)
     extras = extra_tensors(root, config, layers) | brought
@@ -78,11 +77,11 @@ def save_adapter(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
     _check_values_kept(tensors, str(folder), "no values to save")
     for name, other in _shared(root, layers).items():
         warnings.warn(f"{name!r} and {other!r} are one module: read by PEFT, the adapter would be on the first only.", stacklevel=2)
-    base = base_identity(root, extras)
+    base = base_identity(root, extras) if fingerprint.is_readable(root) else None  # the file then loads on any base of its shapes
     whole = {name: full_tensor(tensor.detach()) for name, tensor in tensors.items()}
     content = AdapterFile(config, whole, base, frozenset(brought))
     fields = _fields(root, config, exported, layers)
-    on_first_rank(lambda: write_folder(folder, content, fields, lambda: _check_free(folder, overwrite)))
+    on_first_rank(lambda: write_folder(folder, content, fields, lambda: check_free(folder, overwrite)))
     return folder
 
 
@@ -141,7 +140,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
     mine = {clean_name(name): tensor for name, tensor in root.state_dict(keep_vars=True).items()}
     with torch.no_grad():
         for name, tensor in tensors.items():
-            mine[name].copy_(tensor)
+            local_tensor(mine[name]).copy_(local_shard(tensor, mine[name]))
     note_brought(root, brought)
     for name, value in adapter.extra_state.items():
         root.get_submodule(name.rpartition(".")[0]).set_extra_state(value)
@@ -157,13 +156,6 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
 def adapted_layers(root: nn.Module) -> dict[str, LoRALayer]:
     """Return FQN, without the names of wrappers, → adapted layer."""
     return {clean_name(name): layer for name, layer in lora_layers(root)}
-
-
-def _check_free(folder: Path, overwrite: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"folder={str(folder)!r} is a file; choose another.")
-    if occupied(folder) and not overwrite:
-        raise ValueError(f"folder={str(folder)!r} is not empty; choose another or pass overwrite=True.")
 
 
 def _names(root: nn.Module, layers: Collection[str]) -> dict[str, str]:

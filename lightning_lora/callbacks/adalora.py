@@ -127,6 +127,7 @@ class AdaLoRACallback(LoRACallback):
             ValueError: its length is unknown or leaves no steps to prune in; or the adapters are in no optimizer, or in several.
         """
         super().on_fit_start(trainer, pl_module)
+        self.trained_config = self.config  # that of the adapter, if the run starts from one
         # Without batches Lightning reads no data and estimates -1 steps.
         total = self.total_steps or (trainer.estimated_stepping_batches if trainer.limit_train_batches else 0)
         if not total:
@@ -262,7 +263,8 @@ class AdaLoRACallback(LoRACallback):
                 hand_over(layer.lora_parameters().values(), parameters.values())
                 layer._parameters.update(parameters)
                 layer.lora_state.spec = replace(layer.spec, config=self.trained_config, rank=rank)
-        self._full, self.config = [], self.trained_config
+        if self._full:
+            self._full, self.config = [], self.trained_config
 
     def _report(self) -> str:
         found = list(self.ranks.values())

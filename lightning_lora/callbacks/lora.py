@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -21,11 +22,11 @@ from lightning_lora.callbacks.gradient_check import BATCHES, CURE, GradientCheck
 from lightning_lora.callbacks.late_models import when_built
 from lightning_lora.callbacks.out_of_memory import advise
 from lightning_lora.callbacks.processes import begin_together
-from lightning_lora.callbacks.refusals import check_apart, check_fit, check_mergeable, frozen_parts, recordable, submodule
+from lightning_lora.callbacks.refusals import check_apart, check_fit, check_mergeable, check_options, frozen_parts, recordable, submodule
 from lightning_lora.callbacks.start_report import log_start
+from lightning_lora.callbacks.starting import Start, log_beginning
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import lora_layers
-from lightning_lora.layers.rounding import check_limit
 from lightning_lora.layers.state import Quantized
 from lightning_lora.model.apply import already_applied, inject, let_gradients_in, unload_lora
 from lightning_lora.model.compile import begin_step, compile_layers, keep_gradients, uncompile_layers
@@ -33,8 +34,6 @@ from lightning_lora.model.merge import merge_lora, merge_report, remerging, unme
 from lightning_lora.model.modes import restore_flags
 from lightning_lora.model.quantize import quantize_reversibly
 from lightning_lora.model.targeting import TargetReport, find_targets
-from lightning_lora.optim.groups import check_ratio
-from lightning_lora.quantization.formats import quantizer_of
 from lightning_lora.strategies import AdaptedPart, FiniteCheck, RollCall, StrategyHooks
 from lightning_lora.strategies.equal_ranks import check_equal, synchronize
 from lightning_lora.strategies.fsdp2 import offer_to_others
@@ -75,6 +74,8 @@ class LoRACallback(Callback):
             Use it for batches of one or few sizes, since each size is recorded separately. Sharded models are refused. Manual optimization
             must call ``manual_backward``. Clone the outputs of blocks that you keep across batches.
         lora_plus_ratio: λ of LoRA+ (arXiv:2402.12354): B's learning rate divided by A's, under any scheduler. The paper suggests 16.
+        start_from: an adapter folder or a checkpoint, whose adapter is trained further with a new optimizer at step 0. (To resume a run,
+            pass ``fit(ckpt_path=...)``.) Its config counts: leave out what it says, or say the same.
 
     Attributes:
         report: what the config matched; set by ``setup``. ``print`` it.
@@ -95,24 +96,17 @@ class LoRACallback(Callback):
         merge_quantized: Quantized | None = None,
         cuda_graphs: bool = False,
         merge_max_lost: float | None = None,
+        start_from: str | Path | None = None,
     ) -> None:
-        if compile not in (None, "layer"):
-            raise ValueError(f"compile={compile!r} is not known; it is None or 'layer'.")
-        if cuda_graphs and compile is None:
-            raise ValueError("cuda_graphs=True records compiled blocks: pass compile='layer' with it.")
-        check_ratio(lora_plus_ratio)
+        check_options(compile, cuda_graphs, quantize, merge_quantized, merge_max_lost, lora_plus_ratio)
         see_mixed_imports()
         offer_to_others()
         self.config, self.module = config or LoRAConfig(), module
-        if quantize is not None:
-            quantizer_of(quantize)
-        if merge_quantized not in (None, "dequantize", "requantize"):
-            raise ValueError(f"merge_quantized={merge_quantized!r}: choose 'dequantize' or 'requantize'.")
-        check_limit(merge_max_lost, "merge_max_lost")
-        self.merge_max_lost = merge_max_lost
+        self.start_from = None if start_from is None else str(start_from)
+        self._start = None if self.start_from is None else Start(self.start_from)
         self.quantize, self.merge_quantized = quantize, merge_quantized
         self.merge_on_fit_end = quantize is None or merge_quantized is not None if merge_on_fit_end is None else merge_on_fit_end
-        self.lora_plus_ratio = lora_plus_ratio
+        self.lora_plus_ratio, self.merge_max_lost = lora_plus_ratio, merge_max_lost
         self.check_base, self.check_gradients, self.allow_nonfinite = check_base, check_gradients, allow_nonfinite
         self._finite: FiniteCheck | None = None
         self.compile, self.cuda_graphs = compile, cuda_graphs
@@ -160,6 +154,7 @@ class LoRACallback(Callback):
         """Take the frozen values as the reference for changes. Switch on the adapters' dropout where the base is in evaluation mode."""
         self._begun(pl_module)
         trainer.strategy._lora_hooks.state.start()  # type: ignore[attr-defined]
+        log_beginning(trainer, self._target(pl_module), self.start_from)
         wake_and_log(self._target(pl_module))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -240,6 +235,8 @@ class LoRACallback(Callback):
     def _adapt(self, trainer: Trainer, pl_module: LightningModule) -> StrategyHooks:
         """Check everything, then change the module. Revert the changes if one of them fails."""
         target, fitting = self._target(pl_module), trainer.state.fn == TrainerFn.FITTING
+        if self._start is not None:
+            self.config = self._start.config(target, self.config)
         there = already_applied(target, self.config, merged_too=True)
         report = find_targets(target, self.config)  # refuses a config that does not fit, before anything is quantized
         if self.merge_on_fit_end and fitting:
@@ -266,6 +263,8 @@ class LoRACallback(Callback):
                 undo.callback(unload_lora, target)
                 synchronize(pl_module)
                 log_start(report, pl_module, stays, fitting and bool(trainer.checkpoint_callbacks))
+            if self._start is not None:
+                self._start.load(target, undo, self.check_base, self.allow_nonfinite)
             undo.callback(arrange(trainer.strategy, pl_module))
             root = ".".join(filter(None, (self.module, adapter_root(target)[0])))
             layers = [clean_name(name) for name, _ in lora_layers(target)]

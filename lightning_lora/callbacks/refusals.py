@@ -12,15 +12,42 @@ from torch.optim import Optimizer
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import LoRALayer, lora_layers
+from lightning_lora.layers.rounding import check_limit
 from lightning_lora.layers.state import Quantized
 from lightning_lora.model.heads import left_frozen
 from lightning_lora.model.targeting import TargetReport
 from lightning_lora.model.ties import tied_weights
-from lightning_lora.quantization.formats import format_of
+from lightning_lora.optim.groups import check_ratio
+from lightning_lora.quantization.formats import format_of, quantizer_of
 from lightning_lora.strategies.adapted_part import AdaptedPart
 from lightning_lora.strategies.namespaces import twins
 from lightning_lora.strategies.savable import check_savable
 from lightning_lora.utils.names import clean_name
+
+
+def check_options(
+    compile: str | None,
+    cuda_graphs: bool,
+    quantize: str | None,
+    merge_quantized: str | None,
+    merge_max_lost: float | None,
+    lora_plus_ratio: float,
+) -> None:
+    """Check the callback's arguments, each alone and against each other.
+
+    Raises:
+        ValueError: one has a value that is not known.
+    """
+    if compile not in (None, "layer"):
+        raise ValueError(f"compile={compile!r} is not known; it is None or 'layer'.")
+    if cuda_graphs and compile is None:
+        raise ValueError("cuda_graphs=True records compiled blocks: pass compile='layer' with it.")
+    check_ratio(lora_plus_ratio)
+    if quantize is not None:
+        quantizer_of(quantize)
+    if merge_quantized not in (None, "dequantize", "requantize"):
+        raise ValueError(f"merge_quantized={merge_quantized!r}: choose 'dequantize' or 'requantize'.")
+    check_limit(merge_max_lost, "merge_max_lost")
 
 
 def check_apart(mine: str | None, others: Sequence[str | None]) -> None:

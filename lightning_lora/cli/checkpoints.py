@@ -19,7 +19,7 @@ def checkpoint_of(ckpt_path: str | None, command: str, trainer: Trainer, weights
         ValueError: There is none; the message names the newest checkpoint that there is.
     """
     if ckpt_path is None:
-        if command != "fit":
+        if command != "fit" and not any(getattr(callback, "start_from", None) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             rank_zero_info(f"No --ckpt_path: {command} runs the model as it was loaded, which no adapter has changed.")
         return None
     if ckpt_path in ("last", "best"):

@@ -12,6 +12,7 @@ import os
 import pydoc
 import sys
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace, set_parsing_settings
@@ -26,22 +27,21 @@ from typing_extensions import override
 from lightning_lora.callbacks import LoRACallback
 from lightning_lora.callbacks.companions import add_companions
 from lightning_lora.cli.checkpoints import checkpoint_of
-from lightning_lora.cli.messages import UsageError, check_not_null, one_line, usage
+from lightning_lora.cli.choice import chosen_task, class_path, default_data
+from lightning_lora.cli.console import print_json
+from lightning_lora.cli.messages import UsageError, arguments_of, check_not_null, one_line, usage
 from lightning_lora.cli.run_folder import BeganConfig, StderrProgressBar, no_folder_of_a_failed_start
+from lightning_lora.cli.run_results import RunResults, print_report
 from lightning_lora.cli.yaml_files import check_config_files, unique_keys
 from lightning_lora.config import LoRAConfig
+from lightning_lora.data.reading import READERS
 from lightning_lora.strategies.checkpoint_io import DurableCheckpointIO
 from lightning_lora.strategies.lightning_private import cli_parser, cli_value, start_method
 
 COMMANDS = ("fit", "validate", "test", "predict")
 CONFIGS_RUN = "A config file runs the classes and functions that it names: take one only from someone whose code you would run."
 LOGGER = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": "lora"}}
-# With a default class, its arguments can be set directly under `model:` and `data:`, without class_path and init_args.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "model": {"class_path": "lightning_lora.tasks.CausalLMTask"},
-    "data": {"class_path": "lightning_lora.data.InstructionDataModule"},
-    "trainer.logger": LOGGER,
-}
+SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}  # command → what it reads
 # Smallest valid values. Lightning accepts smaller ones silently, or divides by zero. -1 is "no limit" for the first two.
 LEAST = {"max_epochs": 1, "max_steps": 1, "accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "gradient_clip_val": 0}
 MACHINE = ("accelerator", "devices", "num_nodes", "strategy", "precision")  # what most errors in making a Trainer are about
@@ -56,16 +56,24 @@ class LoRACLI(LightningCLI):
     Args:
         args: The command line, a dict, or None for the process's own arguments.
         run: Run the sub-command that ``args`` begins with; otherwise only build ``model``, ``datamodule`` and ``trainer``.
+        as_json: Print results as JSON.
 
     Raises:
         UsageError: A key or a value is wrong; the message names it. A ValueError.
         ValueError: The run failed on wrong input.
     """
 
-    def __init__(self, args: ArgsType = None, run: bool = True) -> None:
+    def __init__(self, args: ArgsType = None, run: bool = True, as_json: bool = False) -> None:
+        self.as_json, self.results = as_json, RunResults()
         set_parsing_settings(import_path_denylist=[])  # enforces the parser's own list of what no value may name, such as os.system
         self.words = sys.argv[1:] if args is None else args if isinstance(args, list) else []
         self.command = self.words[0] if run and self.words and self.words[0] in COMMANDS else None
+        task = chosen_task(self.words)
+        self.defaults: dict[str, dict[str, Any]] = {
+            "model": {"class_path": class_path(task)},
+            "data": {"class_path": class_path(default_data(task))},
+            "trainer.logger": LOGGER,
+        }
         strict = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             LightningModule,
@@ -91,7 +99,7 @@ class LoRACLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(LoRACallback, "lora")
         parser.add_argument("--full_finetuning", type=bool, default=False, help="Train every weight, and ignore what is set under lora.")
-        parser.set_defaults(DEFAULTS)
+        parser.set_defaults({**self.defaults, "trainer.enable_model_summary": False})  # the callback reports what trains
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -101,11 +109,16 @@ class LoRACLI(LightningCLI):
             check_config_files(self.words)
             self.config = _parse(parser, args)
             chosen = self.config.get(str(self.command), self.config)
-            others = {key: {"class_path": path} for key in DEFAULTS if (path := _other_class(chosen, key)) is not None}
+            others = {key: {"class_path": path} for key in self.defaults if (path := self._other_class(chosen, key)) is not None}
             if others:  # the arguments that the user did not set are to be this class's, not those of the class it replaces
                 ours.set_defaults(others)
                 self.config = _parse(parser, args)
         _check_values(self.config.get(str(self.command), self.config))
+
+    def _other_class(self, config: Namespace, key: str) -> str | None:
+        """Return the class under a key; None if it is the default one."""
+        path = getattr(config.get(key), "class_path", None)
+        return path if path is not None and pydoc.locate(path) is not pydoc.locate(self.defaults[key]["class_path"]) else None
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -134,6 +147,7 @@ class LoRACLI(LightningCLI):
 
     @override
     def instantiate_classes(self) -> None:
+        check_files(self.config.get(str(self.subcommand), self.config), self.command)
         with usage():
             super().instantiate_classes()
 
@@ -150,6 +164,8 @@ class LoRACLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         if cli_value(self, "full_finetuning"):
             callbacks = [callback for callback in callbacks if not isinstance(callback, LoRACallback)]
+        if self.command == "fit" and not config["fast_dev_run"]:
+            callbacks = [*callbacks, self.results]
         for name, least in LEAST.items():
             value = config[name]
             if value is not None and not value >= least and (value != -1 or name not in ("max_epochs", "max_steps")):
@@ -169,16 +185,29 @@ class LoRACLI(LightningCLI):
         return trainer
 
     def fit(self, **kwargs: Any) -> None:
-        """Run the sub-command ``fit``."""
-        self._run("fit", kwargs)
+        """Run the sub-command ``fit``. Print where its results are and what to type next."""
+        with redirect_stdout(sys.stderr):  # its tables are no results
+            self._run("fit", kwargs)
+        if self.trainer.is_global_zero and not cli_value(self, "trainer").fast_dev_run:
+            report = self.results.report(self.trainer, self.model, self.datamodule)
+            print_json(report) if self.as_json else print_report(report)
 
     def validate(self, **kwargs: Any) -> None:
-        """Run the sub-command ``validate``."""
-        self._run("validate", kwargs)
+        """Run the sub-command ``validate``, which prints the metrics."""
+        self._evaluate("validate", kwargs)
 
     def test(self, **kwargs: Any) -> None:
-        """Run the sub-command ``test``."""
-        self._run("test", kwargs)
+        """Run the sub-command ``test``, which prints the metrics."""
+        self._evaluate("test", kwargs)
+
+    def _evaluate(self, command: str, arguments: dict[str, Any]) -> None:
+        if not self.as_json:
+            self._run(command, arguments)
+            return
+        with redirect_stdout(sys.stderr):
+            results = self._run(command, arguments | {"verbose": False})
+        if self.trainer.is_global_zero:
+            print_json({name: value for metrics in results for name, value in metrics.items()})
 
     def predict(self, **kwargs: Any) -> None:
         """Run the sub-command ``predict`` and print the predictions, one JSON object per line. Nothing else goes to stdout."""
@@ -214,19 +243,26 @@ def _check_values(config: Namespace) -> None:
     check_not_null(LoRACallback, vars(config.lora), "lora.")
 
 
+def check_files(config: Namespace, command: str | None) -> None:
+    """Refuse data files that a command reads and that do not exist, before a model is loaded.
+
+    Raises:
+        UsageError: A file does not exist.
+    """
+    files = vars(config.data.get("init_args", Namespace())) if config.get("data") else {}
+    for split in SPLITS.get(str(command), ()):
+        for file in files[split] if isinstance(files.get(split), list) else [files.get(split)]:
+            if isinstance(file, str) and Path(file).suffix in READERS and not Path(file).exists():
+                raise UsageError(f"data.{split}={file!r}: no such file (seen from {Path.cwd()})")
+
+
 def _default(cls: type, name: str) -> Any:
     """Return the default of an argument that a class has itself or passes on."""
-    signatures = (inspect.signature(vars(base)["__init__"]) for base in cls.__mro__ if "__init__" in vars(base))
-    return next((signature.parameters[name].default for signature in signatures if name in signature.parameters), None)
+    found = arguments_of(cls).get(name)
+    return None if found is None else found[0].default
 
 
 def _options(parser: LightningArgumentParser) -> list[str]:
     """Return all options, as a user writes them."""
     there = [key.replace(".init_args", "") for key in parser.get_defaults().keys(branches=True)]
     return there + [f"lora.config.{name}" for name in inspect.signature(LoRAConfig).parameters]
-
-
-def _other_class(config: Namespace, key: str) -> str | None:
-    """Return the class under a key; None if it is the default one."""
-    path = getattr(config.get(key), "class_path", None)
-    return path if path is not None and pydoc.locate(path) is not pydoc.locate(DEFAULTS[key]["class_path"]) else None

@@ -6,47 +6,30 @@ LightningDataModule works under ``model`` and ``data``, named by its ``class_pat
 
 from __future__ import annotations
 
+import inspect
 import os
 import pickle
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError
 from safetensors import SafetensorError
 
+from lightning_lora.cli import help as texts
+from lightning_lora.cli.help import TOOLS, TRACEBACK, TRAIN
 from lightning_lora.cli.messages import UsageError, check_not_null, nearest, one_line, usage
+from lightning_lora.cli.quiet import quiet
 from lightning_lora.cli.yaml_files import check_config_files, unique_keys
 from lightning_lora.storage.regular_files import WrongPath
 
-TRAIN = {
-    "fit": "train an adapter",
-    "validate": "evaluate it on the validation data",
-    "test": "evaluate it on the test data",
-    "predict": "answer prompts, one JSON object per line",
-}
-TOOLS = {
-    "inspect": "print what would be adapted in a model, or what is in an adapter",
-    "merge": "write a model with its adapter merged in, as a folder for from_pretrained",
-    "generate": "answer one prompt",
-}
-TRACEBACK = "LIGHTNING_LORA_TRACEBACK"
+KEYWORDS = {"--for": "--target"}  # options whose name no Python argument can have
 # Wrong input and failures of the machine raise one of these. Any other error is a fault in the code, and shows its traceback.
 FAILURES = (
     *(ArgumentError, ValueError, RuntimeError, OSError, ImportError, MemoryError, OverflowError, EOFError),
     *(pickle.UnpicklingError, SafetensorError),
 )
-EXAMPLE = """\
-model:
-  model: HuggingFaceTB/SmolLM2-135M-Instruct  # a hub id or a folder
-  learning_rate: 1.0e-3
-data:
-  train: train.jsonl  # {"prompt": ..., "response": ...} on each line
-  val: val.jsonl
-lora:
-  config: {rank: 8, target_modules: all-linear}
-trainer:
-  max_epochs: 1"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,16 +39,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments; the process's own by default.
 
     Returns:
-        The exit code. 0: done. 2: an option or its value is wrong, or a path leads to nothing. 1: the run failed. In both cases one line
-        on stderr says what. 130, 143: stopped by Ctrl-C or SIGTERM. 141: whatever read the output has closed it.
+        The exit code. 0: done. 2: an option, its value or a path is wrong. 1: the run failed. In both cases one line on stderr says what.
+        130, 143: stopped by Ctrl-C or SIGTERM. 141: whatever read the output has closed it.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
+        code = texts.run(argv)
+        if code is not None:
+            return code
         _run(argv)
         sys.stdout.flush()
     except BrokenPipeError:  # `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would report it again as it exits
-        return 128 + signal.SIGPIPE
+        return texts.silenced()
     except FAILURES as error:
         if os.environ.get(TRACEBACK):
             raise
@@ -89,11 +74,9 @@ def lightning_cli() -> type:
 
 
 def _run(argv: list[str]) -> None:
-    command = argv[0] if argv else "--help"
-    if command in ("-h", "--help"):
-        print(_usage())
-    elif command in TRAIN:
-        lightning_cli()(args=argv)
+    command = argv[0]
+    if command in TRAIN:
+        _train(argv)
     elif command in TOOLS:
         _run_tool(command, argv[1:])
     else:
@@ -101,14 +84,30 @@ def _run(argv: list[str]) -> None:
         raise UsageError(f"no command {command!r}; there are {', '.join(there)}{nearest(command, there)}")
 
 
-def _run_tool(command: str, argv: list[str]) -> None:
-    from lightning_lora.cli import commands
+def _train(argv: list[str]) -> None:
+    from lightning_lora.cli import group_help
 
-    function = getattr(commands, command)
-    argv = [f"{argument}=true" if argument == "--overwrite" else argument for argument in argv]  # the parser's booleans require a value
-    parser = ArgumentParser(prog=f"lightning-lora {command}", description=TOOLS[command], exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action=ActionConfigFile, help="A YAML file with the options.")
-    parser.add_function_arguments(function, as_group=False, as_positional=True, sub_configs=True)
+    group = group_help.group_asked_for(argv)
+    if group is not None:
+        print(group_help.group_help(group, argv[1:]))
+        return
+    quiet(argv[0])
+    words = ["--help" if word == "--help-all" else word for word in argv if word != "--json"]
+    lightning_cli()(args=words, as_json="--json" in argv)
+
+
+def _run_tool(command: str, argv: list[str]) -> None:
+    from lightning_lora.cli import commands, group_help, inspect_rows
+
+    words = inspect_rows.run_words(argv) if command == "inspect" else None
+    if words is not None:
+        inspect_rows.inspect_run(words, "--json" in argv)
+        return
+    function: Callable[..., Any] = getattr(commands, command)
+    parser = group_help.function_parser(function, command, TOOLS[command])
+    flags = {f"--{name}" for name, p in inspect.signature(function).parameters.items() if isinstance(p.default, bool)}
+    argv = [KEYWORDS.get(name, name) + equals + value for name, equals, value in (argument.partition("=") for argument in argv)]
+    argv = [f"{argument}=true" if argument in flags else argument for argument in argv]  # the parser's booleans require a value
     with usage(known=lambda: parser.get_defaults().keys()), unique_keys():
         check_config_files(argv)
         arguments = vars(parser.instantiate_classes(parser.parse_args(argv)))
@@ -120,17 +119,6 @@ def _run_tool(command: str, argv: list[str]) -> None:
 def _interrupted() -> int:
     print("lightning-lora: interrupted", file=sys.stderr)
     return 128 + signal.SIGINT
-
-
-def _usage() -> str:
-    commands = "\n".join(f"  {name:<9} {what}" for name, what in {**TRAIN, **TOOLS}.items())
-    return (
-        f"usage: lightning-lora <command> ...\n\nLoRA for PyTorch Lightning.\n\n{commands}\n\n"
-        f"`lightning-lora <command> --help` lists a command's options; {TRACEBACK}=1 shows where an error arose.\n"
-        "A config file runs the classes and functions that it names: take one only from someone whose code you would run.\n"
-        "Exit codes: 0 done, 2 an option or a path is wrong, 1 the run failed, 130 and 143 stopped by Ctrl-C and SIGTERM.\n\n"
-        f"An example of run.yaml, for `lightning-lora fit --config run.yaml`:\n\n{EXAMPLE}"
-    )
 
 
 if __name__ == "__main__":

@@ -55,12 +55,24 @@ def check_not_null(function: Callable[..., Any], arguments: dict[str, Any], pref
     Raises:
         UsageError: An argument is None whose type does not allow it.
     """
-    hints = get_type_hints(function.__init__ if isinstance(function, type) else function)  # type: ignore[misc]
-    for name, parameter in inspect.signature(function).parameters.items():
-        hint = hints.get(name, Any)
+    for name, (parameter, hint) in arguments_of(function).items():
         optional = hint is Any or type(None) in get_args(hint) or parameter.default is None
         if name in arguments and arguments[name] is None and not optional:
             raise UsageError(f"{prefix}{name}=null: give a value, or leave it out")
+
+
+def arguments_of(function: Callable[..., Any]) -> dict[str, tuple[inspect.Parameter, Any]]:
+    """Return name → argument and its type: of a function, or of a class with those that it passes on to its parents."""
+    inits = [vars(base)["__init__"] for base in getattr(function, "__mro__", ()) if "__init__" in vars(base)]
+    found: dict[str, tuple[inspect.Parameter, Any]] = {}
+    for each in inits or [function]:
+        parameters, hints = inspect.signature(each).parameters.values(), get_type_hints(each)
+        for parameter in parameters:
+            if parameter.name != "self" and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                found.setdefault(parameter.name, (parameter, hints.get(parameter.name, Any)))
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return found
 
 
 def one_line(error: BaseException, known: Iterable[str] = ()) -> str:
@@ -119,11 +131,12 @@ def _unknown(name: str, option: str, known: Iterable[str], classes: list[str]) -
 def _parameters(path: str) -> list[str]:
     """Return the names of the arguments of a class."""
     cls = pydoc.locate(path)
-    return [name for name in inspect.signature(cls).parameters] if isinstance(cls, type) else []
+    return list(arguments_of(cls)) if isinstance(cls, type) else []
 
 
 def _plain(text: str) -> str:
     """Replace types by words."""
     text = re.sub(r"Expected a typing\.Literal\[([^\]]*)\]", r"expected one of \1", text)
     text = re.sub(r"Expected an? <class '(?:[\w.]*\.)?(\w+)'>", r"expected \1", text)
+    text = re.sub(r"Not of type \w+: does not conform to restriction ([^;]+)", r"expected \1", text)
     return re.sub(r"Not of type \w+: (\S+) does not conform to restriction (.+)", r"\1 is not allowed: \2", text)

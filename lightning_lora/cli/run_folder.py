@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -53,7 +54,16 @@ class StderrProgressBar(TQDMProgressBar):
 
 
 class BeganConfig(SaveConfigCallback):
-    """Lightning's ``SaveConfigCallback``, but it writes once the run has begun. So a run that is refused leaves no file."""
+    """Lightning's ``SaveConfigCallback``, but it writes once the run has begun. So a run that is refused leaves no file.
+
+    The logger gets the configuration too, as the hyperparameter ``config``.
+    """
+
+    @override
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        text = self.parser.dump(self.config, skip_none=False, format="json")
+        for logger in trainer.loggers:
+            logger.log_hyperparams({"config": json.loads(text)})
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

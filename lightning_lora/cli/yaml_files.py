@@ -43,6 +43,16 @@ def unique_keys() -> Iterator[None]:
         set_loader("yaml", usual, (yaml.YAMLError,))
 
 
+def content_of(name: str) -> dict[str, Any]:
+    """Return the content of a config file, or of a config given as text; {} if it cannot be read, which ``check_config_files`` reports."""
+    try:
+        text = name if name.lstrip().startswith("{") else Path(name).read_text(encoding="utf-8")
+        content = yaml.load(text, Loader=_Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def _check(name: str) -> None:
     if name.lstrip().startswith("{"):
         return  # the text of a config, not the name of a file

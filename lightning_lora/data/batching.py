@@ -83,6 +83,24 @@ def collate_prompts(examples: Sequence[Example], pad: int) -> dict[str, Any]:
     }
 
 
+def pad_right(rows: Sequence[list[int]], pad: int, multiple: int = 1) -> dict[str, Tensor]:
+    """Return ``input_ids`` and ``attention_mask`` (B, T); T is the longest row's length, rounded up to a multiple of ``multiple``."""
+    length = -(-max(map(len, rows)) // multiple) * multiple
+    return {
+        "input_ids": torch.tensor([ids + [pad] * (length - len(ids)) for ids in rows]),
+        "attention_mask": torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids in rows]),
+    }
+
+
+def cut_ids(ids: list[int], length: int, tokenizer: Any) -> list[int]:
+    """Return the first tokens of a row that is too long, with the special tokens that end it."""
+    special, end = set(tokenizer.all_special_ids), len(ids)
+    while end and ids[end - 1] in special:
+        end -= 1
+    tail = ids[end:]
+    return ids if len(ids) <= length else ids[: max(0, length - len(tail))] + tail[:length]
+
+
 class LengthGroupedSampler(Sampler[int]):
     """Order rows such that consecutive batches have rows of similar length.
 

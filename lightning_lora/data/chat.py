@@ -21,6 +21,9 @@ from lightning_lora.ops.cross_entropy import IGNORE
 
 TrainOn = Literal["assistant", "last", "all"]
 MARK = "qwzxqwzxq"  # stands in for an answer; templates of Mistral want ids of calls with nine characters
+QUESTION: Message = {"role": "user", "content": "a"}
+CALL = {"id": MARK, "type": "function", "function": {"name": MARK, "arguments": {MARK: MARK}}}
+TOOL = {"type": "function", "function": {"name": MARK, "description": "a", "parameters": {"type": "object", "properties": {}}}}
 
 
 class Chat:
@@ -59,6 +62,8 @@ class Chat:
                 ends it with no token of its own.
         """
         messages, tools = conversation.messages, conversation.tools
+        if tools and not self.writes_tools:
+            raise ValueError("the tokenizer's chat template does not write the row's tools; choose another with data.template")
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message.get("weight", 1)]
         if train_on != "assistant":
             turns = [len(messages) - 1]
@@ -75,28 +80,42 @@ class Chat:
             found = [Example(example.ids, list(example.ids)) for example in found]
         return found
 
-    @cached_property
+    @property
     def ends(self) -> list[int]:
-        """The tokens that end an answer: of one in text, and of a call to a tool if the template writes it otherwise."""
-        question: Message = {"role": "user", "content": "a"}
-        tail = self._whole([question, {"role": "assistant", "content": MARK}]).rpartition(MARK)[2]
-        ids = self._ids(tail)
-        special = [i for i in ids if i in self._special]
-        if not special and tail.strip() and len(self._ids(tail.strip())) == 1:
-            special = self._ids(tail.strip())
-        if not special:
+        """The tokens that end an answer: of one in text, and of a call to a tool if the template ends it otherwise."""
+        ids = [self._ids(end)[-1] for end in self._endings]
+        return list(dict.fromkeys(ids))
+
+    @cached_property
+    def _endings(self) -> tuple[str, str]:
+        """What the template writes at the end of an answer in text, and of a call to a tool."""
+        _, there, tail = self._whole([QUESTION, {"role": "assistant", "content": MARK}]).rpartition(MARK)
+        end = self._ending(tail) if there else ""
+        if not end and there and len(self._ids(tail.strip())) == 1:
+            end = tail.strip()
+        if not end:
             raise ValueError(
                 f"the tokenizer's chat template ends an answer with no token of its own (but {tail!r}), so that no answer would end; "
                 "put the end token there, or choose another with data.template"
             )
-        call = {"id": MARK, "type": "function", "function": {"name": MARK, "arguments": {MARK: MARK}}}
-        tool = {"type": "function", "function": {"name": MARK, "description": "", "parameters": {"type": "object", "properties": {}}}}
         try:
-            tail = self._whole([question, {"role": "assistant", "content": "", "tool_calls": [call]}], [tool]).rpartition(MARK)[2]
+            tail = self._whole([QUESTION, {"role": "assistant", "content": "", "tool_calls": [CALL]}], [TOOL]).rpartition(MARK)[2]
         except ValueError:
-            return special[:1]  # this template knows no tools, or none of this form: rows that have them are told so
-        of_calls = [i for i in self._ids(tail) if i in self._special]
-        return special[:1] if special[0] in of_calls else special[:1] + of_calls[:1]
+            return end, end  # this template knows no tools, or none of this form: rows that have them are told so
+        return end, end if end in tail else self._ending(tail) or end
+
+    def _ending(self, tail: str) -> str:
+        """Return the first special token in what follows an answer, with those directly after it (Cohere's templates write two)."""
+        specials = [self.tokenizer.convert_ids_to_tokens(i) for i in self._ids(tail) if i in self._special]
+        end = specials[0] if specials else ""
+        for token in specials[1:]:
+            end += token if end + token in tail else ""
+        return end
+
+    @cached_property
+    def writes_tools(self) -> bool:
+        """Whether the template tells the model of tools."""
+        return self._prompt([QUESTION], [TOOL]) != self._prompt([QUESTION], None)
 
     @cached_property
     def _special(self) -> set[int]:
@@ -105,13 +124,21 @@ class Chat:
 
     def _turn(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, str]:
         """Return the text before the last message, which is the assistant's, and its own up to its end."""
-        prompt, whole = self._prompt(messages[:-1], tools), self._whole(messages, tools)
-        if not whole.startswith(prompt):
+        *before, message = messages
+        prompt = self._prompt(before, tools)
+        # Some templates write the text before an answer otherwise once the answer is there (Mistral's leave out the system message). What
+        # generation reads counts, and the answer is taken from after a shorter question.
+        for shorter in (before, [QUESTION]):
+            start = prompt if shorter is before else self._prompt(shorter, tools)
+            whole = self._whole([*shorter, message], tools)
+            if whole.startswith(start):
+                break
+        else:
             raise ValueError(
                 "the tokenizer's chat template does not put the assistant's answer after its generation prompt "
-                f"(which ends in {prompt[-40:]!r}); choose another with data.template"
+                f"(which ends in {prompt[-40:]!r}); set data.chat_template_kwargs (as enable_thinking: false), or another data.template"
             )
-        turn, message = whole[len(prompt) :], messages[-1]
+        turn = whole[len(start) :]
         shown = _letters(turn)
         if _letters(message["content"]) not in shown:
             raise ValueError(
@@ -121,7 +148,7 @@ class Chat:
         for call in message.get("tool_calls", []):
             if call["function"]["name"] not in turn:
                 raise ValueError(f"the tokenizer's chat template does not write the tool call {call['function']['name']!r:.60}")
-        end = self.tokenizer.convert_ids_to_tokens(self.ends[-1] if message.get("tool_calls") else self.ends[0])
+        end = self._endings[bool(message.get("tool_calls"))]
         if end not in turn:
             raise ValueError(f"the tokenizer's chat template does not end the answer with {end} as others, but with {turn[-40:]!r}")
         return prompt, turn[: turn.rindex(end) + len(end)]
@@ -131,7 +158,8 @@ class Chat:
         ids = self._ids(whole)
         spans = []
         for prompt, turn in parts:
-            before, after = self._ids(prompt), self._ids(prompt + turn)
+            before = self._ids(prompt)
+            after = ids if prompt + turn == whole else self._ids(prompt + turn)
             spans.append((len(before), len(after)))
             if ids[: len(before)] != before or ids[: len(after)] != after:  # a token spans prompt and answer: generation makes none such
                 ids, spans = self._pieces(whole, parts)

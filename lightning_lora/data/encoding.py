@@ -8,60 +8,110 @@ from __future__ import annotations
 import multiprocessing
 import os
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, TypeVar
 
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from tqdm import tqdm
 
 from lightning_lora.data.reading import PlacedRow
+from lightning_lora.data.store import Examples
 
 CHUNK = 256  # rows that a process takes at a time
 WORTH = 4 * CHUNK  # rows for which a further process is worth its start
 #: Encodes a row: examples, and what happened to it ("cut", "empty", ...) with a note for its place.
 Encode = Callable[[Any], tuple[list[Any], dict[str, str]]]
-_work: tuple[Sequence[PlacedRow], Encode] | None = None  # what forked processes inherit
+_work: tuple[Sequence[PlacedRow], Encode, type] | None = None  # what forked processes inherit
+T = TypeVar("T")
+
+
+@dataclass
+class Report:
+    """What became of the rows.
+
+    Attributes:
+        rows: How many there were.
+        counts: How many were "cut", "dropped", "empty" or "lost": those of which cutting leaves nothing to learn.
+        places: The first five places of each.
+    """
+
+    rows: int
+    counts: dict[str, int] = field(default_factory=dict)
+    places: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, thing: str, place: str) -> None:
+        """Count what happened to a row."""
+        self.counts[thing] = self.counts.get(thing, 0) + 1
+        if self.counts[thing] <= 5:
+            self.places.setdefault(thing, []).append(place)
+
+    def check(self, name: str, examples: int, max_length: int) -> None:
+        """Refuse rows that would be lost, and sources of which nothing is left."""
+        if lost := self.counts.get("lost"):
+            more = ", ..." if lost > len(self.places["lost"]) else ""
+            raise ValueError(
+                f"{lost} of {self.rows} rows lose their answer to max_length={max_length}: {', '.join(self.places['lost'])}{more}; "
+                "raise data.max_length, shorten their prompts, or set data.long_rows: drop"
+            )
+        if not examples:
+            reasons = ", ".join(f"{count} {thing}" for thing, count in self.counts.items())
+            raise ValueError(f"{name}: no row of {self.rows} is left ({reasons})")
+
+    def say(self, name: str, lengths: list[int], max_length: int, cached: bool) -> None:
+        """Log the counts and lengths. Warn of rows that are cut or dropped."""
+        for thing, reason in (("cut", f"to max_length={max_length} tokens"), ("dropped", f"as longer than max_length={max_length} tokens")):
+            if count := self.counts.get(thing):
+                rank_zero_warn(f"{name}: {count} of {self.rows} rows are {thing} {reason}, first {self.places[thing][0]}")
+        parts = [f"{self.rows} rows" + " (tokenized before)" * cached]
+        parts += [f"{count} {thing}" for thing, count in self.counts.items()]
+        parts += [f"{len(lengths)} examples"] if len(lengths) != self.rows else []
+        tokens = f"; {int(median(lengths))} tokens in the median row, {max(lengths)} in the longest" * (max(lengths) > 1)  # or images
+        rank_zero_info(f"{name}: {', '.join(parts)}{tokens}.")
 
 
 def encode_rows(
-    rows: Sequence[PlacedRow], encode: Encode, title: str, processes: int | None = None
-) -> tuple[list[Any], Counter[str], dict[str, list[str]]]:
+    rows: Sequence[PlacedRow], encode: Encode, kind: type[T], title: str, processes: int | None = None
+) -> tuple[Examples[T], Report]:
     """Encode all rows, in their order.
 
     Args:
         rows: The rows with their places.
         encode: See above.
+        kind: The dataclass of the examples.
         title: What the progress bar says.
         processes: How many to use; None for as many as are worth it.
 
     Returns:
-        The examples, how many rows each thing happened to, and for each thing the first places.
+        The examples, and what became of the rows.
 
     Raises:
         ValueError: A row cannot be encoded. The message begins with its place.
     """
     global _work
-    examples: list[Any] = []
-    counts: Counter[str] = Counter()
-    places: dict[str, list[str]] = {}
+    parts = [Examples.pack(kind, [])]
+    report = Report(len(rows))
     chunks = range(0, len(rows), CHUNK)
-    count = processes or max(1, min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, len(rows) // WORTH))
-    _work = (rows, encode)
+    count = processes or max(1, min(_processors(), len(rows) // WORTH))
+    _work = (rows, encode, kind)
     try:
         with tqdm(total=len(rows), desc=title, unit=" rows", leave=False, disable=True if len(rows) < WORTH else None) as bar:
-            for done, found, happened in _results(chunks, count):
-                examples += found
+            for done, columns, happened in _results(chunks, count):
+                parts.append(Examples.of_arrays(kind, columns))
                 bar.update(done)
                 for thing, place in happened:
-                    counts[thing] += 1
-                    if counts[thing] <= 5:
-                        places.setdefault(thing, []).append(place)
+                    report.add(thing, place)
     finally:
         _work = None
-    return examples, counts, places
+    return Examples.joined(parts), report
 
 
-Result = tuple[int, list[Any], list[tuple[str, str]]]
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+Result = tuple[int, dict[str, Any], list[tuple[str, str]]]  # rows, the examples' columns, and what happened to which row
 
 
 def _results(chunks: range, count: int) -> Iterator[Result]:
@@ -78,7 +128,7 @@ def _results(chunks: range, count: int) -> Iterator[Result]:
 def _encode_chunk(start: int) -> Result | str:
     """Return the chunk's examples; of a bad row the message, because an exception would come with another process's traceback."""
     assert _work is not None
-    rows, encode = _work
+    rows, encode, kind = _work
     examples: list[Any] = []
     happened = []
     chunk = rows[start : start + CHUNK]
@@ -89,7 +139,7 @@ def _encode_chunk(start: int) -> Result | str:
             return f"{place}: {error}"
         examples += found
         happened += [(thing, place + note) for thing, note in things.items()]
-    return len(chunk), examples, happened
+    return len(chunk), Examples.pack(kind, examples).arrays(), happened
 
 
 def _checked(result: Result | str) -> Result:

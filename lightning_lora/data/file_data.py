@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_lora.data.batching import Example, LengthGroupedSampler
-from lightning_lora.data.encoding import encode_rows
+from lightning_lora.data.cache import cache_folder, key_of, read_cache, settings_of, tokenizer_state, write_cache
+from lightning_lora.data.encoding import Report, encode_rows
 from lightning_lora.data.formats import check_format, to_record
+from lightning_lora.data.of_task import of_task
 from lightning_lora.data.reading import PlacedRow, read_rows
-from lightning_lora.data.records import Record
+from lightning_lora.data.records import CALLED, Record
 from lightning_lora.data.resuming import Position, ResumableLoader
+from lightning_lora.data.splits import share_of, take_share
 from lightning_lora.data.store import Examples
+from lightning_lora.data.stream import Stream, endless
 from lightning_lora.ops.cross_entropy import IGNORE
 
 Source = str | list[str]
@@ -45,12 +48,16 @@ class FileDataModule(LightningDataModule, ABC):
         test: Test rows.
         predict: Rows to answer; the test rows by default.
         batch_size: Rows per batch.
-        max_length: Longest row, in tokens. Longer rows are cut, and counted.
+        max_length: Longest row, in tokens.
         seed: Seed of the order of the training rows, and of the share for validation.
         pad_to_multiple_of: Pad batches to lengths that are multiples of it, except in prediction. A compiler then sees few sizes.
         format: Format of the rows; "auto" recognises it by their keys.
         columns: Names of columns that differ from the format's, such as ``{response: reply}``.
         subset: Configuration of a hub data set.
+        long_rows: Cut longer rows, drop them, or refuse them. What is cut or dropped is counted and said.
+        cache: Keep the encoded rows, in this folder or in ``~/.cache/lightning_lora``. They are used again while the files' content, the
+            tokenizer and the settings are the same.
+        streaming: Read and encode the training rows while the model trains, for sources larger than memory. ``trainer.max_steps`` ends it.
         num_workers: Processes that make batches; 0 makes them in the training process.
 
     Raises:
@@ -73,6 +80,9 @@ class FileDataModule(LightningDataModule, ABC):
         format: str = "auto",
         columns: dict[str, str] | None = None,
         subset: str | None = None,
+        long_rows: Literal["cut", "drop", "refuse"] = "cut",
+        cache: bool | str = True,
+        streaming: bool = False,
         num_workers: NonNegativeInt = 0,
     ) -> None:
         super().__init__()
@@ -81,8 +91,11 @@ class FileDataModule(LightningDataModule, ABC):
         self.format, self.columns, self.subset = format, columns, subset
         self.batch_size, self.max_length, self.seed = batch_size, max_length, seed
         self.pad_to_multiple_of, self.num_workers = pad_to_multiple_of, num_workers
-        self.share = _share(val)
-        self.examples: dict[str, Examples] = {}
+        self.long_rows, self.cache, self.share = long_rows, cache, share_of(val)
+        if streaming and self.share is not None:
+            raise ValueError(f"data.val={val} is a share of the training rows, which data.streaming never has as a whole; name a source")
+        self.streaming = streaming
+        self.examples: dict[str, Examples | Stream] = {}
         self.position = Position()
         self._tokenizer: Any = None
 
@@ -91,6 +104,8 @@ class FileDataModule(LightningDataModule, ABC):
     @abstractmethod
     def encode(self, record: Record, split: str) -> Sequence[Any]:
         """Return the examples of a record: instances of `example`, usually one.
+
+        It changes nothing in this object: other processes run it, and a cache may take its place.
 
         Raises:
             ValueError: The record cannot be encoded. The caller adds its place.
@@ -108,6 +123,10 @@ class FileDataModule(LightningDataModule, ABC):
         del example.ids[self.max_length :], example.labels[self.max_length :]
         return "lost" if lost or all(label == IGNORE for label in example.labels) else "cut"
 
+    def read(self, source: str, slot: str, streaming: bool = False) -> Iterable[PlacedRow]:
+        """Return the rows of a source, with their places."""
+        return read_rows(source, slot, self.subset, streaming)
+
     # From sources to examples.
 
     @property
@@ -117,98 +136,125 @@ class FileDataModule(LightningDataModule, ABC):
         Raises:
             ValueError: The LightningModule has none.
         """
-        if self._tokenizer is not None:
-            return self._tokenizer
-        module = self.trainer.lightning_module if self.trainer is not None else None
-        tokenizer = getattr(module, "tokenizer", None)
-        if tokenizer is None:
-            raise ValueError(
-                f"{type(self).__name__} takes its tokenizer from the LightningModule, but {type(module).__name__} has no "
-                "`tokenizer`; set self.tokenizer there, or use one of the tasks"
-            )
-        return tokenizer
+        return of_task(self, "tokenizer") if self._tokenizer is None else self._tokenizer
 
     @override
     def setup(self, stage: str) -> None:
         for split in STAGES[stage]:
             missing = self.sources[split] is None
             if missing and (stage, split) == ("fit", "val"):
-                continue  # only validation within fit is optional
+                self.val_dataloader = None  # type: ignore[assignment, method-assign]
+                continue  # only validation within fit is optional; an empty loader would make Lightning warn
             if missing:
                 raise ValueError(f"data.{split} is not set; {getattr(stage, 'value', stage)} needs a file there")
             if split not in self.examples:
-                self.examples[split] = self.load(split)
+                self.examples[split] = self.stream() if self.streaming and split == "train" else self.load(split)
 
-    def load(self, split: str) -> Examples:
-        """Read and encode the rows of a split.
+    @override
+    def prepare_data(self) -> None:
+        """Encode what this run needs in one process per machine, before the others find it in the cache."""
+        if self.trainer is not None and self.trainer.world_size > 1 and self.cache:
+            for split in STAGES[self.trainer.state.fn or "fit"]:
+                if self.sources[split] is not None and not (self.streaming and split == "train"):
+                    self.load(split, say=False)
+
+    def load(self, split: str, say: bool = True) -> Examples:
+        """Return the encoded rows of a split, from the cache if they are there.
+
+        Args:
+            split: "train", "val", "test" or "predict".
+            say: Log what became of the rows.
 
         Raises:
             ValueError: See the class.
         """
-        sources, rows = self._rows(split)
+        sources = self._sources(split)
         name = ", ".join(sources)
-        if not rows:
-            raise ValueError(f"data.{split}={name!r} is empty; it needs at least one row")
-        found, counts, places = encode_rows(rows, partial(self._encode, split=split), f"{split}: {Path(name).name}")
-        if counts["lost"]:
-            more = ", ..." if counts["lost"] > len(places["lost"]) else ""
-            raise ValueError(
-                f"{counts['lost']} of {len(rows)} rows lose their answer to max_length={self.max_length}: "
-                f"{', '.join(places['lost'])}{more}; raise data.max_length or shorten their prompts"
-            )
-        if counts["cut"]:
-            rank_zero_warn(f"{name}: {counts['cut']} of {len(rows)} rows are cut to max_length={self.max_length} tokens")
-        examples = Examples.pack(self.example, found)
-        if not len(examples):
-            raise ValueError(f"data.{split}={name!r}: all {len(rows)} rows are empty")
-        self._say(split, name, examples, len(rows), counts)
+        whole_files = all(Path(source).is_file() for source in sources)
+        rows = None if whole_files else self._rows(split, sources)
+        file = self._cache_file(split, [Path(source) for source in sources] if rows is None else rows)
+        kept = read_cache(file, self.example) if file is not None else None
+        if kept is not None:
+            examples, report = kept[0], Report(**kept[1])
+        else:
+            rows = self._rows(split, sources) if rows is None else rows
+            if not rows:
+                raise ValueError(f"data.{split}={name!r} is empty; it needs at least one row")
+            examples, report = encode_rows(rows, partial(self._encode, split=split), self.example, f"data.{split}")
+            report.check(f"data.{split}={name!r}", len(examples), self.max_length)
+            if file is not None:
+                write_cache(file, examples, vars(report))
+        if say:
+            report.say(f"data.{split} {name}", examples.lengths, self.max_length, cached=kept is not None)
         return examples
 
-    def _rows(self, split: str) -> tuple[list[str], list[PlacedRow]]:
-        """Return the sources of a split and its rows."""
+    def stream(self) -> Stream:
+        """Return the training rows as a stream; see `endless`."""
+        sources = self._sources("train")
+        return endless(
+            lambda: chain.from_iterable(self.read(source, "train", streaming=True) for source in sources),
+            partial(self._encode, split="train"),
+            self.seed,
+            self.trainer,
+        )
+
+    def _sources(self, split: str) -> list[str]:
+        source = self.sources["train" if self.share is not None and split == "val" else split]
+        return [source] if isinstance(source, str) else list(source or [])  # type: ignore[arg-type]
+
+    def _cache_file(self, split: str, content: Sequence[Path] | Sequence[PlacedRow]) -> Path | None:
+        """Return where the encoded rows are kept; None without a cache."""
+        folder = cache_folder(self.cache)
+        if folder is None:
+            return None
+        key = key_of(content, split, settings_of(self), tokenizer_state(self.tokenizer))
+        return folder / f"{split}-{key}.safetensors"
+
+    def _rows(self, split: str, sources: list[str]) -> list[PlacedRow]:
+        """Read the rows of a split."""
         shared = self.share is not None and split in ("train", "val")
-        slot = "train" if shared else split
-        source = self.sources[slot]
-        sources = [source] if isinstance(source, str) else list(source or [])  # type: ignore[arg-type]
-        rows = [row for one in sources for row in read_rows(one, slot, self.subset)]
-        if shared and rows:
-            taken = round(self.share * len(rows))  # type: ignore[operator]
-            if not 0 < taken < len(rows):
-                raise ValueError(f"data.val={self.share} of {len(rows)} training rows are {taken}: both parts need a row")
-            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed)).tolist()
-            rows = [rows[i] for i in sorted(order[:taken] if split == "val" else order[taken:])]
-        return sources, rows
+        rows = [row for one in sources for row in self.read(one, "train" if shared else split)]
+        return take_share(rows, self.share, self.seed, split) if self.share is not None and shared else rows
+
+    def record_of(self, row: Any, split: str) -> Record:
+        """Return what a row means.
+
+        Raises:
+            ValueError: It has no known format, or is of a kind that this class does not take.
+        """
+        record = to_record(row, self.format, self.columns, needs_answer=split != "predict")
+        if not isinstance(record, self.records):
+            takes, name = " or ".join(CALLED[kind] for kind in self.records), type(self).__name__
+            raise ValueError(
+                f"{name} takes {takes}, and this row is {CALLED[type(record)]}; set data.format, or choose another data module"
+            )
+        return record
 
     def _encode(self, row: Any, split: str) -> tuple[list[Any], dict[str, str]]:
         """Encode one row. Return its examples, and what happened to it with a note."""
-        record = to_record(row, self.format, self.columns, needs_answer=split != "predict")
-        if not isinstance(record, self.records):
-            names = ", ".join(kind.__name__ for kind in self.records)
-            raise ValueError(f"{type(self).__name__} takes rows of {names}, and this is a {type(record).__name__}; set data.format or data")
-        examples = list(self.encode(record, split))
-        happened = {}
-        for example in examples:
+        examples, happened = [], {}
+        for example in self.encode(self.record_of(row, split), split):
             size, thing = len(example), self.fits(example, split)
             if thing is not None:
+                thing = thing if split == "predict" else {"cut": thing, "drop": "dropped", "refuse": "lost"}[self.long_rows]
                 happened[thing] = f" ({size} tokens)"
-        return examples, happened if examples else {"empty": ""}
+            if thing != "dropped":
+                examples.append(example)
+        return examples, happened or ({} if examples else {"empty": ""})
 
-    def _say(self, split: str, name: str, examples: Examples, rows: int, counts: Any) -> None:
-        lengths = torch.tensor(examples.lengths)
-        parts = [f"{rows} rows"]
-        parts += [f"{counts['empty']} empty"] if counts["empty"] else []
-        parts += [f"{len(examples)} examples"] if len(examples) != rows else []
-        median, longest = int(lengths.median()), int(lengths.max())
-        rank_zero_info(f"data.{split} {name}: {', '.join(parts)}; {median} tokens in the median row, {longest} in the longest.")
+    @override
+    def teardown(self, stage: str) -> None:
+        vars(self).pop("val_dataloader", None)  # see `setup`
 
     # From examples to batches.
 
     def batching(self, split: str) -> dict[str, Any]:
         """Return how examples become batches, as arguments of ``DataLoader``: order and size in ``sampler``, content in ``collate_fn``."""
         options: dict[str, Any] = {"batch_size": self.batch_size, "collate_fn": partial(self.collate, split=split)}
-        if split != "predict":  # which keeps the file's order
+        examples = self.examples[split]
+        if split != "predict" and isinstance(examples, Examples):  # which keeps the file's order
             epoch = (lambda: self.trainer.current_epoch) if split == "train" else None  # type: ignore[union-attr]
-            options["sampler"] = LengthGroupedSampler(self.examples[split].lengths, self.batch_size, epoch, self.seed)
+            options["sampler"] = LengthGroupedSampler(examples.lengths, self.batch_size, epoch, self.seed)
         return options
 
     def loader(self, split: str) -> DataLoader:
@@ -216,9 +262,8 @@ class FileDataModule(LightningDataModule, ABC):
         options: dict[str, Any] = {"num_workers": self.num_workers, **self.batching(split)}
         if self.num_workers:
             options["multiprocessing_context"] = "fork"  # `collate` is a method of this module, which cannot be pickled
-        if split == "train":
-            return ResumableLoader(self.examples[split], self.position, **options)
-        return DataLoader(self.examples[split], **options)  # type: ignore[arg-type]
+        rows = options.pop("dataset", self.examples[split])
+        return ResumableLoader(rows, self.position, **options) if split == "train" else DataLoader(rows, **options)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -235,8 +280,8 @@ class FileDataModule(LightningDataModule, ABC):
         return self.loader("train")
 
     @override
-    def val_dataloader(self) -> DataLoader | list:
-        return self.loader("val") if "val" in self.examples else []
+    def val_dataloader(self) -> DataLoader:
+        return self.loader("val")
 
     @override
     def test_dataloader(self) -> DataLoader:
@@ -245,14 +290,3 @@ class FileDataModule(LightningDataModule, ABC):
     @override
     def predict_dataloader(self) -> DataLoader:
         return self.loader("predict")
-
-
-def _share(val: Any) -> float | None:
-    """Return ``data.val`` if it is a number."""
-    try:
-        share = float(val)
-    except (TypeError, ValueError):
-        return None
-    if not 0 < share < 1:
-        raise ValueError(f"data.val={val!r} must be a share of the training rows between 0 and 1, or name a file")
-    return share

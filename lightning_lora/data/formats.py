@@ -6,17 +6,17 @@ one, write a function from a row to a record and give it an entry in `FORMATS`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_lora.data.records import Conversation, Labelled, Message, Pair, PlainText, Record
+from lightning_lora.data.messages import check_prompt, parsed, text_of, tools_of, turns_of
+from lightning_lora.data.records import Conversation, Labelled, LabelledImage, Message, Pair, PlainText, Record, Tagged
 
 Row = dict[str, Any]
 # ShareGPT's names of the roles, and those of data sets in its form.
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant"}
-ROLES |= {"observation": "tool", "function_response": "tool", "function_call": "assistant"}
+ROLES |= {"observation": "tool", "function_response": "tool"}
 
 
 @dataclass(frozen=True)
@@ -91,62 +91,6 @@ def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
     return row
 
 
-def text_of(value: Any, name: str) -> str:
-    """Return a text, also from a list of text parts, as multimodal chat files have them."""
-    if isinstance(value, list) and value and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
-        value = "".join(str(part.get("text", "")) for part in value)
-    if not isinstance(value, str):
-        kind = "parts other than text" if isinstance(value, list) else f"{value!r:.60}"
-        raise ValueError(f"{name} must be text, got {kind}; write it as a JSON text")
-    return value
-
-
-def _turns(value: Any, name: str) -> list[Message]:
-    if not isinstance(value, list) or not all(isinstance(m, dict) and "role" in m for m in value):
-        raise ValueError(f"{name!r} must be a list of objects with 'role' and 'content': {FORMATS['messages'].example}")
-    return [_turn(message) for message in value]
-
-
-def _turn(message: Message) -> Message:
-    if not isinstance(message["role"], str):
-        raise ValueError(f"every 'role' must be text such as \"user\", got {message['role']!r:.60}")
-    turn = {key: value for key, value in message.items() if value is not None}
-    if turn.get("tool_calls"):
-        turn["tool_calls"] = [_call(call) for call in turn["tool_calls"]]
-        turn.setdefault("content", "")
-    if "content" not in turn:
-        raise ValueError(f"the message of {turn['role']!r} has no 'content' and no 'tool_calls'")
-    turn["content"] = text_of(turn["content"], f"the content of {turn['role']!r}")
-    return turn
-
-
-def _call(call: Any) -> Any:
-    """Give a call's arguments as an object. OpenAI's files have them as JSON text, which templates would quote a second time."""
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise ValueError(f'a tool call must be like {{"function": {{"name": "...", "arguments": {{}}}}}}, got {call!r:.80}')
-    function = {"arguments": {}, **function}
-    if isinstance(function["arguments"], str):
-        function["arguments"] = _json(function["arguments"], "a tool call's arguments")
-    return {**call, "type": "function", "function": function} if "function" in call else {"type": "function", "function": function}
-
-
-def _json(text: str, name: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name} are not JSON ({error.msg} at column {error.colno}): {text!r:.60}") from error
-
-
-def _tools(row: Row) -> list[Any] | None:
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        tools = _json(tools, "'tools'") if tools.strip() else None
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise ValueError("'tools' must be a list of objects, each a function's JSON schema")
-    return tools or None
-
-
 def _conversation(row: Row, messages: list[Message], needs_answer: bool) -> Conversation:
     """Check what all conversations share."""
     if row.get("system") and messages[:1] and messages[0]["role"] != "system":
@@ -156,12 +100,12 @@ def _conversation(row: Row, messages: list[Message], needs_answer: bool) -> Conv
     if not messages:
         raise ValueError("there are no messages; give the model something to answer")
     if not needs_answer:
-        _check_prompt(messages)
-        return Conversation(messages, _tools(row))
+        check_prompt(messages)
+        return Conversation(messages, tools_of(row))
     last = messages[-1]
     if last["role"] != "assistant":
         raise ValueError(f"the last message must be the assistant's answer, not of {last['role']!r}; add it, or leave the row out")
-    _check_prompt(messages[:-1])
+    check_prompt(messages[:-1])
     if not last["content"].strip() and not last.get("tool_calls"):
         raise ValueError(f"the answer is {last['content']!r}; it must be a text that is not empty, or there is nothing to learn")
     choices = row.get("choices")
@@ -169,37 +113,38 @@ def _conversation(row: Row, messages: list[Message], needs_answer: bool) -> Conv
         not isinstance(choices, list) or not all(isinstance(c, str) for c in choices) or last["content"] not in choices
     ):
         raise ValueError(f"'choices' must be a list of texts that holds the answer {last['content']!r}, got {choices!r}")
-    return Conversation(messages, _tools(row), choices)
-
-
-def _check_prompt(messages: list[Message]) -> None:
-    if not any(message["content"].strip() for message in messages):
-        raise ValueError("the prompt is empty; give the model something to answer")
+    return Conversation(messages, tools_of(row), choices)
 
 
 def _messages(row: Row, needs_answer: bool) -> Record:
-    return _conversation(row, _turns(row["messages"], "messages"), needs_answer)
+    return _conversation(row, turns_of(row["messages"], "messages"), needs_answer)
 
 
 def _sharegpt(row: Row, needs_answer: bool) -> Record:
     turns = row["conversations"]
-    if not isinstance(turns, list) or not all(isinstance(t, dict) and {"from", "value"} <= t.keys() for t in turns):
-        return _conversation(row, _turns(turns, "conversations"), needs_answer)  # with the keys of messages
-    messages = []
-    for turn in turns:
-        role, value = str(turn["from"]), turn["value"]
-        message: Message = {"role": ROLES.get(role, role), "content": value}
-        if role == "function_call":
-            calls = _json(text_of(value, "a function_call"), "a function_call's value")
-            message |= {"content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
-        messages.append(message)
-    return _conversation(row, _turns(messages, "conversations"), needs_answer)
+    if isinstance(turns, str):
+        turns = parsed(turns, "'conversations'")
+    if not isinstance(turns, list) or not all(isinstance(t, dict) and ("role" in t or {"from", "value"} <= t.keys()) for t in turns):
+        raise ValueError(f"'conversations' must be a list of objects with 'from' and 'value': {FORMATS['conversations'].example}")
+    messages = [turn if "role" in turn else _said(str(turn["from"]), turn["value"]) for turn in turns]
+    return _conversation(row, turns_of(messages, "conversations"), needs_answer)
+
+
+def _said(speaker: str, value: Any) -> Message:
+    """Return ShareGPT's turn as a message."""
+    if speaker == "function_call":
+        calls = parsed(text_of(value, "a function_call"), "a function_call's value")
+        return {"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls]}
+    return {"role": ROLES.get(speaker, speaker), "content": value}
 
 
 def _alpaca(row: Row, needs_answer: bool) -> Record:
     parts = [text_of(row[key], f"{key!r}") for key in ("instruction", "input") if row.get(key)]
-    turns = [turn for pair in row.get("history") or [] for turn in zip(("user", "assistant"), pair, strict=False)]
-    return _exchange(row, [{"role": role, "content": text} for role, text in turns], "\n".join(parts), row.get("output"), needs_answer)
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and [str, str] == list(map(type, pair)) for pair in history):
+        raise ValueError(f"'history' must be a list of pairs of texts, got {history!r:.60}")
+    before = [{"role": role, "content": text} for pair in history for role, text in zip(("user", "assistant"), pair, strict=True)]
+    return _exchange(row, before, "\n".join(parts), row.get("output"), needs_answer)
 
 
 def _prompted(answer: str) -> Callable[[Row, bool], Record]:
@@ -218,7 +163,7 @@ def _exchange(row: Row, before: list[Message], prompt: Any, answer: Any, needs_a
 
 def _as_turns(value: Any, role: str, name: str) -> list[Message]:
     if isinstance(value, list):
-        return _turns(value, name)
+        return turns_of(value, name)
     return [{"role": role, "content": text_of(value, name)}]
 
 
@@ -233,6 +178,20 @@ def _labelled(row: Row, needs_answer: bool) -> Record:
     return Labelled(text_of(row["text"], "'text'"), label)
 
 
+def _image(row: Row, needs_answer: bool) -> Record:
+    return LabelledImage(text_of(row["path"], "'path'"), row.get("label"))
+
+
+def _tagged(row: Row, needs_answer: bool) -> Record:
+    tokens, tags = row["tokens"], row.get("tags", [])
+    if not isinstance(tokens, list) or not all(isinstance(token, str) and token.strip() for token in tokens):
+        raise ValueError(f"'tokens' must be a list of words, none of them empty, got {tokens!r:.60}")
+    if needs_answer and (not isinstance(tags, list) or len(tags) != len(tokens)):
+        count = len(tags) if isinstance(tags, list) else f"{tags!r:.40}"
+        raise ValueError(f"'tags' must be a list with one tag per token: {len(tokens)} tokens, tags: {count}")
+    return Tagged(["".join(token.split()) for token in tokens], tags if needs_answer else [])
+
+
 def _pair(row: Row, needs_answer: bool) -> Record:
     """Two answers. Without a prompt, what both begin with is the prompt, as in TRL."""
     chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
@@ -240,7 +199,7 @@ def _pair(row: Row, needs_answer: bool) -> Record:
         same = [one == other for one, other in zip(chosen, rejected, strict=False)]
         start = chosen[: same.index(False) if False in same else len(same)]
         start = start[: start.rfind(" ") + 1 or len(start)] if start[-1:].isalnum() else start  # not inside a word
-        return _told_apart(Pair(start, chosen[len(start) :], rejected[len(start) :], _tools(row)))
+        return _told_apart(Pair(start, chosen[len(start) :], rejected[len(start) :], tools_of(row)))
     good, bad = _as_turns(chosen, "assistant", "'chosen'"), _as_turns(rejected, "assistant", "'rejected'")
     if prompt is not None:
         before = _as_turns(prompt, "user", "the prompt")
@@ -249,7 +208,7 @@ def _pair(row: Row, needs_answer: bool) -> Record:
         before = good[: same.index(False) if False in same else len(same)]
     if good[: len(before)] == before and bad[: len(before)] == before:  # some files repeat the prompt in both
         good, bad = good[len(before) :], bad[len(before) :]
-    return _told_apart(Pair(before, good, bad, _tools(row)))
+    return _told_apart(Pair(before, good, bad, tools_of(row)))
 
 
 def _told_apart(pair: Pair) -> Pair:
@@ -268,5 +227,7 @@ FORMATS: dict[str, RowFormat] = {
     "prompt_response": RowFormat(("prompt",), ("response",), _prompted("response"), '{"prompt": "...", "response": "..."}'),
     "prompt_completion": RowFormat(("prompt",), ("completion",), _prompted("completion"), '{"prompt": "...", "completion": "..."}'),
     "labelled": RowFormat(("text",), ("label",), _labelled, '{"text": "...", "label": "..."}'),
+    "tagged": RowFormat(("tokens",), ("tags",), _tagged, '{"tokens": ["Emma", "reads"], "tags": ["B-PER", "O"]}'),
+    "image": RowFormat(("path",), ("label",), _image, '{"path": "cats/1.png", "label": "cat"}'),
     "text": RowFormat(("text",), (), _text, '{"text": "..."}'),
 }

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lightning_lora.storage.regular_files import WrongPath
+
+SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")  # of these, a saved folder has at least one
+_SPLIT = re.compile(r"(.+?):(\w[\w.+]*(?:\[[^\]]*\])?)")
+_HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
 # The split that a data set usually has for each use.
 SPLITS = {"train": "train", "val": "validation", "test": "test", "predict": "test"}
+
+
+def names_dataset(source: str) -> bool:
+    """Tell whether a source is a folder or may be a hub id, either with ``:split`` at its end or without."""
+    name = _split_of(source, "train")[0]
+    return Path(name).is_dir() or bool(_HUB_ID.fullmatch(name))
 
 
 def read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
@@ -28,7 +40,7 @@ def read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}:{number}", row
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a whole parquet file: {str(error).splitlines()[0]}") from error
 
 
@@ -44,36 +56,55 @@ def read_dataset(source: str, slot: str, subset: str | None = None, streaming: b
 
     Raises:
         ImportError: The extra is not installed.
-        ValueError: There is no such data set or split, or the hub cannot be reached.
+        WrongPath: There is no such data set, or the hub cannot be reached.
+        ValueError: The folder has no such split, or its files cannot be read.
     """
-    rows = load_dataset(source, slot, subset, streaming)
-    return ((f"{source}:{number}", row) for number, row in enumerate(rows, start=1))
-
-
-def load_dataset(source: str, slot: str, subset: str | None = None, streaming: bool = False) -> Any:
-    """Return the data set itself; see `read_dataset`."""
     name, split = _split_of(source, slot)
     folder = Path(name)
-    what = f"data.{slot}={source!r}:" + " this is a folder, and" * folder.is_dir()
+    what = f"data.{slot}={source!r}: this is a folder, and" if folder.is_dir() else f"data.{slot}={source!r}: no such file, and of the hub:"
     _require("datasets", what)
     import datasets
+    import pyarrow
 
     try:
-        if any((folder / file).is_file() for file in ("dataset_info.json", "dataset_dict.json", "state.json")):
-            loaded = datasets.load_from_disk(name)
-            if isinstance(loaded, datasets.DatasetDict):
-                if split not in loaded:
-                    raise ValueError(f"it has no split {split!r}, but {', '.join(loaded)}; write {name}:SPLIT")
-                loaded = loaded[split]
-            return loaded.to_iterable_dataset() if streaming else loaded
-        return datasets.load_dataset(name, subset, split=split, streaming=streaming)
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"{what} {' '.join(str(error).split())[:400]}") from error
+        if any((folder / file).is_file() for file in SAVED):
+            rows = datasets.load_from_disk(name)
+            if isinstance(rows, datasets.DatasetDict):
+                if split not in rows:
+                    raise ValueError(f"it has no split {split!r}, but {', '.join(rows)}; write {name}:SPLIT")
+                rows = rows[split]
+            rows = rows.to_iterable_dataset() if streaming else rows
+        else:
+            rows = datasets.load_dataset(name, subset, split=split, streaming=streaming)
+        names = _label_names(rows.features or {})
+        for number, row in enumerate(rows, start=1):  # a stream meets its errors here
+            yield f"{source}:{number}", _named(row, names)
+    except (ValueError, OSError, LookupError, TypeError, datasets.exceptions.DatasetsError, pyarrow.ArrowException) as error:
+        said = f"{what} {' '.join(str(error).split())[:400]}"
+        if folder.is_dir():
+            raise ValueError(said) from error
+        raise WrongPath(said) from error
+
+
+def _label_names(features: dict[str, Any]) -> dict[str, list[str]]:
+    """Return column → names of its labels, for columns that have a label, or a list of labels, as a number."""
+    found = {column: getattr(getattr(feature, "feature", feature), "names", None) for column, feature in features.items()}
+    return {column: names for column, names in found.items() if isinstance(names, list)}
+
+
+def _named(row: dict[str, Any], names: dict[str, list[str]]) -> dict[str, Any]:
+    """Give labels their names; -1 is no label."""
+
+    def name(label: Any, its: list[str]) -> Any:
+        return [name(each, its) for each in label] if isinstance(label, list) else its[label] if label in range(len(its)) else None
+
+    return {**row, **{column: name(row[column], its) for column, its in names.items() if column in row}}
 
 
 def _split_of(source: str, slot: str) -> tuple[str, str]:
-    name, _, split = (source, "", "") if Path(source).exists() else source.partition(":")
-    return name, split or SPLITS[slot]
+    """Return the data set's name and the split."""
+    named = _SPLIT.fullmatch(source)
+    return (source, SPLITS[slot]) if Path(source).exists() or not named else (named[1], named[2])
 
 
 def _require(package: str, what: str) -> None:

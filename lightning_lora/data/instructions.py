@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jsonargparse.typing import PositiveInt
+from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from lightning_lora.data.batching import Example, collate_answers, collate_prompts
+from lightning_lora.data.batching import Example, LengthGroupedSampler, collate_answers, collate_prompts
 from lightning_lora.data.chat import Chat, TrainOn
 from lightning_lora.data.file_data import FileDataModule
+from lightning_lora.data.packing import PackedRows, collate_end_to_end
 from lightning_lora.data.records import Conversation, PlainText, Record
 from lightning_lora.data.store import Examples
 from lightning_lora.data.templates import set_template
@@ -29,10 +33,14 @@ class InstructionDataModule(FileDataModule):
         template: Name of a chat template, or the template itself, in place of the tokenizer's. A tokenizer without one gets "plain".
         chat_template_kwargs: Further variables of the template, such as ``enable_thinking``.
         train_on: Learn every answer of a conversation ("assistant"), its last one, or all its tokens.
+        packing: Train on rows of one length, each with several examples that do not see one another (`lightning_lora.data.packing`).
+            ``batch_size`` counts these rows. Validation is not packed.
+        pack_length: Tokens per packed row; ``max_length`` by default.
+        padding_free: Train on batches without padding: their rows stand one behind the other, and do not see one another.
         **kwargs: Those of `FileDataModule`.
 
     Raises:
-        ValueError: See `FileDataModule`. Or the template is unknown or refuses a row.
+        ValueError: See `FileDataModule`. Or packed rows are too short for the longest example. Or the template is unknown or refuses a row.
     """
 
     records = (Conversation, PlainText)
@@ -43,9 +51,16 @@ class InstructionDataModule(FileDataModule):
         template: str | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
         train_on: TrainOn = "assistant",
+        packing: bool = False,
+        pack_length: PositiveInt | None = None,
+        padding_free: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if packing and padding_free:
+            raise ValueError("data.padding_free=True has no effect on packed rows; choose it or data.packing")
+        self.padding_free = padding_free
+        self.packing, self.pack_length = packing, _pack_length(packing, pack_length, self.max_length, self.pad_to_multiple_of)
         self.template, self.chat_template_kwargs, self.train_on = template, chat_template_kwargs, train_on
         self._chat: Chat | None = None
 
@@ -57,6 +72,12 @@ class InstructionDataModule(FileDataModule):
                 set_template(self.tokenizer, self.template)
             self._chat = Chat(self.tokenizer, self.chat_template_kwargs)
         return self._chat
+
+    @override
+    def load(self, split: str, say: bool = True) -> Examples:
+        if self.template is not None:
+            self.chat  # noqa: B018 (a wrong name is an error of its own, not of the first row)
+        return super().load(split, say)
 
     @override
     def encode(self, record: Record, split: str) -> Sequence[Example]:
@@ -101,11 +122,39 @@ class InstructionDataModule(FileDataModule):
         return sorted(rivals)
 
     @override
+    def batching(self, split: str) -> dict[str, Any]:
+        rows, pad = self.examples[split], self.tokenizer.pad_token_id
+        if split == "train" and self.packing and not isinstance(rows, Examples):  # they are streamed
+            raise ValueError("data.packing=True looks at every row before training; set data.streaming: false, or use data.padding_free")
+        options = super().batching(split)
+        if split == "train" and self.padding_free:
+            longest = max(rows.lengths) if isinstance(rows, Examples) else self.max_length
+            return options | {"collate_fn": partial(collate_end_to_end, pad=pad, longest=longest, multiple=self.pad_to_multiple_of)}
+        if split != "train" or not self.packing:
+            return options
+        packed = PackedRows(rows, self.pack_length, self.batch_size, self.seed)
+        rank_zero_info(f"data.packing: {packed}.")
+        order = LengthGroupedSampler([self.pack_length] * len(packed), self.batch_size, options["sampler"].epoch, self.seed)
+        return options | {"dataset": packed, "sampler": order, "collate_fn": partial(packed.collate, pad=pad)}
+
+    @override
     def collate(self, examples: Sequence[Example], split: str) -> dict[str, Any]:
         pad = self.tokenizer.pad_token_id
         if split == "predict":
             return collate_prompts(examples, pad)
         return collate_answers(examples, pad, self.pad_to_multiple_of)
+
+
+def _pack_length(packing: bool, length: int | None, longest: int, multiple: int) -> int:
+    """Return the tokens per packed row."""
+    if not packing and length is not None:
+        raise ValueError(f"data.pack_length={length} has no effect without packing; set data.packing: true or leave it out")
+    rows = length or longest
+    if rows < longest:
+        raise ValueError(f"data.pack_length={rows} is less than data.max_length={longest}, so an example may not fit; make them equal")
+    if packing and rows % multiple:
+        raise ValueError(f"data.pack_length={rows} is no multiple of data.pad_to_multiple_of={multiple}; use one that is")
+    return rows
 
 
 def load_examples(file: str | Path, tokenizer: Any, max_length: int, split: str) -> Examples[Example]:

@@ -8,10 +8,11 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.data.hub import read_dataset, read_parquet
+from lightning_lora.data.hub import names_dataset, read_dataset, read_parquet
 from lightning_lora.storage.regular_files import WrongPath
 
 #: A row's place ("file:line"), and the parsed row.
@@ -23,7 +24,6 @@ BOMS = {
     b"\xff\xfe": "utf-16",
     b"\xfe\xff": "utf-16",
 }
-_HUB_ID = re.compile(r"([\w.-]+/)?[\w.-]+(:.+)?", re.ASCII)
 
 
 def read_rows(source: str, slot: str, subset: str | None = None, streaming: bool = False) -> Iterator[PlacedRow]:
@@ -44,7 +44,9 @@ def read_rows(source: str, slot: str, subset: str | None = None, streaming: bool
         ValueError: It cannot be parsed, or it is not text.
     """
     path = Path(source)
-    if path.is_dir() or (not path.exists() and path.suffix not in READERS and _HUB_ID.fullmatch(source) and len(path.parts) < 3):
+    if not source.strip():
+        raise WrongPath(f"data.{slot}={source!r} is empty; name a file")
+    if not path.is_file() and path.suffix not in READERS and names_dataset(source):
         return read_dataset(source, slot, subset, streaming)
     if not path.is_file():
         raise WrongPath(f"data.{slot}={source!r}: no such file (seen from {Path.cwd()})")
@@ -81,20 +83,31 @@ def _read_json(path: Path) -> Iterator[PlacedRow]:
         return _read_array(path, text)
     try:
         json.loads(first)
-    except json.JSONDecodeError as error:
-        if error.pos >= len(first.rstrip()):  # it goes on in the next line
+    except (RecursionError, ValueError) as error:
+        if getattr(error, "pos", 0) >= len(first.rstrip()) > 0:  # it goes on in the next line
             return _read_values(path, text, 0)
     return _read_lines(path, text)
+
+
+@contextmanager
+def _placed(place: str) -> Iterator[None]:
+    """Name the place of what cannot be parsed within."""
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        at = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+        raise ValueError(f'{place} is not JSON ({error.msg} at {at}); a line is like {{"prompt": "...", "response": "..."}}') from error
+    except (RecursionError, ValueError) as error:  # nested a thousand deep, or a number of thousands of digits
+        raise ValueError(f"{place} cannot be read as JSON ({error})") from error
 
 
 def _read_lines(path: Path, text: str) -> Iterator[PlacedRow]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            try:
-                yield f"{path}:{number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                hint = 'a line is like {"prompt": "...", "response": "..."}'
-                raise ValueError(f"{path}:{number} is not JSON ({error.msg} at column {error.colno}); {hint}") from error
+            place = f"{path}:{number}"
+            with _placed(place):
+                row = json.loads(line)
+            yield place, row
 
 
 def _read_array(path: Path, text: str) -> Iterator[PlacedRow]:
@@ -110,10 +123,8 @@ def _read_values(path: Path, text: str, position: int) -> Iterator[PlacedRow]:
     line, counted = 1, 0
     while (position := separators.match(text, position).end()) < len(text):  # type: ignore[union-attr]
         line, counted = line + text.count("\n", counted, position), position
-        try:
+        with _placed(f"{path}:{line}"):
             row, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{line} is not JSON ({error.msg} at line {error.lineno}, column {error.colno})") from error
         yield f"{path}:{line}", row
 
 

@@ -1,4 +1,4 @@
-"""What a row of data means, whatever its format: a conversation, a plain text, a text with a label, or a pair to prefer from."""
+"""What a row of data means, whatever its format: a conversation, a text, a text or an image with a label, words with labels, or a pair."""
 
 from __future__ import annotations
 
@@ -40,6 +40,22 @@ class Labelled:
 
 
 @dataclass
+class LabelledImage:
+    """An image's file and its label; None in prediction."""
+
+    path: str
+    label: str | int | float | None = None
+
+
+@dataclass
+class Tagged:
+    """The words of a text and a label for each; no labels in prediction."""
+
+    tokens: list[str]
+    tags: list[Any] = field(default_factory=list)
+
+
+@dataclass
 class Pair:
     """Two answers to one prompt, the better one first.
 
@@ -56,4 +72,14 @@ class Pair:
     tools: list[Any] | None = field(default=None)
 
 
-Record = Conversation | PlainText | Labelled | Pair
+Record = Conversation | PlainText | Labelled | LabelledImage | Tagged | Pair
+
+#: What each record is called in messages.
+CALLED: dict[type, str] = {
+    Conversation: "a conversation",
+    PlainText: "a text",
+    Labelled: "a text with a label",
+    LabelledImage: "an image's path",
+    Tagged: "tokens with tags",
+    Pair: "a pair of chosen and rejected",
+}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 
@@ -21,15 +21,16 @@ class Position:
 
     Attributes:
         given: Number of batches of this epoch that each process took.
-        length: Number of batches of this epoch, per process.
+        length: Number of batches of this epoch, per process; None of a stream without an end.
         saved: Rows of the epoch in which the next pass begins; None if it begins at the first.
     """
 
     def __init__(self) -> None:
-        self.given, self.length, self.rows = 0, 0, 0
+        self.given, self.rows = 0, 0
+        self.length: int | None = 0
         self.saved: int | None = None
 
-    def begin(self, length: int, rows: int) -> int:
+    def begin(self, length: int | None, rows: int) -> int:
         """Begin a pass over ``length`` batches of ``rows`` rows, those of all processes. Return how many batches were trained on before."""
         skip = (self.saved or 0) // rows
         self.given, self.length, self.rows, self.saved = 0, length, rows, None
@@ -37,7 +38,9 @@ class Position:
 
     def state_dict(self) -> dict[str, int]:
         """Return the position in rows, 0 at the end of an epoch."""
-        return {"rows": self.given % max(1, self.length) * self.rows}
+        # Of a stream, Lightning takes one batch more than it trained on, to know whether there is one.
+        done = max(0, self.given - 1) if self.length is None else self.given % max(1, self.length)
+        return {"rows": done * self.rows}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Begin the next pass behind these rows. If they end inside a batch, its first rows are taken again."""
@@ -61,7 +64,7 @@ class ResumableLoader(DataLoader):
 
     @override
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        skip = self.position.begin(len(self), self._rows)
+        skip = self.position.begin(None if isinstance(self.dataset, IterableDataset) else len(self), self._rows)
         for batch in super().__iter__():
             self.position.given += 1
             if self.position.given > skip:
@@ -75,7 +78,7 @@ class ResumableLoader(DataLoader):
     @property
     def _rows(self) -> int:
         """Rows of one batch of all processes."""
-        return int(self.batch_size or 1) * int(getattr(self.sampler, "num_replicas", 1))
+        return int(self.batch_size or 1) * int(getattr(self.sampler, "num_replicas", getattr(self.dataset, "world", 1)))
 
     def state_dict(self) -> dict[str, int]:
         """Return the position, for Lightning, which warns of loaders without."""

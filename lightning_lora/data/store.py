@@ -63,6 +63,15 @@ class Examples(Sequence[T]):
             columns[name] = torch.cat(pieces)
         return Examples(parts[0].cls, columns)
 
+    def arrays(self) -> dict[str, Any]:
+        """Return the columns for another process, as arrays: torch would send each tensor as a file of shared memory."""
+        return {name: column.numpy() for name, column in self.columns.items()}
+
+    @classmethod
+    def of_arrays(cls, kind: type[T], arrays: dict[str, Any]) -> Examples[T]:
+        """Return the rows of `arrays`."""
+        return Examples(kind, {name: torch.from_numpy(array) for name, array in arrays.items()})
+
     @property
     def lengths(self) -> list[int]:
         """Every row's length in tokens."""

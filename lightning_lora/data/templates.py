@@ -6,7 +6,12 @@ tokenizer's own end token and fit every tokenizer.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+from jinja2 import TemplateError, TemplateSyntaxError
+
+from lightning_lora.storage.regular_files import WrongPath
 
 _LOOP = "{% for message in messages %}"
 _PROMPT = "{% endfor %}{% if add_generation_prompt %}"
@@ -29,6 +34,19 @@ def _turns(begin: str, between: str, end: str) -> str:
     return f"{_LOOP}{head}{{{{ message['content'] }}}}{end}{_PROMPT}{begin}assistant{between}{{% endif %}}"
 
 
+def _folded(user: str, assistant: str, end: str, answer: str = "") -> str:
+    """Return a template without system turns: the system message begins the first question."""
+    return (
+        f"{_LOOP}{{% set first = messages[0]['content'] + '\n\n' if loop.index0 == 1 and messages[0]['role'] == 'system' else '' %}}"
+        "{% set text = first + message['content'] %}"
+        f"{{% if message['role'] == 'assistant' %}}{assistant}{{{{ '{answer}' + text + {end} }}}}"
+        f"{{% elif message['role'] == 'user' %}}{{{{ {user} }}}}"
+        "{% elif message['role'] != 'system' or loop.index0 > 0 %}"
+        "{{ raise_exception('this template knows the roles user, assistant and, at the beginning, system') }}{% endif %}"
+        f"{_PROMPT}{assistant}{{% endif %}}"
+    )
+
+
 #: The first one serves every model without a template. It says where the answer begins.
 TEMPLATES = {
     "plain": _headings("", "", "### Response:\n"),
@@ -41,10 +59,16 @@ TEMPLATES = {
     "chatml": _turns("<|im_start|>", "\n", "<|im_end|>\n"),
     "llama3": _turns("<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>"),
     "phi3": _turns("<|", "|>\n", "<|end|>\n"),
+    "gemma": _folded("'<start_of_turn>user\n' + text + '<end_of_turn>\n'", "<start_of_turn>model\n", "'<end_of_turn>\n'"),
+    "mistral": _folded("'[INST] ' + text + '[/INST]'", "", "eos_token", answer=" "),
 }
 # Special tokens that a template writes, beside the end token.
 TOKENS = {"chatml": ("<|im_start|>", "<|im_end|>"), "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")}
-TOKENS |= {"phi3": ("<|user|>", "<|assistant|>", "<|end|>")}
+TOKENS |= {
+    "gemma": ("<start_of_turn>", "<end_of_turn>"),
+    "mistral": ("[INST]", "[/INST]"),
+    "phi3": ("<|user|>", "<|assistant|>", "<|end|>"),
+}
 
 
 def set_template(tokenizer: Any, template: str) -> None:
@@ -52,14 +76,14 @@ def set_template(tokenizer: Any, template: str) -> None:
 
     Args:
         tokenizer: A Hugging Face tokenizer.
-        template: A name in `TEMPLATES`, or a template itself (with ``{`` in it).
+        template: A name in `TEMPLATES`, a file whose name ends in ``.jinja``, or a template itself.
 
     Raises:
+        WrongPath: There is no such file.
         ValueError: The name is unknown, or the tokenizer lacks a token that the template writes.
     """
-    if "{" in template:
-        tokenizer.chat_template = template
-        return
+    if "{" in template or template.endswith(".jinja"):
+        return _set_own(tokenizer, template)
     if template not in TEMPLATES:
         raise ValueError(f"data.template={template!r} is not known; the names are {', '.join(TEMPLATES)}, or give a Jinja template")
     known = tokenizer.get_vocab()
@@ -74,3 +98,20 @@ def set_template(tokenizer: Any, template: str) -> None:
     start = tokenizer("a")["input_ids"][:1]  # a tokenizer that begins every text with a token of its own expects it here too
     begins = start == [tokenizer.bos_token_id]
     tokenizer.chat_template = ("{{ bos_token }}" if begins else "") + TEMPLATES[template]
+
+
+def _set_own(tokenizer: Any, template: str) -> None:
+    """Set a user's template, from its file if it is one."""
+    if "{" not in template:
+        file = Path(template)
+        if not file.is_file():
+            raise WrongPath(f"data.template={template!r}: no such file (seen from {Path.cwd()})")
+        template = file.read_text(encoding="utf-8")
+    before, tokenizer.chat_template = tokenizer.chat_template, template
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        tokenizer.chat_template = before
+        raise ValueError(f"data.template is no Jinja template: {error.message} in line {error.lineno}") from error
+    except TemplateError:
+        return  # it refuses this conversation, and may take the rows' own

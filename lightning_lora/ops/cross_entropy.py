@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,14 @@ IGNORE = -100  # as in torch's cross entropy
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, *, chunk: int = 2048, compiled: bool = False
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    chunk: int = 2048,
+    compiled: bool = False,
+    reduction: Literal["mean", "none"] = "mean",
 ) -> Tensor:
     """Return ``F.cross_entropy(F.linear(hidden, weight, bias).float(), labels)``, with at most ``chunk`` rows of logits in memory.
 
@@ -38,25 +45,29 @@ def chunked_cross_entropy(
         bias: (V,), frozen.
         chunk: rows of logits at a time.
         compiled: compile the elementwise part. On a GPU this halves the passes over the logits.
+        reduction: "mean" over the rows that count, or "none": each row's loss (N,), 0 where it does not count.
 
     Returns:
-        The mean over the rows that count, in fp32 (float64 for float64).
+        The loss in fp32 (float64 for float64).
 
     Raises:
-        ValueError: ``chunk`` is not a positive number.
+        ValueError: ``chunk`` is not a positive number, or ``reduction`` is another.
         RuntimeError: in the backward pass, if second derivatives are requested.
     """
     if chunk < 1:
         raise ValueError(f"chunk={chunk!r} must be a positive number of rows.")
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction={reduction!r} is not known; it is 'mean' or 'none'.")
     head = [tensor for tensor in (weight, bias) if tensor is not None]
     wants_grad = torch.is_grad_enabled()
     if any(is_sharded(tensor) or (tensor.requires_grad and wants_grad) for tensor in head):
-        return F.cross_entropy(_wide(F.linear(hidden, weight, bias)), labels, ignore_index=IGNORE)
+        return F.cross_entropy(wide(F.linear(hidden, weight, bias)), labels, ignore_index=IGNORE, reduction=reduction)
     kind, dtype = hidden.device.type, autocast_dtype(hidden)
     if dtype is not None:
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     with torch.autocast(kind, enabled=False):
-        return _ChunkedCrossEntropy.apply(hidden, weight, bias, labels, chunk, compiled, wants_grad and hidden.requires_grad)
+        losses = _ChunkedCrossEntropy.apply(hidden, weight, bias, labels, chunk, compiled, wants_grad and hidden.requires_grad)
+        return losses if reduction == "none" else losses.sum() / (labels != IGNORE).sum()
 
 
 def unchunkable(head: Any) -> str | None:
@@ -119,31 +130,30 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 torch.mm(dlogits, weight, out=grad[rows])
             del logits, dlogits
         counts = labels != IGNORE
-        count = counts.sum()
         if grad is not None:
             grad.masked_fill_(~counts[:, None], 0)
-        ctx.save_for_backward(grad, count)
-        return (torch.stack(losses).sum() if losses else hidden.new_zeros((), dtype=_wide(hidden).dtype)) / count
+        ctx.save_for_backward(grad, counts)
+        return torch.cat(losses) if losses else hidden.new_zeros(0, dtype=wide(hidden[:0]).dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         if torch.is_grad_enabled():  # on only with create_graph=True
             raise RuntimeError("chunked_cross_entropy has no second derivatives; use torch.nn.functional.cross_entropy for them.")
-        grad, count = ctx.saved_tensors
-        scale = grads[0] / count.clamp(min=1)  # if no row counts the gradient is zero, as in torch
-        return (_wide(grad) * scale).to(grad.dtype), *[None] * 6  # in half precision the scale would lose digits or overflow
+        grad, counts = ctx.saved_tensors
+        scale = torch.where(counts, grads[0], 0)[:, None]  # of a mean over no rows it is infinite; the gradient is zero, as in torch
+        return (wide(grad) * scale).to(grad.dtype), *[None] * 6  # in half precision the scale would lose digits or overflow
 
 
 def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the summed loss, and its gradient with respect to each row of logits that counts.
+    """Return each row's loss, and its gradient with respect to that row of logits, if it counts.
 
     That gradient is the softmax minus one at the label.
     """
     counts = labels != IGNORE
     label = torch.where(counts, labels, 0)[:, None]  # (n, 1)
-    logp = torch.log_softmax(logits, dim=-1, dtype=_wide(logits[:0]).dtype)  # (n, V)
+    logp = torch.log_softmax(logits, dim=-1, dtype=wide(logits[:0]).dtype)  # (n, V)
     picked = logp.gather(1, label)  # (n, 1)
-    loss = -torch.where(counts[:, None], picked, 0).sum()
+    loss = -torch.where(counts, picked[:, 0], 0)
     # expm1 subtracts the one before rounding. After rounding, a label with probability near 1 would lose all its digits.
     return loss, logp.exp_().to(logits.dtype).scatter_(1, label, torch.expm1(picked).to(logits.dtype))
 
@@ -153,6 +163,6 @@ def _compiled() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     return torch.compile(_loss_and_gradient)
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
     """Return the tensor in fp32 if its dtype is narrower."""
     return tensor.float() if tensor.dtype.itemsize < 4 else tensor

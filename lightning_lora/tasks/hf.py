@@ -1,4 +1,4 @@
-"""Load a causal language model and its tokenizer from Hugging Face: from a hub id, a local folder, or a GGUF file in either."""
+"""Load a model and its tokenizer or image processor from Hugging Face: from a hub id, a local folder, or a GGUF file in either."""
 
 from __future__ import annotations
 
@@ -20,59 +20,114 @@ from safetensors import SafetensorError
 
 from lightning_lora.data.chat import stop_tokens
 from lightning_lora.storage.regular_files import WrongPath
+from lightning_lora.utils.sharding import is_sharded
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 REACHED = 10.0  # seconds within which the hub has to answer
 _HUB_ID = re.compile(r"([\w.-]+/)?[\w.-]+", re.ASCII)
 
 
-def load_causal_lm(model: str, gguf_file: str | None = None, dtype: DType = "auto") -> tuple[Any, Any]:
-    """Load the model, in evaluation mode, and the tokenizer. A tokenizer without a padding token gets its end token as one.
+def load_model(auto_class: str, model: str, gguf_file: str | None = None, dtype: DType = "auto", **config: Any) -> Any:
+    """Load a model, in evaluation mode.
 
     Args:
+        auto_class: The class of transformers that picks the model's own, such as ``"AutoModelForCausalLM"``.
         model: A hub id or a local folder.
         gguf_file: A GGUF file in it. Its weights are dequantized to ``dtype``, since adapted layers multiply by the base weight.
         dtype: The weights' dtype; "auto" keeps the checkpoint's own.
-
-    Returns:
-        The model and the tokenizer.
+        **config: Fields of the model's configuration, such as ``id2label``. Weights that then differ in shape start fresh.
 
     Raises:
         ImportError: ``gguf_file`` is given, and the package that reads it is not installed; the message names the extra.
-        ValueError: ``model`` is neither a model's folder nor a hub id, the hub cannot be reached or lacks the model, or files are damaged.
+        ValueError: ``model`` is neither a model's folder nor a hub id, the hub cannot be reached or lacks the model, files are damaged, or
+            there is no such class for its type.
     """
     import transformers
 
-    if gguf_file is not None and find_spec("gguf") is None:
-        raise ImportError(f"gguf_file={gguf_file!r} needs the package gguf; pip install 'lightning-lora[gguf]'")
-    check_there(model, gguf_file)
-    source: dict[str, Any] = {}
-    quantization: dict[str, Any] = {}
-    if gguf_file is not None:
-        source["gguf_file"] = gguf_file
-        if hasattr(transformers, "GgufConfig"):  # releases without it always dequantize
-            quantization["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    options: dict[str, Any] = {"dtype": dtype, **config, **_source(model, gguf_file)}
+    if gguf_file is not None and hasattr(transformers, "GgufConfig"):  # releases without it always dequantize
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    if config:
+        options["ignore_mismatched_sizes"] = True
     with _named(model):
-        network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **source, **quantization)
+        return getattr(transformers, auto_class).from_pretrained(model, **options)
+
+
+def load_tokenizer(model: str, gguf_file: str | None = None) -> Any:
+    """Load the tokenizer. One without a padding token gets its end token as one.
+
+    Args:
+        model: A hub id, a local folder, or an adapter's folder with a tokenizer.
+        gguf_file: A GGUF file in it.
+
+    Raises:
+        ValueError: As for `load_model`.
+    """
+    import transformers
+
+    source = {} if Path(model, "tokenizer_config.json").is_file() and gguf_file is None else _source(model, gguf_file)
+    with _named(model):
         tokenizer = transformers.AutoTokenizer.from_pretrained(model, **source)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return network, tokenizer
+    return tokenizer
 
 
-def skeleton(model: str, gguf_file: str | None = None) -> Any:
+def load_image_processor(model: str) -> Any:
+    """Load what turns images into the model's input.
+
+    Raises:
+        ImportError: Pillow is not installed; the message names the extra.
+        ValueError: As for `load_model`.
+    """
+    import transformers
+
+    if find_spec("PIL") is None:
+        raise ImportError("images need the package pillow; pip install 'lightning-lora[vision]'")
+    if not Path(model, "preprocessor_config.json").is_file():
+        check_there(model)
+    with _named(model):
+        return transformers.AutoImageProcessor.from_pretrained(model)
+
+
+def load_causal_lm(model: str, gguf_file: str | None = None, dtype: DType = "auto") -> tuple[Any, Any]:
+    """Return a causal language model, in evaluation mode, and its tokenizer. See `load_model`."""
+    return load_model("AutoModelForCausalLM", model, gguf_file, dtype), load_tokenizer(model, gguf_file)
+
+
+def load_config(model: str, gguf_file: str | None = None) -> Any:
+    """Return the model's configuration.
+
+    Raises:
+        ValueError: As for `load_model`.
+    """
+    import transformers
+
+    source = _source(model, gguf_file)
+    with _named(model):
+        return transformers.AutoConfig.from_pretrained(model, **source)
+
+
+def skeleton(model: str, gguf_file: str | None = None, auto_class: str = "AutoModelForCausalLM") -> Any:
     """Build the model on the meta device from its configuration alone: no weights are read or downloaded.
 
     A GGUF file stores its configuration with the weights, so the full file is read.
     """
     import transformers
 
-    check_there(model, gguf_file)
     if gguf_file is not None:
-        return load_causal_lm(model, gguf_file)[0]
+        return load_model(auto_class, model, gguf_file)
+    config = load_config(model)
     with _named(model), torch.device("meta"):
-        config = transformers.AutoConfig.from_pretrained(model)
-        return transformers.AutoModelForCausalLM.from_config(config)
+        return getattr(transformers, auto_class).from_config(config)
+
+
+def _source(model: str, gguf_file: str | None) -> dict[str, str]:
+    """Return what ``from_pretrained`` takes beside the model's name, once the files can be there."""
+    if gguf_file is not None and find_spec("gguf") is None:
+        raise ImportError(f"gguf_file={gguf_file!r} needs the package gguf; pip install 'lightning-lora[gguf]'")
+    check_there(model, gguf_file)
+    return {} if gguf_file is None else {"gguf_file": gguf_file}
 
 
 @contextmanager
@@ -81,6 +136,10 @@ def _named(model: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, pickle.UnpicklingError, OSError, ValueError) as error:
+        if other := re.match(r"Unrecognized configuration class .*?(\w+)'> for this kind of AutoModel: (\w+)", str(error)):
+            raise ValueError(
+                f"model={os.fspath(model)!r}: there is no {other[2]} for a {other[1]}; choose another task or model"
+            ) from error
         damaged = "its weights are damaged, or no weights: " if isinstance(error, (SafetensorError, pickle.UnpicklingError)) else ""
         raise ValueError(f"model={os.fspath(model)!r}: {damaged}{str(error).strip().splitlines()[0]}") from error
 
@@ -164,7 +223,13 @@ def generate_text(model: Any, tokenizer: Any, input_ids: Any, attention_mask: An
         attention_mask=attention_mask,
         max_new_tokens=max_new_tokens,
         do_sample=False,
+        synced_gpus=is_sharded_model(model),
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=stop_tokens(model, tokenizer) or None,
     )
     return tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
+
+
+def is_sharded_model(model: Any) -> bool:
+    """Return True if each step of generation needs all processes, so that none may stop before the others."""
+    return any(is_sharded(parameter) for parameter in model.parameters())

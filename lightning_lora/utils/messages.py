@@ -1,6 +1,13 @@
-"""Add a line to the message of an exception that was raised. The exception stays the same object, so its handlers still match."""
+"""Messages: names on one line, and a line added to an exception that was raised, which stays the same object for its handlers."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def listed(names: Sequence[str], most: int = 12) -> str:
+    """Return names as a list in text, the first ones of many."""
+    return f"[{', '.join(map(repr, names[:most]))}{f', ... {len(names)} in all' if len(names) > most else ''}]"
 
 
 def append_line(exception: BaseException, line: str) -> None:

@@ -64,7 +64,7 @@ def _encode(text: object, encoding: object = None) -> bytes:
 def _bytearray(content: object = b"", *encoding: str) -> bytearray:
     if not isinstance(content, (bytes, str)):
         raise pickle.UnpicklingError(f"it makes a bytearray of a {type(content).__name__}, which torch.save never does")
-    return bytearray(content, *encoding)  # type: ignore[arg-type]
+    return bytearray(content, *encoding)
 
 
 @contextmanager
@@ -247,6 +247,11 @@ def fsdp1_runs(unit: Any) -> list[tuple[tuple[nn.Module, str], Tensor, tuple[int
     tied = {(info.module, info.param_name): (info.prim_module, info.prim_param_name) for info in flat._shared_param_infos}
     runs |= {place: runs[first] for place, first in tied.items()}
     return [(place, *run) for place, run in runs.items()]
+
+
+def fsdp1_flattened(parameter: nn.Parameter) -> bool:
+    """True if FSDP1 has flattened the parameter. Without it an adapter saved from inside an FSDP1 unit has a wrong fingerprint."""
+    return bool(getattr(parameter, "_fsdp_flattened", False))
 
 
 def fsdp1_originals(unit: Any) -> list[nn.Parameter]:

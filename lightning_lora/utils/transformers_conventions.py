@@ -73,6 +73,17 @@ def keeps_masked_logits(model: nn.Module) -> bool:
     return hasattr(file, "slice_logits_to_keep") and "logits_to_keep" in inspect.signature(type(model).forward).parameters
 
 
+def attention_implementation(model: nn.Module) -> str | None:
+    """Return the name of the model's attention. Without it packed rows take the slower way of transformers' masks."""
+    return getattr(getattr(model, "config", None), "_attn_implementation", None)
+
+
+def attention_tables() -> tuple[Any, Any]:
+    """Return transformers' tables of attention functions and of mask functions, by name. Both classes are public."""
+    transformers = sys.modules["transformers"]
+    return transformers.AttentionInterface, transformers.AttentionMaskInterface
+
+
 def loaded_from(model: nn.Module) -> str | None:
     """Return the hub id or folder that the model was loaded from. Without it adapter files do not name their base."""
     return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "") or None

@@ -14,6 +14,7 @@ import transformers
 import yaml
 from safetensors import SafetensorError
 
+from lightning_lora.cli.help import TOOLS, TRAIN
 from lightning_lora.cli.main import main
 from tests import tiny_lm
 
@@ -24,6 +25,7 @@ def bad(tmp_path):
     folder = tmp_path / "bad"
     (folder / "empty").mkdir(parents=True)
     files = {"text.ckpt": b"hello\n", "empty.ckpt": b"", "noise.ckpt": bytes(range(256)), "list.yaml": b"- a\n", "latin.jsonl": b"\xef\n"}
+    files |= {"empty.txt": b"\n", "keys.jsonl": b'{"prompt": "a", "response": "b"}\n{"question": "a"}\n'}
     files |= {"twice.yaml": b"trainer:\n  max_epochs: 1\n  max_epochs: 2\n", "key.yaml": b"trainer: {max_epoch: 1}\n"}
     for name, content in files.items():
         (folder / name).write_bytes(content)
@@ -40,7 +42,7 @@ def bad(tmp_path):
         (2, ["fit", "--lora.config={rank: 2, rank: 3}"], r"'rank' is there twice in '{rank: 2, rank: 3}'"),
         (2, ["fit", "--lora.config.bias=some"], r"bias.*some"),
         (2, ["fit", "--lora.rank=4"], r"^no option 'lora.rank'; did you mean 'lora.config.rank'\?$"),
-        (2, ["fit", "--model.learning_rate=-1"], r"^model.learning_rate: -1.* is not allowed: v>0"),
+        (2, ["fit", "--model.learning_rate=-1"], r"^model.learning_rate: expected v>0; expected one of 'auto', got -1$"),
         (
             2,
             ["fit", "--model.lr=1"],
@@ -64,7 +66,7 @@ def bad(tmp_path):
         (2, ["fit", "--config={bad}/twice.yaml"], r"^--config .*twice.yaml, line 3: the key 'max_epochs' is there twice"),
         (2, ["fit", "--config={bad}/key.yaml"], r"^no option 'trainer.max_epoch'; did you mean 'trainer.max_epochs'\?"),
         (2, ["fit", "--data.train=none.jsonl"], r"^data.train='none.jsonl': no such file"),
-        (1, ["fit", "--data.train={bad}"], r"^data.train='.*bad': this is a folder"),
+        (1, ["fit", "--data.train={bad}/empty"], r"^data.train='.*empty': "),
         (1, ["fit", "--data.val={bad}/latin.jsonl"], r"latin.jsonl:1 is not UTF-8"),
         (1, ["fit", "--lora.config.target_modules=[q_prej]"], r"q_prej.*q_proj"),
         (2, ["fit", "--model.model=/no/such/model"], r"^model='/no/such/model' is no folder"),
@@ -73,6 +75,7 @@ def bad(tmp_path):
         (2, ["predict", "--ckpt_path={bad}/empty.ckpt"], r"empty.ckpt is not a readable checkpoint: the file is empty"),
         (2, ["validate", "--ckpt_path={bad}/noise.ckpt"], r"noise.ckpt is not a readable checkpoint: it was not written by torch.save"),
         (2, ["melt"], r"^no command 'melt'; there are fit, validate"),
+        (2, ["--verbose"], r"^no command '--verbose'"),
         (2, ["generat"], r"did you mean 'generate'\?$"),
         (2, ["inspect", "/no/such/model"], r"^model='/no/such/model' is no folder"),
         (2, ["inspect", "{bad}/empty"], r"is not a model: the folder has no config.json"),
@@ -81,10 +84,27 @@ def bad(tmp_path):
         (2, ["inspect", "{model}", "--lora.rnk=2"], r"^no option 'lora.rnk'; did you mean 'lora.rank'\?$"),
         (1, ["inspect", "{model}", "--lora.target_modules=[q_prej]"], r"q_prej.*q_proj"),
         (2, ["generate", "{model}", ""], r"prompt is empty"),
+        (2, ["generate", "{model}", "a", "--file={bad}/latin.jsonl"], r"a prompt and --file are both given"),
+        (2, ["generate", "{model}", "--file=none.txt"], r"none.txt.*no such file"),
+        (2, ["generate", "{model}", "--file={bad}/latin.jsonl"], r"latin.jsonl:1 is not UTF-8"),
+        (2, ["generate", "{model}", "--file={bad}/empty.txt"], r"empty.txt has no prompts; write one per line"),
+        (2, ["generate", "{model}", "--file={bad}/keys.jsonl"], r"keys.jsonl:2: .*no known format"),
+        (2, ["generate", "{model}", "a", "--temperature=-1"], r"^temperature: -1 is not allowed"),
         (2, ["generate", "{model}", "a", "--max_new_tokens=0"], r"^max_new_tokens: 0 is not allowed"),
         (2, ["generate", "{model}", "a", "--max_new_tokens=null"], r"^max_new_tokens.*(null|None)"),
         (2, ["generate", "{model}", "a", "--systme=b"], r"did you mean 'system'\?$"),
         (2, ["generate", "{model}", "a", "--adapter=/no/such/adapter"], r"/no/such/adapter"),
+        (2, ["chat", "{model}", "--tempreature=1"], r"did you mean 'temperature'\?$"),
+        (2, ["chat", "{model}", "--adapter=none"], r"^adapter='none': no such folder or checkpoint"),
+        (2, ["init", "{model}", "none.jsonl", "--out=new.yaml"], r"^data.train='none.jsonl': no such file"),
+        (2, ["init", "{model}", "none.jsonl"], r"^out='run.yaml' exists; name another file, or pass --overwrite"),
+        (2, ["init", "/no/such/model", "none.jsonl", "--out=new.yaml"], r"^model='/no/such/model' is no folder"),
+        (2, ["init", "{model}", "{bad}/keys.jsonl", "--out=none/run.yaml"], r"^out='none/run.yaml': there is no folder 'none'"),
+        (1, ["init", "{model}", "{bad}/keys.jsonl", "--out=new.yaml"], r"keys.jsonl:2: .*no known format"),
+        (2, ["inspect", "{bad}/keys.jsonl"], r"^model.model is not set"),
+        (1, ["inspect", "{bad}/keys.jsonl", "--model={model}"], r"keys.jsonl:2: .*no known format"),
+        (2, ["inspect", "{bad}/keys.jsonl", "--model={model}", "--data.max_lenth=3"], r"did you mean 'data.max_length'\?$"),
+        (2, ["inspect", "none.yaml"], r"none.yaml: no such file"),
         (1, ["generate", "{model}", "a", "--adapter={bad}/text.ckpt"], r"text.ckpt is not a readable checkpoint"),
         (1, ["generate", "{model}", "a", "--adapter={bad}/list.ckpt"], r"list.ckpt was not written under LoRACallback: it holds a list"),
         (2, ["merge", "{model}", "/no/such/adapter", "{tmp}/out/deep"], r"/no/such/adapter"),
@@ -119,12 +139,12 @@ def test_a_traceback_on_request(monkeypatch):
 
 
 def test_a_fault_in_the_code_is_no_wrong_input(monkeypatch, model):
-    from lightning_lora.cli import commands
+    from lightning_lora.cli import inspect_files
 
     def broken(*args):
         raise AttributeError("ours")
 
-    monkeypatch.setattr(commands, "skeleton", broken)
+    monkeypatch.setattr(inspect_files, "skeleton", broken)
     with pytest.raises(AttributeError, match="ours"):
         main(["inspect", model])
 
@@ -133,8 +153,8 @@ def test_help_lists_every_command(capsys):
     for arguments in ([], ["--help"], ["-h"]):
         assert main(arguments) == 0
         output = capsys.readouterr().out
-        assert all(f"\n  {name} " in output for name in ("fit", "validate", "test", "predict", "inspect", "merge", "generate"))
-    assert main(["fit", "--help"]) == 0
+        assert all(f"\n  {name} " in output for name in (*TRAIN, *TOOLS))
+    assert main(["fit", "--help-all"]) == 0
     assert "--optimizer" not in capsys.readouterr().out  # it would never work
     assert main(["merge", "--help"]) == 0
     assert "--overwrite" in capsys.readouterr().out

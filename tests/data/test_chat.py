@@ -1,8 +1,11 @@
+from types import SimpleNamespace
+
 import pytest
 
-from lightning_lora.data.chat import Chat, encode_prompt
+from lightning_lora.data.chat import Chat, encode_prompt, stop_tokens
 from lightning_lora.data.records import Conversation
 from tests import tiny_lm
+from tests.data import families
 
 CHAT = [{"role": "user", "content": "which colour is the sky"}, {"role": "assistant", "content": "blue"}]
 
@@ -38,3 +41,50 @@ def test_every_answer_is_taught_or_the_last_or_every_token():
     (example,) = Chat(tokenizer).examples(Conversation(messages), "all")
     assert example.labels == example.ids
     assert answers(tokenizer, [*CHAT[:1], {**CHAT[1], "weight": 0}, *CHAT]) == ["blue </s>"]
+
+
+def test_generation_stops_at_the_end_of_a_turn_too():
+    """As of base models whose texts end with another token than their chat template's turns."""
+    tokenizer, model = families.tokenizer("qwen3"), SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
+    end, turn = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    assert tokenizer.eos_token_id == end and stop_tokens(model, tokenizer) == sorted([end, turn])
+    model.generation_config.eos_token_id = [7, end]
+    assert stop_tokens(model, tokenizer) == sorted([7, end, turn])
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"  # ends no turn
+    assert stop_tokens(model, tokenizer) == [7, end]
+    tokenizer.chat_template = tokenizer.eos_token = model.generation_config.eos_token_id = None
+    assert stop_tokens(model, tokenizer) == []
+
+
+def test_an_answer_that_nothing_ends_is_refused():
+    tokenizer = tiny_lm.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' }}{% endfor %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
+    with pytest.raises(ValueError, match="ends an answer with no token of its own"):
+        answers(tokenizer)
+
+
+def test_an_end_that_the_tokenizer_does_not_call_special():
+    """One token after the answer is its end, if nothing else follows."""
+    tokenizer = tiny_lm.tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("</s>", "name")
+    assert answers(tokenizer) == ["blue name"]
+
+
+def test_an_answer_that_holds_the_end_token_is_learnt_to_its_last():
+    assert answers(tiny_lm.tokenizer(), [CHAT[0], {"role": "assistant", "content": "red </s> blue"}]) == ["red </s> blue </s>"]
+
+
+def test_messages_that_are_all_left_out_are_refused():
+    with pytest.raises(ValueError, match="every answer has weight 0"):
+        answers(tiny_lm.tokenizer(), [CHAT[0], {**CHAT[1], "weight": 0}])
+
+
+def test_an_answer_that_two_tokens_end():
+    """As Cohere's; the last one stops generation."""
+    tokenizer = families.tokenizer("llama3_1")
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|eot_id|>", "<|eom_id|><|eot_id|>")
+    chat = Chat(tokenizer)
+    (example,) = chat.examples(Conversation(CHAT))
+    assert tokenizer.decode(example.answer) == "blue<|eom_id|><|eot_id|>"
+    assert tokenizer.convert_ids_to_tokens(chat.ends) == ["<|eot_id|>"]

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignor
 
 
 class Watch(L.LightningModule):
-    """Notes the rows of every batch, by their lengths, which all differ."""
+    """Notes the rows of every batch, or the documents of packed ones, by their lengths, which all differ."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,14 +33,20 @@ class Watch(L.LightningModule):
         self.seen: list[list[int]] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        self.seen.append(batch["attention_mask"].sum(1).tolist())
+        if "attention_mask" in batch:
+            lengths = batch["attention_mask"].sum(1)
+        else:
+            bounds, ids = batch["cu_seq_lens_q"], batch["input_ids"].flatten()
+            begins, lengths = bounds[:-1], bounds.diff()
+            lengths = lengths[(lengths > 0) & (ids[begins.clamp(max=len(ids) - 1)] != self.tokenizer.pad_token_id)]
+        self.seen.append(lengths.tolist())
         return self.linear(torch.ones(1, 1)).sum()
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(file: str, folder: str, ckpt: str | None = None, size: int = 4) -> list[list[int]]:
+def fit(file: str, folder: str, ckpt: str | None = None, size: int = 4, **packing: Any) -> list[list[int]]:
     torch.manual_seed(0)
     module, several = Watch(), dist.is_initialized()
     if several:  # a worker's: quiet
@@ -51,7 +57,7 @@ def fit(file: str, folder: str, ckpt: str | None = None, size: int = 4) -> list[
     lora = LoRACallback(LoRAConfig(rank=1, target_modules=["linear"]), merge_on_fit_end=False)
     devices = dist.get_world_size() if several else 1
     trainer = L.Trainer(accelerator="cpu", devices=devices, strategy=strategy, max_epochs=2, callbacks=[lora, keep], **quiet)
-    trainer.fit(module, InstructionDataModule(file, batch_size=size), ckpt_path=ckpt)
+    trainer.fit(module, InstructionDataModule(file, batch_size=size, **packing), ckpt_path=ckpt)
     return module.seen
 
 
@@ -68,12 +74,16 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_rows(tmp_path_factory.mktemp("rows"))
 
 
-def test_it_goes_on_with_the_next_rows(file: str, tmp_path: Path) -> None:
+PACKED = {"packing": True, "max_length": 40}  # the 24 rows in twelve packed ones
+
+
+@pytest.mark.parametrize(("size", "options"), [(4, {}), (2, PACKED)], ids=["padded", "packed"])
+def test_it_goes_on_with_the_next_rows(size: int, options: dict[str, Any], file: str, tmp_path: Path) -> None:
     """From every step, the ends of epochs included."""
-    whole = fit(file, str(tmp_path / "whole"))
-    assert len(whole) == 12 and rows(whole[:6]) == rows(whole[6:]) and whole[:6] != whole[6:]
+    whole = fit(file, str(tmp_path / "whole"), None, size, **options)
+    assert len(whole) == 12 and rows(whole[:6]) == rows(whole[6:]) == list(range(8, 32)) and whole[:6] != whole[6:]
     for step in (1, 3, 5, 6, 7, 11):
-        assert fit(file, str(tmp_path / f"from{step}"), str(tmp_path / f"whole/step={step}.ckpt")) == whole[step:], step
+        assert fit(file, str(tmp_path / f"from{step}"), str(tmp_path / f"whole/step={step}.ckpt"), size, **options) == whole[step:], step
 
 
 def test_what_was_resumed_can_be_resumed(file: str, tmp_path: Path) -> None:

@@ -208,6 +208,7 @@ def run(
     compile: Literal["layer"] | None = None,
     lora_plus_ratio: float = 1.0,
     quantize: str | None = None,
+    start_from: str | None = None,
     seed: int = 7,
     more: tuple[L.Callback, ...] = (),
     **trainer_kwargs: Any,
@@ -223,7 +224,8 @@ def run(
     torch.manual_seed(seed)
     Net.checkpointing = checkpointing
     module = make()
-    callback = LoRACallback(config, merge_on_fit_end=merge, compile=compile, lora_plus_ratio=lora_plus_ratio, quantize=quantize)
+    options: dict[str, Any] = {"compile": compile, "lora_plus_ratio": lora_plus_ratio, "quantize": quantize, "start_from": start_from}
+    callback = LoRACallback(config, merge_on_fit_end=merge, **options)
     callbacks: list[L.Callback] = [callback, *more]
     if save:
         callbacks.append(ModelCheckpoint(folder, filename="last", enable_version_counter=False, save_weights_only=weights_only))

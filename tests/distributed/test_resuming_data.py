@@ -27,3 +27,20 @@ def test_it_goes_on_with_the_next_rows(pool: Any, pool4: Any, tmp_path: Path) ->
         assert rows(rest) == rows(first[begun:end] + second[begun:end]) and len(four[0]) == (12 - begun) // 2, step
     back = pool.run(fit, file, str(tmp_path / "back"), str(tmp_path / "four3/step=4.ckpt"))
     assert back == [first[4:], second[4:]]
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:You passed in a `val_dataloader`")
+def test_packed_rows_too(pool: Any, pool4: Any, tmp_path: Path) -> None:
+    """Both processes pack alike and share the rows; four go on with the rest of them."""
+    file, options = write_rows(tmp_path, 48), (2, True, 60)
+    first, second = pool.run(fit_packed, file, str(tmp_path / "whole"), None, *options)
+    steps = len(first) // 2
+    assert steps > 3 and rows(first[:steps] + second[:steps]) == rows(first[steps:] + second[steps:]) == list(range(8, 56))
+    assert pool.run(fit_packed, file, str(tmp_path / "again"), str(tmp_path / "whole/step=1.ckpt"), *options) == [first[1:], second[1:]]
+    four = pool4.run(fit_packed, file, str(tmp_path / "four"), str(tmp_path / "whole/step=2.ckpt"), *options)
+    rest = [batch for batches in four for batch in batches[: -(-(steps - 2) // 2)]]
+    assert set(rows(first[2:steps] + second[2:steps])) <= set(rows(rest))
+
+
+def fit_packed(file: str, folder: str, ckpt: str | None, size: int, packing: bool, length: int) -> list[list[int]]:
+    return fit(file, folder, ckpt, size, packing=packing, max_length=length)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from lightning_lora import apply_lora, export_merged, load_adapter, save_adapter
+from lightning_lora import apply_lora, export_adapter, export_merged, load_adapter, save_adapter
 from lightning_lora.strategies.checkpoint_io import read_folder, write_folder
 from lightning_lora.utils.sharding import local_tensor, on_first_rank
 from tests.distributed import runs
@@ -39,6 +39,20 @@ def test_a_sharded_model_saves_a_whole_adapter(pool: Any, tmp_path: Path, name: 
     wanted = apply_lora(make_net(), config=CONFIG)
     fill_adapters(wanted)
     loaded = adapter_tensors(load_adapter(make_net(), tmp_path / "adapter"))
+    for key, tensor in adapter_tensors(wanted).items():
+        assert torch.equal(loaded[key], tensor)
+
+
+def export(order: str, folder: str) -> bool:
+    export_adapter(wrapped_and_adapted("fsdp2", order)[0], folder, base="owner/name", target="llama.cpp")
+    return Path(folder, "README.md").is_file()
+
+
+def test_a_sharded_model_exports_too(pool: Any, tmp_path: Path) -> None:
+    assert all(pool.run(export, "before", str(tmp_path / "served")))
+    wanted = apply_lora(make_net(), config=CONFIG)
+    fill_adapters(wanted)
+    loaded = adapter_tensors(load_adapter(make_net(), tmp_path / "served"))
     for key, tensor in adapter_tensors(wanted).items():
         assert torch.equal(loaded[key], tensor)
 

@@ -188,7 +188,8 @@ def test_the_dtype_is_the_one_the_processor_is_fast_in(scripts, monkeypatch, sup
     assert quickstart.fast_dtype() == ("bfloat16" if supported else "float32")
 
 
-def test_the_config_names_the_files_that_the_script_makes(scripts):
+def test_the_config_names_the_files_that_the_script_makes(scripts, monkeypatch):
+    monkeypatch.delenv("LIGHTNING_LORA_CACHE", raising=False)
     _, question_types = scripts
     config = yaml.safe_load((EXAMPLES.parent / "configs" / "quickstart.yaml").read_text())
     folder = Path(config["model"]["model"])

@@ -38,6 +38,22 @@ def test_value_and_gradient_are_those_of_cross_entropy(chunk, bias):
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("chunk", [32, 2048])
+def test_each_rows_loss_and_its_gradient_are_those_of_cross_entropy(chunk):
+    hidden, weight, labels, bias = make()
+    scales = torch.randn(N, dtype=torch.float64)
+    ours, theirs = (
+        both(lambda h, f=f: (f(h, weight, labels, bias, reduction="none") * scales).sum(), hidden)
+        for f in (
+            lambda *args, **kw: chunked_cross_entropy(*args, chunk=chunk, **kw),
+            lambda h, w, y, b, **kw: F.cross_entropy(F.linear(h, w, b), y, **kw),
+        )
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="reduction='sum' is not known"):
+        chunked_cross_entropy(hidden, weight, labels, reduction="sum")
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_half_precision_loses_no_more_than_the_plain_way(autocast):
     """bf16 itself, and fp32 under autocast, against float64; most rows are nearly sure of their label, where digits get lost."""

@@ -11,7 +11,7 @@ from lightning_lora import LoRAConfig, apply_lora
 from lightning_lora.data import InstructionDataModule
 from lightning_lora.data.batching import collate_answers, collate_prompts
 from lightning_lora.data.instructions import load_examples
-from lightning_lora.tasks import CausalLMTask, causal_lm, hf
+from lightning_lora.tasks import CausalLMTask, base, causal_lm, hf
 from lightning_lora.tasks.causal_lm import chosen_right
 from tests import tiny_lm
 
@@ -49,7 +49,8 @@ def test_loss_and_gradients_equal_those_of_hugging_face(kind, examples, monkeypa
         model = transformers.GPT2LMHeadModel(config)
     else:
         model = tiny_lm.llama(cls=Whole if kind == "whole" else LlamaForCausalLM)
-    monkeypatch.setattr(causal_lm, "load_causal_lm", lambda *args: (model, tiny_lm.tokenizer()))
+    monkeypatch.setattr(base, "load_model", lambda *args: model)
+    monkeypatch.setattr(base, "load_tokenizer", lambda *args: tiny_lm.tokenizer())
     task = CausalLMTask("any")
     seen = []
     head = model.get_output_embeddings()
@@ -101,7 +102,8 @@ def test_frozen_head_takes_the_loss_in_blocks_where_the_rule_allows(kind, keeps,
     if trained is not model and model.get_output_embeddings().weight is trained.weight:  # tied: train something else
         trained = model.base_model.layers[0].requires_grad_()
         model.get_input_embeddings().requires_grad_(False)
-    monkeypatch.setattr(causal_lm, "load_causal_lm", lambda *args: (model, tiny_lm.tokenizer()))
+    monkeypatch.setattr(base, "load_model", lambda *args: model)
+    monkeypatch.setattr(base, "load_tokenizer", lambda *args: tiny_lm.tokenizer())
     monkeypatch.setattr(causal_lm, "rank_zero_info", said.append)
     chunk = causal_lm.chunked_cross_entropy
     monkeypatch.setattr(

@@ -87,6 +87,13 @@ def test_a_folder_that_is_no_model_is_named(name, message, folder, monkeypatch, 
         hf.load_causal_lm(name)
 
 
+def test_a_model_without_the_tasks_class_is_named(folder):
+    with pytest.raises(
+        ValueError, match=r"model='.*tiny': there is no AutoModelForSeq2SeqLM for a LlamaConfig; choose another task or model$"
+    ):
+        hf.load_model("AutoModelForSeq2SeqLM", str(folder))
+
+
 def test_a_missing_gguf_file_is_named(folder):
     with pytest.raises(ValueError, match=r"is not a model: the folder has no x.gguf"):
         hf.skeleton(str(folder), "x.gguf")

@@ -1,0 +1,134 @@
+"""Generate answers: sampling options, stop tokens, and text that is printed while it is generated."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lightning_lora.cli.messages import UsageError
+from lightning_lora.cli.tuned import Tuned
+from lightning_lora.data.batching import Example, collate_prompts
+from lightning_lora.data.chat import encode_prompt, stop_tokens
+from lightning_lora.data.records import Conversation
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        max_new_tokens: Longest answer, in tokens.
+        temperature: Logits are divided by it before a token is drawn. 0 takes the most probable token.
+        top_p: Draw among the most probable tokens that have this share of the probability together.
+        seed: Seed of the draws; None draws anew each time.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def options(self) -> dict[str, Any]:
+        """Return the arguments of ``generate``."""
+        drawn = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        return {"max_new_tokens": self.max_new_tokens, **(drawn if self.temperature else greedy)}
+
+
+class Answerer:
+    """A model that writes texts, and how it does so.
+
+    Args:
+        tuned: The model.
+        sampling: How tokens are chosen.
+
+    Raises:
+        ValueError: The model writes no texts.
+    """
+
+    def __init__(self, tuned: Tuned, sampling: Sampling) -> None:
+        if not hasattr(type(tuned.network), "generate") or not tuned.network.can_generate():
+            raise UsageError(f"{type(tuned.network).__name__} writes no texts; use lightning-lora predict with the run's config")
+        self.network, self.tokenizer, self.sampling = tuned.network, tuned.preprocessor, sampling
+        self.encodes = bool(self.network.config.is_encoder_decoder)  # the prompt is the encoder's, and no part of the output
+        if sampling.seed is not None:
+            torch.manual_seed(sampling.seed)
+
+    def answer(self, conversations: Sequence[Conversation]) -> list[str]:
+        """Return the answers to a batch of conversations."""
+        return [self._text(row) for row in self._generate(conversations)]
+
+    def stream(self, conversation: Conversation, write: Callable[[str], object]) -> str:
+        """Return the answer to one conversation. Pass its text to ``write`` as it is generated."""
+        (row,) = self._generate([conversation], Streamer(self.tokenizer, write))
+        return self._text(row)
+
+    def _generate(self, conversations: Sequence[Conversation], streamer: Any = None) -> Any:
+        """Return the generated token ids, (B, T)."""
+        batch = collate_prompts([Example(self._encode(each)) for each in conversations], pad=self.tokenizer.pad_token_id)
+        device = self.network.device
+        with torch.inference_mode():
+            output = self.network.generate(
+                input_ids=batch["input_ids"].to(device),
+                attention_mask=batch["attention_mask"].to(device),
+                pad_token_id=self.tokenizer.pad_token_id,
+                eos_token_id=stop_tokens(self.network, self.tokenizer) or None,
+                streamer=streamer,
+                **self.sampling.options(),
+            )
+        return output if self.encodes else output[:, batch["input_ids"].shape[1] :]
+
+    def _encode(self, conversation: Conversation) -> list[int]:
+        if self.encodes:
+            return self.tokenizer(conversation.messages[-1]["content"])["input_ids"]
+        return encode_prompt(self.tokenizer, conversation.messages, conversation.tools)
+
+    def _text(self, ids: Any) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+class Streamer:
+    """Pass text on as soon as its tokens are complete: transformers calls ``put`` with each token, and ``end``.
+
+    All ids are decoded each time, since a character may take several tokens and a token's text may depend on the one before.
+
+    Args:
+        tokenizer: Decodes the tokens.
+        write: Takes the new text.
+    """
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], object]) -> None:
+        self.tokenizer, self.write = tokenizer, write
+        self.ids: list[int] = []
+        self.written = ""
+        self._prompt = True  # the first call brings the prompt
+
+    def put(self, ids: Any) -> None:
+        """Take the next token."""
+        if self._prompt:
+            self._prompt = False
+            return
+        self.ids += ids.flatten().tolist()
+        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        if not text.endswith("\ufffd") and text.startswith(self.written):  # else a character is incomplete
+            self._pass(text)
+
+    def end(self) -> None:
+        """Pass on what is left."""
+        self._pass(self.tokenizer.decode(self.ids, skip_special_tokens=True))
+
+    def _pass(self, text: str) -> None:
+        new = text[len(self.written) :]
+        if new:
+            self.write(new)
+        self.written = text
+
+
+def write_out(text: str) -> None:
+    """Write to stdout at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -1,0 +1,84 @@
+"""The command `export`: an adapter as vLLM, SGLang, llama.cpp, diffusers or PEFT loads it, with what is known of its run in the card."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from torch import nn
+
+from lightning_lora import export_adapter
+from lightning_lora.cli.console import print_json
+from lightning_lora.cli.messages import UsageError
+from lightning_lora.cli.tuned import load_tuned
+from lightning_lora.storage.folder_commit import occupied
+
+METRICS, SETTINGS = "metrics.csv", "config.yaml"  # what a run leaves beside its adapter and its checkpoints
+
+
+def export(
+    adapter: str,
+    out: str,
+    target: Literal["peft", "vllm", "sglang", "llama.cpp", "diffusers"] = "peft",
+    base: str | None = None,
+    gguf_file: str | None = None,
+    component: str | None = None,
+    overwrite: bool = False,
+    json: bool = False,
+) -> None:
+    """Write an adapter as a server loads it, with a model card.
+
+    Args:
+        adapter: An adapter folder, or a checkpoint (.ckpt) with ``base``.
+        out: The new folder.
+        target: What will load it; also written ``--for``.
+        base: The model it was trained on: a hub id or a folder. By default the one that the adapter names.
+        gguf_file: A GGUF file in the base's folder, for a checkpoint.
+        component: The part of a diffusers pipeline, such as unet; by default by the base's class.
+        overwrite: Replace an adapter in a folder that is not empty.
+        json: Print the result as JSON.
+
+    Raises:
+        ValueError: The adapter has a part that the server does not load, or the folder is not empty.
+    """
+    if occupied(Path(out)) and not overwrite:
+        raise UsageError(f"out={out!r} is not empty; name another folder, or pass --overwrite to replace the adapter in it")
+    source: str | nn.Module = adapter
+    if Path(adapter).is_file():
+        if base is None:
+            raise UsageError(f"adapter={adapter!r} is a checkpoint; give --base, the model that it was trained on")
+        source = load_tuned(base, adapter, gguf_file, "auto").network
+    data, metrics = run_of(Path(adapter))
+    export_adapter(source, out, target=target, base=base, component=component, data=data, metrics=metrics, overwrite=overwrite)
+    if json:
+        print_json({"adapter": out, "target": target, "made_from": adapter})
+    else:
+        print(f"adapter for {target} in {out}; {Path(out) / 'README.md'} says how to load it")
+
+
+def run_of(adapter: Path) -> tuple[str | None, dict[str, float]]:
+    """Return the training data and the last validation and test metrics of the run that an adapter or a checkpoint lies in."""
+    folder = adapter.absolute().parent
+    folder = folder.parent if folder.name == "checkpoints" else folder
+    metrics: dict[str, float] = {}
+    if (folder / METRICS).is_file():
+        with open(folder / METRICS, newline="") as file:
+            rows = csv.DictReader(file)
+            for row in rows if {"epoch", "step"} <= {*(rows.fieldnames or ())} else ():  # CSVLogger's
+                metrics |= {name: float(value) for name, value in row.items() if name and value and name.startswith(("val_", "test_"))}
+    return _train_file(folder / SETTINGS), metrics
+
+
+def _train_file(settings: Path) -> str | None:
+    """Return ``data.train`` of a run's config; None for a file that is no run's."""
+    if not settings.is_file():
+        return None
+    try:
+        found: Any = yaml.safe_load(settings.read_text())
+    except yaml.YAMLError:
+        return None
+    for key in ("data", "init_args", "train"):
+        found = found.get(key, found if key == "init_args" else None) if isinstance(found, dict) else None
+    return None if found is None else str(found)

@@ -1,0 +1,63 @@
+"""List all options of a group or a command, from signatures and docstrings: ``--model.help``, ``--trainer.help``, ``merge --help``."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Optional
+
+from docstring_parser import parse
+from jsonargparse import ActionConfigFile, ArgumentParser
+from lightning.pytorch import Trainer
+
+from lightning_lora.callbacks import LoRACallback
+from lightning_lora.cli.choice import chosen_data, chosen_task, class_path
+from lightning_lora.config import LoRAConfig
+
+# Group → prefix of its options → the class that they are arguments of, for a command line.
+GROUPS: dict[str, Callable[[Sequence[str]], dict[str, type]]] = {
+    "model": lambda words: {"model": chosen_task(words)},
+    "data": lambda words: {"data": chosen_data(words)},
+    "lora": lambda words: {"lora": LoRACallback, "lora.config": LoRAConfig},
+    "trainer": lambda words: {"trainer": Trainer},
+}
+
+
+def group_asked_for(words: Sequence[str]) -> str | None:
+    """Return the group in ``--GROUP.help``, None if there is none."""
+    return next((group for group in GROUPS for word in words if word.partition("=")[0] == f"--{group}.help"), None)
+
+
+def group_help(group: str, words: Sequence[str]) -> str:
+    """Return the list of a group's options: name, text, type and default.
+
+    Args:
+        group: A key of ``GROUPS``.
+        words: The command line, which may name the class: ``--model TASK``, or ``--model.help TASK``.
+    """
+    words = [word.replace(f"--{group}.help", f"--{group}", 1) for word in words]
+    texts = []
+    for prefix, cls in GROUPS[group](words).items():
+        parser = ArgumentParser(add_help=False, usage=argparse.SUPPRESS)
+        parser.add_class_arguments(cls, prefix, fail_untyped=False, sub_configs=True, skip={"config"} if prefix == "lora" else None)
+        texts.append(f"Options of {class_path(cls)}\n{parser.format_help().rstrip()}")
+    return re.sub(r":\w+:`~?([^`]+)`|``", lambda role: role[1] or "", "\n\n".join(texts))  # without the markup of docstrings
+
+
+def function_parser(function: Callable[..., Any], command: str, description: str) -> ArgumentParser:
+    """Return the parser of a command that is a plain function: its signature is the command line.
+
+    Required arguments are positional, and so is one called ``prompt``.
+    """
+    options = "".join(f" {name.upper()}" for name, p in inspect.signature(function).parameters.items() if p.default is p.empty)
+    optional: set[str | int] = {name for name in inspect.signature(function).parameters if name == "prompt"}
+    usage = f"lightning-lora {command}{options}{''.join(f' [{name.upper()}]' for name in map(str, optional))} [--option value ...]"
+    parser = ArgumentParser(usage=usage, description=f"{description.capitalize()}.", exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action=ActionConfigFile, help="A YAML file with the options.")
+    parser.add_function_arguments(function, as_group=False, as_positional=True, sub_configs=True, skip=optional)
+    for name in map(str, optional):
+        text = next(param.description for param in parse(function.__doc__ or "").params if param.arg_name == name)
+        parser.add_argument(name, nargs="?", type=Optional[str], help=text)  # noqa: UP045 (the parser takes no X | Y here)
+    return parser

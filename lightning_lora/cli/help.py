@@ -1,0 +1,130 @@
+"""The texts of ``--help`` and ``--version``, from Python's library alone: the console script prints them without importing torch.
+
+The training commands have hundreds of options. Their ``--help`` lists the common ones, one line each; tests/cli/test_help.py holds names
+and defaults against the parser. The rest is listed by `lightning_lora.cli.group_help`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+
+TRACEBACK = "LIGHTNING_LORA_TRACEBACK"
+TRAIN = {
+    "fit": "train an adapter, or every weight",
+    "validate": "evaluate it on the validation data",
+    "test": "evaluate it on the test data",
+    "predict": "answer the rows of a file, one JSON object per line",
+}
+TOOLS = {
+    "init": "look at a model and a data file, and write a config that trains one on the other",
+    "inspect": "print what is in a model, an adapter, a data file or a run's config",
+    "generate": "answer one prompt, or each prompt of a file",
+    "chat": "talk to a model",
+    "merge": "write a model with its adapter merged in, as a folder for from_pretrained",
+    "export": "write an adapter as vLLM, SGLang, llama.cpp, diffusers or PEFT loads it",
+}
+EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 wrong option or path, 130 and 143 stopped by Ctrl-C and SIGTERM."
+CODE = "A config file runs the classes and functions that it names: take one only from someone whose code you would run."
+EXAMPLE = """\
+model:
+  model: HuggingFaceTB/SmolLM2-135M-Instruct  # a hub id or a folder
+  learning_rate: 1.0e-3
+data:
+  train: train.jsonl  # {"prompt": ..., "response": ...} on each line
+  val: val.jsonl
+lora:
+  config: {rank: 8, target_modules: all-linear}
+trainer:
+  max_epochs: 1"""
+# Group → (option, default, what it is). A default of "" stands for options that are not set.
+COMMON = {
+    "model": (
+        ("--model", "CausalLMTask", "the task, a LightningModule"),
+        ("--model.model", "", "a hub id or a folder"),
+        ("--model.gguf_file", "", "a GGUF file in it"),
+        ("--model.dtype", "auto", "float32, bfloat16, float16, or the checkpoint's own"),
+        ("--model.learning_rate", "0.001", "AdamW's, after the warm-up; or auto"),
+        ("--model.gradient_checkpointing", "false", "less memory for a third more time"),
+    ),
+    "data": (
+        ("--data", "", "a LightningDataModule; the task's own by default"),
+        ("--data.train", "", "training rows; also --data.val, .test, .predict"),
+        ("--data.batch_size", "8", "rows per batch and device"),
+        ("--data.max_length", "1024", "longest row, in tokens"),
+    ),
+    "lora": (
+        ("--lora.config.rank", "8", "r of B·A"),
+        ("--lora.config.alpha", "16.0", "the update is scaled by alpha / rank"),
+        ("--lora.config.target_modules", "q_proj, v_proj", "names, regexes or all-linear"),
+        ("--lora.config.variant", "plain", "dora, vera, lora_fa"),
+        ("--lora.quantize", "", "nf4 packs the base's weights (QLoRA)"),
+        ("--full_finetuning", "false", "train every weight instead"),
+    ),
+    "trainer": (
+        ("--trainer.max_epochs", "", "passes over the rows; or --trainer.max_steps"),
+        ("--trainer.accumulate_grad_batches", "1", "batches per step"),
+        ("--trainer.precision", "", "bf16-mixed, bf16-true, ..."),
+        ("--trainer.devices", "auto", "with --trainer.strategy ddp, fsdp, lora_fsdp2"),
+    ),
+}
+
+
+def run(argv: Sequence[str]) -> int | None:
+    """Print what is asked for, and return the exit code; None if ``argv`` asks for something else."""
+    text = answer(argv)
+    if text is None:
+        return None
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `| head`
+        return silenced()
+    return 0
+
+
+def silenced() -> int:
+    """Return the exit code of a process whose reader has closed the pipe. Python would report it again as it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
+
+
+def answer(argv: Sequence[str]) -> str | None:
+    """Return the text that ``argv`` asks for, None if it asks for something else."""
+    command, options = (argv[0], argv[1:]) if argv else ("--help", [])
+    if command in ("-h", "--help"):
+        return overview()
+    if command == "--version":
+        return f"lightning-lora {metadata.version('lightning-lora')}"
+    if command in TRAIN and {"-h", "--help"} & set(options):
+        return training_help(command)
+    return None
+
+
+def overview() -> str:
+    """Return the text of ``lightning-lora --help``."""
+    commands = "\n".join(f"  {name:<9} {what}" for name, what in {**TRAIN, **TOOLS}.items())
+    return (
+        f"usage: lightning-lora <command> ...\n\nLoRA for PyTorch Lightning.\n\n{commands}\n\n"
+        "`lightning-lora <command> --help` lists a command's options; `lightning-lora --version` prints the version.\n"
+        f"--json prints results as JSON. NO_COLOR=1 prints no colour. {TRACEBACK}=1 shows where an error arose.\n"
+        f"{CODE}\n{EXIT_CODES}\n\n"
+        f"An example of run.yaml, for `lightning-lora fit --config run.yaml`:\n\n{EXAMPLE}"
+    )
+
+
+def training_help(command: str) -> str:
+    """Return the text of ``lightning-lora fit --help``."""
+    lines = [f"usage: lightning-lora {command} [--config run.yaml] [--option value ...]", "", f"{TRAIN[command].capitalize()}.", ""]
+    lines += [
+        "  --config FILE          options from a YAML file; what comes later overrides it",
+        "  --ckpt_path FILE       a checkpoint to go on from, or to evaluate; `last` finds the last",
+        "  --print_config         print the whole configuration, and stop",
+        "  --json                 print the results as JSON",
+    ]
+    for group, options in COMMON.items():
+        lines += ["", f"{group}: --{group}.help lists all"]
+        lines += [f"  {name:<33} {what}{f' ({default})' if default else ''}" for name, default, what in options]
+    return "\n".join([*lines, "", f"--help-all lists every option. {EXIT_CODES}", CODE])

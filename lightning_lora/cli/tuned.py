@@ -1,0 +1,118 @@
+"""Load a model as it was tuned: with an adapter, or with the weights of a full fine-tune's checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lightning_lora import load_adapter
+from lightning_lora.adapter_io.fingerprint import OtherBase
+from lightning_lora.adapter_io.metadata import META
+from lightning_lora.cli.console import working
+from lightning_lora.cli.messages import UsageError
+from lightning_lora.cli.task_file import Task, read_task
+from lightning_lora.storage.read_checkpoint import read_checkpoint
+from lightning_lora.tasks.hf import DType, load_image_processor, load_model, load_tokenizer
+
+IDENTIFYING: tuple[DType, ...] = ("auto", "float16")  # dtypes in which an adapter's base may have had its fingerprint
+PREFIX = "model."  # the attribute of our tasks that holds the Hugging Face model
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A loaded model.
+
+    Attributes:
+        network: The Hugging Face model, in evaluation mode.
+        preprocessor: Its tokenizer, or its image processor.
+        task: How it was loaded.
+    """
+
+    network: Any
+    preprocessor: Any
+    task: Task
+
+
+def load_tuned(model: str, adapter: str | None, gguf_file: str | None, dtype: DType) -> Tuned:
+    """Load a model, its adapter and its tokenizer.
+
+    Args:
+        model: A hub id or a local folder.
+        adapter: An adapter folder, a checkpoint with an adapter, or one of a full fine-tune; None for the model as it is.
+        gguf_file: A GGUF file in the model's folder.
+        dtype: The weights' dtype.
+
+    Raises:
+        ValueError: A path does not exist, or the adapter does not fit the model.
+    """
+    if adapter is not None and (not adapter or not Path(adapter).exists()):
+        raise UsageError(f"adapter={adapter!r}: no such folder or checkpoint")
+    with working("loading the model"):
+        task = read_task(adapter)
+        load = partial(load_model, task.auto_class, model, gguf_file, **task.config())
+        weights = None if adapter is None else full_weights(adapter)
+        network = _adapted(load, adapter, dtype) if adapter is not None and weights is None else load(dtype=dtype)
+        if weights is not None:
+            _load_full(network, weights, str(adapter))
+        preprocessor = _preprocessor(model, gguf_file, task)
+    return Tuned(network.eval(), preprocessor, task)
+
+
+def _adapted(load: Callable[..., Any], adapter: str, dtype: DType) -> Any:
+    """Load a base, in any dtype, and an adapter of it.
+
+    In float16 a base may have another fingerprint than in its own dtype. So if the fingerprint is another one, the base is loaded in both
+    dtypes, one after the other, and compared in each.
+
+    Args:
+        load: returns the base in ``dtype=``.
+        adapter: An adapter folder, or a checkpoint with one.
+        dtype: The weights' dtype.
+    """
+    refused = None
+    for tried in dict.fromkeys((dtype, *IDENTIFYING)):
+        network = load(dtype=tried)
+        try:
+            load_adapter(network, adapter)
+        except OtherBase as error:
+            refused = refused or error.with_traceback(None)  # which would keep the model in memory
+            del network
+        else:
+            break
+    else:
+        assert refused is not None
+        raise refused
+    if tried != dtype:
+        del network
+        network = load(dtype=dtype)
+        load_adapter(network, adapter, check_base=False)
+    return network
+
+
+def _preprocessor(model: str, gguf_file: str | None, task: Task) -> Any:
+    if task.auto_class == "AutoModelForImageClassification":
+        return load_image_processor(task.preprocessor or model)
+    return load_tokenizer(task.preprocessor) if task.preprocessor else load_tokenizer(model, gguf_file)
+
+
+def full_weights(path: str) -> dict[str, Any] | None:
+    """Return the model's weights in the checkpoint of a full fine-tune, None if the path holds anything else."""
+    content = read_checkpoint(path) if path.endswith(".ckpt") and Path(path).is_file() else None
+    state = content.get("state_dict") if isinstance(content, dict) and META not in content else None
+    if not isinstance(state, dict):
+        return None
+    return {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if name.startswith(PREFIX)}
+
+
+def _load_full(network: nn.Module, weights: dict[str, Any], path: str) -> None:
+    """Replace all weights of a model, or none."""
+    mine = network.state_dict()
+    other = sorted(mine.keys() ^ weights.keys()) or [name for name in mine if mine[name].shape != weights[name].shape]
+    if other:
+        raise ValueError(f"{path} is a full fine-tune of another model: they differ in {other[0]!r}; name the model that it began from")
+    network.load_state_dict(weights)

@@ -1,0 +1,67 @@
+"""Texts to write from texts, for models with encoder and decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jsonargparse.typing import PositiveInt
+from typing_extensions import override
+
+from lightning_lora.data.batching import Example, cut_ids, pad_right
+from lightning_lora.data.file_data import FileDataModule
+from lightning_lora.data.records import Conversation, Record
+from lightning_lora.ops.cross_entropy import IGNORE
+
+
+class Seq2SeqDataModule(FileDataModule):
+    """Rows with a source and a target: ``prompt`` and ``response``, or another format of conversations. The last answer is the target.
+
+    Name other columns with ``data.columns``, such as ``{document: prompt, summary: response}``.
+
+    Args:
+        *args: Those of `FileDataModule`.
+        source_prefix: Text before every source, as T5's "summarize: ".
+        max_target_length: Longest target, in tokens; ``max_length`` is the source's.
+        **kwargs: Those of `FileDataModule`.
+    """
+
+    records = (Conversation,)
+
+    def __init__(self, *args: Any, source_prefix: str = "", max_target_length: PositiveInt = 256, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.source_prefix, self.max_target_length = source_prefix, max_target_length
+
+    @override
+    def encode(self, record: Record, split: str) -> Sequence[Example]:
+        assert isinstance(record, Conversation)
+        before = record.messages if split == "predict" else record.messages[:-1]
+        source = "\n".join(message["content"] for message in before)
+        ids = self.tokenizer(self.source_prefix + source)["input_ids"]
+        if split == "predict":
+            return [Example(ids, text=source)]
+        target = record.messages[-1]["content"]
+        labels = self.tokenizer(text_target=target)["input_ids"]
+        end = self.tokenizer.eos_token_id
+        if end is not None and end not in labels[-1:]:  # or the model would not learn to stop
+            labels = [*labels, end]
+        return [Example(ids, labels, text="" if split == "train" else target)]
+
+    @override
+    def fits(self, example: Example, split: str) -> str | None:
+        if len(example) <= self.max_length and len(example.labels) <= self.max_target_length:
+            return None
+        example.ids = cut_ids(example.ids, self.max_length, self.tokenizer)
+        example.labels = cut_ids(example.labels, self.max_target_length, self.tokenizer)
+        return "cut"
+
+    @override
+    def collate(self, examples: Sequence[Example], split: str) -> dict[str, Any]:
+        multiple = 1 if split == "predict" else self.pad_to_multiple_of
+        batch: dict[str, Any] = pad_right([e.ids for e in examples], self.tokenizer.pad_token_id, multiple)
+        if split == "predict":
+            return {**batch, "sources": [e.text for e in examples]}
+        longest = -(-max(len(e.labels) for e in examples) // multiple) * multiple
+        batch["labels"] = torch.tensor([e.labels + [IGNORE] * (longest - len(e.labels)) for e in examples])
+        return batch if split == "train" else {**batch, "targets": [e.text for e in examples]}

@@ -1,0 +1,42 @@
+import pytest
+import yaml
+
+from lightning_lora import data, tasks
+from lightning_lora.cli.choice import chosen_data, chosen_task, class_path
+from lightning_lora.cli.messages import UsageError
+from tests.cli.test_lightning_cli import Head
+
+OWN = "tests.cli.test_lightning_cli.Head"
+
+
+@pytest.mark.parametrize(
+    ("words", "content", "task", "module"),
+    [
+        ([], None, tasks.CausalLMTask, data.InstructionDataModule),
+        (["--model=DPOTask"], None, tasks.DPOTask, data.PreferenceDataModule),
+        (["--model", "Seq2SeqTask"], None, tasks.Seq2SeqTask, data.Seq2SeqDataModule),
+        (["--model.class_path=lightning_lora.tasks.DPOTask"], None, tasks.DPOTask, data.PreferenceDataModule),
+        (["--model", OWN], None, Head, data.InstructionDataModule),
+        (["--model=DPOTask", "--data=InstructionDataModule"], None, tasks.DPOTask, data.InstructionDataModule),
+        ([], {"model": {"class_path": "DPOTask"}}, tasks.DPOTask, data.PreferenceDataModule),
+        ([], {"model": "DPOTask"}, tasks.DPOTask, data.PreferenceDataModule),
+        ([], {"model": {"model": "x"}}, tasks.CausalLMTask, data.InstructionDataModule),
+        (["--model=Seq2SeqTask"], {"model": {"class_path": "DPOTask"}}, tasks.Seq2SeqTask, data.Seq2SeqDataModule),
+        (["--config={model: DPOTask}"], None, tasks.DPOTask, data.PreferenceDataModule),
+    ],
+    ids=str,
+)
+def test_the_class_is_known_before_the_command_line_is_parsed(words, content, task, module, tmp_path):
+    if content is not None:
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+        words = ["--config", str(tmp_path / "run.yaml"), *words]
+    assert (chosen_task(words), chosen_data(words)) == (task, module)
+
+
+def test_a_name_that_there_is_not():
+    with pytest.raises(UsageError, match=r"^model='DPOTaks': there are CausalLMTask, .*; did you mean 'DPOTask'\?$"):
+        chosen_task(["--model=DPOTaks"])
+
+
+def test_paths():
+    assert class_path(tasks.DPOTask) == "lightning_lora.tasks.DPOTask" and class_path(Head) == OWN

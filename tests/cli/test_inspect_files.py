@@ -1,0 +1,39 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from lightning_lora.cli.main import main
+
+
+def test_inspect_a_model_reads_no_weights(model, tmp_path, capsys):
+    folder = tmp_path / "config-only"
+    folder.mkdir()
+    (folder / "config.json").write_bytes(Path(model, "config.json").read_bytes())
+    options = ["--lora.rank=4", "--lora.target_modules=all-linear"]
+    assert main(["inspect", str(folder), *options]) == 0
+    assert "LoRA on 14 modules" in capsys.readouterr().out
+    assert main(["inspect", str(folder), *options, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["targets"]) == 14 and found["targets"][0]["rank"] == 4
+    assert found["adapter_parameters"] < found["parameters"]
+
+
+def test_inspect_an_adapter_shows_its_config_and_groups_its_tensors(adapter, model, capsys):
+    assert main(["inspect", adapter]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["rank", "4"] in lines and ["parameters", "896"] in lines and ["base", model] in lines
+    assert ["model.layers.*.self_attn.q_proj.lora_A", "(4,", "32)", "float32", "2"] in lines
+    assert main(["inspect", adapter, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["parameters"] == 896 and found["config"]["rank"] == 4 and found["base"] == model
+    assert found["tensors"]["model.layers.0.self_attn.q_proj.lora_A"] == {"shape": [4, 32], "dtype": "float32"}
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")
+def test_inspect_a_checkpoint(config, tmp_path, capsys):
+    assert main(["fit", "--config", config, "--trainer.limit_train_batches=1"]) == 0
+    (checkpoint,) = (tmp_path / "run").glob("checkpoints/*.ckpt")
+    capsys.readouterr()
+    assert main(["inspect", str(checkpoint)]) == 0
+    assert ["rank", "2"] in [line.split() for line in capsys.readouterr().out.splitlines()]

@@ -1,0 +1,81 @@
+"""`inspect` of rows: what is shown as learnt is what the run learns."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_lora.cli.inspect_rows import run_words
+from lightning_lora.cli.main import main
+from tests import tiny_lm
+
+CHAT = [
+    {
+        "messages": [
+            {"role": "user", "content": "which colour is grass"},
+            {"role": "assistant", "content": "green"},
+            {"role": "user", "content": "is blood red"},
+            {"role": "assistant", "content": "red red"},
+        ]
+    }
+]
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return tiny_lm.write(tmp_path / "chat.jsonl", CHAT)
+
+
+def test_a_data_file(model, rows, capsys):
+    assert main(["inspect", rows, "--model", model]) == 0
+    output = capsys.readouterr().out
+    lines = [line.split() for line in output.splitlines()]
+    assert ["tokens", "22"] in lines and ["longest", "22"] in lines and ["learnt", "tokens", "23%"] in lines
+    shown = next(line for line in output.splitlines() if line.startswith("<s> user"))
+    assert [part.split("»")[0].split() for part in shown.split("«")[1:]] == [["green", "</s>"], ["red", "red", "</s>"]]
+    assert "\x1b" not in output and "LoRA on" not in output
+    assert main(["inspect", rows, "--model", model, "--json", "--data.train_on=last"]) == 0
+    seen = json.loads(capsys.readouterr().out)
+    assert [part["text"].split() for part in seen["examples"][0] if part["learnt"]] == [["red", "red", "</s>"]]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_colour_on_a_terminal(model, rows, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    assert main(["inspect", rows, "--model", model]) == 0
+    assert "\x1b[32mgreen </s>\x1b[0m" in sys.stdout.getvalue() and "«" not in sys.stdout.getvalue()
+
+
+def test_a_runs_config_shows_its_model_too(config, capsys):
+    assert main(["inspect", config, "--lora.config.rank=3", "--data.val=null"]) == 0
+    output = capsys.readouterr().out
+    assert "LoRA on 4 modules, 672 parameters" in output and "train: " in output and "val: " not in output
+    assert output.count("example ") == 3
+
+
+def test_a_run_that_trains_every_weight_has_no_adapter_to_show(config, capsys):
+    assert main(["inspect", config, "--full_finetuning=true"]) == 0
+    assert "LoRA on" not in capsys.readouterr().out
+
+
+def test_a_class_of_ones_own_shows_no_rows(config, tmp_path, capsys):
+    content = yaml.safe_load(Path(config).read_text())
+    content["data"] = {"class_path": "tests.cli.test_lightning_cli.Data"}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(content))
+    assert main(["inspect", str(tmp_path / "own.yaml")]) == 2
+    assert "Data shows no rows" in capsys.readouterr().err
+
+
+def test_what_is_a_run(tmp_path):
+    assert run_words(["a.yaml", "--json", "--lora.rank=3"]) == ["--config", "a.yaml", "--lora.config.rank=3"]
+    assert run_words(["a.jsonl", "--model", "m", "--gguf_file=g"]) == ["--data.train=a.jsonl", "--model.model", "m", "--model.gguf_file=g"]
+    assert run_words(["owner/name"]) is None and run_words(["--help"]) is None and run_words([]) is None
