@@ -193,8 +193,7 @@ class StrategyHooks:
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str, storage_options: Any = None) -> None:
         """Write the checkpoint, with the metadata that identifies its adapter: format version, config, base."""
-        tensors = checkpoint["state_dict"]
-        names = self._covered(tensors)
+        names = self._covered(tensors := checkpoint["state_dict"])
         meta = meta_of(self.parts, lambda root: self.state.identity(root, names))
         trains = {clean_name(name) for name, _ in kept_parameters(self.module)}
         if not any(part.allow_nonfinite for part in self.parts.values()):
