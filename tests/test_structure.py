@@ -72,8 +72,7 @@ OTHER_ERRORS = {
     ("layers.base", "NotImplementedError"),
     *{("layers.factors", "NotImplementedError"), ("layers.mergeable", "NotImplementedError")},  # a kind that is not finished
     ("quantization.formats", "NotImplementedError"),  # a packing that is not finished
-    ("quantization.torchao", "ImportError"),  # an extra is not installed
-    ("quantization.bitsandbytes", "ImportError"),  # an extra is not installed
+    *{("quantization.torchao", "ImportError"), ("quantization.bitsandbytes", "ImportError")},  # an extra is not installed
     # ValueErrors with an exit code of their own
     *(("cli." + file, "UsageError") for file in ("main", "export", "lightning_cli", "messages", "choice", "output_folder", "tuned")),
     *(("cli." + file, "UsageError") for file in ("answers", "chat", "generate", "init", "recipe", "run_rows")),
