@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from lightning_lora import LoRACallback, LoRAConfig
-from lightning_lora.data import ClassificationDataModule
+from lightning_lora.data import ClassificationDataModule, InstructionDataModule
 from lightning_lora.data.batching import Example, collate_answers, pad_right
-from lightning_lora.tasks import DPOTask, Seq2SeqTask, SequenceClassificationTask
+from lightning_lora.tasks import CausalLMTask, DPOTask, Seq2SeqTask, SequenceClassificationTask
 from lightning_lora.tasks.base import HFTask
 from lightning_lora.utils.sharding import full_tensor
 from tests import tiny_lm
@@ -103,6 +103,23 @@ def validate_rows(strategy: str, folder: str, file: str) -> dict[str, Any]:
     trainer = L.Trainer(accelerator="cpu", devices=world, strategy=STRATEGIES[strategy][0](), callbacks=[callback], **quiet)
     metrics = trainer.validate(task, data, verbose=False)[0]
     return {"labels": task.labels, **metrics}
+
+
+def validate_choices(strategy: str, folder: str, file: str) -> dict[str, Any]:
+    world = dist.get_world_size() if dist.is_initialized() and strategy != "single" else 1
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    trainer = L.Trainer(accelerator="cpu", devices=world, strategy=STRATEGIES[strategy][0](), **quiet)
+    return dict(trainer.validate(CausalLMTask(folder), InstructionDataModule(val=file, batch_size=2), verbose=False)[0])
+
+
+def test_the_accuracy_of_choices_that_one_process_has(pool: Any, folder: str, tmp_path: Path) -> None:
+    """The others would not log it, and the one would wait for them for ever."""
+    content = [row if i == 1 else {"prompt": row["prompt"], "response": row["response"]} for i, row in enumerate(tiny_lm.rows(8))]
+    file = tiny_lm.write(tmp_path / "rows.jsonl", content)
+    whole = validate_choices("single", folder, file)
+    assert "val_accuracy" in whole
+    for result in pool.run(validate_choices, "ddp", folder, file):
+        assert result == pytest.approx(whole, rel=1e-5)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "lora_fsdp2"])
