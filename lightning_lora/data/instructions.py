@@ -76,16 +76,21 @@ class InstructionDataModule(FileDataModule):
 
     @override
     def load(self, split: str, say: bool = True) -> Examples:
-        if self.template is not None or self._converses(split):
-            self.chat  # noqa: B018 (other processes or a cache may encode, and the tokenizer is saved and answers with its template)
+        if self.template is not None:
+            self.chat  # noqa: B018 (a wrong name is an error of its own, not of the first row)
+        else:
+            self._settle_template(split)
         return super().load(split, say)
 
-    def _converses(self, split: str) -> bool:
-        """Return whether the first row is a conversation. A row that cannot be read is refused where all are."""
+    def _settle_template(self, split: str) -> None:
+        """Give a tokenizer without a template the plain one if the first row is a conversation.
+
+        The tokenizer is saved with its template. Other processes or a cache may encode the rows, which then do not set it here.
+        """
         rows = (row for source in self._sources(split) for _, row in self.read(source, split))
-        with suppress(ValueError):
-            return isinstance(self.record_of(next(iter(rows), None), split), Conversation)
-        return False
+        with suppress(ValueError):  # a row that cannot be encoded is refused where all are, with its place
+            if isinstance(self.record_of(next(iter(rows), None), split), Conversation):
+                self.chat  # noqa: B018
 
     @override
     def encode(self, record: Record, split: str) -> Sequence[Example]:
