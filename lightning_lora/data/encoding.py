@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, TypeVar
@@ -118,11 +119,14 @@ def _results(chunks: range, count: int) -> Iterator[Result]:
     if count == 1 or "fork" not in multiprocessing.get_all_start_methods():
         yield from map(_checked, map(_encode_chunk, chunks))
         return
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)  # these processes only tokenize
-        pool = multiprocessing.get_context("fork").Pool(count)
-    with pool:
-        yield from map(_checked, pool.imap(_encode_chunk, chunks))
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("fork"))  # multiprocessing's Pool waits for a killed process for ever
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)  # these processes only tokenize
+            results = pool.map(_encode_chunk, chunks)
+        yield from map(_checked, results)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _encode_chunk(start: int) -> Result | str:

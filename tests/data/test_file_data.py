@@ -2,6 +2,9 @@
 
 import json
 import logging
+import os
+import signal
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -212,6 +215,12 @@ def test_processes_encode_in_order(monkeypatch, processes):
 
     with pytest.raises(ValueError, match=r"^file:9: 9 is bad$"):
         encode_rows(placed, refuse, Odd, "rows", processes)
+
+
+def test_a_process_that_is_killed_ends_the_run():
+    """Such as when memory is out. Nobody waits for it."""
+    with pytest.raises(BrokenProcessPool):
+        encode_rows([("a:1", 1), ("a:2", 2)], lambda row: os.kill(os.getpid(), signal.SIGKILL), Odd, "rows", 2)
 
 
 def test_examples_of_any_fields(tmp_path):
