@@ -22,6 +22,7 @@ from lightning_lora.data.file_data import FileDataModule
 from lightning_lora.data.packing import PackedRows, collate_end_to_end
 from lightning_lora.data.records import Conversation, PlainText, Record
 from lightning_lora.data.store import Examples
+from lightning_lora.data.stream import Stream
 from lightning_lora.data.templates import set_template
 
 
@@ -75,9 +76,18 @@ class InstructionDataModule(FileDataModule):
 
     @override
     def load(self, split: str, say: bool = True) -> Examples:
-        if self.template is not None:
-            self.chat  # noqa: B018 (a wrong name is an error of its own, not of the first row)
+        self._set_template()
         return super().load(split, say)
+
+    @override
+    def stream(self) -> Stream:
+        self._set_template()
+        return super().stream()
+
+    def _set_template(self) -> None:
+        """Set the tokenizer's template before the first row. Rows from the cache or encoded elsewhere set none, and it is saved with the adapter."""
+        if self.template is not None or self.tokenizer.eos_token is not None:  # without an end token only texts can be read
+            self.chat  # noqa: B018
 
     @override
     def encode(self, record: Record, split: str) -> Sequence[Example]:
