@@ -23,7 +23,7 @@ from lightning_lora.data.packing import PackedRows, collate_end_to_end
 from lightning_lora.data.records import Conversation, PlainText, Record
 from lightning_lora.data.store import Examples
 from lightning_lora.data.stream import Stream
-from lightning_lora.data.templates import set_template
+from lightning_lora.data.templates import check_template, set_template
 
 
 class InstructionDataModule(FileDataModule):
@@ -58,6 +58,7 @@ class InstructionDataModule(FileDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        check_template(template)
         if packing and padding_free:
             raise ValueError("data.padding_free=True has no effect on packed rows; choose it or data.packing")
         self.padding_free = padding_free
