@@ -67,7 +67,7 @@ def merge(
 
 
 def _keep_stops(tuned: Tuned) -> None:
-    """Write all tokens that end an answer into the generation config: vLLM and transformers read where to stop there, not in the template."""
+    """Write all tokens that end an answer into the generation config. vLLM and transformers stop at these, whatever the template."""
     if tuned.network.can_generate():
         stops = stop_tokens(tuned.network, tuned.preprocessor)
         tuned.network.generation_config.eos_token_id = stops[0] if len(stops) == 1 else stops or None

@@ -86,7 +86,7 @@ class InstructionDataModule(FileDataModule):
         return super().stream()
 
     def _set_template(self) -> None:
-        """Set the tokenizer's template before the first row. Rows from the cache or encoded elsewhere set none, and it is saved with the adapter."""
+        """Set the tokenizer's template before the first row: rows from the cache set none, and it is saved with the adapter."""
         if self.template is not None or self.tokenizer.eos_token is not None:  # without an end token only texts can be read
             self.chat  # noqa: B018
 

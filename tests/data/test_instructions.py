@@ -43,7 +43,7 @@ def test_the_template_is_set_whether_rows_are_read_cached_or_streamed(tmp_path):
         data.setup("fit")
         assert data.tokenizer.chat_template == TEMPLATES[template or "plain"]
     assert len(list((tmp_path / "cache").iterdir())) == 2  # so the second and the fourth found theirs
-    with pytest.raises(ValueError, match="data.template='alpacca' is not known; the names are plain, alpaca"):
+    with pytest.raises(ValueError, match=r"data\.template='alpacca' is not known; the names are plain, alpaca"):
         InstructionDataModule(file, template="alpacca")
 
 
