@@ -45,7 +45,6 @@ class Target:
         components: beginning or end of a base's class name → the component that the tensors' names begin with.
         load: how to load the exported folder, for its README. ``{folder}``, ``{base}`` and ``{rank}`` are filled in.
         template: what ``load`` ends with if a chat template comes with the adapter. Without it the server takes the base's, or none.
-        template: what ``load`` ends with if the adapter comes with a chat template: else the base's own, or none, would be used.
     """
 
     takes: frozenset[str] = frozenset()
