@@ -11,6 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def export_adapter(
     component: str | None = None,
     data: str | None = None,
     metrics: Mapping[str, float] | None = None,
+    tokenizer: Any = None,
     overwrite: bool = False,
 ) -> Path:
     """Write an adapter as a server loads it, with a model card (``README.md``).
@@ -54,6 +56,7 @@ def export_adapter(
         component: part of a diffusers pipeline, such as ``unet`` or ``transformer``; default: by the base's class.
         data: what the adapter was trained on, for the card.
         metrics: name → value, for the card.
+        tokenizer: a Hugging Face tokenizer to write beside the adapter; the card names its chat template to the server.
         overwrite: replace the adapter and the card in a folder that is not empty; its other files stay.
 
     Returns:
@@ -67,8 +70,12 @@ def export_adapter(
     folder = Path(folder)
 
     def write(path: Path) -> None:
-        files = _files(path, target, base, component, lambda fields, of: model_card(fields, of, target, folder.name, data, metrics or {}))
+        template = bool(getattr(tokenizer, "chat_template", None))
+        card = partial(model_card, target=target, folder=folder.name, data=data, metrics=metrics or {}, template=template)
+        files = _files(path, target, base, component, card)
         with commit(folder, next(reversed(files)), lambda: check_free(folder, overwrite)) as staged:
+            if tokenizer is not None:
+                tokenizer.save_pretrained(staged)
             for name, content in files.items():
                 write_atomic(staged / name, content)
 

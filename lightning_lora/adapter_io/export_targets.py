@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 MERGE = "merge it (`lightning-lora merge BASE ADAPTER OUT`, export_merged) and serve that folder"
 
+CHAT_TEMPLATE = "chat_template.jinja"  # as transformers saves a tokenizer's
+
 #: What an adapter may have beyond low-rank pairs on linear layers → what it is, in words for a refusal.
 PARTS: dict[str, str] = {
     "dora": "DoRA's magnitude",
@@ -42,6 +44,7 @@ class Target:
         file: name of the file with the tensors.
         components: beginning or end of a base's class name → the component that the tensors' names begin with.
         load: how to load the exported folder, for its README. ``{folder}``, ``{base}`` and ``{rank}`` are filled in.
+        template: what ``load`` ends with if a chat template comes with the adapter. Without it the server takes the base's, or none.
     """
 
     takes: frozenset[str] = frozenset()
@@ -53,6 +56,7 @@ class Target:
     file: str = "adapter_model.safetensors"
     components: Mapping[str, str] = field(default_factory=dict)
     load: str
+    template: str = ""
 
 
 TARGETS: dict[str, Target] = {
@@ -68,6 +72,7 @@ TARGETS: dict[str, Target] = {
         takes=frozenset({"token_embedding"}),
         ranks=(8, 16, 32, 64, 128, 256, 320, 512),  # config/lora.py, MaxLoRARanks without 1
         load="vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules adapter={folder}",
+        template=f" --chat-template {{folder}}/{CHAT_TEMPLATE}",
     ),
     "sglang": Target(
         # LoRAAdapter: scaling = lora_alpha / r, whatever use_rslora and the patterns say. _process_weight keeps what is in layers.N,
@@ -79,6 +84,7 @@ TARGETS: dict[str, Target] = {
         stacks=({"q_proj": None, "k_proj": "v_proj", "v_proj": "k_proj"}, {"gate_proj": None, "up_proj": "gate_proj"}),
         stacks_unless=frozenset({"kv_a_proj_with_mqa", "kv_b_proj"}),
         load="python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths adapter={folder}",
+        template=f" --chat-template {{folder}}/{CHAT_TEMPLATE}",
     ),
     "llama.cpp": Target(
         # convert_lora_to_gguf.py: writes lora_alpha and A, B; the runtime's scaling is lora_alpha over B's rank, so rsLoRA's and the
@@ -86,6 +92,7 @@ TARGETS: dict[str, Target] = {
         # base's weight, which fails for weights that it transposes.
         takes=frozenset({"token_embedding"}),
         load="python convert_lora_to_gguf.py {folder} --outfile adapter.gguf\nllama-cli -m base.gguf --lora adapter.gguf",
+        template=f" --jinja --chat-template-file {{folder}}/{CHAT_TEMPLATE}",
     ),
     "diffusers": Target(
         # load_lora_weights: names begin with the pipeline's component. get_peft_kwargs reads ranks from the tensors, and takes alpha = r

@@ -27,6 +27,7 @@ def model_card(
     folder: str,
     data: str | None,
     metrics: Mapping[str, float],
+    template: bool = False,
 ) -> str:
     """Return the card's text.
 
@@ -37,6 +38,7 @@ def model_card(
         folder: name of the exported folder.
         data: what it was trained on.
         metrics: name → value.
+        template: the folder has a chat template.
     """
     rules = TARGETS[target]
     name = fields.get("base_model_name_or_path")
@@ -44,7 +46,7 @@ def model_card(
     head: dict[str, Any] = {"library_name": "diffusers" if rules.components else "peft", "tags": ["lora", "lightning-lora"]}
     head |= {key: value for key, value in (("base_model", name), ("pipeline_tag", tag)) if value}
     header = "".join(f"{key}: {json.dumps(value)}\n" for key, value in head.items())  # JSON is YAML
-    load = rules.load.format(folder=folder, base=name or "BASE", rank=fields["r"], auto=auto)
+    load = (rules.load + (rules.template if template else "")).format(folder=folder, base=name or "BASE", rank=fields["r"], auto=auto)
     shown = {key: fields[key] for key in _SHOWN if fields.get(key)}
     identity = f"{base['class']}, fingerprint `{base['fingerprint']}`" if base else "not recorded"
     parts = [

@@ -12,8 +12,10 @@ from torch import nn
 from lightning_lora import export_adapter
 from lightning_lora.cli.console import print_json
 from lightning_lora.cli.messages import UsageError
+from lightning_lora.cli.task_file import read_task
 from lightning_lora.cli.tuned import load_tuned
 from lightning_lora.storage.folder_commit import occupied
+from lightning_lora.tasks.hf import load_tokenizer
 
 METRICS, SETTINGS = "metrics.csv", "config.yaml"  # what a run leaves beside its adapter and its checkpoints
 
@@ -28,7 +30,7 @@ def export(
     overwrite: bool = False,
     json: bool = False,
 ) -> None:
-    """Write an adapter as a server loads it, with a model card.
+    """Write an adapter as a server loads it, with a model card and the tokenizer that it was trained with.
 
     Args:
         adapter: An adapter folder, or a checkpoint (.ckpt) with ``base``.
@@ -46,12 +48,17 @@ def export(
     if occupied(Path(out)) and not overwrite:
         raise UsageError(f"out={out!r} is not empty; name another folder, or pass --overwrite to replace the adapter in it")
     source: str | nn.Module = adapter
+    tokenizer = None
     if Path(adapter).is_file():
         if base is None:
             raise UsageError(f"adapter={adapter!r} is a checkpoint; give --base, the model that it was trained on")
-        source = load_tuned(base, adapter, gguf_file, "auto").network
+        tuned = load_tuned(base, adapter, gguf_file, "auto")
+        source, tokenizer = tuned.network, tuned.preprocessor
+    elif (folder := read_task(adapter).preprocessor) and (Path(folder) / "tokenizer_config.json").is_file():
+        tokenizer = load_tokenizer(folder)
     data, metrics = run_of(Path(adapter))
-    export_adapter(source, out, target=target, base=base, component=component, data=data, metrics=metrics, overwrite=overwrite)
+    described: dict[str, Any] = {"component": component, "data": data, "metrics": metrics, "tokenizer": tokenizer}
+    export_adapter(source, out, target=target, base=base, overwrite=overwrite, **described)
     if json:
         print_json({"adapter": out, "target": target, "made_from": adapter})
     else:

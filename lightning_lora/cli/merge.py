@@ -11,7 +11,8 @@ from lightning_lora.adapter_io.certificate import CERTIFICATE, summary
 from lightning_lora.cli.console import print_json, working
 from lightning_lora.cli.output_folder import replaced_folder, weight_bytes
 from lightning_lora.cli.task_file import Task
-from lightning_lora.cli.tuned import load_tuned
+from lightning_lora.cli.tuned import Tuned, load_tuned
+from lightning_lora.data.chat import stop_tokens
 from lightning_lora.tasks.hf import DType, token_probe
 
 
@@ -48,6 +49,7 @@ def merge(
     """
     with replaced_folder(out, overwrite, keep=(model, adapter), room=weight_bytes(model, gguf_file, dtype)) as folder:
         tuned = load_tuned(model, adapter, gguf_file, dtype)
+        _keep_stops(tuned)
         layers = len(list(lora_layers(tuned.network)))
         certificate = None
         with working("merging"):
@@ -62,3 +64,10 @@ def merge(
         print_json({"model": out, "base": model, "adapter": adapter, "merged_layers": layers, "certificate": certificate})
     else:
         print(f"merged model in {out}" + (f": {summary(certificate)}; {CERTIFICATE} has each layer" if certificate else ""))
+
+
+def _keep_stops(tuned: Tuned) -> None:
+    """Write all tokens that end an answer into the generation config. vLLM and transformers stop at these, whatever the template."""
+    if tuned.network.can_generate():
+        stops = stop_tokens(tuned.network, tuned.preprocessor)
+        tuned.network.generation_config.eos_token_id = stops[0] if len(stops) == 1 else stops or None

@@ -17,6 +17,7 @@ from lightning_lora import tasks
 from lightning_lora.adapter_io.files import CONFIG
 from lightning_lora.storage.atomic_files import write_atomic
 from lightning_lora.storage.read_checkpoint import read_checkpoint
+from lightning_lora.tasks.base import CHAT_TEMPLATE
 
 FILE = "task.json"
 # PEFT's name of a task → the class of transformers that picks the model's own.
@@ -36,11 +37,13 @@ class Task:
         auto_class: The class of transformers that picks the model's own.
         labels: The labels of its head, in order; empty for models without.
         preprocessor: A folder with the tokenizer or image processor; None for the base's own.
+        chat_template: What a checkpoint says in place of the tokenizer's own template; None for that.
     """
 
     auto_class: str = "AutoModelForCausalLM"
     labels: tuple[str, ...] = ()
     preprocessor: str | None = None
+    chat_template: Any = None
 
     def config(self) -> dict[str, Any]:
         """Return the fields of the model's configuration that hold the labels."""
@@ -69,20 +72,21 @@ def read_task(path: str | None) -> Task:
     """
     if path is None:
         return Task()
-    folder = Path(path)
+    folder, template = Path(path), None
     if folder.is_dir():
         said = _json(folder / FILE) or {"auto_class": AUTO_CLASSES.get(str(_json(folder / CONFIG).get("task_type")))}
         own = any((folder / name).is_file() for name in ("tokenizer_config.json", "preprocessor_config.json"))
     else:
-        content = read_checkpoint(folder) if folder.suffix == ".ckpt" else {}
-        hyper = content.get("hyper_parameters", {}) if isinstance(content, dict) else {}
+        found = read_checkpoint(folder) if folder.suffix == ".ckpt" else {}
+        content = found if isinstance(found, dict) else {}
+        hyper, template = content.get("hyper_parameters", {}), content.get(CHAT_TEMPLATE)
         cls = getattr(tasks, str(hyper.get("_class_path", "")).rpartition(".")[2], None)
         said, own = {"auto_class": getattr(cls, "auto_class", None), "labels": hyper.get("labels")}, False
     auto_class = said.get("auto_class") or Task.auto_class
     known = {getattr(tasks, name).auto_class for name in tasks.__all__ if hasattr(getattr(tasks, name), "auto_class")}
     if auto_class not in known | set(AUTO_CLASSES.values()):
         raise ValueError(f"{path}: {FILE} names auto_class={auto_class!r}; there are {', '.join(sorted(known))}")
-    return Task(auto_class, tuple(map(str, said.get("labels") or ())), path if own else None)
+    return Task(auto_class, tuple(map(str, said.get("labels") or ())), path if own else None, template)
 
 
 def _json(file: Path) -> dict[str, Any]:

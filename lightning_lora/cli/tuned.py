@@ -97,7 +97,10 @@ def _adapted(load: Callable[..., Any], adapter: str, dtype: DType) -> Any:
 def _preprocessor(model: str, gguf_file: str | None, task: Task) -> Any:
     if task.auto_class == "AutoModelForImageClassification":
         return load_image_processor(task.preprocessor or model)
-    return load_tokenizer(task.preprocessor) if task.preprocessor else load_tokenizer(model, gguf_file)
+    tokenizer = load_tokenizer(task.preprocessor) if task.preprocessor else load_tokenizer(model, gguf_file)
+    if task.chat_template:
+        tokenizer.chat_template = task.chat_template
+    return tokenizer
 
 
 def full_weights(path: str) -> dict[str, Any] | None:

@@ -7,7 +7,6 @@ multiple-choice question. Validation and test then report how often the model, l
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,8 @@ from lightning_lora.data.file_data import FileDataModule
 from lightning_lora.data.packing import PackedRows, collate_end_to_end
 from lightning_lora.data.records import Conversation, PlainText, Record
 from lightning_lora.data.store import Examples
-from lightning_lora.data.templates import set_template
+from lightning_lora.data.stream import Stream
+from lightning_lora.data.templates import check_template, set_template
 
 
 class InstructionDataModule(FileDataModule):
@@ -58,6 +58,7 @@ class InstructionDataModule(FileDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        check_template(template)
         if packing and padding_free:
             raise ValueError("data.padding_free=True has no effect on packed rows; choose it or data.packing")
         self.padding_free = padding_free
@@ -76,21 +77,18 @@ class InstructionDataModule(FileDataModule):
 
     @override
     def load(self, split: str, say: bool = True) -> Examples:
-        if self.template is not None:
-            self.chat  # noqa: B018 (a wrong name is an error of its own, not of the first row)
-        else:
-            self._settle_template(split)
+        self._set_template()
         return super().load(split, say)
 
-    def _settle_template(self, split: str) -> None:
-        """Give a tokenizer without a template the plain one if the first row is a conversation.
+    @override
+    def stream(self) -> Stream:
+        self._set_template()
+        return super().stream()
 
-        The tokenizer is saved with its template. Other processes or a cache may encode the rows, which then do not set it here.
-        """
-        rows = (row for source in self._sources(split) for _, row in self.read(source, split))
-        with suppress(ValueError):  # a row that cannot be encoded is refused where all are, with its place
-            if isinstance(self.record_of(next(iter(rows), None), split), Conversation):
-                self.chat  # noqa: B018
+    def _set_template(self) -> None:
+        """Set the tokenizer's template before the first row: rows from the cache set none, and it is saved with the adapter."""
+        if self.template is not None or self.tokenizer.eos_token is not None:  # without an end token only texts can be read
+            self.chat  # noqa: B018
 
     @override
     def encode(self, record: Record, split: str) -> Sequence[Example]:

@@ -14,7 +14,7 @@ from lightning_lora.data.chat import Chat
 from lightning_lora.data.file_data import FileDataModule
 from lightning_lora.data.records import Conversation, Message, Pair, Record
 from lightning_lora.data.store import Examples
-from lightning_lora.data.templates import set_template
+from lightning_lora.data.templates import check_template, set_template
 from lightning_lora.ops.cross_entropy import IGNORE
 
 
@@ -50,6 +50,7 @@ class PreferenceDataModule(FileDataModule):
 
     def __init__(self, *args: Any, template: str | None = None, chat_template_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        check_template(template)
         self.template, self.chat_template_kwargs = template, chat_template_kwargs
 
     @cached_property

@@ -84,8 +84,7 @@ def set_template(tokenizer: Any, template: str) -> None:
     """
     if "{" in template or template.endswith(".jinja"):
         return _set_own(tokenizer, template)
-    if template not in TEMPLATES:
-        raise ValueError(f"data.template={template!r} is not known; the names are {', '.join(TEMPLATES)}, or give a Jinja template")
+    check_template(template)
     known = tokenizer.get_vocab()
     missing = [token for token in TOKENS.get(template, ()) if token not in known]
     if missing:
@@ -98,6 +97,12 @@ def set_template(tokenizer: Any, template: str) -> None:
     start = tokenizer("a")["input_ids"][:1]  # a tokenizer that begins every text with a token of its own expects it here too
     begins = start == [tokenizer.bos_token_id]
     tokenizer.chat_template = ("{{ bos_token }}" if begins else "") + TEMPLATES[template]
+
+
+def check_template(template: str | None) -> None:
+    """Raise ValueError if a template is neither a known name nor a template of the user's own."""
+    if template is not None and "{" not in template and not template.endswith(".jinja") and template not in TEMPLATES:
+        raise ValueError(f"data.template={template!r} is not known; the names are {', '.join(TEMPLATES)}, or give a Jinja template")
 
 
 def _set_own(tokenizer: Any, template: str) -> None:

@@ -27,6 +27,7 @@ from lightning_lora.tasks.hf import DType, enable_checkpointing, load_model, loa
 from lightning_lora.tasks.rates import learning_rate_of
 
 STAGES = ("val", "test")
+CHAT_TEMPLATE = "chat_template"  # its key in a checkpoint
 SHOWN = ("loss", "accuracy")  # in the progress bar
 
 
@@ -162,7 +163,14 @@ class HFTask(LightningModule, ABC):
 
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
-    # The optimizer.
+    # Checkpoints and the optimizer.
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the tokenizer's chat template, which may be the data module's. Commands that load the checkpoint ask with it."""
+        template = getattr(getattr(self, "tokenizer", None), "chat_template", None)
+        if template:
+            checkpoint[CHAT_TEMPLATE] = template
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -30,6 +30,28 @@ def test_merge_gives_the_adapted_models_logits_and_plain_classes(model, adapter,
     assert transformers.AutoTokenizer.from_pretrained(out)("blue").input_ids == tiny_lm.tokenizer()("blue").input_ids
 
 
+def test_the_template_of_the_run_travels_with_a_checkpoint(config, tmp_path, capsys):
+    """The base has none. The run's ends turns with another token than the base's texts, and the merged model stops there by itself."""
+    words = [*tiny_lm.WORDS, "<end>"]
+    base, template = tiny_lm.save(tmp_path / "base", chat=False, words=words), tiny_lm.CHATML.replace("</s>", "<end>")
+    tokenizer = tiny_lm.tokenizer(False, words)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    tokenizer.save_pretrained(base)
+    (tmp_path / "own.jinja").write_text(template)
+    assert main(["fit", "--config", config, "--model.model", base, "--data.template", str(tmp_path / "own.jinja")]) == 0
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    for number, tuned in enumerate((str(checkpoint), str(tmp_path / "run" / "adapter"))):
+        merged, served = str(tmp_path / f"merged{number}"), tmp_path / f"served{number}"
+        assert main(["merge", base, tuned, merged, "--probe_tokens=0"]) == 0
+        assert transformers.AutoTokenizer.from_pretrained(merged).chat_template == template
+        stops = transformers.AutoModelForCausalLM.from_pretrained(merged).generation_config.eos_token_id
+        assert stops == [words.index("</s>"), words.index("<end>")]
+        assert main(["export", tuned, str(served), "--for", "vllm", "--base", base]) == 0
+        assert (served / "chat_template.jinja").read_text() == template
+        assert f" --chat-template {served.name}/chat_template.jinja" in (served / "README.md").read_text()
+    capsys.readouterr()
+
+
 DTYPES = {"auto": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -5,6 +5,7 @@ import pytest
 
 from lightning_lora.data import InstructionDataModule
 from lightning_lora.data.instructions import load_examples
+from lightning_lora.data.templates import TEMPLATES
 from tests import tiny_lm
 from tests.faults import kit
 
@@ -31,6 +32,19 @@ def test_without_a_chat_template_the_prompt_says_where_the_answer_begins(tmp_pat
         assert tiny_lm.tokenizer().decode(example.answer) == "blue </s>"
     (example,) = load(tmp_path, [{"messages": CHAT + CHAT}], chat=False)
     assert tiny_lm.tokenizer().decode(example.answer) == "blue </s> blue </s>"
+
+
+def test_the_template_is_set_whether_rows_are_read_cached_or_streamed(tmp_path):
+    """It is saved with the adapter: a second run, whose rows are all in the cache, must leave it there too."""
+    file = tiny_lm.write(tmp_path / "rows.jsonl", [ROW])
+    for template, streaming in ((None, False), (None, False), ("alpaca", False), ("alpaca", False), ("alpaca", True)):
+        data = InstructionDataModule(file, template=template, cache=str(tmp_path / "cache"), streaming=streaming)
+        data._tokenizer = tiny_lm.tokenizer(chat=False)
+        data.setup("fit")
+        assert data.tokenizer.chat_template == TEMPLATES[template or "plain"]
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # so the second and the fourth found theirs
+    with pytest.raises(ValueError, match=r"data\.template='alpacca' is not known; the names are plain, alpaca"):
+        InstructionDataModule(file, template="alpacca")
 
 
 def test_a_text_is_learnt_as_a_whole(tmp_path):
