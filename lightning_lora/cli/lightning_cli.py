@@ -32,6 +32,7 @@ from lightning_lora.cli.console import print_json
 from lightning_lora.cli.messages import UsageError, arguments_of, check_not_null, one_line, usage
 from lightning_lora.cli.run_folder import BeganConfig, StderrProgressBar, no_folder_of_a_failed_start
 from lightning_lora.cli.run_results import RunResults, print_report
+from lightning_lora.cli.task_file import give_labels
 from lightning_lora.cli.yaml_files import check_config_files, unique_keys
 from lightning_lora.config import LoRAConfig
 from lightning_lora.data.reading import READERS
@@ -222,6 +223,7 @@ class LoRACLI(LightningCLI):
             arguments["weights_only"] = True  # Lightning's default runs code that is in the file
         with usage():
             arguments["ckpt_path"] = checkpoint_of(arguments.get("ckpt_path"), command, self.trainer, arguments["weights_only"])
+            give_labels(self.model, arguments["ckpt_path"], self.trainer)
         with no_folder_of_a_failed_start(self.trainer):
             try:
                 return getattr(self.trainer, command)(**arguments)
