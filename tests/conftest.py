@@ -1,6 +1,7 @@
 """What the unit tests share: a seed, one thread, tiny models, and how to compare a model's bits before and after."""
 
 import os
+import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,6 +15,8 @@ from lightning_lora.layers import lora_layers
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # has to be set before the kernels are imported
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a background job of a shell, where the tests of Ctrl-C would fail
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -65,14 +65,14 @@ DEFERS = {
 KERNELS = {"ops.triton_dropout", "ops.triton_low_rank", "ops.triton_gated_mlp", "ops.triton_weight_norm"}
 # Errors are ValueError (wrong input) or RuntimeError (wrong at run time); beside those:
 OTHER_ERRORS = {
+    ("adapter_io.fingerprint", "OtherBase"),
+    *{("utils.torch_private", "pickle.UnpicklingError"), ("storage.folder_commit", "IsADirectoryError")},
     ("", "AttributeError"),  # what the import system expects of a module's __getattr__
     ("callbacks.interruption", "twin"),  # the SIGTERMException of the Trainer's package
     ("layers.base", "NotImplementedError"),
-    ("layers.factors", "NotImplementedError"),  # a kind that is not finished
-    ("layers.mergeable", "NotImplementedError"),  # a kind that is not finished
+    *{("layers.factors", "NotImplementedError"), ("layers.mergeable", "NotImplementedError")},  # a kind that is not finished
     ("quantization.formats", "NotImplementedError"),  # a packing that is not finished
-    ("quantization.torchao", "ImportError"),  # an extra is not installed
-    ("quantization.bitsandbytes", "ImportError"),  # an extra is not installed
+    *{("quantization.torchao", "ImportError"), ("quantization.bitsandbytes", "ImportError")},  # an extra is not installed
     # ValueErrors with an exit code of their own
     *(("cli." + file, "UsageError") for file in ("main", "export", "lightning_cli", "messages", "choice", "output_folder", "tuned")),
     *(("cli." + file, "UsageError") for file in ("answers", "chat", "generate", "init", "recipe", "run_rows")),

@@ -3,7 +3,8 @@
 Elsewhere an adapter loads on a base it was not trained on without an error, and its outputs are wrong. The hash reads 1,024 entries of each
 frozen tensor, so it takes a fraction of a second. It tells other models and other revisions apart, but not a change of few entries;
 :func:`~lightning_lora.utils.checksums.sampled_digest` says how likely. Entries are rounded to bf16, so the same checkpoint loaded in fp32
-or bf16 has the same hash. Of a sharded base only these entries are gathered, so the hash is the same under every strategy and as fast.
+or bf16 has the same hash. In float16 it may have another, because rounding twice is not rounding once. Of a sharded base only these entries
+are gathered, so the hash is the same under every strategy and as fast.
 
 A copy that was quantized here has the same hash too: its layers store the digest of their unpacked weights. For a base that was loaded
 quantized, only the parameters that are not quantized (embeddings, norms, biases) are compared, with a warning.
@@ -30,6 +31,10 @@ from lightning_lora.utils.transformers_conventions import model_name
 HALF, QUANTIZED = 16, "q"
 LINEAR_MARK = "@"  # stands before the names of linear layers' weights in :func:`base_digests`
 LINEAR = nn.Linear  # read at import: Lightning's plugins replace `nn.Linear` by their own class while a model is built
+
+
+class OtherBase(ValueError):
+    """An adapter was trained on another base, or on this one in another dtype that rounds otherwise: float16."""
 
 
 def base_identity(root: nn.Module, exclude: Collection[str] = ()) -> dict[str, Any]:
@@ -92,7 +97,7 @@ def check_base(mine: dict[str, Any], saved: dict[str, Any], where: str) -> None:
         where: the file's path, for messages.
 
     Raises:
-        ValueError: they differ. The message has both hashes and says how to load anyway.
+        OtherBase: they differ. The message has both hashes and says how to load anyway.
     """
     one, other = mine["fingerprint"], saved["fingerprint"]
     if one == other:
@@ -104,10 +109,10 @@ def check_base(mine: dict[str, Any], saved: dict[str, Any], where: str) -> None:
             stacklevel=3,
         )
     else:
-        raise ValueError(
+        raise OtherBase(
             f"{where} was trained on another base: fingerprint {saved['fingerprint']} ({saved['class']} {saved['name']!r}), this model has"
-            f" {mine['fingerprint']} ({mine['class']} {mine['name']!r}). Load that base, or pass check_base=False"
-            " to use the adapter here anyway."
+            f" {mine['fingerprint']} ({mine['class']} {mine['name']!r}). Load that base (in float16 if it was then, not if not), or pass"
+            " check_base=False to use the adapter here anyway."
         )
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from lightning_lora import load_adapter
+from lightning_lora.adapter_io.fingerprint import OtherBase
 from lightning_lora.adapter_io.metadata import META
 from lightning_lora.cli.console import working
 from lightning_lora.cli.messages import UsageError
@@ -16,6 +19,7 @@ from lightning_lora.cli.task_file import Task, read_task
 from lightning_lora.storage.read_checkpoint import read_checkpoint
 from lightning_lora.tasks.hf import DType, load_image_processor, load_model, load_tokenizer
 
+IDENTIFYING: tuple[DType, ...] = ("auto", "float16")  # dtypes in which an adapter's base may have had its fingerprint
 PREFIX = "model."  # the attribute of our tasks that holds the Hugging Face model
 
 
@@ -50,15 +54,44 @@ def load_tuned(model: str, adapter: str | None, gguf_file: str | None, dtype: DT
         raise UsageError(f"adapter={adapter!r}: no such folder or checkpoint")
     with working("loading the model"):
         task = read_task(adapter)
-        network = load_model(task.auto_class, model, gguf_file, dtype, **task.config())
+        load = partial(load_model, task.auto_class, model, gguf_file, **task.config())
+        weights = None if adapter is None else full_weights(adapter)
+        network = _adapted(load, adapter, dtype) if adapter is not None and weights is None else load(dtype=dtype)
+        if weights is not None:
+            _load_full(network, weights, str(adapter))
         preprocessor = _preprocessor(model, gguf_file, task)
-        if adapter is not None:
-            weights = full_weights(adapter)
-            if weights is None:
-                load_adapter(network, adapter)
-            else:
-                _load_full(network, weights, adapter)
     return Tuned(network.eval(), preprocessor, task)
+
+
+def _adapted(load: Callable[..., Any], adapter: str, dtype: DType) -> Any:
+    """Load a base, in any dtype, and an adapter of it.
+
+    In float16 a base may have another fingerprint than in its own dtype. So if the fingerprint is another one, the base is loaded in both
+    dtypes, one after the other, and compared in each.
+
+    Args:
+        load: returns the base in ``dtype=``.
+        adapter: An adapter folder, or a checkpoint with one.
+        dtype: The weights' dtype.
+    """
+    refused = None
+    for tried in dict.fromkeys((dtype, *IDENTIFYING)):
+        network = load(dtype=tried)
+        try:
+            load_adapter(network, adapter)
+        except OtherBase as error:
+            refused = refused or error.with_traceback(None)  # which would keep the model in memory
+            del network
+        else:
+            break
+    else:
+        assert refused is not None
+        raise refused
+    if tried != dtype:
+        del network
+        network = load(dtype=dtype)
+        load_adapter(network, adapter, check_base=False)
+    return network
 
 
 def _preprocessor(model: str, gguf_file: str | None, task: Task) -> Any:

@@ -25,13 +25,13 @@ def share_of(val: Any) -> float | None:
 
 
 def take_share(rows: list[PlacedRow], share: float, seed: int, split: Literal["train", "val"] | str) -> list[PlacedRow]:
-    """Return one part of the rows, in their order: "val" is the share, "train" the rest.
+    """Return one part of the rows, in their order: "val" is the share, at least one row, and "train" the rest.
 
     Raises:
-        ValueError: One of the parts would be empty.
+        ValueError: No row would be left to train on.
     """
-    taken = round(share * len(rows))
-    if rows and not 0 < taken < len(rows):
-        raise ValueError(f"data.val={share} of {len(rows)} training rows are {taken}: both parts need a row")
+    taken = max(1, round(share * len(rows)))
+    if taken == len(rows):
+        raise ValueError(f"data.val={share} of {len(rows)} training rows leaves none to train on; add rows, or leave data.val out")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     return [rows[i] for i in sorted(order[:taken] if split == "val" else order[taken:])]

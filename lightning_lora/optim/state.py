@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lightning_lora.optim.groups import RATIO
 from lightning_lora.utils.names import clean_name
 from lightning_lora.utils.sharding import distribute_like, full_tensor
+from lightning_lora.utils.values import nonfinite
 
 
 def state_by_name(optimizer: Optimizer, model: nn.Module, saved: Callable[[Tensor], Tensor] = full_tensor) -> dict[str, Any]:
@@ -85,6 +86,17 @@ def load_by_name(optimizer: Optimizer, model: nn.Module, saved: dict[str, Any]) 
         moments = {slot: value for slot, value in slots.items() if isinstance(value, Tensor) and value.shape == like.shape}
         state[numbers[name]] = slots | {slot: distribute_like(value, like) for slot, value in moments.items()}
     optimizer.load_state_dict({**saved, "state": state, "param_groups": groups})
+
+
+def holds_nan(saved: Any) -> list[str]:
+    """Return the names of the parameters whose saved state, as :func:`state_by_name` returns it, holds NaN.
+
+    Infinity is left out: a second moment may overflow, and its parameter then no longer trains but stays finite.
+    """
+    slots = saved["state"].items() if isinstance(saved, dict) and isinstance(saved.get("state"), dict) else ()
+    moments = {(key, slot): value for key, each in slots if isinstance(each, dict) for slot, value in each.items()}
+    found = nonfinite({key: value for key, value in moments.items() if isinstance(value, Tensor)}, infinite=False)
+    return list(dict.fromkeys(str(key) for key, _ in found))
 
 
 def _is_state(saved: Any) -> bool:

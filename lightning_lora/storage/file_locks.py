@@ -70,6 +70,17 @@ def exclusive(file: Path) -> Iterator[bool]:
             os.close(handle)
 
 
+def remove_unheld(file: Path) -> None:
+    """Remove a lock file that a killed process has left. One that a process holds stays, and so does one on a system without locks."""
+    with suppress(OSError):
+        handle = os.open(file, os.O_RDWR)
+        try:
+            if try_lock(handle):
+                os.unlink(file)
+        finally:
+            os.close(handle)
+
+
 def _acquire(file: Path) -> int | None:
     """Return the handle that holds the lock; None where there are no locks."""
     end = time.monotonic() + LONGEST

@@ -10,11 +10,12 @@ that, and is put in last.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -38,7 +39,7 @@ def commit(folder: Path, last: str, check: Callable[[], object], drops: Callable
         drops: tells of the name of another file whether it does not stay.
 
     Raises:
-        OSError: the disk is full, or the folder cannot be written to.
+        OSError: the disk is full, the folder cannot be written to, or it has a folder where a file is to be.
         RuntimeError: another process has been writing to it for ten minutes.
     """
     folder = Path(os.path.realpath(folder))
@@ -52,13 +53,13 @@ def commit(folder: Path, last: str, check: Callable[[], object], drops: Callable
             with _staging(folder, home, alone) as staged:
                 yield staged
                 names = sorted(os.listdir(staged), key=lambda name: (name == last, name))
+                if blocked := [folder / name for name in names if (folder / name).is_dir() and not (folder / name).is_symlink()]:
+                    raise IsADirectoryError(errno.EISDIR, "is a folder, where a file is to be written", str(blocked[0]))
                 hidden = aside(folder / names[-1]).name  # of an earlier commit that was killed
                 gone = {name for name in _names(folder) if name in names or name == hidden or drops(name)}
                 linked = _link_others(folder, staged, gone) if home != folder else None
                 if linked is None:
-                    _move_in(staged, folder, names)
-                    for name in gone.difference(names):
-                        erase(folder / name)
+                    _move_in(staged, folder, names, gone.difference(names, [hidden]))
                 else:
                     sync_folder(staged)
                     old = take_place(staged, folder)
@@ -187,26 +188,33 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         return list(entries)
 
 
-def _move_in(staged: Path, folder: Path, names: Sequence[str]) -> None:
-    """Move the staged files into the folder one by one."""
+def _move_in(staged: Path, folder: Path, names: Sequence[str], outdated: Set[str]) -> None:
+    """Move the staged files into the folder one by one, and remove the outdated ones before the last is moved in.
+
+    One other file takes its place in one step. If there are more, nobody must read them in between, even if the last stays as it is.
+    """
     last = folder / names[-1]
     there, old = last.is_file(), aside(last)
+
+    def bring(sync: Callable[[Path], object]) -> None:
+        for name in [name for name in names if (staged / name).exists()]:
+            if name == names[-1]:
+                for other in outdated:
+                    erase(folder / other)
+            os.replace(staged / name, folder / name)
+            sync(folder)
+
     try:
-        if there and last.read_bytes() != (staged / names[-1]).read_bytes():
+        if there and (len(names) > 2 or outdated or last.read_bytes() != (staged / names[-1]).read_bytes()):
             os.replace(last, old)
             sync_folder(folder)
-        for name in names:
-            os.replace(staged / name, folder / name)
-            sync_folder(folder)
-    except OSError:
-        left = [name for name in names if (staged / name).exists()]
-        if left == list(names):  # nothing was moved yet
-            if there:
-                put_back(last)
-        else:  # the old files are no longer all there, so the new ones have to be
-            for name in left:
-                os.replace(staged / name, folder / name)
+        bring(sync_folder)
+    except BaseException:  # an interrupt too
+        if not all((staged / name).exists() for name in names):  # the old files are no longer all there, so the new ones have to be
+            bring(lambda folder: None)
             erase(old)
+        elif there:
+            put_back(last)
         raise
     erase(old)
 

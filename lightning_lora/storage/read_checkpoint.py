@@ -21,6 +21,7 @@ import torch
 
 from lightning_lora.storage.regular_files import WrongPath, open_regular
 from lightning_lora.storage.stored_size import check_checksums, check_records, check_tensors
+from lightning_lora.utils.torch_private import bounded_unpickling
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(::|://)")
 _LOCAL = {"file", "local"}
@@ -47,7 +48,7 @@ def located(path: str | Path, weights_only: bool | None) -> tuple[str, bool]:
     scheme = _SCHEME.match(text)
     if scheme is None or (scheme[1].lower() in _LOCAL and scheme[2] == "://"):
         return text[scheme.end() if scheme else 0 :], weights_only is not False
-    if scheme[1].lower() not in _STORAGES or scheme[2] == "::":
+    if scheme[1].lower() not in _STORAGES or "::" in text:  # "::" leads on to another source
         raise ValueError(f"{text} is a URL, and no checkpoint is read from there: download it, and pass the path of the file.")
     if weights_only is False:
         raise ValueError(
@@ -86,13 +87,14 @@ def read_checkpoint(path: str | Path, weights_only: bool | None = None) -> Any:
 
 @contextmanager
 def readable(path: str | Path) -> Iterator[None]:
-    """Turn what torch raises into one line, while a file is read inside the ``with`` block.
+    """Turn what torch raises into one line, while a file is read inside the ``with`` block. Bound what the file can make.
 
     Raises:
         ValueError: the file is damaged, or holds more than tensors and plain values; the message names what.
     """
     try:
-        yield
+        with bounded_unpickling():
+            yield
     except UNREADABLE as error:
         names = _refused_globals(path) if isinstance(error, pickle.UnpicklingError) else []
         raise ValueError(f"{path} is not a readable checkpoint: {_why(path, names, error)}") from error

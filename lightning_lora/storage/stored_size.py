@@ -2,18 +2,20 @@
 
 ``torch.save`` writes a zip archive without compression, with a checksum (CRC-32) per record. ``torch.load`` does not compare it. So sizes
 are checked before torch reads the records, and checksums before anyone uses what it read. A tensor may also be a view that repeats its
-stored values, of any size. A copy of it would take that size.
+stored values, of any size. A copy of it would take that size. So may a list that holds another one many times.
 """
 
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 SMALL = 64 * 2**20  # bytes; a tensor up to this size is always accepted, such as a mask that was expanded
+MANY = 2**18  # entries; so many are always accepted
 _CHUNK = 2**20
 
 
@@ -59,22 +61,29 @@ def check_checksums(file: BinaryIO) -> None:
 
 
 def check_tensors(content: Any, size: int) -> None:
-    """Check nested mappings and sequences for tensors that are larger than the file.
+    """Check nested mappings and sequences for tensors that are larger than the file, and for more entries than it has bytes.
+
+    An entry takes a byte at least. Only lists that hold one other list several times have more, and may have 2^40 of them.
 
     Args:
         content: the content of the file.
         size: the file's size in bytes.
 
     Raises:
-        ValueError: a tensor is larger.
+        ValueError: a tensor is larger, or there are more entries.
     """
-    if isinstance(content, Tensor):
-        whole = content.numel() * content.element_size()
-        if content.layout == torch.strided and not content.is_meta and whole > max(size, SMALL):
-            raise ValueError(f"a tensor of shape {tuple(content.shape)} has {whole:,} bytes, the file {size:,}")
-    elif isinstance(content, dict):
-        for value in content.values():
-            check_tensors(value, size)
-    elif isinstance(content, (list, tuple, set, frozenset)):
-        for value in content:
-            check_tensors(value, size)
+    for number, value in enumerate(_entries(content)):
+        if number > max(size, MANY):
+            raise ValueError(f"it has more entries than its {size:,} bytes can hold")
+        if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta:
+            whole = value.numel() * value.element_size()
+            if whole > max(size, SMALL):
+                raise ValueError(f"a tensor of shape {tuple(value.shape)} has {whole:,} bytes, the file {size:,}")
+
+
+def _entries(content: Any) -> Iterator[Any]:
+    """Yield a value, and what is nested in it."""
+    yield content
+    if isinstance(content, (dict, list, tuple, set, frozenset)):
+        for value in content.values() if isinstance(content, dict) else content:
+            yield from _entries(value)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.adapter_io.metadata import META, understood
+from lightning_lora.optim.state import holds_nan
 from lightning_lora.strategies.adapted_part import AdaptedPart, parts_in
 from lightning_lora.utils.values import kind_of_numbers, nonfinite
 
@@ -42,19 +43,32 @@ def check_parts(checkpoint: Mapping[str, Any], parts: Mapping[str, AdaptedPart],
     return metas
 
 
-def check_values(checkpoint: Mapping[str, Any], path: str) -> None:
-    """Refuse NaN and infinity in what trained. Buffers may hold them, as masks do.
+def check_values(checkpoint: Mapping[str, Any], path: str, fitting: bool) -> None:
+    """Refuse NaN and infinity in what trained, and NaN in optimizer state. Buffers may hold them, as masks do.
+
+    Args:
+        checkpoint: its content.
+        path: for messages.
+        fitting: a training resumes from it, so its optimizer state is used.
 
     Raises:
         ValueError: a tensor holds them. The message names the first one, and the option that allows them.
     """
     tensors, beside = checkpoint["state_dict"], checkpoint[META].get("beside", ())
     bad = nonfinite({name: value for name, value in tensors.items() if isinstance(value, Tensor) and name not in beside})
-    if bad:
+    what = f"{bad[0]} holds NaN or infinity ({len(bad)} tensors do)" if bad else None
+    if not bad and fitting and (names := nan_states(checkpoint)):
+        what = f"the optimizer state of {names[0]} holds NaN ({len(names)} parameters' does)"
+    if what is not None:
         raise ValueError(
-            f"{path}: {bad[0]} holds NaN or infinity ({len(bad)} tensors do), so a training from there cannot recover: take an earlier"
+            f"{path}: {what}, so a training from there cannot recover: take an earlier"
             " checkpoint, or pass LoRACallback(allow_nonfinite=True) to go on anyway."
         )
+
+
+def nan_states(checkpoint: Mapping[str, Any]) -> list[str]:
+    """Return the names of the parameters for which a checkpoint has optimizer state with NaN."""
+    return [name for state in checkpoint.get("optimizer_states", ()) for name in holds_nan(state)]
 
 
 def check_fits(saved: Mapping[str, Any], shapes: Mapping[str, torch.Size], places: Mapping[str, Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import Strategy
@@ -13,15 +13,22 @@ from lightning_lora.utils.names import clean_name
 from lightning_lora.utils.values import nonfinite
 
 
-def check_finite(strategy: Strategy, tensors: Mapping[str, Tensor]) -> None:
+def check_finite(strategy: Strategy, tensors: Mapping[str, Tensor], states: Sequence[str] = ()) -> None:
     """Raise on every process if what trains holds NaN or infinity on one of them. A collective.
+
+    Args:
+        strategy: the trainer's strategy.
+        tensors: name → what trains.
+        states: names of the parameters whose optimizer state holds NaN.
 
     Raises:
         RuntimeError: a tensor holds them. The message names the first one, and the option that allows them.
     """
     bad = nonfinite(tensors)
-    if strategy.reduce_boolean_decision(bool(bad), all=False):
-        what = f"{bad[0]} holds NaN or infinity ({len(bad)} of {len(tensors)} trained tensors do)" if bad else "it holds NaN elsewhere"
+    if strategy.reduce_boolean_decision(bool(bad or states), all=False):
+        what = f"{bad[0]} holds NaN or infinity ({len(bad)} of {len(tensors)} trained tensors do)" if bad else "another process has NaN"
+        if states and not bad:
+            what = f"the optimizer state of {states[0]} holds NaN ({len(states)} parameters' does)"
         raise RuntimeError(
             f"training stops and writes no checkpoint: {what}. Earlier checkpoints are good: resume from the last one with a lower learning"
             " rate or gradient_clip_val, or look at the batches since. LoRACallback(allow_nonfinite=True) goes on instead."

@@ -1,7 +1,8 @@
 """Check before the first step that the checkpoints of a run can be written.
 
 The folders of all checkpoint callbacks on this machine are tried, with at least the space that one checkpoint takes. A checkpoint that is
-left under its ``.old`` name, after a kill between two renames, gets its own name back.
+left under its ``.old`` name, after a kill between two renames, gets its own name back. Lock files of killed processes are removed: a run
+that was killed in its last save writes no other checkpoint when it resumes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
+from lightning_lora.storage.file_locks import remove_unheld
 from lightning_lora.storage.folders import put_back
 from lightning_lora.storage.room import check_room
 from lightning_lora.utils.names import persistent_buffers
@@ -35,6 +37,8 @@ def _check(trainer: Trainer, module: LightningModule) -> None:
         if folder is None or "://" in str(folder):  # none, or a remote storage
             continue
         check_room(folder, least_bytes(module, [] if getattr(callback, "save_weights_only", False) else trainer.optimizers), "dirpath")
+        for lock in Path(folder).glob(".*.ckpt.lock"):
+            remove_unheld(lock)
         for old in Path(folder).glob(".*.ckpt.old"):
             path = old.with_name(old.name[1:].removesuffix(".old"))
             if not os.path.lexists(path):

@@ -35,7 +35,7 @@ from lightning_lora.optim.state import check_named, load_by_name, state_by_name
 from lightning_lora.strategies import module_state
 from lightning_lora.strategies.adapted_part import AdaptedPart, meta_of
 from lightning_lora.strategies.changed_state import ChangedState
-from lightning_lora.strategies.checkpoint_checks import check_fits, check_parts, check_values, naming
+from lightning_lora.strategies.checkpoint_checks import check_fits, check_parts, check_values, naming, nan_states
 from lightning_lora.strategies.checkpoint_io import DurableCheckpointIO, found, read, write_folder
 from lightning_lora.strategies.equal_ranks import synchronize
 from lightning_lora.strategies.finite import check_finite
@@ -193,12 +193,12 @@ class StrategyHooks:
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str, storage_options: Any = None) -> None:
         """Write the checkpoint, with the metadata that identifies its adapter: format version, config, base."""
-        names = self._covered(checkpoint["state_dict"])
+        names = self._covered(tensors := checkpoint["state_dict"])
         meta = meta_of(self.parts, lambda root: self.state.identity(root, names))
         trains = {clean_name(name) for name, _ in kept_parameters(self.module)}
-        beside = sorted(checkpoint["state_dict"].keys() - trains)
         if not any(part.allow_nonfinite for part in self.parts.values()):
-            check_finite(self.strategy, {name: value for name, value in checkpoint["state_dict"].items() if name in trains})
+            check_finite(self.strategy, {name: tensors[name] for name in tensors if name in trains}, nan_states(checkpoint))
+        beside = sorted(tensors.keys() - trains)
         checkpoint = {**checkpoint, META: {**meta, "beside": beside} if beside else meta}
         if saves_shards(self.strategy):
             write_folder(checkpoint, Path(self.strategy.broadcast(filepath)))
@@ -217,7 +217,7 @@ class StrategyHooks:
         metas = check_parts(checkpoint, self.parts, path)
         check_fields(checkpoint, self.module.trainer, path)
         if not any(part.allow_nonfinite for part in self.parts.values()):
-            check_values(checkpoint, path)
+            check_values(checkpoint, path, self.module.trainer.state.fn == TrainerFn.FITTING)
         names = self._covered(checkpoint["state_dict"])
         missing = self.state.required(names)
         theirs = None if isinstance(self.strategy, twins(FSDPStrategy)) else module_state.state_of_user(self.module)

@@ -7,8 +7,10 @@ directly: the tables and methods of ``nn.Module`` that its subclasses have relie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+import codecs
+import pickle
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -51,6 +53,33 @@ WRAPPED_CHILDREN = ("_checkpoint_wrapped_module", FSDP1_CHILD)
 # The same of Lightning Fabric's wrapper: what runs (another wrapper under some strategies), and what the user gave. Without them adapter
 # files of a model that Fabric set up have its names.
 FABRIC_CHILDREN = ("_forward_module", "_original_module")
+
+
+def _encode(text: object, encoding: object = None) -> bytes:
+    if not isinstance(text, str) or encoding != "latin1":
+        raise pickle.UnpicklingError(f"it encodes a {type(text).__name__} as {encoding!r}, which torch.save never does")
+    return text.encode("latin1")
+
+
+def _bytearray(content: object = b"", *encoding: str) -> bytearray:
+    if not isinstance(content, (bytes, str)):
+        raise pickle.UnpicklingError(f"it makes a bytearray of a {type(content).__name__}, which torch.save never does")
+    return bytearray(content, *encoding)
+
+
+@contextmanager
+def bounded_unpickling() -> Iterator[None]:
+    """Bound what a file makes that ``torch.load(weights_only=True)`` reads inside the ``with`` block.
+
+    torch lets a file call ``bytearray(10**12)``, and encode bytes as hexadecimal again and again, which doubles them each time. Here both
+    functions take only what ``torch.save`` writes. Without it a file of 200 bytes fills the memory.
+    """
+    allowed: dict[str, Any] = _name("_weights_only_unpickler._get_allowed_globals")()
+    allowed.update({"builtins.bytearray": _bytearray, "_codecs.encode": _encode})
+    try:
+        yield
+    finally:
+        allowed.update({"builtins.bytearray": bytearray, "_codecs.encode": codecs.encode})
 
 
 def after_backward_pass(callback: Callable[[], None]) -> None:

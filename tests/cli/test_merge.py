@@ -1,10 +1,12 @@
 import json
 from pathlib import Path
 
+import pytest
+import safetensors.torch
 import torch
 import transformers
 
-from lightning_lora import load_adapter
+from lightning_lora import LoRAConfig, apply_lora, load_adapter, save_adapter
 from lightning_lora.adapter_io.certificate import CERTIFICATE
 from lightning_lora.cli.main import main
 from tests import tiny_lm
@@ -26,6 +28,27 @@ def test_merge_gives_the_adapted_models_logits_and_plain_classes(model, adapter,
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert (ours - plain).abs().max() > 1e-2
     assert transformers.AutoTokenizer.from_pretrained(out)("blue").input_ids == tiny_lm.tokenizer()("blue").input_ids
+
+
+DTYPES = {"auto": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@pytest.mark.parametrize(("trained", "merged"), [(one, other) for one in DTYPES for other in DTYPES])
+def test_merge_in_another_dtype_than_the_adapter_was_trained_in(model, tmp_path, capsys, trained, merged):
+    """Rounding to float16 and then to the fingerprint's bfloat16 is not rounding once; another base is refused in each dtype."""
+    network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=trained)
+    adapter = str(save_adapter(apply_lora(network, config=LoRAConfig(rank=1, target_modules=["q_proj"])), tmp_path / "adapter"))
+    assert main(["merge", model, adapter, str(tmp_path / "merged"), f"--dtype={merged}"]) == 0
+    weights = safetensors.torch.load_file(tmp_path / "merged" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {DTYPES[merged]}
+    if trained == merged:
+        other = transformers.AutoModelForCausalLM.from_pretrained(model)
+        with torch.no_grad():
+            other.model.layers[0].mlp.up_proj.weight += 0.01
+        other.save_pretrained(tmp_path / "other")
+        transformers.AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "other")
+        assert main(["merge", str(tmp_path / "other"), adapter, str(tmp_path / "new"), f"--dtype={merged}"]) == 1
+        assert "was trained on another base: fingerprint" in capsys.readouterr().err
 
 
 def test_merge_never_loses_what_is_there(model, adapter, tmp_path, capsys):

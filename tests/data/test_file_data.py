@@ -58,8 +58,9 @@ def test_a_share_for_validation_is_drawn_by_the_seed(tmp_path):
     for share in (0, 1, 1.5, -0.1):
         with pytest.raises(ValueError, match=f"data.val={share} must be a share of the training rows between 0 and 1"):
             module(train=file, val=share)
-    with pytest.raises(ValueError, match=r"data.val=0.01 of 20 training rows are 0: both parts need a row"):
-        split(val=0.01)
+    assert [len(part) for part in split(val=0.01)] == [19, 1]  # a share is at least one row
+    with pytest.raises(ValueError, match=r"data.val=0.99 of 20 training rows leaves none to train on; add rows"):
+        split(val=0.99)
 
 
 def test_several_sources_are_one(tmp_path):

@@ -90,7 +90,7 @@ def kill_at_random(root: Path, kills: int, seed: int, shards: bool, steps: int =
 
 
 def kill_in_a_save(
-    root: Path, rank: int, shards: bool, expected: dict[str, str], numbers: Iterable[int] = itertools.count(1), steps: int = 3
+    root: Path, rank: int, shards: bool, expected: dict[str, str], numbers: Iterable[int] | None = None, steps: int = 3
 ) -> list[int]:
     """Kill a process before its first call of the second save that changes the disk, before its second one, and so on till none is left.
 
@@ -101,14 +101,14 @@ def kill_in_a_save(
         rank: of the process that is killed.
         shards: write shards, else one file.
         expected: losses of an uninterrupted run.
-        numbers: of the calls.
+        numbers: of the calls; default: all.
         steps: of a fit.
 
     Returns:
         The step of the checkpoint that was found after each.
     """
     seen: list[int] = []
-    for number in numbers:
+    for number in itertools.count(1) if numbers is None else numbers:
         name = f"rank{rank}.{number}"
         fit = Fit(str(root / name), steps, shards, str(root / f"{name}.log"), rank, number, step=2)
         processes = Processes(fit)

@@ -4,6 +4,7 @@ import errno
 import os
 import threading
 import time
+from functools import partial
 
 import pytest
 
@@ -85,6 +86,57 @@ def test_a_full_disk_leaves_all_as_it_was(folder, monkeypatch, call):
         patch.setattr(os, call, full)
         write(folder, "new")
     assert contents(folder) == before and os.listdir(folder.parent) == ["adapter"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_in_a_files_place_stays(tmp_path, name):
+    folder = tmp_path / "adapter"
+    (folder / name / "inside").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError, match=rf"is a folder, where a file is to be written: '.*/{name}'"):
+        write(folder, "new")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(["adapter", name, "inside"])
+
+
+@pytest.mark.parametrize("stop", [OSError(errno.ENOSPC, "No space"), KeyboardInterrupt()])
+def test_several_files_are_never_mixed_where_a_folder_stays(tmp_path, monkeypatch, stop):
+    """Whoever finds the last file finds all of one version, between any two calls, and after one of them failed."""
+    folder, versions = tmp_path / "model", {"old": ("part1", "part2", "config"), "new": ("part1", "part3", "config")}
+    (folder / "sub").mkdir(parents=True)
+
+    def write(version):
+        with commit(folder, "config", lambda: None, lambda name: name.startswith("part")) as staged:
+            for name in versions[version]:
+                (staged / name).write_text("the same" if name == "config" else version)
+
+    def version():
+        files = {name: text for name, text in contents(folder).items() if text is not None and name[0] != "."}
+        if "config" in files:
+            (found,) = [v for v, names in versions.items() if files == {n: "the same" if n == "config" else v for n in names}]
+            return found
+        return None
+
+    calls = {"replace": os.replace, "unlink": os.unlink}
+    for stop_at in range(99):
+        write("old")
+        seen = []
+
+        def watched(*args, call, stop_at=stop_at, seen=seen, **kwargs):
+            seen.append(version())
+            if len(seen) - 1 == stop_at:
+                raise stop
+            return calls[call](*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            for call in calls:
+                patch.setattr(os, call, partial(watched, call=call))
+            try:
+                write("new")
+            except type(stop):
+                assert version() in versions
+                continue
+        assert version() == "new" and {"old", None} <= set(seen)
+        break
+    assert 4 < stop_at < 20
 
 
 def test_the_check_is_made_when_no_other_writer_is_at_work(folder):

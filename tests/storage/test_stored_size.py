@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -88,3 +89,46 @@ def test_what_is_as_large_as_the_file_or_small_is_taken() -> None:
     check_tensors([torch.zeros(1).expand(SMALL)], 4 * SMALL)
     with pytest.raises(ValueError):
         check_tensors([torch.zeros(1).expand(SMALL)], 4 * SMALL - 1)
+
+
+class Call:
+    """Is a call of a function, once it is unpickled."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.called = function, arguments
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.called
+
+
+def nested(times: int, wrap: Callable[[Any], Any], inner: Any) -> Any:
+    for _ in range(times):
+        inner = wrap(inner)
+    return inner
+
+
+BOMBS = {
+    "bytearray": (Call(bytearray, 2**33), "makes a bytearray of a int"),
+    "bytearray of a tensor": (Call(bytearray, torch.tensor(2**33)), "makes a bytearray of a Tensor"),
+    "hexadecimal": (nested(33, lambda inner: Call(codecs.encode, inner, "hex"), b"x"), "encodes a bytes as 'hex'"),
+    "lists": (nested(40, lambda inner: [inner, inner], 1), "more entries than its .* bytes"),
+    "dicts": (nested(40, lambda inner: {"a": inner, "b": inner}, 1), "more entries than its .* bytes"),
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_small_file_that_makes_a_large_object(tmp_path: Path, name: str, zipped: bool) -> None:
+    content, said = BOMBS[name]
+    torch.save({"state_dict": content}, tmp_path / "x.ckpt", _use_new_zipfile_serialization=zipped)
+    assert (tmp_path / "x.ckpt").stat().st_size < 10**4
+    with pytest.raises(ValueError, match=rf"x\.ckpt is not a readable checkpoint: .*{said}"):
+        read_checkpoint(tmp_path / "x.ckpt")
+
+
+def test_bytes_come_in_as_they_were(tmp_path: Path) -> None:
+    content = {"bytes": bytes(range(256)), "array": bytearray(range(256)), "empty": bytearray(), "same": [[1] * 9] * 9}
+    torch.save(content, tmp_path / "x.ckpt")
+    assert read_checkpoint(tmp_path / "x.ckpt") == content
+    torch.save(Call(bytearray, 5), tmp_path / "x.ckpt")
+    assert torch.load(tmp_path / "x.ckpt", weights_only=True) == bytearray(5), "others read as before"

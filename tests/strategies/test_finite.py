@@ -73,6 +73,42 @@ def test_resuming_from_nan_is_refused(tmp_path: Path) -> None:
     assert len(module.losses) == 4
 
 
+class Spoilt(LitNet):
+    """The first moments become NaN, or infinity a second one, in the last batch. No parameter is."""
+
+    value = float("nan")
+    slot = "exp_avg"
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if batch_idx == 3:
+            for state in optimizer.state.values():
+                state[self.slot].fill_(self.value)
+
+
+class Overflown(Spoilt):
+    value = float("inf")
+    slot = "exp_avg_sq"
+
+
+def test_nan_in_the_optimizer_alone(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"writes no checkpoint: the optimizer state of net\.fc1\.lora_A holds NaN \(4 parameters' does"):
+        trainer(tmp_path, lora(), saving(tmp_path), max_epochs=1).fit(Spoilt())
+    assert finite_file(tmp_path / "last.ckpt") == (3, True)
+    trainer(tmp_path, lora(allow_nonfinite=True), saving(tmp_path), max_epochs=1).fit(Spoilt())
+    module = LitNet()
+    with pytest.raises(ValueError, match=r"last\.ckpt: the optimizer state of net\.fc1\.lora_A holds NaN \(4 .*allow_nonfinite=True"):
+        trainer(tmp_path, lora(), max_epochs=2).fit(module, ckpt_path=tmp_path / "last.ckpt")
+    trainer(tmp_path, lora(), max_epochs=2).test(module, ckpt_path=tmp_path / "last.ckpt")  # which uses no optimizer state
+
+
+def test_a_second_moment_may_overflow(tmp_path: Path) -> None:
+    trainer(tmp_path, lora(), saving(tmp_path), max_epochs=1).fit(Overflown())
+    module = LitNet()
+    trainer(tmp_path, lora(), max_epochs=2).fit(module, ckpt_path=tmp_path / "last.ckpt")
+    assert len(module.losses) == 4
+
+
 def test_buffers_may_hold_infinity(tmp_path: Path) -> None:
     class Masked(LitNet):
         def __init__(self) -> None:

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_lora import LoRACallback
+from lightning_lora.storage.file_locks import exclusive
 from lightning_lora.strategies.savable import least_bytes
 from tests.conftest import snapshot
 from tests.lit import CONFIG, LitNet, trainer
@@ -52,6 +53,17 @@ def test_a_checkpoint_that_was_set_aside_is_put_back(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"last\.ckpt had been renamed by a save that was killed"):
         trainer(tmp_path, LoRACallback(CONFIG), ModelCheckpoint(tmp_path), max_epochs=1).fit(LitNet())
     assert (tmp_path / "last.ckpt").is_dir() and (tmp_path / ".other.ckpt.old").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_locks_of_killed_processes_go_and_a_held_one_stays(tmp_path: Path) -> None:
+    """A run that was killed in its last save writes nothing when it resumes, so no save removes the lock file."""
+    held, left, others = (tmp_path / name for name in (".held.ckpt.lock", ".left.ckpt.lock", ".mine.lock"))
+    for file in (left, others):
+        file.touch()
+    with exclusive(held):
+        trainer(tmp_path, LoRACallback(CONFIG), ModelCheckpoint(tmp_path, save_top_k=0), max_epochs=1).fit(LitNet())
+        assert held.exists() and others.exists() and not left.exists()
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
