@@ -47,7 +47,12 @@ def _chosen(words: Sequence[str], key: str, home: Any, default: type) -> type:
         there = ", ".join(home.__all__)
         raise UsageError(f"{key}={name!r}: there are {there}, and a class of your own by its full path{nearest(name, home.__all__)}")
     cls = pydoc.locate(name) if "." in name else getattr(home, name)
-    return cls if isinstance(cls, type) else default  # the parser will refuse the name
+    if not isinstance(cls, type):
+        return default  # the parser will refuse the name
+    base = next(each for each in (LightningModule, LightningDataModule) if issubclass(default, each))
+    if not issubclass(cls, base):
+        raise UsageError(f"{key}={name!r} is no {base.__name__} of lightning.pytorch; derive it from that, not from pytorch_lightning's")
+    return cls
 
 
 def _named(words: Sequence[str], key: str) -> Iterator[str | None]:

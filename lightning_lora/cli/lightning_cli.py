@@ -27,11 +27,12 @@ from typing_extensions import override
 from lightning_lora.callbacks import LoRACallback
 from lightning_lora.callbacks.companions import add_companions
 from lightning_lora.cli.checkpoints import checkpoint_of
-from lightning_lora.cli.choice import chosen_task, class_path, default_data
+from lightning_lora.cli.choice import chosen_data, chosen_task, class_path
 from lightning_lora.cli.console import print_json
 from lightning_lora.cli.messages import UsageError, arguments_of, check_not_null, one_line, usage
 from lightning_lora.cli.run_folder import BeganConfig, StderrProgressBar, no_folder_of_a_failed_start
 from lightning_lora.cli.run_results import RunResults, print_report
+from lightning_lora.cli.task_file import give_labels
 from lightning_lora.cli.yaml_files import check_config_files, unique_keys
 from lightning_lora.config import LoRAConfig
 from lightning_lora.data.reading import READERS
@@ -68,10 +69,9 @@ class LoRACLI(LightningCLI):
         set_parsing_settings(import_path_denylist=[])  # enforces the parser's own list of what no value may name, such as os.system
         self.words = sys.argv[1:] if args is None else args if isinstance(args, list) else []
         self.command = self.words[0] if run and self.words and self.words[0] in COMMANDS else None
-        task = chosen_task(self.words)
         self.defaults: dict[str, dict[str, Any]] = {
-            "model": {"class_path": class_path(task)},
-            "data": {"class_path": class_path(default_data(task))},
+            "model": {"class_path": class_path(chosen_task(self.words))},
+            "data": {"class_path": class_path(chosen_data(self.words))},
             "trainer.logger": LOGGER,
         }
         strict = {"exit_on_error": False, "allow_abbrev": False}
@@ -222,6 +222,7 @@ class LoRACLI(LightningCLI):
             arguments["weights_only"] = True  # Lightning's default runs code that is in the file
         with usage():
             arguments["ckpt_path"] = checkpoint_of(arguments.get("ckpt_path"), command, self.trainer, arguments["weights_only"])
+            give_labels(self.model, arguments["ckpt_path"], self.trainer)
         with no_folder_of_a_failed_start(self.trainer):
             try:
                 return getattr(self.trainer, command)(**arguments)

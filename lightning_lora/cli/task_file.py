@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 
 from lightning_lora import tasks
 from lightning_lora.adapter_io.files import CONFIG
 from lightning_lora.storage.atomic_files import write_atomic
 from lightning_lora.storage.read_checkpoint import read_checkpoint
 from lightning_lora.tasks.base import CHAT_TEMPLATE
+from lightning_lora.tasks.labels import LabelTask
 
 FILE = "task.json"
 # PEFT's name of a task → the class of transformers that picks the model's own.
@@ -87,6 +88,16 @@ def read_task(path: str | None) -> Task:
     if auto_class not in known | set(AUTO_CLASSES.values()):
         raise ValueError(f"{path}: {FILE} names auto_class={auto_class!r}; there are {', '.join(sorted(known))}")
     return Task(auto_class, tuple(map(str, said.get("labels") or ())), path if own else None, template)
+
+
+def give_labels(module: LightningModule, ckpt_path: str | None, trainer: Trainer) -> None:
+    """Give a task without labels of its own those that its checkpoint, or the adapter that it starts from, was trained with."""
+    starts = (getattr(callback, "start_from", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    path = ckpt_path or next(filter(None, starts), None)
+    if path is None or not Path(path).exists() or not isinstance(module, LabelTask) or module.labels_given:
+        return
+    if labels := read_task(path).labels:
+        module.set_labels(labels)
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""Flags of a model that LoRA sets for training: the adapters' dropout mode, and ``requires_grad``."""
+"""Flags of a model: the adapters' dropout mode, training and evaluation mode, and ``requires_grad``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -16,6 +17,18 @@ def wake_dropout(model: nn.Module) -> list[str]:
     for layer in asleep.values():
         layer.training = True  # not `train()`, because submodules must stay in evaluation mode
     return list(asleep)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode within the ``with`` block. Each module has its own mode again after it."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training  # not `train()`, because submodules have modes of their own
 
 
 def restore_flags(flags: Iterable[tuple[nn.Parameter, bool]]) -> None:

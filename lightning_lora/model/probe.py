@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_lora.layers.base import lora_layers
 from lightning_lora.model.merge import merge_lora, unmerge_lora, unmerged
+from lightning_lora.model.modes import evaluating
 from lightning_lora.utils.sharding import full_tensor
 
 #: A batch (a tensor, a tuple of positional or a mapping of keyword arguments), or a function of the model that returns its outputs.
@@ -52,7 +53,7 @@ def probe_merge(model: nn.Module, probe: Probe) -> dict[str, OutputDifference]:
         ValueError: the model cannot be merged or unmerged, it returns no floating-point tensor, or outputs are not comparable.
     """
     merged = any(layer.merged for _, layer in lora_layers(model))
-    with _evaluating(model):
+    with evaluating(model):
         first = _outputs(model, probe)
         with unmerged(model) if merged else _merged(model):
             second = _outputs(model, probe)
@@ -72,18 +73,6 @@ def _merged(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         unmerge_lora(model)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode inside the ``with`` block."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _outputs(model: nn.Module, probe: Probe) -> dict[str, Tensor]:

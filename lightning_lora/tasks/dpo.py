@@ -25,6 +25,7 @@ from typing_extensions import override
 from lightning_lora.layers import lora_layers
 from lightning_lora.model.disable import disabled_lora
 from lightning_lora.model.merge import unmerge_lora
+from lightning_lora.model.modes import evaluating
 from lightning_lora.ops.cross_entropy import IGNORE
 from lightning_lora.tasks.causal_lm import CausalLMTask
 
@@ -113,6 +114,9 @@ class DPOTask(CausalLMTask):
         for module in self.model.modules():  # with dropout, policy and reference would differ by chance
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
+            for name, value in vars(module).items():  # rates that a module gives to a function, such as `attention_dropout`
+                if "drop" in name and isinstance(value, float):
+                    setattr(module, name, 0.0)
 
     @override
     def setup(self, stage: str) -> None:
@@ -133,7 +137,7 @@ class DPOTask(CausalLMTask):
     def rewards(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return each pair's loss (B,), and the rewards (2, B) of its better and its worse answer."""
         loss = LOSSES[self.hparams["loss_type"]]
-        with torch.no_grad(), disabled_lora(self.model):
+        with torch.no_grad(), disabled_lora(self.model), evaluating(self.model):
             reference = self._log_probs(batch, loss.per_token)
         ratios = (self._log_probs(batch, loss.per_token) - reference).view(2, -1)
         beta = self.hparams["beta"]

@@ -38,5 +38,14 @@ def test_a_name_that_there_is_not():
         chosen_task(["--model=DPOTaks"])
 
 
+@pytest.mark.parametrize(("option", "choose", "base"), [("model", chosen_task, "Module"), ("data", chosen_data, "DataModule")])
+def test_a_class_of_another_kind_is_refused(option, choose, base):
+    """`pytorch_lightning`'s are of another kind; parsing such a default ended in a traceback."""
+    with pytest.raises(
+        UsageError, match=rf"^{option}='pytorch_lightning.Lightning{base}' is no Lightning{base} of lightning.pytorch; derive"
+    ):
+        choose([f"--{option}=pytorch_lightning.Lightning{base}"])
+
+
 def test_paths():
     assert class_path(tasks.DPOTask) == "lightning_lora.tasks.DPOTask" and class_path(Head) == OWN

@@ -71,6 +71,26 @@ def test_the_short_name_of_a_task_brings_its_data_module(tmp_path, capsys):
     assert "did you mean 'SequenceClassificationTask'?" in capsys.readouterr().err
 
 
+def test_labels_come_from_what_was_trained(tmp_path, capsys, monkeypatch):
+    """Rows to test have fewer labels, rows to predict none, and no option names them."""
+    monkeypatch.chdir(tmp_path)
+    rows = tiny_lm.write(tmp_path / "rows.jsonl", TEXTS)
+    shared = ["--model=SequenceClassificationTask", f"--model.model={tiny.save(tmp_path / 'model', 'bert')}", *QUIET]
+    assert main(["fit", *shared, f"--data.train={rows}", "--lora.config.target_modules=[query]", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    test = tiny_lm.write(tmp_path / "test.jsonl", [row for row in TEXTS if row["label"] == "warm"])
+    predict = tiny_lm.write(tmp_path / "predict.jsonl", [{"text": row["text"]} for row in TEXTS])
+    shared += ["--lora.config.target_modules=[query]", "--trainer.logger=false"]
+    for tuned in (f"--ckpt_path={report['checkpoints'][0]}", f"--lora.start_from={report['adapter'][0]}"):
+        assert main(["test", *shared, tuned, f"--data.test={test}", "--json"]) == 0, capsys.readouterr().err
+        assert "test_accuracy" in json.loads(capsys.readouterr().out)
+        assert main(["predict", *shared, tuned, f"--data.predict={predict}"]) == 0, capsys.readouterr().err
+        assert {json.loads(line)["label"] for line in capsys.readouterr().out.splitlines()} <= {"cold", "warm"}
+    other = tiny_lm.write(tmp_path / "other.jsonl", [{"text": "blue", "label": name} for name in ("sky", "sea")])
+    assert main(["fit", *shared, f"--data.train={other}", f"--lora.start_from={report['adapter'][0]}"]) == 1
+    assert "other.jsonl:1: the label 'sky' is none of ['cold', 'warm']" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_task_file_names_nothing_else(tmp_path):
     (tmp_path / "task.json").write_text('{"auto_class": "os.system"}')
     with pytest.raises(ValueError, match=r"task.json names auto_class='os.system'; there are AutoModel"):

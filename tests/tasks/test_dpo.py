@@ -1,6 +1,7 @@
 """DPO against the paper's formula, written out with a second copy of the model as the reference."""
 
 import copy
+import dataclasses
 import gc
 import json
 
@@ -145,6 +146,30 @@ def test_dropout_of_the_base_is_off(monkeypatch):
     monkeypatch.setattr(base, "load_model", lambda *args: model)
     monkeypatch.setattr(base, "load_tokenizer", lambda *args: tiny_lm.tokenizer())
     assert DPOTask("any").model.model.layers[0].mlp.dropout.p == 0
+
+
+def test_the_reference_has_no_dropout_and_the_policy_only_the_adapters(batch, monkeypatch):
+    """Attention gives its rate to a function, and its class has no `nn.Dropout`."""
+    model = tiny_lm.llama().double()
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+    exact = log_probs(copy.deepcopy(model).eval(), CHOSEN + REJECTED).detach()
+    monkeypatch.setattr(base, "load_model", lambda *args: model)
+    monkeypatch.setattr(base, "load_tokenizer", lambda *args: tiny_lm.tokenizer())
+    task = DPOTask("any", beta=1.0)
+    torch.testing.assert_close(task.train()._log_probs(batch, False).detach(), exact, rtol=1e-10, atol=0)  # no adapter yet
+    apply_lora(task.model, dataclasses.replace(CONFIG, dropout=0.5))
+    for p in get_lora_parameters(task.model):
+        p.data = p.data.double()
+    fill(task.model).train()
+    policy, called = task._log_probs, []
+    monkeypatch.setattr(task, "_log_probs", lambda *args: called.append(policy(*args)) or called[-1])
+    for _ in range(2):
+        task.rewards(batch)
+    references, policies = called[::2], called[1::2]
+    torch.testing.assert_close(references, [exact, exact], rtol=1e-10, atol=0)
+    assert not torch.equal(*policies) and all(module.training for module in task.model.modules())
 
 
 @pytest.mark.parametrize(
