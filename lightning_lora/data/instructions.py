@@ -77,18 +77,30 @@ class InstructionDataModule(FileDataModule):
 
     @override
     def load(self, split: str, say: bool = True) -> Examples:
-        self._set_template()
+        self._set_template(split)
         return super().load(split, say)
 
     @override
     def stream(self) -> Stream:
-        self._set_template()
+        self._set_template("train")
         return super().stream()
 
-    def _set_template(self) -> None:
-        """Set the tokenizer's template before the first row: rows from the cache set none, and it is saved with the adapter."""
-        if self.template is not None or self.tokenizer.eos_token is not None:  # without an end token only texts can be read
-            self.chat  # noqa: B018
+    def _set_template(self, split: str) -> None:
+        """Set the tokenizer's template before the first row. It is saved with the adapter, and rows from the cache set none.
+
+        Without a name, a tokenizer that has no template gets the plain one if the first row is a conversation.
+        """
+        if self.template is None:
+            if self.tokenizer.chat_template:
+                return
+            sources, streaming = self._sources(split), self.streaming and split == "train"
+            rows = (row for source in sources for _, row in self.read(source, split, streaming))
+            try:
+                if not isinstance(self.record_of(next(iter(rows), None), split), Conversation):
+                    return
+            except ValueError:
+                return  # the row is refused where all are read, with its place
+        self.chat  # noqa: B018
 
     @override
     def encode(self, record: Record, split: str) -> Sequence[Example]:
