@@ -91,7 +91,7 @@ class InstructionDataModule(FileDataModule):
         Without a name, a tokenizer that has no template gets the plain one if the first row is a conversation.
         """
         if self.template is None:
-            if self.tokenizer.chat_template:
+            if self.tokenizer.chat_template or self.tokenizer.eos_token is None:  # the plain one needs an end token: the row says so
                 return
             sources, streaming = self._sources(split), self.streaming and split == "train"
             rows = (row for source in sources for _, row in self.read(source, split, streaming))
