@@ -15,6 +15,7 @@ from lightning_lora.adapter_io.save_load import load_adapter
 from lightning_lora.adapter_io.starting import starting_config
 from lightning_lora.callbacks.start_report import log_advice
 from lightning_lora.config import LoRAConfig
+from lightning_lora.strategies.lightning_private import resumed_from
 
 
 class Start:
@@ -66,11 +67,10 @@ def _trains(parameter: nn.Parameter) -> bool:
 
 def log_beginning(trainer: Trainer, target: nn.Module, start_from: str | None) -> None:
     """Log which of the two a training does, resume a checkpoint or start from an adapter, and what decides how well it learns."""
-    if trainer.ckpt_path is not None:
+    resumed = resumed_from(trainer)
+    if resumed is not None:
         over = "" if start_from is None else f" Nothing of start_from={start_from!r} stays: it is for a run without ckpt_path."
-        rank_zero_info(
-            f"Resumes {trainer.ckpt_path} at step {trainer.global_step}: its weights, its optimizer's state, its place in the data.{over}"
-        )
+        rank_zero_info(f"Resumes {resumed} at step {trainer.global_step}: its weights, its optimizer's state, its place in the data.{over}")
     elif start_from is not None:
         rank_zero_info(
             f"Starts from the adapter {start_from}: its weights, with a new optimizer at step 0. To go on with an interrupted run, give its"

@@ -6,6 +6,7 @@ Lightning is pinned below 2.7 because of them. If a later version removes one, a
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -49,6 +50,16 @@ def collective_timeout(strategy: Any) -> float:
 def handler_before(trainer: Any, number: int) -> Any:
     """Return the user's handler of a signal, which Lightning's has replaced for this run. If its names go, a distributed run raises."""
     return trainer._signal_connector._original_handlers.get(number)
+
+
+def resumed_from(trainer: Any) -> Any:
+    """Return the checkpoint that the user resumes, None if there is none.
+
+    Lightning's tuners (learning rate, batch size) restore the start from a checkpoint of their own and leave its path in
+    ``trainer.ckpt_path``. If its name changes, a run is said to resume that one.
+    """
+    path = trainer.ckpt_path
+    return None if os.path.basename(path or "").startswith((".lr_find_", ".scale_batch_size_")) else path
 
 
 def see_mixed_imports() -> None:

@@ -37,6 +37,7 @@ from lightning_lora.strategies.adapted_part import AdaptedPart, meta_of
 from lightning_lora.strategies.changed_state import ChangedState
 from lightning_lora.strategies.checkpoint_checks import check_fits, check_parts, check_values, naming, nan_states
 from lightning_lora.strategies.checkpoint_io import DurableCheckpointIO, found, read, write_folder
+from lightning_lora.strategies.copied_hooks import CopiedHooks
 from lightning_lora.strategies.equal_ranks import synchronize
 from lightning_lora.strategies.finite import check_finite
 from lightning_lora.strategies.lightning_fields import check_fields
@@ -57,7 +58,7 @@ REPLACED = (
 _HOOKED = ("setup", "setup_optimizers", *REPLACED)  # the first two also call the strategy's own
 
 
-class StrategyHooks:
+class StrategyHooks(CopiedHooks):
     """Small checkpoints, exact resume and optimizers without frozen parameters, for one module under one strategy.
 
     Args:
@@ -82,7 +83,6 @@ class StrategyHooks:
         if hooks is None:
             hooks = cls(strategy, module)
             hooks.install()
-        hooks.state = ChangedState.of(module)
         here, state = weakref.ref(strategy), hooks.state  # the state is found by its module: a reference from it would keep the module
         state.wrapped = lambda: model if is_flattened(model := getattr(here(), "model", None) or state.module) else state.module
         return hooks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import logging
 import pickle
 import signal
 import weakref
@@ -13,10 +14,11 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_lora import LoRACallback
+from lightning_lora import LoRACallback, apply_lora, save_adapter
 from lightning_lora.callbacks.interruption import Interruption
 from lightning_lora.layers.base import lora_layers
 from tests.lit import CONFIG, LitNet, make_net, trainer
@@ -69,6 +71,40 @@ def test_callbacks_can_be_copied_within_a_run(tmp_path: Path) -> None:
         module = LitNet()
         trainer(tmp_path, other, max_epochs=1).fit(module)
         assert len(dict(lora_layers(module))) == 2
+
+
+@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda run: pickle.loads(pickle.dumps(run))], ids=["copy", "pickle"])
+def test_a_trainer_can_be_copied_after_a_run(tmp_path: Path, copied: Any, merge: bool) -> None:
+    """As ``torch.save(trainer)`` does. The copy saves, trains and resumes its own module; the first one is left alone."""
+    run, module = trainer(tmp_path, LoRACallback(CONFIG, merge_on_fit_end=merge), max_epochs=1), LitNet()
+    run.fit(module)
+    other = copied(run)
+    mine = other.lightning_module
+    for name, each in {"first": run, "other": other}.items():
+        each.save_checkpoint(tmp_path / f"{name}.ckpt")
+    first, second = (torch.load(tmp_path / f"{name}.ckpt") for name in ("first", "other"))
+    assert second.keys() == first.keys() and second["lightning_lora"] == first["lightning_lora"]
+    torch.testing.assert_close(second["state_dict"], first["state_dict"], rtol=0, atol=0)
+    before = {name: p.clone() for name, p in module.named_parameters()}
+    other.fit_loop.max_epochs = 2
+    other.fit(mine, ckpt_path=tmp_path / "other.ckpt")
+    assert mine is not module and other.current_epoch == 2
+    assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
+    assert not any(torch.equal(p, before[name]) for name, p in mine.named_parameters() if "lora_" in name)
+
+
+class Configured(LitNet):
+    def configure_model(self) -> None:
+        """Builds nothing."""
+
+
+def test_a_trainer_whose_module_has_configure_model_can_be_pickled(tmp_path: Path) -> None:
+    run = trainer(tmp_path, LoRACallback(CONFIG), max_epochs=1)
+    run.fit(Configured())
+    other = pickle.loads(pickle.dumps(run))
+    other.save_checkpoint(tmp_path / "other.ckpt")
+    assert torch.load(tmp_path / "other.ckpt")["state_dict"].keys() == run.strategy.lightning_module_state_dict().keys()
 
 
 def test_the_trainer_has_the_users_callbacks_again_after_a_run(tmp_path: Path) -> None:
@@ -188,3 +224,31 @@ def test_the_users_handler_of_sigterm_is_called(tmp_path: Path) -> None:
     finally:
         signal.signal(signal.SIGTERM, earlier)
     assert stop.value.code == 143 and called
+
+
+class Sized(LitNet):
+    """Has a batch size to scale."""
+
+    batch_size = 4
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(TensorDataset(torch.zeros(16, 8), torch.zeros(16, dtype=torch.long)), self.batch_size)
+
+
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+@pytest.mark.parametrize("finder", [LearningRateFinder(num_training_steps=3, update_attr=False), BatchSizeFinder(max_trials=1)])
+def test_a_tuner_before_the_run_is_no_resume(finder: L.Callback, tmp_path: Path, caplog: Any) -> None:
+    """It restores the start from a checkpoint of its own, whose path Lightning keeps."""
+    caplog.set_level(logging.INFO)
+    folder = save_adapter(apply_lora(make_net(), CONFIG), tmp_path / "adapter")
+    L.Trainer(
+        default_root_dir=tmp_path,
+        callbacks=[finder, LoRACallback(start_from=folder)],
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+    ).fit(Sized())
+    assert f"Starts from the adapter {folder}" in caplog.text and "Resumes" not in caplog.text

@@ -29,7 +29,7 @@ EXPECTED = {
     r"matches? no|no module|nothing to adapt": "the model has no layer that all-linear matches: refused",
     r"is a URL": "checkpoints are not read from URLs",
     r"(Missing|Unexpected) key\(s\) in state_dict|lacks \d+ tensors|has \d+ tensors that": "a checkpoint has the adapter only",
-    r"'lightning_lora'|lora_[AB]": "asserts the exact keys of a checkpoint or a state dict",
+    r"'lightning_lora'|lora_[AB]|_check_model_state_dict": "asserts the exact keys of a checkpoint or a state dict",
     r"callbacks? |Callback": "asserts the exact list of callbacks",
     r"requires_grad|\.weight|\.grad\b|param_groups|_parameters": "asserts that base weights train",
     r"Compiled functions can't take variable": "torch.jit needs unload_lora first",
