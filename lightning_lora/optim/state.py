@@ -25,10 +25,18 @@ def state_by_name(optimizer: Optimizer, model: nn.Module, saved: Callable[[Tenso
         optimizer: holds parameters of ``model``.
         model: the model whose names are used.
         saved: converts each tensor for saving; by default to its full tensor, whatever shard this rank has.
+
+    Returns:
+        The state. Where each process has the state of some parameters (``ZeroRedundancyOptimizer``), the first one gets all of it and
+        the others get ``{}``, as in Lightning: every process must call this.
     """
     names = _names(optimizer, model)
-    state = optimizer.state_dict()
-    if not state:  # Lightning's stand-in for a run without an optimizer
+    if divides_state(optimizer):
+        optimizer.consolidate_state_dict(to=0)  # type: ignore[attr-defined]
+        state = optimizer.state_dict() if optimizer.rank == 0 else {}  # type: ignore[attr-defined]
+    else:
+        state = optimizer.state_dict()
+    if not state:  # also that of Lightning's stand-in for a run without an optimizer
         return state
     return {
         **state,
@@ -54,7 +62,9 @@ def load_by_name(optimizer: Optimizer, model: nn.Module, saved: dict[str, Any]) 
         raise ValueError("the checkpoint's optimizer_states are not what optimizers save: it was changed by hand, or is damaged.")
     names = _names(optimizer, model)
     numbers = {name: index for index, name in names.items()}
-    here, there = optimizer.state_dict()["param_groups"], saved["param_groups"]
+    # An optimizer that divides its state has none to return before it is gathered. The groups are the same on every process.
+    here = (Optimizer.state_dict(optimizer) if divides_state(optimizer) else optimizer.state_dict())["param_groups"]
+    there = saved["param_groups"]
     if len(here) != len(there):
         raise ValueError(
             f"the checkpoint's optimizer has {len(there)} parameter groups, this one {len(here)}; build it as it was built then"
@@ -86,6 +96,11 @@ def load_by_name(optimizer: Optimizer, model: nn.Module, saved: dict[str, Any]) 
         moments = {slot: value for slot, value in slots.items() if isinstance(value, Tensor) and value.shape == like.shape}
         state[numbers[name]] = slots | {slot: distribute_like(value, like) for slot, value in moments.items()}
     optimizer.load_state_dict({**saved, "state": state, "param_groups": groups})
+
+
+def divides_state(optimizer: Optimizer) -> bool:
+    """True if each process keeps the state of some parameters only, as under torch's ``ZeroRedundancyOptimizer``."""
+    return hasattr(optimizer, "consolidate_state_dict")
 
 
 def holds_nan(saved: Any) -> list[str]:

@@ -188,7 +188,7 @@ class StrategyHooks(CopiedHooks):
         return tensors | buffers | extra
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Return the optimizer's state by parameter name."""
+        """Return the optimizer's state by parameter name: all of it on the first process at least."""
         return state_by_name(getattr(optimizer, "optimizer", optimizer), self.module, self._saved)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str, storage_options: Any = None) -> None:
