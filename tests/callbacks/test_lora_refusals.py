@@ -28,6 +28,24 @@ def test_an_optimizer_built_too_early_is_an_error(tmp_path: Path) -> None:
         fit(tmp_path, Early(), 1)
 
 
+class EarlyAdamW(Early):
+    optimizer = torch.optim.AdamW
+
+
+class Late(LitNet):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+def test_torchs_own_optimizer_built_too_early_takes_the_adapters(tmp_path: Path) -> None:
+    """As LightningCLI's ``--optimizer`` is."""
+    early, late = EarlyAdamW(), Late()
+    for module in (early, late):
+        torch.manual_seed(0)
+        fit(tmp_path, module, 2)
+    assert early.losses == late.losses and len(set(early.losses)) > 1
+
+
 class Partial(LitNet):
     def configure_optimizers(self) -> Any:
         assert self.net is not None
