@@ -1,5 +1,4 @@
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 import transformers
 import yaml
-from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringDataModule
 from lightning.pytorch.loggers import CSVLogger
 
@@ -205,31 +203,6 @@ def test_compile_from_yaml(tmp_path):
     own = ["--model=tests.cli.test_lightning_cli.Head", "--model.width=4", f"--data={BoringDataModule.__module__}.BoringDataModule"]
     cli = LoRACLI(["--config", str(tmp_path / "own.yaml"), *own, *OWN, f"--trainer.default_root_dir={tmp_path}"], run=False)
     assert [callback.compile for callback in cli.trainer.callbacks if isinstance(callback, LoRACallback)] == ["layer"]
-
-
-@pytest.fixture
-def own_cli(tmp_path, monkeypatch):
-    """Return a function that fits with a user's own LightningCLI, whose YAML has the callback, and more options."""
-    callback = {"class_path": "lightning_lora.LoRACallback", "init_args": {"config": {"rank": 2, "target_modules": ["layer"]}}}
-    callback["init_args"]["merge_on_fit_end"] = False
-    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
-    arguments = ["fit", "--config", str(tmp_path / "own.yaml"), f"--trainer.default_root_dir={tmp_path}", *OWN]
-    monkeypatch.setattr(sys, "argv", ["own"])
-    return lambda *more: LightningCLI(Head, BoringDataModule, args=[*arguments, *more], seed_everything_default=0)
-
-
-def test_a_users_own_lightning_cli_takes_the_callback_from_yaml(own_cli):
-    cli = own_cli()
-    assert any(isinstance(callback, LoRACallback) for callback in cli.trainer.callbacks)
-    assert cli.model.layer.lora_A.shape == (2, 32) and cli.model.layer.lora_B.abs().max() > 0
-
-
-@pytest.mark.filterwarnings("ignore:.*configure_optimizers` will be overridden")
-def test_a_users_own_lightning_cli_builds_the_optimizer_before_lora(own_cli):
-    cli = own_cli("--optimizer=SGD", "--optimizer.lr=0.1", "--lr_scheduler=ExponentialLR", "--lr_scheduler.gamma=0.5")
-    (group,) = cli.trainer.optimizers[0].param_groups
-    assert [id(p) for p in group["params"]] == [id(cli.model.layer.lora_A), id(cli.model.layer.lora_B)]
-    assert cli.model.layer.lora_B.abs().max() > 0 and group["lr"] < 0.1
 
 
 ADALORA = str(Path(__file__).parents[2] / "configs" / "adalora.yaml")
