@@ -30,7 +30,12 @@ def test_a_users_own_lightning_cli_takes_the_callback_from_yaml(own_cli):
 
 @pytest.mark.filterwarnings("ignore:.*configure_optimizers` will be overridden")
 def test_a_users_own_lightning_cli_builds_the_optimizer_before_lora(own_cli):
-    cli = own_cli("--optimizer=SGD", "--optimizer.lr=0.1", "--lr_scheduler=ExponentialLR", "--lr_scheduler.gamma=0.5")
+    cli = own_cli(
+        "--optimizer=torch.optim.SGD",
+        "--optimizer.lr=0.1",
+        "--lr_scheduler=torch.optim.lr_scheduler.ExponentialLR",
+        "--lr_scheduler.gamma=0.5",
+    )
     (group,) = cli.trainer.optimizers[0].param_groups
     assert [id(p) for p in group["params"]] == [id(cli.model.layer.lora_A), id(cli.model.layer.lora_B)]
     assert cli.model.layer.lora_B.abs().max() > 0 and group["lr"] < 0.1
