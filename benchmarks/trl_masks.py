@@ -1,4 +1,4 @@
-"""What TRL's `SFTTrainer` learns of a conversation, and how it packs, beside this package: on TRL's own code, with tiny tokenizers and a tiny model.
+"""What TRL's `SFTTrainer` learns of a conversation and how it packs, beside this package: TRL's own code, a tiny model.
 
 TRL is no requirement of this project. Install it where it disturbs nothing, and name the place:
 

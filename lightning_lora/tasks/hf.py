@@ -109,7 +109,7 @@ def load_config(model: str, gguf_file: str | None = None) -> Any:
     """
     import transformers
 
-    source = _source(model, gguf_file)
+    _source(model, gguf_file)
     with _named(model):
         if gguf_file is None:
             return transformers.AutoConfig.from_pretrained(model)

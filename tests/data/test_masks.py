@@ -36,9 +36,13 @@ DATE = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
 TODAY = date.today().isoformat()
 HARMONY = (
     "<|start|>system<|message|>You are ChatGPT, a large language model trained by OpenAI.\nKnowledge cutoff: 2024-06\n"
-    f"Current date: {TODAY}\n\nReasoning: medium\n\n# Valid channels: analysis, commentary, final. Channel must be included for every message."
+    f"Current date: {TODAY}\n\nReasoning: medium\n\n"
+    "# Valid channels: analysis, commentary, final. Channel must be included for every message."
 )
-BRIEF = "<|end|><|start|>developer<|message|># Instructions\n\nBe brief.\n\n<|end|><|start|>user<|message|>Two and two?<|end|><|start|>assistant"
+BRIEF = (
+    "<|end|><|start|>developer<|message|># Instructions\n\nBe brief.\n\n"
+    "<|end|><|start|>user<|message|>Two and two?<|end|><|start|>assistant"
+)
 
 TALKS = {
     "smollm2": [f"{CHATML}‹Four.<|im_end|>›{MORE}‹Seven.<|im_end|>›"],
