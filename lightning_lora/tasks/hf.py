@@ -114,8 +114,8 @@ def load_config(model: str, gguf_file: str | None = None) -> Any:
         if gguf_file is None:
             return transformers.AutoConfig.from_pretrained(model)
         file = Path(model, gguf_file)
-        state = file.stat() if file.is_file() else None  # a hub id has no file here
-        return copy.deepcopy(_gguf_config(os.fspath(model), gguf_file, state and (state.st_mtime_ns, state.st_size)))
+        state = (file.stat().st_mtime_ns, file.stat().st_size) if file.is_file() else None  # a hub id has no file here
+        return copy.deepcopy(_gguf_config(os.fspath(model), gguf_file, state))
 
 
 @lru_cache(maxsize=1)
