@@ -16,8 +16,9 @@ SAVER = {"class_path": "ModelCheckpoint", "init_args": {"monitor": "val_loss", "
 
 
 @pytest.fixture
-def run(config, tmp_path, capsys):
+def run(config, tmp_path, capsys, monkeypatch):
     """A run of two epochs, the first of which it calls its best, that keeps this one and the last checkpoint."""
+    monkeypatch.chdir(tmp_path)  # without a logger a run leaves its config there
     words = ["--trainer.max_epochs=2", f"--trainer.callbacks={json.dumps(SAVER)}"]
     assert main(["fit", "--config", config, *words]) == 0
     capsys.readouterr()
