@@ -166,7 +166,7 @@ def test_options_beat_what_a_checkpoint_says(config, tmp_path, capsys, caplog):
     network.save_pretrained(other)
     tiny_lm.tokenizer().save_pretrained(other)
     capsys.readouterr()
-    assert main(["test", *once, f"--model.model={other}", f"--ckpt_path={checkpoint}"]) == 1
+    assert main(["test", *once, f"--model.model={other}", f"--ckpt_path={checkpoint}"]) == 2
     assert "was trained on another base" in capsys.readouterr().err
     resumed = [f"--ckpt_path={checkpoint}", "--model.learning_rate=0.5", "--model.weight_decay=0.1", "--trainer.max_epochs=2"]
     assert main(["fit", *once, *resumed]) == 0
@@ -179,7 +179,7 @@ def test_stdout_of_predict_holds_predictions_only(config, capsys, caplog):
     assert main(["predict", "--config", config]) == 0
     output = capsys.readouterr()
     assert [json.loads(line)["prompt"] for line in output.out.splitlines()] == [row["prompt"] for row in tiny_lm.rows(6)]
-    assert "Predicting" in output.err and "No --ckpt_path: predict runs the model as it was loaded" in caplog.text
+    assert "Predicting" in output.err and "Weights of this predict: the model as it was loaded" in caplog.text
 
 
 def test_bars_go_to_stderr(config, capsys):
