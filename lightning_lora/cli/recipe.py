@@ -24,6 +24,7 @@ from lightning_lora.data.formats import to_record
 from lightning_lora.data.images import ENDINGS
 from lightning_lora.data.reading import read_rows
 from lightning_lora.ops.cross_entropy import IGNORE
+from lightning_lora.optim.advice import HALF, multiplies_half_slowly
 from lightning_lora.tasks.hf import check_there, load_config, skeleton
 
 # What rows are for: type of record → task.
@@ -60,6 +61,7 @@ class Seen:
         parameters: Of the model.
         per_rank: Parameters of an adapter of rank 1 on all linears.
         device: "cuda" or "cpu".
+        slow: The weights have a dtype that the device multiplies slowly.
     """
 
     lengths: list[int]
@@ -68,6 +70,7 @@ class Seen:
     parameters: int
     per_rank: float
     device: str
+    slow: bool = False
 
 
 def recipe(model: str, data: str, task: str | None, val: str | None, gguf_file: str | None) -> str:
@@ -83,6 +86,7 @@ def recipe(model: str, data: str, task: str | None, val: str | None, gguf_file: 
     steps = math.ceil(len(seen.lengths) / BATCH) * epochs
     model_values: list[tuple[str, Any, str]] = [("model", model, f"{seen.parameters / 1e6:,.0f} M parameters")]
     model_values += [("gguf_file", gguf_file, "")] if gguf_file else []
+    model_values += [("dtype", "float32", "this processor multiplies the weights' own dtype more slowly")] if seen.slow else []
     model_values += (
         [] if task in OWN_RATE else [("learning_rate", "auto", "from the method, its scaling and the model's width; the log says which")]
     )
@@ -136,7 +140,8 @@ def _look(model: str, data: str, task: str, gguf_file: str | None) -> Seen:
     config = load_config(model, gguf_file)
     text = config.get_text_config()
     context, device = getattr(text, "max_position_embeddings", None), "cuda" if torch.cuda.is_available() else "cpu"
-    return Seen(lengths, learnt, context, report.total, report.parameters / ALL_LINEAR.rank, device)
+    slow = gguf_file is None and config.dtype in HALF and multiplies_half_slowly(device)  # a GGUF file is unpacked to float32
+    return Seen(lengths, learnt, context, report.total, report.parameters / ALL_LINEAR.rank, device, slow)
 
 
 def _task_of(model: str, data: str, gguf_file: str | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 import pickle
@@ -11,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -49,6 +51,8 @@ def load_model(auto_class: str, model: str, gguf_file: str | None = None, dtype:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if config:
         options["ignore_mismatched_sizes"] = True
+    elif gguf_file is not None:
+        options["config"] = load_config(model, gguf_file)
     with _named(model):
         return getattr(transformers, auto_class).from_pretrained(model, **options)
 
@@ -98,14 +102,28 @@ def load_causal_lm(model: str, gguf_file: str | None = None, dtype: DType = "aut
 def load_config(model: str, gguf_file: str | None = None) -> Any:
     """Return the model's configuration.
 
+    That of a GGUF file is kept until the file changes: transformers reads the whole vocabulary to find it, which takes seconds.
+
     Raises:
         ValueError: As for `load_model`.
     """
     import transformers
 
-    source = _source(model, gguf_file)
+    _source(model, gguf_file)
     with _named(model):
-        return transformers.AutoConfig.from_pretrained(model, **source)
+        if gguf_file is None:
+            return transformers.AutoConfig.from_pretrained(model)
+        file = Path(model, gguf_file)
+        state = (file.stat().st_mtime_ns, file.stat().st_size) if file.is_file() else None  # a hub id has no file here
+        return copy.deepcopy(_gguf_config(os.fspath(model), gguf_file, state))
+
+
+@lru_cache(maxsize=1)
+def _gguf_config(model: str, gguf_file: str, state: tuple[int, int] | None) -> Any:
+    """Read the configuration from a GGUF file, whose ``state`` is its time of change and size."""
+    import transformers
+
+    return transformers.AutoConfig.from_pretrained(model, gguf_file=gguf_file)
 
 
 def skeleton(model: str, gguf_file: str | None = None, auto_class: str = "AutoModelForCausalLM") -> Any:

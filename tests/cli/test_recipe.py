@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 
+from lightning_lora.cli import recipe
 from lightning_lora.cli.main import main
 from lightning_lora.cli.recipe import Seen, batch_size, lora_rank, max_length
 from tests import tiny_lm
@@ -47,6 +48,17 @@ def test_what_init_writes_runs(model, tmp_path, capsys, monkeypatch):
     assert main(["fit", "--config", "run.yaml", "--trainer.accelerator=cpu", "--trainer.max_steps=1"]) == 0
     assert main(["init", model, "rows 1.jsonl", "--overwrite", "--json", "--val=0.5"]) == 0
     assert yaml.safe_load(Path("run.yaml").read_text())["data"]["val"] == 0.5
+
+
+@pytest.mark.parametrize(("dtype", "slow", "written"), [("bfloat16", True, "float32"), ("bfloat16", False, None), ("float32", True, None)])
+def test_half_weights_are_widened_where_the_processor_has_no_instructions_for_them(dtype, slow, written, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recipe, "multiplies_half_slowly", lambda device: slow)
+    tiny_lm.save(tmp_path / "model")
+    tiny_lm.llama().to(getattr(torch, dtype)).save_pretrained(tmp_path / "model")
+    tiny_lm.write(tmp_path / "rows.jsonl", tiny_lm.rows(4))
+    assert main(["init", "model", "rows.jsonl"]) == 0
+    assert yaml.safe_load(Path("run.yaml").read_text())["model"].get("dtype") == written
 
 
 class Small:
