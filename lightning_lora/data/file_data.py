@@ -18,7 +18,7 @@ from lightning_lora.data.batching import Example, LengthGroupedSampler
 from lightning_lora.data.cache import cache_folder, key_of, read_cache, settings_of, tokenizer_state, write_cache
 from lightning_lora.data.encoding import Report, encode_rows
 from lightning_lora.data.formats import check_format, to_record
-from lightning_lora.data.of_task import of_task
+from lightning_lora.data.of_task import noted_by_task, of_task
 from lightning_lora.data.reading import PlacedRow, read_rows
 from lightning_lora.data.records import CALLED, Record
 from lightning_lora.data.resuming import Position, ResumableLoader
@@ -264,6 +264,10 @@ class FileDataModule(LightningDataModule, ABC):
             options["multiprocessing_context"] = "fork"  # `collate` is a method of this module, which cannot be pickled
         rows = options.pop("dataset", self.examples[split])
         return ResumableLoader(rows, self.position, **options) if split == "train" else DataLoader(rows, **options)
+
+    @override
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return noted_by_task(self, batch, dataloader_idx)
 
     def _limit(self) -> float:
         """Return how many training batches an epoch has at most."""

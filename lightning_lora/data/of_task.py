@@ -21,3 +21,14 @@ def of_task(data: LightningDataModule, name: str) -> Any:
             f"set self.{name} there, or use one of the tasks"
         )
     return found
+
+
+def noted_by_task(data: LightningDataModule, batch: Any, dataloader_idx: int) -> Any:
+    """Return a batch that is still on the CPU, with what the task notes in it there (``note_padding``).
+
+    Lightning passes over a module's own ``on_before_batch_transfer`` where the data module has one, so it is called here.
+    """
+    task: Any = data.trainer.lightning_module  # type: ignore[union-attr]
+    batch = task.on_before_batch_transfer(batch, dataloader_idx)
+    note = getattr(task, "note_padding", None)
+    return batch if note is None else note(batch)

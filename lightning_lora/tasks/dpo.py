@@ -137,6 +137,7 @@ class DPOTask(CausalLMTask):
     def rewards(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return each pair's loss (B,), and the rewards (2, B) of its better and its worse answer."""
         loss = LOSSES[self.hparams["loss_type"]]
+        self.settle(batch)
         with torch.no_grad(), disabled_lora(self.model), evaluating(self.model):
             reference = self._log_probs(batch, loss.per_token)
         ratios = (self._log_probs(batch, loss.per_token) - reference).view(2, -1)
