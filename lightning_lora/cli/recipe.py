@@ -80,7 +80,9 @@ def recipe(model: str, data: str, task: str | None, val: str | None, gguf_file: 
     epochs = _by_rows(EPOCHS, len(seen.lengths), 1)
     cut = sum(n > length for n in seen.lengths)
     steps = math.ceil(len(seen.lengths) / BATCH) * epochs
-    model_values: list[tuple[str, Any, str]] = [("model", model, f"{seen.parameters / 1e6:,.{1 if seen.parameters < 1e7 else 0}f} M parameters")]
+    model_values: list[tuple[str, Any, str]] = [
+        ("model", model, f"{seen.parameters / 1e6:,.{1 if seen.parameters < 1e7 else 0}f} M parameters")
+    ]
     model_values += [("gguf_file", gguf_file, "")] if gguf_file else []
     model_values += [("learning_rate", "auto", "from the method, its scaling and the model's width; the log says which")]
     data_values: list[tuple[str, Any, str]] = [("train", data, f"{len(seen.lengths):,} rows, {seen.learnt:,} tokens to learn")]

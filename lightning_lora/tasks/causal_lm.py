@@ -41,8 +41,9 @@ class CausalLMTask(HFTask):
         max_new_tokens: Longest answer in prediction, in tokens.
         attn_implementation: transformers' name of an attention: sdpa, eager, flex_attention, flash_attention_2, and so on. By default
             transformers chooses; for packed rows the fastest that keeps documents apart in this model is used.
-        padding_free: Compute no padding: lay the rows of a batch end to end, where they do not see one another. "auto": where that is
-            faster. A model that would mix the rows then gets them padded, and the log says why; for ``true`` it is refused.
+        padding_free: Compute no padding: lay the rows of a batch end to end, where they do not see one another. "auto": on a CPU,
+            uncompiled, where that was faster. A model that would mix the rows gets them padded then, and the log says why; for ``true`` it
+            is refused.
         **shared: See `HFTask`.
     """
 
@@ -74,7 +75,7 @@ class CausalLMTask(HFTask):
         logits, predicts, answers = self._outputs(batch)
         return logits if self.keeps_logits else logits[predicts], answers
 
-    def _outputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _outputs(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Return the model's logits, a mask of the positions that predict an answer token (B, T), and those tokens (N,)."""
         labels = batch["labels"][:, 1:]  # position t predicts token t + 1
         answers = labels != IGNORE  # (B, T - 1)
@@ -104,7 +105,8 @@ class CausalLMTask(HFTask):
         """Note in a padded batch where its tokens stand. Data modules call it while the batch is on the CPU."""
         setting = self.hparams["padding_free"]
         if self._unpads is None:
-            self._unpads = setting is True or (setting == "auto" and not is_compiled(self))
+            fits = self.device.type == "cpu" and not is_compiled(self)  # it was not timed on a GPU
+            self._unpads = setting is True or (setting == "auto" and fits)
         padded = {"attention_mask", "labels"} <= batch.keys()
         rows = end_to_end(batch["attention_mask"], WORTH * (setting == "auto")) if self._unpads and padded else None
         return batch if rows is None else {**batch, ROWS: rows}

@@ -172,8 +172,9 @@ class DPOTask(CausalLMTask):
             first, second = (self._log_probs(batch, per_token=True) for _ in range(2))
         if not torch.allclose(first, second, rtol=SAME, atol=SAME):
             raise ValueError(
-                f"{type(self.model).__name__} draws at random in training, even with its dropout at 0 (log-probabilities per token differ by"
-                f" {(first - second).abs().max():.2g}), so DPO's policy and reference would differ by chance; take the noise out of its forward"
+                f"{type(self.model).__name__} draws at random in training, even with its dropout at 0 (log-probabilities per token differ"
+                f" by {(first - second).abs().max():.2g}), so DPO's policy and reference would differ by chance; take the noise out of its"
+                " forward"
             )
         self._exact = True
 

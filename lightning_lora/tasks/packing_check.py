@@ -75,7 +75,9 @@ def settle_attention(model: Any, length: int, longest: int, device: torch.device
     with _as_tested(model):
         alone = probe.states(input_ids=other[None], attention_mask=torch.ones_like(other)[None])
         limits = _limits(model, alone)
-        for choice in _choices(before, device, fixed) if masks else _without_masks(model, before, device, fixed, limits):
+        for choice in _choices(before, device, fixed):
+            if not masks and choice != NAME:
+                continue
             with _attention(model, choice) as keep:
                 try:
                     changes = probe.changes(one, other, alone)
@@ -117,15 +119,6 @@ def _choices(before: str | None, device: torch.device, fixed: bool) -> list[str 
     """Return the attentions to try, best first."""
     fast = device.type == "cpu" or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0))
     return [register(), before] if before == "sdpa" and fast and not fixed else [before]
-
-
-def _without_masks(model: Any, before: str | None, device: torch.device, fixed: bool, limits: tuple[float, float]) -> list[str | None]:
-    """Return the attentions that cost what the documents alone do: on a GPU the kernel takes half precision and no dropout."""
-    config = model.config.get_text_config()
-    drops = any(value for name, value in vars(config).items() if "att" in name and "drop" in name)
-    if device.type != "cpu" and (drops or limits != _HALF_LIMITS):
-        return []
-    return [choice for choice in _choices(before, device, fixed) if choice == NAME]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ from tests import tiny_lm
 from tests.tasks.tiny import trainer
 
 CONFIG = LoRAConfig(rank=2, target_modules=["q_proj", "v_proj"])
-PAIRS = [{"prompt": f"which colour is {thing}", "chosen": "blue sky", "rejected": "red"} for thing in ("the sky", "blood", "a pear", "grass")]
+PAIRS = [
+    {"prompt": f"which colour is {thing}", "chosen": "blue sky", "rejected": "red"} for thing in ("the sky", "blood", "a pear", "grass")
+]
 
 
 def run(network, tmp_path, monkeypatch, **options):
@@ -55,7 +57,9 @@ def test_a_routers_jitter_is_off(tmp_path, monkeypatch):
 def test_noise_that_no_field_sets_is_refused_before_a_step(tmp_path, monkeypatch):
     network = noisy(lambda model: 0.5)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM draws at random in training, even with its dropout at 0 \(.* by chance; take the"):
+    with pytest.raises(
+        ValueError, match=r"LlamaForCausalLM draws at random in training, even with its dropout at 0 \(.* by chance; take the noise"
+    ):
         run(network, tmp_path, monkeypatch)
     after = network.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())

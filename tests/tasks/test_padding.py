@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounter
 from lightning_lora import LoRACallback, LoRAConfig
 from lightning_lora.data import InstructionDataModule, PreferenceDataModule
 from lightning_lora.model.compile import compile_layers
-from lightning_lora.tasks import CausalLMTask, DPOTask, packing_check
+from lightning_lora.tasks import CausalLMTask, DPOTask
 from lightning_lora.tasks.packed_attention import NAME
 from lightning_lora.tasks.packing_check import MixesDocuments, settle_attention
 from lightning_lora.tasks.padding import end_to_end
@@ -27,7 +27,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`
 MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])
 PAIRS = [
     {"prompt": f"which colour is {thing}", "chosen": good, "rejected": bad}
-    for thing, good, bad in [("the sky", "blue sky", "red"), ("the grass", "green", "blue"), ("a pear is the sky", "red", "green apple")] * 2
+    for thing, good, bad in [("the sky", "blue sky", "red"), ("the grass", "green", "blue"), ("a pear is the sky", "red", "green apple")]
+    * 2
 ]
 
 
@@ -185,14 +186,13 @@ def test_without_a_trainer_a_batch_is_computed_as_it_is(folder: str, file: str) 
     assert math.isfinite(task.answer_loss(batch).item()) and task.model.config._attn_implementation == "sdpa"
 
 
-def test_gpus_take_it_in_half_precision_without_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    half, cuda = packing_check._HALF_LIMITS, torch.device("cuda")
-    choices = packing_check._without_masks
-    assert choices(model("Llama"), "sdpa", cuda, False, half) == [NAME]
-    assert choices(model("Llama"), "sdpa", cuda, True, half) == [] == choices(model("Llama"), "sdpa", cuda, False, packing_check._LIMITS)
-    assert choices(model("Llama", attention_dropout=0.1), "sdpa", cuda, False, half) == []
-    assert choices(model("Llama", attention_dropout=0.1), "sdpa", torch.device("cpu"), False, half) == [NAME]
+def test_on_a_gpu_it_is_asked_for(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was not timed there."""
+    batch = {"attention_mask": MASK, "labels": MASK}
+    for device, setting, expected in (("cuda", "auto", False), ("cuda", True, True), ("cpu", "auto", True), ("cpu", False, False)):
+        task = CausalLMTask(folder, padding_free=setting)
+        monkeypatch.setattr(type(task), "device", property(lambda self, device=device: torch.device(device)))
+        assert ("rows" in task.note_padding(batch)) == expected
 
 
 def test_a_mask_may_be_left_out_of_the_choice() -> None:
