@@ -15,9 +15,9 @@ from lightning_lora.adapter_io.fingerprint import OtherBase
 from lightning_lora.adapter_io.metadata import META
 from lightning_lora.cli.console import working
 from lightning_lora.cli.messages import UsageError
-from lightning_lora.cli.task_file import Task, read_task
+from lightning_lora.cli.task_file import AUTO_CLASSES, Task, read_task
 from lightning_lora.storage.read_checkpoint import read_checkpoint
-from lightning_lora.tasks.hf import DType, load_image_processor, load_model, load_tokenizer
+from lightning_lora.tasks.hf import DType, load_config, load_image_processor, load_model, load_tokenizer
 
 IDENTIFYING: tuple[DType, ...] = ("auto", "float16")  # dtypes in which an adapter's base may have had its fingerprint
 PREFIX = "model."  # the attribute of our tasks that holds the Hugging Face model
@@ -53,7 +53,7 @@ def load_tuned(model: str, adapter: str | None, gguf_file: str | None, dtype: DT
     if adapter is not None and (not adapter or not Path(adapter).exists()):
         raise UsageError(f"adapter={adapter!r}: no such folder or checkpoint")
     with working("loading the model"):
-        task = read_task(adapter)
+        task = read_task(adapter) if adapter is not None else Task(own_class(model, gguf_file))
         load = partial(load_model, task.auto_class, model, gguf_file, **task.config())
         weights = None if adapter is None else full_weights(adapter)
         network = _adapted(load, adapter, dtype) if adapter is not None and weights is None else load(dtype=dtype)
@@ -61,6 +61,17 @@ def load_tuned(model: str, adapter: str | None, gguf_file: str | None, dtype: DT
             _load_full(network, weights, str(adapter))
         preprocessor = _preprocessor(model, gguf_file, task)
     return Tuned(network.eval(), preprocessor, task)
+
+
+def own_class(model: str, gguf_file: str | None) -> str:
+    """Return the class of transformers that loads a model with its own head, such as one that `merge` wrote."""
+    if gguf_file is not None:
+        return Task.auto_class
+    config = load_config(model)
+    names = getattr(config, "architectures", None) or ()
+    classes = (*AUTO_CLASSES.values(), "AutoModelForImageClassification")
+    heads = (auto for auto in classes if any(str(name).endswith(f"For{auto.removeprefix('AutoModelFor')}") for name in names))
+    return next(heads, "AutoModelForSeq2SeqLM" if getattr(config, "is_encoder_decoder", False) else Task.auto_class)
 
 
 def _adapted(load: Callable[..., Any], adapter: str, dtype: DType) -> Any:
