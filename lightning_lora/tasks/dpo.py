@@ -168,8 +168,10 @@ class DPOTask(CausalLMTask):
         Raises:
             ValueError: It does. The message names the model.
         """
+        counted = self._flops
         with torch.no_grad(), disabled_lora(self.model):
             first, second = (self._log_probs(batch, per_token=True) for _ in range(2))
+        self._flops = counted  # of the step alone
         if not torch.allclose(first, second, rtol=SAME, atol=SAME):
             raise ValueError(
                 f"{type(self.model).__name__} draws at random in training, even with its dropout at 0 (log-probabilities per token differ"
