@@ -3,6 +3,6 @@
 May import: ``utils``, ``registry``, ``ops``. A quantization library is imported only for a model that uses it.
 """
 
-from lightning_lora.quantization import bitsandbytes, torchao
+from lightning_lora.quantization import bitsandbytes, float8, torchao
 
-__all__ = ["bitsandbytes", "torchao"]
+__all__ = ["bitsandbytes", "float8", "torchao"]
