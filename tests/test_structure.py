@@ -55,7 +55,7 @@ DEFERS = {
     "cli.main": {"cli.lightning_cli", "cli.commands", "cli.group_help", "cli.inspect_rows"},
     "model.apply": {"model.parallel"},
     "model.merge": {"model.parallel"},
-    **dict.fromkeys(("ops.fused_linear", "ops.second_derivatives"), {"ops.triton_low_rank"}),
+    **{file: {"ops.triton_low_rank"} for file in ("ops.fused_linear", "ops.second_derivatives")},
     "ops.gated_mlp": {"ops.triton_low_rank", "ops.triton_gated_mlp"},
     "ops.weight_norm": {"ops.triton_weight_norm"},
     "ops.float8_weight": {"ops.triton_float8"},

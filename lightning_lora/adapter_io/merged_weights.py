@@ -16,7 +16,10 @@ from lightning_lora.utils.names import clean_name
 from lightning_lora.utils.sharding import flattened, full_tensor, gathered, gathered_parameters
 from lightning_lora.utils.transformers_conventions import forget_placement, forget_quantizer, quantizing_library
 
-LIBRARIES = {name.partition(".")[0] for name in QUANTIZED_FORMATS}  # a merge dequantizes their formats
+LIBRARIES = {
+    "fp8",
+    *(name.partition(".")[0] for name in QUANTIZED_FORMATS),
+}  # a merge dequantizes their formats; "fp8" is transformers' own
 
 
 class MergedWeights:
@@ -73,6 +76,7 @@ class MergedWeights:
             if how is not None:
                 for name in how.attributes:
                     copy.__dict__.pop(name, None)
+                    copy._parameters.pop(name, None)
                 copy.__class__ = how.plain_class or copy.__class__
             if hasattr(type(copy), "save_pretrained"):  # others have no configs of their own in a copy
                 forget_placement(copy)

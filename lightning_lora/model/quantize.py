@@ -1,7 +1,8 @@
 """``quantize_base``: quantize a model's linears to 4 or 8 bits in place, before LoRA is applied (QLoRA, arXiv:2305.14314).
 
-A 4-bit base is an eighth of the size of an fp32 one. FP8 halves a bf16 base, and GPUs with FP8 tensor cores multiply it faster. Gradients pass through the dequantized weight; only the adapters train. The layers
-stay the same modules under the same names. A model that was loaded quantized does not need this: apply LoRA to it directly.
+A 4-bit base is an eighth of the size of an fp32 one. FP8 halves a bf16 base, and GPUs with FP8 tensor cores multiply it faster. Gradients
+pass through the dequantized weight, or through FP8 products; only the adapters train. The layers stay the same modules under the same
+names. A model that was loaded quantized does not need this: apply LoRA to it directly.
 """
 
 from __future__ import annotations

@@ -20,10 +20,6 @@ from torch import Tensor
 
 from lightning_lora.ops import backends, float8
 from lightning_lora.ops.frozen_weight import WEIGHT_LAYOUTS, FrozenWeight, WeightLayout
-from lightning_lora.ops.second_derivatives import wants_definition
-from lightning_lora.utils.autocast import autocast_dtype, no_autocast
-from lightning_lora.utils.custom_op import dispatch, register_custom_op
-from lightning_lora.utils.torch_private import transforms_active
 
 _UNIT = 16  # the sizes of an FP8 product are multiples of it
 _TOGETHER = 3  # most gradients quantized side by side
@@ -87,57 +83,4 @@ def _kernels(weights: Sequence[FrozenWeight], x: Tensor) -> Any:
     return triton_float8
 
 
-def float8_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """Return ``x·Wᵀ`` with a frozen FP8 weight. The gradient of x is an FP8 product too, or comes from the weight dequantized again.
-
-    Args:
-        x: (..., in), of any floating dtype.
-        codes: (out, in), e4m3 codes.
-        scale: (out,), fp32.
-
-    Returns:
-        (..., out), in x's dtype, or in autocast's where it is on.
-    """
-    x = x.to(autocast_dtype(x) or x.dtype)
-    with no_autocast(x):
-        if not torch.compiler.is_compiling() and transforms_active():
-            return F.linear(x, float8.dequantize(codes, scale, x.dtype))
-        rows = x.reshape(-1, x.shape[-1])
-        y = _Float8Linear.apply(rows, codes, scale) if torch.is_grad_enabled() else dispatch(_product, rows, codes, scale)[0]
-        return y.view(*x.shape[:-1], y.shape[-1])
-
-
-class _Float8Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(codes, scale)
-        return dispatch(_product, x, codes, scale)[0]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        (grad,), (codes, scale) = grads, ctx.saved_tensors
-        with no_autocast(grad):
-            if not torch.compiler.is_compiling() and wants_definition(grad):
-                return grad @ float8.dequantize(codes, scale, grad.dtype), None, None
-            return dispatch(_gradient, grad, codes, scale)[0], None, None
-
-
-def _product(x: Tensor, codes: Tensor, scale: Tensor) -> list[Tensor]:
-    return [Float8Weight(codes, scale).linear(x)]
-
-
-def _gradient(grad: Tensor, codes: Tensor, scale: Tensor) -> list[Tensor]:
-    return [Float8Weight.input_gradient([Float8Weight(codes, scale)], [grad], grad.dtype)]
-
-
-register_custom_op(
-    "float8_product(Tensor x, Tensor codes, Tensor scale) -> Tensor[]",
-    _product,
-    lambda x, codes, scale: [x.new_empty(x.shape[0], codes.shape[0])],
-)
-register_custom_op(
-    "float8_gradient(Tensor grad, Tensor codes, Tensor scale) -> Tensor[]",
-    _gradient,
-    lambda grad, codes, scale: [grad.new_empty(grad.shape[0], codes.shape[1])],
-)
 WEIGHT_LAYOUTS["float8"] = WeightLayout(2, lambda tensors, details: Float8Weight(*tensors))

@@ -9,20 +9,19 @@ mixed precision leave them alone, and every collective moves them. The scales ar
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.ops import backends, float8
-from lightning_lora.ops.float8_weight import Float8Weight, float8_linear
+from lightning_lora.ops.float8_weight import Float8Weight
+from lightning_lora.ops.frozen_linear import frozen_linear
 from lightning_lora.ops.frozen_weight import WEIGHT_READERS, FrozenWeight, WeightReader
 from lightning_lora.quantization.formats import QUANTIZED_FORMATS, QUANTIZERS, QuantizedFormat, Quantizer
 from lightning_lora.registry import qualified_name
 from lightning_lora.utils.parameters import make_parameter
 from lightning_lora.utils.sharding import full_tensor, is_sharded
-
-_SCALE = "weight_scale"  # the entry of a state dict
 
 
 class Float8Linear(nn.Linear):
@@ -30,51 +29,66 @@ class Float8Linear(nn.Linear):
 
     Attributes:
         weight: (out, in), e4m3 codes as bytes.
-        weight_scale: (out,), fp32, powers of two.
+        weight_scale: (out,), fp32, powers of two. :meth:`scales` has them on the weight's device.
         plain_dtype: the dtype of the weight that was quantized. ``.to(dtype)`` changes it, as it changes a plain weight's.
     """
 
+    #: The name of the scales, as an attribute and in a state dict.
+    scale_name: ClassVar[str] = "weight_scale"
     weight_scale: Tensor
     plain_dtype: torch.dtype
 
+    def packed_weight(self) -> FrozenWeight:
+        """Return the weight as products take it."""
+        return Float8Weight(self.weight, self.scales())
+
+    def scales(self) -> Tensor:
+        """Return the scales on the weight's device. They stay behind where FSDP2 moves a model, its parameters and buffers."""
+        scale: Tensor = getattr(self, self.scale_name)
+        if scale.device != self.weight.device:
+            scale = scale.to(self.weight.device)
+            setattr(self, self.scale_name, scale)
+        return scale
+
     def forward(self, input: Tensor) -> Tensor:
         """Return ``x·Wᵀ + b`` in the input's dtype, or in autocast's."""
-        y = float8_linear(input, self.weight, self.weight_scale)
+        y = frozen_linear(input, self.packed_weight(), self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float8Linear:
         super()._apply(fn, recurse)
-        old = self.weight_scale
+        old: Tensor = getattr(self, self.scale_name)
         like = fn(torch.empty(0, dtype=self.plain_dtype, device=old.device))
         if like.device != old.device:
-            self.weight_scale = torch.empty_like(old, device=like.device) if old.is_meta else old.to(like.device)
+            setattr(self, self.scale_name, torch.empty_like(old, device=like.device) if old.is_meta else old.to(like.device))
         elif fn(old).dtype == old.dtype:
-            self.weight_scale = fn(old)  # share_memory_() and the like; never rounded
+            setattr(self, self.scale_name, fn(old))  # share_memory_() and the like; never rounded
         self.plain_dtype = like.dtype
         backends.look_at(self.weight.device)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + _SCALE] = self.weight_scale
+        destination[prefix + self.scale_name] = getattr(self, self.scale_name)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         _, strict, missing, unexpected, errors = args
-        weight, scale = state_dict.get(prefix + "weight"), state_dict.get(prefix + _SCALE)
+        key, old = prefix + self.scale_name, getattr(self, self.scale_name)
+        weight, scale = state_dict.get(prefix + "weight"), state_dict.get(key)
         if isinstance(weight, Tensor) and weight.is_floating_point() and scale is None:
             errors.append(
                 f"{prefix}weight: a weight in {weight.dtype} for a layer that is quantized to FP8; load it first, then quantize the model"
             )
             return
-        super()._load_from_state_dict({k: v for k, v in state_dict.items() if k != prefix + _SCALE}, prefix, *args)
-        if scale is not None and prefix + _SCALE in unexpected:
-            unexpected.remove(prefix + _SCALE)
-        if isinstance(scale, Tensor) and scale.shape == self.weight_scale.shape:
-            self.weight_scale = scale.detach().to(self.weight_scale.device, torch.float32, copy=True)
+        super()._load_from_state_dict({name: value for name, value in state_dict.items() if name != key}, prefix, *args)
+        if scale is not None and key in unexpected:
+            unexpected.remove(key)
+        if isinstance(scale, Tensor) and scale.shape == old.shape:
+            setattr(self, self.scale_name, scale.detach().to(old.device, torch.float32, copy=True))
         elif scale is not None:
-            errors.append(f"{prefix}{_SCALE}: shape {tuple(scale.shape)} is not {tuple(self.weight_scale.shape)}")
+            errors.append(f"{key}: shape {tuple(scale.shape)} is not {tuple(old.shape)}")
         elif strict and weight is not None:
-            missing.append(prefix + _SCALE)
+            missing.append(key)
 
 
 class Float8Format(QuantizedFormat):
@@ -86,7 +100,7 @@ class Float8Format(QuantizedFormat):
 
     def dequantize(self, module: Any) -> Tensor:
         """Return the weight in the dtype it was quantized from."""
-        return float8.dequantize(full_tensor(module.weight.detach()), module.weight_scale, module.plain_dtype)
+        return float8.dequantize(full_tensor(module.weight.detach()), module.scales(), module.plain_dtype)
 
     def requantize(self, module: Any, weight: Tensor) -> None:
         """Quantize with a new scale per output channel."""
@@ -94,7 +108,7 @@ class Float8Format(QuantizedFormat):
 
     def codes(self, module: Any) -> list[Tensor]:
         """Return the codes and the scales."""
-        return [full_tensor(module.weight.detach()).as_subclass(Tensor), module.weight_scale]
+        return [full_tensor(module.weight.detach()).as_subclass(Tensor), module.scales()]
 
 
 class Float8Reader(WeightReader):
@@ -102,8 +116,7 @@ class Float8Reader(WeightReader):
 
     def read(self, module: Any, x: Tensor) -> FrozenWeight | None:
         """Return the weight, for x of any dtype, since it has none of its own."""
-        weight = module.weight
-        return None if is_sharded(weight) or weight.device != x.device else Float8Weight(weight, module.weight_scale)
+        return None if is_sharded(module.weight) or module.weight.device != x.device else module.packed_weight()
 
 
 def quantize_float8(linear: nn.Linear, device: torch.device) -> None:

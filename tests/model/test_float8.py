@@ -1,4 +1,4 @@
-"""FP8 bases in a whole model: how far adapter gradients are from float64, beside bf16's own error; what `.to` and state dicts leave alone."""
+"""FP8 bases in a whole model: how far adapter gradients are from float64, beside bf16's own; what `.to` and state dicts leave alone."""
 
 from __future__ import annotations
 
@@ -99,3 +99,11 @@ def test_half_precision_weights_are_exact_in_bf16() -> None:
     codes, scale = format_of(model[0]).codes(model[0])  # type: ignore[union-attr]
     exact = float8.dequantize(codes, scale, torch.float64)
     assert torch.equal(format_of(model[0]).dequantize(model[0]).double(), exact)  # type: ignore[union-attr]
+
+
+def test_scales_follow_a_weight_that_was_moved_without_them() -> None:
+    """As FSDP2 moves one: parameters and buffers, by their data. Another device than the CPU that every machine has is "meta"."""
+    layer = adapted(packed_stack("fp8"), **CONFIG).down
+    layer._parameters["weight"] = nn.Parameter(layer.weight.to("meta"), requires_grad=False)
+    assert layer.weight_scale.device.type == "cpu" and layer.base_forward(torch.empty(5, 256, device="meta")).shape == (5, 128)
+    assert layer.weight_scale.device.type == "meta"

@@ -12,7 +12,8 @@ from torch import Tensor, library
 from torch.nn.functional import linear, silu
 
 from lightning_lora.ops import backends, float8, float8_weight
-from lightning_lora.ops.float8_weight import Float8Weight, float8_linear
+from lightning_lora.ops.float8_weight import Float8Weight
+from lightning_lora.ops.frozen_linear import frozen_linear
 from lightning_lora.ops.frozen_weight import unflatten_weights
 from lightning_lora.ops.fused_linear import lora_linears
 from tests.ops.operands import DEVICE, error, tensor
@@ -124,7 +125,7 @@ def test_a_gpu_gives_what_the_emulation_gives(what: str) -> None:
         elif what == "linears":
             outputs = lora_linears(x, weights, [tensor(OUTS[0]), None, None], A_list, B_list, SCALES)
         else:
-            outputs = [float8_linear(x, *W.tensors) for W in weights]
+            outputs = [frozen_linear(x, W, W.tensors[0].shape[0]) for W in weights]
         return [*outputs, *gradients(outputs, leaves)]
 
     mine = run()
@@ -136,17 +137,17 @@ def test_a_gpu_gives_what_the_emulation_gives(what: str) -> None:
 
 def test_the_base_alone() -> None:
     x, (W, *_), (exact, *_), _, _ = operands([(out, IN) for out in OUTS])
-    y = float8_linear(x.view(4, 6, IN), *W.tensors)
+    y = frozen_linear(x.view(4, 6, IN), W, OUTS[0])
     assert y.shape == (4, 6, OUTS[0]) and error(y.flatten(0, 1), linear(x.double(), exact)) < 2e-6
     first = gradients([y.square()], [x], create_graph=True)
     wanted = gradients([linear(x.double(), exact).view(y.shape).square()], [x], create_graph=True)
     assert error(first[0], wanted[0]) < 1e-5
     second, exact_second = (torch.autograd.grad(g[0].square().sum(), x)[0] for g in (first, wanted))
     assert error(second, exact_second.double()) < 1e-5
-    jacobian = torch.func.jacrev(lambda row: float8_linear(row, *W.tensors))(x[0].detach())
+    jacobian = torch.func.jacrev(lambda row: frozen_linear(row, W, OUTS[0]))(x[0].detach())
     assert error(jacobian, exact) < 2e-6
     with torch.autocast(DEVICE, torch.bfloat16):
-        half = float8_linear(x, *W.tensors)
+        half = frozen_linear(x, W, W.tensors[0].shape[0])
         (dx,) = gradients([half.float()], [x])
     assert half.dtype == torch.bfloat16 and dx.dtype == torch.float32
     assert error(half, linear(x.double(), exact)) < (ROUGH if FLOAT8 else 8e-3)
@@ -156,7 +157,7 @@ def test_nothing_dense_is_kept() -> None:
     x, (W, *_), _, _, _ = operands([(out, IN) for out in OUTS])
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
-        float8_linear(x, *W.tensors)
+        frozen_linear(x, W, W.tensors[0].shape[0])
     assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in W.tensors}
 
 
@@ -180,19 +181,18 @@ def test_compiled_it_is_two_operations(compiled: Any, emulated: bool) -> None:
     assert [name for name in targets if "lightning_lora" in name] == [
         f"lightning_lora.linears_{way}.default" for way in ("forward", "backward")
     ]
-    alone, graphs = compiled(float8_linear)
-    y = alone(x, *weights[0].tensors)
-    assert torch.equal(y, float8_linear(x, *weights[0].tensors))
-    assert "lightning_lora.float8_product.default" in [str(node.target) for node in graphs[0].graph.nodes]
+    alone, graphs = compiled(frozen_linear)
+    y = alone(x, weights[0], OUTS[0])
+    assert torch.equal(y, frozen_linear(x, weights[0], OUTS[0]))
+    assert "lightning_lora.frozen_product.default" in [str(node.target) for node in graphs[0].graph.nodes]
 
 
 def test_operations_say_their_shapes_right() -> None:
     x, (W, *_), _, _, _ = operands([(out, IN) for out in OUTS])
     stored = W.tensors[0].view(torch.uint8), W.tensors[1]  # torch compares no e4m3 tensors
-    for name, first in (("float8_product", x), ("float8_gradient", tensor(ROWS, OUTS[0]))):
-        library.opcheck(
-            getattr(torch.ops.lightning_lora, name).default, (first.detach(), *stored), test_utils=["test_schema", "test_faketensor"]
-        )
+    for name, first, features in (("frozen_product", x, OUTS[0]), ("frozen_gradient", tensor(ROWS, OUTS[0]), IN)):
+        operands_ = (first.detach(), list(stored), [W.layout], features)
+        library.opcheck(getattr(torch.ops.lightning_lora, name).default, operands_, test_utils=["test_schema", "test_faketensor"])
     (again,) = unflatten_weights(W.tensors, [W.layout])
     assert type(again) is Float8Weight and again.tensors == W.tensors
 
