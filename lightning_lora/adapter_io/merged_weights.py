@@ -16,10 +16,8 @@ from lightning_lora.utils.names import clean_name
 from lightning_lora.utils.sharding import flattened, full_tensor, gathered, gathered_parameters
 from lightning_lora.utils.transformers_conventions import forget_placement, forget_quantizer, quantizing_library
 
-LIBRARIES = {
-    "fp8",
-    *(name.partition(".")[0] for name in QUANTIZED_FORMATS),
-}  # a merge dequantizes their formats; "fp8" is transformers' own
+# A merge dequantizes their formats. "fp8" is what transformers calls its own.
+LIBRARIES = {"fp8", *(name.partition(".")[0] for name in QUANTIZED_FORMATS)}
 
 
 class MergedWeights:

@@ -90,5 +90,5 @@ def has_kernels(x: Tensor) -> bool:
 
 
 def multiplies_float8(x: Tensor) -> bool:
-    """True if products with x are computed in FP8: bf16, on a GPU with FP8 tensor cores (compute capability 8.9 or 9.0 on)."""
+    """True if products with x are computed in FP8: bf16, on a GPU with FP8 tensor cores (compute capability 8.9 or higher)."""
     return x.is_cuda and x.dtype == torch.bfloat16 and x.device.index in _FLOAT8

@@ -76,7 +76,8 @@ def _kernels(weights: Sequence[FrozenWeight], x: Tensor) -> Any:
     """Return the functions that multiply in FP8; None if the weights are to be dequantized."""
     if float8.is_emulating():
         return float8
-    if not backends.multiplies_float8(x) or any(size % _UNIT for W in weights for size in W.tensors[0].shape):
+    fits = x.shape[0] > 0 and not any(size % _UNIT for W in weights for size in W.tensors[0].shape)
+    if not fits or not backends.multiplies_float8(x):
         return None
     from lightning_lora.ops import triton_float8
 

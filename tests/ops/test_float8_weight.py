@@ -202,3 +202,6 @@ def test_sizes_that_tensor_cores_do_not_take(monkeypatch: pytest.MonkeyPatch) ->
     for shape in ((40, 64), (64, 40)):
         W = Float8Weight(torch.zeros(shape, dtype=torch.uint8), torch.ones(shape[0]))
         assert float8_weight._kernels([W], torch.ones(2, shape[1])) is None
+    W = Float8Weight(torch.zeros(64, 64, dtype=torch.uint8), torch.ones(64))
+    assert float8_weight._kernels([W], torch.ones(0, 64)) is None  # no token, as an expert may get
+    assert frozen_linear(torch.ones(0, 64), W, 64).shape == (0, 64)
