@@ -21,6 +21,7 @@ compiled, cross entropy through the frozen head in blocks of 2048 rows. A mode i
     offload                     with ckpt: what it saves waits in host memory
     drop                        dropout (--dropout)
     unfused                     of ours, each adapted linear by itself
+    fp8                         the blocks' linears quantized to FP8 first; the floor stays the bf16 one. A CPU emulates the products
 
 Random weights and tokens, bf16 base, fused AdamW, median of the steps. *x alike* is to the frozen model with the same loss, compiled
 or not alike. A mode that fails says why in its row.

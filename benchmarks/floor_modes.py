@@ -13,7 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_lora import LoRAConfig, apply_lora, chunked_cross_entropy, compile_layers, cuda_graph_step, offload_activations, unfuse
+from lightning_lora import (
+    LoRAConfig,
+    apply_lora,
+    chunked_cross_entropy,
+    compile_layers,
+    cuda_graph_step,
+    offload_activations,
+    quantize_base,
+    unfuse,
+)
+from lightning_lora.ops import float8
 
 NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
 SHAPES = {
@@ -23,7 +33,7 @@ SHAPES = {
     "8b": (4096, 14336, 32, 32, 8, 128, 128256),  # Llama-3.1-8B
 }
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-FLAGS = {"layer", "chunk", "graph", "ckpt", "offload", "drop", "unfused"}
+FLAGS = {"layer", "chunk", "graph", "ckpt", "offload", "drop", "unfused", "fp8"}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -110,6 +120,8 @@ def training_step(mode: str, setting: Setting) -> Callable[[int], Tensor]:
     """The step to measure: forward, backward and the optimizer, over four batches in turn."""
     method, flags = parse(mode)
     base = build(setting)
+    if "fp8" in flags:
+        quantize_base(base, "fp8", targets=LINEARS)
     model = METHODS[method](base, setting, setting.dropout if "drop" in flags else 0.0, flags).train()
     if "ckpt" in flags:
         base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -123,7 +135,8 @@ def training_step(mode: str, setting: Setting) -> Callable[[int], Tensor]:
     batches = [torch.randint(0, base.config.vocab_size, (setting.batch, setting.seq), generator=generator).to(DEVICE) for _ in range(4)]
 
     def step(ids: Tensor) -> Tensor:
-        with cuda_graph_step(trained) if "graph" in flags else nullcontext():
+        emulated = float8.emulated() if "fp8" in flags and DEVICE == "cpu" else nullcontext()
+        with emulated, cuda_graph_step(trained) if "graph" in flags else nullcontext():
             loss = passes(ids)
         if optimizer is not None:
             optimizer.step()

@@ -249,7 +249,7 @@ def built(strategy: str, model: str, options: argparse.Namespace) -> tuple[nn.Mo
 
 def shared_gib(model: nn.Module) -> float:
     """What lies in memory that GPUs share, which torch's allocator does not count."""
-    from lightning_lora.utils.torch_private import fsdp2_group
+    from lightning_lora.utils.torch_private_parallel import fsdp2_group
 
     groups = [fsdp2_group(module) for module in model.modules() if isinstance(module, FSDPModule)]
     return sum(param._sharded_param_data.nbytes for group in groups for param in getattr(group, "sources", None) or ()) / 2**30

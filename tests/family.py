@@ -44,7 +44,7 @@ def packed(how: str) -> Packed:
 
 
 # bitsandbytes' int8 quantizes the input too in evaluation, which no formula here does; tests/model/test_quantize.py has it.
-CASES: dict[str, Case] = {**PLAIN, **{f"linear, {how}": packed(how) for how in ("nf4", "torchao-nf4", "torchao-int8")}}
+CASES: dict[str, Case] = {**PLAIN, **{f"linear, {how}": packed(how) for how in ("nf4", "torchao-nf4", "torchao-int8", "fp8")}}
 PAIRS = [(kind, variant) for kind in CASES for variant in sorted(VARIANTS, key=lambda name: (name != "plain", name))]
 
 Parameters = dict[str, Tensor]

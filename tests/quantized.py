@@ -19,7 +19,7 @@ from lightning_lora.quantization.formats import format_of
 for library in ("bitsandbytes.backends.cpu.ops", "torchao"):  # they warn that they look for extra kernels
     logging.getLogger(library).setLevel(logging.ERROR)
 
-QUANTIZERS = ["nf4", "int8", "torchao-nf4", "torchao-int8"]
+QUANTIZERS = ["nf4", "int8", "torchao-nf4", "torchao-int8", "fp8"]
 BITSANDBYTES = ["nf4", "int8"]
 
 

@@ -88,9 +88,9 @@ def dequantized(model: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize(("quantize", "variant"), [(None, "plain"), ("nf4", "plain"), (None, "dora"), ("nf4", "dora")])
+@pytest.mark.parametrize(("quantize", "variant"), [(None, "plain"), ("nf4", "plain"), ("fp8", "plain"), (None, "dora"), ("nf4", "dora")])
 def test_a_step_is_as_exact_as_with_plain_operations(quantize: str | None, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if quantize is not None:
+    if quantize == "nf4":
         pytest.importorskip("bitsandbytes")
     model = llama(quantize=quantize, variant=variant)
     assert served(model, monkeypatch)
@@ -105,7 +105,7 @@ def test_a_step_is_as_exact_as_with_plain_operations(quantize: str | None, varia
     exact = run(dequantized(model).double())
     errors = {way: error(tensors, exact) for way, tensors in found.items()}
     print(errors)
-    assert errors["plain"] < 0.1
+    assert errors["plain"] < (0.2 if quantize == "fp8" else 0.1)  # FP8 products on either way, where the GPU has them
     assert errors["fused"] < 1.2 * errors["plain"] and errors["compiled"] < 1.2 * errors["plain"]
 
 

@@ -15,6 +15,7 @@ from tests.test_structure import FILES, tree
 
 HOMES = {
     "utils.torch_private",
+    "utils.torch_private_parallel",
     "utils.transformers_conventions",
     "strategies.lightning_private",
     "quantization.bitsandbytes",

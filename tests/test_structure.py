@@ -55,17 +55,18 @@ DEFERS = {
     "cli.main": {"cli.lightning_cli", "cli.commands", "cli.group_help", "cli.inspect_rows"},
     "model.apply": {"model.parallel"},
     "model.merge": {"model.parallel"},
-    "ops.fused_linear": {"ops.triton_low_rank"},
-    "ops.second_derivatives": {"ops.triton_low_rank"},
+    **{file: {"ops.triton_low_rank"} for file in ("ops.fused_linear", "ops.second_derivatives")},
     "ops.gated_mlp": {"ops.triton_low_rank", "ops.triton_gated_mlp"},
     "ops.weight_norm": {"ops.triton_weight_norm"},
+    "ops.float8_weight": {"ops.triton_float8"},
     "strategies.fsdp2": {"experimental.pull_frozen"},
 }
 # Triton's kernels are decorated when their files are imported, so these are imported where they are used.
-KERNELS = {"ops.triton_dropout", "ops.triton_low_rank", "ops.triton_gated_mlp", "ops.triton_weight_norm"}
+KERNELS = {"ops.triton_dropout", "ops.triton_low_rank", "ops.triton_gated_mlp", "ops.triton_weight_norm", "ops.triton_float8"}
 # Errors are ValueError (wrong input) or RuntimeError (wrong at run time); beside those:
 OTHER_ERRORS = {
     ("adapter_io.fingerprint", "OtherBase"),
+    ("tasks.packing_check", "MixesDocuments"),  # which batches without padding catch
     ("storage.folder_commit", "IsADirectoryError"),
     ("", "AttributeError"),  # what the import system expects of a module's __getattr__
     ("callbacks.interruption", "twin"),  # the SIGTERMException of the Trainer's package

@@ -20,12 +20,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lora.layers.base import PREFIX, LoRALayer
-from lightning_lora.quantization.formats import UNKNOWN, digest_or_weight
+from lightning_lora.quantization.formats import UNKNOWN, digest_or_weight, format_of
 from lightning_lora.utils.checksums import sampled_digests
 from lightning_lora.utils.names import bare, clean_name
 from lightning_lora.utils.pieces import Piece, flattened_pieces
 from lightning_lora.utils.sharding import is_flattened
-from lightning_lora.utils.torch_private import fsdp1_flattened, fsdp2_original
+from lightning_lora.utils.torch_private_parallel import fsdp1_flattened, fsdp2_original
 from lightning_lora.utils.transformers_conventions import model_name
 
 HALF, QUANTIZED = 16, "q"
@@ -65,9 +65,11 @@ def base_digests(root: nn.Module) -> dict[str, str]:
     contents: dict[str, str | Tensor | Piece] = {}
     flat = flattened_pieces(root) if is_flattened(root) else {}
     for module_name, module in sorted(root.named_modules(remove_duplicate=False)):
+        packing = format_of(module)
+        scales = () if packing is None else packing.attributes  # the weight's own digest covers them
         for name, parameter in sorted(module.named_parameters(recurse=False, remove_duplicate=False)):
             full = clean_name(f"{module_name}.{name}" if module_name else name)
-            if not name.startswith(PREFIX) and not parameter.is_meta:
+            if not name.startswith(PREFIX) and not parameter.is_meta and name not in scales:
                 key = LINEAR_MARK + full if name == "weight" and isinstance(module, LINEAR) else full
                 contents[key] = _content(module, name, flat.get((module, name), parameter))
     sampled = [key for key, content in contents.items() if not isinstance(content, str)]

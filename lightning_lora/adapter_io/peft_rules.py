@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.utils.torch_private import fsdp2_original
+from lightning_lora.utils.torch_private_parallel import fsdp2_original
 
 # Modules that PEFT's classes for a task train in full, whether or not the JSON names them.
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}

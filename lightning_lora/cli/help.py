@@ -61,7 +61,7 @@ COMMON = {
         ("--lora.config.alpha", "16.0", "the update is scaled by alpha / rank"),
         ("--lora.config.target_modules", "q_proj, v_proj", "names, regexes or all-linear"),
         ("--lora.config.variant", "plain", "dora, vera, lora_fa"),
-        ("--lora.quantize", "", "nf4 packs the base's weights (QLoRA)"),
+        ("--lora.quantize", "", "nf4 (QLoRA) or fp8 packs the base's weights"),
         ("--full_finetuning", "false", "train every weight instead"),
     ),
     "trainer": (

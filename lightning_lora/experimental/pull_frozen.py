@@ -23,7 +23,7 @@ from lightning_lora.experimental.peer_memory import stream_barrier
 from lightning_lora.experimental.pulling_group import PrefetchOrder, PullingGroup
 from lightning_lora.utils.gradient_reducer import GradientReducer
 from lightning_lora.utils.sharding import broadcast
-from lightning_lora.utils.torch_private import fsdp2_group
+from lightning_lora.utils.torch_private_parallel import fsdp2_group
 
 
 def pull(unit: nn.Module, blocks: list[nn.Module]) -> None:

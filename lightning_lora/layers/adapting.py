@@ -13,7 +13,7 @@ from lightning_lora.layers.base import PREFIX, LoRALayer
 from lightning_lora.layers.classes import adapted_class, strip_class
 from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.layers.state import AdapterState
-from lightning_lora.quantization.formats import format_of, unknown_storage
+from lightning_lora.quantization.formats import format_of, prepare, unknown_storage
 from lightning_lora.registry import qualified_name, why_refused
 
 
@@ -52,6 +52,7 @@ def refusal(module: nn.Module, spec: LayerSpec) -> str | None:
 
 def adapt(module: nn.Module, spec: LayerSpec) -> LoRALayer:
     """Turn a module into its LoRA subclass, in place. The caller has checked it with :func:`refusal`."""
+    prepare(module)  # may change its class
     cls = adapted_class(type(module), spec.config.variant, spec.kind)
     assert cls is not None
     module.__class__ = cls

@@ -26,13 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_lora.layers.base import PREFIX, LoRALayer, kept_parameters, lora_layers
 from lightning_lora.utils.gradient_reducer import GradientReducer
 from lightning_lora.utils.sharding import broadcast, full_tensor, is_sharded, local_tensor, reshard
-from lightning_lora.utils.torch_private import (
-    fsdp1_copies,
-    fsdp1_flat,
-    fsdp1_originals,
-    fsdp1_parts,
-    fsdp2_group,
-)
+from lightning_lora.utils.torch_private_parallel import fsdp1_copies, fsdp1_flat, fsdp1_originals, fsdp1_parts, fsdp2_group
 
 _WRAPPERS = (FSDPModule, FullyShardedDataParallel)
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from lightning_lora.layers.adapting import shallow_copy, unadapt
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.utils.torch_private import COMPILED_CHILD, WRAPPED_CHILDREN, fsdp2_original
+from lightning_lora.utils.torch_private import COMPILED_CHILD, WRAPPED_CHILDREN
+from lightning_lora.utils.torch_private_parallel import fsdp2_original
 
 Choose = Callable[[nn.Module, str, nn.Parameter], nn.Parameter]
 CONFIGS = ("config", "generation_config")  # what ``save_pretrained`` writes to

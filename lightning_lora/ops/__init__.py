@@ -1,7 +1,8 @@
 """Every product that an adapted layer computes: its definition, and a fast version that gives the same numbers.
 
 ``low_rank`` and ``plain`` are the definitions. ``fused_linear`` and ``gated_mlp`` are custom operators that compute the same.
-``triton_*`` are the kernels that ``backends`` chooses on NVIDIA GPUs. All are functions of tensors: they see no module and no config.
+``float8`` defines products in FP8; ``float8_weight`` and ``frozen_linear`` use them. ``triton_*`` are the kernels that ``backends`` chooses
+on NVIDIA GPUs. All are functions of tensors: they see no module and no config.
 
 May import: ``utils``, ``registry``.
 """

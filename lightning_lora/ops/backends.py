@@ -29,6 +29,7 @@ WIDEST_GATED = 64  # the largest rank whose sums fit in the registers of the gat
 
 
 _RUNS: dict[int, bool] = {}  # CUDA device → whether it runs the kernels
+_FLOAT8: set[int] = set()  # CUDA devices that run the kernels and have FP8 tensor cores
 
 
 _recording = False  # a global, not a context variable: a compiler guards its graphs by globals only
@@ -66,6 +67,8 @@ def look_at(device: torch.device) -> None:
     elif capability < (8, 0):
         reason = f"its compute capability is {capability[0]}.{capability[1]}, under 8.0"
     _RUNS[device.index] = reason is None
+    if reason is None and capability >= (8, 9):
+        _FLOAT8.add(device.index)
     if reason is not None:
         logger.warning("%s goes without the Triton kernels: %s.", device, reason)
 
@@ -84,3 +87,8 @@ def worth_kernels(x: Tensor) -> bool:
 def has_kernels(x: Tensor) -> bool:
     """True if the Triton kernels run on x, however small it is: in half precision, on a GPU of the Ampere generation or later."""
     return x.is_cuda and (autocast_dtype(x) or x.dtype) in (torch.bfloat16, torch.float16) and _RUNS.get(x.device.index, False)
+
+
+def multiplies_float8(x: Tensor) -> bool:
+    """True if products with x are computed in FP8: bf16, on a GPU with FP8 tensor cores (compute capability 8.9 or higher)."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and x.device.index in _FLOAT8

@@ -10,7 +10,7 @@ There a weight is its tensors and a string that describes its layout.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +43,20 @@ class FrozenWeight:
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return ``x·Wᵀ + b`` in x's dtype, without a gradient."""
         return F.linear(x, self.dense(x.dtype), bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype))
+
+    @classmethod
+    def products(cls, weights: Sequence[FrozenWeight], x: Tensor, biases: Sequence[Tensor | None]) -> Iterator[Tensor]:
+        """Yield :meth:`linear` of each weight. A subclass may share work on x between weights of its class."""
+        for W, bias in zip(weights, biases, strict=True):
+            yield W.linear(x, bias)
+
+    @classmethod
+    def input_gradient(cls, weights: Sequence[FrozenWeight], grads: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """Return ``Σ dY_k·W_k``, (N, in), a new tensor; the gradients dY_k (N, out_k) have this dtype."""
+        dx = grads[0] @ weights[0].dense(dtype)
+        for grad, W in zip(grads[1:], weights[1:], strict=True):
+            dx.addmm_(grad, W.dense(dtype))
+        return dx
 
 
 class WeightLayout(NamedTuple):
@@ -105,3 +119,18 @@ def unflatten_weights(tensors: Sequence[Tensor], layouts: Sequence[FrozenWeight]
         weights.append(make(tensors[start : start + size], details))
         start += size
     return weights
+
+
+def base_products(weights: Sequence[FrozenWeight], x: Tensor, biases: Sequence[Tensor | None]) -> Iterator[Tensor]:
+    """Yield ``x·Wᵀ + b`` of each weight, a new tensor each."""
+    return _class_of(weights).products(weights, x, biases)
+
+
+def input_gradient(weights: Sequence[FrozenWeight], grads: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return the gradient of x from those of the products, ``Σ dY_k·W_k``, a new tensor."""
+    return _class_of(weights).input_gradient(weights, grads, dtype)
+
+
+def _class_of(weights: Sequence[FrozenWeight]) -> type[FrozenWeight]:
+    """Return the class of all the weights; the base class if they differ."""
+    return type(weights[0]) if len({type(W) for W in weights}) == 1 else FrozenWeight

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.ops import backends, plain
-from lightning_lora.ops.frozen_weight import FrozenWeight, flatten_weights, unflatten_weights
+from lightning_lora.ops.frozen_weight import FrozenWeight, base_products, flatten_weights, input_gradient, unflatten_weights
 from lightning_lora.ops.second_derivatives import differentiable, wants_definition
 from lightning_lora.utils.autocast import autocast_dtype
 from lightning_lora.utils.custom_op import dispatch, register_custom_op
@@ -184,9 +184,11 @@ def _forward(
     A, B_casts = working_copies(A_list, B_list, x.dtype)
     t = scaled(backend.project(x, A, drop, scales[0]), scales, B_casts)
     outputs, base_outputs = [], []
-    operands = zip(unflatten_weights(weights, layouts), biases, B_casts, split(t, B_casts), out_scales, strict=True)
-    for W, bias, B, t_k, out_scale in operands:
-        z = W.linear(x, bias)  # with the bias, so that a scale of 1 leaves the base's output exact
+    # With the biases, so that a scale of 1 leaves the base's output exact.
+    operands = zip(
+        base_products(unflatten_weights(weights, layouts), x, biases), biases, B_casts, split(t, B_casts), out_scales, strict=True
+    )
+    for z, bias, B, t_k, out_scale in operands:
         if out_scale is None:
             outputs.append(backend.add_(z, t_k, B))
         else:
@@ -228,11 +230,7 @@ def _backward(
     dt = dt_list[0] if len(dt_list) == 1 else torch.cat(dt_list, 1)
     dx = t.new_empty(0)
     if needs_x:
-        first, *others = unflatten_weights(weights, layouts)
-        dx = grads[0] @ first.dense(t.dtype)
-        for grad, W in zip(grads[1:], others, strict=True):
-            dx.addmm_(grad, W.dense(t.dtype))
-        dx = backend.add_(dx, dt, A.t(), drop)
+        dx = backend.add_(input_gradient(unflatten_weights(weights, layouts), grads, t.dtype), dt, A.t(), drop)
     return [dx, *dB_list, *([] if x is None else [backend.reduce(dt, x, drop)]), *d_out_scales]
 
 

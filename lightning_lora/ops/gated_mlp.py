@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.ops import plain
-from lightning_lora.ops.frozen_weight import FrozenWeight, flatten_weights, unflatten_weights
+from lightning_lora.ops.frozen_weight import FrozenWeight, base_products, flatten_weights, input_gradient, unflatten_weights
 from lightning_lora.ops.fused_linear import Settings, scaled, working_copies
 from lightning_lora.ops.second_derivatives import differentiable, wants_definition
 from lightning_lora.utils.autocast import autocast_dtype
@@ -122,7 +122,7 @@ def _forward(
     A, (*B_casts, A_down) = working_copies(A_list[:2], [*B_list, A_list[2]], x.dtype)
     t = scaled(triton_low_rank.project(x, A, drop, scales[0]), scales[:2], B_casts[:2])
     gate, up, down = unflatten_weights(weights, layouts)
-    g, u = gate.linear(x), up.linear(x)
+    g, u = base_products([gate, up], x, [None, None])
     h, t_down = triton_gated_mlp.forward(g, u, t, B_casts[0], B_casts[1], A_down, drop_down, scales[2], out_scales[:2])
     z = down.linear(h)
     kept = [g, u, t, t_down, A, A_down, *B_casts]
@@ -165,13 +165,13 @@ def _backward(
     else:
         dy, dB_down, *d_scale_down = triton_low_rank.scaled_sum_backward(dy, z_down, t_down, B_list[2], out_scales[2], None)
     dt_down = triton_low_rank.project(dy, B_list[2].t(), None, scales[2])
-    dh = dy @ down.dense(x.dtype)
+    dh = input_gradient([down], [dy], x.dtype)
     sums = triton_gated_mlp.backward(dh, g, u, t, B_list[0], B_list[1], A_down, dt_down, drop_down, scales[0], out_scales[:2])
     dg, du, dt, dB_gate, dB_up, dA_down, *d_out_scales = sums
     dt = scaled(dt, scales[:2], B_list[:2])
     dx = x.new_empty(0)
     if needs_x:
-        dx = triton_low_rank.add_((dg @ gate.dense(x.dtype)).addmm_(du, up.dense(x.dtype)), dt, A.t(), drop)
+        dx = triton_low_rank.add_(input_gradient([gate, up], [dg, du], x.dtype), dt, A.t(), drop)
     factors = [triton_low_rank.reduce(dt, x, drop), dA_down.contiguous(), dB_gate.contiguous(), dB_up.contiguous(), dB_down]
     return [dx, *factors, *d_out_scales, *d_scale_down]
 

@@ -158,7 +158,7 @@ def why_not_prepared(module: Any) -> str | None:
     if packing is None:
         return None
     if is_sharded(module.weight) and not packing.shards:
-        return f"its quantized weight ({type(module).__name__}) cannot be sharded: use 'nf4', or do not shard it"
+        return f"its quantized weight ({type(module).__name__}) cannot be sharded: use 'nf4' or 'fp8', or do not shard it"
     return packing.refusal(module)
 
 

@@ -33,7 +33,7 @@ import torch
 from lightning_lora.strategies.standing import Standing, hanging
 from lightning_lora.utils.messages import append_line
 from lightning_lora.utils.sharding import is_distributed
-from lightning_lora.utils.torch_private import abort_process_groups, default_store
+from lightning_lora.utils.torch_private_parallel import abort_process_groups, default_store
 
 GRACE = 5.0  # seconds for the others to raise what this process raised
 LONGEST = 300.0  # seconds; a process that stands still for longer is named, however long collectives may wait

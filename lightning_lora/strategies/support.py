@@ -20,7 +20,7 @@ from lightning_lora.strategies.lightning_private import start_method
 from lightning_lora.strategies.namespaces import LIGHTNING, check_namespace, library, twins
 from lightning_lora.strategies.strategy_hooks import REPLACED
 from lightning_lora.utils.gradient_reducer import GradientReducer
-from lightning_lora.utils.torch_private import ddp_ignores
+from lightning_lora.utils.torch_private_parallel import ddp_ignores
 
 _SUPPORTED = (SingleDeviceStrategy, DDPStrategy, FSDPStrategy, ModelParallelStrategy)
 
@@ -138,7 +138,7 @@ def _check_packed(strategy: Strategy, module: LightningModule) -> None:
     if isinstance(strategy, twins(ModelParallelStrategy)) and whole:
         raise ValueError(
             f"strategy={type(strategy).__name__} cannot shard {whole[0]!r} ({type(module.get_submodule(whole[0])).__name__}), whose 8-bit"
-            " weight cannot be split: use quantize='nf4' or 'torchao-nf4', or strategy='ddp'."
+            " weight cannot be split: use quantize='nf4', 'torchao-nf4' or 'fp8', or strategy='ddp'."
         )
     if isinstance(strategy, twins(DDPStrategy)):
         names = [f"{name}.weight" for name in packed]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.utils.sharding import is_sharded, local_shard, local_tensor, shard_groups
-from lightning_lora.utils.torch_private import fsdp1_runs
+from lightning_lora.utils.torch_private_parallel import fsdp1_runs
 
 _ABSENT = -(2**63)  # below every code
 

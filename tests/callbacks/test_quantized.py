@@ -141,7 +141,7 @@ def test_a_config_that_does_not_fit_packs_nothing(fields: dict[str, Any], messag
 
 
 def test_wrong_choices_are_refused_at_once() -> None:
-    with pytest.raises(ValueError, match=r"quantize='nf3' is not known; there are int8, nf4"):
+    with pytest.raises(ValueError, match=r"quantize='nf3' is not known; there are fp8, int8, nf4"):
         LoRACallback(quantize="nf3")
     with pytest.raises(ValueError, match=r"merge_quantized='yes': choose 'dequantize' or 'requantize'"):
         LoRACallback(merge_quantized="yes")  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ from tests.distributed.runs import LitShared, fsdp1, model_parallel, run
 from tests.quantized import inputs, packed_stack
 
 CONFIG = LoRAConfig(rank=4, alpha=8, target_modules=["up", "down"])
-SHARDS = ["nf4", "torchao-nf4"]
+SHARDS = ["nf4", "torchao-nf4", "fp8"]
 
 
 def worst(mine: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
@@ -89,7 +89,16 @@ def test_a_sharded_quantized_weight_is_not_merged(pool: Any, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "how, name", [("nf4", "ddp"), ("torchao-int8", "ddp"), ("nf4", "lora_fsdp2"), ("nf4", "lora_fsdp2 pulled"), ("nf4", "fsdp2 DCP")]
+    "how, name",
+    [
+        ("nf4", "ddp"),
+        ("torchao-int8", "ddp"),
+        ("nf4", "lora_fsdp2"),
+        ("nf4", "lora_fsdp2 pulled"),
+        ("nf4", "fsdp2 DCP"),
+        ("fp8", "ddp"),
+        ("fp8", "lora_fsdp2"),
+    ],
 )
 def test_a_lightning_run_is_that_of_one_process(pool: Any, how: str, name: str, tmp_path: Path) -> None:
     """Losses and adapters, checkpoints without a base tensor, and a resume from what one process wrote."""
@@ -125,5 +134,7 @@ def refusals() -> list[str]:
 def test_what_cannot_be_sharded_is_named(pool: Any) -> None:
     flat, int8, ao = pool.run(refusals)[0]
     assert "flattens a block into one parameter, and 'net.up' is quantized: use strategy='lora_fsdp2'" in flat
-    assert "cannot shard 'net.up' (LoRALinear8bitLt), whose 8-bit weight cannot be split: use quantize='nf4'" in int8
+    assert (
+        "cannot shard 'net.up' (LoRALinear8bitLt), whose 8-bit weight cannot be split: use quantize='nf4', 'torchao-nf4' or 'fp8'" in int8
+    )
     assert "cannot shard 'net.up' (LoRALinear)" in ao

@@ -57,7 +57,7 @@ def test_every_format_from_the_command_line(how, overrides):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("how", ["nf4", "int8", "torchao-int8"])
+@pytest.mark.parametrize("how", ["nf4", "int8", "torchao-int8", "fp8"])
 def test_gradient_checkpointing_changes_nothing(how, reentrant):
     """On a packed base too: the same gradients with activations computed twice."""
     ids, gradients = torch.randint(len(tiny_lm.WORDS), (2, 7), generator=torch.Generator().manual_seed(1)), []

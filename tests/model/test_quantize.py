@@ -30,8 +30,8 @@ from tests.conftest import TinyModel, adapted, fill, same_bits, snapshot
 from tests.model.quantizing import CONFIG, both_ways, each_format
 from tests.quantized import BITSANDBYTES, Stack, inputs, packed_linear, packed_stack, plain_stack
 
-BITS = {"nf4": 4.6, "int8": 9, "torchao-nf4": 4.6, "torchao-int8": 9}  # an entry; the scales come on top of 4 and 8
-ERROR = {"nf4": 0.12, "int8": 0.01, "torchao-nf4": 0.12, "torchao-int8": 0.01}
+BITS = {"nf4": 4.6, "int8": 9, "torchao-nf4": 4.6, "torchao-int8": 9, "fp8": 9}  # an entry; the scales come on top of 4 and 8
+ERROR = {"nf4": 0.12, "int8": 0.01, "torchao-nf4": 0.12, "torchao-int8": 0.01, "fp8": 0.03}
 
 
 @each_format
@@ -185,7 +185,7 @@ def test_what_cannot_be_packed_is_named(make: Any) -> None:
             quantize_base(model, how, **kwargs)
         assert snapshot(model) == before
 
-    refused(plain_stack(), r"quantize='nf5' is not known; there are int8, nf4, torchao-int8, torchao-nf4", how="nf5")
+    refused(plain_stack(), r"quantize='nf5' is not known; there are fp8, int8, nf4, torchao-int8, torchao-nf4", how="nf5")
     refused(adapted(plain_stack(), **CONFIG), r"'up' \(LoRALinear\) has an adapter already: quantize the base first")
     refused(make(TinyModel, tied=True), r"'lm_head' \(Linear\) shares its weight with embed.weight")
     refused(plain_stack(), "target_modules: 'sideways'", targets=["sideways"])

@@ -1,0 +1,109 @@
+"""The private names of torch's processes and parallel wrappers (DDP, FSDP) that the package uses, wrapped once.
+
+Each entry says what it is for and what breaks without it. See :mod:`lightning_lora.utils.torch_private`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Processes.
+
+
+def default_store() -> Any:
+    """Return the key-value store with which the processes started. Without it a distributed run under ``LoRACallback`` raises."""
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._get_default_store()
+
+
+def abort_process_groups() -> None:
+    """Abort every process group of this process. Without it a process that raises leaves the others waiting, and raises another error."""
+    from torch.distributed import distributed_c10d
+
+    distributed_c10d._abort_process_group()
+
+
+# Wrappers.
+
+
+def ddp_ignores(module: nn.Module, names: Iterable[str]) -> None:
+    """Make DDP ignore these parameters too, as Lightning and transformers do. Without it a quantized base raises under DDP."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    ignored = dict.fromkeys([*getattr(module, "_ddp_params_and_buffers_to_ignore", ()), *names])
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, list(ignored))
+
+
+def fsdp1_flat(unit: Any) -> Any:
+    """Return the flat parameter of an FSDP1 unit, None if it has none. FSDP1 is no longer being changed."""
+    return None if unit._handle is None else unit._handle.flat_param
+
+
+def fsdp1_parts(unit: Any) -> list[tuple[str, nn.Module]]:
+    """Return ``(parameter name, module)`` for every parameter that was flattened."""
+    flat = fsdp1_flat(unit)
+    return [] if flat is None else [(name, module) for name, module, _ in flat._param_infos]
+
+
+def fsdp1_runs(unit: Any) -> list[tuple[tuple[nn.Module, str], Tensor, tuple[int, ...], int, tuple[int, ...]]]:
+    """Return what this rank holds of every parameter that was flattened. Without it a base's fingerprint raises under FSDP1.
+
+    Each entry has the module and the parameter's name, the local values (n,), the full shape, the position of the first local value in
+    the full parameter's memory, and the full parameter's strides.
+    """
+    flat = fsdp1_flat(unit)
+    if flat is None:
+        return []
+    shards = getattr(flat, "_local_shard", flat).detach()  # before the first pass, the flat parameter itself
+    runs: dict[tuple[nn.Module, str], Any] = {}
+    for (name, module, _), shape, strides, shard in zip(
+        flat._param_infos, flat._shapes, flat._strides, flat._shard_param_infos, strict=True
+    ):
+        first = shard.offset_in_shard or 0
+        local = shards[first : first + (shard.numel_in_shard or 0)]
+        runs[module, name] = (local, tuple(shape), shard.intra_param_start_idx or 0, tuple(strides))
+    tied = {(info.module, info.param_name): (info.prim_module, info.prim_param_name) for info in flat._shared_param_infos}
+    runs |= {place: runs[first] for place, first in tied.items()}
+    return [(place, *run) for place, run in runs.items()]
+
+
+def fsdp1_flattened(parameter: nn.Parameter) -> bool:
+    """True if FSDP1 has flattened the parameter. Without it an adapter saved from inside an FSDP1 unit has a wrong fingerprint."""
+    return bool(getattr(parameter, "_fsdp_flattened", False))
+
+
+def fsdp1_originals(unit: Any) -> list[nn.Parameter]:
+    """Return the original parameters that were flattened, which ``use_orig_params=True`` keeps."""
+    flat = fsdp1_flat(unit)
+    return list(() if flat is None else flat._params or ())
+
+
+def fsdp1_copies(unit: Any) -> Any:
+    """Return the process group of the replicas of a shard under hybrid sharding, None under any other sharding."""
+    return getattr(unit, "_inter_node_pg", None)
+
+
+def fsdp2_original(cls: type[nn.Module]) -> type[nn.Module]:
+    """Return the class that a module had before FSDP2 replaced it. Without it an export names FSDP2's class."""
+    first, *rest = cls.__bases__
+    return fsdp2_original(rest[0]) if first.__name__ == "FSDPModule" else cls
+
+
+def fsdp2_group(unit: Any) -> Any:
+    """Return the parameter group of an FSDP2 unit, None if it shards nothing. Needed to take adapters out of it, and by ``experimental/``.
+
+    Raises:
+        ValueError: this version of torch keeps the group elsewhere, or the unit has several groups, over different meshes.
+    """
+    try:
+        return unit._get_fsdp_state()._fsdp_param_group
+    except (AttributeError, AssertionError) as error:
+        raise ValueError(
+            f"torch {torch.__version__} has no single parameter group in {type(unit).__name__}, or keeps it elsewhere, so adapters"
+            " cannot be taken out of FSDP2: load a checkpoint into a model that is not wrapped."
+        ) from error

@@ -1,0 +1,172 @@
+"""Models that come in FP8: transformers' FP8Linear with scales a block, torchao's float8; what else there is, is refused by name."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers.integrations.finegrained_fp8 import FP8Linear
+
+from lightning_lora import (
+    LoRAConfig,
+    LoRALinear,
+    apply_lora,
+    export_merged,
+    get_lora_parameters,
+    merge_lora,
+    save_adapter,
+    unload_lora,
+    unmerge_lora,
+)
+from lightning_lora.adapter_io.fingerprint import base_identity
+from lightning_lora.ops.frozen_weight import flatten_weights, unflatten_weights
+from lightning_lora.quantization.block_float8 import BlockFloat8Linear
+from lightning_lora.quantization.formats import format_of
+from tests import tiny_lm
+from tests.conftest import fill, same_bits
+
+BLOCKS = [(16, 16), (20, 12), None]  # of 32 x 32 weights; None: one scale for all
+
+
+def expanded(scales: Tensor, block: Any) -> Tensor:
+    """Entry by entry, as the format is defined."""
+    high, wide = block or (32, 32)
+    scales = scales.reshape(1, 1) if scales.dim() == 0 else scales
+    return torch.stack([torch.stack([scales[i // high, j // wide] for j in range(32)]) for i in range(32)])
+
+
+def fp8_linear(block: Any = (16, 16), seed: int = 0, bias: bool = False) -> tuple[FP8Linear, Tensor]:
+    """A layer of transformers', and the weight that it stands for in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    layer = FP8Linear(32, 32, block_size=block, has_bias=bias)
+    codes = (torch.randn(32, 32, generator=generator) * 100).to(torch.float8_e4m3fn)
+    layer.weight.data = codes
+    scales = torch.rand(layer.weight_scale_inv.shape, generator=generator) * 1e-3 + 1e-4
+    layer.weight_scale_inv.data = scales
+    if bias:
+        nn.init.normal_(layer.bias, generator=generator)
+    return layer, codes.double() * expanded(scales, block).double()
+
+
+def fp8_llama(block: Any = (16, 16)) -> tuple[Any, dict[str, Tensor]]:
+    """As transformers loads one: q, k and v in FP8, all else in fp32."""
+    model = tiny_lm.llama(cls=transformers.LlamaForCausalLM)
+    model.config.quantization_config = {"quant_method": "fp8", "weight_block_size": block}
+    truth = {}
+    for i, layer in enumerate(model.model.layers):
+        layer.self_attn.q_proj, truth[f"model.layers.{i}.self_attn.q_proj"] = fp8_linear(block, i)
+    return model, truth
+
+
+CONFIG = LoRAConfig(rank=4, target_modules=["q_proj", "o_proj"])
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_adapters_see_the_weight_with_its_scales(block: Any, bias: bool) -> None:
+    layer, W = fp8_linear(block, bias=bias)
+    b = layer.bias.detach().double() if bias else None
+    model = fill(apply_lora(nn.Sequential(layer), LoRAConfig(rank=4, target_modules="all-linear")))
+    assert type(layer).lora_base is BlockFloat8Linear and model[0] is layer
+    x = torch.randn(5, 32, requires_grad=True)
+    y, exact = layer(x), linear(x.double(), W + layer.lora_delta().double(), b)
+    assert (y - exact).norm() < 1e-6 * exact.norm()
+    mine, wanted = (torch.autograd.grad(z.square().sum(), x)[0] for z in (y, exact))
+    assert (mine - wanted).norm() < 1e-5 * wanted.norm()
+    assert layer.weight.grad is None and torch.equal(layer.linear(x), layer.base_forward(x))
+    (again,) = unflatten_weights(*[list(part) for part in (layer.packed_weight().tensors, [layer.packed_weight().layout])])
+    assert torch.equal(again.dense(torch.float64).float(), W.float()) and flatten_weights([again])[0] == list(again.tensors)
+
+
+@pytest.mark.parametrize("quantized", ["dequantize", "requantize"])
+def test_merges_carry_the_update_and_can_be_taken_back(quantized: Any) -> None:
+    model, truth = fp8_llama()
+    fill(apply_lora(model, CONFIG), std=0.05)
+    layer = model.model.layers[0].self_attn.q_proj
+    before = [code.clone() for code in format_of(layer).codes(layer)]  # type: ignore[union-attr]
+    exact = truth["model.layers.0.self_attn.q_proj"] + layer.lora_delta().double()
+    merge_lora(model, quantized=quantized)
+    lost = (layer.base_weight().double() - exact).norm() / exact.norm()
+    assert lost < (1e-6 if quantized == "dequantize" else 0.04)
+    assert type(layer) is LoRALinear if quantized == "dequantize" else format_of(layer) is not None
+    unmerge_lora(model)
+    assert all(same_bits(a, b) for a, b in zip(before, format_of(layer).codes(layer), strict=True))  # type: ignore[union-attr]
+
+
+def test_an_export_is_a_plain_model(tmp_path: Path) -> None:
+    model, truth = fp8_llama()
+    identity = base_identity(copy.deepcopy(model))
+    export_merged(model, tmp_path / "never adapted")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(load_file(tmp_path / "never adapted" / "model.safetensors")[name].double(), truth[name[:-7]].bfloat16().double())
+    fill(apply_lora(model, CONFIG), std=0.05)
+    assert base_identity(model) == identity
+    save_adapter(model, tmp_path / "adapter")
+    exact = truth[name[:-7]] + model.model.layers[0].self_attn.q_proj.lora_delta().double()
+    ids = torch.tensor([[2, 5, 9, 3]])
+    wanted = model.eval()(input_ids=ids).logits
+    for folder in ("unmerged", "merged"):
+        export_merged(model, tmp_path / folder)
+        loaded, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder, output_loading_info=True)
+        assert not info["unexpected_keys"] and not info["missing_keys"] and not hasattr(loaded.config, "quantization_config")
+        assert (loaded.state_dict()[name].double() - exact).norm() < 1e-6 * exact.norm()
+        torch.testing.assert_close(loaded(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-4)
+        merge_lora(model, quantized="dequantize")
+
+
+def test_state_dicts_keep_names_and_dtypes() -> None:
+    """Also in a model that was prepared and is unloaded again: its own save_pretrained writes what it was loaded from."""
+    model, _ = fp8_llama()
+    before = {name: (t.dtype, t.clone()) for name, t in model.state_dict().items()}
+    unload_lora(apply_lora(model, CONFIG))
+    after = model.state_dict()
+    assert {name: t.dtype for name, t in after.items()} == {name: dtype for name, (dtype, _) in before.items()}
+    assert all(same_bits(t, before[name][1]) for name, t in after.items())
+    x = torch.tensor([[2, 5, 9, 3]])
+    y = model(input_ids=x).logits
+    other, _ = fp8_llama()
+    unload_lora(apply_lora(other, CONFIG))
+    other.model.layers[0].self_attn.q_proj.weight.zero_()
+    other.load_state_dict(after)
+    assert torch.equal(other(input_ids=x).logits, y)
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    assert (half(input_ids=x).logits - y).norm() < 0.05 * y.norm()  # scales and codes are not rounded
+
+
+def test_what_is_not_known_is_refused_by_name() -> None:
+    layer, _ = fp8_linear()
+    layer.weight = nn.Parameter(torch.zeros(32, 16, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"'0': its weight is packed as FP4, a format that is not known here"):
+        apply_lora(nn.Sequential(layer), LoRAConfig(rank=4, target_modules="all-linear"))
+    compressed = nn.Linear(32, 32)  # as compressed-tensors leaves one that is not decompressed
+    compressed.weight = nn.Parameter(torch.zeros(32, 32).to(torch.float8_e4m3fn), requires_grad=False)
+    compressed.weight_scale = nn.Parameter(torch.ones(32, 1), requires_grad=False)
+    with pytest.raises(
+        ValueError, match=r"'0' .* stores its weight as torch.float8_e4m3fn, which is neither plain .*: dequantize the base"
+    ):
+        apply_lora(nn.Sequential(compressed), LoRAConfig(rank=4, target_modules="all-linear"))
+
+
+def test_torchaos_float8() -> None:
+    from torchao.quantization import Float8WeightOnlyConfig, quantize_
+
+    model = nn.Sequential(nn.Linear(64, 48, bias=False)).to(torch.bfloat16)
+    quantize_(model, Float8WeightOnlyConfig())
+    W = model[0].weight.dequantize().double()
+    fill(apply_lora(model, LoRAConfig(rank=4, target_modules="all-linear")))
+    x = torch.randn(5, 64).bfloat16()
+    exact = linear(x.double(), W + model[0].lora_delta().double())
+    assert (model(x) - exact).norm() < 1e-2 * exact.norm() and all(p.requires_grad for p in get_lora_parameters(model))
+    with pytest.raises(ValueError, match="is not packed again here: pass quantized='dequantize'"):
+        merge_lora(model, quantized="requantize")
+    merge_lora(model, quantized="dequantize")
+    assert type(model[0]) is LoRALinear and (model(x) - exact).norm() < 1e-2 * exact.norm()
+    unmerge_lora(model)
+    assert torch.equal(model[0].weight.dequantize().double(), W)
