@@ -197,7 +197,7 @@ class HFTask(LightningModule, ABC):
 
     def _fuses(self, trained: list[nn.Parameter]) -> bool:
         """Return whether the optimizer steps in one kernel. Lightning refuses to clip gradients for such an optimizer under AMP."""
-        clips = isinstance(self.trainer.precision_plugin, twins(MixedPrecision)) and self.trainer.gradient_clip_val  # type: ignore[attr-defined]
+        clips = isinstance(self.trainer.precision_plugin, twins(MixedPrecision)) and self.trainer.gradient_clip_val
         return not clips and all(p.is_cuda for p in trained)
 
     def _schedule(self) -> Callable[[int], float]:
