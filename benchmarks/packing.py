@@ -40,6 +40,7 @@ from torch import Tensor
 from lightning_lora import chunked_cross_entropy, compile_layers, cuda_graph_step, get_lora_parameters
 from lightning_lora.data.batching import Example, LengthGroupedSampler, collate_answers
 from lightning_lora.data.packing import PackedRows
+from lightning_lora.ops.cross_entropy import POSITIONS
 from lightning_lora.tasks.packed_attention import NAME, packed_rows, register
 from lightning_lora.tasks.padding import end_to_end
 
@@ -125,7 +126,7 @@ def flat(examples: Sequence[Example]) -> dict[str, Any]:
 
 
 def loss_of(mode: Mode, model: Any, batch: dict[str, Any]) -> Tensor:
-    inputs = {name: value for name, value in batch.items() if name not in ("labels", "useful")}
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "useful", POSITIONS)}
     with packed_rows() if "position_ids" in batch else nullcontext():
         if mode.model == "peft":
             with torch.autocast(DEVICE, torch.bfloat16) if GPU else nullcontext():
@@ -214,7 +215,7 @@ def row(name: str, milliseconds: list[float], speeds: list[float], peak: float, 
     print(f"| {name} | {statistics.median(milliseconds):.1f} | {speed:.0f} | {' | '.join(ratios)} | {peak:.1f} | {loss:.4f} |", flush=True)
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
@@ -229,8 +230,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--groups", nargs="*", default=["fixed", "ragged"], choices=["fixed", "ragged", "graphs", "flex"])
     parser.add_argument("--only", nargs="*", default=[], help="these modes alone")
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
 
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    options = options_of(argv)
     torch.set_num_threads(options.threads)
     register()
     REFERENCE.clear()

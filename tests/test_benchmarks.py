@@ -237,3 +237,17 @@ def test_packing_computes_the_same_in_every_way(capsys: pytest.CaptureFixture[st
     assert losses.keys() == speeds.keys() and losses["grouped"] == pytest.approx(losses["flat"], abs=2e-3)
     packed = [loss for name, loss in losses.items() if name.startswith(("packed", "peft"))]
     assert len(packed) == 4 and packed == pytest.approx([packed[0]] * 4, abs=2e-3)  # after a step or two with adapters of their own
+
+
+@pytest.mark.filterwarnings("ignore:Attribute 'model' is an instance of", "ignore:The '.*_dataloader' does not have many workers")
+def test_fit_is_measured_beside_the_bare_loop(capsys: pytest.CaptureFixture[str]) -> None:
+    main = runpy.run_path(str(BENCHMARKS / "fit.py"))["main"]
+    ways = ["bare", "no workers", "bare again"]
+    options = ["--shape", "tiny", "--seq", "16", "--batch", "2", "--steps", "3", "--warmup", "1", "--calls", "5"]
+    results = main([*options, "--ways", *ways])["eager"]
+    assert list(results) == ways and all(0 < result.median < 60_000 for result in results.values())
+    # The same adapters, rows and steps: only rounding differs.
+    assert [result.loss for result in results.values()] == pytest.approx([results["bare"].loss] * 3, rel=1e-3)
+    printed = capsys.readouterr().out
+    assert all(f"| {name} | {result.median:.2f} |" in printed for name, result in results.items())
+    assert printed.count("calls a step") == 3

@@ -4,8 +4,8 @@ On SIGTERM Lightning raises ``SIGTERMException`` after the batch. That is a ``Sy
 it had finished, and what was trained since the last checkpoint is lost. On Ctrl-C it stops within a step, where no state can be saved.
 
 Here Ctrl-C counts as SIGTERM, and a second one stops at once, as in Lightning. On several processes Lightning's handler waits for the
-others, whatever they do. It is replaced: all processes stop after the same batch, soon after one of them gets the signal. A handler that
-the user has set for SIGTERM is still called.
+others, whatever they do, and before each batch all wait for their GPUs to compare flags. Both are replaced: all processes stop after
+the same batch, soon after one of them gets the signal. A handler that the user has set for SIGTERM is still called.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from contextlib import ExitStack
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -23,7 +24,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_lora.callbacks.companion import Companion
 from lightning_lora.strategies.agreed_stop import AgreedStop
-from lightning_lora.strategies.lightning_private import handler_before
+from lightning_lora.strategies.lightning_private import handler_before, skip_sigterm_broadcast
 from lightning_lora.strategies.namespaces import twin, twins
 from lightning_lora.utils.sharding import is_distributed
 
@@ -43,10 +44,13 @@ class Interruption(Companion):
         self.signal: signal.Signals | None = None  # what told this process to stop
         self._stop: AgreedStop | None = None  # of a run on several processes
         self._users: Any = None  # the user's own handler of SIGTERM
+        self._undo = ExitStack()  # gives Lightning's loop its own method back
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the handlers. Lightning restores the earlier handlers after the run."""
         self.signal, self._stop = None, AgreedStop(trainer.strategy.root_device) if is_distributed() else None
+        if self._stop is not None:
+            self._undo.callback(skip_sigterm_broadcast(trainer))
         lightnings = signal.getsignal(signal.SIGTERM)
         if threading.current_thread() is not threading.main_thread() or not callable(lightnings):
             return
@@ -67,6 +71,7 @@ class Interruption(Companion):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save a checkpoint, and give the exception its exit code."""
+        self._undo.close()
         if not isinstance(exception, twins(SIGTERMException)):
             return
         exception.code = 128 + (self.signal or signal.SIGTERM)
@@ -82,6 +87,7 @@ class Interruption(Companion):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish the exchange between the processes. A run that is told to stop within its last batches ends normally."""
+        self._undo.close()
         if self._stop is not None:
             self._stop.close()
 

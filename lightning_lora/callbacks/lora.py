@@ -78,6 +78,7 @@ class LoRACallback(Callback):
         lora_plus_ratio: λ of LoRA+ (arXiv:2402.12354): B's learning rate divided by A's, under any scheduler. The paper suggests 16.
         start_from: an adapter folder or a checkpoint, whose adapter is trained further with a new optimizer at step 0. (To resume a run,
             pass ``fit(ckpt_path=...)``.) Its config counts: leave out what it says, or say the same.
+        tune_loop: let the progress bar read its values twice a second, not in every step (:mod:`lightning_lora.callbacks.shown_values`).
 
     Attributes:
         report: what the config matched; set by ``setup``. ``print`` it.
@@ -100,6 +101,7 @@ class LoRACallback(Callback):
         merge_max_lost: float | None = None,
         start_from: str | Path | None = None,
         offload: Literal["activations"] | None = None,
+        tune_loop: bool = True,
     ) -> None:
         check_options(compile, cuda_graphs, offload, quantize, merge_quantized, merge_max_lost, lora_plus_ratio)
         see_mixed_imports()
@@ -109,7 +111,7 @@ class LoRACallback(Callback):
         self._start = None if self.start_from is None else Start(self.start_from)
         self.quantize, self.merge_quantized = quantize, merge_quantized
         self.merge_on_fit_end = quantize is None or merge_quantized is not None if merge_on_fit_end is None else merge_on_fit_end
-        self.lora_plus_ratio, self.merge_max_lost = lora_plus_ratio, merge_max_lost
+        self.lora_plus_ratio, self.merge_max_lost, self.tune_loop = lora_plus_ratio, merge_max_lost, tune_loop
         self.check_base, self.check_gradients, self.allow_nonfinite = check_base, check_gradients, allow_nonfinite
         self._finite: FiniteCheck | None = None
         self.compile, self.cuda_graphs, self.offload = compile, cuda_graphs, offload
@@ -129,7 +131,7 @@ class LoRACallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Inject, freeze and report. A model that is built in its ``setup`` or ``configure_model`` is adapted right after that."""
-        mine = [c for c in add_companions(trainer, temporary=True) if isinstance(c, LoRACallback)]
+        mine = [c for c in add_companions(trainer, temporary=True, tune_loop=self.tune_loop) if isinstance(c, LoRACallback)]
         self._roll_call = begin_together(self.config, vars(self), mine[0] is self, trainer)
         check_supported(trainer)
         check_apart(self.module, [c.module for c in mine if c is not self])

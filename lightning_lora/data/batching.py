@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from lightning_lora.ops.cross_entropy import IGNORE
+from lightning_lora.ops.cross_entropy import IGNORE, POSITIONS, answer_positions
 
 WINDOW = 32  # batches sorted together: enough for similar lengths within a batch, few enough to keep the order random
 
@@ -55,6 +55,8 @@ class Example:
 def collate_answers(examples: Sequence[Example], pad: int, multiple: int = 1, choices: bool = False) -> dict[str, Tensor]:
     """Return a right-padded batch: ``input_ids``, ``attention_mask``, ``labels`` (B, T), and ``rivals`` (M, 3) if a row has choices.
 
+    ``answer_positions`` (N,) are those of the batch's answer tokens, see :func:`~lightning_lora.ops.cross_entropy.answer_positions`.
+
     T is the longest row's length, rounded up to a multiple of ``multiple``. A row of ``rivals`` is (row of the batch, index among the
     batch's answer tokens counted row by row, rival token). With ``choices`` they are there in any case, because some row of the split has
     choices: every process has to log the same metrics.
@@ -65,6 +67,7 @@ def collate_answers(examples: Sequence[Example], pad: int, multiple: int = 1, ch
         "attention_mask": torch.tensor([[1] * len(e) + [0] * (length - len(e)) for e in examples]),
         "labels": torch.tensor([e.labels + [IGNORE] * (length - len(e)) for e in examples]),
     }
+    batch[POSITIONS] = answer_positions(batch["labels"])
     rivals, start = [], 0
     for row, example in enumerate(examples):
         rivals += [(row, start + index, token) for index, token in example.rivals]

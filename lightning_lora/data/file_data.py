@@ -253,11 +253,15 @@ class FileDataModule(FromTask, ABC):
 
     def loader(self, split: str) -> DataLoader:
         """Return the loader of a split."""
-        options: dict[str, Any] = {"num_workers": self.num_workers, **self.batching(split)}
+        options: dict[str, Any] = {"num_workers": self.num_workers, "pin_memory": self._pins(), **self.batching(split)}
         if self.num_workers:
             options["multiprocessing_context"] = "fork"  # `collate` is a method of this module, which cannot be pickled
         rows = options.pop("dataset", self.examples[split])
         return ResumableLoader(rows, self.position, **options) if split == "train" else DataLoader(rows, **options)
+
+    def _pins(self) -> bool:
+        """Return whether batches go to a GPU. From pinned memory they are copied while the process launches what comes next."""
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     def _limit(self) -> float:
         """Return how many training batches an epoch has at most."""

@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import Dataset
 
 from lightning_lora.data.batching import Example
-from lightning_lora.ops.cross_entropy import IGNORE
+from lightning_lora.ops.cross_entropy import IGNORE, POSITIONS, answer_positions
 
 _SHAPED = ("input_ids", "labels", "position_ids")
 CROWD = 4  # a row is closed at this many times the mean number of examples: a batch has bounds for its fullest rows, which kernels look at
@@ -106,7 +106,8 @@ class PackedRows(Dataset[list[Example]]):
 
         Returns:
             ``input_ids``, ``labels``, ``position_ids`` (B, T); ``cu_seq_lens_q`` and ``cu_seq_lens_k`` (N + 1,), the same bounds of the
-            documents, the last one repeated; ``max_length_q`` and ``max_length_k``, the longest document of any batch.
+            documents, the last one repeated; ``max_length_q`` and ``max_length_k``, the longest document of any batch; and the
+            ``answer_positions`` (M,) of :func:`~lightning_lora.ops.cross_entropy.answer_positions`.
         """
         filled = [*packs, *([[]] * (self.rows - len(packs)))]
         padding = [self._padding(sum(map(len, pack))) for pack in filled]
@@ -132,8 +133,10 @@ def _batch(
     bounds[1 : len(lengths) + 1] = torch.tensor(lengths).cumsum(0)
     bounds[len(lengths) + 1 :] = len(packs) * length
     places = torch.cat([torch.arange(count) for count in lengths])
+    shaped = {name: torch.as_tensor(values).view(len(packs), length) for name, values in zip(_SHAPED, (ids, labels, places), strict=True)}
     return {
-        **{name: torch.as_tensor(values).view(len(packs), length) for name, values in zip(_SHAPED, (ids, labels, places), strict=True)},
+        **shaped,
+        POSITIONS: answer_positions(shaped["labels"]),
         **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), bounds),
         **dict.fromkeys(("max_length_q", "max_length_k"), longest),
     }

@@ -22,6 +22,7 @@ from lightning_lora.utils.sharding import is_sharded
 from lightning_lora.utils.torch_private import may_vary
 
 IGNORE = -100  # as in torch's cross entropy
+POSITIONS = "answer_positions"  # the key in a batch of what `answer_positions` returns
 
 
 def chunked_cross_entropy(
@@ -68,6 +69,13 @@ def chunked_cross_entropy(
     with torch.autocast(kind, enabled=False):
         losses = _ChunkedCrossEntropy.apply(hidden, weight, bias, labels, chunk, compiled, wants_grad and hidden.requires_grad)
         return losses if reduction == "none" else losses.sum() / (labels != IGNORE).sum()
+
+
+def answer_positions(labels: Tensor) -> Tensor:
+    """Return where labels (B, T) have a loss, as positions in the flattened batch (N,). A row's first token is predicted by nothing."""
+    answers = labels != IGNORE
+    answers[:, 0] = False
+    return answers.flatten().nonzero()[:, 0]
 
 
 def unchunkable(head: Any) -> str | None:

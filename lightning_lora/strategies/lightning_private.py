@@ -57,6 +57,22 @@ def handler_before(trainer: Any, number: int) -> Any:
     return trainer._signal_connector._original_handlers.get(number)
 
 
+def skip_sigterm_broadcast(trainer: Any) -> Callable[[], None]:
+    """Let this run's processes not agree on Lightning's flag of a SIGTERM before each batch. Return a function that undoes this.
+
+    They wait for their GPUs to do it. If its name goes, they do so again.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    if not hasattr(loop, "_broadcast_sigterm_tensor"):
+        return _nothing
+    loop._broadcast_sigterm_tensor = _nothing
+    return functools.partial(delattr, loop, "_broadcast_sigterm_tensor")
+
+
+def _nothing() -> None:
+    pass
+
+
 def resumed_from(trainer: Any) -> Any:
     """Return the checkpoint that the user resumes, None if there is none.
 
@@ -110,3 +126,27 @@ def progress_of(loop: Any) -> dict[str, dict[str, Any]]:
     mine = {name: value.state_dict() for name, value in vars(loop).items() if isinstance(value, twins(_BaseProgress))}
     inner = {name: value for name, value in vars(loop).items() if isinstance(value, twins(_Loop))}
     return mine | {f"{name}.{key}": value for name, each in inner.items() for key, value in progress_of(each).items()}
+
+
+def defer_bar_values(trainer: Any, deferred: Callable[[], bool]) -> Callable[[], None]:
+    """Let Lightning not read the progress bar's values after a batch where ``deferred()``. Return a function that undoes this.
+
+    Lightning turns them into numbers after each batch, without a bar too. Whoever asks for them, such as the bar, still gets the last ones.
+    If its names go, a fit with ``tune_loop`` raises.
+    """
+    connector = trainer._logger_connector
+    read = connector.on_batch_end
+
+    @functools.wraps(read)
+    def on_batch_end() -> None:
+        shown = [result.meta for result in trainer._results.values() if result.meta.prog_bar] if deferred() else []
+        for meta in shown:
+            meta.prog_bar = False
+        try:
+            read()
+        finally:
+            for meta in shown:
+                meta.prog_bar = True
+
+    connector.on_batch_end = on_batch_end
+    return functools.partial(delattr, connector, "on_batch_end")

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat
 from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -22,6 +23,7 @@ from torchmetrics import MeanMetric, Metric
 from typing_extensions import override
 
 from lightning_lora.optim import GaLoreConfig, galore_optimizer, galore_param_groups
+from lightning_lora.strategies.namespaces import twins
 from lightning_lora.tasks.flops import FlopsPerPosition
 from lightning_lora.tasks.hf import DType, enable_checkpointing, load_model, load_tokenizer
 from lightning_lora.tasks.rates import learning_rate_of
@@ -198,11 +200,17 @@ class HFTask(LightningModule, ABC):
         rates = {"lr": learning_rate_of(self), "weight_decay": self.hparams["weight_decay"]}
         optimizer: Optimizer
         if self.galore is None:
-            optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], **rates)
+            trained = [p for p in self.parameters() if p.requires_grad]
+            optimizer = torch.optim.AdamW(trained, **rates, fused=self._fuses(trained) or None)
         else:
             optimizer = galore_optimizer(galore_param_groups(self, **rates, config=self.galore))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._schedule())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _fuses(self, trained: list[nn.Parameter]) -> bool:
+        """Return whether the optimizer steps in one kernel. Lightning refuses to clip gradients for such an optimizer under AMP."""
+        clips = isinstance(self.trainer.precision_plugin, twins(MixedPrecision)) and self.trainer.gradient_clip_val
+        return not clips and all(p.is_cuda for p in trained)
 
     def _schedule(self) -> Callable[[int], float]:
         """Return the learning rate's factor as a function of the optimizer step."""

@@ -6,6 +6,8 @@ answer token: a model whose forward takes a mask as ``logits_to_keep`` gets one;
 
 In training, the logits of a frozen output layer never exist all at once (:mod:`lightning_lora.ops.cross_entropy`). They do if the output
 layer trains, is adapted or sharded, or if the model changes its logits afterwards; the log then says why.
+
+The batch says where the answers are. To find that on a GPU, the process would wait in every step until the GPU has computed all before.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 from typing_extensions import override
 
-from lightning_lora.ops.cross_entropy import IGNORE, bypassed, chunked_cross_entropy, unchunkable, wide
+from lightning_lora.ops.cross_entropy import IGNORE, POSITIONS, answer_positions, bypassed, chunked_cross_entropy, unchunkable, wide
 from lightning_lora.tasks.base import HFTask, Perplexity
 from lightning_lora.tasks.hf import generate_text
 from lightning_lora.tasks.packed_attention import packed_rows, use_attention
@@ -72,27 +74,35 @@ class CausalLMTask(HFTask):
     @override
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the logits at the N positions that predict an answer token (N, V), and those tokens (N,), row by row."""
-        logits, predicts, answers = self._outputs(batch)
-        return logits if self.keeps_logits else logits[predicts], answers
+        if not self.keeps_logits:
+            logits, before, positions = self._outputs(batch, everywhere=True)
+            return _rows(logits, before), _rows(batch["labels"], positions)
+        answers = batch["labels"][:, 1:] != IGNORE  # (B, T - 1); position t predicts token t + 1
+        logits, _, positions = self._outputs(batch, keep=F.pad(answers, (0, 1), value=False))
+        return logits, _rows(batch["labels"], positions)
 
-    def _outputs(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the model's logits, a mask of the positions that predict an answer token (B, T), and those tokens (N,)."""
-        labels = batch["labels"][:, 1:]  # position t predicts token t + 1
-        answers = labels != IGNORE  # (B, T - 1)
-        predicts = F.pad(answers, (0, 1), value=False)  # (B, T)
-        ids, rows = batch["input_ids"], batch.get(ROWS) if self._apart else None
+    def _outputs(self, batch: dict[str, Any], everywhere: bool = False, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the model's logits, and where the N answer tokens are predicted and where they stand: flat positions (N,).
+
+        The first positions are those in what the model computes, the second those in the batch.
+
+        Args:
+            batch: A batch.
+            everywhere: Whether the output layer computes every position, for the count of FLOPs. If not, it computes N.
+            keep: A mask (B, T) of the positions whose logits the model is to return; by default all.
+        """
+        positions, ids, rows = positions_of(batch), batch["input_ids"], batch.get(ROWS) if self._apart else None
+        before = positions - 1
         if rows is not None:
-            ids, predicts = (values.flatten()[rows["index"]][None] for values in (ids, predicts))
-        inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
-        if self.keeps_logits:
-            inputs["logits_to_keep"] = predicts
-        tokens, head = labels[answers], self.model.get_output_embeddings()
-        positions, predicted = ids.numel(), len(tokens) if self.keeps_logits else ids.numel()
-        self.count_flops((part, predicted if part is head else positions) for part in self.model.children())
+            ids, keep = (values if values is None else values.flatten()[rows["index"]][None] for values in (ids, keep))
+            before = torch.searchsorted(rows["index"], before)
+        predicted, head = ids.numel() if everywhere else len(positions), self.model.get_output_embeddings()
+        self.count_flops((part, predicted if part is head else ids.numel()) for part in self.model.children())
+        inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False} | ({} if keep is None else {"logits_to_keep": keep})
         if rows is None and "position_ids" not in batch:
-            return self.model(**inputs, attention_mask=batch["attention_mask"]).logits, predicts, tokens
+            return self.model(**inputs, attention_mask=batch["attention_mask"]).logits, before, positions
         with packed_rows():
-            return self.model(**inputs, **packed_inputs(self.model, batch if rows is None else rows)).logits, predicts, tokens
+            return self.model(**inputs, **packed_inputs(self.model, batch if rows is None else rows)).logits, before, positions
 
     # Rows that do not see one another.
 
@@ -145,9 +155,9 @@ class CausalLMTask(HFTask):
         reason = self._needs_logits or unchunkable(head)
         if reason is None:
             with bypassed(head) as inputs:
-                hidden, predicts, answers = self._outputs(batch)
+                hidden, before, positions = self._outputs(batch)
             if len(inputs) == 1 and hidden is inputs[0]:
-                hidden = hidden if self.keeps_logits else hidden[predicts]
+                hidden, answers = _rows(hidden, before), _rows(batch["labels"], positions)
                 compiled = hidden.is_cuda and any(compiled_call(module) is not None for module in self.model.modules())
                 return chunked_cross_entropy(hidden, head.weight, answers, head.bias, compiled=compiled, reduction=reduction)
             reason = self._needs_logits = f"{type(self.model).__name__} does something to its logits"
@@ -177,6 +187,16 @@ class CausalLMTask(HFTask):
         """Return the prompts and the model's greedy answers."""
         texts = generate_text(self.model, self.tokenizer, batch["input_ids"], batch["attention_mask"], self.hparams["max_new_tokens"])
         return [{"prompt": prompt, "response": text} for prompt, text in zip(batch["prompts"], texts, strict=True)]
+
+
+def positions_of(batch: dict[str, Any]) -> Tensor:
+    """Return where the labels (B, T) have a loss: positions in the flattened batch (N,)."""
+    return batch[POSITIONS] if POSITIONS in batch else answer_positions(batch["labels"])
+
+
+def _rows(values: Tensor, positions: Tensor) -> Tensor:
+    """Return the rows (N, ...) of values (B, T, ...) at flat positions. A mask would make the process wait for its count."""
+    return values.flatten(0, 1).index_select(0, positions)
 
 
 def chosen_right(logits: Tensor, answers: Tensor, rivals: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from lightning_lora.model.disable import disabled_lora
 from lightning_lora.model.merge import unmerge_lora
 from lightning_lora.model.modes import evaluating
 from lightning_lora.ops.cross_entropy import IGNORE
-from lightning_lora.tasks.causal_lm import CausalLMTask
+from lightning_lora.tasks.causal_lm import CausalLMTask, positions_of
 
 
 @dataclass(frozen=True)
@@ -182,10 +182,10 @@ class DPOTask(CausalLMTask):
 
     def _log_probs(self, batch: dict[str, Tensor], per_token: bool) -> Tensor:
         """Return the log-probability of each row's answer (2B,)."""
-        answers = batch["labels"][:, 1:] != IGNORE
         tokens = -self.answer_loss(batch, reduction="none")  # (N,), row by row
-        rows = torch.zeros(len(answers), dtype=tokens.dtype, device=tokens.device).index_add(0, answers.nonzero()[:, 0], tokens)
-        return rows / answers.sum(dim=1) if per_token else rows
+        labels = batch["labels"]
+        rows = tokens.new_zeros(len(labels)).index_add(0, positions_of(batch) // labels.shape[1], tokens)
+        return rows / (labels[:, 1:] != IGNORE).sum(dim=1) if per_token else rows
 
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

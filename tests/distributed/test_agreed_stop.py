@@ -58,3 +58,32 @@ def test_a_terminated_run_leaves_one_checkpoint(pool: Any, tmp_path: Path, name:
     assert pool.run(run_terminated, name, str(tmp_path)) == [(143, 0), (143, 1)]
     (file,) = tmp_path.rglob(NAME)
     assert torch.load(file, weights_only=True)["global_step"] == 1 + LAG
+
+
+def broadcasts_in_steps(folder: str) -> int:
+    """How many broadcasts a rank makes from its second batch to its last."""
+    calls: list[int] = []
+    broadcast = dist.broadcast
+
+    class Count(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 1:
+                calls.clear()
+
+        def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            found.append(len(calls))
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(0)
+        return broadcast(*args, **kwargs)
+
+    found: list[int] = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(dist, "broadcast", counted)
+        run("ddp", folder, 4, more=(Count(),))
+    return found[0]
+
+
+def test_lightnings_own_comparison_before_each_batch_is_left_out(pool: Any, tmp_path: Path) -> None:
+    """It reads a broadcast flag, for which a process waits until its GPU has done all before."""
+    assert pool.run(broadcasts_in_steps, str(tmp_path)) == [0, 0]
