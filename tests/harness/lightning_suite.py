@@ -1,4 +1,4 @@
-"""Run Lightning's own tests without and with a ``LoRACallback`` in every Trainer, and sort what fails only with it.
+"""Run Lightning's own tests with a ``LoRACallback`` in every Trainer, and what fails without it. Sort what fails only with it.
 
 Packages of Lightning hold no tests. So this needs the folder ``tests`` of a checkout of its repository, at the tag of the installed
 version: ``python -m tests.harness.lightning_suite --tests CHECKOUT/tests tests_pytorch/trainer tests_pytorch/models``. Without folders it
@@ -37,11 +37,10 @@ BY_DESIGN = {
 REFUSED = "refused by name"
 
 
-def run(tests: Path, folders: list[str], injected: bool, report: Path) -> dict[str, str]:
-    """Run the tests, and leave pytest's report in the file ``report``. Return :func:`results` of it."""
-    plugin = ["-p", "tests.harness.injected"] if injected else []
+def run(tests: Path, folders: list[str], report: Path, *options: str) -> dict[str, str]:
+    """Run the tests with more of pytest's options, and leave its report in the file ``report``. Return :func:`results` of it."""
     path = os.pathsep.join(filter(None, [str(tests), str(ROOT), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=300", f"--junitxml={report}", *plugin, *folders]
+    command = [sys.executable, "-m", "pytest", "-q", "--timeout=300", f"--junitxml={report}", *options, *folders]
     report.unlink(missing_ok=True)
     subprocess.run(command, cwd=tests, env={**os.environ, "PYTHONPATH": path}, check=False)
     if not report.is_file():
@@ -91,18 +90,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--reports", type=Path, help="a folder for pytest's two reports, plain.xml and injected.xml")
     parser.add_argument("folders", nargs="*", default=["tests_pytorch"], help="folders or files in it (%(default)s)")
     options = parser.parse_args(argv)
+    tests = options.tests.resolve()
     with tempfile.TemporaryDirectory() as folder:
-        reports = (options.reports or Path(folder)).resolve()
+        reports, cache = (options.reports or Path(folder)).resolve(), f"cache_dir={folder}/cache"
         reports.mkdir(parents=True, exist_ok=True)
-        plain = run(options.tests.resolve(), options.folders, False, reports / "plain.xml")
-        injected = run(options.tests.resolve(), options.folders, True, reports / "injected.xml")
-    only = {name: reason(text) for name, text in injected.items() if text and not plain.get(name)}
+        injected = run(tests, options.folders, reports / "injected.xml", "-o", cache, "-p", "tests.harness.injected")
+        failed = {name: text for name, text in injected.items() if text}
+        plain = run(tests, options.folders, reports / "plain.xml", "-o", cache, "--last-failed") if failed else {}
+    only = {name: reason(text) for name, text in failed.items() if not plain.get(name)}
     for name, why in sorted(only.items(), key=lambda each: (each[1] is not None, each)):
         print(f"{'OURS' if why is None else 'expected'}  {name}{'' if why is None else f': {why}'}")
     for why, count in Counter(why or "ours" for why in only.values()).most_common():
         print(f"{count:4}  {why}")
-    fail, ours = sum(map(bool, plain.values())), sum(why is None for why in only.values())
-    print(f"{len(plain)} tests, {fail} fail without the callback, {len(only)} only with it, {ours} of them are ours")
+    ours = sum(why is None for why in only.values())
+    print(f"{len(injected)} tests, {len(failed)} fail with the callback, {len(only)} only with it, {ours} of them are ours")
     return int(None in only.values())
 
 

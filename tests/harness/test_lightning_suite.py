@@ -42,7 +42,7 @@ def test_failures_are_sorted(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert lightning_suite.main(["--tests", str(tmp_path), "test_some.py"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["OURS  test_some.test_ours", "expected  test_some.test_base: asserts that base weights train"]
-    assert lines[-1] == "4 tests, 1 fail without the callback, 2 only with it, 1 of them are ours"
+    assert lines[-1] == "4 tests, 3 fail with the callback, 2 only with it, 1 of them are ours"
 
 
 REFUSAL = """
