@@ -73,6 +73,7 @@ tests_pytorch/test_some.py:3: AttributeError
 NO_MATCH = """
 >       with pytest.raises(ValueError, match="other"):
 E       AssertionError: Regex pattern did not match.
+E         Actual message: {message}
 
 tests_pytorch/test_some.py:3: AssertionError
 """
@@ -96,6 +97,8 @@ FOLLOWS = "\nDuring handling of the above exception, another exception occurred:
         (ASSERTION, "asserts that base weights train"),
         (OTHER, None),  # the test's own line does not count
         (REFUSAL + FOLLOWS + NO_MATCH, "refused by name"),
+        (NO_MATCH.format(message="'callbacks: X copies the whole model: after LoRACallback in the list'"), "refused by name"),
+        (NO_MATCH.format(message="'invalid literal'"), None),
         (REFUSAL + FOLLOWS + FAULT, None),
         (SPAWNED, "refused by name"),
         (SPAWNED.replace("raise ValueError(", "self.device"), None),
