@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import nn
 
 from lightning_lora.layers.base import lora_layers
 from lightning_lora.utils.names import clean_name
-from lightning_lora.utils.patterns import grouped, selecting
+from lightning_lora.utils.patterns import grouped
 
 BATCHES = 100  # with a backward pass; a layer that got no gradient in any of them is reported
 
@@ -62,5 +64,14 @@ class GradientCheck:
             named = ", ".join(f"{shown} ({len(names)} layers)" if len(names) > 1 else names[0] for shown, names in kinds.items())
             raise RuntimeError(
                 f"{len(waiting)} of {len(self.layers)} adapted layers got no gradient in {self._batches} batches: {named}. {CURE} To leave"
-                f" them out: exclude_modules={selecting(waiting, self.layers)!r}."
+                f" them out: exclude_modules={self._patterns(kinds)!r}."
             )
+
+    def _patterns(self, kinds: dict[str, list[str]]) -> list[str]:
+        """Return entries for ``exclude_modules``: one regex per group of which no layer is used, else the full names."""
+        everyone = grouped(self.layers)
+        found = []
+        for shown, names in kinds.items():
+            whole = len(names) > 1 and everyone[shown] == names
+            found += [re.escape(shown).replace(r"\*", r"\d+")] if whole else names
+        return found

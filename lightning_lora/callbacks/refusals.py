@@ -23,7 +23,6 @@ from lightning_lora.strategies.adapted_part import AdaptedPart
 from lightning_lora.strategies.namespaces import twins
 from lightning_lora.strategies.savable import check_savable
 from lightning_lora.utils.names import clean_name
-from lightning_lora.utils.patterns import selecting
 
 
 def check_options(
@@ -147,12 +146,9 @@ def check_optimizers(optimizers: Sequence[Optimizer], module: nn.Module, target:
     trained = {id(p) for p in target.parameters() if p.requires_grad}
     forgotten = [name for name, p in module.named_parameters() if id(p) in trained - held]
     if forgotten:
-        layers = {clean_name(name): layer for name, layer in lora_layers(target)}
-        outside = [name for name, layer in layers.items() if {id(p) for p in layer.lora_parameters().values()} & (trained - held)]
-        leave = f" To leave layers out: exclude_modules={selecting(outside, list(layers))!r}." if outside else ""
         raise ValueError(
             f"{len(forgotten)} parameters that should train are in no optimizer: {', '.join(forgotten[:4])}. Build the optimizer in"
-            f" configure_optimizers, from self.parameters() or get_lora_parameters(self), not in __init__.{leave}"
+            " configure_optimizers, from self.parameters() or get_lora_parameters(self), not in __init__."
         )
     for index, optimizer in enumerate(optimizers):
         if not any(group["params"] for group in optimizer.param_groups):

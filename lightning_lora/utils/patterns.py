@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 _METACHARACTERS = set("^$*+?{}[]\\|()")
@@ -86,16 +86,3 @@ def grouped(names: Iterable[str]) -> dict[str, list[str]]:
     for name in names:
         kinds.setdefault(starred(name), []).append(name)
     return kinds
-
-
-def selecting(names: Sequence[str], everyone: Sequence[str]) -> list[str]:
-    """Return entries for ``target_modules`` or ``exclude_modules`` that match ``names`` alone among ``everyone``, both in model order.
-
-    That is one regex per group of names that differ only in numbers, and full names where a group is not whole.
-    """
-    whole = grouped(everyone)
-    found: list[str] = []
-    for shown, members in grouped(names).items():
-        one = len(members) > 1 and whole[shown] == members
-        found += [re.escape(shown).replace(r"\*", r"\d+")] if one else members
-    return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import pickle
 from pathlib import Path
 from typing import Any
@@ -26,23 +25,6 @@ pytestmark = pytest.mark.filterwarnings(
 def test_an_optimizer_built_too_early_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"4 parameters that should train are in no optimizer: net\.fc1\.lora_A.*configure_optimizers"):
         fit(tmp_path, Early(), 1)
-
-
-class Some(LitNet):
-    """Its optimizer leaves a layer out on purpose."""
-
-    def configure_optimizers(self) -> Any:
-        assert self.net is not None
-        return torch.optim.SGD(self.net.fc1.parameters(), lr=0.1)
-
-
-def test_an_optimizer_that_leaves_a_layer_out_names_what_to_exclude(tmp_path: Path) -> None:
-    module = Some()
-    with pytest.raises(
-        ValueError, match=r"2 parameters .* in no optimizer: net\.fc2\.lora_A, net\.fc2\.lora_B\. .*exclude_modules=\['net\.fc2'\]\.$"
-    ):
-        fit(tmp_path, module, 1)
-    fit(tmp_path, Some(), 1, lora=LoRACallback(dataclasses.replace(CONFIG, exclude_modules=["net.fc2"])))
 
 
 class Bypass(LitNet):

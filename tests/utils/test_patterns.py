@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightning_lora.utils.patterns import compile_pattern, compile_patterns, grouped, is_regex, layer_index, selecting, starred
+from lightning_lora.utils.patterns import compile_pattern, compile_patterns, grouped, is_regex, layer_index, starred
 
 
 @pytest.mark.parametrize(
@@ -77,16 +77,3 @@ def test_starred_names_have_a_star_per_number(name, shown):
 
 def test_names_are_grouped_in_their_order():
     assert grouped(["1.q", "0.k", "0.q"]) == {"*.q": ["1.q", "0.q"], "*.k": ["0.k"]}
-
-
-def test_entries_select_names_and_no_others() -> None:
-    everyone = ["head", "layers.0.k", "layers.0.q", "layers.1.k", "layers.1.q", "layers.10.q"]
-    for names, entries in (
-        (["layers.0.q", "layers.1.q", "layers.10.q"], [r"layers\.\d+\.q"]),
-        (["layers.0.q", "layers.10.q"], ["layers.0.q", "layers.10.q"]),
-        (["head", "layers.0.k", "layers.1.k"], ["head", r"layers\.\d+\.k"]),
-        ([], []),
-    ):
-        assert selecting(names, everyone) == entries
-        matching = [name for name in everyone if any(pattern.matches(name) for pattern in compile_patterns(entries, "exclude_modules"))]
-        assert matching == names
