@@ -18,6 +18,7 @@ compiled, cross entropy through the frozen head in blocks of 2048 rows. A mode i
     graph                       with layer: each compiled layer's passes recorded as CUDA graphs and replayed. Its memory is what is
                                 reserved, gaps included, for replays allocate nothing; of other modes it is what is allocated
     ckpt                        gradient checkpointing
+    offload                     with ckpt: what it saves waits in host memory
     drop                        dropout (--dropout)
     unfused                     of ours, each adapted linear by itself
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_lora import LoRAConfig, apply_lora, chunked_cross_entropy, compile_layers, cuda_graph_step, unfuse
+from lightning_lora import LoRAConfig, apply_lora, chunked_cross_entropy, compile_layers, cuda_graph_step, offload_activations, unfuse
 
 NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
 SHAPES = {
@@ -23,7 +23,7 @@ SHAPES = {
     "8b": (4096, 14336, 32, 32, 8, 128, 128256),  # Llama-3.1-8B
 }
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-FLAGS = {"layer", "chunk", "graph", "ckpt", "drop", "unfused"}
+FLAGS = {"layer", "chunk", "graph", "ckpt", "offload", "drop", "unfused"}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -113,6 +113,8 @@ def training_step(mode: str, setting: Setting) -> Callable[[int], Tensor]:
     model = METHODS[method](base, setting, setting.dropout if "drop" in flags else 0.0, flags).train()
     if "ckpt" in flags:
         base.gradient_checkpointing_enable({"use_reentrant": False})
+    if "offload" in flags:
+        offload_activations(model)
     if "layer" in flags:
         compile_layers(model, backend=setting.backend, cuda_graphs="graph" in flags)
     trained = [p for p in model.parameters() if p.requires_grad]

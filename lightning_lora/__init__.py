@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lightning_lora.adapter_io.export_adapter import export_adapter
     from lightning_lora.callbacks import AdaLoRACallback, LoRACallback
     from lightning_lora.model.compile import compile_layers, cuda_graph_step, uncompile_layers
+    from lightning_lora.model.offload import offload_activations
     from lightning_lora.model.parallel import replicated_parameters
     from lightning_lora.optim.advice import advise_learning_rate
     from lightning_lora.strategies import DurableCheckpointIO, LoRAFSDP2Strategy
@@ -61,6 +62,7 @@ __all__ = [
     "merge_certificate",
     "merge_lora",
     "merge_report",
+    "offload_activations",
     "quantize_base",
     "register_init",
     "register_kind",
@@ -85,6 +87,7 @@ _LAZY = {
     "compile_layers": "model.compile",
     "cuda_graph_step": "model.compile",
     "export_adapter": "adapter_io.export_adapter",
+    "offload_activations": "model.offload",
     "replicated_parameters": "model.parallel",
     "uncompile_layers": "model.compile",
 }

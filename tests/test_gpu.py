@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from lightning_lora import LoRACallback, LoRAConfig, apply_lora, get_lora_parameters, quantize_base
+from lightning_lora import LoRACallback, LoRAConfig, apply_lora, get_lora_parameters, offload_activations, quantize_base
 from lightning_lora.layers import lora_layers
 from lightning_lora.model.compile import compile_layers, uncompile_layers
 from lightning_lora.model.fuse import unfuse
@@ -141,6 +141,20 @@ def test_dropout_is_unbiased() -> None:
         for total, drawn in zip(mean, run(model), strict=True):
             total += drawn / 64
     assert error(mean[1:], run(plain)[1:]) < 0.2
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_offloaded_activations_change_no_bit(compiled: bool) -> None:
+    """A copy that is read too early, or whose source is overwritten too early, changes gradients. With six blocks memory is reused."""
+    model = llama(6)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if compiled:
+        compile_layers(model)
+    expected = run(model)
+    handle = offload_activations(model)
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(run(model), expected, strict=True))
+    assert handle.tensors == 5 * 6
 
 
 class Lit(L.LightningModule):

@@ -16,20 +16,20 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from lightning_lora.callbacks.block_modes import BlockModes
 from lightning_lora.callbacks.companions import add_companions
 from lightning_lora.callbacks.dropout import wake_and_log
 from lightning_lora.callbacks.gradient_check import BATCHES, CURE, GradientCheck
 from lightning_lora.callbacks.late_models import when_built
 from lightning_lora.callbacks.out_of_memory import advise
 from lightning_lora.callbacks.processes import begin_together
-from lightning_lora.callbacks.refusals import check_apart, check_fit, check_mergeable, check_options, frozen_parts, recordable, submodule
+from lightning_lora.callbacks.refusals import check_apart, check_fit, check_mergeable, check_options, frozen_parts, submodule
 from lightning_lora.callbacks.start_report import log_start
 from lightning_lora.callbacks.starting import Start, log_beginning
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import lora_layers
 from lightning_lora.layers.state import Quantized
 from lightning_lora.model.apply import already_applied, inject, let_gradients_in, unload_lora
-from lightning_lora.model.compile import begin_step, compile_layers, keep_gradients, uncompile_layers
 from lightning_lora.model.merge import merge_lora, merge_report, remerging, unmerge_lora
 from lightning_lora.model.modes import restore_flags
 from lightning_lora.model.quantize import quantize_reversibly
@@ -73,6 +73,8 @@ class LoRACallback(Callback):
         cuda_graphs: with ``compile="layer"``, record each compiled block as CUDA graphs, so that a step launches no kernels one by one.
             Use it for batches of one or few sizes, since each size is recorded separately. Sharded models are refused. Manual optimization
             must call ``manual_backward``. Clone the outputs of blocks that you keep across batches.
+        offload: "activations" keeps what gradient checkpointing saves in host memory between the passes, for long rows; see
+            :func:`~lightning_lora.offload_activations`.
         lora_plus_ratio: λ of LoRA+ (arXiv:2402.12354): B's learning rate divided by A's, under any scheduler. The paper suggests 16.
         start_from: an adapter folder or a checkpoint, whose adapter is trained further with a new optimizer at step 0. (To resume a run,
             pass ``fit(ckpt_path=...)``.) Its config counts: leave out what it says, or say the same.
@@ -97,8 +99,9 @@ class LoRACallback(Callback):
         cuda_graphs: bool = False,
         merge_max_lost: float | None = None,
         start_from: str | Path | None = None,
+        offload: Literal["activations"] | None = None,
     ) -> None:
-        check_options(compile, cuda_graphs, quantize, merge_quantized, merge_max_lost, lora_plus_ratio)
+        check_options(compile, cuda_graphs, offload, quantize, merge_quantized, merge_max_lost, lora_plus_ratio)
         see_mixed_imports()
         offer_to_others()
         self.config, self.module = config or LoRAConfig(), module
@@ -109,10 +112,9 @@ class LoRACallback(Callback):
         self.lora_plus_ratio, self.merge_max_lost = lora_plus_ratio, merge_max_lost
         self.check_base, self.check_gradients, self.allow_nonfinite = check_base, check_gradients, allow_nonfinite
         self._finite: FiniteCheck | None = None
-        self.compile, self.cuda_graphs = compile, cuda_graphs
-        self._recorded = False
+        self.compile, self.cuda_graphs, self.offload = compile, cuda_graphs, offload
         self.report: TargetReport | None = None
-        self._compiled: nn.Module | None = None
+        self._modes = BlockModes(compiled=compile is not None, recorded=cuda_graphs, offloaded=offload is not None)
         self.part: AdaptedPart | None = None  # of the last setup
         self._gradients: GradientCheck | None = None
         self._compare = False
@@ -121,8 +123,8 @@ class LoRACallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the settings and the report. What belongs to a run stays out of copies and pickles: some of it cannot be copied."""
-        of_a_run = {"_undo": ExitStack(), "_recorded": False, "_compare": False}
-        none = ("_finite", "_gradients", "_compiled", "_roll_call", "part")
+        of_a_run = {"_undo": ExitStack(), "_modes": self._modes.unused(), "_compare": False}
+        none = ("_finite", "_gradients", "_roll_call", "part")
         return vars(self) | of_a_run | dict.fromkeys(none)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -164,14 +166,13 @@ class LoRACallback(Callback):
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record which adapters have a gradient."""
-        if self._recorded:
-            keep_gradients(pl_module.parameters())
+        self._modes.after_backward(pl_module)
         if self._gradients is not None:
             self._gradients.after_backward()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Raise RuntimeError after the first optimizer step if the adapters differ between processes."""
-        self._begin_step()
+        self._modes.before_batch()
         if self._compare and trainer.global_step > 0:
             self._compare = False
             check_equal(pl_module)
@@ -180,7 +181,7 @@ class LoRACallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Mark each batch as a step for recorded CUDA graphs."""
-        self._begin_step()
+        self._modes.before_batch()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that the run has begun: from now on the module is not restored."""
@@ -192,6 +193,7 @@ class LoRACallback(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Raise RuntimeError if an adapter got no gradient in any of enough batches."""
+        self._modes.after_batch()
         if self._gradients is not None:
             self._gradients.after_batch()
         if self._finite is not None:
@@ -215,12 +217,10 @@ class LoRACallback(Callback):
         rank_zero_info(f"LoRA merged into {len(lost)} modules; rounding lost at most {lost[worst]:.2%} of an update ({worst}).")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Undo the compilation of the blocks."""
+        """Switch off the modes of the blocks."""
         if self._roll_call is not None:
             self._roll_call.close()
-        if self._compiled is not None:
-            uncompile_layers(self._compiled)
-            self._compiled, self._recorded = None, False
+        self._modes.end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restore the module if the run was refused before it began. Tear down, because Lightning does not. Advise if memory is out."""
@@ -241,16 +241,13 @@ class LoRACallback(Callback):
         report = find_targets(target, self.config)  # refuses a config that does not fit, before anything is quantized
         if self.merge_on_fit_end and fitting:
             check_mergeable(target, report, trainer.strategy, self.quantize, self.merge_quantized)
-        recorded = self.cuda_graphs and trainer.state.fn != TrainerFn.PREDICTING and recordable(trainer.strategy)
         self._begun(pl_module)
         with ExitStack() as undo:
             undo.callback(self._restoring(target))  # tests load checkpoints too, which unmerges
             if fitting:
                 self._unmerge(target)
-            if self.compile and trainer.state.fn != TrainerFn.PREDICTING:
-                compile_layers(target, cuda_graphs=recorded)
-                undo.callback(self.teardown, trainer, pl_module, "")
-                self._compiled, self._recorded = target, recorded
+            undo.callback(self._modes.end)
+            self._modes.begin(target, trainer)
             if not there:
                 undo.callback(restore_flags, [(p, p.requires_grad) for p in pl_module.parameters()])
                 convert_base(trainer, pl_module)
@@ -290,10 +287,6 @@ class LoRACallback(Callback):
         self._undo.pop_all()
         for _, layer in lora_layers(pl_module):
             layer.__dict__.pop("lora_base_again", None)
-
-    def _begin_step(self) -> None:
-        if self._recorded:
-            begin_step()
 
     def _target(self, pl_module: LightningModule) -> nn.Module:
         return submodule(pl_module, self.module)

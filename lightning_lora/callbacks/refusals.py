@@ -28,6 +28,7 @@ from lightning_lora.utils.names import clean_name
 def check_options(
     compile: str | None,
     cuda_graphs: bool,
+    offload: str | None,
     quantize: str | None,
     merge_quantized: str | None,
     merge_max_lost: float | None,
@@ -42,6 +43,10 @@ def check_options(
         raise ValueError(f"compile={compile!r} is not known; it is None or 'layer'.")
     if cuda_graphs and compile is None:
         raise ValueError("cuda_graphs=True records compiled blocks: pass compile='layer' with it.")
+    if offload not in (None, "activations"):
+        raise ValueError(f"offload={offload!r} is not known; it is None or 'activations'.")
+    if offload and cuda_graphs:
+        raise ValueError("offload='activations' with cuda_graphs=True: a recorded graph keeps its memory. Leave one of them out.")
     check_ratio(lora_plus_ratio)
     if quantize is not None:
         quantizer_of(quantize)

@@ -16,7 +16,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from lightning_lora import LoRACallback, LoRAConfig
-from lightning_lora.callbacks import lora
+from lightning_lora.callbacks import block_modes
 from lightning_lora.callbacks.refusals import recordable
 from lightning_lora.layers import lora_layers
 from lightning_lora.model.compile import compile_layers, keep_gradients
@@ -74,7 +74,7 @@ class LitDeep(LitNet):
 def counter(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounter]:
     torch._dynamo.reset()
     made = CompileCounter()
-    monkeypatch.setattr(lora, "compile_layers", functools.partial(compile_layers, backend=made))
+    monkeypatch.setattr(block_modes, "compile_layers", functools.partial(compile_layers, backend=made))
     yield made
     torch._dynamo.reset()
 
@@ -160,10 +160,10 @@ def test_with_cuda_graphs_each_batch_is_a_step_and_gradients_are_kept(tmp_path: 
     forward = Deep.forward
     monkeypatch.setattr(Deep, "forward", lambda net, x: (log.append("forward"), forward(net, x))[1])
     recorder = lambda graph, inputs, config_patches: made(graph, inputs)  # noqa: E731
-    monkeypatch.setattr(lora, "compile_layers", functools.partial(compile_layers, backend=recorder))
-    monkeypatch.setattr(lora, "begin_step", lambda: log.append("begin"))
-    monkeypatch.setattr(lora, "keep_gradients", lambda parameters: (log.append("keep"), keep_gradients(parameters)))
-    monkeypatch.setattr(lora, "recordable", lambda strategy: True)
+    monkeypatch.setattr(block_modes, "compile_layers", functools.partial(compile_layers, backend=recorder))
+    monkeypatch.setattr(block_modes, "begin_step", lambda: log.append("begin"))
+    monkeypatch.setattr(block_modes, "keep_gradients", lambda parameters: (log.append("keep"), keep_gradients(parameters)))
+    monkeypatch.setattr(block_modes, "recordable", lambda strategy: True)
     results = []
     for options in ({}, {"compile": "layer", "cuda_graphs": True}):
         torch.manual_seed(5)

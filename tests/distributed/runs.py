@@ -24,7 +24,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_lora import LoRACallback, LoRAConfig
-from lightning_lora.callbacks import lora
+from lightning_lora.callbacks import block_modes
 from lightning_lora.layers import lora_layers
 from lightning_lora.model.compile import compile_layers
 from lightning_lora.strategies import LoRAFSDP2Strategy
@@ -209,6 +209,7 @@ def run(
     lora_plus_ratio: float = 1.0,
     quantize: str | None = None,
     start_from: str | None = None,
+    offload: Literal["activations"] | None = None,
     seed: int = 7,
     more: tuple[L.Callback, ...] = (),
     **trainer_kwargs: Any,
@@ -225,6 +226,7 @@ def run(
     Net.checkpointing = checkpointing
     module = make()
     options: dict[str, Any] = {"compile": compile, "lora_plus_ratio": lora_plus_ratio, "quantize": quantize, "start_from": start_from}
+    options["offload"] = offload
     callback = LoRACallback(config, merge_on_fit_end=merge, **options)
     callbacks: list[L.Callback] = [callback, *more]
     if save:
@@ -242,7 +244,7 @@ def run(
         **quiet,
         **trainer_kwargs,
     )
-    with patch.object(lora, "compile_layers", partial(compile_layers, backend="eager")):
+    with patch.object(block_modes, "compile_layers", partial(compile_layers, backend="eager")):
         trainer.fit(module, ckpt_path=ckpt)
     names = {id(p): n for n, p in clean_parameters(module)}
     optimizer = trainer.optimizers[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import lightning as L
 import pytest
@@ -16,7 +17,10 @@ from lightning.pytorch.strategies import FSDPStrategy
 from safetensors.torch import load_file
 
 from lightning_lora import LoRACallback, LoRAConfig, apply_lora, export_merged, merge_lora
+from lightning_lora.callbacks import block_modes
 from lightning_lora.layers import lora_layers
+from lightning_lora.model import offload
+from lightning_lora.model.offload import offload_activations
 from lightning_lora.strategies import arrange, check_equal, check_supported
 from lightning_lora.utils.sharding import full_tensor
 from tests.distributed import runs
@@ -108,6 +112,13 @@ def test_compiled_blocks_train_the_same(pool: Any, alone: Any, tmp_path: Path) -
             assert rank["losses"] == pytest.approx(alone()["losses"], abs=1e-5)
 
 
+def test_offloaded_activations_train_the_same(pool: Any, alone: Any, tmp_path: Path) -> None:
+    for name in ("ddp", "fsdp full", "fsdp2 full", "fsdp2 after"):
+        for rank in pool.run(run_offloaded, name, str(tmp_path)):
+            assert rank["losses"] == pytest.approx(alone()["losses"], abs=1e-6)
+            assert rank["moved"] > 0
+
+
 def test_lightnings_activation_checkpointing(pool: Any, alone: Any, tmp_path: Path) -> None:
     for rank in pool.run(run_checkpointed, str(tmp_path)):
         assert rank["losses"] == pytest.approx(alone()["losses"], abs=1e-6)
@@ -120,6 +131,17 @@ def run_checkpointed(folder: str) -> dict[str, Any]:
         return run("fsdp checkpointed", folder, 2, save=True)
     finally:
         del runs.STRATEGIES["fsdp checkpointed"]
+
+
+def run_offloaded(name: str, folder: str) -> dict[str, Any]:
+    handles = []
+
+    def keep(model: Any) -> Any:
+        handles.append(offload_activations(model))
+        return handles[-1]
+
+    with patch.object(offload, "MINIMUM", 1), patch.object(block_modes, "offload_activations", keep):
+        return run(name, folder, 2, checkpointing="non-reentrant", offload="activations") | {"moved": handles[0].tensors}
 
 
 def run_compiled(name: str, folder: str) -> dict[str, Any]:
