@@ -32,9 +32,9 @@ OTHER_MESSAGE = re.compile(r"^E\s+Actual message: .*(LoRA|adapter)", re.MULTILIN
 BY_DESIGN = {
     r"(Missing|Unexpected) key\(s\) in state_dict|state_dict": "a checkpoint has the adapter only",
     r"'lightning_lora'|lora_[AB]|_check_model_state_dict": "asserts the exact keys of a checkpoint or a state dict",
-    r"LoRALinear|total_parameters|The size of tensor a \(\d+\) must match": "asserts the classes of layers or the number of parameters",
     r"callbacks? |Callback": "asserts the exact list of callbacks",
     r"requires_grad|\.weight|\.grad\b|param_groups|_parameters": "asserts that base weights train",
+    r"LoRALinear|total_parameters|The size of tensor a \(\d+\) must match": "asserts the classes of layers or the number of parameters",
     r"Compiled functions can't take variable": "torch.jit needs unload_lora first",
 }
 REFUSED = "refused by name"
