@@ -73,9 +73,6 @@ OTHER_ERRORS = {
     *{("layers.factors", "NotImplementedError"), ("layers.mergeable", "NotImplementedError")},  # a kind that is not finished
     ("quantization.formats", "NotImplementedError"),  # a packing that is not finished
     *{("quantization.torchao", "ImportError"), ("quantization.bitsandbytes", "ImportError")},  # an extra is not installed
-    # ValueErrors with an exit code of their own
-    *(("cli." + file, "UsageError") for file in ("main", "export", "lightning_cli", "messages", "choice", "output_folder", "tuned")),
-    *(("cli." + file, "UsageError") for file in ("answers", "chat", "generate", "init", "recipe", "run_rows")),
     *((file, "WrongPath") for file in ("storage.regular_files", "storage.read_checkpoint", "adapter_io.files", "tasks.hf")),
     *((file, "WrongPath") for file in ("data.reading", "data.hub", "data.templates")),
     ("strategies.checkpoint_io", "OSError"),  # the disk's own, as the single-file writer raises it

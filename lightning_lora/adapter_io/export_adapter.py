@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,14 +19,16 @@ import safetensors.torch
 from torch import nn
 
 from lightning_lora.adapter_io.export_targets import MERGE, PARTS, TARGETS, Target
-from lightning_lora.adapter_io.files import CONFIG, AdapterFolder, check_free, encoded, read_raw
+from lightning_lora.adapter_io.files import CONFIG, LONGEST, AdapterFolder, check_free, encoded, read_raw
 from lightning_lora.adapter_io.model_card import CARD, model_card
 from lightning_lora.adapter_io.one_rank import FileLayer, layers_of, one_rank
 from lightning_lora.adapter_io.save_load import save_adapter
 from lightning_lora.storage.atomic_files import write_atomic
 from lightning_lora.storage.folder_commit import commit
+from lightning_lora.storage.regular_files import read_regular
 from lightning_lora.utils.sharding import on_first_rank
 
+GENERATION = "generation_config.json"  # transformers' name
 _TOKENS = ("embed_tokens", "word_embeddings", "wte")
 
 
@@ -40,6 +42,8 @@ def export_adapter(
     data: str | None = None,
     metrics: Mapping[str, float] | None = None,
     tokenizer: Any = None,
+    stops: Sequence[int] = (),
+    labels: Sequence[str] = (),
     overwrite: bool = False,
 ) -> Path:
     """Write an adapter as a server loads it, with a model card (``README.md``).
@@ -57,6 +61,9 @@ def export_adapter(
         data: what the adapter was trained on, for the card.
         metrics: name → value, for the card.
         tokenizer: a Hugging Face tokenizer to write beside the adapter; the card names its chat template to the server.
+        stops: tokens with which the tokenizer's chat template ends an answer. If one is not its end token, at which servers stop, they
+            are in ``generation_config.json``, with what the base's says, and the card names them to the server.
+        labels: names of the labels of a classification head, in order, for the card: the base has to be loaded with as many.
         overwrite: replace the adapter and the card in a folder that is not empty; its other files stay.
 
     Returns:
@@ -70,9 +77,13 @@ def export_adapter(
     folder = Path(folder)
 
     def write(path: Path) -> None:
-        template = bool(getattr(tokenizer, "chat_template", None))
-        card = partial(model_card, target=target, folder=folder.name, data=data, metrics=metrics or {}, template=template)
-        files = _files(path, target, base, component, card)
+        template, end = bool(getattr(tokenizer, "chat_template", None)), getattr(tokenizer, "eos_token_id", None)
+        ends = [stop for stop in stops if stop != end]  # the first of them is not the tokenizer's
+        ends += [end] if ends and end is not None else []
+        card = partial(
+            model_card, target=target, folder=folder.name, data=data, metrics=metrics or {}, template=template, ends=ends, labels=labels
+        )
+        files = _files(path, target, base, component, ends, card)
         with commit(folder, next(reversed(files)), lambda: check_free(folder, overwrite)) as staged:
             if tokenizer is not None:
                 tokenizer.save_pretrained(staged)
@@ -83,6 +94,15 @@ def export_adapter(
     with _as_folder(source) as path:
         on_first_rank(lambda: write(path))
     return folder
+
+
+def _generation(base: str | None, ends: Sequence[int]) -> bytes:
+    """Return the content of a ``generation_config.json`` with these end tokens: the base's, if it is a folder that has one."""
+    file = Path(base or "", GENERATION)
+    said = json.loads(read_regular(file, LONGEST)) if base and file.is_file() else {}
+    own = said.get("eos_token_id")
+    ids = {*(own if isinstance(own, list) else [] if own is None else [own]), *ends}
+    return (json.dumps(said | {"eos_token_id": sorted(ids)}, indent=2) + "\n").encode()
 
 
 @contextmanager
@@ -104,6 +124,7 @@ def _files(
     target: str,
     base: str | None,
     component: str | None,
+    ends: Sequence[int],
     card: Callable[[dict[str, Any], dict[str, Any] | None], str],
 ) -> dict[str, bytes]:
     """Return name → content of the exported files. The last is the one that is read first."""
@@ -119,7 +140,7 @@ def _files(
         layers, others = layers_of(adapter.tensors, adapter.fields, str(source))
         _check(target, rules, adapter.fields, layers, others, str(source))
         adapter = one_rank(adapter, layers, rules, component)
-    files = {CARD: card(adapter.fields, adapter.base).encode()}
+    files = {CARD: card(adapter.fields, adapter.base).encode()} | ({GENERATION: _generation(base, ends)} if ends else {})
     if component:
         return files | {rules.file: safetensors.torch.save(adapter.tensors, {"format": "pt"})}
     return files | {rules.file: encoded(adapter), CONFIG: (json.dumps(adapter.fields, indent=2, sort_keys=True) + "\n").encode()}

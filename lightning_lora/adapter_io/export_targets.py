@@ -44,7 +44,9 @@ class Target:
         file: name of the file with the tensors.
         components: beginning or end of a base's class name → the component that the tensors' names begin with.
         load: how to load the exported folder, for its README. ``{folder}``, ``{base}`` and ``{rank}`` are filled in.
-        template: what ``load`` ends with if a chat template comes with the adapter. Without it the server takes the base's, or none.
+        template: what follows ``load`` if a chat template comes with the adapter. Without it the server takes the base's, or none.
+        stop: what follows if the template ends an answer with another token than the tokenizer's end token. ``{ends}`` are both, ``{end}``
+            is the other one. Without it the server takes the base's own end tokens.
     """
 
     takes: frozenset[str] = frozenset()
@@ -57,13 +59,15 @@ class Target:
     components: Mapping[str, str] = field(default_factory=dict)
     load: str
     template: str = ""
+    stop: str = ""
 
 
 TARGETS: dict[str, Target] = {
     "peft": Target(
         takes=frozenset(PARTS),
         own_format=True,
-        load='from peft import {auto}\n\nmodel = {auto}.from_pretrained("{folder}")',
+        load='from peft import {auto}\n\nmodel = {auto}.from_pretrained("{folder}"{options})',
+        stop="\nmodel.generation_config.eos_token_id = {ends}",
     ),
     "vllm": Target(
         # PEFTHelper: one scaling from r, lora_alpha and use_rslora; rank_pattern and alpha_pattern are never read. It refuses DoRA and
@@ -73,6 +77,9 @@ TARGETS: dict[str, Target] = {
         ranks=(8, 16, 32, 64, 128, 256, 320, 512),  # config/lora.py, MaxLoRARanks without 1
         load="vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules adapter={folder}",
         template=f" --chat-template {{folder}}/{CHAT_TEMPLATE}",
+        # ModelConfig.generation_config: "If set to a folder path, the generation config will be loaded from the specified folder path".
+        # SamplingParams.update_from_generation_config adds its eos_token_id, one or several, to the stop tokens of each request.
+        stop=" --generation-config {folder}",
     ),
     "sglang": Target(
         # LoRAAdapter: scaling = lora_alpha / r, whatever use_rslora and the patterns say. _process_weight keeps what is in layers.N,
@@ -85,6 +92,8 @@ TARGETS: dict[str, Target] = {
         stacks_unless=frozenset({"kv_a_proj_with_mqa", "kv_b_proj"}),
         load="python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths adapter={folder}",
         template=f" --chat-template {{folder}}/{CHAT_TEMPLATE}",
+        # ModelConfig._get_hf_eos_token_id: the end tokens of the base's config, which this option overrides, and of its generation config.
+        stop=" --json-model-override-args '{{\"eos_token_id\": {ends}}}'",
     ),
     "llama.cpp": Target(
         # convert_lora_to_gguf.py: writes lora_alpha and A, B; the runtime's scaling is lora_alpha over B's rank, so rsLoRA's and the
@@ -93,6 +102,7 @@ TARGETS: dict[str, Target] = {
         takes=frozenset({"token_embedding"}),
         load="python convert_lora_to_gguf.py {folder} --outfile adapter.gguf\nllama-cli -m base.gguf --lora adapter.gguf",
         template=f" --jinja --chat-template-file {{folder}}/{CHAT_TEMPLATE}",
+        stop=" --override-kv tokenizer.ggml.eot_token_id=int:{end}",  # beside the GGUF file's own end token
     ),
     "diffusers": Target(
         # load_lora_weights: names begin with the pipeline's component. get_peft_kwargs reads ranks from the tensors, and takes alpha = r

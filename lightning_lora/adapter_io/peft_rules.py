@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from lightning_lora.utils.torch_private import fsdp2_original
+
 # Modules that PEFT's classes for a task train in full, whether or not the JSON names them.
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 # End of a transformers class's name → PEFT's task type.
@@ -81,6 +83,14 @@ def task_type(model: nn.Module, saved: Collection[str], modules: Collection[str]
     heads = {fqn for fqn in modules if is_saved(HEADS.get(task, ()), fqn)}
     inside = {fqn for fqn in modules if any(fqn == name or fqn.startswith(f"{name}.") for name in saved)}
     return task if heads <= inside and (heads or task not in HEADS) else None
+
+
+def auto_mapping(model: nn.Module, task: str | None) -> dict[str, str] | None:
+    """Return what PEFT's ``AutoPeftModel`` finds the class of a transformers model by, where PEFT has no task type for it; else None."""
+    cls = fsdp2_original(type(model))
+    if task is not None or not cls.__module__.startswith("transformers."):
+        return None
+    return {"base_model_class": cls.__name__, "parent_library": cls.__module__}
 
 
 def _named(names: Collection[str], fqn: str) -> bool:

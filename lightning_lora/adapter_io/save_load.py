@@ -29,7 +29,7 @@ from lightning_lora.adapter_io.files import AdapterFile, check_free, read_adapte
 from lightning_lora.adapter_io.fingerprint import base_identity
 from lightning_lora.adapter_io.peft_experts import beside_experts
 from lightning_lora.adapter_io.peft_names import names_for_peft, peft_name
-from lightning_lora.adapter_io.peft_rules import task_type
+from lightning_lora.adapter_io.peft_rules import auto_mapping, task_type
 from lightning_lora.adapter_io.placing import place
 from lightning_lora.adapter_io.size_limit import check_size
 from lightning_lora.config import LoRAConfig
@@ -186,7 +186,8 @@ def _fields(root: nn.Module, config: LoRAConfig, exported: dict[str, Exported], 
     modules, saved = [name for name in modules_by_name(root) if PREFIX not in name], saved_modules(root, config)
     transposed, model = any(layer.transposed for layer in layers.values()), bare(root)
     fields = peft_format.to_peft(config, exported, saved, modules, transposed=transposed)
-    fields |= {"base_model_name_or_path": loaded_from(model), "task_type": task_type(model, saved, modules)}
+    task = task_type(model, saved, modules)
+    fields |= {"base_model_name_or_path": loaded_from(model), "task_type": task, "auto_mapping": auto_mapping(model, task)}
     return beside_experts(fields, expert_family(model), layers, modules)
 
 

@@ -151,9 +151,11 @@ def check_optimizers(optimizers: Sequence[Optimizer], module: nn.Module, target:
     trained = {id(p) for p in target.parameters() if p.requires_grad}
     forgotten = [name for name, p in module.named_parameters() if id(p) in trained - held]
     if forgotten:
+        left = [clean_name(name) for name, layer in lora_layers(target) if {id(p) for p in layer.parameters()} & (trained - held)]
+        on_purpose = f" If these layers are not to train, pass LoRAConfig(exclude_modules={left!r})." if held & trained and left else ""
         raise ValueError(
             f"{len(forgotten)} parameters that should train are in no optimizer: {', '.join(forgotten[:4])}. Build the optimizer in"
-            " configure_optimizers, from self.parameters() or get_lora_parameters(self), not in __init__."
+            f" configure_optimizers, from self.parameters() or get_lora_parameters(self), not in __init__.{on_purpose}"
         )
     for index, optimizer in enumerate(optimizers):
         if not any(group["params"] for group in optimizer.param_groups):

@@ -32,7 +32,7 @@ def log_start(report: TargetReport, module: nn.Module, stays: str, checkpoints: 
 
 def log_advice(trainer: Trainer, target: nn.Module) -> None:
     """Log what is set that decides how well LoRA learns, and what speaks for another choice."""
-    rank_zero_info("\n".join(advise_setup(target, effective_batch(trainer))))
+    rank_zero_info("\n".join(advise_setup(target, effective_batch(trainer), trainer.strategy.root_device.type)))
 
 
 def effective_batch(trainer: Trainer) -> int | None:

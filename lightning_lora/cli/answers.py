@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveInt
 
-from lightning_lora.cli.messages import UsageError
 from lightning_lora.cli.tuned import Tuned
 from lightning_lora.data.batching import Example, collate_prompts, pad_right
 from lightning_lora.data.chat import encode_prompt, stop_tokens
@@ -19,18 +19,18 @@ from lightning_lora.data.seq2seq import source_of
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """How an answer is generated.
 
     Attributes:
         max_new_tokens: Longest answer, in tokens.
-        temperature: Logits are divided by it before a token is drawn. 0 takes the most probable token.
+        temperature: Randomness of the draws; 0 takes the most probable token.
         top_p: Draw among the most probable tokens that have this share of the probability together.
-        seed: Seed of the draws; None draws anew each time.
+        seed: Seed of the draws; without one each run draws anew.
     """
 
-    max_new_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
+    max_new_tokens: PositiveInt = 256
+    temperature: NonNegativeFloat = 0.0
+    top_p: ClosedUnitInterval = 1.0
     seed: int | None = None
 
     def options(self) -> dict[str, Any]:
@@ -53,8 +53,9 @@ class Answerer:
 
     def __init__(self, tuned: Tuned, sampling: Sampling) -> None:
         if not hasattr(type(tuned.network), "generate") or not tuned.network.can_generate():
-            raise UsageError(f"{type(tuned.network).__name__} writes no texts; use lightning-lora predict with the run's config")
+            raise ValueError(f"{type(tuned.network).__name__} writes no texts; use lightning-lora predict with the run's config")
         self.network, self.tokenizer, self.sampling = tuned.network, tuned.preprocessor, sampling
+        self.prefix = tuned.task.source_prefix
         self.encodes = bool(self.network.config.is_encoder_decoder)  # the prompt is the encoder's, and no part of the output
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
@@ -72,7 +73,8 @@ class Answerer:
         """Return the generated token ids, (B, T)."""
         rows, pad = [self._encode(each) for each in conversations], self.tokenizer.pad_token_id
         batch = pad_right(rows, pad) if self.encodes else collate_prompts([Example(ids) for ids in rows], pad)  # as in training
-        device = self.network.device
+        device, options = self.network.device, self.sampling.options()
+        options["max_new_tokens"] = self._room(batch["input_ids"].shape[1])
         with torch.inference_mode():
             output = self.network.generate(
                 input_ids=batch["input_ids"].to(device),
@@ -80,13 +82,25 @@ class Answerer:
                 pad_token_id=self.tokenizer.pad_token_id,
                 eos_token_id=stop_tokens(self.network, self.tokenizer) or None,
                 streamer=streamer,
-                **self.sampling.options(),
+                **options,
             )
         return output if self.encodes else output[:, batch["input_ids"].shape[1] :]
 
+    def _room(self, prompt: int) -> int:
+        """Return how many tokens an answer may have behind a prompt of so many: past its last position a model may fail, or write nonsense.
+
+        Raises:
+            ValueError: The prompt fills the context.
+        """
+        context = getattr(self.network.config.get_text_config(), "max_position_embeddings", None)
+        room = self.sampling.max_new_tokens if context is None else context - (0 if self.encodes else prompt)
+        if room < 1 or (context is not None and prompt > context):
+            raise ValueError(f"the prompt has {prompt} tokens, the model's context {context}; shorten it")
+        return min(room, self.sampling.max_new_tokens)
+
     def _encode(self, conversation: Conversation) -> list[int]:
         if self.encodes:
-            return self.tokenizer(source_of(conversation.messages))["input_ids"]
+            return self.tokenizer(self.prefix + source_of(conversation.messages))["input_ids"]
         return encode_prompt(self.tokenizer, conversation.messages, conversation.tools)
 
     def _text(self, ids: Any) -> str:

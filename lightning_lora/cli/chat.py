@@ -5,10 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveInt
-
 from lightning_lora.cli.answers import Answerer, Sampling, write_out
-from lightning_lora.cli.messages import UsageError
 from lightning_lora.cli.tuned import load_tuned
 from lightning_lora.data.records import Conversation, Message
 from lightning_lora.tasks.hf import DType
@@ -20,10 +17,7 @@ def chat(
     model: str,
     adapter: str | None = None,
     system: str | None = None,
-    max_new_tokens: PositiveInt = 512,
-    temperature: NonNegativeFloat = 0.0,
-    top_p: ClosedUnitInterval = 1.0,
-    seed: int | None = None,
+    sampling: Sampling = Sampling(max_new_tokens=512),  # noqa: B008 (frozen)
     gguf_file: str | None = None,
     dtype: DType = "auto",
 ) -> None:
@@ -33,10 +27,7 @@ def chat(
         model: A hub id or a local folder. Its tokenizer must have a chat template.
         adapter: An adapter folder or a checkpoint (.ckpt); without one the base model answers.
         system: The system message.
-        max_new_tokens: Longest answer, in tokens.
-        temperature: Randomness of the draws; 0 takes the most probable token.
-        top_p: Draw among the most probable tokens that have this share of the probability together.
-        seed: Seed of the draws.
+        sampling: How answers are generated; its fields are options.
         gguf_file: A GGUF file in the model's folder.
         dtype: The weights' dtype.
 
@@ -44,9 +35,9 @@ def chat(
         ValueError: The tokenizer has no chat template, a path does not exist, or the adapter does not fit the model.
     """
     tuned = load_tuned(model, adapter, gguf_file, dtype)
-    answerer = Answerer(tuned, Sampling(max_new_tokens, temperature, top_p, seed))
+    answerer = Answerer(tuned, sampling)
     if not getattr(tuned.preprocessor, "chat_template", None):
-        raise UsageError(f"model={model!r} has no chat template, so it keeps no conversation; use generate, one prompt at a time")
+        raise ValueError(f"model={model!r} has no chat template, so it keeps no conversation; use generate, one prompt at a time")
     _Conversation(answerer, system, sys.stdin.isatty()).run(_lines())
 
 
@@ -82,6 +73,11 @@ class _Conversation:
             if not self.terminal:
                 raise
             self.messages.pop()
+        except ValueError as error:  # as of a conversation that has grown longer than the model's context
+            if not self.terminal:
+                raise
+            self.messages.pop()
+            self._say(f"{error}; /reset forgets what was said before")
         else:
             self.messages.append({"role": "assistant", "content": answer})
         print(flush=True)

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from lightning_lora import data, tasks
-from lightning_lora.cli.messages import UsageError, nearest
+from lightning_lora.cli.messages import nearest
 from lightning_lora.cli.yaml_files import content_of
 
 # With a default class, its arguments can be set directly under `model:` and `data:`, without class_path and init_args.
@@ -45,13 +45,13 @@ def _chosen(words: Sequence[str], key: str, home: Any, default: type) -> type:
     name = named[-1]
     if "." not in name and name not in home.__all__:
         there = ", ".join(home.__all__)
-        raise UsageError(f"{key}={name!r}: there are {there}, and a class of your own by its full path{nearest(name, home.__all__)}")
+        raise ValueError(f"{key}={name!r}: there are {there}, and a class of your own by its full path{nearest(name, home.__all__)}")
     cls = pydoc.locate(name) if "." in name else getattr(home, name)
     if not isinstance(cls, type):
         return default  # the parser will refuse the name
     base = next(each for each in (LightningModule, LightningDataModule) if issubclass(default, each))
     if not issubclass(cls, base):
-        raise UsageError(f"{key}={name!r} is no {base.__name__} of lightning.pytorch; derive it from that, not from pytorch_lightning's")
+        raise ValueError(f"{key}={name!r} is no {base.__name__} of lightning.pytorch; derive it from that, not from pytorch_lightning's")
     return cls
 
 

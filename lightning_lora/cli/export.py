@@ -9,11 +9,11 @@ from typing import Any, Literal
 import yaml
 from torch import nn
 
-from lightning_lora import export_adapter
+from lightning_lora import export_adapter, lora_layers
 from lightning_lora.cli.console import print_json
-from lightning_lora.cli.messages import UsageError
 from lightning_lora.cli.task_file import read_task
-from lightning_lora.cli.tuned import load_tuned
+from lightning_lora.cli.tuned import is_checkpoint, load_tuned
+from lightning_lora.data.chat import turn_ends
 from lightning_lora.storage.folder_commit import occupied
 from lightning_lora.tasks.hf import load_tokenizer
 
@@ -33,9 +33,9 @@ def export(
     """Write an adapter as a server loads it, with a model card and the tokenizer that it was trained with.
 
     Args:
-        adapter: An adapter folder, or a checkpoint (.ckpt) with ``base``.
+        adapter: An adapter folder; or, with ``base``, a checkpoint (.ckpt, or a folder of shards).
         out: The new folder.
-        target: What will load it; also written ``--for``.
+        target: What will load it.
         base: The model it was trained on: a hub id or a folder. By default the one that the adapter names.
         gguf_file: A GGUF file in the base's folder, for a checkpoint.
         component: The part of a diffusers pipeline, such as unet; by default by the base's class.
@@ -45,20 +45,33 @@ def export(
     Raises:
         ValueError: The adapter has a part that the server does not load, or the folder is not empty.
     """
+    if not out or base == "":
+        raise ValueError("out='' is empty; name a folder" if not out else "base='' is empty; name a hub id or a folder")
+    if Path(out).is_file():
+        raise ValueError(f"out={out!r} is a file; name a folder")
     if occupied(Path(out)) and not overwrite:
-        raise UsageError(f"out={out!r} is not empty; name another folder, or pass --overwrite to replace the adapter in it")
+        raise ValueError(f"out={out!r} is not empty; name another folder, or pass --overwrite to replace the adapter in it")
     source: str | nn.Module = adapter
-    tokenizer = None
-    if Path(adapter).is_file():
+    tokenizer, task = None, read_task(adapter)
+    if is_checkpoint(adapter):
         if base is None:
-            raise UsageError(f"adapter={adapter!r} is a checkpoint; give --base, the model that it was trained on")
+            raise ValueError(f"adapter={adapter!r} is a checkpoint; give --base, the model that it was trained on")
         tuned = load_tuned(base, adapter, gguf_file, "auto")
-        source, tokenizer = tuned.network, tuned.preprocessor
-    elif (folder := read_task(adapter).preprocessor) and (Path(folder) / "tokenizer_config.json").is_file():
-        tokenizer = load_tokenizer(folder)
+        if not any(lora_layers(tuned.network)):
+            raise ValueError(
+                f"adapter={adapter!r} is the checkpoint of a full fine-tune; write it as a model with lightning-lora merge, and serve that"
+            )
+        source = tuned.network
+        if task.auto_class != "AutoModelForImageClassification":
+            tokenizer = tuned.preprocessor
+    elif task.preprocessor and (Path(task.preprocessor) / "tokenizer_config.json").is_file():
+        tokenizer = load_tokenizer(task.preprocessor)
     data, metrics = run_of(Path(adapter))
     described: dict[str, Any] = {"component": component, "data": data, "metrics": metrics, "tokenizer": tokenizer}
+    described |= {"stops": [] if tokenizer is None else turn_ends(tokenizer), "labels": task.labels}
     export_adapter(source, out, target=target, base=base, overwrite=overwrite, **described)
+    if task.auto_class is not None:
+        task.write(Path(out))
     if json:
         print_json({"adapter": out, "target": target, "made_from": adapter})
     else:

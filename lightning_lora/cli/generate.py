@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveInt
+from jsonargparse.typing import PositiveInt
 
 from lightning_lora.cli.answers import Answerer, Sampling, write_out
 from lightning_lora.cli.console import print_json, working
-from lightning_lora.cli.messages import UsageError, usage
+from lightning_lora.cli.messages import usage
 from lightning_lora.cli.tuned import load_tuned
 from lightning_lora.data.formats import to_record
 from lightning_lora.data.reading import read_rows
@@ -27,10 +27,7 @@ def generate(
     system: str | None = None,
     file: str | None = None,
     batch_size: PositiveInt = 8,
-    max_new_tokens: PositiveInt = 256,
-    temperature: NonNegativeFloat = 0.0,
-    top_p: ClosedUnitInterval = 1.0,
-    seed: int | None = None,
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
     gguf_file: str | None = None,
     dtype: DType = "auto",
     json: bool = False,
@@ -44,10 +41,7 @@ def generate(
         system: The system message, for models with a chat template. A row's own takes its place.
         file: Prompts to answer: a text file with one per line, or rows as ``predict`` reads them.
         batch_size: Rows of the file that are answered together.
-        max_new_tokens: Longest answer, in tokens.
-        temperature: Randomness of the draws; 0 takes the most probable token.
-        top_p: Draw among the most probable tokens that have this share of the probability together.
-        seed: Seed of the draws.
+        sampling: How answers are generated; its fields are options.
         gguf_file: A GGUF file in the model's folder.
         dtype: The weights' dtype.
         json: Print one JSON object per answer, with prompt and response.
@@ -56,7 +50,7 @@ def generate(
         ValueError: There is no prompt, a path does not exist, or the adapter does not fit the model.
     """
     conversations = _conversations(prompt, file, system)
-    answerer = Answerer(load_tuned(model, adapter, gguf_file, dtype), Sampling(max_new_tokens, temperature, top_p, seed))
+    answerer = Answerer(load_tuned(model, adapter, gguf_file, dtype), sampling)
     if file is None and not json:
         answerer.stream(conversations[0], write_out)
         print()
@@ -75,7 +69,7 @@ def generate(
 def _conversations(prompt: str | None, file: str | None, system: str | None) -> list[Conversation]:
     """Return what is to be answered."""
     if prompt is not None and file is not None:
-        raise UsageError("a prompt and --file are both given; leave one out")
+        raise ValueError("a prompt and --file are both given; leave one out")
     if file is None and prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read().strip()
     first: list[Message] = [] if system is None else [{"role": "system", "content": system}]
@@ -85,7 +79,7 @@ def _conversations(prompt: str | None, file: str | None, system: str | None) -> 
         own = [each.messages[0]["role"] == "system" for each in found]
         return [each if has else replace(each, messages=[*first, *each.messages]) for each, has in zip(found, own, strict=True)]
     if not prompt:
-        raise UsageError("the prompt is empty; give the model something to answer")
+        raise ValueError("the prompt is empty; give the model something to answer")
     return [Conversation([*first, {"role": "user", "content": prompt}])]
 
 

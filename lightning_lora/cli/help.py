@@ -27,7 +27,7 @@ TOOLS = {
     "merge": "write a model with its adapter merged in, as a folder for from_pretrained",
     "export": "write an adapter as vLLM, SGLang, llama.cpp, diffusers or PEFT loads it",
 }
-EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 wrong option or path, 130 and 143 stopped by Ctrl-C and SIGTERM."
+EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 wrong input, 130 and 143 stopped by Ctrl-C and SIGTERM."
 CODE = "A config file runs the classes and functions that it names: take one only from someone whose code you would run."
 EXAMPLE = """\
 model:

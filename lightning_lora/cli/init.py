@@ -6,7 +6,6 @@ import shlex
 from pathlib import Path
 
 from lightning_lora.cli.console import print_json
-from lightning_lora.cli.messages import UsageError
 from lightning_lora.cli.recipe import recipe
 from lightning_lora.storage.atomic_files import write_atomic
 
@@ -38,9 +37,9 @@ def init(
     """
     target = Path(out)
     if target.exists() and not overwrite:
-        raise UsageError(f"out={out!r} exists; name another file, or pass --overwrite")
+        raise ValueError(f"out={out!r} exists; name another file, or pass --overwrite")
     if not target.absolute().parent.is_dir():
-        raise UsageError(f"out={out!r}: there is no folder {str(target.parent)!r}")
+        raise ValueError(f"out={out!r}: there is no folder {str(target.parent)!r}")
     text = recipe(model, data, task, val, gguf_file)
     write_atomic(target, text.encode())
     if json:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from lightning_lora import find_targets
 from lightning_lora.cli.console import console, print_json, print_pairs
+from lightning_lora.cli.recipe import task_of
 from lightning_lora.cli.run_rows import RunConfig
 from lightning_lora.config import LoRAConfig
 from lightning_lora.data.reading import READERS
@@ -52,7 +53,10 @@ def inspect_run(words: Sequence[str], as_json: bool) -> None:
         ValueError: An option is wrong, or a row is; the message names file and line.
     """
     run = RunConfig(words)
-    tokenizer = getattr(run.stand_in(), "tokenizer", None)
+    if "--config" not in words:  # a data file alone: its rows say what they are for
+        named = run.model_arguments
+        run = RunConfig([f"--model={task_of(named['model'], run.config.data.init_args.train, named.get('gguf_file'))}", *words])
+    tokenizer = getattr(run.stand_in, "tokenizer", None)
     rows = run.rows()
     facts = {split: _facts(examples) for split, examples in rows.items()}
     shown = [[list(part) for part in parts(tokenizer, example)] for examples in list(rows.values())[:1] for example in _some(examples)]

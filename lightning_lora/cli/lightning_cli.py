@@ -26,15 +26,16 @@ from typing_extensions import override
 
 from lightning_lora.callbacks import LoRACallback
 from lightning_lora.callbacks.companions import add_companions
-from lightning_lora.cli.checkpoints import checkpoint_of
+from lightning_lora.cli.checkpoints import checkpoint_of, take_weights_of_run
 from lightning_lora.cli.choice import chosen_data, chosen_task, class_path
 from lightning_lora.cli.console import print_json
-from lightning_lora.cli.messages import UsageError, arguments_of, check_not_null, one_line, usage
+from lightning_lora.cli.messages import arguments_of, check_not_null, one_line, usage
 from lightning_lora.cli.run_folder import BeganConfig, StderrProgressBar, no_folder_of_a_failed_start
 from lightning_lora.cli.run_results import RunResults, print_report
-from lightning_lora.cli.task_file import give_labels
+from lightning_lora.cli.task_file import give_task
 from lightning_lora.cli.yaml_files import check_config_files, unique_keys
 from lightning_lora.config import LoRAConfig
+from lightning_lora.data.file_data import FileDataModule
 from lightning_lora.data.reading import READERS
 from lightning_lora.strategies.checkpoint_io import DurableCheckpointIO
 from lightning_lora.strategies.lightning_private import cli_parser, cli_value, start_method
@@ -60,8 +61,7 @@ class LoRACLI(LightningCLI):
         as_json: Print results as JSON.
 
     Raises:
-        UsageError: A key or a value is wrong; the message names it. A ValueError.
-        ValueError: The run failed on wrong input.
+        ValueError: A key, a value or what is in a file is wrong; the message names it.
     """
 
     def __init__(self, args: ArgsType = None, run: bool = True, as_json: bool = False) -> None:
@@ -127,6 +127,7 @@ class LoRACLI(LightningCLI):
     @override
     def before_instantiate_classes(self) -> None:
         config, parser = self.config.get(str(self.subcommand), self.config), cli_parser(self, self.subcommand)
+        take_weights_of_run(config, self.command, self.words)
         usual = parser.get_defaults()["lora"]
         given = {name: value for name, value in vars(config.lora).items() if value != usual[name]}
         callbacks = config.get("trainer.callbacks") or []
@@ -137,9 +138,9 @@ class LoRACLI(LightningCLI):
             for name, value in given.items():
                 mine = callback.init_args.get(name)
                 if name not in callback.init_args:
-                    raise UsageError(f"trainer.callbacks: {cls.__name__} has no argument {name!r}; leave lora.{name} out.")
+                    raise ValueError(f"trainer.callbacks: {cls.__name__} has no argument {name!r}; leave lora.{name} out.")
                 if mine not in (_default(cls, name), value):
-                    raise UsageError(
+                    raise ValueError(
                         f"trainer.callbacks: {cls.__name__} has a {name} of its own, and lora.{name} is set too; leave one out."
                     )
                 callback.init_args[name] = value
@@ -169,7 +170,7 @@ class LoRACLI(LightningCLI):
         for name, least in LEAST.items():
             value = config[name]
             if value is not None and not value >= least and (value != -1 or name not in ("max_epochs", "max_steps")):
-                raise UsageError(f"trainer.{name}={value}: give at least {least}")
+                raise ValueError(f"trainer.{name}={value}: give at least {least}")
         given = {name: config[name] for name in MACHINE if config[name] not in ("auto", None, 1)}
         where = f"trainer ({', '.join(f'{name}={value!r}' for name, value in given.items())}): " if given else "trainer: "
         with usage(MisconfigurationException, TypeError, ImportError, where=where):
@@ -222,7 +223,7 @@ class LoRACLI(LightningCLI):
             arguments["weights_only"] = True  # Lightning's default runs code that is in the file
         with usage():
             arguments["ckpt_path"] = checkpoint_of(arguments.get("ckpt_path"), command, self.trainer, arguments["weights_only"])
-            give_labels(self.model, arguments["ckpt_path"], self.trainer)
+            give_task(self.model, arguments["ckpt_path"], self.trainer)
         with no_folder_of_a_failed_start(self.trainer):
             try:
                 return getattr(self.trainer, command)(**arguments)
@@ -245,16 +246,21 @@ def _check_values(config: Namespace) -> None:
 
 
 def check_files(config: Namespace, command: str | None) -> None:
-    """Refuse data files that a command reads and that do not exist, before a model is loaded.
+    """Refuse data files that a command reads and that are not named or do not exist, before a model is loaded.
 
     Raises:
-        UsageError: A file does not exist.
+        ValueError: A file is not named, or does not exist.
     """
     files = vars(config.data.get("init_args", Namespace())) if config.get("data") else {}
-    for split in SPLITS.get(str(command), ()):
+    splits = SPLITS.get(str(command), ())
+    cls = pydoc.locate(getattr(config.get("data"), "class_path", None) or "")
+    ours = isinstance(cls, type) and issubclass(cls, FileDataModule)
+    if ours and splits and not any(files.get(split) for split in (splits[0], *(["test"] if command == "predict" else []))):
+        raise ValueError(f"data.{splits[0]} is not set; {command} needs a file there")
+    for split in splits:
         for file in files[split] if isinstance(files.get(split), list) else [files.get(split)]:
             if isinstance(file, str) and Path(file).suffix in READERS and not Path(file).exists():
-                raise UsageError(f"data.{split}={file!r}: no such file (seen from {Path.cwd()})")
+                raise ValueError(f"data.{split}={file!r}: no such file (seen from {Path.cwd()})")
 
 
 def _default(cls: type, name: str) -> Any:

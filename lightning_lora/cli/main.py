@@ -19,12 +19,10 @@ from safetensors import SafetensorError
 
 from lightning_lora.cli import help as texts
 from lightning_lora.cli.help import TOOLS, TRACEBACK, TRAIN
-from lightning_lora.cli.messages import UsageError, check_not_null, nearest, one_line, usage
+from lightning_lora.cli.messages import nearest, one_line, usage
 from lightning_lora.cli.quiet import quiet
 from lightning_lora.cli.yaml_files import check_config_files, unique_keys
-from lightning_lora.storage.regular_files import WrongPath
 
-KEYWORDS = {"--for": "--target"}  # options whose name no Python argument can have
 # Wrong input and failures of the machine raise one of these. Any other error is a fault in the code, and shows its traceback.
 FAILURES = (
     *(ArgumentError, ValueError, RuntimeError, OSError, ImportError, MemoryError, OverflowError, EOFError),
@@ -39,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments; the process's own by default.
 
     Returns:
-        The exit code. 0: done. 2: an option, its value or a path is wrong. 1: the run failed. In both cases one line on stderr says what.
+        The exit code. 0: done. 2: refused (a ValueError), as an option, a path or what is in a file is wrong. 1: the run failed. In
+            both cases one line on stderr says what.
         130, 143: stopped by Ctrl-C or SIGTERM. 141: whatever read the output has closed it.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -58,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(
             f"lightning-lora: error: {'' if rank == '0' else f'[rank {rank}] '}{one_line(error)}\n"
         )  # one write: no mixed lines
-        return 2 if isinstance(error, (ArgumentError, UsageError, WrongPath)) else 1
+        return 2 if isinstance(error, (ArgumentError, ValueError)) else 1
     except KeyboardInterrupt:
         return _interrupted()
     except SystemExit as stop:  # after Ctrl-C Lightning raises one without the exit code
@@ -81,7 +80,7 @@ def _run(argv: list[str]) -> None:
         _run_tool(command, argv[1:])
     else:
         there = [*TRAIN, *TOOLS]
-        raise UsageError(f"no command {command!r}; there are {', '.join(there)}{nearest(command, there)}")
+        raise ValueError(f"no command {command!r}; there are {', '.join(there)}{nearest(command, there)}")
 
 
 def _train(argv: list[str]) -> None:
@@ -106,14 +105,11 @@ def _run_tool(command: str, argv: list[str]) -> None:
     function: Callable[..., Any] = getattr(commands, command)
     parser = group_help.function_parser(function, command, TOOLS[command])
     flags = {f"--{name}" for name, p in inspect.signature(function).parameters.items() if isinstance(p.default, bool)}
-    argv = [KEYWORDS.get(name, name) + equals + value for name, equals, value in (argument.partition("=") for argument in argv)]
     argv = [f"{argument}=true" if argument in flags else argument for argument in argv]  # the parser's booleans require a value
     with usage(known=lambda: parser.get_defaults().keys()), unique_keys():
         check_config_files(argv)
-        arguments = vars(parser.instantiate_classes(parser.parse_args(argv)))
-        arguments.pop("config", None)
-        check_not_null(function, arguments)
-    function(**arguments)
+        run = group_help.call(function, vars(parser.instantiate_classes(parser.parse_args(argv))))
+    run()
 
 
 def _interrupted() -> int:

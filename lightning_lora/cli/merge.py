@@ -10,7 +10,6 @@ from lightning_lora import export_merged, lora_layers
 from lightning_lora.adapter_io.certificate import CERTIFICATE, summary
 from lightning_lora.cli.console import print_json, working
 from lightning_lora.cli.output_folder import replaced_folder, weight_bytes
-from lightning_lora.cli.task_file import Task
 from lightning_lora.cli.tuned import Tuned, load_tuned
 from lightning_lora.data.chat import stop_tokens
 from lightning_lora.tasks.hf import DType, token_probe
@@ -54,12 +53,13 @@ def merge(
         certificate = None
         with working("merging"):
             if layers:
-                probe = token_probe(tuned.network, probe_tokens) if tuned.task.auto_class == Task.auto_class else None
+                probe = token_probe(tuned.network, probe_tokens) if tuned.task.auto_class == "AutoModelForCausalLM" else None
                 export_merged(tuned.network, folder, probe=probe, max_lost=max_lost)
                 certificate = loads((folder / CERTIFICATE).read_text())
             else:
                 tuned.network.save_pretrained(folder)
             tuned.preprocessor.save_pretrained(folder)
+            tuned.task.write(folder)
     if json:
         print_json({"model": out, "base": model, "adapter": adapter, "merged_layers": layers, "certificate": certificate})
     else:

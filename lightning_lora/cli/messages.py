@@ -19,18 +19,15 @@ _UNKNOWN = (
     re.compile(r"unrecognized arguments: -+([^\s=]+)"),
 )
 _CLASS = re.compile(r"Problem with given class_path '([^']+)':")
+_CHOICES, _GOT = re.compile(r"expected one of ((?:'[^']*'(?:, )?)+)"), re.compile(r", got (.+)$")
 _MISSING = re.compile(r"the following arguments are required: (.+)")
 _NOISE = ("Does not validate against", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>")
 _ELSEWHERE = {"optimizer", "lr_scheduler"}
 
 
-class UsageError(ValueError):
-    """An option or its value is wrong: exit code 2."""
-
-
 @contextmanager
 def usage(*also: type[Exception], known: Callable[[], Iterable[str]] = tuple, where: str = "") -> Iterator[None]:
-    """Turn what is raised within into a `UsageError` on one line.
+    """Turn what is raised within into a ValueError on one line.
 
     Args:
         also: Errors that mean a wrong option here, beside ``ValueError`` and the parser's own.
@@ -41,7 +38,7 @@ def usage(*also: type[Exception], known: Callable[[], Iterable[str]] = tuple, wh
     try:
         yield
     except wrong as error:
-        raise UsageError(where + one_line(error, known())) from error
+        raise ValueError(where + one_line(error, known())) from error
 
 
 def check_not_null(function: Callable[..., Any], arguments: dict[str, Any], prefix: str = "") -> None:
@@ -53,12 +50,12 @@ def check_not_null(function: Callable[..., Any], arguments: dict[str, Any], pref
         prefix: Text before the arguments' names.
 
     Raises:
-        UsageError: An argument is None whose type does not allow it.
+        ValueError: An argument is None whose type does not allow it.
     """
     for name, (parameter, hint) in arguments_of(function).items():
         optional = hint is Any or type(None) in get_args(hint) or parameter.default is None
         if name in arguments and arguments[name] is None and not optional:
-            raise UsageError(f"{prefix}{name}=null: give a value, or leave it out")
+            raise ValueError(f"{prefix}{name}=null: give a value, or leave it out")
 
 
 def arguments_of(function: Callable[..., Any]) -> dict[str, tuple[inspect.Parameter, Any]]:
@@ -101,9 +98,9 @@ def one_line(error: BaseException, known: Iterable[str] = ()) -> str:
     if option and missing:
         return ", ".join(f"{option}.{name} is not set" for name in missing[1].split(", ")) + "; give it in the YAML file or as an option"
     given = re.search(r"Given value: ([^\n]+)", text)
-    if option and given and not re.match(r"NestedArg|Namespace", given[1]) and given[1] not in what:
+    if option and given and not re.match(r"NestedArg|Namespace", given[1]) and not re.search(rf"(?<!\w){re.escape(given[1])}(?!\w)", what):
         what = f"{what.rstrip('.')}, got {given[1]}"
-    return f"{option}: {what}" if option else what
+    return f"{option}: {what}{_nearest_choice(what)}" if option else what
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -114,6 +111,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
         last = {key.rpartition(".")[2]: key for key in reversed(known)}
         found = [last[key] for key in difflib.get_close_matches(name.rpartition(".")[2], list(last), 1, 0.75)]
     return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def _nearest_choice(what: str) -> str:
+    """Return "; did you mean ...?" for a value that is nearly one of the choices that a message lists."""
+    choices, value = _CHOICES.search(what), _GOT.search(what)
+    return nearest(value[1], re.findall(r"'([^']*)'", choices[1])) if choices and value else ""
 
 
 def _unknown(name: str, option: str, known: Iterable[str], classes: list[str]) -> str:
@@ -137,6 +140,7 @@ def _parameters(path: str) -> list[str]:
 def _plain(text: str) -> str:
     """Replace types by words."""
     text = re.sub(r"Expected a typing\.Literal\[([^\]]*)\]", r"expected one of \1", text)
+    text = re.sub(r"\. Got value: ", ", got ", text)
     text = re.sub(r"Expected an? <class '(?:[\w.]*\.)?(\w+)'>", r"expected \1", text)
     text = re.sub(r"Not of type \w+: does not conform to restriction ([^;]+)", r"expected \1", text)
     return re.sub(r"Not of type \w+: (\S+) does not conform to restriction (.+)", r"\1 is not allowed: \2", text)

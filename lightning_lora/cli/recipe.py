@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lightning_lora import find_targets, tasks
-from lightning_lora.cli.messages import UsageError
 from lightning_lora.cli.run_rows import RunConfig
 from lightning_lora.config import LoRAConfig
 from lightning_lora.data.formats import to_record
 from lightning_lora.data.images import ENDINGS
 from lightning_lora.data.reading import read_rows
+from lightning_lora.data.splits import share_of
 from lightning_lora.ops.cross_entropy import IGNORE
+from lightning_lora.optim.advice import HALF, multiplies_half_slowly
 from lightning_lora.tasks.hf import check_there, load_config, skeleton
 
 # What rows are for: type of record → task.
@@ -45,7 +47,7 @@ RANKS = (8, 16, 32, 64, 128)
 TOKENS_PER_PARAMETER = 2  # a parameter holds about two bits, a learnt token brings about one
 EPOCHS = ((2_000, 3), (20_000, 2))  # fewer rows than this → passes
 SHARES = ((50, None), (500, 0.1))  # fewer rows than this → share for validation
-ALL_LINEAR = LoRAConfig(rank=1, target_modules="all-linear", modules_to_save=[])
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LARGE = 0.6  # share of a GPU's memory above which a 16-bit base is packed
 
 
@@ -55,11 +57,13 @@ class Seen:
 
     Attributes:
         lengths: Tokens of each row, sorted.
-        learnt: Tokens that are learnt.
+        learnt: Tokens or labels that are learnt.
         context: Longest input of the model, in tokens; None if its config does not say.
         parameters: Of the model.
-        per_rank: Parameters of an adapter of rank 1 on all linears.
+        per_rank: Parameters of an adapter of rank 1 on the targets.
         device: "cuda" or "cpu".
+        targets: What LoRA adapts: all linears, or the convolutions of a model that has no others.
+        slow: The weights have a dtype that the device multiplies slowly.
     """
 
     lengths: list[int]
@@ -68,13 +72,15 @@ class Seen:
     parameters: int
     per_rank: float
     device: str
+    targets: str | list[str] = "all-linear"
+    slow: bool = False
 
 
 def recipe(model: str, data: str, task: str | None, val: str | None, gguf_file: str | None) -> str:
     """Return the text of a config; see `lightning_lora.cli.init.init`."""
     check_there(model, gguf_file)
-    task = task or _task_of(model, data, gguf_file)
-    seen = _look(model, data, task, gguf_file)
+    task = task or task_of(model, data, gguf_file)
+    seen = _look(model, data, None if share_of(val) is not None else val, task, gguf_file)
     length, rank = max_length(seen), lora_rank(seen)
     size = batch_size(length, seen.device)
     share = val if val is not None else _by_rows(SHARES, len(seen.lengths), 0.05)
@@ -83,17 +89,22 @@ def recipe(model: str, data: str, task: str | None, val: str | None, gguf_file: 
     steps = math.ceil(len(seen.lengths) / BATCH) * epochs
     model_values: list[tuple[str, Any, str]] = [("model", model, f"{seen.parameters / 1e6:,.0f} M parameters")]
     model_values += [("gguf_file", gguf_file, "")] if gguf_file else []
+    model_values += [("dtype", "float32", "this processor multiplies the weights' own dtype more slowly")] if seen.slow else []
     model_values += (
         [] if task in OWN_RATE else [("learning_rate", "auto", "from the method, its scaling and the model's width; the log says which")]
     )
-    data_values: list[tuple[str, Any, str]] = [("train", data, f"{len(seen.lengths):,} rows, {seen.learnt:,} tokens to learn")]
+    what = "labels" if "Classification" in task else "tokens"
+    data_values: list[tuple[str, Any, str]] = [("train", data, f"{len(seen.lengths):,} rows, {seen.learnt:,} {what} to learn")]
     data_values += [] if share is None else [("val", _number(share), "share of the training rows, drawn by the seed" * (val is None))]
-    data_values += [
-        ("max_length", length, f"{1 - cut / len(seen.lengths):.1%} of the rows fit; the longest has {seen.lengths[-1]:,} tokens"),
-        ("batch_size", size, f"at most {TOKENS[seen.device]:,} tokens per batch on this machine"),
-    ]
-    held = f"{rank * seen.per_rank:,.0f} parameters for {seen.learnt:,} learnt tokens"
-    lora = [("rank", rank, held), ("alpha", 2 * rank, ""), ("target_modules", "all-linear", "better than attention alone at any rank")]
+    if seen.lengths[-1] > 1:
+        fit = f"{1 - cut / len(seen.lengths):.1%} of the rows fit; the longest has {seen.lengths[-1]:,} tokens"
+        data_values += [("max_length", length, fit)]
+        data_values += [("batch_size", size, f"at most {TOKENS[seen.device]:,} tokens per batch on this machine")]
+    else:  # images, which have no length
+        data_values += [("batch_size", size, "")]
+    held = f"{rank * seen.per_rank:,.0f} parameters for {seen.learnt:,} learnt {what}"
+    why = "better than attention alone at any rank" if seen.targets == "all-linear" else "its convolutions: it has no other linears"
+    lora = [("rank", rank, held), ("alpha", 2 * rank, ""), ("target_modules", seen.targets, why)]
     trainer = [
         ("max_epochs", epochs, f"about {steps:,} steps"),
         ("accumulate_grad_batches", max(1, BATCH // size), f"{BATCH} rows per step: LoRA bears large batches less well"),
@@ -125,21 +136,37 @@ def lora_rank(seen: Seen) -> int:
     return next((rank for rank in RANKS if rank >= needed), RANKS[-1])
 
 
-def _look(model: str, data: str, task: str, gguf_file: str | None) -> Seen:
+def _look(model: str, data: str, val: str | None, task: str, gguf_file: str | None) -> Seen:
     words = [f"--model={task}", f"--model.model={model}", f"--data.train={data}", f"--data.max_length={10**9}"]
+    words += [f"--data.val={val}"] if val is not None else []
     run = RunConfig(words + ([f"--model.gguf_file={gguf_file}"] if gguf_file else []))
     examples = run.rows()["train"]
     lengths = sorted(int(length) for length in examples.lengths)
     labels = [getattr(example, "labels", None) for example in examples]
     learnt = sum(sum(label != IGNORE for label in each) if isinstance(each, list) else 1 for each in labels)
-    report = find_targets(skeleton(model, gguf_file, getattr(run.task, "auto_class", "AutoModelForCausalLM")), ALL_LINEAR)
+    network = skeleton(model, gguf_file, getattr(run.task, "auto_class", "AutoModelForCausalLM"))
+    targets = _targets(network)
+    report = find_targets(network, LoRAConfig(rank=1, target_modules=targets, modules_to_save=[]))
     config = load_config(model, gguf_file)
     text = config.get_text_config()
     context, device = getattr(text, "max_position_embeddings", None), "cuda" if torch.cuda.is_available() else "cpu"
-    return Seen(lengths, learnt, context, report.total, report.parameters / ALL_LINEAR.rank, device)
+    slow = gguf_file is None and config.dtype in HALF and multiplies_half_slowly(device)  # a GGUF file is unpacked to float32
+    return Seen(lengths, learnt, context, report.total, report.parameters, device, targets, slow)
 
 
-def _task_of(model: str, data: str, gguf_file: str | None) -> str:
+def _targets(network: nn.Module) -> str | list[str]:
+    """Return what LoRA adapts: all linears, or the convolutions of a network that has no linear below its head."""
+    try:
+        find_targets(network, LoRAConfig(rank=1, target_modules="all-linear"))
+    except ValueError:
+        names = sorted({name.rpartition(".")[2] for name, module in network.named_modules() if isinstance(module, CONVOLUTIONS)})
+        if not names:
+            raise
+        return names
+    return "all-linear"
+
+
+def task_of(model: str, data: str, gguf_file: str | None) -> str:
     """Return the task that the rows are for. A model with an encoder and a decoder writes texts from texts."""
     kinds = []
     if Path(data).is_dir() and any(file.suffix.lower() in ENDINGS for file in Path(data).rglob("*")):
@@ -151,7 +178,7 @@ def _task_of(model: str, data: str, gguf_file: str | None) -> str:
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
     if not kinds:
-        raise UsageError(f"data={data!r} is empty; it needs at least one row")
+        raise ValueError(f"data={data!r} is empty; it needs at least one row")
     name = TASKS[max(set(kinds), key=kinds.count)]
     if name == "CausalLMTask" and getattr(load_config(model, gguf_file), "is_encoder_decoder", False):
         name = "Seq2SeqTask"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pydoc
 from collections.abc import Sequence
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ from lightning.pytorch import LightningDataModule
 from typing_extensions import override
 
 from lightning_lora.cli.lightning_cli import LoRACLI, check_files
-from lightning_lora.cli.messages import UsageError, usage
+from lightning_lora.cli.messages import usage
 from lightning_lora.tasks.hf import load_image_processor, load_tokenizer
 
 
@@ -23,7 +24,7 @@ class RunConfig(LoRACLI):
         words: The options, as of ``fit``.
 
     Raises:
-        UsageError: An option or a value is wrong.
+        ValueError: An option or a value is wrong.
     """
 
     def __init__(self, words: Sequence[str]) -> None:
@@ -56,18 +57,19 @@ class RunConfig(LoRACLI):
         """
         data: Any = _made(_class(self.config.data.class_path), self.config.data.get("init_args", Namespace()))
         if getattr(data, "streaming", False):
-            raise UsageError("data.streaming=True: a stream has no end, and inspect reads all rows; add --data.streaming false")
-        data.trainer = SimpleNamespace(lightning_module=self.stand_in(), current_epoch=0, world_size=1)
+            raise ValueError("data.streaming=True: a stream has no end, and inspect reads all rows; add --data.streaming false")
+        data.trainer = SimpleNamespace(lightning_module=self.stand_in, current_epoch=0, world_size=1)
         data.setup("fit")
         if not hasattr(data, "examples"):
-            raise UsageError(f"{type(data).__name__} shows no rows; inspect shows those of the package's data modules")
+            raise ValueError(f"{type(data).__name__} shows no rows; inspect shows those of the package's data modules")
         return data.examples
 
+    @cached_property
     def stand_in(self) -> Any:
-        """Return what a data module takes from the task: its tokenizer or image processor, and its labels once they are known."""
+        """What a data module takes from the task: its tokenizer or image processor, and its labels once they are known."""
         model, gguf_file = self.model_arguments.get("model"), self.model_arguments.get("gguf_file")
         if not isinstance(model, str):
-            raise UsageError(
+            raise ValueError(
                 f"{self.task.__name__} names no model whose tokenizer reads the rows; inspect shows runs of the package's tasks"
             )
         images = getattr(self.task, "auto_class", "") == "AutoModelForImageClassification"

@@ -1,13 +1,13 @@
-"""What an adapter folder does not say of its task: the model's class and labels, and the tokenizer with its chat template.
+"""What an adapter folder does not say of its task: the model's class, labels and source prefix, and the tokenizer with its chat template.
 
-PEFT's folder names neither. So a run leaves ``task.json`` and the tokenizer's files beside the adapter, and the commands read them.
-A checkpoint says the same in its hyperparameters.
+PEFT's folder names none of them. So a run leaves ``task.json`` and the tokenizer's files beside the adapter, ``merge`` beside the model,
+and the commands read them. A checkpoint, a file or a folder of shards, says the same.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ from lightning_lora import tasks
 from lightning_lora.adapter_io.files import CONFIG
 from lightning_lora.storage.atomic_files import write_atomic
 from lightning_lora.storage.read_checkpoint import read_checkpoint
-from lightning_lora.tasks.base import CHAT_TEMPLATE
+from lightning_lora.storage.sharded_checkpoint import REST
+from lightning_lora.tasks import Seq2SeqTask
+from lightning_lora.tasks.base import CHAT_TEMPLATE, TASK, HFTask
 from lightning_lora.tasks.labels import LabelTask
 
-FILE = "task.json"
+FILE, TEMPLATE = "task.json", "chat_template.jinja"  # the second is transformers' name
 # PEFT's name of a task → the class of transformers that picks the model's own.
 AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -32,17 +34,19 @@ AUTO_CLASSES = {
 
 @dataclass(frozen=True)
 class Task:
-    """How to load the model of an adapter.
+    """How to load the model of an adapter, and how to ask it.
 
     Attributes:
-        auto_class: The class of transformers that picks the model's own.
+        auto_class: The class of transformers that picks the model's own; None if that is not known.
         labels: The labels of its head, in order; empty for models without.
+        source_prefix: Text before everything that an encoder and a decoder are asked.
         preprocessor: A folder with the tokenizer or image processor; None for the base's own.
-        chat_template: What a checkpoint says in place of the tokenizer's own template; None for that.
+        chat_template: What was trained with in place of the tokenizer's own template; None for that.
     """
 
-    auto_class: str = "AutoModelForCausalLM"
+    auto_class: str | None = None
     labels: tuple[str, ...] = ()
+    source_prefix: str = ""
     preprocessor: str | None = None
     chat_template: Any = None
 
@@ -53,51 +57,67 @@ class Task:
         ids = {name: index for index, name in enumerate(self.labels)}
         return {"num_labels": len(ids), "id2label": dict(enumerate(self.labels)), "label2id": ids}
 
+    def write(self, folder: Path) -> None:
+        """Write the task's file into an adapter's or a model's folder."""
+        content = {"auto_class": self.auto_class, "labels": list(self.labels), "source_prefix": self.source_prefix}
+        text = json.dumps({name: value for name, value in content.items() if value}, indent=2, ensure_ascii=False)
+        write_atomic(folder / FILE, f"{text}\n".encode())
+
 
 def write_task(folder: Path, module: LightningModule) -> None:
     """Write the task's file and its tokenizer or image processor into an adapter folder. Nothing for a module of another kind."""
-    if not hasattr(module, "auto_class"):
+    if not isinstance(module, HFTask):
         return
     for name in ("tokenizer", "processor"):
         if hasattr(getattr(module, name, None), "save_pretrained"):
             getattr(module, name).save_pretrained(folder)
-    content = {"auto_class": module.auto_class, "labels": list(getattr(module, "labels", ()))}
-    write_atomic(folder / FILE, (json.dumps(content, indent=2) + "\n").encode())
+    _task(module.described(), FILE).write(folder)
 
 
-def read_task(path: str | None) -> Task:
-    """Return the task of an adapter folder or a checkpoint; a causal language model's if nothing says otherwise.
+def read_task(path: str) -> Task:
+    """Return the task of a folder or a checkpoint: of an adapter, or of a model that ``merge`` wrote.
 
     Raises:
         ValueError: The file is damaged, or names a class that no task here has.
     """
-    if path is None:
-        return Task()
-    folder, template = Path(path), None
-    if folder.is_dir():
-        said = _json(folder / FILE) or {"auto_class": AUTO_CLASSES.get(str(_json(folder / CONFIG).get("task_type")))}
-        own = any((folder / name).is_file() for name in ("tokenizer_config.json", "preprocessor_config.json"))
-    else:
-        found = read_checkpoint(folder) if folder.suffix == ".ckpt" else {}
+    folder = Path(path)
+    if folder.is_file() or (folder / REST).is_file():
+        found = read_checkpoint(folder / REST if folder.is_dir() else folder)
         content = found if isinstance(found, dict) else {}
-        hyper, template = content.get("hyper_parameters", {}), content.get(CHAT_TEMPLATE)
-        cls = getattr(tasks, str(hyper.get("_class_path", "")).rpartition(".")[2], None)
-        said, own = {"auto_class": getattr(cls, "auto_class", None), "labels": hyper.get("labels")}, False
-    auto_class = said.get("auto_class") or Task.auto_class
-    known = {getattr(tasks, name).auto_class for name in tasks.__all__ if hasattr(getattr(tasks, name), "auto_class")}
-    if auto_class not in known | set(AUTO_CLASSES.values()):
-        raise ValueError(f"{path}: {FILE} names auto_class={auto_class!r}; there are {', '.join(sorted(known))}")
-    return Task(auto_class, tuple(map(str, said.get("labels") or ())), path if own else None, template)
+        return replace(_task(content.get(TASK), path), chat_template=content.get(CHAT_TEMPLATE))
+    task = _task(_json(folder / FILE) or {"auto_class": AUTO_CLASSES.get(str(_json(folder / CONFIG).get("task_type")))}, str(folder / FILE))
+    own = any((folder / name).is_file() for name in ("tokenizer_config.json", "preprocessor_config.json"))
+    template = folder / TEMPLATE
+    return replace(
+        task, preprocessor=path if own else None, chat_template=template.read_text(encoding="utf-8") if template.is_file() else None
+    )
 
 
-def give_labels(module: LightningModule, ckpt_path: str | None, trainer: Trainer) -> None:
-    """Give a task without labels of its own those that its checkpoint, or the adapter that it starts from, was trained with."""
+def give_task(module: LightningModule, ckpt_path: str | None, trainer: Trainer) -> None:
+    """Give a task what its checkpoint, or the adapter that it starts from, was trained with: its labels unless it has labels of its own,
+    its chat template, its source prefix. The data module replaces the last two if it is given others.
+    """
     starts = (getattr(callback, "start_from", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     path = ckpt_path or next(filter(None, starts), None)
-    if path is None or not Path(path).exists() or not isinstance(module, LabelTask) or module.labels_given:
+    if path is None or not Path(path).exists() or not isinstance(module, HFTask):
         return
-    if labels := read_task(path).labels:
-        module.set_labels(labels)
+    task = read_task(path)
+    if task.labels and isinstance(module, LabelTask) and not module.labels_given:
+        module.set_labels(task.labels)
+    if task.chat_template and hasattr(module, "tokenizer"):
+        module.tokenizer.chat_template = task.chat_template
+    if isinstance(module, Seq2SeqTask):
+        module.source_prefix = task.source_prefix
+
+
+def _task(said: Any, where: str) -> Task:
+    """Return the task that a description says, see `HFTask.described`. It may come from anyone."""
+    said = said if isinstance(said, dict) else {}
+    auto_class, labels = said.get("auto_class"), said.get("labels")
+    known = {getattr(tasks, name).auto_class for name in tasks.__all__ if hasattr(getattr(tasks, name), "auto_class")}
+    if auto_class is not None and auto_class not in known:
+        raise ValueError(f"{where} names auto_class={auto_class!r}; there are {', '.join(sorted(known))}")
+    return Task(auto_class, tuple(map(str, labels if isinstance(labels, list) else ())), str(said.get("source_prefix") or ""))
 
 
 def _json(file: Path) -> dict[str, Any]:

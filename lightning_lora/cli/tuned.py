@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ from lightning_lora import load_adapter
 from lightning_lora.adapter_io.fingerprint import OtherBase
 from lightning_lora.adapter_io.metadata import META
 from lightning_lora.cli.console import working
-from lightning_lora.cli.messages import UsageError
 from lightning_lora.cli.task_file import Task, read_task
 from lightning_lora.storage.read_checkpoint import read_checkpoint
-from lightning_lora.tasks.hf import DType, load_image_processor, load_model, load_tokenizer
+from lightning_lora.storage.sharded_checkpoint import REST, read_folder
+from lightning_lora.tasks.hf import DType, auto_class_of, load_config, load_image_processor, load_model, load_tokenizer
 
 IDENTIFYING: tuple[DType, ...] = ("auto", "float16")  # dtypes in which an adapter's base may have had its fingerprint
 PREFIX = "model."  # the attribute of our tasks that holds the Hugging Face model
@@ -43,7 +43,8 @@ def load_tuned(model: str, adapter: str | None, gguf_file: str | None, dtype: DT
 
     Args:
         model: A hub id or a local folder.
-        adapter: An adapter folder, a checkpoint with an adapter, or one of a full fine-tune; None for the model as it is.
+        adapter: An adapter folder, a checkpoint (a file or a folder of shards) with an adapter, or one of a full fine-tune; None for the
+            model as it is.
         gguf_file: A GGUF file in the model's folder.
         dtype: The weights' dtype.
 
@@ -51,10 +52,14 @@ def load_tuned(model: str, adapter: str | None, gguf_file: str | None, dtype: DT
         ValueError: A path does not exist, or the adapter does not fit the model.
     """
     if adapter is not None and (not adapter or not Path(adapter).exists()):
-        raise UsageError(f"adapter={adapter!r}: no such folder or checkpoint")
+        raise ValueError(f"adapter={adapter!r}: no such folder or checkpoint")
     with working("loading the model"):
-        task = read_task(adapter)
-        load = partial(load_model, task.auto_class, model, gguf_file, **task.config())
+        # The preprocessor and the template of the model's own folder are loaded with it, or come from its GGUF file.
+        own = Task() if adapter or not Path(model).is_dir() else replace(read_task(model), preprocessor=None, chat_template=None)
+        task = own if adapter is None else read_task(adapter)
+        if task.auto_class is None:
+            task = replace(task, auto_class=auto_class_of(load_config(model, gguf_file)))
+        load = partial(load_model, str(task.auto_class), model, gguf_file, **task.config())
         weights = None if adapter is None else full_weights(adapter)
         network = _adapted(load, adapter, dtype) if adapter is not None and weights is None else load(dtype=dtype)
         if weights is not None:
@@ -103,9 +108,18 @@ def _preprocessor(model: str, gguf_file: str | None, task: Task) -> Any:
     return tokenizer
 
 
+def is_checkpoint(path: str) -> bool:
+    """Return whether a path is a checkpoint, a file or a folder of shards, and no adapter folder."""
+    return Path(path).is_file() or Path(path, REST).is_file()
+
+
 def full_weights(path: str) -> dict[str, Any] | None:
     """Return the model's weights in the checkpoint of a full fine-tune, None if the path holds anything else."""
-    content = read_checkpoint(path) if path.endswith(".ckpt") and Path(path).is_file() else None
+    content: Any = None
+    if Path(path, REST).is_file():
+        content = read_folder(Path(path))
+    elif path.endswith(".ckpt") and Path(path).is_file():
+        content = read_checkpoint(path)
     state = content.get("state_dict") if isinstance(content, dict) and META not in content else None
     if not isinstance(state, dict):
         return None

@@ -215,6 +215,16 @@ def encode_prompt(tokenizer: Any, messages: list[Message], tools: list[Any] | No
     return Chat(tokenizer).prompt(messages, tools)
 
 
+def turn_ends(tokenizer: Any) -> list[int]:
+    """Return the tokens with which a tokenizer's template ends an answer. A template that ends none can still be generated with, up to the
+    length asked for.
+    """
+    if tokenizer.chat_template:
+        with suppress(ValueError):
+            return Chat(tokenizer).ends
+    return []
+
+
 def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
     """Return the tokens at which generation stops: those of the model's generation config, the tokenizer's end token, and its template's.
 
@@ -222,8 +232,4 @@ def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
     """
     own = model.generation_config.eos_token_id
     ids = own if isinstance(own, list) else [own]
-    ids = [*ids, tokenizer.eos_token_id]
-    if tokenizer.chat_template:
-        with suppress(ValueError):  # a template that ends no turn can still be generated with, up to the length asked for
-            ids += Chat(tokenizer).ends
-    return sorted({i for i in ids if i is not None})
+    return sorted({i for i in (*ids, tokenizer.eos_token_id, *turn_ends(tokenizer)) if i is not None})

@@ -80,7 +80,8 @@ def read_dataset(source: str, slot: str, subset: str | None = None, streaming: b
         for number, row in enumerate(rows, start=1):  # a stream meets its errors here
             yield f"{source}:{number}", _named(row, names)
     except (ValueError, OSError, LookupError, TypeError, datasets.exceptions.DatasetsError, pyarrow.ArrowException) as error:
-        said = f"{what} {' '.join(str(error).split())[:400]}"
+        reason = error.__cause__ or error if folder.is_dir() else error  # of a file that cannot be read, datasets says only that
+        said = f"{what} {' '.join(str(reason).split())[:400]}"
         if folder.is_dir():
             raise ValueError(said) from error
         raise WrongPath(said) from error

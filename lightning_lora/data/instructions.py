@@ -61,6 +61,8 @@ class InstructionDataModule(FileDataModule):
         check_template(template)
         if packing and padding_free:
             raise ValueError("data.padding_free=True has no effect on packed rows; choose it or data.packing")
+        if packing and self.streaming:
+            raise ValueError("data.packing=True looks at every row before training; set data.streaming: false, or use data.padding_free")
         self.padding_free = padding_free
         self.packing, self.pack_length = packing, _pack_length(packing, pack_length, self.max_length, self.pad_to_multiple_of)
         self.template, self.chat_template_kwargs, self.train_on = template, chat_template_kwargs, train_on
@@ -147,14 +149,13 @@ class InstructionDataModule(FileDataModule):
     @override
     def batching(self, split: str) -> dict[str, Any]:
         rows, pad = self.examples[split], self.tokenizer.pad_token_id
-        if split == "train" and self.packing and not isinstance(rows, Examples):  # they are streamed
-            raise ValueError("data.packing=True looks at every row before training; set data.streaming: false, or use data.padding_free")
         options = super().batching(split)
         if split == "train" and self.padding_free:
             longest = max(rows.lengths) if isinstance(rows, Examples) else self.max_length
             return options | {"collate_fn": partial(collate_end_to_end, pad=pad, longest=longest, multiple=self.pad_to_multiple_of)}
         if split != "train" or not self.packing:
             return options
+        assert isinstance(rows, Examples)  # a stream is not packed
         packed = PackedRows(rows, self.pack_length, self.batch_size, self.seed)
         rank_zero_info(f"data.packing: {packed}.")
         order = LengthGroupedSampler([self.pack_length] * len(packed), self.batch_size, options["sampler"].epoch, self.seed)

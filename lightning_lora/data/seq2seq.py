@@ -22,23 +22,42 @@ class Seq2SeqDataModule(FileDataModule):
 
     Args:
         *args: Those of `FileDataModule`.
-        source_prefix: Text before every source, as T5's "summarize: ".
+        source_prefix: Text before every source, as T5's "summarize: ". By default that of the checkpoint or adapter that the task comes
+            from, or none.
         max_target_length: Longest target, in tokens; ``max_length`` is the source's.
         **kwargs: Those of `FileDataModule`.
     """
 
     records = (Conversation,)
 
-    def __init__(self, *args: Any, source_prefix: str = "", max_target_length: PositiveInt = 256, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, source_prefix: str | None = None, max_target_length: PositiveInt = 256, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.source_prefix, self.max_target_length = source_prefix, max_target_length
+
+    @override
+    def prepare_data(self) -> None:
+        self._agree()  # this process encodes before `setup`
+        super().prepare_data()
+
+    @override
+    def setup(self, stage: str) -> None:
+        self._agree()
+        super().setup(stage)
+
+    def _agree(self) -> None:
+        """Tell the task the prefix, or take its own."""
+        task: Any = self.trainer.lightning_module if self.trainer is not None else None
+        if self.source_prefix is None:
+            self.source_prefix = getattr(task, "source_prefix", "")
+        elif hasattr(task, "source_prefix"):
+            task.source_prefix = self.source_prefix
 
     @override
     def encode(self, record: Record, split: str) -> Sequence[Example]:
         assert isinstance(record, Conversation)
         before = record.messages if split == "predict" else record.messages[:-1]
         source = source_of(before)
-        ids = self.tokenizer(self.source_prefix + source)["input_ids"]
+        ids = self.tokenizer((self.source_prefix or "") + source)["input_ids"]
         if split == "predict":
             return [Example(ids, text=source)]
         target = record.messages[-1]["content"]

@@ -7,14 +7,17 @@ with the scaling α/r, nearly independent of the rank. Runs of fewer than 100 st
 
 from __future__ import annotations
 
+import platform
 import statistics
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_lora.layers.base import LoRALayer, lora_layers
+from lightning_lora.utils.torch_private import cpu_multiplies_bfloat16
 
 FULL, WIDTH, POWER = 5e-5, 2000, 0.781  # tinker-cookbook's formula for Llama models
 TIMES, TIMES_SHORT, SHORT = 10, 15, 100  # LoRA's rate over full fine-tuning's, the same in short runs, and how many steps are short
@@ -27,6 +30,7 @@ VARIANTS: dict[str, tuple[float, str]] = {
 }
 #: Variants whose update has no α.
 WITHOUT_ALPHA = frozenset({"vera"})
+HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -87,12 +91,13 @@ def advise_learning_rate(
     return _rounded(rate, reasons)
 
 
-def advise_setup(model: nn.Module, batch: int | None = None) -> list[str]:
+def advise_setup(model: nn.Module, batch: int | None = None, device: str | None = None) -> list[str]:
     """Return one line each on an adapted model's layers, its rank and the effective batch: what is set, and what speaks for another choice.
 
     Args:
         model: adapted.
         batch: rows per optimizer step over all processes, if known.
+        device: type of device that it trains on, if known. A line warns of weights that it multiplies slowly.
     """
     layers = [layer for _, layer in lora_layers(model)]
     ranks = sorted({layer.rank for layer in layers})
@@ -109,7 +114,20 @@ def advise_setup(model: nn.Module, batch: int | None = None) -> list[str]:
     if batch is not None:
         large = f" Above {BATCH}, LoRA learns less per row than full fine-tuning." if batch > BATCH else ""
         lines.append(f"effective batch: {batch} rows.{large}")
+    slow = next((layer.weight.dtype for layer in layers if getattr(layer, "weight", None) is not None and layer.weight.dtype in HALF), None)
+    if slow and device is not None and multiplies_half_slowly(device):
+        lines.append(
+            f"dtype: {str(slow).removeprefix('torch.')}, for which this processor has no instructions; float32 is several times as fast."
+        )
     return lines
+
+
+def multiplies_half_slowly(device: str) -> bool:
+    """Return True if a device of this type is this machine's processor, and computes 16-bit numbers by converting each.
+
+    Known of x86 processors only: without instructions for bfloat16, a product of 512×576 and 576×1536 took four times float32's time.
+    """
+    return device == "cpu" and platform.machine() in ("x86_64", "AMD64") and not cpu_multiplies_bfloat16()
 
 
 def _rounded(rate: float, reasons: list[str]) -> Rate:

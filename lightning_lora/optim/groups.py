@@ -97,3 +97,27 @@ def only_trainable() -> Iterator[None]:
         yield
     finally:
         Optimizer.add_param_group = original  # type: ignore[method-assign]
+
+
+def take_over(optimizer: Optimizer, model: nn.Module) -> None:
+    """Give an optimizer that was built before LoRA the adapters of the layers that it holds, in place of their frozen weights.
+
+    LightningCLI's ``--optimizer`` is built so, and some modules build theirs in ``__init__``. Each group takes the adapters of its own
+    layers, so settings per group and schedulers stay. Nothing is done if it has a state already, if all of its parameters train, or if
+    it is not one of torch's: others may keep a list of the parameters elsewhere.
+    """
+    groups = optimizer.param_groups
+    frozen = {id(p) for group in groups for p in group["params"] if not p.requires_grad}
+    if not frozen or optimizer.state or not type(optimizer).__module__.startswith("torch.optim."):
+        return
+    held = {id(p) for group in groups for p in group["params"]}
+    layers = [list(layer.named_parameters(prefix=name)) for name, layer in lora_layers(model)]
+    for group in groups:
+        mine = {id(p) for p in group["params"]} & frozen
+        added = [(name, p) for layer in layers if any(id(p) in mine for _, p in layer) for name, p in layer if p.requires_grad]
+        added = [(name, p) for name, p in added if id(p) not in held]
+        held |= {id(p) for _, p in added}
+        kept = [index for index, p in enumerate(group["params"]) if p.requires_grad]
+        if "param_names" in group:
+            group["param_names"][:] = [group["param_names"][index] for index in kept] + [name for name, _ in added]
+        group["params"][:] = [group["params"][index] for index in kept] + [p for _, p in added]  # LBFGS holds this list itself

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lora.optim.groups import RATE_OF_B, RATIO, check_ratio, zero_factors
+from lightning_lora.optim.state import divides_state
 
 #: Key in a group that was split off: its rates are ``group[RATIO]`` times those of the last group before it that was not split off.
 SPLIT = "lora_plus_split"
@@ -44,9 +45,16 @@ def apply_lora_plus(optimizer: Optimizer, model: nn.Module, ratio: float, *sched
         schedulers: those that set this optimizer's rates, built before the call; they keep working on the groups they were built on.
 
     Raises:
-        ValueError: the ratio is out of range, the optimizer holds no B, or a group that holds one has a ratio already.
+        ValueError: the ratio is out of range, the optimizer holds no B, or a group that holds one has a ratio already. Or the optimizer
+            divided its groups among the processes when it was built, so that a split now would have no effect.
     """
     check_ratio(ratio)
+    if divides_state(optimizer):
+        cls = type(optimizer).__name__
+        raise ValueError(
+            f"lora_plus_ratio={ratio!r}: {cls} divided its groups among the processes when it was built. Build it from"
+            f" lora_param_groups(model, lr=..., lora_plus_ratio={ratio!r}) in place of this."
+        )
     wanted = {id(factor) for factor in zero_factors(model)}
     if any(RATIO in group and any(_of(wanted, group)) for group in optimizer.param_groups):
         raise ValueError(f"lora_plus_ratio={ratio!r}: the optimizer's groups have a ratio already; give it once.")

@@ -2,11 +2,14 @@
 
 torch numbers parameters by their position in the optimizer, and sharded strategies by their position in the model. So a state
 saved under one cannot be loaded under another. Names are the same everywhere.
+
+An optimizer around another one (Lookahead) may return a state of its own form, whose numbers only it understands. That is kept as it
+is, beside the names of the parameters in their order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,8 +17,11 @@ from torch.optim import Optimizer
 
 from lightning_lora.optim.groups import RATIO
 from lightning_lora.utils.names import clean_name
-from lightning_lora.utils.sharding import distribute_like, full_tensor
+from lightning_lora.utils.sharding import distribute_like, full_tensor, is_sharded
 from lightning_lora.utils.values import nonfinite
+
+#: Key of a state that is not of torch's form.
+AS_IS = "as_is"
 
 
 def state_by_name(optimizer: Optimizer, model: nn.Module, saved: Callable[[Tensor], Tensor] = full_tensor) -> dict[str, Any]:
@@ -25,11 +31,22 @@ def state_by_name(optimizer: Optimizer, model: nn.Module, saved: Callable[[Tenso
         optimizer: holds parameters of ``model``.
         model: the model whose names are used.
         saved: converts each tensor for saving; by default to its full tensor, whatever shard this rank has.
+
+    Returns:
+        The state; ``{"as_is": …, "params": [[fqn, …], …]}`` if it is not of torch's form. Where each process has the state of some
+        parameters (``ZeroRedundancyOptimizer``), the first one gets all of it and the others get ``{}``, as in Lightning: every process
+        must call this.
     """
     names = _names(optimizer, model)
-    state = optimizer.state_dict()
-    if not state:  # Lightning's stand-in for a run without an optimizer
+    if divides_state(optimizer):
+        optimizer.consolidate_state_dict(to=0)  # type: ignore[attr-defined]
+        state = optimizer.state_dict() if optimizer.rank == 0 else {}  # type: ignore[attr-defined]
+    else:
+        state = optimizer.state_dict()
+    if not state:  # also that of Lightning's stand-in for a run without an optimizer
         return state
+    if not _is_torchs(state):
+        return {AS_IS: state, "params": _groups(optimizer, names)}
     return {
         **state,
         "state": {
@@ -50,11 +67,20 @@ def load_by_name(optimizer: Optimizer, model: nn.Module, saved: dict[str, Any]) 
     """
     if saved == {} and not optimizer.param_groups:
         return
+    # An optimizer that divides its state has none to return before it is gathered. The groups are the same on every process.
+    now = Optimizer.state_dict(optimizer) if divides_state(optimizer) else optimizer.state_dict()
+    own = not _is_torchs(now)
+    if own != (isinstance(saved, dict) and AS_IS in saved):
+        cls = type(optimizer).__name__
+        raise ValueError(f"the checkpoint's optimizer keeps its state in another form than {cls}: resume with the same.")
+    if own:
+        _load_as_is(optimizer, model, saved)
+        return
     if not _is_state(saved):
         raise ValueError("the checkpoint's optimizer_states are not what optimizers save: it was changed by hand, or is damaged.")
     names = _names(optimizer, model)
     numbers = {name: index for index, name in names.items()}
-    here, there = optimizer.state_dict()["param_groups"], saved["param_groups"]
+    here, there = now["param_groups"], saved["param_groups"]
     if len(here) != len(there):
         raise ValueError(
             f"the checkpoint's optimizer has {len(there)} parameter groups, this one {len(here)}; build it as it was built then"
@@ -88,15 +114,45 @@ def load_by_name(optimizer: Optimizer, model: nn.Module, saved: dict[str, Any]) 
     optimizer.load_state_dict({**saved, "state": state, "param_groups": groups})
 
 
+def _load_as_is(optimizer: Optimizer, model: nn.Module, saved: dict[str, Any]) -> None:
+    here, there = _groups(optimizer, _names(optimizer, model)), saved.get("params")
+    if here != there:
+        raise ValueError(
+            f"{type(optimizer).__name__} keeps its state by the parameters' order, and the checkpoint's groups hold others, or in another"
+            f" order: {there}, here {here}. Build it as it was built then."
+        )
+    optimizer.load_state_dict(saved[AS_IS])
+
+
+def divides_state(optimizer: Optimizer) -> bool:
+    """True if each process keeps the state of some parameters only, as under torch's ``ZeroRedundancyOptimizer``."""
+    return hasattr(optimizer, "consolidate_state_dict")
+
+
 def holds_nan(saved: Any) -> list[str]:
     """Return the names of the parameters whose saved state, as :func:`state_by_name` returns it, holds NaN.
 
     Infinity is left out: a second moment may overflow, and its parameter then no longer trains but stays finite.
     """
+    if isinstance(saved, dict) and AS_IS in saved:
+        tensors = {str(number): tensor for number, tensor in enumerate(_tensors(saved[AS_IS]))}
+        return ["an optimizer that keeps it in a form of its own"] if nonfinite(tensors, infinite=False) else []
     slots = saved["state"].items() if isinstance(saved, dict) and isinstance(saved.get("state"), dict) else ()
     moments = {(key, slot): value for key, each in slots if isinstance(each, dict) for slot, value in each.items()}
     found = nonfinite({key: value for key, value in moments.items() if isinstance(value, Tensor)}, infinite=False)
     return list(dict.fromkeys(str(key) for key, _ in found))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(each)
+
+
+def _is_torchs(state: Any) -> bool:
+    return isinstance(state.get("param_groups"), list) and isinstance(state.get("state"), dict)
 
 
 def _is_state(saved: Any) -> bool:
@@ -108,8 +164,19 @@ def _is_state(saved: Any) -> bool:
 
 
 def check_named(optimizer: Optimizer, model: nn.Module) -> None:
-    """Raise ValueError if the optimizer holds a parameter that is not part of the model, and so in no checkpoint."""
+    """Check that the optimizer's state can be saved.
+
+    Raises:
+        ValueError: it holds a parameter that is not part of the model, and so in no checkpoint; or a sharded one, and its state is of a
+            form of its own.
+    """
     _names(optimizer, model)
+    sharded = any(is_sharded(p) for group in optimizer.param_groups for p in group["params"])
+    if sharded and not divides_state(optimizer) and not _is_torchs(optimizer.state_dict()):
+        raise ValueError(
+            f"{type(optimizer).__name__} keeps its state in a form of its own, in which shards cannot be saved: use the optimizer inside"
+            " it alone, or strategy='ddp'."
+        )
 
 
 def _names(optimizer: Optimizer, model: nn.Module) -> dict[int, str]:
@@ -123,3 +190,9 @@ def _names(optimizer: Optimizer, model: nn.Module) -> dict[int, str]:
             " since no checkpoint would hold it: make it, or the module that has it, an attribute of the LightningModule."
         )
     return {index: names[id(parameter)] for index, parameter in enumerate(parameters)}
+
+
+def _groups(optimizer: Optimizer, names: dict[int, str]) -> list[list[str]]:
+    """Return the names of each group's parameters, in their order."""
+    numbers = iter(range(len(names)))
+    return [[names[next(numbers)] for _ in group["params"]] for group in optimizer.param_groups]

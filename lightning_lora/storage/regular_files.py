@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 
 class WrongPath(ValueError, FileNotFoundError):
-    """A path that the user gave leads to nothing, or to something of another kind. The command line exits with 2, as for a wrong option."""
+    """A path that the user gave leads to nothing, or to something of another kind."""
 
 
 def open_regular(path: Path) -> BinaryIO:

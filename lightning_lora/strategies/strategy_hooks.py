@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import FSDPStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -29,7 +30,7 @@ from torch import Tensor
 from lightning_lora.adapter_io.files import META
 from lightning_lora.layers.base import kept_parameters
 from lightning_lora.model.merge import unmerge_lora, unmerged
-from lightning_lora.optim.groups import only_trainable
+from lightning_lora.optim.groups import only_trainable, take_over
 from lightning_lora.optim.lora_plus import apply_lora_plus, check_kept, holds_b
 from lightning_lora.optim.state import check_named, load_by_name, state_by_name
 from lightning_lora.strategies import module_state
@@ -164,6 +165,7 @@ class StrategyHooks(CopiedHooks):
             self.originals["setup_optimizers"](trainer)
         schedulers = [config.scheduler for config in self.strategy.lr_scheduler_configs]
         for optimizer in self.strategy.optimizers:
+            take_over(optimizer, self.module)
             check_named(optimizer, self.module)
             check_kept(optimizer)
             for part in self.parts.values():
@@ -188,8 +190,9 @@ class StrategyHooks(CopiedHooks):
         return tensors | buffers | extra
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Return the optimizer's state by parameter name."""
-        return state_by_name(getattr(optimizer, "optimizer", optimizer), self.module, self._saved)
+        """Return the optimizer's state by parameter name: all of it on the first process at least."""
+        theirs = optimizer.optimizer if isinstance(optimizer, twins(LightningOptimizer)) else optimizer
+        return state_by_name(theirs, self.module, self._saved)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str, storage_options: Any = None) -> None:
         """Write the checkpoint, with the metadata that identifies its adapter: format version, config, base."""
@@ -281,15 +284,12 @@ class StrategyHooks(CopiedHooks):
 
     def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
         """Load optimizer states by parameter name."""
+        saved, here = checkpoint["optimizer_states"], self.strategy.optimizers
         with naming(self.module.trainer.ckpt_path):
-            self._load_optimizers(checkpoint)
-
-    def _load_optimizers(self, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint["optimizer_states"]
-        if len(saved) != len(self.strategy.optimizers):
-            raise ValueError(f"the checkpoint has {len(saved)} optimizers, but configure_optimizers made {len(self.strategy.optimizers)}.")
-        for optimizer, state in zip(self.strategy.optimizers, saved, strict=True):
-            load_by_name(optimizer, self.module, state)
+            if len(saved) != len(here):
+                raise ValueError(f"the checkpoint has {len(saved)} optimizers, but configure_optimizers made {len(here)}.")
+            for optimizer, state in zip(here, saved, strict=True):
+                load_by_name(optimizer, self.module, state)
 
     def _covered(self, saved: dict[str, Any]) -> set[str]:
         """Return the names of the module's tensors that a checkpoint's state dict has values for."""

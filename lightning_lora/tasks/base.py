@@ -27,7 +27,7 @@ from lightning_lora.tasks.hf import DType, enable_checkpointing, load_model, loa
 from lightning_lora.tasks.rates import learning_rate_of
 
 STAGES = ("val", "test")
-CHAT_TEMPLATE = "chat_template"  # its key in a checkpoint
+CHAT_TEMPLATE, TASK = "chat_template", "task"  # keys in a checkpoint
 SHOWN = ("loss", "accuracy")  # in the progress bar
 
 
@@ -165,9 +165,14 @@ class HFTask(LightningModule, ABC):
 
     # Checkpoints and the optimizer.
 
+    def described(self) -> dict[str, Any]:
+        """Return what one has to know to use the trained model elsewhere, as plain types: the model's class, and what a subclass adds."""
+        return {"auto_class": self.auto_class}
+
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the tokenizer's chat template, which may be the data module's. Commands that load the checkpoint ask with it."""
+        """Save what the task is, and the tokenizer's chat template, which may be the data module's. Commands that load it ask with both."""
+        checkpoint[TASK] = self.described()
         template = getattr(getattr(self, "tokenizer", None), "chat_template", None)
         if template:
             checkpoint[CHAT_TEMPLATE] = template

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 import pickle
@@ -11,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +26,14 @@ from lightning_lora.utils.sharding import is_sharded
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 REACHED = 10.0  # seconds within which the hub has to answer
+# Class of transformers of each task → its table of models, by configuration.
+_MAPPINGS = {
+    "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+    "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+}
 _HUB_ID = re.compile(r"([\w.-]+/)?[\w.-]+", re.ASCII)
 
 
@@ -49,6 +59,8 @@ def load_model(auto_class: str, model: str, gguf_file: str | None = None, dtype:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if config:
         options["ignore_mismatched_sizes"] = True
+    elif gguf_file is not None:
+        options["config"] = load_config(model, gguf_file)
     with _named(model):
         return getattr(transformers, auto_class).from_pretrained(model, **options)
 
@@ -96,30 +108,55 @@ def load_causal_lm(model: str, gguf_file: str | None = None, dtype: DType = "aut
 
 
 def load_config(model: str, gguf_file: str | None = None) -> Any:
-    """Return the model's configuration.
+    """Return the model's configuration. That of a GGUF file is kept: reading its metadata, which has the vocabulary, takes seconds.
 
     Raises:
         ValueError: As for `load_model`.
     """
+    source, file = _source(model, gguf_file), Path(model, gguf_file or "")
+    if gguf_file is None or not file.is_file():
+        return _config(model, **source)
+    stat = file.stat()
+    return copy.deepcopy(_kept_config(model, gguf_file, stat.st_mtime_ns, stat.st_size))
+
+
+@lru_cache(maxsize=1)
+def _kept_config(model: str, gguf_file: str, *changed: int) -> Any:
+    return _config(model, gguf_file=gguf_file)
+
+
+def _config(model: str, **source: str) -> Any:
     import transformers
 
-    source = _source(model, gguf_file)
     with _named(model):
         return transformers.AutoConfig.from_pretrained(model, **source)
 
 
-def skeleton(model: str, gguf_file: str | None = None, auto_class: str = "AutoModelForCausalLM") -> Any:
-    """Build the model on the meta device from its configuration alone: no weights are read or downloaded.
-
-    A GGUF file stores its configuration with the weights, so the full file is read.
+def auto_class_of(config: Any) -> str:
+    """Return the class of transformers that a model is loaded with, by its configuration: of those that the tasks have, the one whose head
+    the checkpoint has, or else the first that there is for its type.
     """
     import transformers
 
-    if gguf_file is not None:
-        return load_model(auto_class, model, gguf_file)
-    config = load_config(model)
+    names = getattr(config, "architectures", None) or ()
+    heads = [name for name in _MAPPINGS if any(str(each).endswith(name.removeprefix("AutoModel")) for each in names)]
+    there = [name for name, mapping in _MAPPINGS.items() if type(config) in getattr(transformers, mapping)]
+    return [*heads, *there, "AutoModelForCausalLM"][0]
+
+
+def skeleton(model: str, gguf_file: str | None = None, auto_class: str | None = None) -> Any:
+    """Build the model on the meta device from its configuration alone: no weights are read or downloaded.
+
+    Args:
+        model: A hub id or a local folder.
+        gguf_file: A GGUF file in it, of which only the metadata is read.
+        auto_class: The class of transformers that picks the model's own; by default `auto_class_of` its configuration.
+    """
+    import transformers
+
+    config = load_config(model, gguf_file)
     with _named(model), torch.device("meta"):
-        return getattr(transformers, auto_class).from_config(config)
+        return getattr(transformers, auto_class or auto_class_of(config)).from_config(config)
 
 
 def _source(model: str, gguf_file: str | None) -> dict[str, str]:
@@ -140,6 +177,8 @@ def _named(model: str | os.PathLike[str]) -> Iterator[None]:
             raise ValueError(
                 f"model={os.fspath(model)!r}: there is no {other[2]} for a {other[1]}; choose another task or model"
             ) from error
+        if "backend tokenizer" in str(error):
+            raise ValueError(f"model={os.fspath(model)!r} has no tokenizer; choose a task or a model for what the rows are") from error
         damaged = "its weights are damaged, or no weights: " if isinstance(error, (SafetensorError, pickle.UnpicklingError)) else ""
         raise ValueError(f"model={os.fspath(model)!r}: {damaged}{str(error).strip().splitlines()[0]}") from error
 

@@ -90,6 +90,10 @@ class LabelTask(HFTask):
             text.pad_token_id = tokenizer.pad_token_id
 
     @override
+    def described(self) -> dict[str, Any]:
+        return super().described() | {"labels": self.labels}
+
+    @override
     def setup(self, stage: str) -> None:
         if self.model is None:
             raise ValueError(f"the labels are not known: give {type(self).__name__} labels=[...], or {self.data_class.rpartition('.')[2]}")

@@ -69,15 +69,12 @@ def settle_attention(model: Any, length: int, longest: int, device: torch.device
                 except ValueError as error:  # an attention says what it cannot do
                     reason = " ".join(str(error).split())
                     continue
+                beside, apart = (f"{change:.2g}" for change in changes)
+                said = f"change by {beside} of their size beside another document, and differ by {apart} from those of a document alone"
                 if changes[0] <= limits[0] and changes[1] <= limits[1]:
                     keep()
-                    return (
-                        f"Packed rows: {name} keeps documents apart with attention {choice!r}. Their hidden states change by"
-                        f" {changes[0]:.1e} beside another document, and differ by {changes[1]:.1e} from those of a document alone."
-                    )
-            reason = (
-                f"with attention {choice!r} a document's hidden states change by {max(changes):.2g} of their size beside another document"
-            )
+                    return f"Packed rows: {name} keeps documents apart with attention {choice!r}. Their hidden states {said}."
+            reason = f"with attention {choice!r} a document's hidden states {said}"
     raise ValueError(_refusal(name, reason))
 
 

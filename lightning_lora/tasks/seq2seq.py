@@ -33,6 +33,9 @@ class Seq2SeqTask(HFTask):
         max_new_tokens: Longest text that the model writes, in tokens.
         num_beams: Beams of the search; 1 is greedy.
         **shared: See `HFTask`.
+
+    Attributes:
+        source_prefix: Text before every source; the data module sets it. It is saved with the adapter.
     """
 
     auto_class = "AutoModelForSeq2SeqLM"
@@ -42,7 +45,12 @@ class Seq2SeqTask(HFTask):
         self, model: str, predict_with_generate: bool = True, max_new_tokens: PositiveInt = 64, num_beams: PositiveInt = 1, **shared: Any
     ) -> None:
         super().__init__(model, **shared)
+        self.source_prefix = ""
         self.load()
+
+    @override
+    def described(self) -> dict[str, Any]:
+        return super().described() | {"source_prefix": self.source_prefix}
 
     @override
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

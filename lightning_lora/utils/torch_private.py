@@ -41,6 +41,9 @@ is_batched: Callable[[Tensor], bool] = _name("_C._functorch.is_legacy_batchedten
 # The number of the running backward pass. Gradients of replicated adapters are averaged once per pass. Without it importing raises.
 backward_pass_id: Callable[[], int] = _name("_C._current_graph_task_id")
 
+# Whether an x86 processor has instructions for bfloat16. Without it importing raises.
+cpu_multiplies_bfloat16: Callable[[], bool] = _name("cpu._is_avx512_bf16_supported")
+
 # The base class of norms with running statistics, which adapter files store. Without it importing raises.
 NormWithStatistics: type[nn.Module] = _name("nn.modules.batchnorm._NormBase")
 

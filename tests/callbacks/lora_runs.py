@@ -28,12 +28,18 @@ def fit(
     return run
 
 
+class OwnAdamW(torch.optim.AdamW):
+    """Another library's: it may keep its parameters anywhere."""
+
+
 class Early(LitNet):
     """Its optimizer is built before the adapters come."""
 
+    optimizer: type[torch.optim.Optimizer] = OwnAdamW
+
     def __init__(self) -> None:
         super().__init__()
-        self.early = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        self.early = self.optimizer(self.parameters(), lr=1e-2)  # type: ignore[call-arg]
 
     def configure_optimizers(self) -> Any:
         return self.early

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,36 @@ pytestmark = pytest.mark.filterwarnings(
 def test_an_optimizer_built_too_early_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"4 parameters that should train are in no optimizer: net\.fc1\.lora_A.*configure_optimizers"):
         fit(tmp_path, Early(), 1)
+
+
+class EarlyAdamW(Early):
+    optimizer = torch.optim.AdamW
+
+
+class Late(LitNet):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+def test_torchs_own_optimizer_built_too_early_takes_the_adapters(tmp_path: Path) -> None:
+    """As LightningCLI's ``--optimizer`` is."""
+    early, late = EarlyAdamW(), Late()
+    for module in (early, late):
+        torch.manual_seed(0)
+        fit(tmp_path, module, 2)
+    assert early.losses == late.losses and len(set(early.losses)) > 1
+
+
+class Partial(LitNet):
+    def configure_optimizers(self) -> Any:
+        assert self.net is not None
+        return torch.optim.SGD(self.net.fc1.parameters(), lr=0.1)
+
+
+def test_an_optimizer_of_some_layers_is_an_error_that_names_the_others(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"2 parameters .*: net\.fc2\.lora_A.*exclude_modules=\['net\.fc2'\]\)\.$"):
+        fit(tmp_path, Partial(), 1)
+    fit(tmp_path, Partial(), 1, lora=LoRACallback(dataclasses.replace(CONFIG, exclude_modules=["net.fc2"])))
 
 
 class Bypass(LitNet):

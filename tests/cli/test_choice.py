@@ -3,7 +3,6 @@ import yaml
 
 from lightning_lora import data, tasks
 from lightning_lora.cli.choice import chosen_data, chosen_task, class_path
-from lightning_lora.cli.messages import UsageError
 from tests.cli.test_lightning_cli import Head
 
 OWN = "tests.cli.test_lightning_cli.Head"
@@ -34,7 +33,7 @@ def test_the_class_is_known_before_the_command_line_is_parsed(words, content, ta
 
 
 def test_a_name_that_there_is_not():
-    with pytest.raises(UsageError, match=r"^model='DPOTaks': there are CausalLMTask, .*; did you mean 'DPOTask'\?$"):
+    with pytest.raises(ValueError, match=r"^model='DPOTaks': there are CausalLMTask, .*; did you mean 'DPOTask'\?$"):
         chosen_task(["--model=DPOTaks"])
 
 
@@ -42,7 +41,7 @@ def test_a_name_that_there_is_not():
 def test_a_class_of_another_kind_is_refused(option, choose, base):
     """`pytorch_lightning`'s are of another kind; parsing such a default ended in a traceback."""
     with pytest.raises(
-        UsageError, match=rf"^{option}='pytorch_lightning.Lightning{base}' is no Lightning{base} of lightning.pytorch; derive"
+        ValueError, match=rf"^{option}='pytorch_lightning.Lightning{base}' is no Lightning{base} of lightning.pytorch; derive"
     ):
         choose([f"--{option}=pytorch_lightning.Lightning{base}"])
 

@@ -42,11 +42,15 @@ def test_a_checkpoint_with_what_its_run_tells(model, config, tmp_path, capsys):
 
 def test_wrong_input_is_one_line(adapter, tmp_path, capsys):
     for arguments, code, words in (
-        ([adapter, "out", "--for", "vlm"], 2, "target: expected one of 'peft', 'vllm', 'sglang', 'llama.cpp', 'diffusers'. Got value: vlm"),
+        (
+            [adapter, "out", "--for", "vlm"],
+            2,
+            "for: expected one of 'peft', 'vllm', 'sglang', 'llama.cpp', 'diffusers', got vlm; did you mean",
+        ),
         ([adapter, "out", "--four", "vllm"], 2, "no option 'four'"),
         ([str(tmp_path / "none"), "out"], 2, "there is no such adapter folder or checkpoint"),
         ([adapter, adapter], 2, "is not empty; name another folder, or pass --overwrite"),
-        ([adapter, "out", "--for", "diffusers"], 1, "component is not set"),
+        ([adapter, "out", "--for", "diffusers"], 2, "component is not set"),
     ):
         assert main(["export", *arguments]) == code
         (line,) = capsys.readouterr().err.splitlines()

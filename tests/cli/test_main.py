@@ -38,7 +38,7 @@ def bad(tmp_path):
     [
         (2, ["fit", "--lora.compile=model"], r"^lora.compile: expected one of 'layer', got model"),
         (2, ["fit", "--lora.config.rank=0"], r"rank=0: the rank is a whole number"),
-        (2, ["fit", "--lora.config.rank=1.5"], r"^lora.config.rank: expected int. Got value: 1.5"),
+        (2, ["fit", "--lora.config.rank=1.5"], r"^lora.config.rank: expected int, got 1.5"),
         (2, ["fit", "--lora.config={rank: 2, rank: 3}"], r"'rank' is there twice in '{rank: 2, rank: 3}'"),
         (2, ["fit", "--lora.config.bias=some"], r"bias.*some"),
         (2, ["fit", "--lora.rank=4"], r"^no option 'lora.rank'; did you mean 'lora.config.rank'\?$"),
@@ -49,7 +49,7 @@ def bad(tmp_path):
             r"^no option 'model.lr' of lightning_lora.tasks.CausalLMTask; there are model.model, .*model.learning_rate",
         ),
         (2, ["fit", "--lora.lora_plus_ratio=0"], r"lora_plus_ratio=0"),
-        (1, ["fit", "--model.galore.rank=4"], r"q_proj.weight is frozen, .*full_finetuning: true"),
+        (2, ["fit", "--model.galore.rank=4"], r"q_proj.weight is frozen, .*full_finetuning: true"),
         (2, ["fit", "--model.galore.rank=0"], r"rank=0"),
         (2, ["fit", "--data.batch_size=0"], r"^data.batch_size: 0 is not allowed: v>0"),
         (2, ["fit", "--trainer.nothing=1"], r"^no option 'trainer.nothing'$"),
@@ -65,12 +65,29 @@ def bad(tmp_path):
         (2, ["fit", "--config=none.yaml"], r"^--config none.yaml: no such file"),
         (2, ["fit", "--config={bad}/twice.yaml"], r"^--config .*twice.yaml, line 3: the key 'max_epochs' is there twice"),
         (2, ["fit", "--config={bad}/key.yaml"], r"^no option 'trainer.max_epoch'; did you mean 'trainer.max_epochs'\?"),
+        (
+            2,
+            ["fit", "--data.packing=true", "--data.streaming=true"],
+            r"^data.packing=True looks at every row before training; set data.stream",
+        ),
+        (
+            2,
+            ["fit", "--data.template=chatml"],
+            r"^data.template='chatml' writes <\|im_start\|>, .*which the tokenizer does not have; plain, ",
+        ),
+        (2, ["fit", "--data.template={{"], r"^data.template is no Jinja template: "),
+        (2, ["fit", "--data.columns={reply: answer}"], r"train.jsonl:1: data.columns has reply: answer, and the row has neither"),
+        (2, ["fit", "--data.max_length=2"], r"rows lose their answer to max_length=2: .*raise data.max_length"),
+        (2, ["fit", "--data.train=null"], r"^data.train is not set; fit needs a file there$"),
+        (2, ["test", "--data.test=null"], r"^data.test is not set; test needs a file there$"),
+        (2, ["predict", "--data.test=null"], r"^data.predict is not set; predict needs a file there$"),
+        (2, ["fit", "--seed_everything=x"], r"^seed_everything: expected bool; expected int, got x$"),
         (2, ["fit", "--data.train=none.jsonl"], r"^data.train='none.jsonl': no such file"),
-        (1, ["fit", "--data.train={bad}/empty"], r"^data.train='.*empty': "),
-        (1, ["fit", "--data.val={bad}/latin.jsonl"], r"latin.jsonl:1 is not UTF-8"),
-        (1, ["fit", "--lora.config.target_modules=[q_prej]"], r"q_prej.*q_proj"),
+        (2, ["fit", "--data.train={bad}/empty"], r"^data.train='.*empty': "),
+        (2, ["fit", "--data.val={bad}/latin.jsonl"], r"latin.jsonl:1 is not UTF-8"),
+        (2, ["fit", "--lora.config.target_modules=[q_prej]"], r"q_prej.*q_proj"),
         (2, ["fit", "--model.model=/no/such/model"], r"^model='/no/such/model' is no folder"),
-        (2, ["fit", "--ckpt_path=last"], r"^ckpt_path='last': there is no last\*.ckpt in .*run/checkpoints.*; give the file$"),
+        (2, ["fit", "--ckpt_path=last"], r"^ckpt_path='last': there is no last\*.ckpt in .*run/checkpoints.*; give the file, or"),
         (2, ["test", "--ckpt_path=none.ckpt"], r"^ckpt_path='none.ckpt': no such file"),
         (2, ["predict", "--ckpt_path={bad}/empty.ckpt"], r"empty.ckpt is not a readable checkpoint: the file is empty"),
         (2, ["validate", "--ckpt_path={bad}/noise.ckpt"], r"noise.ckpt is not a readable checkpoint: it was not written by torch.save"),
@@ -82,7 +99,7 @@ def bad(tmp_path):
         (2, ["inspect"], r"path"),
         (2, ["inspect", "{model}", "--lora.rank=-2"], r"rank=-2"),
         (2, ["inspect", "{model}", "--lora.rnk=2"], r"^no option 'lora.rnk'; did you mean 'lora.rank'\?$"),
-        (1, ["inspect", "{model}", "--lora.target_modules=[q_prej]"], r"q_prej.*q_proj"),
+        (2, ["inspect", "{model}", "--lora.target_modules=[q_prej]"], r"q_prej.*q_proj"),
         (2, ["generate", "{model}", ""], r"prompt is empty"),
         (2, ["generate", "{model}", "a", "--file={bad}/latin.jsonl"], r"a prompt and --file are both given"),
         (2, ["generate", "{model}", "--file=none.txt"], r"none.txt.*no such file"),
@@ -100,13 +117,25 @@ def bad(tmp_path):
         (2, ["init", "{model}", "none.jsonl"], r"^out='run.yaml' exists; name another file, or pass --overwrite"),
         (2, ["init", "/no/such/model", "none.jsonl", "--out=new.yaml"], r"^model='/no/such/model' is no folder"),
         (2, ["init", "{model}", "{bad}/keys.jsonl", "--out=none/run.yaml"], r"^out='none/run.yaml': there is no folder 'none'"),
-        (1, ["init", "{model}", "{bad}/keys.jsonl", "--out=new.yaml"], r"keys.jsonl:2: .*no known format"),
+        (2, ["init", "{model}", "{bad}/keys.jsonl", "--out=new.yaml"], r"keys.jsonl:2: .*no known format"),
         (2, ["inspect", "{bad}/keys.jsonl"], r"^model.model is not set"),
-        (1, ["inspect", "{bad}/keys.jsonl", "--model={model}"], r"keys.jsonl:2: .*no known format"),
+        (2, ["inspect", "{bad}/keys.jsonl", "--model={model}"], r"keys.jsonl:2: .*no known format"),
         (2, ["inspect", "{bad}/keys.jsonl", "--model={model}", "--data.max_lenth=3"], r"did you mean 'data.max_length'\?$"),
         (2, ["inspect", "none.yaml"], r"none.yaml: no such file"),
-        (1, ["generate", "{model}", "a", "--adapter={bad}/text.ckpt"], r"text.ckpt is not a readable checkpoint"),
-        (1, ["generate", "{model}", "a", "--adapter={bad}/list.ckpt"], r"list.ckpt was not written under LoRACallback: it holds a list"),
+        (2, ["generate", "{model}", "a", "--adapter={bad}/text.ckpt"], r"text.ckpt is not a readable checkpoint"),
+        (2, ["generate", "{model}", "a", "--adapter={bad}/list.ckpt"], r"list.ckpt was not written under LoRACallback: it holds a list"),
+        (2, ["init", "{model}", "{tmp}/train.jsonl", "--val=none.jsonl", "--out=new.yaml"], r"^data.val='none.jsonl': no such file"),
+        (2, ["init", "{model}", "{tmp}/train.jsonl", "--val=2", "--out=new.yaml"], r"^data.val='2' must be a share"),
+        (2, ["export", "{adapter}", "{tmp}/out", "--for", "vlm"], r"^for: expected one of 'peft', .*, got vlm; did you mean 'vllm'\?$"),
+        (2, ["export", "{adapter}", "{tmp}/out", "--for"], r"^argument --for: expected one argument$"),
+        (2, ["export", "{adapter}", "{tmp}/out", "--base="], r"^base='' is empty; name a hub id or a folder"),
+        (2, ["export", "{adapter}", ""], r"^out='' is empty; name a folder"),
+        (2, ["export", "{adapter}", "{bad}/text.ckpt"], r"^out='.*text.ckpt' is a file; name a folder"),
+        (
+            2,
+            ["generate", "{model}", "a", "--max_new_tokens=1", "--system={long}"],
+            r"^the prompt has \d+ tokens, the model's context 256; shorten it",
+        ),
         (2, ["merge", "{model}", "/no/such/adapter", "{tmp}/out/deep"], r"/no/such/adapter"),
         (2, ["inspect", "none.ckpt"], r"^none.ckpt: there is no such adapter folder or checkpoint"),
         (2, ["generate", "/no/such/model", "a"], r"^model='/no/such/model' is no folder"),
@@ -117,10 +146,9 @@ def bad(tmp_path):
     ],
 )
 def test_bad_input_is_one_line_and_an_exit_code(code, arguments, message, config, model, adapter, bad, tmp_path, capsys, monkeypatch):
-    arguments = [
-        a.replace("{model}", model).replace("{adapter}", adapter).replace("{tmp}", str(tmp_path)).replace("{bad}", str(bad))
-        for a in arguments
-    ]
+    places = {"{model}": model, "{adapter}": adapter, "{tmp}": str(tmp_path), "{bad}": str(bad), "{long}": "a " * 300}
+    for place, path in places.items():
+        arguments = [argument.replace(place, path) for argument in arguments]
     if arguments[0] in ("fit", "validate", "test", "predict"):
         arguments[1:1] = ["--config", config]
     monkeypatch.chdir(tmp_path)

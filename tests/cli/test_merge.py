@@ -48,7 +48,16 @@ def test_the_template_of_the_run_travels_with_a_checkpoint(config, tmp_path, cap
         assert stops == [words.index("</s>"), words.index("<end>")]
         assert main(["export", tuned, str(served), "--for", "vllm", "--base", base]) == 0
         assert (served / "chat_template.jinja").read_text() == template
-        assert f" --chat-template {served.name}/chat_template.jinja" in (served / "README.md").read_text()
+        card = (served / "README.md").read_text()
+        assert f" --chat-template {served.name}/chat_template.jinja --generation-config {served.name}\n" in card
+        assert transformers.GenerationConfig.from_pretrained(served).eos_token_id == stops  # what vLLM adds to each request's stop tokens
+    for target, option in (
+        ("sglang", f" --json-model-override-args '{{\"eos_token_id\": {stops}}}'\n"),
+        ("llama.cpp", f" --override-kv tokenizer.ggml.eot_token_id=int:{stops[1]}\n"),
+        ("peft", f"\nmodel.generation_config.eos_token_id = {stops}\n"),
+    ):
+        assert main(["export", str(tmp_path / "run" / "adapter"), str(tmp_path / target), "--for", target, "--base", base]) == 0
+        assert option in (tmp_path / target / "README.md").read_text()
     capsys.readouterr()
 
 
@@ -69,7 +78,7 @@ def test_merge_in_another_dtype_than_the_adapter_was_trained_in(model, tmp_path,
             other.model.layers[0].mlp.up_proj.weight += 0.01
         other.save_pretrained(tmp_path / "other")
         transformers.AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "other")
-        assert main(["merge", str(tmp_path / "other"), adapter, str(tmp_path / "new"), f"--dtype={merged}"]) == 1
+        assert main(["merge", str(tmp_path / "other"), adapter, str(tmp_path / "new"), f"--dtype={merged}"]) == 2
         assert "was trained on another base: fingerprint" in capsys.readouterr().err
 
 
@@ -113,7 +122,7 @@ def test_merge_writes_a_certificate(model, adapter, tmp_path, capsys):
 
 def test_merge_refuses_what_rounding_would_lose(model, adapter, tmp_path, capsys):
     arguments = ["merge", model, adapter, str(tmp_path / "merged"), "--dtype=bfloat16"]
-    assert main([*arguments, "--max_lost=1e-6"]) == 1
+    assert main([*arguments, "--max_lost=1e-6"]) == 2
     assert "of its update by rounding, more than max_lost=1e-06 (4 of 4 weights do)" in capsys.readouterr().err
     for wrong in ("--max_lost=-1", "--max_lost=much", "--probe_tokens=-1", "--probe_tokens=1.5"):
         assert main([*arguments, wrong]) == 2

@@ -84,7 +84,7 @@ def test_a_folder_that_cannot_be_written_is_known_before_the_first_step(config, 
         raise ValueError(f"{name}={str(folder)!r} cannot be written to")
 
     monkeypatch.setattr(run_results, "check_room", refuse)
-    assert main(["fit", "--config", config]) == 1
+    assert main(["fit", "--config", config]) == 2
     assert "the run's folder=" in capsys.readouterr().err and not list(tmp_path.rglob("*.ckpt")) and not (tmp_path / "run").exists()
 
 
@@ -107,7 +107,7 @@ def test_a_full_fine_tune_is_merged_and_answers_from_its_checkpoint(config, mode
     other = tmp_path / "other"
     tiny_lm.llama(len(tiny_lm.WORDS) + 1).save_pretrained(other)
     tiny_lm.tokenizer().save_pretrained(other)
-    assert main(["merge", str(other), report["checkpoints"][0], str(tmp_path / "no")]) == 1
+    assert main(["merge", str(other), report["checkpoints"][0], str(tmp_path / "no")]) == 2
     assert "is a full fine-tune of another model: they differ in " in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 

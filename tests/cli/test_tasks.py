@@ -87,7 +87,7 @@ def test_labels_come_from_what_was_trained(tmp_path, capsys, monkeypatch):
         assert main(["predict", *shared, tuned, f"--data.predict={predict}"]) == 0, capsys.readouterr().err
         assert {json.loads(line)["label"] for line in capsys.readouterr().out.splitlines()} <= {"cold", "warm"}
     other = tiny_lm.write(tmp_path / "other.jsonl", [{"text": "blue", "label": name} for name in ("sky", "sea")])
-    assert main(["fit", *shared, f"--data.train={other}", f"--lora.start_from={report['adapter'][0]}"]) == 1
+    assert main(["fit", *shared, f"--data.train={other}", f"--lora.start_from={report['adapter'][0]}"]) == 2
     assert "other.jsonl:1: the label 'sky' is none of ['cold', 'warm']" in capsys.readouterr().err.splitlines()[-1]
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import date
 
 import pytest
 from tokenizers import pre_tokenizers
 
-from lightning_lora.data.chat import Chat
+from lightning_lora.data.chat import Chat, TrainOn
 from lightning_lora.data.records import Conversation
 from tests.data import families
 
@@ -32,6 +33,16 @@ CHATML = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nTwo and two
 MORE = "\n<|im_start|>user\nAnd three?<|im_end|>\n<|im_start|>assistant\n"
 HEAD = "<|start_header_id|>{}<|end_header_id|>\n\n".format
 DATE = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+TODAY = date.today().isoformat()
+HARMONY = (
+    "<|start|>system<|message|>You are ChatGPT, a large language model trained by OpenAI.\nKnowledge cutoff: 2024-06\n"
+    f"Current date: {TODAY}\n\nReasoning: medium\n\n"
+    "# Valid channels: analysis, commentary, final. Channel must be included for every message."
+)
+BRIEF = (
+    "<|end|><|start|>developer<|message|># Instructions\n\nBe brief.\n\n"
+    "<|end|><|start|>user<|message|>Two and two?<|end|><|start|>assistant"
+)
 
 TALKS = {
     "smollm2": [f"{CHATML}‹Four.<|im_end|>›{MORE}‹Seven.<|im_end|>›"],
@@ -57,6 +68,12 @@ TALKS = {
     "phi3": [
         "<|system|>\nBe brief.<|end|>\n<|user|>\nTwo and two?<|end|>\n<|assistant|>\n‹Four.<|end|>›"
         "\n<|user|>\nAnd three?<|end|>\n<|assistant|>\n‹Seven.<|end|>›"
+    ],
+    # The last answer ends with another token than earlier ones.
+    "gptoss": [
+        f"{HARMONY}{BRIEF}‹<|channel|>final<|message|>Four.<|return|>›",
+        f"{HARMONY}{BRIEF}<|channel|>final<|message|>Four.<|end|><|start|>user<|message|>And three?<|end|><|start|>assistant"
+        "‹<|channel|>final<|message|>Seven.<|return|>›",
     ],
 }
 QWEN_TOOLS = (
@@ -90,6 +107,14 @@ WITH_TOOLS = {
         f'‹[TOOL_CALLS] [{{"name": "weather", "arguments": {{"city": "Rome"}}, "id": "{ID}"}}]</s>›'
         f'[TOOL_RESULTS] {{"content": Sunny, "call_id": "{ID}"}}[/TOOL_RESULTS]‹ It is sunny.</s>›'
     ],
+    "gptoss": [
+        f"{HARMONY}\nCalls to these tools must go to the commentary channel: 'functions'.<|end|><|start|>developer<|message|># Tools\n\n"
+        "## functions\n\nnamespace functions {\n\n// Tell it.\ntype weather = () => any;\n\n} // namespace functions<|end|>"
+        "<|start|>user<|message|>Weather in Rome?<|end|><|start|>assistant"
+        '‹ to=functions.weather<|channel|>commentary json<|message|>{"city": "Rome"}<|call|>›'
+        '<|start|>functions.weather to=assistant<|channel|>commentary<|message|>"Sunny"<|end|>'
+        "<|start|>assistant‹<|channel|>final<|message|>It is sunny.<|return|>›"
+    ],
 }
 
 
@@ -102,11 +127,21 @@ def reference(tokenizer, marked: str) -> tuple[list[int], list[int]]:
     return encoded["input_ids"], [id if is_learnt else -100 for id, is_learnt in zip(encoded["input_ids"], learnt, strict=True)]
 
 
-def check(family: str, conversation: Conversation, marked: list[str], **options) -> None:
+def check(family: str, conversation: Conversation, marked: list[str], train_on: TrainOn = "assistant", **options) -> None:
     tokenizer = families.tokenizer(family)
-    examples = Chat(tokenizer, options).examples(conversation)
+    examples = Chat(tokenizer, options).examples(conversation, train_on)
     assert [tokenizer.decode(e.ids) for e in examples] == [tokenizer.decode(reference(tokenizer, text)[0]) for text in marked]
     assert [(e.ids, e.labels) for e in examples] == [reference(tokenizer, text) for text in marked]
+
+
+def unmarked(text: str) -> str:
+    return text.replace("‹", "").replace("›", "")
+
+
+def only_last(marked: list[str]) -> list[str]:
+    """Leave the marks around the last answer alone; it stands in the last text."""
+    before, _, answer = marked[-1].rpartition("‹")
+    return [f"{unmarked(before)}‹{answer}"]
 
 
 @pytest.mark.parametrize("family", TALKS)
@@ -117,6 +152,22 @@ def test_every_answer_of_a_talk(family):
 @pytest.mark.parametrize("family", WITH_TOOLS)
 def test_calls_of_tools(family):
     check(family, Conversation(CALLED, [TOOL]), WITH_TOOLS[family])
+
+
+@pytest.mark.parametrize("family", TALKS)
+def test_the_last_answer_or_all_tokens(family):
+    talk = Conversation([SYSTEM, *TURNS])
+    check(family, talk, only_last(TALKS[family]), "last")
+    check(family, talk, [f"‹{unmarked(TALKS[family][-1])}›"], "all")
+    forgotten = Conversation([SYSTEM, TURNS[0], {**TURNS[1], "weight": 0}, *TURNS[2:]])
+    check(family, forgotten, only_last(TALKS[family]))
+
+
+@pytest.mark.parametrize("family", WITH_TOOLS)
+def test_the_last_answer_or_all_tokens_beside_calls_of_tools(family):
+    called = Conversation(CALLED, [TOOL])
+    check(family, called, only_last(WITH_TOOLS[family]), "last")
+    check(family, called, [f"‹{unmarked(WITH_TOOLS[family][-1])}›"], "all")
 
 
 @pytest.mark.parametrize("family", ["smollm2", "gemma3", "phi3"])
@@ -164,15 +215,6 @@ ENDS |= {"gemma3": "<end_of_turn>", "mistral_v0_3": "</s>", "phi3": "<|end|>", "
 def test_the_tokens_that_end_an_answer(family):
     tokenizer = families.tokenizer(family)
     assert " ".join(tokenizer.convert_ids_to_tokens(Chat(tokenizer).ends)) == ENDS[family]
-
-
-def test_channels():
-    """gpt-oss ends its last answer with another token than earlier ones."""
-    tokenizer = families.tokenizer("gptoss")
-    examples = Chat(tokenizer).examples(Conversation(TURNS))
-    answers = [tokenizer.decode(e.answer) for e in examples]
-    assert answers == ["<|channel|>final<|message|>Four.<|return|>", "<|channel|>final<|message|>Seven.<|return|>"]
-    assert tokenizer.decode(examples[1].prompt).endswith("Four.<|end|><|start|>user<|message|>And three?<|end|><|start|>assistant")
 
 
 def test_the_prompt_is_tokenized_as_generation_reads_it():

@@ -35,12 +35,16 @@ def test_a_quantized_base_under_the_callback(tmp_path: Path) -> None:
         assert not model.losses
 
 
+class OwnSGD(torch.optim.SGD):
+    """Another library's: unlike torch's, it cannot be given the adapters later."""
+
+
 class EarlyOptimizer(LitNet):
     """Builds its optimizer before there are adapters."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        self.optimizer = OwnSGD(self.parameters(), lr=0.1)
 
     def configure_optimizers(self) -> Any:
         return self.optimizer

@@ -6,6 +6,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lightning_lora import LoRAConfig, apply_lora
+from lightning_lora.optim import advice
 from lightning_lora.optim.advice import advise_learning_rate, advise_setup
 
 
@@ -86,3 +87,17 @@ def test_advice_on_layers_rank_and_batch():
     assert many[0] == "target_modules: 7 of 8 linear layers." and many[1].startswith("rank: 2 to 8, ")
     assert many[2] == "effective batch: 32 rows."
     assert len(advise_setup(apply_lora(llama(64), all_linear))) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("machine", ["x86_64", "arm64"])
+@pytest.mark.parametrize("hardware", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "cuda", None])
+def test_advice_on_weights_that_the_processor_multiplies_slowly(dtype, machine, hardware, device, monkeypatch):
+    monkeypatch.setattr(advice, "cpu_multiplies_bfloat16", lambda: hardware)
+    monkeypatch.setattr(advice.platform, "machine", lambda: machine)
+    lines = advise_setup(apply_lora(llama(64).to(dtype), LoRAConfig()), device=device)
+    slow = (dtype, machine, hardware, device) == (torch.bfloat16, "x86_64", False, "cpu")
+    assert [line for line in lines if "dtype" in line] == [
+        "dtype: bfloat16, for which this processor has no instructions; float32 is several times as fast."
+    ] * slow

@@ -7,7 +7,7 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters
 from lightning_lora.optim import lora_param_groups
-from lightning_lora.optim.groups import only_trainable
+from lightning_lora.optim.groups import only_trainable, take_over
 from tests.conftest import TinyModel
 
 
@@ -125,3 +125,39 @@ def test_only_trainable_ends_with_its_block(make, fail):
 def test_vectors_of_any_model_get_no_decay():
     groups = lora_param_groups(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)), lr=0.1, weight_decay=0.1)
     assert [(g["name"], len(g["params"])) for g in groups] == [("other", 1), ("no_decay", 3)]
+
+
+def two_groups(model, cls):
+    named = [list(child.named_parameters(prefix=name)) for name, child in model.named_children()]
+    return cls([{"params": named[0], "lr": 0.1}, {"params": named[1], "lr": 0.2}])
+
+
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.AdamW])
+def test_each_group_takes_the_adapters_of_its_own_layers(cls):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    optimizer = two_groups(model, cls)
+    before = two_groups(model, cls)
+    apply_lora(model, config=LoRAConfig(rank=2, bias="lora_only", target_modules=["0", "1"]))
+    before.state[model[0].weight] = {"step": 1}
+    for each in (optimizer, before):
+        take_over(each, model)
+        take_over(each, model)
+    for number, group in enumerate(optimizer.param_groups):
+        assert names_of(model, group) == {f"{number}.{name}" for name in ("bias", "lora_A", "lora_B")} == set(group["param_names"])
+        assert len(group["params"]) == 3 and group["lr"] == [0.1, 0.2][number]
+    assert [p.shape for p in before.param_groups[0]["params"]] == [(3, 3), (3,)], "it has a state already"
+
+
+def test_lbfgs_steps_on_the_adapters_that_it_took():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1)
+    apply_lora(model, config=LoRAConfig(rank=2, target_modules=["0", "1"]))
+    take_over(optimizer, model)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(torch.ones(4, 3)).square().mean()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() > closure().item()

@@ -229,15 +229,6 @@ def test_model_trains_in_training_mode_and_in_the_dtype_asked_for(folder):
     assert next(CausalLMTask(folder).model.parameters()).dtype == torch.float32
 
 
-def test_gguf_is_unpacked(folder, monkeypatch):
-    asked = {}
-    Path(folder, "x.gguf").touch()
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda model, **kwargs: asked.update(kwargs))
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda model, **kwargs: tiny_lm.tokenizer())
-    hf.load_causal_lm(folder, gguf_file="x.gguf")
-    assert asked["gguf_file"] == "x.gguf" and asked["quantization_config"].dequantize
-
-
 def test_gguf_without_its_package_names_the_extra(folder, monkeypatch):
     monkeypatch.setattr(hf, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"gguf_file='x.gguf' needs the package gguf; pip install 'lightning-lora\[gguf\]'"):
