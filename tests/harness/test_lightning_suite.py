@@ -32,7 +32,8 @@ def test_base(tmp_path):
     assert fit(tmp_path)[1].layer.weight.requires_grad
 
 def test_ours(tmp_path):
-    assert len(list(fit(tmp_path)[1].parameters())) == 2
+    count = len(list(fit(tmp_path)[1].parameters()))
+    assert count == 2
 """
 
 
