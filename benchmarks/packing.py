@@ -39,8 +39,9 @@ from torch import Tensor
 
 from lightning_lora import chunked_cross_entropy, compile_layers, cuda_graph_step, get_lora_parameters
 from lightning_lora.data.batching import Example, LengthGroupedSampler, collate_answers
-from lightning_lora.data.packing import PackedRows, collate_end_to_end
+from lightning_lora.data.packing import PackedRows
 from lightning_lora.tasks.packed_attention import NAME, packed_rows, register
+from lightning_lora.tasks.padding import end_to_end
 
 GPU = DEVICE == "cuda"
 BATCHES = 4  # taken in turn
@@ -108,9 +109,19 @@ def batches(kind: str, options: argparse.Namespace, vocab: int) -> list[dict[str
         sampler = LengthGroupedSampler(found.lengths, size, (lambda: 0) if kind != "padded" else None)
         order = torch.randperm(len(found), generator=torch.Generator().manual_seed(1)).tolist() if kind == "padded" else list(sampler)
         examples = [[found[i] for i in order[k * size : (k + 1) * size]] for k in range(BATCHES)]
-        lay = partial(collate_end_to_end, pad=0, longest=options.length) if kind == "flat" else partial(collate_answers, pad=0)
-        made = [lay(batch) | {"useful": sum(map(len, batch))} for batch in examples]
+        made = [flat(batch) if kind == "flat" else collate_answers(batch, pad=0) for batch in examples]
+        made = [batch | {"useful": sum(map(len, rows))} for batch, rows in zip(made, examples, strict=True)]
     return [{name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in batch.items()} for batch in made]
+
+
+def flat(examples: Sequence[Example]) -> dict[str, Any]:
+    """A padded batch, laid end to end as the task does it."""
+    batch = collate_answers(examples, pad=0)
+    batch["labels"][:, 0] = -100  # nothing in its document predicts a first token
+    rows = end_to_end(batch["attention_mask"])
+    assert rows is not None
+    index = rows.pop("index")
+    return rows | {name: batch[name].flatten()[index][None] for name in ("input_ids", "labels")}
 
 
 def loss_of(mode: Mode, model: Any, batch: dict[str, Any]) -> Tensor:
@@ -136,7 +147,7 @@ def trained_model(name: str, options: argparse.Namespace) -> tuple[Any, torch.op
         model = ours(base, setting, 0.0, set())
         if name == "ours ragged":
             base.enable_input_require_grads()
-        if GPU:
+        if GPU and not options.eager:
             compile_layers(model, cuda_graphs=name == "ours graphs")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return model, torch.optim.AdamW(trained, lr=1e-5, fused=GPU)
@@ -214,6 +225,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument("--documents", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--warmup", type=int, default=4)
+    parser.add_argument("--eager", action="store_true", help="compile nothing on a GPU")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--groups", nargs="*", default=["fixed", "ragged"], choices=["fixed", "ragged", "graphs", "flex"])
     parser.add_argument("--only", nargs="*", default=[], help="these modes alone")

@@ -66,7 +66,7 @@ KERNELS = {"ops.triton_dropout", "ops.triton_low_rank", "ops.triton_gated_mlp", 
 # Errors are ValueError (wrong input) or RuntimeError (wrong at run time); beside those:
 OTHER_ERRORS = {
     ("adapter_io.fingerprint", "OtherBase"),
-    *{("utils.torch_private", "pickle.UnpicklingError"), ("storage.folder_commit", "IsADirectoryError")},
+    ("storage.folder_commit", "IsADirectoryError"),
     ("", "AttributeError"),  # what the import system expects of a module's __getattr__
     ("callbacks.interruption", "twin"),  # the SIGTERMException of the Trainer's package
     ("layers.base", "NotImplementedError"),

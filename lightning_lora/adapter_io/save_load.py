@@ -77,7 +77,13 @@ def save_adapter(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
     _check_values_kept(tensors, str(folder), "no values to save")
     for name, other in _shared(root, layers).items():
         warnings.warn(f"{name!r} and {other!r} are one module: read by PEFT, the adapter would be on the first only.", stacklevel=2)
-    base = base_identity(root, extras) if fingerprint.is_readable(root) else None  # the file then loads on any base of its shapes
+    base = base_identity(root, extras) if fingerprint.is_readable(root) else None
+    if base is None:
+        warnings.warn(
+            f"{folder}: {type(root).__name__} is part of an FSDP1 unit, which alone can tell its parameters apart. So the adapter has no"
+            " fingerprint of its base, and loads on any base of its shapes: save it from the module that FSDP1 wrapped as a whole.",
+            stacklevel=2,
+        )
     whole = {name: full_tensor(tensor.detach()) for name, tensor in tensors.items()}
     content = AdapterFile(config, whole, base, frozenset(brought))
     fields = _fields(root, config, exported, layers)

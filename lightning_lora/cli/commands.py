@@ -13,14 +13,17 @@ from lightning_lora.cli.merge import merge
 __all__ = ["chat", "export", "generate", "init", "inspect", "merge"]
 
 
-def inspect(path: str, gguf_file: str | None = None, lora: LoRAConfig = LoRAConfig(), json: bool = False) -> None:  # noqa: B008 (frozen)
+ALL = LoRAConfig(target_modules="all-linear")  # the names of a model's layers are what a user wants to know
+
+
+def inspect(path: str, gguf_file: str | None = None, lora: LoRAConfig = ALL, json: bool = False) -> None:
     """Print what is in an adapter, what ``lora`` would adapt in a model, or what a run would train on (see `inspect_rows`).
 
     Args:
         path: An adapter folder, a checkpoint (.ckpt, or a folder of shards), a model (a hub id or a folder, whose weights are not loaded),
             a run's config (.yaml), or a data file, which needs --model. The last two take the options of fit.
         gguf_file: A GGUF file in the model's folder.
-        lora: Which layers to adapt, and how.
+        lora: Which layers to adapt, and how; by default all linears.
         json: Print JSON.
 
     Raises:

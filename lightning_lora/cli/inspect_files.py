@@ -41,7 +41,7 @@ def inspect_adapter(path: str, as_json: bool) -> None:
 
 def inspect_model(path: str, gguf_file: str | None, lora: LoRAConfig, as_json: bool) -> None:
     """Print what a config would adapt in a model. No weights are loaded."""
-    report = find_targets(skeleton(path, gguf_file), lora)
+    report = find_targets(skeleton(path, gguf_file, auto_class=None), lora)
     if not as_json:
         print(report)
         return

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +55,10 @@ def inspect_run(words: Sequence[str], as_json: bool) -> None:
     if "--config" not in words:  # a data file alone: its rows say what they are for
         named = run.model_arguments
         run = RunConfig([f"--model={task_of(named['model'], run.config.data.init_args.train, named.get('gguf_file'))}", *words])
-    tokenizer = getattr(run.stand_in, "tokenizer", None)
-    rows = run.rows()
-    facts = {split: _facts(examples) for split, examples in rows.items()}
-    shown = [[list(part) for part in parts(tokenizer, example)] for examples in list(rows.values())[:1] for example in _some(examples)]
+    data = run.rows()
+    facts = {split: _facts(examples) for split, examples in data.examples.items()}
+    first = next(iter(data.examples.values()))
+    shown = [[list(part) for part in data.parts(example)] for example in _some(first)]
     if as_json:
         print_json({"task": run.task.__name__, **facts, "examples": [[{"text": t, "learnt": learnt} for t, learnt in e] for e in shown]})
         return
@@ -77,28 +76,15 @@ def inspect_run(words: Sequence[str], as_json: bool) -> None:
         print(find_targets(skeleton(run.model_arguments["model"], run.model_arguments.get("gguf_file"), run.task.auto_class), _lora(run)))
 
 
-def parts(tokenizer: Any, example: Any) -> Iterator[tuple[str, bool]]:
-    """Yield an example's text in parts, each with whether it is learnt. A label that is no token counts as learnt text."""
-    ids, labels = getattr(example, "ids", None), getattr(example, "labels", None)
-    if tokenizer is None or ids is None:
-        yield str(example), False
-        return
-    per_token = isinstance(labels, list) and len(labels) == len(ids)
-    learnt = [label != IGNORE for label in labels] if per_token else [False] * len(ids)  # type: ignore[union-attr]
-    for flag, tokens in groupby(zip(ids, learnt, strict=True), key=lambda pair: pair[1]):
-        yield tokenizer.decode([token for token, _ in tokens], skip_special_tokens=False), flag
-    if not per_token:
-        extra = {name: value for name, value in vars(example).items() if name not in ("ids", "text", "rivals")}
-        yield f"  {extra}", True
-
-
 def _facts(examples: Any) -> dict[str, Any]:
-    """Return the numbers of a split: rows, tokens, and the share of the tokens that is learnt."""
+    """Return the numbers of a split: rows, tokens, and the share of the tokens that is learnt, where they have labels."""
     lengths = sorted(int(length) for length in examples.lengths)
+    if lengths[-1] == 1:  # images
+        return {"examples": len(lengths)}
     learnt = total = 0
     for example in examples:
-        labels = getattr(example, "labels", None)
-        if isinstance(labels, list):
+        labels = getattr(example, "labels", ())
+        if labels and len(labels) == len(example):
             learnt, total = learnt + sum(label != IGNORE for label in labels), total + len(labels)
     facts = {"examples": len(lengths), "tokens": sum(lengths), "median length": int(statistics.median(lengths))}
     facts |= {"95 % up to": lengths[int(0.95 * (len(lengths) - 1))], "longest": lengths[-1]}

@@ -37,7 +37,6 @@ TASKS = {
     "LabelledImage": "ImageClassificationTask",
     "Pair": "DPOTask",
 }
-OWN_RATE = {"DPOTask"}  # tasks whose default is a rate of their own
 LOOKED_AT = 1000  # rows whose type is read
 QUANTILE = 0.99  # of the rows are not cut
 MULTIPLE = 64  # of which max_length is one
@@ -87,12 +86,12 @@ def recipe(model: str, data: str, task: str | None, val: str | None, gguf_file: 
     epochs = _by_rows(EPOCHS, len(seen.lengths), 1)
     cut = sum(n > length for n in seen.lengths)
     steps = math.ceil(len(seen.lengths) / BATCH) * epochs
-    model_values: list[tuple[str, Any, str]] = [("model", model, f"{seen.parameters / 1e6:,.0f} M parameters")]
+    model_values: list[tuple[str, Any, str]] = [
+        ("model", model, f"{seen.parameters / 1e6:,.{1 if seen.parameters < 1e7 else 0}f} M parameters")
+    ]
     model_values += [("gguf_file", gguf_file, "")] if gguf_file else []
     model_values += [("dtype", "float32", "this processor multiplies the weights' own dtype more slowly")] if seen.slow else []
-    model_values += (
-        [] if task in OWN_RATE else [("learning_rate", "auto", "from the method, its scaling and the model's width; the log says which")]
-    )
+    model_values += [("learning_rate", "auto", "from the method, its scaling and the model's width; the log says which")]
     what = "labels" if "Classification" in task else "tokens"
     data_values: list[tuple[str, Any, str]] = [("train", data, f"{len(seen.lengths):,} rows, {seen.learnt:,} {what} to learn")]
     data_values += [] if share is None else [("val", _number(share), "share of the training rows, drawn by the seed" * (val is None))]
@@ -109,7 +108,7 @@ def recipe(model: str, data: str, task: str | None, val: str | None, gguf_file: 
         ("max_epochs", epochs, f"about {steps:,} steps"),
         ("accumulate_grad_batches", max(1, BATCH // size), f"{BATCH} rows per step: LoRA bears large batches less well"),
         ("gradient_clip_val", 1.0, ""),
-        ("log_every_n_steps", 5, ""),
+        ("log_every_n_steps", min(5, steps // epochs), ""),
     ]
     packed = _packed(seen)
     lines = ["# Written by `lightning-lora init`. Run it: lightning-lora fit --config FILE; see its rows: lightning-lora inspect FILE"]
@@ -140,7 +139,7 @@ def _look(model: str, data: str, val: str | None, task: str, gguf_file: str | No
     words = [f"--model={task}", f"--model.model={model}", f"--data.train={data}", f"--data.max_length={10**9}"]
     words += [f"--data.val={val}"] if val is not None else []
     run = RunConfig(words + ([f"--model.gguf_file={gguf_file}"] if gguf_file else []))
-    examples = run.rows()["train"]
+    examples = run.rows().examples["train"]
     lengths = sorted(int(length) for length in examples.lengths)
     labels = [getattr(example, "labels", None) for example in examples]
     learnt = sum(sum(label != IGNORE for label in each) if isinstance(each, list) else 1 for each in labels)

@@ -90,7 +90,8 @@ class BeganConfig(SaveConfigCallback):
 @contextmanager
 def no_folder_of_a_failed_start(trainer: Trainer) -> Iterator[None]:
     """Remove the run's folder if the run fails with nothing in it. Loggers create it before data, adapter and checkpoint are checked."""
-    folder = Path(trainer.log_dir) if trainer.is_global_zero and trainer.loggers and trainer.log_dir else None
+    run = trainer.log_dir if trainer.loggers else None  # a collective where processes are connected already
+    folder = Path(run) if trainer.is_global_zero and run else None
     there = folder is None or folder.exists()
     made = [path for path in ([] if there or folder is None else folder.parents) if not path.exists()]
     try:

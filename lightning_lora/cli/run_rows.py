@@ -49,8 +49,8 @@ class RunConfig(LoRACLI):
         """The task's arguments."""
         return vars(self.config.model.get("init_args", Namespace()))
 
-    def rows(self) -> dict[str, Any]:
-        """Return split → examples, as the run would train on them and validate.
+    def rows(self) -> Any:
+        """Return the data module, whose ``examples`` are split → rows, as the run would train on them and validate.
 
         Raises:
             ValueError: The rows cannot be read; the message names file and line.
@@ -62,7 +62,7 @@ class RunConfig(LoRACLI):
         data.setup("fit")
         if not hasattr(data, "examples"):
             raise ValueError(f"{type(data).__name__} shows no rows; inspect shows those of the package's data modules")
-        return data.examples
+        return data
 
     @cached_property
     def stand_in(self) -> Any:

@@ -24,7 +24,7 @@ from lightning_lora.data.store import Examples
 FOLDER = "LIGHTNING_LORA_CACHE"  # the environment variable that names another folder
 UNUSED = 30 * 24 * 3600.0  # seconds without use, after which a file is removed
 # Attributes of data modules that do not change the encoded rows.
-BATCHING = ("batch_size", "packing", "pack_length", "padding_free", "pad_to_multiple_of", "num_workers", "cache", "streaming")
+BATCHING = ("batch_size", "packing", "pack_length", "pad_to_multiple_of", "num_workers", "cache", "streaming")
 ROWS = ("sources", "examples")  # which `key_of` gets by content
 PLAIN = (str, int, float, bool, type(None), list, tuple, dict)
 

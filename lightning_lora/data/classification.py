@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from typing_extensions import override
 from lightning_lora.data.batching import Example, cut_ids, pad_right
 from lightning_lora.data.labels import LabelDataModule
 from lightning_lora.data.records import Labelled, PlainText, Record
+from lightning_lora.data.shown import Part, text_of
 
 
 class ClassificationDataModule(LabelDataModule):
@@ -40,6 +41,11 @@ class ClassificationDataModule(LabelDataModule):
             return None
         example.ids = cut_ids(example.ids, self.max_length, self.tokenizer)
         return "cut"
+
+    @override
+    def parts(self, example: Example) -> Iterator[Part]:
+        yield f"{text_of(self.tokenizer, example.ids)} ", False
+        yield from ((self.name_of_id(label), True) for label in example.labels)
 
     @override
     def collate(self, examples: Sequence[Example], split: str) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
-from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
@@ -18,10 +17,11 @@ from lightning_lora.data.batching import Example, LengthGroupedSampler
 from lightning_lora.data.cache import cache_folder, key_of, read_cache, settings_of, tokenizer_state, write_cache
 from lightning_lora.data.encoding import Report, encode_rows
 from lightning_lora.data.formats import check_format, to_record
-from lightning_lora.data.of_task import of_task
+from lightning_lora.data.of_task import FromTask
 from lightning_lora.data.reading import PlacedRow, read_rows
 from lightning_lora.data.records import CALLED, Record
 from lightning_lora.data.resuming import Position, ResumableLoader
+from lightning_lora.data.shown import Part, by_token
 from lightning_lora.data.splits import share_of, take_share
 from lightning_lora.data.store import Examples
 from lightning_lora.data.stream import Stream, endless
@@ -31,7 +31,7 @@ Source = str | list[str]
 STAGES = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"], "predict": ["predict"]}
 
 
-class FileDataModule(LightningDataModule, ABC):
+class FileDataModule(FromTask, ABC):
     """Rows of files, encoded by the task's tokenizer (so the model is named once, in the task).
 
     A subclass says in `records` which records it takes, in `example` what a row becomes, and defines `encode` and `collate`.
@@ -97,7 +97,6 @@ class FileDataModule(LightningDataModule, ABC):
         self.streaming = streaming
         self.examples: dict[str, Examples | Stream] = {}
         self.position = Position(self._limit)
-        self._tokenizer: Any = None
 
     # What a subclass defines.
 
@@ -123,20 +122,15 @@ class FileDataModule(LightningDataModule, ABC):
         del example.ids[self.max_length :], example.labels[self.max_length :]
         return "lost" if lost or all(label == IGNORE for label in example.labels) else "cut"
 
+    def parts(self, example: Any) -> Iterable[Part]:
+        """Return an example as text in parts, each with whether it is learnt: for people."""
+        return by_token(self.tokenizer, example.ids, example.labels)
+
     def read(self, source: str, slot: str, streaming: bool = False) -> Iterable[PlacedRow]:
         """Return the rows of a source, with their places."""
         return read_rows(source, slot, self.subset, streaming)
 
     # From sources to examples.
-
-    @property
-    def tokenizer(self) -> Any:
-        """The task's tokenizer.
-
-        Raises:
-            ValueError: The LightningModule has none.
-        """
-        return of_task(self, "tokenizer") if self._tokenizer is None else self._tokenizer
 
     @override
     def setup(self, stage: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from lightning_lora.data.labels import LabelDataModule
 from lightning_lora.data.of_task import of_task
 from lightning_lora.data.reading import PlacedRow
 from lightning_lora.data.records import LabelledImage, Record
+from lightning_lora.data.shown import Part
 
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 ENDINGS = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"))
@@ -64,6 +65,11 @@ class ImageClassificationDataModule(LabelDataModule):
         if not Path(record.path).is_file():
             raise ValueError(f"there is no image {record.path!r}; a path is relative to the file with the rows")
         return [Example([0], [] if split == "predict" else [self.id_of(record.label)], text=record.path)]
+
+    @override
+    def parts(self, example: Example) -> Iterator[Part]:
+        yield f"{example.text} ", False
+        yield from ((self.name_of_id(label), True) for label in example.labels)
 
     @override
     def collate(self, examples: Sequence[Example], split: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing_extensions import override
 from lightning_lora.data.batching import Example, LengthGroupedSampler, collate_answers, collate_prompts
 from lightning_lora.data.chat import Chat, TrainOn
 from lightning_lora.data.file_data import FileDataModule
-from lightning_lora.data.packing import PackedRows, collate_end_to_end
+from lightning_lora.data.packing import PackedRows
 from lightning_lora.data.records import Conversation, PlainText, Record
 from lightning_lora.data.store import Examples
 from lightning_lora.data.stream import Stream
@@ -37,7 +37,6 @@ class InstructionDataModule(FileDataModule):
         packing: Train on rows of one length, each with several examples that do not see one another (`lightning_lora.data.packing`).
             ``batch_size`` counts these rows. Validation is not packed.
         pack_length: Tokens per packed row; ``max_length`` by default.
-        padding_free: Train on batches without padding: their rows stand one behind the other, and do not see one another.
         **kwargs: Those of `FileDataModule`.
 
     Raises:
@@ -54,16 +53,12 @@ class InstructionDataModule(FileDataModule):
         train_on: TrainOn = "assistant",
         packing: bool = False,
         pack_length: PositiveInt | None = None,
-        padding_free: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         check_template(template)
-        if packing and padding_free:
-            raise ValueError("data.padding_free=True has no effect on packed rows; choose it or data.packing")
         if packing and self.streaming:
-            raise ValueError("data.packing=True looks at every row before training; set data.streaming: false, or use data.padding_free")
-        self.padding_free = padding_free
+            raise ValueError("data.packing=True looks at every row before training; set data.streaming: false, or leave it out")
         self.packing, self.pack_length = packing, _pack_length(packing, pack_length, self.max_length, self.pad_to_multiple_of)
         self.template, self.chat_template_kwargs, self.train_on = template, chat_template_kwargs, train_on
         self._chat: Chat | None = None
@@ -150,9 +145,6 @@ class InstructionDataModule(FileDataModule):
     def batching(self, split: str) -> dict[str, Any]:
         rows, pad = self.examples[split], self.tokenizer.pad_token_id
         options = super().batching(split)
-        if split == "train" and self.padding_free:
-            longest = max(rows.lengths) if isinstance(rows, Examples) else self.max_length
-            return options | {"collate_fn": partial(collate_end_to_end, pad=pad, longest=longest, multiple=self.pad_to_multiple_of)}
         if split != "train" or not self.packing:
             return options
         assert isinstance(rows, Examples)  # a stream is not packed

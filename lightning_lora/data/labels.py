@@ -86,6 +86,10 @@ class LabelDataModule(FileDataModule):
             raise ValueError(f"the label {name!r} is none of {listed(known)}; correct the row, or set model.labels to all labels")
         return self.label_ids[name]
 
+    def name_of_id(self, label: int) -> str:
+        """Return the name of a label's id."""
+        return next(name for name, i in reversed(self.label_ids.items()) if i == label)  # the names come after the ids as text
+
 
 def name_of(label: Any) -> str:
     """Return a label as text.

@@ -7,8 +7,6 @@ or one recorded CUDA graph serves every step.
 A batch says where documents begin by the names that transformers' models take: ``position_ids`` restart in every document, and
 ``cu_seq_lens_q`` has the documents' bounds in the rows laid end to end, always as many as the fullest rows need. Padding is documents
 without labels.
-
-`collate_end_to_end` does the same for one batch in one row, whose length varies: TRL's ``padding_free``.
 """
 
 from __future__ import annotations
@@ -113,24 +111,6 @@ class PackedRows(Dataset[list[Example]]):
         filled = [*packs, *([[]] * (self.rows - len(packs)))]
         padding = [self._padding(sum(map(len, pack))) for pack in filled]
         return _batch(filled, padding, pad, self.length, self.longest, self.rows * self.documents)
-
-
-def collate_end_to_end(examples: Sequence[Example], pad: int, longest: int, multiple: int = 1) -> dict[str, Any]:
-    """Return a batch whose examples stand one behind the other in one row, without padding but what ``multiple`` asks for.
-
-    Args:
-        examples: The batch's.
-        pad: The token of padding.
-        longest: Tokens of the data set's longest example.
-        multiple: The row's length is a multiple of it.
-
-    Returns:
-        See `PackedRows.collate`; B is 1.
-    """
-    used = sum(map(len, examples))
-    length = -(-used // multiple) * multiple
-    padding = [1] * (length - used)  # few tokens, so each may be a document of its own
-    return _batch([examples], [padding], pad, length, longest, len(examples) + len(padding))
 
 
 def _batch(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,6 +13,7 @@ from lightning_lora.data.batching import Example, collate_answers, collate_promp
 from lightning_lora.data.chat import Chat
 from lightning_lora.data.file_data import FileDataModule
 from lightning_lora.data.records import Conversation, Message, Pair, Record
+from lightning_lora.data.shown import Part, by_token
 from lightning_lora.data.store import Examples
 from lightning_lora.data.templates import check_template, set_template
 from lightning_lora.ops.cross_entropy import IGNORE
@@ -103,6 +104,16 @@ class PreferenceDataModule(FileDataModule):
             del tokens[self.max_length :]
         labels = (example.chosen_labels, example.rejected_labels)
         return "lost" if split == "predict" or any(all(label == IGNORE for label in answer) for answer in labels) else "cut"
+
+    @override
+    def parts(self, example: PairExample) -> Iterator[Part]:
+        for name, ids, labels in (
+            ("chosen", example.chosen, example.chosen_labels),
+            ("rejected", example.rejected, example.rejected_labels),
+        ):
+            yield f"{name}:\n", False
+            yield from by_token(self.tokenizer, ids, labels)
+            yield "\n", False
 
     @override
     def collate(self, examples: Sequence[PairExample], split: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from typing_extensions import override
 from lightning_lora.data.batching import Example, cut_ids, pad_right
 from lightning_lora.data.file_data import FileDataModule
 from lightning_lora.data.records import Conversation, Message, Record
+from lightning_lora.data.shown import Part, text_of
 from lightning_lora.ops.cross_entropy import IGNORE
 
 
@@ -74,6 +75,11 @@ class Seq2SeqDataModule(FileDataModule):
         example.ids = cut_ids(example.ids, self.max_length, self.tokenizer)
         example.labels = cut_ids(example.labels, self.max_target_length, self.tokenizer)
         return "cut"
+
+    @override
+    def parts(self, example: Example) -> Iterator[Part]:
+        yield f"{text_of(self.tokenizer, example.ids)}\n", False
+        yield text_of(self.tokenizer, example.labels), True
 
     @override
     def collate(self, examples: Sequence[Example], split: str) -> dict[str, Any]:

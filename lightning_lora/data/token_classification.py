@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from typing_extensions import override
 from lightning_lora.data.batching import Example, cut_ids, pad_right
 from lightning_lora.data.labels import LabelDataModule
 from lightning_lora.data.records import Record, Tagged
+from lightning_lora.data.shown import Part, text_of
 from lightning_lora.ops.cross_entropy import IGNORE
 
 
@@ -46,6 +47,13 @@ class TokenClassificationDataModule(LabelDataModule):
         example.labels = example.labels[:kept] + [IGNORE] * (len(ids) - kept)
         example.ids = ids
         return "lost" if split == "predict" else "cut"
+
+    @override
+    def parts(self, example: Example) -> Iterator[Part]:
+        for token, label in zip(example.ids, example.labels, strict=True):
+            yield text_of(self.tokenizer, [token]), False
+            if label != IGNORE:
+                yield self.name_of_id(label), True
 
     @override
     def collate(self, examples: Sequence[Example], split: str) -> dict[str, Any]:

@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 
+from lightning_lora.storage.bounded_pickle import BoundedUnpickler
 from lightning_lora.storage.regular_files import WrongPath, open_regular
 from lightning_lora.storage.stored_size import check_checksums, check_records, check_tensors
-from lightning_lora.utils.torch_private import bounded_unpickling
+from lightning_lora.utils.torch_private import unpickling_with
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(::|://)")
 _LOCAL = {"file", "local"}
@@ -93,7 +94,7 @@ def readable(path: str | Path) -> Iterator[None]:
         ValueError: the file is damaged, or holds more than tensors and plain values; the message names what.
     """
     try:
-        with bounded_unpickling():
+        with unpickling_with(BoundedUnpickler):
             yield
     except UNREADABLE as error:
         names = _refused_globals(path) if isinstance(error, pickle.UnpicklingError) else []

@@ -10,16 +10,18 @@ from __future__ import annotations
 import io
 import math
 import pickle
-import pickletools
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from lightning_lora.storage.bounded_pickle import Keys
 from lightning_lora.storage.read_checkpoint import readable
 from lightning_lora.storage.regular_files import open_regular, read_regular
 from lightning_lora.storage.stored_size import check_checksums, check_records, check_tensors
+from lightning_lora.utils.torch_private import PythonUnpickler
 
 INDEX = ".metadata"
 LARGEST = 2**28  # largest size of an index in bytes; it takes about 200 per shard of a tensor
@@ -36,6 +38,20 @@ class _Record:
         self.fields = state
 
 
+def _shape(value: Any) -> tuple[int, ...]:
+    """Return a shape or an offset of the index, once it is known to be one: it is multiplied, hashed and shown."""
+    if type(value) is not tuple or len(value) > 64 or not all(type(each) is int and 0 <= each < 2**63 for each in value):
+        raise ValueError("its index has a shape, or a place in a file, that is none")
+    return value
+
+
+def _name(value: Any) -> str:
+    """Return a tensor's name, once it is known to be one."""
+    if type(value) is not str:
+        raise ValueError(f"its index has a {type(value).__name__} for a name")
+    return value
+
+
 _METADATA = "torch.distributed.checkpoint.metadata"
 _CLASSES = {
     **{
@@ -48,12 +64,37 @@ _CLASSES = {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): type("_StorageInfo", (_Record,), {}),
     ("torch.serialization", "_get_layout"): type("Layout", (_Record,), {}),
     **{(module, name): type(name, (_Record,), {}) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")},
-    ("torch", "Size"): tuple,
+    ("torch", "Size"): _shape,
 }
 _TENSOR: Any = _CLASSES[_METADATA, "TensorStorageMetadata"]
 
 
-class _IndexUnpickler(pickle.Unpickler):
+def _checked(instruction: bytes, added: Callable[[Any], tuple[object, Sequence[Any]]]) -> dict[int, Callable[[Any], None]]:
+    """Return an entry of the unpickler's table that checks a container's new keys first."""
+    carry_out = PythonUnpickler.dispatch[instruction[0]]
+
+    def checked(unpickler: Any) -> None:
+        unpickler.keys.check(*added(unpickler))
+        carry_out(unpickler)
+
+    return {instruction[0]: checked}
+
+
+class _IndexUnpickler(PythonUnpickler):  # the one in C has no place for a check, and makes tables as long as a file says
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
+        **PythonUnpickler.dispatch,
+        **_checked(pickle.SETITEM, lambda unpickler: (unpickler.stack[-3], unpickler.stack[-2:-1])),
+        **_checked(pickle.SETITEMS, lambda unpickler: (unpickler.metastack[-1][-1], unpickler.stack[::2])),
+        **_checked(pickle.ADDITEMS, lambda unpickler: (unpickler.metastack[-1][-1], unpickler.stack)),
+        **_checked(pickle.FROZENSET, lambda unpickler: (unpickler.stack, unpickler.stack)),
+        **_checked(pickle.DICT, lambda unpickler: (unpickler.stack, unpickler.stack[::2])),
+    }
+    del dispatch[pickle.BYTEARRAY8[0]]  # it takes memory for as many bytes as the file says, before it reads them
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.keys = Keys()
+
     def find_class(self, module: str, name: str) -> Any:
         """Return the record that stands for a class of DCP's, or a dtype."""
         found = _CLASSES.get((module, name), _DTYPES.get(name) if module == "torch" else None)
@@ -69,29 +110,29 @@ def read_shards(folder: Path) -> dict[str, Tensor]:
         ValueError: the index or a shard is missing, damaged, or holds something else than DCP writes.
     """
     with readable(folder):
-        data = read_regular(folder / INDEX, LARGEST)
-        _check_numbers(data)
-        index: Any = _IndexUnpickler(io.BytesIO(data)).load()
-        stored: Any = {(key.fields["fqn"], key.fields["offset"]): info.fields for key, info in index.fields["storage_data"].items()}
-        known = {name: meta.fields for name, meta in index.fields["state_dict_metadata"].items() if isinstance(meta, _TENSOR)}
-        whole = sum(math.prod(meta["size"]) * meta["properties"].fields[0].itemsize for meta in known.values())
+        index: Any = _IndexUnpickler(io.BytesIO(read_regular(folder / INDEX, LARGEST))).load()
+        stored: Any = {_place(key.fields): info.fields for key, info in index.fields["storage_data"].items()}
+        known = {_name(name): meta.fields for name, meta in index.fields["state_dict_metadata"].items() if isinstance(meta, _TENSOR)}
+        whole = sum(math.prod(_shape(meta["size"])) * meta["properties"].fields[0].itemsize for meta in known.values())
         size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-        if whole > size:  # before memory is taken for it
-            raise ValueError(f"its tensors have {whole:,} bytes, its files {size:,}")
+        read = sum(_shape((info["offset"], info["length"]))[1] for info in stored.values())
+        if max(whole, read) > size:  # before memory is taken for it
+            raise ValueError(f"its tensors have {max(whole, read):,} bytes, its files {size:,}")
+        if sum(len(meta["chunks"]) for meta in known.values()) > len(stored):
+            raise ValueError("its index names a shard more than once")
         return {name: _tensor(folder, name, meta, stored) for name, meta in known.items()}
 
 
-def _check_numbers(data: bytes) -> None:
-    """Check the numbers by which a pickle refers to its own objects: Python makes a table as long as the largest."""
-    for opcode, number, _ in pickletools.genops(data):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= int(number or 0) < len(data):
-            raise ValueError(f"its index has {len(data):,} bytes, and an object of the number {number:,}")
+def _place(fields: dict[str, Any]) -> tuple[str, tuple[int, ...] | None]:
+    """Return name and offset of a shard."""
+    offset = fields["offset"]
+    return _name(fields["fqn"]), None if offset is None else _shape(offset)
 
 
 def _tensor(folder: Path, name: str, meta: dict[str, Any], stored: dict[Any, dict[str, Any]]) -> Tensor:
     """Put one tensor together from its chunks."""
     dtype, size = meta["properties"].fields[0], meta["size"]
-    chunks = [chunk.fields for chunk in meta["chunks"]]
+    chunks = [{name: _shape(value) for name, value in chunk.fields.items()} for chunk in meta["chunks"]]
     if math.prod(size) != sum(math.prod(chunk["sizes"]) for chunk in chunks):  # before memory is taken for it
         raise ValueError(f"{name!r} has shape {size}, and its shards do not fill that")
     parts = [(chunk, _chunk(folder, stored[name, chunk["offsets"]])) for chunk in chunks]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 SMALL = 64 * 2**20  # bytes; a tensor up to this size is always accepted, such as a mask that was expanded
 MANY = 2**18  # entries; so many are always accepted
+DEPTH = 100  # levels; Python itself ends at 1,000 calls in one another, and what is done with a checkpoint takes several a level
 _CHUNK = 2**20
 
 
@@ -61,7 +62,7 @@ def check_checksums(file: BinaryIO) -> None:
 
 
 def check_tensors(content: Any, size: int) -> None:
-    """Check nested mappings and sequences for tensors that are larger than the file, and for more entries than it has bytes.
+    """Check nested mappings and sequences: how deep they are, tensors larger than the file, and more entries than it has bytes.
 
     An entry takes a byte at least. Only lists that hold one other list several times have more, and may have 2^40 of them.
 
@@ -70,7 +71,7 @@ def check_tensors(content: Any, size: int) -> None:
         size: the file's size in bytes.
 
     Raises:
-        ValueError: a tensor is larger, or there are more entries.
+        ValueError: a tensor is larger, there are more entries, or more than ``DEPTH`` levels.
     """
     for number, value in enumerate(_entries(content)):
         if number > max(size, MANY):
@@ -81,9 +82,11 @@ def check_tensors(content: Any, size: int) -> None:
                 raise ValueError(f"a tensor of shape {tuple(value.shape)} has {whole:,} bytes, the file {size:,}")
 
 
-def _entries(content: Any) -> Iterator[Any]:
+def _entries(content: Any, level: int = 0) -> Iterator[Any]:
     """Yield a value, and what is nested in it."""
+    if level > DEPTH:
+        raise ValueError(f"it is nested in more than {DEPTH} levels")
     yield content
     if isinstance(content, (dict, list, tuple, set, frozenset)):
         for value in content.values() if isinstance(content, dict) else content:
-            yield from _entries(value)
+            yield from _entries(value, level + 1)

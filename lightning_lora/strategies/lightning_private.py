@@ -32,6 +32,11 @@ def set_data_parallel_size(strategy: ModelParallelStrategy, processes: int) -> N
         strategy._data_parallel_size = processes // strategy._tensor_parallel_size
 
 
+def compiles_steps(module: Any) -> bool:
+    """True if the user gave the Trainer ``torch.compile(module)``. If its name goes, batches of such a module are laid end to end."""
+    return getattr(module, "_compiler_ctx", None) is not None
+
+
 def start_method(strategy: Strategy) -> str | None:
     """Return how a strategy starts copies of this process ("fork", "spawn"); None if it does not.
 

@@ -3,6 +3,7 @@
 May import: everything up to ``callbacks`` and ``data``. Only files named ``hf`` import transformers.
 """
 
+from lightning_lora.tasks.base import rows_of
 from lightning_lora.tasks.causal_lm import CausalLMTask
 from lightning_lora.tasks.dpo import DPOTask
 from lightning_lora.tasks.image_classification import ImageClassificationTask
@@ -17,4 +18,5 @@ __all__ = [
     "Seq2SeqTask",
     "SequenceClassificationTask",
     "TokenClassificationTask",
+    "rows_of",
 ]

@@ -39,6 +39,11 @@ class Perplexity(MeanMetric):
         return super().compute().exp()
 
 
+def rows_of(batch: dict[str, Any]) -> int:
+    """Return the rows of a batch of any task: the ``batch_size_fn`` of Lightning's ``ThroughputMonitor``, which YAML names by its path."""
+    return len(batch["labels"] if "labels" in batch else next(iter(batch.values())))
+
+
 class HFTask(LightningModule, ABC):
     """A Hugging Face model with an optimizer, a schedule and metrics.
 
@@ -57,11 +62,13 @@ class HFTask(LightningModule, ABC):
     Attributes:
         auto_class: The class of transformers that picks the model's own.
         data_class: The data module that the command line takes by default, as an import path.
+        rate_share: The advised learning rate of its loss over that of cross entropy, and why.
         metrics: ``{val,test}_{name}`` → metric, logged under that name.
     """
 
     auto_class: ClassVar[str]
     data_class: ClassVar[str]
+    rate_share: ClassVar[tuple[float, str]] = (1.0, "")
 
     def __init__(
         self,

@@ -24,7 +24,8 @@ from lightning_lora.ops.cross_entropy import IGNORE, bypassed, chunked_cross_ent
 from lightning_lora.tasks.base import HFTask, Perplexity
 from lightning_lora.tasks.hf import generate_text
 from lightning_lora.tasks.packed_attention import packed_rows, use_attention
-from lightning_lora.tasks.packing_check import packed_inputs, settle_attention
+from lightning_lora.tasks.packing_check import MixesDocuments, packed_inputs, settle_attention
+from lightning_lora.tasks.padding import ROWS, WORTH, end_to_end, is_compiled
 from lightning_lora.utils.torch_private import compiled_call
 from lightning_lora.utils.transformers_conventions import keeps_masked_logits
 
@@ -40,20 +41,31 @@ class CausalLMTask(HFTask):
         max_new_tokens: Longest answer in prediction, in tokens.
         attn_implementation: transformers' name of an attention: sdpa, eager, flex_attention, flash_attention_2, and so on. By default
             transformers chooses; for packed rows the fastest that keeps documents apart in this model is used.
+        padding_free: Compute no padding: lay the rows of a batch end to end, where they do not see one another. "auto": on a CPU,
+            uncompiled, where that was faster. A model that would mix the rows gets them padded then, and the log says why; for ``true`` it
+            is refused.
         **shared: See `HFTask`.
     """
 
     auto_class = "AutoModelForCausalLM"
     data_class = "lightning_lora.data.InstructionDataModule"
 
-    def __init__(self, model: str, max_new_tokens: PositiveInt = 32, attn_implementation: str | None = None, **shared: Any) -> None:
+    def __init__(
+        self,
+        model: str,
+        max_new_tokens: PositiveInt = 32,
+        attn_implementation: str | None = None,
+        padding_free: bool | Literal["auto"] = "auto",
+        **shared: Any,
+    ) -> None:
         super().__init__(model, **shared)
         self.load()
         # Read here, while type(self.model) is still the class in the modeling file: wrappers such as FSDP2 change it.
         self.keeps_logits = keeps_masked_logits(self.model)
         self._needs_logits: str | None = None  # why the loss cannot be computed in chunks, once that is known
         self._told = False
-        self._packs = False  # the model was seen to keep the documents of packed rows apart
+        self._apart = False  # the model was seen to keep the documents of a row apart
+        self._unpads: bool | None = None  # whether batches are laid end to end; known with the first one
         if attn_implementation is not None:
             use_attention(self.model, attn_implementation)
 
@@ -63,28 +75,66 @@ class CausalLMTask(HFTask):
         logits, predicts, answers = self._outputs(batch)
         return logits if self.keeps_logits else logits[predicts], answers
 
-    def _outputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _outputs(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Return the model's logits, a mask of the positions that predict an answer token (B, T), and those tokens (N,)."""
         labels = batch["labels"][:, 1:]  # position t predicts token t + 1
         answers = labels != IGNORE  # (B, T - 1)
         predicts = F.pad(answers, (0, 1), value=False)  # (B, T)
-        inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "use_cache": False}
+        ids, rows = batch["input_ids"], batch.get(ROWS) if self._apart else None
+        if rows is not None:
+            ids, predicts = (values.flatten()[rows["index"]][None] for values in (ids, predicts))
+        inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
         if self.keeps_logits:
             inputs["logits_to_keep"] = predicts
         tokens, head = labels[answers], self.model.get_output_embeddings()
-        positions, predicted = batch["input_ids"].numel(), len(tokens) if self.keeps_logits else batch["input_ids"].numel()
+        positions, predicted = ids.numel(), len(tokens) if self.keeps_logits else ids.numel()
         self.count_flops((part, predicted if part is head else positions) for part in self.model.children())
-        if "position_ids" not in batch:
+        if rows is None and "position_ids" not in batch:
             return self.model(**inputs, attention_mask=batch["attention_mask"]).logits, predicts, tokens
         with packed_rows():
-            return self.model(**inputs, **packed_inputs(self.model, batch)).logits, predicts, tokens
+            return self.model(**inputs, **packed_inputs(self.model, batch if rows is None else rows)).logits, predicts, tokens
+
+    # Rows that do not see one another.
+
+    @override
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self._unpads = None
+
+    def note_padding(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Note in a padded batch where its tokens stand. Data modules call it while the batch is on the CPU."""
+        setting = self.hparams["padding_free"]
+        if self._unpads is None:
+            fits = self.device.type == "cpu" and not is_compiled(self)  # it was not timed on a GPU
+            self._unpads = setting is True or (setting == "auto" and fits)
+        padded = {"attention_mask", "labels"} <= batch.keys()
+        rows = end_to_end(batch["attention_mask"], WORTH * (setting == "auto")) if self._unpads and padded else None
+        return batch if rows is None else {**batch, ROWS: rows}
+
+    def settle(self, batch: dict[str, Any]) -> None:
+        """Before the first batch: see whether the model keeps the documents of a row apart, and choose its attention.
+
+        Raises:
+            ValueError: It does not, and ``data.packing`` or ``padding_free`` asks for it.
+        """
+        packed = "position_ids" in batch
+        if self._apart or not (packed or self._unpads):
+            return
+        ids, fixed = batch["input_ids"], self.hparams["attn_implementation"] is not None
+        length, longest = (ids.shape[1], batch["max_length_q"]) if packed else (ids.numel(), ids.shape[1])
+        asked = packed or self.hparams["padding_free"] is True
+        try:
+            said = settle_attention(self.model, length, longest, ids.device, fixed=fixed, masks=asked)
+            self._apart = True
+        except MixesDocuments as error:
+            if asked:
+                raise
+            self._unpads, said = False, f"Batches keep their padding: {error.reason}."
+        rank_zero_info(said)
 
     @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        if "position_ids" in batch and not self._packs:
-            ids, fixed = batch["input_ids"], self.hparams["attn_implementation"] is not None
-            rank_zero_info(settle_attention(self.model, ids.shape[1], batch["max_length_q"], ids.device, fixed=fixed))
-            self._packs = True
+        self.settle(batch)
         loss = self.answer_loss(batch)
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
         return loss
@@ -113,6 +163,7 @@ class CausalLMTask(HFTask):
 
     @override
     def evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
+        self.settle(batch)
         logits, answers = self(batch)
         logits, rows = wide(logits), len(batch["labels"])
         losses = F.cross_entropy(logits, answers, reduction="none")

@@ -65,6 +65,8 @@ def ipo(delta: Tensor, beta: float, smoothing: float) -> Tensor:
     return (delta - 1 / (2 * beta)) ** 2
 
 
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+SAME = 1e-2  # of which GPU kernels that add in any order stay below, and dropout does not
 LOSSES = {  # under TRL's names
     "sigmoid": PreferenceLoss(sigmoid, smooths=True),
     "hinge": PreferenceLoss(hinge),
@@ -87,7 +89,7 @@ class DPOTask(CausalLMTask):
         beta: β: how strongly the policy is held to the reference.
         loss_type: The loss, under TRL's name.
         label_smoothing: Share of the pairs whose order is taken to be wrong, below 0.5; for "sigmoid" and "robust".
-        learning_rate: AdamW's learning rate after the warm-up.
+        learning_rate: AdamW's learning rate after the warm-up; "auto" as for `HFTask`, a fortieth of what answers take.
         **shared: See `CausalLMTask`.
 
     Raises:
@@ -95,6 +97,7 @@ class DPOTask(CausalLMTask):
     """
 
     data_class = "lightning_lora.data.PreferenceDataModule"
+    rate_share = (1 / 40, "TRL's DPO takes 5e-6 under LoRA where its SFT takes 2e-4")
 
     def __init__(
         self,
@@ -102,7 +105,7 @@ class DPOTask(CausalLMTask):
         beta: PositiveFloat = 0.1,
         loss_type: Literal["sigmoid", "hinge", "ipo", "robust"] = "sigmoid",
         label_smoothing: NonNegativeFloat = 0.0,
-        learning_rate: PositiveFloat = 5e-6,
+        learning_rate: PositiveFloat | Literal["auto"] = 5e-6,
         **shared: Any,
     ) -> None:
         if loss_type not in LOSSES:
@@ -111,16 +114,29 @@ class DPOTask(CausalLMTask):
             smooth = [name for name, loss in LOSSES.items() if loss.smooths]
             raise ValueError(f"label_smoothing={label_smoothing}: give less than 0.5, and only for loss_type {' or '.join(smooth)}")
         super().__init__(model, learning_rate=learning_rate, **shared)
-        for module in self.model.modules():  # with dropout, policy and reference would differ by chance
-            if isinstance(module, nn.Dropout):
+        for module in self.model.modules():
+            if isinstance(module, DROPOUTS):
                 module.p = 0.0
-            for name, value in vars(module).items():  # rates that a module gives to a function, such as `attention_dropout`
-                if "drop" in name and isinstance(value, float):
-                    setattr(module, name, 0.0)
+            for name in _rates(module):  # which a module gives to a function, such as `attention_dropout`
+                setattr(module, name, 0.0)
+        configs = _configs(self.model.config)
+        self._config_rates = [(config, name, value) for config in configs for name, value in _rates(config).items()]
+        self._exact = False  # the base was seen to draw nothing at random
+        self._draw_nothing(True)
+
+    def _draw_nothing(self, on: bool) -> None:
+        """Set the rates in the model's configuration, which some forwards read, to zero, or back to what they were."""
+        for config, name, value in self._config_rates:
+            setattr(config, name, 0.0 if on else value)
+
+    @override
+    def teardown(self, stage: str) -> None:
+        self._draw_nothing(False)  # the configuration is saved with the model
 
     @override
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        self._draw_nothing(True)
         if stage == "predict":
             return
         if next(lora_layers(self.model), None) is None:
@@ -137,11 +153,32 @@ class DPOTask(CausalLMTask):
     def rewards(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return each pair's loss (B,), and the rewards (2, B) of its better and its worse answer."""
         loss = LOSSES[self.hparams["loss_type"]]
+        self.settle(batch)
+        if self.training and not self._exact:
+            self._check_exact(batch)
         with torch.no_grad(), disabled_lora(self.model), evaluating(self.model):
             reference = self._log_probs(batch, loss.per_token)
         ratios = (self._log_probs(batch, loss.per_token) - reference).view(2, -1)
         beta = self.hparams["beta"]
         return loss.value(ratios[0] - ratios[1], beta, self.hparams["label_smoothing"]), beta * ratios.detach()
+
+    def _check_exact(self, batch: dict[str, Tensor]) -> None:
+        """Refuse a base that computes something else each time, as it would with dropout that no field sets.
+
+        Raises:
+            ValueError: It does. The message names the model.
+        """
+        counted = self._flops
+        with torch.no_grad(), disabled_lora(self.model):
+            first, second = (self._log_probs(batch, per_token=True) for _ in range(2))
+        self._flops = counted  # of the step alone
+        if not torch.allclose(first, second, rtol=SAME, atol=SAME):
+            raise ValueError(
+                f"{type(self.model).__name__} draws at random in training, even with its dropout at 0 (log-probabilities per token differ"
+                f" by {(first - second).abs().max():.2g}), so DPO's policy and reference would differ by chance; take the noise out of its"
+                " forward"
+            )
+        self._exact = True
 
     def _log_probs(self, batch: dict[str, Tensor], per_token: bool) -> Tensor:
         """Return the log-probability of each row's answer (2B,)."""
@@ -167,6 +204,19 @@ class DPOTask(CausalLMTask):
         losses, rewards = self.rewards(batch)
         for name, values in {"loss": losses, **_seen(rewards)}.items():
             self.measure(stage, name, values, rows=len(losses))
+
+
+def _configs(config: Any) -> list[Any]:
+    """Return a model's configuration and those inside it."""
+    found = [config]
+    for each in found:  # the loop appends to it
+        found += [value for value in vars(each).values() if hasattr(value, "to_dict") and value not in found]
+    return found
+
+
+def _rates(thing: Any) -> dict[str, float]:
+    """Return the attributes of a module or configuration that say how much it draws at random in training: dropout and routers' jitter."""
+    return {name: value for name, value in vars(thing).items() if ("drop" in name or "jitter" in name) and isinstance(value, float)}
 
 
 def _seen(rewards: Tensor) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,7 +45,8 @@ def load_model(auto_class: str, model: str, gguf_file: str | None = None, dtype:
         model: A hub id or a local folder.
         gguf_file: A GGUF file in it. Its weights are dequantized to ``dtype``, since adapted layers multiply by the base weight.
         dtype: The weights' dtype; "auto" keeps the checkpoint's own.
-        **config: Fields of the model's configuration, such as ``id2label``. Weights that then differ in shape start fresh.
+        **config: Fields of the model's configuration, such as ``id2label``. Weights that then differ in shape, or that the checkpoint
+            lacks, start fresh; transformers' table of them is left out, because a caller knows whether they train or come from elsewhere.
 
     Raises:
         ImportError: ``gguf_file`` is given, and the package that reads it is not installed; the message names the extra.
@@ -61,7 +62,7 @@ def load_model(auto_class: str, model: str, gguf_file: str | None = None, dtype:
         options["ignore_mismatched_sizes"] = True
     elif gguf_file is not None:
         options["config"] = load_config(model, gguf_file)
-    with _named(model):
+    with _named(model), _only_errors() if config else nullcontext():
         return getattr(transformers, auto_class).from_pretrained(model, **options)
 
 
@@ -150,13 +151,15 @@ def skeleton(model: str, gguf_file: str | None = None, auto_class: str | None = 
     Args:
         model: A hub id or a local folder.
         gguf_file: A GGUF file in it, of which only the metadata is read.
-        auto_class: The class of transformers that picks the model's own; by default `auto_class_of` its configuration.
+        auto_class: The class of transformers that picks the model's own; by default the one that wrote the checkpoint, or else
+            `auto_class_of` its configuration.
     """
     import transformers
 
     config = load_config(model, gguf_file)
+    own = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None) if auto_class is None else None
     with _named(model), torch.device("meta"):
-        return getattr(transformers, auto_class or auto_class_of(config)).from_config(config)
+        return own(config) if own is not None else getattr(transformers, auto_class or auto_class_of(config)).from_config(config)
 
 
 def _source(model: str, gguf_file: str | None) -> dict[str, str]:
@@ -165,6 +168,19 @@ def _source(model: str, gguf_file: str | None) -> dict[str, str]:
         raise ImportError(f"gguf_file={gguf_file!r} needs the package gguf; pip install 'lightning-lora[gguf]'")
     check_there(model, gguf_file)
     return {} if gguf_file is None else {"gguf_file": gguf_file}
+
+
+@contextmanager
+def _only_errors() -> Iterator[None]:
+    """Let transformers log errors only."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from lightning_lora.ops.cross_entropy import IGNORE
 from lightning_lora.tasks.base import HFTask
 from lightning_lora.tasks.hf import load_config
 from lightning_lora.utils.messages import listed
+from lightning_lora.utils.transformers_conventions import is_loaded
 
 
 class LabelTask(HFTask):
@@ -85,6 +86,8 @@ class LabelTask(HFTask):
     def _load(self, names: list[str]) -> None:
         self.hparams["labels"] = names
         self.load(id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)}, num_labels=len(names))
+        if fresh := [name for name, parameter in self.model.named_parameters() if not is_loaded(parameter)]:
+            rank_zero_info(f"Not in {self.hparams['model']}, so new: {listed(fresh)}.")
         text, tokenizer = self.model.config.get_text_config(), getattr(self, "tokenizer", None)
         if tokenizer is not None and text.pad_token_id is None:  # by which a decoder finds where a row of a batch ends
             text.pad_token_id = tokenizer.pad_token_id

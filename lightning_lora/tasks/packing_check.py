@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.ops.cross_entropy import bypassed, unchunkable
-from lightning_lora.tasks.packed_attention import packed_rows, register
+from lightning_lora.tasks.packed_attention import NAME, packed_rows, register
 from lightning_lora.utils.autocast import autocast_dtype
 from lightning_lora.utils.transformers_conventions import attention_implementation
 
@@ -30,7 +30,19 @@ _LIMITS, _HALF_LIMITS = (1e-3, 1e-2), (0.03, 0.25)
 _TILE = 128  # kernels add in the same order if a document begins on a tile's boundary
 
 
-def settle_attention(model: Any, length: int, longest: int, device: torch.device, *, fixed: bool) -> str:
+class MixesDocuments(ValueError):
+    """The model does not keep the documents of a row apart, or not at the cost of each alone.
+
+    Attributes:
+        reason: Why, with the model's name.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.reason = f"{name} does not keep packed documents apart: {reason}"
+        super().__init__(f"data.packing or model.padding_free is on, but {self.reason}. Set it to false.")
+
+
+def settle_attention(model: Any, length: int, longest: int, device: torch.device, *, fixed: bool, masks: bool = True) -> str:
     """Choose the attention for packed rows, and check that it keeps documents apart in this model.
 
     Where the model has transformers' ``sdpa`` by default, `packed_attention` is tried first. The other attentions of transformers make
@@ -42,27 +54,30 @@ def settle_attention(model: Any, length: int, longest: int, device: torch.device
         longest: Tokens of the longest document: the model may have no further positions.
         device: Of the inputs.
         fixed: Whether the user named the attention: it stays.
+        masks: Whether the attention may cost what one document of the whole row does, as one with a mask does.
 
     Returns:
         A line for the log.
 
     Raises:
-        ValueError: Documents are not kept apart. The message names the model, and its attention is what it was.
+        MixesDocuments: Documents are not kept apart. The message names the model, and its attention is what it was.
     """
     name, before = type(model).__name__, attention_implementation(model)
     accepted = inspect.signature(model.forward).parameters
     if "position_ids" not in accepted:
-        raise ValueError(_refusal(name, "its forward takes no position_ids, so positions cannot restart in every document"))
+        raise MixesDocuments(name, "its forward takes no position_ids, so positions cannot restart in every document")
     second = min(length - max(1, length // 4), longest)
     first = min(length - second, second)
     first -= first % _TILE if first > _TILE else 0
     tokens = torch.randint(model.config.get_text_config().vocab_size, (first + second,), generator=torch.Generator().manual_seed(0))
     one, other = tokens.to(device).split([first, second])
-    probe, reason = _Probe(model, unchunkable(model.get_output_embeddings()) is not None), ""
+    probe, reason = _Probe(model, unchunkable(model.get_output_embeddings()) is not None), f"its attention {before!r} makes a mask"
     with _as_tested(model):
         alone = probe.states(input_ids=other[None], attention_mask=torch.ones_like(other)[None])
         limits = _limits(model, alone)
         for choice in _choices(before, device, fixed):
+            if not masks and choice != NAME:
+                continue
             with _attention(model, choice) as keep:
                 try:
                     changes = probe.changes(one, other, alone)
@@ -75,7 +90,7 @@ def settle_attention(model: Any, length: int, longest: int, device: torch.device
                     keep()
                     return f"Packed rows: {name} keeps documents apart with attention {choice!r}. Their hidden states {said}."
             reason = f"with attention {choice!r} a document's hidden states {said}"
-    raise ValueError(_refusal(name, reason))
+    raise MixesDocuments(name, reason)
 
 
 @contextmanager
@@ -95,10 +110,6 @@ def _limits(model: Any, states: Tensor) -> tuple[float, float]:
     """Return the limits for the narrowest dtype that the model computes in. Its states may be wider: many norms compute in fp32."""
     dtypes = {autocast_dtype(states) or states.dtype, *(p.dtype for p in model.parameters() if p.is_floating_point())}
     return _HALF_LIMITS if any(dtype.itemsize < 4 for dtype in dtypes) else _LIMITS
-
-
-def _refusal(name: str, reason: str) -> str:
-    return f"data.packing or data.padding_free is on, but {name} does not keep packed documents apart: {reason}. Set it to false."
 
 
 def _choices(before: str | None, device: torch.device, fixed: bool) -> list[str | None]:

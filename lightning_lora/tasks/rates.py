@@ -6,7 +6,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_lora.callbacks import LoRACallback
-from lightning_lora.optim.advice import advise_learning_rate
+from lightning_lora.optim.advice import Rate, advise_learning_rate
 
 
 def learning_rate_of(task: LightningModule) -> float:
@@ -26,5 +26,8 @@ def learning_rate_of(task: LightningModule) -> float:
         steps=trainer.estimated_stepping_batches,
         galore_scale=None if galore is None else galore.scale,
     )
+    share, why = getattr(task, "rate_share", (1.0, ""))
+    if share != 1:
+        rate = Rate(float(f"{rate.value * share:.2g}"), f"{rate.reason}, times {share:g}: {why}")
     rank_zero_info(f"learning_rate: {rate.value:g} ({rate.reason}). Set model.learning_rate to choose another.")
     return rate.value

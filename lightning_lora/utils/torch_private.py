@@ -7,10 +7,10 @@ directly: the tables and methods of ``nn.Module`` that its subclasses have relie
 
 from __future__ import annotations
 
-import codecs
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from threading import Lock
 from typing import Any
 
 import torch
@@ -58,31 +58,41 @@ WRAPPED_CHILDREN = ("_checkpoint_wrapped_module", FSDP1_CHILD)
 FABRIC_CHILDREN = ("_forward_module", "_original_module")
 
 
-def _encode(text: object, encoding: object = None) -> bytes:
-    if not isinstance(text, str) or encoding != "latin1":
-        raise pickle.UnpicklingError(f"it encodes a {type(text).__name__} as {encoding!r}, which torch.save never does")
-    return text.encode("latin1")
+# The unpickler of torch.load(weights_only=True), and the functions by which torch rebuilds tensors. Without them importing raises.
+WeightsOnlyUnpickler: type[Any] = _name("_weights_only_unpickler.Unpickler")
+_REBUILD = "tensor tensor_v2 tensor_v3 qtensor parameter parameter_with_state meta_tensor_no_storage sparse_tensor nested_tensor"
+REBUILD: dict[str, Callable[..., Any]] = {name: _name(f"_utils._rebuild_{name}") for name in [*_REBUILD.split(), "wrapper_subclass"]}
+REBUILD["from_type_v2"] = _name("_tensor._rebuild_from_type_v2")
+get_layout: Callable[[str], torch.layout] = _name("serialization._get_layout")
 
-
-def _bytearray(content: object = b"", *encoding: str) -> bytearray:
-    if not isinstance(content, (bytes, str)):
-        raise pickle.UnpicklingError(f"it makes a bytearray of a {type(content).__name__}, which torch.save never does")
-    return bytearray(content, *encoding)
+# Python's own unpickler that is written in Python. Without it importing raises.
+PythonUnpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]
 
 
 @contextmanager
-def bounded_unpickling() -> Iterator[None]:
-    """Bound what a file makes that ``torch.load(weights_only=True)`` reads inside the ``with`` block.
+def unpickling_with(unpickler: type[Any]) -> Iterator[None]:
+    """Make ``torch.load(weights_only=True)`` use this subclass of its unpickler inside the ``with`` block, in every thread.
 
-    torch lets a file call ``bytearray(10**12)``, and encode bytes as hexadecimal again and again, which doubles them each time. Here both
-    functions take only what ``torch.save`` writes. Without it a file of 200 bytes fills the memory.
+    torch then also checks the indices of sparse tensors, which it leaves out by default.
     """
-    allowed: dict[str, Any] = _name("_weights_only_unpickler._get_allowed_globals")()
-    allowed.update({"builtins.bytearray": _bytearray, "_codecs.encode": _encode})
+    module, invariants = _name("_weights_only_unpickler"), torch.sparse.check_sparse_tensor_invariants
+    with _UNPICKLING:
+        if not _UNPICKLERS:
+            _CHECKED.append(invariants.is_enabled())
+            invariants.enable()
+        _UNPICKLERS.append(unpickler)
+        module.Unpickler = unpickler
     try:
         yield
     finally:
-        allowed.update({"builtins.bytearray": bytearray, "_codecs.encode": codecs.encode})
+        with _UNPICKLING:
+            _UNPICKLERS.remove(unpickler)
+            module.Unpickler = _UNPICKLERS[-1] if _UNPICKLERS else WeightsOnlyUnpickler
+            if not _UNPICKLERS and not _CHECKED.pop():
+                invariants.disable()
+
+
+_UNPICKLING, _UNPICKLERS, _CHECKED = Lock(), list[type[Any]](), list[bool]()  # a thread that is done leaves it to those that are not
 
 
 def after_backward_pass(callback: Callable[[], None]) -> None:

@@ -2,8 +2,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 
 from lightning_lora.cli.main import main
+from tests.tasks import tiny
 
 
 def test_inspect_a_model_reads_no_weights(model, tmp_path, capsys):
@@ -37,3 +40,17 @@ def test_inspect_a_checkpoint(config, tmp_path, capsys):
     capsys.readouterr()
     assert main(["inspect", str(checkpoint)]) == 0
     assert ["rank", "2"] in [line.split() for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.mark.filterwarnings("ignore:target_modules=.all-linear. leaves out")
+def test_a_model_of_any_class_is_shown_without_options(tmp_path, capsys):
+    """By the class that wrote it: a classifier, an image model and an encoder with decoder."""
+    torch.manual_seed(0)
+    head = transformers.BertForSequenceClassification(tiny.bert().config)
+    head.save_pretrained(tmp_path / "classifier")
+    for folder in (str(tmp_path / "classifier"), tiny.save(tmp_path / "vit", "vit"), tiny.save(tmp_path / "t5", "t5")):
+        assert main(["inspect", folder]) == 0, capsys.readouterr().err
+        assert "LoRA on " in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "classifier"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["parameters"] == head.num_parameters()

@@ -11,6 +11,7 @@ import yaml
 from lightning_lora.cli.inspect_rows import run_words
 from lightning_lora.cli.main import main
 from tests import tiny_lm
+from tests.tasks import tiny
 
 CHAT = [
     {
@@ -84,3 +85,40 @@ def test_what_is_a_run(tmp_path):
 def test_a_stream_is_refused(model, rows, capsys):
     assert main(["inspect", rows, "--model", model, "--data.streaming", "true"]) == 2
     assert "add --data.streaming false" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "shown"),
+    [
+        ("bert", [{"text": "the sky is blue", "label": "cold"}, {"text": "blood is red", "label": "warm"}], [" «cold»", " «warm»"]),
+        (
+            "bert",
+            [{"tokens": ["the", "sky", "is"], "tags": ["O", "THING", "O"]}, {"tokens": ["blood"], "tags": ["THING"]}],
+            ["the«O»sky«THING»is«O»"],
+        ),
+        ("t5", [{"prompt": "which colour", "response": "green apple"}], ["which colour", "«green apple </s>»"]),
+        ("chat", [{"prompt": "which", "chosen": "red", "rejected": "blue"}], ["chosen:", "«red </s>»", "rejected:", "«blue </s>»"]),
+    ],
+)
+def test_every_task_shows_what_is_learnt_in_words(kind, rows, shown, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = tiny_lm.save(tmp_path / "model") if kind == "chat" else tiny.save(tmp_path / "model", kind)
+    assert main(["init", model, tiny_lm.write(tmp_path / "rows.jsonl", rows)]) == 0
+    capsys.readouterr()
+    assert main(["inspect", "run.yaml"]) == 0, capsys.readouterr().err
+    output = capsys.readouterr().out
+    assert all(part in output for part in shown) and "label" not in output, output
+    assert ("learnt tokens" in output) == ("tags" in rows[0])
+
+
+@pytest.mark.filterwarnings("ignore:target_modules=.all-linear. leaves out")
+def test_images_show_their_files_and_labels(tmp_path, monkeypatch, capsys):
+    image = pytest.importorskip("PIL.Image")
+    monkeypatch.chdir(tmp_path)
+    for name in ("red", "blue"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        image.new("RGB", (32, 32), name).save(tmp_path / "photos" / name / "1.png")
+    assert main(["init", tiny.save(tmp_path / "model", "vit"), str(tmp_path / "photos")]) == 0
+    assert main(["inspect", "run.yaml"]) == 0
+    output = capsys.readouterr().out
+    assert "blue/1.png «blue»" in output and "red/1.png «red»" in output and "tokens" not in output.split("# written")[1].split("module")[0]

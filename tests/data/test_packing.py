@@ -8,7 +8,7 @@ from itertools import chain, pairwise
 import pytest
 import torch
 
-from lightning_lora.data.packing import PackedRows, best_fit_decreasing, collate_end_to_end
+from lightning_lora.data.packing import PackedRows, best_fit_decreasing
 from lightning_lora.ops.cross_entropy import IGNORE
 from tests.tasks.packing_models import documents, packed_batch
 
@@ -95,16 +95,3 @@ def test_an_examples_own_labels_stay() -> None:
     examples[0].labels[:2] = [IGNORE] * 2
     batch = packed_batch(examples, 7, 1)
     assert batch["labels"].tolist() == [[IGNORE, IGNORE, *examples[0].ids[2:], IGNORE, *examples[1].ids[1:]]]
-
-
-def test_a_batch_without_padding_is_one_row() -> None:
-    examples = documents([5, 3, 2])
-    five, three, two = (example.ids for example in examples)
-    batch = collate_end_to_end(examples, pad=9, longest=7)
-    assert batch["input_ids"].tolist() == [five + three + two]
-    assert batch["labels"].tolist() == [[IGNORE, *five[1:], IGNORE, *three[1:], IGNORE, *two[1:]]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1]]
-    assert batch["cu_seq_lens_q"].tolist() == [0, 5, 8, 10] and batch["max_length_k"] == 7
-    filled = collate_end_to_end(examples, pad=9, longest=7, multiple=4)
-    assert filled["input_ids"].tolist() == [[*five, *three, *two, 9, 9]] and filled["cu_seq_lens_k"].tolist() == [0, 5, 8, 10, 11, 12]
-    assert filled["labels"][0, 10:].tolist() == [IGNORE] * 2 and filled["position_ids"][0, 10:].tolist() == [0, 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -116,6 +117,22 @@ def test_a_saved_adapter_has_it(pool: Any, name: str, tmp_path: Any) -> None:
     nn.init.normal_(other.embed.weight)
     with pytest.raises(ValueError, match="was trained on another base"):
         load_adapter(other, tmp_path / "adapter")
+
+
+def saved_inside(folder: str) -> tuple[Any, list[str]]:
+    model = wrapped_and_adapted("fsdp1", "before")[0]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        path = save_adapter(model.module, folder)
+    return read_adapter(path).base, [str(each.message) for each in caught if "fingerprint" in str(each.message)]
+
+
+def test_one_saved_inside_a_unit_of_fsdp1_says_that_it_has_none(pool: Any, tmp_path: Any) -> None:
+    for base, said in pool.run(saved_inside, str(tmp_path / "adapter")):
+        assert base is None and len(said) == 1 and f"{tmp_path / 'adapter'}: Net is part of an FSDP1 unit" in said[0]
+    other = make_net()
+    nn.init.normal_(other.embed.weight)
+    load_adapter(other, tmp_path / "adapter")
 
 
 def test_the_reference_is_the_adapted_base_too() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import re
@@ -17,11 +19,14 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_lora import LoRACallback
+from lightning_lora.cli.main import main
 from lightning_lora.strategies import roll_call
 from lightning_lora.strategies.standing import hanging
+from tests import tiny_lm
 from tests.distributed.nets import CONFIG
 from tests.distributed.pool import Pool
 from tests.distributed.runs import LitShared, run
@@ -60,6 +65,29 @@ def test_other_settings_on_another_rank(pool: Any, tmp_path: Path, name: str, wh
     first, second = pool.run(run_with_others, name, what, str(tmp_path))
     assert first == second
     assert OTHERS[what][1] in first and "Give every process the same" in first
+
+
+def fit_by_file(folder: str) -> tuple[int, str]:
+    """The exit code of a rank that starts with a file of its own, and what it says."""
+    with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()):
+        code = main(["fit", "--config", f"{folder}/{dist.get_rank()}.yaml"])
+    return code, said.getvalue()
+
+
+def test_other_files_on_the_command_lines_of_the_ranks(pool: Any, tmp_path: Path) -> None:
+    """Where each rank starts a command of its own, as under SLURM and torchrun."""
+    content: dict[str, Any] = {
+        "model": {"model": tiny_lm.save(tmp_path / "model")},
+        "data": {"train": tiny_lm.write(tmp_path / "train.jsonl", tiny_lm.rows(6)), "batch_size": 2},
+        "trainer": {"accelerator": "cpu", "devices": 2, "strategy": "ddp", "default_root_dir": str(tmp_path)},
+    }
+    for rank, lora in enumerate(({"rank": 2}, {"rank": 4, "alpha": 32, "dropout": 0.1})):
+        (tmp_path / f"{rank}.yaml").write_text(yaml.safe_dump(content | {"lora": {"config": lora}}))
+    for code, text in pool.run(fit_by_file, str(tmp_path)):
+        assert code == 1, text
+        for said in ("rank=2 on rank 0, 4 on rank 1", "alpha=16.0 on rank 0, 32.0 on rank 1", "dropout=0.0 on rank 0, 0.1 on rank 1"):
+            assert said in text
+        assert "LoRACallback has other settings on rank 1: " in text and "Give every process the same" in text
 
 
 class Raises(L.Callback):

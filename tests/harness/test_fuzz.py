@@ -11,6 +11,7 @@ import pytest
 from tests.harness import fuzz
 from tests.harness.mutations import changed
 from tests.memory import on_linux
+from tests.storage.hostile import PICKLES, write
 
 
 def test_a_few_spoilt_files(tmp_path: Path) -> None:
@@ -18,6 +19,14 @@ def test_a_few_spoilt_files(tmp_path: Path) -> None:
         seen, faults = fuzz.fuzz(tmp_path, range(80), seed=0)
     assert not faults
     assert seen.total() == 80 and all(seen[f"{action}: refused"] for action in ("into_net", "looked_at", "into_lit", "fitted"))
+
+
+def test_every_reader_refuses_a_hostile_checkpoint(tmp_path: Path) -> None:
+    with fuzz.quiet():
+        for name in ("a key of doubled tuples", "a sparse index out of range"):
+            write(tmp_path / "x.ckpt", PICKLES[name][0])
+            for action in (fuzz.into_lit, fuzz.looked_at, fuzz.fitted):
+                assert fuzz.verdict(action, tmp_path / "x.ckpt", None, honest=False) == "refused", (name, action.__name__)
 
 
 @pytest.mark.parametrize(

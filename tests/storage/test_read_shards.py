@@ -14,6 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from lightning_lora.storage.read_shards import INDEX, read_shards
+from tests.storage.hostile import DEEP, DOUBLED
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int8, torch.bool, torch.uint8]
 TENSORS = {f"x/{dtype}": torch.randn(3, 4).mul(3).to(dtype) for dtype in DTYPES} | {
@@ -75,6 +76,14 @@ def test_an_index_runs_no_code(folder: Path) -> None:
         b"",
         b"N.",
         b"Nr\xff\xff\xff\x7f.",  # a number by which Python would make a table of 32 GB
+        b"}" + DOUBLED + b"Ns.",
+        b"}(" + DOUBLED + b"Nu.",
+        b"(" + DOUBLED + b"Nd.",
+        b"\x8f(" + DOUBLED + b"\x90.",
+        b"(" + DOUBLED + b"\x91.",
+        b"}" + DEEP + b"Ns.",
+        b"\x96" + (10**12).to_bytes(8, "little") + b".",  # a buffer of 10^12 bytes
+        b"ctorch\nSize\n](K\1K\2e\x85R.",
     ],
 )
 def test_a_written_pickle_reaches_nothing(folder: Path, program: bytes) -> None:
@@ -101,7 +110,10 @@ def test_a_shard_runs_no_code(folder: Path) -> None:
     assert not (folder / "ran").exists()
 
 
-@pytest.mark.parametrize("what", ["path", "size", "dtype", "offset", "huge", "many", "repeated", "fifo", "gone", "cut"])
+@pytest.mark.parametrize(
+    "what",
+    ["path", "size", "dtype", "offset", "huge", "many", "repeated", "tuples", "name", "number", "overlap", "empty", "fifo", "gone", "cut"],
+)
 def test_an_index_that_lies_is_refused(folder: Path, what: str) -> None:
     index = pickle.loads((folder / INDEX).read_bytes())
     meta = index.state_dict_metadata["deep"]
@@ -127,6 +139,20 @@ def test_an_index_that_lies_is_refused(folder: Path, what: str) -> None:
         index.storage_data[dataclasses.replace(key, offset=torch.Size([0]))] = info
         (folder / "holes").touch()
         os.truncate(folder / "holes", 2**33)
+    elif what == "tuples":  # 2^40 times a tuple
+        meta.size = (2**40, (1,))
+    elif what == "name":  # it would be shown
+        doubled: Any = ()
+        for _ in range(45):
+            doubled = (doubled, doubled)
+        object.__setattr__(key, "fqn", [doubled])
+    elif what == "number":  # a product of such takes as long as a file says
+        meta.size = (256**1000,) * 100
+    elif what == "overlap":  # little is made of it, and the same bytes are read again and again
+        for other in index.storage_data.values():
+            other.offset, other.length = 0, shard.stat().st_size
+    elif what == "empty":  # tensors without entries, each of them many shards
+        index.state_dict_metadata["empty"].chunks *= 1000
     elif what == "fifo":
         shard.unlink()
         os.mkfifo(shard)

@@ -108,9 +108,9 @@ def nested(times: int, wrap: Callable[[Any], Any], inner: Any) -> Any:
 
 
 BOMBS = {
-    "bytearray": (Call(bytearray, 2**33), "makes a bytearray of a int"),
-    "bytearray of a tensor": (Call(bytearray, torch.tensor(2**33)), "makes a bytearray of a Tensor"),
-    "hexadecimal": (nested(33, lambda inner: Call(codecs.encode, inner, "hex"), b"x"), "encodes a bytes as 'hex'"),
+    "bytearray": (Call(bytearray, 2**33), r"calls builtins\.bytearray\(int\)"),
+    "bytearray of a tensor": (Call(bytearray, torch.tensor(2**33)), r"calls builtins\.bytearray\(Tensor\)"),
+    "hexadecimal": (nested(33, lambda inner: Call(codecs.encode, inner, "hex"), b"x"), r"calls _codecs\.encode\(bytes, str\)"),
     "lists": (nested(40, lambda inner: [inner, inner], 1), "more entries than its .* bytes"),
     "dicts": (nested(40, lambda inner: {"a": inner, "b": inner}, 1), "more entries than its .* bytes"),
 }

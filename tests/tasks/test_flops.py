@@ -95,7 +95,7 @@ def test_lightnings_monitor_shows_them(tmp_path, monkeypatch):
     update = type(monitor)._update.__get__(monitor)
     monkeypatch.setattr(monitor, "_compute", lambda *args: seen.append(monitor._throughputs[args[0].state.stage].compute()))
     fit = trainer(LoRACallback(CONFIG), monitor, max_epochs=1, limit_val_batches=0)
-    task = CausalLMTask(folder)
+    task = CausalLMTask(folder, padding_free=False)
     fit.fit(task, InstructionDataModule(file, batch_size=2))
     assert len(seen) == 4 and seen[-1]["device/flops_per_sec"] > 0
     head, per = task.model.lm_head, FlopsPerPosition(apply_lora(tiny_lm.llama(), CONFIG))
@@ -108,7 +108,7 @@ def test_lightnings_monitor_shows_them(tmp_path, monkeypatch):
 def test_dpo_counts_the_reference_too(tmp_path):
     folder = tiny_lm.save(tmp_path / "model")
     file = tiny_lm.write(tmp_path / "pairs.jsonl", [{"prompt": "the sky", "chosen": "blue", "rejected": "red"}] * 2)
-    task, data = DPOTask(folder), PreferenceDataModule(file, batch_size=2)
+    task, data = DPOTask(folder, padding_free=False), PreferenceDataModule(file, batch_size=2)
     trainer(LoRACallback(CONFIG, merge_on_fit_end=False), max_epochs=1, limit_val_batches=0).fit(task, data)
     batch, per = data.collate(list(data.examples["train"]), "train"), FlopsPerPosition(task.model)
     answers = (batch["labels"] != -100).sum().item()

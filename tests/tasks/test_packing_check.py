@@ -57,7 +57,7 @@ def test_a_model_gets_the_fastest_attention_that_is_right(name: str, attention: 
 def test_a_model_that_mixes_documents_is_refused_by_name(name: str, reason: str) -> None:
     network = model(name, torch.float32)
     before, attention = snapshot(network), network.config._attn_implementation
-    with pytest.raises(ValueError, match=rf"^data.packing or data.padding_free is on, but {reason}.*Set it to false\.$"):
+    with pytest.raises(ValueError, match=rf"^data.packing or model.padding_free is on, but {reason}.*Set it to false\.$"):
         settle(network)
     assert snapshot(network) == before and network.config._attn_implementation == attention
 

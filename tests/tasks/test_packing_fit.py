@@ -58,7 +58,7 @@ def test_a_step_equals_that_on_padded_rows(attention: str | None, checkpointing:
 
     def run(**data: Any) -> tuple[float, dict[str, Tensor]]:
         torch.manual_seed(0)
-        task = CausalLMTask(folder, attn_implementation=attention, gradient_checkpointing=checkpointing)
+        task = CausalLMTask(folder, attn_implementation=attention, gradient_checkpointing=checkpointing, padding_free=False)
         (step,) = fit(task, InstructionDataModule(file, val=file, **data)).steps
         expected = NAME if attention is None and len(data) > 1 else attention or "sdpa"
         assert task.model.config._attn_implementation == expected
@@ -66,10 +66,9 @@ def test_a_step_equals_that_on_padded_rows(attention: str | None, checkpointing:
 
     padded_loss, padded = run(batch_size=10)
     limit = 1e-5 * max(gradient.abs().max().item() for gradient in padded.values())
-    free = {"padding_free": True, "pad_to_multiple_of": 8}
-    for loss, gradients in (run(batch_size=4, packing=True, max_length=40), run(batch_size=10, **free)):
-        assert math.isclose(loss, padded_loss, rel_tol=1e-5) and len(gradients) == 8
-        torch.testing.assert_close(gradients, padded, rtol=0, atol=max(limit, 1e-7))
+    loss, gradients = run(batch_size=4, packing=True, max_length=40)
+    assert math.isclose(loss, padded_loss, rel_tol=1e-5) and len(gradients) == 8
+    torch.testing.assert_close(gradients, padded, rtol=0, atol=max(limit, 1e-7))
 
 
 def test_the_log_says_how_full_rows_are_and_which_attention_they_have(folder: str, file: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -87,7 +86,7 @@ def test_a_model_that_mixes_documents_is_refused_before_it_trains(folder: str, f
     task.model = model("Lfm2", torch.float32)
     before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
     with pytest.raises(
-        ValueError, match=r"data.packing or data.padding_free is on, but Lfm2ForCausalLM does not keep packed documents apart"
+        ValueError, match=r"data.packing or model.padding_free is on, but Lfm2ForCausalLM does not keep packed documents apart"
     ):
         fit(task, InstructionDataModule(file, val=file, batch_size=2, packing=True, max_length=40))
     after = task.model.state_dict()
@@ -97,7 +96,6 @@ def test_a_model_that_mixes_documents_is_refused_before_it_trains(folder: str, f
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"packing": True, "padding_free": True}, "data.padding_free=True has no effect on packed rows; choose it or data.packing"),
         ({"pack_length": 64}, "data.pack_length=64 has no effect without packing"),
         ({"packing": True, "pack_length": 63, "max_length": 64}, "data.pack_length=63 is less than data.max_length=64"),
         ({"packing": True, "max_length": 60, "pad_to_multiple_of": 8}, "data.pack_length=60 is no multiple of data.pad_to_multiple_of=8"),
