@@ -18,6 +18,7 @@ from lightning_lora.layers.rounding import Rounding
 from lightning_lora.layers.state import Adapted, AdapterState, Quantized, Untying
 from lightning_lora.quantization import formats
 from lightning_lora.utils.checksums import checksum
+from lightning_lora.utils.parameters import is_computed
 from lightning_lora.utils.sharding import full_tensor, is_sharded
 
 PREFIX = "lora_"  # prefix of every parameter that LoRA adds to a layer
@@ -162,6 +163,8 @@ class Mergeable(Adapted):
             return "its adapter is disabled: merge outside of disabled_lora(model)"
         if any(p.is_meta for p in self._parameters.values() if p is not None):
             return "it is on the meta device and has no values: load the model's weights first"
+        if is_computed(self, "weight"):
+            return "it computes its weight anew at each call (pruning, weight_norm or a parametrization): make that permanent or remove it"
         packing = formats.format_of(self)
         if packing is not None:
             if is_sharded(self.weight):

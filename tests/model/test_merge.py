@@ -5,12 +5,13 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_lora import merge_lora, merge_report, unload_lora, unmerge_lora
+from lightning_lora import LoRAConfig, apply_lora, merge_lora, merge_report, unload_lora, unmerge_lora
 from lightning_lora.layers import lora_layers
 from lightning_lora.model.ties import tied_weights
-from tests.conftest import ALL, DTYPES, TinyModel, adapted, base_bits, same_bits, snapshot
+from tests.conftest import ALL, DTYPES, TinyModel, adapted, base_bits, fill, same_bits, snapshot
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -205,3 +206,30 @@ def test_unmerging_gives_transformers_its_tie_back(tmp_path):
     unmerge_lora(merge_lora(model, untie=True))
     assert model.config.tie_word_embeddings
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+COMPUTED = {
+    "pruned": (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), lambda layer: prune.remove(layer, "weight")),
+    "weight_norm": (parametrizations.weight_norm, lambda layer: parametrize.remove_parametrizations(layer, "weight")),
+    "parametrized": (
+        lambda layer: parametrize.register_parametrization(layer, "weight", nn.Tanh(), unsafe=True),
+        lambda layer: parametrize.remove_parametrizations(layer, "weight"),
+    ),
+}
+
+
+@pytest.mark.parametrize("how", COMPUTED)
+def test_a_weight_that_came_to_be_computed_is_merged_into_only_once_it_is_permanent(how):
+    """Written to such a weight, an update would be lost at the next call."""
+    compute, make_permanent = COMPUTED[how]
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    fill(apply_lora(model, LoRAConfig(rank=2, target_modules=["0", "2"])))
+    compute(model[2])
+    x = torch.randn(3, 8)
+    model(x)
+    before, unmerged = snapshot(model), model(x)
+    with pytest.raises(ValueError, match=r"^'2' cannot be merged: it computes its weight anew at each call .* remove it\.$"):
+        merge_lora(model)
+    assert snapshot(model) == before and not model[0].merged and same_bits(model(x), unmerged)
+    make_permanent(model[2])
+    torch.testing.assert_close(merge_lora(model)(x), unmerged, rtol=1e-5, atol=1e-5)
