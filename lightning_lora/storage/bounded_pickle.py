@@ -45,7 +45,8 @@ def entries(value: Any, levels: tuple[type, ...] = (tuple,)) -> Iterator[Any]:
     Raises:
         ValueError: there are more than ``ENTRIES``.
     """
-    left, count = [value], 0
+    left: list[Any] = [value]
+    count = 0
     while left:
         each = left.pop()
         if isinstance(each, levels):
@@ -213,7 +214,8 @@ class BoundedUnpickler(WeightsOnlyUnpickler):
 
     def check_call(self) -> None:
         """Check a call of what lies on the stack."""
-        self.calls.check(*self.stack[-2:], read=self.count)
+        function, arguments = self.stack[-2:]
+        self.calls.check(function, arguments, self.count)
 
     def check_state(self) -> None:
         """Check the state that an object is given."""

@@ -70,7 +70,7 @@ REBUILD["from_type_v2"] = _name("_tensor._rebuild_from_type_v2")
 get_layout: Callable[[str], torch.layout] = _name("serialization._get_layout")
 
 # Python's own unpickler that is written in Python. Without it importing raises.
-PythonUnpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]
+PythonUnpickler: Any = pickle._Unpickler
 
 
 @contextmanager
