@@ -11,7 +11,7 @@ from __future__ import annotations
 import codecs
 import pickle
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ _FIXED = (
 _READS = {**dict.fromkeys(_ALONE, 0), **dict.fromkeys(_FIXED, 1), pickle.BINUNICODE: 2, pickle.SHORT_BINSTRING: 2, pickle.LONG1: 2}
 
 
-def entries(value: Any, levels: tuple[type, ...] = (tuple,)) -> Iterator[Any]:
+def entries(value: Any, levels: tuple[type[Collection[Any]], ...] = (tuple,)) -> Iterator[Any]:
     """Yield what is in nested tuples. Nothing in them is hashed, compared or shown.
 
     Args:
