@@ -7,12 +7,13 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from lightning_lora.callbacks.data_position import DataPosition
 from lightning_lora.callbacks.interruption import Interruption
+from lightning_lora.callbacks.random_numbers import RandomNumbers
 from lightning_lora.callbacks.shown_values import ShownValues
 from lightning_lora.strategies.namespaces import twins
 
 
 def add_companions(trainer: Trainer, temporary: bool = False, tune_loop: bool = True) -> list[Callback]:
-    """Add `Interruption`, `DataPosition` and `ShownValues` to a trainer that lacks them. Return all its callbacks.
+    """Add `Interruption`, `DataPosition`, `RandomNumbers` and `ShownValues` to a trainer that lacks them. Return all its callbacks.
 
     Args:
         trainer: at most one of each is added.
@@ -20,7 +21,7 @@ def add_companions(trainer: Trainer, temporary: bool = False, tune_loop: bool = 
         tune_loop: add `ShownValues`.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    for companion in (Interruption, DataPosition, *[ShownValues] * tune_loop):
+    for companion in (Interruption, DataPosition, RandomNumbers, *[ShownValues] * tune_loop):
         if not any(isinstance(callback, companion) for callback in callbacks):
             first_saver = next((n for n, callback in enumerate(callbacks) if isinstance(callback, twins(Checkpoint))), len(callbacks))
             callbacks.insert(first_saver, companion(temporary))  # Lightning runs those that save checkpoints last

@@ -119,7 +119,7 @@ def test_the_trainer_has_the_users_callbacks_again_after_a_run(tmp_path: Path) -
     before = list(run.callbacks)
     run.fit(LitNet())
     assert run.callbacks == before
-    assert seen == [["LoRACallback", "Sees", "Interruption", "DataPosition", "ShownValues", "ModelCheckpoint"]]
+    assert seen == [["LoRACallback", "Sees", "Interruption", "DataPosition", "RandomNumbers", "ShownValues", "ModelCheckpoint"]]
 
 
 def test_an_interruption_of_the_users_own_stays(tmp_path: Path) -> None:

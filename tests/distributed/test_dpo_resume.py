@@ -20,9 +20,10 @@ PAIRS = [{"prompt": f"which colour is {THINGS[i % 6]}", "chosen": "blue sky", "r
 
 
 def train(folder: str, file: str, out: str, epochs: int, resume: str | None = None) -> dict[str, Any]:
-    L.seed_everything(3, verbose=False)
+    L.seed_everything(3, verbose=False)  # the order of the rows
+    torch.manual_seed(0 if resume is None else 1)  # dropout, which a resumed run draws as the whole one
     task = DPOTask(folder, learning_rate=1e-2, beta=0.5, schedule="constant", warmup=0.0)
-    lora = LoRACallback(LoRAConfig(rank=2, target_modules=["q_proj", "v_proj"]), merge_on_fit_end=False)
+    lora = LoRACallback(LoRAConfig(rank=2, target_modules=["q_proj", "v_proj"], dropout=0.2), merge_on_fit_end=False)
     saver = ModelCheckpoint(out, filename="{step}", save_top_k=-1, every_n_train_steps=3)
     trainer = L.Trainer(
         accelerator="cpu", devices=2, strategy=DDPStrategy(process_group_backend="gloo"), max_epochs=epochs, callbacks=[lora, saver],

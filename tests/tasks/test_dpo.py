@@ -9,10 +9,12 @@ from contextlib import suppress
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 
 from lightning_lora import LoRACallback, LoRAConfig, apply_lora, get_lora_parameters, merge_lora
 from lightning_lora.data import PreferenceDataModule
 from lightning_lora.data.batching import Example, collate_answers
+from lightning_lora.model.compile import compile_layers, uncompile_layers
 from lightning_lora.tasks import DPOTask, base
 from tests import tiny_lm
 from tests.tasks.tiny import fill, trainer
@@ -215,6 +217,19 @@ def test_fit_learns_which_answer_is_better(folder, file):
     assert found["val_margin"] == pytest.approx(found["val_chosen_reward"] - found["val_rejected_reward"], rel=1e-4)
     (tested,) = trainer(LoRACallback(CONFIG)).test(task, PreferenceDataModule(test=file, batch_size=5), verbose=False)  # unmerges
     assert tested["test_margin"] == pytest.approx(found["val_margin"], rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler's own doing
+def test_compiled_blocks_give_the_same_losses(batch, monkeypatch):
+    """The reference's blocks, with their adapters off, are compiled too."""
+    expected = adapted(monkeypatch)[0].training_step(batch, 0)
+    torch._dynamo.reset()
+    task, counter = adapted(monkeypatch)[0], CompileCounter()
+    compile_layers(task.model, backend=counter)
+    loss = task.training_step(batch, 0)
+    uncompile_layers(task.model)
+    assert counter.frame_count > 1
+    torch.testing.assert_close(loss, expected)
 
 
 def test_prediction_answers_the_prompts(folder, file):
