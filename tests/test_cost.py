@@ -138,8 +138,8 @@ CALLS: dict[str, tuple[Any, str | None, dict[str, Any], tuple[int, int, int]]] =
     "nf4": (nn.Linear, "nf4", {}, (17, 17, 0)),
     "qkv": (Attention, None, {}, (59, 59, 0)),
     "qkv, nf4": (Attention, "nf4", {}, (59, 59, 0)),
-    "qkv together": (Attention, None, {}, (84, 90, 27)),
-    "qkv together, nf4": (Attention, "nf4", {}, (100, 106, 33)),
+    "qkv together": (Attention, None, {}, (84, 90, 29)),
+    "qkv together, nf4": (Attention, "nf4", {}, (100, 106, 35)),
 }
 
 

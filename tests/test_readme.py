@@ -9,6 +9,7 @@ import functools
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,7 @@ def test_command_lines(words: list[str], folder: Path, monkeypatch: pytest.Monke
         monkeypatch.setattr(commands, rest[0], functools.wraps(original)(lambda **arguments: called.update(arguments)))
         assert main.main(rest) == 0, capsys.readouterr().err
         written = [word for word in rest[1:] if not word.startswith("--")]
+        called |= {name: field for value in called.values() if is_dataclass(value) for name, field in vars(value).items()}
         values = {str(value) for value in called.values()} | {str(getattr(called.get("lora"), "target_modules", ""))}
         assert written and set(written) <= values, "what was written arrived"
     else:

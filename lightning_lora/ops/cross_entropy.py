@@ -93,22 +93,26 @@ def unchunkable(head: Any) -> str | None:
 
 
 @contextmanager
-def bypassed(head: nn.Module) -> Iterator[list[Tensor]]:
-    """While active, replace the output layer's forward by the identity. The yielded list receives the layer's input at each call.
+def bypassed(head: nn.Module, *, copied: bool = False) -> Iterator[list[Tensor]]:
+    """While active, replace the output layer's forward by the identity. The yielded list receives what it returns at each call.
 
     The model's own forward still computes everything before, so this works for any model whose last step is its output layer. The
-    model's output is then the same object as that input. It is not if the model changes its logits: Gemma caps them, Cohere and
+    model's output is then the same object as the layer's. It is not if the model changes its logits: Gemma caps them, Cohere and
     Granite scale them.
+
+    Args:
+        head: the output layer.
+        copied: return a copy of the input, for models that must not return a view: FSDP2 warns of it.
     """
-    inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
 
     def forward(hidden: Tensor) -> Tensor:
-        inputs.append(hidden)
-        return hidden
+        outputs.append(hidden.clone() if copied else hidden)
+        return outputs[-1]
 
     head.__dict__["forward"] = forward
     try:
-        yield inputs
+        yield outputs
     finally:
         del head.__dict__["forward"]
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torchmetrics import MeanMetric, Metric
 from typing_extensions import override
 
@@ -154,9 +155,9 @@ class CausalLMTask(HFTask):
         head = self.model.get_output_embeddings()
         reason = self._needs_logits or unchunkable(head)
         if reason is None:
-            with bypassed(head) as inputs:
+            with bypassed(head, copied=isinstance(self.model, FSDPModule)) as outputs:
                 hidden, before, positions = self._outputs(batch)
-            if len(inputs) == 1 and hidden is inputs[0]:
+            if len(outputs) == 1 and hidden is outputs[0]:
                 hidden, answers = _rows(hidden, before), _rows(batch["labels"], positions)
                 compiled = hidden.is_cuda and any(compiled_call(module) is not None for module in self.model.modules())
                 return chunked_cross_entropy(hidden, head.weight, answers, head.bias, compiled=compiled, reduction=reduction)

@@ -73,6 +73,6 @@ def test_its_checkpoint_becomes_a_model(task, tmp_path, capsys, monkeypatch):
 def test_preference_pairs_need_a_reference(tmp_path, capsys, monkeypatch):
     prepared("DPOTask", tmp_path, monkeypatch)
     capsys.readouterr()
-    assert main(["fit", "--config", "run.yaml", "--config", "full.yaml", *QUIET]) == 1
+    assert main(["fit", "--config", "run.yaml", "--config", "full.yaml", *QUIET]) == 2
     assert "DPOTask has no reference: it is the model with its adapters off" in capsys.readouterr().err.splitlines()[-1]
     assert not Path("runs").exists()

@@ -169,7 +169,7 @@ def test_a_traceback_on_request(monkeypatch):
 def test_a_fault_in_the_code_is_no_wrong_input(monkeypatch, model):
     from lightning_lora.cli import inspect_files
 
-    def broken(*args):
+    def broken(*args, **kwargs):
         raise AttributeError("ours")
 
     monkeypatch.setattr(inspect_files, "skeleton", broken)

@@ -89,4 +89,5 @@ def _work(rank: int, world: int, meeting: str, pipe: Any, device: str) -> None:
             pipe.send((True, function(*args)))
         except BaseException:
             pipe.send((False, f"rank {rank}: {traceback.format_exc()}"))
-        nets.Net.checkpointing = None  # a run may have set it
+        nets.Net.checkpointing = None  # a run may have set it, or a seed, with which Lightning begins later runs
+        os.environ.pop("PL_GLOBAL_SEED", None)

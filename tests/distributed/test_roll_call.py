@@ -84,7 +84,7 @@ def test_other_files_on_the_command_lines_of_the_ranks(pool: Any, tmp_path: Path
     for rank, lora in enumerate(({"rank": 2}, {"rank": 4, "alpha": 32, "dropout": 0.1})):
         (tmp_path / f"{rank}.yaml").write_text(yaml.safe_dump(content | {"lora": {"config": lora}}))
     for code, text in pool.run(fit_by_file, str(tmp_path)):
-        assert code == 1, text
+        assert code == 2, text
         for said in ("rank=2 on rank 0, 4 on rank 1", "alpha=16.0 on rank 0, 32.0 on rank 1", "dropout=0.0 on rank 0, 0.1 on rank 1"):
             assert said in text
         assert "LoRACallback has other settings on rank 1: " in text and "Give every process the same" in text

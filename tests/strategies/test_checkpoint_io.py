@@ -76,7 +76,7 @@ def test_an_adapter_is_loaded_from_a_folder_of_shards(
     (folder / "__0_0.distcp").unlink()
     fresh = LitNet()
     before = snapshot(fresh)
-    with pytest.raises(ValueError, match="__0_0"):
+    with pytest.raises(ValueError, match=r"folder is not a readable checkpoint: .* \(its tensors have [\d,]+ bytes, its files [\d,]+\)"):
         load_adapter(fresh, folder)
     assert snapshot(fresh) == before
 
