@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -15,7 +14,6 @@ from lightning_lora import LoRACallback, LoRAConfig
 from lightning_lora.data import InstructionDataModule
 from lightning_lora.tasks import CausalLMTask
 from lightning_lora.tasks.packed_attention import NAME
-from tests import tiny_lm
 from tests.tasks.packing_models import model
 
 pytestmark = pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`")
@@ -30,16 +28,6 @@ class Gradients(L.Callback):
     def on_before_optimizer_step(self, trainer: Any, module: nn.Module, optimizer: Any) -> None:
         gradients = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
         self.steps.append((trainer.callback_metrics["train_loss"].item(), gradients))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny_lm.save(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> str:
-    return tiny_lm.write(tmp_path / "train.jsonl", tiny_lm.rows(10))
 
 
 def fit(task: L.LightningModule, data: InstructionDataModule, steps: int = 1, **options: Any) -> Gradients:

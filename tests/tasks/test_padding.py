@@ -52,16 +52,6 @@ class Seen(L.Callback):
         self.batches.append(tuple(batch["input_ids"].shape))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny_lm.save(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> str:
-    return tiny_lm.write(tmp_path / "train.jsonl", tiny_lm.rows(10))
-
-
 def fit(task: L.LightningModule, data: L.LightningDataModule, **lora: Any) -> tuple[Seen, dict[str, float]]:
     """One epoch with validation; return what was seen and the metrics."""
     seen = Seen()
