@@ -50,7 +50,7 @@ class RandomNumbers(Companion):
         if states is None or trainer.state.fn != TrainerFn.FITTING:
             return
         if not isinstance(states, list) or not all(isinstance(state, dict) for state in states):
-            raise ValueError(f"the checkpoint's {KEY} is no list of states: it is damaged; resume from another checkpoint.")
+            raise ValueError(f"{trainer.ckpt_path}: its {KEY} is no list of states, so it is damaged; resume from another checkpoint.")
         if len(states) != trainer.world_size:
             rank_zero_info(
                 f"Random numbers are drawn anew: the checkpoint has those of {len(states)} processes, this run has {trainer.world_size}."
@@ -101,4 +101,4 @@ def _restore(states: dict[str, Any], trainer: Trainer) -> None:
             torch.cuda.set_rng_state(states["cuda"], device)
     except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"the checkpoint's {KEY} are damaged ({reason}); resume from another checkpoint.") from error
+        raise ValueError(f"{trainer.ckpt_path}: its {KEY} are damaged ({reason}); resume from another checkpoint.") from error
