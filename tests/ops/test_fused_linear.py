@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
-from lightning_lora.ops import fused_linear, plain
+from lightning_lora.ops import factor_copies, fused_linear, plain
 from lightning_lora.ops.fused_linear import lora_linears
 from tests.ops.operands import DEVICE
 
@@ -240,16 +240,18 @@ def test_compiled_it_is_two_operations_and_the_same_numbers(traced, dropout, sca
     assert not [node for graph in graphs for node in graph.graph.nodes if "mm" in str(node.target)]
 
 
-@pytest.mark.parametrize("n", [0, 3])
-def test_operations_say_their_shapes_right(n):
-    """What the compiler is told of an operation against what it does."""
+@pytest.mark.parametrize(("n", "kept"), [(0, 64), (3, 64), (3, 2)])
+def test_operations_say_their_shapes_right(n, kept, monkeypatch):
+    """What the compiler is told of an operation against what it does; with factors wider than those whose copies are kept too."""
+    monkeypatch.setattr(factor_copies, "KEPT_RANK", kept)
     x, Ws, biases, A_list, B_list = (t.detach() if isinstance(t, torch.Tensor) else t for t in operands(dtype=torch.float32))
     x, A_list, B_list = x.reshape(-1, IN), [A.detach() for A in A_list], [B.detach() for B in B_list]
     out_scales = [torch.randn(len(B)) if k < n else None for k, B in enumerate(B_list)]
     forward = (x, None, 0, False, list(SCALES), Ws, [""] * 3, biases, A_list, B_list, out_scales)
-    outputs = fused_linear._forward(*forward)
-    dys, base_outputs = [torch.randn_like(y) for y in outputs[:3]], outputs[8:] or [None] * 3
-    backward = (dys, x, outputs[3], outputs[4], None, 0, False, list(SCALES), Ws, [""] * 3, B_list, biases, out_scales, base_outputs, True)
+    outputs, copies = fused_linear._forward(*forward), 4 * (kept == 64)
+    dys, base_outputs = [torch.randn_like(y) for y in outputs[:3]], outputs[4 + copies :] or [None] * 3
+    settings = (None, 0, False, list(SCALES), Ws, [""] * 3)
+    backward = (dys, x, outputs[3], *settings, biases, A_list, B_list, out_scales, outputs[4 : 4 + copies], base_outputs, True)
     for operation, shapes, given in (
         (torch.ops.lightning_lora.linears_forward, fused_linear._forward_shapes, forward),
         (torch.ops.lightning_lora.linears_backward, fused_linear._backward_shapes, backward),
