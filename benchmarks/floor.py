@@ -27,8 +27,8 @@ compiled, cross entropy through the frozen head in blocks of 2048 rows. A mode i
     fp8                         the blocks' linears quantized to FP8 first; the floor stays the bf16 one. A CPU emulates the products
 
 Random weights and tokens, bf16 base, fused AdamW, median of the steps. *x alike* is to the frozen model with the same loss, compiled
-or not alike. A mode that fails says why in its row. *Products* is what the rank's products alone need of the floor's time, by their operations: 1 plus
-6·r·Σ(in + out) FLOPs a token over the floor's, 4 a parameter. TFLOP/s count those 4 alone, in every row.
+or not alike. *Products* is what the rank's products alone need of the floor's time, by their operations: 1 plus 6·r·Σ(in + out) FLOPs a
+token over the floor's, 4 a parameter. TFLOP/s count those 4 alone, in every row. A mode that fails says why in its row.
 """
 
 from __future__ import annotations

@@ -139,11 +139,8 @@ class _Linears(torch.autograd.Function):
             definition = lambda drop: _definition(x, drop, scales, layouts, biases, A_list, B_list, out_scales)  # noqa: E731
             return differentiable(ctx, definition, [x, None, None, *tensors], [(source, A_list[0].shape[1])], grads)
         full = [given[0].new_zeros(given[0].shape[0], B.shape[0]) if g is None else g for g, B in zip(grads, B_list, strict=True)]
-        dx, *results = dispatch(
-            _backward,
-            *(full, x, t, source, threshold, fast, list(scales), weights, layouts, biases, A_list, B_list, out_scales, copies, base_outputs),
-            needs_x,
-        )
+        operands = (full, x, t, source, threshold, fast, list(scales), weights, layouts, biases, A_list, B_list, out_scales)
+        dx, *results = dispatch(_backward, *operands, copies, base_outputs, needs_x)
         dB_list, sums = results[:n], iter(results[n:])
         dA_list = [None] * n if x is None else next(sums).split([a.shape[0] for a in A_list])
         d_out_scales = [None if z is None else next(sums) for z in base_outputs]

@@ -2,8 +2,8 @@
 
 The intermediate activation is the biggest tensor of a block, so every pass over it counts. Here the rank-r work on it is part of the two
 elementwise passes that any implementation makes, as far as the rank allows (:mod:`lightning_lora.ops.triton_gated_mlp`). The backward
-pass needs x, the base products of gate and up, and the rank-r products. With output scales (:mod:`lightning_lora.ops.output_scale`) it needs the base product of
-down too.
+pass needs x, the base products of gate and up, and the rank-r products. With output scales (:mod:`lightning_lora.ops.output_scale`) it
+needs the base product of down too.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def nearest_level(dropout: float) -> int:
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy each source to its target of the same shape, whatever their dtypes."""
-    torch._foreach_copy_(targets, sources)
+    torch._foreach_copy_(list(targets), list(sources))
 
 
 def zeroed(x: Tensor, drop: Drop | None) -> Tensor:

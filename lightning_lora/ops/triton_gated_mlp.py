@@ -3,8 +3,9 @@
 The elementwise pass reads and writes tensors of (tokens, intermediate size), the biggest of a block. The adapters' work on those tensors
 is of two sorts. *Updates* of them: of gate and up, and in the backward pass of the gradient of h through the down projection's A. *Sums*
 over them: the down projection's ``t = drop(h)·Aᵀ``, and the gradients of t, B and A. At small ranks both are done while the tensors are
-in registers. Registers hold no sums of wider ranks, and of the widest no updates: these are products of the library, before and after the
-pass (:mod:`lightning_lora.ops.triton_gated_plans`). Gate and up may have an output scale (:mod:`lightning_lora.ops.output_scale`), which takes no extra pass.
+in registers. At wider ones sums, and then updates too, are products of the library before and after the pass
+(:mod:`lightning_lora.ops.triton_gated_plans`). Gate and up may have an output scale (:mod:`lightning_lora.ops.output_scale`), which takes
+no extra pass.
 
 N tokens, C intermediate features, r the rank of each projection (they may differ). Sums are in fp32.
 """

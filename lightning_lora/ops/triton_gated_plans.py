@@ -1,8 +1,8 @@
 """What the gated MLP's kernels do at each rank, and their tiles.
 
-At small ranks the adapters' updates and sums are done while the big tensors are in registers. Up to 64 the sums are products of the library
-that follow, above it the updates are too, and the kernels are elementwise. The library's products run near the memory's speed at small ranks
-and near the matrix units' at wide ones, but each reads a big tensor again.
+Up to rank 32 the adapters' updates and sums are done while the big tensors are in registers. Those hold no wider sums: up to 64 the sums
+are products of the library that follow. Above, updates take longer inside than beside the pass, which is elementwise then. The library's
+sums run near the memory's speed at small ranks and near the matrix units' at wide ones, but each reads a big tensor again.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from lightning_lora.ops.triton_low_rank import Tiles
+
 
 class Plan(NamedTuple):
     """What the kernels do at a rank, apart from the elementwise pass.
@@ -33,8 +34,8 @@ class Plan(NamedTuple):
 PLANS = {16: Plan(16, True, True), 32: Plan(32, True, True), 64: Plan(64, True, False)}  # by the largest rank
 WIDE = Plan(16, False, False)  # of ranks above
 
-# By kernel and rank; measured on an H200 (benchmarks/README.md, "Every rank"). Drawing random numbers or applying scales leaves fewer
-# registers for prefetched data.
+# By kernel and rank. Those without dropout and scales are the fastest of a search on an H200 (benchmarks/README.md, "Every rank"), and so
+# are all of rank 16. Drawing random numbers or applying scales leaves fewer registers for prefetched data.
 TILES = {
     "forward, 16": Tiles(64, 128, num_stages=2),
     "forward, 16, dropping": Tiles(64, 64, num_stages=3),

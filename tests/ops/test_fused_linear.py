@@ -177,6 +177,21 @@ def test_keeps_x_once_and_the_rank_r_product():
     assert any(t.data_ptr() == x.data_ptr() for t in big)
 
 
+@pytest.mark.parametrize("rank", [64, 65])
+def test_copies_of_wide_factors_are_made_again(rank, monkeypatch):
+    """fp32 factors under bf16: their copies are kept up to rank 64; above, the rank-r product alone, and the gradients are the same."""
+    torch.manual_seed(0)
+    x, Ws = torch.randn(50, IN).bfloat16().requires_grad_(), [torch.randn(out, IN).bfloat16() for out in OUTS]
+    A_list, B_list = [torch.randn(rank, IN, requires_grad=True) for _ in OUTS], [torch.randn(out, rank, requires_grad=True) for out in OUTS]
+    call = lambda: lora_linears(x, Ws, [None] * 3, A_list, B_list, SCALES)  # noqa: E731
+    given = {t.data_ptr() for t in (x, *Ws, *A_list, *B_list)}
+    kept = sum(t.nbytes for t in saved(call) if t.data_ptr() not in given)
+    assert kept == 2 * 50 * 3 * rank + (2 * rank * (3 * IN + sum(OUTS)) if rank == 64 else 0)
+    found = gradients(call(), [x, *A_list, *B_list])
+    monkeypatch.setattr(factor_copies, "KEPT_RANK", {64: 0, 65: 65}[rank])
+    assert all(torch.equal(a, b) for a, b in zip(found, gradients(call(), [x, *A_list, *B_list]), strict=True))
+
+
 def test_frozen_a_keeps_no_x():
     """LoRA-FA: the point of freezing A."""
     x, Ws, biases, A_list, B_list = operands(batch=(50,))

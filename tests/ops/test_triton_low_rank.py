@@ -8,7 +8,8 @@ pytest.importorskip("triton")
 from lightning_lora.ops import plain, triton_low_rank
 from tests.ops.operands import DEVICE, DTYPES, TOLERANCE, error, strided, tensor
 
-SIZES = [(70, 48, 5), (130, 136, 16), (64, 300, 40), (17, 24, 1), (33, 160, 100), (33, 72, 32), (70, 72, 64), (33, 72, 128), (20, 72, 256)]  # tokens, features, rank
+# tokens, features, rank
+SIZES = [(70, 48, 5), (130, 136, 16), (64, 300, 40), (17, 24, 1), (33, 160, 100), (33, 72, 32), (70, 72, 64), (33, 72, 128), (20, 72, 256)]
 MAKERS = {"contiguous": tensor, "strided": strided}
 
 
