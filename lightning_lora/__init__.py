@@ -24,6 +24,7 @@ from lightning_lora.variants import shrink_adalora
 from lightning_lora.variants.rank_allocation import RankAllocator
 
 if TYPE_CHECKING:
+    from lightning_lora.adapter_io.adapter_set import AdapterSet, load_adapters
     from lightning_lora.adapter_io.combine import combine_adapters, compress_adapter
     from lightning_lora.adapter_io.export_adapter import export_adapter
     from lightning_lora.callbacks import AdaLoRACallback, LoRACallback
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdaLoRACallback",
+    "AdapterSet",
     "DurableCheckpointIO",
     "GaLoreConfig",
     "LoRACallback",
@@ -62,6 +64,7 @@ __all__ = [
     "galore_param_groups",
     "get_lora_parameters",
     "load_adapter",
+    "load_adapters",
     "lora_layers",
     "lora_param_groups",
     "merge_certificate",
@@ -85,6 +88,7 @@ __version__ = "0.1.0"
 # Imported when they are asked for: Lightning takes seconds, torch's compiler and FSDP the better part of one.
 _LAZY = {
     "AdaLoRACallback": "callbacks",
+    "AdapterSet": "adapter_io.adapter_set",
     "DurableCheckpointIO": "strategies",
     "LoRACallback": "callbacks",
     "LoRAFSDP2Strategy": "strategies",
@@ -95,6 +99,7 @@ _LAZY = {
     "cuda_graph_step": "model.compile",
     "export_adapter": "adapter_io.export_adapter",
     "extract_adapter": "model.extract",
+    "load_adapters": "adapter_io.adapter_set",
     "offload_activations": "model.offload",
     "replicated_parameters": "model.parallel",
     "uncompile_layers": "model.compile",
