@@ -10,8 +10,9 @@ There a weight is its tensors and a string that describes its layout.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +28,12 @@ class FrozenWeight:
     Attributes:
         tensors: the tensors that store it.
         layout: a name in ``WEIGHT_LAYOUTS``, then, separated by spaces, what the layout needs to know of this weight.
+        launched: True if Python launches its products' kernels one by one even under a compiler, which fuses nothing with them.
     """
 
     tensors: tuple[Tensor, ...]
     layout: str = ""
+    launched: ClassVar[bool] = False
 
     def __init__(self, weight: Tensor) -> None:
         self.tensors = (weight,)
@@ -63,11 +66,17 @@ class WeightLayout(NamedTuple):
     """How to rebuild a weight: the number of its tensors, and a function of the tensors and of the words after the layout's name."""
 
     tensors: int
-    make: Callable[[Sequence[Tensor], Sequence[str]], FrozenWeight]
+    make: Callable[[Sequence[Tensor], tuple[str, ...]], FrozenWeight]
 
 
 class WeightReader:
-    """Reads the frozen weight of layers whose forward is exactly ``x·Wᵀ + b``. This base class reads a floating-point weight."""
+    """Reads the frozen weight of layers whose forward is exactly ``x·Wᵀ + b``. This base class reads a floating-point weight.
+
+    Attributes:
+        reads: class of the weights.
+    """
+
+    reads: ClassVar[type[FrozenWeight]] = FrozenWeight
 
     def read(self, module: Any, x: Tensor) -> FrozenWeight | None:
         """Return the layer's weight, None if the fused operation may not replace the layer's own forward for this x.
@@ -114,11 +123,16 @@ def unflatten_weights(tensors: Sequence[Tensor], layouts: Sequence[FrozenWeight]
     for layout in layouts:
         if isinstance(layout, FrozenWeight):
             return layouts  # type: ignore[return-value]
-        name, *details = layout.split(" ")
-        size, make = WEIGHT_LAYOUTS[name]
+        size, make, details = _parsed(layout)
         weights.append(make(tensors[start : start + size], details))
         start += size
     return weights
+
+
+@functools.cache  # a compiled step rebuilds every weight twice
+def _parsed(layout: str) -> tuple[int, Callable[[Sequence[Tensor], tuple[str, ...]], FrozenWeight], tuple[str, ...]]:
+    name, *details = layout.split(" ")
+    return *WEIGHT_LAYOUTS[name], tuple(details)
 
 
 def base_products(weights: Sequence[FrozenWeight], x: Tensor, biases: Sequence[Tensor | None]) -> Iterator[Tensor]:

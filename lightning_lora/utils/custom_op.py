@@ -27,14 +27,19 @@ def register_custom_op(schema: str, function: Callable[..., list[Tensor]], shape
     _LIBRARY.define(schema)
     name = schema.partition("(")[0]
 
+    operation = getattr(torch.ops.lightning_lora, name).default
+    lists = [k for k, argument in enumerate(operation._schema.arguments) if str(argument.type).startswith("List")]
+
     def fresh(*operands: Any) -> list[Tensor]:
         """Clone results that are arguments: an operator may not return an argument."""
-        given = {id(t) for operand in operands for t in (operand if isinstance(operand, (list, tuple)) else (operand,))}
+        given = set(map(id, operands))
+        for k in lists:
+            given.update(map(id, operands[k]))
         return [t.clone() if id(t) in given else t for t in function(*operands)]
 
     _LIBRARY.impl(name, fresh, "CompositeExplicitAutograd")
     library.register_fake(f"lightning_lora::{name}", shapes, lib=_LIBRARY)
-    _OPERATIONS[function] = getattr(torch.ops.lightning_lora, name).default
+    _OPERATIONS[function] = operation
 
 
 def dispatch(function: Callable[..., list[Tensor]], *operands: Any) -> list[Tensor]:

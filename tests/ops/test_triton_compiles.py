@@ -14,13 +14,15 @@ import inspect, json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from lightning_lora.ops import triton_float8 as float8, triton_gated_mlp as gated, triton_low_rank as low_rank, triton_weight_norm as norms
+from lightning_lora.ops import triton_float8 as float8, triton_gated_mlp as gated, triton_low_rank as low_rank, triton_nf4 as nf4
+from lightning_lora.ops import triton_weight_norm as norms
 
 FLOATS = {"td", "dt", "sums", "out_scale", "gg", "gu", "sums_gg", "sums_gu"}
 HALVES = {"x", "a", "y", "t", "b", "g", "u", "h", "bg", "bu", "ad", "dh", "dg", "du", "dtd", "w", "z", "dy", "dz", "bias"}
 FLOAT8 = {  # kernels in which a name is of another type
     "_quantize": {**dict.fromkeys(("factor_a", "factor_b", "factor_c", "scales"), "*fp32"), "codes": "*fp8e4nv", "c": "*bf16"},
     "_transpose": {"w": "*u8", "out": "*u8"},
+    "_dequantize": {"codes": "*u8", "absmax": "*u8", **dict.fromkeys(("values", "offset", "outer", "outer_values"), "*fp32")},
 }
 
 def compile(kernel, tiles, capability=90, **constants):
@@ -52,6 +54,7 @@ for capability, rank, drop, out_scale in ((90, 16, False, False), (86, 32, False
         found[f"{name}, rank {rank}, sm_{capability}"] = compile(kernel, tiles, capability, **more)
 for name, (chunk, warps) in float8.CHUNKS.items():
     found[f"quantize, {name}"] = compile(float8._quantize, low_rank.Tiles(0, 0, warps), CHUNK=chunk, PARTS=3, SCALED=True)
+found["nf4"] = compile(nf4._dequantize, low_rank.Tiles(0, 0, nf4.WARPS), BLOCKS=nf4.ENTRIES // 64, BYTES=32, NESTED=True)
 found["transpose"] = compile(float8._transpose, low_rank.Tiles(0, 0, float8.TILE_WARPS), TILE=float8.TILE)
 print(json.dumps(found))
 """
@@ -63,6 +66,6 @@ def test_for_an_h100_and_for_smaller_gpus():
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 16
+    assert len(found) == 17
     for name, (size, shared) in found.items():
         assert size > 0 and shared <= (99 if "sm_86" in name else 227) * 1024, name  # what a program may have
