@@ -80,7 +80,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], tu
 
     from lightning_lora.ops import backends, fused_linear, plain
 
-    monkeypatch.setattr(backends, "worth_kernels", lambda x, *_: True)
+    monkeypatch.setattr(backends, "worth_kernels", lambda x: True)
     monkeypatch.setattr(fused_linear, "_backend", lambda fast: plain)
     monkeypatch.setattr(plain, "draw_drop", lambda rows, p: (plain.Drop(torch.ones_like(rows, dtype=torch.bool).tril()), 0.5))
     torch._dynamo.reset()

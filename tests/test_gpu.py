@@ -73,7 +73,7 @@ def served(model: Any, monkeypatch: pytest.MonkeyPatch) -> int:
     answers: list[bool] = []
     usable = backends.worth_kernels
     with monkeypatch.context() as patch:
-        patch.setattr(backends, "worth_kernels", lambda *given: answers.append(usable(*given)) or answers[-1])
+        patch.setattr(backends, "worth_kernels", lambda x: answers.append(usable(x)) or answers[-1])
         with torch.no_grad():
             model(input_ids=batch())
     return sum(answers)
@@ -99,7 +99,7 @@ def test_a_step_is_as_exact_as_with_plain_operations(quantize: str | None, varia
     found["compiled"] = run(model)
     uncompile_layers(model)
     unfuse(model)
-    monkeypatch.setattr(backends, "worth_kernels", lambda x, *_: False)
+    monkeypatch.setattr(backends, "worth_kernels", lambda x: False)
     monkeypatch.setattr(backends, "has_kernels", lambda x: False)  # the norms'
     found["plain"] = run(model)
     exact = run(dequantized(model).double())
@@ -115,7 +115,7 @@ def test_fifty_steps_lose_as_with_plain_operations(compiled: bool, monkeypatch: 
         model = llama()
         if compiled and fused:
             compile_layers(model)
-        monkeypatch.setattr(backends, "worth_kernels", usable if fused else lambda x, *_: False)
+        monkeypatch.setattr(backends, "worth_kernels", usable if fused else lambda x: False)
         optimizer = torch.optim.AdamW(get_lora_parameters(model), lr=1e-3)
         found = []
         for k in range(50):

@@ -55,15 +55,12 @@ class LoRALinear(LoRALayer, nn.Linear):
     weight_reader: ClassVar[WeightReader | None] = reader_of(nn.Linear)
     #: True if the base's forward is ``nn.Linear``'s own. Its output is a new tensor, which may be updated in place.
     plain_forward: ClassVar[bool] = True
-    #: True if Python launches the base's products even under a compiler.
-    launched: ClassVar[bool] = False
     #: True if update and output are this class's own; a variant may override them.
     plain_update: ClassVar[bool] = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.weight_reader = reader_of(cls.lora_base)
-        cls.launched = cls.weight_reader is not None and cls.weight_reader.reads.launched
         cls.plain_forward = cls.lora_base.forward is nn.Linear.forward
         cls.plain_update = cls.lora_update is LoRALinear.lora_update and cls.lora_output is LoRALinear.lora_output
 
@@ -137,7 +134,7 @@ class LoRALinear(LoRALayer, nn.Linear):
         y = None
         if self.shared_input is not None and self.shared_input.open:
             y = self.shared_input.output(self, input)
-        if y is None and backends.worth_kernels(input, self.launched):
+        if y is None and backends.worth_kernels(input):
             y = self.fused_output(input)
         if y is None and is_sharded(input):
             y = self.tensor_parallel_output(input)
@@ -152,7 +149,7 @@ class LoRALinear(LoRALayer, nn.Linear):
 
     def fused_output(self, x: Tensor) -> Tensor | None:
         """Return the output by path 3; None if it does not apply."""
-        weight = self.frozen_weight(x) if one_operation_takes(x, self.launched) else None
+        weight = self.frozen_weight(x) if one_operation_takes(x) else None
         return None if weight is None else compute([self], [weight], x)[0]
 
     def tensor_parallel_output(self, x: Tensor) -> Tensor | None:

@@ -75,7 +75,7 @@ class SharedInputGroup:
         """Return each layer's frozen weight; None if the layers cannot be one operation for x at the moment."""
         weights: list[FrozenWeight] = []
         dropout: float | None = None
-        if not one_operation_takes(x, any([getattr(layer, "launched", False) for layer in self.layers])):
+        if not one_operation_takes(x):
             return None
         for layer in self.layers:
             if getattr(layer, "shared_input", None) is not self:  # its adapter was unloaded

@@ -91,17 +91,14 @@ class GatedMLP(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the fused operation if it applies, else the original class's forward."""
-        launched = getattr(self.gate_proj, "launched", False)  # its adapter may have been unloaded
-        fused = None
-        if len(args) == 1 and not kwargs and backends.worth_kernels(args[0], launched):
-            fused = self._fused_output(args[0], launched)
+        fused = self._fused_output(args[0]) if len(args) == 1 and not kwargs and backends.worth_kernels(args[0]) else None
         return super().forward(*args, **kwargs) if fused is None else fused
 
-    def _fused_output(self, x: Tensor, launched: bool) -> Tensor | None:
+    def _fused_output(self, x: Tensor) -> Tensor | None:
         """Return the output of the fused operation over all three projections; None if a precondition does not hold."""
         layers: list[Any] = [self.gate_proj, self.up_proj, self.down_proj]
         # The kernel's sums over the intermediate features are not deterministic.
-        if not one_operation_takes(x, launched) or not _is_silu(self.act_fn) or torch.are_deterministic_algorithms_enabled():
+        if not one_operation_takes(x) or not _is_silu(self.act_fn) or torch.are_deterministic_algorithms_enabled():
             return None
         weights: list[FrozenWeight] = []
         for layer in layers:

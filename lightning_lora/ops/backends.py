@@ -73,19 +73,14 @@ def look_at(device: torch.device) -> None:
         logger.warning("%s goes without the Triton kernels: %s.", device, reason)
 
 
-def worth_kernels(x: Tensor, launched: bool = False) -> bool:
+def worth_kernels(x: Tensor) -> bool:
     """True if the Triton kernels apply to tensors like x (..., features): they run on its device, and it has enough rows.
 
     Under autocast, x may still have the dtype that it will be cast from.
-
-    Args:
-        x: the input.
-        launched: Python launches the products with the frozen weight's one by one, under a compiler too (``FrozenWeight.launched``).
-            The compiler's own kernels would be more launches, not fewer.
     """
     if not x.is_cuda:
         return False
-    few = FEW_ENTRIES_COMPILED if torch.compiler.is_compiling() and not (_recording or launched) else FEW_ROWS * x.shape[-1]
+    few = FEW_ENTRIES_COMPILED if torch.compiler.is_compiling() and not _recording else FEW_ROWS * x.shape[-1]
     return x.numel() >= few and has_kernels(x)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,12 +28,10 @@ class FrozenWeight:
     Attributes:
         tensors: the tensors that store it.
         layout: a name in ``WEIGHT_LAYOUTS``, then, separated by spaces, what the layout needs to know of this weight.
-        launched: True if Python launches its products' kernels one by one even under a compiler, which fuses nothing with them.
     """
 
     tensors: tuple[Tensor, ...]
     layout: str = ""
-    launched: ClassVar[bool] = False
 
     def __init__(self, weight: Tensor) -> None:
         self.tensors = (weight,)
@@ -70,13 +68,7 @@ class WeightLayout(NamedTuple):
 
 
 class WeightReader:
-    """Reads the frozen weight of layers whose forward is exactly ``x·Wᵀ + b``. This base class reads a floating-point weight.
-
-    Attributes:
-        reads: class of the weights.
-    """
-
-    reads: ClassVar[type[FrozenWeight]] = FrozenWeight
+    """Reads the frozen weight of layers whose forward is exactly ``x·Wᵀ + b``. This base class reads a floating-point weight."""
 
     def read(self, module: Any, x: Tensor) -> FrozenWeight | None:
         """Return the layer's weight, None if the fused operation may not replace the layer's own forward for this x.

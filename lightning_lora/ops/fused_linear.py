@@ -43,10 +43,10 @@ class Settings(NamedTuple):
     layouts: list[FrozenWeight] | list[str]
 
 
-def one_operation_takes(x: Tensor, launched: bool = False) -> bool:
+def one_operation_takes(x: Tensor) -> bool:
     """True if one operation may take x: not for DTensors and torch.func transforms. Without kernels a compiler fuses the definition."""
     if torch.compiler.is_compiling():
-        return backends.worth_kernels(x, launched) and not is_sharded(x)
+        return backends.worth_kernels(x) and not is_sharded(x)
     return not (is_sharded(x) or transforms_active())
 
 
@@ -80,7 +80,7 @@ def lora_linears(
         with torch.autocast(x.device.type, enabled=False):
             return lora_linears(x.to(dtype), weights, biases, A_list, B_list, scales, dropout, out_scales)
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    fast = backends.worth_kernels(rows, any([isinstance(weight, FrozenWeight) and weight.launched for weight in weights]))
+    fast = backends.worth_kernels(rows)
     source, threshold = None, 0
     if dropout:
         (source, threshold), probability = _backend(fast).draw_drop(rows, dropout)

@@ -122,8 +122,6 @@ class FrozenWeight4bit(FrozenWeight):
         state: bitsandbytes' description of the weight, if there is one.
     """
 
-    launched = True
-
     def __init__(self, tensors: Sequence[Tensor], details: Layout4bit, state: Any = None) -> None:
         self.tensors, self.details, self.state = tuple(tensors), details, state
 
@@ -183,34 +181,27 @@ def _details(words: tuple[str, ...]) -> Layout4bit:
 class WeightReader4bit(WeightReader):
     """Reads the weight of a ``Linear4bit``."""
 
-    reads = FrozenWeight4bit
-
     def read(self, module: Any, x: Tensor) -> FrozenWeight | None:
         """Return the weight if the layer computes in x's dtype. Otherwise bitsandbytes casts the input, and casts the output back."""
         weight, state = module.weight, _state(module)
+        if state is None or is_sharded(weight):
+            return None
+        if not torch.compiler.is_compiling():
+            weight = weight.data  # of the class Tensor: whatever is asked of a Params4bit runs a Python function first
         if (
-            state is not None
-            and not getattr(state, "packing_format_for_cpu", False)  # rewritten for inference
+            not getattr(state, "packing_format_for_cpu", False)  # rewritten for inference
             and state.shape == (module.out_features, module.in_features)
-            and not is_sharded(weight)
             and weight.device == x.device
             and module.compute_dtype in (None, x.dtype)  # None before the first input, whose dtype it takes then
             and autocast_dtype(x) in (None, x.dtype)
         ):
-            return self._weight(weight, state)
+            tensors, details = (weight, state.absmax, state.code), Layout4bit(state.quant_type, state.blocksize, *state.shape)
+            if not state.nested:
+                return FrozenWeight4bit(tensors, details, state)
+            outer = state.state2
+            tensors = (*tensors, state.offset, outer.absmax, outer.code)
+            return FrozenWeight4bit(tensors, details._replace(outer_block=outer.blocksize), state)
         return None
-
-    @staticmethod
-    def _weight(weight: Tensor, state: Any) -> FrozenWeight4bit:
-        """Return a weight over bitsandbytes' tensors."""
-        if not torch.compiler.is_compiling():
-            weight = weight.data  # of the class Tensor: each operation on a Params4bit runs a Python function first
-        rows, columns = state.shape
-        tensors, details = (weight, state.absmax, state.code), (state.quant_type, state.blocksize, rows, columns)
-        if not state.nested:
-            return FrozenWeight4bit(tensors, Layout4bit(*details), state)
-        outer = state.state2
-        return FrozenWeight4bit((*tensors, state.offset, outer.absmax, outer.code), Layout4bit(*details, outer.blocksize), state)
 
 
 class Linear8bitFormat(QuantizedFormat):

@@ -114,8 +114,6 @@ class Float8Format(QuantizedFormat):
 class Float8Reader(WeightReader):
     """Reads the weight of a :class:`Float8Linear`."""
 
-    reads = Float8Weight
-
     def read(self, module: Any, x: Tensor) -> FrozenWeight | None:
         """Return the weight, for x of any dtype, since it has none of its own."""
         return None if is_sharded(module.weight) or module.weight.device != x.device else module.packed_weight()

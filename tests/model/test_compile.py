@@ -194,7 +194,7 @@ def test_with_its_backward_traced_it_gives_the_same_numbers() -> None:
 def test_a_block_keeps_no_more_wide_tensors_than_the_frozen_one(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The norms' outputs and the gated MLP's middle, which the adapters' gradients read, are computed again."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(backends, "worth_kernels", lambda x, *_: fused)
+    monkeypatch.setattr(backends, "worth_kernels", lambda x: fused)
     kept: list[list[torch.Size]] = []
 
     def forward(graph: Any, inputs: Any) -> Any:

@@ -85,7 +85,7 @@ def test_a_gated_mlp_is_not_one_operation_then(monkeypatch: pytest.MonkeyPatch) 
     base = logits(model)
     adapted(model)
     assert any(isinstance(module, GatedMLP) for module in model.modules())
-    monkeypatch.setattr(backends, "worth_kernels", lambda x, *_: True)  # as on a GPU, where its kernels would be called
+    monkeypatch.setattr(backends, "worth_kernels", lambda x: True)  # as on a GPU, where its kernels would be called
     with disabled_lora(model):
         assert torch.equal(logits(model), base)
 

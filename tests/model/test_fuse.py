@@ -126,7 +126,7 @@ def test_a_model_with_scales_is_as_its_layers_one_by_one(monkeypatch):
     expected = run(alone)
     taken, operation = [], GatedMLP.forward.__globals__["lora_gated_mlp"]
     monkeypatch.setattr("lightning_lora.model.fuse.lora_gated_mlp", lambda *args: taken.append(len(args[-1])) or operation(*args))
-    monkeypatch.setattr(backends, "worth_kernels", lambda x, *_: True)
+    monkeypatch.setattr(backends, "worth_kernels", lambda x: True)
     assert_close(run(model), expected, rtol=1e-3, atol=1e-5)
     assert taken == [3, 3]
 
@@ -139,7 +139,7 @@ def test_a_model_with_scales_is_as_its_layers_one_by_one(monkeypatch):
 def test_compiled_blocks_are_one_graph_with_the_fused_operations(quantize, checkpointed, variant, monkeypatch):
     """With kernels that serve (here under the interpreter): siblings, the output projection and the gated MLP, in every block."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(backends, "worth_kernels", lambda x, *_: True)
+    monkeypatch.setattr(backends, "worth_kernels", lambda x: True)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = adapted("llama", quantize, variant=variant).train()

@@ -54,7 +54,7 @@ def test_undone_below_a_class_that_was_put_on_top(monkeypatch):
     """As FSDP2 does; once unloaded the module is plain, and fused again when adapters come again."""
     model = nn.Sequential(mlp())
     model[0].__class__ = type("FSDPMLP", (type(model[0]),), {"wrapped": True})
-    monkeypatch.setattr(backends, "worth_kernels", lambda x, *_: True)
+    monkeypatch.setattr(backends, "worth_kernels", lambda x: True)
     unload_lora(model)
     assert type(model[0]).__name__ == "FSDPMLP" and model[0].wrapped and isinstance(model[0], MLP)
     assert not isinstance(model[0], GatedMLP) and "lora_groups" not in model[0].__dict__
@@ -67,7 +67,7 @@ def test_one_projection_without_its_adapter_is_computed_as_written(monkeypatch):
     model = mlp()
     expected = model(torch.ones(2, 16))
     unload_lora(model.up_proj)
-    monkeypatch.setattr(backends, "worth_kernels", lambda x, *_: True)
+    monkeypatch.setattr(backends, "worth_kernels", lambda x: True)
     assert model(torch.ones(2, 16)).shape == expected.shape
 
 
@@ -139,7 +139,7 @@ def test_steps_aside_by_rule(case, quantize, monkeypatch):
     expected = model(x)
     if case == "own output":
         assert not torch.allclose(expected, mlp()(x))
-    monkeypatch.setattr(backends, "worth_kernels", lambda x, *_: True)
+    monkeypatch.setattr(backends, "worth_kernels", lambda x: True)
     taken = []
     run_fused = fuse_module.lora_gated_mlp
     monkeypatch.setattr(fuse_module, "lora_gated_mlp", lambda *args: taken.append(1) or run_fused(*args))
@@ -150,7 +150,7 @@ def test_steps_aside_by_rule(case, quantize, monkeypatch):
 
 
 def test_deterministic_algorithms_are_respected(monkeypatch):
-    monkeypatch.setattr(backends, "worth_kernels", lambda x, *_: True)
+    monkeypatch.setattr(backends, "worth_kernels", lambda x: True)
     monkeypatch.setattr("lightning_lora.ops.fused_linear._backend", lambda fast: plain)
     monkeypatch.setattr("lightning_lora.model.fuse.lora_gated_mlp", lambda *args: pytest.fail("its sums are not deterministic"))
     torch.use_deterministic_algorithms(True)
