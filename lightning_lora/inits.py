@@ -56,7 +56,7 @@ def orthogonal(layer: LoRALayer) -> None:
     Q, _ = torch.linalg.qr(draw(r, r))
     A = Q[0::2].t() @ draw(r // 2, layer.lora_A[0].numel()) / 10
     B = draw(layer.lora_B.shape[0], r // 2) @ Q[1::2] / 10
-    _fill(layer, A, B)
+    fill_factors(layer, A, B)
 
 
 @register_init("pissa")
@@ -83,7 +83,7 @@ def olora(layer: LoRALayer) -> None:
     """Fill from the weight's QR decomposition: the first r columns of Q and rows of R (OLoRA, arXiv:2406.01775, section 3)."""
     if not layer.lora_A.is_meta:
         Q, R = torch.linalg.qr(_matrix(layer))
-        _fill(layer, R[: layer.rank], Q[:, : layer.rank])
+        fill_factors(layer, R[: layer.rank], Q[:, : layer.rank])
 
 
 def _matrix(layer: LoRALayer) -> Tensor:
@@ -100,10 +100,10 @@ def _matrix(layer: LoRALayer) -> Tensor:
 
 def _fill_principal(layer: LoRALayer, U: Tensor, S: Tensor, Vh: Tensor) -> None:
     root = (S[: layer.rank] / layer.scaling).sqrt()
-    _fill(layer, root.unsqueeze(1) * Vh[: layer.rank], U[:, : layer.rank] * root)
+    fill_factors(layer, root.unsqueeze(1) * Vh[: layer.rank], U[:, : layer.rank] * root)
 
 
-def _fill(layer: LoRALayer, A: Tensor, B: Tensor) -> None:
+def fill_factors(layer: LoRALayer, A: Tensor, B: Tensor) -> None:
     """Copy these matrices, (r, in) and (out, r), into the factors."""
     for factor, value in ((layer.lora_A, A), (layer.lora_B, B)):
         local_tensor(factor).copy_(local_shard(value.reshape(factor.shape), factor))
