@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[float, float]]:
     parser.add_argument("--batch", type=int, default=1, help="rows")
     parser.add_argument("--seq", type=int, default=2048, help="tokens a row")
     parser.add_argument("--chunk", action="store_true", help="the chunked loss")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), metavar="MODE", help=f"of {', '.join(MODES)}; default all")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), metavar="MODE", help=f"of {', '.join(MODES)}")
     parser.add_argument("--how", nargs="+", choices=HOW, default=list(HOW), metavar="HOW", help=f"of {', '.join(HOW)}; default all")
     options = parser.parse_args(argv)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

@@ -195,12 +195,10 @@ class WeightReader4bit(WeightReader):
             and module.compute_dtype in (None, x.dtype)  # None before the first input, whose dtype it takes then
             and autocast_dtype(x) in (None, x.dtype)
         ):
-            tensors, details = (weight, state.absmax, state.code), Layout4bit(state.quant_type, state.blocksize, *state.shape)
-            if not state.nested:
-                return FrozenWeight4bit(tensors, details, state)
-            outer = state.state2
-            tensors = (*tensors, state.offset, outer.absmax, outer.code)
-            return FrozenWeight4bit(tensors, details._replace(outer_block=outer.blocksize), state)
+            (rows, columns), outer = state.shape, state.state2
+            nested = (state.offset, outer.absmax, outer.code) if state.nested else ()
+            details = Layout4bit(state.quant_type, state.blocksize, rows, columns, outer.blocksize if nested else 0)
+            return FrozenWeight4bit((weight, state.absmax, state.code, *nested), details, state)
         return None
 
 
