@@ -62,7 +62,7 @@ COMMON = {
         ("--lora.config.rank", "8", "r of B·A"),
         ("--lora.config.alpha", "16.0", "the update is scaled by alpha / rank"),
         ("--lora.config.target_modules", "q_proj, v_proj", "names, regexes or all-linear"),
-        ("--lora.config.variant", "plain", "dora, vera, lora_fa"),
+        ("--lora.config.variant", "plain", "dora, vera, lora_fa, lora_xs"),
         ("--lora.quantize", "", "nf4 (QLoRA) or fp8 packs the base's weights"),
         ("--full_finetuning", "false", "train every weight instead"),
     ),

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.inits import fill_factors
 from lightning_lora.layers.base import LoRALayer, lora_layers
+from lightning_lora.layers.filling import fill_factors
 from lightning_lora.model.apply import inject
 from lightning_lora.model.target_report import TargetReport
 from lightning_lora.model.targeting import find_targets
