@@ -1,7 +1,8 @@
 """Dequantize a 4-bit NormalFloat weight (QLoRA, arXiv:2305.14314) in one Triton kernel, double quantization included.
 
 bitsandbytes makes three passes of it: over the scales, over their offset, over the weight. Launching them takes 53 µs of Python a weight
-on the host of an H200, this kernel 25; the GPU takes 76 and 43 µs for 14336 × 4096 (``benchmarks/nf4_kernel.py``). The results are equal to the bit.
+on the host of an H200, this kernel 25; the GPU takes 76 and 43 µs for 14336 × 4096 (``benchmarks/nf4_kernel.py``). The results are equal
+to the bit.
 """
 
 from __future__ import annotations

@@ -26,9 +26,7 @@ def register_custom_op(schema: str, function: Callable[..., list[Tensor]], shape
     """
     _LIBRARY.define(schema)
     name = schema.partition("(")[0]
-
-    operation = getattr(torch.ops.lightning_lora, name).default
-    lists = [k for k, argument in enumerate(operation._schema.arguments) if str(argument.type).startswith("List")]
+    lists = [k for k, argument in enumerate(schema.partition("->")[0].split(",")) if "[]" in argument]
 
     def fresh(*operands: Any) -> list[Tensor]:
         """Clone results that are arguments: an operator may not return an argument."""
@@ -39,7 +37,7 @@ def register_custom_op(schema: str, function: Callable[..., list[Tensor]], shape
 
     _LIBRARY.impl(name, fresh, "CompositeExplicitAutograd")
     library.register_fake(f"lightning_lora::{name}", shapes, lib=_LIBRARY)
-    _OPERATIONS[function] = operation
+    _OPERATIONS[function] = getattr(torch.ops.lightning_lora, name).default
 
 
 def dispatch(function: Callable[..., list[Tensor]], *operands: Any) -> list[Tensor]:

@@ -16,7 +16,9 @@ def twice(x):
 register_custom_op("first_and_double(Tensor x) -> Tensor[]", first_and_double, twice)
 
 
-register_custom_op("last_of(Tensor x, Tensor?[] others) -> Tensor[]", lambda x, others: [others[-1]], lambda x, others: [others[-1].clone()])
+register_custom_op(
+    "last_of(Tensor x, Tensor?[] others) -> Tensor[]", lambda x, others: [others[-1]], lambda x, others: [others[-1].clone()]
+)
 
 
 def test_eager_code_calls_the_function_itself():
