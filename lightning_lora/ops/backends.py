@@ -88,6 +88,11 @@ def has_kernels(x: Tensor) -> bool:
     return x.is_cuda and (autocast_dtype(x) or x.dtype) in (torch.bfloat16, torch.float16) and _RUNS.get(x.device.index, False)
 
 
+def runs_kernels(device: torch.device) -> bool:
+    """True if a device runs Triton kernels."""
+    return device.type == "cuda" and _RUNS.get(device.index, False)
+
+
 def multiplies_float8(x: Tensor) -> bool:
     """True if products with x are computed in FP8: bf16, on a GPU with FP8 tensor cores (compute capability 8.9 or higher)."""
     return x.is_cuda and x.dtype == torch.bfloat16 and x.device.index in _FLOAT8
