@@ -26,8 +26,10 @@ from lightning_lora.variants.rank_allocation import RankAllocator
 if TYPE_CHECKING:
     from lightning_lora.adapter_io.export_adapter import export_adapter
     from lightning_lora.callbacks import AdaLoRACallback, LoRACallback
+    from lightning_lora.model.checkpointing import checkpoint_layers
     from lightning_lora.model.compile import compile_layers, cuda_graph_step, uncompile_layers
     from lightning_lora.model.offload import offload_activations
+    from lightning_lora.model.offload_frozen import offload_frozen
     from lightning_lora.model.parallel import replicated_parameters
     from lightning_lora.optim.advice import advise_learning_rate
     from lightning_lora.strategies import DurableCheckpointIO, LoRAFSDP2Strategy
@@ -46,6 +48,7 @@ __all__ = [
     "advise_learning_rate",
     "apply_lora",
     "apply_lora_plus",
+    "checkpoint_layers",
     "chunked_cross_entropy",
     "compile_layers",
     "cuda_graph_step",
@@ -63,6 +66,7 @@ __all__ = [
     "merge_lora",
     "merge_report",
     "offload_activations",
+    "offload_frozen",
     "quantize_base",
     "register_init",
     "register_kind",
@@ -84,10 +88,12 @@ _LAZY = {
     "LoRACallback": "callbacks",
     "LoRAFSDP2Strategy": "strategies",
     "advise_learning_rate": "optim.advice",
+    "checkpoint_layers": "model.checkpointing",
     "compile_layers": "model.compile",
     "cuda_graph_step": "model.compile",
     "export_adapter": "adapter_io.export_adapter",
     "offload_activations": "model.offload",
+    "offload_frozen": "model.offload_frozen",
     "replicated_parameters": "model.parallel",
     "uncompile_layers": "model.compile",
 }

@@ -16,7 +16,16 @@ import torch
 import transformers
 from torch import Tensor
 
-from lightning_lora import LoRACallback, LoRAConfig, apply_lora, get_lora_parameters, offload_activations, quantize_base
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    apply_lora,
+    checkpoint_layers,
+    get_lora_parameters,
+    offload_activations,
+    offload_frozen,
+    quantize_base,
+)
 from lightning_lora.layers import lora_layers
 from lightning_lora.model.compile import compile_layers, uncompile_layers
 from lightning_lora.model.fuse import unfuse
@@ -155,6 +164,111 @@ def test_offloaded_activations_change_no_bit(compiled: bool) -> None:
     for _ in range(5):
         assert all(torch.equal(a, b) for a, b in zip(run(model), expected, strict=True))
     assert handle.tensors == 5 * 6
+
+
+@pytest.mark.parametrize(("quantize", "compiled"), [(None, False), (None, True), ("nf4", False), ("fp8", True)])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_offloaded_weights_change_no_bit(quantize: str | None, compiled: bool, checkpointed: bool) -> None:
+    """A weight that is read before it is there, or overwritten while it is read, changes gradients."""
+    if quantize == "nf4":
+        pytest.importorskip("bitsandbytes")
+    model = llama(6, quantize=quantize)
+    if checkpointed:
+        checkpoint_layers(model)
+    if compiled:
+        compile_layers(model)
+    expected, before = run(model), torch.cuda.memory_allocated()
+    handle = offload_frozen(model, DEVICE)
+    assert handle.bytes * 0.99 < before - torch.cuda.memory_allocated()
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(run(model), expected, strict=True))
+    assert before - torch.cuda.memory_allocated() == pytest.approx(handle.bytes * 4 / 6, rel=0.05)  # two blocks are there
+    handle.rest()
+    assert all(p.device.type == "cpu" and p.is_pinned() for place in handle._places for p in place.weights)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_selective_checkpoints_are_as_exact(compiled: bool) -> None:
+    model = llama(6, dropout=0.0 if compiled else 0.1)  # compiled graphs draw in another order
+    if compiled:
+        compile_layers(model)
+
+    def seeded() -> list[Tensor]:
+        torch.manual_seed(3)
+        return run(model)
+
+    expected, memory = seeded(), peak(model)
+    checkpoint_layers(model)
+    print(error(seeded(), expected), peak(model) / memory)
+    assert error(seeded(), expected) < (0.03 if compiled else 1e-12)  # another fusion rounds differently
+    assert peak(model) < 0.8 * memory
+
+
+def peak(model: Any) -> int:
+    """What a step takes beyond what is there before."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run(model)
+    return torch.cuda.max_memory_allocated() - before
+
+
+@pytest.mark.parametrize("quantize", [None, "fp8"])
+def test_a_run_with_everything_offloaded_trains_saves_and_merges_the_same(quantize: str | None, tmp_path: Path) -> None:
+    def fit(offload: Any) -> tuple[list[float], dict[str, Tensor], dict[str, Any]]:
+        torch._dynamo.reset()
+        module, folder = Lit(1e-3), tmp_path / str(bool(offload))
+        module.model = module.model.cpu()
+        callback = LoRACallback(
+            LoRAConfig(rank=16, target_modules="all-linear"), quantize=quantize, merge_quantized=quantize and "dequantize",
+            offload=offload, checkpointing="selective",
+        )  # fmt: skip
+        checkpoints = L.pytorch.callbacks.ModelCheckpoint(folder, filename="last", enable_version_counter=False)
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = L.Trainer(accelerator="gpu", devices=1, max_epochs=1, callbacks=[callback, checkpoints], default_root_dir=folder, **quiet)
+        L.seed_everything(0)
+        trainer.fit(module, torch.utils.data.DataLoader([batch(k) for k in range(4)], batch_size=None))
+        saved = torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
+        return module.losses, saved, {name: tensor.cpu() for name, tensor in module.state_dict().items()}
+
+    plain, offloaded = fit(None), fit(["activations", "frozen"])
+    assert plain[0] == offloaded[0]
+    for mine, theirs in zip(plain[1:], offloaded[1:], strict=True):
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[key].cpu(), theirs[key].cpu()) for key in mine)
+
+
+def test_kernels_reach_entries_beyond_32_bits() -> None:
+    """An offset in 32 bits would overflow. The last rows alone, the same rows, have the same results."""
+    from lightning_lora.ops import triton_float8, triton_gated_mlp, triton_low_rank
+    from lightning_lora.ops.plain import Drop
+
+    def tensor(*shape: int) -> Tensor:
+        return torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
+
+    rows, cols, rank, last = 2**21 + 256, 1024, 16, slice(-256, None)
+    x, u, t, A, B = tensor(rows, cols), tensor(rows, cols), tensor(rows, 2 * rank), tensor(rank, cols), tensor(cols, rank)
+    keeps_all = Drop(torch.zeros(1, dtype=torch.long, device=DEVICE), 0)
+    assert x.numel() > 2**31
+    assert torch.equal(triton_low_rank.project(x, A, keeps_all)[last], triton_low_rank.project(x[last], A, keeps_all))
+    mine, theirs = (triton_low_rank.add_(y.clone(), s[:, :rank], B) for y, s in ((x, t), (x[last], t[last])))
+    assert torch.equal(mine[last], theirs)
+    del mine
+    only_last = torch.zeros_like(t[:, :rank])
+    only_last[last] = t[last, :rank]
+    mine, theirs = triton_low_rank.reduce(only_last, x, keeps_all), only_last[last].t().float() @ x[last].float()
+    assert error([mine], [theirs]) < 1e-4
+    mine, theirs = (triton_float8.quantize_rows([part], [None])[0].view(torch.uint8) for part in (x, x[last]))
+    assert torch.equal(mine[last], theirs)
+    mine, theirs = (triton_gated_mlp.forward(*parts, B, B, A, None) for parts in ((x, u, t), (x[last], u[last], t[last])))
+    assert torch.equal(mine[0][last], theirs[0]) and torch.equal(mine[1][last], theirs[1])
+    del mine
+    found = [
+        triton_gated_mlp.backward(u.clone(), x, u, t, B, B, A, t[:, :rank], None)[:3]
+        if part is None
+        else triton_gated_mlp.backward(u[part].clone(), x[part], u[part], t[part], B, B, A, t[part, :rank], None)[:3]
+        for part in (None, last)
+    ]
+    assert torch.equal(found[0][0][last], found[1][0]) and torch.equal(found[0][1][last], found[1][1])
+    assert error([found[0][2][last].float()], [found[1][2].float()]) < 1e-2  # summed by atomics
 
 
 class Lit(L.LightningModule):

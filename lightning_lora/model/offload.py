@@ -53,6 +53,11 @@ def offload_activations(model: nn.Module) -> Offloading:
     return Offloading({model.get_submodule(name.rpartition(".")[0]) for name in lists}, len(blocks))
 
 
+def copy_stream(device: torch.device) -> Any:
+    """Return a new stream of a device for copies beside what it computes."""
+    return torch.get_device_module(device).Stream(device=device) if device.type != "cpu" else torch.cpu.Stream()
+
+
 class Offloading:
     """The offloading of the blocks that some modules call.
 
@@ -109,7 +114,7 @@ class Offloading:
 
     def _stream(self, device: torch.device) -> Any:
         if device not in self._streams:
-            self._streams[device] = torch.get_device_module(device).Stream(device=device) if device.type != "cpu" else torch.cpu.Stream()
+            self._streams[device] = copy_stream(device)
         return self._streams[device]
 
 

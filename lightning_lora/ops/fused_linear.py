@@ -121,17 +121,17 @@ class _Linears(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         fast, threshold, scales, layouts = ctx.settings
         n = len(layouts)
-        x, source, t, A, *saved = ctx.saved_tensors
-        B_casts, base_outputs, tensors = saved[:n], saved[n : 2 * n], saved[2 * n :]
-        biases, A_list, B_list, out_scales = [tensors[k * n : k * n + n] for k in range(4)]
-        weights = tensors[4 * n :]
         needs_x, _, _, *needs = ctx.needs_input_grad
         given = [grad for grad in grads if grad is not None]
         if not given:
-            return (None,) * (3 + len(tensors))
+            return (None,) * (3 + len(needs))
         if autocast_dtype(given[0]) is not None:  # use the forward's dtypes, even if autocast is on in the backward pass
             with torch.autocast(given[0].device.type, enabled=False):
                 return _Linears.backward(ctx, *grads)
+        x, source, t, A, *saved = ctx.saved_tensors  # once: a checkpoint lets go of them
+        B_casts, base_outputs, tensors = saved[:n], saved[n : 2 * n], saved[2 * n :]
+        biases, A_list, B_list, out_scales = [tensors[k * n : k * n + n] for k in range(4)]
+        weights = tensors[4 * n :]
         if not torch.compiler.is_compiling() and wants_definition(given[0]):
             definition = lambda drop: _definition(x, drop, scales, layouts, biases, A_list, B_list, out_scales)  # noqa: E731
             return differentiable(ctx, definition, [x, None, None, *tensors], [(source, A.shape[1])], grads)
