@@ -72,7 +72,7 @@ class BlockModes:
             ValueError: the blocks are checkpointed already; or a weight cannot be offloaded.
         """
         if self.checkpointing is not None and trainer.state.fn == TrainerFn.FITTING:
-            self._checkpointing = checkpoint_layers(target, KEPT[self.checkpointing])
+            self._checkpointing = checkpoint_layers(target, keep=KEPT[self.checkpointing])
         if "frozen" in self.offloaded:
             self._frozen = offload_frozen(target, trainer.strategy.root_device)
             rank_zero_info(f"offload: {self._frozen.bytes / 2**30:.2f} GiB of frozen weights wait in host memory.")

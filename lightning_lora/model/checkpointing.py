@@ -27,7 +27,7 @@ from lightning_lora.utils.transformers_conventions import CACHES, checkpoints_it
 Keep = Literal["inputs", "attention"]
 
 
-def checkpoint_layers(model: nn.Module, keep: Keep = "attention") -> Checkpointing:
+def checkpoint_layers(model: nn.Module, *, keep: Keep = "attention") -> Checkpointing:
     """Checkpoint each of a model's repeated blocks (:func:`~lightning_lora.utils.blocks.repeated_blocks`), from its next forward pass on.
 
     Gradients are the same: random numbers are drawn as in the forward pass. Without gradients (validation) nothing changes. Copies and

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
-from torch.utils._pytree import tree_leaves
 
 from lightning_lora.model.offload import copy_stream
 from lightning_lora.quantization.formats import format_of
 from lightning_lora.utils.blocks import BLOCKS, repeated_blocks
 from lightning_lora.utils.sharding import is_sharded
+from lightning_lora.utils.torch_private import map_tensors
 
 MINIMUM = 2**20  # bytes; smaller weights stay on the device
 
@@ -136,7 +136,9 @@ def _before(need: Callable[[int], None], index: int, block: nn.Module, inputs: A
 
 def _after(need: Callable[[int], None], index: int, block: nn.Module, inputs: Any, output: Any) -> None:
     """Have the weights on the device when the backward pass reaches the block."""
-    tracked = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    found: list[Tensor] = []
+    map_tensors(Tensor, found.append, output)
+    tracked = [tensor for tensor in found if tensor.requires_grad]
     if tracked and torch.is_grad_enabled():
         register_multi_grad_hook(tracked, lambda _: need(index), mode="any")
 
