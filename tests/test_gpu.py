@@ -1,6 +1,6 @@
 """What only a GPU shows: the kernels at real sizes in half precision. Everything here is skipped where there is none.
 
-    python -m pytest tests/test_gpu.py tests/test_gpu_memory.py tests/ops/test_fused_linear.py tests/ops/test_gated_mlp.py tests/ops/test_weight_norm.py
+    python -m pytest tests/test_gpu.py tests/test_gpu_memory.py tests/ops
 
 A number counts as right if its error against float64 is no larger than what the plain operations make in the same precision.
 """
