@@ -98,7 +98,7 @@ class Checkpointed(nn.Module):
                 if cache.get_seq_length():
                     raise RuntimeError(f"{name} holds tokens, and a checkpointed block would add its own twice: pass use_cache=False.")
                 kwargs[name] = None
-        options = {"context_fn": _contexts} if self.kept_for_backward == "attention" else {}
+        options: dict[str, Any] = {"context_fn": _contexts} if self.kept_for_backward == "attention" else {}
         return checkpoint(super().forward, *args, use_reentrant=False, **options, **kwargs)
 
 

@@ -213,4 +213,4 @@ def _apply_to_rest(place: _Place, fn: Callable[[Tensor], Tensor], recurse: bool 
             raise RuntimeError(f"a {type(place.block).__name__} cannot be cast while its weights are offloaded: cast it before.")
         return tensor.data
 
-    return type(place.block)._apply(place.block, moved, recurse)  # type: ignore[no-any-return]
+    return type(place.block)._apply(place.block, moved, recurse)
