@@ -19,7 +19,9 @@ compiled, cross entropy through the frozen head in blocks of 2048 rows. A mode i
     graph                       with layer: each compiled layer's passes recorded as CUDA graphs and replayed. Its memory is what is
                                 reserved, gaps included, for replays allocate nothing; of other modes it is what is allocated
     ckpt                        gradient checkpointing
-    offload                     with ckpt: what it saves waits in host memory
+    selective                   checkpoints that keep attention's results (`checkpointing="selective"`)
+    offload                     with ckpt or selective: what they save waits in host memory
+    offloadfrozen               the blocks' frozen weights wait in host memory
     drop                        dropout (--dropout)
     r64                         this rank in place of --rank's
     half                        of ours, adapters in bf16, as PEFT's are with chunk; else they are fp32, and so are their moments

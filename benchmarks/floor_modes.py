@@ -17,11 +17,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lightning_lora import (
     LoRAConfig,
     apply_lora,
+    checkpoint_layers,
     chunked_cross_entropy,
     compile_layers,
     cuda_graph_step,
     get_lora_parameters,
     offload_activations,
+    offload_frozen,
     quantize_base,
     unfuse,
 )
@@ -36,7 +38,7 @@ SHAPES = {
 }
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK = re.compile(r"r\d+")
-FLAGS = {"layer", "chunk", "graph", "ckpt", "offload", "drop", "unfused", "fp8", "half"}
+FLAGS = {"layer", "chunk", "graph", "ckpt", "selective", "offload", "offloadfrozen", "drop", "unfused", "fp8", "half"}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -174,6 +176,10 @@ def training_step(mode: str, setting: Setting) -> Callable[[int], Tensor]:
     model = METHODS[method](base, setting, setting.dropout if "drop" in flags else 0.0, flags).train()
     if "ckpt" in flags:
         base.gradient_checkpointing_enable({"use_reentrant": False})
+    if "selective" in flags:
+        checkpoint_layers(model)
+    if "offloadfrozen" in flags:
+        offload_frozen(model, DEVICE)
     if "offload" in flags:
         offload_activations(model)
     if "layer" in flags:

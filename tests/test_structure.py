@@ -63,9 +63,7 @@ DEFERS = {
     "strategies.fsdp2": {"experimental.pull_frozen"},
 }
 # Triton's kernels are decorated when their files are imported, so these are imported where they are used.
-KERNELS = {
-    f"ops.triton_{name}" for name in ("copies", "dropout", "float8", "gated_mlp", "gated_plans", "low_rank", "nf4", "weight_norm")
-}
+KERNELS = {f"ops.triton_{name}" for name in ("copies", "dropout", "float8", "gated_mlp", "gated_plans", "low_rank", "nf4", "weight_norm")}
 # Errors are ValueError (wrong input) or RuntimeError (wrong at run time); beside those:
 OTHER_ERRORS = {
     ("adapter_io.fingerprint", "OtherBase"),

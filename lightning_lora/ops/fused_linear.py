@@ -125,16 +125,16 @@ class _Linears(torch.autograd.Function):
         fast, threshold, scales, layouts = ctx.settings
         n = len(layouts)
         needs_x, _, _, *needs = ctx.needs_input_grad
-        x, source, t, *saved = ctx.saved_tensors
-        base_outputs, tensors, copies = saved[:n], saved[n : n + len(needs)], saved[n + len(needs) :]
-        biases, A_list, B_list, out_scales = [tensors[k * n : k * n + n] for k in range(4)]
-        weights = tensors[4 * n :]
         given = [grad for grad in grads if grad is not None]
         if not given:
-            return (None,) * (3 + len(tensors))
+            return (None,) * (3 + len(needs))
         if autocast_dtype(given[0]) is not None:  # use the forward's dtypes, even if autocast is on in the backward pass
             with torch.autocast(given[0].device.type, enabled=False):
                 return _Linears.backward(ctx, *grads)
+        x, source, t, *saved = ctx.saved_tensors  # once: a checkpoint lets go of them
+        base_outputs, tensors, copies = saved[:n], saved[n : n + len(needs)], saved[n + len(needs) :]
+        biases, A_list, B_list, out_scales = [tensors[k * n : k * n + n] for k in range(4)]
+        weights = tensors[4 * n :]
         if not torch.compiler.is_compiling() and wants_definition(given[0]):
             definition = lambda drop: _definition(x, drop, scales, layouts, biases, A_list, B_list, out_scales)  # noqa: E731
             return differentiable(ctx, definition, [x, None, None, *tensors], [(source, A_list[0].shape[1])], grads)
