@@ -98,6 +98,7 @@ def test_a_sharded_quantized_weight_is_not_merged(pool: Any, tmp_path: Path) -> 
         ("nf4", "fsdp2 DCP"),
         ("fp8", "ddp"),
         ("fp8", "lora_fsdp2"),
+        ("fp8", "lora_fsdp2 pulled"),
     ],
 )
 def test_a_lightning_run_is_that_of_one_process(pool: Any, how: str, name: str, tmp_path: Path) -> None:
