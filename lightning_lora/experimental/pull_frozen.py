@@ -29,6 +29,7 @@ from lightning_lora.utils.torch_private_parallel import fsdp2_group
 
 HOOKS = "_lora_pull_hooks"  # the attribute of a unit that keeps the handles of its hooks
 
+
 def pull(unit: nn.Module, blocks: list[nn.Module]) -> None:
     """Make an FSDP2 unit and its blocks, which are units too, read frozen parameters from the other ranks' memory.
 
@@ -116,7 +117,7 @@ def stop(model: nn.Module) -> None:
         if isinstance(unit, FSDPModule) and isinstance(group := fsdp2_group(unit), PullingGroup):
             unit.reshard()
             group.device_handle.synchronize()
-            group.__class__ = FSDPParamGroup
+            group.__class__ = FSDPParamGroup  # type: ignore[assignment]
             del group.sources, group.resident, group.order, group.keep_resident
         for handle in unit.__dict__.pop(HOOKS, ()):
             handle.remove()

@@ -23,7 +23,16 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 from typing_extensions import override
 
-from lightning_lora.ops.cross_entropy import IGNORE, POSITIONS, SHARDED, answer_positions, bypassed, chunked_cross_entropy, unchunkable, wide
+from lightning_lora.ops.cross_entropy import (
+    IGNORE,
+    POSITIONS,
+    SHARDED,
+    answer_positions,
+    bypassed,
+    chunked_cross_entropy,
+    unchunkable,
+    wide,
+)
 from lightning_lora.tasks.base import HFTask, Perplexity
 from lightning_lora.tasks.hf import generate_text
 from lightning_lora.tasks.packed_attention import packed_rows, use_attention
@@ -169,9 +178,7 @@ class CausalLMTask(HFTask):
             compiled = answers.is_cuda and any(compiled_call(module) is not None for module in self.model.modules())
 
             def losses(hidden: Tensor) -> Tensor:
-                return chunked_cross_entropy(
-                    _rows(hidden, before), head.weight, answers, head.bias, compiled=compiled, reduction=reduction
-                )
+                return chunked_cross_entropy(_rows(hidden, before), head.weight, answers, head.bias, compiled=compiled, reduction=reduction)
 
             with bypassed(head, self.model, losses) as found:
                 hidden = self._outputs(batch, len(positions))
