@@ -246,7 +246,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--only", nargs="+", choices=list(runs.STRATEGIES), help="these strategies, beside the single device")
     parser.add_argument("--models", nargs="+", choices=list(models.MODELS), default=list(models.MODELS))
     parser.add_argument("--bases", nargs="+", choices=["bf16", "fp8"], default=["bf16"], help="of the part fit")
-    parser.add_argument("--ways", nargs="+", default=["one", "fsdp2", "default"], help="of the part fit, see multi_gpu_fit.py")
+    parser.add_argument("--ways", nargs="+", default=["one", "fsdp2", "auto"], help="of the part fit, see multi_gpu_fit.py")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=["steps", "save", "resume"])
     parser.add_argument("--json", type=Path, default=Path("runs/multi_gpu.json"))
     options = parser.parse_args(argv)

@@ -1,8 +1,8 @@
 """``lora_fsdp2`` through ``Trainer.fit`` on several GPUs, against one GPU through ``fit``: the part *fit* of ``multi_gpu.py``.
 
 `CausalLMTask` under `LoRACallback`, as the command line trains it: `bf16-true`, progress bar, loader processes, fused AdamW, clipped
-gradients, the loss in chunks. Rows of one length and no padding. *fsdp2* gathers frozen weights (``pull_frozen=False``), *default* is
-``lora_fsdp2`` with nothing set, *all logits* takes the loss of all logits at once. Times are a GPU's own, between two batches' starts;
+gradients, the loss in chunks. Rows of one length and no padding. *fsdp2* is ``lora_fsdp2`` with nothing set, *pulled* and *auto* are
+its ``pull_frozen``, *all logits* takes the loss of all logits at once. Times are a GPU's own, between two batches' starts;
 *waits* are the calls in a step that wait for the GPU, *collectives* those of a step (on CPUs).
 """
 
@@ -37,9 +37,9 @@ from lightning_lora.strategies import LoRAFSDP2Strategy
 WAYS: dict[str, tuple[dict[str, Any] | None, bool]] = {
     "one": (None, False),
     "one, all logits": (None, True),
-    "fsdp2": ({"pull_frozen": False}, False),
-    "fsdp2, all logits": ({"pull_frozen": False}, True),
-    "default": ({}, False),
+    "fsdp2": ({}, False),
+    "fsdp2, all logits": ({}, True),
+    "auto": ({"pull_frozen": "auto"}, False),
     "pulled": ({"pull_frozen": True}, False),
 }
 WARMUP = 4
@@ -152,7 +152,7 @@ def fit_rows(workers: Any, options: argparse.Namespace, say: Callable[[dict[str,
     alone: dict[str, float] = {}  # base → tokens/s of one device
     single = type(workers)(1, options.cpu)
     try:
-        for members, ways in ((single, ("one", "one, all logits")), (workers, ("default", "pulled", "fsdp2", "fsdp2, all logits"))):
+        for members, ways in ((single, ("one", "one, all logits")), (workers, ("auto", "pulled", "fsdp2", "fsdp2, all logits"))):
             for base in options.bases:
                 for way in [way for way in ways if way in options.ways]:
                     row: dict[str, Any] = {"part": "fit", "way": way, "base": base}

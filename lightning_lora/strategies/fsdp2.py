@@ -55,7 +55,7 @@ class OwnBlocks(_Base):
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
         reshard_after_forward: bool = True,
-        pull_frozen: bool | Literal["auto"] = "auto",
+        pull_frozen: bool | Literal["auto"] = False,
     ) -> None:
         if pull_frozen not in (True, False, "auto"):
             raise ValueError(f"pull_frozen={pull_frozen!r} is not known; it is True, False or 'auto'.")
@@ -101,29 +101,31 @@ class OwnBlocks(_Base):
             self._begin_to_pull(module)
 
     def _pulls(self, module: nn.Module) -> bool:
-        """Return whether frozen weights are to be pulled, and log what "auto" chose. A collective."""
-        if self.pull_frozen != "auto" or self.device_mesh["data_parallel"].size() == 1:
+        """Return whether frozen weights are to be pulled. Log what "auto" chose, or that it would be faster. A collective."""
+        if self.pull_frozen is True or self.device_mesh["data_parallel"].size() == 1:
             return self.pull_frozen is True
         reason = reason_against(module, repeated_blocks(module), self.root_device, self.num_nodes)
-        if reason is not None:
+        if self.pull_frozen == "auto" and reason is not None:
             rank_zero_info(f"Frozen weights are gathered, not pulled: {reason} (pull_frozen: auto).")
-        return reason is None
+        if self.pull_frozen is False and reason is None:
+            rank_zero_info(f"pull_frozen='auto' would read frozen weights from the other GPUs' memory: {GAIN}, with the same results.")
+        return self.pull_frozen == "auto" and reason is None
 
     def _begin_to_pull(self, module: nn.Module) -> None:
-        """Share the frozen weights. If that fails under "auto", let FSDP2 gather them, and log why."""
+        """Average what trains. Under "auto" share the frozen weights now; if that fails, let FSDP2 gather them, and log why."""
         from lightning_lora.experimental.pull_frozen import average, share, stop
 
         average(module, self.device_mesh["data_parallel"].get_group())
+        if self.pull_frozen is True:
+            return
         try:
             share(module)
         except RuntimeError as error:
-            if self.pull_frozen is True:
-                raise
             stop(module)
             module._lora_sharded = (self.reshard_after_forward, False)  # type: ignore[assignment]
             rank_zero_info(f"Frozen weights are gathered, not pulled: {error} (pull_frozen: auto).")
         else:
-            rank_zero_info(f"Frozen weights are pulled from the other GPUs' memory: {GAIN}. pull_frozen=False gathers them.")
+            rank_zero_info("Frozen weights are pulled: read from the other GPUs' memory (pull_frozen: auto).")
 
     @override
     def teardown(self) -> None:
@@ -148,15 +150,14 @@ class LoRAFSDP2Strategy(OwnBlocks, ModelParallelStrategy):
             keeps them in between: half the traffic, but at the peak the memory of a model that is not sharded.
         pull_frozen: **experimental**: it builds on private parts of FSDP2. Copy engines read frozen weights from the other GPUs' memory,
             where FSDP2 gathers them through NCCL. Adapters are replicated on every GPU (:mod:`lightning_lora.experimental.pull_frozen`).
-            Faster, with the same results. For processes of one host whose GPUs can access each other's memory. "auto" does so where it
-            was tested and a trial before training succeeds (:mod:`lightning_lora.experimental.trial`), and the log says what was chosen
-            and why; True raises where it cannot be done. After writing to a frozen weight through ``.data`` between steps, call
+            Faster, with the same results. For processes of one host whose GPUs can access each other's memory. True raises where that
+            cannot be done. "auto" gathers there, and the log says why: it pulls where pulling was tested and a trial before training
+            succeeds (:mod:`lightning_lora.experimental.trial`). After writing to a frozen weight through ``.data`` between steps, call
             ``reshard()`` on the modules.
 
     Raises:
         ValueError: the model has no repeated blocks; or tensor parallelism is asked for, and it has no plan; or a sharding option is
             given, and the model is sharded already; or ``pull_frozen`` is True on several hosts, or on an untested torch.
-        RuntimeError: ``pull_frozen`` is True, and the GPUs cannot share their memory.
     """
 
 

@@ -95,7 +95,7 @@ def fit(how: str, folder: str, ckpt: str | None = None, epochs: int = 2, options
             pulls.extend(type(group) is pulling_group.PullingGroup for group in groups)
 
     shared = pulling_group.shared_memory
-    keywords: dict[str, Any] = {"process_group_backend": "gloo", **(options or {})}
+    keywords: dict[str, Any] = {"process_group_backend": "gloo", "pull_frozen": how != "not asked" and "auto", **(options or {})}
     with ExitStack() as patches:
         patches.enter_context(patch.object(fsdp2, "rank_zero_info", said.append))
         patches.enter_context(patch.dict(STRATEGIES, {"auto": (lambda: LoRAFSDP2Strategy(**keywords), Lit)}))
@@ -111,7 +111,8 @@ def fit(how: str, folder: str, ckpt: str | None = None, epochs: int = 2, options
 
 SAID = {
     "as it is": (False, "gathered, not pulled: it is for GPUs, and this is a cpu"),
-    "works": (True, "are pulled from the other GPUs' memory"),
+    "works": (True, "Frozen weights are pulled: read from the other GPUs' memory"),
+    "not asked": (False, "pull_frozen='auto' would read frozen weights from the other GPUs' memory: on two H200"),
     "fails": (False, r"could not share \d+ bytes with each other: no room"),
     "differs": (False, r"what is read of 'net' is not what FSDP2 gathers"),
 }
