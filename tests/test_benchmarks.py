@@ -67,6 +67,8 @@ def test_multi_gpu_counts_what_fsdp2_moves(tmp_path: Path) -> None:
     assert by_name["one", "ours"]["traffic"] == {} and by_name["fsdp2", "ours"]["tokens"] == 2 * by_name["one", "ours"]["tokens"]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_multi_gpu_measures_fits(tmp_path: Path) -> None:
     rows, printed = multi_gpu(tmp_path, "--devices", "2", "--parts", "fit", "--ways", "one", "fsdp2", "auto")
     one, auto, fsdp2 = rows
