@@ -34,11 +34,12 @@ class SubclassFormat(QuantizedFormat):
 
     def refusal(self, module: Any) -> str | None:
         """Return a reason for a weight that quantizes its inputs too: int8 ones then drop the gradient silently, float8 ones have none."""
-        if getattr(local_tensor(module.weight), "act_quant_kwargs", None) is None:
+        weight = local_tensor(module.weight)
+        if getattr(weight, "act_quant_kwargs", None) is None:
             return None
         return (
-            f"its {type(local_tensor(module.weight)).__name__} quantizes inputs too, through which torchao passes no gradient: quantize the "
-            "weights only (Int8WeightOnlyConfig, Float8WeightOnlyConfig), or with quantize_base(model, 'fp8')"
+            f"its {type(weight).__name__} quantizes inputs too, through which torchao passes no gradient: quantize the weights only "
+            "(Int8WeightOnlyConfig, Float8WeightOnlyConfig), or with quantize_base(model, 'fp8')"
         )
 
     def prepare(self, module: Any, dtype: torch.dtype | None) -> None:

@@ -154,7 +154,9 @@ def test_one_scale_a_row_and_one_column_that_is_far_larger(
     (x if where == "input" else w)[:, 7] *= times
     quantized = [float8.quantize_rows([rows], [None]) for rows in (x, w)]
     exact, found = x.double() @ w.double().t(), float8.product(*quantized[0], *quantized[1], torch.float32)
-    small = [rows.double().index_fill(1, torch.tensor([7]), 0) for rows in (x, w, *(float8.dequantize(*q, torch.float64) for q in quantized))]
+    small = [
+        rows.double().index_fill(1, torch.tensor([7]), 0) for rows in (x, w, *(float8.dequantize(*q, torch.float64) for q in quantized))
+    ]
     rest = small[0] @ small[1].t()
     assert 0.02 < error(found, exact) < 0.045
     assert others[0] < error(small[2] @ small[3].t(), rest) < others[1]

@@ -177,7 +177,7 @@ def test_torchaos_float8() -> None:
 
 @pytest.mark.parametrize("weight", ["Int8Tensor", "Float8Tensor"])
 def test_torchaos_weights_that_quantize_inputs_are_refused(weight: str) -> None:
-    """Int8: an output without a gradient, so that layers before it would silently get none. Float8: none at the backward pass, on GPUs."""
+    """Int8: an output without a gradient, so that layers before it would silently get none. Float8 ones raise in the backward pass."""
     import torchao.quantization as ao
 
     model = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 32, bias=False)).to(torch.bfloat16)
@@ -187,9 +187,13 @@ def test_torchaos_weights_that_quantize_inputs_are_refused(weight: str) -> None:
     else:
         from torchao.quantization.quantize_.workflows.float8.float8_tensor import QuantizeTensorToFloat8Kwargs as Inputs
 
-        packed = ao.Float8Tensor.from_hp(model[1].weight.detach(), granularity=ao.PerRow(), act_quant_kwargs=Inputs(granularity=ao.PerRow()))
+        packed = ao.Float8Tensor.from_hp(
+            model[1].weight.detach(), granularity=ao.PerRow(), act_quant_kwargs=Inputs(granularity=ao.PerRow())
+        )
         model[1].weight = nn.Parameter(packed, requires_grad=False)
     for target in ("0", "1"):
-        with pytest.raises(ValueError, match=rf"'1'.*its {weight} quantizes inputs too.*: quantize the weights only \(Int8WeightOnlyConfig"):
+        with pytest.raises(
+            ValueError, match=rf"'1'.*its {weight} quantizes inputs too.*: quantize the weights only \(Int8WeightOnlyConfig"
+        ):
             apply_lora(model, LoRAConfig(rank=4, target_modules=[target]))
     assert type(model[0]) is nn.Linear

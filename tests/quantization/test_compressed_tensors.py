@@ -1,4 +1,4 @@
-"""compressed-tensors: refused with the way out, and that way taken. With a stand-in for the library's mark, and with the library if it is there."""
+"""compressed-tensors: refused with the way out, and that way taken. With a stand-in for its mark, and with the library if it is there."""
 
 from __future__ import annotations
 
