@@ -43,6 +43,11 @@ def fast_dtype() -> str:
     return "bfloat16" if fast else "float32"
 
 
+def has_float8(dtype: str) -> bool:
+    """True if the device multiplies in FP8 beside this dtype."""
+    return dtype == "bfloat16" and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+
+
 def quality(options: argparse.Namespace, base: str, seed: int, rate: float, split: str) -> dict[str, Any]:
     """Train, and evaluate on a split: loss, accuracy, seconds, and the number of linears in FP8."""
     import lightning as L
@@ -66,7 +71,7 @@ def quality(options: argparse.Namespace, base: str, seed: int, rate: float, spli
     quiet: dict[str, Any] = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = L.Trainer(max_steps=options.steps, devices=1, callbacks=adapters, **quiet)
     began = time.perf_counter()
-    with nullcontext() if torch.cuda.is_available() else float8.emulated():
+    with nullcontext() if has_float8(options.dtype) else float8.emulated():
         trainer.fit(task, data)
         fitted = time.perf_counter()
         (found,) = trainer.test(task, data, verbose=False)
@@ -122,7 +127,8 @@ def options_of(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     options = options_of(sys.argv[1:] if argv is None else argv)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, FP8 emulated"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    device += "" if has_float8(options.dtype) else ", FP8 emulated"
     print(f"torch {torch.__version__}, {device}, {options.dtype}, {options.data.name}, {' '.join(options.targets)}, r={options.rank}")
     print("\n| base | seed | learning rate | rows | loss | accuracy | quantized | s |\n|---|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
