@@ -25,7 +25,6 @@ FEW_ROWS = 1024
 # Below this, the compiler's own kernels are faster: a step of 1B with 4 x 512 tokens took 50 ms with the compiled definition,
 # 69 ms with custom operators.
 FEW_ENTRIES_COMPILED = 12 * 2**20
-WIDEST_GATED = 64  # the largest rank whose sums fit in the registers of the gated MLP's kernels
 
 
 _RUNS: dict[int, bool] = {}  # CUDA device → whether it runs the kernels
