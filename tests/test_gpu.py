@@ -42,7 +42,9 @@ def base(layers: int = 2) -> Any:
 def llama(layers: int = 2, dropout: float = 0.0, quantize: str | None = None, variant: str = "plain") -> Any:
     """With fp32 adapters that do something."""
     model = base(layers)
-    if quantize is not None:
+    if quantize == "fp8 blocks":
+        in_fp8_blocks(model)
+    elif quantize is not None:
         quantize_base(model, quantize)
     apply_lora(model, config=LoRAConfig(rank=16, alpha=32, dropout=dropout, target_modules="all-linear", variant=variant))
     for parameter in get_lora_parameters(model):
@@ -51,6 +53,22 @@ def llama(layers: int = 2, dropout: float = 0.0, quantize: str | None = None, va
         else:  # a magnitude, which started at the norm
             parameter.data.mul_(1 + 0.1 * torch.randn_like(parameter))
     return model
+
+
+def in_fp8_blocks(model: Any) -> None:
+    """Its linears as transformers loads a model that came in FP8 with a scale a block."""
+    from transformers.integrations.finegrained_fp8 import FP8Linear
+
+    for block in model.model.layers:
+        for parent in (block.self_attn, block.mlp):
+            for name, linear in list(parent.named_children()):
+                if isinstance(linear, torch.nn.Linear):
+                    packed = FP8Linear(linear.in_features, linear.out_features, block_size=(128, 128)).to(DEVICE)
+                    scales = torch.full_like(packed.weight_scale_inv, linear.weight.abs().max().item() / 448)
+                    packed.weight_scale_inv.data = scales * torch.rand_like(scales).add(1)
+                    each = packed.weight_scale_inv.data.repeat_interleave(128, 0).repeat_interleave(128, 1)
+                    packed.weight.data = (linear.weight / each).to(torch.float8_e4m3fn)
+                    setattr(parent, name, packed)
 
 
 def batch(k: int = 0) -> Tensor:
@@ -88,7 +106,10 @@ def dequantized(model: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize(("quantize", "variant"), [(None, "plain"), ("nf4", "plain"), ("fp8", "plain"), (None, "dora"), ("nf4", "dora")])
+KINDS = [(None, "plain"), ("nf4", "plain"), ("fp8", "plain"), ("fp8 blocks", "plain"), (None, "dora"), ("nf4", "dora")]
+
+
+@pytest.mark.parametrize(("quantize", "variant"), KINDS)
 def test_a_step_is_as_exact_as_with_plain_operations(quantize: str | None, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if quantize == "nf4":
         pytest.importorskip("bitsandbytes")
