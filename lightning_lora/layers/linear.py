@@ -138,7 +138,7 @@ class LoRALinear(LoRALayer, nn.Linear):
         same dropout mask both times.
         """
         if self.lora_split is not None and not is_sharded(input):
-            y = None if args or kwargs else self.plain_output(input)
+            y = None if args or kwargs else self._plain_output(input)
             if y is not None:
                 return y
             input = self.lora_split.hook(self, (input,))
@@ -170,7 +170,7 @@ class LoRALinear(LoRALayer, nn.Linear):
         plain = self.plain_forward and not self.has_output_scale and self.is_plain_sum()
         return local_forward(self, x) if plain else None
 
-    def plain_output(self, x: Tensor) -> Tensor | None:
+    def _plain_output(self, x: Tensor) -> Tensor | None:
         """Return the output by path 1, for a plain x of a tensor-parallel layer; None if it does not apply."""
         y = None
         if self.shared_input is not None and self.shared_input.open:
