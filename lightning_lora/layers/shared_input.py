@@ -97,7 +97,12 @@ class SharedInputGroup:
 
         Such hooks give each layer its own input tensor. FSDP2's, on a layer that it shards alone, also free the weight afterwards.
         """
-        return not any([getattr(layer, "shared_input", None) is not self or watches_input(layer) for layer in self.layers])
+        for layer in self.layers:
+            if getattr(layer, "shared_input", None) is not self:
+                return False
+            if (layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks) and watches_input(layer):
+                return False
+        return True
 
     def dissolve(self) -> None:
         """Dissolve the group: each layer is computed alone from now on."""

@@ -22,7 +22,6 @@ from lightning_lora.ops import backends
 from lightning_lora.ops.fused_linear import one_operation_takes
 from lightning_lora.ops.gated_mlp import lora_gated_mlp
 from lightning_lora.utils.forward_source import calls_together, is_gated_mlp
-from lightning_lora.utils.sharding import is_sharded
 
 
 def fuse(model: nn.Module) -> list[SharedInputGroup]:
@@ -108,7 +107,7 @@ class GatedMLP(nn.Module):
         dropout, has_scale = first.dropout_now(), first.has_output_scale
         if any([layer.dropout_now() != dropout or layer.has_output_scale != has_scale for layer in layers]):
             return None
-        split = any([is_sharded(layer.weight) for layer in layers])
+        split = first.lora_split is not None
         operands = _local_operands(layers, x) if split else _operands(layers, x)
         if operands is None:
             return None
@@ -195,4 +194,5 @@ def _is_silu(function: Any) -> bool:
 
 def _watched(module: nn.Module) -> bool:
     """True if the module has forward or backward hooks, which a fused operation would skip."""
-    return watches_input(module) or watches_output(module)
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) and (watches_input(module) or watches_output(module))
