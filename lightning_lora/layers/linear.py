@@ -14,9 +14,10 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.adapting import adapt, refusal, shallow_copy, unadapt
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.linearity import why_not_linear
+from lightning_lora.layers.plan_hooks import PlainInput
 from lightning_lora.layers.shared_input import SharedInputGroup, compute
 from lightning_lora.layers.spec import LayerSpec
-from lightning_lora.layers.tensor_parallel import local_forward
+from lightning_lora.layers.tensor_parallel import local_forward, local_outputs
 from lightning_lora.ops import backends, low_rank
 from lightning_lora.ops.frozen_weight import FrozenWeight, WeightReader, reader_of
 from lightning_lora.ops.fused_linear import one_operation_takes
@@ -57,12 +58,18 @@ class LoRALinear(LoRALayer, nn.Linear):
     plain_forward: ClassVar[bool] = True
     #: True if update and output are this class's own; a variant may override them.
     plain_update: ClassVar[bool] = True
+    #: True if, split by a tensor-parallel plan, it may compute on plain tensors.
+    takes_plain: ClassVar[bool] = True
+    #: The plan's hook on the input; :func:`lightning_lora.layers.plan_hooks.take_over` sets it.
+    lora_split: PlainInput | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.weight_reader = reader_of(cls.lora_base)
         cls.plain_forward = cls.lora_base.forward is nn.Linear.forward
         cls.plain_update = cls.lora_update is LoRALinear.lora_update and cls.lora_output is LoRALinear.lora_output
+        plain = cls.plain_forward and cls.plain_update and cls.output_scale is LoRALayer.output_scale
+        cls.takes_plain = plain and cls.forward is LoRALinear.forward and cls.is_plain_sum is LoRALinear.is_plain_sum
 
     def __init__(
         self,
@@ -118,17 +125,23 @@ class LoRALinear(LoRALayer, nn.Linear):
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base's output plus the update, by the first of these paths that applies.
 
-        1. Merged, disabled, or with extra arguments: the definition, because the other paths do not handle these.
-        2. Shared input: before the others, because another layer of the group may have computed this output already.
-        3. Fused: base and update as one operation, where the Triton kernels can run. Without them it was faster at no size and for no kind
+        1. Tensor-parallel: on the local shards. With DTensors, choosing placements takes longer than the computation.
+        2. Merged, disabled, or with extra arguments: the definition, because the other paths do not handle these.
+        3. Shared input: before the others, because another layer of the group may have computed this output already.
+        4. Fused: base and update as one operation, where the Triton kernels can run. Without them it was faster at no size and for no kind
            of weight (benchmarks/README.md, "The short road").
-        4. Tensor-parallel: on the local shards. With DTensors, choosing placements takes longer than the computation.
-        5. The definition (:meth:`LoRALayer.forward`): the base's forward, then :meth:`lora_update` added to it. For a small layer it is
+        5. As path 1, where the input is a DTensor already.
+        6. The definition (:meth:`LoRALayer.forward`): the base's forward, then :meth:`lora_update` added to it. For a small layer it is
            the fastest, so the checks before it read only a few attributes. Compilers and torch.func transforms use it too.
 
         The choice depends neither on grad mode nor on the results of other calls. A checkpointed forward runs twice, so it must draw the
         same dropout mask both times.
         """
+        if self.lora_split is not None and not is_sharded(input):
+            y = None if args or kwargs else self._plain_output(input)
+            if y is not None:
+                return y
+            input = self.lora_split.hook(self, (input,))
         if self.lora_state.merge is not None or self.disabled or args or kwargs:
             return super().forward(input, *args, **kwargs)
         y = None
@@ -148,14 +161,23 @@ class LoRALinear(LoRALayer, nn.Linear):
         return self.plain_forward and self.plain_update and low_rank.has_rows(x) and not low_rank.transformed()
 
     def fused_output(self, x: Tensor) -> Tensor | None:
-        """Return the output by path 3; None if it does not apply."""
+        """Return the output by path 4; None if it does not apply."""
         weight = self.frozen_weight(x) if one_operation_takes(x) else None
         return None if weight is None else compute([self], [weight], x)[0]
 
     def tensor_parallel_output(self, x: Tensor) -> Tensor | None:
-        """Return the output by path 4, for a DTensor x; None if it does not apply."""
+        """Return the output by path 5, for a DTensor x; None if it does not apply."""
         plain = self.plain_forward and not self.has_output_scale and self.is_plain_sum()
         return local_forward(self, x) if plain else None
+
+    def _plain_output(self, x: Tensor) -> Tensor | None:
+        """Return the output by path 1, for a plain x of a tensor-parallel layer; None if it does not apply."""
+        y = None
+        if self.shared_input is not None and self.shared_input.open:
+            y = self.shared_input.output(self, x)
+        if y is None:
+            (y,) = local_outputs([self], x) or (None,)
+        return y
 
     def frozen_weight(self, x: Tensor) -> FrozenWeight | None:
         """Return the base's weight, for a fused operation that computes the whole output for x.

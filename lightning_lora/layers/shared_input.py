@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lora.layers.plan_hooks import watches_input
+from lightning_lora.layers.tensor_parallel import local_outputs
 from lightning_lora.ops.frozen_weight import FrozenWeight
 from lightning_lora.ops.fused_linear import lora_linears, one_operation_takes
 from lightning_lora.utils.autocast import autocast_dtype
@@ -49,8 +51,9 @@ class SharedInputGroup:
         """Return ``layer``'s output for x; None if it must be computed alone."""
         if not self.open:
             return None
-        # Without a dropout mask to share, Python dominates for a small input. A compiler's trace serves inputs of any size.
-        if x.numel() < FEW_ENTRIES and not torch.compiler.is_compiling() and not layer.dropout_now():
+        # Without a dropout mask or a collective to share, Python dominates for a small input. A compiler's trace serves inputs of any size.
+        split = layer.lora_split is not None
+        if x.numel() < FEW_ENTRIES and not (split or torch.compiler.is_compiling() or layer.dropout_now()):
             return None
         index = -1
         for k, other in enumerate(self.layers):  # no generator: each of its steps would be a Python call
@@ -63,10 +66,14 @@ class SharedInputGroup:
             y = held[2].pop(index, None)
             if y is not None:
                 return y
-        weights = self._weights(x)
-        if weights is None:
+        if split:
+            outputs = local_outputs(self.layers, x) if self._complete() else None
+        else:
+            weights = self._weights(x)
+            outputs = None if weights is None else compute(self.layers, weights, x)
+        if outputs is None:
             return None
-        waiting = dict(enumerate(compute(self.layers, weights, x)))
+        waiting = dict(enumerate(outputs))
         y = waiting.pop(index)
         self.held = (x, key, waiting)
         return y
@@ -75,20 +82,27 @@ class SharedInputGroup:
         """Return each layer's frozen weight; None if the layers cannot be one operation for x at the moment."""
         weights: list[FrozenWeight] = []
         dropout: float | None = None
-        if not one_operation_takes(x):
+        if not one_operation_takes(x) or not self._complete():
             return None
         for layer in self.layers:
-            if getattr(layer, "shared_input", None) is not self:  # its adapter was unloaded
-                return None
-            # These hooks give each layer its own input tensor. FSDP2's, on a layer that it shards alone, also free the weight afterwards.
-            if layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
-                return None
             weight, p = layer.frozen_weight(x), layer.dropout_now()
             if weight is None or dropout not in (None, p):
                 return None
             weights.append(weight)
             dropout = p
         return weights
+
+    def _complete(self) -> bool:
+        """True if every layer still has its adapter, and no hooks that need it to be computed alone.
+
+        Such hooks give each layer its own input tensor. FSDP2's, on a layer that it shards alone, also free the weight afterwards.
+        """
+        for layer in self.layers:
+            if getattr(layer, "shared_input", None) is not self:
+                return False
+            if (layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks) and watches_input(layer):
+                return False
+        return True
 
     def dissolve(self) -> None:
         """Dissolve the group: each layer is computed alone from now on."""

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from lightning_lora.layers import LoRALinear
 from lightning_lora.layers.classes import strip_class
+from lightning_lora.layers.plan_hooks import watches_input, watches_output
 from lightning_lora.layers.shared_input import SharedInputGroup
+from lightning_lora.layers.tensor_parallel import enter, is_by_columns, leave
 from lightning_lora.ops import backends
-from lightning_lora.ops.frozen_weight import FrozenWeight
 from lightning_lora.ops.fused_linear import one_operation_takes
 from lightning_lora.ops.gated_mlp import lora_gated_mlp
 from lightning_lora.utils.forward_source import calls_together, is_gated_mlp
@@ -100,19 +101,37 @@ class GatedMLP(nn.Module):
         # The kernel's sums over the intermediate features are not deterministic.
         if not one_operation_takes(x) or not _is_silu(self.act_fn) or torch.are_deterministic_algorithms_enabled():
             return None
-        weights: list[FrozenWeight] = []
-        for layer in layers:
-            weight = layer.frozen_weight(x) if _fits(layer) else None
-            if weight is None:
-                return None
-            weights.append(weight)
+        if not all([_fits(layer) for layer in layers]):
+            return None
         first = layers[0]
         dropout, has_scale = first.dropout_now(), first.has_output_scale
         if any([layer.dropout_now() != dropout or layer.has_output_scale != has_scale for layer in layers]):
             return None
+        split = first.lora_split is not None
+        operands = _local_operands(layers, x) if split else _operands(layers, x)
+        if operands is None:
+            return None
+        x, weights, A_list, B_list = operands
         out_scales = [layer.output_scale() for layer in layers] if has_scale else ()
-        A_list, B_list = zip(*[layer.update_factors() for layer in layers], strict=True)
-        return lora_gated_mlp(x, weights, A_list, B_list, [layer.scaling for layer in layers], dropout, out_scales)
+        y = lora_gated_mlp(x, weights, A_list, B_list, [layer.scaling for layer in layers], dropout, out_scales)
+        return leave(y, first.weight.device_mesh) if split else y
+
+
+def _operands(layers: list[Any], x: Tensor) -> tuple[Tensor, list[Any], list[Tensor], list[Tensor]] | None:
+    """Return x, and the layers' frozen weights and factors; None if a layer's weight cannot be part of one operation for x."""
+    weights = [layer.frozen_weight(x) for layer in layers]
+    if any([weight is None for weight in weights]):
+        return None
+    factors = [layer.update_factors() for layer in layers]
+    return x, weights, [A for A, _ in factors], [B for _, B in factors]
+
+
+def _local_operands(layers: list[Any], x: Tensor) -> tuple[Tensor, list[Any], list[Tensor], list[Tensor]] | None:
+    """Return the same on this rank's shards; the output is then a partial sum. Gate and up are column-parallel, down is row-parallel."""
+    if any([layer.lora_split is None for layer in layers]) or [is_by_columns(layer) for layer in layers] != [True, True, False]:
+        return None
+    operands = enter(layers, x, sum_x=True)
+    return None if operands is None else (operands.x, operands.weights, operands.A_list, operands.B_list)
 
 
 def _fused_class(base: type[nn.Module], *mixins: type[nn.Module]) -> type[nn.Module]:
@@ -173,4 +192,5 @@ def _is_silu(function: Any) -> bool:
 
 def _watched(module: nn.Module) -> bool:
     """True if the module has forward or backward hooks, which a fused operation would skip."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) and (watches_input(module) or watches_output(module))

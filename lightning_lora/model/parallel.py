@@ -24,6 +24,8 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_lora.layers.base import PREFIX, LoRALayer, kept_parameters, lora_layers
+from lightning_lora.layers.linear import LoRALinear
+from lightning_lora.layers.plan_hooks import take_over
 from lightning_lora.utils.gradient_reducer import GradientReducer
 from lightning_lora.utils.sharding import broadcast, full_tensor, is_sharded, local_tensor, reshard
 from lightning_lora.utils.torch_private_parallel import fsdp1_copies, fsdp1_flat, fsdp1_originals, fsdp1_parts, fsdp2_group
@@ -126,6 +128,8 @@ def place_adapters(model: nn.Module) -> None:
                 layer._parameters[name] = nn.Parameter(
                     parameter.detach().redistribute(placements=placements), requires_grad=parameter.requires_grad
                 )
+            if isinstance(layer, LoRALinear):
+                take_over(layer)
 
 
 def replicated_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -221,6 +225,8 @@ def _place(layer: LoRALayer, data_dims: int) -> None:
         broadcast([full], [mesh.get_group(dim) for dim in range(mesh.ndim)])
         replicated = DTensor.from_local(full.detach(), mesh, [Replicate()] * mesh.ndim, run_check=False)
         layer._parameters[name] = nn.Parameter(replicated.redistribute(placements=wanted[name]), requires_grad=full.requires_grad)
+    if isinstance(layer, LoRALinear):
+        take_over(layer)
 
 
 def _placements(layer: LoRALayer, base: Sequence[Any]) -> dict[str, list[Any]]:

@@ -6,6 +6,7 @@ Each entry says what it is for and what breaks without it. See :mod:`lightning_l
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -107,3 +108,37 @@ def fsdp2_group(unit: Any) -> Any:
             f"torch {torch.__version__} has no single parameter group in {type(unit).__name__}, or keeps it elsewhere, so adapters"
             " cannot be taken out of FSDP2: load a checkpoint into a model that is not wrapped."
         ) from error
+
+
+# Tensor-parallel plans.
+
+
+def plain_linear_hooks(before: dict[Any, Any], after: dict[Any, Any]) -> tuple[Any, Any] | None:
+    """Return the ids of the two hooks by which a tensor-parallel plan makes a linear's plain input a DTensor and its output plain again.
+
+    None if there are none, or if they do more than that. torch's are functions without a name, so what they call is read from their
+    closures. Without it tensor-parallel linears give the same numbers, but wait for Python.
+
+    Args:
+        before: id → hook on the input.
+        after: id → hook on the output.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+    columns, whole = (Shard(-1),), (Replicate(),)
+    for style, given, result in ((ColwiseParallel, whole, columns), (RowwiseParallel, columns, whole)):
+        enters = [key for key, hook in before.items() if _calls(hook, "input_fn", style._prepare_input_fn, (given, given))]
+        leaves = [key for key, hook in after.items() if _calls(hook, "output_fn", style._prepare_output_fn, (result, True))]
+        if len(enters) == len(leaves) == 1:
+            return enters[0], leaves[0]
+    return None
+
+
+def _calls(hook: Any, name: str, function: Any, arguments: tuple[Any, ...]) -> bool:
+    """True if the variable of that name in a function's closure is ``partial(function, *arguments)``."""
+    code, cells = getattr(hook, "__code__", None), getattr(hook, "__closure__", None)
+    if code is None or not cells or name not in code.co_freevars:
+        return False
+    called = cells[code.co_freevars.index(name)].cell_contents
+    return isinstance(called, partial) and called.func is function and called.args == arguments and not called.keywords
