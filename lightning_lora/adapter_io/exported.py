@@ -5,6 +5,7 @@ A layer's rank and alpha in a file may differ from those it trains with. AdaLoRA
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +36,12 @@ def export_layers(layers: dict[str, LoRALayer]) -> tuple[dict[str, Exported], Lo
             kind_pattern=by_name({fqn: kind for fqn, kind in kinds.items() if kind is not None}),
         )
     return exported, config
+
+
+def with_parent(fqn: str, layers: Mapping[str, LoRALayer]) -> bool:
+    """Return True if a layer is adapted together with the module around it, which names it."""
+    parent, _, name = fqn.rpartition(".")
+    return parent in layers and name in layers[parent].children_too
 
 
 def _own(layer: LoRALayer) -> tuple[int, float, str | None]:

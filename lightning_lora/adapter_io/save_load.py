@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapter_io import fingerprint, peft_format
-from lightning_lora.adapter_io.exported import export_layers
+from lightning_lora.adapter_io.exported import export_layers, with_parent
 from lightning_lora.adapter_io.extras import (
     brought_tensors,
     equal_values,
@@ -28,7 +28,7 @@ from lightning_lora.adapter_io.extras import (
 from lightning_lora.adapter_io.files import AdapterFile, check_free, read_adapter, write_folder
 from lightning_lora.adapter_io.fingerprint import base_identity
 from lightning_lora.adapter_io.peft_experts import beside_experts
-from lightning_lora.adapter_io.peft_names import names_for_peft, peft_name
+from lightning_lora.adapter_io.peft_names import factor_in_file, names_for_peft, peft_name
 from lightning_lora.adapter_io.peft_rules import auto_mapping, task_type
 from lightning_lora.adapter_io.placing import place
 from lightning_lora.adapter_io.size_limit import check_size
@@ -85,6 +85,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
             stacklevel=2,
         )
     whole = {name: full_tensor(tensor.detach()) for name, tensor in tensors.items()}
+    whole = {name: tensor if (by := factor_in_file(name)) == 1 else tensor * by for name, tensor in whole.items()}
     content = AdapterFile(config, whole, base, frozenset(brought))
     fields = _fields(root, config, exported, layers)
     on_first_rank(lambda: write_folder(folder, content, fields, lambda: check_free(folder, overwrite)))
@@ -174,7 +175,7 @@ def _names(root: nn.Module, layers: Collection[str]) -> dict[str, str]:
             " have. load_adapter reads this folder.",
             stacklevel=3,
         )
-    return {fqn: name or fqn for fqn, name in found.items()}
+    return {fqn: peft_name(fqn, layers) if name in (None, fqn) else name for fqn, name in found.items()}
 
 
 def _check_values_kept(tensors: Mapping[str, Tensor], where: str, loss: str) -> None:
@@ -191,6 +192,7 @@ def _fields(root: nn.Module, config: LoRAConfig, exported: dict[str, Exported], 
     """Return the content of ``adapter_config.json``."""
     modules, saved = [name for name in modules_by_name(root) if PREFIX not in name], saved_modules(root, config)
     transposed, model = any(layer.transposed for layer in layers.values()), bare(root)
+    exported = {fqn: each for fqn, each in exported.items() if not with_parent(fqn, layers)}  # PEFT too adapts these with their parent
     fields = peft_format.to_peft(config, exported, saved, modules, transposed=transposed)
     task = task_type(model, saved, modules)
     fields |= {"base_model_name_or_path": loaded_from(model), "task_type": task, "auto_mapping": auto_mapping(model, task)}
@@ -210,6 +212,9 @@ def _fit(root: nn.Module, report: TargetReport, adapter: AdapterFile, where: str
         raise ValueError(f"{where}: {error}.") from error
     shapes: dict[str, tuple[int, ...]] = {}
     for target in report.targets:
+        for file_name, own in target.kind.file_names.items():
+            if (named := f"{clean_name(target.fqn)}.{file_name}") in tensors:
+                tensors[f"{clean_name(target.fqn)}.{own}"] = tensors.pop(named)
         for part, shape in target.kind.parameter_shapes(target.module, target.spec).items():
             name = f"{clean_name(target.fqn)}.{part}"
             shapes[name] = shape

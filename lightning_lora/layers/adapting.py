@@ -23,6 +23,8 @@ def refusal(module: nn.Module, spec: LayerSpec) -> str | None:
     fqn, name = spec.fqn, qualified_name(type(module))
     if kind is None:
         return why_refused(module, fqn)
+    if (unfit := kind.unfit(module)) is not None:
+        return f"{fqn!r} ({name}): {unfit}. Exclude it."
     if "forward" in module.__dict__:
         return f"{fqn!r} ({name}) has a forward of its own set on the instance, which would bypass the adapter; remove that hook first."
     weights = {part: module._parameters.get(part) for part in kind.adapted}

@@ -55,6 +55,8 @@ class LoRALayer(Factors):
 
     #: True if ``target_modules="all-linear"`` includes this kind.
     is_linear: ClassVar[bool] = False
+    #: Names of the module's children that are adapted together with it, with its rank and alpha: its own forward calls them.
+    children_too: ClassVar[tuple[str, ...]] = ()
     #: Names of the module's attributes that say the shape of its weight.
     sizes: ClassVar[tuple[str, ...]] = ()
     #: Options that a variant accepts in ``variant_options``, by name.
@@ -89,6 +91,14 @@ class LoRALayer(Factors):
             raise ValueError(f"{what} would train the row of padding_idx={module.padding_idx} too; exclude it")
         if r > min(outputs, math.prod(inputs)):
             raise ValueError(f"{what} with rank={r} is above min(in, out)={min(outputs, math.prod(inputs))}; choose a lower rank")
+
+    @classmethod
+    def unfit(cls, module: Any) -> str | None:
+        """Return why this kind cannot adapt this module, whatever the config; None if it can.
+
+        ``target_modules="all-linear"`` passes over such a module.
+        """
+        return None
 
     @classmethod
     def weight_shape(cls, module: Any) -> tuple[int, ...] | None:

@@ -50,6 +50,8 @@ class Factors(Mergeable):
 
     #: Names of A and B in PEFT's adapter files.
     peft_names: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
+    #: Name of a parameter in PEFT's files, as :mod:`lightning_lora.adapter_io.peft_names` reads it → its own name, where the two differ.
+    file_names: ClassVar[dict[str, str]] = {}
     #: Fields of PEFT's ``adapter_config.json`` for this variant, in addition to those of plain LoRA.
     peft_fields: ClassVar[dict[str, Any]] = {}
     #: Names in PEFT's files of tensors that belong to no single layer.

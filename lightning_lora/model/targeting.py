@@ -10,6 +10,8 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Container, Iterable
+from dataclasses import replace
+from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -53,6 +55,8 @@ class _AllLinear(_Field):
         heads = output_heads(model)
         kinds = {fqn: kind_of(type(module)) for fqn, module in modules.items() if module not in heads and not within(fqn, saved)}
         linears = [fqn for fqn, kind in kinds.items() if kind is not None and kind.is_linear]  # type: ignore[attr-defined]
+        inside = {f"{fqn}.{name}" for fqn in linears if not suitability.reason(modules[fqn]) for name in _children_too(modules[fqn])}
+        linears = [fqn for fqn in linears if fqn not in inside]  # adapted together with the module around them
         self.passed_over = {fqn: reason for fqn in linears if (reason := suitability.reason(modules[fqn]))}
         self.linears = set(linears) - self.passed_over.keys()
 
@@ -95,18 +99,27 @@ def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False)
         if wanted.matching(fqn) and module not in out and (config.layers is None or layer_index(fqn) in config.layers):
             chosen.setdefault(module, fqn)
 
+    with_parent = {f"{fqn}.{name}" for module, fqn in chosen.items() for name in _children_too(module)}
     targets, problems = [], []
     for module, fqn in chosen.items():
+        if fqn in with_parent:
+            continue
         rank = next((config.rank_pattern[text] for text in rules["rank_pattern"].matching(fqn)), config.rank)
         alpha = next((config.alpha_pattern[text] for text in rules["alpha_pattern"].matching(fqn)), config.alpha)
         kind_name = next((config.kind_pattern[text] for text in rules["kind_pattern"].matching(fqn)), None)
         spec = LayerSpec(config, rank, alpha, fqn, kind_name)
-        problem = _problem(suitability, module, spec, saved)
+        problem = _problem(suitability, modules, module, spec, saved)
         kind = adapted_class(type(module), config.variant, kind_name)
         if problem or kind is None:
             problems.append(problem or why_refused(module, fqn))
         else:
             targets.append(Target(fqn, module, type(module).__name__, kind, spec))
+            children = {f"{fqn}.{name}": module.get_submodule(name) for name in _children_too(module)}
+            for name, child in children.items():
+                if child not in out:
+                    problems += [problem] if (problem := refusal(child, replace(spec, fqn=name))) else []
+                    of_child: Any = adapted_class(type(child), config.variant)
+                    targets.append(Target(name, child, type(child).__name__, of_child, replace(spec, fqn=name)))
 
     if not frozen_parts:
         problems += mixed_with_frozen(model, {target.fqn: target.module for target in targets})
@@ -132,6 +145,10 @@ def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False)
     return TargetReport(tuple(targets), hits, tuple(saved), left, total, passed_over)
 
 
+def _children_too(module: nn.Module) -> tuple[str, ...]:
+    return getattr(kind_of(type(module)), "children_too", ())
+
+
 def _unmatched(fields: Iterable[_Field], config: LoRAConfig, modules: dict[str, nn.Module], chosen: Iterable[str]) -> list[str]:
     """Return a problem per pattern and per layer index that matches nothing."""
     adaptable = [fqn for fqn, module in modules.items() if kind_of(type(module)) is not None] or list(modules)
@@ -144,13 +161,16 @@ def _unmatched(fields: Iterable[_Field], config: LoRAConfig, modules: dict[str, 
     return problems
 
 
-def _problem(suitability: Suitability, module: nn.Module, spec: LayerSpec, saved: list[str]) -> str | None:
+def _problem(suitability: Suitability, modules: dict[str, nn.Module], module: nn.Module, spec: LayerSpec, saved: list[str]) -> str | None:
     fqn = spec.fqn
     if within(fqn, saved):
         return f"{fqn!r} is in both target_modules and modules_to_save; adapt it or train it in full, not both."
     problem = refusal(module, spec)
     if problem is None and (reason := suitability.reason(module, spec.kind)):
-        return f"{fqn!r} ({qualified_name(type(module))}): {reason}. Exclude it."
+        parent, _, name = fqn.rpartition(".")
+        together = parent in modules and name in _children_too(modules[parent])
+        fix = f"Target {parent!r}, which adapts it too" if together else "Exclude it"
+        return f"{fqn!r} ({qualified_name(type(module))}): {reason}. {fix}."
     return problem
 
 
