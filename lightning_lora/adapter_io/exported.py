@@ -25,8 +25,9 @@ def export_layers(layers: dict[str, LoRALayer]) -> tuple[dict[str, Exported], Lo
     """
     exported = {fqn: layer.exported() for fqn, layer in layers.items()}
     config = next(iter(exported.values())).config
-    if any((each.rank, each.alpha, each.kind) != _own(layers[fqn]) for fqn, each in exported.items()):
-        ranks, alphas, kinds = ({fqn: getattr(each, name) for fqn, each in exported.items()} for name in ("rank", "alpha", "kind"))
+    read = {fqn: (*(each.own or (each.rank, each.alpha)), each.kind) for fqn, each in exported.items()}
+    if any(each != _own(layers[fqn]) for fqn, each in read.items()):
+        ranks, alphas, kinds = ({fqn: each[i] for fqn, each in read.items()} for i in range(3))
         config = replace(
             config,
             rank=max(ranks.values()),

@@ -19,6 +19,7 @@ from lightning_lora.adapter_io.peft_names import names_here, rebuilt
 from lightning_lora.adapter_io.peft_rules import is_saved, is_target, is_target_parameter, pattern_value, saved_names
 from lightning_lora.config import ALL_LINEAR, LoRAConfig
 from lightning_lora.layers.base import PREFIX
+from lightning_lora.model.fused_slices import slice_names
 from lightning_lora.model.heads import fresh_heads, within
 from lightning_lora.model.suitability import Suitability
 from lightning_lora.utils.names import modules_by_name
@@ -103,7 +104,7 @@ def _meant(config: LoRAConfig, fields: dict[str, Any], layers: set[str], heads: 
         targets &= layers
     if not targets:
         raise ValueError(f"{where}: target_modules={names!r} names no module of this model.")
-    if targets != _named(config, here.modules):
+    if targets != _named(config, [*here.modules, *slice_names(here.modules)]):  # PEFT knows no slices
         config = replace(config, target_modules=[_whole(fqn) for fqn in sorted(targets)], exclude_modules=(), layers=None)
     save = partial(is_saved, fields["modules_to_save"])
     saved = [fqn for fqn, module in here.modules.items() if here.either(fqn, save) and any(True for _ in module.parameters())]

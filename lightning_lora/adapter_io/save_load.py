@@ -35,7 +35,7 @@ from lightning_lora.adapter_io.size_limit import check_size
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import PREFIX, LoRALayer, lora_layers
 from lightning_lora.layers.factors import Exported
-from lightning_lora.layers.spec import options_of
+from lightning_lora.layers.spec import LayerSpec, options_of
 from lightning_lora.model.apply import inject
 from lightning_lora.model.heads import saved_modules
 from lightning_lora.model.merge import unmerge_lora
@@ -220,7 +220,7 @@ def _fit(root: nn.Module, report: TargetReport, adapter: AdapterFile, where: str
             shapes[name] = shape
             if name in tensors and tuple(tensors[name].shape) != shape:
                 try:
-                    tensors[name] = target.kind.from_peft(target.module, part, tensors[name])
+                    tensors[name] = target.kind.from_peft(target.module, part, tensors[name], target.spec)
                 except ValueError as error:
                     raise ValueError(f"{where}: {name}: {error}.") from error
     base = {clean_name(name): tensor for name, tensor in root.state_dict(keep_vars=True).items() if not is_adapter(name)}
@@ -263,11 +263,12 @@ def _fit(root: nn.Module, report: TargetReport, adapter: AdapterFile, where: str
 def _same_adapter(root: nn.Module, layers: dict[str, LoRALayer], report: TargetReport, config: LoRAConfig, where: str) -> None:
     """Raise ValueError unless the model's adapted layers are those of the file, with its rank, scaling and variant."""
 
-    def key(config: LoRAConfig, rank: int, alpha: float) -> tuple[Any, ...]:
-        return rank, config.scaling_of(rank, alpha), config.variant, *options_of(config).items()
+    def key(config: LoRAConfig, spec: LayerSpec) -> tuple[Any, ...]:
+        slices = [] if spec.slices is None else spec.slices.names
+        return spec.rank, config.scaling_of(spec.rank, spec.alpha), config.variant, *options_of(config).items(), *slices
 
-    here = {name: key(layer.lora_config, layer.rank, layer.alpha) for name, layer in layers.items()}
-    file = {clean_name(t.fqn): key(config, t.rank, t.alpha) for t in report.targets}
+    here = {name: key(layer.lora_config, layer.spec) for name, layer in layers.items()}
+    file = {clean_name(t.fqn): key(config, t.spec) for t in report.targets}
     different = [
         f"{name!r} has {here.get(name)}, the file {file.get(name)}" for name in sorted(here | file) if here.get(name) != file.get(name)
     ]

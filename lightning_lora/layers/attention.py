@@ -96,7 +96,8 @@ class LoRAMultiheadAttention(SeveralWeights):
         parts = [part[..., i * size : (i + 1) * size] for i, part in enumerate((q, k, v))]
         parts = [part.transpose(0, 1) for part in parts] if turned else parts
         same = torch.eye(size, dtype=q.dtype, device=q.device)
-        y, weights = F.multi_head_attention_forward(
+        attend: Any = F.multi_head_attention_forward
+        y, weights = attend(
             *parts,
             size,
             mine.num_heads,

@@ -192,7 +192,7 @@ class LoRALayer(Factors):
 
     def rebase_class(self, base: type[nn.Module]) -> None:
         """Switch to the adapted class over another base. A quantized layer needs this once its weight is a plain one."""
-        cls = adapted_class(base, self.lora_config.variant, self.spec.kind)
+        cls = adapted_class(base, self.lora_config.variant, self.spec.kind, sliced=self.spec.slices is not None)
         assert cls is not None
         self.__class__ = cls
 
@@ -254,12 +254,12 @@ class LoRALayer(Factors):
         state = self.__getstate__()  # torch's method leaves out what cannot be pickled, such as compiled code
         state.pop("shared_input", None)  # the parent owns the group; a copy of one layer would copy the others too
         state.pop("disabled", None)  # nobody would switch the copy on again
-        return _rebuild, (type(self).lora_base, self.lora_config.variant, self.spec.kind), state
+        return _rebuild, (type(self).lora_base, self.lora_config.variant, self.spec.kind, self.spec.slices is not None), state
 
 
-def _rebuild(base: type[nn.Module], variant: str, kind: str | None = None) -> LoRALayer:
+def _rebuild(base: type[nn.Module], variant: str, kind: str | None = None, sliced: bool = False) -> LoRALayer:
     """Unpickle: the dynamic class is made, not looked up."""
-    cls: Any = adapted_class(base, variant, kind)
+    cls: Any = adapted_class(base, variant, kind, sliced=sliced)
     layer: LoRALayer = cls.__new__(cls)
     return layer
 

@@ -154,8 +154,8 @@ def _alike(config: LoRAConfig, layer: tuple[str, LoRALayer]) -> bool:
 def _same_layers(model: nn.Module, config: LoRAConfig, layers: Sequence[tuple[str, LoRALayer]]) -> bool:
     """Return whether a config names the layers that the model has, with their ranks and alphas, and the modules trained in full."""
     report = find_targets(model, config)
-    here = {clean_name(name): (layer.rank, layer.alpha, layer.spec.kind) for name, layer in layers}
-    there = {target.fqn: (target.rank, target.alpha, target.spec.kind) for target in report.targets}
+    here = {clean_name(name): (layer.rank, layer.alpha, layer.spec.kind, layer.spec.slices) for name, layer in layers}
+    there = {target.fqn: (target.rank, target.alpha, target.spec.kind, target.spec.slices) for target in report.targets}
     return here == there and set(report.saved) == set(saved_modules(model, layers[0][1].lora_config))
 
 

@@ -22,6 +22,7 @@ from lightning_lora.layers.base import PREFIX
 from lightning_lora.layers.classes import adapted_class
 from lightning_lora.layers.spec import LayerSpec, options_of
 from lightning_lora.model.frozen_parts import mixed_with_frozen
+from lightning_lora.model.fused_slices import chosen_slices, names_of, slice_names
 from lightning_lora.model.heads import output_heads, saved_modules, within
 from lightning_lora.model.suitability import Suitability
 from lightning_lora.model.target_report import Target, TargetReport, lines_of
@@ -45,6 +46,11 @@ class _Field:
         found = [pattern.text for pattern in self.patterns if pattern.matches(fqn)]
         self.hits.update(found)
         return found
+
+    def values(self, table: dict[str, Any], names: list[str], fqn: str, default: Any) -> list[Any]:
+        """Return what a table of patterns gives each name of a layer, or else the layer itself."""
+        own = next((table[text] for text in self.matching(fqn)), default)
+        return [own if name == fqn else next((table[text] for text in self.matching(name)), own) for name in names]
 
 
 class _AllLinear(_Field):
@@ -99,17 +105,29 @@ def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False)
         if wanted.matching(fqn) and module not in out and (config.layers is None or layer_index(fqn) in config.layers):
             chosen.setdefault(module, fqn)
 
+    slices = chosen_slices(modules, chosen, wanted.matching, excluded.matching)
+    slices = {
+        module: each for module, each in slices.items() if module in chosen or (module not in out and _inside(config, modules, module))
+    }
+    chosen = {module: fqn for fqn, module in reversed(modules.items()) if module in chosen or module in slices}
+    chosen = {module: fqn for module, fqn in reversed(chosen.items()) if module not in slices or slices[module].names}
+
     with_parent = {f"{fqn}.{name}" for module, fqn in chosen.items() for name in _children_too(module)}
     targets, problems = [], []
     for module, fqn in chosen.items():
         if fqn in with_parent:
             continue
-        rank = next((config.rank_pattern[text] for text in rules["rank_pattern"].matching(fqn)), config.rank)
-        alpha = next((config.alpha_pattern[text] for text in rules["alpha_pattern"].matching(fqn)), config.alpha)
+        names = names_of(fqn, slices.get(module))
+        ranks, alphas = (
+            rules[f"{name}_pattern"].values(getattr(config, f"{name}_pattern"), names, fqn, getattr(config, name))
+            for name in ("rank", "alpha")
+        )
         kind_name = next((config.kind_pattern[text] for text in rules["kind_pattern"].matching(fqn)), None)
-        spec = LayerSpec(config, rank, alpha, fqn, kind_name)
+        if len({*ranks}) > 1 or len({*alphas}) > 1:
+            problems.append(f"{', '.join(names)} are slices of {fqn!r}, and share one rank and alpha; the patterns give {ranks}, {alphas}.")
+        spec = LayerSpec(config, ranks[0], alphas[0], fqn, kind_name, slices.get(module))
         problem = _problem(suitability, modules, module, spec, saved)
-        kind = adapted_class(type(module), config.variant, kind_name)
+        kind = adapted_class(type(module), config.variant, kind_name, sliced=spec.slices is not None)
         if problem or kind is None:
             problems.append(problem or why_refused(module, fqn))
         else:
@@ -145,13 +163,18 @@ def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False)
     return TargetReport(tuple(targets), hits, tuple(saved), left, total, passed_over)
 
 
+def _inside(config: LoRAConfig, modules: dict[str, nn.Module], module: nn.Module) -> bool:
+    """Return whether a module is in a block that ``config.layers`` names."""
+    return config.layers is None or any(layer_index(fqn) in config.layers for fqn, each in modules.items() if each is module)
+
+
 def _children_too(module: nn.Module) -> tuple[str, ...]:
     return getattr(kind_of(type(module)), "children_too", ())
 
 
 def _unmatched(fields: Iterable[_Field], config: LoRAConfig, modules: dict[str, nn.Module], chosen: Iterable[str]) -> list[str]:
     """Return a problem per pattern and per layer index that matches nothing."""
-    adaptable = [fqn for fqn, module in modules.items() if kind_of(type(module)) is not None] or list(modules)
+    adaptable = slice_names(modules) + [fqn for fqn, module in modules.items() if kind_of(type(module)) is not None] or list(modules)
     problems = [no_match(each.name, text, adaptable) for each in fields for text, count in each.hits.items() if not count]
     hit = {layer_index(fqn) for fqn in chosen}
     missing = [index for index in config.layers or () if index not in hit]
