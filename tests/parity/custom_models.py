@@ -184,7 +184,7 @@ CASES = [
         "trainable_tokens",
         "EmbConv1D",
         {"target_modules": ["conv1d"], "trainable_token_indices": {"emb": [0, 10]}, "fan_in_fan_out": True},
-        "trainable_token_indices",
+        "read",
     ),
     ("Vanilla MLP 1 LoRA with lora_b bias", "MLP", {**LIN01, "lora_bias": True, "lora_alpha": 32}, "lora_bias"),
     ("Conv2d 1 LoRA with lora_b bias", "Conv2d", {"target_modules": ["conv2d"], "lora_bias": True, "lora_alpha": 32}, "lora_bias"),
