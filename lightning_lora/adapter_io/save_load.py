@@ -7,7 +7,7 @@ the base must be the one that the adapter was trained on, and no value may be Na
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from lightning_lora.adapter_io import fingerprint, peft_format
 from lightning_lora.adapter_io.exported import export_layers, with_parent
 from lightning_lora.adapter_io.extras import (
     brought_tensors,
+    check_values_kept,
     equal_values,
     extra_tensors,
     is_adapter,
@@ -74,7 +75,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
     names = _names(root, layers)
     tensors = {f"{names[fqn]}.{part}": tensor for fqn, layer in exported.items() for part, tensor in layer.tensors.items()}
     tensors |= {peft_name(name, layers): tensor for name, tensor in extras.items()}
-    _check_values_kept(tensors, str(folder), "no values to save")
+    check_values_kept(tensors, str(folder), "no values to save")
     for name, other in _shared(root, layers).items():
         warnings.warn(f"{name!r} and {other!r} are one module: read by PEFT, the adapter would be on the first only.", stacklevel=2)
     base = base_identity(root, extras) if fingerprint.is_readable(root) else None
@@ -108,29 +109,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
         ValueError: the file cannot be read or does not fit the model, which is then unchanged.
     """
     _, root = adapter_root(model)
-    check_size(Path(path), root)
-    adapter = place(read_adapter(path), root, str(path))
-    bad = [name for name, tensor in adapter.tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
-    if bad and not allow_nonfinite:
-        raise ValueError(f"{path}: {bad[0]} holds NaN or infinity ({len(bad)} tensors do); pass allow_nonfinite=True to load it anyway.")
-    try:
-        report = resolve(root, adapter.config, frozen_parts=True)  # the file says which layers it is for
-    except ValueError as error:
-        first, *others = str(error).splitlines()
-        raise ValueError(f"{path}: {first}" + (f" ({len(others)} more)" if others else "")) from error
-    if adapter.base is None:  # PEFT wrote the file, and adapts a module under its first name only
-        for name, other in _shared(root, [clean_name(target.fqn) for target in report.targets]).items():
-            raise ValueError(
-                f"{path}: {name!r} and {other!r} are one module here and two in PEFT, which would have adapted only the first."
-            )
-    tensors, brought = _fit(root, report, adapter, str(path), check_base)
-    places = {f"{target.fqn}.{name}": p for target in report.targets for name, p in target.module.named_parameters(recurse=False)}
-    places |= {name: tensor for name, tensor in root.state_dict(keep_vars=True).items() if clean_name(name) in tensors}
-    _check_values_kept(places, str(path), "the adapter's values would be lost there")
-    if check_base and adapter.base is not None:
-        trained = {name for name in tensors if not is_adapter(name)} | adapter.beside
-        fingerprint.check_base(base_identity(root, trained), adapter.base, str(path))
-
+    adapter, report, tensors, brought = checked_adapter(root, path, check_base=check_base, allow_nonfinite=allow_nonfinite)
     around, modules = {clean_name(name): t for name, t in model.state_dict(keep_vars=True).items()}, dict(model.named_modules())
     outside = {} if root is model else adapter.outside
     beside = {name: value for name, value in outside.items() if not isinstance(value, Tensor) and name.rpartition(".")[0] in modules}
@@ -160,6 +139,39 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
     return model
 
 
+def checked_adapter(
+    root: nn.Module, path: str | Path, *, check_base: bool, allow_nonfinite: bool
+) -> tuple[AdapterFile, TargetReport, dict[str, Tensor], set[str]]:
+    """Read an adapter for a model and check it as :func:`load_adapter` does, all but its checksum. Change nothing.
+
+    Returns:
+        The content; the layers that it adapts here; its tensors by their names here; the names of those that replace base weights.
+    """
+    check_size(Path(path), root)
+    adapter = place(read_adapter(path), root, str(path))
+    bad = [name for name, tensor in adapter.tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+    if bad and not allow_nonfinite:
+        raise ValueError(f"{path}: {bad[0]} holds NaN or infinity ({len(bad)} tensors do); pass allow_nonfinite=True to load it anyway.")
+    try:
+        report = resolve(root, adapter.config, frozen_parts=True)  # the file says which layers it is for
+    except ValueError as error:
+        first, *others = str(error).splitlines()
+        raise ValueError(f"{path}: {first}" + (f" ({len(others)} more)" if others else "")) from error
+    if adapter.base is None:  # PEFT wrote the file, and adapts a module under its first name only
+        for name, other in _shared(root, [clean_name(target.fqn) for target in report.targets]).items():
+            raise ValueError(
+                f"{path}: {name!r} and {other!r} are one module here and two in PEFT, which would have adapted only the first."
+            )
+    tensors, brought = _fit(root, report, adapter, str(path), check_base)
+    places = {f"{target.fqn}.{name}": p for target in report.targets for name, p in target.module.named_parameters(recurse=False)}
+    places |= {name: tensor for name, tensor in root.state_dict(keep_vars=True).items() if clean_name(name) in tensors}
+    check_values_kept(places, str(path), "the adapter's values would be lost there")
+    if check_base and adapter.base is not None:
+        trained = {name for name in tensors if not is_adapter(name)} | adapter.beside
+        fingerprint.check_base(base_identity(root, trained), adapter.base, str(path))
+    return adapter, report, tensors, brought
+
+
 def adapted_layers(root: nn.Module) -> dict[str, LoRALayer]:
     """Return FQN, without the names of wrappers, → adapted layer."""
     return {clean_name(name): layer for name, layer in lora_layers(root)}
@@ -176,16 +188,6 @@ def _names(root: nn.Module, layers: Collection[str]) -> dict[str, str]:
             stacklevel=3,
         )
     return {fqn: peft_name(fqn, layers) if name in (None, fqn) else name for fqn, name in found.items()}
-
-
-def _check_values_kept(tensors: Mapping[str, Tensor], where: str, loss: str) -> None:
-    """Raise ValueError if a tensor is on the meta device, where a copy does nothing."""
-    meta = [clean_name(name) for name, tensor in tensors.items() if tensor.is_meta]
-    if meta:
-        raise ValueError(
-            f"{where}: {meta[0]!r} ({len(meta)} of {len(tensors)} tensors) is on the meta device, and {loss}: give the model its weights"
-            " first (from_pretrained, or to_empty and load_state_dict)."
-        )
 
 
 def _fields(root: nn.Module, config: LoRAConfig, exported: dict[str, Exported], layers: dict[str, LoRALayer]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_lora.layers.factors import Exported, Factors
 from lightning_lora.layers.spec import LayerSpec, Slices
-from lightning_lora.registry import has_start
+from lightning_lora.registry import frozen_factor, has_start, init_check
 
 
 class Sliced(Factors):
@@ -39,14 +39,14 @@ class Sliced(Factors):
         whole = "name the fused layer itself in target_modules, instead of its slices"
         if slices.layout.rows != outputs:
             raise ValueError(f"it has {outputs} rows, its class's layout {slices.layout.parts} has {slices.layout.rows}; {whole}")
-        if has_start(spec.config.init):
-            raise ValueError(f"init={spec.config.init!r} computes A and B from the whole weight; {whole}")
-        if "lora_A" not in cls.parameter_shapes(module, spec):
-            raise ValueError(f"variant={spec.config.variant!r} has one A and B for all layers; {whole}")
-        try:
-            super().check(module, spec)  # type: ignore[misc]
-        except ValueError as error:
-            raise ValueError(f"{error}; or {whole}") from error
+        init = spec.config.init
+        if has_start(init) or frozen_factor(init) or init_check(init):
+            raise ValueError(f"init={init!r} computes A and B of a whole layer; {whole}")
+        shapes = cls.parameter_shapes(module, spec)
+        between = [name for name, shape in shapes.items() if name not in ("lora_A", "lora_B") and shape != (outputs,)]
+        if between or "lora_A" not in shapes:
+            raise ValueError(f"variant={spec.config.variant!r} computes with one A and B of a whole layer; {whole}")
+        super().check(module, spec)  # type: ignore[misc]
 
     def update_factors(self) -> tuple[Tensor, Tensor]:
         """Return A, and B in its block form (out, n·r)."""

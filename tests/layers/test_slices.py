@@ -106,13 +106,13 @@ def test_variants(variant):
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"variant": "adalora"}, "variant='adalora' prunes a row of A"),
-        ({"variant": "vera"}, "variant='vera' has one A and B for all layers"),
-        ({"init": "pissa"}, "init='pissa' computes A and B from the whole weight"),
+        *(({"variant": name}, f"variant={name!r} computes with one A and B") for name in ("adalora", "vera", "lora_xs")),
+        *(({"init": name}, f"init={name!r} computes A and B of a whole layer") for name in ("pissa", "mica", "orthogonal")),
     ],
 )
-def test_refused_by_name(fields, reason):
-    said = refusal(nn.Linear(6, 8), spec("interleaved", **fields))
+@pytest.mark.parametrize("names", [("q",), ("q", "v")])
+def test_refused_by_name(fields, reason, names):
+    said = refusal(nn.Linear(6, 8), spec("interleaved", names, rank=2, **fields))
     assert said.startswith(f"'attn.qkv' (torch.nn.modules.linear.Linear): {reason}") and "name the fused layer itself" in said
 
 

@@ -8,7 +8,18 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from lightning_lora import LoRAConfig, apply_lora, load_adapter, lora_layers, merge_lora, save_adapter
+from lightning_lora import (
+    LoRAConfig,
+    apply_lora,
+    combine_adapters,
+    compress_adapter,
+    extract_adapter,
+    load_adapter,
+    load_adapters,
+    lora_layers,
+    merge_lora,
+    save_adapter,
+)
 from tests.conftest import fill
 from tests.layers.fused import IDS, MODELS, build
 
@@ -86,3 +97,38 @@ def test_tensors_that_are_no_slices_are_refused(tmp_path):
     save_file(tensors, file, meta)
     with pytest.raises(ValueError, match=r"lora_B: it has values outside the rows of q_proj, v_proj"):
         load_adapter(build("phi3"), tmp_path)
+
+
+def two_folders(tmp_path):
+    plain, folders = build("phi3"), []
+    for seed in (1, 2):
+        model = fill(apply_lora(copy.deepcopy(plain), CONFIGS["plain"]), seed)
+        folders.append(save_adapter(model, tmp_path / str(seed)))
+    return plain, folders
+
+
+def test_named_adapters_of_slices(tmp_path):
+    plain, folders = two_folders(tmp_path)
+    expected = [logits(load_adapter(copy.deepcopy(plain), folder)) for folder in folders]
+    adapters = load_adapters(model := copy.deepcopy(plain), {str(i): folder for i, folder in enumerate(folders)})
+    for i, wanted in enumerate(expected):
+        adapters.use(str(i))
+        close(logits(model), wanted, 1e-6)
+
+
+def test_combined_and_compressed_folders_are_on_whole_layers(tmp_path):
+    plain, folders = two_folders(tmp_path)
+    expected = plain.state_dict()["model.layers.0.self_attn.qkv_proj.weight"].clone()
+    for folder in folders:
+        layer = load_adapter(copy.deepcopy(plain), folder).model.layers[0].self_attn.qkv_proj
+        expected += layer.lora_delta().detach()
+    combine_adapters(dict.fromkeys(folders, 1.0), tmp_path / "sum", method="cat")
+    for folder in (tmp_path / "sum", compress_adapter(tmp_path / "sum", tmp_path / "svd", rank=8)):
+        made = load_adapter(copy.deepcopy(plain), folder).model.layers[0].self_attn.qkv_proj
+        assert made.spec.slices is None
+        close(made.weight + made.lora_delta(), expected, 1e-5)
+
+
+def test_a_difference_is_not_extracted_as_slices():
+    with pytest.raises(ValueError, match=r"q_proj, .*v_proj: a difference is extracted from a layer's whole weight; name the fused layer"):
+        extract_adapter(build("phi3"), build("phi3"), CONFIGS["plain"])
