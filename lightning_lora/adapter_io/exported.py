@@ -27,7 +27,8 @@ def export_layers(layers: dict[str, LoRALayer]) -> tuple[dict[str, Exported], Lo
     config = next(iter(exported.values())).config
     read = {fqn: (*(each.own or (each.rank, each.alpha)), each.kind) for fqn, each in exported.items()}
     if any(each != _own(layers[fqn]) for fqn, each in read.items()):
-        ranks, alphas, kinds = ({fqn: each[i] for fqn, each in read.items()} for i in range(3))
+        columns: Any = ({fqn: each[i] for fqn, each in read.items() if not with_parent(fqn, layers)} for i in range(3))
+        ranks, alphas, kinds = columns
         config = replace(
             config,
             rank=max(ranks.values()),

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.factors import Exported
 from lightning_lora.layers.several_weights import SeveralWeights
 from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.ops import low_rank
@@ -63,9 +64,18 @@ class LoRAMultiheadAttention(SeveralWeights):
         layer._parameters["bias"] = module._parameters["in_proj_bias"]
         return layer
 
-    def to_peft(self) -> dict[str, Tensor]:
+    @classmethod
+    def check(cls, module: Any, spec: LayerSpec) -> None:
+        """Raise ValueError also for a variant that writes a layer with a rank of its own: in files both projections share one."""
+        super().check(module, spec)
+        if cls.weight_class.exported is not LoRALayer.exported:
+            raise ValueError(
+                f"variant={spec.config.variant!r} gives each layer its own rank, and in files both projections share one; exclude it"
+            )
+
+    def exported(self) -> Exported:
         """Return A and B as PEFT names those of the input projection: as the module's own."""
-        return self.by_weight()["in_proj_weight"].to_peft()
+        return self.by_weight()["in_proj_weight"].exported()
 
     def forward(  # type: ignore[override]
         self,
@@ -88,7 +98,8 @@ class LoRAMultiheadAttention(SeveralWeights):
         )
         mine: Any = self
         if all(map(_adds_nothing, (self, mine.out_proj))):
-            return self.base_forward(query, key, value, **options)
+            plain: Any = self.base_forward
+            return plain(query, key, value, **options)  # type: ignore[no-any-return]
         layer, size, turned = self.by_weight()["in_proj_weight"], mine.embed_dim, mine.batch_first and query.dim() == 3
         q = layer(query)
         k = q if key is query else layer(key)

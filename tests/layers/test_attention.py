@@ -100,7 +100,7 @@ def test_dropout_of_each_projection():
     assert len(drawn) > 10
 
 
-@pytest.mark.parametrize("variant", ["plain", "dora", "lora_fa", "adalora"])
+@pytest.mark.parametrize("variant", ["plain", "dora", "lora_fa", "lora_xs"])
 def test_variants_merge_and_come_back(variant):
     plain = attention().float().eval()
     (x,) = inputs(3)
@@ -152,3 +152,9 @@ def test_the_output_projection_goes_with_its_module():
     assert [target.fqn for target in report.targets] == ["mha"]
     with pytest.raises(ValueError, match=r"'mha.out_proj' .* reads its weight without calling it.* Target 'mha', which adapts it too"):
         find_targets(model, LoRAConfig(rank=2, target_modules=["out_proj"]))
+
+
+def test_variants_that_need_more_than_one_pair_are_refused():
+    for variant, reason in (("adalora", "gives each layer its own rank"), ("vera", "shares its A and B among linear layers only")):
+        with pytest.raises(ValueError, match=f"'mha' .*variant='{variant}' {reason}"):
+            apply_lora(attention(), LoRAConfig(rank=2, target_modules=["mha"], variant=variant))

@@ -55,3 +55,14 @@ def test_ours_reads_pefts(tmp_path):
     ours = load_adapter(copy.deepcopy(plain), tmp_path)
     close(ours(x), other(x), 1e-6)
     assert (ours(x) - plain(x)).abs().max() > 0.1
+
+
+def test_a_kept_start_is_plain_lora_in_files(tmp_path):
+    plain, x = build()
+    ours = apply_lora(copy.deepcopy(plain), LoRAConfig(rank=2, target_modules=["attention", "fc"], init="pissa"))
+    for name, parameter in ours.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.2)
+    save_adapter(ours, tmp_path)
+    close(PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path).double().eval()(x), ours(x), 1e-6)
+    close(load_adapter(copy.deepcopy(plain), tmp_path)(x), ours(x), 1e-6)
