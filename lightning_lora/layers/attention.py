@@ -66,12 +66,11 @@ class LoRAMultiheadAttention(SeveralWeights):
 
     @classmethod
     def check(cls, module: Any, spec: LayerSpec) -> None:
-        """Raise ValueError also for a variant that writes a layer with a rank of its own: in files both projections share one."""
+        """Raise ValueError also for a variant that writes a layer as another adapter: in files both projections are one."""
         super().check(module, spec)
         if cls.weight_class.exported is not LoRALayer.exported:
-            raise ValueError(
-                f"variant={spec.config.variant!r} gives each layer its own rank, and in files both projections share one; exclude it"
-            )
+            what = f"variant={spec.config.variant!r}"
+            raise ValueError(f"{what} writes each layer as plain LoRA of its own, and both projections are one entry in files; exclude it")
 
     def exported(self) -> Exported:
         """Return A and B as PEFT names those of the input projection: as the module's own."""
@@ -99,7 +98,7 @@ class LoRAMultiheadAttention(SeveralWeights):
         mine: Any = self
         if all(map(_adds_nothing, (self, mine.out_proj))):
             plain: Any = self.base_forward
-            return plain(query, key, value, **options)  # type: ignore[no-any-return]
+            return plain(query, key, value, **options)
         layer, size, turned = self.by_weight()["in_proj_weight"], mine.embed_dim, mine.batch_first and query.dim() == 3
         q = layer(query)
         k = q if key is query else layer(key)
