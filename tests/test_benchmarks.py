@@ -85,7 +85,7 @@ def test_multi_gpu_runs_whole(tmp_path: Path, devices: int) -> None:
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
 def test_floor_measures_every_mode(capsys: pytest.CaptureFixture[str]) -> None:
-    modes = "floor,full,peft-drop,ours-unfused,ours-layer-chunk-ckpt-drop,ours-fp8-layer-chunk"
+    modes = "floor,products-chunk,full,peft-drop,ours-unfused,ours-layer-chunk-ckpt-drop,ours-chunk-half-r4,ours-fp8-layer-chunk"
     results = FLOOR["main"]([*QUICK, "--modes", modes])
     assert list(results) == modes.split(",") and not [result.error for result in results.values() if result.error]
     assert all(0 < result.ms < 60_000 for result in results.values())
