@@ -149,4 +149,4 @@ def why_refused(module: nn.Module, fqn: str) -> str:
     """Return the message for a module that no kind adapts: its name, its type, and the known kinds."""
     name = qualified_name(type(module))
     kinds = ", ".join(sorted(kind.rpartition(".")[2] for kind in KINDS))
-    return f"{fqn!r} is a {name}, which LoRA cannot adapt: supported are {kinds} and their subclasses."
+    return f"{fqn!r} is a {name}, which LoRA cannot adapt: supported are {kinds} and their subclasses. Exclude it."

@@ -203,6 +203,8 @@ def _read(root: nn.Module, path: str | Path, check_base: bool) -> dict[str, Pair
     pairs = {}
     for target in report.targets:
         A, B = (tensors[f"{clean_name(target.fqn)}.{part}"] for part in ("lora_A", "lora_B"))
+        if target.spec.slices is not None:
+            B = target.spec.slices.placed(B)  # a pair on the whole fused projection
         if A.shape[0] != B.shape[1]:
             raise ValueError(f"{path}: {target.fqn!r} is a grouped convolution, whose rank cannot be padded; load it alone.")
         pairs[clean_name(target.fqn)] = A, (B.float() * target.spec.scaling)

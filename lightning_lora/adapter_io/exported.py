@@ -5,6 +5,7 @@ A layer's rank and alpha in a file may differ from those it trains with. AdaLoRA
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -24,8 +25,10 @@ def export_layers(layers: dict[str, LoRALayer]) -> tuple[dict[str, Exported], Lo
     """
     exported = {fqn: layer.exported() for fqn, layer in layers.items()}
     config = next(iter(exported.values())).config
-    if any((each.rank, each.alpha, each.kind) != _own(layers[fqn]) for fqn, each in exported.items()):
-        ranks, alphas, kinds = ({fqn: getattr(each, name) for fqn, each in exported.items()} for name in ("rank", "alpha", "kind"))
+    read = {fqn: (*(each.own or (each.rank, each.alpha)), each.kind) for fqn, each in exported.items()}
+    if any(each != _own(layers[fqn]) for fqn, each in read.items()):
+        columns: Any = ({fqn: each[i] for fqn, each in read.items() if not with_parent(fqn, layers)} for i in range(3))
+        ranks, alphas, kinds = columns
         config = replace(
             config,
             rank=max(ranks.values()),
@@ -35,6 +38,12 @@ def export_layers(layers: dict[str, LoRALayer]) -> tuple[dict[str, Exported], Lo
             kind_pattern=by_name({fqn: kind for fqn, kind in kinds.items() if kind is not None}),
         )
     return exported, config
+
+
+def with_parent(fqn: str, layers: Mapping[str, LoRALayer]) -> bool:
+    """Return True if a layer is adapted together with the module around it, which names it."""
+    parent, _, name = fqn.rpartition(".")
+    return parent in layers and name in layers[parent].children_too
 
 
 def _own(layer: LoRALayer) -> tuple[int, float, str | None]:

@@ -6,7 +6,7 @@ the base and noted on its module. So the next file of that adapter has it too.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -106,3 +106,13 @@ def _same_values(mine: Tensor, theirs: Tensor) -> Tensor:
 def takes_extra_state(module: nn.Module | None) -> bool:
     """Return whether a module is there and has state of its own kind in its state dict (torch's ``set_extra_state``)."""
     return module is not None and type(module).set_extra_state is not nn.Module.set_extra_state
+
+
+def check_values_kept(tensors: Mapping[str, Tensor], where: str, loss: str) -> None:
+    """Raise ValueError if a tensor is on the meta device, where a copy does nothing."""
+    meta = [clean_name(name) for name, tensor in tensors.items() if tensor.is_meta]
+    if meta:
+        raise ValueError(
+            f"{where}: {meta[0]!r} ({len(meta)} of {len(tensors)} tensors) is on the meta device, and {loss}: give the model its weights"
+            " first (from_pretrained, or to_empty and load_state_dict)."
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,11 @@ from lightning_lora.adapter_io.files import CONFIG, TENSORS, AdapterFolder, chec
 from lightning_lora.adapter_io.one_rank import FileLayer, layers_of
 from lightning_lora.adapter_io.peft_format import anchored
 from lightning_lora.adapter_io.peft_names import PREFIX
+from lightning_lora.config import ALL_LINEAR, LoRAConfig
 from lightning_lora.storage.atomic_files import write_atomic
 from lightning_lora.storage.folder_commit import commit
+from lightning_lora.utils.fused_layouts import GATE_UP, QKV
+from lightning_lora.utils.patterns import compile_patterns
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ def read_pairs(folder: str | Path) -> Pairs:
             raise ValueError(f"{path}: {fqn!r} is a DoRA layer, whose update is not B·A alone; merge it into its base instead.")
         if adapter.fields.get("target_parameters") and ".experts" in f".{fqn}":
             raise ValueError(f"{path}: {fqn!r} has a pair for each expert (target_parameters), which is not supported here.")
+        if ".base_layer." in fqn:
+            raise ValueError(f"{path}: {fqn!r} is inside an attention module that shares its rank with it, which is not supported here.")
         if A.shape[0] != B.shape[1]:
             raise ValueError(f"{path}: {fqn!r} is a grouped convolution, which has a pair for each group; not supported here.")
     return Pairs(path, adapter, layers, others)
@@ -91,6 +96,8 @@ def write_pairs(source: Pairs, pairs: Mapping[str, tuple[Tensor, Tensor]], out: 
     if config is not None:
         mine = {f"^{re.escape(fqn)}$": own for fqn, own in patterns.items()}
         alphas = {name: float(own) for name, own in mine.items()}
+        if _names_slices(config, pairs):  # the result is on whole layers
+            config = replace(config, target_modules=[f"^{re.escape(fqn)}$" for fqn in sorted(pairs)], exclude_modules=(), layers=None)
         config = replace(config, rank=rank, alpha=float(rank), scaling="standard", init="kaiming", rank_pattern=mine, alpha_pattern=alphas)
     made = replace(adapter, tensors=tensors, fields=adapter.fields | fields, config=config)
     text = (json.dumps(made.fields, indent=2, sort_keys=True) + "\n").encode()
@@ -98,3 +105,12 @@ def write_pairs(source: Pairs, pairs: Mapping[str, tuple[Tensor, Tensor]], out: 
         write_atomic(staged / TENSORS, encoded(made))
         write_atomic(staged / CONFIG, text)
     return out
+
+
+def _names_slices(config: LoRAConfig, layers: Collection[str]) -> bool:
+    """Return whether a config means slices of some of these layers, which then are fused projections."""
+    slices = {f"x.{name}" for name in (*QKV, *GATE_UP)} - {f"x.{fqn.rpartition('.')[2]}" for fqn in layers}
+    if any(pattern.matches(name) for pattern in compile_patterns(config.exclude_modules, "exclude_modules") for name in slices):
+        return True
+    named = [] if config.target_modules == ALL_LINEAR else compile_patterns(config.target_modules, "target_modules")
+    return bool(named) and not all(any(pattern.matches(fqn) for pattern in named) for fqn in layers)

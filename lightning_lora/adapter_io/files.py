@@ -23,7 +23,7 @@ from torch import Tensor
 from lightning_lora.adapter_io import peft_format
 from lightning_lora.adapter_io.integrity import check_fields, seal
 from lightning_lora.adapter_io.metadata import FORMAT_VERSION, META, parsed, understood
-from lightning_lora.adapter_io.peft_names import PREFIX, our_names
+from lightning_lora.adapter_io.peft_names import PREFIX, factor_in_file, our_names
 from lightning_lora.config import LoRAConfig
 from lightning_lora.storage.atomic_files import write_atomic
 from lightning_lora.storage.folder_commit import commit, occupied, read_undisturbed
@@ -189,8 +189,9 @@ def _read_folder(folder: Path) -> AdapterFile:
     meta = None if said is None else parsed(said, f"{file}: its {META} metadata")
     named: dict[str, Tensor] = {}
     for name, ours in our_names(tensors, str(file)).items():
-        twin = named.setdefault(ours, tensors[name])
-        if twin is not tensors[name] and not (twin.dtype == tensors[name].dtype and twin.equal(tensors[name])):
+        tensor = tensors[name] if (by := factor_in_file(name)) == 1 else tensors[name] / by
+        twin = named.setdefault(ours, tensor)
+        if twin is not tensor and not (twin.dtype == tensor.dtype and twin.equal(tensor)):
             raise ValueError(f"{file} holds two tensors for the parameter of {name!r}, with different values.")
     if meta is None:  # PEFT wrote the file
         words = _read_json(standing(folder / CONFIG))

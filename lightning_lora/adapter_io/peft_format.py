@@ -27,10 +27,11 @@ _INERT = {
 _HONOURED = {
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias", "use_rslora",
     "modules_to_save", "rank_pattern", "alpha_pattern", "init_lora_weights", "use_dora", "variant_options", "target_parameters",
+    "trainable_token_indices", "ensure_weight_tying",
 }  # fmt: skip
 _REFUSED = {
     "lora_bias", "use_qalora", "use_bdlora", "velora_config", "alora_invocation_tokens", "monteclora_config", "kasa_config",
-    "arrow_config", "layer_replication", "megatron_config", "trainable_token_indices", "ensure_weight_tying",
+    "arrow_config", "layer_replication", "megatron_config",
 }  # fmt: skip
 _NOT_CODE = {"auto_mapping", "megatron_core", "trust_remote_code"}
 # Values of init_lora_weights that subtract something from the base. All others leave the base unchanged.

@@ -23,6 +23,9 @@ ROOT = "base_model."
 PREFIX = f"{ROOT}model."  # begins every tensor name in PEFT's files
 _FACTOR = re.compile(r"\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector|vera_lambda_[bd])(?:\.(?!weight$|bias$)([^.]+))?(?:\.weight)?$")
 _OURS = {"lora_embedding_A": "lora_A", "lora_embedding_B": "lora_B", "vera_lambda_b": "lora_lambda_b", "vera_lambda_d": "lora_lambda_d"}
+# B of a layer inside an adapted one: the output projection of nn.MultiheadAttention. PEFT 0.21 adds its update twice, in forward passes and
+# in merges (tests/parity/test_attention.py). So the B that gives the update is twice the file's.
+_ADDED_TWICE = re.compile(r"\.base_layer\.(?!lora_)[^.]+\.lora_B(?:\.(?!weight$)[^.]+)?\.weight$")
 _PROBE = ".lora_A.weight"
 
 
@@ -45,6 +48,11 @@ def our_names(names: Iterable[str], where: str) -> dict[str, str]:
     return found
 
 
+def factor_in_file(name: str) -> float:
+    """Return what a tensor is multiplied by when it is written to a PEFT file under this name, and divided by when it is read."""
+    return 0.5 if _ADDED_TWICE.search(name) else 1.0
+
+
 def our_name(name: str, where: str, adapters: Collection[str] = ()) -> str:
     """Return the name in our adapted model of a tensor in a PEFT file.
 
@@ -64,15 +72,17 @@ def our_name(name: str, where: str, adapters: Collection[str] = ()) -> str:
         raise ValueError(f"{where}: tensor {name!r} does not start with {PREFIX!r}; this is no PEFT adapter.")
     clean = clean.removeprefix(PREFIX)
     if match := _FACTOR.search(clean):
-        return f"{clean[: match.start()]}.{_OURS.get(match[1], match[1])}"
+        owner = re.sub(r"\.base_layer(?=\.)", "", clean[: match.start()])  # of a layer inside an adapted one
+        return f"{owner}.{_OURS.get(match[1], match[1])}"
     several = "|".join(map(re.escape, ("default", *adapters)))
     return re.sub(rf"\.(?:base_layer|modules_to_save(?:\.(?:{several})(?=\.))?)\.", ".", clean)
 
 
 def peft_name(name: str, adapted: Collection[str]) -> str:
-    """Return the name of a base tensor in PEFT's files, where adapted layers are one module deeper."""
-    owner, _, last = name.rpartition(".")
-    return f"{owner}.base_layer.{last}" if owner in adapted else name
+    """Return the name of a base tensor or of a layer in PEFT's files, where what is inside an adapted layer is one module deeper."""
+    parts = name.split(".")
+    inside = [i for i in range(1, len(parts)) if ".".join(parts[:i]) in adapted]
+    return ".".join(f"base_layer.{part}" if i in inside else part for i, part in enumerate(parts))
 
 
 def names_here(model: nn.Module, old: Iterable[str], modules: Collection[str]) -> dict[str, str]:

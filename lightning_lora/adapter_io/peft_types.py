@@ -14,6 +14,10 @@ _CHECKS = {
     "a mapping": lambda value: isinstance(value, dict),
     "a list of names": lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value),
     _NAMES: lambda value: isinstance(value, str) or (isinstance(value, list) and all(isinstance(each, str) for each in value)),
+    "a list of whole numbers, or a mapping from names to such lists": lambda value: all(
+        isinstance(each, list) and each and all(isinstance(index, int) and not isinstance(index, bool) for index in each)
+        for each in (value.values() if isinstance(value, dict) else [value])
+    ),
     "a whole number or a list of them": lambda value: all(
         isinstance(each, int) and not isinstance(each, bool) for each in (value if isinstance(value, list) else [value])
     ),
@@ -28,7 +32,8 @@ _FIELDS = {
     "target_modules": _NAMES, "exclude_modules": _NAMES, "layers_pattern": _NAMES,
     "modules_to_save": "a list of names", "target_parameters": "a list of names",
     "layers_to_transform": "a whole number or a list of them",
-    "rank_pattern": "a mapping", "alpha_pattern": "a mapping", "variant_options": "a mapping",
+    "trainable_token_indices": "a list of whole numbers, or a mapping from names to such lists",
+    "ensure_weight_tying": "true or false", "rank_pattern": "a mapping", "alpha_pattern": "a mapping", "variant_options": "a mapping",
 }  # fmt: skip
 _SHOWN = 60  # characters of a wrong value in the message
 

@@ -17,8 +17,10 @@ from lightning_lora.adapter_io.files import AdapterFile
 from lightning_lora.adapter_io.peft_format import as_lora
 from lightning_lora.adapter_io.peft_names import names_here, rebuilt
 from lightning_lora.adapter_io.peft_rules import is_saved, is_target, is_target_parameter, pattern_value, saved_names
+from lightning_lora.adapter_io.token_rows import why_tying_matters, with_whole_weights
 from lightning_lora.config import ALL_LINEAR, LoRAConfig
 from lightning_lora.layers.base import PREFIX
+from lightning_lora.model.fused_slices import slice_names
 from lightning_lora.model.heads import fresh_heads, within
 from lightning_lora.model.suitability import Suitability
 from lightning_lora.utils.names import modules_by_name
@@ -68,6 +70,7 @@ def place(adapter: AdapterFile, root: nn.Module, where: str) -> AdapterFile:
     adapter = replace(adapter, tensors=tensors)
     if adapter.fields is None:
         return adapter
+    tensors = with_whole_weights(tensors, adapter.fields, modules, where)
     dead = _dead(tensors, root, modules)
     tensors = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] not in dead}
     fields = as_lora(adapter.fields, where)
@@ -79,6 +82,8 @@ def place(adapter: AdapterFile, root: nn.Module, where: str) -> AdapterFile:
         if head in beside or (head in modules and {f"{head}.{name}" for name, _ in modules[head].named_parameters()} <= beside)
     ]
     fields |= {"modules_to_save": saved_names(fields)}
+    if reason := why_tying_matters(fields, layers, fields["modules_to_save"], modules):
+        raise ValueError(f"{where}: {reason}.")
     here = _Here(modules, {new: name for name, new in renamed.items()}, dead)
     return replace(adapter, config=_meant(adapter.config, fields, layers, heads, here, where), tensors=tensors, beside=beside)
 
@@ -103,7 +108,7 @@ def _meant(config: LoRAConfig, fields: dict[str, Any], layers: set[str], heads: 
         targets &= layers
     if not targets:
         raise ValueError(f"{where}: target_modules={names!r} names no module of this model.")
-    if targets != _named(config, here.modules):
+    if targets != _named(config, [*here.modules, *slice_names(here.modules)]):  # PEFT knows no slices
         config = replace(config, target_modules=[_whole(fqn) for fqn in sorted(targets)], exclude_modules=(), layers=None)
     save = partial(is_saved, fields["modules_to_save"])
     saved = [fqn for fqn, module in here.modules.items() if here.either(fqn, save) and any(True for _ in module.parameters())]

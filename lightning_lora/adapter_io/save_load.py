@@ -7,7 +7,7 @@ the base must be the one that the adapter was trained on, and no value may be Na
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapter_io import fingerprint, peft_format
-from lightning_lora.adapter_io.exported import export_layers
+from lightning_lora.adapter_io.exported import export_layers, with_parent
 from lightning_lora.adapter_io.extras import (
     brought_tensors,
+    check_values_kept,
     equal_values,
     extra_tensors,
     is_adapter,
@@ -28,14 +29,14 @@ from lightning_lora.adapter_io.extras import (
 from lightning_lora.adapter_io.files import AdapterFile, check_free, read_adapter, write_folder
 from lightning_lora.adapter_io.fingerprint import base_identity
 from lightning_lora.adapter_io.peft_experts import beside_experts
-from lightning_lora.adapter_io.peft_names import names_for_peft, peft_name
+from lightning_lora.adapter_io.peft_names import factor_in_file, names_for_peft, peft_name
 from lightning_lora.adapter_io.peft_rules import auto_mapping, task_type
 from lightning_lora.adapter_io.placing import place
 from lightning_lora.adapter_io.size_limit import check_size
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import PREFIX, LoRALayer, lora_layers
 from lightning_lora.layers.factors import Exported
-from lightning_lora.layers.spec import options_of
+from lightning_lora.layers.spec import LayerSpec, options_of
 from lightning_lora.model.apply import inject
 from lightning_lora.model.heads import saved_modules
 from lightning_lora.model.merge import unmerge_lora
@@ -74,7 +75,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
     names = _names(root, layers)
     tensors = {f"{names[fqn]}.{part}": tensor for fqn, layer in exported.items() for part, tensor in layer.tensors.items()}
     tensors |= {peft_name(name, layers): tensor for name, tensor in extras.items()}
-    _check_values_kept(tensors, str(folder), "no values to save")
+    check_values_kept(tensors, str(folder), "no values to save")
     for name, other in _shared(root, layers).items():
         warnings.warn(f"{name!r} and {other!r} are one module: read by PEFT, the adapter would be on the first only.", stacklevel=2)
     base = base_identity(root, extras) if fingerprint.is_readable(root) else None
@@ -85,6 +86,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
             stacklevel=2,
         )
     whole = {name: full_tensor(tensor.detach()) for name, tensor in tensors.items()}
+    whole = {name: tensor if (by := factor_in_file(name)) == 1 else tensor * by for name, tensor in whole.items()}
     content = AdapterFile(config, whole, base, frozenset(brought))
     fields = _fields(root, config, exported, layers)
     on_first_rank(lambda: write_folder(folder, content, fields, lambda: check_free(folder, overwrite)))
@@ -163,7 +165,7 @@ def checked_adapter(
     tensors, brought = _fit(root, report, adapter, str(path), check_base)
     places = {f"{target.fqn}.{name}": p for target in report.targets for name, p in target.module.named_parameters(recurse=False)}
     places |= {name: tensor for name, tensor in root.state_dict(keep_vars=True).items() if clean_name(name) in tensors}
-    _check_values_kept(places, str(path), "the adapter's values would be lost there")
+    check_values_kept(places, str(path), "the adapter's values would be lost there")
     if check_base and adapter.base is not None:
         trained = {name for name in tensors if not is_adapter(name)} | adapter.beside
         fingerprint.check_base(base_identity(root, trained), adapter.base, str(path))
@@ -185,23 +187,14 @@ def _names(root: nn.Module, layers: Collection[str]) -> dict[str, str]:
             " have. load_adapter reads this folder.",
             stacklevel=3,
         )
-    return {fqn: name or fqn for fqn, name in found.items()}
-
-
-def _check_values_kept(tensors: Mapping[str, Tensor], where: str, loss: str) -> None:
-    """Raise ValueError if a tensor is on the meta device, where a copy does nothing."""
-    meta = [clean_name(name) for name, tensor in tensors.items() if tensor.is_meta]
-    if meta:
-        raise ValueError(
-            f"{where}: {meta[0]!r} ({len(meta)} of {len(tensors)} tensors) is on the meta device, and {loss}: give the model its weights"
-            " first (from_pretrained, or to_empty and load_state_dict)."
-        )
+    return {fqn: peft_name(fqn, layers) if name in (None, fqn) else name for fqn, name in found.items()}
 
 
 def _fields(root: nn.Module, config: LoRAConfig, exported: dict[str, Exported], layers: dict[str, LoRALayer]) -> dict[str, Any]:
     """Return the content of ``adapter_config.json``."""
     modules, saved = [name for name in modules_by_name(root) if PREFIX not in name], saved_modules(root, config)
     transposed, model = any(layer.transposed for layer in layers.values()), bare(root)
+    exported = {fqn: each for fqn, each in exported.items() if not with_parent(fqn, layers)}  # PEFT too adapts these with their parent
     fields = peft_format.to_peft(config, exported, saved, modules, transposed=transposed)
     task = task_type(model, saved, modules)
     fields |= {"base_model_name_or_path": loaded_from(model), "task_type": task, "auto_mapping": auto_mapping(model, task)}
@@ -221,12 +214,15 @@ def _fit(root: nn.Module, report: TargetReport, adapter: AdapterFile, where: str
         raise ValueError(f"{where}: {error}.") from error
     shapes: dict[str, tuple[int, ...]] = {}
     for target in report.targets:
+        for file_name, own in target.kind.file_names.items():
+            if (named := f"{clean_name(target.fqn)}.{file_name}") in tensors:
+                tensors[f"{clean_name(target.fqn)}.{own}"] = tensors.pop(named)
         for part, shape in target.kind.parameter_shapes(target.module, target.spec).items():
             name = f"{clean_name(target.fqn)}.{part}"
             shapes[name] = shape
             if name in tensors and tuple(tensors[name].shape) != shape:
                 try:
-                    tensors[name] = target.kind.from_peft(target.module, part, tensors[name])
+                    tensors[name] = target.kind.from_peft(target.module, part, tensors[name], target.spec)
                 except ValueError as error:
                     raise ValueError(f"{where}: {name}: {error}.") from error
     base = {clean_name(name): tensor for name, tensor in root.state_dict(keep_vars=True).items() if not is_adapter(name)}
@@ -269,11 +265,12 @@ def _fit(root: nn.Module, report: TargetReport, adapter: AdapterFile, where: str
 def _same_adapter(root: nn.Module, layers: dict[str, LoRALayer], report: TargetReport, config: LoRAConfig, where: str) -> None:
     """Raise ValueError unless the model's adapted layers are those of the file, with its rank, scaling and variant."""
 
-    def key(config: LoRAConfig, rank: int, alpha: float) -> tuple[Any, ...]:
-        return rank, config.scaling_of(rank, alpha), config.variant, *options_of(config).items()
+    def key(config: LoRAConfig, spec: LayerSpec) -> tuple[Any, ...]:
+        slices = [] if spec.slices is None else spec.slices.names
+        return spec.rank, config.scaling_of(spec.rank, spec.alpha), config.variant, *options_of(config).items(), *slices
 
-    here = {name: key(layer.lora_config, layer.rank, layer.alpha) for name, layer in layers.items()}
-    file = {clean_name(t.fqn): key(config, t.rank, t.alpha) for t in report.targets}
+    here = {name: key(layer.lora_config, layer.spec) for name, layer in layers.items()}
+    file = {clean_name(t.fqn): key(config, t.spec) for t in report.targets}
     different = [
         f"{name!r} has {here.get(name)}, the file {file.get(name)}" for name in sorted(here | file) if here.get(name) != file.get(name)
     ]

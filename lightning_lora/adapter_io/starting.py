@@ -67,7 +67,7 @@ def _named(config: LoRAConfig, report: TargetReport, modules: Collection[str]) -
         texts += [part] if isinstance(part, str) else part
     if not whole and not any(map(is_regex, texts)):
         return config
-    ranks, alphas, kinds = ({t.fqn: getattr(t.spec, name) for t in report.targets} for name in ("rank", "alpha", "kind"))
+    ranks, alphas, kinds = ({fqn: getattr(t.spec, name) for t in report.targets for fqn in t.names} for name in ("rank", "alpha", "kind"))
     names = [*ranks]
     ends = {fqn for fqn in names if any(other.endswith(f".{fqn}") for other in modules)}  # such a name means other modules too
     return replace(
@@ -98,8 +98,8 @@ def _conflicts(root: nn.Module, given: LoRAConfig, found: LoRAConfig, report: Ta
     theirs = {t.fqn: t for t in report.targets}
     if is_set("target_modules", "exclude_modules", "layers"):
         which = replace(_DEFAULT, **{name: getattr(given, name) for name in ("target_modules", "exclude_modules", "layers")}, rank=1)
-        wanted = {t.fqn for t in resolve(root, which, frozen_parts=True).targets}
-        if unlike := sorted(wanted ^ theirs.keys()):
+        wanted = {fqn for t in resolve(root, which, frozen_parts=True).targets for fqn in t.names}
+        if unlike := sorted(wanted ^ {fqn for t in report.targets for fqn in t.names}):
             owner = "only the config" if unlike[0] in wanted else "only the adapter"
             yield "target_modules", given.target_modules, f"{len(theirs)} layers; {owner} has {unlike[0]}"
     doubled = has_start(given.init)  # a kept start doubles the rank in the file, not the scaling

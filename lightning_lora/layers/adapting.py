@@ -19,10 +19,12 @@ from lightning_lora.registry import qualified_name, why_refused
 
 def refusal(module: nn.Module, spec: LayerSpec) -> str | None:
     """Return why this module cannot be adapted, as a whole sentence; None if it can."""
-    kind = adapted_class(type(module), spec.config.variant, spec.kind)
+    kind = adapted_class(type(module), spec.config.variant, spec.kind, sliced=spec.slices is not None)
     fqn, name = spec.fqn, qualified_name(type(module))
     if kind is None:
         return why_refused(module, fqn)
+    if (unfit := kind.unfit(module)) is not None:
+        return f"{fqn!r} ({name}): {unfit}. Exclude it."
     if "forward" in module.__dict__:
         reason = why_not_prepared(module)  # of a library that sets one
         if reason is not None:
@@ -56,7 +58,7 @@ def refusal(module: nn.Module, spec: LayerSpec) -> str | None:
 def adapt(module: nn.Module, spec: LayerSpec) -> LoRALayer:
     """Turn a module into its LoRA subclass, in place. The caller has checked it with :func:`refusal`."""
     prepare(module)  # may change its class
-    cls = adapted_class(type(module), spec.config.variant, spec.kind)
+    cls = adapted_class(type(module), spec.config.variant, spec.kind, sliced=spec.slices is not None)
     assert cls is not None
     module.__class__ = cls
     assert isinstance(module, LoRALayer)

@@ -55,6 +55,8 @@ class LoRALayer(Factors):
 
     #: True if ``target_modules="all-linear"`` includes this kind.
     is_linear: ClassVar[bool] = False
+    #: Names of the module's children that are adapted together with it, with its rank and alpha: its own forward calls them.
+    children_too: ClassVar[tuple[str, ...]] = ()
     #: Names of the module's attributes that say the shape of its weight.
     sizes: ClassVar[tuple[str, ...]] = ()
     #: Options that a variant accepts in ``variant_options``, by name.
@@ -89,6 +91,14 @@ class LoRALayer(Factors):
             raise ValueError(f"{what} would train the row of padding_idx={module.padding_idx} too; exclude it")
         if r > min(outputs, math.prod(inputs)):
             raise ValueError(f"{what} with rank={r} is above min(in, out)={min(outputs, math.prod(inputs))}; choose a lower rank")
+
+    @classmethod
+    def unfit(cls, module: Any) -> str | None:
+        """Return why this kind cannot adapt this module, whatever the config; None if it can.
+
+        ``target_modules="all-linear"`` passes over such a module.
+        """
+        return None
 
     @classmethod
     def weight_shape(cls, module: Any) -> tuple[int, ...] | None:
@@ -185,7 +195,7 @@ class LoRALayer(Factors):
 
     def rebase_class(self, base: type[nn.Module]) -> None:
         """Switch to the adapted class over another base. A quantized layer needs this once its weight is a plain one."""
-        cls = adapted_class(base, self.lora_config.variant, self.spec.kind)
+        cls = adapted_class(base, self.lora_config.variant, self.spec.kind, sliced=self.spec.slices is not None)
         assert cls is not None
         self.__class__ = cls
 
@@ -247,12 +257,12 @@ class LoRALayer(Factors):
         state = self.__getstate__()  # torch's method leaves out what cannot be pickled, such as compiled code
         state.pop("shared_input", None)  # the parent owns the group; a copy of one layer would copy the others too
         state.pop("disabled", None)  # nobody would switch the copy on again
-        return _rebuild, (type(self).lora_base, self.lora_config.variant, self.spec.kind), state
+        return _rebuild, (type(self).lora_base, self.lora_config.variant, self.spec.kind, self.spec.slices is not None), state
 
 
-def _rebuild(base: type[nn.Module], variant: str, kind: str | None = None) -> LoRALayer:
+def _rebuild(base: type[nn.Module], variant: str, kind: str | None = None, sliced: bool = False) -> LoRALayer:
     """Unpickle: the dynamic class is made, not looked up."""
-    cls: Any = adapted_class(base, variant, kind)
+    cls: Any = adapted_class(base, variant, kind, sliced=sliced)
     layer: LoRALayer = cls.__new__(cls)
     return layer
 

@@ -13,41 +13,47 @@ from typing import Any
 
 from torch import nn
 
+from lightning_lora.layers.slices import Sliced
 from lightning_lora.registry import KIND_NAMES, VARIANTS, kind_of, look_up
 
-_CLASSES: dict[tuple[type, type, type], type[Any]] = {}
+_CLASSES: dict[tuple[type, type, type, bool], type[Any]] = {}
 _UNDONE: dict[tuple[type, str], type[Any]] = {}
 
 
-def adapted_class(cls: type[nn.Module], variant: str, kind_name: str | None = None) -> type[Any] | None:
+def adapted_class(cls: type[nn.Module], variant: str, kind_name: str | None = None, *, sliced: bool = False) -> type[Any] | None:
     """Return the class that modules of ``cls`` (adapted or not) get with this variant; None if no kind adapts them.
 
     Args:
         cls: class of the module.
         variant: name of the variant.
         kind_name: name of the kind; by default the class decides.
+        sliced: the adapter is on slices of a fused projection.
 
     Raises:
         ValueError: there is no such variant or kind.
     """
     base = getattr(cls, "lora_base", cls)
     kind = kind_of(cls) if kind_name is None else look_up(KIND_NAMES, "kind_pattern: kind", kind_name)
-    return None if kind is None else lora_class(base, kind, look_up(VARIANTS, "variant", variant))
+    return None if kind is None else lora_class(base, kind, look_up(VARIANTS, "variant", variant), sliced)
 
 
-def lora_class(base: type[nn.Module], kind: type, variant: type) -> type[Any]:
-    """Return the subclass of ``base`` with this kind and this variant's mixin."""
-    key = (base, kind, variant)
+def lora_class(base: type[nn.Module], kind: type, variant: type, sliced: bool = False) -> type[Any]:
+    """Return the subclass of ``base`` with this kind and this variant's mixin, and with that of slices before them."""
+    key = (base, kind, variant, sliced)
     if key not in _CLASSES:
         name = ("LoRA" if variant is object else variant.__name__) + base.__name__
         own = {"__module__": base.__module__, "lora_base": base}
         if hasattr(kind, "weight_kind"):  # the variant changes the formula of each weight, not of the module that holds them
             own["weight_class"] = lora_class(nn.Module, kind.weight_kind, variant)
             _CLASSES[key] = type(name, (kind, base), own)
-        elif variant is object and issubclass(kind, base):
+        elif variant is object and not sliced and issubclass(kind, base):
             _CLASSES[key] = kind  # LoRALinear is itself the class for nn.Linear
         else:
-            parents = [cls for cls in (variant, kind, base) if cls is not object and not (cls is base and issubclass(kind, base))]
+            parents = [
+                cls
+                for cls in (Sliced if sliced else object, variant, kind, base)
+                if cls is not object and not (cls is base and issubclass(kind, base))
+            ]
             _CLASSES[key] = type(name, tuple(parents), own)
             _name_input_as_base_does(_CLASSES[key])
     return _CLASSES[key]

@@ -93,7 +93,7 @@ class LoRAConv(LoRALayer):
         return tensors
 
     @classmethod
-    def from_peft(cls, module: Any, part: str, tensor: Tensor) -> Tensor:
+    def from_peft(cls, module: Any, part: str, tensor: Tensor, spec: LayerSpec) -> Tensor:
         """Return the diagonal blocks of an ungrouped A.
 
         Raises:

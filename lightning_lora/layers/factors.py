@@ -30,6 +30,7 @@ class Exported:
         alpha: the alpha with which these tensors give the layer's update.
         config: the layer's config when the file is read back.
         kind: name of its kind then; None: the module's type decides.
+        own: rank and alpha of the layer that reads the tensors back, where they are not those of the tensors.
     """
 
     tensors: dict[str, Tensor]
@@ -37,6 +38,7 @@ class Exported:
     alpha: float
     config: LoRAConfig
     kind: str | None = None
+    own: tuple[int, float] | None = None
 
 
 class Factors(Mergeable):
@@ -50,6 +52,8 @@ class Factors(Mergeable):
 
     #: Names of A and B in PEFT's adapter files.
     peft_names: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
+    #: Name of a parameter in PEFT's files, as :mod:`lightning_lora.adapter_io.peft_names` reads it → its own name, where the two differ.
+    file_names: ClassVar[dict[str, str]] = {}
     #: Fields of PEFT's ``adapter_config.json`` for this variant, in addition to those of plain LoRA.
     peft_fields: ClassVar[dict[str, Any]] = {}
     #: Names in PEFT's files of tensors that belong to no single layer.
@@ -73,6 +77,11 @@ class Factors(Mergeable):
     def adapter_shapes(cls, module: Any, spec: LayerSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of ``lora_A`` and ``lora_B`` for a module of this kind."""
         raise NotImplementedError(f"{cls.__name__} must define adapter_shapes")
+
+    @classmethod
+    def outputs(cls, module: Any, spec: LayerSpec) -> int:
+        """Return the number of output channels of a module of this kind."""
+        return cls.adapter_shapes(module, spec)[1][0]
 
     @classmethod
     def parameter_shapes(cls, module: Any, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
@@ -186,7 +195,7 @@ class Factors(Mergeable):
         return fields
 
     @classmethod
-    def from_peft(cls, module: Any, part: str, tensor: Tensor) -> Tensor:
+    def from_peft(cls, module: Any, part: str, tensor: Tensor, spec: LayerSpec) -> Tensor:
         """Return PEFT's tensor for an adapter parameter in this kind's shape; unchanged where the shapes agree.
 
         Raises:

@@ -10,8 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
 from lightning_lora.config import LoRAConfig
 from lightning_lora.registry import VARIANTS, look_up
+from lightning_lora.utils.fused_layouts import FusedLayout
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,52 @@ class Option:
 
 
 @dataclass(frozen=True)
+class Slices:
+    """The slices of a fused projection that have an adapter each.
+
+    Attributes:
+        layout: the rows of all its parts.
+        names: the parts that are adapted, in the layout's order.
+    """
+
+    layout: FusedLayout
+    names: tuple[str, ...]
+
+    @property
+    def rows(self) -> int:
+        """Number of rows of the slices."""
+        return self.layout.groups * sum(size for name, size in self.layout.parts if name in self.names)
+
+    def placed(self, B: Tensor) -> Tensor:
+        """Return the block form (out, n·r) of a B that is stored slice after slice (rows of the slices, r)."""
+        rank, many, groups = B.shape[1], len(self.names), self.layout.groups
+        own = iter(B.split([groups * size for name, size in self.layout.parts if name in self.names]))
+        blocks = [
+            F.pad(next(own).view(groups, size, rank), ((i := self.names.index(name)) * rank, (many - 1 - i) * rank))
+            if name in self.names
+            else B.new_zeros(groups, size, many * rank)
+            for name, size in self.layout.parts
+        ]
+        return torch.cat(blocks, 1).flatten(0, 1)
+
+    def taken(self, blocks: Tensor) -> Tensor:
+        """Invert :meth:`placed`.
+
+        Raises:
+            ValueError: the shape is not that of a block form, or there are other values than zeros beside the blocks.
+        """
+        rank, rest = divmod(blocks.shape[1], len(self.names)) if blocks.ndim == 2 else (0, 1)
+        if rest or blocks.shape[0] != self.layout.rows:
+            raise ValueError(f"{tuple(blocks.shape)} is not B of {', '.join(self.names)} on {self.layout.rows} rows")
+        parts = blocks.unflatten(0, (self.layout.groups, -1)).split([size for _, size in self.layout.parts], 1)
+        named = dict(zip(self.layout.names, parts, strict=True))
+        B = torch.cat([named[name][..., i * rank : (i + 1) * rank].flatten(0, 1) for i, name in enumerate(self.names)])
+        if not torch.equal(self.placed(B), blocks):
+            raise ValueError(f"it has values outside the rows of {', '.join(self.names)}: the file is of an adapter on the whole layer")
+        return B
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """One layer's part of a config.
 
@@ -39,6 +90,7 @@ class LayerSpec:
         alpha: numerator of this layer's scaling.
         fqn: the layer's full name in the model; "" for a layer outside a model.
         kind: name of the kind that ``config.kind_pattern`` selects; None: the module's type decides.
+        slices: the slices that are adapted, if the layer is a fused projection; None: all of it, with one A and B.
         scaling: the factor that multiplies ``B·A``.
     """
 
@@ -47,6 +99,7 @@ class LayerSpec:
     alpha: float
     fqn: str = ""
     kind: str | None = None
+    slices: Slices | None = None
     scaling: float = field(init=False, compare=False)  # computed once, because every forward pass reads it
 
     def __post_init__(self) -> None:

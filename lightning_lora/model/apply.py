@@ -11,6 +11,7 @@ from torch import nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.adapting import adapt, unadapt
 from lightning_lora.layers.base import PREFIX, LoRALayer, lora_layers
+from lightning_lora.model.fast_paths import keep_off, put_back
 from lightning_lora.model.fuse import fuse, unfuse
 from lightning_lora.model.guards import guard, unguard
 from lightning_lora.model.heads import note_saved, saved_modules
@@ -91,6 +92,7 @@ def inject(model: nn.Module, config: LoRAConfig, report: TargetReport) -> nn.Mod
                 raise ValueError(f"{target.fqn!r}: {error}.") from error
         report.targets[0].kind.finish({target.fqn: layer for target in report.targets if isinstance(layer := target.module, LoRALayer)})
         fuse(model)
+        keep_off(model)
         _train_extras(model, config, report)
         guard(model)
         if is_distributed():
@@ -152,8 +154,8 @@ def _alike(config: LoRAConfig, layer: tuple[str, LoRALayer]) -> bool:
 def _same_layers(model: nn.Module, config: LoRAConfig, layers: Sequence[tuple[str, LoRALayer]]) -> bool:
     """Return whether a config names the layers that the model has, with their ranks and alphas, and the modules trained in full."""
     report = find_targets(model, config)
-    here = {clean_name(name): (layer.rank, layer.alpha, layer.spec.kind) for name, layer in layers}
-    there = {target.fqn: (target.rank, target.alpha, target.spec.kind) for target in report.targets}
+    here = {clean_name(name): (layer.rank, layer.alpha, layer.spec.kind, layer.spec.slices) for name, layer in layers}
+    there = {target.fqn: (target.rank, target.alpha, target.spec.kind, target.spec.slices) for target in report.targets}
     return here == there and set(report.saved) == set(saved_modules(model, layers[0][1].lora_config))
 
 
@@ -207,6 +209,7 @@ def unload_lora(model: nn.Module, *, merged: Literal["keep", "drop"] | None = No
     note_saved(model, ())
     for _, layer in list(lora_layers(model)):
         unadapt(layer)
+    put_back(model)
     unguard(model)
     return model
 

@@ -50,6 +50,10 @@ def extract_adapter(model: nn.Module, tuned: nn.Module, config: LoRAConfig, *, e
         if adapted := next((name for name, _ in lora_layers(each)), None):
             raise ValueError(f"{what}: {adapted!r} has LoRA; merge and unload it, or drop it with unload_lora.")
     report = find_targets(model, config)
+    for target in report.targets:
+        if target.kind.adapted != ("weight",) or target.spec.slices is not None:
+            names = ", ".join(target.names)
+            raise ValueError(f"{names}: a difference is extracted from a layer's whole weight; name the fused layer, or exclude it.")
     differences = {target.fqn: _difference(target.module, tuned, target.fqn) for target in report.targets}
     if energy is not None:
         ranks = {f"^{re.escape(fqn)}$": rank_for_energy(torch.linalg.svdvals(d.flatten(1)), energy) for fqn, d in differences.items()}

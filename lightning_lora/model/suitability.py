@@ -6,7 +6,10 @@ from functools import cached_property
 
 from torch import nn
 
+from lightning_lora.config import LoRAConfig
+from lightning_lora.layers.classes import adapted_class
 from lightning_lora.layers.linearity import why_not_linear
+from lightning_lora.model.fast_paths import SWITCHED
 from lightning_lora.utils.weight_reads import weight_reads
 
 
@@ -22,7 +25,7 @@ class Suitability:
 
     @cached_property
     def _reads(self) -> dict[nn.Module, str]:
-        return weight_reads(self.model)
+        return weight_reads(self.model, SWITCHED)
 
     def reason(self, module: nn.Module, kind: str | None = None) -> str | None:
         """Return why an adapter on this layer would be wrong; None if it would be right.
@@ -36,4 +39,5 @@ class Suitability:
             return (
                 f"{where} reads its weight without calling it, so an adapter there would have no effect and merging would change the model"
             )
-        return why_not_linear(module, kind)
+        own = adapted_class(type(module), LoRAConfig().variant, kind)
+        return (own and own.unfit(module)) or why_not_linear(module, kind)

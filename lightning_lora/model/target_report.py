@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.spec import LayerSpec
+from lightning_lora.model.fused_slices import names_of
 from lightning_lora.quantization.formats import format_of
 from lightning_lora.utils.patterns import starred
 
@@ -23,6 +24,11 @@ class Target:
     type_name: str  # the module's type before it is adapted
     kind: type[LoRALayer]  # the module's class after it is adapted
     spec: LayerSpec
+
+    @property
+    def names(self) -> list[str]:
+        """The names by which a config names it: its own, or those of the slices that are adapted."""
+        return names_of(self.fqn, self.spec.slices)
 
     @property
     def rank(self) -> int:
@@ -83,7 +89,8 @@ class TargetReport:
         parameters: Counter[tuple[str, ...]] = Counter()
         for target in self.targets:
             shape = ", ".join("×".join(map(str, each)) for each in target.shapes)
-            row = (starred(target.fqn), target.type_name, shape, str(target.rank), f"{target.alpha:g}")
+            slices = f" ({', '.join(target.spec.slices.names)})" if target.spec.slices else ""
+            row = (starred(target.fqn) + slices, target.type_name, shape, str(target.rank), f"{target.alpha:g}")
             groups[row] += 1
             parameters[row] += target.parameters
         rows: list[tuple[str, ...]] = [("module", "type", "weight", "rank", "alpha", "count", "parameters")]

@@ -10,6 +10,8 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Container, Iterable
+from dataclasses import replace
+from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -20,6 +22,7 @@ from lightning_lora.layers.base import PREFIX
 from lightning_lora.layers.classes import adapted_class
 from lightning_lora.layers.spec import LayerSpec, options_of
 from lightning_lora.model.frozen_parts import mixed_with_frozen
+from lightning_lora.model.fused_slices import chosen_slices, names_of, slice_names
 from lightning_lora.model.heads import output_heads, saved_modules, within
 from lightning_lora.model.suitability import Suitability
 from lightning_lora.model.target_report import Target, TargetReport, lines_of
@@ -44,6 +47,11 @@ class _Field:
         self.hits.update(found)
         return found
 
+    def values(self, table: dict[str, Any], names: list[str], fqn: str, default: Any) -> list[Any]:
+        """Return what a table of patterns gives each name of a layer, or else the layer itself."""
+        own = next((table[text] for text in self.matching(fqn)), default)
+        return [own if name == fqn else next((table[text] for text in self.matching(name)), own) for name in names]
+
 
 class _AllLinear(_Field):
     """``target_modules="all-linear"``: match every linear except output heads, modules trained in full, and linears unsuitable for LoRA."""
@@ -53,6 +61,8 @@ class _AllLinear(_Field):
         heads = output_heads(model)
         kinds = {fqn: kind_of(type(module)) for fqn, module in modules.items() if module not in heads and not within(fqn, saved)}
         linears = [fqn for fqn, kind in kinds.items() if kind is not None and kind.is_linear]  # type: ignore[attr-defined]
+        inside = {f"{fqn}.{name}" for fqn in linears if not suitability.reason(modules[fqn]) for name in _children_too(modules[fqn])}
+        linears = [fqn for fqn in linears if fqn not in inside]  # adapted together with the module around them
         self.passed_over = {fqn: reason for fqn in linears if (reason := suitability.reason(modules[fqn]))}
         self.linears = set(linears) - self.passed_over.keys()
 
@@ -95,18 +105,39 @@ def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False)
         if wanted.matching(fqn) and module not in out and (config.layers is None or layer_index(fqn) in config.layers):
             chosen.setdefault(module, fqn)
 
+    slices = chosen_slices(modules, chosen, wanted.matching, excluded.matching)
+    slices = {
+        module: each for module, each in slices.items() if module in chosen or (module not in out and _inside(config, modules, module))
+    }
+    chosen = {module: fqn for fqn, module in reversed(modules.items()) if module in chosen or module in slices}
+    chosen = {module: fqn for module, fqn in reversed(chosen.items()) if module not in slices or slices[module].names}
+
+    with_parent = {f"{fqn}.{name}" for module, fqn in chosen.items() for name in _children_too(module)}
     targets, problems = [], []
     for module, fqn in chosen.items():
-        rank = next((config.rank_pattern[text] for text in rules["rank_pattern"].matching(fqn)), config.rank)
-        alpha = next((config.alpha_pattern[text] for text in rules["alpha_pattern"].matching(fqn)), config.alpha)
+        if fqn in with_parent:
+            continue
+        names = names_of(fqn, slices.get(module))
+        ranks, alphas = (
+            rules[f"{name}_pattern"].values(getattr(config, f"{name}_pattern"), names, fqn, getattr(config, name))
+            for name in ("rank", "alpha")
+        )
         kind_name = next((config.kind_pattern[text] for text in rules["kind_pattern"].matching(fqn)), None)
-        spec = LayerSpec(config, rank, alpha, fqn, kind_name)
-        problem = _problem(suitability, module, spec, saved)
-        kind = adapted_class(type(module), config.variant, kind_name)
+        if len({*ranks}) > 1 or len({*alphas}) > 1:
+            problems.append(f"{', '.join(names)} are slices of {fqn!r}, and share one rank and alpha; the patterns give {ranks}, {alphas}.")
+        spec = LayerSpec(config, ranks[0], alphas[0], fqn, kind_name, slices.get(module))
+        problem = _problem(suitability, modules, module, spec, saved)
+        kind = adapted_class(type(module), config.variant, kind_name, sliced=spec.slices is not None)
         if problem or kind is None:
             problems.append(problem or why_refused(module, fqn))
         else:
             targets.append(Target(fqn, module, type(module).__name__, kind, spec))
+            children = {f"{fqn}.{name}": module.get_submodule(name) for name in _children_too(module)}
+            for name, child in children.items():
+                if child not in out:
+                    problems += [problem] if (problem := refusal(child, replace(spec, fqn=name))) else []
+                    of_child: Any = adapted_class(type(child), config.variant)
+                    targets.append(Target(name, child, type(child).__name__, of_child, replace(spec, fqn=name)))
 
     if not frozen_parts:
         problems += mixed_with_frozen(model, {target.fqn: target.module for target in targets})
@@ -132,9 +163,18 @@ def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False)
     return TargetReport(tuple(targets), hits, tuple(saved), left, total, passed_over)
 
 
+def _inside(config: LoRAConfig, modules: dict[str, nn.Module], module: nn.Module) -> bool:
+    """Return whether a module is in a block that ``config.layers`` names."""
+    return config.layers is None or any(layer_index(fqn) in config.layers for fqn, each in modules.items() if each is module)
+
+
+def _children_too(module: nn.Module) -> tuple[str, ...]:
+    return getattr(kind_of(type(module)), "children_too", ())
+
+
 def _unmatched(fields: Iterable[_Field], config: LoRAConfig, modules: dict[str, nn.Module], chosen: Iterable[str]) -> list[str]:
     """Return a problem per pattern and per layer index that matches nothing."""
-    adaptable = [fqn for fqn, module in modules.items() if kind_of(type(module)) is not None] or list(modules)
+    adaptable = slice_names(modules) + [fqn for fqn, module in modules.items() if kind_of(type(module)) is not None] or list(modules)
     problems = [no_match(each.name, text, adaptable) for each in fields for text, count in each.hits.items() if not count]
     hit = {layer_index(fqn) for fqn in chosen}
     missing = [index for index in config.layers or () if index not in hit]
@@ -144,13 +184,16 @@ def _unmatched(fields: Iterable[_Field], config: LoRAConfig, modules: dict[str, 
     return problems
 
 
-def _problem(suitability: Suitability, module: nn.Module, spec: LayerSpec, saved: list[str]) -> str | None:
+def _problem(suitability: Suitability, modules: dict[str, nn.Module], module: nn.Module, spec: LayerSpec, saved: list[str]) -> str | None:
     fqn = spec.fqn
     if within(fqn, saved):
         return f"{fqn!r} is in both target_modules and modules_to_save; adapt it or train it in full, not both."
     problem = refusal(module, spec)
     if problem is None and (reason := suitability.reason(module, spec.kind)):
-        return f"{fqn!r} ({qualified_name(type(module))}): {reason}. Exclude it."
+        parent, _, name = fqn.rpartition(".")
+        together = parent in modules and name in _children_too(modules[parent])
+        fix = f"Target {parent!r}, which adapts it too" if together else "Exclude it"
+        return f"{fqn!r} ({qualified_name(type(module))}): {reason}. {fix}."
     return problem
 
 

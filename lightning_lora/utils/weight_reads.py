@@ -8,7 +8,7 @@ class's method and functions that get a module.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
@@ -25,15 +25,19 @@ _METADATA = {
 }  # fmt: skip
 
 
-def weight_reads(model: nn.Module) -> dict[nn.Module, str]:
+def weight_reads(model: nn.Module, ignored: Container[Any] = ()) -> dict[nn.Module, str]:
     """Return module whose ``weight`` another module's forward reads → the function that reads it, such as ``Attention.forward``.
 
     A read in any branch counts, whether the branch is taken now or not. Reading only a weight's dtype, shape or device does not count.
+
+    Args:
+        model: any module.
+        ignored: methods that are not followed.
     """
     found: dict[nn.Module, str] = {}
     for parent in model.modules():
         if parent._modules:
-            visit = _Visit(parent, found)
+            visit = _Visit(parent, found, ignored)
             visit.method(parent, "forward", {})
     return found
 
@@ -44,6 +48,7 @@ class _Visit:
 
     parent: nn.Module
     found: dict[nn.Module, str]
+    ignored: Container[Any] = ()
     seen: dict[Any, list[Any]] = field(default_factory=dict)  # function, and the modules of its parameters → the modules that it returns
 
     def method(self, owner: nn.Module, name: str, bound: dict[int | str, list[Any]], after: type | None = None) -> list[Any]:
@@ -52,7 +57,7 @@ class _Visit:
             return []
         found, cls = _method(type(owner), name, after)
         shifted = {key + 1 if isinstance(key, int) else key: value for key, value in bound.items()}
-        returned = [self.function(function, {0: [owner], **shifted}, cls) for function in _wrapped(found)]
+        returned = [self.function(function, {0: [owner], **shifted}, cls) for function in _wrapped(found) if function not in self.ignored]
         return [each for objects in returned for each in objects]
 
     def function(self, function: FunctionType, bound: dict[int | str, list[Any]], cls: type | None = None) -> list[Any]:

@@ -44,8 +44,7 @@ class DoRA(LoRALayer):
     @classmethod
     def parameter_shapes(cls, module: Any, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
         """Return the kind's shapes, and m: (out,)."""
-        shapes = super().parameter_shapes(module, spec)
-        return shapes | {MAGNITUDE: shapes["lora_B"][:1]}
+        return super().parameter_shapes(module, spec) | {MAGNITUDE: (cls.outputs(module, spec),)}
 
     @classmethod
     def adapter_placements(cls, placement: Any) -> dict[str, Any]:
@@ -152,6 +151,6 @@ class DoRA(LoRALayer):
         return super().to_peft() | {MAGNITUDE: m if m.ndim == 1 else m.unsqueeze(0)}
 
     @classmethod
-    def from_peft(cls, module: Any, part: str, tensor: Tensor) -> Tensor:
+    def from_peft(cls, module: Any, part: str, tensor: Tensor, spec: LayerSpec) -> Tensor:
         """Return m as a vector, and other tensors as the kind does."""
-        return tensor.flatten() if part == MAGNITUDE else super().from_peft(module, part, tensor)
+        return tensor.flatten() if part == MAGNITUDE else super().from_peft(module, part, tensor, spec)

@@ -45,7 +45,7 @@ BAD_FOLDERS = [
     case(16, "modules_to_save", peft(modules_to_save=["head"]), ("missing", "head.weight")),
     case(16, "bias", peft(bias="lora_only"), ("missing", "layers.0.q_proj.bias")),
     case(16, "target_parameters", peft(target_parameters=["w"]), (JSON, "target_parameters=['w']", "not supported")),
-    case(16, "trainable_tokens", peft(trainable_token_indices=[1]), (JSON, "trainable_token_indices=[1]", "not supported")),
+    case(16, "trainable_tokens", peft(trainable_token_indices=[1]), ("trainable_token_indices=[1]", "no rows for them")),
     case(18, "config", peft(r=4), (OURS_A0, "(2, 12)", "rank=4", "(4, 12)")),
     case(18, "tensors", tensors(shrink), (OURS_A0, "(1, 12)", "rank=2", "(2, 12)")),
     case(18, "json_of_another_save", lambda f: edit_json(f, r=4), (JSON, "r=4", "2", "two different saves")),

@@ -70,7 +70,7 @@ def test_pefts_shape_and_back(groups):
     tensors = layer.to_peft()
     A, B = tensors["lora_A.weight"], tensors["lora_B.weight"]
     assert A.shape == (4, 4 * groups, 3, 3)
-    assert same_bits(LoRAConv.from_peft(layer, "lora_A", A), layer.lora_A)
+    assert same_bits(LoRAConv.from_peft(layer, "lora_A", A, layer.spec), layer.lora_A)
     assert same_bits(B, layer.lora_B)
     # PEFT runs A without groups and B with them: the same update.
     x = torch.randn(2, 4 * groups, 5, 5)
@@ -82,13 +82,14 @@ def test_pefts_shape_and_back(groups):
 def test_an_adapter_that_mixes_the_groups_is_refused():
     layer = grouped(2)
     with pytest.raises(ValueError, match=r"groups=2 mixes the groups, as PEFT's do"):
-        LoRAConv.from_peft(layer, "lora_A", torch.ones(4, 8, 3, 3))
+        LoRAConv.from_peft(layer, "lora_A", torch.ones(4, 8, 3, 3), layer.spec)
 
 
 @pytest.mark.parametrize("shape", [(4, 4, 3, 3), (3, 8, 3, 3), (4, 5, 3, 3)])
 def test_another_shape_passes_through_for_the_caller_to_judge(shape):
     A = torch.ones(shape)
-    assert LoRAConv.from_peft(grouped(2), "lora_A", A) is A
+    layer = grouped(2)
+    assert LoRAConv.from_peft(layer, "lora_A", A, layer.spec) is A
 
 
 def test_half_precision_activations_stay_half():

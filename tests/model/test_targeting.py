@@ -231,24 +231,47 @@ def test_attention_that_reads_weights_without_calling_the_layer():
         find_targets(model, LoRAConfig(target_modules=["out_proj"]))
 
 
-def test_transformer_encoder_layers_fast_path():
-    model = nn.ModuleDict({"encoder": nn.TransformerEncoderLayer(4, 2, 8), "head": nn.Linear(4, 2)})
-    with pytest.raises(ValueError, match=r"'encoder.linear1' .*TransformerEncoderLayer.forward reads its weight .* Exclude it"):
-        find_targets(model, LoRAConfig(target_modules=["linear1"], rank=2))
+class Ties(nn.Module):
+    """Reads the weight of one of its linears."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.called = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.called(nn.functional.linear(x, self.read.weight))
+
+
+def test_a_linear_that_is_read_is_refused_by_name():
+    model = nn.ModuleDict({"block": Ties(), "head": nn.Linear(4, 2)})
+    with pytest.raises(ValueError, match=r"'block.read' .*Ties.forward reads its weight .* Exclude it"):
+        find_targets(model, LoRAConfig(target_modules=["read"], rank=2))
 
 
 def test_all_linear_passes_over_what_an_adapter_cannot_serve():
-    model = nn.ModuleDict({"layers": nn.ModuleList(nn.TransformerEncoderLayer(4, 2, 8) for _ in range(2)), "head": nn.Linear(4, 2)})
-    with pytest.warns(UserWarning, match=r"leaves out 72% of the model, which no linear that LoRA can adapt contains: layers.\*.self_attn"):
+    model = nn.ModuleDict({"layers": nn.ModuleList(Ties() for _ in range(2)), "head": nn.Linear(4, 2)})
+    with pytest.warns(UserWarning, match=r"leaves out 40% of the model, which no linear that LoRA can adapt contains: layers.\*.read"):
+        report = find_targets(model, LoRAConfig(target_modules="all-linear", rank=2))
+    assert [target.fqn for target in report.targets] == ["layers.0.called", "layers.1.called", "head"]
+    assert len(report.passed_over) == 2
+    assert report.left_out["layers.*.read (Linear)"] == 64 and report.total == 162
+    line = next(line for line in str(report).splitlines() if "read" in line)
+    assert line.startswith("passed over: layers.*.read (2): Ties.forward reads its weight without calling it")
+    only = nn.ModuleDict({"ties": Ties()})
+    only["ties"].called = nn.Identity()
+    with pytest.raises(ValueError, match=r"target_modules='all-linear' finds no linear that LoRA can adapt: ties.read"):
+        find_targets(only, LoRAConfig(target_modules="all-linear"))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_are_left_out_with_a_line_and_refused_by_name(kind):
+    model = nn.ModuleDict({"recurrent": kind(8, 4), "cell": nn.LSTMCell(8, 4), "head": nn.Linear(4, 2)})
+    with pytest.warns(UserWarning, match="leaves out"):
         report = find_targets(model, LoRAConfig(target_modules="all-linear", rank=2))
     assert [target.fqn for target in report.targets] == ["head"]
-    assert len(report.passed_over) == 6
-    assert report.left_out["layers.*.linear1 (Linear)"] == 64 and report.total == 354
-    line = next(line for line in str(report).splitlines() if "linear1" in line)
-    assert line.startswith("passed over: layers.*.linear1 (2): TransformerEncoderLayer.forward reads its weight without calling it")
-    del model["head"]
-    with pytest.raises(ValueError, match=r"target_modules='all-linear' finds no linear that LoRA can adapt: layers.\*.self_attn.out_proj"):
-        find_targets(model, LoRAConfig(target_modules="all-linear"))
+    assert f"left out: recurrent ({kind.__name__})" in str(report) and "left out: cell (LSTMCell)" in str(report)
+    with pytest.raises(ValueError, match=rf"'recurrent' is a torch.nn.modules.rnn.{kind.__name__}, which LoRA cannot adapt: .* Exclude it"):
+        find_targets(model, LoRAConfig(target_modules=["recurrent"], rank=2))
 
 
 def test_meta_models_resolve_without_memory():

@@ -33,6 +33,17 @@ class Toy(nn.Module):
         return getattr(self, self.names[-1])(x).log_softmax(-1)
 
 
+class Attends(nn.Module):
+    """Self-attention as one layer in a row."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.mha = nn.MultiheadAttention(size, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mha(x, x, x)[0]
+
+
 def conv(shape: tuple[int, ...], name: str, layer: nn.Module, features: int) -> Toy:
     return Toy(shape, **{name: layer}, flat=nn.Flatten(), lin0=nn.Linear(features, 2))
 
@@ -52,7 +63,7 @@ MODELS = {
     "Conv2dGroups2": lambda: conv((2, 3, 3), "conv2d", nn.Conv2d(2, 32, 3, padding=1, groups=2), 288),
     "Conv3d": lambda: conv((5, 3, 3, 3), "conv3d", nn.Conv3d(5, 10, 3), 10),
     "Conv3d1x1": lambda: conv((5, 3, 3, 3), "conv3d", nn.Conv3d(5, 10, 1), 270),
-    "MHA": lambda: Toy((10,), mha=nn.MultiheadAttention(10, 2), lin0=nn.Linear(10, 2)),
+    "MHA": lambda: Toy((10,), attends=Attends(10), lin0=nn.Linear(10, 2)),
     "ConvTranspose": lambda: conv((5, 3, 3), "up", nn.ConvTranspose2d(5, 10, 3), 250),
     "GRU": lambda: Toy((10,), lin0=nn.Linear(10, 20), gru=nn.GRU(20, 20), lin1=nn.Linear(20, 2)),
 }
@@ -110,9 +121,9 @@ CASES = [
     ("Conv2d stride", "ConvStride", {"target_modules": ["conv2d"]}, "equal"),
     ("Modules named as PEFT names its own", "Names", {"target_modules": ["default", "weight"]}, "equal"),
     # Refused when injected.
-    ("MHA 1 LoRA", "MHA", {"target_modules": ["mha"]}, "no module: mha MultiheadAttention"),
-    ("MHA 2 LoRA", "MHA", {"target_modules": ["mha", "lin0"]}, "no module: mha MultiheadAttention"),
-    ("MHA inside", "MHA", {"target_modules": ["out_proj"]}, "no module: mha.out_proj NonDynamicallyQuantizableLinear"),
+    ("MHA 1 LoRA", "MHA", {"target_modules": ["mha"]}, "read"),
+    ("MHA 2 LoRA", "MHA", {"target_modules": ["mha", "lin0"]}, "read"),
+    ("MHA inside", "MHA", {"target_modules": ["out_proj"]}, "no module: attends.mha.out_proj NonDynamicallyQuantizableLinear"),
     ("LayerNorm", "MLP_LayerNorm", {"target_modules": ["layernorm0"]}, "no module: layernorm0 LayerNorm"),
     ("ConvTranspose", "ConvTranspose", {"target_modules": ["up"]}, "no module: up ConvTranspose2d"),
     ("GRU", "GRU", {"target_modules": ["gru", "lin0"]}, "no module: gru GRU"),
@@ -173,7 +184,7 @@ CASES = [
         "trainable_tokens",
         "EmbConv1D",
         {"target_modules": ["conv1d"], "trainable_token_indices": {"emb": [0, 10]}, "fan_in_fan_out": True},
-        "trainable_token_indices",
+        "read",
     ),
     ("Vanilla MLP 1 LoRA with lora_b bias", "MLP", {**LIN01, "lora_bias": True, "lora_alpha": 32}, "lora_bias"),
     ("Conv2d 1 LoRA with lora_b bias", "Conv2d", {"target_modules": ["conv2d"], "lora_bias": True, "lora_alpha": 32}, "lora_bias"),

@@ -58,7 +58,6 @@ REFUSED = [
     ("use_bdlora", {"nblocks": 2}),
     ("arrow_config", {"top_k": 1}),
     ("kasa_config", {"beta": 1e-4}),
-    ("ensure_weight_tying", True),
     ("peft_type", "LOHA"),
     ("peft_type", "ADALORA"),
 ]

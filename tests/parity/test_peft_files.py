@@ -108,7 +108,7 @@ REFUSED = {
         (),
         "'model.embed_tokens.weight' is no linear layer's weight",
     ),
-    "tokens": ({"trainable_token_indices": [1]}, (), r"trainable_token_indices=\[1\] changes what the adapter computes"),
+    "tokens": ({"trainable_token_indices": [1]}, (), r"trainable_token_indices=\[1\], and the tensors beside it have no rows for them"),
     "no-layers": ({"target_modules": ["c_attn"]}, (), r"target_modules=\['c_attn'\] names no module of this model"),
     "two-adapters": ({}, [("0.self_attn.q_proj.lora_A", "1.self_attn.q_proj.lora_A.b")], r"holds several adapters \(b\); save one of them"),
     "no-prefix": ({}, [("base_model.model.", "")], "does not start with 'base_model.model.'; this is no PEFT adapter"),
