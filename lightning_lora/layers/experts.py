@@ -103,11 +103,11 @@ class LoRAExperts(SeveralWeights):
 
     @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the base's output with every expert's weight adapted."""
+        """Return the base's output, with every expert's weight adapted unless the layer is merged or disabled."""
+        # A stand-in also where nothing is added: experts have attributes such as GPT-OSS's alpha, and an adapted layer has its own.
         base: Any = type(self).lora_base
-        if self.disabled or self.merged:
-            return base.forward(self, *args, **kwargs)
         stand_in = object.__new__(base)
-        weights = {name: layer.adapted_weight() for name, layer in self.by_weight().items()}  # type: ignore[attr-defined]
-        stand_in.__dict__.update(self.__dict__, **weights)  # found before the parameters of these names
+        stand_in.__dict__.update(self.__dict__)
+        if not self.disabled and not self.merged:  # the weights here are found before the parameters of the same names
+            stand_in.__dict__.update({name: layer.adapted_weight() for name, layer in self.by_weight().items()})  # type: ignore[attr-defined]
         return base.forward(stand_in, *args, **kwargs)
