@@ -11,12 +11,16 @@ PEFT (``target_parameters``) adds the dense updates of all experts in every forw
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.factors import Exported
+from lightning_lora.layers.peft_stacks import from_file, is_exchanged, to_file
 from lightning_lora.layers.several_weights import SeveralWeights
 from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.ops.low_rank_sum import LowRankSum
@@ -35,6 +39,8 @@ class ExpertStack(LoRALayer):
     """
 
     lora_base = nn.Module
+    #: True if the module has a true ``is_transposed``, by which PEFT chooses the factors' axes. Llama 4 is transposed without it.
+    flagged_transposed: bool
 
     @classmethod
     def adapter_shapes(cls, module: Any, spec: LayerSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -65,6 +71,11 @@ class ExpertStack(LoRALayer):
         experts = self.weight.shape[0]
         return A.unflatten(0, (experts, -1)), B.unflatten(0, (experts, -1))
 
+    def to_peft(self) -> dict[str, Tensor]:
+        """Return A and B as PEFT 0.19 and later store them."""
+        A, B = (factor.detach() for factor in self.factor_matrices())
+        return dict(zip(self.peft_names, to_file(A, B, exchanged=self.transposed != self.flagged_transposed), strict=True))
+
     def adapted_weight(self) -> LowRankSum:
         """Return the weight with its update, in the weight's own layout."""
         A, B = self.factor_matrices()
@@ -90,7 +101,7 @@ class LoRAExperts(SeveralWeights):
     @classmethod
     def _alone(cls, module: Any, name: str) -> Any:
         layer = super()._alone(module, name)
-        layer.__dict__["transposed"] = cls.stored_transposed
+        layer.__dict__.update(transposed=cls.stored_transposed, flagged_transposed=bool(getattr(module, "is_transposed", False)))
         return layer
 
     @classmethod
@@ -111,3 +122,70 @@ class LoRAExperts(SeveralWeights):
         if not self.disabled and not self.merged:  # the weights here are found before the parameters of the same names
             stand_in.__dict__.update({name: layer.adapted_weight() for name, layer in self.by_weight().items()})  # type: ignore[attr-defined]
         return base.forward(stand_in, *args, **kwargs)
+
+    # Files. PEFT wraps the module once per weight, in the order in which the module declares them: the last one is the outermost.
+
+    @classmethod
+    def _nested(cls, module: Any, weights: Collection[str]) -> dict[str, int]:
+        """Return weight → how many wrappers are around its own."""
+        declared = [name for name in module._parameters if name in weights]
+        return {name: len(declared) - 1 - index for index, name in enumerate(declared)}
+
+    def to_peft(self) -> dict[str, Tensor]:
+        """Return PEFT's tensors of all weights."""
+        layers, nested = self.by_weight(), self._nested(self, self.adapted)
+        return {"base_layer." * nested[name] + part: t for name, layer in layers.items() for part, t in layer.to_peft().items()}
+
+    def exported(self) -> Exported:
+        """Return what files have, with the names of the parameters, which PEFT targets instead of the module."""
+        return replace(super().exported(), parameters=tuple(self.adapted))
+
+    @classmethod
+    def from_peft_stacks(
+        cls, module: Any, tensors: dict[str, Tensor], scalings: dict[str, float], version: str | None
+    ) -> dict[str, Tensor]:
+        """Return the adapter parameters of a module for the tensors of a file.
+
+        The module has one rank and one scaling. Factors of a lower rank are filled with zeros, which stay zero in training. What differs
+        in scaling from the weight with the highest rank is multiplied into B. A weight without tensors gets zeros.
+
+        Args:
+            module: adapted or not.
+            tensors: ``lora_A`` and ``lora_B`` of the outermost weight, ``lora_A_1`` and ``lora_B_1`` of the one inside, and so on.
+            scalings: weight that the file adapts → its scaling.
+            version: the file's ``peft_version``.
+
+        Raises:
+            ValueError: the tensors do not fit; the message has the weight's name and the reason.
+        """
+        if not scalings:
+            raise ValueError("the JSON's target_parameters names no weight of it")
+        pairs: dict[str, tuple[Tensor, Tensor]] = {}
+        layers = {name: cls._alone(module, name) for name in cls.adapted}
+        rest = dict(tensors)
+        for name, depth in cls._nested(module, scalings).items():
+            end = f"_{depth}" if depth else ""
+            if not {f"lora_A{end}", f"lora_B{end}"} <= rest.keys():
+                raise ValueError(f"{name}: the file has no pair for it")
+            A, B = rest.pop(f"lora_A{end}"), rest.pop(f"lora_B{end}")
+            layer = layers[name]
+            shape = tuple(layer.to_matrix(layer.weight).shape)
+            try:
+                exchanged = is_exchanged(A, B, shape, layer.transposed, layer.flagged_transposed, version)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+            pairs[name] = from_file(A, B, shape[0], exchanged=exchanged)
+        if rest:
+            raise ValueError(f"{next(iter(rest))} belongs to no weight that the file targets")
+        rank, common = max((A.shape[1], scalings[name]) for name, (A, _) in pairs.items())
+        found = {}
+        for name, layer in layers.items():
+            experts, outputs, inputs = layer.to_matrix(layer.weight).shape
+            A, B = torch.zeros(experts, rank, inputs), torch.zeros(experts, outputs, rank)
+            if name in pairs:
+                own = pairs[name]
+                A, B = A.to(own[0].dtype), B.to(own[1].dtype)
+                A[:, : own[0].shape[1]] = own[0]
+                B[..., : own[0].shape[1]] = own[1] * (scalings[name] / common)
+            found |= {f"lora_A_{name}": A.flatten(0, 1), f"lora_B_{name}": B.flatten(0, 1)}
+        return found

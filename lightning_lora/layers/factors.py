@@ -30,6 +30,7 @@ class Exported:
         alpha: the alpha with which these tensors give the layer's update.
         config: the layer's config when the file is read back.
         kind: name of its kind then; None: the module's type decides.
+        parameters: names of the module's parameters that PEFT targets one by one; empty where it targets the module.
     """
 
     tensors: dict[str, Tensor]
@@ -37,6 +38,7 @@ class Exported:
     alpha: float
     config: LoRAConfig
     kind: str | None = None
+    parameters: tuple[str, ...] = ()
 
 
 class Factors(Mergeable):
