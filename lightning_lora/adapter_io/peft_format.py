@@ -59,10 +59,10 @@ def to_peft(
                 f"modules_to_save: {name!r} cannot be saved in PEFT's format, which would take {other!r}, a name that ends in it,"
                 " for it too."
             )
-    stacks = {fqn: layer for fqn, layer in layers.items() if layer.parameters}
+    stacks = {fqn: layer for fqn, layer in layers.items() if layer.peft_parameters}
     called = [fqn for fqn in layers if fqn not in stacks]
     # Name in PEFT's patterns → layer: that of the module, or of each parameter.
-    keys = {key: layer for fqn, layer in layers.items() for key in ([f"{fqn}.{name}" for name in layer.parameters] or [fqn])}
+    keys = {key: layer for fqn, layer in layers.items() for key in ([f"{fqn}.{name}" for name in layer.peft_parameters] or [fqn])}
     fields = {
         "peft_type": "LORA",
         "task_type": None,

@@ -97,6 +97,10 @@ class LoRAExperts(SeveralWeights):
         stored = stored_experts(cls.lora_base)
         if stored is not None:
             cls.adapted, cls.stored_transposed = stored
+            cls.peft_parameters = cls.adapted
+            # Compilers run it as it is: traced, the stand-in's weights would be taken for the module's own. Not a decorator: that imports
+            # Dynamo, which transformers' models have imported already.
+            cls.forward = torch.compiler.disable(cls.forward)  # type: ignore[method-assign]
 
     @classmethod
     def _alone(cls, module: Any, name: str) -> Any:
@@ -112,7 +116,6 @@ class LoRAExperts(SeveralWeights):
             raise ValueError(f"LoRA does not see the products of experts_implementation={chosen!r}; choose one of {', '.join(_KNOWN)}")
         super().check(module, spec)
 
-    @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the base's output, with every expert's weight adapted unless the layer is merged or disabled."""
         # A stand-in also where nothing is added: experts have attributes such as GPT-OSS's alpha, and an adapted layer has its own.
@@ -138,7 +141,7 @@ class LoRAExperts(SeveralWeights):
 
     def exported(self) -> Exported:
         """Return what files have, with the names of the parameters, which PEFT targets instead of the module."""
-        return replace(super().exported(), parameters=tuple(self.adapted))
+        return replace(super().exported(), peft_parameters=self.peft_parameters)
 
     @classmethod
     def from_peft_stacks(

@@ -30,7 +30,7 @@ class Exported:
         alpha: the alpha with which these tensors give the layer's update.
         config: the layer's config when the file is read back.
         kind: name of its kind then; None: the module's type decides.
-        parameters: names of the module's parameters that PEFT targets one by one; empty where it targets the module.
+        peft_parameters: names of the module's parameters that PEFT targets one by one; empty where it targets the module.
     """
 
     tensors: dict[str, Tensor]
@@ -38,7 +38,7 @@ class Exported:
     alpha: float
     config: LoRAConfig
     kind: str | None = None
-    parameters: tuple[str, ...] = ()
+    peft_parameters: tuple[str, ...] = ()
 
 
 class Factors(Mergeable):
@@ -56,6 +56,8 @@ class Factors(Mergeable):
     peft_fields: ClassVar[dict[str, Any]] = {}
     #: Names in PEFT's files of tensors that belong to no single layer.
     peft_shared: ClassVar[tuple[str, ...]] = ()
+    #: Names of the module's parameters that PEFT targets one by one; empty where it targets the module.
+    peft_parameters: ClassVar[tuple[str, ...]] = ()
     #: True if the weight is stored as (in, out).
     transposed: ClassVar[bool] = False
 

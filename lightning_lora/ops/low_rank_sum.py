@@ -61,7 +61,7 @@ class LowRankSum:
     def __getitem__(self, index: Any) -> LowRankSum:
         """Return one matrix, for an index, or several, for a vector of indices or a slice; along the first dimension."""
         if self._weight.ndim < 3 or not isinstance(index, (int, slice, Tensor)) or (isinstance(index, Tensor) and index.dtype == torch.bool):
-            raise TypeError(_refusal(f"[{index!r}]"))
+            raise ValueError(_refusal(f"[{index!r}]"))
         if isinstance(index, slice) or (isinstance(index, Tensor) and index.ndim):
             return self._with(self._weight[index], self._left[index], self._right[index])
         return self._one_by_one()[int(index)]
@@ -77,7 +77,7 @@ class LowRankSum:
         """Return the sum of the transposed matrices; only the last two dimensions can be exchanged."""
         ndim = self._weight.ndim
         if {dim0 % ndim, dim1 % ndim} != {ndim - 2, ndim - 1}:
-            raise TypeError(_refusal(f"transpose({dim0}, {dim1})"))
+            raise ValueError(_refusal(f"transpose({dim0}, {dim1})"))
         return self._with(self._weight.mT, self._right.mT, self._left.mT)
 
     def t(self) -> LowRankSum:
@@ -107,7 +107,7 @@ class LowRankSum:
                 return summed._linear(*args, **kwargs)
             if name in _PRODUCTS:
                 return summed._multiplied(func, args, kwargs)
-        raise TypeError(_refusal(name))
+        raise ValueError(_refusal(name))
 
     # Products.
 
