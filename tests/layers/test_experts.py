@@ -17,7 +17,7 @@ from transformers.models.nemotron_h.configuration_nemotron_h import NemotronHCon
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from lightning_lora import LoRAConfig, apply_lora, compile_layers, disabled_lora, merge_lora, uncompile_layers, unload_lora, unmerge_lora
+from lightning_lora import LoRAConfig, apply_lora, disabled_lora, merge_lora, unload_lora, unmerge_lora
 from lightning_lora.layers.adapting import refusal
 from lightning_lora.layers.spec import LayerSpec
 from tests.conftest import base_bits, fill, same_bits
@@ -207,6 +207,7 @@ def test_every_implementation_in_a_model(make, implementation, dtype):
 
 
 @both
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 def test_checkpointing_with_dropout_gives_the_same_gradients(implementation):
     def gradients(checkpointed):
         config = LoRAConfig(rank=2, dropout=0.3, target_modules=["experts", "q_proj"])
@@ -222,23 +223,23 @@ def test_checkpointing_with_dropout_gives_the_same_gradients(implementation):
     torch.testing.assert_close(plain, again)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
-def test_compiled_blocks_run_the_experts_eagerly_and_right(implementation):
-    model = fill(apply_lora(tiny_qwen3_moe(implementation=implementation), CONFIG), std=0.1)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo's own, after a break
+def test_compiled_blocks_run_the_experts_eagerly_and_right():
+    model = fill(apply_lora(tiny_qwen3_moe(implementation="grouped_mm"), CONFIG), std=0.1)
+    block = model.model.layers[0].mlp
+    x = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(1))
 
     def step():
-        model.zero_grad()
-        logits = model(IDS).logits
-        logits.square().sum().backward()
-        return [logits.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
+        block.zero_grad()
+        y = block(x)
+        y.square().sum().backward()
+        return [y.detach(), *(p.grad for p in block.parameters() if p.requires_grad)]
 
     wanted = step()
-    compile_layers(model, backend="eager")
+    block.compile(backend="eager")
     try:
-        for _ in range(2):
-            torch.testing.assert_close(step(), wanted, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(step(), wanted, rtol=1e-4, atol=1e-6)
     finally:
-        uncompile_layers(model)
         torch.compiler.reset()
 
 
