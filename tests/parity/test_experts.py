@@ -19,13 +19,14 @@ from .models import DEPRECATED_BY_PEFT
 
 pytestmark = [
     pytest.mark.filterwarnings(DEPRECATED_BY_PEFT),
+    pytest.mark.filterwarnings("ignore:rank=4 of", "ignore:target_modules='all-linear' leaves out"),  # tiny gates; Mamba's mixers
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match"),  # PEFT looks for modules only, yet acts on them
 ]
 
 QUICK = ["qwen3_moe", "gpt_oss", "llama4_text"]  # a layout each
 SLOW = [
     *("afmoe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "ernie4_5_moe", "exaone_moe", "glm4_moe", "glm4_moe_lite", "granitemoe"),
-    *("hunyuan_v1_moe", "jamba", "jetmoe", "laguna", "longcat_flash", "minimax", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_next"),
+    *("hunyuan_v1_moe", "jamba", "jetmoe", "laguna", "minimax", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_next"),
     *("solar_open", "nemotron_h", "aria_text", "flex_olmo", "granitemoeshared", "minimax_m2", "cohere2_moe"),
 ]
 architectures = pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
@@ -36,7 +37,7 @@ def base_of(name):
     model, inputs = build(name)
     model.set_experts_implementation("eager") if hasattr(model.config, "_experts_implementation") else None
     model, inputs, exact = in_float64(model, inputs)
-    report = find_targets(model, LoRAConfig(target_modules="all-linear", modules_to_save=[]))
+    report = find_targets(model, LoRAConfig(rank=1, target_modules="all-linear", modules_to_save=[]))
     weights = [f"{target.fqn}.{name}" for target in report.targets if issubclass(target.kind, LoRAExperts) for name in target.kind.adapted]
     assert weights
     return model, inputs, exact, weights
@@ -52,7 +53,7 @@ def fill(model):
 
 
 def near(found, wanted, base, exact):
-    assert (wanted - base).abs().max() > 1e-2
+    assert (wanted - base).abs().max() > 1e-3
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10 if exact else 2e-6)
 
 
