@@ -27,9 +27,7 @@ def qualified_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def register_kind(
-    *names: str | type, name: str | None = None, match: Callable[[type], bool] | None = None
-) -> Callable[[type[T]], type[T]]:
+def register_kind(*names: str | type, name: str | None = None, match: Callable[[type], bool] | None = None) -> Callable[[type[T]], type[T]]:
     """Class decorator: adapt modules of these types, and of their subclasses, with the decorated class.
 
     Args:

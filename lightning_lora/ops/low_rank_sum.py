@@ -60,7 +60,11 @@ class LowRankSum:
 
     def __getitem__(self, index: Any) -> LowRankSum:
         """Return one matrix, for an index, or several, for a vector of indices or a slice; along the first dimension."""
-        if self._weight.ndim < 3 or not isinstance(index, (int, slice, Tensor)) or (isinstance(index, Tensor) and index.dtype == torch.bool):
+        if (
+            self._weight.ndim < 3
+            or not isinstance(index, (int, slice, Tensor))
+            or (isinstance(index, Tensor) and index.dtype == torch.bool)
+        ):
             raise ValueError(_refusal(f"[{index!r}]"))
         if isinstance(index, slice) or (isinstance(index, Tensor) and index.ndim):
             return self._with(self._weight[index], self._left[index], self._right[index])

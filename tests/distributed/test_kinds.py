@@ -132,9 +132,7 @@ def check_experts(name: str, order: str) -> dict[str, Any]:
     # In float64: fp32 sums of a batch and of its halves differ by 1e-5 in one process too.
     model, alone = tiny_qwen3_moe(torch.float64), apply_lora(tiny_qwen3_moe(torch.float64), config=config)
     model = (
-        wrap_experts(apply_lora(model, config=config), name)
-        if order == "before"
-        else apply_lora(wrap_experts(model, name), config=config)
+        wrap_experts(apply_lora(model, config=config), name) if order == "before" else apply_lora(wrap_experts(model, name), config=config)
     )
     for each in (model, alone):
         fill_adapters(each)

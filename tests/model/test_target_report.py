@@ -65,7 +65,9 @@ def test_what_all_linear_leaves_out_is_said(variant):
         report = find_targets(model, config)
     assert report.left_out == {"model.layers.*.mlp.experts (Qwen3MoeExperts)": 24_576, "model.layers.*.mlp.gate (Qwen3MoeTopKRouter)": 512}
     assert "left out: model.layers.*.mlp.experts (Qwen3MoeExperts), 24,576 elements, 69% of the model" in str(report)
-    assert f"passed over: model.layers.*.mlp.experts (2): 'model.layers.*.mlp.experts' ({QWEN3}): gate_up_proj: variant='{variant}'" in str(report)
+    assert f"passed over: model.layers.*.mlp.experts (2): 'model.layers.*.mlp.experts' ({QWEN3}): gate_up_proj: variant='{variant}'" in str(
+        report
+    )
     apply_lora(model, config=LoRAConfig(target_modules=["q_proj"]))
     with pytest.warns(UserWarning, match="of 35,520 elements"):  # of the base, not of the adapters on it
         assert find_targets(model, config).left_out == report.left_out

@@ -111,5 +111,7 @@ def test_what_the_code_may_ask():
     ],
 )
 def test_anything_else_raises_and_names_it(use, name):
-    with pytest.raises((ValueError, AttributeError, TypeError), match=None if name is None else rf"{name}.* of a weight with LoRA is not known"):
+    with pytest.raises(
+        (ValueError, AttributeError, TypeError), match=None if name is None else rf"{name}.* of a weight with LoRA is not known"
+    ):
         use(LowRankSum(*parts(), S))

@@ -20,7 +20,9 @@ from .models import DEPRECATED_BY_PEFT
 pytestmark = [
     pytest.mark.filterwarnings(DEPRECATED_BY_PEFT),
     pytest.mark.filterwarnings("ignore:rank=4 of", "ignore:target_modules='all-linear' leaves out"),  # tiny gates; Mamba's mixers
-    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match"),  # PEFT looks for modules only, yet acts on them
+    pytest.mark.filterwarnings(
+        "ignore:The following (rank|alpha)_pattern keys did not match"
+    ),  # PEFT looks for modules only, yet acts on them
 ]
 
 QUICK = ["qwen3_moe", "gpt_oss", "llama4_text"]  # a layout each
@@ -59,7 +61,9 @@ def near(found, wanted, base, exact):
 
 def pefts(base, weights, folder, exact, **fields):
     """PEFT's model over a copy of the base, filled and saved."""
-    model = get_peft_model(copy.deepcopy(base), LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": [], "target_parameters": weights} | fields))
+    model = get_peft_model(
+        copy.deepcopy(base), LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": [], "target_parameters": weights} | fields)
+    )
     model = fill(model.double() if exact else model).eval()
     model.save_pretrained(folder)
     return model
@@ -129,7 +133,9 @@ def square():
 
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 1}
     torch.manual_seed(0)
-    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, num_attention_heads=4, num_key_value_heads=4, head_dim=8, num_experts=4, num_experts_per_tok=2))
+    model = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**sizes, num_attention_heads=4, num_key_value_heads=4, head_dim=8, num_experts=4, num_experts_per_tok=2)
+    )
     model.set_experts_implementation("eager")
     with torch.no_grad():
         for parameter in model.parameters():
@@ -147,7 +153,9 @@ def test_square_matrices_go_by_the_release_that_wrote_the_folder(tmp_path):
         near(outputs(load_adapter(copy.deepcopy(base), tmp_path / folder), inputs), outputs(theirs, inputs), outputs(base, inputs), True)
     change(tmp_path / "new", peft_version=None)
     plain = copy.deepcopy(base)
-    with pytest.raises(ValueError, match=r"'model.layers.0.mlp.experts': gate_up_proj: its matrices are square \(32\).* names no peft_version"):
+    with pytest.raises(
+        ValueError, match=r"'model.layers.0.mlp.experts': gate_up_proj: its matrices are square \(32\).* names no peft_version"
+    ):
         load_adapter(plain, tmp_path / "new")
     assert not any("lora" in name for name, _ in plain.named_parameters())
     ours = fill(apply_lora(copy.deepcopy(base), LoRAConfig(rank=2, target_modules=["experts"])))
@@ -159,7 +167,11 @@ def test_square_matrices_go_by_the_release_that_wrote_the_folder(tmp_path):
     "fields",
     [
         {"target_parameters": ["mlp.experts.down_proj"]},
-        {"target_parameters": ["gate_up_proj", "down_proj"], "rank_pattern": {r".*\.gate_up_proj": 8}, "alpha_pattern": {r".*\.gate_up_proj": 12}},
+        {
+            "target_parameters": ["gate_up_proj", "down_proj"],
+            "rank_pattern": {r".*\.gate_up_proj": 8},
+            "alpha_pattern": {r".*\.gate_up_proj": 12},
+        },
         {"rank_pattern": {"experts.down_proj": 2}, "use_rslora": True},
         {"alpha_pattern": {r"layers\.1\.mlp\.experts\.gate_up_proj": 3}},
         {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"q_proj": 2}},
