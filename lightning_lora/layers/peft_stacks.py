@@ -61,7 +61,7 @@ def is_exchanged(A: Tensor, B: Tensor, shape: tuple[int, int, int], transposed: 
     release = re.match(r"(\d+)\.(\d+)", version or "")
     if release is None:
         raise ValueError(
-            f"its matrices are square ({inputs}), so the sizes do not say which axis A is on (PEFT changed it in 0.19), and the JSON names no"
-            " peft_version: add the release that wrote the file"
+            f"its matrices are square ({inputs}), so the sizes do not say which axis A is on (PEFT changed it in 0.19), and the JSON names"
+            " no peft_version: add the release that wrote the file"
         )
     return transposed != flagged if (int(release[1]), int(release[2])) >= _FLIPPED else not transposed

@@ -22,8 +22,8 @@ from lightning_lora.utils.autocast import autocast_dtype, no_autocast
 
 # What code may ask of the weight without reading its values.
 _METADATA = {
-    "data_ptr", "device", "dim", "dtype", "element_size", "is_cpu", "is_cuda", "is_floating_point", "is_meta", "itemsize", "ndim", "nelement",
-    "numel", "requires_grad", "shape", "size",
+    "data_ptr", "device", "dim", "dtype", "element_size", "is_cpu", "is_cuda", "is_floating_point", "is_meta", "itemsize", "ndim",
+    "nelement", "numel", "requires_grad", "shape", "size",
 }  # fmt: skip
 _PRODUCTS = {"__matmul__", "bmm", "grouped_mm", "_grouped_mm", "grouped_mm_fallback", "matmul", "mm"}
 _GROUPED = {"grouped_mm", "_grouped_mm", "grouped_mm_fallback"}
@@ -150,6 +150,6 @@ def _padded(P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
 
 def _refusal(name: str) -> str:
     return (
-        f"{name} of a weight with LoRA is not known: only products, indices and transposes are. Choose another implementation of the experts"
-        " (model.set_experts_implementation('grouped_mm'), 'batched_mm' or 'eager'), or exclude them from LoRA"
+        f"{name} of a weight with LoRA is not known: only products, indices and transposes are. Choose another implementation of the"
+        " experts (model.set_experts_implementation('grouped_mm'), 'batched_mm' or 'eager'), or exclude them from LoRA"
     )

@@ -22,7 +22,6 @@ from tests.layers.experts import tiny_qwen3_moe
 from tests.layers.mixtures import CONFIG as EXPERTS
 from tests.quantized import packed_stack
 
-
 #: Name → an adapted model in bf16, and a batch for it.
 IDS = torch.tensor([[1, 2, 3], [4, 5, 10]])
 MODELS: dict[str, Any] = {

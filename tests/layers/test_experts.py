@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GptOssConfig, JetMoeConfig, Llama4TextConfig, Qwen3MoeConfig
+from transformers import GptOssConfig, Llama4TextConfig, Qwen3MoeConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.jetmoe.modeling_jetmoe import JetMoeParallelExperts
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
@@ -168,7 +168,7 @@ def test_merge_unmerge_and_unload(name):
 
 @every
 def test_copies_and_pickles(name):
-    model, layer = adapted(name)
+    _, layer = adapted(name)
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert type(twin) is type(layer) and same_bits(twin(*arguments(name)), layer(*arguments(name)))
 
