@@ -24,9 +24,12 @@ from lightning_lora.variants import shrink_adalora
 from lightning_lora.variants.rank_allocation import RankAllocator
 
 if TYPE_CHECKING:
+    from lightning_lora.adapter_io.adapter_set import AdapterSet, load_adapters
+    from lightning_lora.adapter_io.combine import combine_adapters, compress_adapter
     from lightning_lora.adapter_io.export_adapter import export_adapter
     from lightning_lora.callbacks import AdaLoRACallback, LoRACallback
     from lightning_lora.model.compile import compile_layers, cuda_graph_step, uncompile_layers
+    from lightning_lora.model.extract import extract_adapter
     from lightning_lora.model.offload import offload_activations
     from lightning_lora.model.parallel import replicated_parameters
     from lightning_lora.optim.advice import advise_learning_rate
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdaLoRACallback",
+    "AdapterSet",
     "DurableCheckpointIO",
     "GaLoreConfig",
     "LoRACallback",
@@ -47,16 +51,20 @@ __all__ = [
     "apply_lora",
     "apply_lora_plus",
     "chunked_cross_entropy",
+    "combine_adapters",
     "compile_layers",
+    "compress_adapter",
     "cuda_graph_step",
     "disabled_lora",
     "export_adapter",
     "export_merged",
+    "extract_adapter",
     "find_targets",
     "galore_optimizer",
     "galore_param_groups",
     "get_lora_parameters",
     "load_adapter",
+    "load_adapters",
     "lora_layers",
     "lora_param_groups",
     "merge_certificate",
@@ -80,13 +88,18 @@ __version__ = "0.1.0"
 # Imported when they are asked for: Lightning takes seconds, torch's compiler and FSDP the better part of one.
 _LAZY = {
     "AdaLoRACallback": "callbacks",
+    "AdapterSet": "adapter_io.adapter_set",
     "DurableCheckpointIO": "strategies",
     "LoRACallback": "callbacks",
     "LoRAFSDP2Strategy": "strategies",
     "advise_learning_rate": "optim.advice",
+    "combine_adapters": "adapter_io.combine",
     "compile_layers": "model.compile",
+    "compress_adapter": "adapter_io.combine",
     "cuda_graph_step": "model.compile",
     "export_adapter": "adapter_io.export_adapter",
+    "extract_adapter": "model.extract",
+    "load_adapters": "adapter_io.adapter_set",
     "offload_activations": "model.offload",
     "replicated_parameters": "model.parallel",
     "uncompile_layers": "model.compile",

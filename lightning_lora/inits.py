@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.registry import keeps_start, register_init
-from lightning_lora.utils.sharding import full_tensor, local_shard, local_tensor
+from lightning_lora.layers.filling import fill_factors, weight_matrix
+from lightning_lora.registry import freezes, keeps_start, register_init
 
 if TYPE_CHECKING:
     from lightning_lora.layers.base import LoRALayer
@@ -56,7 +56,7 @@ def orthogonal(layer: LoRALayer) -> None:
     Q, _ = torch.linalg.qr(draw(r, r))
     A = Q[0::2].t() @ draw(r // 2, layer.lora_A[0].numel()) / 10
     B = draw(layer.lora_B.shape[0], r // 2) @ Q[1::2] / 10
-    _fill(layer, A, B)
+    fill_factors(layer, A, B)
 
 
 @register_init("pissa")
@@ -83,27 +83,32 @@ def olora(layer: LoRALayer) -> None:
     """Fill from the weight's QR decomposition: the first r columns of Q and rows of R (OLoRA, arXiv:2406.01775, section 3)."""
     if not layer.lora_A.is_meta:
         Q, R = torch.linalg.qr(_matrix(layer))
-        _fill(layer, R[: layer.rank], Q[:, : layer.rank])
+        fill_factors(layer, R[: layer.rank], Q[:, : layer.rank])
+
+
+def _fits_in_weight(module: Any, spec: LayerSpec, A: tuple[int, ...], B: tuple[int, ...]) -> None:
+    if (A[0], B[1]) != (spec.rank, spec.rank):
+        raise ValueError("init='mica' takes vectors of the whole weight, and here A and B are split into groups; exclude it")
+    if spec.rank > (smallest := min(B[0], math.prod(A[1:]))):
+        raise ValueError(f"init='mica' with rank={spec.rank} is above min(in, out)={smallest}; choose a lower rank")
+    if getattr(module, "padding_idx", None) is not None:
+        raise ValueError(f"init='mica' would train the row of padding_idx={module.padding_idx} too; exclude it")
+
+
+@register_init("mica", check=_fits_in_weight)
+@freezes("lora_B")
+def mica(layer: LoRALayer) -> None:
+    """Fill B with the weight's left singular vectors of the smallest singular values, and freeze it; A is zero (MiCA, arXiv:2604.01694)."""
+    nn.init.zeros_(layer.lora_A)
+    if not layer.lora_A.is_meta:
+        U, _, _ = torch.linalg.svd(_matrix(layer), full_matrices=False)
+        fill_factors(layer, torch.zeros(layer.rank, layer.lora_A[0].numel()), U[:, -layer.rank :])
 
 
 def _matrix(layer: LoRALayer) -> Tensor:
-    """Return the full weight, dequantized, as an (out, in) matrix in the factors' dtype.
-
-    Raises:
-        ValueError: FSDP1 has flattened the weight, so it cannot be read.
-    """
-    if layer.weight.ndim < 2:
-        raise ValueError(f"init={layer.lora_config.init!r} reads the weight, which FSDP1 has flattened: apply LoRA before wrapping")
-    matrix = layer.to_matrix(full_tensor(layer.base_weight().detach())).to(layer.lora_A.dtype)
-    return matrix.flatten(0, -2)  # a convolution's matrix has a leading dimension of groups, here one group
+    return weight_matrix(layer, f"init={layer.lora_config.init!r}")
 
 
 def _fill_principal(layer: LoRALayer, U: Tensor, S: Tensor, Vh: Tensor) -> None:
     root = (S[: layer.rank] / layer.scaling).sqrt()
-    _fill(layer, root.unsqueeze(1) * Vh[: layer.rank], U[:, : layer.rank] * root)
-
-
-def _fill(layer: LoRALayer, A: Tensor, B: Tensor) -> None:
-    """Copy these matrices, (r, in) and (out, r), into the factors."""
-    for factor, value in ((layer.lora_A, A), (layer.lora_B, B)):
-        local_tensor(factor).copy_(local_shard(value.reshape(factor.shape), factor))
+    fill_factors(layer, root.unsqueeze(1) * Vh[: layer.rank], U[:, : layer.rank] * root)

@@ -103,6 +103,21 @@ def keeps_start(init: Init) -> Init:
     return init
 
 
+def freezes(factor: str) -> Callable[[Init], Init]:
+    """Decorator for an init whose values of one factor stay: ``lora_A`` or ``lora_B`` does not train."""
+
+    def mark(init: Init) -> Init:
+        init.frozen = factor  # type: ignore[attr-defined]
+        return init
+
+    return mark
+
+
+def frozen_factor(init: str) -> str | None:
+    """Return the factor that an init freezes, None if both train."""
+    return getattr(look_up(INITS, "init", init), "frozen", None)
+
+
 def has_start(init: str) -> bool:
     """True if layers with this init keep their start."""
     return getattr(look_up(INITS, "init", init), "keeps_start", False)

@@ -108,10 +108,17 @@ def vera(case: Case, layer: LoRALayer, W: Tensor, p: Parameters) -> Tensor:
     return W + case.product(layer, p["lora_lambda_d"][:, None] * A.double(), p["lora_lambda_b"][:, None] * B.double())
 
 
+def lora_xs(case: Case, layer: LoRALayer, W: Tensor, p: Parameters) -> Tensor:
+    """arXiv:2405.17604, equation 2."""
+    A = (p["lora_R"] @ p["lora_A"].flatten(1)).view(p["lora_A"].shape)
+    return W + layer.scaling * case.product(layer, A, p["lora_B"])
+
+
 # The adapted weight as each variant's paper has it: (case, layer, base weight, adapter parameters) → weight.
 WEIGHTS: dict[str, Callable[[Case, LoRALayer, Tensor, Parameters], Tensor]] = {
     "plain": plain,
     "lora_fa": plain,
+    "lora_xs": lora_xs,
     "dora": dora,
     "adalora": adalora,
     "vera": vera,

@@ -32,7 +32,7 @@ def layer(kind, **fields):
 
 
 def test_every_init_is_tested_here():
-    assert {*ZERO, *START, "orthogonal"} == INITS.keys() and START == ["olora", "pissa", "pissa_niter_4"]
+    assert {*ZERO, *START, "orthogonal", "mica"} == INITS.keys() and START == ["olora", "pissa", "pissa_niter_4"]
 
 
 @pytest.mark.parametrize("init", ZERO)
@@ -237,7 +237,7 @@ def test_a_start_on_the_meta_device_is_taken_from_the_weights_that_come():
         (lambda: nn.Embedding(9, 4, padding_idx=1), {"init": "orthogonal"}, "init='orthogonal' would train the row of padding_idx=1 too"),
         (lambda: nn.Linear(9, 9), {"init": "pissa", "variant": "vera"}, "init='pissa' and variant='vera'"),
         (lambda: nn.Linear(9, 9), {"init": "pissa", "variant": "adalora"}, "init='pissa' and variant='adalora'"),
-        (lambda: nn.Linear(9, 9), {"init": "pisa"}, "init='pisa' is not known; there are gaussian, kaiming, olora"),
+        (lambda: nn.Linear(9, 9), {"init": "pisa"}, "init='pisa' is not known; there are gaussian, kaiming, mica, olora"),
     ],
 )
 def test_what_cannot_start_so_is_refused_and_left_alone(build, fields, message):
@@ -247,3 +247,45 @@ def test_what_cannot_start_so_is_refused_and_left_alone(build, fields, message):
     with pytest.raises(ValueError, match=message):
         apply_lora(model, LoRAConfig(**{"rank": 2, "target_modules": ["layer"], **fields}))
     assert snapshot(model) == before
+
+
+# MiCA.
+
+
+@pytest.mark.parametrize("kind", ["linear", "embedding"])
+def test_mica_takes_the_smallest_left_singular_vectors_and_freezes_them(kind):
+    adapted = layer(kind, init="mica", rank=4)
+    U, _, _ = torch.linalg.svd(adapted.to_matrix(adapted.weight).double(), full_matrices=False)
+    torch.testing.assert_close(adapted.lora_B.double() @ adapted.lora_B.double().T, U[:, -4:] @ U[:, -4:].T, rtol=1e-4, atol=1e-5)
+    assert not adapted.lora_A.any() and adapted.adds_nothing()
+    assert (adapted.lora_A.requires_grad, adapted.lora_B.requires_grad) == (True, False)
+
+
+def test_mica_on_a_base_that_comes_later():
+    base = make_net()
+    with torch.device("meta"):
+        model = make_net()
+    config = LoRAConfig(target_modules="all-linear", init="mica", rank=2, modules_to_save=[])
+    apply_lora(model, config).to_empty(device="cpu")
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    model.load_state_dict(base.state_dict(), strict=False)
+    for (_, mine), (_, wanted) in zip(lora_layers(model), lora_layers(apply_lora(base, config)), strict=True):
+        torch.testing.assert_close(mine.lora_B @ mine.lora_B.T, wanted.lora_B @ wanted.lora_B.T, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("module", "fields", "match"),
+    [
+        (nn.Linear(9, 3), {"rank": 4}, r"init='mica' with rank=4 is above min\(in, out\)=3"),
+        (nn.Conv2d(4, 4, 3, groups=2), {"rank": 2}, "split into groups"),
+        (nn.Embedding(9, 3, padding_idx=0), {"rank": 2}, "row of padding_idx=0"),
+        (nn.Linear(9, 3), {"rank": 2, "variant": "lora_fa"}, "so nothing would train"),
+    ],
+)
+def test_what_mica_refuses(module, fields, match):
+    model = nn.Sequential(module)
+    with pytest.raises(ValueError, match=match):
+        apply_lora(model, LoRAConfig(target_modules=["0"], init="mica", **fields))
+    assert not any(lora_layers(model)) and all(parameter.requires_grad for parameter in model.parameters())

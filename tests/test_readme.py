@@ -86,7 +86,12 @@ def namespace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, An
         patch.chdir(folder)
         tiny.save(folder / "answerdotai" / "ModernBERT-base", "modernbert")
         (folder / "train.csv").write_text("text,label\n" + "which colour is the sky,sky\nblood is red,blood\n" * 10)
-        names: dict[str, Any] = {"MyModule": MyModule, "model": llama(), "batches": batches(), "__folder__": folder}
+        for name in ("legal", "polite"):
+            made = apply_lora(llama(), LoRAConfig())
+            for parameter in get_lora_parameters(made):
+                torch.nn.init.normal_(parameter)
+            save_adapter(made, folder / "runs" / name / "adapter")
+        names: dict[str, Any] = {"MyModule": MyModule, "model": llama(), "batches": batches(), "base_model": llama(), "__folder__": folder}
         for block in blocks("python"):
             line = README[: README.index(block)].count("\n")
             exec(compile("\n" * line + block, str(ROOT / "README.md"), "exec"), names)
@@ -105,6 +110,15 @@ def test_the_callback_block(namespace: dict[str, Any]) -> None:
     assert len(layers) == 2 * len(config.target_modules) and all(layer.merged for layer in layers)
     assert module.model.state_dict().keys() == llama().state_dict().keys()
     assert namespace["trainer"].callback_metrics["test_loss"] < MyModule().model.eval()(**batches()[0]).loss
+
+
+@ADVICE
+def test_the_block_of_named_adapters(namespace: dict[str, Any]) -> None:
+    """The first row has an adapter, the second is the base's."""
+    plain = llama()(**batches()[0]).logits
+    assert namespace["adapters"].active == "polite"
+    torch.testing.assert_close(namespace["answers"][1], plain[1])
+    assert (namespace["answers"][0] - plain[0]).abs().max() > 1e-2
 
 
 @ADVICE

@@ -90,6 +90,14 @@ def identity_of(root: nn.Module, digests: Mapping[str, str], exclude: Collection
     return {"fingerprint": fingerprint, "class": fsdp2_original(type(bare(root))).__name__, "name": model_name(config)}
 
 
+def same_base(mine: dict[str, Any], other: dict[str, Any]) -> bool | None:
+    """Return whether two :func:`base_identity` are of one base. None: as far as it can be compared, for one of the two came quantized."""
+    one, two = mine["fingerprint"], other["fingerprint"]
+    if one != two and QUANTIZED in one[HALF:] + two[HALF:] and one[:HALF] == two[:HALF]:
+        return None
+    return bool(one == two)
+
+
 def check_base(mine: dict[str, Any], saved: dict[str, Any], where: str) -> None:
     """Compare this base with the one stored in an adapter file.
 
@@ -101,16 +109,14 @@ def check_base(mine: dict[str, Any], saved: dict[str, Any], where: str) -> None:
     Raises:
         OtherBase: they differ. The message has both hashes and says how to load anyway.
     """
-    one, other = mine["fingerprint"], saved["fingerprint"]
-    if one == other:
-        return
-    if QUANTIZED in one[HALF:] + other[HALF:] and one[:HALF] == other[:HALF]:
+    same = same_base(mine, saved)
+    if same is None:
         warnings.warn(
             f"{where}: one of the two bases came quantized, so only what is not packed (embeddings, norms, biases) could be compared; that"
             " is the same.",
             stacklevel=3,
         )
-    else:
+    elif not same:
         raise OtherBase(
             f"{where} was trained on another base: fingerprint {saved['fingerprint']} ({saved['class']} {saved['name']!r}), this model has"
             f" {mine['fingerprint']} ({mine['class']} {mine['name']!r}). Load that base (in float16 if it was then, not if not), or pass"

@@ -107,29 +107,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
         ValueError: the file cannot be read or does not fit the model, which is then unchanged.
     """
     _, root = adapter_root(model)
-    check_size(Path(path), root)
-    adapter = place(read_adapter(path), root, str(path))
-    bad = [name for name, tensor in adapter.tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
-    if bad and not allow_nonfinite:
-        raise ValueError(f"{path}: {bad[0]} holds NaN or infinity ({len(bad)} tensors do); pass allow_nonfinite=True to load it anyway.")
-    try:
-        report = resolve(root, adapter.config, frozen_parts=True)  # the file says which layers it is for
-    except ValueError as error:
-        first, *others = str(error).splitlines()
-        raise ValueError(f"{path}: {first}" + (f" ({len(others)} more)" if others else "")) from error
-    if adapter.base is None:  # PEFT wrote the file, and adapts a module under its first name only
-        for name, other in _shared(root, [clean_name(target.fqn) for target in report.targets]).items():
-            raise ValueError(
-                f"{path}: {name!r} and {other!r} are one module here and two in PEFT, which would have adapted only the first."
-            )
-    tensors, brought = _fit(root, report, adapter, str(path), check_base)
-    places = {f"{target.fqn}.{name}": p for target in report.targets for name, p in target.module.named_parameters(recurse=False)}
-    places |= {name: tensor for name, tensor in root.state_dict(keep_vars=True).items() if clean_name(name) in tensors}
-    _check_values_kept(places, str(path), "the adapter's values would be lost there")
-    if check_base and adapter.base is not None:
-        trained = {name for name in tensors if not is_adapter(name)} | adapter.beside
-        fingerprint.check_base(base_identity(root, trained), adapter.base, str(path))
-
+    adapter, report, tensors, brought = checked_adapter(root, path, check_base=check_base, allow_nonfinite=allow_nonfinite)
     around, modules = {clean_name(name): t for name, t in model.state_dict(keep_vars=True).items()}, dict(model.named_modules())
     outside = {} if root is model else adapter.outside
     beside = {name: value for name, value in outside.items() if not isinstance(value, Tensor) and name.rpartition(".")[0] in modules}
@@ -157,6 +135,39 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
         elif name in beside:
             modules[name.rpartition(".")[0]].set_extra_state(value)
     return model
+
+
+def checked_adapter(
+    root: nn.Module, path: str | Path, *, check_base: bool, allow_nonfinite: bool
+) -> tuple[AdapterFile, TargetReport, dict[str, Tensor], set[str]]:
+    """Read an adapter for a model and check it as :func:`load_adapter` does, all but its checksum. Change nothing.
+
+    Returns:
+        The content; the layers that it adapts here; its tensors by their names here; the names of those that replace base weights.
+    """
+    check_size(Path(path), root)
+    adapter = place(read_adapter(path), root, str(path))
+    bad = [name for name, tensor in adapter.tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+    if bad and not allow_nonfinite:
+        raise ValueError(f"{path}: {bad[0]} holds NaN or infinity ({len(bad)} tensors do); pass allow_nonfinite=True to load it anyway.")
+    try:
+        report = resolve(root, adapter.config, frozen_parts=True)  # the file says which layers it is for
+    except ValueError as error:
+        first, *others = str(error).splitlines()
+        raise ValueError(f"{path}: {first}" + (f" ({len(others)} more)" if others else "")) from error
+    if adapter.base is None:  # PEFT wrote the file, and adapts a module under its first name only
+        for name, other in _shared(root, [clean_name(target.fqn) for target in report.targets]).items():
+            raise ValueError(
+                f"{path}: {name!r} and {other!r} are one module here and two in PEFT, which would have adapted only the first."
+            )
+    tensors, brought = _fit(root, report, adapter, str(path), check_base)
+    places = {f"{target.fqn}.{name}": p for target in report.targets for name, p in target.module.named_parameters(recurse=False)}
+    places |= {name: tensor for name, tensor in root.state_dict(keep_vars=True).items() if clean_name(name) in tensors}
+    _check_values_kept(places, str(path), "the adapter's values would be lost there")
+    if check_base and adapter.base is not None:
+        trained = {name for name in tensors if not is_adapter(name)} | adapter.beside
+        fingerprint.check_base(base_identity(root, trained), adapter.base, str(path))
+    return adapter, report, tensors, brought
 
 
 def adapted_layers(root: nn.Module) -> dict[str, LoRALayer]:

@@ -25,6 +25,8 @@ TOOLS = {
     "generate": "answer one prompt, or each prompt of a file",
     "chat": "talk to a model",
     "merge": "write a model with its adapter merged in, as a folder for from_pretrained",
+    "combine": "write one adapter that adds several, each with a weight",
+    "compress": "write an adapter at a lower rank",
     "export": "write an adapter as vLLM, SGLang, llama.cpp, diffusers or PEFT loads it",
 }
 EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 wrong input, 130 and 143 stopped by Ctrl-C and SIGTERM."
@@ -60,7 +62,7 @@ COMMON = {
         ("--lora.config.rank", "8", "r of B·A"),
         ("--lora.config.alpha", "16.0", "the update is scaled by alpha / rank"),
         ("--lora.config.target_modules", "q_proj, v_proj", "names, regexes or all-linear"),
-        ("--lora.config.variant", "plain", "dora, vera, lora_fa"),
+        ("--lora.config.variant", "plain", "dora, vera, lora_fa, lora_xs"),
         ("--lora.quantize", "", "nf4 (QLoRA) or fp8 packs the base's weights"),
         ("--full_finetuning", "false", "train every weight instead"),
     ),

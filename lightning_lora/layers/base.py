@@ -35,7 +35,7 @@ from lightning_lora.layers.state import AdapterState
 from lightning_lora.ops import backends
 from lightning_lora.ops.output_scale import apply_output_scale
 from lightning_lora.quantization import formats
-from lightning_lora.registry import INITS, has_start, init_check, look_up
+from lightning_lora.registry import INITS, frozen_factor, has_start, init_check, look_up
 from lightning_lora.utils.gradient_reducer import kept_reduced
 from lightning_lora.utils.parameters import make_parameter
 from lightning_lora.utils.sharding import local_tensor
@@ -156,6 +156,8 @@ class LoRALayer(Factors):
         for name, shape in self.parameter_shapes(self, spec).items():
             self.register_parameter(name, make_parameter(torch.empty(shape, device=weight.device, dtype=dtype), True))
         self.reset_lora_parameters()
+        if frozen := frozen_factor(spec.config.init):
+            self.get_parameter(frozen).requires_grad_(False)
         backends.look_at(weight.device)
 
     def reset_lora_parameters(self) -> None:
@@ -168,8 +170,9 @@ class LoRALayer(Factors):
                     local_tensor(start.requires_grad_(False)).copy_(local_tensor(self._parameters[name]))  # type: ignore[arg-type]
 
     def base_was_loaded(self, loaded: set[str]) -> None:
-        """Compute a kept start again from the new weight, unless the adapter was loaded too or has trained."""
-        if "lora_A0" in self._parameters and "lora_A" not in loaded and self._starts():
+        """Compute what was made from the weight again from the new one, unless the adapter was loaded too or has trained."""
+        from_weight = "lora_A0" in self._parameters or frozen_factor(self.lora_config.init)
+        if from_weight and "lora_A" not in loaded and self._starts():
             self.reset_lora_parameters()
 
     def reset_parameters(self) -> None:

@@ -19,5 +19,7 @@ class LoRAFA(LoRALayer):
     def init_adapter(self, spec: LayerSpec) -> None:
         """Add the adapter as plain LoRA does, then freeze the random factor."""
         super().init_adapter(spec)
-        random, _ = self.lora_factors()
+        random, zero = self.lora_factors()
         random.requires_grad_(False)
+        if not zero.requires_grad:
+            raise ValueError(f"variant='lora_fa' freezes one factor and init={spec.config.init!r} the other, so nothing would train")

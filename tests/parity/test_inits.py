@@ -61,3 +61,18 @@ def test_what_changed_the_base_in_peft_is_refused(init: str, tmp_path: Path) -> 
     other.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"init_lora_weights='{init}' trains on a base changed at the start"):
         load_adapter(base("llama"), tmp_path)
+
+
+def test_mica_trains_as_pefts_does(tmp_path: Path) -> None:
+    ours = apply_lora(base("llama"), LoRAConfig(rank=4, alpha=6, target_modules=TARGETS["llama"], init="mica", modules_to_save=[]))
+    theirs = get_peft_model(base("llama"), LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS["llama"], init_lora_weights="mica")).eval()
+    for model in (ours, theirs):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            model(**batch("llama")).loss.backward()
+            optimizer.step()
+    after = logits(ours, "llama")
+    assert (after - logits(base("llama"), "llama")).abs().max() > 1e-3
+    close(after, logits(theirs, "llama"), 2e-5)
+    close(logits(read_by_peft(base("llama"), save_adapter(ours, tmp_path / "ours")), "llama"), after)

@@ -1,12 +1,7 @@
-"""A new variant is one class: LoRA-XS (arXiv:2405.17604, equation 2), written here, goes through everything that the package does.
-
-``W + s·B·R·A``: A and B are frozen singular vectors of the weight, only the r×r core R trains. Nothing else in the package knows of it.
-"""
+"""LoRA-XS (arXiv:2405.17604, equation 2): ``W + s·B·R·A`` with frozen singular vectors of the weight, where only the core R trains."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,52 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from lightning_lora import LoRALayer, apply_lora, load_adapter, merge_lora, register_variant, save_adapter, unload_lora, unmerge_lora
+from lightning_lora import apply_lora, load_adapter, merge_lora, save_adapter, unload_lora, unmerge_lora
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers.factors import Exported
-from lightning_lora.layers.spec import LayerSpec
-from lightning_lora.registry import VARIANTS
 from tests.layers.kinds import CASES
-
-
-class LoRAXS(LoRALayer):
-    lora_R: nn.Parameter
-
-    @classmethod
-    def parameter_shapes(cls, module: Any, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
-        return {**super().parameter_shapes(module, spec), "lora_R": (spec.rank, spec.rank)}
-
-    @classmethod
-    def check(cls, module: Any, spec: LayerSpec) -> None:
-        super().check(module, spec)
-        A, B = cls.adapter_shapes(module, spec)
-        if (A[0], B[1]) != (spec.rank, spec.rank):
-            raise ValueError("variant='lora_xs' mixes all rows of A, and here they belong to groups; exclude it")
-
-    def init_adapter(self, spec: LayerSpec) -> None:
-        super().init_adapter(spec)
-        self.lora_A.requires_grad_(False)
-        self.lora_B.requires_grad_(False)
-
-    @torch.no_grad()
-    def reset_lora_parameters(self) -> None:
-        U, S, Vh = torch.linalg.svd(self.to_matrix(self.base_weight()).flatten(0, -2).to(self.lora_A.dtype), full_matrices=False)
-        nn.init.zeros_(self.lora_R)
-        self.lora_A.copy_(Vh[: self.rank].reshape(self.lora_A.shape))
-        self.lora_B.copy_((U[:, : self.rank] * S[: self.rank]).reshape(self.lora_B.shape))
-
-    def update_factors(self) -> tuple[Tensor, Tensor]:
-        return (self.lora_R @ self.lora_A.flatten(1)).view(self.lora_A.shape), self.lora_B
-
-    def exported(self) -> Exported:
-        return replace(super().exported(), config=replace(self.lora_config, variant="plain"))
-
-
-@pytest.fixture(autouse=True)
-def registered() -> Iterator[None]:
-    register_variant("lora_xs")(LoRAXS)
-    yield
-    del VARIANTS["lora_xs"]
 
 
 def filled(kind: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any, Tensor]:
@@ -104,6 +56,36 @@ def test_its_file_is_the_plain_lora_that_it_computes(kind: str, tmp_path: Any) -
     assert_close(load_adapter(nn.Sequential(CASES[kind].base()), tmp_path / "adapter")(x), model(x), rtol=1e-4, atol=1e-4)
 
 
-def test_groups_are_refused_by_its_own_check() -> None:
-    with pytest.raises(ValueError, match=r"'0' .*variant='lora_xs' mixes all rows of A, and here they belong to groups"):
-        filled("conv2d-groups")
+def test_it_starts_from_the_largest_singular_vectors() -> None:
+    model = apply_lora(nn.Sequential(nn.Linear(9, 6)), LoRAConfig(rank=6, alpha=6, target_modules=["0"], variant="lora_xs"))
+    layer: Any = model[0]
+    assert_close(layer.lora_B @ layer.lora_A, layer.weight)  # all six: the weight itself
+    assert_close(layer.lora_A @ layer.lora_A.T, torch.eye(6), rtol=1e-5, atol=1e-5)
+    assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["lora_R"] and layer.adds_nothing()
+
+
+def test_a_base_that_comes_later_gives_the_start() -> None:
+    base = nn.Sequential(nn.Linear(9, 6))
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(9, 6))
+    apply_lora(model, LoRAConfig(rank=2, target_modules=["0"], variant="lora_xs")).to_empty(device="cpu")
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    model.load_state_dict(base.state_dict(), strict=False)
+    wanted: Any = apply_lora(base, LoRAConfig(rank=2, target_modules=["0"], variant="lora_xs"))[0]
+    assert_close(model[0].lora_B @ model[0].lora_A, wanted.lora_B @ wanted.lora_A)
+
+
+@pytest.mark.parametrize(
+    ("module", "config", "match"),
+    [
+        (nn.Conv2d(4, 4, 3, groups=2), {"rank": 2}, "mixes all rows of A, and here they belong to groups"),
+        (nn.Linear(9, 3), {"rank": 4}, r"with rank=4 is above min\(in, out\)=3"),
+        (nn.Linear(9, 3), {"rank": 2, "init": "gaussian"}, "init='gaussian' and variant='lora_xs'"),
+        (nn.Embedding(9, 3, padding_idx=0), {"rank": 2}, "row of padding_idx=0"),
+    ],
+)
+def test_what_is_refused(module: nn.Module, config: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        apply_lora(nn.Sequential(module), LoRAConfig(target_modules=["0"], variant="lora_xs", **config))

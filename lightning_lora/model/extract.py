@@ -1,0 +1,107 @@
+"""The difference of a fully tuned model and its base as an adapter: ``extract_adapter``."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.layers.base import LoRALayer, lora_layers
+from lightning_lora.layers.filling import fill_factors
+from lightning_lora.model.apply import inject
+from lightning_lora.model.target_report import TargetReport
+from lightning_lora.model.targeting import find_targets
+from lightning_lora.ops.low_rank_svd import balanced, rank_for_energy
+from lightning_lora.quantization.formats import format_of
+from lightning_lora.utils.names import clean_name, modules_by_name, parameters_by_name
+
+
+@torch.no_grad()
+def extract_adapter(model: nn.Module, tuned: nn.Module, config: LoRAConfig, *, energy: float | None = None) -> nn.Module:
+    """Adapt a base so that it comes as close as its ranks allow to a tuned copy of it: each update is the truncated singular value
+    decomposition of ``W_tuned − W``, in float64. Then :func:`~lightning_lora.save_adapter` writes it.
+
+    Args:
+        model: the base, without LoRA. Changed in place.
+        tuned: the same architecture with other weights, such as a full fine-tune. Not changed.
+        config: which modules to adapt, at which ranks; plain LoRA. ``modules_to_save`` takes the tuned values.
+        energy: in place of the config's ranks, the share of ``‖W_tuned − W‖²`` that each layer keeps, in (0, 1].
+
+    Returns:
+        The same ``model``.
+
+    Raises:
+        ValueError: the model has LoRA, the two models differ in shape, a target is quantized or a grouped convolution, or an option is out
+            of range. The model is unchanged then.
+
+    Warns:
+        UserWarning: other weights differ too, which the adapter cannot carry.
+    """
+    if energy is not None and (isinstance(energy, bool) or not isinstance(energy, (int, float)) or not 0 < energy <= 1):
+        raise ValueError(f"energy={energy!r}: give a share in (0, 1], such as 0.95.")
+    if config.variant != "plain":
+        raise ValueError(f"variant={config.variant!r}: a difference is extracted as plain LoRA; use variant='plain'.")
+    for each, what in ((model, "model"), (tuned, "tuned")):
+        if adapted := next((name for name, _ in lora_layers(each)), None):
+            raise ValueError(f"{what}: {adapted!r} has LoRA; merge and unload it, or drop it with unload_lora.")
+    report = find_targets(model, config)
+    differences = {target.fqn: _difference(target.module, tuned, target.fqn) for target in report.targets}
+    if energy is not None:
+        ranks = {f"^{re.escape(fqn)}$": rank_for_energy(torch.linalg.svdvals(d.flatten(1)), energy) for fqn, d in differences.items()}
+        config = replace(config, rank_pattern=ranks)
+        report = find_targets(model, config)
+    _warn_of_others(model, tuned, report)
+    inject(model, config, report)
+    for name, layer in lora_layers(model):
+        _fill(layer, differences[clean_name(name)])
+    theirs = parameters_by_name(tuned)
+    for name, parameter in parameters_by_name(model).items():
+        if any(name == saved or name.startswith(f"{saved}.") for saved in report.saved):
+            parameter.copy_(theirs[name])
+    return model
+
+
+def _difference(module: Any, tuned: nn.Module, fqn: str) -> Tensor:
+    """Return ``W_tuned − W`` of a layer, in float64."""
+    twin: Any = modules_by_name(tuned).get(fqn)
+    for each, what in ((module, "model"), (twin, "tuned")):
+        if each is not None and format_of(each) is not None:
+            raise ValueError(f"{what}: {fqn!r} is quantized, so its difference is that of the rounding too; give unquantized models.")
+    shape = None if twin is None else tuple(twin.weight.shape)
+    if shape != tuple(module.weight.shape):
+        raise ValueError(f"{fqn!r} has a weight of {tuple(module.weight.shape)} in model and of {shape} in tuned: not one architecture.")
+    if getattr(module, "groups", 1) > 1:
+        raise ValueError(f"{fqn!r} is a grouped convolution, which has a pair for each group; not supported here: exclude it.")
+    return twin.weight.double() - module.weight.double()
+
+
+def _fill(layer: LoRALayer, difference: Tensor) -> None:
+    matrix = layer.to_matrix(difference)
+    U, S, Vh = torch.linalg.svd(matrix.flatten(0, -2), full_matrices=False)
+    rank = min(layer.rank, len(S))
+    B, A = balanced(U, S / layer.scaling, Vh, rank)
+    spare = layer.rank - rank
+    fill_factors(layer, torch.cat([A, A.new_zeros(spare, A.shape[1])]), torch.cat([B, B.new_zeros(B.shape[0], spare)], 1))
+
+
+def _warn_of_others(model: nn.Module, tuned: nn.Module, report: TargetReport) -> None:
+    """Warn of parameters that differ and that no adapter carries."""
+    carried = {f"{target.fqn}.weight" for target in report.targets}
+    theirs, left = parameters_by_name(tuned), []
+    for name, parameter in parameters_by_name(model).items():
+        if name in carried or any(name == saved or name.startswith(f"{saved}.") for saved in report.saved):
+            continue
+        twin = theirs.get(name)
+        if twin is None or twin.shape != parameter.shape or not torch.equal(twin, parameter):
+            left.append(name)
+    if left:
+        warnings.warn(
+            f"{left[0]!r} and {len(left) - 1} more parameters differ between the two models and are not in the adapter; name their modules"
+            " in target_modules or modules_to_save to carry them.",
+            stacklevel=3,
+        )
