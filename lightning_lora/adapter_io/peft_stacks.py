@@ -93,8 +93,9 @@ def unstacked(
     for fqn, parts in own.items():
         module = modules[fqn]
         kind: Any = adapted_class(type(module), LoRAConfig().variant)
+        version: str | None = _OURS
         if fields is None:
-            scalings, version = dict.fromkeys(kind.adapted, 1.0), _OURS
+            scalings = dict.fromkeys(kind.adapted, 1.0)
         else:
             scalings, version = stacks[fqn].scalings if fqn in stacks else {}, fields.get("peft_version")
         try:

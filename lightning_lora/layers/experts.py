@@ -123,7 +123,8 @@ class LoRAExperts(SeveralWeights):
         stand_in = object.__new__(base)
         stand_in.__dict__.update(self.__dict__)
         if not self.disabled and not self.merged:  # the weights here are found before the parameters of the same names
-            stand_in.__dict__.update({name: layer.adapted_weight() for name, layer in self.by_weight().items()})  # type: ignore[attr-defined]
+            layers: dict[str, Any] = self.by_weight()
+            stand_in.__dict__.update({name: layer.adapted_weight() for name, layer in layers.items()})
         return base.forward(stand_in, *args, **kwargs)
 
     # Files. PEFT wraps the module once per weight, in the order in which the module declares them: the last one is the outermost.
@@ -181,7 +182,7 @@ class LoRAExperts(SeveralWeights):
         if rest:
             raise ValueError(f"{next(iter(rest))} belongs to no weight that the file targets")
         rank, common = max((A.shape[1], scalings[name]) for name, (A, _) in pairs.items())
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, layer in layers.items():
             experts, outputs, inputs = layer.to_matrix(layer.weight).shape
             A, B = torch.zeros(experts, rank, inputs), torch.zeros(experts, outputs, rank)
