@@ -4,7 +4,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check unit matrix family faults experimental clean
+.PHONY: quickstart test check unit matrix family models faults experimental clean
 
 quickstart: $(VENV)/.quickstart  ## LoRA-tune a real language model on real data; everything lands in runs/quickstart/
 	$(BIN)/python examples/quickstart.py
@@ -24,6 +24,9 @@ matrix: $(VENV)/.test  ## what works under which strategy, printed by running it
 
 family: $(VENV)/.test  ## which variant works on which kind of layer, printed by running it
 	$(BIN)/python -m tests.family
+
+models: $(VENV)/.test  ## which architectures of transformers are adapted, merged, loaded in PEFT and exported right, printed by running it
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.models
 
 faults: $(VENV)/.test  ## every row of the table of faults with its state, found by running its tests
 	$(BIN)/python -m tests.faults
