@@ -12,19 +12,25 @@ compiled, cross entropy through the frozen head in blocks of 2048 rows. A mode i
 
     frozen, full, peft, ours    no adapter; every weight trains; PEFT; this package
     peftdora, dora              DoRA in place of LoRA
+    products                    no adapter, but the six rank-r products of each linear after the step: what the products alone take
     layer                       each decoder layer compiled (`compile="layer"`)
     chunk                       the chunked loss without autocast (`bf16-true`; PEFT's adapters are bf16 then, its fastest). Other modes
                                 have Hugging Face's loss under bf16 autocast, and fp32 adapters: what a user gets who sets nothing
     graph                       with layer: each compiled layer's passes recorded as CUDA graphs and replayed. Its memory is what is
                                 reserved, gaps included, for replays allocate nothing; of other modes it is what is allocated
     ckpt                        gradient checkpointing
-    offload                     with ckpt: what it saves waits in host memory
+    selective                   checkpoints that keep attention's results (`checkpointing="selective"`)
+    offload                     with ckpt or selective: what they save waits in host memory
+    offloadfrozen               the blocks' frozen weights wait in host memory
     drop                        dropout (--dropout)
+    r64                         this rank in place of --rank's
+    half                        of ours, adapters in bf16, as PEFT's are with chunk; else they are fp32, and so are their moments
     unfused                     of ours, each adapted linear by itself
     fp8                         the blocks' linears quantized to FP8 first; the floor stays the bf16 one. A CPU emulates the products
 
 Random weights and tokens, bf16 base, fused AdamW, median of the steps. *x alike* is to the frozen model with the same loss, compiled
-or not alike. A mode that fails says why in its row.
+or not alike. *Products* is what the rank's products alone need of the floor's time, by their operations: 1 plus 6·r·Σ(in + out) FLOPs a
+token over the floor's, 4 a parameter. TFLOP/s count those 4 alone, in every row. A mode that fails says why in its row.
 """
 
 from __future__ import annotations
@@ -42,7 +48,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from floor_modes import DEVICE, SHAPES, Setting, alike, build, ours, parse, training_step
+from floor_modes import DEVICE, SHAPES, Setting, alike, arithmetic, build, ours, parse, training_step, with_rank
 from torch import Tensor, nn
 from transformers import __version__
 
@@ -138,23 +144,26 @@ def kernels(step: Callable[[int], Tensor], steps: int) -> dict[str, tuple[float,
     return dict(sorted(found.items(), key=lambda item: -item[1][0]))
 
 
-def row(name: str, result: Result, floor: Result | None, same: Result | None) -> None:
+def row(name: str, result: Result, setting: Setting, floor: Result | None, same: Result | None) -> None:
     def times(value: float, other: Result | None, what: str) -> str:
         reference = getattr(other, what) if other is not None else 0.0
         return f"{value / reference:.2f}" if reference else "–"
 
     if result.error:
-        print(f"| {name} | {result.error} | | | | | |", flush=True)
+        print(f"| {name} | {result.error} | | | | | | | | |", flush=True)
         return
+    needs, more = arithmetic(setting)
+    products = "–" if parse(name.rpartition(", ")[2])[0] in ("frozen", "full") else f"{1 + more / needs:.3f}"
+    speed = setting.batch * setting.seq / result.ms * 1e3
     print(
-        f"| {name} | {result.ms:.1f} | {times(result.ms, floor, 'ms')} | {times(result.ms, same, 'ms')} | {result.gib:.1f} |"
-        f" {times(result.gib, floor, 'gib')} | {result.setup:.0f} |",
+        f"| {name} | {result.ms:.1f} | {times(result.ms, floor, 'ms')} | {products} | {times(result.ms, same, 'ms')} |"
+        f" {speed:,.0f} | {speed * needs / 1e12:.3g} | {result.gib:.1f} | {times(result.gib, floor, 'gib')} | {result.setup:.0f} |",
         flush=True,
     )
 
 
 def head(first: str) -> None:
-    print(f"\n| {first} | ms | x floor | x alike | GiB | x floor | set-up s |\n|---|---|---|---|---|---|---|", flush=True)
+    print(f"\n| {first} | ms | x floor | products | x alike | tokens/s | TFLOP/s | GiB | x floor | set-up s |\n|{'---|' * 10}", flush=True)
 
 
 def table(modes: list[str], setting: Setting) -> dict[str, Result]:
@@ -163,7 +172,7 @@ def table(modes: list[str], setting: Setting) -> dict[str, Result]:
     results: dict[str, Result] = {}
     for mode in modes:
         results[mode] = measure(mode, setting)
-        row(mode, results[mode], results.get("floor"), results.get(alike(mode)))
+        row(mode, results[mode], with_rank(setting, mode), results.get("floor"), results.get(alike(mode)))
     return results
 
 
@@ -180,10 +189,10 @@ def growth(modes: list[str], setting: Setting) -> dict[str, Result]:
     for name, point in points:
         if floor is None or not name.startswith("rank"):  # the floor has no rank
             floor = measure("floor", point)
-            row(f"{name}, floor" if not name.startswith("rank") else "floor", floor, None, None)
+            row(f"{name}, floor" if not name.startswith("rank") else "floor", floor, point, None, None)
         for mode in modes:
             result = results[f"{name}, {mode}"] = measure(mode, point)
-            row(f"{name}, {mode}", result, floor, None)
+            row(f"{name}, {mode}", result, point, floor, None)
     return results
 
 

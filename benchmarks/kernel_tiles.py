@@ -1,12 +1,12 @@
 """Each Triton kernel's time beside the torch operations it replaces and beside what memory allows, and a search over its tiles.
 
     python benchmarks/kernel_tiles.py                 # the tiles in use, Llama-3.1-8B's sizes, 8192 tokens, r=16, on a GPU
-    python benchmarks/kernel_tiles.py --dropout 0.1   # --scales: the gated kernels with output scales
+    python benchmarks/kernel_tiles.py --rank 64       # --dropout 0.1; --scales: the gated kernels with output scales
     python benchmarks/kernel_tiles.py --search --kernels forward,backward   # every candidate; minutes, most of them compiling
 
 *Floor* is the bytes that have to be read and written once, over the device's copy speed. For ``forward`` and ``backward``, the gated MLP's
-middle with three adapters' work inside, torch's column is the compiled middle without any adapter. The last table is two orders of one
-sum: the update added to the base product, or the base product accumulated onto the update.
+middle with three adapters' work, torch's column is the compiled middle without any adapter. The last table is two orders of one sum: the
+update added to the base product, or the base product accumulated onto the update.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ import torch.nn.functional as F
 from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
-from lightning_lora.ops import plain, triton_gated_mlp, triton_low_rank, triton_weight_norm
+from lightning_lora.ops import plain, triton_gated_mlp, triton_gated_plans, triton_low_rank, triton_weight_norm
 from lightning_lora.ops.triton_low_rank import Tiles
+
+TABLES = (triton_gated_plans.TILES, triton_weight_norm.TILES, triton_low_rank.TILES)
 
 
 @dataclass
@@ -72,16 +74,26 @@ def cases(rows: int, hidden: int, wide: int, rank: int, p: float, scaled_sum: bo
     leaves = [z.clone().requires_grad_() for z in (g, u)]
     backward = partial(torch.autograd.grad, swiglu(*leaves), leaves, dh, retain_graph=True)
     out_scales = [torch.ones(wide, device="cuda")] * 2 if scaled_sum else ()
-    how = ", dropping" if p else ", scaled" if scaled_sum else ""
+    plan = triton_gated_plans.plan_of(rank)
+    name = partial(triton_gated_plans.tiles_name, plan=plan, drop=bool(p), scaled_sum=scaled_sum)
+    factors = [torch.randn(B.shape, device="cuda") for B in (Bg, Bu, Ad)]
+    copies = partial(triton_low_rank.copy_all, [Bg, Bu, Ad], factors)
     yield Case(
-        f"forward{how}",
+        "copies",
+        f"3 x {wide} x {rank}",
+        3 * sum(B.nbytes for B in (Bg, Bu, Ad)),
+        copies,
+        partial(torch._foreach_copy_, [Bg, Bu, Ad], factors),
+    )
+    yield Case(
+        name("forward"),
         size,
         3 * g.nbytes,
         partial(triton_gated_mlp.forward, g, u, t, Bg, Bu, Ad, drop, 1.0, out_scales),
         partial(swiglu, g, u),
     )
     yield Case(
-        f"backward{how}",
+        name("backward"),
         size,
         5 * g.nbytes,
         partial(triton_gated_mlp.backward, dh, g, u, t, Bg, Bu, Ad, dtd, drop, 1.0, out_scales),
@@ -105,7 +117,7 @@ def orders(rows: int, hidden: int, wide: int, rank: int) -> Iterator[tuple[str, 
 
 def candidates(kernel: str) -> list[Tiles]:
     """Tiles to try: the gated kernels hold more at once, so theirs are smaller, and what they scale by is fetching ahead."""
-    if kernel in triton_gated_mlp.TILES:
+    if kernel in triton_gated_plans.TILES:
         sizes = ((64, 32), (64, 64), (64, 128), (128, 32), (32, 64))
         return [Tiles(*size, *rest) for size, rest in itertools.product(sizes, itertools.product((4, 8), (1, 2, 3)))]
     return [Tiles(*c) for c in itertools.product((32, 64, 128), (64, 128, 256), (4, 8), (2, 3, 5))]
@@ -113,7 +125,7 @@ def candidates(kernel: str) -> list[Tiles]:
 
 def search(case: Case) -> None:
     """Leave the fastest candidate in the table, and print the best four."""
-    table = next(table for table in (triton_gated_mlp.TILES, triton_weight_norm.TILES, triton_low_rank.TILES) if case.kernel in table)
+    table = next(table for table in TABLES if case.kernel in table)
     results: list[tuple[float, Tiles]] = []
     for tiles in candidates(case.kernel):
         table[case.kernel] = tiles
@@ -137,17 +149,17 @@ def main() -> None:
     parser.add_argument("--scales", action="store_true", help="of the gated kernels, with output scales (DoRA)")
     parser.add_argument("--search", action="store_true", help="try other tiles")
     parser.add_argument(
-        "--kernels", default="project,add_,reduce,scaled,scaled_sum_backward,squares,forward,backward", help="comma-separated"
+        "--kernels", default="project,add_,reduce,scaled_sum,scaled_sum_backward,squares,copies,forward,backward", help="comma-separated"
     )
     options = parser.parse_args()
     source = torch.empty(2**30, device="cuda", dtype=torch.uint8)
     speed = 2 * source.nbytes / milliseconds(source.clone)  # bytes a millisecond
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}, copy {speed / 1e9:.2f} TB/s")
     print("| kernel | size | ours, us | torch, us | floor, us |\n|---|---|---|---|---|")
-    for case in cases(options.rows, options.hidden, options.wide, options.rank, options.dropout, options.out_scales):
+    for case in cases(options.rows, options.hidden, options.wide, options.rank, options.dropout, options.scales):
         if case.kernel.partition(",")[0] not in options.kernels.split(","):
             continue
-        if options.search:
+        if options.search and any(case.kernel in table for table in TABLES):
             search(case)
         ours, torchs, floor = milliseconds(case.ours), milliseconds(case.torchs), case.moved / speed
         print(f"| {case.kernel} | {case.size} | {ours * 1e3:.1f} | {torchs * 1e3:.1f} | {floor * 1e3:.1f} |", flush=True)

@@ -2,6 +2,7 @@
 
     python benchmarks/multi_gpu.py                                            # all GPUs, Llama-3-8B's shape, 4 x 2048 tokens a GPU
     python benchmarks/multi_gpu.py --devices 2 --only fsdp2 ddp --parts steps
+    python benchmarks/multi_gpu.py --devices 2 --compile --parts fit          # lora_fsdp2 through Trainer.fit, against one GPU through fit
     python benchmarks/multi_gpu.py --shape 70b --parts nf4 --checkpointing    # a 4-bit base under FSDP2, needs bitsandbytes
     python benchmarks/multi_gpu.py --cpu --shape tiny --devices 2             # the same on gloo processes, in seconds
 
@@ -220,7 +221,14 @@ def nf4_rows(workers: Workers, options: argparse.Namespace, say: Callable[[dict[
     say({"part": "nf4", **row})
 
 
-PARTS = {"steps": step_rows, "save": save_rows, "resume": resume_rows, "nf4": nf4_rows}
+def fit_rows(workers: Workers, options: argparse.Namespace, say: Callable[[dict[str, Any]], None]) -> None:
+    """``lora_fsdp2`` through ``Trainer.fit``."""
+    import multi_gpu_fit  # it imports tasks, which need the command line's packages
+
+    multi_gpu_fit.fit_rows(workers, options, say)
+
+
+PARTS = {"steps": step_rows, "save": save_rows, "resume": resume_rows, "nf4": nf4_rows, "fit": fit_rows}
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
@@ -237,6 +245,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--profile", action="store_true", help="milliseconds by kind of kernel, under each row")
     parser.add_argument("--only", nargs="+", choices=list(runs.STRATEGIES), help="these strategies, beside the single device")
     parser.add_argument("--models", nargs="+", choices=list(models.MODELS), default=list(models.MODELS))
+    parser.add_argument("--bases", nargs="+", choices=["bf16", "fp8"], default=["bf16"], help="of the part fit")
+    parser.add_argument("--ways", nargs="+", default=["one", "fsdp2", "auto"], help="of the part fit, see multi_gpu_fit.py")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=["steps", "save", "resume"])
     parser.add_argument("--json", type=Path, default=Path("runs/multi_gpu.json"))
     options = parser.parse_args(argv)

@@ -9,6 +9,7 @@ Lengths are lognormal. Every mode trains on documents drawn from the same list, 
     full sdpa       the same rows as rows that are not packed: torch's fastest causal kernel
     packed          best-fit decreasing, attention over documents of varying length
     packed sdpa     the same rows, transformers' mask for its sdpa
+    packed fp8      packed, on an FP8 base; its products are FP8 where the GPU has tensor cores for it. Beside it: full fp8
     packed flex     the same rows, transformers' block mask for flex attention (on a GPU)
     peft            PEFT on the same packed rows as TRL prepares them (position_ids), transformers' mask, Hugging Face's loss under autocast
     peft fast       PEFT with our attention, our chunked loss and bf16 adapters: the most that its layers allow
@@ -37,7 +38,7 @@ import torch.nn.functional as F
 from floor_modes import DEVICE, SHAPES, Setting, build, ours, peft
 from torch import Tensor
 
-from lightning_lora import chunked_cross_entropy, compile_layers, cuda_graph_step, get_lora_parameters
+from lightning_lora import chunked_cross_entropy, compile_layers, cuda_graph_step, get_lora_parameters, quantize_base
 from lightning_lora.data.batching import Example, LengthGroupedSampler, collate_answers
 from lightning_lora.data.packing import PackedRows
 from lightning_lora.ops.cross_entropy import POSITIONS
@@ -60,7 +61,7 @@ class Documents(list):
 class Mode:
     """A model, its attention, and the batches that it takes."""
 
-    model: str  # ours, ours ragged, ours graphs, peft, peft fast
+    model: str  # ours, ours fp8, ours ragged, ours graphs, peft, peft fast
     attention: str
     batches: str
 
@@ -72,6 +73,8 @@ def modes(flex: bool) -> dict[str, dict[str, Mode]]:
         "full sdpa": Mode("ours", "sdpa", "full"),
         "packed": Mode("ours", NAME, "packed"),
         "packed sdpa": Mode("ours", "sdpa", "packed"),
+        "full fp8": Mode("ours fp8", NAME, "full"),
+        "packed fp8": Mode("ours fp8", NAME, "packed"),
         "peft": Mode("peft", "sdpa", "packed"),
         "peft fast": Mode("peft fast", NAME, "packed"),
     }
@@ -146,6 +149,7 @@ def trained_model(name: str, options: argparse.Namespace) -> tuple[Any, torch.op
     if name.startswith("peft"):
         model = peft(base, setting, 0.0, {"chunk"} if name == "peft fast" and GPU else set())
     else:
+        base = quantize_base(base, "fp8") if name == "ours fp8" else base
         model = ours(base, setting, 0.0, set())
         if name == "ours ragged":
             base.enable_input_require_grads()

@@ -143,6 +143,7 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[float, float]]:
     parser.add_argument("--batch", type=int, default=1, help="rows")
     parser.add_argument("--seq", type=int, default=2048, help="tokens a row")
     parser.add_argument("--chunk", action="store_true", help="the chunked loss")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), metavar="MODE", help=f"of {', '.join(MODES)}")
     parser.add_argument("--how", nargs="+", choices=HOW, default=list(HOW), metavar="HOW", help=f"of {', '.join(HOW)}; default all")
     options = parser.parse_args(argv)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
@@ -150,11 +151,11 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[float, float]]:
     print("| mode | ms | x frozen | GiB | x frozen |\n|---|---|---|---|---|")
     results: dict[str, tuple[float, float]] = {}
     for how in options.how:
-        for name in MODES:
+        for name in options.modes:
             ms, peak = results[f"{name}, {how}"] = measure(name, options, *HOW[how])
-            base_ms, base_peak = results[f"frozen, {how}"]
-            ratio = peak / base_peak if base_peak else 0
-            print(f"| {name}, {how} | {ms:.1f} | {ms / base_ms:.2f} | {peak:.2f} | {ratio:.2f} |", flush=True)
+            base_ms, base_peak = results.get(f"frozen, {how}", (0.0, 0.0))
+            ratios = [f"{own / base:.2f}" if base else "–" for own, base in ((ms, base_ms), (peak, base_peak))]
+            print(f"| {name}, {how} | {ms:.1f} | {ratios[0]} | {peak:.2f} | {ratios[1]} |", flush=True)
     return results
 
 

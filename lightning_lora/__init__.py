@@ -28,9 +28,11 @@ if TYPE_CHECKING:
     from lightning_lora.adapter_io.combine import combine_adapters, compress_adapter
     from lightning_lora.adapter_io.export_adapter import export_adapter
     from lightning_lora.callbacks import AdaLoRACallback, LoRACallback
+    from lightning_lora.model.checkpointing import checkpoint_layers
     from lightning_lora.model.compile import compile_layers, cuda_graph_step, uncompile_layers
     from lightning_lora.model.extract import extract_adapter
     from lightning_lora.model.offload import offload_activations
+    from lightning_lora.model.offload_frozen import offload_frozen
     from lightning_lora.model.parallel import replicated_parameters
     from lightning_lora.optim.advice import advise_learning_rate
     from lightning_lora.strategies import DurableCheckpointIO, LoRAFSDP2Strategy
@@ -50,6 +52,7 @@ __all__ = [
     "advise_learning_rate",
     "apply_lora",
     "apply_lora_plus",
+    "checkpoint_layers",
     "chunked_cross_entropy",
     "combine_adapters",
     "compile_layers",
@@ -71,6 +74,7 @@ __all__ = [
     "merge_lora",
     "merge_report",
     "offload_activations",
+    "offload_frozen",
     "quantize_base",
     "register_init",
     "register_kind",
@@ -93,6 +97,7 @@ _LAZY = {
     "LoRACallback": "callbacks",
     "LoRAFSDP2Strategy": "strategies",
     "advise_learning_rate": "optim.advice",
+    "checkpoint_layers": "model.checkpointing",
     "combine_adapters": "adapter_io.combine",
     "compile_layers": "model.compile",
     "compress_adapter": "adapter_io.combine",
@@ -101,6 +106,7 @@ _LAZY = {
     "extract_adapter": "model.extract",
     "load_adapters": "adapter_io.adapter_set",
     "offload_activations": "model.offload",
+    "offload_frozen": "model.offload_frozen",
     "replicated_parameters": "model.parallel",
     "uncompile_layers": "model.compile",
 }

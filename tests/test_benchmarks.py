@@ -7,6 +7,7 @@ import os
 import runpy
 import subprocess
 import sys
+import tarfile
 from argparse import Namespace
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -69,6 +70,17 @@ def test_multi_gpu_counts_what_fsdp2_moves(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
+def test_multi_gpu_measures_fits(tmp_path: Path) -> None:
+    rows, printed = multi_gpu(tmp_path, "--devices", "2", "--parts", "fit", "--ways", "one", "fsdp2", "auto")
+    one, auto, fsdp2 = rows
+    assert "failed" not in printed and one["traffic"] == {} and one["scaling"] == 1
+    for row in (auto, fsdp2):  # on CPUs "auto" gathers
+        assert {name: count for name, (count, _) in row["traffic"].items()} == {"all-gather": 5, "reduce-scatter": 2, "all-reduce": 2}
+        assert not row["pulls"] and abs(row["loss"] - one["loss"]) < 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("devices", [1, 2])
 def test_multi_gpu_runs_whole(tmp_path: Path, devices: int) -> None:
     rows, printed = multi_gpu(tmp_path, "--devices", str(devices), "--parts", "steps", "save", "resume", "nf4")
@@ -85,7 +97,10 @@ def test_multi_gpu_runs_whole(tmp_path: Path, devices: int) -> None:
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
 def test_floor_measures_every_mode(capsys: pytest.CaptureFixture[str]) -> None:
-    modes = "floor,full,peft-drop,ours-unfused,ours-layer-chunk-ckpt-drop,ours-fp8-layer-chunk"
+    modes = (
+        "floor,products-chunk,full,peft-drop,ours-unfused,ours-layer-chunk-ckpt-drop,ours-chunk-half-r4,ours-fp8-layer-chunk,"
+        "ours-layer-chunk-selective-offload-offloadfrozen"
+    )
     results = FLOOR["main"]([*QUICK, "--modes", modes])
     assert list(results) == modes.split(",") and not [result.error for result in results.values() if result.error]
     assert all(0 < result.ms < 60_000 for result in results.values())
@@ -231,12 +246,13 @@ def test_packing_computes_the_same_in_every_way(capsys: pytest.CaptureFixture[st
     main = runpy.run_path(str(BENCHMARKS / "packing.py"))["main"]
     options = ["--shape", "tiny", "--rows", "2", "--length", "64", "--median", "12", "--documents", "200", "--steps", "1", "--warmup", "1"]
     speeds = main(options)
-    assert set(speeds) == {"full", "full sdpa", "packed", "packed sdpa", "peft", "peft fast", "grouped", "padded", "flat"}
+    fixed = {"full", "full sdpa", "packed", "packed sdpa", "full fp8", "packed fp8", "peft", "peft fast"}
+    assert set(speeds) == fixed | {"grouped", "padded", "flat"}
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.count(" | ") == 6]
     losses = {cells[0]: float(cells[-1]) for cells in rows if cells[0] in speeds}
     assert losses.keys() == speeds.keys() and losses["grouped"] == pytest.approx(losses["flat"], abs=2e-3)
     packed = [loss for name, loss in losses.items() if name.startswith(("packed", "peft"))]
-    assert len(packed) == 4 and packed == pytest.approx([packed[0]] * 4, abs=2e-3)  # after a step or two with adapters of their own
+    assert len(packed) == 5 and packed == pytest.approx([packed[0]] * 5, abs=2e-3)  # after a step or two with adapters of their own
 
 
 @pytest.mark.filterwarnings("ignore:Attribute 'model' is an instance of", "ignore:The '.*_dataloader' does not have many workers")
@@ -251,3 +267,34 @@ def test_fit_is_measured_beside_the_bare_loop(capsys: pytest.CaptureFixture[str]
     printed = capsys.readouterr().out
     assert all(f"| {name} | {result.median:.2f} |" in printed for name, result in results.items())
     assert printed.count("calls a step") == 3
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_quality_on_fp8_bases_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = runpy.run_path(str(BENCHMARKS / "float8_quality.py"))
+    model = tiny_lm.save(tmp_path / "model")
+    for split in ("train", "val", "test"):
+        tiny_lm.write(tmp_path / f"{split}.jsonl", tiny_lm.rows())
+    options = ["--steps", "2", "--batch", "4", "--rates", "1e-2", "1e-9", "--seeds", "0", "1", "--dtype", "float32"]
+    results = script["main"]([model, str(tmp_path), *options])
+    assert [(result["base"], result["seed"]) for result in results] == [("plain", 0), ("fp8", 0), ("plain", 1), ("fp8", 1)]
+    assert [result["packed"] for result in results] == [0, 2 * 7] * 2 and {result["rate"] for result in results} == {1e-2}
+    losses = [result["loss"] for result in results]
+    assert len(set(losses)) == 4 and losses[1] == pytest.approx(losses[0], rel=0.1) and losses[3] == pytest.approx(losses[2], rel=0.1)
+    printed = capsys.readouterr().out
+    assert f"| fp8 | {(losses[1] + losses[3]) / 2:.4f} | {min(losses[1::2]):.4f} – {max(losses[1::2]):.4f} |" in printed
+
+
+def test_review_snippets_are_told_apart_by_their_rating(tmp_path: Path) -> None:
+    inner, outer = tmp_path / "inner.tar.gz", tmp_path / "sdist.tar.gz"
+    (tmp_path / "rows.txt").write_text("1\t2.5\tA joy\n2\t-0.4\t Dull \n3\t0.0\tA film\n4\t-2.5\ta joy\n")
+    script = runpy.run_path(str(BENCHMARKS / "review_snippets.py"))
+    for archive, file, name in ((inner, tmp_path / "rows.txt", "a/" + script["INNER"]), (outer, inner, "b/" + script["OUTER"])):
+        with tarfile.open(archive, "w:gz") as made:
+            made.add(file, name)
+    snippets = script["read_snippets"](outer)
+    assert snippets == [("A joy", "positive"), ("Dull", "negative")]
+    script["write_splits"](snippets, tmp_path / "rows", {"train": 1, "test": 1})
+    rows = [json.loads((tmp_path / "rows" / f"{split}.jsonl").read_text()) for split in ("train", "test")]
+    assert {(row["messages"][1]["content"], row["messages"][2]["content"]) for row in rows} == set(snippets)
+    assert all(set(row["choices"]) == {"positive", "negative"} for row in rows)

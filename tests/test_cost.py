@@ -139,7 +139,7 @@ CALLS: dict[str, tuple[Any, str | None, dict[str, Any], tuple[int, int, int]]] =
     "qkv": (Attention, None, {}, (59, 59, 0)),
     "qkv, nf4": (Attention, "nf4", {}, (59, 59, 0)),
     "qkv together": (Attention, None, {}, (84, 90, 29)),
-    "qkv together, nf4": (Attention, "nf4", {}, (100, 106, 35)),
+    "qkv together, nf4": (Attention, "nf4", {}, (94, 96, 35)),
 }
 
 

@@ -59,10 +59,11 @@ DEFERS = {
     "ops.gated_mlp": {"ops.triton_low_rank", "ops.triton_gated_mlp"},
     "ops.weight_norm": {"ops.triton_weight_norm"},
     "ops.float8_weight": {"ops.triton_float8"},
+    "quantization.bitsandbytes": {"ops.triton_nf4"},
     "strategies.fsdp2": {"experimental.pull_frozen"},
 }
 # Triton's kernels are decorated when their files are imported, so these are imported where they are used.
-KERNELS = {"ops.triton_dropout", "ops.triton_low_rank", "ops.triton_gated_mlp", "ops.triton_weight_norm", "ops.triton_float8"}
+KERNELS = {f"ops.triton_{name}" for name in ("copies", "dropout", "float8", "gated_mlp", "gated_plans", "low_rank", "nf4", "weight_norm")}
 # Errors are ValueError (wrong input) or RuntimeError (wrong at run time); beside those:
 OTHER_ERRORS = {
     ("adapter_io.fingerprint", "OtherBase"),

@@ -48,7 +48,8 @@ class Interruption(Companion):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the handlers. Lightning restores the earlier handlers after the run."""
-        self.signal, self._stop = None, AgreedStop(trainer.strategy.root_device) if is_distributed() else None
+        several = is_distributed() and trainer.world_size > 1
+        self.signal, self._stop = None, AgreedStop(trainer.strategy.root_device) if several else None
         if self._stop is not None:
             self._undo.callback(skip_sigterm_broadcast(trainer))
         lightnings = signal.getsignal(signal.SIGTERM)

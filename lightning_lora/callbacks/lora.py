@@ -74,7 +74,10 @@ class LoRACallback(Callback):
             Use it for batches of one or few sizes, since each size is recorded separately. Sharded models are refused. Manual optimization
             must call ``manual_backward``. Clone the outputs of blocks that you keep across batches.
         offload: "activations" keeps what gradient checkpointing saves in host memory between the passes, for long rows; see
-            :func:`~lightning_lora.offload_activations`.
+            :func:`~lightning_lora.offload_activations`. "frozen" keeps the blocks' frozen weights there, on one device, for models larger
+            than it; see :func:`~lightning_lora.offload_frozen`. A list has both.
+        checkpointing: compute the blocks' activations again in the backward pass: "full", all of them; "selective", all but attention's
+            results; see :func:`~lightning_lora.checkpoint_layers`. The model's own gradient checkpointing must be off.
         lora_plus_ratio: λ of LoRA+ (arXiv:2402.12354): B's learning rate divided by A's, under any scheduler. The paper suggests 16.
         start_from: an adapter folder or a checkpoint, whose adapter is trained further with a new optimizer at step 0. (To resume a run,
             pass ``fit(ckpt_path=...)``.) Its config counts: leave out what it says, or say the same.
@@ -100,10 +103,12 @@ class LoRACallback(Callback):
         cuda_graphs: bool = False,
         merge_max_lost: float | None = None,
         start_from: str | Path | None = None,
-        offload: Literal["activations"] | None = None,
+        offload: Literal["activations", "frozen"] | list[Literal["activations", "frozen"]] | None = None,
         tune_loop: bool = True,
+        checkpointing: Literal["full", "selective"] | None = None,
     ) -> None:
-        check_options(compile, cuda_graphs, offload, quantize, merge_quantized, merge_max_lost, lora_plus_ratio)
+        offloaded = [offload] if isinstance(offload, str) else list(offload or ())
+        check_options(compile, cuda_graphs, offloaded, checkpointing, quantize, merge_quantized, merge_max_lost, lora_plus_ratio)
         see_mixed_imports()
         offer_to_others()
         self.config, self.module = config or LoRAConfig(), module
@@ -113,12 +118,12 @@ class LoRACallback(Callback):
         self.merge_on_fit_end = quantize is None or merge_quantized is not None if merge_on_fit_end is None else merge_on_fit_end
         self.lora_plus_ratio, self.merge_max_lost, self.tune_loop = lora_plus_ratio, merge_max_lost, tune_loop
         self.check_base, self.check_gradients, self.allow_nonfinite = check_base, check_gradients, allow_nonfinite
-        self._finite: FiniteCheck | None = None
-        self.compile, self.cuda_graphs, self.offload = compile, cuda_graphs, offload
+        self.compile, self.cuda_graphs, self.offload, self.checkpointing = compile, cuda_graphs, offload, checkpointing
         self.report: TargetReport | None = None
-        self._modes = BlockModes(compiled=compile is not None, recorded=cuda_graphs, offloaded=offload is not None)
+        self._modes = BlockModes(compiled=compile is not None, recorded=cuda_graphs, checkpointing=checkpointing, offloaded=offloaded)
         self.part: AdaptedPart | None = None  # of the last setup
         self._gradients: GradientCheck | None = None
+        self._finite: FiniteCheck | None = None
         self._compare = False
         self._roll_call: RollCall | None = None  # of a run on several processes
         self._undo = ExitStack()  # reverts the preparations, until the run has begun
@@ -126,8 +131,7 @@ class LoRACallback(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """Return the settings and the report. What belongs to a run stays out of copies and pickles: some of it cannot be copied."""
         of_a_run = {"_undo": ExitStack(), "_modes": self._modes.unused(), "_compare": False}
-        none = ("_finite", "_gradients", "_roll_call", "part")
-        return vars(self) | of_a_run | dict.fromkeys(none)
+        return vars(self) | of_a_run | dict.fromkeys(("_finite", "_gradients", "_roll_call", "part"))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Inject, freeze and report. A model that is built in its ``setup`` or ``configure_model`` is adapted right after that."""
@@ -213,6 +217,7 @@ class LoRACallback(Callback):
         if not self.merge_on_fit_end:
             return
         target = self._target(pl_module)
+        self._modes.before_merge()
         merge_lora(target, device=trainer.strategy.root_device, quantized=self.merge_quantized, max_lost=self.merge_max_lost)
         lost = merge_report(target)
         worst = max(lost, key=lambda name: lost[name])
@@ -264,6 +269,7 @@ class LoRACallback(Callback):
                 log_start(report, pl_module, stays, fitting and bool(trainer.checkpoint_callbacks))
             if self._start is not None:
                 self._start.load(target, undo, self.check_base, self.allow_nonfinite)
+            self._modes.begin_adapted(target, trainer)
             undo.callback(arrange(trainer.strategy, pl_module))
             root = ".".join(filter(None, (self.module, adapter_root(target)[0])))
             layers = [clean_name(name) for name, _ in lora_layers(target)]

@@ -8,9 +8,9 @@ from lightning_lora.utils.messages import append_line
 
 ADVICE = (
     "Training with LoRA takes less memory with: a smaller batch_size and Trainer(accumulate_grad_batches=...); shorter sequences;"
-    " Trainer(precision='bf16-true'); LoRACallback(quantize='nf4'); gradient checkpointing in the model, with"
-    " LoRACallback(offload='activations') for long rows; strategy='lora_fsdp2' on several"
-    " GPUs. A smaller rank saves little: only gradients and optimizer states of the adapters shrink."
+    " Trainer(precision='bf16-true'); LoRACallback(quantize='nf4'); LoRACallback(checkpointing='full'), with offload='activations' for"
+    " long rows; LoRACallback(offload='frozen') for a model larger than the GPU; strategy='lora_fsdp2' on several GPUs. A smaller rank"
+    " saves little: only gradients and optimizer states of the adapters shrink."
 )
 _CPU = "DefaultCPUAllocator"  # torch raises a plain RuntimeError that names it
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
@@ -28,7 +28,8 @@ from lightning_lora.utils.names import clean_name
 def check_options(
     compile: str | None,
     cuda_graphs: bool,
-    offload: str | None,
+    offload: Sequence[str],
+    checkpointing: str | None,
     quantize: str | None,
     merge_quantized: str | None,
     merge_max_lost: float | None,
@@ -43,10 +44,13 @@ def check_options(
         raise ValueError(f"compile={compile!r} is not known; it is None or 'layer'.")
     if cuda_graphs and compile is None:
         raise ValueError("cuda_graphs=True records compiled blocks: pass compile='layer' with it.")
-    if offload not in (None, "activations"):
-        raise ValueError(f"offload={offload!r} is not known; it is None or 'activations'.")
-    if offload and cuda_graphs:
-        raise ValueError("offload='activations' with cuda_graphs=True: a recorded graph keeps its memory. Leave one of them out.")
+    for each in offload:
+        if each not in ("activations", "frozen"):
+            raise ValueError(f"offload={each!r} is not known; it is None, 'activations', 'frozen' or a list of both.")
+        if cuda_graphs:
+            raise ValueError(f"offload={each!r} with cuda_graphs=True: a recorded graph keeps its memory. Leave one of them out.")
+    if checkpointing not in (None, "full", "selective"):
+        raise ValueError(f"checkpointing={checkpointing!r} is not known; it is None, 'full' or 'selective'.")
     check_ratio(lora_plus_ratio)
     if quantize is not None:
         quantizer_of(quantize)
@@ -180,6 +184,15 @@ def recordable(strategy: Strategy) -> bool:
     if device.type != "cuda":
         rank_zero_warn(f"cuda_graphs=True has no effect on {device}: blocks are compiled, nothing is recorded.")
     return device.type == "cuda"
+
+
+def check_one_device(strategy: Strategy) -> None:
+    """Raise ValueError if frozen weights cannot be offloaded under a strategy."""
+    if not isinstance(strategy, twins(SingleDeviceStrategy)):
+        raise ValueError(
+            f"offload='frozen' with strategy={type(strategy).__name__}: it is for one device. Leave it out; strategy='lora_fsdp2' shards"
+            " the weights over several."
+        )
 
 
 def frozen_parts(target: nn.Module, report: TargetReport, config: LoRAConfig, *, whole: bool) -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import tempfile
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def stream_barrier(ranks: dist.ProcessGroup, device: torch.device) -> None:
@@ -32,18 +35,11 @@ def shared_memory(size: int, ranks: dist.ProcessGroup, device: torch.device) -> 
         One byte tensor per rank, in rank order.
 
     Raises:
-        RuntimeError: the GPUs cannot access each other's memory, or have too little left.
+        RuntimeError: on every rank: the GPUs of one cannot access the others' memory, or have too little left.
     """
     if device.type == "cuda":
-        try:
-            own = symmetric.empty(size, dtype=torch.uint8, device=device)
-            handle = symmetric.rendezvous(own, ranks)
-            # The other ranks' memory stays mapped as long as this rank's own buffer lives.
-            return [own if rank == ranks.rank() else handle.get_buffer(rank, (size,), torch.uint8) for rank in range(ranks.size())]
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"pull_frozen=True, but the GPUs could not share {size} bytes with each other: {error}. Leave it out."
-            ) from error
+        own = together(lambda: _allocate(size, device), size, ranks)
+        return together(lambda: _map(own, size, ranks), size, ranks)
     descriptor, name = tempfile.mkstemp(prefix="lightning-lora-")
     os.close(descriptor)
     names: list[Any] = [None] * ranks.size()
@@ -52,3 +48,32 @@ def shared_memory(size: int, ranks: dist.ProcessGroup, device: torch.device) -> 
     dist.barrier(ranks)
     os.unlink(name)
     return found
+
+
+def together(action: Callable[[], T], size: int, ranks: dist.ProcessGroup) -> T:
+    """Run an action on every rank. If it raises RuntimeError on one, raise on all: none waits for another in what comes next."""
+    found, error = None, None
+    try:
+        found = action()
+    except RuntimeError as raised:
+        error = str(raised)
+    errors: list[Any] = [None] * ranks.size()
+    dist.all_gather_object(errors, error, group=ranks)
+    first = next((error for error in errors if error is not None), None)
+    if first is not None:
+        raise RuntimeError(f"pull_frozen: the GPUs could not share {size} bytes with each other: {first}. pull_frozen=False needs none.")
+    return cast(T, found)
+
+
+def _allocate(size: int, device: torch.device) -> Tensor:
+    try:
+        return symmetric.empty(size, dtype=torch.uint8, device=device)
+    except RuntimeError:
+        torch.cuda.empty_cache()  # this allocation cannot use what torch keeps of tensors that are gone
+        return symmetric.empty(size, dtype=torch.uint8, device=device)
+
+
+def _map(own: Tensor, size: int, ranks: dist.ProcessGroup) -> list[Tensor]:
+    handle = symmetric.rendezvous(own, ranks)
+    # The other ranks' memory stays mapped as long as this rank's own buffer lives.
+    return [own if rank == ranks.rank() else handle.get_buffer(rank, (size,), torch.uint8) for rank in range(ranks.size())]

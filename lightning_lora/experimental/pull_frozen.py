@@ -15,15 +15,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 from lightning_lora.experimental.peer_memory import stream_barrier
 from lightning_lora.experimental.pulling_group import PrefetchOrder, PullingGroup
 from lightning_lora.utils.gradient_reducer import GradientReducer
 from lightning_lora.utils.sharding import broadcast
 from lightning_lora.utils.torch_private_parallel import fsdp2_group
+
+HOOKS = "_lora_pull_hooks"  # the attribute of a unit that keeps the handles of its hooks
 
 
 def pull(unit: nn.Module, blocks: list[nn.Module]) -> None:
@@ -53,8 +57,9 @@ def pull(unit: nn.Module, blocks: list[nn.Module]) -> None:
             group.discard_prefetch()
         stream_barrier(ranks, device)
 
-    unit.register_forward_pre_hook(barrier_and_reset, prepend=True)  # before FSDP2's
-    unit.register_forward_hook(barrier_and_reset)
+    before = unit.register_forward_pre_hook(barrier_and_reset, prepend=True)  # before FSDP2's
+    after = unit.register_forward_hook(barrier_and_reset)
+    unit.__dict__[HOOKS] = [before, after]
 
 
 def average(model: nn.Module, ranks: dist.ProcessGroup) -> None:
@@ -71,6 +76,51 @@ def average(model: nn.Module, ranks: dist.ProcessGroup) -> None:
     ]
     broadcast(found, [ranks])
     GradientReducer(found, [ranks])
+
+
+def share(model: nn.Module) -> None:
+    """Share the frozen shards now, unit by unit; without it, the first forward pass does. A collective.
+
+    What is read of each unit's first parameter is compared with what NCCL gathers.
+
+    Raises:
+        RuntimeError: on every rank, if on one the memory cannot be shared, or is not what FSDP2 would gather.
+    """
+    error = None
+    for name, unit in model.named_modules():
+        if error is None and isinstance(unit, FSDPModule) and isinstance(group := fsdp2_group(unit), PullingGroup):
+            try:
+                unit.unshard()
+            except (RuntimeError, ValueError) as raised:  # on every rank
+                error = str(raised)
+                continue
+            same = all([_as_gathered(param, group._all_gather_process_group) for param in list(group.sources or ())[:1]])
+            unit.reshard()
+            found: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(found, same)
+            error = None if all(found) else f"pull_frozen: what is read of {name!r} is not what FSDP2 gathers"
+    if error is not None:
+        raise RuntimeError(error)
+
+
+def _as_gathered(param: Any, ranks: dist.ProcessGroup) -> bool:
+    """True if the parameter that was read equals the one that FSDP2 would gather, padding included. A collective."""
+    (read,) = param.all_gather_outputs
+    gathered = torch.empty_like(read)
+    dist.all_gather_into_tensor(gathered, param._sharded_param_data, group=ranks)
+    return torch.equal(read.view(torch.uint8), gathered.view(torch.uint8))
+
+
+def stop(model: nn.Module) -> None:
+    """Let FSDP2 gather frozen parameters again, as it does without :func:`pull`. Call it between steps, on every rank."""
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule) and isinstance(group := fsdp2_group(unit), PullingGroup):
+            unit.reshard()
+            group.device_handle.synchronize()
+            group.__class__ = FSDPParamGroup  # type: ignore[assignment]
+            del group.sources, group.resident, group.order, group.keep_resident
+        for handle in unit.__dict__.pop(HOOKS, ()):
+            handle.remove()
 
 
 def release(model: nn.Module) -> None:

@@ -179,8 +179,8 @@ def _check_plain(param: FSDPParam) -> None:
     if cast_to or hasattr(param._sharded_local_tensor, "fsdp_pre_all_gather") or param.fsdp_placement.dim != 0:
         kind = type(param._sharded_local_tensor).__name__
         raise ValueError(
-            f"pull_frozen=True, but {param._param_fqn} is a {kind} that FSDP2 converts, or shards along another dimension than the first,"
-            " so its memory cannot be read directly: leave pull_frozen out."
+            f"pull_frozen: {param._param_fqn or param._module_info.param_name} is a {kind} that FSDP2 converts, or shards along another"
+            " dimension than the first, so its memory cannot be read directly. pull_frozen=False gathers it."
         )
 
 

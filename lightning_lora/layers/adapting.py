@@ -13,7 +13,7 @@ from lightning_lora.layers.base import PREFIX, LoRALayer
 from lightning_lora.layers.classes import adapted_class, strip_class
 from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.layers.state import AdapterState
-from lightning_lora.quantization.formats import format_of, prepare, unknown_storage
+from lightning_lora.quantization.formats import format_of, prepare, unknown_storage, why_not_prepared
 from lightning_lora.registry import qualified_name, why_refused
 
 
@@ -24,6 +24,9 @@ def refusal(module: nn.Module, spec: LayerSpec) -> str | None:
     if kind is None:
         return why_refused(module, fqn)
     if "forward" in module.__dict__:
+        reason = why_not_prepared(module)  # of a library that sets one
+        if reason is not None:
+            return f"{fqn!r} ({name}): {reason}."
         return f"{fqn!r} ({name}) has a forward of its own set on the instance, which would bypass the adapter; remove that hook first."
     weights = {part: module._parameters.get(part) for part in kind.adapted}
     computed = [part for part, weight in weights.items() if weight is None]

@@ -112,8 +112,6 @@ class GatedMLP(nn.Module):
             return None
         out_scales = [layer.output_scale() for layer in layers] if has_scale else ()
         A_list, B_list = zip(*[layer.update_factors() for layer in layers], strict=True)
-        if max([A.shape[0] for A in A_list]) > backends.WIDEST_GATED:  # not the layer's rank: a kept start doubles the factors' rank
-            return None
         return lora_gated_mlp(x, weights, A_list, B_list, [layer.scaling for layer in layers], dropout, out_scales)
 
 

@@ -12,7 +12,7 @@ stream that computes, which then waits for each copy.)
 from __future__ import annotations
 
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any
@@ -26,7 +26,7 @@ from lightning_lora.utils.blocks import BLOCKS, repeated_blocks
 from lightning_lora.utils.sharding import local_tensor
 
 MINIMUM = 2**20  # bytes; smaller tensors stay where they are
-HELD = 2  # how many of the last tensors stay on the device while they are copied
+HELD = 2  # of how many of the last blocks the tensors stay on the device while they are copied
 
 
 def offload_activations(model: nn.Module) -> Offloading:
@@ -49,8 +49,16 @@ def offload_activations(model: nn.Module) -> Offloading:
     blocks = repeated_blocks(model)
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no repeated blocks whose activations could be offloaded ({BLOCKS}).")
-    lists = {name.rpartition(".")[0] for name, _ in blocks}
-    return Offloading({model.get_submodule(name.rpartition(".")[0]) for name in lists}, len(blocks))
+    lists = Counter(name.rpartition(".")[0] for name, _ in blocks)
+    callers: Counter[nn.Module] = Counter()
+    for name, count in lists.items():
+        callers[model.get_submodule(name.rpartition(".")[0])] += count
+    return Offloading(callers)
+
+
+def copy_stream(device: torch.device) -> Any:
+    """Return a new stream of a device for copies beside what it computes."""
+    return torch.get_device_module(device).Stream(device=device) if device.type != "cpu" else torch.cpu.Stream()
 
 
 class Offloading:
@@ -62,9 +70,11 @@ class Offloading:
         bytes: their size.
     """
 
-    def __init__(self, callers: set[nn.Module], blocks: int) -> None:
-        self.blocks = blocks
+    def __init__(self, callers: Counter[nn.Module]) -> None:
+        self.blocks = callers.total()
         self.tensors = self.bytes = 0
+        self._callers = callers
+        self._each, self._before = 1, 0  # tensors that a block moves, as in the last pass; tensors moved before this pass
         self._streams: dict[torch.device, Any] = {}
         self._last: weakref.ref[_Moved] | None = None
         self._held: deque[weakref.ref[_Moved]] = deque()
@@ -82,21 +92,22 @@ class Offloading:
         yield caller.register_forward_hook(self._end, always_call=True)
 
     def _begin(self, caller: nn.Module, inputs: Any) -> None:
-        self._last = None
+        self._last, self._before = None, self.tensors
         self._hooks.__enter__()
 
     def _end(self, caller: nn.Module, inputs: Any, output: Any) -> None:
         self._hooks.__exit__()
+        self._each = (self.tensors - self._before) // self._callers[caller] or self._each
 
     def _pack(self, tensor: Tensor) -> Tensor | _Moved:
         plain = type(tensor) is Tensor and tensor.layout is torch.strided and tensor.is_floating_point()
         if not plain or tensor.nbytes < MINIMUM or self._is_fixed(tensor):
             return tensor
-        moved = _Moved(tensor, self._stream(tensor.device), self._last)
+        moved = _Moved(tensor, self._stream(tensor.device), self._last, self._each)
         self.tensors, self.bytes = self.tensors + 1, self.bytes + tensor.nbytes
         self._last = weakref.ref(moved)
         self._held.append(self._last)
-        while len(self._held) > HELD:
+        while len(self._held) > HELD * self._each:  # a block may save several tensors at once, none of them copied yet
             earlier = self._held.popleft()()
             if earlier is not None:
                 earlier.release()
@@ -109,7 +120,7 @@ class Offloading:
 
     def _stream(self, device: torch.device) -> Any:
         if device not in self._streams:
-            self._streams[device] = torch.get_device_module(device).Stream(device=device) if device.type != "cpu" else torch.cpu.Stream()
+            self._streams[device] = copy_stream(device)
         return self._streams[device]
 
 
@@ -120,10 +131,12 @@ class _Moved:
         tensor: on the device.
         stream: the stream of the copies.
         before: the tensor that was moved before, which the backward pass needs next.
+        ahead: how many of those to copy back ahead of their use.
     """
 
-    def __init__(self, tensor: Tensor, stream: Any, before: weakref.ref[_Moved] | None) -> None:
-        self._device, self._stream, self._before = tensor.device, stream, before
+    def __init__(self, tensor: Tensor, stream: Any, before: weakref.ref[_Moved] | None, ahead: int) -> None:
+        self._device, self._stream, self._before, self._ahead = tensor.device, stream, before, ahead
+        self._used = False
         self._module = torch.get_device_module(tensor.device)
         self._host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.device.type != "cpu")
         self._source: Tensor | None = tensor.detach()  # without the graph, which holds this object
@@ -148,17 +161,22 @@ class _Moved:
         self._source = None
 
     def fetch(self) -> None:
-        """Begin to copy it back."""
-        if self._source is None and self._back is None:
+        """Begin to copy it back, unless that was done."""
+        if self._source is None and self._back is None and not self._used:
             self._back = torch.empty_like(self._host, device=self._device)  # of the computing stream, which frees it too
             self._copied = self._copy(self._host, self._back)
 
     def get(self) -> Tensor:
-        """Return the tensor on the device, and begin to copy the one before back."""
+        """Return the tensor on the device, and begin to copy those before back."""
+        self._used = False
         self.fetch()
-        before = self._before() if self._before is not None else None
-        if before is not None:
+        self._used, earlier = True, self
+        for _ in range(self._ahead):
+            before = earlier._before() if earlier._before is not None else None
+            if before is None:
+                break
             before.fetch()
+            earlier = before
         if self._source is not None:
             return self._source
         self._wait(self._copied)

@@ -25,7 +25,6 @@ FEW_ROWS = 1024
 # Below this, the compiler's own kernels are faster: a step of 1B with 4 x 512 tokens took 50 ms with the compiled definition,
 # 69 ms with custom operators.
 FEW_ENTRIES_COMPILED = 12 * 2**20
-WIDEST_GATED = 64  # the largest rank whose sums fit in the registers of the gated MLP's kernels
 
 
 _RUNS: dict[int, bool] = {}  # CUDA device → whether it runs the kernels
@@ -87,6 +86,11 @@ def worth_kernels(x: Tensor) -> bool:
 def has_kernels(x: Tensor) -> bool:
     """True if the Triton kernels run on x, however small it is: in half precision, on a GPU of the Ampere generation or later."""
     return x.is_cuda and (autocast_dtype(x) or x.dtype) in (torch.bfloat16, torch.float16) and _RUNS.get(x.device.index, False)
+
+
+def runs_kernels(device: torch.device) -> bool:
+    """True if a device runs Triton kernels."""
+    return device.type == "cuda" and _RUNS.get(device.index, False)
 
 
 def multiplies_float8(x: Tensor) -> bool:

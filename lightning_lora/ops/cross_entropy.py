@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from lightning_lora.utils.autocast import autocast_dtype
 from lightning_lora.utils.sharding import is_sharded
 from lightning_lora.utils.torch_private import may_vary
+from lightning_lora.utils.torch_private_parallel import fsdp2_original
 
 IGNORE = -100  # as in torch's cross entropy
+SHARDED = "its output layer is sharded"
 POSITIONS = "answer_positions"  # the key in a batch of what `answer_positions` returns
 
 
@@ -79,36 +81,47 @@ def answer_positions(labels: Tensor) -> Tensor:
 
 
 def unchunkable(head: Any) -> str | None:
-    """Return why the loss through this output layer cannot be computed in chunks, None if it can."""
-    if type(head) is not nn.Linear:
+    """Return why the loss through this output layer cannot be computed in chunks, None if it can.
+
+    FSDP2 may have sharded it: it gathers the weight for the layer's forward, and only there. :func:`bypassed` looks again.
+    """
+    if fsdp2_original(type(head)) is not nn.Linear:
         return f"its output layer is a {type(head).__name__}, not a plain nn.Linear"
     if "forward" in head.__dict__:
         return "its output layer has a forward of its own set on the instance"
     weight = head._parameters.get("weight")  # under FSDP1 this is a flat shard or missing
-    if weight is None or is_sharded(weight) or weight.shape != (head.out_features, head.in_features):
-        return "its output layer is sharded"
+    if weight is None or weight.shape != (head.out_features, head.in_features):
+        return SHARDED
     if any(p.requires_grad for p in head.parameters()):
         return "its output layer trains"
     return None
 
 
 @contextmanager
-def bypassed(head: nn.Module, *, copied: bool = False) -> Iterator[list[Tensor]]:
-    """While active, replace the output layer's forward by the identity. The yielded list receives what it returns at each call.
+def bypassed(head: nn.Module, model: nn.Module, measure: Callable[[Tensor], Any] | None = None) -> Iterator[list[tuple[Tensor, Any]]]:
+    """While active, replace the output layer's forward by the identity. The yielded list receives ``(output, measured)`` at each call.
 
     The model's own forward still computes everything before, so this works for any model whose last step is its output layer. The
     model's output is then the same object as the layer's. It is not if the model changes its logits: Gemma caps them, Cohere and
     Granite scale them.
 
+    A layer whose weight is a DTensor even now, as under tensor parallelism, computes its logits, and the list stays empty.
+
     Args:
         head: the output layer.
-        copied: return a copy of the input, for models that must not return a view: FSDP2 warns of it.
+        model: the model around it.
+        measure: called with the output inside the layer's forward, where FSDP2 has gathered the weight. None: measured is None.
     """
-    outputs: list[Tensor] = []
+    outputs: list[tuple[Tensor, Any]] = []
+    copied = any(fsdp2_original(type(unit)) is not type(unit) for unit in (head, model))  # FSDP2 warns of outputs that are views
 
     def forward(hidden: Tensor) -> Tensor:
-        outputs.append(hidden.clone() if copied else hidden)
-        return outputs[-1]
+        if any(is_sharded(parameter) for parameter in head.parameters(recurse=False)):
+            logits: Tensor = type(head).forward(head, hidden)
+            return logits
+        output = hidden.clone() if copied else hidden
+        outputs.append((output, None if measure is None else measure(output)))
+        return output
 
     head.__dict__["forward"] = forward
     try:

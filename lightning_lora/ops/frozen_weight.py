@@ -10,6 +10,7 @@ There a weight is its tensors and a string that describes its layout.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -63,7 +64,7 @@ class WeightLayout(NamedTuple):
     """How to rebuild a weight: the number of its tensors, and a function of the tensors and of the words after the layout's name."""
 
     tensors: int
-    make: Callable[[Sequence[Tensor], Sequence[str]], FrozenWeight]
+    make: Callable[[Sequence[Tensor], tuple[str, ...]], FrozenWeight]
 
 
 class WeightReader:
@@ -114,11 +115,16 @@ def unflatten_weights(tensors: Sequence[Tensor], layouts: Sequence[FrozenWeight]
     for layout in layouts:
         if isinstance(layout, FrozenWeight):
             return layouts  # type: ignore[return-value]
-        name, *details = layout.split(" ")
-        size, make = WEIGHT_LAYOUTS[name]
+        size, make, details = _parsed(layout)
         weights.append(make(tensors[start : start + size], details))
         start += size
     return weights
+
+
+@functools.cache  # a compiled step rebuilds every weight twice
+def _parsed(layout: str) -> tuple[int, Callable[[Sequence[Tensor], tuple[str, ...]], FrozenWeight], tuple[str, ...]]:
+    name, *details = layout.split(" ")
+    return *WEIGHT_LAYOUTS[name], tuple(details)
 
 
 def base_products(weights: Sequence[FrozenWeight], x: Tensor, biases: Sequence[Tensor | None]) -> Iterator[Tensor]:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.ops import backends, plain
+from lightning_lora.ops.factor_copies import keeps_copies, working_copies
 from lightning_lora.ops.frozen_weight import FrozenWeight, base_products, flatten_weights, input_gradient, unflatten_weights
 from lightning_lora.ops.second_derivatives import differentiable, wants_definition
 from lightning_lora.utils.autocast import autocast_dtype
@@ -106,13 +107,15 @@ class _Linears(torch.autograd.Function):
         results = dispatch(
             _forward, x, source, threshold, fast, list(scales), list(tensors[4 * n :]), layouts, biases, A_list, B_list, out_scales
         )
-        outputs, (t, A, *B_casts), products = results[:n], results[n : 2 * n + 2], iter(results[2 * n + 2 :])
+        outputs, (t, *rest) = results[:n], results[n:]
+        kept = n + 1 if keeps_copies(B_list) else 0
+        copies, products = rest[:kept], iter(rest[kept:])
         _, _, _, *needs = ctx.needs_input_grad
         # The gradient of A needs x, and that of a scale the base product. A frozen A (LoRA-FA) or scale has none.
         kept_x = x if any(needs[n : 2 * n]) else None
         base_outputs = [None if out_scale is None else next(products) for out_scale in out_scales]
         base_outputs = [z if need else None for z, need in zip(base_outputs, needs[3 * n : 4 * n], strict=True)]
-        ctx.save_for_backward(kept_x, source, t, A, *B_casts, *base_outputs, *tensors)
+        ctx.save_for_backward(kept_x, source, t, *base_outputs, *tensors, *copies)
         ctx.settings = settings
         ctx.set_materialize_grads(False)
         return tuple(outputs)
@@ -121,25 +124,23 @@ class _Linears(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         fast, threshold, scales, layouts = ctx.settings
         n = len(layouts)
-        x, source, t, A, *saved = ctx.saved_tensors
-        B_casts, base_outputs, tensors = saved[:n], saved[n : 2 * n], saved[2 * n :]
-        biases, A_list, B_list, out_scales = [tensors[k * n : k * n + n] for k in range(4)]
-        weights = tensors[4 * n :]
         needs_x, _, _, *needs = ctx.needs_input_grad
         given = [grad for grad in grads if grad is not None]
         if not given:
-            return (None,) * (3 + len(tensors))
+            return (None,) * (3 + len(needs))
         if autocast_dtype(given[0]) is not None:  # use the forward's dtypes, even if autocast is on in the backward pass
             with torch.autocast(given[0].device.type, enabled=False):
                 return _Linears.backward(ctx, *grads)
+        x, source, t, *saved = ctx.saved_tensors  # once: a checkpoint lets go of them
+        base_outputs, tensors, copies = saved[:n], saved[n : n + len(needs)], saved[n + len(needs) :]
+        biases, A_list, B_list, out_scales = [tensors[k * n : k * n + n] for k in range(4)]
+        weights = tensors[4 * n :]
         if not torch.compiler.is_compiling() and wants_definition(given[0]):
             definition = lambda drop: _definition(x, drop, scales, layouts, biases, A_list, B_list, out_scales)  # noqa: E731
-            return differentiable(ctx, definition, [x, None, None, *tensors], [(source, A.shape[1])], grads)
+            return differentiable(ctx, definition, [x, None, None, *tensors], [(source, A_list[0].shape[1])], grads)
         full = [given[0].new_zeros(given[0].shape[0], B.shape[0]) if g is None else g for g, B in zip(grads, B_list, strict=True)]
-        dx, *results = dispatch(
-            _backward,
-            *(full, x, t, A, source, threshold, fast, list(scales), weights, layouts, B_casts, biases, out_scales, base_outputs, needs_x),
-        )
+        operands = (full, x, t, source, threshold, fast, list(scales), weights, layouts, biases, A_list, B_list, out_scales)
+        dx, *results = dispatch(_backward, *operands, copies, base_outputs, needs_x)
         dB_list, sums = results[:n], iter(results[n:])
         dA_list = [None] * n if x is None else next(sums).split([a.shape[0] for a in A_list])
         d_out_scales = [None if z is None else next(sums) for z in base_outputs]
@@ -155,17 +156,6 @@ class _Linears(torch.autograd.Function):
         return dx if needs_x else None, None, None, *found, *[None] * len(weights)
 
 
-def working_copies(A_list: Sequence[Tensor], B_list: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-    """Return the A's stacked by rows, and each B (or any other tensors given in its place), contiguous and in the activations' dtype. One
-    foreach copy casts them all."""
-    if {factor.dtype for factor in (*A_list, *B_list)} == {dtype}:
-        return (A_list[0].contiguous() if len(A_list) == 1 else torch.cat(list(A_list))), [B.contiguous() for B in B_list]
-    shapes = [(sum([A.shape[0] for A in A_list]), A_list[0].shape[1]), *[B.shape for B in B_list]]
-    A, *B_casts = [torch.empty(shape, dtype=dtype, device=A_list[0].device) for shape in shapes]
-    torch._foreach_copy_([*A.split([A.shape[0] for A in A_list]), *B_casts], [*A_list, *B_list])
-    return A, B_casts
-
-
 def _forward(
     x: Tensor,
     source: Tensor | None,
@@ -179,9 +169,9 @@ def _forward(
     B_list: Sequence[Tensor],
     out_scales: Sequence[Tensor | None],
 ) -> list[Tensor]:
-    """Return the outputs; then for the backward pass t, A and the B's in x's dtype, and the base product of each with a scale."""
+    """Return the outputs; then for the backward pass t, the factors' copies if they are kept, and the base product of each with a scale."""
     backend, drop = _backend(fast), None if source is None else plain.Drop(source, threshold)
-    A, B_casts = working_copies(A_list, B_list, x.dtype)
+    A, *B_casts = copies = working_copies(backend, A_list, B_list, x.dtype)
     t = scaled(backend.project(x, A, drop, scales[0]), scales, B_casts)
     outputs, base_outputs = [], []
     # With the biases, so that a scale of 1 leaves the base's output exact.
@@ -194,30 +184,32 @@ def _forward(
         else:
             outputs.append(backend.scaled_sum(z, t_k, B, out_scale, bias))
             base_outputs.append(z)
-    return [*outputs, t, A, *B_casts, *base_outputs]
+    return [*outputs, t, *(copies if keeps_copies(B_list) else []), *base_outputs]
 
 
 def _backward(
     grads: list[Tensor],
     x: Tensor | None,
     t: Tensor,
-    A: Tensor,
     source: Tensor | None,
     threshold: int,
     fast: bool,
     scales: list[float],
     weights: list[Tensor],
     layouts: list[FrozenWeight] | list[str],
-    B_list: list[Tensor],
     biases: list[Tensor | None],
+    A_list: list[Tensor],
+    B_list: list[Tensor],
     out_scales: list[Tensor | None],
+    copies: list[Tensor],
     base_outputs: list[Tensor | None],
     needs_x: bool,
 ) -> list[Tensor]:
     """Return dx (empty unless needed), the dB's, with x the stacked dA's, and the gradient of each scale that has a z."""
     backend, drop = _backend(fast), None if source is None else plain.Drop(source, threshold)
+    A, *B_casts = copies or working_copies(backend, A_list, B_list, t.dtype)
     dB_list, d_out_scales, dt_list, grads = [], [], [], list(grads)
-    operands = zip(split(t, B_list), B_list, scales, biases, out_scales, base_outputs, strict=True)
+    operands = zip(split(t, B_list), B_casts, scales, biases, out_scales, base_outputs, strict=True)
     for k, (t_k, B, scale, bias, out_scale, z) in enumerate(operands):
         if out_scale is not None and z is not None:
             grads[k], dB, d_out_scale = backend.scaled_sum_backward(grads[k], z, t_k, B, out_scale, bias)
@@ -252,13 +244,15 @@ def _forward_shapes(x: Tensor, *operands: Any) -> list[Tensor]:
     rank = sum(A.shape[0] for A in A_list)
     outputs = [x.new_empty(rows, B.shape[0]) for B in B_list]
     base_outputs = [x.new_empty(y.shape) for y, out_scale in zip(outputs, out_scales, strict=True) if out_scale is not None]
-    return [*outputs, x.new_empty(rows, rank), x.new_empty(rank, x.shape[1]), *(x.new_empty(B.shape) for B in B_list), *base_outputs]
+    copies = [x.new_empty(shape) for shape in ((rank, x.shape[1]), *(B.shape for B in B_list))] if keeps_copies(B_list) else []
+    return [*outputs, x.new_empty(rows, rank), *copies, *base_outputs]
 
 
-def _backward_shapes(grads: Any, x: Any, t: Tensor, A: Tensor, source: Any, threshold: int, fast: bool, *operands: Any) -> list[Tensor]:
-    sums, (B_list, _, out_scales, base_outputs, needs_x) = torch.float32 if fast else t.dtype, operands[-5:]
-    dx = t.new_empty(*((t.shape[0], A.shape[1]) if needs_x else (0,)))
-    dA_list = [] if x is None else [A.new_empty(A.shape, dtype=sums)]
+def _backward_shapes(grads: Any, x: Any, t: Tensor, source: Any, threshold: int, fast: bool, *operands: Any) -> list[Tensor]:
+    sums, (A_list, B_list, out_scales, _, base_outputs, needs_x) = torch.float32 if fast else t.dtype, operands[-6:]
+    width = A_list[0].shape[1]
+    dx = t.new_empty(*((t.shape[0], width) if needs_x else (0,)))
+    dA_list = [] if x is None else [t.new_empty(t.shape[1], width, dtype=sums)]
     d_out_scales = [out_scale.new_empty(out_scale.shape) for out_scale, z in zip(out_scales, base_outputs, strict=True) if z is not None]
     return [dx, *(B.new_empty(B.shape, dtype=sums) for B in B_list), *dA_list, *d_out_scales]
 
@@ -270,9 +264,9 @@ register_custom_op(
     _forward_shapes,
 )
 register_custom_op(
-    "linears_backward(Tensor[] grads, Tensor? x, Tensor t, Tensor A, Tensor? source, int threshold, bool fast, float[] scales,"
-    " Tensor[] weights, str[] layouts, Tensor[] B_list, Tensor?[] biases, Tensor?[] out_scales,"
-    " Tensor?[] base_outputs, bool needs_x) -> Tensor[]",
+    "linears_backward(Tensor[] grads, Tensor? x, Tensor t, Tensor? source, int threshold, bool fast, float[] scales,"
+    " Tensor[] weights, str[] layouts, Tensor?[] biases, Tensor[] A_list, Tensor[] B_list, Tensor?[] out_scales,"
+    " Tensor[] copies, Tensor?[] base_outputs, bool needs_x) -> Tensor[]",
     _backward,
     _backward_shapes,
 )

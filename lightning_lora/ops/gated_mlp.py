@@ -1,9 +1,9 @@
 """A gated MLP, ``down(silu(gate(x))·up(x))``, and the low-rank updates of its three projections as one operation on a GPU.
 
 The intermediate activation is the biggest tensor of a block, so every pass over it counts. Here the rank-r work on it is part of the two
-elementwise passes that any implementation makes (:mod:`lightning_lora.ops.triton_gated_mlp`). The backward pass needs x, the base
-products of gate and up, and the rank-r products. With output scales (:mod:`lightning_lora.ops.output_scale`) it needs the base product of
-down too.
+elementwise passes that any implementation makes, as far as the rank allows (:mod:`lightning_lora.ops.triton_gated_mlp`). The backward
+pass needs x, the base products of gate and up, and the rank-r products. With output scales (:mod:`lightning_lora.ops.output_scale`) it
+needs the base product of down too.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.ops import plain
+from lightning_lora.ops.factor_copies import keeps_copies, working_copies
 from lightning_lora.ops.frozen_weight import FrozenWeight, base_products, flatten_weights, input_gradient, unflatten_weights
-from lightning_lora.ops.fused_linear import Settings, scaled, working_copies
+from lightning_lora.ops.fused_linear import Settings, scaled
 from lightning_lora.ops.second_derivatives import differentiable, wants_definition
 from lightning_lora.utils.autocast import autocast_dtype
 from lightning_lora.utils.custom_op import dispatch, register_custom_op
@@ -70,8 +71,10 @@ class _GatedMLP(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, source: Any, source_down: Any, settings: Settings, *tensors: Any) -> Tensor:
         _, threshold, scales, layouts = settings
         A_list, B_list, out_scales, weights = list(tensors[:3]), list(tensors[3:6]), _given(tensors[6:9]), list(tensors[9:])
-        y, *kept = dispatch(_forward, x, source, source_down, threshold, list(scales), weights, layouts, A_list, B_list, out_scales)
-        ctx.save_for_backward(x, source, source_down, *kept, *(() if out_scales else (None,)), *tensors)
+        results = dispatch(_forward, x, source, source_down, threshold, list(scales), weights, layouts, A_list, B_list, out_scales)
+        y, (g, u, t, t_down, *rest) = results[0], results[1:]
+        z_down = rest.pop() if out_scales else None
+        ctx.save_for_backward(x, source, source_down, g, u, t, t_down, z_down, *tensors, *rest)
         ctx.settings = settings
         return y
 
@@ -82,18 +85,19 @@ class _GatedMLP(torch.autograd.Function):
             with torch.autocast(grad.device.type, enabled=False):
                 return _GatedMLP.backward(ctx, *grads)
         _, threshold, scales, layouts = ctx.settings
-        x, source, source_down, g, u, t, t_down, A, A_down, *saved = ctx.saved_tensors
-        B_casts, z_down, tensors = saved[:3], saved[3], saved[4:]
+        x, source, source_down, g, u, t, t_down, z_down, *saved = ctx.saved_tensors
+        count = len(ctx.needs_input_grad) - 4
+        tensors, copies = saved[:count], saved[count:]
         A_list, B_list, out_scales, weights = tensors[:3], tensors[3:6], _given(tensors[6:9]), tensors[9:]
         if not torch.compiler.is_compiling() and wants_definition(grad):
             inputs = [x, None, None, None, *tensors]
-            sources = [(source, A.shape[1]), (source_down, A_down.shape[1])]
+            sources = [(source, A_list[0].shape[1]), (source_down, A_list[2].shape[1])]
             definition = lambda drop, down: (_definition(x, drop, down, scales, layouts, A_list, B_list, out_scales),)  # noqa: E731
             return differentiable(ctx, definition, inputs, sources, grads)
         needs_x = ctx.needs_input_grad[0]
-        kept = (x, g, u, t, t_down, z_down, A, A_down, source, source_down)
+        kept = (x, g, u, t, t_down, z_down, source, source_down)
         dx, dA, dA_down, *dB_and_scales = dispatch(
-            _backward, grad, *kept, threshold, list(scales), weights, layouts, B_casts, out_scales, needs_x
+            _backward, grad, *kept, threshold, list(scales), weights, layouts, A_list, B_list, out_scales, copies, needs_x
         )
         gradients = [*dA.split([a.shape[0] for a in A_list[:2]]), dA_down, *dB_and_scales]
         factors = [d.to(p.dtype) for d, p in zip(gradients, [*A_list, *B_list, *out_scales], strict=True)]
@@ -112,20 +116,21 @@ def _forward(
     B_list: list[Tensor],
     out_scales: list[Tensor],
 ) -> list[Tensor]:
-    """Return the output; then, for the backward pass, the base products of gate and up, the rank-r products, and the factors in x's dtype.
+    """Return the output; then, for the backward pass, the base products of gate and up, the rank-r products, and the factors' copies if
+    they are kept.
 
     With output scales the base product of down is last.
     """
     from lightning_lora.ops import triton_gated_mlp, triton_low_rank
 
     drop, drop_down = _drop(source, threshold), _drop(source_down, threshold)
-    A, (*B_casts, A_down) = working_copies(A_list[:2], [*B_list, A_list[2]], x.dtype)
+    A, *B_casts, A_down = copies = _copies(A_list, B_list, x.dtype)
     t = scaled(triton_low_rank.project(x, A, drop, scales[0]), scales[:2], B_casts[:2])
     gate, up, down = unflatten_weights(weights, layouts)
     g, u = base_products([gate, up], x, [None, None])
     h, t_down = triton_gated_mlp.forward(g, u, t, B_casts[0], B_casts[1], A_down, drop_down, scales[2], out_scales[:2])
     z = down.linear(h)
-    kept = [g, u, t, t_down, A, A_down, *B_casts]
+    kept = [g, u, t, t_down, *(copies if keeps_copies(B_list) else [])]
     if out_scales:
         return [triton_low_rank.scaled_sum(z, t_down, B_casts[2], out_scales[2], None), *kept, z]
     return [triton_low_rank.add_(z, t_down, B_casts[2]), *kept]
@@ -139,16 +144,16 @@ def _backward(
     t: Tensor,
     t_down: Tensor,
     z_down: Tensor | None,
-    A: Tensor,
-    A_down: Tensor,
     source: Any,
     source_down: Any,
     threshold: int,
     scales: list[float],
     weights: list[Tensor],
     layouts: list[FrozenWeight] | list[str],
+    A_list: list[Tensor],
     B_list: list[Tensor],
     out_scales: list[Tensor],
+    copies: list[Tensor],
     needs_x: bool,
 ) -> list[Tensor]:
     """Return dx (empty unless needed), dA of gate and up stacked, dA of down, and the three dB's.
@@ -158,17 +163,18 @@ def _backward(
     from lightning_lora.ops import triton_gated_mlp, triton_low_rank
 
     drop, drop_down = _drop(source, threshold), _drop(source_down, threshold)
+    A, *B_casts, A_down = copies or _copies(A_list, B_list, x.dtype)
     gate, up, down = unflatten_weights(weights, layouts)
     d_scale_down: list[Tensor] = []
     if z_down is None:
         dB_down = triton_low_rank.reduce(dy, t_down)
     else:
-        dy, dB_down, *d_scale_down = triton_low_rank.scaled_sum_backward(dy, z_down, t_down, B_list[2], out_scales[2], None)
-    dt_down = triton_low_rank.project(dy, B_list[2].t(), None, scales[2])
+        dy, dB_down, *d_scale_down = triton_low_rank.scaled_sum_backward(dy, z_down, t_down, B_casts[2], out_scales[2], None)
+    dt_down = triton_low_rank.project(dy, B_casts[2].t(), None, scales[2])
     dh = input_gradient([down], [dy], x.dtype)
-    sums = triton_gated_mlp.backward(dh, g, u, t, B_list[0], B_list[1], A_down, dt_down, drop_down, scales[0], out_scales[:2])
+    sums = triton_gated_mlp.backward(dh, g, u, t, B_casts[0], B_casts[1], A_down, dt_down, drop_down, scales[0], out_scales[:2])
     dg, du, dt, dB_gate, dB_up, dA_down, *d_out_scales = sums
-    dt = scaled(dt, scales[:2], B_list[:2])
+    dt = scaled(dt, scales[:2], B_casts[:2])
     dx = x.new_empty(0)
     if needs_x:
         dx = triton_low_rank.add_(input_gradient([gate, up], [dg, du], x.dtype), dt, A.t(), drop)
@@ -190,15 +196,24 @@ def _forward_shapes(
 ) -> list[Tensor]:
     rank = A_list[0].shape[0] + A_list[1].shape[0]
     widths = (B_list[2].shape[0], B_list[0].shape[0], B_list[1].shape[0], rank, A_list[2].shape[0])
-    copies = ((rank, x.shape[1]), A_list[2].shape, *(B.shape for B in B_list))
+    copies = ((rank, x.shape[1]), *(B.shape for B in B_list), A_list[2].shape) if keeps_copies(B_list) else ()
     z = [x.new_empty(x.shape[0], widths[0])] if out_scales else []
     return [*(x.new_empty(x.shape[0], width) for width in widths), *(x.new_empty(shape) for shape in copies), *z]
 
 
 def _backward_shapes(dy: Tensor, x: Tensor, *operands: Any) -> list[Tensor]:
-    A, A_down, (B_list, out_scales, needs_x) = operands[5], operands[6], operands[-3:]
+    A_list, B_list, out_scales, _, needs_x = operands[-5:]
     dx = x.new_empty(*(x.shape if needs_x else (0,)))
-    return [dx, *(x.new_empty(like.shape, dtype=torch.float32) for like in (A, A_down, *B_list, *out_scales))]
+    stacked = (sum(A.shape[0] for A in A_list[:2]), x.shape[1])
+    shapes = (stacked, *(like.shape for like in (A_list[2], *B_list, *out_scales)))
+    return [dx, *(x.new_empty(shape, dtype=torch.float32) for shape in shapes)]
+
+
+def _copies(A_list: list[Tensor], B_list: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Return the stacked A's of gate and up, the three B's, and the A of down."""
+    from lightning_lora.ops import triton_low_rank
+
+    return working_copies(triton_low_rank, A_list[:2], [*B_list, A_list[2]], dtype)
 
 
 register_custom_op(
@@ -208,10 +223,9 @@ register_custom_op(
     _forward_shapes,
 )
 register_custom_op(
-    "gated_mlp_backward(Tensor dy, Tensor x, Tensor g, Tensor u, Tensor t, Tensor t_down, Tensor? z_down, Tensor A, Tensor A_down,"
-    " Tensor? source, Tensor? source_down, int threshold, float[] scales, Tensor[] weights, str[] layouts, Tensor[] B_list,"
-    " Tensor[] out_scales,"
-    " bool needs_x) -> Tensor[]",
+    "gated_mlp_backward(Tensor dy, Tensor x, Tensor g, Tensor u, Tensor t, Tensor t_down, Tensor? z_down, Tensor? source,"
+    " Tensor? source_down, int threshold, float[] scales, Tensor[] weights, str[] layouts, Tensor[] A_list, Tensor[] B_list,"
+    " Tensor[] out_scales, Tensor[] copies, bool needs_x) -> Tensor[]",
     _backward,
     _backward_shapes,
 )

@@ -6,6 +6,7 @@ factor 1/(1 − p) that compensates for them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,11 @@ def draw_drop(x: Tensor, dropout: float) -> tuple[Drop, float]:
 def nearest_level(dropout: float) -> int:
     """Return the probability times 2¹⁶, rounded. It stays below 2¹⁶, since all entries zero have no factor that compensates."""
     return min(round(dropout * 2**16), 2**16 - 1)
+
+
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each source to its target of the same shape, whatever their dtypes."""
+    torch._foreach_copy_(list(targets), list(sources))
 
 
 def zeroed(x: Tensor, drop: Drop | None) -> Tensor:

@@ -2,8 +2,11 @@
 
 The functions are those of :mod:`lightning_lora.ops.plain`, for any size and rank, and for tensors whose last dimension is contiguous.
 Sums are in fp32. ``drop`` is a seed (:func:`draw_drop`), never a stored mask. All kernels are deterministic: where several programs add to
-one result, each writes its part and torch sums the parts. Without dropout the library's products are as fast as two of the kernels
-(``benchmarks/kernel_tiles.py``) and replace them.
+one result, each writes its part and torch sums the parts.
+
+The library's products replace kernels where they are as fast (``benchmarks/kernel_tiles.py``): without dropout all but :func:`add_` at
+ranks up to 128. With dropout and a rank that takes several programs, each of which would draw all random numbers, the entries are dropped
+in a pass of its own.
 """
 
 from __future__ import annotations
@@ -16,8 +19,12 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_lora.ops.plain import Drop, nearest_level
+from lightning_lora.ops.triton_copies import copy_all
 from lightning_lora.ops.triton_dropout import kept
 
+__all__ = ["add_", "copy_all", "draw_drop", "project", "reduce", "scaled_sum", "scaled_sum_backward"]
+
+NARROW = 128  # the largest rank up to which the kernel that adds is faster than the library's product
 PROGRAMS = 528  # programs that fill an H100: four on each of its 132 multiprocessors
 
 
@@ -41,6 +48,7 @@ TILES = {
     "scaled_sum": Tiles(64, 128, num_stages=2),
     "scaled_sum_backward": Tiles(128, 64, num_stages=2),
     "reduce": Tiles(32, 64),
+    "dropped": Tiles(16, 256),
 }
 
 
@@ -155,8 +163,29 @@ def _reduce(
     tl.store(out + r[:, None] * cols + c[None, :], total, mask=(r < rank)[:, None] & (c < cols)[None, :])
 
 
+@triton.jit
+def _dropped(x, out, seed, rows, cols, stride_x, threshold, BT: tl.constexpr, BC: tl.constexpr):
+    row = tl.program_id(0) * BT + tl.arange(0, BT)
+    column = tl.program_id(1) * BC
+    c = column + tl.arange(0, BC)
+    inside = (row < rows)[:, None] & (c < cols)[None, :]
+    tile = tl.load(x + row.to(tl.int64)[:, None] * stride_x + c[None, :], mask=inside, other=0.0)
+    tile = tl.where(kept(tl.load(seed), row, column, cols, threshold, BT, BC), tile, 0.0)
+    tl.store(out + row.to(tl.int64)[:, None] * cols + c[None, :], tile, mask=inside)
+
+
+def dropped(x: Tensor, drop: Drop) -> Tensor:
+    """Return x (N, D) with its dropped entries set to zero, a new tensor."""
+    (rows, cols), tiles = x.shape, TILES["dropped"]
+    x, out = rows_first(x), torch.empty(rows, cols, device=x.device, dtype=x.dtype)
+    _dropped[(cdiv(rows, tiles.BT), cdiv(cols, tiles.BC))](x, out, drop.source, rows, cols, x.stride(0), drop.threshold, **tiles.options)
+    return out
+
+
 def project(x: Tensor, A: Tensor, drop: Drop | None = None, scale: float = 1.0) -> Tensor:
     """Return ``scale·drop(x)·Aᵀ``: (N, D), (R, D) → (N, R)."""
+    if drop is not None and A.shape[0] > block_of(A.shape[0]):
+        x, drop = dropped(x, drop), None
     if drop is None and x.is_cuda:
         out = torch.empty(x.shape[0], A.shape[0], device=x.device, dtype=x.dtype)
         return torch.addmm(out, x, A.t(), beta=0, alpha=scale, out=out)
@@ -173,6 +202,8 @@ def project(x: Tensor, A: Tensor, drop: Drop | None = None, scale: float = 1.0) 
 def add_(y: Tensor, t: Tensor, B: Tensor, drop: Drop | None = None) -> Tensor:
     """Compute ``y += drop(t·Bᵀ)`` in place: (N, C), (N, R), (C, R) → y."""
     (rows, cols), rank = y.shape, t.shape[1]
+    if drop is None and rank > NARROW and y.is_cuda:
+        return y.addmm_(t, B.t())
     tiles = TILES["add_"]
     seed, threshold = drop or (y, 0)
     _add[(cdiv(rows, tiles.BT), cdiv(cols, tiles.BC))](
@@ -211,6 +242,8 @@ def scaled_sum_backward(
 
 def reduce(t: Tensor, x: Tensor, drop: Drop | None = None) -> Tensor:
     """Return ``tᵀ·drop(x)``, the sum over the tokens: (N, R), (N, D) → (R, D) in fp32."""
+    if drop is not None and t.shape[1] > block_of(t.shape[1]):
+        x, drop = dropped(x, drop), None
     if drop is None and x.is_cuda:
         return torch.mm(t.t(), x, out_dtype=torch.float32)
     (rows, cols), rank = x.shape, t.shape[1]

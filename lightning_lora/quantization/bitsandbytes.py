@@ -5,7 +5,7 @@ adapters is quantized at once, so that its state does not depend on whether it w
 
 The library hardly documents the names used here, hence ``bitsandbytes<0.51``. If one of these disappears, this fails:
 
-- ``QuantState``'s constructor and ``state2``, from which a compiled graph's 4-bit weight is rebuilt: NF4 layers raise.
+- ``QuantState``'s constructor and attributes, from which a 4-bit weight is read and rebuilt: NF4 layers raise.
 - ``packing_format_for_cpu`` and ``support_avx512bf16_for_cpu``: on CPUs with AVX512-BF16 an evaluation pass rewrites a 4-bit weight, and
   training after it raises in the backward pass.
 - ``Params4bit``'s and ``Int8Params``' keywords, and ``MatmulLtState``'s fields: quantizing or requantizing raises.
@@ -14,14 +14,16 @@ The library hardly documents the names used here, hence ``bitsandbytes<0.51``. I
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_lora.ops import backends
 from lightning_lora.ops.frozen_weight import WEIGHT_LAYOUTS, WEIGHT_READERS, FrozenWeight, WeightLayout, WeightReader
 from lightning_lora.quantization.formats import QUANTIZED_FORMATS, QUANTIZERS, QuantizedFormat, Quantizer
 from lightning_lora.utils.autocast import autocast_dtype
@@ -93,64 +95,87 @@ def _state(module: Any) -> Any:
     return module.quant_state if state is None else state
 
 
+class Layout4bit(NamedTuple):
+    """What a 4-bit weight is besides its tensors.
+
+    Attributes:
+        kind: data type, nf4 or fp4.
+        block: entries of the weight that share a scale.
+        rows: out.
+        columns: in.
+        outer_block: scales that share a scale of their own; 0 without double quantization.
+    """
+
+    kind: str
+    block: int
+    rows: int
+    columns: int
+    outer_block: int = 0
+
+
 class FrozenWeight4bit(FrozenWeight):
     """The weight that ``Linear4bit.forward`` multiplies by, dequantized to the computing dtype again in each pass.
 
     Args:
-        weight: the 4-bit codes.
-        state: bitsandbytes' description of them.
+        tensors: the 4-bit codes, their scales and the 16 values; with double quantization also the scales' offset, scales and values.
+        details: the rest of its layout.
+        state: bitsandbytes' description of the weight, if there is one.
     """
 
-    def __init__(self, weight: Tensor, state: Any) -> None:
-        self.weight, self.state = weight, state
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:  # type: ignore[override]
-        """Return the 4-bit codes and their scales; with double quantization, the tensors that store the scales."""
-        state = self.state
-        if not state.nested:
-            return self.weight, state.absmax
-        return self.weight, state.absmax, state.offset, state.state2.absmax, state.state2.code
+    def __init__(self, tensors: Sequence[Tensor], details: Layout4bit, state: Any = None) -> None:
+        self.tensors, self.details, self.state = tuple(tensors), details, state
 
     @property
     def layout(self) -> str:  # type: ignore[override]
-        """Return data type, block size, rows, columns, and the block size of quantized scales."""
-        state = self.state
-        layout = f"{state.quant_type} {state.blocksize} {state.shape[0]} {state.shape[1]}"
-        return f"bitsandbytes-4bit-nested {layout} {state.state2.blocksize}" if state.nested else f"bitsandbytes-4bit {layout}"
+        """Return the layout's name and the details."""
+        words = [str(word) for word in self.details if word]
+        return " ".join(["bitsandbytes-4bit-nested" if self.details.outer_block else "bitsandbytes-4bit", *words])
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Return the dequantized weight, a new tensor."""
-        return _library().functional.dequantize_4bit(self.weight.view(-1, 1), self._state_in(dtype))
+        kind, block, rows, columns, outer_block = self.details
+        if kind == "nf4" and rows * columns % block == 0 and backends.runs_kernels(self.tensors[0].device):
+            from lightning_lora.ops import triton_nf4
+
+            return triton_nf4.dequantize(self.tensors, (rows, columns), block, outer_block, dtype)
+        import bitsandbytes
+
+        return bitsandbytes.functional.dequantize_4bit(self.tensors[0].view(-1, 1), self._state_in(dtype))
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return ``x·Wᵀ + b``. For few rows the library chooses a kernel that dequantizes while it multiplies."""
         bias = None if bias is None else bias.to(x.dtype)
         if x.shape[0] > _MOST_ROWS:  # the library would do the same, with more Python calls
             return F.linear(x, self.dense(x.dtype), bias)
-        return _library().matmul_4bit(x, self.weight, self._state_in(x.dtype), bias=bias)
+        import bitsandbytes
+
+        return bitsandbytes.matmul_4bit(x, self.tensors[0], self._state_in(x.dtype), bias=bias)
 
     def _state_in(self, dtype: torch.dtype) -> Any:
-        """Return the description with this dtype as the one to dequantize to."""
-        old = self.state
-        if old.dtype == dtype:
-            return old
-        return type(old)(old.absmax, old.shape, old.code, old.blocksize, old.quant_type, dtype, old.offset, old.state2)
+        """Return a description with this dtype as the one to dequantize to."""
+        if self.state is not None and self.state.dtype == dtype:
+            return self.state
+        make, (kind, block, rows, columns, outer_block) = _library().functional.QuantState, self.details
+        _, absmax, values, *nested = self.tensors
+        offset = scales = None
+        if nested:
+            offset, outer, outer_values = nested
+            scales = make(outer, code=outer_values, blocksize=outer_block, dtype=torch.float32)
+        return make(absmax, torch.Size((rows, columns)), values, block, kind, dtype, offset, scales)
 
 
 _MOST_ROWS = 1536  # the most rows for which bitsandbytes has such kernels
 
 
-def _made4bit(tensors: Sequence[Tensor], details: Sequence[str]) -> FrozenWeight4bit:
+def _made4bit(tensors: Sequence[Tensor], words: tuple[str, ...]) -> FrozenWeight4bit:
     """Build a weight from its tensors and the words of its layout."""
-    make, (kind, *numbers) = _library().functional.QuantState, details
-    block, rows, columns, *nested_block = map(int, numbers)
-    weight, absmax, *nested = tensors
-    offset = scales = None
-    if nested:
-        offset, nested_absmax, code = nested
-        scales = make(nested_absmax, code=code, blocksize=nested_block[0], dtype=torch.float32)
-    return FrozenWeight4bit(weight, make(absmax, torch.Size((rows, columns)), None, block, kind, None, offset, scales))
+    return FrozenWeight4bit(tensors, _details(words))
+
+
+@functools.cache
+def _details(words: tuple[str, ...]) -> Layout4bit:
+    kind, *numbers = words
+    return Layout4bit(kind, *map(int, numbers))
 
 
 class WeightReader4bit(WeightReader):
@@ -159,16 +184,21 @@ class WeightReader4bit(WeightReader):
     def read(self, module: Any, x: Tensor) -> FrozenWeight | None:
         """Return the weight if the layer computes in x's dtype. Otherwise bitsandbytes casts the input, and casts the output back."""
         weight, state = module.weight, _state(module)
+        if state is None or is_sharded(weight):
+            return None
+        if not torch.compiler.is_compiling():
+            weight = weight.data  # of the class Tensor: whatever is asked of a Params4bit runs a Python function first
         if (
-            state is not None
-            and not getattr(state, "packing_format_for_cpu", False)  # rewritten for inference
+            not getattr(state, "packing_format_for_cpu", False)  # rewritten for inference
             and state.shape == (module.out_features, module.in_features)
-            and not is_sharded(weight)
             and weight.device == x.device
             and module.compute_dtype in (None, x.dtype)  # None before the first input, whose dtype it takes then
             and autocast_dtype(x) in (None, x.dtype)
         ):
-            return FrozenWeight4bit(weight, state)
+            (rows, columns), outer = state.shape, state.state2
+            nested = (state.offset, outer.absmax, outer.code) if state.nested else ()
+            details = Layout4bit(state.quant_type, state.blocksize, rows, columns, outer.blocksize if nested else 0)
+            return FrozenWeight4bit((weight, state.absmax, state.code, *nested), details, state)
         return None
 
 
@@ -250,7 +280,7 @@ def _become(linear: Any, made: Any, weight: Any, device: torch.device) -> None:
 QUANTIZED_FORMATS["bitsandbytes.nn.modules.Linear4bit"] = Linear4bitFormat()
 QUANTIZED_FORMATS["bitsandbytes.nn.modules.Linear8bitLt"] = Linear8bitFormat()
 WEIGHT_READERS["bitsandbytes.nn.modules.Linear4bit"] = WeightReader4bit()
-WEIGHT_LAYOUTS["bitsandbytes-4bit"] = WeightLayout(2, _made4bit)
-WEIGHT_LAYOUTS["bitsandbytes-4bit-nested"] = WeightLayout(5, _made4bit)
+WEIGHT_LAYOUTS["bitsandbytes-4bit"] = WeightLayout(3, _made4bit)
+WEIGHT_LAYOUTS["bitsandbytes-4bit-nested"] = WeightLayout(6, _made4bit)
 QUANTIZERS["nf4"] = Quantizer(quantize_nf4, _library)
 QUANTIZERS["int8"] = Quantizer(quantize_int8, _library)

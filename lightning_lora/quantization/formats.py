@@ -2,8 +2,8 @@
 
 The forward pass of a quantized base needs none of this. An adapted layer calls the base through ``super().forward``, or passes the
 quantized weight to one operation for base and update (:mod:`lightning_lora.ops.frozen_weight`). Merging, exporting and identifying the
-base need it. Each storage format has one :class:`QuantizedFormat`, found by the qualified name of the layer's type or of its weight's
-type. So a library is imported only for a model that uses it.
+base need it. Each storage format has one :class:`QuantizedFormat`, found by the qualified name of the layer's type, of its weight's
+type, or of the mark that a library sets on it. So a library is imported only for a model that uses it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ QUANTIZERS: dict[str, Quantizer] = {}  # quantize=… → what quantizes a linea
 
 UNKNOWN = "packed:"  # prefix of the digest of a weight that was loaded quantized
 _DIGEST = "_unpacked_digest"
+_SCHEME = "quantization_scheme"  # compressed-tensors' mark on a layer of a plain type
 
 
 class QuantizedFormat:
@@ -157,7 +158,7 @@ def why_not_prepared(module: Any) -> str | None:
     packing = _candidate(module)
     if packing is None:
         return None
-    if is_sharded(module.weight) and not packing.shards:
+    if not packing.shards and "weight" in module._parameters and is_sharded(module.weight):
         return f"its quantized weight ({type(module).__name__}) cannot be sharded: use 'nf4' or 'fp8', or do not shard it"
     return packing.refusal(module)
 
@@ -231,8 +232,8 @@ def digest_or_weight(module: Any) -> str | Tensor:
 def _candidate(module: nn.Module) -> QuantizedFormat | None:
     if isinstance(module, torch.jit.ScriptModule):  # never quantized; its table of parameters is no dict
         return None
-    weight = module._parameters.get("weight")
-    for cls in (*type(module).__mro__, *(() if weight is None else type(local_tensor(weight)).__mro__)):
+    weight, scheme = module._parameters.get("weight"), module.__dict__.get(_SCHEME)
+    for cls in (*type(module).__mro__, *(() if weight is None else type(local_tensor(weight)).__mro__), *type(scheme).__mro__):
         packing = QUANTIZED_FORMATS.get(qualified_name(cls))
         if packing is not None:
             return packing

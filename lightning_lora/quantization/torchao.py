@@ -1,6 +1,6 @@
 """torchao: a plain ``nn.Linear`` whose weight is a tensor subclass, ``NF4Tensor`` (QLoRA, arXiv:2305.14314) or ``Int8Tensor``.
 
-Adapters can train on any other of torchao's weights, and merge into it by dequantizing.
+Adapters can train on any other of torchao's weights that quantizes no inputs, and merge into it by dequantizing.
 
 Classes are registered by their qualified names, at the end of this file, so that torchao is imported only where it is used. ``NF4Tensor``
 has moved between releases. In another place it is treated as any other of torchao's weights, and ``quantize="torchao-nf4"`` raises.
@@ -31,6 +31,16 @@ class SubclassFormat(QuantizedFormat):
     """A tensor subclass that can dequantize itself and list its inner tensors."""
 
     requantizes = False
+
+    def refusal(self, module: Any) -> str | None:
+        """Return a reason for a weight that quantizes its inputs too: int8 ones then drop the gradient silently, float8 ones have none."""
+        weight = local_tensor(module.weight)
+        if getattr(weight, "act_quant_kwargs", None) is None:
+            return None
+        return (
+            f"its {type(weight).__name__} quantizes inputs too, through which torchao passes no gradient: quantize the weights only "
+            "(Int8WeightOnlyConfig, Float8WeightOnlyConfig), or with quantize_base(model, 'fp8')"
+        )
 
     def prepare(self, module: Any, dtype: torch.dtype | None) -> None:
         """Remove the ``extra_repr`` that ``quantize_`` sets on the instance. It would hide the adapter and cannot be pickled."""

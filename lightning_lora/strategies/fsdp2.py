@@ -2,7 +2,7 @@
 
 Lightning's ``ModelParallelStrategy`` asks the user to shard the model in ``configure_model``. The model has all that is needed: FSDP2
 shards its repeated blocks one by one, and Hugging Face models have a tensor-parallel plan. Sharding happens after LoRA is injected. So
-adapters are sharded with their block and need no all-gather of their own; with ``pull_frozen`` they are replicated.
+adapters are sharded with their block and need no all-gather of their own. Where frozen weights are pulled, adapters are replicated.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh
@@ -20,6 +21,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from typing_extensions import override
 
 from lightning_lora.experimental import check_torch
+from lightning_lora.experimental.trial import reason_against
 from lightning_lora.model.parallel import place_adapters
 from lightning_lora.quantization.formats import format_of
 from lightning_lora.strategies.lightning_private import set_data_parallel_size
@@ -31,7 +33,7 @@ from lightning_lora.utils.transformers_conventions import tensor_parallel_plan
 # The styles of Hugging Face's plans that torch has too. Modules with other styles (gathered outputs, embeddings, experts) are replicated:
 # the results are the same, but less memory is saved.
 _STYLES: dict[str, type[ParallelStyle]] = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
-
+GAIN = "on two H200 an 8B step took 0.93 of its time"  # benchmarks/README.md, "Several GPUs"
 
 if TYPE_CHECKING:
     _Base = ModelParallelStrategy
@@ -53,16 +55,19 @@ class OwnBlocks(_Base):
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
         reshard_after_forward: bool = True,
-        pull_frozen: bool = False,
+        pull_frozen: bool | Literal["auto"] = False,
     ) -> None:
-        if pull_frozen:
+        if pull_frozen not in (True, False, "auto"):
+            raise ValueError(f"pull_frozen={pull_frozen!r} is not known; it is True, False or 'auto'.")
+        if pull_frozen is True:
             check_torch()
         super().__init__(data_parallel_size, tensor_parallel_size, save_distributed_checkpoint, process_group_backend, timeout)
-        self.reshard_after_forward, self.pull_frozen = reshard_after_forward, pull_frozen
+        self.reshard_after_forward = reshard_after_forward
+        self.pull_frozen: bool | Literal["auto"] = pull_frozen
 
     @override
     def setup_environment(self) -> None:
-        if self.pull_frozen and self.num_nodes > 1:
+        if self.pull_frozen is True and self.num_nodes > 1:
             raise ValueError(f"pull_frozen=True reads other GPUs' memory, within one host; num_nodes is {self.num_nodes}. Leave it out.")
         set_data_parallel_size(self, self.num_nodes * self.num_processes)
         super().setup_environment()
@@ -71,36 +76,65 @@ class OwnBlocks(_Base):
     def setup(self, trainer: Trainer) -> None:
         module = self.lightning_module
         assert module is not None
-        how = (self.reshard_after_forward, self.pull_frozen)
         if not any(is_sharded(parameter) for parameter in module.parameters()):
             if self.device_mesh["tensor_parallel"].size() > 1:
                 tensor_parallel(module, self.device_mesh["tensor_parallel"])
             # Lightning's mesh for sharding. Its size is 1 if all processes split each layer.
+            how = (self.reshard_after_forward, self._pulls(module))
             shard_blocks(module, self.device_mesh["data_parallel"], *how)
             module._lora_sharded = how  # type: ignore[assignment]
-        elif how != getattr(module, "_lora_sharded", (True, False)):
-            raise ValueError(
-                f"reshard_after_forward={how[0]}, pull_frozen={how[1]}: {type(module).__name__} is sharded already, with other options."
-                " Leave these out, or remove the sharding in configure_model, or give the Trainer a new module."
-            )
+        else:
+            there: Any = getattr(module, "_lora_sharded", (True, False))
+            how = (self.reshard_after_forward, there[1] if self.pull_frozen == "auto" else self.pull_frozen)
+            if how != there:
+                raise ValueError(
+                    f"reshard_after_forward={how[0]}, pull_frozen={how[1]}: {type(module).__name__} is sharded already, with other options."
+                    " Leave these out, or remove the sharding in configure_model, or give the Trainer a new module."
+                )
         # Lightning raises unless configure_model is overridden, since its users shard there.
         module.configure_model = lambda: None  # type: ignore[method-assign]
         try:
             super().setup(trainer)
         finally:
             del module.configure_model
-        if self.pull_frozen and self.device_mesh["data_parallel"].size() > 1:  # only now are the parameters those that will train
-            from lightning_lora.experimental.pull_frozen import average
+        if how[1] and self.device_mesh["data_parallel"].size() > 1:  # only now are the parameters those that will train
+            self._begin_to_pull(module)
 
-            average(module, self.device_mesh["data_parallel"].get_group())
+    def _pulls(self, module: nn.Module) -> bool:
+        """Return whether frozen weights are to be pulled. Log what "auto" chose, or that it would be faster. A collective."""
+        if self.pull_frozen is True or self.device_mesh["data_parallel"].size() == 1:
+            return self.pull_frozen is True
+        reason = reason_against(module, repeated_blocks(module), self.root_device, self.num_nodes)
+        if self.pull_frozen == "auto" and reason is not None:
+            rank_zero_info(f"Frozen weights are gathered, not pulled: {reason} (pull_frozen: auto).")
+        if self.pull_frozen is False and reason is None:
+            rank_zero_info(f"pull_frozen='auto' would read frozen weights from the other GPUs' memory: {GAIN}, with the same results.")
+        return self.pull_frozen == "auto" and reason is None
+
+    def _begin_to_pull(self, module: nn.Module) -> None:
+        """Average what trains. Under "auto" share the frozen weights now; if that fails, let FSDP2 gather them, and log why."""
+        from lightning_lora.experimental.pull_frozen import average, share, stop
+
+        average(module, self.device_mesh["data_parallel"].get_group())
+        if self.pull_frozen is True:
+            return
+        try:
+            share(module)
+        except RuntimeError as error:
+            stop(module)
+            module._lora_sharded = (self.reshard_after_forward, False)  # type: ignore[assignment]
+            rank_zero_info(f"Frozen weights are gathered, not pulled: {error} (pull_frozen: auto).")
+        else:
+            rank_zero_info("Frozen weights are pulled: read from the other GPUs' memory (pull_frozen: auto).")
 
     @override
     def teardown(self) -> None:
         super().teardown()  # first: it moves the module
-        if self.pull_frozen and self.lightning_module is not None:
+        module: Any = self.lightning_module
+        if module is not None and getattr(module, "_lora_sharded", (True, False))[1]:
             from lightning_lora.experimental.pull_frozen import release
 
-            release(self.lightning_module)
+            release(module)
 
 
 class LoRAFSDP2Strategy(OwnBlocks, ModelParallelStrategy):
@@ -114,15 +148,16 @@ class LoRAFSDP2Strategy(OwnBlocks, ModelParallelStrategy):
         timeout: of collectives.
         reshard_after_forward: free a block's gathered weights after the forward pass, and gather them again for the backward pass. False
             keeps them in between: half the traffic, but at the peak the memory of a model that is not sharded.
-        pull_frozen: **experimental**: it builds on private parts of FSDP2, and is refused on a torch that it was not tested with. Copy
-            engines read frozen weights from the other GPUs' memory, where FSDP2 gathers them through NCCL. Adapters are replicated on
-            every GPU (:mod:`lightning_lora.experimental.pull_frozen`). Faster, with the same results. For processes of one host whose
-            GPUs can access each other's memory. After writing to a frozen weight through ``.data`` between steps, call ``reshard()`` on
-            the modules.
+        pull_frozen: **experimental**: it builds on private parts of FSDP2. Copy engines read frozen weights from the other GPUs' memory,
+            where FSDP2 gathers them through NCCL. Adapters are replicated on every GPU (:mod:`lightning_lora.experimental.pull_frozen`).
+            Faster, with the same results. For processes of one host whose GPUs can access each other's memory. True raises where that
+            cannot be done. "auto" gathers there, and the log says why: it pulls where pulling was tested and a trial before training
+            succeeds (:mod:`lightning_lora.experimental.trial`). After writing to a frozen weight through ``.data`` between steps, call
+            ``reshard()`` on the modules.
 
     Raises:
         ValueError: the model has no repeated blocks; or tensor parallelism is asked for, and it has no plan; or a sharding option is
-            given, and the model is sharded already; or ``pull_frozen`` is set on several hosts, or on an untested torch.
+            given, and the model is sharded already; or ``pull_frozen`` is True on several hosts, or on an untested torch.
     """
 
 

@@ -5,7 +5,8 @@ lengths its output is by far the largest activation. Prompt positions have no lo
 answer token: a model whose forward takes a mask as ``logits_to_keep`` gets one; others compute all logits, and the rest is dropped.
 
 In training, the logits of a frozen output layer never exist all at once (:mod:`lightning_lora.ops.cross_entropy`). They do if the output
-layer trains, is adapted or sharded, or if the model changes its logits afterwards; the log then says why.
+layer trains, is adapted or split by tensor parallelism, or if the model changes its logits afterwards; the log then says why. The loss is
+computed inside the layer's forward, the one place where FSDP2 has its weight.
 
 The batch says where the answers are. To find that on a GPU, the process would wait in every step until the GPU has computed all before.
 """
@@ -19,11 +20,19 @@ import torch.nn.functional as F
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from torchmetrics import MeanMetric, Metric
 from typing_extensions import override
 
-from lightning_lora.ops.cross_entropy import IGNORE, POSITIONS, answer_positions, bypassed, chunked_cross_entropy, unchunkable, wide
+from lightning_lora.ops.cross_entropy import (
+    IGNORE,
+    POSITIONS,
+    SHARDED,
+    answer_positions,
+    bypassed,
+    chunked_cross_entropy,
+    unchunkable,
+    wide,
+)
 from lightning_lora.tasks.base import HFTask, Perplexity
 from lightning_lora.tasks.hf import generate_text
 from lightning_lora.tasks.packed_attention import packed_rows, use_attention
@@ -75,35 +84,44 @@ class CausalLMTask(HFTask):
     @override
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the logits at the N positions that predict an answer token (N, V), and those tokens (N,), row by row."""
+        before, positions = self._places(batch)
         if not self.keeps_logits:
-            logits, before, positions = self._outputs(batch, everywhere=True)
-            return _rows(logits, before), _rows(batch["labels"], positions)
+            return _rows(self._outputs(batch), before), _rows(batch["labels"], positions)
         answers = batch["labels"][:, 1:] != IGNORE  # (B, T - 1); position t predicts token t + 1
-        logits, _, positions = self._outputs(batch, keep=F.pad(answers, (0, 1), value=False))
+        logits = self._outputs(batch, len(positions), keep=F.pad(answers, (0, 1), value=False))
         return logits, _rows(batch["labels"], positions)
 
-    def _outputs(self, batch: dict[str, Any], everywhere: bool = False, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the model's logits, and where the N answer tokens are predicted and where they stand: flat positions (N,).
+    def _places(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return where the N answer tokens are predicted in what the model computes, and where they stand in the batch.
 
-        The first positions are those in what the model computes, the second those in the batch.
+        Both are flat positions (N,).
+        """
+        positions, rows = positions_of(batch), self._end_to_end(batch)
+        before = positions - 1
+        return before if rows is None else torch.searchsorted(rows["index"], before), positions
+
+    def _end_to_end(self, batch: dict[str, Any]) -> dict[str, Any] | None:
+        """Return how the batch's rows are laid end to end, None if they are not."""
+        return batch.get(ROWS) if self._apart else None
+
+    def _outputs(self, batch: dict[str, Any], predicted: int | None = None, keep: Tensor | None = None) -> Tensor:
+        """Return the model's logits.
 
         Args:
             batch: A batch.
-            everywhere: Whether the output layer computes every position, for the count of FLOPs. If not, it computes N.
+            predicted: How many positions the output layer computes, for the count of FLOPs; by default all.
             keep: A mask (B, T) of the positions whose logits the model is to return; by default all.
         """
-        positions, ids, rows = positions_of(batch), batch["input_ids"], batch.get(ROWS) if self._apart else None
-        before = positions - 1
+        ids, rows = batch["input_ids"], self._end_to_end(batch)
         if rows is not None:
             ids, keep = (values if values is None else values.flatten()[rows["index"]][None] for values in (ids, keep))
-            before = torch.searchsorted(rows["index"], before)
-        predicted, head = ids.numel() if everywhere else len(positions), self.model.get_output_embeddings()
-        self.count_flops((part, predicted if part is head else ids.numel()) for part in self.model.children())
+        head, tokens = self.model.get_output_embeddings(), ids.numel()
+        self.count_flops((part, predicted if part is head and predicted is not None else tokens) for part in self.model.children())
         inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False} | ({} if keep is None else {"logits_to_keep": keep})
         if rows is None and "position_ids" not in batch:
-            return self.model(**inputs, attention_mask=batch["attention_mask"]).logits, before, positions
+            return self.model(**inputs, attention_mask=batch["attention_mask"]).logits
         with packed_rows():
-            return self.model(**inputs, **packed_inputs(self.model, batch if rows is None else rows)).logits, before, positions
+            return self.model(**inputs, **packed_inputs(self.model, batch if rows is None else rows)).logits
 
     # Rows that do not see one another.
 
@@ -155,13 +173,18 @@ class CausalLMTask(HFTask):
         head = self.model.get_output_embeddings()
         reason = self._needs_logits or unchunkable(head)
         if reason is None:
-            with bypassed(head, copied=isinstance(self.model, FSDPModule)) as outputs:
-                hidden, before, positions = self._outputs(batch)
-            if len(outputs) == 1 and hidden is outputs[0]:
-                hidden, answers = _rows(hidden, before), _rows(batch["labels"], positions)
-                compiled = hidden.is_cuda and any(compiled_call(module) is not None for module in self.model.modules())
-                return chunked_cross_entropy(hidden, head.weight, answers, head.bias, compiled=compiled, reduction=reduction)
-            reason = self._needs_logits = f"{type(self.model).__name__} does something to its logits"
+            before, positions = self._places(batch)
+            answers = _rows(batch["labels"], positions)
+            compiled = answers.is_cuda and any(compiled_call(module) is not None for module in self.model.modules())
+
+            def losses(hidden: Tensor) -> Tensor:
+                return chunked_cross_entropy(_rows(hidden, before), head.weight, answers, head.bias, compiled=compiled, reduction=reduction)
+
+            with bypassed(head, self.model, losses) as found:
+                hidden = self._outputs(batch, len(positions))
+            if len(found) == 1 and hidden is found[0][0]:
+                return found[0][1]
+            reason = self._needs_logits = f"{type(self.model).__name__} does something to its logits" if found else SHARDED
         if not self._told:
             self._told = True
             rank_zero_info(f"The loss takes all logits at once: {reason}.")

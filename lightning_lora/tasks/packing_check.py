@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from lightning_lora.ops.cross_entropy import bypassed, unchunkable
 from lightning_lora.tasks.packed_attention import NAME, packed_rows, register
@@ -150,7 +149,7 @@ class _Probe:
 
     def states(self, **inputs: Any) -> Tensor:
         """Return what the output layer gets, or the logits: (T, d)."""
-        with nullcontext() if self.whole else bypassed(self.model.get_output_embeddings(), copied=isinstance(self.model, FSDPModule)):
+        with nullcontext() if self.whole else bypassed(self.model.get_output_embeddings(), self.model):
             states: Tensor = self.model(**inputs, use_cache=False).logits[0]
             return states
 

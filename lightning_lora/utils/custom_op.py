@@ -26,10 +26,13 @@ def register_custom_op(schema: str, function: Callable[..., list[Tensor]], shape
     """
     _LIBRARY.define(schema)
     name = schema.partition("(")[0]
+    lists = [k for k, argument in enumerate(schema.partition("->")[0].split(",")) if "[]" in argument]
 
     def fresh(*operands: Any) -> list[Tensor]:
         """Clone results that are arguments: an operator may not return an argument."""
-        given = {id(t) for operand in operands for t in (operand if isinstance(operand, (list, tuple)) else (operand,))}
+        given = set(map(id, operands))
+        for k in lists:
+            given.update(map(id, operands[k]))
         return [t.clone() if id(t) in given else t for t in function(*operands)]
 
     _LIBRARY.impl(name, fresh, "CompositeExplicitAutograd")

@@ -194,7 +194,10 @@ def writes_to(op: Any, args: Any, kwargs: Any, cls: type[Tensor]) -> bool:
 
 
 def map_tensors(cls: type[Tensor], change: Callable[[Any], Any], tree: Any) -> Any:
-    """Return a nested list, tuple or dict with every tensor of a class changed. Without it ``export_merged`` raises."""
+    """Return a nested list, tuple or dict with every tensor of a class changed.
+
+    Without it ``export_merged`` and ``offload_frozen`` raise.
+    """
     from torch.utils._pytree import tree_map_only
 
     return tree_map_only(cls, change, tree)

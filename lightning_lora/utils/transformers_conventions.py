@@ -63,6 +63,16 @@ def checkpoint_options(model: nn.Module) -> Iterator[dict[str, Any]]:
         yield getattr(getattr(child, "_gradient_checkpointing_func", None), "keywords", None) or {}
 
 
+# The arguments in which blocks take a cache of keys and values. Without them a checkpointed block that has one adds its tokens twice, and
+# torch raises in the backward pass.
+CACHES = ("past_key_values", "past_key_value", "layer_past")
+
+
+def checkpoints_itself(module: nn.Module) -> bool:
+    """Return True if transformers checkpoints this module. Without it a block that is checkpointed twice is computed twice more."""
+    return bool(getattr(module, "gradient_checkpointing", False)) and hasattr(module, "_gradient_checkpointing_func")
+
+
 def keeps_masked_logits(model: nn.Module) -> bool:
     """True if the model's forward accepts a mask as ``logits_to_keep``. Without it all logits are computed.
 

@@ -119,10 +119,20 @@ def test_offloaded_activations_train_the_same(pool: Any, alone: Any, tmp_path: P
             assert rank["moved"] > 0
 
 
+def test_selective_checkpoints_train_the_same(pool: Any, alone: Any, tmp_path: Path) -> None:
+    for name, compiled in (("ddp", None), ("fsdp2 full", None), ("fsdp2 after", None), ("fsdp full", None), ("fsdp2 full", "layer")):
+        for rank in pool.run(run_selective, name, str(tmp_path), compiled):
+            assert rank["losses"] == pytest.approx(alone()["losses"], abs=1e-5 if compiled else 1e-6), name
+
+
 def test_lightnings_activation_checkpointing(pool: Any, alone: Any, tmp_path: Path) -> None:
     for rank in pool.run(run_checkpointed, str(tmp_path)):
         assert rank["losses"] == pytest.approx(alone()["losses"], abs=1e-6)
         assert rank["saved"]["names"] == sorted(alone()["adapters"])  # without the wrapper's part in their names
+
+
+def run_selective(name: str, folder: str, compiled: Any) -> dict[str, Any]:
+    return run(name, folder, 2, callback_checkpointing="selective", compile=compiled)
 
 
 def run_checkpointed(folder: str) -> dict[str, Any]:

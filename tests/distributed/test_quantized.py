@@ -43,18 +43,18 @@ def gradients(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return adapter_tensors(model, lambda p: p.grad)
 
 
-def compare(how: str, order: str) -> tuple[float, bool]:
+def compare(how: str, order: str, device: str = "cpu", dtype: torch.dtype = torch.float32, rows: int = 8) -> tuple[float, bool]:
     """Largest error of the gradients, and whether the packed weights are in pieces."""
-    base = packed_stack(how).train()
+    base = packed_stack(how, dtype).train().to(device)
     if order == "ddp":
         arrange(DDPStrategy(), apply_lora(base, CONFIG))  # type: ignore[arg-type]
         model: nn.Module = DistributedDataParallel(base)
     else:
         model = shard(apply_lora(base, CONFIG)) if order == "before" else apply_lora(shard(base), CONFIG)
-    alone = apply_lora(packed_stack(how).train(), CONFIG)
+    alone = apply_lora(packed_stack(how, dtype).train().to(device), CONFIG)
     for each in (model, alone):
         fill_adapters(each)
-    x = inputs(8)
+    x = inputs(rows).to(device, dtype)
     for _ in range(2):  # the second time from weights that were sharded again in between
         for parameter in (*model.parameters(), *alone.parameters()):
             parameter.grad = None
@@ -98,6 +98,7 @@ def test_a_sharded_quantized_weight_is_not_merged(pool: Any, tmp_path: Path) -> 
         ("nf4", "fsdp2 DCP"),
         ("fp8", "ddp"),
         ("fp8", "lora_fsdp2"),
+        ("fp8", "lora_fsdp2 pulled"),
     ],
 )
 def test_a_lightning_run_is_that_of_one_process(pool: Any, how: str, name: str, tmp_path: Path) -> None:

@@ -86,6 +86,25 @@ def test_without_checkpointing_it_is_still_right() -> None:
     assert moving.tensors > 2 * BLOCKS
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_each_tensor_is_copied_back_once_and_a_blocks_tensors_are_held_together(
+    checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = llama(checkpointing=checkpointing)
+    moving = offload_activations(model)
+    gradients(model)
+    away, back, held = moving.tensors, [], []
+    copy, release = offload._Moved._copy, offload._Moved.release
+    monkeypatch.setattr(offload._Moved, "_copy", lambda self, a, b: back.append(b is not self._host) or copy(self, a, b))
+    monkeypatch.setattr(offload._Moved, "release", lambda self: held.append(moving.tensors) or release(self))
+    gradients(model)
+    assert back.count(False) == away == moving.tensors - away
+    each = away // BLOCKS
+    assert each == 1 if checkpointing else each > 3
+    assert back.count(True) == away - 2 * each  # the last ones are still there
+    assert held[0] - away == 2 * each + 1
+
+
 def test_evaluation_and_removal_move_nothing() -> None:
     model = llama()
     moving = offload_activations(model)

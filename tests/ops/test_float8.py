@@ -137,3 +137,27 @@ def test_emulating_is_only_inside() -> None:
     with float8.emulated():
         inside = frozen_linear(x, Float8Weight(codes, scale), 48)
     assert error(frozen_linear(x, Float8Weight(codes, scale), 48), dense) < 1e-6 and 1e-3 < error(inside, dense) < STEP
+
+
+@pytest.mark.parametrize(
+    ("times", "others", "noise"),  # what is lost of the other columns' product, and the whole product's error in units of theirs
+    [(1, (0.03, 0.045), (0.03, 0.045)), (1e3, (0.03, 0.045), (0.5, 4)), (1e5, (0.1, 0.3), (50, 400)), (1e7, (0.95, 1), (5e3, 4e4))],
+)
+@pytest.mark.parametrize("where", ["input", "weight"])
+def test_one_scale_a_row_and_one_column_that_is_far_larger(
+    times: float, others: tuple[float, float], noise: tuple[float, float], where: str
+) -> None:
+    """The product stays within 4 %, of which the large column has all. The others keep their bits until it is 2¹⁸ times theirs; long
+    before that, the rounding of the large column is as large as their product (bf16: 0.09 of it at 1000 times).
+    """
+    x, w = tensor(128, 512).cpu(), tensor(96, 512, seed=1).cpu()
+    (x if where == "input" else w)[:, 7] *= times
+    quantized = [float8.quantize_rows([rows], [None]) for rows in (x, w)]
+    exact, found = x.double() @ w.double().t(), float8.product(*quantized[0], *quantized[1], torch.float32)
+    small = [
+        rows.double().index_fill(1, torch.tensor([7]), 0) for rows in (x, w, *(float8.dequantize(*q, torch.float64) for q in quantized))
+    ]
+    rest = small[0] @ small[1].t()
+    assert 0.02 < error(found, exact) < 0.045
+    assert others[0] < error(small[2] @ small[3].t(), rest) < others[1]
+    assert noise[0] < ((found.double() - exact).norm() / rest.norm()).item() < noise[1]

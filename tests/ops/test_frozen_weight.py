@@ -80,7 +80,7 @@ def test_mixed_weights_are_put_together_as_they_were():
     tensors, weights = flatten_weights([packed, plain_weight, flat])
     assert unflatten_weights(tensors, weights) is weights  # eager code hands on the weights themselves
     layouts = [weight.layout for weight in weights]
-    assert (len(tensors), layouts) == (8, [packed.layout, "", flat.layout])
+    assert (len(tensors), layouts) == (10, [packed.layout, "", flat.layout])
     for made, given in zip(unflatten_weights(tensors, layouts), weights, strict=True):
         assert type(made) is type(given) and made.layout == given.layout
         assert all(a is b for a, b in zip(made.tensors, given.tensors, strict=True))
@@ -186,16 +186,17 @@ def test_operations_say_their_shapes_right(options):
         dys,
         x,
         outputs[3],
-        outputs[4],
         None,
         0,
         False,
         list(SCALES),
         tensors,
         layouts,
-        B_list,
         biases,
+        A_list,
+        B_list,
         out_scales,
+        outputs[4:8],
         base_outputs,
         True,
     )

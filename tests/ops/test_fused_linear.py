@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
-from lightning_lora.ops import fused_linear, plain
+from lightning_lora.ops import factor_copies, fused_linear, plain
 from lightning_lora.ops.fused_linear import lora_linears
 from tests.ops.operands import DEVICE
 
@@ -177,6 +177,21 @@ def test_keeps_x_once_and_the_rank_r_product():
     assert any(t.data_ptr() == x.data_ptr() for t in big)
 
 
+@pytest.mark.parametrize("rank", [64, 65])
+def test_copies_of_wide_factors_are_made_again(rank, monkeypatch):
+    """fp32 factors under bf16: their copies are kept up to rank 64; above, the rank-r product alone, and the gradients are the same."""
+    torch.manual_seed(0)
+    x, Ws = torch.randn(50, IN).bfloat16().requires_grad_(), [torch.randn(out, IN).bfloat16() for out in OUTS]
+    A_list, B_list = [torch.randn(rank, IN, requires_grad=True) for _ in OUTS], [torch.randn(out, rank, requires_grad=True) for out in OUTS]
+    call = lambda: lora_linears(x, Ws, [None] * 3, A_list, B_list, SCALES)  # noqa: E731
+    given = {t.data_ptr() for t in (x, *Ws, *A_list, *B_list)}
+    kept = sum(t.nbytes for t in saved(call) if t.data_ptr() not in given)
+    assert kept == 2 * 50 * 3 * rank + (2 * rank * (3 * IN + sum(OUTS)) if rank == 64 else 0)
+    found = gradients(call(), [x, *A_list, *B_list])
+    monkeypatch.setattr(factor_copies, "KEPT_RANK", {64: 0, 65: 65}[rank])
+    assert all(torch.equal(a, b) for a, b in zip(found, gradients(call(), [x, *A_list, *B_list]), strict=True))
+
+
 def test_frozen_a_keeps_no_x():
     """LoRA-FA: the point of freezing A."""
     x, Ws, biases, A_list, B_list = operands(batch=(50,))
@@ -240,16 +255,18 @@ def test_compiled_it_is_two_operations_and_the_same_numbers(traced, dropout, sca
     assert not [node for graph in graphs for node in graph.graph.nodes if "mm" in str(node.target)]
 
 
-@pytest.mark.parametrize("n", [0, 3])
-def test_operations_say_their_shapes_right(n):
-    """What the compiler is told of an operation against what it does."""
+@pytest.mark.parametrize(("n", "kept"), [(0, 64), (3, 64), (3, 2)])
+def test_operations_say_their_shapes_right(n, kept, monkeypatch):
+    """What the compiler is told of an operation against what it does; with factors wider than those whose copies are kept too."""
+    monkeypatch.setattr(factor_copies, "KEPT_RANK", kept)
     x, Ws, biases, A_list, B_list = (t.detach() if isinstance(t, torch.Tensor) else t for t in operands(dtype=torch.float32))
     x, A_list, B_list = x.reshape(-1, IN), [A.detach() for A in A_list], [B.detach() for B in B_list]
     out_scales = [torch.randn(len(B)) if k < n else None for k, B in enumerate(B_list)]
     forward = (x, None, 0, False, list(SCALES), Ws, [""] * 3, biases, A_list, B_list, out_scales)
-    outputs = fused_linear._forward(*forward)
-    dys, base_outputs = [torch.randn_like(y) for y in outputs[:3]], outputs[8:] or [None] * 3
-    backward = (dys, x, outputs[3], outputs[4], None, 0, False, list(SCALES), Ws, [""] * 3, B_list, biases, out_scales, base_outputs, True)
+    outputs, copies = fused_linear._forward(*forward), 4 * (kept == 64)
+    dys, base_outputs = [torch.randn_like(y) for y in outputs[:3]], outputs[4 + copies :] or [None] * 3
+    settings = (None, 0, False, list(SCALES), Ws, [""] * 3)
+    backward = (dys, x, outputs[3], *settings, biases, A_list, B_list, out_scales, outputs[4 : 4 + copies], base_outputs, True)
     for operation, shapes, given in (
         (torch.ops.lightning_lora.linears_forward, fused_linear._forward_shapes, forward),
         (torch.ops.lightning_lora.linears_backward, fused_linear._backward_shapes, backward),

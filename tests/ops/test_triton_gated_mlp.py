@@ -15,7 +15,11 @@ from tests.ops.test_triton_low_rank import drop_of
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize(
     ("rows", "cols", "ranks", "scaled"),
-    [(70, 96, (4, 4, 4), False), (130, 552, (16, 16, 16), False), (33, 72, (3, 20, 8), False), (70, 72, (3, 5, 8), True)],
+    [
+        *[(70, 96, (4, 4, 4), False), (130, 552, (16, 16, 16), False), (33, 72, (3, 20, 8), False), (70, 72, (3, 5, 8), True)],
+        *[(70, 96, (64, 40, 33), False), (33, 72, (33, 64, 8), True)],  # the sums are products that follow
+        *[(70, 96, (128, 65, 8), False), (20, 264, (256, 256, 256), False), (33, 72, (4, 80, 96), True)],  # the updates are products too
+    ],
 )
 def test_forward_and_backward(rows, cols, ranks, scaled, p, dtype):
     rg, ru, rd = ranks
@@ -35,6 +39,7 @@ def test_forward_and_backward(rows, cols, ranks, scaled, p, dtype):
 
     exact = (dg64, du64, dt64 * 0.5, *rest)
 
+    g, u = g.clone(), u.clone()  # which wide ranks write to
     h, td = triton_gated_mlp.forward(g, u, t, Bg, Bu, Ad, drop, 3.0, out_scales)
     grads = triton_gated_mlp.backward(dh.clone(), g, u, t, Bg, Bu, Ad, dtd, drop, 0.5, out_scales)
     assert error(h, h64.detach()) < TOLERANCE[dtype]

@@ -8,7 +8,8 @@ pytest.importorskip("triton")
 from lightning_lora.ops import plain, triton_low_rank
 from tests.ops.operands import DEVICE, DTYPES, TOLERANCE, error, strided, tensor
 
-SIZES = [(70, 48, 5), (130, 136, 16), (64, 300, 40), (17, 24, 1), (33, 160, 100)]  # tokens, features, rank
+# tokens, features, rank
+SIZES = [(70, 48, 5), (130, 136, 16), (64, 300, 40), (17, 24, 1), (33, 160, 100), (33, 72, 32), (70, 72, 64), (33, 72, 128), (20, 72, 256)]
 MAKERS = {"contiguous": tensor, "strided": strided}
 
 
@@ -121,3 +122,24 @@ def test_the_seed_comes_from_torchs_generator():
     second = triton_low_rank.draw_drop(x, 0.5)
     assert torch.equal(first[0][0], second[0][0])
     assert (first[0][1], first[1]) == (2**15, 0.5)
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_entries_dropped_in_a_pass_of_their_own(make):
+    x = make(70, 300, dtype=DTYPES[0])
+    drop, mask, _ = drop_of(x, 0.3)
+    assert torch.equal(triton_low_rank.dropped(x, drop), plain.zeroed(x, mask))
+
+
+def test_copies_to_other_dtypes():
+    """More tensors than one launch takes, of several sizes; one lies transposed, one target is a view."""
+    sources = [tensor(5, 2000), tensor(3, 7).t(), tensor(1, 1), *(tensor(40, 3, seed=k) for k in range(4))]
+    stacked = torch.empty(45, 3, dtype=torch.float16, device=DEVICE)
+    dtypes = [torch.float16, torch.float32, torch.float16, torch.float32]
+    targets = [torch.full(source.shape, float("nan"), dtype=dtype, device=DEVICE) for source, dtype in zip(sources, dtypes, strict=False)]
+    targets += [stacked[:40], *(torch.empty(40, 3, device=DEVICE) for _ in range(2))]
+    for kernels in (triton_low_rank, plain):
+        stacked.fill_(-1)
+        kernels.copy_all(targets, sources)
+        assert all(torch.equal(target, source.to(target.dtype)) for target, source in zip(targets, sources, strict=True))
+        assert (stacked[40:] == -1).all()

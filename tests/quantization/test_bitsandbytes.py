@@ -24,7 +24,7 @@ from tests.quantized import linear4bit, packed_linear, stored4bit
 )
 def test_is_unpacked_as_bitsandbytes_does(options: dict[str, Any], dtype: torch.dtype) -> None:
     stored, dense = stored4bit(48, 96, **options)
-    assert len(stored.tensors) == (5 if options.get("nested", True) else 2)
+    assert len(stored.tensors) == (6 if options.get("nested", True) else 3)
     assert torch.equal(stored.dense(dtype), dense.to(dtype))
     for rows in (3, 1600):
         x, bias = torch.randn(rows, 96).to(dtype), torch.randn(48)

@@ -161,12 +161,39 @@ def test_torchaos_float8() -> None:
     quantize_(model, Float8WeightOnlyConfig())
     W = model[0].weight.dequantize().double()
     fill(apply_lora(model, LoRAConfig(rank=4, target_modules="all-linear")))
-    x = torch.randn(5, 64).bfloat16()
+    x = torch.randn(5, 64).bfloat16().requires_grad_()
     exact = linear(x.double(), W + model[0].lora_delta().double())
-    assert (model(x) - exact).norm() < 1e-2 * exact.norm() and all(p.requires_grad for p in get_lora_parameters(model))
+    assert (model(x) - exact).norm() < 1e-2 * exact.norm()
+    leaves, weights = [x, *get_lora_parameters(model)], torch.randn(5, 48)
+    mine, wanted = (torch.autograd.grad((y * weights).sum(), leaves, retain_graph=True) for y in (model(x), exact))
+    assert all((a - b).norm() < 1e-2 * b.norm() for a, b in zip(mine, wanted, strict=True))
     with pytest.raises(ValueError, match="is not packed again here: pass quantized='dequantize'"):
         merge_lora(model, quantized="requantize")
     merge_lora(model, quantized="dequantize")
     assert type(model[0]) is LoRALinear and (model(x) - exact).norm() < 1e-2 * exact.norm()
     unmerge_lora(model)
     assert torch.equal(model[0].weight.dequantize().double(), W)
+
+
+@pytest.mark.parametrize("weight", ["Int8Tensor", "Float8Tensor"])
+def test_torchaos_weights_that_quantize_inputs_are_refused(weight: str) -> None:
+    """Int8: an output without a gradient, so that layers before it would silently get none. Float8 ones raise in the backward pass."""
+    import torchao.quantization as ao
+
+    model = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 32, bias=False)).to(torch.bfloat16)
+    if weight == "Int8Tensor":
+        ao.quantize_(model[1], ao.Int8DynamicActivationInt8WeightConfig())
+        assert not model[1](torch.randn(2, 48).bfloat16().requires_grad_()).requires_grad
+    else:
+        from torchao.quantization.quantize_.workflows.float8.float8_tensor import QuantizeTensorToFloat8Kwargs as Inputs
+
+        packed = ao.Float8Tensor.from_hp(
+            model[1].weight.detach(), granularity=ao.PerRow(), act_quant_kwargs=Inputs(granularity=ao.PerRow())
+        )
+        model[1].weight = nn.Parameter(packed, requires_grad=False)
+    for target in ("0", "1"):
+        with pytest.raises(
+            ValueError, match=rf"'1'.*its {weight} quantizes inputs too.*: quantize the weights only \(Int8WeightOnlyConfig"
+        ):
+            apply_lora(model, LoRAConfig(rank=4, target_modules=[target]))
+    assert type(model[0]) is nn.Linear

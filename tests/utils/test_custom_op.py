@@ -16,6 +16,11 @@ def twice(x):
 register_custom_op("first_and_double(Tensor x) -> Tensor[]", first_and_double, twice)
 
 
+register_custom_op(
+    "last_of(Tensor x, Tensor?[] others) -> Tensor[]", lambda x, others: [others[-1]], lambda x, others: [others[-1].clone()]
+)
+
+
 def test_eager_code_calls_the_function_itself():
     x = torch.ones(3)
     assert dispatch(first_and_double, x)[0] is x
@@ -26,6 +31,12 @@ def test_as_an_operation_it_hands_back_no_argument():
     same, double = torch.ops.lightning_lora.first_and_double(x)
     assert torch.equal(same, x) and same.data_ptr() != x.data_ptr()
     assert torch.equal(double, x * 2)
+
+
+def test_nor_one_from_a_list():
+    x = torch.ones(3)
+    (last,) = torch.ops.lightning_lora.last_of(torch.zeros(3), [None, x])
+    assert torch.equal(last, x) and last.data_ptr() != x.data_ptr()
 
 
 def test_a_compiler_sees_one_operation():
