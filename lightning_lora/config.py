@@ -34,8 +34,9 @@ class LoRAConfig:
         alpha: numerator of the scaling, finite and > 0.
         dropout: probability of zeroing an entry of the adapter's input (never of the base's), in [0, 1).
         target_modules: a list of names or regexes (see :mod:`lightning_lora.utils.patterns`), one regex string over the whole module
-            name, or ``"all-linear"``: every linear layer except the output head. ``q_proj``, ``k_proj``, ``v_proj``, ``gate_proj`` and
-            ``up_proj`` name slices where a model has one fused projection (:mod:`lightning_lora.utils.fused_layouts`).
+            name, or ``"all-linear"``: every linear layer and all experts, except the output head and routers. ``q_proj``, ``k_proj``,
+            ``v_proj``, ``gate_proj`` and ``up_proj`` name slices where a model has one fused projection
+            (:mod:`lightning_lora.utils.fused_layouts`).
         exclude_modules: names or regexes of modules that are never adapted, even if targeted.
         layers: adapt only in blocks with these indices (the first number in a module's name).
         bias: which biases train: ``none``, ``all`` of the model, or ``lora_only``, those of adapted layers.

@@ -13,6 +13,7 @@ from torch import nn
 
 KINDS: dict[str, type] = {}  # qualified name of a module type → the LoRALayer subclass that adapts it
 KIND_NAMES: dict[str, type] = {}  # name in config.kind_pattern → kind
+KIND_RULES: list[tuple[Callable[[type], bool], type]] = []  # rule for a module type that has no entry in KINDS, and its kind
 VARIANTS: dict[str, type] = {}  # config.variant → the mixin that goes before the kind
 INITS: dict[str, Callable[[Any], None]] = {}  # config.init → the function that fills a layer's A and B
 
@@ -26,12 +27,13 @@ def qualified_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def register_kind(*names: str | type, name: str | None = None) -> Callable[[type[T]], type[T]]:
+def register_kind(*names: str | type, name: str | None = None, match: Callable[[type], bool] | None = None) -> Callable[[type[T]], type[T]]:
     """Class decorator: adapt modules of these types, and of their subclasses, with the decorated class.
 
     Args:
         names: module types, or their qualified names (``package.module.Class``), which need no import of their library.
         name: name of the kind. ``LoRAConfig.kind_pattern`` chooses the kind by it for modules whose type is not enough.
+        match: returns True for a type that the kind adapts too, if no kind names it: for types that cannot be listed.
 
     Raises:
         ValueError: another class already adapts one of the types, or has the name.
@@ -41,6 +43,8 @@ def register_kind(*names: str | type, name: str | None = None) -> Callable[[type
     def add(kind: type[T]) -> type[T]:
         own_names = [] if name is None else [name]
         _check_free(KIND_NAMES, "kind", own_names, kind)
+        if match is not None:
+            KIND_RULES.append((match, kind))
         _add(KINDS, "kind", keys, kind)
         return _add(KIND_NAMES, "kind", own_names, kind)
 
@@ -141,8 +145,9 @@ def look_up(table: dict[str, T], field: str, name: str) -> T:
 
 
 def kind_of(cls: type[nn.Module]) -> type | None:
-    """Return the kind for modules of this class: the first registered type in its MRO decides. None for an unsupported class."""
-    return next((KINDS[name] for name in map(qualified_name, cls.__mro__) if name in KINDS), None)
+    """Return the kind for modules of this class: the first registered type in its MRO decides, then the rules. None if unsupported."""
+    named = (KINDS[name] for name in map(qualified_name, cls.__mro__) if name in KINDS)
+    return next(named, None) or next((kind for match, kind in KIND_RULES if match(cls)), None)
 
 
 def why_refused(module: nn.Module, fqn: str) -> str:

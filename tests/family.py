@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.jetmoe.modeling_jetmoe import JetMoeParallelExperts
 
 from lightning_lora import LoRAConfig, apply_lora, load_adapter, merge_lora, save_adapter, unmerge_lora
 from lightning_lora.layers.base import LoRALayer, lora_layers
@@ -43,8 +44,32 @@ def packed(how: str) -> Packed:
     return Packed(partial(packed_linear, how), inputs, None, plain_product, dtypes=(torch.float32,), quantized="dequantize")
 
 
+class Routed(JetMoeParallelExperts):
+    """Experts in one tensor, whose rows are routed already."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input, [4, 0, 3])
+
+
+class Stacked(Case):
+    """Experts, whose one weight has an adapter with a name of its own in a file and in the module."""
+
+    def apply(self, layer: LoRALayer, W: Tensor, x: Tensor) -> Tensor:
+        return torch.cat([x[:4] @ W[0].T, x[4:] @ W[2].T])
+
+
+def experts() -> nn.Module:
+    module = Routed(3, 12, 10)
+    nn.init.normal_(module.weight)
+    return module
+
+
 # bitsandbytes' int8 quantizes the input too in evaluation, which no formula here does; tests/model/test_quantize.py has it.
-CASES: dict[str, Case] = {**PLAIN, **{f"linear, {how}": packed(how) for how in ("nf4", "torchao-nf4", "torchao-int8", "fp8")}}
+CASES: dict[str, Case] = {
+    **PLAIN,
+    **{f"linear, {how}": packed(how) for how in ("nf4", "torchao-nf4", "torchao-int8", "fp8")},
+    "experts": Stacked(experts, lambda: torch.randn(7, 12), None, lambda _, A, B: B.view(3, 10, -1) @ A.view(3, -1, 12)),
+}
 PAIRS = [(kind, variant) for kind in CASES for variant in sorted(VARIANTS, key=lambda name: (name != "plain", name))]
 
 Parameters = dict[str, Tensor]
@@ -138,7 +163,8 @@ def gradient(kind: str, variant: str, folder: Path) -> None:
 
     parameters = {name: p.detach().double().requires_grad_(p.requires_grad) for name, p in layer.lora_parameters().items()}
     twin = x.detach().double().requires_grad_() if x.requires_grad else x
-    weight = WEIGHTS[variant](case, layer, layer.base_weight().detach().double(), parameters)
+    short = {name.removesuffix("_weight"): p for name, p in parameters.items()}  # of the one weight of a module that may have several
+    weight = WEIGHTS[variant](case, layer, layer.base_weight().detach().double(), short)
     defined = case.apply(layer, weight, twin)
     if bias is not None:
         parameters["bias"] = bias  # functional_call used it as it is

@@ -15,6 +15,7 @@ from lightning_lora.adapter_io.files import CONFIG, TENSORS, AdapterFolder, chec
 from lightning_lora.adapter_io.one_rank import FileLayer, layers_of
 from lightning_lora.adapter_io.peft_format import anchored
 from lightning_lora.adapter_io.peft_names import PREFIX
+from lightning_lora.adapter_io.peft_rules import pattern_value
 from lightning_lora.config import ALL_LINEAR, LoRAConfig
 from lightning_lora.storage.atomic_files import write_atomic
 from lightning_lora.storage.folder_commit import commit
@@ -56,13 +57,18 @@ def read_pairs(folder: str | Path) -> Pairs:
         A, B = layer.tensors["A"], layer.tensors["B"]
         if "magnitude_vector" in layer.tensors:
             raise ValueError(f"{path}: {fqn!r} is a DoRA layer, whose update is not B·A alone; merge it into its base instead.")
-        if adapter.fields.get("target_parameters") and ".experts" in f".{fqn}":
+        if adapter.fields.get("target_parameters") and A.shape[0] not in _ranks(adapter.fields, fqn):
             raise ValueError(f"{path}: {fqn!r} has a pair for each expert (target_parameters), which is not supported here.")
         if ".base_layer." in fqn:
             raise ValueError(f"{path}: {fqn!r} is inside an attention module that shares its rank with it, which is not supported here.")
         if A.shape[0] != B.shape[1]:
             raise ValueError(f"{path}: {fqn!r} is a grouped convolution, which has a pair for each group; not supported here.")
     return Pairs(path, adapter, layers, others)
+
+
+def _ranks(fields: dict[str, Any], fqn: str) -> set[int]:
+    """Return the ranks that the JSON may mean for a layer, which PEFT's patterns name by itself or by its weight. Experts have E·r rows."""
+    return {pattern_value(fields.get("rank_pattern"), name, fields.get("r", 8)) for name in (fqn, f"{fqn}.weight")}
 
 
 def write_pairs(source: Pairs, pairs: Mapping[str, tuple[Tensor, Tensor]], out: str | Path, overwrite: bool) -> Path:

@@ -54,8 +54,9 @@ def beside_experts(fields: dict[str, Any], family: str, layers: Mapping[str, nn.
             stacklevel=3,
         )
     if mistaken:
-        fields |= {"target_parameters": sorted(f"{fqn}.weight" for fqn in mistaken), "lora_dropout": 0.0}
-    by_weight = {anchored(fqn): anchored(fqn) + re.escape(".weight") for fqn in mistaken}
+        by_weight = [*(fields.get("target_parameters") or ()), *(f"{fqn}.weight" for fqn in mistaken)]
+        fields |= {"target_parameters": sorted(by_weight), "lora_dropout": 0.0}
+    anchors = {anchored(fqn): anchored(fqn) + re.escape(".weight") for fqn in mistaken}
     for name in ("rank_pattern", "alpha_pattern"):
-        fields[name] = {by_weight.get(key, key): value for key, value in fields[name].items()}
+        fields[name] = {anchors.get(key, key): value for key, value in fields[name].items()}
     return fields

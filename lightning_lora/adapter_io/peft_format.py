@@ -60,6 +60,10 @@ def to_peft(
                 f"modules_to_save: {name!r} cannot be saved in PEFT's format, which would take {other!r}, a name that ends in it,"
                 " for it too."
             )
+    stacks = {fqn: layer for fqn, layer in layers.items() if layer.peft_parameters}
+    called = [fqn for fqn in layers if fqn not in stacks]
+    # Name in PEFT's patterns → layer: that of the module, or of each parameter.
+    keys = {key: layer for fqn, layer in layers.items() for key in ([f"{fqn}.{name}" for name in layer.peft_parameters] or [fqn])}
     fields = {
         "peft_type": "LORA",
         "task_type": None,
@@ -68,18 +72,34 @@ def to_peft(
         "r": config.rank,
         "lora_alpha": _whole(config.alpha),
         "lora_dropout": config.dropout,
-        "target_modules": target_names(config.target_modules, layers, saved, modules),
+        "target_modules": target_names(_without(config.target_modules, stacks), called, saved, modules) if called else [],
         "bias": config.bias,
         "use_rslora": config.scaling == "rslora",
         "modules_to_save": sorted(saved) or None,
         # One anchored entry per layer: none overlap, so order does not matter. PEFT sorts keys when it saves, which would reorder patterns.
-        "rank_pattern": {anchored(fqn): layer.rank for fqn, layer in layers.items() if layer.rank != config.rank},
-        "alpha_pattern": {anchored(fqn): _whole(layer.alpha) for fqn, layer in layers.items() if layer.alpha != config.alpha},
+        "rank_pattern": {anchored(key): layer.rank for key, layer in keys.items() if layer.rank != config.rank},
+        "alpha_pattern": {anchored(key): _whole(layer.alpha) for key, layer in keys.items() if layer.alpha != config.alpha},
         "fan_in_fan_out": transposed,
         "init_lora_weights": True,
     }
+    if stacks:
+        fields["target_parameters"] = sorted(key for key in keys if key not in layers)
+        if config.dropout:
+            warnings.warn(
+                f"PEFT 0.21 has no dropout on {next(iter(stacks))!r}, whose weights are one tensor for all experts: the folder says"
+                " lora_dropout=0, for PEFT's readers. load_adapter has the dropout.",
+                stacklevel=4,
+            )
+            fields["lora_dropout"] = 0.0
     mixin = _mixin(config.variant)
     return fields if mixin is None else mixin.to_peft_fields(fields, config)
+
+
+def _without(preferred: Collection[str], stacks: Collection[str]) -> Collection[str]:
+    """Return the names that PEFT may target as modules: not those of modules whose parameters it targets."""
+    if isinstance(preferred, str):
+        return preferred
+    return [name for name in preferred if not any(fqn == name or fqn.endswith(f".{name}") for fqn in stacks)]
 
 
 def variant_fields(config: LoRAConfig) -> dict[str, Any]:
@@ -126,11 +146,6 @@ def from_peft(fields: dict[str, Any], where: str, tensor_names: Iterable[str]) -
     for name in sorted(_REFUSED & fields.keys()):
         if fields[name] not in (None, False, [], {}):
             raise ValueError(f"{where}: {name}={fields[name]!r} changes what the adapter computes and is not supported.")
-    if other := [name for name in fields.get("target_parameters") or () if not name.endswith(".weight")]:
-        raise ValueError(
-            f"{where}: target_parameters={fields['target_parameters']!r}: {other[0]!r} is no layer's weight but a tensor such as experts"
-            " have; LoRA there is not supported."
-        )
     init = fields.get("init_lora_weights", True)
     if isinstance(init, str) and _CHANGED_BASE.fullmatch(init):
         raise ValueError(
@@ -150,7 +165,8 @@ def from_peft(fields: dict[str, Any], where: str, tensor_names: Iterable[str]) -
         if name != "auto_mapping":
             warnings.warn(f"{where}: {name}={fields[name]!r} is never acted on: nothing is imported or run for an adapter.", stacklevel=3)
     owners = sorted({name.rpartition(".lora_")[0] for name in tensor_names if ".lora_" in name})
-    by_weight = [name.removesuffix(".weight") for name in fields.get("target_parameters") or ()]
+    # The module of each parameter. A model tells more: placing.py reads the JSON again with one.
+    by_weight = list(dict.fromkeys(name.rpartition(".")[0] or name for name in fields.get("target_parameters") or ()))
     targets = fields.get("target_modules") or ([] if by_weight else owners)
     if by_weight:
         targets = [*([f"^(?:{targets})$"] if isinstance(targets, str) else targets), *by_weight]

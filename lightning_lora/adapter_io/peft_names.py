@@ -22,6 +22,7 @@ from lightning_lora.utils.transformers_conventions import checkpoint_conversions
 ROOT = "base_model."
 PREFIX = f"{ROOT}model."  # begins every tensor name in PEFT's files
 _FACTOR = re.compile(r"\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector|vera_lambda_[bd])(?:\.(?!weight$|bias$)([^.]+))?(?:\.weight)?$")
+_NESTED = re.compile(r"(.*?)((?:\.base_layer)*)")
 _OURS = {"lora_embedding_A": "lora_A", "lora_embedding_B": "lora_B", "vera_lambda_b": "lora_lambda_b", "vera_lambda_d": "lora_lambda_d"}
 # B of a layer inside an adapted one: the output projection of nn.MultiheadAttention. PEFT 0.21 adds its update twice, in forward passes and
 # in merges (tests/parity/test_attention.py). So the B that gives the update is twice the file's.
@@ -72,8 +73,10 @@ def our_name(name: str, where: str, adapters: Collection[str] = ()) -> str:
         raise ValueError(f"{where}: tensor {name!r} does not start with {PREFIX!r}; this is no PEFT adapter.")
     clean = clean.removeprefix(PREFIX)
     if match := _FACTOR.search(clean):
-        owner = re.sub(r"\.base_layer(?=\.)", "", clean[: match.start()])  # of a layer inside an adapted one
-        return f"{owner}.{_OURS.get(match[1], match[1])}"
+        owner, inside = _NESTED.fullmatch(clean[: match.start()]).groups()  # type: ignore[union-attr]
+        owner = re.sub(r"\.base_layer(?=\.)", "", owner)  # of a layer inside an adapted one
+        depth = inside.count(".")  # PEFT wraps a module once for each of its parameters that it adapts
+        return f"{owner}.{_OURS.get(match[1], match[1])}" + (f"_{depth}" if depth else "")
     several = "|".join(map(re.escape, ("default", *adapters)))
     return re.sub(rf"\.(?:base_layer|modules_to_save(?:\.(?:{several})(?=\.))?)\.", ".", clean)
 

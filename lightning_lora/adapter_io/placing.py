@@ -17,6 +17,7 @@ from lightning_lora.adapter_io.files import AdapterFile
 from lightning_lora.adapter_io.peft_format import as_lora
 from lightning_lora.adapter_io.peft_names import names_here, rebuilt
 from lightning_lora.adapter_io.peft_rules import is_saved, is_target, is_target_parameter, pattern_value, saved_names
+from lightning_lora.adapter_io.peft_stacks import is_stack, targeted_stacks, unstacked
 from lightning_lora.adapter_io.token_rows import why_tying_matters, with_whole_weights
 from lightning_lora.config import ALL_LINEAR, LoRAConfig
 from lightning_lora.layers.base import PREFIX
@@ -67,6 +68,8 @@ def place(adapter: AdapterFile, root: nn.Module, where: str) -> AdapterFile:
         tensors[f"{renamed.get(owner, owner)}.{last}" if owner else name] = tensor
     if len(tensors) < len(adapter.tensors):
         raise ValueError(f"{where} has tensors of the same module under two names, an old and a new one ({next(iter(renamed))!r}).")
+    stacks = {} if adapter.fields is None else targeted_stacks(as_lora(adapter.fields, where), modules)
+    tensors = unstacked(tensors, modules, stacks, adapter.fields, where)
     adapter = replace(adapter, tensors=tensors)
     if adapter.fields is None:
         return adapter
@@ -99,10 +102,11 @@ def _meant(config: LoRAConfig, fields: dict[str, Any], layers: set[str], heads: 
         here: the model's modules.
         where: the file's path, for messages.
     """
+    stacks = targeted_stacks(fields, here.modules)
     by_weight = _weights(fields, here.modules, where)
     names = fields.get("target_modules")
     rule = partial(is_target, fields if isinstance(names, str) else fields | {"target_modules": frozenset(names or ())})
-    targets = by_weight | (layers if _unsaid(fields) else {fqn for fqn in here.modules if here.either(fqn, rule)})
+    targets = by_weight | stacks.keys() | (layers if _unsaid(fields) else {fqn for fqn in here.modules if here.either(fqn, rule)})
     targets -= here.dead
     if here.old:  # the file's rules may match more modules today than the layers that were trained
         targets &= layers
@@ -123,6 +127,7 @@ def _meant(config: LoRAConfig, fields: dict[str, Any], layers: set[str], heads: 
         said = fields.get(name)
         values = {fqn: pattern_value(said, f"{fqn}.weight" if fqn in by_weight else fqn, default) for fqn in targets}
         values |= {fqn: pattern_value(said, here.old[fqn], values[fqn]) for fqn in targets & here.old.keys()}
+        values |= {fqn: getattr(stack, name) for fqn, stack in stacks.items()}
         ours = [(compile_pattern(text, name), value) for text, value in getattr(config, name).items()]
         if values != {fqn: next((value for pattern, value in ours if pattern.matches(fqn)), default) for fqn in targets}:
             exact[name] = {_whole(fqn): value for fqn, value in sorted(values.items()) if value != default}
@@ -154,6 +159,8 @@ def _weights(fields: dict[str, Any], modules: dict[str, nn.Module], where: str) 
     """Return the linear layers that ``target_parameters`` names by their weights."""
     found = set()
     for fqn, module in modules.items():
+        if is_stack(module):
+            continue
         for name in module._parameters:
             if not is_target_parameter(fields, f"{fqn}.{name}"):
                 continue

@@ -198,7 +198,8 @@ def _fields(root: nn.Module, config: LoRAConfig, exported: dict[str, Exported], 
     fields = peft_format.to_peft(config, exported, saved, modules, transposed=transposed)
     task = task_type(model, saved, modules)
     fields |= {"base_model_name_or_path": loaded_from(model), "task_type": task, "auto_mapping": auto_mapping(model, task)}
-    return beside_experts(fields, expert_family(model), layers, modules)
+    called = {fqn: layer for fqn, layer in layers.items() if not layer.peft_parameters}
+    return beside_experts(fields, expert_family(model), called, modules)
 
 
 def _fit(root: nn.Module, report: TargetReport, adapter: AdapterFile, where: str, check_base: bool) -> tuple[dict[str, Tensor], set[str]]:

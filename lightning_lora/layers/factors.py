@@ -31,6 +31,7 @@ class Exported:
         config: the layer's config when the file is read back.
         kind: name of its kind then; None: the module's type decides.
         own: rank and alpha of the layer that reads the tensors back, where they are not those of the tensors.
+        peft_parameters: names of the module's parameters that PEFT targets one by one; empty where it targets the module.
     """
 
     tensors: dict[str, Tensor]
@@ -39,6 +40,7 @@ class Exported:
     config: LoRAConfig
     kind: str | None = None
     own: tuple[int, float] | None = None
+    peft_parameters: tuple[str, ...] = ()
 
 
 class Factors(Mergeable):
@@ -58,6 +60,8 @@ class Factors(Mergeable):
     peft_fields: ClassVar[dict[str, Any]] = {}
     #: Names in PEFT's files of tensors that belong to no single layer.
     peft_shared: ClassVar[tuple[str, ...]] = ()
+    #: Names of the module's parameters that PEFT targets one by one; empty where it targets the module.
+    peft_parameters: ClassVar[tuple[str, ...]] = ()
     #: True if the weight is stored as (in, out).
     transposed: ClassVar[bool] = False
 

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import LoRALayer, lora_layers
 from lightning_lora.layers.filling import fill_factors
+from lightning_lora.layers.several_weights import SeveralWeights
 from lightning_lora.model.apply import inject
 from lightning_lora.model.target_report import TargetReport
 from lightning_lora.model.targeting import find_targets
 from lightning_lora.ops.low_rank_svd import balanced, rank_for_energy
 from lightning_lora.quantization.formats import format_of
+from lightning_lora.registry import kind_of
 from lightning_lora.utils.names import clean_name, modules_by_name, parameters_by_name
 
 
@@ -72,6 +74,8 @@ def extract_adapter(model: nn.Module, tuned: nn.Module, config: LoRAConfig, *, e
 
 def _difference(module: Any, tuned: nn.Module, fqn: str) -> Tensor:
     """Return ``W_tuned − W`` of a layer, in float64."""
+    if issubclass(kind_of(type(module)) or object, SeveralWeights):
+        raise ValueError(f"{fqn!r} has a matrix for each expert, which is not supported here: exclude it.")
     twin: Any = modules_by_name(tuned).get(fqn)
     for each, what in ((module, "model"), (twin, "tuned")):
         if each is not None and format_of(each) is not None:

@@ -84,6 +84,11 @@ class TargetReport:
         """Number of elements of all adapters together."""
         return sum(target.parameters for target in self.targets)
 
+    @property
+    def reached(self) -> int:
+        """Number of elements of the model that the adapters act on."""
+        return sum(math.prod(shape) for target in self.targets for shape in target.shapes)
+
     def __str__(self) -> str:
         groups: Counter[tuple[str, ...]] = Counter()
         parameters: Counter[tuple[str, ...]] = Counter()
@@ -101,6 +106,7 @@ class TargetReport:
             for row in rows
         ]
         lines.append(f"LoRA on {len(self.targets)} modules, {self.parameters:,} parameters")
+        lines.append(f"reached: {self.reached:,} of {self.total:,} elements of the model, {self.reached / self.total:.0%}")
         lines += [f"  {name} {pattern!r}: {count} modules" for name, hits in self.hits.items() for pattern, count in hits.items()]
         lines += [f"passed over: {line}" for line in lines_of(self.passed_over)]
         if self.saved:

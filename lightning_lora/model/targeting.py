@@ -20,10 +20,12 @@ from lightning_lora.config import ALL_LINEAR, LoRAConfig
 from lightning_lora.layers.adapting import refusal
 from lightning_lora.layers.base import PREFIX
 from lightning_lora.layers.classes import adapted_class
+from lightning_lora.layers.several_weights import SeveralWeights
 from lightning_lora.layers.spec import LayerSpec, options_of
 from lightning_lora.model.frozen_parts import mixed_with_frozen
 from lightning_lora.model.fused_slices import chosen_slices, names_of, slice_names
 from lightning_lora.model.heads import output_heads, saved_modules, within
+from lightning_lora.model.routers import routers
 from lightning_lora.model.suitability import Suitability
 from lightning_lora.model.target_report import Target, TargetReport, lines_of
 from lightning_lora.quantization.formats import elements
@@ -54,16 +56,27 @@ class _Field:
 
 
 class _AllLinear(_Field):
-    """``target_modules="all-linear"``: match every linear except output heads, modules trained in full, and linears unsuitable for LoRA."""
+    """``target_modules="all-linear"``: match every linear and all experts, but no output heads, no routers, and nothing that is trained in
+    full or unsuitable for LoRA.
+    """
 
-    def __init__(self, model: nn.Module, modules: dict[str, nn.Module], saved: list[str], suitability: Suitability) -> None:
+    def __init__(
+        self, model: nn.Module, modules: dict[str, nn.Module], saved: list[str], suitability: Suitability, config: LoRAConfig
+    ) -> None:
         self.name, self.hits = "target_modules", Counter({ALL_LINEAR: 0})
         heads = output_heads(model)
         kinds = {fqn: kind_of(type(module)) for fqn, module in modules.items() if module not in heads and not within(fqn, saved)}
         linears = [fqn for fqn, kind in kinds.items() if kind is not None and kind.is_linear]  # type: ignore[attr-defined]
         inside = {f"{fqn}.{name}" for fqn in linears if not suitability.reason(modules[fqn]) for name in _children_too(modules[fqn])}
         linears = [fqn for fqn in linears if fqn not in inside]  # adapted together with the module around them
-        self.passed_over = {fqn: reason for fqn in linears if (reason := suitability.reason(modules[fqn]))}
+        self.passed_over = routers(modules, linears)
+        for fqn in linears:
+            reason = suitability.reason(modules[fqn])
+            if reason is None and issubclass(kinds[fqn], SeveralWeights):  # type: ignore[arg-type]
+                # Not every variant and format suits experts. The linears around them are adapted all the same.
+                reason = refusal(modules[fqn], LayerSpec(config, config.rank, config.alpha, starred(fqn)))
+            if reason is not None:
+                self.passed_over.setdefault(fqn, reason.removesuffix("."))
         self.linears = set(linears) - self.passed_over.keys()
 
     def matching(self, fqn: str) -> list[str]:
@@ -91,7 +104,7 @@ def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False)
     saved = saved_modules(model, config)
     suitability = Suitability(model)
     everything = config.target_modules == ALL_LINEAR
-    wanted = _AllLinear(model, modules, saved, suitability) if everything else _Field("target_modules", config.target_modules)
+    wanted = _AllLinear(model, modules, saved, suitability, config) if everything else _Field("target_modules", config.target_modules)
     passed_over = wanted.passed_over if isinstance(wanted, _AllLinear) else {}
     excluded = _Field("exclude_modules", config.exclude_modules)
     rules = {name: _Field(name, list(getattr(config, name))) for name in ("rank_pattern", "alpha_pattern", "kind_pattern")}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,9 @@ from lightning_lora.adapter_io.files import read_adapter
 from lightning_lora.adapter_io.fingerprint import base_identity
 from lightning_lora.layers import lora_layers
 from tests.conftest import ALL, DTYPES, ConvNet, Task, TinyModel, adapted, base_bits, fill, snapshot
-from tests.layers.experts import registered, tiny_qwen3_moe
+from tests.layers.experts import tiny_qwen3_moe
 from tests.layers.mixtures import CONFIG as EXPERTS
 from tests.quantized import packed_stack
-
-
-@pytest.fixture(autouse=True)
-def with_the_kind_of_experts() -> Iterator[None]:
-    with registered():
-        yield
-
 
 #: Name → an adapted model in bf16, and a batch for it.
 IDS = torch.tensor([[1, 2, 3], [4, 5, 10]])

@@ -19,7 +19,7 @@ from lightning_lora import LoRAConfig, apply_lora, merge_lora, unmerge_lora
 from lightning_lora.utils.sharding import is_sharded
 from tests.distributed.nets import adapter_tensors, fill_adapters
 from tests.distributed.wrappers import WRAPPERS, fsdp1, weights_of
-from tests.layers.experts import registered, tiny_qwen3_moe
+from tests.layers.experts import tiny_qwen3_moe
 
 KINDS = LoRAConfig(rank=4, alpha=8, target_modules=["embed", "conv", "linear"])
 
@@ -126,29 +126,27 @@ def test_after_tensor_parallelism_they_are_refused_by_name(pool: Any) -> None:
 
 
 def check_experts(name: str, order: str) -> dict[str, Any]:
+    """Gradients, merge and unmerge of two processes are those of one."""
     config = LoRAConfig(rank=2, alpha=4, target_modules=["experts", "q_proj"])
     ids = torch.arange(32).reshape(4, 8)
-    with registered():
-        # In float64: fp32 sums of a batch and of its halves differ by 1e-5 in one process too.
-        model, alone = tiny_qwen3_moe(torch.float64), apply_lora(tiny_qwen3_moe(torch.float64), config=config)
-        model = (
-            wrap_experts(apply_lora(model, config=config), name)
-            if order == "before"
-            else apply_lora(wrap_experts(model, name), config=config)
-        )
-        for each in (model, alone):
-            fill_adapters(each)
-        assert name == "ddp" or is_sharded(model.model.layers[0].mlp.experts.down_proj)
-        part = ids.chunk(dist.get_world_size())[dist.get_rank()]
-        for each, batch in ((model, part), (alone, ids)):
-            each(batch).logits.square().mean().backward()
-        mine, wanted = adapter_tensors(model, lambda p: p.grad), adapter_tensors(alone, lambda p: p.grad)
-        assert mine.keys() == wanted.keys() and len(mine) == 12
-        base = weights_of(model)
-        with torch.no_grad():
-            merged = (merge_lora(model)(part).logits - alone(part).logits).abs().max().item()
-        unmerge_lora(model)
-        back = all(torch.equal(tensor, base[n]) for n, tensor in weights_of(model).items())
+    # In float64: fp32 sums of a batch and of its halves differ by 1e-5 in one process too.
+    model, alone = tiny_qwen3_moe(torch.float64), apply_lora(tiny_qwen3_moe(torch.float64), config=config)
+    model = (
+        wrap_experts(apply_lora(model, config=config), name) if order == "before" else apply_lora(wrap_experts(model, name), config=config)
+    )
+    for each in (model, alone):
+        fill_adapters(each)
+    assert name == "ddp" or is_sharded(model.model.layers[0].mlp.experts.down_proj)
+    part = ids.chunk(dist.get_world_size())[dist.get_rank()]
+    for each, batch in ((model, part), (alone, ids)):
+        each(batch).logits.square().mean().backward()
+    mine, wanted = adapter_tensors(model, lambda p: p.grad), adapter_tensors(alone, lambda p: p.grad)
+    assert mine.keys() == wanted.keys() and len(mine) == 12
+    base = weights_of(model)
+    with torch.no_grad():
+        merged = (merge_lora(model)(part).logits - alone(part).logits).abs().max().item()
+    unmerge_lora(model)
+    back = all(torch.equal(tensor, base[n]) for n, tensor in weights_of(model).items())
     # Each beside its own size: the experts' are a hundredth of q_proj's and smaller.
     gradient = max(((mine[n] - wanted[n]).abs().max() / wanted[n].abs().max()).item() for n in wanted)
     return {"gradient": gradient, "merged": merged, "back": back}

@@ -6,6 +6,8 @@ from lightning_lora import LoRAConfig, apply_lora, find_targets
 from tests.conftest import ConvNet, TinyModel
 from tests.layers.experts import tiny_qwen3_moe
 
+QWEN3 = "transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeExperts"
+
 
 def test_the_report_counts_and_explains(make):
     model = make(TinyModel)
@@ -43,18 +45,32 @@ def test_the_report_names_the_type_before_the_swap_and_convolutions():
 # What "all-linear" leaves out.
 
 
-def test_what_all_linear_leaves_out_is_said():
+def test_all_linear_takes_experts_and_says_what_it_reaches():
     model = tiny_qwen3_moe()
+    report = find_targets(model, LoRAConfig(target_modules="all-linear"))
+    assert [target.type_name for target in report.targets].count("Qwen3MoeExperts") == 2 and report.passed_over == {}
+    assert report.total == sum(p.numel() for p in model.parameters()) == 35_520
+    assert report.reached == 24_576 + 2 * (32 * 32 + 2 * 16 * 32 + 32 * 32)
+    assert f"reached: {report.reached:,} of 35,520 elements of the model, 86%" in str(report)
+    assert report.left_out == {"model.layers.*.mlp.gate (Qwen3MoeTopKRouter)": 512}
+
+
+@pytest.mark.parametrize("variant", ["dora", "adalora", "vera"])
+def test_what_all_linear_leaves_out_is_said(variant):
+    """Variants that experts have no place for adapt the linears around them."""
+    model, config = tiny_qwen3_moe(), LoRAConfig(target_modules="all-linear", variant=variant)
     with pytest.warns(
         UserWarning, match=r"leaves out 71% of the model, .* model.layers.\*.mlp.experts \(Qwen3MoeExperts\) has 24,576 of 35,520"
     ):
-        report = find_targets(model, LoRAConfig(target_modules="all-linear"))
-    assert report.total == sum(p.numel() for p in model.parameters()) == 35_520
+        report = find_targets(model, config)
     assert report.left_out == {"model.layers.*.mlp.experts (Qwen3MoeExperts)": 24_576, "model.layers.*.mlp.gate (Qwen3MoeTopKRouter)": 512}
     assert "left out: model.layers.*.mlp.experts (Qwen3MoeExperts), 24,576 elements, 69% of the model" in str(report)
+    assert f"passed over: model.layers.*.mlp.experts (2): 'model.layers.*.mlp.experts' ({QWEN3}): gate_up_proj: variant='{variant}'" in str(
+        report
+    )
     apply_lora(model, config=LoRAConfig(target_modules=["q_proj"]))
     with pytest.warns(UserWarning, match="of 35,520 elements"):  # of the base, not of the adapters on it
-        assert find_targets(model, LoRAConfig(target_modules="all-linear")).left_out == report.left_out
+        assert find_targets(model, config).left_out == report.left_out
 
 
 def test_what_is_left_out_on_purpose_is_no_news():

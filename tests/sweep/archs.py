@@ -50,7 +50,8 @@ TEXT = {
         jetmoe llama llama4_text mamba mamba2 minimax mistral mixtral mpt nemotron olmo olmo2 olmoe opt persimmon phi
         phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next recurrent_gemma seed_oss smollm3 stablelm starcoder2 xglm
         bitnet lfm2 biogpt ctrl afmoe deepseek_v32 ernie4_5_moe exaone_moe glm4_moe glm4_moe_lite hunyuan_v1_moe laguna
-        longcat_flash solar_open
+        longcat_flash solar_open aria_text axk1 cohere2_moe deepseek_v4 flex_olmo glm_moe_dsa granitemoeshared hy_v3 hy_v4
+        kolibri1 mellum minimax_m2 minimax_m3_vl_text nemotron_h
     """,
     "AutoModel": """
         albert bert big_bird camembert convbert data2vec-text deberta deberta-v2 distilbert electra ernie esm fnet ibert

@@ -67,7 +67,8 @@ def tensors(output: Any) -> Iterator[Tensor]:
 
 def dead(model: nn.Module, inputs: dict[str, Tensor]) -> Iterator[str]:
     """The adapters that do not act where the weight does: another B changes nothing in the output, another weight does."""
-    layers = dict(lora_layers(model))
+    parts = [(fqn, layer, layer.by_weight()) for fqn, layer in lora_layers(model)]
+    layers = {fqn if len(own) == 1 else f"{fqn}.{name}": part for fqn, _, own in parts for name, part in own.items()}
     y = outputs(model, inputs, grad=True)
     gradients = torch.autograd.grad(y.square().sum(), [layer.lora_B for layer in layers.values()], allow_unused=True)
     for (name, layer), gradient in zip(layers.items(), gradients, strict=True):

@@ -1,0 +1,195 @@
+"""Experts of a mixture, stored as one tensor per projection: ``W_e + scaling · B_e·A_e`` for each expert e.
+
+transformers 5 stores ``gate_up_proj`` (experts, 2·width, hidden) and ``down_proj`` (experts, hidden, width), some models each expert's
+matrix transposed. Their classes differ in activation, biases and norms, and each runs in one of several implementations. So none of their
+code is repeated here. The base's own forward runs on a stand-in of the module whose weights are
+:class:`~lightning_lora.ops.low_rank_sum.LowRankSum`: every product with an expert's weight adds that expert's two small products. Dense
+updates are built by a merge only, and dropout acts on the input of each expert's A.
+
+PEFT (``target_parameters``) adds the dense updates of all experts in every forward pass, and has no dropout there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.factors import Exported
+from lightning_lora.layers.peft_stacks import from_file, is_exchanged, to_file
+from lightning_lora.layers.several_weights import SeveralWeights
+from lightning_lora.layers.spec import LayerSpec
+from lightning_lora.ops.low_rank_sum import LowRankSum
+from lightning_lora.registry import register_kind
+from lightning_lora.utils.transformers_conventions import experts_implementation, stored_experts
+
+_KNOWN = ("eager", "batched_mm", "grouped_mm")  # implementations that use the weights in products alone
+
+
+class ExpertStack(LoRALayer):
+    """The weights of all experts for one projection.
+
+    Shape:
+        ``weight`` (E, out, in), or (E, in, out) if :attr:`transposed`. Expert after expert, as a grouped convolution has its groups:
+        ``lora_A`` (E·r, in), ``lora_B`` (E·out, r).
+    """
+
+    lora_base = nn.Module
+    #: True if the module has a true ``is_transposed``, by which PEFT chooses the factors' axes. Llama 4 is transposed without it.
+    flagged_transposed: bool
+
+    @classmethod
+    def adapter_shapes(cls, module: Any, spec: LayerSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of A, (E·r, in), and of B, (E·out, r)."""
+        experts, outputs, inputs = module.to_matrix(module.weight).shape
+        return (experts * spec.rank, inputs), (experts * outputs, spec.rank)
+
+    @classmethod
+    def check(cls, module: Any, spec: LayerSpec) -> None:
+        """Raise ValueError also for a weight that is no stack of matrices, and for a variant that scales outputs."""
+        if module.weight.ndim != 3:
+            raise ValueError(f"its shape {tuple(module.weight.shape)} is not one matrix per expert; exclude it")
+        if cls.output_scale is not LoRALayer.output_scale:
+            raise ValueError(f"variant={spec.config.variant!r} scales a layer's outputs, which experts in one tensor have no place for")
+        super().check(module, spec)
+
+    def to_matrix(self, tensor: Tensor) -> Tensor:
+        """Return the tensor as (E, out, in)."""
+        return tensor.mT if self.transposed else tensor
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        """Invert :meth:`to_matrix`."""
+        return matrix.mT if self.transposed else matrix
+
+    def factor_matrices(self) -> tuple[Tensor, Tensor]:
+        """Return A (E, r, in) and B (E, out, r)."""
+        A, B = self.update_factors()
+        experts = self.weight.shape[0]
+        return A.unflatten(0, (experts, -1)), B.unflatten(0, (experts, -1))
+
+    def to_peft(self) -> dict[str, Tensor]:
+        """Return A and B as PEFT 0.19 and later store them."""
+        A, B = (factor.detach() for factor in self.factor_matrices())
+        return dict(zip(self.peft_names, to_file(A, B, exchanged=self.transposed != self.flagged_transposed), strict=True))
+
+    def adapted_weight(self) -> LowRankSum:
+        """Return the weight with its update, in the weight's own layout."""
+        A, B = self.factor_matrices()
+        left, right = (A.mT, B.mT) if self.transposed else (B, A)
+        return LowRankSum(self.weight, left, right, self.scaling, self.dropout_now())
+
+
+@register_kind(name="experts", match=lambda cls: stored_experts(cls) is not None)
+class LoRAExperts(SeveralWeights):
+    """A module of experts, such as ``Qwen3MoeExperts`` or ``GptOssExperts``: one :class:`ExpertStack` per projection."""
+
+    weight_kind = ExpertStack
+    is_linear = True
+    #: True if each expert's matrix is stored as (in, out).
+    stored_transposed: ClassVar[bool]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        stored = stored_experts(cls.lora_base)
+        if stored is not None:
+            cls.adapted, cls.stored_transposed = stored
+            cls.peft_parameters = cls.adapted
+            # Compilers run it as it is: traced, the stand-in's weights would be taken for the module's own. Not a decorator: that imports
+            # Dynamo, which transformers' models have imported already.
+            cls.forward = torch.compiler.disable(cls.forward)  # type: ignore[method-assign]
+
+    @classmethod
+    def _alone(cls, module: Any, name: str) -> Any:
+        layer = super()._alone(module, name)
+        layer.__dict__.update(transposed=cls.stored_transposed, flagged_transposed=bool(getattr(module, "is_transposed", False)))
+        return layer
+
+    @classmethod
+    def check(cls, module: Any, spec: LayerSpec) -> None:
+        """Raise ValueError also for an implementation that does more with the weights than multiply by them."""
+        chosen = experts_implementation(module)
+        if chosen not in (None, *_KNOWN):
+            raise ValueError(f"LoRA does not see the products of experts_implementation={chosen!r}; choose one of {', '.join(_KNOWN)}")
+        super().check(module, spec)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the base's output, with every expert's weight adapted unless the layer is merged or disabled."""
+        # A stand-in also where nothing is added: experts have attributes such as GPT-OSS's alpha, and an adapted layer has its own.
+        base: Any = type(self).lora_base
+        stand_in = object.__new__(base)
+        stand_in.__dict__.update(self.__dict__)
+        if not self.disabled and not self.merged:  # the weights here are found before the parameters of the same names
+            layers: dict[str, Any] = self.by_weight()
+            stand_in.__dict__.update({name: layer.adapted_weight() for name, layer in layers.items()})
+        return base.forward(stand_in, *args, **kwargs)
+
+    # Files. PEFT wraps the module once per weight, in the order in which the module declares them: the last one is the outermost.
+
+    @classmethod
+    def _nested(cls, module: Any, weights: Collection[str]) -> dict[str, int]:
+        """Return weight → how many wrappers are around its own."""
+        declared = [name for name in module._parameters if name in weights]
+        return {name: len(declared) - 1 - index for index, name in enumerate(declared)}
+
+    def to_peft(self) -> dict[str, Tensor]:
+        """Return PEFT's tensors of all weights."""
+        layers, nested = self.by_weight(), self._nested(self, self.adapted)
+        return {"base_layer." * nested[name] + part: t for name, layer in layers.items() for part, t in layer.to_peft().items()}
+
+    def exported(self) -> Exported:
+        """Return what files have, with the names of the parameters, which PEFT targets instead of the module."""
+        return replace(super().exported(), peft_parameters=self.peft_parameters)
+
+    @classmethod
+    def from_peft_stacks(
+        cls, module: Any, tensors: dict[str, Tensor], scalings: dict[str, float], version: str | None
+    ) -> dict[str, Tensor]:
+        """Return the adapter parameters of a module for the tensors of a file.
+
+        The module has one rank and one scaling. Factors of a lower rank are filled with zeros, which stay zero in training. What differs
+        in scaling from the weight with the highest rank is multiplied into B. A weight without tensors gets zeros.
+
+        Args:
+            module: adapted or not.
+            tensors: ``lora_A`` and ``lora_B`` of the outermost weight, ``lora_A_1`` and ``lora_B_1`` of the one inside, and so on.
+            scalings: weight that the file adapts → its scaling.
+            version: the file's ``peft_version``.
+
+        Raises:
+            ValueError: the tensors do not fit; the message has the weight's name and the reason.
+        """
+        if not scalings:
+            raise ValueError("the JSON's target_parameters names no weight of it")
+        pairs: dict[str, tuple[Tensor, Tensor]] = {}
+        layers = {name: cls._alone(module, name) for name in cls.adapted}
+        rest = dict(tensors)
+        for name, depth in cls._nested(module, scalings).items():
+            end = f"_{depth}" if depth else ""
+            if not {f"lora_A{end}", f"lora_B{end}"} <= rest.keys():
+                raise ValueError(f"{name}: the file has no pair for it")
+            A, B = rest.pop(f"lora_A{end}"), rest.pop(f"lora_B{end}")
+            layer = layers[name]
+            shape = tuple(layer.to_matrix(layer.weight).shape)
+            try:
+                exchanged = is_exchanged(A, B, shape, layer.transposed, layer.flagged_transposed, version)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+            pairs[name] = from_file(A, B, shape[0], exchanged=exchanged)
+        if rest:
+            raise ValueError(f"{next(iter(rest))} belongs to no weight that the file targets")
+        rank, common = max((A.shape[1], scalings[name]) for name, (A, _) in pairs.items())
+        found: dict[str, Tensor] = {}
+        for name, layer in layers.items():
+            experts, outputs, inputs = layer.to_matrix(layer.weight).shape
+            A, B = torch.zeros(experts, rank, inputs), torch.zeros(experts, outputs, rank)
+            if name in pairs:
+                own = pairs[name]
+                A, B = A.to(own[0].dtype), B.to(own[1].dtype)
+                A[:, : own[0].shape[1]] = own[0]
+                B[..., : own[0].shape[1]] = own[1] * (scalings[name] / common)
+            found |= {f"lora_A_{name}": A.flatten(0, 1), f"lora_B_{name}": B.flatten(0, 1)}
+        return found
