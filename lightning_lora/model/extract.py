@@ -13,13 +13,11 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import LoRALayer, lora_layers
 from lightning_lora.layers.filling import fill_factors
-from lightning_lora.layers.several_weights import SeveralWeights
 from lightning_lora.model.apply import inject
 from lightning_lora.model.target_report import TargetReport
 from lightning_lora.model.targeting import find_targets
 from lightning_lora.ops.low_rank_svd import balanced, rank_for_energy
 from lightning_lora.quantization.formats import format_of
-from lightning_lora.registry import kind_of
 from lightning_lora.utils.names import clean_name, modules_by_name, parameters_by_name
 
 
@@ -53,9 +51,12 @@ def extract_adapter(model: nn.Module, tuned: nn.Module, config: LoRAConfig, *, e
             raise ValueError(f"{what}: {adapted!r} has LoRA; merge and unload it, or drop it with unload_lora.")
     report = find_targets(model, config)
     for target in report.targets:
-        if target.kind.adapted != ("weight",) or target.spec.slices is not None:
+        if target.spec.slices is not None:
             names = ", ".join(target.names)
             raise ValueError(f"{names}: a difference is extracted from a layer's whole weight; name the fused layer, or exclude it.")
+        if target.kind.adapted != ("weight",):
+            weights = ", ".join(target.kind.adapted)
+            raise ValueError(f"{target.fqn!r} has no single matrix but {weights}, which is not supported here: exclude it.")
     differences = {target.fqn: _difference(target.module, tuned, target.fqn) for target in report.targets}
     if energy is not None:
         ranks = {f"^{re.escape(fqn)}$": rank_for_energy(torch.linalg.svdvals(d.flatten(1)), energy) for fqn, d in differences.items()}
@@ -74,8 +75,6 @@ def extract_adapter(model: nn.Module, tuned: nn.Module, config: LoRAConfig, *, e
 
 def _difference(module: Any, tuned: nn.Module, fqn: str) -> Tensor:
     """Return ``W_tuned − W`` of a layer, in float64."""
-    if issubclass(kind_of(type(module)) or object, SeveralWeights):
-        raise ValueError(f"{fqn!r} has a matrix for each expert, which is not supported here: exclude it.")
     twin: Any = modules_by_name(tuned).get(fqn)
     for each, what in ((module, "model"), (twin, "tuned")):
         if each is not None and format_of(each) is not None:

@@ -24,18 +24,22 @@ def merged_by_hand(base: nn.Module, adapted: nn.Module) -> nn.Module:
             uses[id(parameter)] = uses.get(id(parameter), 0) + 1
     for name, layer in lora_layers(adapted):
         module: Any = model.get_submodule(name)
-        merged = by_hand(module.weight.detach(), layer)
-        if uses[id(module.weight)] > 1:
-            module.weight = nn.Parameter(merged)
-        else:
-            module.weight.data.copy_(merged)
+        for parameter, part in layer.by_weight().items():
+            weight = getattr(module, parameter)
+            merged = by_hand(weight.detach(), part)
+            if uses[id(weight)] > 1:
+                setattr(module, parameter, nn.Parameter(merged))
+            else:
+                weight.data.copy_(merged)
     return model
 
 
 def by_hand(weight: Tensor, layer: LoRALayer) -> Tensor:
     A, B = layer.lora_A.detach().double(), layer.lora_B.detach().double()
+    if weight.ndim == 3 and A.ndim == 2:  # experts: one pair after the other
+        A, B = A.unflatten(0, (len(weight), -1)), B.unflatten(0, (len(weight), -1))
     update = B @ A
-    update = update if update.shape == weight.shape and not layer.transposed else update.T
+    update = update if update.shape == weight.shape and not layer.transposed else update.mT
     return (weight.double() + layer.scaling * update).to(weight.dtype)
 
 

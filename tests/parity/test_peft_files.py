@@ -98,11 +98,6 @@ def test_it_computes_what_was_trained(name, peft, fields, names, tmp_path):
 
 
 REFUSED = {
-    "experts": (
-        {"target_parameters": ["mlp.experts.gate_up_proj"]},
-        (),
-        "'mlp.experts.gate_up_proj' is no layer's weight but a tensor",
-    ),
     "embedding-by-weight": (
         {"target_parameters": ["embed_tokens.weight"]},
         (),
