@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_lora.adapter_io.files import AdapterFile
+from lightning_lora.adapter_io.files import CONFIG, AdapterFile
 from lightning_lora.adapter_io.peft_format import as_lora
 from lightning_lora.adapter_io.peft_names import names_here, rebuilt
 from lightning_lora.adapter_io.peft_rules import is_saved, is_target, is_target_parameter, pattern_value, saved_names
@@ -158,6 +158,13 @@ def _unsaid(fields: dict[str, Any]) -> bool:
 def _weights(fields: dict[str, Any], modules: dict[str, nn.Module], where: str) -> set[str]:
     """Return the linear layers that ``target_parameters`` names by their weights."""
     found = set()
+    for entry in fields.get("target_parameters") or ():
+        alone = fields | {"target_parameters": [entry]}
+        if not any(is_target_parameter(alone, f"{fqn}.{name}") for fqn, module in modules.items() for name in module._parameters):
+            raise ValueError(
+                f"{where}: {CONFIG} has target_parameters={fields['target_parameters']!r}, and {entry!r} names no layer's weight and no"
+                " experts' of this model; LoRA on other tensors is not supported."
+            )
     for fqn, module in modules.items():
         if is_stack(module):
             continue

@@ -12,6 +12,8 @@ from lightning_lora.layers.linearity import why_not_linear
 from lightning_lora.model.fast_paths import SWITCHED
 from lightning_lora.utils.weight_reads import weight_reads
 
+_PLAIN = LoRAConfig().variant
+
 
 class Suitability:
     """Tell which layers of one model LoRA can adapt.
@@ -39,5 +41,5 @@ class Suitability:
             return (
                 f"{where} reads its weight without calling it, so an adapter there would have no effect and merging would change the model"
             )
-        own = adapted_class(type(module), LoRAConfig().variant, kind)
+        own = adapted_class(type(module), _PLAIN, kind)
         return (own and own.unfit(module)) or why_not_linear(module, kind)

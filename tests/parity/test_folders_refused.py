@@ -46,6 +46,7 @@ REFUSED = [
     ("lora_bias", True),
     *(("init_lora_weights", init) for init in ("pissa", "pissa_niter_4", "olora", "loftq", "corda", "lora_ga")),
     ("loftq_config", {"loftq_bits": 4, "loftq_iter": 1}),
+    ("target_parameters", ["mlp.experts.gate_up_proj"]),
     ("trainable_token_indices", [1, 2]),
     ("trainable_token_indices", {"embed_tokens": [1]}),
     ("layer_replication", [[0, 1], [0, 2]]),

@@ -98,6 +98,11 @@ def test_it_computes_what_was_trained(name, peft, fields, names, tmp_path):
 
 
 REFUSED = {
+    "experts": (
+        {"target_parameters": ["mlp.experts.gate_up_proj"]},
+        (),
+        "'mlp.experts.gate_up_proj' names no layer's weight and no experts' of this model",
+    ),
     "embedding-by-weight": (
         {"target_parameters": ["embed_tokens.weight"]},
         (),
