@@ -32,9 +32,10 @@ def test_adapters_act_in_evaluation(targets, mode):
     plain, x = encoder(), torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(2))
     model = fill(apply_lora(copy.deepcopy(plain), LoRAConfig(rank=2, target_modules=targets)))
     merged = unload_lora(merge_lora(copy.deepcopy(model)), merged="keep")
+    close = {"atol": 1e-4, "rtol": 1e-4}  # float32, since the path takes no float64; the adapters' effect is a thousand times that
     with mode():
-        torch.testing.assert_close(model(x), merged(x), atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(padded(model, x), padded(merged, x), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model(x), merged(x), **close)
+        torch.testing.assert_close(padded(model, x), padded(merged, x), **close)
         assert (model(x) - plain(x)).abs().max() > 0.1
 
 
