@@ -15,6 +15,19 @@ from lightning_lora.adapter_io.certificate import CERTIFICATE
 from lightning_lora.layers.base import LoRALayer, lora_layers
 
 
+class Conv(nn.Module):
+    """A model of one convolution, the same each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(x)
+        return out
+
+
 def merged_by_hand(base: nn.Module, adapted: nn.Module) -> nn.Module:
     """A deep copy of the base with W + s·B·A in each adapted weight, computed in float64; of shared weights each gets its own."""
     model = copy.deepcopy(base)

@@ -20,6 +20,7 @@ from lightning_lora import (
     unload_lora,
     unmerge_lora,
 )
+from tests.adapter_io.folders import Conv
 from tests.parity.models import DEPRECATED_BY_PEFT, base, randomise
 
 pytestmark = pytest.mark.filterwarnings(DEPRECATED_BY_PEFT, "ignore:Setting `save_embedding_layers`")
@@ -190,22 +191,13 @@ def test_what_is_refused_changes_nothing(model, folders, tmp_path):
 
 
 def test_convolutions(tmp_path):
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.conv = nn.Conv2d(3, 6, 3)
-
-        def forward(self, x):
-            return self.conv(x)
-
     x, made, wanted = torch.randn(2, 3, 5, 5), {}, {}
     for name, rank in (("a", 2), ("b", 3)):
-        model = apply_lora(Net(), LoRAConfig(target_modules=["conv"], rank=rank))
+        model = apply_lora(Conv(), LoRAConfig(target_modules=["conv"], rank=rank))
         for parameter in get_lora_parameters(model):
             nn.init.normal_(parameter)
         made[name], wanted[name] = save_adapter(model, tmp_path / name), model(x).detach()
-    model = Net()
+    model = Conv()
     adapters = load_adapters(model, made)
     with torch.no_grad(), adapters.rows(["a", "b"]):
         found = model(x)

@@ -8,6 +8,7 @@ from torch import nn
 from lightning_lora import LoRAConfig, apply_lora, combine_adapters, compress_adapter, load_adapter, lora_layers, save_adapter
 from lightning_lora.adapter_io.combine import METHODS
 from lightning_lora.adapter_io.file_arithmetic import read_pairs
+from tests.adapter_io.folders import Conv
 from tests.parity.models import DEPRECATED_BY_PEFT, base, logits, randomise
 
 pytestmark = pytest.mark.filterwarnings(DEPRECATED_BY_PEFT, "ignore:Setting `save_embedding_layers`")
@@ -144,24 +145,15 @@ def test_compress_to_a_rank(two, tmp_path):
 
 
 def test_convolutions(tmp_path):
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.conv = nn.Conv2d(3, 6, 3)
-
-        def forward(self, x):
-            return self.conv(x)
-
     folders = []
     for seed in (1, 2):
-        model = apply_lora(Net(), LoRAConfig(target_modules=["conv"], rank=2))
+        model = apply_lora(Conv(), LoRAConfig(target_modules=["conv"], rank=2))
         torch.manual_seed(seed)
         for parameter in model.conv.lora_parameters().values():
             nn.init.normal_(parameter)
         folders.append(save_adapter(model, tmp_path / str(seed)))
     out = combine_adapters({folders[0]: 1.0, folders[1]: -2.0}, tmp_path / "out", method="svd", rank=4)
-    found, *parts = (load_adapter(Net(), folder).conv.merge_delta().detach() for folder in (out, *folders))
+    found, *parts = (load_adapter(Conv(), folder).conv.merge_delta().detach() for folder in (out, *folders))
     torch.testing.assert_close(found, parts[0] - 2 * parts[1])
 
 

@@ -14,16 +14,8 @@ from torch import nn
 from lightning_lora import LoRAConfig, apply_lora, load_adapter, save_adapter
 from tests.conftest import fill
 
+from .attends import Attends
 from .models import close, randomise, theirs
-
-
-class Attends(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.attention, self.fc = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 8)
-
-    def forward(self, x):
-        return self.fc(self.attention(x, x, x)[0])
 
 
 def build():

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_lora import LoRAConfig, apply_lora, load_adapter, lora_layers, save_adapter
 
+from .attends import Attends
 from .models import DEPRECATED_BY_PEFT, SIZES, base, close, logits, randomise, read_by_peft, theirs, trained
 
 pytestmark = pytest.mark.filterwarnings(DEPRECATED_BY_PEFT, "ignore:Setting `save_embedding_layers`")
@@ -176,15 +177,6 @@ def test_embeddings_of_another_base_are_no_resized_vocabulary(vocabulary):
     torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
     load_adapter(model, folder, check_base=False)
     assert torch.equal(model.lm_head.weight, other.base_model.model.lm_head.weight)
-
-
-class Attends(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.attention, self.fc = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 8)
-
-    def forward(self, x):
-        return self.fc(self.attention(x, x, x)[0])
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["dead", "not-zero"])
