@@ -46,8 +46,10 @@ def load_adapters(model: nn.Module, adapters: Mapping[str, str | Path], *, check
         ValueError: the model has LoRA, or an adapter cannot be read, does not fit, or is more than B·A on each layer (DoRA, modules trained
             in full). The model is unchanged then.
     """
-    if not adapters:
-        raise ValueError("adapters={} names none; give at least one name and folder.")
+    if not isinstance(adapters, Mapping) or not adapters:
+        raise ValueError(
+            f'adapters={adapters!r}: give a dict with at least one name and folder, such as {{"legal": "runs/legal/adapter"}}.'
+        )
     _, root = adapter_root(model)
     if there := next((name for name, _ in lora_layers(root)), None):
         raise ValueError(f"{there!r} has LoRA already; call unload_lora(model), and name that adapter's folder too.")
@@ -84,6 +86,9 @@ class AdapterSet:
         self.root, self.check_base = root, check_base
         self.active: str | None = None
         self.pairs: dict[str, dict[str, Pair]] = {}
+
+    def __repr__(self) -> str:
+        return f"AdapterSet({', '.join(map(repr, self.names))}; active: {self.active!r})"
 
     @property
     def names(self) -> list[str]:

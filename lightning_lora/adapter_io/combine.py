@@ -65,8 +65,10 @@ def combine_adapters(
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r}: choose one of {', '.join(METHODS)}.")
-    if len(adapters) < 2:
-        raise ValueError(f"adapters={dict(adapters)!r}: give two or more; compress_adapter makes one smaller.")
+    if not isinstance(adapters, Mapping) or len(adapters) < 2:
+        raise ValueError(
+            f"adapters={adapters!r}: give a dict of two or more folders, each with a weight; compress_adapter makes one smaller."
+        )
     for folder, weight in adapters.items():
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight == 0:
             raise ValueError(f"adapters[{str(folder)!r}]={weight!r}: a weight is a finite number other than 0.")

@@ -67,7 +67,8 @@ class TargetReport:
         hits: config field → pattern → number of modules that it matched.
         saved: FQNs of the modules and parameters trained in full.
         left_out: module and type → elements left out by ``"all-linear"``: tensors in no linear, such as experts in one tensor, and the
-            linears of ``passed_over``. Embeddings and vectors are not listed.
+            linears of ``passed_over``. Embeddings and vectors are not listed. For named targets: modules that hold several projections as
+            parameters, such as experts, and are not named.
         total: number of elements of the model.
         passed_over: FQN → why ``"all-linear"`` passed over this linear.
     """

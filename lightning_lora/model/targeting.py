@@ -170,8 +170,11 @@ def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False)
         _warn_of_rank(target)
     total = sum({p: elements(module, name, p) for module in modules.values() for name, p in _own_parameters(module)}.values())
     rest = {fqn: module for fqn, module in modules.items() if module not in out and not within(fqn, saved)}
-    left = _left_out(rest, passed_over) if everything else {}
-    _warn_of_left_out(left, total)
+    if everything:
+        left = _left_out(rest, passed_over)
+        _warn_of_left_out(left, total)
+    else:
+        left = _left_out({fqn: rest[fqn] for fqn in _several_weights(rest) if rest[fqn] not in chosen}, rest)
     hits = {each.name: dict(each.hits) for each in fields if each.hits}
     return TargetReport(tuple(targets), hits, tuple(saved), left, total, passed_over)
 
@@ -181,6 +184,11 @@ def _inside(config: LoRAConfig, modules: dict[str, nn.Module], module: nn.Module
     return config.layers is None or any(layer_index(fqn) in config.layers for fqn, each in modules.items() if each is module)
 
 
+def _several_weights(modules: dict[str, nn.Module]) -> list[str]:
+    """Return the FQNs of modules that hold several projections as parameters, such as experts."""
+    return [fqn for fqn, module in modules.items() if issubclass(kind_of(type(module)) or object, SeveralWeights)]
+
+
 def _children_too(module: nn.Module) -> tuple[str, ...]:
     return getattr(kind_of(type(module)), "children_too", ())
 
@@ -188,7 +196,11 @@ def _children_too(module: nn.Module) -> tuple[str, ...]:
 def _unmatched(fields: Iterable[_Field], config: LoRAConfig, modules: dict[str, nn.Module], chosen: Iterable[str]) -> list[str]:
     """Return a problem per pattern and per layer index that matches nothing."""
     adaptable = slice_names(modules) + [fqn for fqn, module in modules.items() if kind_of(type(module)) is not None] or list(modules)
-    problems = [no_match(each.name, text, adaptable) for each in fields for text, count in each.hits.items() if not count]
+    unmatched = [(each.name, text) for each in fields for text, count in each.hits.items() if not count]
+    problems = [no_match(field, text, adaptable) for field, text in unmatched]
+    if unmatched and (experts := _several_weights(modules)):
+        short = experts[0].rpartition(".")[2]
+        problems.append(f"{starred(experts[0])!r} holds its projections as parameters, which no pattern matches; target it by {short!r}.")
     hit = {layer_index(fqn) for fqn in chosen}
     missing = [index for index in config.layers or () if index not in hit]
     if missing:

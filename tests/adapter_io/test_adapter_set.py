@@ -175,7 +175,8 @@ def test_what_is_refused_changes_nothing(model, folders, tmp_path):
         other = apply_lora(base("llama"), LoRAConfig(**config))
         save_adapter(other, tmp_path / name)
         refused("is more than a low-rank pair", model, {"legal": folders["legal"], name: tmp_path / name})
-    refused("names none", model, {})
+    for none in ({}, ["legal"]):
+        refused("give a dict with at least one name and folder", model, none)
     refused("no such adapter folder", model, {"x": tmp_path / "missing"})
     refused("has LoRA already", apply_lora(base("llama"), LoRAConfig()), folders)
     assert not any(lora_layers(model)) and all(torch.equal(value, state[name]) for name, value in model.state_dict().items())

@@ -188,7 +188,8 @@ def test_weights_that_are_refused(weight, two, tmp_path):
 
 def test_adapters_that_cannot_be_added(two, tmp_path):
     out = tmp_path / "out"
-    refused("give two or more", combine_adapters, {two[0]: 1.0}, out)
+    for few in ({two[0]: 1.0}, list(two)):
+        refused("give a dict of two or more folders", combine_adapters, few, out)
     refused("DoRA layer", combine_adapters, {two[0]: 1.0, saved(FIRST | {"variant": "dora"}, tmp_path / "dora", 1): 1.0}, out)
     refused(
         "share factors", combine_adapters, {two[0]: 1.0, saved({"target_modules": QV, "variant": "vera"}, tmp_path / "vera", 1): 1}, out

@@ -42,6 +42,20 @@ def test_the_report_names_the_type_before_the_swap_and_convolutions():
     assert [t.type_name for t in report.targets] == ["Conv2d", "Linear"]
 
 
+def test_named_targets_say_that_experts_are_left_out():
+    model = tiny_qwen3_moe()
+    (line,) = [line for line in str(find_targets(model, LoRAConfig(target_modules=["q_proj"]))).splitlines() if "left out" in line]
+    assert line.startswith("left out: model.layers.*.mlp.experts (Qwen3MoeExperts), 24,576 elements")
+    for fields in ({"target_modules": ["experts"]}, {"target_modules": ["q_proj"], "exclude_modules": ["experts"]}):
+        assert "left out" not in str(find_targets(model, LoRAConfig(**fields)))
+
+
+@pytest.mark.parametrize("name", ["gate_proj", "down_proj", "experts.gate_up_proj"])
+def test_a_projection_of_the_experts_is_answered_by_their_name(name):
+    with pytest.raises(ValueError, match=r"(?s)matches no module.*'model.layers.\*.mlp.experts' holds .*target it by 'experts'"):
+        find_targets(tiny_qwen3_moe(), LoRAConfig(target_modules=[name]))
+
+
 # What "all-linear" leaves out.
 
 
@@ -77,7 +91,6 @@ def test_what_is_left_out_on_purpose_is_no_news():
     model = tiny_qwen3_moe()
     report = find_targets(model, LoRAConfig(target_modules="all-linear", exclude_modules=["experts"]))  # warnings are errors here
     assert list(report.left_out) == ["model.layers.*.mlp.gate (Qwen3MoeTopKRouter)"]
-    assert find_targets(model, LoRAConfig(target_modules=["q_proj"])).left_out == {}
 
 
 def test_embeddings_heads_and_norms_are_not_left_out(make):
