@@ -41,6 +41,14 @@ AUDIO: dict[str, Any] = {
 }
 SWIN: dict[str, Any] = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "image_size": 32, "patch_size": 4, "window_size": 4}
 PYRAMID: dict[str, Any] = {"hidden_sizes": [8, 8, 8, 8], "num_attention_heads": [1, 1, 2, 2], "depths": [1, 1, 1, 1], "image_size": 32}
+MAMBA_HEADS: dict[str, Any] = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+LINEAR_ATTENTION: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "linear_num_value_heads": 2,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 MAMBA: dict[str, Any] = {"state_size": 4, "time_step_rank": 4, "conv_kernel": 4, "expand": 2}
 
 TEXT = {
@@ -52,6 +60,12 @@ TEXT = {
         bitnet lfm2 biogpt ctrl afmoe deepseek_v32 ernie4_5_moe exaone_moe glm4_moe glm4_moe_lite hunyuan_v1_moe laguna
         longcat_flash solar_open aria_text axk1 cohere2_moe deepseek_v4 flex_olmo glm_moe_dsa granitemoeshared hy_v3 hy_v4
         kolibri1 mellum minimax_m2 minimax_m3_vl_text nemotron_h
+        qwen3_5_text qwen3_5_moe_text granitemoehybrid lfm2_moe dots1 gemma4_text
+        apertus axk2 beam bert-generation cpmant cwm diffllama doge falcon_h1 flint
+        gpt-sw3 gpt_neox_japanese granite_swa granitemoe_swa hrm_text hunyuan_v1_dense hyperclovax
+        inkling2_text inkling_text internlm3 iquestcoder jais2 minicpm3 ministral ministral3
+        modernbert-decoder moshi nanochat olmo3 olmo_hybrid openai-gpt roberta-prelayernorm
+        trocr vaultgemma whisper xlm xlm-roberta-xl xlnet youtu
     """,
     "AutoModel": """
         albert bert big_bird camembert convbert data2vec-text deberta deberta-v2 distilbert electra ernie esm fnet ibert
@@ -59,6 +73,7 @@ TEXT = {
     """,
     "AutoModelForSeq2SeqLM": """
         bart blenderbot-small m2m_100 marian mbart mt5 pegasus plbart t5 umt5 switch_transformers longt5 led
+        bigbird_pegasus blenderbot fsmt mvp nllb-moe pegasus_x prophetnet seamless_m4t seamless_m4t_v2
     """,
 }
 IMAGE = {
@@ -76,7 +91,7 @@ SOUND = {
 # What does not follow from the sizes above.
 OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("mamba", "falcon_mamba"), MAMBA),
-    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "attn_layer_indices": [1]},
+    "bamba": {**MAMBA_HEADS, "attn_layer_indices": [1]},
     "swin": SWIN,
     "swinv2": SWIN,
     "pvt": PYRAMID,
@@ -84,12 +99,20 @@ OWN: dict[str, dict[str, Any]] = {
     "yolos": {"image_size": [16, 16], "num_detection_tokens": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
-    "qwen3_next": {
-        "num_hidden_layers": 4,
-        "linear_num_value_heads": 2,
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), LINEAR_ATTENTION),
+    "granitemoehybrid": {**MAMBA_HEADS, "layer_types": ["mamba", "attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "gemma4_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "per_layer_config": {"1": {"head_dim": 16}},
+        "head_dim": 8,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 64,
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 24,
     },
     "recurrent_gemma": {"num_hidden_layers": 3},
     "mamba2": {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8, "expand": 2},
@@ -107,6 +130,7 @@ def build(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
     auto = next(auto for auto, kinds in group.items() if name in kinds.split())
     cls = CONFIG_MAPPING[name]
     default, own = cls(), OWN.get(name, {})
+    default.allow_global_per_layer_attribute_access = True  # sizes that vary by layer are given in OWN
     sizes = {key: size for key, size in SIZES.items() if isinstance(getattr(default, key, ()), (int, type(None)))}  # not one per stage
     sizes = {key: size for key, size in sizes.items() if not isinstance(getattr(cls, key, None), property)}
     config = cls(**{**sizes, **own})
