@@ -76,7 +76,7 @@ OTHER_ERRORS = {
     *{("layers.factors", "NotImplementedError"), ("layers.mergeable", "NotImplementedError")},  # a kind that is not finished
     ("quantization.formats", "NotImplementedError"),  # a packing that is not finished
     *{("quantization.torchao", "ImportError"), ("quantization.bitsandbytes", "ImportError")},  # an extra is not installed
-    *((file, "WrongPath") for file in ("storage.regular_files", "storage.read_checkpoint", "adapter_io.files", "tasks.hf")),
+    *((file, "WrongPath") for file in ("storage.regular_files", "storage.read_checkpoint", "adapter_io.files", "tasks.model_source")),
     *((file, "WrongPath") for file in ("data.reading", "data.hub", "data.templates")),
     ("strategies.checkpoint_io", "OSError"),  # the disk's own, as the single-file writer raises it
     ("tasks.hf", "ImportError"),  # an extra is not installed

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.adapter_io.save_load import checked_adapter
+from lightning_lora.adapter_io.fitting import checked_adapter
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import LoRALayer, lora_layers
 from lightning_lora.model.apply import inject

@@ -13,7 +13,6 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_lora.callbacks.block_modes import BlockModes
@@ -21,16 +20,17 @@ from lightning_lora.callbacks.companions import add_companions
 from lightning_lora.callbacks.dropout import wake_and_log
 from lightning_lora.callbacks.gradient_check import BATCHES, CURE, GradientCheck
 from lightning_lora.callbacks.late_models import when_built
+from lightning_lora.callbacks.merging import check_mergeable, merge_and_log
 from lightning_lora.callbacks.out_of_memory import advise
 from lightning_lora.callbacks.processes import begin_together
-from lightning_lora.callbacks.refusals import check_apart, check_fit, check_mergeable, check_options, frozen_parts, submodule
+from lightning_lora.callbacks.refusals import check_apart, check_fit, check_options, frozen_parts, submodule
 from lightning_lora.callbacks.start_report import log_start
 from lightning_lora.callbacks.starting import Start, log_beginning
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import lora_layers
 from lightning_lora.layers.state import Quantized
 from lightning_lora.model.apply import already_applied, inject, let_gradients_in, unload_lora
-from lightning_lora.model.merge import merge_lora, merge_report, remerging, unmerge_lora
+from lightning_lora.model.merge import remerging, unmerge_lora
 from lightning_lora.model.modes import restore_flags
 from lightning_lora.model.quantize import quantize_reversibly
 from lightning_lora.model.targeting import TargetReport, find_targets
@@ -216,12 +216,8 @@ class LoRACallback(Callback):
         """Merge layer by layer on the training device, unless ``merge_on_fit_end=False``."""
         if not self.merge_on_fit_end:
             return
-        target = self._target(pl_module)
         self._modes.before_merge()
-        merge_lora(target, device=trainer.strategy.root_device, quantized=self.merge_quantized, max_lost=self.merge_max_lost)
-        lost = merge_report(target)
-        worst = max(lost, key=lambda name: lost[name])
-        rank_zero_info(f"LoRA merged into {len(lost)} modules; rounding lost at most {lost[worst]:.2%} of an update ({worst}).")
+        merge_and_log(self._target(pl_module), trainer.strategy.root_device, self.merge_quantized, self.merge_max_lost)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Switch off the modes of the blocks."""

@@ -11,14 +11,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers.base import LoRALayer, lora_layers
+from lightning_lora.layers.base import lora_layers
 from lightning_lora.layers.rounding import check_limit
-from lightning_lora.layers.state import Quantized
 from lightning_lora.model.heads import left_frozen
 from lightning_lora.model.targeting import TargetReport
-from lightning_lora.model.ties import tied_weights
 from lightning_lora.optim.groups import check_ratio
-from lightning_lora.quantization.formats import format_of, quantizer_of
+from lightning_lora.quantization.formats import quantizer_of
 from lightning_lora.strategies.adapted_part import AdaptedPart
 from lightning_lora.strategies.namespaces import twins
 from lightning_lora.strategies.savable import check_savable
@@ -76,46 +74,6 @@ def check_apart(mine: str | None, others: Sequence[str | None]) -> None:
                 f"callbacks: one LoRACallback has module={mine!r} and another module={other!r}, and these parts overlap: give"
                 " each a separate module, or use one callback with rank_pattern and alpha_pattern."
             )
-
-
-def check_mergeable(target: nn.Module, report: TargetReport, strategy: Strategy, quantize: str | None, how: Quantized | None) -> None:
-    """Refuse at the start what would prevent the merge at the end.
-
-    Args:
-        target: the module to adapt, or that is adapted already.
-        report: what the config matches in it.
-        strategy: the trainer's strategy.
-        quantize: format that the base will be quantized to before; None: it stays as it is.
-        how: how to merge into a quantized weight; None: not at all.
-
-    Raises:
-        ValueError: a weight is tied; or it is quantized, and ``how`` is None or cannot be applied to it.
-    """
-    sharded = isinstance(strategy, twins(ModelParallelStrategy))
-    kinds = {t.module: t.kind for t in report.targets}
-    parts = {
-        f"{fqn}.{name}" if fqn else name: (module, getattr(module, name))
-        for fqn, module in target.named_modules()
-        if (kind := kinds.get(module)) is not None
-        for name in kind.adapted
-        if not (isinstance(module, LoRALayer) and module.by_weight()[name].merged)
-    }
-    quantized = "quantized and will be sharded" if sharded else "quantized"
-    tied = tied_weights(target, {name: weight for name, (_, weight) in parts.items()})
-    reasons = {name: f"tied to {', '.join(others)}, which merging would change too" for name, others in tied.items()}
-    for name, (module, weight) in parts.items():
-        if not weight.is_floating_point() or format_of(module) is not None:
-            if how is None or format_of(module) is None or sharded:
-                reasons.setdefault(name, f"{quantized} ({weight.dtype})")
-        elif quantize is not None and (how is None or sharded):
-            reasons.setdefault(name, f"{quantized} ({quantize})")
-    if reasons:
-        name, reason = next(iter(reasons.items()))
-        raise ValueError(
-            f"{name} is {reason}: it cannot be merged at the end of fit. Pass LoRACallback(merge_on_fit_end=False). To merge tied weights"
-            " later, call merge_lora(model, untie=True). To merge into a quantized base, pass LoRACallback(merge_quantized='dequantize') or"
-            " 'requantize'."
-        )
 
 
 def check_fit(trainer: Trainer, module: LightningModule, target: nn.Module, part: AdaptedPart | None) -> None:

@@ -26,7 +26,8 @@ from lightning_lora.data.reading import read_rows
 from lightning_lora.data.splits import share_of
 from lightning_lora.ops.cross_entropy import IGNORE
 from lightning_lora.optim.advice import HALF, multiplies_half_slowly
-from lightning_lora.tasks.hf import check_there, load_config, skeleton
+from lightning_lora.tasks.hf import load_config, skeleton
+from lightning_lora.tasks.model_source import check_there
 
 # What rows are for: type of record → task.
 TASKS = {

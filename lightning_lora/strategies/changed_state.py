@@ -15,8 +15,8 @@ Digests are taken in setup, at the start of training and at saves, never in a st
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +25,11 @@ from torch.nn.parameter import is_lazy
 from lightning_lora.adapter_io import fingerprint
 from lightning_lora.layers.base import PREFIX, lora_layers
 from lightning_lora.model.merge import unmerged
-from lightning_lora.strategies import module_state
 from lightning_lora.strategies.digests import digest, is_merged
-from lightning_lora.utils.names import clean_name, persistent_buffers
-from lightning_lora.utils.sharding import gathered_parameters, is_flattened, is_sharded, local_tensor, reshard
+from lightning_lora.strategies.flattened import gathered, parameters
+from lightning_lora.utils.names import clean_name
+from lightning_lora.utils.sharding import is_flattened, is_sharded, local_tensor, reshard
 
-T = TypeVar("T")
 COPIES = 64 << 20  # bytes: frozen tensors up to this sum, the smallest first, are copied at the start, so that they can be reset
 
 _STATES: weakref.WeakKeyDictionary[nn.Module, ChangedState] = weakref.WeakKeyDictionary()
@@ -104,7 +103,7 @@ class ChangedState:
         self.roots[root] = fingerprint.base_digests(self.module.get_submodule(root))
         self._saved = {fqn for fqn in self._saved if not _is_within(fqn, [root])}  # trained while only other roots had adapters
         self._note(self._reference or {})
-        frozen = {fqn: p for fqn, _, _, p in self._parameters() if self._is_covered(fqn, p)}
+        frozen = {fqn: p for fqn, _, _, p in parameters(self.wrapped()) if self._is_covered(fqn, p)}
         self._pending = {fqn for fqn, p in frozen.items() if p.is_meta}
         self._reference = {fqn: (self._reference or {}).get(fqn, "") for fqn in frozen.keys() - self._pending - self._saved}
         left = COPIES
@@ -121,7 +120,7 @@ class ChangedState:
 
     def rebase(self) -> None:
         """Take the digests anew after the strategy cast or sharded tensors, which is no change. Call :meth:`note` before that."""
-        for fqn, owner, name, p in self._parameters():
+        for fqn, owner, name, p in parameters(self.wrapped()):
             if self._reference is not None and fqn in self._reference and fqn not in self._moved:
                 self._reference[fqn] = digest(owner, name, p) or self._reference[fqn]
                 if fqn in self._small and not is_merged(owner, name):
@@ -137,7 +136,7 @@ class ChangedState:
 
     def settle(self) -> None:
         """Take the digests of what was on the meta device, once it has values."""
-        if self._pending and self._reference is not None and not any(p.is_meta for _, _, _, p in self._parameters()):
+        if self._pending and self._reference is not None and not any(p.is_meta for _, _, _, p in parameters(self.wrapped())):
             self._reference |= {fqn: "" for fqn in self._pending - self._saved}
             self._pending = set()
             self.roots = {root: fingerprint.base_digests(self.module.get_submodule(root)) for root in self.roots}
@@ -171,7 +170,7 @@ class ChangedState:
     def _values(self, names: dict[str, Any], whole: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         if not is_flattened(self.wrapped()):
             return {name: whole(p.detach()) for name, p in names.items()}
-        found = {fqn: p.detach().clone() for fqn, p in self._gathered(names)}
+        found = {fqn: p.detach().clone() for fqn, p in gathered(self.wrapped(), names)}
         return {name: found[name] for name in names if name in found}
 
     def required(self, present: Collection[str]) -> list[str]:
@@ -224,31 +223,12 @@ class ChangedState:
         """Return name → value when training began (this rank's shard) of what changed since and a checkpoint leaves out."""
         return {fqn: self._copies[fqn] for fqn in self._moved - set(present)}
 
-    # Write values.
-
-    def places(self, names: Collection[str]) -> dict[str, torch.Size]:
-        """Return name → full shape of the parameters and persistent buffers among these names."""
-        shapes = {name: tensor.shape for name, tensor in module_state.places(self.module).items() if name in names}
-        if is_flattened(self.wrapped()):  # under FSDP1 the shapes above are those of shards
-            shapes |= {fqn: p.shape for fqn, p in self._gathered(names)}
-        return shapes
-
-    def writable(self, values: dict[str, T]) -> Iterator[tuple[Tensor, T]]:
-        """Yield ``(parameter or buffer, value)`` for each name, while it can be written to."""
-        if is_flattened(self.wrapped()):
-            for fqn, p in self._gathered(values.keys(), writeback=True):
-                yield p, values[fqn]
-            places: dict[str, Tensor] = dict(persistent_buffers(self.module))
-        else:
-            places = module_state.places(self.module)
-        yield from ((places[name], values[name]) for name in values.keys() & places.keys())
-
     # Find changes.
 
     def _note(self, reference: dict[str, str]) -> None:
         reshard(self.module)
         trains, changed, sharded = set(), set(), False
-        for fqn, owner, name, p in self._parameters():
+        for fqn, owner, name, p in parameters(self.wrapped()):
             sharded |= is_sharded(p)
             if p.requires_grad and not name.startswith(PREFIX):
                 trains.add(fqn)
@@ -267,26 +247,6 @@ class ChangedState:
         """Return True if only the dtype changed: some layers cast their bias in the first forward pass."""
         then, now = self._copies.get(fqn), local_tensor(p.detach())
         return then is not None and then.dtype != now.dtype and torch.equal(then.to(now.dtype), now.cpu())
-
-    def _gathered(self, names: Collection[str], writeback: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the parameters of these names under FSDP1. Unflattened ones go first: they are often all, without a collective."""
-        left = {clean_name(name) for name, _ in self.module.named_parameters()}.intersection(names)
-        for prefix, _, name, p in gathered_parameters(self.wrapped(), writeback) if left else ():
-            fqn = clean_name(f"{prefix}.{name}" if prefix else name)
-            if fqn in left:
-                yield fqn, p
-                left.discard(fqn)
-                if not left:
-                    return
-
-    def _parameters(self) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
-        """Yield every parameter, while it can be read."""
-        wrapped = self.wrapped()
-        if is_flattened(wrapped):
-            for prefix, owner, name, p in gathered_parameters(wrapped):
-                yield clean_name(f"{prefix}.{name}" if prefix else name), owner, name, p
-        else:
-            yield from module_state.parameters_by_name(self.module)
 
     def _is_covered(self, fqn: str, p: nn.Parameter) -> bool:
         return not (p.requires_grad or is_lazy(p) or fqn.rpartition(".")[2].startswith(PREFIX)) and _is_within(fqn, self.roots)

@@ -30,10 +30,9 @@ from torch import Tensor
 from lightning_lora.adapter_io.files import META
 from lightning_lora.layers.base import kept_parameters
 from lightning_lora.model.merge import unmerge_lora, unmerged
-from lightning_lora.optim.groups import only_trainable, take_over
-from lightning_lora.optim.lora_plus import apply_lora_plus, check_kept, holds_b
-from lightning_lora.optim.state import check_named, load_by_name, state_by_name
-from lightning_lora.strategies import module_state
+from lightning_lora.optim.groups import only_trainable
+from lightning_lora.optim.state import load_by_name, state_by_name
+from lightning_lora.strategies import flattened, module_state
 from lightning_lora.strategies.adapted_part import AdaptedPart, meta_of
 from lightning_lora.strategies.changed_state import ChangedState
 from lightning_lora.strategies.checkpoint_checks import check_fits, check_parts, check_values, naming, nan_states
@@ -44,6 +43,7 @@ from lightning_lora.strategies.finite import check_finite
 from lightning_lora.strategies.lightning_fields import check_fields
 from lightning_lora.strategies.lightning_private import saves_shards
 from lightning_lora.strategies.namespaces import twin, twins
+from lightning_lora.strategies.new_optimizers import prepare
 from lightning_lora.utils.names import clean_name, persistent_buffers
 from lightning_lora.utils.sharding import full_tensor, is_flattened, local_shard, local_tensor, on_first_rank, reshard
 
@@ -159,20 +159,11 @@ class StrategyHooks(CopiedHooks):
         self.state.rebase()
 
     def setup_optimizers(self, trainer: Trainer) -> None:
-        """Call ``configure_optimizers`` with equal adapters on every rank and without frozen parameters. Then apply LoRA+."""
+        """Call ``configure_optimizers`` with equal adapters on every rank and without frozen parameters. Then prepare what it returned."""
         synchronize(self.module)
         with only_trainable():
             self.originals["setup_optimizers"](trainer)
-        schedulers = [config.scheduler for config in self.strategy.lr_scheduler_configs]
-        for optimizer in self.strategy.optimizers:
-            take_over(optimizer, self.module)
-            check_named(optimizer, self.module)
-            check_kept(optimizer)
-            for part in self.parts.values():
-                adapted = self.module.get_submodule(part.root)
-                if part.lora_plus_ratio != 1 and holds_b(optimizer, adapted):
-                    mine = [scheduler for scheduler in schedulers if scheduler.optimizer is optimizer]
-                    apply_lora_plus(optimizer, adapted, part.lora_plus_ratio, *mine)
+        prepare(self.strategy.optimizers, self.strategy.lr_scheduler_configs, self.module, self.parts.values())
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return everything but what is proved to be the unchanged base (:mod:`lightning_lora.strategies.changed_state`)."""
@@ -258,7 +249,7 @@ class StrategyHooks(CopiedHooks):
             self.load_optimizer_state_dict(checkpoint)  # Lightning leaves this to such a strategy
 
     def _check(self, saved: dict[str, Any], strict: bool) -> None:
-        places, extra = self.state.places(saved), module_state.extra_states(self.module)
+        places, extra = flattened.places(self.state.wrapped(), saved), module_state.extra_states(self.module)
         unknown = sorted(saved.keys() - places.keys() - extra.keys())
         if unknown and strict:
             named = ", ".join(unknown[:4])
@@ -277,7 +268,7 @@ class StrategyHooks(CopiedHooks):
     @torch.no_grad()
     def _write(self, values: dict[str, Tensor]) -> None:
         """Copy values, full or this rank's shard, into the parameters and buffers of these names."""
-        for place, value in self.state.writable(values):
+        for place, value in flattened.writable(self.state.wrapped(), values):
             if place.is_meta:  # a copy to there does nothing
                 raise ValueError(f"{type(self.module).__name__} is on the meta device: give it its weights before a checkpoint is loaded.")
             local_tensor(place).copy_(value if value.shape == local_tensor(place).shape else local_shard(value, place))

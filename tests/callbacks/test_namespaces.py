@@ -17,7 +17,8 @@ from pytorch_lightning.cli import LightningCLI
 
 from lightning_lora import AdaLoRACallback, DurableCheckpointIO, LoRACallback, LoRAConfig, LoRALinear
 from lightning_lora.callbacks.interruption import NAME, Interruption
-from lightning_lora.callbacks.refusals import check_mergeable, recordable
+from lightning_lora.callbacks.merging import check_mergeable
+from lightning_lora.callbacks.refusals import recordable
 from lightning_lora.layers import lora_layers
 from lightning_lora.strategies import arrange, check_supported, convert_base
 from lightning_lora.tasks import CausalLMTask

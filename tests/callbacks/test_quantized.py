@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRACallback, LoRAConfig, apply_lora, find_targets, load_adapter, merge_report
-from lightning_lora.callbacks.refusals import check_mergeable
+from lightning_lora.callbacks.merging import check_mergeable
 from lightning_lora.layers.base import lora_layers
 from lightning_lora.quantization.formats import format_of
 from tests.lit import trainer

@@ -1,0 +1,37 @@
+"""What is done to the optimizers that ``configure_optimizers`` returned, before they take a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch.optim import Optimizer
+
+from lightning_lora.optim.groups import take_over
+from lightning_lora.optim.lora_plus import apply_lora_plus, check_kept, holds_b
+from lightning_lora.optim.state import check_named
+from lightning_lora.strategies.adapted_part import AdaptedPart
+
+
+def prepare(optimizers: Sequence[Optimizer], schedulers: Sequence[Any], module: LightningModule, parts: Iterable[AdaptedPart]) -> None:
+    """Give them adapters in place of frozen weights, check that their states can be saved, and apply LoRA+.
+
+    Args:
+        optimizers: of the strategy.
+        schedulers: the strategy's ``lr_scheduler_configs``.
+        module: the LightningModule.
+        parts: its adapted parts.
+
+    Raises:
+        ValueError: an optimizer cannot be resumed, or a part's options do not fit it.
+    """
+    for optimizer in optimizers:
+        take_over(optimizer, module)
+        check_named(optimizer, module)
+        check_kept(optimizer)
+        for part in parts:
+            adapted = module.get_submodule(part.root)
+            if part.lora_plus_ratio != 1 and holds_b(optimizer, adapted):
+                mine = [config.scheduler for config in schedulers if config.scheduler.optimizer is optimizer]
+                apply_lora_plus(optimizer, adapted, part.lora_plus_ratio, *mine)
