@@ -110,6 +110,15 @@ class Factors(Mergeable):
         """Return the factor that starts at random, then the factor that starts at zero."""
         return self.lora_A, self.lora_B
 
+    def factor_rows(self) -> list[int]:
+        """Return how many rows of B belong to each product ``B·A``, in the order of A's rows.
+
+        Most layers have one product. A grouped convolution, a stack of experts and slices of a projection have several, each of
+        ``lora_B.shape[1]`` rows of A.
+        """
+        products = self.lora_A.shape[0] // self.lora_B.shape[1]
+        return [self.lora_B.shape[0] // products] * products
+
     def to_matrix(self, tensor: Tensor) -> Tensor:
         """Reshape a tensor of the weight's shape to an (out, in) matrix.
 
