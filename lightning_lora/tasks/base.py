@@ -25,7 +25,7 @@ from typing_extensions import override
 from lightning_lora.optim import GaLoreConfig, galore_optimizer, galore_param_groups
 from lightning_lora.strategies.namespaces import twins
 from lightning_lora.tasks.flops import FlopsPerPosition
-from lightning_lora.tasks.hf import DType, enable_checkpointing, load_model, load_tokenizer
+from lightning_lora.tasks.hf import DType, check_writes, enable_checkpointing, load_model, load_tokenizer
 from lightning_lora.tasks.rates import learning_rate_of
 
 STAGES = ("val", "test")
@@ -100,6 +100,7 @@ class HFTask(LightningModule, ABC):
     def load(self, **config: Any) -> None:
         """Load the model, in training mode, and make the metrics. ``config`` has fields of the model's configuration."""
         self.model = load_model(self.auto_class, self.hparams["model"], self.hparams["gguf_file"], self.hparams["dtype"], **config)
+        check_writes(self.auto_class, self.hparams["model"], self.model.config)
         # from_pretrained returns a model in evaluation mode, Lightning keeps that, and gradient checkpointing needs training mode.
         self.model.train()
         if self.hparams["gradient_checkpointing"]:
