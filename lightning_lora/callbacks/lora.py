@@ -19,7 +19,7 @@ from lightning_lora.callbacks.block_modes import BlockModes
 from lightning_lora.callbacks.companions import add_companions
 from lightning_lora.callbacks.dropout import wake_and_log
 from lightning_lora.callbacks.late_models import when_built
-from lightning_lora.callbacks.merging import check_mergeable, merge_and_log
+from lightning_lora.callbacks.merging import check_mergeable, check_not_masked, merge_and_log
 from lightning_lora.callbacks.out_of_memory import advise
 from lightning_lora.callbacks.processes import begin_together
 from lightning_lora.callbacks.refusals import check_apart, check_fit, check_options, check_precondition, frozen_parts, submodule
@@ -243,6 +243,7 @@ class LoRACallback(Callback):
         report = find_targets(target, self.config)  # refuses a config that does not fit, before anything is quantized
         if self.merge_on_fit_end and fitting:
             check_mergeable(target, report, trainer.strategy, self.quantize, self.merge_quantized)
+            check_not_masked(report, trainer.callbacks)  # type: ignore[attr-defined]
         self._begun(pl_module)
         with ExitStack() as undo:
             undo.callback(self._restoring(target))  # tests load checkpoints too, which unmerges
