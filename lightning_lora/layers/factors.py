@@ -184,7 +184,7 @@ class Factors(Mergeable):
     def take_shared(cls, layers: Sequence[tuple[Any, LayerSpec]], tensors: dict[str, Tensor]) -> None:
         """Check a file's tensors that belong to no single layer (:attr:`peft_shared`), and remove them from ``tensors``.
 
-        The layers do not read them: VeRA draws its A and B again from the seed.
+        The layers do not read them: what they share is drawn again from a seed.
 
         Args:
             layers: modules, adapted or not, with their specs; all that the file is for.
