@@ -1,8 +1,7 @@
 """Change gradients right before an optimizer's step, whatever calls the step.
 
-A hook before ``optimizer.step`` is too early where the step gets a closure: Lightning computes the gradients in it, unscales and clips
-them, and only then goes on with the step. So the hook runs behind the closure if there is one. Accumulated, unscaled and clipped gradients
-are what it sees; a step that a GradScaler skips does not call it.
+A hook before ``optimizer.step`` is too early where the step gets a closure: Lightning computes and clips the gradients in it. So the change
+is made behind the closure if there is one. It sees accumulated, unscaled and clipped gradients. A step that a GradScaler skips makes none.
 """
 
 from __future__ import annotations

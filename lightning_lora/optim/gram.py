@@ -1,7 +1,8 @@
 """Multiply the gradients of A and B by the inverse Gram matrix of the other factor, many layers at once.
 
-Layers of equal shapes are stacked. All is computed in float64: the Gram matrix squares the factor's condition number, and TF32 would lose
-what the damping is there to bound. A step costs 4·r²·(in + out) products per layer and two inverses of r×r.
+Layers of equal shapes are stacked. All is computed in float64, which neither TF32 nor autocast rounds: the Gram matrix squares the factor's
+condition number, and the damping is far below its largest entries. A step costs
+4·r²·(in + out) floating-point operations per layer, and two inverses of r×r.
 
 A sharded factor that is cut along its long side sums its Gram matrix over the ranks. One that is cut along the rank is gathered, with its
 gradient.
@@ -16,7 +17,6 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from lightning_lora.layers.merging import exact_matmul
 from lightning_lora.utils.sharding import cut_dimensions, full_tensors, is_sharded, local_shard, local_tensor, shard_groups
 
 AT_ONCE = 1 << 24  # elements of one factor that are stacked at once: bounds the memory of a step, 128 MiB in float64
@@ -55,11 +55,10 @@ def precondition(pairs: Sequence[Pair], damping: float) -> None:
             where = [getattr(factor, name, None) for factor in factors for name in ("device_mesh", "placements")]
             key = (pair.A.shape, pair.B.shape, pair.rows, pair.power, wanted, pair.A.device, pair.A.dtype, *where)
             groups.setdefault(key, []).append(pair)
-    with exact_matmul():
-        for (A_shape, B_shape, *_), group in groups.items():
-            number = max(1, AT_ONCE // max(A_shape.numel(), B_shape.numel()))
-            for start in range(0, len(group), number):
-                _precondition(group[start : start + number], damping)
+    for (A_shape, B_shape, *_), group in groups.items():
+        number = max(1, AT_ONCE // max(A_shape.numel(), B_shape.numel()))
+        for start in range(0, len(group), number):
+            _precondition(group[start : start + number], damping)
 
 
 def _precondition(pairs: list[Pair], damping: float) -> None:

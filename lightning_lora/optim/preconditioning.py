@@ -49,9 +49,9 @@ _APPLIED: weakref.WeakKeyDictionary[Optimizer, dict[int, tuple[str, float]]] = w
 def apply_preconditioner(optimizer: Optimizer, model: nn.Module, name: str, *, damping: float | None = None) -> None:
     """Precondition the gradients of A and B before each step of an optimizer.
 
-    ``LoRACallback(precondition="riemannian")`` calls it. In a plain loop, call it once after building the optimizer. The optimizer gets the
-    preconditioned gradients as gradients; accumulation, unscaling and clipping come before, and see those of the loss. Everything else that
-    trains (biases, DoRA's magnitudes, heads) keeps its gradients. With several optimizers, call it for each that holds factors.
+    ``LoRACallback(precondition="riemannian")`` calls it. In a plain loop, call it once after building the optimizer. The gradients are
+    rewritten in place, after accumulation, unscaling and clipping, which work on those of the loss. Everything else that trains (biases,
+    DoRA's magnitudes, heads) keeps its gradients. With several optimizers, call it for each that holds factors.
 
     Args:
         optimizer: any of torch's form but LBFGS.

@@ -191,6 +191,32 @@ def test_a_module_that_keeps_its_optimizer_is_preconditioned_once(tmp_path: Path
         apply_preconditioner(module.kept, module, "riemannian", damping=1e-3)
 
 
+def test_parts_of_a_module_have_methods_of_their_own(tmp_path: Path) -> None:
+    """Two callbacks, one optimizer; the second part's B is frozen, by its init."""
+    module = Lit()
+    configs = {"net.fc1": LoRAConfig(rank=2, target_modules=["0"]), "net.fc2": LoRAConfig(rank=2, target_modules=["0"], init="mica")}
+    with torch.random.fork_rng():
+        module.net.fc1, module.net.fc2 = nn.Sequential(module.net.fc1), nn.Sequential(module.net.fc2)  # type: ignore[union-attr]
+    methods: dict[str, Any] = {"net.fc1": "riemannian", "net.fc2": "lora_fa"}
+    callbacks = [LoRACallback(configs[m], module=m, precondition=methods[m], merge_on_fit_end=False) for m in configs]
+    seen: dict[str, Tensor] = {}
+
+    class Watching(Lit):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            seen.update({name: p.grad.clone() for name, p in self.named_parameters() if p.grad is not None})
+
+    module.__class__ = Watching
+    run = trainer(tmp_path, *callbacks, max_steps=1)
+    run.fit(module)
+    one, two = module.net.fc1[0], module.net.fc2[0]  # type: ignore[union-attr,index]
+    state = run.optimizers[0].state
+    B, eye = two.lora_B.detach().double(), torch.eye(2, dtype=torch.float64)
+    taken = {p: state[p]["exp_avg"].double() / 0.1 for p in (one.lora_B, two.lora_A)}  # the gradient of the first step
+    expected = two.scaling**-2 * torch.linalg.solve(B.T @ B + 1e-8 * eye, seen["net.fc2.0.lora_A"].double())
+    torch.testing.assert_close(taken[two.lora_A], expected, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(taken[one.lora_B], seen["net.fc1.0.lora_B"].double(), rtol=0.1)
+
+
 def test_doras_magnitudes_and_heads_keep_their_gradients(make: Any, ids: Tensor) -> None:
     steps = []
     for method in (None, "riemannian"):
