@@ -243,7 +243,7 @@ class LoRACallback(Callback):
         report = find_targets(target, self.config)  # refuses a config that does not fit, before anything is quantized
         if self.merge_on_fit_end and fitting:
             check_mergeable(target, report, trainer.strategy, self.quantize, self.merge_quantized)
-            check_not_masked(report, trainer.callbacks)  # type: ignore[attr-defined]
+            check_not_masked(pl_module, report, trainer.callbacks)  # type: ignore[attr-defined]
         self._begun(pl_module)
         with ExitStack() as undo:
             undo.callback(self._restoring(target))  # tests load checkpoints too, which unmerges

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
@@ -16,7 +16,7 @@ from lightning_lora.model.merge import merge_lora, merge_report
 from lightning_lora.model.targeting import TargetReport
 from lightning_lora.model.ties import tied_weights
 from lightning_lora.quantization.formats import format_of
-from lightning_lora.strategies.lightning_private import leaves_masked
+from lightning_lora.strategies.lightning_private import left_masked
 from lightning_lora.strategies.namespaces import twins
 
 
@@ -60,11 +60,12 @@ def check_mergeable(target: nn.Module, report: TargetReport, strategy: Strategy,
         )
 
 
-def check_not_masked(report: TargetReport, callbacks: Sequence[Callback]) -> None:
+def check_not_masked(module: LightningModule, report: TargetReport, callbacks: Sequence[Callback]) -> None:
     """Raise ValueError if ``ModelPruning`` leaves its mask on a weight that is to be merged: it would be computed anew at each call."""
+    masked = {(owner, name) for callback in callbacks for owner, name in left_masked(callback, module)}
     for target in report.targets:
         for name in target.kind.adapted:
-            if any(leaves_masked(callback, target.module, name) for callback in callbacks):
+            if (target.module, name) in masked:
                 raise ValueError(
                     f"ModelPruning(make_pruning_permanent=False) leaves a mask on {target.fqn}.{name}, so it cannot be merged at the end of"
                     " fit: make the pruning permanent, or pass LoRACallback(merge_on_fit_end=False)."

@@ -108,7 +108,7 @@ class BlockFloat8Format(QuantizedFormat):
         module._parameters["weight"] = make_parameter(codes, False)
         for name, parameter in came.parameters.items():
             module._parameters[name] = None if parameter is None else make_parameter(parameter.detach().to(codes.device), False)
-        if not torch.equal(_of_transformers(module).tensors[1], scales):  # after a merge that stays
+        if not codes.is_meta and not torch.equal(_of_transformers(module).tensors[1], scales):  # after a merge that stays
             module._parameters["weight_scale_inv"] = make_parameter(scales.reshape(module.weight_scale_inv.shape), False)
 
     def dequantize(self, module: Any) -> Tensor:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.loops.progress import _BaseProgress
@@ -40,16 +40,16 @@ def compiles_steps(module: Any) -> bool:
     return getattr(module, "_compiler_ctx", None) is not None
 
 
-def leaves_masked(callback: Callback, module: nn.Module, name: str) -> bool:
-    """Return whether a callback is a ``ModelPruning`` after which a module's parameter is still multiplied by a mask at each call.
+def left_masked(callback: Callback, module: LightningModule) -> list[tuple[nn.Module, str]]:
+    """Return the layers and names of parameters that a ``ModelPruning`` leaves multiplied by a mask at each call.
 
     If its names go, a merge at the end of such a fit is refused only there.
     """
     if not isinstance(callback, twins(ModelPruning)) or getattr(callback, "_make_pruning_permanent", True):
-        return False
-    chosen = getattr(callback, "_parameters_to_prune", None)  # none chosen: all of these names
-    names = getattr(callback, "_parameter_names", None) or callback.PARAMETER_NAMES
-    return any(owner is module and own == name for owner, own in chosen) if chosen else name in names
+        return []
+    chosen, names = getattr(callback, "_parameters_to_prune", ()), getattr(callback, "_parameter_names", ())
+    found = callback.sanitize_parameters_to_prune(module, chosen, names)  # as its own setup does, before or after this
+    return list(callback.filter_parameters_to_prune(found))
 
 
 def start_method(strategy: Strategy) -> str | None:

@@ -270,6 +270,18 @@ def test_pruning_that_leaves_its_masks_on_adapted_weights_is_refused_at_the_star
     same(snapshot(module), before)
 
 
+class OthersOnly(ModelPruning):
+    def filter_parameters_to_prune(self, parameters_to_prune: Any = ()) -> Any:
+        return [(owner, name) for owner, name in parameters_to_prune if getattr(owner, "in_features", 0) == 8 and name == "weight"]
+
+
+def test_pruning_that_filters_its_choice_goes_on(tmp_path: Path) -> None:
+    module = LitNet()
+    others = OthersOnly("l1_unstructured", amount=0.25, use_lottery_ticket_hypothesis=False, make_pruning_permanent=False)
+    fit(tmp_path, module, LoRACallback(CONFIG), others)
+    assert all(layer.merged for _, layer in lora_layers(module))
+
+
 @pytest.mark.parametrize(
     ("names", "permanent", "merge"), [(["embed"], False, True), (["fc1"], True, True), (["fc1"], False, False)], ids=str
 )
