@@ -18,7 +18,14 @@ from lightning_lora.model.merge import merge_lora, merge_report, unmerge_lora
 from lightning_lora.model.quantize import quantize_base
 from lightning_lora.model.targeting import find_targets
 from lightning_lora.ops.cross_entropy import chunked_cross_entropy
-from lightning_lora.optim import GaLoreConfig, apply_lora_plus, galore_optimizer, galore_param_groups, lora_param_groups
+from lightning_lora.optim import (
+    GaLoreConfig,
+    apply_lora_plus,
+    apply_preconditioner,
+    galore_optimizer,
+    galore_param_groups,
+    lora_param_groups,
+)
 from lightning_lora.registry import register_init, register_kind, register_variant
 from lightning_lora.variants import shrink_adalora
 from lightning_lora.variants.rank_allocation import RankAllocator
@@ -52,6 +59,7 @@ __all__ = [
     "advise_learning_rate",
     "apply_lora",
     "apply_lora_plus",
+    "apply_preconditioner",
     "checkpoint_layers",
     "chunked_cross_entropy",
     "combine_adapters",

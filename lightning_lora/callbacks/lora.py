@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from lightning_lora.callbacks.block_modes import BlockModes
 from lightning_lora.callbacks.companions import add_companions
 from lightning_lora.callbacks.dropout import wake_and_log
-from lightning_lora.callbacks.gradient_check import BATCHES, CURE, GradientCheck
 from lightning_lora.callbacks.late_models import when_built
-from lightning_lora.callbacks.merging import check_mergeable, merge_and_log
+from lightning_lora.callbacks.merging import check_mergeable, check_not_masked, merge_and_log
 from lightning_lora.callbacks.out_of_memory import advise
 from lightning_lora.callbacks.processes import begin_together
-from lightning_lora.callbacks.refusals import check_apart, check_fit, check_options, frozen_parts, submodule
+from lightning_lora.callbacks.refusals import check_apart, check_fit, check_options, check_precondition, frozen_parts, submodule
 from lightning_lora.callbacks.start_report import log_start
 from lightning_lora.callbacks.starting import Start, log_beginning
+from lightning_lora.callbacks.watch import Watch
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import lora_layers
 from lightning_lora.layers.state import Quantized
@@ -34,8 +34,10 @@ from lightning_lora.model.merge import remerging, unmerge_lora
 from lightning_lora.model.modes import restore_flags
 from lightning_lora.model.quantize import quantize_reversibly
 from lightning_lora.model.targeting import TargetReport, find_targets
-from lightning_lora.strategies import AdaptedPart, FiniteCheck, RollCall, StrategyHooks
-from lightning_lora.strategies.equal_ranks import check_equal, synchronize
+from lightning_lora.optim.groups import check_ratio
+from lightning_lora.optim.preconditioning import check_known
+from lightning_lora.strategies import AdaptedPart, RollCall, StrategyHooks
+from lightning_lora.strategies.equal_ranks import synchronize
 from lightning_lora.strategies.fsdp2 import offer_to_others
 from lightning_lora.strategies.lightning_private import see_mixed_imports
 from lightning_lora.strategies.namespaces import twins
@@ -79,6 +81,8 @@ class LoRACallback(Callback):
         checkpointing: compute the blocks' activations again in the backward pass: "full", all of them; "selective", all but attention's
             results; see :func:`~lightning_lora.checkpoint_layers`. The model's own gradient checkpointing must be off.
         lora_plus_ratio: λ of LoRA+ (arXiv:2402.12354): B's learning rate divided by A's, under any scheduler. The paper suggests 16.
+        precondition: "riemannian" (arXiv:2402.02347) or "lora_fa" (the second version of LoRA-FA, with ``variant="lora_fa"``): the
+            optimizers get preconditioned gradients; see :func:`~lightning_lora.apply_preconditioner`.
         start_from: an adapter folder or a checkpoint, whose adapter is trained further with a new optimizer at step 0. (To resume a run,
             pass ``fit(ckpt_path=...)``.) Its config counts: leave out what it says, or say the same.
         tune_loop: let the progress bar read its values twice a second, not in every step (:mod:`lightning_lora.callbacks.shown_values`).
@@ -106,9 +110,12 @@ class LoRACallback(Callback):
         offload: Literal["activations", "frozen"] | list[Literal["activations", "frozen"]] | None = None,
         tune_loop: bool = True,
         checkpointing: Literal["full", "selective"] | None = None,
+        precondition: Literal["riemannian", "lora_fa"] | None = None,
     ) -> None:
         offloaded = [offload] if isinstance(offload, str) else list(offload or ())
-        check_options(compile, cuda_graphs, offloaded, checkpointing, quantize, merge_quantized, merge_max_lost, lora_plus_ratio)
+        check_options(compile, cuda_graphs, offloaded, checkpointing, quantize, merge_quantized, merge_max_lost)
+        check_ratio(lora_plus_ratio)
+        check_known(precondition)
         see_mixed_imports()
         offer_to_others()
         self.config, self.module = config or LoRAConfig(), module
@@ -117,21 +124,20 @@ class LoRACallback(Callback):
         self.quantize, self.merge_quantized = quantize, merge_quantized
         self.merge_on_fit_end = quantize is None or merge_quantized is not None if merge_on_fit_end is None else merge_on_fit_end
         self.lora_plus_ratio, self.merge_max_lost, self.tune_loop = lora_plus_ratio, merge_max_lost, tune_loop
+        self.precondition = precondition
         self.check_base, self.check_gradients, self.allow_nonfinite = check_base, check_gradients, allow_nonfinite
         self.compile, self.cuda_graphs, self.offload, self.checkpointing = compile, cuda_graphs, offload, checkpointing
         self.report: TargetReport | None = None
         self._modes = BlockModes(compiled=compile is not None, recorded=cuda_graphs, checkpointing=checkpointing, offloaded=offloaded)
         self.part: AdaptedPart | None = None  # of the last setup
-        self._gradients: GradientCheck | None = None
-        self._finite: FiniteCheck | None = None
-        self._compare = False
+        self._watch: Watch | None = None
         self._roll_call: RollCall | None = None  # of a run on several processes
         self._undo = ExitStack()  # reverts the preparations, until the run has begun
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the settings and the report. What belongs to a run stays out of copies and pickles: some of it cannot be copied."""
-        of_a_run = {"_undo": ExitStack(), "_modes": self._modes.unused(), "_compare": False}
-        return vars(self) | of_a_run | dict.fromkeys(("_finite", "_gradients", "_roll_call", "part"))
+        of_a_run = {"_undo": ExitStack(), "_modes": self._modes.unused()}
+        return vars(self) | of_a_run | dict.fromkeys(("_watch", "_roll_call", "part"))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Inject, freeze and report. A model that is built in its ``setup`` or ``configure_model`` is adapted right after that."""
@@ -154,9 +160,7 @@ class LoRACallback(Callback):
         """Raise ValueError if an optimizer lacks a parameter that should train, or has none, or if no checkpoint can be written."""
         check_fit(trainer, pl_module, self._target(pl_module), self.part)
         let_gradients_in(pl_module)  # gradient checkpointing may have been enabled after the injection
-        self._gradients, self._compare = GradientCheck(self._target(pl_module)) if self.check_gradients else None, True
-        every = trainer.log_every_n_steps or BATCHES  # type: ignore[attr-defined]
-        self._finite = None if self.allow_nonfinite else FiniteCheck(trainer.strategy, pl_module, every)
+        self._watch = Watch(trainer, pl_module, self._target(pl_module), gradients=self.check_gradients, finite=not self.allow_nonfinite)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the frozen values as the reference for changes. Switch on the adapters' dropout where the base is in evaluation mode."""
@@ -167,21 +171,20 @@ class LoRACallback(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Raise RuntimeError with the fix if the loss depends on no adapter. torch would only say that it has no gradient."""
-        if self._gradients is not None and self._gradients.waiting and not loss.requires_grad:
-            raise RuntimeError(f"the loss does not depend on any adapter. {CURE}")
+        if self._watch is not None:
+            self._watch.before_backward(loss)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record which adapters have a gradient."""
         self._modes.after_backward(pl_module)
-        if self._gradients is not None:
-            self._gradients.after_backward()
+        if self._watch is not None:
+            self._watch.after_backward()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Raise RuntimeError after the first optimizer step if the adapters differ between processes."""
         self._modes.before_batch()
-        if self._compare and trainer.global_step > 0:
-            self._compare = False
-            check_equal(pl_module)
+        if self._watch is not None:
+            self._watch.before_batch()
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -200,17 +203,13 @@ class LoRACallback(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Raise RuntimeError if an adapter got no gradient in any of enough batches."""
         self._modes.after_batch()
-        if self._gradients is not None:
-            self._gradients.after_batch()
-        if self._finite is not None:
-            self._finite.after_batch()
+        if self._watch is not None:
+            self._watch.after_batch()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise RuntimeError if an adapter got no gradient in a whole short training."""
-        if self._gradients is not None:
-            self._gradients.finish()
-        if self._finite is not None:
-            self._finite.finish()
+        if self._watch is not None:
+            self._watch.finish()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge layer by layer on the training device, unless ``merge_on_fit_end=False``."""
@@ -244,6 +243,7 @@ class LoRACallback(Callback):
         report = find_targets(target, self.config)  # refuses a config that does not fit, before anything is quantized
         if self.merge_on_fit_end and fitting:
             check_mergeable(target, report, trainer.strategy, self.quantize, self.merge_quantized)
+            check_not_masked(pl_module, report, trainer.callbacks)  # type: ignore[attr-defined]
         self._begun(pl_module)
         with ExitStack() as undo:
             undo.callback(self._restoring(target))  # tests load checkpoints too, which unmerges
@@ -265,11 +265,12 @@ class LoRACallback(Callback):
                 log_start(report, pl_module, stays, fitting and bool(trainer.checkpoint_callbacks))
             if self._start is not None:
                 self._start.load(target, undo, self.check_base, self.allow_nonfinite)
+            check_precondition(target, self.precondition, trainer.strategy)
             self._modes.begin_adapted(target, trainer)
             undo.callback(arrange(trainer.strategy, pl_module))
             root = ".".join(filter(None, (self.module, adapter_root(target)[0])))
-            layers = [clean_name(name) for name, _ in lora_layers(target)]
-            self.part = AdaptedPart(root, self.config, self.check_base, self.lora_plus_ratio, self.allow_nonfinite, layers)
+            fqns = [clean_name(name) for name, _ in lora_layers(target)]
+            self.part = AdaptedPart(root, self.config, self.check_base, self.lora_plus_ratio, self.allow_nonfinite, fqns, self.precondition)
             hooks = StrategyHooks.of(trainer.strategy, pl_module)
             undo.callback(hooks.drop, root, forget=not there)
             hooks.add(self.part, training=fitting, new=not there)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
@@ -13,6 +16,7 @@ from lightning_lora.model.merge import merge_lora, merge_report
 from lightning_lora.model.targeting import TargetReport
 from lightning_lora.model.ties import tied_weights
 from lightning_lora.quantization.formats import format_of
+from lightning_lora.strategies.lightning_private import left_masked
 from lightning_lora.strategies.namespaces import twins
 
 
@@ -54,6 +58,18 @@ def check_mergeable(target: nn.Module, report: TargetReport, strategy: Strategy,
             " later, call merge_lora(model, untie=True). To merge into a quantized base, pass LoRACallback(merge_quantized='dequantize') or"
             " 'requantize'."
         )
+
+
+def check_not_masked(module: LightningModule, report: TargetReport, callbacks: Sequence[Callback]) -> None:
+    """Raise ValueError if ``ModelPruning`` leaves its mask on a weight that is to be merged: it would be computed anew at each call."""
+    masked = {(owner, name) for callback in callbacks for owner, name in left_masked(callback, module)}
+    for target in report.targets:
+        for name in target.kind.adapted:
+            if (target.module, name) in masked:
+                raise ValueError(
+                    f"ModelPruning(make_pruning_permanent=False) leaves a mask on {target.fqn}.{name}, so it cannot be merged at the end of"
+                    " fit: make the pruning permanent, or pass LoRACallback(merge_on_fit_end=False)."
+                )
 
 
 def merge_and_log(target: nn.Module, device: torch.device, how: Quantized | None, max_lost: float | None) -> None:

@@ -15,7 +15,7 @@ from lightning_lora.layers.base import lora_layers
 from lightning_lora.layers.rounding import check_limit
 from lightning_lora.model.heads import left_frozen
 from lightning_lora.model.targeting import TargetReport
-from lightning_lora.optim.groups import check_ratio
+from lightning_lora.optim.preconditioning import check_preconditioner
 from lightning_lora.quantization.formats import quantizer_of
 from lightning_lora.strategies.adapted_part import AdaptedPart
 from lightning_lora.strategies.namespaces import twins
@@ -31,7 +31,6 @@ def check_options(
     quantize: str | None,
     merge_quantized: str | None,
     merge_max_lost: float | None,
-    lora_plus_ratio: float,
 ) -> None:
     """Check the callback's arguments, each alone and against each other.
 
@@ -49,7 +48,6 @@ def check_options(
             raise ValueError(f"offload={each!r} with cuda_graphs=True: a recorded graph keeps its memory. Leave one of them out.")
     if checkpointing not in (None, "full", "selective"):
         raise ValueError(f"checkpointing={checkpointing!r} is not known; it is None, 'full' or 'selective'.")
-    check_ratio(lora_plus_ratio)
     if quantize is not None:
         quantizer_of(quantize)
     if merge_quantized not in (None, "dequantize", "requantize"):
@@ -151,6 +149,18 @@ def check_one_device(strategy: Strategy) -> None:
             f"offload='frozen' with strategy={type(strategy).__name__}: it is for one device. Leave it out; strategy='lora_fsdp2' shards"
             " the weights over several."
         )
+
+
+def check_precondition(target: nn.Module, name: str | None, strategy: Strategy) -> None:
+    """Raise ValueError if the gradients of a module's adapters cannot be preconditioned by a method, or under a strategy."""
+    if name is None:
+        return
+    if isinstance(strategy, twins(FSDPStrategy)):
+        raise ValueError(
+            f"precondition={name!r} needs the matrices A and B, which strategy={type(strategy).__name__} flattens: use"
+            " strategy='lora_fsdp2' or 'ddp'."
+        )
+    check_preconditioner(target, name)
 
 
 def frozen_parts(target: nn.Module, report: TargetReport, config: LoRAConfig, *, whole: bool) -> str:

@@ -26,7 +26,7 @@ from lightning_lora.data.reading import read_rows
 from lightning_lora.data.splits import share_of
 from lightning_lora.ops.cross_entropy import IGNORE
 from lightning_lora.optim.advice import HALF, multiplies_half_slowly
-from lightning_lora.tasks.hf import load_config, skeleton
+from lightning_lora.tasks.hf import check_writes, load_config, skeleton
 from lightning_lora.tasks.model_source import check_there
 
 # What rows are for: type of record → task.
@@ -144,10 +144,11 @@ def _look(model: str, data: str, val: str | None, task: str, gguf_file: str | No
     lengths = sorted(int(length) for length in examples.lengths)
     labels = [getattr(example, "labels", None) for example in examples]
     learnt = sum(sum(label != IGNORE for label in each) if isinstance(each, list) else 1 for each in labels)
-    network = skeleton(model, gguf_file, getattr(run.task, "auto_class", "AutoModelForCausalLM"))
+    auto_class, config = getattr(run.task, "auto_class", "AutoModelForCausalLM"), load_config(model, gguf_file)
+    check_writes(auto_class, model, config)  # the task may be a user's choice
+    network = skeleton(model, gguf_file, auto_class)
     targets = _targets(network)
     report = find_targets(network, LoRAConfig(rank=1, target_modules=targets, modules_to_save=[]))
-    config = load_config(model, gguf_file)
     text = config.get_text_config()
     context, device = getattr(text, "max_position_embeddings", None), "cuda" if torch.cuda.is_available() else "cpu"
     slow = gguf_file is None and config.dtype in HALF and multiplies_half_slowly(device)  # a GGUF file is unpacked to float32
@@ -167,7 +168,11 @@ def _targets(network: nn.Module) -> str | list[str]:
 
 
 def task_of(model: str, data: str, gguf_file: str | None) -> str:
-    """Return the task that the rows are for. A model with an encoder and a decoder writes texts from texts."""
+    """Return the task that the rows are for. A model with an encoder and a decoder writes texts from texts.
+
+    Raises:
+        ValueError: A row is malformed, or the rows are for a model that writes and this one does not.
+    """
     kinds = []
     if Path(data).is_dir() and any(file.suffix.lower() in ENDINGS for file in Path(data).rglob("*")):
         return "ImageClassificationTask"
@@ -179,9 +184,10 @@ def task_of(model: str, data: str, gguf_file: str | None) -> str:
             raise ValueError(f"{place}: {error}") from error
     if not kinds:
         raise ValueError(f"data={data!r} is empty; it needs at least one row")
-    name = TASKS[max(set(kinds), key=kinds.count)]
-    if name == "CausalLMTask" and getattr(load_config(model, gguf_file), "is_encoder_decoder", False):
+    name, config = TASKS[max(set(kinds), key=kinds.count)], load_config(model, gguf_file)
+    if name == "CausalLMTask" and getattr(config, "is_encoder_decoder", False):
         name = "Seq2SeqTask"
+    check_writes(getattr(tasks, name).auto_class, model, config)
     return name
 
 

@@ -56,7 +56,8 @@ class StderrProgressBar(TQDMProgressBar):
 class BeganConfig(SaveConfigCallback):
     """Lightning's ``SaveConfigCallback``, but it writes once the run has begun. So a run that is refused leaves no file.
 
-    The logger gets the configuration too, as the hyperparameter ``config``.
+    Without a logger there is no folder of this run alone: a file that is there is kept, and the new one's name gets a number. Commands that
+    do not train write nothing then. The logger gets the configuration too, as the hyperparameter ``config``.
     """
 
     @override
@@ -71,20 +72,31 @@ class BeganConfig(SaveConfigCallback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.loggers:
+            name = Path(self.config_filename)
+            self.config_filename = trainer.strategy.broadcast(free(Path(str(trainer.log_dir), name.stem), name.suffix).name)
         super().setup(trainer, pl_module, "fit")
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking:
+        if trainer.loggers and not trainer.sanity_checking:
             super().setup(trainer, pl_module, "validate")
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().setup(trainer, pl_module, "test")
+        if trainer.loggers:
+            super().setup(trainer, pl_module, "test")
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().setup(trainer, pl_module, "predict")
+        if trainer.loggers:
+            super().setup(trainer, pl_module, "predict")
+
+
+def free(path: Path, ending: str = "") -> Path:
+    """Return the path with an ending, or the first numbered one that does not exist: ``adapter``, ``adapter-v1``."""
+    numbered = (path.with_name(f"{path.name}{number}{ending}") for number in ("", *(f"-v{n}" for n in range(1, 10**6))))
+    return next(each for each in numbered if not each.exists())
 
 
 @contextmanager

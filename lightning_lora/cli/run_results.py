@@ -16,6 +16,7 @@ from lightning_lora.adapter_io.save_load import save_adapter
 from lightning_lora.callbacks import LoRACallback
 from lightning_lora.cli.console import print_pairs
 from lightning_lora.cli.loss_picture import can_draw, draw_loss
+from lightning_lora.cli.run_folder import BeganConfig, free
 from lightning_lora.cli.task_file import write_task
 from lightning_lora.storage.room import check_room
 from lightning_lora.strategies.savable import least_bytes
@@ -62,7 +63,7 @@ class RunResults(Callback):
         callbacks = [callback for callback in trainer.callbacks if isinstance(callback, LoRACallback)]  # type: ignore[attr-defined]
         for callback in callbacks:
             name = "adapter" if len(callbacks) == 1 else f"adapter-{callback.module}"
-            folder = trainer.strategy.broadcast(_free(self._folder / name))
+            folder = trainer.strategy.broadcast(free(self._folder / name))
             save_adapter(pl_module.get_submodule(callback.module or ""), folder)
             on_first_rank(partial(write_task, folder, pl_module))
             self.adapters.append(folder)
@@ -76,7 +77,7 @@ class RunResults(Callback):
             logger.save()
         metrics = folder / "metrics.csv"
         saved = [path for saver in trainer.checkpoint_callbacks if (path := str(getattr(saver, "best_model_path", "")))]
-        config = folder / "config.yaml"
+        config = next((folder / each.config_filename for each in trainer.callbacks if isinstance(each, BeganConfig)), folder)  # type: ignore[attr-defined]
         return {
             "folder": str(folder),
             "adapter": [str(adapter) for adapter in self.adapters],
@@ -138,12 +139,6 @@ def next_commands(
         if not answering and isinstance(sources.get("train"), str):
             commands.append(["predict", *run, "--data.predict", sources["train"]])
     return [shlex.join(["lightning-lora", *words]) for words in commands]
-
-
-def _free(folder: Path) -> Path:
-    """Return the folder, or the first numbered one that does not exist."""
-    numbered = (folder.with_name(f"{folder.name}-v{number}") for number in range(1, 10**6))
-    return folder if not folder.exists() else next(path for path in numbered if not path.exists())
 
 
 def _words(value: Any) -> str:

@@ -113,14 +113,20 @@ def is_checkpoint(path: str) -> bool:
     return Path(path).is_file() or Path(path, REST).is_file()
 
 
-def full_weights(path: str) -> dict[str, Any] | None:
-    """Return the model's weights in the checkpoint of a full fine-tune, None if the path holds anything else."""
+def content_of(path: str) -> dict[str, Any] | None:
+    """Return what a checkpoint holds, a file or a folder of shards; None if the path is neither, or holds something else."""
     content: Any = None
     if Path(path, REST).is_file():
         content = read_folder(Path(path))
     elif path.endswith(".ckpt") and Path(path).is_file():
         content = read_checkpoint(path)
-    state = content.get("state_dict") if isinstance(content, dict) and META not in content else None
+    return content if isinstance(content, dict) else None
+
+
+def full_weights(path: str) -> dict[str, Any] | None:
+    """Return the model's weights in the checkpoint of a full fine-tune, None if the path holds anything else."""
+    content = content_of(path)
+    state = content.get("state_dict") if content is not None and META not in content else None
     if not isinstance(state, dict):
         return None
     return {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if name.startswith(PREFIX)}

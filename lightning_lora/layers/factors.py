@@ -110,6 +110,15 @@ class Factors(Mergeable):
         """Return the factor that starts at random, then the factor that starts at zero."""
         return self.lora_A, self.lora_B
 
+    def factor_rows(self) -> list[int]:
+        """Return how many rows of B belong to each product ``B·A``, in the order of A's rows.
+
+        Most layers have one product. A grouped convolution, a stack of experts and slices of a projection have several, each of
+        ``lora_B.shape[1]`` rows of A.
+        """
+        products = self.lora_A.shape[0] // self.lora_B.shape[1]
+        return [self.lora_B.shape[0] // products] * products
+
     def to_matrix(self, tensor: Tensor) -> Tensor:
         """Reshape a tensor of the weight's shape to an (out, in) matrix.
 
@@ -175,7 +184,7 @@ class Factors(Mergeable):
     def take_shared(cls, layers: Sequence[tuple[Any, LayerSpec]], tensors: dict[str, Tensor]) -> None:
         """Check a file's tensors that belong to no single layer (:attr:`peft_shared`), and remove them from ``tensors``.
 
-        The layers do not read them: VeRA draws its A and B again from the seed.
+        The layers do not read them: what they share is drawn again from a seed.
 
         Args:
             layers: modules, adapted or not, with their specs; all that the file is for.

@@ -53,6 +53,10 @@ class Sliced(Factors):
         A, B = super().update_factors()
         return A, _slices(self.spec).placed(B)
 
+    def factor_rows(self) -> list[int]:
+        """Return the number of rows of each slice."""
+        return _slices(self.spec).sizes
+
     @classmethod
     def adapter_placements(cls, placement: Any) -> dict[str, Any]:
         """Raise ValueError: tensor parallelism would have to cut each slice."""

@@ -47,14 +47,19 @@ class Slices:
     names: tuple[str, ...]
 
     @property
+    def sizes(self) -> list[int]:
+        """Number of rows of each slice."""
+        return [self.layout.groups * size for name, size in self.layout.parts if name in self.names]
+
+    @property
     def rows(self) -> int:
         """Number of rows of the slices."""
-        return self.layout.groups * sum(size for name, size in self.layout.parts if name in self.names)
+        return sum(self.sizes)
 
     def placed(self, B: Tensor) -> Tensor:
         """Return the block form (out, n·r) of a B that is stored slice after slice (rows of the slices, r)."""
         rank, many, groups = B.shape[1], len(self.names), self.layout.groups
-        own = iter(B.split([groups * size for name, size in self.layout.parts if name in self.names]))
+        own = iter(B.split(self.sizes))
         blocks = [
             F.pad(next(own).view(groups, size, rank), ((i := self.names.index(name)) * rank, (many - 1 - i) * rank))
             if name in self.names

@@ -17,7 +17,7 @@ from lightning_lora.model.guards import guard, unguard
 from lightning_lora.model.heads import note_saved, saved_modules
 from lightning_lora.model.merge import unmerge_lora
 from lightning_lora.model.targeting import TargetReport, find_targets
-from lightning_lora.quantization.formats import elements, plain_dtype, prepare, why_not_prepared
+from lightning_lora.quantization.formats import elements, plain_dtype, prepare, restore, why_not_prepared
 from lightning_lora.registry import has_start
 from lightning_lora.utils.names import clean_name, modules_by_name, parameters_by_name
 from lightning_lora.utils.sharding import is_distributed, reshard
@@ -209,6 +209,8 @@ def unload_lora(model: nn.Module, *, merged: Literal["keep", "drop"] | None = No
     note_saved(model, ())
     for _, layer in list(lora_layers(model)):
         unadapt(layer)
+    for module in model.modules():
+        restore(module)
     put_back(model)
     unguard(model)
     return model

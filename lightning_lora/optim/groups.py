@@ -14,6 +14,8 @@ from lightning_lora.layers.base import lora_layers
 
 #: Key in a group of B's: how many times A's learning rate the group gets.
 RATIO = "lora_plus_ratio"
+#: Key in a group whose adapters have a preconditioner: its name.
+PRECONDITION = "lora_precondition"
 #: Group of B's → the group of which its learning rate is a multiple.
 RATE_OF_B = {"lora_B": "lora_A", "lora_B_no_decay": "no_decay"}
 

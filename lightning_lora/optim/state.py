@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_lora.optim.groups import RATIO
+from lightning_lora.optim.groups import PRECONDITION, RATIO
 from lightning_lora.utils.names import clean_name
 from lightning_lora.utils.sharding import distribute_like, full_tensor, is_sharded
 from lightning_lora.utils.values import nonfinite
@@ -96,6 +96,11 @@ def load_by_name(optimizer: Optimizer, model: nn.Module, saved: dict[str, Any]) 
             raise ValueError(
                 f"lora_plus_ratio is {theirs.get(RATIO, 1)!r} in the checkpoint, {mine.get(RATIO, 1)!r} here; resume with the same, or load"
                 " the adapter (load_adapter) into a new run."
+            )
+        if mine.get(PRECONDITION) != theirs.get(PRECONDITION):
+            raise ValueError(
+                f"precondition is {theirs.get(PRECONDITION)!r} in the checkpoint, {mine.get(PRECONDITION)!r} here: the optimizer's moments"
+                " are of other gradients. Resume with the same, or load the adapter (load_adapter) into a new run."
             )
     # torch matches by position, so keep this optimizer's order.
     groups = [{**theirs, "params": mine["params"]} for mine, theirs in zip(here, there, strict=True)]

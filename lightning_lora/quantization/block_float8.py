@@ -2,12 +2,14 @@
 
 Its forward multiplies through kernels that are fetched when first called, for GPUs only. Preparing such a layer turns it into a
 ``BlockFloat8Linear``, in place, which multiplies by the dequantized weight, on any device and with a gradient. Entries of a state dict keep
-their names and dtypes, so the model's own ``save_pretrained`` writes what it wrote before.
+their names and dtypes, so the model's own ``save_pretrained`` writes what it wrote before. Unloading the adapters gives the ``FP8Linear``
+back, except on a sharded model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,6 +49,15 @@ def _expanded(scales: Tensor, block: Block, shape: Sequence[int]) -> Tensor:
     return scales.repeat_interleave(block[0], 0)[: shape[0]].repeat_interleave(block[1], 1)[:, : shape[1]]
 
 
+@dataclass(frozen=True)
+class CameAs:
+    """What an ``FP8Linear`` had before it was turned into a :class:`BlockFloat8Linear`: its class, parameters and attributes."""
+
+    cls: type[nn.Module]
+    parameters: dict[str, nn.Parameter | None]
+    attributes: dict[str, Any]
+
+
 class BlockFloat8Linear(Float8Linear):
     """What an ``FP8Linear`` becomes under adapters.
 
@@ -55,10 +66,12 @@ class BlockFloat8Linear(Float8Linear):
         weight_scale_inv: (out/b₀, in/b₁), fp32: what the codes are multiplied by, despite its name.
         block: (b₀, b₁).
         plain_dtype: the dtype to dequantize to.
+        came_as: what the layer was.
     """
 
     scale_name = "weight_scale_inv"
     block: Block
+    came_as: CameAs
 
     def packed_weight(self) -> FrozenWeight:
         """Return the weight as products take it."""
@@ -80,8 +93,23 @@ class BlockFloat8Format(QuantizedFormat):
     """Format of :class:`BlockFloat8Linear`."""
 
     shards = True
-    attributes = ("weight_scale_inv", "plain_dtype", "block")
+    attributes = ("weight_scale_inv", "plain_dtype", "block", "came_as")
     plain_class = nn.Linear
+
+    def restore(self, module: Any) -> None:
+        """Turn a layer back into the ``FP8Linear`` that it was, with the codes and scales that it has now. A sharded one stays."""
+        if is_sharded(module.weight):
+            return
+        came, codes, scales = module.came_as, module.weight.detach().view(float8.E4M3), module.scales()
+        for name in self.attributes:
+            del module.__dict__[name]
+        module.__class__ = came.cls
+        module.__dict__.update(came.attributes)
+        module._parameters["weight"] = make_parameter(codes, False)
+        for name, parameter in came.parameters.items():
+            module._parameters[name] = None if parameter is None else make_parameter(parameter.detach().to(codes.device), False)
+        if not codes.is_meta and not torch.equal(_of_transformers(module).tensors[1], scales):  # after a merge that stays
+            module._parameters["weight_scale_inv"] = make_parameter(scales.reshape(module.weight_scale_inv.shape), False)
 
     def dequantize(self, module: Any) -> Tensor:
         """Return the weight in the surrounding model's dtype."""
@@ -126,9 +154,10 @@ class FP8LinearFormat(QuantizedFormat):
         if not self.is_quantized(module):
             return
         weight = _of_transformers(module)
-        for name in self.attributes:
-            module._parameters.pop(name, None)  # with the scales of a static scheme, by which x is quantized; here it is not
-            module.__dict__.pop(name, None)
+        # The scales of a static scheme are among them, by which x is quantized; here it is not.
+        parameters = {name: module._parameters.pop(name) for name in self.attributes if name in module._parameters}
+        attributes = {name: module.__dict__.pop(name) for name in self.attributes if name in module.__dict__}
+        module.came_as = CameAs(type(module), parameters, attributes)
         (codes, module.weight_scale_inv), module.block = weight.tensors, weight.block
         module.plain_dtype = dtype or torch.bfloat16
         module._parameters["weight"] = make_parameter(codes.view(torch.uint8), False)

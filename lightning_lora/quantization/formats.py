@@ -55,6 +55,9 @@ class QuantizedFormat:
             dtype: dtype of the surrounding model, for a format that does not record the dtype it was quantized from.
         """
 
+    def restore(self, module: Any) -> None:
+        """Undo what :meth:`prepare` changed about the layer's class, once it has no adapter."""
+
     def dequantize(self, module: Any) -> Tensor:
         """Return the weight (out, in) in the floating dtype that the layer would multiply in."""
         raise NotImplementedError(f"{type(self).__name__} must implement dequantize")
@@ -151,6 +154,13 @@ def prepare(module: Any, dtype: torch.dtype | None = None) -> None:
     if not packing.is_quantized(module) and not module.weight.is_meta:
         remember(module, sampled_digest(module.weight))
     packing.prepare(module, dtype)
+
+
+def restore(module: Any) -> None:
+    """Undo :func:`prepare`, for a layer that has no adapter any more. Does nothing for plain layers."""
+    packing = _candidate(module)
+    if packing is not None:
+        packing.restore(module)
 
 
 def why_not_prepared(module: Any) -> str | None:

@@ -21,6 +21,7 @@ class AdaptedPart:
         lora_plus_ratio: B's learning rate divided by A's.
         allow_nonfinite: write and load checkpoints with NaN or infinity in what trains.
         layers: names of the layers that were adapted, in the part.
+        precondition: method that its gradients are preconditioned by; None: they are not.
         before_load: called with a checkpoint's config before the module is checked against it. It may change the module to fit.
     """
 
@@ -30,6 +31,7 @@ class AdaptedPart:
     lora_plus_ratio: float = 1.0
     allow_nonfinite: bool = False
     layers: Sequence[str] = ()
+    precondition: str | None = None
     before_load: Callable[[LoRAConfig], None] | None = None
 
 

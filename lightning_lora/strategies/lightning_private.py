@@ -10,10 +10,13 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.loops.progress import _BaseProgress
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from torch import nn
 
 from lightning_lora.strategies.namespaces import LIGHTNING, library, loaded, twins
 
@@ -35,6 +38,18 @@ def set_data_parallel_size(strategy: ModelParallelStrategy, processes: int) -> N
 def compiles_steps(module: Any) -> bool:
     """True if the user gave the Trainer ``torch.compile(module)``. If its name goes, batches of such a module are laid end to end."""
     return getattr(module, "_compiler_ctx", None) is not None
+
+
+def left_masked(callback: Callback, module: LightningModule) -> list[tuple[nn.Module, str]]:
+    """Return the layers and names of parameters that a ``ModelPruning`` leaves multiplied by a mask at each call.
+
+    If its names go, a merge at the end of such a fit is refused only there.
+    """
+    if not isinstance(callback, twins(ModelPruning)) or getattr(callback, "_make_pruning_permanent", True):
+        return []
+    chosen, names = getattr(callback, "_parameters_to_prune", ()), getattr(callback, "_parameter_names", ())
+    found = callback.sanitize_parameters_to_prune(module, chosen, names)  # as its own setup does, before or after this
+    return list(callback.filter_parameters_to_prune(found))
 
 
 def start_method(strategy: Strategy) -> str | None:

@@ -10,12 +10,13 @@ from torch.optim import Optimizer
 
 from lightning_lora.optim.groups import take_over
 from lightning_lora.optim.lora_plus import apply_lora_plus, check_kept, holds_b
+from lightning_lora.optim.preconditioning import apply_preconditioner, pairs_of
 from lightning_lora.optim.state import check_named
 from lightning_lora.strategies.adapted_part import AdaptedPart
 
 
 def prepare(optimizers: Sequence[Optimizer], schedulers: Sequence[Any], module: LightningModule, parts: Iterable[AdaptedPart]) -> None:
-    """Give them adapters in place of frozen weights, check that their states can be saved, and apply LoRA+.
+    """Give them adapters in place of frozen weights, check that their states can be saved, and apply LoRA+ and preconditioners.
 
     Args:
         optimizers: of the strategy.
@@ -35,3 +36,5 @@ def prepare(optimizers: Sequence[Optimizer], schedulers: Sequence[Any], module: 
             if part.lora_plus_ratio != 1 and holds_b(optimizer, adapted):
                 mine = [config.scheduler for config in schedulers if config.scheduler.optimizer is optimizer]
                 apply_lora_plus(optimizer, adapted, part.lora_plus_ratio, *mine)
+            if part.precondition is not None and pairs_of(adapted, part.precondition, optimizer):
+                apply_preconditioner(optimizer, adapted, part.precondition)

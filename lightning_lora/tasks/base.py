@@ -23,9 +23,10 @@ from torchmetrics import MeanMetric, Metric
 from typing_extensions import override
 
 from lightning_lora.optim import GaLoreConfig, galore_optimizer, galore_param_groups
+from lightning_lora.optim.advice import HALF
 from lightning_lora.strategies.namespaces import twins
 from lightning_lora.tasks.flops import FlopsPerPosition
-from lightning_lora.tasks.hf import DType, enable_checkpointing, load_model, load_tokenizer
+from lightning_lora.tasks.hf import DType, check_writes, enable_checkpointing, load_model, load_tokenizer
 from lightning_lora.tasks.rates import learning_rate_of
 
 STAGES = ("val", "test")
@@ -100,11 +101,29 @@ class HFTask(LightningModule, ABC):
     def load(self, **config: Any) -> None:
         """Load the model, in training mode, and make the metrics. ``config`` has fields of the model's configuration."""
         self.model = load_model(self.auto_class, self.hparams["model"], self.hparams["gguf_file"], self.hparams["dtype"], **config)
+        check_writes(self.auto_class, self.hparams["model"], self.model.config)
         # from_pretrained returns a model in evaluation mode, Lightning keeps that, and gradient checkpointing needs training mode.
         self.model.train()
         if self.hparams["gradient_checkpointing"]:
             enable_checkpointing(self.model)
         self.metrics = nn.ModuleDict({f"{stage}_{name}": metric for stage in STAGES for name, metric in self.make_metrics().items()})
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HFTask:
+        """Convert the module, but leave fp32 buffers in fp32 that no checkpoint has.
+
+        Rotary frequencies are such buffers. ``precision="bf16-true"`` would round them, and with them every position; from_pretrained
+        in bfloat16 leaves them as they are.
+        """
+        modules = list(self.modules())
+        kept = {id(b): b for m in modules for name in m._non_persistent_buffers_set if (b := m._buffers[name]) is not None}
+
+        def converted(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            halved = id(tensor) in kept and new.dtype in HALF and tensor.dtype not in HALF
+            return tensor.to(new.device) if halved else new
+
+        return super()._apply(converted, recurse)
 
     @abstractmethod
     def make_metrics(self) -> dict[str, Metric]:

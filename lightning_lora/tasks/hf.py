@@ -139,6 +139,24 @@ def auto_class_of(config: Any) -> str:
     return [*heads, *there, "AutoModelForCausalLM"][0]
 
 
+def check_writes(auto_class: str, model: str, config: Any) -> None:
+    """Check that a model can learn to write text, if that is what its class is for.
+
+    ``AutoModelForCausalLM`` has a class for BERT too. It reads a text in both directions, so it sees the token that it is to predict.
+
+    Raises:
+        ValueError: The model is an encoder.
+    """
+    import transformers
+
+    encoder = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_encoder_decoder", False)
+    if auto_class == "AutoModelForCausalLM" and encoder and not (getattr(config, "is_decoder", False) or getattr(config, "causal", False)):
+        raise ValueError(
+            f"model={model!r} is an encoder ({config.model_type}), which reads a text in both directions and cannot write one: name a"
+            " model that writes, or rows with labels and a task for them"
+        )
+
+
 def skeleton(model: str, gguf_file: str | None = None, auto_class: str | None = None) -> Any:
     """Build the model on the meta device from its configuration alone: no weights are read or downloaded.
 

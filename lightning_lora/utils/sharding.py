@@ -32,6 +32,18 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def full_tensors(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the full tensors of n DTensors of one shape and one placement as one plain tensor (n, ...), gathered by one collective."""
+    from torch.distributed.tensor import DTensor
+
+    like: Any = tensors[0]
+    local = torch.stack([local_tensor(tensor) for tensor in tensors], -1)  # as the last dimension: the others keep their placements
+    shape = torch.Size((*like.shape, len(tensors)))
+    strides = torch.empty(shape, device="meta").stride()
+    whole = DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=shape, stride=strides)
+    return whole.full_tensor().movedim(-1, 0)
+
+
 def local_tensor(tensor: Tensor) -> Tensor:
     """Return this rank's local shard of a DTensor, sharing its storage. Return any other tensor unchanged."""
     return dtensor_storage(tensor) if is_sharded(tensor) else tensor
@@ -44,6 +56,12 @@ def shard_groups(tensor: Tensor) -> tuple[Any, ...]:
     mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
     placements: Any = tensor.placements  # type: ignore[attr-defined]
     return tuple(mesh.get_group(dim) for dim, placement in enumerate(placements) if not placement.is_replicate())
+
+
+def cut_dimensions(tensor: Tensor) -> set[int]:
+    """Return the dimensions along which a DTensor is cut; none for any other tensor."""
+    placements: Any = tensor.placements if is_sharded(tensor) else ()  # type: ignore[attr-defined]
+    return {placement.dim for placement in placements if not placement.is_replicate()}
 
 
 def reshard(model: nn.Module) -> None:

@@ -67,7 +67,7 @@ def test_callbacks_can_be_copied_within_a_run(tmp_path: Path) -> None:
     copied = next(callback for callback in copies.copies[-1] if isinstance(callback, LoRACallback))
     pickled = pickle.loads(pickle.dumps(lora))
     for other in (copied, pickled):
-        assert (other.config, other.lora_plus_ratio, other.part, other._finite) == (CONFIG, 4.0, None, None)
+        assert (other.config, other.lora_plus_ratio, other.part, other._watch) == (CONFIG, 4.0, None, None)
         module = LitNet()
         trainer(tmp_path, other, max_epochs=1).fit(module)
         assert len(dict(lora_layers(module))) == 2

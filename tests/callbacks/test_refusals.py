@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
 from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, apply_lora, unload_lora
@@ -251,3 +251,42 @@ def test_layers_without_a_gradient_are_named_by_pattern(monkeypatch: pytest.Monk
     left = LoRAConfig(rank=1, target_modules=["q", "v"], exclude_modules=[r"layers\.\d+\.q", "layers.3.v"])
     fresh = nn.ModuleDict({"layers": nn.ModuleList(nn.ModuleDict({"q": nn.Linear(2, 2), "v": nn.Linear(2, 2)}) for _ in range(4))})
     assert [name for name, _ in lora_layers(apply_lora(fresh, config=left))] == [f"layers.{i}.v" for i in range(3)]
+
+
+def pruning(module: LitNet, *names: str, **options: Any) -> ModelPruning:
+    chosen = [(module.net.get_submodule(name), "weight") for name in names]  # type: ignore[union-attr]
+    return ModelPruning("l1_unstructured", chosen or None, amount=0.25, use_lottery_ticket_hypothesis=False, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("names", [["fc1"], []], ids=["chosen", "all"])
+def test_pruning_that_leaves_its_masks_on_adapted_weights_is_refused_at_the_start(tmp_path: Path, names: list[str], first: bool) -> None:
+    """It was refused by the merge, after all training. Whichever callback comes first."""
+    module = LitNet()
+    before = snapshot(module)
+    callbacks = [LoRACallback(CONFIG), pruning(module, *names, make_pruning_permanent=False)][:: 1 if first else -1]
+    with pytest.raises(ValueError, match=r"make_pruning_permanent=False\) leaves a mask on net\.fc1\.weight, so it cannot be merged"):
+        fit(tmp_path, module, *callbacks)
+    same(snapshot(module), before)
+
+
+class OthersOnly(ModelPruning):
+    def filter_parameters_to_prune(self, parameters_to_prune: Any = ()) -> Any:
+        return [(owner, name) for owner, name in parameters_to_prune if getattr(owner, "in_features", 0) == 8 and name == "weight"]
+
+
+def test_pruning_that_filters_its_choice_goes_on(tmp_path: Path) -> None:
+    module = LitNet()
+    others = OthersOnly("l1_unstructured", amount=0.25, use_lottery_ticket_hypothesis=False, make_pruning_permanent=False)
+    fit(tmp_path, module, LoRACallback(CONFIG), others)
+    assert all(layer.merged for _, layer in lora_layers(module))
+
+
+@pytest.mark.parametrize(
+    ("names", "permanent", "merge"), [(["embed"], False, True), (["fc1"], True, True), (["fc1"], False, False)], ids=str
+)
+def test_other_pruning_goes_on(tmp_path: Path, names: list[str], permanent: bool, merge: bool) -> None:
+    module = LitNet()
+    lora = LoRACallback(CONFIG, merge_on_fit_end=merge, check_gradients=False)
+    fit(tmp_path, module, lora, pruning(module, *names, make_pruning_permanent=permanent))
+    assert all(layer.merged == merge for _, layer in lora_layers(module))

@@ -6,6 +6,7 @@ import torch
 import transformers
 
 from lightning_lora.cli.main import main
+from lightning_lora.strategies.checkpoint_io import write_folder
 from tests.tasks import tiny
 
 
@@ -40,6 +41,36 @@ def test_inspect_a_checkpoint(config, tmp_path, capsys):
     capsys.readouterr()
     assert main(["inspect", str(checkpoint)]) == 0
     assert ["rank", "2"] in [line.split() for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")
+def test_inspect_a_full_fine_tunes_checkpoint(config, model, tmp_path, capsys):
+    assert main(["fit", "--config", config, "--full_finetuning=true", "--trainer.limit_train_batches=1"]) == 0
+    (checkpoint,) = (tmp_path / "run").glob("checkpoints/*.ckpt")
+    capsys.readouterr()
+    assert main(["inspect", str(checkpoint)]) == 0, capsys.readouterr().err
+    shown = capsys.readouterr().out
+    assert "all weights of a full fine-tune, no adapter" in shown and "AutoModelForCausalLM" in shown
+    assert f"lightning-lora merge MODEL {checkpoint} OUT" in shown and "model.model.layers.*.self_attn.q_proj.weight" in shown
+    assert main(["inspect", str(checkpoint), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    whole = transformers.AutoModelForCausalLM.from_pretrained(model)
+    assert found["step"] == 1 and found["parameters"] == sum(tensor.numel() for tensor in whole.state_dict().values())
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("folder", [False, True])
+def test_inspect_a_checkpoint_of_another_module(folder, tmp_path, capsys):
+    path = tmp_path / "other.ckpt"
+    content = {"state_dict": {"net.0.weight": torch.zeros(3, 2), "net.1.weight": torch.zeros(3, 2)}, "global_step": 7}
+    write_folder(content, path) if folder else torch.save(content, path)
+    assert main(["inspect", str(path)]) == 0, capsys.readouterr().err
+    shown = capsys.readouterr().out
+    assert "a module's weights, no adapter" in shown and "merge" not in shown
+    assert ["net.*.weight", "(3,", "2)", "float32", "2"] in [line.split() for line in shown.splitlines()]
+    torch.save({"epoch": 1}, tmp_path / "none.ckpt")
+    assert main(["inspect", str(tmp_path / "none.ckpt")]) == 2
+    assert "none.ckpt holds neither an adapter nor weights" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore:target_modules=.all-linear. leaves out")

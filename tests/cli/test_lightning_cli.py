@@ -69,12 +69,27 @@ def test_lora_plus_from_yaml_in_one_line(config, tmp_path):
     assert b["initial_lr"] == 16 * a["initial_lr"] == pytest.approx(0.16) and all(name.endswith("lora_B") for name in b["params"])
 
 
-def test_a_second_fit_in_the_same_folder_works(config, tmp_path):
+def test_a_second_fit_in_the_same_folder_works(config, tmp_path, capsys):
     once = ["fit", "--config", config, "--trainer.limit_train_batches=1", "--trainer.enable_checkpointing=false"]
     assert main([*once, "--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}"]) == 0
-    assert (tmp_path / "config.yaml").is_file()
-    assert main([*once, "--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}", "--lora.config.rank=5"]) == 0
-    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["lora"]["config"]["rank"] == 5
+    first = (tmp_path / "config.yaml").read_text()
+    assert main([*once, "--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}", "--lora.config.rank=5", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["config"] == str(tmp_path / "config-v1.yaml") and report["adapter"] == [str(tmp_path / "adapter-v1")]
+    assert yaml.safe_load(Path(report["config"]).read_text())["lora"]["config"]["rank"] == 5
+    assert (tmp_path / "config.yaml").read_text() == first
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_without_a_logger_no_file_of_the_users_is_overwritten(command, config, tmp_path, monkeypatch):
+    """Their own ``config.yaml`` beside them, above all: the run's would have replaced it."""
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text(Path(config).read_text())
+    before = Path("config.yaml").read_text()
+    options = ["--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.limit_val_batches=1"]
+    assert main([command, "--config", "config.yaml", *options, *(["--trainer.limit_train_batches=1"] if command == "fit" else [])]) == 0
+    assert Path("config.yaml").read_text() == before
+    assert Path("config-v1.yaml").exists() == (command == "fit")
 
 
 class Head(lightning.LightningModule):

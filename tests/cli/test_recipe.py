@@ -14,6 +14,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from lightning_lora.cli import recipe
 from lightning_lora.cli.main import main
 from lightning_lora.cli.recipe import Seen, batch_size, lora_rank, max_length
+from lightning_lora.tasks import CausalLMTask
 from tests import tiny_lm
 from tests.tasks import tiny
 
@@ -64,6 +65,36 @@ def test_half_weights_are_widened_where_the_processor_has_no_instructions_for_th
     tiny_lm.write(tmp_path / "rows.jsonl", tiny_lm.rows(4))
     assert main(["init", "model", "rows.jsonl"]) == 0
     assert yaml.safe_load(Path("run.yaml").read_text())["model"].get("dtype") == written
+
+
+PAIRS = [{"prompt": "the sky", "chosen": "blue", "rejected": "red"}] * 4
+
+
+@pytest.mark.parametrize(
+    ("rows", "options"), [(tiny_lm.rows(4), []), (PAIRS, []), ([{"text": "the sky"}] * 4, []), (tiny_lm.rows(4), ["--task=CausalLMTask"])]
+)
+def test_rows_to_write_are_not_for_an_encoder(rows, options, tmp_path, capsys, monkeypatch):
+    """`AutoModelForCausalLM` has a class for BERT, whose loss goes to zero because it sees the answer. A fit says the same."""
+    monkeypatch.chdir(tmp_path)
+    model, file = tiny.save(tmp_path / "bert", "bert"), tiny_lm.write(tmp_path / "rows.jsonl", rows)
+    for command in (["init", model, file, *options], ["inspect", file, f"--model={model}"]):
+        assert main(command) == 2 or (options and command[0] == "inspect")
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.endswith(
+            "bert' is an encoder (bert), which reads a text in both directions and cannot write one: name a model that"
+            + " writes, or rows with labels and a task for them"
+        )
+    assert not Path("run.yaml").exists()
+    with pytest.raises(ValueError, match="is an encoder"):
+        CausalLMTask(model)
+
+
+def test_an_encoder_that_is_configured_to_write_may(tmp_path):
+    tiny.save(tmp_path / "bert", "bert")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "bert")
+    config.is_decoder = True
+    config.save_pretrained(tmp_path / "bert")
+    assert CausalLMTask(str(tmp_path / "bert")).model.config.is_decoder
 
 
 class Small:

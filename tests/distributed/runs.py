@@ -211,6 +211,7 @@ def run(
     start_from: str | None = None,
     offload: Literal["activations"] | None = None,
     callback_checkpointing: Literal["full", "selective"] | None = None,
+    precondition: Literal["riemannian", "lora_fa"] | None = None,
     seed: int = 7,
     more: tuple[L.Callback, ...] = (),
     **trainer_kwargs: Any,
@@ -227,7 +228,7 @@ def run(
     Net.checkpointing = checkpointing
     module = make()
     options: dict[str, Any] = {"compile": compile, "lora_plus_ratio": lora_plus_ratio, "quantize": quantize, "start_from": start_from}
-    options |= {"offload": offload, "checkpointing": callback_checkpointing}
+    options |= {"offload": offload, "checkpointing": callback_checkpointing, "precondition": precondition}
     callback = LoRACallback(config, merge_on_fit_end=merge, **options)
     callbacks: list[L.Callback] = [callback, *more]
     if save:

@@ -121,18 +121,60 @@ def test_an_export_is_a_plain_model(tmp_path: Path) -> None:
         merge_lora(model, quantized="dequantize")
 
 
-def test_state_dicts_keep_names_and_dtypes() -> None:
-    """Also in a model that was prepared and is unloaded again: its own save_pretrained writes what it was loaded from."""
+@pytest.mark.parametrize("block", BLOCKS)
+def test_unloaded_it_is_what_it_was(block: Any) -> None:
+    """Class, attributes, state dict: its own save_pretrained writes what it was loaded from. Layers without an adapter too."""
+    for targets in (CONFIG.target_modules, ["o_proj"]):
+        model, _ = fp8_llama(block)
+        layer = model.model.layers[0].self_attn.q_proj
+        layer.activation_scale = nn.Parameter(torch.tensor(2.0))
+        before = {name: (t.dtype, t.clone()) for name, t in model.state_dict().items()}
+        kept = {name: value for name, value in vars(layer).items() if not name.startswith("_")}
+        apply_lora(model, LoRAConfig(rank=4, target_modules=targets))
+        assert isinstance(layer, BlockFloat8Linear)
+        unload_lora(model)
+        assert type(layer) is FP8Linear and {name: vars(layer)[name] for name in vars(layer) if not name.startswith("_")} == kept
+        after = model.state_dict()
+        assert {name: t.dtype for name, t in after.items()} == {name: dtype for name, (dtype, _) in before.items()}
+        assert all(same_bits(t, before[name][1]) for name, t in after.items())
+        assert format_of(apply_lora(model, CONFIG).model.layers[0].self_attn.q_proj) is not None
+
+
+def test_unloaded_with_a_merge_it_has_the_merged_weight() -> None:
+    model, truth = fp8_llama()
+    fill(apply_lora(model, CONFIG), std=0.05)
+    layer = model.model.layers[0].self_attn.q_proj
+    exact = truth["model.layers.0.self_attn.q_proj"] + layer.lora_delta().double()
+    unload_lora(merge_lora(model, quantized="requantize"), merged="keep")
+    assert type(layer) is FP8Linear and layer.weight_scale_inv.shape == (2, 2)
+    packed = format_of(layer)
+    assert packed is not None and (packed.dequantize(layer).double() - exact).norm() < 0.05 * exact.norm()
+    other, _ = fp8_llama()
+    other = apply_lora(other, CONFIG)
+    unload_lora(merge_lora(other, quantized="dequantize"), merged="keep")
+    plain = other.model.layers[0].self_attn.q_proj
+    assert type(plain) is nn.Linear and "came_as" not in vars(plain)
+
+
+def test_a_refused_call_gives_every_layer_back(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = fp8_llama()
-    before = {name: (t.dtype, t.clone()) for name, t in model.state_dict().items()}
-    unload_lora(apply_lora(model, CONFIG))
+    monkeypatch.setattr("lightning_lora.model.apply.let_gradients_in", lambda model: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        apply_lora(model, LoRAConfig(rank=4, target_modules=["o_proj"]))
+    assert all(type(layer.self_attn.q_proj) is FP8Linear for layer in model.model.layers)
+
+
+def test_state_dicts_keep_names_and_dtypes() -> None:
+    """Of layers without an adapter in a model that has adapters."""
+    config, x = LoRAConfig(rank=4, target_modules=["o_proj"]), torch.tensor([[2, 5, 9, 3]])
+    model, _ = fp8_llama()
+    before = {name: t.dtype for name, t in model.state_dict().items()}
+    apply_lora(model, config)
     after = model.state_dict()
-    assert {name: t.dtype for name, t in after.items()} == {name: dtype for name, (dtype, _) in before.items()}
-    assert all(same_bits(t, before[name][1]) for name, t in after.items())
-    x = torch.tensor([[2, 5, 9, 3]])
+    assert {name: t.dtype for name, t in after.items() if "lora_" not in name} == before
     y = model(input_ids=x).logits
     other, _ = fp8_llama()
-    unload_lora(apply_lora(other, CONFIG))
+    apply_lora(other, config)
     other.model.layers[0].self_attn.q_proj.weight.zero_()
     other.load_state_dict(after)
     assert torch.equal(other(input_ids=x).logits, y)

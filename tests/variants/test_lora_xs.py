@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+import lightning_lora
 from lightning_lora import apply_lora, load_adapter, merge_lora, save_adapter, unload_lora, unmerge_lora
 from lightning_lora.config import LoRAConfig
 from tests.layers.kinds import CASES
@@ -89,3 +92,11 @@ def test_a_base_that_comes_later_gives_the_start() -> None:
 def test_what_is_refused(module: nn.Module, config: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         apply_lora(nn.Sequential(module), LoRAConfig(target_modules=["0"], variant="lora_xs", **config))
+
+
+@pytest.mark.parametrize("folder", ["layers", "callbacks"])
+def test_a_variant_is_one_file(folder: str) -> None:
+    """VeRA shares its factors across layers and LoRA-XS has a core between them; no layer and no callback knows of either."""
+    files = sorted((Path(lightning_lora.__file__).parent / folder).glob("*.py"))
+    assert len(files) > 10
+    assert not [file.name for file in files if re.search(r"\b(vera|lora[-_]?xs)\b", file.read_text(), re.IGNORECASE)]

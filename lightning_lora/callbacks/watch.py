@@ -1,0 +1,57 @@
+"""What a training is watched for: adapters that no gradient reaches, values that are not finite, processes that differ."""
+
+from __future__ import annotations
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from lightning_lora.callbacks.gradient_check import BATCHES, CURE, GradientCheck
+from lightning_lora.strategies import FiniteCheck
+from lightning_lora.strategies.equal_ranks import check_equal
+
+
+class Watch:
+    """The checks of one training.
+
+    Args:
+        trainer: before its first step.
+        module: the LightningModule.
+        target: the adapted part of it.
+        gradients: raise RuntimeError if an adapter gets no gradient.
+        finite: raise RuntimeError if what trains turns NaN or infinite.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule, target: nn.Module, *, gradients: bool, finite: bool) -> None:
+        self.trainer, self.module = trainer, module
+        every = trainer.log_every_n_steps or BATCHES  # type: ignore[attr-defined]
+        self._gradients = GradientCheck(target) if gradients else None
+        self._finite = FiniteCheck(trainer.strategy, module, every) if finite else None
+        self._compare = True
+
+    def before_batch(self) -> None:
+        """Compare the adapters of all processes, once, after the first optimizer step."""
+        if self._compare and self.trainer.global_step > 0:
+            self._compare = False
+            check_equal(self.module)
+
+    def before_backward(self, loss: Tensor) -> None:
+        """Raise RuntimeError if the loss depends on no adapter."""
+        if self._gradients is not None and self._gradients.waiting and not loss.requires_grad:
+            raise RuntimeError(f"the loss does not depend on any adapter. {CURE}")
+
+    def after_backward(self) -> None:
+        """Record which adapters have a gradient."""
+        if self._gradients is not None:
+            self._gradients.after_backward()
+
+    def after_batch(self) -> None:
+        """Count the batch. Raise RuntimeError if it is time for a check, and that fails."""
+        for check in (self._gradients, self._finite):
+            if check is not None:
+                check.after_batch()
+
+    def finish(self) -> None:
+        """Raise RuntimeError if a check fails at the end of training."""
+        for check in (self._gradients, self._finite):
+            if check is not None:
+                check.finish()
