@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -108,6 +109,31 @@ def fsdp2_group(unit: Any) -> Any:
             f"torch {torch.__version__} has no single parameter group in {type(unit).__name__}, or keeps it elsewhere, so adapters"
             " cannot be taken out of FSDP2: load a checkpoint into a model that is not wrapped."
         ) from error
+
+
+def let_fsdp2_shard_integers() -> None:
+    """Let FSDP2 shard parameters of integers on torch 2.11 and 2.12, as torch 2.13 does. Without it NF4 and FP8 bases raise there.
+
+    FSDP2 makes each piece a parameter, and only then copies ``requires_grad``. Until it does, a parameter requires a gradient by default,
+    which integers refuse. So what FSDP2 takes for ``torch.nn`` gets another default.
+    """
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13) or not torch.distributed.is_available():
+        return
+    from torch.distributed.fsdp._fully_shard import _fsdp_param
+
+    if not isinstance(_fsdp_param.nn, _ParametersOfIntegers):
+        _fsdp_param.nn = _ParametersOfIntegers("torch.nn")
+
+
+class _ParametersOfIntegers(ModuleType):
+    """``torch.nn``, whose parameters of integers do not require a gradient unless they are told to."""
+
+    @staticmethod
+    def Parameter(data: Tensor, requires_grad: bool | None = None) -> nn.Parameter:
+        return nn.Parameter(data, data.is_floating_point() or data.is_complex() if requires_grad is None else requires_grad)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(nn, name)
 
 
 # Tensor-parallel plans.
