@@ -1,8 +1,8 @@
 """``lora_fsdp2`` through ``Trainer.fit`` on several GPUs, against one GPU through ``fit``: the part *fit* of ``multi_gpu.py``.
 
 `CausalLMTask` under `LoRACallback`, as the command line trains it: `bf16-true`, progress bar, loader processes, fused AdamW, clipped
-gradients, the loss in chunks. Rows of one length and no padding. *fsdp2* is ``lora_fsdp2`` with nothing set, *pulled* and *auto* are
-its ``pull_frozen``, *all logits* takes the loss of all logits at once. Times are a GPU's own, between two batches' starts;
+gradients, the loss in chunks. Rows of one length and no padding. *auto* is ``lora_fsdp2`` with nothing set, *fsdp2* has
+``pull_frozen=False``, *pulled* has True; *all logits* takes the loss of all logits at once. Times are a GPU's own, between two batches' starts;
 *waits* are the calls in a step that wait for the GPU, *collectives* those of a step (on CPUs).
 """
 
@@ -37,9 +37,9 @@ from lightning_lora.strategies import LoRAFSDP2Strategy
 WAYS: dict[str, tuple[dict[str, Any] | None, bool]] = {
     "one": (None, False),
     "one, all logits": (None, True),
-    "fsdp2": ({}, False),
-    "fsdp2, all logits": ({}, True),
-    "auto": ({"pull_frozen": "auto"}, False),
+    "auto": ({}, False),
+    "fsdp2": ({"pull_frozen": False}, False),
+    "fsdp2, all logits": ({"pull_frozen": False}, True),
     "pulled": ({"pull_frozen": True}, False),
 }
 WARMUP = 4
