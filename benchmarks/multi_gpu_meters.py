@@ -45,30 +45,39 @@ class Traffic(TorchDispatchMode):
 
 
 def profiled(step: Callable[[], object], steps: int = 2) -> tuple[dict[str, float], list[tuple[str, float, float]]]:
-    """Milliseconds of a step by kind of kernel, and the 40 longest kernels: name, how many a step, milliseconds a step.
-
-    *computing* is how much of a step something else than communication was running, *busy* how much anything was.
-    """
+    """:func:`spent` of some steps."""
     with torch.profiler.profile() as profiler:
         for _ in range(steps):
             step()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+    return spent(profiler, steps)
+
+
+def spent(profiler: Any, steps: int = 1) -> tuple[dict[str, float], list[tuple[str, float, float]]]:
+    """Milliseconds of a step by kind of kernel, and the 40 longest kernels: name, how many a step, milliseconds a step.
+
+    *computing* is how much of a step something else than communication was running, *busy* how much anything was, *spanned* from the
+    first kernel's start to the last one's end.
+    """
     found: dict[str, float] = {}
     kernels: dict[str, list[float]] = {}
     computing: list[tuple[float, float]] = []
     moving: list[tuple[float, float]] = []
     for event in profiler.events():
         if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
-            spent = event.device_time / 1e3 / steps
+            ms = event.device_time / 1e3 / steps
             kind = next((kind for kind, names in KERNELS.items() if any(name in event.name for name in names)), "the rest")
-            found[kind] = found.get(kind, 0.0) + spent
+            found[kind] = found.get(kind, 0.0) + ms
             count, total = kernels.get(event.name, (0.0, 0.0))
-            kernels[event.name] = [count + 1 / steps, total + spent]
+            kernels[event.name] = [count + 1 / steps, total + ms]
             spans = moving if kind in ("communication", "copied between GPUs") else computing
             spans.append((event.time_range.start, event.time_range.end))
     if found:
-        found |= {"computing": covered(computing) / 1e3 / steps, "busy": covered(computing + moving) / 1e3 / steps}
+        both = computing + moving
+        first, last = min(start for start, _ in both), max(end for _, end in both)
+        times = {"computing": covered(computing), "busy": covered(both), "spanned": last - first}
+        found |= {name: time / 1e3 / steps for name, time in times.items()}
     longest = sorted(kernels.items(), key=lambda item: -item[1][1])[:40]
     return found, [(name[:120], count, total) for name, (count, total) in longest]
 
