@@ -2,8 +2,9 @@
 
 `CausalLMTask` under `LoRACallback`, as the command line trains it: `bf16-true`, progress bar, loader processes, fused AdamW, clipped
 gradients, the loss in chunks. Rows of one length and no padding. *auto* is ``lora_fsdp2`` with nothing set, *fsdp2* has
-``pull_frozen=False``, *pulled* has True, *kept* keeps a block's weights in between; *all logits* takes the loss of all logits at once. Times are a GPU's own, between two starts;
-*waits* are the calls in a step that wait for the GPU, *collectives* those of a step (on CPUs).
+``pull_frozen=False``, *pulled* has True; *kept* keeps a block's weights between the passes, *all logits* takes the loss of all logits at
+once. Times are a GPU's own, between two batches' starts; *waits* are the calls in a step that wait for the GPU, *collectives* those of a
+step (on CPUs).
 """
 
 from __future__ import annotations
@@ -160,7 +161,8 @@ def fit_rows(workers: Any, options: argparse.Namespace, say: Callable[[dict[str,
     alone: dict[str, float] = {}  # base → tokens/s of one device
     single = type(workers)(1, options.cpu)
     try:
-        for members, ways in ((single, ("one", "one, all logits")), (workers, ("auto", "auto, kept", "pulled", "fsdp2", "fsdp2, all logits"))):
+        alone_ways = ("one", "one, all logits")
+        for members, ways in ((single, alone_ways), (workers, [way for way in WAYS if way not in alone_ways])):
             for base in options.bases:
                 for way in [way for way in ways if way in options.ways]:
                     row: dict[str, Any] = {"part": "fit", "way": way, "base": base}
