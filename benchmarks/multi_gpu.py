@@ -98,10 +98,8 @@ class Workers:
         context = mp.get_context("spawn")
         for rank in range(self.world):
             ours, theirs = context.Pipe()
-            process = context.Process(
-                target=runs.work, args=(rank, self.world, meeting.as_uri(), theirs, self.cpu, self.variables), daemon=True
-            )
-            process.start()
+            process = context.Process(target=runs.work, args=(rank, self.world, meeting.as_uri(), theirs, self.cpu, self.variables))
+            process.start()  # not a daemon, which may not start a loader's processes
             theirs.close()  # so that a process's death closes the pipe
             self.members.append((process, ours))
 

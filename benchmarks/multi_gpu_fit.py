@@ -1,9 +1,10 @@
 """``lora_fsdp2`` through ``Trainer.fit`` on several GPUs, against one GPU through ``fit``: the part *fit* of ``multi_gpu.py``.
 
 `CausalLMTask` under `LoRACallback`, as the command line trains it: `bf16-true`, progress bar, loader processes, fused AdamW, clipped
-gradients, the loss in chunks. Rows of one length and no padding. *fsdp2* is ``lora_fsdp2`` with nothing set, *pulled* and *auto* are
-its ``pull_frozen``, *all logits* takes the loss of all logits at once. Times are a GPU's own, between two batches' starts;
-*waits* are the calls in a step that wait for the GPU, *collectives* those of a step (on CPUs).
+gradients, the loss in chunks. Rows of one length and no padding. *auto* is ``lora_fsdp2`` with nothing set, *fsdp2* has
+``pull_frozen=False``, *pulled* has True; *kept* keeps a block's weights between the passes, *all logits* takes the loss of all logits at
+once. Times are a GPU's own, between two batches' starts; *waits* are the calls in a step that wait for the GPU, *collectives* those of a
+step (on CPUs).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 import torch.distributed as dist
 from fit_ways import Rows, task_of
 from floor import elapsed, mark
-from multi_gpu_meters import Traffic
+from multi_gpu_meters import Traffic, spent
 from multi_gpu_models import LINEARS, SHAPES, empty_model
 from multi_gpu_runs import device_here, shared_gib
 from torch.utils.data import DataLoader, Subset
@@ -37,23 +38,24 @@ from lightning_lora.strategies import LoRAFSDP2Strategy
 WAYS: dict[str, tuple[dict[str, Any] | None, bool]] = {
     "one": (None, False),
     "one, all logits": (None, True),
-    "fsdp2": ({}, False),
-    "fsdp2, all logits": ({}, True),
-    "auto": ({"pull_frozen": "auto"}, False),
+    "auto": ({}, False),
+    "auto, kept": ({"reshard_after_forward": False}, False),
+    "fsdp2": ({"pull_frozen": False}, False),
+    "fsdp2, all logits": ({"pull_frozen": False}, True),
     "pulled": ({"pull_frozen": True}, False),
 }
 WARMUP = 4
 
 
 class Meter(L.Callback):
-    """Takes the time of each step after the warm-up, then what a step waits for and sends."""
+    """Takes the time of each step after the warm-up, then what a step waits for and sends, then its kernels."""
 
     def __init__(self, steps: int, cuda: bool) -> None:
         self.first, self.last, self.cuda = WARMUP, WARMUP + steps, cuda
         self.marks: list[Any] = []
         self.waits: list[str] = []
         self.loss = torch.zeros(())
-        self.traffic, self._caught = Traffic(), warnings.catch_warnings(record=True)
+        self.traffic, self._caught, self.profiler = Traffic(), warnings.catch_warnings(record=True), torch.profiler.profile()
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         if self.first <= batch_idx <= self.last:
@@ -64,6 +66,11 @@ class Meter(L.Callback):
             self._begin()
         if batch_idx == self.last + 1:
             self._end()
+            self.profiler.start()
+        if batch_idx == self.last + 2:
+            if self.cuda:
+                torch.cuda.synchronize()
+            self.profiler.stop()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.loss = outputs["loss"]
@@ -104,7 +111,7 @@ def measure_fit(way: str, base: str, options: argparse.Namespace) -> dict[str, A
     task = task_of(model)
     task._needs_logits = "it is measured so" if whole else None
     meter = Meter(options.steps, cuda)
-    rows = Rows((meter.last + 2) * options.rows * world, options.length, SHAPES[options.shape][-1])
+    rows = Rows((meter.last + 3) * options.rows * world, options.length, SHAPES[options.shape][-1])
     mine = Subset(rows, range(dist.get_rank(), len(rows), world))
     loader = DataLoader(
         mine, options.rows, collate_fn=partial(collate_answers, pad=0), num_workers=2 if cuda else 0, pin_memory=cuda,
@@ -117,7 +124,7 @@ def measure_fit(way: str, base: str, options: argparse.Namespace) -> dict[str, A
     backend = "gloo" if options.cpu else "nccl"
     with tempfile.TemporaryDirectory() as folder:
         trainer = L.Trainer(
-            accelerator="gpu" if cuda else "cpu", devices=world, precision="bf16-true", max_steps=meter.last + 2, max_epochs=-1,
+            accelerator="gpu" if cuda else "cpu", devices=world, precision="bf16-true", max_steps=meter.last + 3, max_epochs=-1,
             strategy="auto" if keywords is None else LoRAFSDP2Strategy(process_group_backend=backend, **keywords),
             gradient_clip_val=1.0, callbacks=[meter, lora], enable_checkpointing=False, enable_model_summary=False, logger=False,
             enable_progress_bar=cuda, use_distributed_sampler=False, default_root_dir=folder,
@@ -126,10 +133,12 @@ def measure_fit(way: str, base: str, options: argparse.Namespace) -> dict[str, A
             warnings.simplefilter("ignore")
             peaks = _peak_at_end(trainer, task)
             trainer.fit(task, loader)
-    spent = [elapsed(a, b) for a, b in pairwise(meter.marks)]
+    times = [elapsed(a, b) for a, b in pairwise(meter.marks)]
+    shares, kernels = spent(meter.profiler) if options.profile else ({}, [])
     return {
-        "ms": statistics.median(spent), "tokens": options.rows * options.length * world, "peak_gib": peaks[0], "loss": meter.loss.item(),
+        "ms": statistics.median(times), "tokens": options.rows * options.length * world, "peak_gib": peaks[0], "loss": meter.loss.item(),
         "waits": meter.waits, "traffic": meter.traffic.found, "pulls": getattr(task, "_lora_sharded", (True, False))[1],
+        "profile": shares, "kernels": kernels,
     }  # fmt: skip
 
 
@@ -152,7 +161,8 @@ def fit_rows(workers: Any, options: argparse.Namespace, say: Callable[[dict[str,
     alone: dict[str, float] = {}  # base → tokens/s of one device
     single = type(workers)(1, options.cpu)
     try:
-        for members, ways in ((single, ("one", "one, all logits")), (workers, ("auto", "pulled", "fsdp2", "fsdp2, all logits"))):
+        alone_ways = ("one", "one, all logits")
+        for members, ways in ((single, alone_ways), (workers, [way for way in WAYS if way not in alone_ways])):
             for base in options.bases:
                 for way in [way for way in ways if way in options.ways]:
                     row: dict[str, Any] = {"part": "fit", "way": way, "base": base}
@@ -174,6 +184,8 @@ def fit_rows(workers: Any, options: argparse.Namespace, say: Callable[[dict[str,
                         f" {row['pulls']} | {waits} | {counts} |",
                         flush=True,
                     )
+                    if row["profile"]:
+                        print("  " + ", ".join(f"{kind} {ms:.1f}" for kind, ms in row["profile"].items()), flush=True)
                     say(row)
             members.close()
     finally:

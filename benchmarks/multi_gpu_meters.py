@@ -44,23 +44,48 @@ class Traffic(TorchDispatchMode):
         return out
 
 
-def profiled(step: Callable[[], object], steps: int = 2) -> dict[str, float]:
-    """Milliseconds of a step by kind of kernel, and how much of it something else than communication was running (*computing*)."""
+def profiled(step: Callable[[], object], steps: int = 2) -> tuple[dict[str, float], list[tuple[str, float, float]]]:
+    """:func:`spent` of some steps."""
     with torch.profiler.profile() as profiler:
         for _ in range(steps):
             step()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+    return spent(profiler, steps)
+
+
+def spent(profiler: Any, steps: int = 1) -> tuple[dict[str, float], list[tuple[str, float, float]]]:
+    """Milliseconds of a step by kind of kernel, and the 40 longest kernels: name, how many a step, milliseconds a step.
+
+    *computing* is how much of a step something else than communication was running, *busy* how much anything was, *spanned* from the
+    first kernel's start to the last one's end.
+    """
     found: dict[str, float] = {}
-    busy: list[tuple[float, float]] = []
+    kernels: dict[str, list[float]] = {}
+    computing: list[tuple[float, float]] = []
+    moving: list[tuple[float, float]] = []
     for event in profiler.events():
         if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
+            ms = event.device_time / 1e3 / steps
             kind = next((kind for kind, names in KERNELS.items() if any(name in event.name for name in names)), "the rest")
-            found[kind] = found.get(kind, 0.0) + event.device_time / 1e3 / steps
-            if kind not in ("communication", "copied between GPUs"):
-                busy.append((event.time_range.start, event.time_range.end))
-    end = 0.0
-    for start, stop in sorted(busy):
-        found["computing"] = found.get("computing", 0.0) + max(0.0, stop - max(start, end)) / 1e3 / steps
+            found[kind] = found.get(kind, 0.0) + ms
+            count, total = kernels.get(event.name, (0.0, 0.0))
+            kernels[event.name] = [count + 1 / steps, total + ms]
+            spans = moving if kind in ("communication", "copied between GPUs") else computing
+            spans.append((event.time_range.start, event.time_range.end))
+    if found:
+        both = computing + moving
+        first, last = min(start for start, _ in both), max(end for _, end in both)
+        times = {"computing": covered(computing), "busy": covered(both), "spanned": last - first}
+        found |= {name: time / 1e3 / steps for name, time in times.items()}
+    longest = sorted(kernels.items(), key=lambda item: -item[1][1])[:40]
+    return found, [(name[:120], count, total) for name, (count, total) in longest]
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """How much of the time lies in at least one span."""
+    end = total = 0.0
+    for start, stop in sorted(spans):
+        total += max(0.0, stop - max(start, end))
         end = max(end, stop)
-    return found
+    return total

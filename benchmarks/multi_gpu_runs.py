@@ -9,6 +9,7 @@ import logging
 import os
 import statistics
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -44,7 +45,8 @@ def work(rank: int, world: int, meeting: str, pipe: Any, cpu: bool, variables: d
         os.environ.update(environment, WORLD_SIZE=str(world))  # Lightning's teardown removes some of these
         try:
             pipe.send((True, function(*args)))
-        except Exception as error:  # a row of the table says it
+        except Exception as error:  # a row of the table says it, the log where
+            traceback.print_exc()
             pipe.send((False, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"))
 
 
@@ -286,10 +288,10 @@ def measure(strategy: str, model: str, options: argparse.Namespace) -> dict[str,
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     peak_gib = peak() + shared_gib(wrapped)
-    shares = profiled(step) if options.profile else {}
+    shares, kernels = profiled(step) if options.profile else ({}, [])
     with Traffic() as traffic:
         step()
     tokens = options.rows * options.length * (1 if strategy == "one" else dist.get_world_size())
     found = {"ms": statistics.median(times[3:]) * 1e3, "tokens": tokens, "peak_gib": peak_gib, "build_gib": build_gib, "loss": loss.item()}
     found["launched_ms"] = statistics.median(launched[3:]) * 1e3
-    return {**found, "traffic": traffic.found, "profile": shares}
+    return {**found, "traffic": traffic.found, "profile": shares, "kernels": kernels}

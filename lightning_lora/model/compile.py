@@ -31,6 +31,7 @@ from torch import nn
 from lightning_lora.ops import backends
 from lightning_lora.utils.blocks import BLOCKS, repeated_blocks
 from lightning_lora.utils.torch_private import autograd_settings, change_dynamo, compiled_call, compiler_backend, set_compiled_call
+from lightning_lora.utils.torch_private_parallel import keep_random_results
 
 # Global settings of Dynamo that blocks need.
 # recompile_limit: all modules' calls are one code object to Dynamo. It counts graphs per code object, and after eight leaves it
@@ -153,9 +154,10 @@ def _prepared(backend: str | Callable[..., Any], cuda_graphs: bool) -> Callable[
     options = {"config_patches": {"triton.cudagraphs": True}} if cuda_graphs else {}
 
     @functools.wraps(compile)
-    def prepared(*args: Any, **kwargs: Any) -> Any:
+    def prepared(graph: Any, inputs: Any, **kwargs: Any) -> Any:
+        keep_random_results(graph, inputs)
         with autograd_settings(**_REBUILD):
-            return compile(*args, **kwargs, **options)
+            return compile(graph, inputs, **kwargs, **options)
 
     return prepared
 

@@ -20,6 +20,7 @@ from lightning_lora.model.targeting import find_targets
 from lightning_lora.quantization.formats import format_of, quantizer_of, remember
 from lightning_lora.utils.checksums import sampled_digest
 from lightning_lora.utils.sharding import is_sharded
+from lightning_lora.utils.torch_private_parallel import let_fsdp2_shard_integers
 
 
 def quantize_base(
@@ -83,6 +84,7 @@ def quantize_reversibly(
             undo.callback(_Plain(layer).put_back)
             remember(layer, sampled_digest(layer.weight))
             quantizer.pack(layer, torch.device(device) if device is not None else layer.weight.device)
+        let_fsdp2_shard_integers()
         return undo.pop_all().close
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_lora.registry import look_up, qualified_name
 from lightning_lora.utils.checksums import sampled_digest
 from lightning_lora.utils.sharding import is_sharded, local_tensor
+from lightning_lora.utils.torch_private_parallel import let_fsdp2_shard_integers
 
 QUANTIZED_FORMATS: dict[str, QuantizedFormat] = {}  # qualified name of a layer's or a weight's type → its format
 QUANTIZERS: dict[str, Quantizer] = {}  # quantize=… → what quantizes a linear
@@ -151,6 +152,8 @@ def prepare(module: Any, dtype: torch.dtype | None = None) -> None:
     packing = _candidate(module)
     if packing is None:
         return
+    if packing.shards:
+        let_fsdp2_shard_integers()
     if not packing.is_quantized(module) and not module.weight.is_meta:
         remember(module, sampled_digest(module.weight))
     packing.prepare(module, dtype)

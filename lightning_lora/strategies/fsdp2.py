@@ -33,7 +33,6 @@ from lightning_lora.utils.transformers_conventions import tensor_parallel_plan
 # The styles of Hugging Face's plans that torch has too. Modules with other styles (gathered outputs, embeddings, experts) are replicated:
 # the results are the same, but less memory is saved.
 _STYLES: dict[str, type[ParallelStyle]] = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
-GAIN = "on two H200 an 8B step took 0.93 of its time"  # benchmarks/README.md, "Several GPUs"
 
 if TYPE_CHECKING:
     _Base = ModelParallelStrategy
@@ -55,7 +54,7 @@ class OwnBlocks(_Base):
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
         reshard_after_forward: bool = True,
-        pull_frozen: bool | Literal["auto"] = False,
+        pull_frozen: bool | Literal["auto"] = "auto",
     ) -> None:
         if pull_frozen not in (True, False, "auto"):
             raise ValueError(f"pull_frozen={pull_frozen!r} is not known; it is True, False or 'auto'.")
@@ -101,15 +100,13 @@ class OwnBlocks(_Base):
             self._begin_to_pull(module)
 
     def _pulls(self, module: nn.Module) -> bool:
-        """Return whether frozen weights are to be pulled. Log what "auto" chose, or that it would be faster. A collective."""
-        if self.pull_frozen is True or self.device_mesh["data_parallel"].size() == 1:
+        """Return whether frozen weights are to be pulled. Log what "auto" chose. A collective."""
+        if self.pull_frozen != "auto" or self.device_mesh["data_parallel"].size() == 1:
             return self.pull_frozen is True
         reason = reason_against(module, repeated_blocks(module), self.root_device, self.num_nodes)
-        if self.pull_frozen == "auto" and reason is not None:
+        if reason is not None:
             rank_zero_info(f"Frozen weights are gathered, not pulled: {reason} (pull_frozen: auto).")
-        if self.pull_frozen is False and reason is None:
-            rank_zero_info(f"pull_frozen='auto' would read frozen weights from the other GPUs' memory: {GAIN}, with the same results.")
-        return self.pull_frozen == "auto" and reason is None
+        return reason is None
 
     def _begin_to_pull(self, module: nn.Module) -> None:
         """Average what trains. Under "auto" share the frozen weights now; if that fails, let FSDP2 gather them, and log why."""
@@ -150,9 +147,9 @@ class LoRAFSDP2Strategy(OwnBlocks, ModelParallelStrategy):
             keeps them in between: half the traffic, but at the peak the memory of a model that is not sharded.
         pull_frozen: **experimental**: it builds on private parts of FSDP2. Copy engines read frozen weights from the other GPUs' memory,
             where FSDP2 gathers them through NCCL. Adapters are replicated on every GPU (:mod:`lightning_lora.experimental.pull_frozen`).
-            Faster, with the same results. For processes of one host whose GPUs can access each other's memory. True raises where that
-            cannot be done. "auto" gathers there, and the log says why: it pulls where pulling was tested and a trial before training
-            succeeds (:mod:`lightning_lora.experimental.trial`). After writing to a frozen weight through ``.data`` between steps, call
+            Faster, with the same results. For processes of one host whose GPUs can access each other's memory. "auto" pulls where that was
+            tested and a trial before training succeeds (:mod:`lightning_lora.experimental.trial`); elsewhere FSDP2 gathers, and the log
+            says why. True raises there. False always gathers. After writing to a frozen weight through ``.data`` between steps, call
             ``reshard()`` on the modules.
 
     Raises:

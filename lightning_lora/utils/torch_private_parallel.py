@@ -5,12 +5,14 @@ Each entry says what it is for and what breaks without it. See :mod:`lightning_l
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 # Processes.
 
@@ -110,7 +112,57 @@ def fsdp2_group(unit: Any) -> Any:
         ) from error
 
 
+def let_fsdp2_shard_integers() -> None:
+    """Let FSDP2 shard parameters of integers on torch 2.11 and 2.12, as torch 2.13 does. Without it NF4 and FP8 bases raise there.
+
+    FSDP2 makes each piece a parameter, and only then copies ``requires_grad``. Until it does, a parameter requires a gradient by default,
+    which integers refuse. So what FSDP2 takes for ``torch.nn`` gets another default.
+    """
+    if _release() >= (2, 13) or not torch.distributed.is_available():
+        return
+    from torch.distributed.fsdp._fully_shard import _fsdp_param
+
+    if not isinstance(_fsdp_param.nn, _ParametersOfIntegers):
+        _fsdp_param.nn = _ParametersOfIntegers("torch.nn")
+
+
+class _ParametersOfIntegers(ModuleType):
+    """``torch.nn``, whose parameters of integers do not require a gradient unless they are told to."""
+
+    @staticmethod
+    def Parameter(data: Tensor, requires_grad: bool | None = None) -> nn.Parameter:
+        return nn.Parameter(data, data.is_floating_point() or data.is_complex() if requires_grad is None else requires_grad)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(nn, name)
+
+
 # Tensor-parallel plans.
+
+
+def keep_random_results(graph: Any, inputs: Sequence[Any]) -> None:
+    """Let the checkpoints in a compiler's graph keep what draws random numbers (attention does, to torch), if the graph trains DTensors.
+
+    From torch 2.13 on, such a graph also keeps their mesh. On CPUs the generator's states of what is computed again are put behind the
+    mesh, where none but tensors are expected. Without it checkpointed and compiled blocks under tensor parallelism raise there.
+
+    Args:
+        graph: a ``torch.fx.GraphModule``, as a backend of ``torch.compile`` gets it.
+        inputs: its example inputs.
+    """
+    if _release() < (2, 13) or not any(hasattr(x, "device_mesh") and x.requires_grad and x.device.type == "cpu" for x in inputs):
+        return
+    for node in graph.graph.nodes:
+        if node.target is torch.ops.higher_order.tag_activation_checkpoint:
+            graph.get_submodule(node.args[0].target).meta.setdefault("_checkpoint_context_fn", _KEEP_RANDOM)
+
+
+def _keep_random(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    random = torch.Tag.nondeterministic_seeded in op.tags
+    return CheckpointPolicy.MUST_SAVE if random else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_KEEP_RANDOM = partial(create_selective_checkpoint_contexts, _keep_random)
 
 
 def plain_linear_hooks(before: dict[Any, Any], after: dict[Any, Any]) -> tuple[Any, Any] | None:
@@ -133,6 +185,10 @@ def plain_linear_hooks(before: dict[Any, Any], after: dict[Any, Any]) -> tuple[A
         if len(enters) == len(leaves) == 1:
             return enters[0], leaves[0]
     return None
+
+
+def _release() -> tuple[int, ...]:
+    return tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
 def _calls(hook: Any, name: str, function: Any, arguments: tuple[Any, ...]) -> bool:

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_lora import LoRAConfig, apply_lora
+from lightning_lora import LoRAConfig, apply_lora, checkpoint_layers
 from lightning_lora.model.compile import compile_layers
 from lightning_lora.model.parallel import place_adapters
 from lightning_lora.ops import backends
@@ -77,9 +77,11 @@ def llamas(how: str) -> tuple[float, int]:
         model.enable_input_require_grads()
         if parallel:
             tensor_parallel(model, init_device_mesh("cpu", (dist.get_world_size(),)))
-            if how == "checkpointed":
+            if "checkpointed" in how:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
-            if how == "compiled":
+            if "inputs" in how:
+                checkpoint_layers(model, keep="inputs")
+            if "compiled" in how:
                 torch._dynamo.reset()
                 compile_layers(model, backend=counter)
         fill_adapters(model)
@@ -94,7 +96,9 @@ def llamas(how: str) -> tuple[float, int]:
     return max(((found[name] - tensor).abs().max() / tensor.abs().max()).item() for name, tensor in wanted.items()), counter.frame_count
 
 
-@pytest.mark.parametrize(("how", "graphs"), [("eager", 0), ("checkpointed", 0), ("compiled", 1)])
+@pytest.mark.parametrize(
+    ("how", "graphs"), [("eager", 0), ("checkpointed", 0), ("compiled", 1), ("compiled, checkpointed", 1), ("compiled, inputs", 1)]
+)
 def test_a_llama_by_its_own_plan(pool: Any, how: str, graphs: int) -> None:
     """In float64, biases that are split and biases of sums among them; compiled, one graph serves all blocks and steps."""
     for difference, found in pool.run(llamas, how):

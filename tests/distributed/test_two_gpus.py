@@ -68,7 +68,8 @@ def fit(quantize: str | None, compile: bool, device: str) -> dict[str, Any]:
         lora = LoRACallback(
             LoRAConfig(rank=8, target_modules="all-linear"), quantize=quantize, merge_on_fit_end=False, compile="layer" if compile else None
         )
-        strategy = LoRAFSDP2Strategy(pull_frozen=how, process_group_backend="nccl" if device == "cuda" else "gloo")  # type: ignore[arg-type]
+        given: dict[str, Any] = {} if how == "auto" else {"pull_frozen": how}  # auto is the default
+        strategy = LoRAFSDP2Strategy(process_group_backend="nccl" if device == "cuda" else "gloo", **given)
         trainer = L.Trainer(
             accelerator=device, devices=2, strategy=strategy, max_epochs=1, callbacks=[lora], precision="bf16-true", logger=False,
             enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False, use_distributed_sampler=False,

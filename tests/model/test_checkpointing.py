@@ -14,6 +14,7 @@ from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -81,7 +82,9 @@ def backend() -> tuple[Any, list[list[str]]]:
     graphs: list[list[str]] = []
 
     def compiler(graph: Any, _: Any) -> Any:
-        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        # What draws random numbers in both graphs (attention, for its dropout) is an argument of what sets the generator for it.
+        called = [(node.target, *(arg for arg in node.args if isinstance(arg, OpOverload))) for node in graph.graph.nodes]
+        graphs.append([str(op) for ops in called for op in ops])
         return make_boxed_func(graph)
 
     return aot_autograd(fw_compiler=compiler, partition_fn=min_cut_rematerialization_partition), graphs
@@ -126,7 +129,7 @@ def test_a_compiled_block_computes_the_rest_again_in_its_backward_graph(keep: An
     torch.testing.assert_close(gradients(model), gradients(alone), **EXACT)  # also the dropout
     forward, backward = graphs[0], graphs[-1]
     attentions = [sum("attention" in op and "backward" not in op for op in graph) for graph in (forward, backward)]
-    assert keep == "inputs" or attentions == [1, 0]
+    assert attentions == [1, 1 if keep == "inputs" else 0]
     assert sum("silu" in op or "sigmoid" in op for op in backward) >= 1
     assert len(graphs) <= 4  # the first block's input needs no gradient
     handle.remove()

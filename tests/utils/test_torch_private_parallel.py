@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
+import torch
 from torch import nn
 
 from lightning_lora.utils import torch_private_parallel
@@ -30,3 +33,19 @@ def test_what_ddp_ignores_already_is_kept() -> None:
     for names in (["1.bias"], ["0.weight", "1.bias"]):
         torch_private_parallel.ddp_ignores(model, names)
     assert model._ddp_params_and_buffers_to_ignore == ["1.bias", "0.weight"]
+
+
+@pytest.mark.parametrize(("version", "replaced"), [("2.11.0+cu130", True), ("2.13.0", False)])
+def test_fsdp2_shards_integers_on_every_torch(version: str, replaced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On torch 2.11 itself `tests/distributed/test_quantized.py` trains so."""
+    module = import_module("torch.distributed.fsdp._fully_shard._fsdp_param")
+    monkeypatch.setattr(module, "nn", nn)
+    monkeypatch.setattr(torch, "__version__", version)
+    for _ in range(2):
+        torch_private_parallel.let_fsdp2_shard_integers()
+    assert (module.nn is not nn) == replaced and module.nn.Module is nn.Module
+    if replaced:
+        made = [module.nn.Parameter(torch.zeros(2, dtype=dtype)) for dtype in (torch.uint8, torch.bfloat16)]
+        assert all(type(parameter) is nn.Parameter for parameter in made)
+        assert [parameter.requires_grad for parameter in made] == [False, True]
+        assert not module.nn.Parameter(torch.zeros(2), requires_grad=False).requires_grad
