@@ -12,6 +12,7 @@ from lightning_lora.adapter_io.save_load import load_adapter, save_adapter
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import LoRALayer, LoRALinear, lora_layers
 from lightning_lora.model.apply import apply_lora, get_lora_parameters, unload_lora
+from lightning_lora.model.data_start import initialize_from_data
 from lightning_lora.model.disable import disabled_lora
 from lightning_lora.model.fuse import unfuse
 from lightning_lora.model.merge import merge_lora, merge_report, unmerge_lora
@@ -66,6 +67,7 @@ __all__ = [
     "galore_optimizer",
     "galore_param_groups",
     "get_lora_parameters",
+    "initialize_from_data",
     "load_adapter",
     "load_adapters",
     "lora_layers",

@@ -34,6 +34,7 @@ from lightning_lora.adapter_io.peft_rules import auto_mapping, task_type
 from lightning_lora.adapter_io.placing import place
 from lightning_lora.adapter_io.size_limit import check_size
 from lightning_lora.config import LoRAConfig
+from lightning_lora.layers.awaiting import data_came
 from lightning_lora.layers.base import PREFIX, LoRALayer, lora_layers
 from lightning_lora.layers.factors import Exported
 from lightning_lora.layers.spec import LayerSpec, options_of
@@ -127,6 +128,8 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
     with torch.no_grad():
         for name, tensor in tensors.items():
             local_tensor(mine[name]).copy_(local_shard(tensor, mine[name]))
+    for _, layer in lora_layers(root):
+        data_came(layer)
     note_brought(root, brought)
     for name, value in adapter.extra_state.items():
         root.get_submodule(name.rpartition(".")[0]).set_extra_state(value)
@@ -168,7 +171,7 @@ def checked_adapter(
     check_values_kept(places, str(path), "the adapter's values would be lost there")
     if check_base and adapter.base is not None:
         trained = {name for name in tensors if not is_adapter(name)} | adapter.beside
-        fingerprint.check_base(base_identity(root, trained), adapter.base, str(path))
+        fingerprint.check_base(fingerprint.identity_like(adapter.base, root, trained), adapter.base, str(path))
     return adapter, report, tensors, brought
 
 
