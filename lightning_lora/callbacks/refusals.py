@@ -59,6 +59,12 @@ def check_options(
     check_limit(merge_max_lost, "merge_max_lost")
 
 
+def check_batches(number: object) -> None:
+    """Raise ValueError unless this is a number of batches that an init can read."""
+    if type(number) is not int or number < 1:
+        raise ValueError(f"init_batches={number!r}: give a whole number ≥ 1, such as 8.")
+
+
 def check_apart(mine: str | None, others: Sequence[str | None]) -> None:
     """Check that the callbacks of a trainer adapt separate parts.
 

@@ -1,4 +1,4 @@
-"""Log what a run adapts and trains."""
+"""Log what a run adapts and trains, and what it merged."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lightning_lora.model.apply import trainable_parameters
+from lightning_lora.model.merge import merge_report
 from lightning_lora.model.targeting import TargetReport
 from lightning_lora.optim.advice import advise_setup
 
@@ -28,6 +29,13 @@ def log_start(report: TargetReport, module: nn.Module, stays: str, checkpoints: 
     rest = f"\nfrozen, without an adapter: {stays}" if stays else ""
     files = f"\n{CHECKPOINTS}" if checkpoints else ""
     rank_zero_info(f"{report}{rest}\ntrainable {trainable:,} of {total:,} parameters ({trainable / total:.2%}){files}")
+
+
+def log_merge(target: nn.Module) -> None:
+    """Log how many layers were merged, and what rounding lost."""
+    lost = merge_report(target)
+    worst = max(lost, key=lambda name: lost[name])
+    rank_zero_info(f"LoRA merged into {len(lost)} modules; rounding lost at most {lost[worst]:.2%} of an update ({worst}).")
 
 
 def log_advice(trainer: Trainer, target: nn.Module) -> None:

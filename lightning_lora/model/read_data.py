@@ -26,7 +26,7 @@ def read_batch(model: nn.Module, batch: Any, found: Mapping[str, Statistics], st
     hooks = [each.layer.register_forward_hook(partial(_take, each, mask)) for each in found.values()]
     try:
         loss = (step or _call)(model, batch)
-        if kind.gradients:
+        if kind.gradients and loss is not None:  # a training step may return None to skip a batch
             _loss(loss).backward()
     finally:
         for hook in hooks:
@@ -44,7 +44,7 @@ def _take(statistics: Statistics, mask: Tensor | None, layer: nn.Module, args: t
 
 def _rows(tensor: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None and tensor.shape[:-1] == mask.shape:
-        return tensor[mask]
+        return tensor[mask.to(tensor.device)]
     return tensor.reshape(-1, tensor.shape[-1])
 
 

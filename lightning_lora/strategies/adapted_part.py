@@ -22,6 +22,7 @@ class AdaptedPart:
         allow_nonfinite: write and load checkpoints with NaN or infinity in what trains.
         layers: names of the layers that were adapted, in the part.
         before_load: called with a checkpoint's config before the module is checked against it. It may change the module to fit.
+        before_setup: called before the strategy wraps the module and makes its optimizers.
     """
 
     root: str
@@ -31,6 +32,7 @@ class AdaptedPart:
     allow_nonfinite: bool = False
     layers: Sequence[str] = ()
     before_load: Callable[[LoRAConfig], None] | None = None
+    before_setup: Callable[[], None] = lambda: None
 
 
 def meta_of(parts: Mapping[str, AdaptedPart], base: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
