@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 
-from lightning_lora.adapter_io.files import read_adapter
+from lightning_lora.adapter_io.metadata import META, understood
 from lightning_lora.callbacks.random_numbers import random_states, restore_random_states
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.awaiting import awaits_data, data_came
@@ -29,7 +29,8 @@ from lightning_lora.model.data_start import initialize_from_data
 from lightning_lora.model.modes import evaluating
 from lightning_lora.model.targeting import find_targets
 from lightning_lora.registry import data_of
-from lightning_lora.strategies.lightning_private import prepared_batch, read_train_batches, resumed_from
+from lightning_lora.strategies.checkpoint_io import found, read
+from lightning_lora.strategies.lightning_private import prepared_batch, read_train_batches, will_resume
 from lightning_lora.strategies.namespaces import twins
 from lightning_lora.utils.names import clean_name
 from lightning_lora.utils.sharding import is_sharded
@@ -37,12 +38,21 @@ from lightning_lora.utils.sharding import is_sharded
 _PLAIN = (bool, int, float, str, type(None))
 
 
-def resumed_config(trainer: Trainer, config: LoRAConfig) -> LoRAConfig:
-    """Return the config with the ranks that the checkpoint of this run has, if they came from data."""
-    path, kind = resumed_from(trainer), data_of(config.init)
-    if path is None or kind is None or not kind.decides_ranks(config):
+def resumed_config(trainer: Trainer, config: LoRAConfig, root: str) -> LoRAConfig:
+    """Return the config with the ranks that the checkpoint of this run has for a part, if they came from data.
+
+    Args:
+        trainer: of the run.
+        config: the user's.
+        root: name of the adapted part.
+    """
+    kind = data_of(config.init)
+    if kind is None or not kind.decides_ranks(config) or (path := will_resume(trainer)) is None:
         return config
-    return as_data_decided(config, read_adapter(path).config)
+    meta = read(trainer.strategy.checkpoint_io, found(trainer.strategy.broadcast(path)), None).get(META)
+    parts = {part.get("root", ""): part for part in (meta, *meta.get("others", ()))} if isinstance(meta, dict) else {}
+    said = parts.get(root) if len(parts) > 1 else meta
+    return config if said is None else as_data_decided(config, understood(said, str(path))[0])  # what is wrong is said when it is loaded
 
 
 def read_data(callback: Any, trainer: Trainer, module: LightningModule) -> None:
@@ -71,16 +81,22 @@ def start_from_data(trainer: Trainer, module: LightningModule, target: nn.Module
         ValueError: optimization is manual, or as :func:`~lightning_lora.initialize_from_data`.
     """
     waiting = [layer for _, layer in lora_layers(target) if awaits_data(layer)]
-    if resumed_from(trainer) is not None:
+    resumes = bool(waiting) and will_resume(trainer) is not None
+    if resumes:
         for layer in waiting:
             data_came(layer)
-    if not waiting or resumed_from(trainer) is not None or trainer.state.fn != TrainerFn.FITTING or not trainer.limit_train_batches:
+    if not waiting or resumes or trainer.state.fn != TrainerFn.FITTING or not trainer.limit_train_batches:
         return None
     init, began = waiting[0].lora_config.init, time.perf_counter()
     if not module.automatic_optimization:
         raise ValueError(
             f"init={init!r} runs training_step to read data, and {type(module).__name__} optimizes in it (automatic_optimization=False):"
             " call apply_lora and initialize_from_data(model, batches) before fit."
+        )
+    if data_of(init).decides_ranks(waiting[0].lora_config) and isinstance(trainer.strategy, twins(FSDPStrategy)):
+        raise ValueError(
+            f"init={init!r} gives layers other ranks, and strategy={type(trainer.strategy).__name__} has been told of their parameters: set"
+            " init_options={'rho': 1.0}, or use strategy='lora_fsdp2'."
         )
     states = random_states(trainer)
     try:

@@ -26,7 +26,7 @@ from lightning_lora.callbacks.out_of_memory import advise
 from lightning_lora.callbacks.processes import begin_together
 from lightning_lora.callbacks.refusals import check_apart, check_batches, check_fit, check_mergeable, check_options, frozen_parts, submodule
 from lightning_lora.callbacks.start_report import log_merge, log_start
-from lightning_lora.callbacks.starting import Start, adapted_part, log_beginning
+from lightning_lora.callbacks.starting import Start, adapted_part, log_beginning, part_root
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import lora_layers
 from lightning_lora.layers.state import Quantized
@@ -244,7 +244,7 @@ class LoRACallback(Callback):
         target, fitting = self._target(pl_module), trainer.state.fn == TrainerFn.FITTING
         if self._start is not None:
             self.config = self._start.config(target, self.config)
-        self.config = resumed_config(trainer, self.config)
+        self.config = resumed_config(trainer, self.config, part_root(self, target))
         there = already_applied(target, self.config, merged_too=True)
         report = find_targets(target, before_quantizing(self.config) if self.quantize and not there else self.config)
         if self.merge_on_fit_end and fitting:

@@ -64,9 +64,14 @@ class Start:
                 tensor.copy_(value)
 
 
+def part_root(callback: Any, target: nn.Module) -> str:
+    """Return the name of the submodule that the names of a ``LoRACallback``'s layers are relative to."""
+    return ".".join(filter(None, (callback.module, adapter_root(target)[0])))
+
+
 def adapted_part(callback: Any, target: nn.Module) -> AdaptedPart:
     """Return what a strategy's hooks have to know of the part that a ``LoRACallback`` adapted."""
-    root = ".".join(filter(None, (callback.module, adapter_root(target)[0])))
+    root = part_root(callback, target)
     layers = [clean_name(name) for name, _ in lora_layers(target)]
     return AdaptedPart(root, callback.config, callback.check_base, callback.lora_plus_ratio, callback.allow_nonfinite, layers)
 

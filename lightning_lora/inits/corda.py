@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.inits.random import kaiming
-from lightning_lora.inits.statistics import Statistics, summed
+from lightning_lora.inits.statistics import Statistics, signs, summed
 from lightning_lora.layers.spec import Option
 from lightning_lora.registry import keeps_start, register_init
 
@@ -56,6 +56,8 @@ class InputCovariance(Statistics):
         C, inverse = _inverted(self.sum / self.calls)
         U, S, Vh = torch.linalg.svd(self.weight() @ C, full_matrices=False)
         chosen = slice(0, r) if self.layer.spec.init_options["mode"] == "ipm" else slice(len(S) - r, len(S))
+        sign = signs(Vh)
+        U, Vh = U * sign, Vh * sign[:, None]
         root = (S[chosen] / self.layer.scaling).sqrt()
         self.pair = root[:, None] * (Vh[chosen] @ inverse), U[:, chosen] * root
         del self.sum

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.inits.random import kaiming
-from lightning_lora.inits.statistics import Statistics
+from lightning_lora.inits.statistics import Statistics, signs
 from lightning_lora.layers.spec import Option, init_options_of
 from lightning_lora.registry import register_init
 from lightning_lora.utils.sharding import is_distributed
@@ -140,7 +140,7 @@ class InputComponents(Statistics):
         """Return the components and zeros. With ``whiten`` each component is divided by the root of its singular value, as in PEFT."""
         assert self.found is not None
         S, rows = self.sizes_of_components()[:rank, None], self.found.directions[:rank]
-        A = rows / S.clamp_min(torch.finfo(rows.dtype).tiny).to(rows.dtype)
+        A = rows * signs(rows)[:, None] / S.clamp_min(torch.finfo(rows.dtype).tiny).to(rows.dtype)
         if self.layer.spec.init_options["whiten"]:
             A = A / S.sqrt().clamp_min(torch.finfo(rows.dtype).tiny).to(rows.dtype)
         return A, A.new_zeros(self.sizes()[0], rank)

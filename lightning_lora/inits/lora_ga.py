@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.inits.random import kaiming
-from lightning_lora.inits.statistics import Statistics, summed
+from lightning_lora.inits.statistics import Statistics, signs, summed
 from lightning_lora.layers.spec import LayerSpec, Option
 from lightning_lora.layers.whole_factors import check_whole
 from lightning_lora.registry import keeps_start, register_init
@@ -66,6 +66,8 @@ class WeightGradient(Statistics):
             Vh = V.mT
         else:
             U, S, Vh = torch.linalg.svd(gradient, full_matrices=False)
+        sign = signs(Vh)
+        U, Vh = U * sign, Vh * sign[:, None]
         of_A, of_B = {
             "ArB2r": (slice(0, r), slice(r, 2 * r)),
             "A2rBr": (slice(r, 2 * r), slice(0, r)),

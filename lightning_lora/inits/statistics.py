@@ -92,6 +92,12 @@ class Statistics:
         return self.layer.lora_B.shape[0], self.layer.lora_A.shape[1]
 
 
+def signs(rows: Tensor) -> Tensor:
+    """Return the signs (n,) that make the largest entry of each row (n, in) positive. A decomposition's own depend on rounding."""
+    largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))[:, 0]
+    return torch.where(largest < 0, -1.0, 1.0).to(rows.dtype)
+
+
 def summed(tensor: Tensor) -> Tensor:
     """Return the sum of a tensor over all processes."""
     if is_distributed():

@@ -13,9 +13,9 @@ from lightning_lora.utils.sharding import is_sharded
 
 
 def check_resizable(layers: Mapping[str, LoRALayer]) -> None:
-    """Raise ValueError if a layer's parameters are sharded, so that their sizes are fixed."""
+    """Raise ValueError if a layer is sharded: what averages its gradients knows its parameters' sizes."""
     for name, layer in layers.items():
-        if is_sharded(layer.lora_A) or layer.weight.ndim < 2:
+        if is_sharded(layer.lora_A) or is_sharded(layer.weight) or layer.weight.ndim < 2:  # FSDP1 leaves a flat weight
             raise ValueError(
                 f"{name!r} is sharded, so it cannot get another rank: set init_options={{'rho': 1.0}}, or initialize before the model is"
                 " sharded."

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -82,6 +83,18 @@ def resumed_from(trainer: Any) -> Any:
     """
     path = trainer.ckpt_path
     return None if os.path.basename(path or "").startswith((".lr_find_", ".scale_batch_size_")) else path
+
+
+def will_resume(trainer: Any) -> Any:
+    """Return the checkpoint that the running ``fit``, ``test`` and so on load, None if there is none.
+
+    Lightning tells nobody before it loads it, which under sharding is after the model was wrapped. So the argument of ``Trainer._run`` is
+    read. If its names go, a run with an init that reads data raises.
+    """
+    frame, run = sys._getframe(), type(trainer)._run.__code__
+    while frame.f_code is not run:
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame.f_locals["ckpt_path"]
 
 
 def see_mixed_imports() -> None:
