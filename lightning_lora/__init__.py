@@ -12,7 +12,6 @@ from lightning_lora.adapter_io.save_load import load_adapter, save_adapter
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import LoRALayer, LoRALinear, lora_layers
 from lightning_lora.model.apply import apply_lora, get_lora_parameters, unload_lora
-from lightning_lora.model.data_start import initialize_from_data
 from lightning_lora.model.disable import disabled_lora
 from lightning_lora.model.fuse import unfuse
 from lightning_lora.model.merge import merge_lora, merge_report, unmerge_lora
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from lightning_lora.callbacks import AdaLoRACallback, LoRACallback
     from lightning_lora.model.checkpointing import checkpoint_layers
     from lightning_lora.model.compile import compile_layers, cuda_graph_step, uncompile_layers
+    from lightning_lora.model.data_start import initialize_from_data
     from lightning_lora.model.extract import extract_adapter
     from lightning_lora.model.offload import offload_activations
     from lightning_lora.model.offload_frozen import offload_frozen
@@ -106,6 +106,7 @@ _LAZY = {
     "cuda_graph_step": "model.compile",
     "export_adapter": "adapter_io.export_adapter",
     "extract_adapter": "model.extract",
+    "initialize_from_data": "model.data_start",
     "load_adapters": "adapter_io.adapter_set",
     "offload_activations": "model.offload",
     "offload_frozen": "model.offload_frozen",

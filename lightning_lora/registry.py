@@ -136,7 +136,9 @@ def init_of(name: str) -> Callable[[Any], None]:
         ValueError: there is none of that name.
     """
     family, _, number = name.rpartition("_")
-    return INITS[f"{family}_[n]"] if number.isdecimal() and f"{family}_[n]" in INITS else look_up(INITS, "init", name)
+    if number.isdecimal() and f"{family}_[n]" in INITS:
+        return INITS[f"{family}_[n]"]
+    return look_up({key: init for key, init in INITS.items() if key != name or number != "[n]"}, "init", name)
 
 
 def frozen_factor(init: str) -> str | None:

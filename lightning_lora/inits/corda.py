@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_lora.inits.random import kaiming
 from lightning_lora.inits.statistics import Statistics, signs, summed
+from lightning_lora.layers.filling import fill_random
 from lightning_lora.layers.spec import Option
 from lightning_lora.registry import keeps_start, register_init
 
@@ -88,4 +88,4 @@ def corda(layer: LoRALayer) -> None:
         mode: ``ipm``, instruction-previewed, the default: the part of the largest singular values, for batches of the task, which is then
             learned faster. ``kpm``, knowledge-preserved: the part of the smallest, for batches of what must not be forgotten.
     """
-    kaiming(layer)
+    fill_random(layer)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_lora.inits.random import kaiming
 from lightning_lora.inits.statistics import Statistics, signs
+from lightning_lora.layers.filling import fill_random
 from lightning_lora.layers.spec import Option, init_options_of
 from lightning_lora.registry import register_init
 from lightning_lora.utils.sharding import is_distributed
@@ -155,4 +155,4 @@ def eva(layer: LoRALayer) -> None:
             The scaling of a layer stays.
         whiten: divide each component by the root of its singular value. Default False.
     """
-    kaiming(layer)
+    fill_random(layer)

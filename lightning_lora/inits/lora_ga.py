@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_lora.inits.random import kaiming
 from lightning_lora.inits.statistics import Statistics, signs, summed
+from lightning_lora.layers.filling import fill_random
 from lightning_lora.layers.spec import LayerSpec, Option
 from lightning_lora.layers.whole_factors import check_whole
 from lightning_lora.registry import keeps_start, register_init
@@ -100,4 +100,4 @@ def lora_ga(layer: LoRALayer) -> None:
             gradient's singular values.
         gamma: γ of that. Default 16.
     """
-    kaiming(layer)
+    fill_random(layer)
