@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_lora.inits.statistics import Statistics, signs
+from lightning_lora.inits.statistics import Statistics, largest_svd
 from lightning_lora.layers.filling import fill_random
 from lightning_lora.layers.spec import Option, init_options_of
 from lightning_lora.registry import register_init
@@ -38,41 +38,41 @@ class Components:
         rows: their number n.
         mean: (in,).
         spread: the sum of their squared distances from the mean.
-        directions: (k, in), each component times its singular value.
+        S: (k,), the components' singular values.
+        Vh: (k, in), their directions.
     """
 
     rows: int
     mean: Tensor
     spread: float
-    directions: Tensor
+    S: Tensor
+    Vh: Tensor
 
     @classmethod
-    def of(cls, x: Tensor) -> Components:
-        """Return those of x (n, in), all of them: its centred rows."""
+    def of(cls, x: Tensor, many: int) -> Components:
+        """Return the largest components of x (n, in)."""
         mean = x.mean(0)
-        return cls(len(x), mean, float((x - mean).double().square().sum()), x - mean)
+        _, S, Vh = largest_svd(x - mean, many)
+        return cls(len(x), mean, _squares(x - mean), S, Vh)
+
+    def with_rows(self, x: Tensor, many: int) -> Components:
+        """Return the largest components, those of x (n, in) included."""
+        mean = x.mean(0)
+        return self._joined(len(x), mean, _squares(x - mean), x - mean, many)
 
     def with_others(self, other: Components, many: int) -> Components:
         """Return the largest components of both sets of rows."""
-        rows = self.rows + other.rows
-        apart = (self.rows * other.rows / rows) ** 0.5 * (self.mean - other.mean)
-        mean = self.mean + (other.mean - self.mean) * (other.rows / rows)
-        spread = self.spread + other.spread + float(apart.double().square().sum())
-        return Components(rows, mean, spread, torch.cat((self.directions, other.directions, apart[None]))).largest(many)
+        return self._joined(other.rows, other.mean, other.spread, other.S[:, None] * other.Vh, many)
 
-    def largest(self, many: int) -> Components:
-        """Return the largest components alone."""
-        return Components(self.rows, self.mean, self.spread, _largest(self.directions, many))
+    def _joined(self, rows: int, mean: Tensor, spread: float, scaled: Tensor, many: int) -> Components:
+        together = self.rows + rows
+        apart = (self.rows * rows / together) ** 0.5 * (self.mean - mean)
+        _, S, Vh = largest_svd(torch.cat((self.S[:, None] * self.Vh, scaled, apart[None])), many)
+        return Components(together, self.mean + (mean - self.mean) * (rows / together), self.spread + spread + _squares(apart), S, Vh)
 
 
-def _largest(rows: Tensor, many: int) -> Tensor:
-    """Return S·Vh (many, in) of rows (n, in). It is exact for small matrices, and randomized as in PEFT for large ones."""
-    if 2 * many < min(rows.shape):
-        _, S, V = torch.svd_lowrank(rows, 2 * many, niter=4)
-        Vh = V.mT
-    else:
-        _, S, Vh = torch.linalg.svd(rows, full_matrices=False)
-    return (S[:, None] * Vh)[:many]
+def _squares(tensor: Tensor) -> float:
+    return float(tensor.double().square().sum())
 
 
 class InputComponents(Statistics):
@@ -98,7 +98,7 @@ class InputComponents(Statistics):
         shares = [
             (-share, index, name)
             for name, each in gathered.items()
-            for index, share in enumerate((each.sizes_of_components().square() / max(each.found.spread, 1e-300)).tolist())
+            for index, share in enumerate((each.found.S.double().square() / max(each.found.spread, 1e-300)).tolist())
         ]
         budget = sum(each.layer.rank for each in gathered.values())
         won = [name for _, _, name in sorted(shares, key=lambda share: share[:2])[:budget]]
@@ -115,8 +115,7 @@ class InputComponents(Statistics):
 
     def add(self, x: Tensor, *dy: Tensor) -> None:
         """Update the components."""
-        new = Components.of(x)
-        self.found = new.largest(self.many) if self.found is None else self.found.with_others(new, self.many)
+        self.found = Components.of(x, self.many) if self.found is None else self.found.with_rows(x, self.many)
 
     def reduce(self) -> None:
         """Join the components of all processes, in the order of ranks."""
@@ -124,25 +123,21 @@ class InputComponents(Statistics):
         if not is_distributed() or not self.finite:
             return
         parts: list[Any] = [None] * torch.distributed.get_world_size()
-        mine = None if self.found is None else (self.found.rows, self.found.mean.cpu(), self.found.spread, self.found.directions.cpu())
+        mine = self.found
+        if mine is not None:
+            mine = Components(mine.rows, mine.mean.cpu(), mine.spread, mine.S.cpu(), mine.Vh.cpu())
         torch.distributed.all_gather_object(parts, mine)
-        joined = None
-        for part in (Components(*part) for part in parts if part is not None):
+        joined: Components | None = None
+        for part in (part for part in parts if part is not None):
             joined = part if joined is None else joined.with_others(part, self.many)
         self.found = joined
-
-    def sizes_of_components(self) -> Tensor:
-        """Return the singular values, descending."""
-        assert self.found is not None
-        return self.found.directions.double().norm(dim=1)
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
         """Return the components and zeros. With ``whiten`` each component is divided by the root of its singular value, as in PEFT."""
         assert self.found is not None
-        S, rows = self.sizes_of_components()[:rank, None], self.found.directions[:rank]
-        A = rows * signs(rows)[:, None] / S.clamp_min(torch.finfo(rows.dtype).tiny).to(rows.dtype)
+        A = self.found.Vh[:rank]
         if self.layer.spec.init_options["whiten"]:
-            A = A / S.sqrt().clamp_min(torch.finfo(rows.dtype).tiny).to(rows.dtype)
+            A = A / self.found.S[:rank, None].sqrt().clamp_min(torch.finfo(A.dtype).tiny)
         return A, A.new_zeros(self.sizes()[0], rank)
 
 

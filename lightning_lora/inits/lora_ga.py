@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_lora.inits.statistics import Statistics, signs, summed
+from lightning_lora.inits.statistics import Statistics, largest_svd, summed
 from lightning_lora.layers.filling import fill_random
 from lightning_lora.layers.spec import LayerSpec, Option
 from lightning_lora.layers.whole_factors import check_whole
@@ -61,13 +61,7 @@ class WeightGradient(Statistics):
     def condense(self) -> None:
         """Compute A and B from the gradient's singular vectors (theorem 3.1), with the scale of theorem 3.2."""
         r, options, gradient = self.layer.rank, self.layer.spec.init_options, self.sum / self.calls
-        if 4 * r < min(gradient.shape):
-            U, S, V = torch.svd_lowrank(gradient, 4 * r, niter=4)
-            Vh = V.mT
-        else:
-            U, S, Vh = torch.linalg.svd(gradient, full_matrices=False)
-        sign = signs(Vh)
-        U, Vh = U * sign, Vh * sign[:, None]
+        U, S, Vh = largest_svd(gradient, 2 * r)
         of_A, of_B = {
             "ArB2r": (slice(0, r), slice(r, 2 * r)),
             "A2rBr": (slice(r, 2 * r), slice(0, r)),

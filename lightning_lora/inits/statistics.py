@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from lightning_lora.layers.base import LoRALayer
 
 
+EXACT = 256  # a smaller side up to which decompositions are exact
+
+
 class Statistics:
     """The statistics of one layer.
 
@@ -90,6 +93,21 @@ class Statistics:
     def sizes(self) -> tuple[int, int]:
         """Return (out, in)."""
         return self.layer.lora_B.shape[0], self.layer.lora_A.shape[1]
+
+
+def largest_svd(matrix: Tensor, many: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the ``many`` largest singular values S and their vectors U (m, many) and Vh (many, n), with the signs of :func:`signs`.
+
+    For large matrices the decomposition is randomized, with 4 subspace iterations, as PEFT's.
+    """
+    if min(matrix.shape) <= max(EXACT, 2 * many):
+        U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        U, S, V = torch.svd_lowrank(matrix, 2 * many, niter=4)
+        Vh = V.mT
+    U, S, Vh = U[:, :many], S[:many], Vh[:many]
+    sign = signs(Vh)
+    return U * sign, S, Vh * sign[:, None]
 
 
 def signs(rows: Tensor) -> Tensor:

@@ -88,8 +88,8 @@ def test_eva_over_several_batches_is_pefts_incremental_pca() -> None:
         pca.partial_fit(x)
         mine.take(x)
     assert mine.found is not None
-    torch.testing.assert_close(mine.sizes_of_components(), pca.singular_values_, rtol=1e-10, atol=0)
-    torch.testing.assert_close(mine.sizes_of_components().square() / mine.found.spread, pca.explained_variance_ratio_, rtol=1e-10, atol=0)
+    torch.testing.assert_close(mine.found.S, pca.singular_values_, rtol=1e-10, atol=0)
+    torch.testing.assert_close(mine.found.S.square() / mine.found.spread, pca.explained_variance_ratio_, rtol=1e-10, atol=0)
     A, B = mine.factors(10)
     torch.testing.assert_close(A * (A * pca.components_).sum(1).sign()[:, None], pca.components_, rtol=0, atol=1e-10)
     assert not B.any()
