@@ -5,8 +5,10 @@ A pair that cannot be is refused when LoRA is applied, with a message that names
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,9 +127,11 @@ def cell(kind: str, variant: str, init: str, folder: Path) -> str:
     return "✓"
 
 
-def main() -> tuple[int, int, int]:
-    """Print both tables. Return how many checks passed, pairs were refused, and pairs failed."""
-    passed = refused = failed = 0
+def main() -> int:
+    """Print both tables, and a last line that counts. The exit code is the number of failed pairs."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    counts: Counter[str] = Counter()
     for title, pairs, axis in (("kind", KIND_PAIRS, 0), ("variant", VARIANT_PAIRS, 1)):
         print(f"\n| {title} | {' | '.join(NAMES)} |\n|---|{'---|' * len(NAMES)}")
         with tempfile.TemporaryDirectory() as folder:
@@ -139,7 +143,12 @@ def main() -> tuple[int, int, int]:
                     except Exception as error:
                         print(f"{pair}: {type(error).__name__}: {error}")
                         cells.append("FAILED")
-                passed += len(CHECKS) * cells.count("✓")
-                refused, failed = refused + cells.count("refused"), failed + cells.count("FAILED")
+                counts["passed"] += len(CHECKS) * cells.count("✓")
+                counts.update(refused=cells.count("refused"), failed=cells.count("FAILED"))
                 print(f"| {row} | {' | '.join(cells)} |", flush=True)
-    return passed, refused, failed
+    print(f"{counts['passed']} passed, {counts['refused']} refused, {counts['failed']} failed")
+    return counts["failed"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
