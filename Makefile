@@ -22,8 +22,8 @@ unit: $(VENV)/.test  ## the suite, WORKERS files at a time
 matrix: $(VENV)/.test  ## what works under which strategy, printed by running it
 	$(BIN)/python -m tests.matrix
 
-family: $(VENV)/.test  ## which variant works on which kind of layer, printed by running it
-	$(BIN)/python -m tests.family
+family: $(VENV)/.test  ## which variant and init work on which kind of layer, printed by running it
+	$(BIN)/python -m tests.family && $(BIN)/python -m tests.family_inits
 
 models: $(VENV)/.test  ## which architectures of transformers are adapted, merged, loaded in PEFT and exported right, printed by running it
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.models

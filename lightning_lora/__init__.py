@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from lightning_lora.callbacks import AdaLoRACallback, LoRACallback
     from lightning_lora.model.checkpointing import checkpoint_layers
     from lightning_lora.model.compile import compile_layers, cuda_graph_step, uncompile_layers
+    from lightning_lora.model.data_start import initialize_from_data
     from lightning_lora.model.extract import extract_adapter
     from lightning_lora.model.offload import offload_activations
     from lightning_lora.model.offload_frozen import offload_frozen
@@ -74,6 +75,7 @@ __all__ = [
     "galore_optimizer",
     "galore_param_groups",
     "get_lora_parameters",
+    "initialize_from_data",
     "load_adapter",
     "load_adapters",
     "lora_layers",
@@ -112,6 +114,7 @@ _LAZY = {
     "cuda_graph_step": "model.compile",
     "export_adapter": "adapter_io.export_adapter",
     "extract_adapter": "model.extract",
+    "initialize_from_data": "model.data_start",
     "load_adapters": "adapter_io.adapter_set",
     "offload_activations": "model.offload",
     "offload_frozen": "model.offload_frozen",

@@ -48,7 +48,9 @@ class LoRAConfig:
             checkpoint of a Hugging Face model did not contain, such as a new head; ``[]``: none.
         scaling: ``standard`` α/r, or ``rslora`` α/√r.
         init: how A and B are initialized, a name in the registry: ``kaiming`` (A uniform in ±1/√fan_in, B zero), ``gaussian``,
-            ``orthogonal``, ``pissa``, ``pissa_niter_4``, ``olora``, ``mica`` (:mod:`lightning_lora.inits`).
+            ``orthogonal``, ``pissa``, ``pissa_niter_[n]``, ``olora``, ``mica``, ``loftq`` (for a base that is quantized here); ``eva``,
+            ``lora_ga`` and ``corda`` read batches (:mod:`lightning_lora.inits`).
+        init_options: option → value, for inits with options, such as ``{"mode": "kpm"}``. The init's function documents them.
         variant: formula of the update, a name in the registry: ``plain``, ``dora``, ``lora_fa``, ``lora_xs``, ``adalora``, ``vera``
             (:mod:`lightning_lora.variants`).
         variant_options: option → value, for variants with options. The variant's class documents them.
@@ -74,12 +76,13 @@ class LoRAConfig:
     variant: str = "plain"
     variant_options: dict[str, Any] = field(default_factory=dict)
     allow_unmatched: bool = False
+    init_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # Convert what YAML, argparse or JSON gave to plain, comparable values.
         for name in ("target_modules", "exclude_modules", "layers", "modules_to_save"):
             object.__setattr__(self, name, _sequence(name, getattr(self, name)))
-        for name in ("rank_pattern", "alpha_pattern", "kind_pattern", "variant_options"):
+        for name in ("rank_pattern", "alpha_pattern", "kind_pattern", "variant_options", "init_options"):
             object.__setattr__(self, name, _mapping(name, getattr(self, name)))
         for name, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha), ("kind_pattern", _check_name)):
             for pattern, value in getattr(self, name).items():
@@ -142,7 +145,7 @@ def _sequence(name: str, value: Any) -> Any:
 
 def _mapping(name: str, value: Any) -> dict[str, Any]:
     if value is not None and not isinstance(value, Mapping):
-        raise ValueError(f"{name}={value!r}: give a mapping from {'option' if name == 'variant_options' else 'pattern'} to value.")
+        raise ValueError(f"{name}={value!r}: give a mapping from {'option' if name.endswith('_options') else 'pattern'} to value.")
     return dict(value or {})
 
 

@@ -6,7 +6,7 @@ variant knows a formula, and an init fills tensors. Only this file knows that al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
@@ -63,13 +63,22 @@ def register_variant(name: str) -> Callable[[type[T]], type[T]]:
     return lambda variant: _add(VARIANTS, "variant", [name], variant)
 
 
-def register_init(name: str, *, check: InitCheck | None = None) -> Callable[[Init], Init]:
+def register_init(
+    name: str,
+    *,
+    check: InitCheck | None = None,
+    options: Mapping[str, Any] | None = None,
+    data: type | None = None,
+) -> Callable[[Init], Init]:
     """Function decorator: ``LoRAConfig(init=name)`` initializes a layer's A and B with the decorated function, which takes the layer.
 
     Args:
-        name: the init's name in configs.
+        name: the init's name in configs. One that ends in ``_[n]`` stands for that name with any whole number.
         check: takes a module, its ``LayerSpec`` and the shapes of A (r, …) and B (out, r, …). It raises ValueError with the reason if the
             init does not suit the module. It runs before the model is changed, so the init itself must not refuse a layer.
+        options: name → :class:`~lightning_lora.layers.spec.Option` that ``LoRAConfig.init_options`` may have.
+        data: for an init that reads data, the :class:`~lightning_lora.inits.statistics.Statistics` that it gathers of each layer. The
+            decorated function fills a layer that has not seen data yet.
 
     Raises:
         ValueError: another init has that name.
@@ -77,8 +86,9 @@ def register_init(name: str, *, check: InitCheck | None = None) -> Callable[[Ini
 
     def add(init: Init) -> Init:
         _add(INITS, "init", [name], init)
-        if check is not None:
-            init.check = check  # type: ignore[attr-defined]
+        for what, value in (("check", check), ("options", options), ("data", data)):
+            if value is not None:
+                setattr(init, what, value)
         return init
 
     return add
@@ -113,19 +123,47 @@ def freezes(factor: str) -> Callable[[Init], Init]:
     return mark
 
 
+def for_packed_base(init: Init) -> Init:
+    """Decorator for an init that makes up for what quantizing lost: its adapter belongs to the quantized weights, bit for bit."""
+    init.for_packed_base = True  # type: ignore[attr-defined]
+    return init
+
+
+def init_of(name: str) -> Callable[[Any], None]:
+    """Return the init that ``LoRAConfig.init`` names.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    family, _, number = name.rpartition("_")
+    if number.isdecimal() and f"{family}_[n]" in INITS:
+        return INITS[f"{family}_[n]"]
+    return look_up({key: init for key, init in INITS.items() if key != name or number != "[n]"}, "init", name)
+
+
 def frozen_factor(init: str) -> str | None:
     """Return the factor that an init freezes, None if both train."""
-    return getattr(look_up(INITS, "init", init), "frozen", None)
+    return getattr(init_of(init), "frozen", None)
 
 
 def has_start(init: str) -> bool:
     """True if layers with this init keep their start."""
-    return getattr(look_up(INITS, "init", init), "keeps_start", False)
+    return getattr(init_of(init), "keeps_start", False)
+
+
+def belongs_to_packed_base(init: str) -> bool:
+    """True if an adapter with this init belongs to the quantized weights that it was made for."""
+    return getattr(init_of(init), "for_packed_base", False)
+
+
+def data_of(init: str) -> Any:
+    """Return the class of what an init gathers of the data, None if it reads none."""
+    return getattr(init_of(init), "data", None)
 
 
 def init_check(init: str) -> InitCheck | None:
     """Return the check that an init was registered with, None if it has none."""
-    return getattr(look_up(INITS, "init", init), "check", None)
+    return getattr(init_of(init), "check", None)
 
 
 def look_up(table: dict[str, T], field: str, name: str) -> T:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.adapter_io.file_arithmetic import Pairs, read_pairs, write_pairs
-from lightning_lora.adapter_io.fingerprint import same_base
+from lightning_lora.adapter_io.fingerprint import PACKED, same_base
 from lightning_lora.ops.low_rank_svd import balanced, rank_for_energy, svd_of_product
 from lightning_lora.ops.task_vectors import RULES, Majority, Sparsity
 
@@ -179,6 +179,11 @@ def _united(given: list[Pairs]) -> Pairs:
         _check_others(first, other)
         if base is None:
             base, base_of = other.adapter.base, other
+        elif other.adapter.base is not None and base.get(PACKED) != other.adapter.base.get(PACKED):
+            raise ValueError(
+                f"{other.path} belongs to quantized weights ({other.adapter.base.get(PACKED)}), {base_of.path} to {base.get(PACKED)}: an"
+                " adapter with init='loftq' makes up for what quantizing lost, and can be added to others of the same quantized base only."
+            )
         elif other.adapter.base is not None and same_base(base, other.adapter.base) is False:
             raise ValueError(
                 f"{other.path} was trained on another base than {base_of.path}: fingerprint {other.adapter.base['fingerprint']}, not"

@@ -19,8 +19,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_lora.layers.base import PREFIX, LoRALayer
-from lightning_lora.quantization.formats import UNKNOWN, digest_or_weight, format_of
+from lightning_lora.layers.base import PREFIX, LoRALayer, lora_layers
+from lightning_lora.quantization.formats import UNKNOWN, digest_or_weight, format_of, packed_digest
+from lightning_lora.registry import belongs_to_packed_base
 from lightning_lora.utils.checksums import sampled_digests
 from lightning_lora.utils.names import bare, clean_name
 from lightning_lora.utils.pieces import Piece, flattened_pieces
@@ -29,6 +30,7 @@ from lightning_lora.utils.torch_private_parallel import fsdp1_flattened, fsdp2_o
 from lightning_lora.utils.transformers_conventions import model_name
 
 HALF, QUANTIZED = 16, "q"
+PACKED = "packed"  # key of :func:`packed_identity` in a base's identity
 LINEAR_MARK = "@"  # stands before the names of linear layers' weights in :func:`base_digests`
 LINEAR = nn.Linear  # read at import: Lightning's plugins replace `nn.Linear` by their own class while a model is built
 
@@ -87,7 +89,22 @@ def identity_of(root: nn.Module, digests: Mapping[str, str], exclude: Collection
             (linear if key != full else rest).update(f"{full}={value};".encode())
     config = getattr(root, "config", None)
     fingerprint = rest.hexdigest()[:HALF] + (mark + linear.hexdigest())[:HALF]
-    return {"fingerprint": fingerprint, "class": fsdp2_original(type(bare(root))).__name__, "name": model_name(config)}
+    identity = {"fingerprint": fingerprint, "class": fsdp2_original(type(bare(root))).__name__, "name": model_name(config)}
+    belongs = any(belongs_to_packed_base(layer.lora_config.init) for _, layer in lora_layers(root))
+    return identity | ({PACKED: packed_identity(root)} if belongs else {})
+
+
+def identity_like(saved: dict[str, Any], root: nn.Module, exclude: Collection[str] = ()) -> dict[str, Any]:
+    """Return :func:`base_identity`, with all that a saved identity has."""
+    return base_identity(root, exclude) | ({PACKED: packed_identity(root)} if PACKED in saved else {})
+
+
+def packed_identity(root: nn.Module) -> str:
+    """Return formats and a hash of all quantized weights as they are stored: of the base that an adapter with LoftQ belongs to."""
+    digests = {clean_name(name): digest for name, module in sorted(root.named_modules()) if (digest := packed_digest(module)) is not None}
+    formats = {digest.partition("=")[0] for digest in digests.values()}
+    content = "".join(f"{name}={digest};" for name, digest in digests.items())
+    return f"{', '.join(sorted(formats))} {hashlib.sha256(content.encode()).hexdigest()[:HALF]}" if digests else "not quantized"
 
 
 def same_base(mine: dict[str, Any], other: dict[str, Any]) -> bool | None:
@@ -109,6 +126,12 @@ def check_base(mine: dict[str, Any], saved: dict[str, Any], where: str) -> None:
     Raises:
         OtherBase: they differ. The message has both hashes and says how to load anyway.
     """
+    if PACKED in saved and mine.get(PACKED) != saved[PACKED]:
+        raise OtherBase(
+            f"{where} was trained with LoftQ, so it belongs to quantized weights: {saved[PACKED]}; this model's are {mine.get(PACKED)}."
+            " Quantize the base as it was then, with quantize_base(model, how, lora=config) and the same config, or pass check_base=False"
+            " to use the adapter here anyway."
+        )
     same = same_base(mine, saved)
     if same is None:
         warnings.warn(

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from lightning_lora.adapter_io import fingerprint
 from lightning_lora.adapter_io.extras import check_values_kept, equal_values, extra_tensors, is_adapter, why_not_brought
 from lightning_lora.adapter_io.files import AdapterFile, read_adapter
-from lightning_lora.adapter_io.fingerprint import base_identity
 from lightning_lora.adapter_io.placing import place
 from lightning_lora.adapter_io.size_limit import check_size
 from lightning_lora.config import LoRAConfig
@@ -57,7 +56,7 @@ def checked_adapter(
     check_values_kept(places, str(path), "the adapter's values would be lost there")
     if check_base and adapter.base is not None:
         trained = {name for name in tensors if not is_adapter(name)} | adapter.beside
-        fingerprint.check_base(base_identity(root, trained), adapter.base, str(path))
+        fingerprint.check_base(fingerprint.identity_like(adapter.base, root, trained), adapter.base, str(path))
     return adapter, report, tensors, brought
 
 

@@ -6,8 +6,7 @@ import json
 from typing import Any
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers.spec import options_of
-from lightning_lora.registry import INITS, look_up
+from lightning_lora.layers.spec import init_options_of, options_of
 
 FORMAT_VERSION = 1
 META = "lightning_lora"  # key of our entry in the safetensors metadata and in a Lightning checkpoint
@@ -32,7 +31,7 @@ def understood(meta: Any, where: str) -> tuple[LoRAConfig, dict[str, Any] | None
     except ValueError as error:
         raise ValueError(f"{where}: its config is wrong: {error}") from error
     try:
-        look_up(INITS, "init", config.init)
+        init_options_of(config)  # raises for an unknown init too
         options_of(config)  # raises for an unknown variant too
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error

@@ -29,6 +29,7 @@ from lightning_lora.adapter_io.peft_experts import beside_experts
 from lightning_lora.adapter_io.peft_names import factor_in_file, names_for_peft, peft_name
 from lightning_lora.adapter_io.peft_rules import auto_mapping, task_type
 from lightning_lora.config import LoRAConfig
+from lightning_lora.layers.awaiting import data_came
 from lightning_lora.layers.base import PREFIX, LoRALayer, lora_layers
 from lightning_lora.layers.factors import Exported
 from lightning_lora.model.apply import inject
@@ -119,6 +120,8 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
     with torch.no_grad():
         for name, tensor in tensors.items():
             local_tensor(mine[name]).copy_(local_shard(tensor, mine[name]))
+    for _, layer in lora_layers(root):
+        data_came(layer)
     note_brought(root, brought)
     for name, value in adapter.extra_state.items():
         root.get_submodule(name.rpartition(".")[0]).set_extra_state(value)

@@ -23,7 +23,7 @@ from lightning_lora.config import ALL_LINEAR, LoRAConfig
 from lightning_lora.layers.spec import options_of
 from lightning_lora.model.heads import saved_modules
 from lightning_lora.model.targeting import TargetReport, resolve
-from lightning_lora.registry import has_start
+from lightning_lora.registry import data_of, has_start
 from lightning_lora.utils.names import adapter_root, modules_by_name
 from lightning_lora.utils.patterns import compile_pattern, is_regex
 
@@ -38,6 +38,7 @@ def starting_config(model: nn.Module, path: str | Path, given: LoRAConfig) -> Lo
         path: an adapter folder (ours or PEFT's), or a checkpoint written under ``LoRACallback``.
         given: the user's config. Fields that have their default say nothing. ``dropout`` is the user's. ``init`` has no effect: an adapter
             of rank r that began with PiSSA or OLoRA is a plain one of rank 2r on disk, and ``rank=r`` with that init agrees with it.
+            So does any rank with EVA, which chose the adapter's.
 
     Raises:
         ValueError: the adapter does not fit the model, or a field of ``given`` disagrees with it.
@@ -96,16 +97,19 @@ def _conflicts(root: nn.Module, given: LoRAConfig, found: LoRAConfig, report: Ta
     if is_set("modules_to_save") and set(saved := saved_modules(root, given)) != set(report.saved):
         yield "modules_to_save", sorted(saved), sorted(report.saved)
     theirs = {t.fqn: t for t in report.targets}
+    kind = data_of(given.init)
+    by_data = kind is not None and kind.decides_ranks(given)  # then ranks, and layers without one, say nothing
     if is_set("target_modules", "exclude_modules", "layers"):
         which = replace(_DEFAULT, **{name: getattr(given, name) for name in ("target_modules", "exclude_modules", "layers")}, rank=1)
         wanted = {fqn for t in resolve(root, which, frozen_parts=True).targets for fqn in t.names}
-        if unlike := sorted(wanted ^ {fqn for t in report.targets for fqn in t.names}):
+        here = {fqn for t in report.targets for fqn in t.names}
+        if unlike := sorted(here - wanted if by_data else wanted ^ here):
             owner = "only the config" if unlike[0] in wanted else "only the adapter"
             yield "target_modules", given.target_modules, f"{len(theirs)} layers; {owner} has {unlike[0]}"
     doubled = has_start(given.init)  # a kept start doubles the rank in the file, not the scaling
     twice = given.scaling_of(1, 1) / given.scaling_of(2, 1)
     for name, patterns, factors in (("rank", "rank_pattern", (1, 2)), ("alpha", "alpha_pattern", (1, twice))):
-        for fqn, target in theirs.items() if is_set(name, patterns) else ():
+        for fqn, target in theirs.items() if is_set(name, patterns) and not by_data else ():
             mine, other = _value(getattr(given, patterns), getattr(given, name), fqn), getattr(target, name)
             if not any(math.isclose(other, factor * mine) for factor in factors[: 1 + doubled]):
                 yield f"{name} of {fqn}", mine, other

@@ -8,17 +8,19 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 
+from lightning_lora.strategies import StrategyHooks
+
 HOOKS = ("setup", "configure_model")  # in the order in which Lightning calls them
 
 
-def when_built(module: LightningModule, adapt: Callable[[str], object]) -> Callable[[], None]:
-    """Call a function once, right after the first hook that leaves the module with parameters.
+def when_built(module: LightningModule, adapt: Callable[[], StrategyHooks]) -> Callable[[], None]:
+    """Adapt a module once, right after the first hook that leaves it with parameters.
 
     The hooks are replaced on the instance, and put back before the function is called.
 
     Args:
         module: a LightningModule without parameters.
-        adapt: is called with the name of the hook.
+        adapt: adapts it. If ``setup`` built it, ``configure_model`` is watched from then on.
 
     Returns:
         A function that puts the hooks back. It does nothing once they are.
@@ -38,7 +40,9 @@ def when_built(module: LightningModule, adapt: Callable[[str], object]) -> Calla
             original(*args, **kwargs)
             if any(True for _ in module.parameters()):
                 put_back()
-                adapt(name)
+                hooks = adapt()
+                if name == "setup":
+                    hooks.watch_configure_model()
 
         return hook
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from lightning_lora.callbacks.block_modes import BlockModes
 from lightning_lora.callbacks.companions import add_companions
+from lightning_lora.callbacks.data_start import read_data, resumed_config
 from lightning_lora.callbacks.dropout import wake_and_log
 from lightning_lora.callbacks.late_models import when_built
 from lightning_lora.callbacks.merging import check_mergeable, check_not_masked, merge_and_log
@@ -24,7 +26,7 @@ from lightning_lora.callbacks.out_of_memory import advise
 from lightning_lora.callbacks.processes import begin_together
 from lightning_lora.callbacks.refusals import check_apart, check_fit, check_options, check_precondition, frozen_parts, submodule
 from lightning_lora.callbacks.start_report import log_start
-from lightning_lora.callbacks.starting import Start, log_beginning
+from lightning_lora.callbacks.starting import Start, adapted_part, log_beginning, part_root
 from lightning_lora.callbacks.watch import Watch
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import lora_layers
@@ -32,7 +34,7 @@ from lightning_lora.layers.state import Quantized
 from lightning_lora.model.apply import already_applied, inject, let_gradients_in, unload_lora
 from lightning_lora.model.merge import remerging, unmerge_lora
 from lightning_lora.model.modes import restore_flags
-from lightning_lora.model.quantize import quantize_reversibly
+from lightning_lora.model.quantize import before_quantizing, quantize_reversibly
 from lightning_lora.model.targeting import TargetReport, find_targets
 from lightning_lora.optim.groups import check_ratio
 from lightning_lora.optim.preconditioning import check_known
@@ -42,7 +44,6 @@ from lightning_lora.strategies.fsdp2 import offer_to_others
 from lightning_lora.strategies.lightning_private import see_mixed_imports
 from lightning_lora.strategies.namespaces import twins
 from lightning_lora.strategies.support import arrange, check_supported, convert_base
-from lightning_lora.utils.names import adapter_root, clean_name
 from lightning_lora.utils.sharding import is_sharded
 
 
@@ -85,6 +86,7 @@ class LoRACallback(Callback):
             optimizers get preconditioned gradients; see :func:`~lightning_lora.apply_preconditioner`.
         start_from: an adapter folder or a checkpoint, whose adapter is trained further with a new optimizer at step 0. (To resume a run,
             pass ``fit(ckpt_path=...)``.) Its config counts: leave out what it says, or say the same.
+        init_batches: number of training batches, on each process, that an init that computes A and B from data reads before the run.
         tune_loop: let the progress bar read its values twice a second, not in every step (:mod:`lightning_lora.callbacks.shown_values`).
 
     Attributes:
@@ -111,9 +113,10 @@ class LoRACallback(Callback):
         tune_loop: bool = True,
         checkpointing: Literal["full", "selective"] | None = None,
         precondition: Literal["riemannian", "lora_fa"] | None = None,
+        init_batches: int = 8,
     ) -> None:
         offloaded = [offload] if isinstance(offload, str) else list(offload or ())
-        check_options(compile, cuda_graphs, offloaded, checkpointing, quantize, merge_quantized, merge_max_lost)
+        check_options(compile, cuda_graphs, offloaded, checkpointing, quantize, merge_quantized, merge_max_lost, init_batches)
         check_ratio(lora_plus_ratio)
         check_known(precondition)
         see_mixed_imports()
@@ -124,7 +127,7 @@ class LoRACallback(Callback):
         self.quantize, self.merge_quantized = quantize, merge_quantized
         self.merge_on_fit_end = quantize is None or merge_quantized is not None if merge_on_fit_end is None else merge_on_fit_end
         self.lora_plus_ratio, self.merge_max_lost, self.tune_loop = lora_plus_ratio, merge_max_lost, tune_loop
-        self.precondition = precondition
+        self.precondition, self.init_batches = precondition, init_batches
         self.check_base, self.check_gradients, self.allow_nonfinite = check_base, check_gradients, allow_nonfinite
         self.compile, self.cuda_graphs, self.offload, self.checkpointing = compile, cuda_graphs, offload, checkpointing
         self.report: TargetReport | None = None
@@ -148,13 +151,7 @@ class LoRACallback(Callback):
         if any(True for _ in pl_module.parameters()):
             self._adapt(trainer, pl_module).watch_configure_model()
             return
-
-        def adapt(hook: str) -> None:
-            hooks = self._adapt(trainer, pl_module)
-            if hook == "setup":
-                hooks.watch_configure_model()
-
-        self._undo.callback(when_built(pl_module, adapt))
+        self._undo.callback(when_built(pl_module, partial(self._adapt, trainer, pl_module)))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise ValueError if an optimizer lacks a parameter that should train, or has none, or if no checkpoint can be written."""
@@ -239,8 +236,9 @@ class LoRACallback(Callback):
         target, fitting = self._target(pl_module), trainer.state.fn == TrainerFn.FITTING
         if self._start is not None:
             self.config = self._start.config(target, self.config)
+        self.config = resumed_config(trainer, self.config, part_root(self, target))
         there = already_applied(target, self.config, merged_too=True)
-        report = find_targets(target, self.config)  # refuses a config that does not fit, before anything is quantized
+        report = find_targets(target, before_quantizing(self.config) if self.quantize and not there else self.config)
         if self.merge_on_fit_end and fitting:
             check_mergeable(target, report, trainer.strategy, self.quantize, self.merge_quantized)
             check_not_masked(pl_module, report, trainer.callbacks)  # type: ignore[attr-defined]
@@ -256,7 +254,7 @@ class LoRACallback(Callback):
                 convert_base(trainer, pl_module)
                 if self.quantize is not None:
                     device, saved = trainer.strategy.root_device, self.config.modules_to_save
-                    undo.callback(quantize_reversibly(target, self.quantize, modules_to_save=saved, device=device))
+                    undo.callback(quantize_reversibly(target, self.quantize, modules_to_save=saved, device=device, lora=self.config))
                 self.report = report = find_targets(target, self.config)
                 stays = frozen_parts(target, report, self.config, whole=self.module is None)
                 inject(target, self.config, report)
@@ -268,11 +266,10 @@ class LoRACallback(Callback):
             check_precondition(target, self.precondition, trainer.strategy)
             self._modes.begin_adapted(target, trainer)
             undo.callback(arrange(trainer.strategy, pl_module))
-            root = ".".join(filter(None, (self.module, adapter_root(target)[0])))
-            fqns = [clean_name(name) for name, _ in lora_layers(target)]
-            self.part = AdaptedPart(root, self.config, self.check_base, self.lora_plus_ratio, self.allow_nonfinite, fqns, self.precondition)
+            self.part = adapted_part(self, target)
+            self.part.before_setup = partial(read_data, self, trainer, pl_module)
             hooks = StrategyHooks.of(trainer.strategy, pl_module)
-            undo.callback(hooks.drop, root, forget=not there)
+            undo.callback(hooks.drop, self.part.root, forget=not there)
             hooks.add(self.part, training=fitting, new=not there)
             for _, layer in lora_layers(target):
                 layer.lora_base_again = True

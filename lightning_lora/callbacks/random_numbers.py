@@ -35,7 +35,7 @@ class RandomNumbers(Companion):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the states of all processes. Every process has to call it."""
         states: list[Any] = [None] * trainer.world_size
-        mine = _states(trainer)
+        mine = random_states(trainer)
         if trainer.world_size > 1:
             torch.distributed.all_gather_object(states, mine)
         checkpoint[KEY] = states if trainer.world_size > 1 else [mine]
@@ -59,7 +59,7 @@ class RandomNumbers(Companion):
         mine = states[trainer.global_rank]
         progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
         if progress.get("is_last_batch"):
-            _restore(mine, trainer)
+            restore_random_states(mine, trainer)
         else:
             self.loaded = mine
 
@@ -67,10 +67,10 @@ class RandomNumbers(Companion):
         """Restore the state before the first batch of a run that resumed inside an epoch."""
         if self.loaded is not None:
             state, self.loaded = self.loaded, None
-            _restore(state, trainer)
+            restore_random_states(state, trainer)
 
 
-def _states(trainer: Trainer) -> dict[str, Any]:
+def random_states(trainer: Trainer) -> dict[str, Any]:
     """Return this process's states, of plain types and tensors only."""
     version, words, gauss = random.getstate()
     states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": [version, list(words), gauss]}
@@ -83,7 +83,7 @@ def _states(trainer: Trainer) -> dict[str, Any]:
     return states
 
 
-def _restore(states: dict[str, Any], trainer: Trainer) -> None:
+def restore_random_states(states: dict[str, Any], trainer: Trainer) -> None:
     """Set what the states have.
 
     Raises:

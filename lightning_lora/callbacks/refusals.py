@@ -31,6 +31,7 @@ def check_options(
     quantize: str | None,
     merge_quantized: str | None,
     merge_max_lost: float | None,
+    init_batches: int,
 ) -> None:
     """Check the callback's arguments, each alone and against each other.
 
@@ -53,6 +54,8 @@ def check_options(
     if merge_quantized not in (None, "dequantize", "requantize"):
         raise ValueError(f"merge_quantized={merge_quantized!r}: choose 'dequantize' or 'requantize'.")
     check_limit(merge_max_lost, "merge_max_lost")
+    if type(init_batches) is not int or init_batches < 1:
+        raise ValueError(f"init_batches={init_batches!r}: give a whole number ≥ 1, such as 8.")
 
 
 def check_apart(mine: str | None, others: Sequence[str | None]) -> None:

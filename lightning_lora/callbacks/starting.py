@@ -15,7 +15,10 @@ from lightning_lora.adapter_io.save_load import load_adapter
 from lightning_lora.adapter_io.starting import starting_config
 from lightning_lora.callbacks.start_report import log_advice
 from lightning_lora.config import LoRAConfig
+from lightning_lora.layers.base import lora_layers
+from lightning_lora.strategies.adapted_part import AdaptedPart
 from lightning_lora.strategies.lightning_private import resumed_from
+from lightning_lora.utils.names import adapter_root, clean_name
 
 
 class Start:
@@ -59,6 +62,20 @@ class Start:
         with torch.no_grad():
             for tensor, value in before:
                 tensor.copy_(value)
+
+
+def part_root(callback: Any, target: nn.Module) -> str:
+    """Return the name of the submodule that the names of a ``LoRACallback``'s layers are relative to."""
+    return ".".join(filter(None, (callback.module, adapter_root(target)[0])))
+
+
+def adapted_part(callback: Any, target: nn.Module) -> AdaptedPart:
+    """Return what a strategy's hooks have to know of the part that a ``LoRACallback`` adapted."""
+    root = part_root(callback, target)
+    layers = [clean_name(name) for name, _ in lora_layers(target)]
+    return AdaptedPart(
+        root, callback.config, callback.check_base, callback.lora_plus_ratio, callback.allow_nonfinite, layers, callback.precondition
+    )
 
 
 def _trains(parameter: nn.Parameter) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_lora.layers.awaiting import data_came
 from lightning_lora.layers.base import PREFIX, LoRALayer
 from lightning_lora.layers.classes import adapted_class, strip_class
 from lightning_lora.layers.spec import LayerSpec
@@ -75,6 +76,7 @@ def unadapt(layer: LoRALayer) -> nn.Module:
     for container in (layer._parameters, layer._modules, layer.__dict__):
         for name in [name for name in container if name.startswith(PREFIX)]:
             del container[name]
+    data_came(layer)
     cls: Any = type(layer)
     layer.__class__ = strip_class(cls, "lora_base") if hasattr(cls, "unshard") else cls.lora_base  # keep FSDP2's subclass, over the base
     return layer

@@ -20,22 +20,23 @@ Neither knows the other. A variant sees the weight and the factors as matrices (
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.layers.awaiting import await_data
 from lightning_lora.layers.classes import adapted_class
 from lightning_lora.layers.factors import Factors
 from lightning_lora.layers.mergeable import PREFIX
 from lightning_lora.layers.spec import LayerSpec, Option
 from lightning_lora.layers.state import AdapterState
+from lightning_lora.layers.whole_factors import check_whole
 from lightning_lora.ops import backends
 from lightning_lora.ops.output_scale import apply_output_scale
 from lightning_lora.quantization import formats
-from lightning_lora.registry import INITS, frozen_factor, has_start, init_check, look_up
+from lightning_lora.registry import data_of, frozen_factor, has_start, init_check, init_of
 from lightning_lora.utils.gradient_reducer import kept_reduced
 from lightning_lora.utils.parameters import make_parameter
 from lightning_lora.utils.sharding import local_tensor
@@ -55,6 +56,8 @@ class LoRALayer(Factors):
 
     #: True if ``target_modules="all-linear"`` includes this kind.
     is_linear: ClassVar[bool] = False
+    #: True if the weight multiplies the rows of the input, ``x (..., in) → y (..., out)``. Inits that read data need that.
+    reads_rows: ClassVar[bool] = False
     #: Names of the module's children that are adapted together with it, with its rank and alpha: its own forward calls them.
     children_too: ClassVar[tuple[str, ...]] = ()
     #: Names of the module's attributes that say the shape of its weight.
@@ -78,19 +81,14 @@ class LoRALayer(Factors):
 
         The message is the reason only; the caller adds the layer's name.
         """
-        check = init_check(spec.config.init)
+        init = spec.config.init
+        if data_of(init) is not None and not cls.reads_rows:
+            raise ValueError(f"init={init!r} reads the rows that a linear multiplies, and a {cls.__name__} has none; exclude it")
+        check = init_check(init)
         if check is not None:
             check(module, spec, *cls.adapter_shapes(module, spec))
-        if not has_start(spec.config.init):
-            return
-        (r, *inputs), (outputs, again, *_) = cls.adapter_shapes(module, spec)
-        what = f"init={spec.config.init!r}"
-        if (r, again) != (spec.rank, spec.rank):
-            raise ValueError(f"{what} computes A and B from the weight, and here they are split into groups; exclude it")
-        if getattr(module, "padding_idx", None) is not None:
-            raise ValueError(f"{what} would train the row of padding_idx={module.padding_idx} too; exclude it")
-        if r > min(outputs, math.prod(inputs)):
-            raise ValueError(f"{what} with rank={r} is above min(in, out)={min(outputs, math.prod(inputs))}; choose a lower rank")
+        if has_start(init):
+            check_whole(module, spec, *cls.adapter_shapes(module, spec), f"init={init!r}")
 
     @classmethod
     def unfit(cls, module: Any) -> str | None:
@@ -168,20 +166,31 @@ class LoRALayer(Factors):
         self.reset_lora_parameters()
         if frozen := frozen_factor(spec.config.init):
             self.get_parameter(frozen).requires_grad_(False)
+        if data_of(spec.config.init) is not None:
+            await_data(self)
         backends.look_at(weight.device)
 
     def reset_lora_parameters(self) -> None:
         """Reset the adapter to its start. The config's init sets A and B."""
         with torch.no_grad():
-            look_up(INITS, "init", self.lora_config.init)(self)
-            for name in ("lora_A", "lora_B"):
-                start = self._parameters.get(f"{name}0")
-                if start is not None:
-                    local_tensor(start.requires_grad_(False)).copy_(local_tensor(self._parameters[name]))  # type: ignore[arg-type]
+            init_of(self.lora_config.init)(self)
+            self.keep_start()
+
+    @torch.no_grad()
+    def keep_start(self) -> None:
+        """Take A and B as the start, for an init that keeps it."""
+        for name in ("lora_A", "lora_B"):
+            start = self._parameters.get(f"{name}0")
+            if start is not None:
+                local_tensor(start.requires_grad_(False)).copy_(local_tensor(self._parameters[name]))  # type: ignore[arg-type]
 
     def base_was_loaded(self, loaded: set[str]) -> None:
-        """Compute what was made from the weight again from the new one, unless the adapter was loaded too or has trained."""
-        from_weight = "lora_A0" in self._parameters or frozen_factor(self.lora_config.init)
+        """Compute what was made from the weight again from the new one, unless the adapter was loaded too or has trained.
+
+        What was made from data stays.
+        """
+        init = self.lora_config.init
+        from_weight = ("lora_A0" in self._parameters or frozen_factor(init)) and data_of(init) is None
         if from_weight and "lora_A" not in loaded and self._starts():
             self.reset_lora_parameters()
 

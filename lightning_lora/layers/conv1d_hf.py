@@ -17,7 +17,7 @@ from lightning_lora.registry import register_kind
 class LoRAConv1DHF(LoRALayer):
     """``y = xW + b + scaling · B(A·dropout(x))`` with W (in, out), ``lora_A`` (r, in), ``lora_B`` (out, r)."""
 
-    is_linear = True
+    is_linear = reads_rows = True
     transposed = True
     sizes = ("nx", "nf")
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.mergeable import Mergeable
 from lightning_lora.layers.spec import LayerSpec
-from lightning_lora.registry import has_start
+from lightning_lora.registry import data_of, has_start
 from lightning_lora.utils.sharding import full_tensor
 
 
@@ -175,10 +175,12 @@ class Factors(Mergeable):
         A variant that is a training method and not a format exports the plain LoRA that it computes.
         """
         config, rank = self.lora_config, self.rank
+        if has_start(config.init) or data_of(config.init) is not None:  # who reads the file needs neither the start nor the data
+            config = replace(config, init=LoRAConfig().init, init_options={})
         if "lora_A0" not in self._parameters:
             return Exported(self.to_peft(), rank, self.alpha, config, self.spec.kind)
         alpha = self.alpha * config.scaling_of(rank, 1) / config.scaling_of(2 * rank, 1)  # gives the same scaling
-        return Exported(self.to_peft(), 2 * rank, alpha, replace(config, init=LoRAConfig().init), self.spec.kind)
+        return Exported(self.to_peft(), 2 * rank, alpha, config, self.spec.kind)
 
     @classmethod
     def take_shared(cls, layers: Sequence[tuple[Any, LayerSpec]], tensors: dict[str, Tensor]) -> None:

@@ -1,10 +1,11 @@
-"""Read a layer's weight as a matrix, and write matrices into its factors: what starts that are computed from the weight need."""
+"""Read a layer's weight as a matrix, and write matrices or random numbers into its factors: what starts of adapters need."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_lora.utils.sharding import full_tensor, local_shard, local_tensor
 
@@ -26,6 +27,13 @@ def weight_matrix(layer: LoRALayer, why: str) -> Tensor:
         raise ValueError(f"{why} reads the weight, which FSDP1 has flattened: apply LoRA before wrapping")
     matrix = layer.to_matrix(full_tensor(layer.base_weight().detach())).to(layer.lora_A.dtype)
     return matrix.flatten(0, -2)  # a convolution's matrix has a leading dimension of groups, here one group
+
+
+def fill_random(layer: LoRALayer) -> None:
+    """Fill one factor uniformly in ±1/√fan_in, the other with zeros."""
+    random, zero = layer.lora_factors()
+    nn.init.kaiming_uniform_(random, a=math.sqrt(5))
+    nn.init.zeros_(zero)
 
 
 def fill_factors(layer: LoRALayer, A: Tensor, B: Tensor) -> None:

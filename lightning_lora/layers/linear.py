@@ -45,7 +45,7 @@ class LoRALinear(LoRALayer, nn.Linear):
     """
 
     lora_base = nn.Linear
-    is_linear = True
+    is_linear = reads_rows = True
     sizes = ("in_features", "out_features")
     #: The linears that share this one's input; :func:`lightning_lora.model.fuse.fuse` sets it.
     shared_input: SharedInputGroup | None = None

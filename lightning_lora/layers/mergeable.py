@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.layers import merging
+from lightning_lora.layers.awaiting import data_came
 from lightning_lora.layers.merge_plans import plan_merge, plan_unmerge
 from lightning_lora.layers.rounding import Rounding
 from lightning_lora.layers.state import Adapted, AdapterState, Quantized, Untying
@@ -248,6 +249,8 @@ class Mergeable(Adapted):
     def _follow(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Call :meth:`base_was_loaded` on each layer whose weight was loaded."""
         came = {id(p) for name, p in self.lora_parameters().items() if prefix + name in state_dict}
+        if {id(p) for p in self.lora_parameters().values()} == came:
+            data_came(self)
         for name, layer in self.by_weight().items():
             if prefix + name in state_dict:
                 layer.base_was_loaded({short for short, p in layer.lora_parameters().items() if id(p) in came})

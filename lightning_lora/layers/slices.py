@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_lora.layers.factors import Exported, Factors
 from lightning_lora.layers.spec import LayerSpec, Slices
-from lightning_lora.registry import frozen_factor, has_start, init_check
+from lightning_lora.registry import data_of, frozen_factor, has_start, init_check
 
 
 class Sliced(Factors):
@@ -40,7 +40,7 @@ class Sliced(Factors):
         if slices.layout.rows != outputs:
             raise ValueError(f"it has {outputs} rows, its class's layout {slices.layout.parts} has {slices.layout.rows}; {whole}")
         init = spec.config.init
-        if has_start(init) or frozen_factor(init) or init_check(init):
+        if has_start(init) or frozen_factor(init) or init_check(init) or data_of(init):
             raise ValueError(f"init={init!r} computes A and B of a whole layer; {whole}")
         shapes = cls.parameter_shapes(module, spec)
         between = [name for name, shape in shapes.items() if name not in ("lora_A", "lora_B") and shape != (outputs,)]

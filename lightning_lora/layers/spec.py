@@ -6,7 +6,7 @@ A config describes a whole model; a spec describes one layer (rank, alpha, kind)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.registry import VARIANTS, look_up
+from lightning_lora.registry import VARIANTS, init_of, look_up
 from lightning_lora.utils.fused_layouts import FusedLayout
 
 
 @dataclass(frozen=True)
 class Option:
-    """One entry that a variant accepts in ``variant_options``.
+    """One entry that a variant accepts in ``variant_options``, or an init in ``init_options``.
 
     Attributes:
         default: the value if the config has none.
@@ -120,6 +120,11 @@ class LayerSpec:
         """The variant's options, defaults included."""
         return options_of(self.config)
 
+    @property
+    def init_options(self) -> dict[str, Any]:
+        """The init's options, defaults included."""
+        return init_options_of(self.config)
+
 
 def options_of(config: LoRAConfig) -> dict[str, Any]:
     """Return every option of the config's variant, by name.
@@ -127,11 +132,23 @@ def options_of(config: LoRAConfig) -> dict[str, Any]:
     Raises:
         ValueError: the config has an option that the variant does not accept, or a value that is not allowed.
     """
-    known: dict[str, Option] = getattr(look_up(VARIANTS, "variant", config.variant), "options", {})
-    for name, value in config.variant_options.items():
+    return _options("variant", config.variant, getattr(look_up(VARIANTS, "variant", config.variant), "options", {}), config.variant_options)
+
+
+def init_options_of(config: LoRAConfig) -> dict[str, Any]:
+    """Return every option of the config's init, by name.
+
+    Raises:
+        ValueError: the config has an option that the init does not accept, or a value that is not allowed.
+    """
+    return _options("init", config.init, getattr(init_of(config.init), "options", {}), config.init_options)
+
+
+def _options(field: str, owner: str, known: Mapping[str, Option], given: Mapping[str, Any]) -> dict[str, Any]:
+    for name, value in given.items():
         if name not in known:
             there = f"it takes {', '.join(sorted(known))}" if known else "it takes none"
-            raise ValueError(f"variant_options[{name!r}]={value!r} is not known to variant={config.variant!r}; {there}.")
+            raise ValueError(f"{field}_options[{name!r}]={value!r} is not known to {field}={owner!r}; {there}.")
         if not known[name].valid(value):
-            raise ValueError(f"variant_options[{name!r}]={value!r}: give {known[name].allowed}.")
-    return {name: option.default for name, option in known.items()} | config.variant_options
+            raise ValueError(f"{field}_options[{name!r}]={value!r}: give {known[name].allowed}.")
+    return {name: option.default for name, option in known.items()} | {**given}

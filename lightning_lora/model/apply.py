@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Literal, overload
 
@@ -18,7 +19,7 @@ from lightning_lora.model.heads import note_saved, saved_modules
 from lightning_lora.model.merge import unmerge_lora
 from lightning_lora.model.targeting import TargetReport, find_targets
 from lightning_lora.quantization.formats import elements, plain_dtype, prepare, restore, why_not_prepared
-from lightning_lora.registry import has_start
+from lightning_lora.registry import data_of, has_start
 from lightning_lora.utils.names import clean_name, modules_by_name, parameters_by_name
 from lightning_lora.utils.sharding import is_distributed, reshard
 from lightning_lora.utils.transformers_conventions import checkpoint_options, gives_gradients
@@ -124,6 +125,7 @@ def already_applied(model: nn.Module, config: LoRAConfig, *, merged_too: bool = 
     layers = list(lora_layers(model))
     if not layers:
         return False
+    config = as_data_decided(config, layers[0][1].lora_config)
     merged = [name for name, layer in layers if layer.merged]
     if merged and not merged_too:
         raise ValueError(
@@ -139,6 +141,14 @@ def already_applied(model: nn.Module, config: LoRAConfig, *, merged_too: bool = 
         here = layers[0][0]
         raise ValueError(f"{here!r} has LoRA with this config, but {plain[0]!r}, also a target, has no adapter; {ways}, first.")
     return True
+
+
+def as_data_decided(config: LoRAConfig, there: LoRAConfig) -> LoRAConfig:
+    """Return a config with the ranks that data gave the layers, if its init takes ranks from data and the layers have that init."""
+    kind = data_of(config.init)
+    if kind is None or there.init != config.init or not kind.decides_ranks(config):
+        return config
+    return replace(config, **{name: getattr(there, name) for name in ("rank_pattern", "alpha_pattern", "exclude_modules")})
 
 
 def _alike(config: LoRAConfig, layer: tuple[str, LoRALayer]) -> bool:

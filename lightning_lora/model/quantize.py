@@ -10,14 +10,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from lightning_lora.config import ALL_LINEAR, LoRAConfig
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.spec import LayerSpec, init_options_of
 from lightning_lora.model.targeting import find_targets
-from lightning_lora.quantization.formats import format_of, quantizer_of, remember
+from lightning_lora.quantization.formats import Quantizer, dequantized, format_of, prepare, quantizer_of, remember, remember_lost
+from lightning_lora.registry import belongs_to_packed_base
 from lightning_lora.utils.checksums import sampled_digest
 from lightning_lora.utils.sharding import is_sharded
 from lightning_lora.utils.torch_private_parallel import let_fsdp2_shard_integers
@@ -30,6 +33,7 @@ def quantize_base(
     targets: Sequence[str] | str = ALL_LINEAR,
     modules_to_save: Sequence[str] | str = "auto",
     device: torch.device | str | None = None,
+    lora: LoRAConfig | None = None,
 ) -> nn.Module:
     """Quantize the weights of a model's linears. Everything else (embeddings, norms, biases, heads) stays as it is.
 
@@ -45,6 +49,8 @@ def quantize_base(
         targets: which linears, named as ``target_modules`` of :class:`~lightning_lora.LoRAConfig`; by default all but output heads.
         modules_to_save: modules that will train in full and so are left out, as in the config.
         device: where to quantize, layer by layer (default: each weight's device). The quantized weight goes back to the weight's device.
+        lora: the config that is applied next, if its ``init`` is ``"loftq"``: what quantizing loses of the layers that it names is kept in
+            factors of its ranks.
 
     Returns:
         The same ``model``.
@@ -54,7 +60,7 @@ def quantize_base(
             module, not a plain ``nn.Linear``, or of a size that does not fit the format.
         ImportError: the library is not installed; the message names the extra.
     """
-    quantize_reversibly(model, how, targets=targets, modules_to_save=modules_to_save, device=device)
+    quantize_reversibly(model, how, targets=targets, modules_to_save=modules_to_save, device=device, lora=lora)
     return model
 
 
@@ -65,12 +71,14 @@ def quantize_reversibly(
     targets: Sequence[str] | str = ALL_LINEAR,
     modules_to_save: Sequence[str] | str = "auto",
     device: torch.device | str | None = None,
+    lora: LoRAConfig | None = None,
 ) -> Callable[[], None]:
     """Quantize as :func:`quantize_base`. Return a function that restores the linears, and keeps their plain weights until it is dropped."""
     quantizer = quantizer_of(how)
     quantizer.check_installed()
     report = find_targets(model, LoRAConfig(rank=1, target_modules=targets, modules_to_save=modules_to_save))
     layers = {target.fqn: target.module for target in report.targets if format_of(target.module) is None}
+    specs = _made_up_for(model, lora)
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
@@ -83,9 +91,64 @@ def quantize_reversibly(
             assert isinstance(layer, nn.Linear)
             undo.callback(_Plain(layer).put_back)
             remember(layer, sampled_digest(layer.weight))
-            quantizer.pack(layer, torch.device(device) if device is not None else layer.weight.device)
+            there = torch.device(device) if device is not None else layer.weight.device
+            if layer in specs:
+                quantize_with_factors(layer, quantizer, specs[layer], there)
+            else:
+                quantizer.pack(layer, there)
         let_fsdp2_shard_integers()
         return undo.pop_all().close
+
+
+@torch.no_grad()
+def quantize_with_factors(layer: nn.Linear, quantizer: Quantizer, spec: LayerSpec, device: torch.device) -> None:
+    """Quantize a linear, and keep A and B of its spec's rank with Q + s·B·A ≈ W (LoftQ, arXiv:2310.08659, algorithm 1).
+
+    Each iteration quantizes ``W − s·B·A``, which begins as W, and takes A and B from the largest singular values of W − Q.
+
+    Args:
+        layer: a plain linear.
+        quantizer: of the format.
+        spec: the rank, the scaling s, and the number of iterations.
+        device: where to compute.
+    """
+    W = layer.weight.detach()
+    wide = torch.promote_types(W.dtype, torch.float32)
+    rest = W
+    for _ in range(spec.init_options["iterations"]):
+        last, trial = rest, nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        trial._parameters["weight"] = nn.Parameter(last.to(device, copy=True), requires_grad=False)
+        quantizer.pack(trial, device)
+        prepare(trial, W.dtype)
+        lost = W.to(device, wide) - dequantized(trial).to(device, wide)
+        U, S, Vh = torch.linalg.svd(lost, full_matrices=False)
+        root = (S[: spec.rank] / spec.scaling).sqrt()
+        A, B = root[:, None] * Vh[: spec.rank], U[:, : spec.rank] * root
+        rest = (W.to(device, wide) - spec.scaling * (B @ A)).to(W.dtype)
+    if last is not W:
+        layer._parameters["weight"] = nn.Parameter(last.to(W.device), requires_grad=False)
+    quantizer.pack(layer, device)
+    remember_lost(layer, A.to(W.device), B.to(W.device))
+
+
+def before_quantizing(config: LoRAConfig) -> LoRAConfig:
+    """Return a config that finds the same layers in the model before it is quantized."""
+    return replace(config, init=LoRAConfig().init, init_options={}) if belongs_to_packed_base(config.init) else config
+
+
+def _made_up_for(model: nn.Module, lora: LoRAConfig | None) -> dict[nn.Module, LayerSpec]:
+    """Return layer → spec of the layers whose adapters make up for quantizing."""
+    if lora is None or not belongs_to_packed_base(lora.init):
+        return {}
+    init_options_of(lora)  # raises for a wrong option
+    targets = find_targets(model, before_quantizing(lora)).targets
+    for target in targets:
+        smallest = min(target.module.weight.shape) if type(target.module) is nn.Linear else target.rank
+        if target.rank > smallest:
+            raise ValueError(
+                f"{target.fqn!r}: init={lora.init!r} with rank={target.rank} is above min(in, out)={smallest}; choose a lower rank."
+            )
+    return {target.module: replace(target.spec, config=lora) for target in targets}
 
 
 class _Plain:

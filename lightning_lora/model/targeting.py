@@ -18,18 +18,18 @@ from torch.nn.parameter import is_lazy
 
 from lightning_lora.config import ALL_LINEAR, LoRAConfig
 from lightning_lora.layers.adapting import refusal
-from lightning_lora.layers.base import PREFIX
+from lightning_lora.layers.base import PREFIX, LoRALayer
 from lightning_lora.layers.classes import adapted_class
 from lightning_lora.layers.several_weights import SeveralWeights
-from lightning_lora.layers.spec import LayerSpec, options_of
+from lightning_lora.layers.spec import LayerSpec, init_options_of, options_of
 from lightning_lora.model.frozen_parts import mixed_with_frozen
 from lightning_lora.model.fused_slices import chosen_slices, names_of, slice_names
 from lightning_lora.model.heads import output_heads, saved_modules, within
 from lightning_lora.model.routers import routers
 from lightning_lora.model.suitability import Suitability
 from lightning_lora.model.target_report import Target, TargetReport, lines_of
-from lightning_lora.quantization.formats import elements
-from lightning_lora.registry import INITS, kind_of, look_up, qualified_name, why_refused
+from lightning_lora.quantization.formats import elements, lost_factors
+from lightning_lora.registry import belongs_to_packed_base, kind_of, qualified_name, why_refused
 from lightning_lora.utils.names import modules_by_name, parameters_by_name
 from lightning_lora.utils.patterns import compile_patterns, layer_index, no_match, starred
 
@@ -95,7 +95,11 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetReport:
     Raises:
         ValueError: a pattern or a layer index matches nothing, a target cannot be adapted, or two fields contradict each other.
     """
-    return resolve(model, config)
+    report = resolve(model, config)
+    if belongs_to_packed_base(config.init):
+        for target in report.targets:
+            _check_lost(target, config.init)
+    return report
 
 
 def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False) -> TargetReport:
@@ -109,7 +113,7 @@ def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False)
     excluded = _Field("exclude_modules", config.exclude_modules)
     rules = {name: _Field(name, list(getattr(config, name))) for name in ("rank_pattern", "alpha_pattern", "kind_pattern")}
     options_of(config)  # raises for a wrong option
-    look_up(INITS, "init", config.init)
+    init_options_of(config)
 
     # A module with two parents has two names. It is adapted once even if both are targets, and not at all if one of them is excluded.
     out = {module for fqn, module in modules.items() if excluded.matching(fqn)}
@@ -220,6 +224,20 @@ def _problem(suitability: Suitability, modules: dict[str, nn.Module], module: nn
         fix = f"Target {parent!r}, which adapts it too" if together else "Exclude it"
         return f"{fqn!r} ({qualified_name(type(module))}): {reason}. {fix}."
     return problem
+
+
+def _check_lost(target: Target, init: str) -> None:
+    """Raise ValueError if nothing was kept of what quantizing a layer lost."""
+    lost = lost_factors(target.module)
+    if lost is None and not isinstance(target.module, LoRALayer):  # an adapted one has the values from its file
+        raise ValueError(
+            f"{target.fqn!r}: init={init!r} makes up for what quantizing lost, and this weight came quantized. Load the model in 16 bits,"
+            " and quantize it with quantize_base(model, how, lora=config) or LoRACallback(quantize=...)."
+        )
+    if lost is not None and lost[0].shape[0] != target.rank:
+        raise ValueError(
+            f"{target.fqn!r}: rank={target.rank}, and its base was quantized for init={init!r} at rank={lost[0].shape[0]}; give that rank."
+        )
 
 
 def _warn_of_rank(target: Target) -> None:

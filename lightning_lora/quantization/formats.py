@@ -25,6 +25,8 @@ QUANTIZERS: dict[str, Quantizer] = {}  # quantize=… → what quantizes a linea
 
 UNKNOWN = "packed:"  # prefix of the digest of a weight that was loaded quantized
 _DIGEST = "_unpacked_digest"
+_CODES = "_packed_digest"
+_LOST = "_lost_factors"
 _SCHEME = "quantization_scheme"  # compressed-tensors' mark on a layer of a plain type
 
 
@@ -220,6 +222,25 @@ def elements(module: nn.Module, name: str, parameter: Tensor) -> int:
 def remember(module: nn.Module, digest: str) -> None:
     """Record the digest of the weight before it is quantized, so that a quantized copy counts as the same base."""
     module.__dict__[_DIGEST] = digest
+
+
+def remember_lost(module: nn.Module, A: Tensor, B: Tensor) -> None:
+    """Keep low-rank factors of what quantizing a weight lost, (r, in) and (out, r), for an adapter that makes up for it."""
+    module.__dict__[_LOST] = (A, B)
+
+
+def lost_factors(module: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Return what :func:`remember_lost` kept, None if nothing was."""
+    return module.__dict__.get(_LOST)
+
+
+def packed_digest(module: Any) -> str | None:
+    """Return ``format=digest`` of a quantized weight as it is stored, sampled; None for a plain weight. A merge does not change it."""
+    packing = format_of(module) if "weight" in module._parameters else None
+    if packing is not None and not module.weight.is_meta and _CODES not in module.__dict__:
+        codes = "+".join(sampled_digest(code) for code in packing.codes(module))
+        module.__dict__[_CODES] = f"{type(packing).__name__.removesuffix('Format')}={codes}"
+    return module.__dict__.get(_CODES)
 
 
 def weight_digest(module: Any) -> str:

@@ -23,6 +23,7 @@ class AdaptedPart:
         layers: names of the layers that were adapted, in the part.
         precondition: method that its gradients are preconditioned by; None: they are not.
         before_load: called with a checkpoint's config before the module is checked against it. It may change the module to fit.
+        before_setup: called before the strategy wraps the module and makes its optimizers.
     """
 
     root: str
@@ -33,6 +34,7 @@ class AdaptedPart:
     layers: Sequence[str] = ()
     precondition: str | None = None
     before_load: Callable[[LoRAConfig], None] | None = None
+    before_setup: Callable[[], None] = lambda: None
 
 
 def meta_of(parts: Mapping[str, AdaptedPart], base: Callable[[str], dict[str, Any]]) -> dict[str, Any]:

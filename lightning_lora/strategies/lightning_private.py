@@ -6,7 +6,9 @@ Lightning is pinned below 2.7 because of them. If a later version removes one, a
 from __future__ import annotations
 
 import functools
+import itertools
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -98,6 +100,18 @@ def resumed_from(trainer: Any) -> Any:
     return None if os.path.basename(path or "").startswith((".lr_find_", ".scale_batch_size_")) else path
 
 
+def will_resume(trainer: Any) -> Any:
+    """Return the checkpoint that the running ``fit``, ``test`` and so on load, None if there is none.
+
+    Lightning tells nobody before it loads it, which under sharding is after the model was wrapped. So the argument of ``Trainer._run`` is
+    read. If its names go, a run with an init that reads data raises.
+    """
+    frame, run = sys._getframe(), type(trainer)._run.__code__
+    while frame.f_code is not run:
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame.f_locals["ckpt_path"]
+
+
 def see_mixed_imports() -> None:
     """Let Lightning name the package in its refusal of a module of the other one (``pytorch_lightning``), for a user's classes too.
 
@@ -129,6 +143,36 @@ def cli_parser(cli: Any, subcommand: str | None) -> Any:
 def cli_value(cli: Any, key: str) -> Any:
     """Return a value from the running sub-command's configuration, with its classes instantiated."""
     return cli._get(cli.config_init, key)
+
+
+def read_train_batches(trainer: Any, number: int) -> list[Any]:
+    """Return the first batches of an epoch of training. Lightning makes its loaders anew afterwards. If its names go, such a run raises.
+
+    Raises:
+        ValueError: a loader gives its batches once only.
+    """
+    loop = trainer.fit_loop
+    loop.setup_data()
+    loaders = loop._combined_loader
+    if loaders is None:  # nothing is trained on
+        return []
+    try:
+        for loader in loaders.flattened:
+            if any(iter(each) is each for each in (loader, getattr(loader, "dataset", ())) if hasattr(each, "__next__")):
+                raise ValueError(
+                    f"the train dataloader ({type(loader).__name__}) gives each batch once, so training would miss what an init reads:"
+                    " give a loader that can start over, or call apply_lora and initialize_from_data(model, batches) before fit."
+                )
+        return [batch for batch, _, _ in itertools.islice(loaders, number)]
+    finally:
+        loaders.reset()
+        loop._combined_loader = loop._data_fetcher = None
+
+
+def prepared_batch(trainer: Any, batch: Any) -> Any:
+    """Return a batch as ``training_step`` gets it, on the device. If its name goes, a run with an init that reads data raises."""
+    batch = trainer.lightning_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def loader_states_not_loaded(trainer: Any) -> bool:

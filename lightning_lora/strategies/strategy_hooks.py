@@ -150,11 +150,11 @@ class StrategyHooks(CopiedHooks):
 
         self._watching = self.module.configure_model = configure_model  # type: ignore[method-assign]
 
-    # Each of these replaces the strategy's method of the same name.
-
     def setup(self, trainer: Trainer) -> None:
         """Let the strategy wrap and cast the module, which is no change. What changed before is recorded first."""
         self.state.note()
+        for part in self.parts.values():
+            part.before_setup()
         self.originals["setup"](trainer)
         self.state.rebase()
 

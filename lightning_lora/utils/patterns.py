@@ -33,6 +33,11 @@ def is_regex(entry: str) -> bool:
     return any(char in _METACHARACTERS for char in entry)
 
 
+def exactly(name: str, prefix: str = "") -> str:
+    """Return a regex that matches this name alone, and the same name after a prefix: that of the part of a model which names begin in."""
+    return rf"^(?:{re.escape(prefix)}\.)?{re.escape(name)}$" if prefix else f"^{re.escape(name)}$"
+
+
 def compile_pattern(entry: str, field: str, *, whole: bool = False) -> Pattern:
     """Compile one entry of a config field.
 

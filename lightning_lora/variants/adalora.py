@@ -22,6 +22,7 @@ from lightning_lora.layers.adapting import shallow_copy
 from lightning_lora.layers.base import LoRALayer, lora_layers
 from lightning_lora.layers.factors import Exported
 from lightning_lora.layers.spec import LayerSpec
+from lightning_lora.layers.whole_factors import check_pairs
 from lightning_lora.registry import register_variant
 from lightning_lora.utils.gradient_reducer import hand_over
 from lightning_lora.utils.names import adapter_root, clean_name
@@ -57,15 +58,7 @@ class AdaLoRA(LoRALayer):
                 f"init={spec.config.init!r} and variant='adalora': AdaLoRA defines its own start (A and B normal, E zero); leave init out"
             )
         super().check(module, spec)
-        A, B = cls.adapter_shapes(module, spec)
-        if (A[0], B[1]) != (spec.rank, spec.rank):
-            raise ValueError(
-                "variant='adalora' prunes a row of A with its column of B, and here they are no pairs (a grouped convolution); exclude it"
-            )
-        if getattr(module, "padding_idx", None) is not None:
-            raise ValueError(
-                f"variant='adalora' starts with a random A, which would change the row of padding_idx={module.padding_idx}; exclude it"
-            )
+        check_pairs(module, spec, *cls.adapter_shapes(module, spec), "variant='adalora'")
 
     @classmethod
     def adapter_placements(cls, placement: Any) -> dict[str, Any]:

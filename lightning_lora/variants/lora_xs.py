@@ -17,6 +17,7 @@ from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.factors import Exported
 from lightning_lora.layers.filling import fill_factors, weight_matrix
 from lightning_lora.layers.spec import LayerSpec
+from lightning_lora.layers.whole_factors import check_whole
 from lightning_lora.registry import register_variant
 
 _INIT = LoRAConfig().init
@@ -41,14 +42,7 @@ class LoRAXS(LoRALayer):
                 f"init={spec.config.init!r} and variant='lora_xs', which starts from the weight's singular vectors; leave it out"
             )
         super().check(module, spec)
-        A, B = cls.adapter_shapes(module, spec)
-        if (A[0], B[1]) != (spec.rank, spec.rank):
-            raise ValueError("variant='lora_xs' mixes all rows of A, and here they belong to groups (a grouped convolution); exclude it")
-        if getattr(module, "padding_idx", None) is not None:
-            raise ValueError(f"variant='lora_xs' would train the row of padding_idx={module.padding_idx} too; exclude it")
-        smallest = min(B[0], torch.Size(A[1:]).numel())
-        if spec.rank > smallest:
-            raise ValueError(f"variant='lora_xs' with rank={spec.rank} is above min(in, out)={smallest}; choose a lower rank")
+        check_whole(module, spec, *cls.adapter_shapes(module, spec), "variant='lora_xs'")
 
     @classmethod
     def adapter_placements(cls, placement: Any) -> dict[str, Any]:

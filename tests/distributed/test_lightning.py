@@ -26,10 +26,10 @@ def run_with(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[s
     return run(name, *args, **kwargs)
 
 
-def close(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+def close(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], atol: float = 1e-6) -> None:
     assert mine.keys() == theirs.keys()
     for name in mine:
-        torch.testing.assert_close(mine[name], theirs[name], rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(mine[name], theirs[name], rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.fixture(scope="module")

@@ -116,7 +116,7 @@ def test_applying_to_a_merged_model_is_refused(make, rank):
     ("fields", "message"),
     [
         ({"target_modules": ["q_proj", "nope"]}, "'nope' matches no module"),
-        ({"init": "pissa2"}, "init='pissa2' is not known; there are gaussian, kaiming"),
+        ({"init": "pissa2"}, "init='pissa2' is not known; there are corda, eva, gaussian, kaiming"),
         ({"variant": "nope"}, "variant='nope' is not known; there are .*plain"),
         ({"target_modules": ["q_proj", "norm"]}, "which LoRA cannot adapt"),
     ],

@@ -83,7 +83,7 @@ def test_a_base_that_comes_later_gives_the_start() -> None:
 @pytest.mark.parametrize(
     ("module", "config", "match"),
     [
-        (nn.Conv2d(4, 4, 3, groups=2), {"rank": 2}, "mixes all rows of A, and here they belong to groups"),
+        (nn.Conv2d(4, 4, 3, groups=2), {"rank": 2}, "split into groups"),
         (nn.Linear(9, 3), {"rank": 4}, r"with rank=4 is above min\(in, out\)=3"),
         (nn.Linear(9, 3), {"rank": 2, "init": "gaussian"}, "init='gaussian' and variant='lora_xs'"),
         (nn.Embedding(9, 3, padding_idx=0), {"rank": 2}, "row of padding_idx=0"),

@@ -1,20 +1,15 @@
-"""Initialize A and B without reading data. Each function fills the factors of one layer; the layer tells which factor is which.
-
-An adapted model starts as its base. Most inits ensure that by B·A = 0. Those that compute A and B from the weight are marked
-:func:`~lightning_lora.registry.keeps_start`: the layer keeps the start B₀·A₀ and adds ``s·(B·A − B₀·A₀)``. Papers and PEFT subtract
-s·B₀·A₀ from the base weight instead, which gives the same sum. Here the base stays unchanged, bit for bit.
-"""
+"""Fill A and B with random numbers, or from the base's weight. No data are read."""
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.layers.filling import fill_factors, weight_matrix
+from lightning_lora.layers.filling import fill_factors, fill_random, weight_matrix
+from lightning_lora.layers.whole_factors import check_pairs, check_whole
 from lightning_lora.registry import freezes, keeps_start, register_init
 
 if TYPE_CHECKING:
@@ -25,9 +20,7 @@ if TYPE_CHECKING:
 @register_init("kaiming")
 def kaiming(layer: LoRALayer) -> None:
     """Fill one factor uniformly in ±1/√fan_in (Kaiming with a = √5, the default of ``nn.Linear``), the other with zeros."""
-    random, zero = layer.lora_factors()
-    nn.init.kaiming_uniform_(random, a=math.sqrt(5))
-    nn.init.zeros_(zero)
+    fill_random(layer)
 
 
 @register_init("gaussian")
@@ -39,10 +32,9 @@ def gaussian(layer: LoRALayer) -> None:
 
 
 def _splits_in_halves(module: Any, spec: LayerSpec, A: tuple[int, ...], B: tuple[int, ...]) -> None:
-    if spec.rank % 2 or (A[0], B[1]) != (spec.rank, spec.rank):
-        raise ValueError(f"init='orthogonal' needs an even rank and no groups, here rank={spec.rank}; choose another rank or init")
-    if getattr(module, "padding_idx", None) is not None:
-        raise ValueError(f"init='orthogonal' would train the row of padding_idx={module.padding_idx} too; exclude it")
+    check_pairs(module, spec, A, B, "init='orthogonal'")
+    if spec.rank % 2:
+        raise ValueError(f"init='orthogonal' needs an even rank, here rank={spec.rank}; choose another rank or init")
 
 
 @register_init("orthogonal", check=_splits_in_halves)
@@ -68,12 +60,12 @@ def pissa(layer: LoRALayer) -> None:
         _fill_principal(layer, U, S, Vh)
 
 
-@register_init("pissa_niter_4")
+@register_init("pissa_niter_[n]")
 @keeps_start
-def pissa_niter_4(layer: LoRALayer) -> None:
-    """Fill as :func:`pissa`, by a randomized decomposition with 4 subspace iterations. It takes seconds instead of minutes."""
+def pissa_niter(layer: LoRALayer) -> None:
+    """Fill as :func:`pissa`, by a randomized decomposition with n subspace iterations. It takes seconds instead of minutes."""
     if not layer.lora_A.is_meta:
-        U, S, V = torch.svd_lowrank(_matrix(layer), layer.rank, niter=4)
+        U, S, V = torch.svd_lowrank(_matrix(layer), layer.rank, niter=int(layer.lora_config.init.rpartition("_")[2]))
         _fill_principal(layer, U, S, V.t())
 
 
@@ -87,12 +79,7 @@ def olora(layer: LoRALayer) -> None:
 
 
 def _fits_in_weight(module: Any, spec: LayerSpec, A: tuple[int, ...], B: tuple[int, ...]) -> None:
-    if (A[0], B[1]) != (spec.rank, spec.rank):
-        raise ValueError("init='mica' takes vectors of the whole weight, and here A and B are split into groups; exclude it")
-    if spec.rank > (smallest := min(B[0], math.prod(A[1:]))):
-        raise ValueError(f"init='mica' with rank={spec.rank} is above min(in, out)={smallest}; choose a lower rank")
-    if getattr(module, "padding_idx", None) is not None:
-        raise ValueError(f"init='mica' would train the row of padding_idx={module.padding_idx} too; exclude it")
+    check_whole(module, spec, A, B, "init='mica'")
 
 
 @register_init("mica", check=_fits_in_weight)
