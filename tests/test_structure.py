@@ -287,7 +287,7 @@ def test_the_import_is_light() -> None:
     """
     code = f"import sys, torch; there = set(sys.modules); import {NAME}; print(*set(sys.modules) - there)"
     brought = set(python(code).split())
-    assert NAME in brought and len(brought) < 150
+    assert NAME in brought and len(brought) < 200
     others = {module for module in brought if root(module) not in {NAME, "safetensors", *sys.stdlib_module_names}}
     assert not others
 
