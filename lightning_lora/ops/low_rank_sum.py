@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_lora.ops.grouped_linear import grouped_lora_linear, one_operation_takes
 from lightning_lora.utils.autocast import autocast_dtype, no_autocast
 
 # What code may ask of the weight without reading its values.
@@ -27,6 +28,7 @@ _METADATA = {
 }  # fmt: skip
 _PRODUCTS = {"__matmul__", "bmm", "grouped_mm", "_grouped_mm", "grouped_mm_fallback", "matmul", "mm"}
 _GROUPED = {"grouped_mm", "_grouped_mm", "grouped_mm_fallback"}
+_ONE_OPERATION = {"grouped_mm", "_grouped_mm"}
 _ALIGNED = 16  # bytes that a row of a grouped product's operand is a multiple of
 
 
@@ -126,8 +128,12 @@ class LowRankSum:
         if first is self:
             y = product(self._weight, second, *rest, **kwargs)
             return self._plus_update(y, second, lambda x, P, Q: product(P, product(Q, x, *rest, **kwargs), *rest, **kwargs))
+        name = getattr(product, "__name__", "")
+        if name in _ONE_OPERATION and not rest and kwargs.keys() == {"offs"} and one_operation_takes(first, self._weight):
+            A, B = self._left.mT, self._right.mT
+            return grouped_lora_linear(first, self._weight, A, B, kwargs["offs"], self._scale, self._dropout)
         y = product(first, self._weight, *rest, **kwargs)
-        grouped = getattr(product, "__name__", "") in _GROUPED
+        grouped = name in _GROUPED
 
         def update(x: Tensor, P: Tensor, Q: Tensor) -> Tensor:
             P, Q = _padded(P, Q) if grouped else (P, Q)
