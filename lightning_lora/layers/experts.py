@@ -11,8 +11,10 @@ PEFT (``target_parameters``) adds the dense updates of all experts in every forw
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
+from functools import partial
+from types import FunctionType
 from typing import Any, ClassVar
 
 import torch
@@ -23,9 +25,9 @@ from lightning_lora.layers.factors import Exported
 from lightning_lora.layers.peft_stacks import from_file, is_exchanged, to_file
 from lightning_lora.layers.several_weights import SeveralWeights
 from lightning_lora.layers.spec import LayerSpec
-from lightning_lora.ops.low_rank_sum import LowRankSum
+from lightning_lora.ops.low_rank_sum import LowRankSum, product_of_sorted_rows
 from lightning_lora.registry import register_kind
-from lightning_lora.utils.transformers_conventions import experts_implementation, stored_experts
+from lightning_lora.utils.transformers_conventions import experts_implementation, stored_experts, traced_experts
 
 _KNOWN = ("eager", "batched_mm", "grouped_mm")  # implementations that use the weights in products alone
 
@@ -83,6 +85,21 @@ class ExpertStack(LoRALayer):
         return LowRankSum(self.weight, left, right, self.scaling, self.dropout_now())
 
 
+class _Traced:
+    """The stand-in for compilers, which would take an ``nn.Module``'s parameters for what it stands for."""
+
+    def __init__(self, layer: LoRAExperts, weights: dict[str, LowRankSum]) -> None:
+        self.lora_layer, self.lora_weights = layer, weights
+
+    def __getattr__(self, name: str) -> Any:
+        layer = self.lora_layer
+        for table in (self.lora_weights, layer.__dict__, layer._parameters, layer._buffers, layer._modules):
+            if name in table:
+                return table[name]
+        found = getattr(type(layer).lora_base, name)
+        return partial(found, self) if isinstance(found, FunctionType) else found
+
+
 @register_kind(name="experts", match=lambda cls: stored_experts(cls) is not None)
 class LoRAExperts(SeveralWeights):
     """A module of experts, such as ``Qwen3MoeExperts`` or ``GptOssExperts``: one :class:`ExpertStack` per projection."""
@@ -91,6 +108,8 @@ class LoRAExperts(SeveralWeights):
     is_linear = True
     #: True if each expert's matrix is stored as (in, out).
     stored_transposed: ClassVar[bool]
+    #: Implementation → function that computes it on a stand-in, of those that are part of a compiled graph.
+    traced: ClassVar[dict[str | None, Callable[..., Any]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -98,9 +117,9 @@ class LoRAExperts(SeveralWeights):
         if stored is not None:
             cls.adapted, cls.stored_transposed = stored
             cls.peft_parameters = cls.adapted
-            # Compilers run it as it is: traced, the stand-in's weights would be taken for the module's own. Not a decorator: that imports
-            # Dynamo, which transformers' models have imported already.
-            cls.forward = torch.compiler.disable(cls.forward)  # type: ignore[method-assign]
+            cls.traced = traced_experts(cls.lora_base, product_of_sorted_rows)
+            # Not a decorator: that imports Dynamo, which transformers' models have imported already.
+            cls._run_as_it_is = torch.compiler.disable(cls._run_as_it_is)  # type: ignore[method-assign]
 
     @classmethod
     def _alone(cls, module: Any, name: str) -> Any:
@@ -118,13 +137,20 @@ class LoRAExperts(SeveralWeights):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the base's output, with every expert's weight adapted unless the layer is merged or disabled."""
+        run = self.traced.get(experts_implementation(self)) if torch.compiler.is_compiling() else None
+        return self._run_as_it_is(*args, **kwargs) if run is None else run(_Traced(self, self._adapted_weights()), *args, **kwargs)
+
+    def _adapted_weights(self) -> dict[str, LowRankSum]:
+        if self.disabled or self.merged:
+            return {}
+        layers: dict[str, Any] = self.by_weight()
+        return {name: layer.adapted_weight() for name, layer in layers.items()}
+
+    def _run_as_it_is(self, *args: Any, **kwargs: Any) -> Any:
         # A stand-in also where nothing is added: experts have attributes such as GPT-OSS's alpha, and an adapted layer has its own.
         base: Any = type(self).lora_base
         stand_in = object.__new__(base)
-        stand_in.__dict__.update(self.__dict__)
-        if not self.disabled and not self.merged:  # the weights here are found before the parameters of the same names
-            layers: dict[str, Any] = self.by_weight()
-            stand_in.__dict__.update({name: layer.adapted_weight() for name, layer in layers.items()})
+        stand_in.__dict__.update(self.__dict__, **self._adapted_weights())  # found before the parameters of the same names
         return base.forward(stand_in, *args, **kwargs)
 
     # Files. PEFT wraps the module once per weight, in the order in which the module declares them: the last one is the outermost.

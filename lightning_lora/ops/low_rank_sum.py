@@ -86,6 +86,10 @@ class LowRankSum:
             raise ValueError(_refusal(f"transpose({dim0}, {dim1})"))
         return self._with(self._weight.mT, self._right.mT, self._left.mT)
 
+    def contiguous(self) -> LowRankSum:
+        """Return it with a contiguous weight, which transformers before 5.11 makes for its grouped products."""
+        return self._with(self._weight.contiguous(), self._left, self._right)
+
     def t(self) -> LowRankSum:
         """Return the transposed matrix."""
         return self.transpose(0, 1)
@@ -130,8 +134,7 @@ class LowRankSum:
             return self._plus_update(y, second, lambda x, P, Q: product(P, product(Q, x, *rest, **kwargs), *rest, **kwargs))
         name = getattr(product, "__name__", "")
         if name in _ONE_OPERATION and not rest and kwargs.keys() == {"offs"} and one_operation_takes(first, self._weight):
-            A, B = self._left.mT, self._right.mT
-            return grouped_lora_linear(first, self._weight, A, B, kwargs["offs"], self._scale, self._dropout)
+            return self._sorted_rows(first, kwargs["offs"])
         y = product(first, self._weight, *rest, **kwargs)
         grouped = name in _GROUPED
 
@@ -141,11 +144,34 @@ class LowRankSum:
 
         return self._plus_update(y, first, update)
 
+    def _sorted_rows(self, x: Tensor, offsets: Tensor) -> Tensor:
+        return grouped_lora_linear(x, self._weight, self._left.mT, self._right.mT, offsets, self._scale, self._dropout)
+
     def _plus_update(self, y: Tensor, x: Tensor, update: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         """Return y plus s times the update of x, computed in y's dtype as every adapted layer's is."""
         with nullcontext() if autocast_dtype(y) in (None, y.dtype) else no_autocast(y):
             x = F.dropout(x.to(y.dtype), self._dropout) if self._dropout else x.to(y.dtype)
             return y.add(update(x, self._left.to(y.dtype), self._right.to(y.dtype)), alpha=self._scale)
+
+
+def product_of_sorted_rows(product: Callable[..., Tensor], x: Tensor, weight: Tensor | LowRankSum, offs: Tensor) -> Tensor:
+    """Return transformers' product of sorted rows with each group's matrix, for a weight or a :class:`LowRankSum`.
+
+    Compilers call a class's ``__torch_function__`` for torch's public functions only, and this product is none.
+
+    Args:
+        product: transformers' own, for a weight.
+        x: (N, in), sorted by group.
+        weight: (groups, in, out).
+        offs: (groups,), where each group's rows end.
+    """
+    if not isinstance(weight, LowRankSum):
+        return product(x, weight, offs=offs)
+    x = x.to(weight.dtype)
+    if x.dtype == torch.bfloat16 and one_operation_takes(x, weight._weight):  # others go through an operator of transformers' own
+        return weight._sorted_rows(x, offs)
+    y = product(x, weight._weight, offs=offs)
+    return weight._plus_update(y, x, lambda x, P, Q: product(product(x, P, offs=offs), Q, offs=offs))
 
 
 def _padded(P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:

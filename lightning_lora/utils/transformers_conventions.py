@@ -11,7 +11,9 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -164,6 +166,35 @@ def stored_experts(cls: type) -> tuple[tuple[str, ...], bool] | None:
 def experts_implementation(module: nn.Module) -> str | None:
     """Return the name of the implementation by which experts run, None if they have only their own."""
     return getattr(getattr(module, "config", None), "_experts_implementation", None)
+
+
+def traced_experts(cls: type, product: Callable[..., Any]) -> dict[str | None, Callable[..., Any]]:
+    """Return implementation → transformers' own function for a class's experts, of those that a compiler traces as one graph.
+
+    Their product of sorted rows is a function of torch that compilers trace without asking what its operands are. So in a copy of
+    transformers' functions it is ``product(original, input, weight, offs)``, where ``original`` is the function that it replaces. Without
+    it experts run uncompiled between compiled parts.
+
+    Args:
+        cls: a class that :func:`stored_experts` knows.
+        product: as above.
+    """
+    forward: Any = getattr(cls, "forward", None)
+    names = getattr(getattr(forward, "__code__", None), "co_freevars", ())
+    moe: Any = sys.modules.get("transformers.integrations.moe")
+    if moe is None or "experts_interface" not in names:  # a forward of its own may do more than the implementation
+        return {}
+    chosen = forward.__closure__[names.index("experts_interface")].cell_contents
+    own = {name: getattr(moe, f"{name}_experts_forward", None) for name in ("batched_mm", "grouped_mm")}
+    found: dict[str | None, Callable[..., Any]] = {name: known for name, known in own.items() if known and chosen.get(name) is known}
+    inner = [getattr(moe, name, None) for name in ("_grouped_mm", "_grouped_linear")]
+    if found.pop("grouped_mm", None) and None not in inner:
+        # Without a name: a compiler looks up a named module's globals in the module.
+        scope = {name: value for name, value in vars(moe).items() if name != "__name__"} | {"_grouped_mm": partial(product, inner[0])}
+        again = lambda function: FunctionType(function.__code__, scope, function.__name__, function.__defaults__)  # noqa: E731
+        scope["_grouped_linear"] = again(inner[1])
+        found["grouped_mm"] = again(moe.grouped_mm_experts_forward)
+    return found
 
 
 # Saving.

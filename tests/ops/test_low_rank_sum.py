@@ -32,6 +32,7 @@ PRODUCTS = {
     "bmm of the transposed": lambda T: torch.bmm(x(E, 4, N), T.transpose(1, 2)),
     "bmm, some of them, from the left": lambda T: torch.bmm(T[torch.tensor([2, 0, 2, 1])], x(4, N, 1)),
     "matmul of all": lambda T: torch.matmul(x(E, 4, N), T.mT),
+    "matmul of a contiguous one": lambda T: torch.matmul(x(E, 4, N), T.mT.contiguous()),
     "matmul of a slice": lambda T: torch.matmul(x(2, 4, M), T[1:]),
     "as transformers' own operator": lambda T: torch.ops.transformers.grouped_mm_fallback(x(6, M), T, offs=torch.tensor([2, 2, 6])),
 }
