@@ -71,6 +71,11 @@ class SeveralWeights(LoRALayer):
         return {f"{short}_{name}": shape for name, own in shapes.items() for short, shape in own.items()}
 
     @classmethod
+    def pair_sizes(cls, module: Any, spec: LayerSpec) -> tuple[int, int, int]:
+        """Return rank, inputs and outputs of one A and B of the weight whose matrices are the smallest."""
+        return min((cls.weight_class.pair_sizes(cls._alone(module, name), spec) for name in cls.adapted), key=lambda sizes: min(sizes[1:]))
+
+    @classmethod
     def check(cls, module: Any, spec: LayerSpec) -> None:
         """Raise ValueError, with the weight's name and the reason, if one of the weights cannot be adapted."""
         for name in cls.adapted:

@@ -1,7 +1,7 @@
 """``LayerSpec``: what one layer is adapted with. Kinds and variants receive it.
 
 A config describes a whole model; a spec describes one layer (rank, alpha, kind). A variant lists the options that it accepts in
-``LoRAConfig.variant_options``, as a table of :class:`Option`.
+``LoRAConfig.variant_options``, and a kind those in ``LoRAConfig.kind_options``, as a table of :class:`Option`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.registry import VARIANTS, look_up
+from lightning_lora.registry import KIND_NAMES, VARIANTS, look_up
 from lightning_lora.utils.fused_layouts import FusedLayout
 
 
 @dataclass(frozen=True)
 class Option:
-    """One entry that a variant accepts in ``variant_options``.
+    """One entry that a variant accepts in ``variant_options``, or a kind in ``kind_options``.
 
     Attributes:
         default: the value if the config has none.
@@ -123,10 +123,24 @@ def options_of(config: LoRAConfig) -> dict[str, Any]:
         ValueError: the config has an option that the variant does not accept, or a value that is not allowed.
     """
     known: dict[str, Option] = getattr(look_up(VARIANTS, "variant", config.variant), "options", {})
-    for name, value in config.variant_options.items():
+    return _checked(known, config.variant_options, "variant_options", f"variant={config.variant!r}")
+
+
+def kind_options_of(config: LoRAConfig, name: str) -> dict[str, Any]:
+    """Return every option of a kind, by name.
+
+    Raises:
+        ValueError: there is no such kind, or it does not accept an option of the config's or its value.
+    """
+    known: dict[str, Option] = getattr(look_up(KIND_NAMES, "kind_options: kind", name), "kind_options", {})
+    return _checked(known, config.kind_options.get(name, {}), f"kind_options[{name!r}]", f"kind {name!r}")
+
+
+def _checked(known: dict[str, Option], given: dict[str, Any], field: str, owner: str) -> dict[str, Any]:
+    for name, value in given.items():
         if name not in known:
             there = f"it takes {', '.join(sorted(known))}" if known else "it takes none"
-            raise ValueError(f"variant_options[{name!r}]={value!r} is not known to variant={config.variant!r}; {there}.")
+            raise ValueError(f"{field}[{name!r}]={value!r} is not known to {owner}; {there}.")
         if not known[name].valid(value):
-            raise ValueError(f"variant_options[{name!r}]={value!r}: give {known[name].allowed}.")
-    return {name: option.default for name, option in known.items()} | config.variant_options
+            raise ValueError(f"{field}[{name!r}]={value!r}: give {known[name].allowed}.")
+    return {name: option.default for name, option in known.items()} | given

@@ -11,9 +11,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
-from types import FunctionType
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -129,72 +127,6 @@ def expert_family(model: nn.Module) -> str:
     families: dict[str, str] = getattr(sys.modules.get("transformers.conversion_mapping"), "_MODEL_TO_CONVERSION_PATTERN", {})
     model_type = getattr(getattr(model, "config", None), "model_type", "")
     return families.get(model_type, "mixtral" if model_type == "mixtral" and families else "")
-
-
-# Experts.
-
-# Classes with experts in one tensor per projection that transformers' decorator does not mark → names of the tensors, and whether each
-# expert's matrix is stored as (in, out).
-_GATED = ("gate_up_proj", "down_proj")
-_EXPERTS = {
-    "llama4.modeling_llama4.Llama4TextExperts": (_GATED, True),
-    "step3p7.modeling_step3p7.Step3p7Experts": (_GATED, False),
-    "longcat_flash.modeling_longcat_flash.LongcatFlashExperts": (_GATED, False),
-    "inkling.modeling_inkling.InklingSharedExperts": (("gate_proj", "up_proj", "down_proj"), False),
-    "jetmoe.modeling_jetmoe.JetMoeParallelExperts": (("weight",), False),
-}
-
-
-def stored_experts(cls: type) -> tuple[tuple[str, ...], bool] | None:
-    """Return the names of the tensors that hold a class's experts, and whether a matrix is (in, out) there; None for other classes.
-
-    ``use_experts_implementation``, public in transformers, marks such classes: its options are free variables of the constructor that it
-    makes. Without it experts are left out by "all-linear", which the report says, and refused by name.
-    """
-    for base in cls.__mro__:
-        known = _EXPERTS.get(f"{base.__module__}.{base.__qualname__}".removeprefix("transformers.models."))
-        if known is not None:
-            return known
-        start = vars(base).get("__init__")
-        names = getattr(getattr(start, "__code__", None), "co_freevars", ())
-        if "is_transposed" in names and "has_gate" in names:
-            options = {name: cell.cell_contents for name, cell in zip(names, start.__closure__, strict=True)}  # type: ignore[union-attr]
-            return (_GATED if options["has_gate"] else ("up_proj", "down_proj")), options["is_transposed"]
-    return None
-
-
-def experts_implementation(module: nn.Module) -> str | None:
-    """Return the name of the implementation by which experts run, None if they have only their own."""
-    return getattr(getattr(module, "config", None), "_experts_implementation", None)
-
-
-def traced_experts(cls: type, product: Callable[..., Any]) -> dict[str | None, Callable[..., Any]]:
-    """Return implementation → transformers' own function for a class's experts, of those that a compiler traces as one graph.
-
-    Their product of sorted rows is a function of torch that compilers trace without asking what its operands are. So in a copy of
-    transformers' functions it is ``product(original, input, weight, offs)``, where ``original`` is the function that it replaces. Without
-    it experts run uncompiled between compiled parts.
-
-    Args:
-        cls: a class that :func:`stored_experts` knows.
-        product: as above.
-    """
-    forward: Any = getattr(cls, "forward", None)
-    names = getattr(getattr(forward, "__code__", None), "co_freevars", ())
-    moe: Any = sys.modules.get("transformers.integrations.moe")
-    if moe is None or "experts_interface" not in names:  # a forward of its own may do more than the implementation
-        return {}
-    chosen = forward.__closure__[names.index("experts_interface")].cell_contents
-    own = {name: getattr(moe, f"{name}_experts_forward", None) for name in ("batched_mm", "grouped_mm")}
-    found: dict[str | None, Callable[..., Any]] = {name: known for name, known in own.items() if known and chosen.get(name) is known}
-    inner = [getattr(moe, name, None) for name in ("_grouped_mm", "_grouped_linear")]
-    if found.pop("grouped_mm", None) and None not in inner:
-        # Without a name: a compiler looks up a named module's globals in the module.
-        scope = {name: value for name, value in vars(moe).items() if name != "__name__"} | {"_grouped_mm": partial(product, inner[0])}
-        again = lambda function: FunctionType(function.__code__, scope, function.__name__, function.__defaults__)  # noqa: E731
-        scope["_grouped_linear"] = again(inner[1])
-        found["grouped_mm"] = again(moe.grouped_mm_experts_forward)
-    return found
 
 
 # Saving.

@@ -9,7 +9,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from lightning_lora import LoRAConfig, apply_lora, disabled_lora, merge_lora, unmerge_lora
 from lightning_lora.model.compile import compile_layers, uncompile_layers
-from lightning_lora.utils import transformers_conventions
+from lightning_lora.utils import transformers_experts
 from tests.conftest import fill
 from tests.layers import mixtures
 from tests.layers.experts import tiny_mixtral, tiny_qwen3_moe
@@ -122,8 +122,8 @@ def test_a_forward_that_does_more_runs_as_it_is():
 def test_without_transformers_functions_of_those_names_experts_run_as_they_are(monkeypatch):
     import transformers.integrations.moe as moe
 
-    assert set(transformers_conventions.traced_experts(Qwen3MoeExperts, max)) == {"batched_mm", "grouped_mm"}
+    assert set(transformers_experts.traced_experts(Qwen3MoeExperts, max)) == {"batched_mm", "grouped_mm"}
     monkeypatch.delattr(moe, "_grouped_linear")
-    assert set(transformers_conventions.traced_experts(Qwen3MoeExperts, max)) == {"batched_mm"}
+    assert set(transformers_experts.traced_experts(Qwen3MoeExperts, max)) == {"batched_mm"}
     monkeypatch.delattr(moe, "batched_mm_experts_forward")
-    assert transformers_conventions.traced_experts(Qwen3MoeExperts, max) == {}
+    assert transformers_experts.traced_experts(Qwen3MoeExperts, max) == {}
