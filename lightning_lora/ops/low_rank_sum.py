@@ -133,8 +133,10 @@ class LowRankSum:
             y = product(self._weight, second, *rest, **kwargs)
             return self._plus_update(y, second, lambda x, P, Q: product(P, product(Q, x, *rest, **kwargs), *rest, **kwargs))
         name = getattr(product, "__name__", "")
-        if name in _ONE_OPERATION and not rest and kwargs.keys() == {"offs"} and one_operation_takes(first, self._weight):
-            return self._sorted_rows(first, kwargs["offs"])
+        offsets = None if rest else kwargs.get("offs")
+        more = [value for name, value in kwargs.items() if name != "offs" and value is not None]  # torch's function names all of its own
+        if name in _ONE_OPERATION and offsets is not None and not more and one_operation_takes(first, self._weight):
+            return self._sorted_rows(first, offsets)
         y = product(first, self._weight, *rest, **kwargs)
         grouped = name in _GROUPED
 

@@ -66,7 +66,7 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(frozen):
 
 
 def test_only_x_and_the_rank_r_product_are_kept_beside_weights():
-    x, W, A, B, _ = operands(4)
+    x, W, A, B, _ = operands(8)
     kept, weights = [], {t.untyped_storage().data_ptr() for t in (W, A, B)}
 
     def pack(t):
@@ -76,7 +76,7 @@ def test_only_x_and_the_rank_r_product_are_kept_beside_weights():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         run(x, W, A.requires_grad_(), B.requires_grad_())
     others = [tuple(t.shape) for t in kept if t.untyped_storage().data_ptr() not in weights]
-    assert sorted(others) == [(GROUPS,), (ROWS, 4), (ROWS, IN)]
+    assert sorted(others) == [(GROUPS,), (ROWS, 8), (ROWS, IN)]
 
 
 def test_products_do_not_grow_with_the_groups():

@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lightning_lora.ops import low_rank_sum
+from lightning_lora.ops.grouped_linear import grouped_lora_linear
 from lightning_lora.ops.low_rank_sum import LowRankSum
 
 E, M, N, R, S = 3, 8, 12, 2, 0.7
@@ -69,6 +71,19 @@ def test_grouped_products(rank, transposed):
     found = F.grouped_mm(given, T, offs=offsets)
     wanted = torch.cat([given[:2] @ (W + S * B @ A)[0].T, given[2:] @ (W + S * B @ A)[2].T])
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_grouped_product_is_one_operation_unless_something_else_is_asked(monkeypatch):
+    calls = []
+    monkeypatch.setattr(low_rank_sum, "grouped_lora_linear", lambda *args: calls.append(args) or grouped_lora_linear(*args))
+    W, A, B = (torch.ones(shape) for shape in ((E, M, N), (E, 4, N), (E, M, 4)))
+    given, offsets = x(6, N, dtype=torch.float32), torch.tensor([2, 2, 6], dtype=torch.int32)
+    T = LowRankSum(W, B, A, S).transpose(-2, -1)
+    found = F.grouped_mm(given, T, offs=offsets)
+    assert len(calls) == 1 and calls[0][1].shape == (E, N, M)
+    W.requires_grad_()  # trained too
+    torch.testing.assert_close(F.grouped_mm(given, T, offs=offsets), found)
+    assert len(calls) == 1
 
 
 def test_the_factors_take_the_products_dtype():
