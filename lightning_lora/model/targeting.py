@@ -164,7 +164,7 @@ def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False)
     elif not (config.allow_unmatched and targets):
         problems += _unmatched(fields, config, modules, chosen.values())
     unused = [name for name in config.kind_options if not any(issubclass(target.kind, KIND_NAMES[name]) for target in targets)]
-    if unused and not config.allow_unmatched:
+    if unused and not problems and not config.allow_unmatched:
         problems.append(f"kind_options[{unused[0]!r}]: no target is of that kind; leave it out.")
     if problems:
         raise ValueError("\n".join(problems[:8] + ([f"… and {len(problems) - 8} more."] if len(problems) > 8 else [])))

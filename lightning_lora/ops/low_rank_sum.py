@@ -73,9 +73,13 @@ class LowRankSum:
         return self._one_by_one()[int(index)]
 
     def _one_by_one(self) -> list[LowRankSum]:
-        """Return all matrices. Separated at once, their gradients are gathered at once: an index each would add up tensors of full size."""
+        """Return all matrices. Separated at once, their gradients are gathered at once: an index each would add up tensors of full size.
+
+        The factors are cast to the products' dtype at once too.
+        """
         if self._each is None:
-            parts = (tensor.unbind(0) for tensor in (self._weight, self._left, self._right))
+            dtype = autocast_dtype(self._weight) or self._weight.dtype
+            parts = (tensor.unbind(0) for tensor in (self._weight, self._left.to(dtype), self._right.to(dtype)))
             self._each = [self._with(*part) for part in zip(*parts, strict=True)]
         return self._each
 

@@ -95,6 +95,15 @@ def test_the_factors_take_the_products_dtype():
         assert F.linear(x(5, N, dtype=torch.float32), LowRankSum(W, P, Q, S)[0]).dtype == torch.bfloat16
 
 
+def test_the_factors_of_all_matrices_are_cast_at_once():
+    W, P, Q = parts(torch.float32)
+    given, T = x(5, N, dtype=torch.bfloat16), LowRankSum(W.detach().bfloat16(), P, Q, S)
+    with torch.profiler.profile() as profiler:
+        found = [F.linear(given, T[k]) for k in range(E)]
+    assert all(y.dtype == torch.bfloat16 for y in found)
+    assert sum(event.name == "aten::_to_copy" for event in profiler.events()) == 2
+
+
 def test_dropout_is_on_the_factors_input():
     W, P, Q = parts()
     given = x(5, N)
