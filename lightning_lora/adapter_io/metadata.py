@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers.spec import options_of
+from lightning_lora.layers.spec import kind_options_of, options_of
 from lightning_lora.registry import INITS, look_up
 
 FORMAT_VERSION = 1
@@ -34,6 +34,8 @@ def understood(meta: Any, where: str) -> tuple[LoRAConfig, dict[str, Any] | None
     try:
         look_up(INITS, "init", config.init)
         options_of(config)  # raises for an unknown variant too
+        for name in config.kind_options:
+            kind_options_of(config, name)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     return config, meta["base"], meta.get("root", "")

@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 
 from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, load_adapter, save_adapter
+from lightning_lora.adapter_io.metadata import understood
 from lightning_lora.layers.experts import LoRAExperts
 from lightning_lora.layers.spec import LayerSpec
 from tests.layers.experts import tiny_qwen3_moe
@@ -65,3 +66,9 @@ def test_factors_that_differ_are_never_folded():
         kind.from_peft(module, "lora_A_gate_up_proj", each, spec)
     other = torch.zeros(3, 32)
     assert kind.from_peft(module, "lora_A_gate_up_proj", other, spec) is other  # another shape is refused by who asks
+
+
+def test_a_file_with_an_option_that_is_not_known_here_is_refused():
+    config = LoRAConfig(kind_options={"experts": {"shared_inner": True}}).to_dict()
+    with pytest.raises(ValueError, match=r"f: kind_options\['experts'\]\['shared_inner'\]=True is not known to kind 'experts'"):
+        understood({"format_version": 1, "config": config, "base": None}, "f")
