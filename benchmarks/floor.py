@@ -73,12 +73,14 @@ class Result:
     kernels: dict[str, tuple[float, float]] = field(default_factory=dict)  # name → ms and calls a step
 
 
-def measure(mode: str, setting: Setting, profile: bool = False) -> Result:
-    """Run one mode in a fresh model; what goes wrong becomes the result's error."""
+def measure(
+    mode: str, setting: Setting, profile: bool = False, make: Callable[[str, Setting], Callable[[int], Tensor]] = training_step
+) -> Result:
+    """Run one mode in a fresh model, by the step that ``make`` returns; what goes wrong becomes the result's error."""
     result, began = Result(), time.perf_counter()
     reset()
     try:
-        step = training_step(mode, setting)
+        step = make(mode, setting)
         for k in range(setting.warmup):
             step(k)
         synchronize()
@@ -93,7 +95,7 @@ def measure(mode: str, setting: Setting, profile: bool = False) -> Result:
         synchronize()
         result.ms = statistics.median(elapsed(a, b) for a, b in pairwise(marks))
         if DEVICE == "cuda":
-            result.gib = (torch.cuda.max_memory_reserved if "graph" in parse(mode)[1] else torch.cuda.max_memory_allocated)() / GIB
+            result.gib = (torch.cuda.max_memory_reserved if "graph" in mode.split("-") else torch.cuda.max_memory_allocated)() / GIB
         result.loss = loss.item()
         if profile:
             result.kernels = kernels(step, 3)

@@ -54,6 +54,8 @@ class LoRAConfig:
         variant: formula of the update, a name in the registry: ``plain``, ``dora``, ``lora_fa``, ``lora_xs``, ``adalora``, ``vera``
             (:mod:`lightning_lora.variants`).
         variant_options: option → value, for variants with options. The variant's class documents them.
+        kind_options: name of a kind → option → value, for kinds with options: ``{"experts": {"shared_outer": True}}``
+            (:class:`~lightning_lora.layers.experts.LoRAExperts`).
         allow_unmatched: accept patterns that match nothing, if others match.
 
     Raises:
@@ -75,6 +77,7 @@ class LoRAConfig:
     init: str = "kaiming"
     variant: str = "plain"
     variant_options: dict[str, Any] = field(default_factory=dict)
+    kind_options: dict[str, dict[str, Any]] = field(default_factory=dict)
     allow_unmatched: bool = False
     init_options: dict[str, Any] = field(default_factory=dict)
 
@@ -82,8 +85,10 @@ class LoRAConfig:
         # Convert what YAML, argparse or JSON gave to plain, comparable values.
         for name in ("target_modules", "exclude_modules", "layers", "modules_to_save"):
             object.__setattr__(self, name, _sequence(name, getattr(self, name)))
-        for name in ("rank_pattern", "alpha_pattern", "kind_pattern", "variant_options", "init_options"):
+        for name in ("rank_pattern", "alpha_pattern", "kind_pattern", "variant_options", "kind_options", "init_options"):
             object.__setattr__(self, name, _mapping(name, getattr(self, name)))
+        own = {kind: _mapping(f"kind_options[{kind!r}]", options) for kind, options in self.kind_options.items()}
+        object.__setattr__(self, "kind_options", {kind: options for kind, options in own.items() if options})
         for name, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha), ("kind_pattern", _check_name)):
             for pattern, value in getattr(self, name).items():
                 compile_pattern(pattern, name)
@@ -145,7 +150,8 @@ def _sequence(name: str, value: Any) -> Any:
 
 def _mapping(name: str, value: Any) -> dict[str, Any]:
     if value is not None and not isinstance(value, Mapping):
-        raise ValueError(f"{name}={value!r}: give a mapping from {'option' if name.endswith('_options') else 'pattern'} to value.")
+        key = "kind" if name == "kind_options" else "option" if "options" in name else "pattern"
+        raise ValueError(f"{name}={value!r}: give a mapping from {key} to {'its options' if key == 'kind' else 'value'}.")
     return dict(value or {})
 
 

@@ -19,12 +19,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers.models.jetmoe.modeling_jetmoe import JetMoeParallelExperts
 
 from lightning_lora import LoRAConfig, apply_lora, load_adapter, merge_lora, save_adapter, unmerge_lora
 from lightning_lora.layers.base import LoRALayer, lora_layers
 from lightning_lora.registry import VARIANTS
 from tests.conftest import fill, same_bits
+from tests.layers.expert_cases import CASES as EXPERTS
+from tests.layers.expert_cases import Several
 from tests.layers.kinds import CASES as PLAIN
 from tests.layers.kinds import Case, plain_product
 from tests.quantized import inputs, packed_linear
@@ -44,31 +45,11 @@ def packed(how: str) -> Packed:
     return Packed(partial(packed_linear, how), inputs, None, plain_product, dtypes=(torch.float32,), quantized="dequantize")
 
 
-class Routed(JetMoeParallelExperts):
-    """Experts in one tensor, whose rows are routed already."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input, [4, 0, 3])
-
-
-class Stacked(Case):
-    """Experts, whose one weight has an adapter with a name of its own in a file and in the module."""
-
-    def apply(self, layer: LoRALayer, W: Tensor, x: Tensor) -> Tensor:
-        return torch.cat([x[:4] @ W[0].T, x[4:] @ W[2].T])
-
-
-def experts() -> nn.Module:
-    module = Routed(3, 12, 10)
-    nn.init.normal_(module.weight)
-    return module
-
-
 # bitsandbytes' int8 quantizes the input too in evaluation, which no formula here does; tests/model/test_quantize.py has it.
 CASES: dict[str, Case] = {
     **PLAIN,
     **{f"linear, {how}": packed(how) for how in ("nf4", "torchao-nf4", "torchao-int8", "fp8")},
-    "experts": Stacked(experts, lambda: torch.randn(7, 12), None, lambda _, A, B: B.view(3, 10, -1) @ A.view(3, -1, 12)),
+    **EXPERTS,
 }
 PAIRS = [(kind, variant) for kind in CASES for variant in sorted(VARIANTS, key=lambda name: (name != "plain", name))]
 
@@ -128,7 +109,7 @@ def adapted(kind: str, variant: str, dtype: torch.dtype = torch.float32, filled:
     case = CASES[kind]
     model = nn.Module()
     model.layer = case.base(dtype)
-    config = LoRAConfig(rank=case.rank, variant=variant, target_modules=["layer"], **fields)
+    config = LoRAConfig(rank=case.rank, variant=variant, target_modules=["layer"], **case.fields, **fields)
     apply_lora(model, config=config)
     if filled:
         fill(model)
@@ -163,9 +144,12 @@ def gradient(kind: str, variant: str, folder: Path) -> None:
 
     parameters = {name: p.detach().double().requires_grad_(p.requires_grad) for name, p in layer.lora_parameters().items()}
     twin = x.detach().double().requires_grad_() if x.requires_grad else x
-    short = {name.removesuffix("_weight"): p for name, p in parameters.items()}  # of the one weight of a module that may have several
-    weight = WEIGHTS[variant](case, layer, layer.base_weight().detach().double(), short)
-    defined = case.apply(layer, weight, twin)
+    if isinstance(case, Several):
+        defined = case.defined(layer, WEIGHTS[variant], parameters, twin)
+    else:
+        short = {name.removesuffix("_weight"): p for name, p in parameters.items()}  # of the one weight of a module that may have several
+        weight = WEIGHTS[variant](case, layer, layer.base_weight().detach().double(), short)
+        defined = case.apply(layer, weight, twin)
     if bias is not None:
         parameters["bias"] = bias  # functional_call used it as it is
     wanted = {**{name: parameters[name] for name in trained}, **({"x": twin} if x.requires_grad else {})}
@@ -206,14 +190,20 @@ def unmerge(kind: str, variant: str, folder: Path) -> str | None:
         how = CASES[kind].quantized
         if layer.merge_refusal(how):
             return "refused"
-        weight, output = layer.base_weight().detach().clone(), layer(CASES[kind].x(dtype))
+        weight, output = _weight(layer, base=True).detach().clone(), layer(CASES[kind].x(dtype))
         for _ in range(2):
             merge_lora(model, quantized=how)
-            assert not same_bits(layer.weight, weight)
+            assert not same_bits(_weight(layer), weight)
             unmerge_lora(model)
-            assert same_bits(layer.base_weight(), weight), dtype
+            assert same_bits(_weight(layer, base=True), weight), dtype
             assert same_bits(layer(CASES[kind].x(dtype)), output), dtype
     return None
+
+
+def _weight(layer: Any, base: bool = False) -> Tensor:
+    """The weight as it is stored, or the base's; all of them in one if there are several."""
+    several = [part.weight.flatten() for part in layer.by_weight().values()] if len(layer.adapted) > 1 else []
+    return torch.cat(several) if several else layer.base_weight() if base else layer.weight
 
 
 def files(kind: str, variant: str, folder: Path) -> None:
@@ -250,7 +240,7 @@ def refusal(kind: str, variant: str) -> str | None:
     model.layer = CASES[kind].base()
     cls, parameters = type(model.layer), list(model.parameters())
     try:
-        apply_lora(model, config=LoRAConfig(rank=CASES[kind].rank, variant=variant, target_modules=["layer"]))
+        apply_lora(model, config=LoRAConfig(rank=CASES[kind].rank, variant=variant, target_modules=["layer"], **CASES[kind].fields))
     except ValueError as error:
         assert "'layer'" in str(error) and variant in str(error), error
         assert type(model.layer) is cls and all(a is b for a, b in zip(model.parameters(), parameters, strict=True))

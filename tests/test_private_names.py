@@ -17,6 +17,7 @@ HOMES = {
     "utils.torch_private",
     "utils.torch_private_parallel",
     "utils.transformers_conventions",
+    "utils.transformers_experts",
     "strategies.lightning_private",
     "quantization.bitsandbytes",
     "quantization.torchao",

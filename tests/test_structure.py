@@ -57,13 +57,13 @@ DEFERS = {
     "model.merge": {"model.parallel"},
     **{file: {"ops.triton_low_rank"} for file in ("ops.fused_linear", "ops.second_derivatives")},
     "ops.gated_mlp": {"ops.triton_low_rank", "ops.triton_gated_mlp"},
-    "ops.weight_norm": {"ops.triton_weight_norm"},
+    **{f"ops.{file}": {f"ops.triton_{kernels}"} for file, kernels in (("grouped_linear", "grouped"), ("weight_norm", "weight_norm"))},
     "ops.float8_weight": {"ops.triton_float8"},
     "quantization.bitsandbytes": {"ops.triton_nf4"},
     "strategies.fsdp2": {"experimental.pull_frozen"},
 }
 # Triton's kernels are decorated when their files are imported, so these are imported where they are used.
-KERNELS = {f"ops.triton_{name}" for name in ("copies", "dropout", "float8", "gated_mlp", "gated_plans", "low_rank", "nf4", "weight_norm")}
+KERNELS = {f"ops.{path.stem}" for path in (PACKAGE / "ops").glob("triton_*.py")}
 # Errors are ValueError (wrong input) or RuntimeError (wrong at run time); beside those:
 OTHER_ERRORS = {
     ("adapter_io.fingerprint", "OtherBase"),

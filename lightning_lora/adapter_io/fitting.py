@@ -20,9 +20,10 @@ from lightning_lora.adapter_io.placing import place
 from lightning_lora.adapter_io.size_limit import check_size
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.layers.spec import LayerSpec, options_of
+from lightning_lora.layers.spec import LayerSpec, kind_options_of, options_of
 from lightning_lora.model.heads import saved_modules
 from lightning_lora.model.targeting import TargetReport, resolve
+from lightning_lora.registry import KIND_NAMES
 from lightning_lora.utils.names import clean_name, second_names
 from lightning_lora.utils.values import kind_of_numbers
 
@@ -63,12 +64,13 @@ def checked_adapter(
 def check_same(root: nn.Module, layers: dict[str, LoRALayer], report: TargetReport, config: LoRAConfig, where: str) -> None:
     """Raise ValueError unless the model's adapted layers are those of the file, with its rank, scaling and variant."""
 
-    def key(config: LoRAConfig, spec: LayerSpec) -> tuple[Any, ...]:
+    def key(config: LoRAConfig, spec: LayerSpec, kind: type[LoRALayer]) -> tuple[Any, ...]:
+        own = [kind_options_of(config, name) for name in config.kind_options if issubclass(kind, KIND_NAMES[name])]
         slices = [] if spec.slices is None else spec.slices.names
-        return spec.rank, config.scaling_of(spec.rank, spec.alpha), config.variant, *options_of(config).items(), *slices
+        return spec.rank, config.scaling_of(spec.rank, spec.alpha), config.variant, *options_of(config).items(), *own, *slices
 
-    here = {name: key(layer.lora_config, layer.spec) for name, layer in layers.items()}
-    file = {clean_name(t.fqn): key(config, t.spec) for t in report.targets}
+    here = {name: key(layer.lora_config, layer.spec, type(layer)) for name, layer in layers.items()}
+    file = {clean_name(t.fqn): key(config, t.spec, t.kind) for t in report.targets}
     different = [
         f"{name!r} has {here.get(name)}, the file {file.get(name)}" for name in sorted(here | file) if here.get(name) != file.get(name)
     ]
@@ -81,8 +83,8 @@ def check_same(root: nn.Module, layers: dict[str, LoRALayer], report: TargetRepo
             different.append(f"{name} is {mine!r}, the file has {theirs!r}")
     if different:
         raise ValueError(
-            f"{where} does not fit the LoRA this model has, in {len(different)} places (rank, scaling, variant): {different[0]}; call"
-            " unload_lora(model) first (if it is merged with merged='keep', which leaves the update in the weights, or merged='drop')."
+            f"{where} does not fit the LoRA this model has, in {len(different)} places (rank, scaling, variant, options): {different[0]};"
+            " call unload_lora(model) first (if it is merged with merged='keep', which leaves the update in the weights, or merged='drop')."
         )
 
 

@@ -94,6 +94,8 @@ def _conflicts(root: nn.Module, given: LoRAConfig, found: LoRAConfig, report: Ta
             yield name, getattr(given, name), getattr(found, name)
     if given.variant == found.variant and is_set("variant_options") and options_of(given) != options_of(found):
         yield "variant_options", given.variant_options, options_of(found)
+    if is_set("kind_options") and given.kind_options != found.kind_options:
+        yield "kind_options", given.kind_options, found.kind_options
     if is_set("modules_to_save") and set(saved := saved_modules(root, given)) != set(report.saved):
         yield "modules_to_save", sorted(saved), sorted(report.saved)
     theirs = {t.fqn: t for t in report.targets}
@@ -110,7 +112,8 @@ def _conflicts(root: nn.Module, given: LoRAConfig, found: LoRAConfig, report: Ta
     twice = given.scaling_of(1, 1) / given.scaling_of(2, 1)
     for name, patterns, factors in (("rank", "rank_pattern", (1, 2)), ("alpha", "alpha_pattern", (1, twice))):
         for fqn, target in theirs.items() if is_set(name, patterns) and not by_data else ():
-            mine, other = _value(getattr(given, patterns), getattr(given, name), fqn), getattr(target, name)
+            default = given.alpha if name == "alpha" else target.kind.default_rank(target.module, given, root)
+            mine, other = _value(getattr(given, patterns), default, fqn), getattr(target, name)
             if not any(math.isclose(other, factor * mine) for factor in factors[: 1 + doubled]):
                 yield f"{name} of {fqn}", mine, other
                 break

@@ -64,6 +64,8 @@ class LoRALayer(Factors):
     sizes: ClassVar[tuple[str, ...]] = ()
     #: Options that a variant accepts in ``variant_options``, by name.
     options: ClassVar[dict[str, Option]] = {}
+    #: Options that a kind accepts in ``kind_options``, by name.
+    kind_options: ClassVar[dict[str, Option]] = {}
 
     lora_dropout: nn.Dropout
     #: True while the layer computes its base's output only. :func:`lightning_lora.model.disable.disabled_lora` sets it on the instance.

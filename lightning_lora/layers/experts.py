@@ -11,22 +11,26 @@ PEFT (``target_parameters``) adds the dense updates of all experts in every forw
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
+from functools import partial
+from types import FunctionType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.factors import Exported
 from lightning_lora.layers.peft_stacks import from_file, is_exchanged, to_file
 from lightning_lora.layers.several_weights import SeveralWeights
-from lightning_lora.layers.spec import LayerSpec
-from lightning_lora.ops.low_rank_sum import LowRankSum
+from lightning_lora.layers.spec import LayerSpec, Option, kind_options_of
+from lightning_lora.ops.low_rank_sum import LowRankSum, product_of_sorted_rows
 from lightning_lora.registry import register_kind
-from lightning_lora.utils.transformers_conventions import experts_implementation, stored_experts
+from lightning_lora.utils.transformers_experts import active_experts, experts_implementation, stored_experts, traced_experts
 
+NAME = "experts"
 _KNOWN = ("eager", "batched_mm", "grouped_mm")  # implementations that use the weights in products alone
 
 
@@ -39,14 +43,24 @@ class ExpertStack(LoRALayer):
     """
 
     lora_base = nn.Module
+    #: The factor that faces the experts' common input or output, which ``shared_outer`` shares.
+    outer: str
     #: True if the module has a true ``is_transposed``, by which PEFT chooses the factors' axes. Llama 4 is transposed without it.
     flagged_transposed: bool
 
     @classmethod
     def adapter_shapes(cls, module: Any, spec: LayerSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the shapes of A, (E·r, in), and of B, (E·out, r)."""
+        """Return the shapes of A, (E·r, in), and of B, (E·out, r). A shared one is that of one expert."""
         experts, outputs, inputs = module.to_matrix(module.weight).shape
-        return (experts * spec.rank, inputs), (experts * outputs, spec.rank)
+        shared = module.outer if kind_options_of(spec.config, NAME)["shared_outer"] else None
+        many = {factor: 1 if factor == shared else experts for factor in ("lora_A", "lora_B")}
+        return (many["lora_A"] * spec.rank, inputs), (many["lora_B"] * outputs, spec.rank)
+
+    @classmethod
+    def pair_sizes(cls, module: Any, spec: LayerSpec) -> tuple[int, int, int]:
+        """Return rank, inputs and outputs of one expert's A and B."""
+        _, outputs, inputs = module.to_matrix(module.weight).shape
+        return spec.rank, inputs, outputs
 
     @classmethod
     def check(cls, module: Any, spec: LayerSpec) -> None:
@@ -66,10 +80,11 @@ class ExpertStack(LoRALayer):
         return matrix.mT if self.transposed else matrix
 
     def factor_matrices(self) -> tuple[Tensor, Tensor]:
-        """Return A (E, r, in) and B (E, out, r)."""
+        """Return A (E, r, in) and B (E, out, r). A shared one is expanded, without a copy."""
         A, B = self.update_factors()
-        experts = self.weight.shape[0]
-        return A.unflatten(0, (experts, -1)), B.unflatten(0, (experts, -1))
+        experts, outputs, _ = self.to_matrix(self.weight).shape
+        A, B = A.unflatten(0, (-1, B.shape[1])), B.unflatten(0, (-1, outputs))
+        return A.expand(experts, -1, -1), B.expand(experts, -1, -1)
 
     def to_peft(self) -> dict[str, Tensor]:
         """Return A and B as PEFT 0.19 and later store them."""
@@ -83,14 +98,45 @@ class ExpertStack(LoRALayer):
         return LowRankSum(self.weight, left, right, self.scaling, self.dropout_now())
 
 
-@register_kind(name="experts", match=lambda cls: stored_experts(cls) is not None)
+class _Traced:
+    """The stand-in for compilers, which would take an ``nn.Module``'s parameters for what it stands for."""
+
+    def __init__(self, layer: LoRAExperts, weights: dict[str, LowRankSum]) -> None:
+        self.lora_layer, self.lora_weights = layer, weights
+
+    def __getattr__(self, name: str) -> Any:
+        layer = self.lora_layer
+        for table in (self.lora_weights, layer.__dict__, layer._parameters, layer._buffers, layer._modules):
+            if name in table:
+                return table[name]
+        found = getattr(type(layer).lora_base, name)
+        return partial(found, self) if isinstance(found, FunctionType) else found
+
+
+@register_kind(name=NAME, match=lambda cls: stored_experts(cls) is not None)
 class LoRAExperts(SeveralWeights):
-    """A module of experts, such as ``Qwen3MoeExperts`` or ``GptOssExperts``: one :class:`ExpertStack` per projection."""
+    """A module of experts, such as ``Qwen3MoeExperts`` or ``GptOssExperts``: one :class:`ExpertStack` per projection.
+
+    Options, in ``kind_options={"experts": {...}}``:
+        shared_outer: all experts share the A of the projections up and the B of the projection down, the factors that face the model's
+            hidden states; each has the other factor for itself. At 128 experts this halves an adapter's parameters, and more where experts
+            are narrow. Megatron-Bridge and Tinker call it so.
+        rank_over_active: the rank is ``rank`` divided by the number of experts that a token meets, so that a token meets as many
+            parameters as in a dense layer of rank ``rank`` ("LoRA Without Regret", Schulman et al., 2025). alpha stays. A
+            ``rank_pattern`` that matches the module wins.
+    """
+
+    kind_options: ClassVar[dict[str, Option]] = {
+        "shared_outer": Option(False, lambda value: isinstance(value, bool), "true or false"),
+        "rank_over_active": Option(False, lambda value: isinstance(value, bool), "true or false"),
+    }
 
     weight_kind = ExpertStack
     is_linear = True
     #: True if each expert's matrix is stored as (in, out).
     stored_transposed: ClassVar[bool]
+    #: Implementation → function that computes it on a stand-in, of those that are part of a compiled graph.
+    traced: ClassVar[dict[str | None, Callable[..., Any]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -98,14 +144,15 @@ class LoRAExperts(SeveralWeights):
         if stored is not None:
             cls.adapted, cls.stored_transposed = stored
             cls.peft_parameters = cls.adapted
-            # Compilers run it as it is: traced, the stand-in's weights would be taken for the module's own. Not a decorator: that imports
-            # Dynamo, which transformers' models have imported already.
-            cls.forward = torch.compiler.disable(cls.forward)  # type: ignore[method-assign]
+            cls.traced = traced_experts(cls.lora_base, product_of_sorted_rows)
+            # Not a decorator: that imports Dynamo, which transformers' models have imported already.
+            cls._run_as_it_is = torch.compiler.disable(cls._run_as_it_is)  # type: ignore[method-assign]
 
     @classmethod
     def _alone(cls, module: Any, name: str) -> Any:
         layer = super()._alone(module, name)
-        layer.__dict__.update(transposed=cls.stored_transposed, flagged_transposed=bool(getattr(module, "is_transposed", False)))
+        layer.__dict__.update(outer="lora_B" if name == "down_proj" else "lora_A", transposed=cls.stored_transposed)
+        layer.__dict__.update(flagged_transposed=bool(getattr(module, "is_transposed", False)))
         return layer
 
     @classmethod
@@ -114,17 +161,41 @@ class LoRAExperts(SeveralWeights):
         chosen = experts_implementation(module)
         if chosen not in (None, *_KNOWN):
             raise ValueError(f"LoRA does not see the products of experts_implementation={chosen!r}; choose one of {', '.join(_KNOWN)}")
+        if kind_options_of(spec.config, NAME)["shared_outer"] and "down_proj" not in cls.adapted:
+            raise ValueError("shared_outer shares factors of the projections up and down, and it has one weight; exclude it")
         super().check(module, spec)
+
+    @classmethod
+    def default_rank(cls, module: Any, config: LoRAConfig, model: nn.Module) -> int:
+        """Return the config's rank, with ``rank_over_active`` divided by the number of experts that a token meets."""
+        if not kind_options_of(config, NAME)["rank_over_active"]:
+            return config.rank
+        active = active_experts(module, model)
+        if active is None:
+            raise ValueError("nothing says how many of its experts a token meets, for rank_over_active; give its rank in rank_pattern")
+        if config.rank % active:
+            raise ValueError(
+                f"rank={config.rank} is no multiple of the {active} experts that a token meets, for rank_over_active; choose one, or give"
+                " its rank in rank_pattern"
+            )
+        return config.rank // active
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the base's output, with every expert's weight adapted unless the layer is merged or disabled."""
+        run = self.traced.get(experts_implementation(self)) if torch.compiler.is_compiling() else None
+        return self._run_as_it_is(*args, **kwargs) if run is None else run(_Traced(self, self._adapted_weights()), *args, **kwargs)
+
+    def _adapted_weights(self) -> dict[str, LowRankSum]:
+        if self.disabled or self.merged:
+            return {}
+        layers: dict[str, Any] = self.by_weight()
+        return {name: layer.adapted_weight() for name, layer in layers.items()}
+
+    def _run_as_it_is(self, *args: Any, **kwargs: Any) -> Any:
         # A stand-in also where nothing is added: experts have attributes such as GPT-OSS's alpha, and an adapted layer has its own.
         base: Any = type(self).lora_base
         stand_in = object.__new__(base)
-        stand_in.__dict__.update(self.__dict__)
-        if not self.disabled and not self.merged:  # the weights here are found before the parameters of the same names
-            layers: dict[str, Any] = self.by_weight()
-            stand_in.__dict__.update({name: layer.adapted_weight() for name, layer in layers.items()})
+        stand_in.__dict__.update(self.__dict__, **self._adapted_weights())  # found before the parameters of the same names
         return base.forward(stand_in, *args, **kwargs)
 
     # Files. PEFT wraps the module once per weight, in the order in which the module declares them: the last one is the outermost.
@@ -143,6 +214,22 @@ class LoRAExperts(SeveralWeights):
     def exported(self) -> Exported:
         """Return what files have, with the names of the parameters, which PEFT targets instead of the module."""
         return replace(super().exported(), peft_parameters=self.peft_parameters)
+
+    @classmethod
+    def from_peft(cls, module: Any, part: str, tensor: Tensor, spec: LayerSpec) -> Tensor:
+        """Return a shared factor, which files have once for each expert.
+
+        Raises:
+            ValueError: the experts' factors differ, or there are others than they.
+        """
+        rows, width = cls.parameter_shapes(module, spec)[part]
+        experts = module._parameters[cls.adapted[0]].shape[0]
+        if tuple(tensor.shape) != (experts * rows, width):
+            return tensor
+        each = tensor.unflatten(0, (experts, rows))
+        if not torch.equal(each, each[:1].expand_as(each)):
+            raise ValueError("with shared_outer all experts have the same factor, and in the file they differ")
+        return each[0].clone()
 
     @classmethod
     def from_peft_stacks(

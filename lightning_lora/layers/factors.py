@@ -6,6 +6,7 @@ merging and files read the factors through that method only, so they follow.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -81,6 +82,26 @@ class Factors(Mergeable):
     def adapter_shapes(cls, module: Any, spec: LayerSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of ``lora_A`` and ``lora_B`` for a module of this kind."""
         raise NotImplementedError(f"{cls.__name__} must define adapter_shapes")
+
+    @classmethod
+    def default_rank(cls, module: Any, config: LoRAConfig, model: nn.Module) -> int:
+        """Return the rank of a module that no ``rank_pattern`` matches.
+
+        Args:
+            module: of this kind.
+            config: of the model.
+            model: the model that has the module.
+
+        Raises:
+            ValueError: an option of the kind asks for a rank that cannot be told; the message is the reason only.
+        """
+        return config.rank
+
+    @classmethod
+    def pair_sizes(cls, module: Any, spec: LayerSpec) -> tuple[int, int, int]:
+        """Return rank, inputs and outputs of one A and B: those of a group, if the layer has groups."""
+        (rows, *inputs), (outputs, rank, *_) = cls.adapter_shapes(module, spec)
+        return rank, math.prod(inputs), outputs // (rows // rank)
 
     @classmethod
     def outputs(cls, module: Any, spec: LayerSpec) -> int:

@@ -52,8 +52,10 @@ class SeveralWeights(LoRALayer):
     @classmethod
     def _names(cls, names: Mapping[str, Any], weight: str) -> dict[str, str]:
         """Return name in the single weight's layer → name in the module, for the adapter parameters of one weight."""
-        owners = {long: max((w for w in cls.adapted if long.endswith(f"_{w}")), key=len) for long in names if long.startswith(PREFIX)}
-        return {long.removesuffix(f"_{weight}"): long for long, owner in owners.items() if owner == weight}
+        # A name may end with those of several weights: it belongs to the longest.
+        longer = [f"_{other}" for other in cls.adapted if len(other) > len(weight)]
+        mine = [name for name in names if name.startswith(PREFIX) and name.endswith(f"_{weight}")]
+        return {name.removesuffix(f"_{weight}"): name for name in mine if not any([name.endswith(end) for end in longer])}
 
     # Construction.
 
@@ -67,6 +69,11 @@ class SeveralWeights(LoRALayer):
         """Return name → shape of every adapter parameter."""
         shapes = {name: cls.weight_class.parameter_shapes(cls._alone(module, name), spec) for name in cls.adapted}
         return {f"{short}_{name}": shape for name, own in shapes.items() for short, shape in own.items()}
+
+    @classmethod
+    def pair_sizes(cls, module: Any, spec: LayerSpec) -> tuple[int, int, int]:
+        """Return rank, inputs and outputs of one A and B of the weight whose matrices are the smallest."""
+        return min((cls.weight_class.pair_sizes(cls._alone(module, name), spec) for name in cls.adapted), key=lambda sizes: min(sizes[1:]))
 
     @classmethod
     def check(cls, module: Any, spec: LayerSpec) -> None:

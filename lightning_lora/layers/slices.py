@@ -28,6 +28,13 @@ class Sliced(Factors):
         return (len(slices.names) * spec.rank, *inputs), (slices.rows, spec.rank)
 
     @classmethod
+    def pair_sizes(cls, module: Any, spec: LayerSpec) -> tuple[int, int, int]:
+        """Return rank, inputs and outputs of the smallest slice."""
+        rank, inputs, _ = super().pair_sizes(module, spec)
+        slices = _slices(spec)
+        return rank, inputs, slices.layout.groups * min(size for name, size in slices.layout.parts if name in slices.names)
+
+    @classmethod
     def outputs(cls, module: Any, spec: LayerSpec) -> int:
         """Return the number of all outputs, those of other slices included."""
         return super().adapter_shapes(module, spec)[1][0]

@@ -1,12 +1,12 @@
 """``LayerSpec``: what one layer is adapted with. Kinds and variants receive it.
 
 A config describes a whole model; a spec describes one layer (rank, alpha, kind). A variant lists the options that it accepts in
-``LoRAConfig.variant_options``, as a table of :class:`Option`.
+``LoRAConfig.variant_options``, and a kind those in ``LoRAConfig.kind_options``, as a table of :class:`Option`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.registry import VARIANTS, init_of, look_up
+from lightning_lora.registry import KIND_NAMES, VARIANTS, init_of, look_up
 from lightning_lora.utils.fused_layouts import FusedLayout
 
 
 @dataclass(frozen=True)
 class Option:
-    """One entry that a variant accepts in ``variant_options``, or an init in ``init_options``.
+    """One entry that a variant accepts in ``variant_options``, an init in ``init_options``, or a kind in ``kind_options``.
 
     Attributes:
         default: the value if the config has none.
@@ -132,7 +132,8 @@ def options_of(config: LoRAConfig) -> dict[str, Any]:
     Raises:
         ValueError: the config has an option that the variant does not accept, or a value that is not allowed.
     """
-    return _options("variant", config.variant, getattr(look_up(VARIANTS, "variant", config.variant), "options", {}), config.variant_options)
+    known: dict[str, Option] = getattr(look_up(VARIANTS, "variant", config.variant), "options", {})
+    return _checked(known, config.variant_options, "variant_options", f"variant={config.variant!r}")
 
 
 def init_options_of(config: LoRAConfig) -> dict[str, Any]:
@@ -141,14 +142,25 @@ def init_options_of(config: LoRAConfig) -> dict[str, Any]:
     Raises:
         ValueError: the config has an option that the init does not accept, or a value that is not allowed.
     """
-    return _options("init", config.init, getattr(init_of(config.init), "options", {}), config.init_options)
+    known: dict[str, Option] = getattr(init_of(config.init), "options", {})
+    return _checked(known, config.init_options, "init_options", f"init={config.init!r}")
 
 
-def _options(field: str, owner: str, known: Mapping[str, Option], given: Mapping[str, Any]) -> dict[str, Any]:
+def kind_options_of(config: LoRAConfig, name: str) -> dict[str, Any]:
+    """Return every option of a kind, by name.
+
+    Raises:
+        ValueError: there is no such kind, or it does not accept an option of the config's or its value.
+    """
+    known: dict[str, Option] = getattr(look_up(KIND_NAMES, "kind_options: kind", name), "kind_options", {})
+    return _checked(known, config.kind_options.get(name, {}), f"kind_options[{name!r}]", f"kind {name!r}")
+
+
+def _checked(known: dict[str, Option], given: dict[str, Any], field: str, owner: str) -> dict[str, Any]:
     for name, value in given.items():
         if name not in known:
             there = f"it takes {', '.join(sorted(known))}" if known else "it takes none"
-            raise ValueError(f"{field}_options[{name!r}]={value!r} is not known to {field}={owner!r}; {there}.")
+            raise ValueError(f"{field}[{name!r}]={value!r} is not known to {owner}; {there}.")
         if not known[name].valid(value):
-            raise ValueError(f"{field}_options[{name!r}]={value!r}: give {known[name].allowed}.")
-    return {name: option.default for name, option in known.items()} | {**given}
+            raise ValueError(f"{field}[{name!r}]={value!r}: give {known[name].allowed}.")
+    return {name: option.default for name, option in known.items()} | given

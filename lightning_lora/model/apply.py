@@ -24,7 +24,7 @@ from lightning_lora.utils.names import clean_name, modules_by_name, parameters_b
 from lightning_lora.utils.sharding import is_distributed, reshard
 from lightning_lora.utils.transformers_conventions import checkpoint_options, gives_gradients
 
-_HOW = ("dropout", "bias", "scaling", "variant", "variant_options")
+_HOW = ("dropout", "bias", "scaling", "variant", "variant_options", "kind_options")
 _WAYS = "call unload_lora(model) to drop it, or merge_lora(model) and unload_lora(model, merged='keep') to keep its update"
 _WAYS_MERGED = "unload_lora(model, merged='keep') leaves the update in the weights, unload_lora(model, merged='drop') removes it"
 

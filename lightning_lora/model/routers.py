@@ -24,13 +24,30 @@ def routers(modules: Mapping[str, nn.Module], linears: Collection[str]) -> dict[
         modules: FQN → module of the model.
         linears: FQNs of the layers to look at.
     """
-    experts = [fqn for fqn in linears if issubclass(kind_of(type(modules[fqn])) or object, SeveralWeights)]
+    stacked = {fqn: count for fqn, module in modules.items() if (count := _in_one_tensor(module))}
+    experts = stacked | {
+        fqn: n for fqn, module in modules.items() if not any(within(s, [fqn]) for s in stacked) and (n := _named(fqn, module))
+    }
     found = {}
-    for each in experts:
-        parent, tensors = each.rpartition(".")[0], [p for p in modules[each]._parameters.values() if p is not None]
-        count = tensors[0].shape[0]
+    for each, count in experts.items():
+        parent = each.rpartition(".")[0]
         for fqn in linears:
             parts = fqn.removeprefix(f"{parent}.").split(".") if within(fqn, [parent]) and not within(fqn, experts) else ()
             if _NAMES.intersection(parts) and getattr(modules[fqn], "out_features", None) == count:
                 found[fqn] = "it routes tokens to experts"
     return found
+
+
+def _in_one_tensor(module: nn.Module) -> int:
+    """Return the number of experts that a kind adapts, 0 for other modules."""
+    if not issubclass(kind_of(type(module)) or object, SeveralWeights):
+        return 0
+    return next((p.shape[0] for p in module._parameters.values() if p is not None), 0)
+
+
+def _named(fqn: str, module: nn.Module) -> int:
+    """Return the number of experts in a list, or in a class that no kind adapts, by its name; 0 for other modules."""
+    if fqn.rpartition(".")[2] != "experts":
+        return 0
+    count = len(module) if isinstance(module, (nn.ModuleList, nn.ModuleDict)) else getattr(module, "num_experts", 0)
+    return count if isinstance(count, int) else 0

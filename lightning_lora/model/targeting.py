@@ -6,7 +6,6 @@ names), a module that cannot be adapted, a rank above a layer's size.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections import Counter
 from collections.abc import Container, Iterable
@@ -21,7 +20,7 @@ from lightning_lora.layers.adapting import refusal
 from lightning_lora.layers.base import PREFIX, LoRALayer
 from lightning_lora.layers.classes import adapted_class
 from lightning_lora.layers.several_weights import SeveralWeights
-from lightning_lora.layers.spec import LayerSpec, init_options_of, options_of
+from lightning_lora.layers.spec import LayerSpec, init_options_of, kind_options_of, options_of
 from lightning_lora.model.frozen_parts import mixed_with_frozen
 from lightning_lora.model.fused_slices import chosen_slices, names_of, slice_names
 from lightning_lora.model.heads import output_heads, saved_modules, within
@@ -29,7 +28,7 @@ from lightning_lora.model.routers import routers
 from lightning_lora.model.suitability import Suitability
 from lightning_lora.model.target_report import Target, TargetReport, lines_of
 from lightning_lora.quantization.formats import elements, lost_factors
-from lightning_lora.registry import belongs_to_packed_base, kind_of, qualified_name, why_refused
+from lightning_lora.registry import KIND_NAMES, belongs_to_packed_base, kind_of, qualified_name, why_refused
 from lightning_lora.utils.names import modules_by_name, parameters_by_name
 from lightning_lora.utils.patterns import compile_patterns, layer_index, no_match, starred
 
@@ -112,8 +111,10 @@ def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False)
     passed_over = wanted.passed_over if isinstance(wanted, _AllLinear) else {}
     excluded = _Field("exclude_modules", config.exclude_modules)
     rules = {name: _Field(name, list(getattr(config, name))) for name in ("rank_pattern", "alpha_pattern", "kind_pattern")}
-    options_of(config)  # raises for a wrong option
+    options_of(config)  # raise for a wrong option
     init_options_of(config)
+    for name in config.kind_options:
+        kind_options_of(config, name)
 
     # A module with two parents has two names. It is adapted once even if both are targets, and not at all if one of them is excluded.
     out = {module for fqn, module in modules.items() if excluded.matching(fqn)}
@@ -135,16 +136,19 @@ def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False)
         if fqn in with_parent:
             continue
         names = names_of(fqn, slices.get(module))
-        ranks, alphas = (
-            rules[f"{name}_pattern"].values(getattr(config, f"{name}_pattern"), names, fqn, getattr(config, name))
-            for name in ("rank", "alpha")
-        )
         kind_name = next((config.kind_pattern[text] for text in rules["kind_pattern"].matching(fqn)), None)
+        kind = adapted_class(type(module), config.variant, kind_name, sliced=module in slices)
+        alphas = rules["alpha_pattern"].values(config.alpha_pattern, names, fqn, config.alpha)
+        ranks = rules["rank_pattern"].values(config.rank_pattern, names, fqn, None)
+        try:
+            ranks = [rank or kind.default_rank(module, config, model) for rank in ranks] if kind is not None else [config.rank]
+        except ValueError as error:
+            problems.append(f"{fqn!r} ({qualified_name(type(module))}): {error}.")
+            continue
         if len({*ranks}) > 1 or len({*alphas}) > 1:
             problems.append(f"{', '.join(names)} are slices of {fqn!r}, and share one rank and alpha; the patterns give {ranks}, {alphas}.")
         spec = LayerSpec(config, ranks[0], alphas[0], fqn, kind_name, slices.get(module))
         problem = _problem(suitability, modules, module, spec, saved)
-        kind = adapted_class(type(module), config.variant, kind_name, sliced=spec.slices is not None)
         if problem or kind is None:
             problems.append(problem or why_refused(module, fqn))
         else:
@@ -163,6 +167,9 @@ def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False)
         problems += [f"target_modules='{ALL_LINEAR}' finds no linear that LoRA can adapt: {line}." for line in lines_of(passed_over)]
     elif not (config.allow_unmatched and targets):
         problems += _unmatched(fields, config, modules, chosen.values())
+    unused = [name for name in config.kind_options if not any(issubclass(target.kind, KIND_NAMES[name]) for target in targets)]
+    if unused and not problems and not config.allow_unmatched:
+        problems.append(f"kind_options[{unused[0]!r}]: no target is of that kind; leave it out.")
     if problems:
         raise ValueError("\n".join(problems[:8] + ([f"… and {len(problems) - 8} more."] if len(problems) > 8 else [])))
     lazy = [name for name, parameter in parameters_by_name(model).items() if is_lazy(parameter)]
@@ -241,10 +248,12 @@ def _check_lost(target: Target, init: str) -> None:
 
 
 def _warn_of_rank(target: Target) -> None:
-    sizes = [math.prod(shape) // target.rank for shape in target.kind.adapter_shapes(target.module, target.spec)]
-    if target.rank > min(sizes):
+    rank, *sizes = target.kind.pair_sizes(target.module, target.spec)
+    if rank > min(sizes):
+        split = "" if rank == target.rank else f", {rank} in each of its {target.rank // rank} groups,"
         warnings.warn(
-            f"rank={target.rank} of {target.fqn!r} is above min(in, out)={min(sizes)}: more parameters than a full update; lower the rank.",
+            f"rank={target.rank} of {target.fqn!r}{split} is above min(in, out)={min(sizes)}: more parameters than a full update; lower the"
+            " rank.",
             stacklevel=5,
         )
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_lora.ops.grouped_linear import grouped_lora_linear, one_operation_takes
 from lightning_lora.utils.autocast import autocast_dtype, no_autocast
 
 # What code may ask of the weight without reading its values.
@@ -27,6 +28,7 @@ _METADATA = {
 }  # fmt: skip
 _PRODUCTS = {"__matmul__", "bmm", "grouped_mm", "_grouped_mm", "grouped_mm_fallback", "matmul", "mm"}
 _GROUPED = {"grouped_mm", "_grouped_mm", "grouped_mm_fallback"}
+_ONE_OPERATION = {"grouped_mm", "_grouped_mm"}
 _ALIGNED = 16  # bytes that a row of a grouped product's operand is a multiple of
 
 
@@ -71,9 +73,13 @@ class LowRankSum:
         return self._one_by_one()[int(index)]
 
     def _one_by_one(self) -> list[LowRankSum]:
-        """Return all matrices. Separated at once, their gradients are gathered at once: an index each would add up tensors of full size."""
+        """Return all matrices. Separated at once, their gradients are gathered at once: an index each would add up tensors of full size.
+
+        The factors are cast to the products' dtype at once too.
+        """
         if self._each is None:
-            parts = (tensor.unbind(0) for tensor in (self._weight, self._left, self._right))
+            dtype = autocast_dtype(self._weight) or self._weight.dtype
+            parts = (tensor.unbind(0) for tensor in (self._weight, self._left.to(dtype), self._right.to(dtype)))
             self._each = [self._with(*part) for part in zip(*parts, strict=True)]
         return self._each
 
@@ -83,6 +89,10 @@ class LowRankSum:
         if {dim0 % ndim, dim1 % ndim} != {ndim - 2, ndim - 1}:
             raise ValueError(_refusal(f"transpose({dim0}, {dim1})"))
         return self._with(self._weight.mT, self._right.mT, self._left.mT)
+
+    def contiguous(self) -> LowRankSum:
+        """Return it with a contiguous weight, which transformers before 5.11 makes for its grouped products."""
+        return self._with(self._weight.contiguous(), self._left, self._right)
 
     def t(self) -> LowRankSum:
         """Return the transposed matrix."""
@@ -126,8 +136,13 @@ class LowRankSum:
         if first is self:
             y = product(self._weight, second, *rest, **kwargs)
             return self._plus_update(y, second, lambda x, P, Q: product(P, product(Q, x, *rest, **kwargs), *rest, **kwargs))
+        name = getattr(product, "__name__", "")
+        offsets = None if rest else kwargs.get("offs")
+        more = [value for name, value in kwargs.items() if name != "offs" and value is not None]  # torch's function names all of its own
+        if name in _ONE_OPERATION and offsets is not None and not more and one_operation_takes(first, self._weight):
+            return self._sorted_rows(first, offsets)
         y = product(first, self._weight, *rest, **kwargs)
-        grouped = getattr(product, "__name__", "") in _GROUPED
+        grouped = name in _GROUPED
 
         def update(x: Tensor, P: Tensor, Q: Tensor) -> Tensor:
             P, Q = _padded(P, Q) if grouped else (P, Q)
@@ -135,11 +150,34 @@ class LowRankSum:
 
         return self._plus_update(y, first, update)
 
+    def _sorted_rows(self, x: Tensor, offsets: Tensor) -> Tensor:
+        return grouped_lora_linear(x, self._weight, self._left.mT, self._right.mT, offsets, self._scale, self._dropout)
+
     def _plus_update(self, y: Tensor, x: Tensor, update: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         """Return y plus s times the update of x, computed in y's dtype as every adapted layer's is."""
         with nullcontext() if autocast_dtype(y) in (None, y.dtype) else no_autocast(y):
             x = F.dropout(x.to(y.dtype), self._dropout) if self._dropout else x.to(y.dtype)
             return y.add(update(x, self._left.to(y.dtype), self._right.to(y.dtype)), alpha=self._scale)
+
+
+def product_of_sorted_rows(product: Callable[..., Tensor], x: Tensor, weight: Tensor | LowRankSum, offs: Tensor) -> Tensor:
+    """Return transformers' product of sorted rows with each group's matrix, for a weight or a :class:`LowRankSum`.
+
+    Compilers call a class's ``__torch_function__`` for torch's public functions only, and this product is none.
+
+    Args:
+        product: transformers' own, for a weight.
+        x: (N, in), sorted by group.
+        weight: (groups, in, out).
+        offs: (groups,), where each group's rows end.
+    """
+    if not isinstance(weight, LowRankSum):
+        return product(x, weight, offs=offs)
+    x = x.to(weight.dtype)
+    if x.dtype == torch.bfloat16 and one_operation_takes(x, weight._weight):  # others go through an operator of transformers' own
+        return weight._sorted_rows(x, offs)
+    y = product(x, weight._weight, offs=offs)
+    return weight._plus_update(y, x, lambda x, P, Q: product(product(x, P, offs=offs), Q, offs=offs))
 
 
 def _padded(P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:

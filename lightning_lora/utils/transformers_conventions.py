@@ -129,43 +129,6 @@ def expert_family(model: nn.Module) -> str:
     return families.get(model_type, "mixtral" if model_type == "mixtral" and families else "")
 
 
-# Experts.
-
-# Classes with experts in one tensor per projection that transformers' decorator does not mark → names of the tensors, and whether each
-# expert's matrix is stored as (in, out).
-_GATED = ("gate_up_proj", "down_proj")
-_EXPERTS = {
-    "llama4.modeling_llama4.Llama4TextExperts": (_GATED, True),
-    "step3p7.modeling_step3p7.Step3p7Experts": (_GATED, False),
-    "longcat_flash.modeling_longcat_flash.LongcatFlashExperts": (_GATED, False),
-    "inkling.modeling_inkling.InklingSharedExperts": (("gate_proj", "up_proj", "down_proj"), False),
-    "jetmoe.modeling_jetmoe.JetMoeParallelExperts": (("weight",), False),
-}
-
-
-def stored_experts(cls: type) -> tuple[tuple[str, ...], bool] | None:
-    """Return the names of the tensors that hold a class's experts, and whether a matrix is (in, out) there; None for other classes.
-
-    ``use_experts_implementation``, public in transformers, marks such classes: its options are free variables of the constructor that it
-    makes. Without it experts are left out by "all-linear", which the report says, and refused by name.
-    """
-    for base in cls.__mro__:
-        known = _EXPERTS.get(f"{base.__module__}.{base.__qualname__}".removeprefix("transformers.models."))
-        if known is not None:
-            return known
-        start = vars(base).get("__init__")
-        names = getattr(getattr(start, "__code__", None), "co_freevars", ())
-        if "is_transposed" in names and "has_gate" in names:
-            options = {name: cell.cell_contents for name, cell in zip(names, start.__closure__, strict=True)}  # type: ignore[union-attr]
-            return (_GATED if options["has_gate"] else ("up_proj", "down_proj")), options["is_transposed"]
-    return None
-
-
-def experts_implementation(module: nn.Module) -> str | None:
-    """Return the name of the implementation by which experts run, None if they have only their own."""
-    return getattr(getattr(module, "config", None), "_experts_implementation", None)
-
-
 # Saving.
 
 

@@ -125,9 +125,10 @@ def test_after_tensor_parallelism_they_are_refused_by_name(pool: Any) -> None:
 # A module with several weights.
 
 
-def check_experts(name: str, order: str) -> dict[str, Any]:
+def check_experts(name: str, order: str, shared: bool) -> dict[str, Any]:
     """Gradients, merge and unmerge of two processes are those of one."""
-    config = LoRAConfig(rank=2, alpha=4, target_modules=["experts", "q_proj"])
+    options = {"experts": {"shared_outer": shared}}
+    config = LoRAConfig(rank=2, alpha=4, target_modules=["experts", "q_proj"], kind_options=options)
     ids = torch.arange(32).reshape(4, 8)
     # In float64: fp32 sums of a batch and of its halves differ by 1e-5 in one process too.
     model, alone = tiny_qwen3_moe(torch.float64), apply_lora(tiny_qwen3_moe(torch.float64), config=config)
@@ -162,7 +163,8 @@ def wrap_experts(model: nn.Module, name: str) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize(("name", "order"), [("ddp", "before"), ("fsdp2", "before"), ("fsdp2", "after")])
-def test_experts(pool: Any, name: str, order: str) -> None:
-    for result in pool.run(check_experts, name, order):
+def test_experts(pool: Any, name: str, order: str, shared: bool) -> None:
+    for result in pool.run(check_experts, name, order, shared):
         assert result["gradient"] < 1e-9 and result["merged"] < 1e-9 and result["back"], result

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -52,6 +52,7 @@ class Case:
     out_axis: int = 0  # of the weight
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float64)  # what the base can be; the last is the exact one
     quantized: str | None = None  # how merge_lora is to merge into it
+    fields: dict[str, object] = field(default_factory=dict)  # of the config, beside those that a test sets
 
     def base(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         torch.manual_seed(7)

@@ -30,6 +30,21 @@ def test_a_router_is_beside_the_experts_has_an_output_for_each_and_is_named_so(l
     assert routers(modules, linears).keys() == expected
 
 
+class Unknown(nn.Module):
+    """Experts of a class that no kind adapts, as DBRX's."""
+
+    num_experts = 8
+
+
+@pytest.mark.parametrize(
+    "held", [Unknown(), nn.ModuleList([nn.Linear(32, 32) for _ in range(8)]), nn.ModuleDict({f"e{i}": Unknown() for i in range(8)})]
+)
+def test_experts_that_are_not_one_tensor_have_routers_too(held):
+    model = nn.ModuleDict({"block": nn.ModuleDict({"experts": held, "gate": nn.Linear(32, 8), "out": nn.Linear(64, 64)})})
+    report = find_targets(model, LoRAConfig(target_modules="all-linear", allow_unmatched=True, modules_to_save=[]))
+    assert report.passed_over == {"block.gate": "it routes tokens to experts"}
+
+
 def test_all_linear_passes_over_them_and_a_name_does_not():
     model, _ = build("jetmoe")
     report = find_targets(model, LoRAConfig(target_modules="all-linear"))

@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lightning_lora.ops import low_rank_sum
+from lightning_lora.ops.grouped_linear import grouped_lora_linear
 from lightning_lora.ops.low_rank_sum import LowRankSum
 
 E, M, N, R, S = 3, 8, 12, 2, 0.7
@@ -32,6 +34,7 @@ PRODUCTS = {
     "bmm of the transposed": lambda T: torch.bmm(x(E, 4, N), T.transpose(1, 2)),
     "bmm, some of them, from the left": lambda T: torch.bmm(T[torch.tensor([2, 0, 2, 1])], x(4, N, 1)),
     "matmul of all": lambda T: torch.matmul(x(E, 4, N), T.mT),
+    "matmul of a contiguous one": lambda T: torch.matmul(x(E, 4, N), T.mT.contiguous()),
     "matmul of a slice": lambda T: torch.matmul(x(2, 4, M), T[1:]),
     "as transformers' own operator": lambda T: torch.ops.transformers.grouped_mm_fallback(x(6, M), T, offs=torch.tensor([2, 2, 6])),
 }
@@ -70,6 +73,19 @@ def test_grouped_products(rank, transposed):
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_a_grouped_product_is_one_operation_unless_something_else_is_asked(monkeypatch):
+    calls = []
+    monkeypatch.setattr(low_rank_sum, "grouped_lora_linear", lambda *args: calls.append(args) or grouped_lora_linear(*args))
+    W, A, B = (torch.ones(shape) for shape in ((E, M, N), (E, 4, N), (E, M, 4)))
+    given, offsets = x(6, N, dtype=torch.float32), torch.tensor([2, 2, 6], dtype=torch.int32)
+    T = LowRankSum(W, B, A, S).transpose(-2, -1)
+    found = F.grouped_mm(given, T, offs=offsets)
+    assert len(calls) == 1 and calls[0][1].shape == (E, N, M)
+    W.requires_grad_()  # trained too
+    torch.testing.assert_close(F.grouped_mm(given, T, offs=offsets), found)
+    assert len(calls) == 1
+
+
 def test_the_factors_take_the_products_dtype():
     W, P, Q = parts(torch.float32)
     found = F.linear(x(5, N, dtype=torch.float32).bfloat16(), LowRankSum(W.bfloat16(), P, Q, S)[0])
@@ -77,6 +93,15 @@ def test_the_factors_take_the_products_dtype():
     torch.testing.assert_close(found.float(), x(5, N, dtype=torch.float32) @ dense(W, P, Q)[0].T, rtol=0.05, atol=0.2)
     with torch.autocast("cpu", torch.bfloat16):
         assert F.linear(x(5, N, dtype=torch.float32), LowRankSum(W, P, Q, S)[0]).dtype == torch.bfloat16
+
+
+def test_the_factors_of_all_matrices_are_cast_at_once():
+    W, P, Q = parts(torch.float32)
+    given, T = x(5, N, dtype=torch.bfloat16), LowRankSum(W.detach().bfloat16(), P, Q, S)
+    with torch.profiler.profile() as profiler:
+        found = [F.linear(given, T[k]) for k in range(E)]
+    assert all(y.dtype == torch.bfloat16 for y in found)
+    assert sum(event.name == "aten::_to_copy" for event in profiler.events()) == 2
 
 
 def test_dropout_is_on_the_factors_input():

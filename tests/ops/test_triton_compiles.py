@@ -15,12 +15,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from lightning_lora.ops import triton_float8 as float8, triton_gated_mlp as gated, triton_low_rank as low_rank, triton_weight_norm as norms
-from lightning_lora.ops import triton_copies as copies, triton_gated_plans as plans, triton_nf4 as nf4
+from lightning_lora.ops import triton_copies as copies, triton_gated_plans as plans, triton_grouped as grouped, triton_nf4 as nf4
 
 FLOATS = {"td", "dt", "sums", "out_scale", "gg", "gu", "sums_gg", "sums_gu"}
 HALVES = {"x", "a", "y", "t", "b", "g", "u", "h", "dropped", "bg", "bu", "ad", "dh", "dg", "du", "dtd", "w", "z", "dy", "dz", "bias"}
 FLOAT8 = {  # kernels in which a name is of another type
     "_quantize": {**dict.fromkeys(("factor_a", "factor_b", "factor_c", "scales"), "*fp32"), "codes": "*fp8e4nv", "c": "*bf16"},
+    "_add": {"offsets": "*i32"},
     "_transpose": {"w": "*u8", "out": "*u8"},
     "_copies": {name: "*fp32" for name in "abcdef"} | {f"to_{name}": "*bf16" for name in "abcdef"},
     "_dequantize": {"codes": "*u8", "absmax": "*u8", **dict.fromkeys(("values", "offset", "outer", "outer_values"), "*fp32")},
@@ -55,6 +56,8 @@ for capability, rank, drop, out_scale in ways:
         tiles = plans.tiles_of(name, plan, drop, out_scale)
         more = dict(DROP=drop, OUT_SCALE=out_scale, EVEN=True, FAST=True, STAGES=tiles.num_stages, **plan.options, **extra)
         found[f"{name}, rank {rank}, drop {drop}, sm_{capability}"] = compile(kernel, tiles, capability, **more)
+found["grouped, rank 16"] = compile(grouped._add, grouped.TILES["add_"], BR=16, BG=128)
+found["grouped, rank 64, sm_86"] = compile(grouped._add, grouped.TILES["add_"], 86, BR=64, BG=8)
 found["dropped"] = compile(low_rank._dropped, low_rank.TILES["dropped"])
 found["copies"] = compile(copies._copies, low_rank.Tiles(0, 0, copies.WARPS), BLOCK=copies.BLOCK)
 for name, (chunk, warps) in float8.CHUNKS.items():
@@ -71,6 +74,6 @@ def test_for_an_h100_and_for_smaller_gpus():
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 23
+    assert len(found) == 25
     for name, (size, shared) in found.items():
         assert size > 0 and shared <= (99 if "sm_86" in name else 227) * 1024, name  # what a program may have
