@@ -1,4 +1,4 @@
-"""Compute the start of adapters whose init reads data from the first training batches, before the strategy wraps the module.
+"""Compute the start of adapters whose init reads data from batches of the training loader, before the strategy wraps the module.
 
 The run then sees what it would have seen: random numbers, loaders, buffers, metrics, logged values and the module's own plain attributes
 are as before. It is done once per module. A run that resumes, or starts from an adapter, has its values from there.

@@ -10,6 +10,7 @@ import itertools
 import os
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule
@@ -106,10 +107,10 @@ def will_resume(trainer: Any) -> Any:
     Lightning tells nobody before it loads it, which under sharding is after the model was wrapped. So the argument of ``Trainer._run`` is
     read. If its names go, a run with an init that reads data raises.
     """
-    frame, run = sys._getframe(), type(trainer)._run.__code__
-    while frame.f_code is not run:
-        frame = frame.f_back  # type: ignore[assignment]
-    return frame.f_locals["ckpt_path"]
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not type(trainer)._run.__code__:
+        frame = frame.f_back
+    return trainer.ckpt_path if frame is None else frame.f_locals["ckpt_path"]
 
 
 def see_mixed_imports() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,24 @@ def test_eva(name: str, rho: float, tmp_path: Path) -> None:
     ranks = {fqn: layer.rank for fqn, layer in lora_layers(mine)}
     assert (len({*ranks.values()}) > 1) == (rho > 1 and name == "llama") and sum(ranks.values()) == rank * len(ranks)
     assert torch.equal(logits(mine, name), logits(base(name), name))
+    with torch.no_grad():
+        for parameter in [p for model in (mine, theirs) for key, p in model.named_parameters() if "lora_B" in key]:
+            parameter.add_(0.05)
+    theirs.save_pretrained(tmp_path / "theirs")
+    close(logits(load_adapter(base(name), tmp_path / "theirs"), name), logits(theirs.eval(), name))
+    read = read_by_peft(base(name), save_adapter(mine, tmp_path / "mine"))
+    close(logits(read, name), logits(mine, name))
+    assert sorted(read.peft_config["default"].rank_pattern.values()) == sorted(r for r in ranks.values() if r != rank)
+
+
+@pytest.mark.parametrize("fields", [{"init_lora_weights": "loftq"}, {"init_lora_weights": True, "loftq_config": {"loftq_bits": 4}}])
+def test_pefts_folders_of_loftq_are_refused_with_the_reason(fields: dict[str, Any], tmp_path: Path) -> None:
+    """They belong to a base that only PEFT's run had."""
+    get_peft_model(base("llama"), LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with pytest.raises(ValueError, match=r"base (that was )?changed at the start"):
+        load_adapter(base("llama"), tmp_path)
 
 
 def test_eva_over_several_batches_is_pefts_incremental_pca() -> None:
