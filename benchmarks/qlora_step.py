@@ -2,14 +2,14 @@
 CUDA graphs; checkpointed or not.
 
     python benchmarks/qlora_step.py           # Llama-3-8B's shape, 1 x 2048 tokens, all-linear r=16, on a GPU
-    python benchmarks/qlora_step.py --batch 2 --how compiled --chunk
+    python benchmarks/qlora_step.py --batch 1 2 4 --how compiled --chunk
     python benchmarks/qlora_step.py --tiny    # the same steps in seconds, on a CPU too
 
 Random weights, made and packed block by block on the device, so that the 16 GB of the bf16 model never exist: 4-bit NormalFloat with
 double quantization by bitsandbytes, bf16 embeddings, norms and head, fp32 adapters under autocast, fused AdamW. *Frozen* is forward
 and backward to the embedding's output with no adapter: what no QLoRA can avoid. All is measured in this one run, the peak after the
 first four steps; ratios are to the frozen model run the same way. *Launching*: until the host has launched all of a step. Where that takes
-as long as the step, the GPU waits for the host. The loss is Hugging Face's, or with ``--chunk`` taken through the frozen head 2048 rows at a
+as long as the step, the GPU waits for it. The loss is Hugging Face's, or with ``--chunk`` taken through the frozen head 2048 rows at a
 time, as this package's causal-LM task does. Recorded rows' memory is what is reserved, gaps included.
 """
 
@@ -100,8 +100,8 @@ class Result(NamedTuple):
     kernels: Kernels
 
 
-def measure(name: str, options: argparse.Namespace, compiled: bool, checkpointed: bool, recorded: bool) -> Result:
-    """Run one mode in a fresh model."""
+def measure(name: str, options: argparse.Namespace, batch: int, compiled: bool, checkpointed: bool, recorded: bool) -> Result:
+    """Run one mode in a fresh model, on so many rows."""
     torch._dynamo.reset()
     gc.collect()
     cuda = torch.cuda.is_available()
@@ -118,7 +118,7 @@ def measure(name: str, options: argparse.Namespace, compiled: bool, checkpointed
         compile_layers(model, cuda_graphs=recorded)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=cuda) if trained else None
-    ids = torch.randint(0, sizes[-1], (1, 32) if options.tiny else (options.batch, options.seq), device=device)
+    ids = torch.randint(0, sizes[-1], (batch, 32 if options.tiny else options.seq), device=device)
 
     def step(k: int) -> None:
         with cuda_graph_step(trained) if recorded else nullcontext():
@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> dict[str, Result]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a small shape")
     parser.add_argument("--steps", type=int, default=8, help="counted steps, after four")
-    parser.add_argument("--batch", type=int, default=1, help="rows")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="rows; several: one table each")
     parser.add_argument("--seq", type=int, default=2048, help="tokens a row")
     parser.add_argument("--chunk", action="store_true", help="the chunked loss")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), metavar="MODE", help=f"of {', '.join(MODES)}")
@@ -164,14 +164,15 @@ def main(argv: list[str] | None = None) -> dict[str, Result]:
     options = parser.parse_args(argv)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"torch {torch.__version__}, transformers {__version__}, bitsandbytes {bitsandbytes.__version__}, {device}")
-    print("| mode | ms | x frozen | launching | GiB | x frozen |\n|---|---|---|---|---|---|")
     results: dict[str, Result] = {}
-    for how in options.how:
-        for name in options.modes:
-            result = results[f"{name}, {how}"] = measure(name, options, *HOW[how])
-            frozen = results.get(f"frozen, {how}")
-            times, memory = (f"{result.ms / frozen.ms:.2f}", f"{result.gib / (frozen.gib or 1):.2f}") if frozen else ("–", "–")
-            print(f"| {name}, {how} | {result.ms:.1f} | {times} | {result.launching:.1f} | {result.gib:.2f} | {memory} |", flush=True)
+    for batch in options.batch:
+        print(f"\n| {batch} rows | ms | x frozen | launching | GiB | x frozen |\n|---|---|---|---|---|---|")
+        for how in options.how:
+            for name in options.modes:
+                result = results[f"{name}, {how}, {batch}"] = measure(name, options, batch, *HOW[how])
+                frozen = results.get(f"frozen, {how}, {batch}")
+                times, memory = (f"{result.ms / frozen.ms:.2f}", f"{result.gib / (frozen.gib or 1):.2f}") if frozen else ("–", "–")
+                print(f"| {name}, {how} | {result.ms:.1f} | {times} | {result.launching:.1f} | {result.gib:.2f} | {memory} |", flush=True)
     if options.profile:
         for mode, result in results.items():
             busy, calls = (sum(values) for values in zip(*result.kernels.values(), strict=True))

@@ -220,7 +220,7 @@ def test_qlora_step_measures(name: str, checkpointed: bool) -> None:
     from lightning_lora.quantization.formats import format_of
 
     step = runpy.run_path(str(BENCHMARKS / "qlora_step.py"))
-    result = step["measure"](name, Namespace(tiny=True, steps=1, chunk=checkpointed, profile=True), False, checkpointed, False)
+    result = step["measure"](name, Namespace(tiny=True, steps=1, chunk=checkpointed, profile=True), 1, False, checkpointed, False)
     assert 0 < result.launching <= result.ms < 60_000
     assert result.kernels["aten::mm"][1] >= 1 or name == "frozen"
     model = step["MODES"][name](step["build"](step["TINY"], "cpu"))
