@@ -119,12 +119,9 @@ def test_floor_says_what_failed_and_goes_on(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_floor_profiles(capsys: pytest.CaptureFixture[str]) -> None:
-    results = FLOOR["main"]([*QUICK, "--profile", "ours-chunk,floor"])
-    products = [result.kernels["aten::mm"] for result in results.values()]
-    assert list(results) == ["ours-chunk", "floor"] and products[0][1] - products[1][1] > 14 * 2
-    printed = capsys.readouterr().out
-    cells = [f"{spent:.3f} | {calls:.0f}" for spent, calls in products]
-    assert "| kernel | ours-chunk, ms | calls | floor, ms | calls |" in printed and f"| aten::mm | {' | '.join(cells)} |" in printed
+    ours, floor = (one.kernels["aten::mm"] for one in FLOOR["main"]([*QUICK, "--profile", "ours-chunk,floor"]).values())
+    assert ours[1] - floor[1] > 14 * 2
+    assert f"| aten::mm | {ours[0]:.3f} | {ours[1]:.0f} | {floor[0]:.3f} | {floor[1]:.0f} |" in capsys.readouterr().out
 
 
 def test_floor_times_what_is_done_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,8 +218,7 @@ def test_qlora_step_measures(name: str, checkpointed: bool) -> None:
 
     step = runpy.run_path(str(BENCHMARKS / "qlora_step.py"))
     result = step["measure"](name, Namespace(tiny=True, steps=1, chunk=checkpointed, profile=True), 1, False, checkpointed, False)
-    assert 0 < result.launching <= result.ms < 60_000
-    assert result.kernels["aten::mm"][1] >= 1 or name == "frozen"
+    assert 0 < result.launching <= result.ms < 60_000 and result.kernels["aten::mm"][1] >= 1
     model = step["MODES"][name](step["build"](step["TINY"], "cpu"))
     assert len([module for module in model.modules() if format_of(module) is not None]) == 2 * 7
     assert not any(parameter.is_meta for parameter in model.parameters())
