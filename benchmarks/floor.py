@@ -2,7 +2,7 @@
 
     python benchmarks/floor.py                                # Llama-3.2-1B's shape, 4 x 2048 tokens, all-linear r=16
     python benchmarks/floor.py --shape 8b --batch 2 --modes floor,peft,ours-layer-chunk,ours-layer-chunk-drop
-    python benchmarks/floor.py --profile ours-layer-chunk     # its kernels by time
+    python benchmarks/floor.py --profile ours-layer-chunk,floor   # their kernels by time, side by side
     python benchmarks/floor.py --growth                       # over rank, length and depth; --shape small --batch 1 --seq 1024 on a CPU
     python benchmarks/floor.py --costs --shape 8b             # injection, saving, merging
     python benchmarks/floor.py --shape tiny --backend eager   # the same in seconds, on a CPU too
@@ -49,7 +49,8 @@ from typing import Any
 
 import torch
 from floor_modes import DEVICE, SHAPES, Setting, alike, arithmetic, build, ours, parse, training_step, with_rank
-from torch import Tensor, nn
+from kernel_times import compared, kernels
+from torch import nn
 from transformers import __version__
 
 from lightning_lora import get_lora_parameters, merge_lora, save_adapter, unmerge_lora
@@ -130,22 +131,6 @@ def elapsed(a: Any, b: Any) -> float:
     return (b - a) * 1e3 if DEVICE == "cpu" else a.elapsed_time(b)
 
 
-def kernels(step: Callable[[int], Tensor], steps: int) -> dict[str, tuple[float, float]]:
-    """Kernel (on a CPU: operator) → device milliseconds and calls a step, by torch.profiler."""
-    with torch.profiler.profile() as profiler:
-        for k in range(steps):
-            step(k)
-        synchronize()
-    kind = torch.autograd.DeviceType.CUDA if DEVICE == "cuda" else torch.autograd.DeviceType.CPU
-    found: dict[str, tuple[float, float]] = {}
-    for event in profiler.events():
-        if event.device_type == kind and not event.is_user_annotation:  # a span around kernels would count them twice
-            spent, calls = found.get(event.name, (0.0, 0.0))
-            spent += (event.device_time if DEVICE == "cuda" else event.self_cpu_time_total) / 1e3 / steps
-            found[event.name] = spent, calls + 1 / steps
-    return dict(sorted(found.items(), key=lambda item: -item[1][0]))
-
-
 def row(name: str, result: Result, setting: Setting, floor: Result | None, same: Result | None) -> None:
     def times(value: float, other: Result | None, what: str) -> str:
         reference = getattr(other, what) if other is not None else 0.0
@@ -175,6 +160,16 @@ def table(modes: list[str], setting: Setting) -> dict[str, Result]:
     for mode in modes:
         results[mode] = measure(mode, setting)
         row(mode, results[mode], with_rank(setting, mode), results.get("floor"), results.get(alike(mode)))
+    return results
+
+
+def profiles(modes: list[str], setting: Setting) -> dict[str, Result]:
+    """The kernels of each mode, those first that take longest in the first mode."""
+    results = {mode: measure(mode, setting, profile=True) for mode in modes}
+    for mode, result in results.items():
+        busy, calls = (sum(values) for values in zip((0.0, 0.0), *result.kernels.values(), strict=True))
+        print(f"{mode}: {result.error or f'{result.ms:.1f} ms a step, busy {busy:.1f} ms in {calls:.0f} kernels'}")
+    print(compared({mode: result.kernels for mode, result in results.items()}), flush=True)
     return results
 
 
@@ -242,7 +237,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--steps", type=int, default=12, help="that count")
     parser.add_argument("--warmup", type=int, default=5, help="steps before those")
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
-    parser.add_argument("--profile", metavar="MODE", help="the 25 kernels of a mode that take longest")
+    parser.add_argument("--profile", metavar="MODES", help="the kernels of these modes that take longest, side by side")
     parser.add_argument("--growth", action="store_true", help="rank 8 to 256, length 512 to 32k, depth")
     parser.add_argument("--costs", action="store_true", help="injection, saving, merging")
     options = parser.parse_args(argv)
@@ -251,20 +246,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         options.steps, options.warmup, options.backend,
     )  # fmt: skip
     modes = (options.modes or ("ours-layer-chunk" if options.growth else MODES)).split(",")
-    for mode in [*modes, *filter(None, [options.profile])]:
+    for mode in [*modes, *(options.profile.split(",") if options.profile else [])]:
         parse(mode)
     warnings.simplefilter("ignore")
     print(
         f"torch {torch.__version__}, transformers {__version__}, {torch.cuda.get_device_name() if DEVICE == 'cuda' else 'CPU'}", flush=True
     )
     if options.profile:
-        result = measure(options.profile, setting, profile=True)
-        busy, calls = (sum(values) for values in zip(*result.kernels.values(), strict=True)) if result.kernels else (0, 0)
-        print(f"{options.profile}: {result.error or f'{result.ms:.1f} ms a step, busy {busy:.1f} ms in {calls:.0f} kernels'}\n")
-        print("| kernel | ms a step | calls a step |\n|---|---|---|")
-        for name, (spent, count) in list(result.kernels.items())[:25]:
-            print(f"| {name[:110].replace('|', '/')} | {spent:.3f} | {count:.0f} |", flush=True)
-        return {options.profile: result}
+        return profiles(options.profile.split(","), setting)
     if options.costs:
         return dict(costs(setting))
     return dict(growth(modes, setting) if options.growth else table(modes, setting))

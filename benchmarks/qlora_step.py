@@ -2,14 +2,15 @@
 CUDA graphs; checkpointed or not.
 
     python benchmarks/qlora_step.py           # Llama-3-8B's shape, 1 x 2048 tokens, all-linear r=16, on a GPU
-    python benchmarks/qlora_step.py --batch 2 --how compiled --chunk
+    python benchmarks/qlora_step.py --batch 1 2 4 --how compiled --chunk
     python benchmarks/qlora_step.py --tiny    # the same steps in seconds, on a CPU too
 
 Random weights, made and packed block by block on the device, so that the 16 GB of the bf16 model never exist: 4-bit NormalFloat with
 double quantization by bitsandbytes, bf16 embeddings, norms and head, fp32 adapters under autocast, fused AdamW. *Frozen* is forward
 and backward to the embedding's output with no adapter: what no QLoRA can avoid. All is measured in this one run, the peak after the
-first four steps; ratios are to the frozen model run the same way. The loss is Hugging Face's, or with ``--chunk`` taken through the
-frozen head 2048 rows at a time, as this package's causal-LM task does. Recorded rows' memory is what is reserved, gaps included.
+first four steps; ratios are to the frozen model run the same way. *Launching*: until the host has launched all of a step. Where that takes
+as long as the step, the GPU waits for it. The loss is Hugging Face's, or with ``--chunk`` taken through the frozen head 2048 rows at a
+time, as this package's causal-LM task does. Recorded rows' memory is what is reserved, gaps included.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import bitsandbytes
 import torch
 import torch.nn.functional as F
+from kernel_times import Kernels, compared, kernels
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, __version__
@@ -88,10 +91,22 @@ HOW = {  # whether each block is compiled, checkpointed, and recorded as CUDA gr
 }
 
 
-def measure(name: str, options: argparse.Namespace, compiled: bool, checkpointed: bool, recorded: bool) -> tuple[float, float]:
-    """Median milliseconds a step, and peak GiB."""
+class Result(NamedTuple):
+    """Of one mode: median milliseconds of a step, those until all was launched, peak GiB; with ``--profile`` its kernels."""
+
+    ms: float
+    launching: float
+    gib: float
+    kernels: Kernels
+
+
+def measure(name: str, options: argparse.Namespace, batch: int, compiled: bool, checkpointed: bool, recorded: bool) -> Result:
+    """Run one mode in a fresh model, on so many rows."""
     torch._dynamo.reset()
+    gc.collect()
     cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.empty_cache()
     device, sizes = "cuda" if cuda else "cpu", TINY if options.tiny else LLAMA_8B
     model = build(sizes, device)
     if checkpointed:
@@ -103,15 +118,9 @@ def measure(name: str, options: argparse.Namespace, compiled: bool, checkpointed
         compile_layers(model, cuda_graphs=recorded)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=cuda) if trained else None
-    ids = torch.randint(0, sizes[-1], (1, 32) if options.tiny else (options.batch, options.seq), device=device)
-    times = []
-    for step in range(options.steps + 4):
-        if step == 4 and cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        if cuda:
-            torch.cuda.synchronize()
-        started = time.perf_counter()
+    ids = torch.randint(0, sizes[-1], (batch, 32 if options.tiny else options.seq), device=device)
+
+    def step(k: int) -> None:
         with cuda_graph_step(trained) if recorded else nullcontext():
             with torch.autocast(device, torch.bfloat16):
                 loss = chunked(base, ids, cuda and compiled) if options.chunk else model(input_ids=ids, labels=ids).loss
@@ -119,15 +128,21 @@ def measure(name: str, options: argparse.Namespace, compiled: bool, checkpointed
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()
+
+    times, launching = [], []
+    for k in range(options.steps + 4):
+        if k == 4 and cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        step(k)
+        launching.append(time.perf_counter() - started)
         if cuda:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     peak = (torch.cuda.max_memory_reserved if recorded else torch.cuda.max_memory_allocated)() / 2**30 if cuda else 0.0
-    del base, model, optimizer, trained, loss
-    gc.collect()
-    if cuda:
-        torch.cuda.empty_cache()
-    return statistics.median(times[4:]) * 1e3, peak
+    found = kernels(step, 3) if options.profile else {}
+    return Result(statistics.median(times[4:]) * 1e3, statistics.median(launching[4:]) * 1e3, peak, found)
 
 
 def chunked(base: nn.Module, ids: torch.Tensor, compiled: bool) -> torch.Tensor:
@@ -136,26 +151,33 @@ def chunked(base: nn.Module, ids: torch.Tensor, compiled: bool) -> torch.Tensor:
     return chunked_cross_entropy(hidden, base.lm_head.weight, F.pad(ids[:, 1:], (0, 1), value=-100).flatten(), compiled=compiled)
 
 
-def main(argv: list[str] | None = None) -> dict[str, tuple[float, float]]:
+def main(argv: list[str] | None = None) -> dict[str, Result]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a small shape")
     parser.add_argument("--steps", type=int, default=8, help="counted steps, after four")
-    parser.add_argument("--batch", type=int, default=1, help="rows")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="rows; several: one table each")
     parser.add_argument("--seq", type=int, default=2048, help="tokens a row")
     parser.add_argument("--chunk", action="store_true", help="the chunked loss")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), metavar="MODE", help=f"of {', '.join(MODES)}")
     parser.add_argument("--how", nargs="+", choices=HOW, default=list(HOW), metavar="HOW", help=f"of {', '.join(HOW)}; default all")
+    parser.add_argument("--profile", action="store_true", help="the kernels of every mode, side by side")
     options = parser.parse_args(argv)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"torch {torch.__version__}, transformers {__version__}, bitsandbytes {bitsandbytes.__version__}, {device}")
-    print("| mode | ms | x frozen | GiB | x frozen |\n|---|---|---|---|---|")
-    results: dict[str, tuple[float, float]] = {}
-    for how in options.how:
-        for name in options.modes:
-            ms, peak = results[f"{name}, {how}"] = measure(name, options, *HOW[how])
-            base_ms, base_peak = results.get(f"frozen, {how}", (0.0, 0.0))
-            ratios = [f"{own / base:.2f}" if base else "–" for own, base in ((ms, base_ms), (peak, base_peak))]
-            print(f"| {name}, {how} | {ms:.1f} | {ratios[0]} | {peak:.2f} | {ratios[1]} |", flush=True)
+    results: dict[str, Result] = {}
+    for batch in options.batch:
+        print(f"\n| {batch} rows | ms | x frozen | launching | GiB | x frozen |\n|---|---|---|---|---|---|")
+        for how in options.how:
+            for name in options.modes:
+                result = results[f"{name}, {how}, {batch}"] = measure(name, options, batch, *HOW[how])
+                frozen = results.get(f"frozen, {how}, {batch}")
+                times, memory = (f"{result.ms / frozen.ms:.2f}", f"{result.gib / (frozen.gib or 1):.2f}") if frozen else ("–", "–")
+                print(f"| {name}, {how} | {result.ms:.1f} | {times} | {result.launching:.1f} | {result.gib:.2f} | {memory} |", flush=True)
+    if options.profile:
+        for mode, result in results.items():
+            busy, calls = (sum(values) for values in zip(*result.kernels.values(), strict=True))
+            print(f"{mode}: busy {busy:.1f} ms in {calls:.0f} kernels")
+        print(compared({mode: result.kernels for mode, result in results.items()}))
     return results
 
 

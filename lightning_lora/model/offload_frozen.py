@@ -161,8 +161,8 @@ class _Place(_OfThisModel):
         self._copied: Any = None
         for parameter, there in zip(weights, self._there, strict=True):
             there.untyped_storage().resize_(0)
-            home = parameter.data.cpu()
-            parameter.data = home.pin_memory() if device.type == "cuda" else home
+            home = torch.empty_like(parameter.data, device="cpu", pin_memory=device.type == "cuda")  # pinned at once: not through a copy
+            parameter.data = home.copy_(parameter.data)
 
     def fetch(self) -> None:
         """Begin to copy them to the device."""
