@@ -164,7 +164,7 @@ def from_peft(fields: dict[str, Any], where: str, tensor_names: Iterable[str]) -
     for name in acting:
         if name != "auto_mapping":
             warnings.warn(f"{where}: {name}={fields[name]!r} is never acted on: nothing is imported or run for an adapter.", stacklevel=3)
-    owners = sorted({name.rpartition(".lora_")[0] for name in tensor_names if ".lora_" in name})
+    owners = sorted({name.rpartition(".lora_")[0] for name in tensor_names if ".lora_" in name and not name.endswith(".lora_rows")})
     # The module of each parameter. A model tells more: placing.py reads the JSON again with one.
     by_weight = list(dict.fromkeys(name.rpartition(".")[0] or name for name in fields.get("target_parameters") or ()))
     targets = fields.get("target_modules") or ([] if by_weight else owners)
@@ -187,6 +187,7 @@ def from_peft(fields: dict[str, Any], where: str, tensor_names: Iterable[str]) -
         rank_pattern={_ours(key): value for key, value in (fields.get("rank_pattern") or {}).items()},
         alpha_pattern={_ours(key): value for key, value in (fields.get("alpha_pattern") or {}).items()},
         modules_to_save=saved,
+        trainable_token_indices=fields.get("trainable_token_indices"),
         scaling="rslora" if fields.get("use_rslora") else "standard",
         init=init if init in ("gaussian", "orthogonal") else "kaiming",
         variant=variant_of(fields),

@@ -18,7 +18,7 @@ from lightning_lora.adapter_io.peft_format import as_lora
 from lightning_lora.adapter_io.peft_names import names_here, rebuilt
 from lightning_lora.adapter_io.peft_rules import is_saved, is_target, is_target_parameter, pattern_value, saved_names
 from lightning_lora.adapter_io.peft_stacks import is_stack, targeted_stacks, unstacked
-from lightning_lora.adapter_io.token_rows import why_tying_matters, with_whole_weights
+from lightning_lora.adapter_io.token_rows import ROWS, rows_of_file, why_tying_matters
 from lightning_lora.config import ALL_LINEAR, LoRAConfig
 from lightning_lora.layers.base import PREFIX
 from lightning_lora.model.fused_slices import slice_names
@@ -73,12 +73,12 @@ def place(adapter: AdapterFile, root: nn.Module, where: str) -> AdapterFile:
     adapter = replace(adapter, tensors=tensors)
     if adapter.fields is None:
         return adapter
-    tensors = with_whole_weights(tensors, adapter.fields, modules, where)
+    rows = rows_of_file(tensors, adapter.fields, root, modules, where)
     dead = _dead(tensors, root, modules)
     tensors = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] not in dead}
     fields = as_lora(adapter.fields, where)
     beside = frozenset(name for name in tensors if not name.rpartition(".")[2].startswith(PREFIX))
-    layers = {name.rpartition(".")[0] for name in tensors.keys() - beside} - {""}
+    layers = {owner for owner, _, last in (name.rpartition(".") for name in tensors.keys() - beside) if last != ROWS} - {""}
     heads = [
         head
         for head in fresh_heads(root)
@@ -88,7 +88,8 @@ def place(adapter: AdapterFile, root: nn.Module, where: str) -> AdapterFile:
     if reason := why_tying_matters(fields, layers, fields["modules_to_save"], modules):
         raise ValueError(f"{where}: {reason}.")
     here = _Here(modules, {new: name for name, new in renamed.items()}, dead)
-    return replace(adapter, config=_meant(adapter.config, fields, layers, heads, here, where), tensors=tensors, beside=beside)
+    config = replace(_meant(adapter.config, fields, layers, heads, here, where), trainable_token_indices=rows)
+    return replace(adapter, config=config, tensors=tensors, beside=beside)
 
 
 def _meant(config: LoRAConfig, fields: dict[str, Any], layers: set[str], heads: list[str], here: _Here, where: str) -> LoRAConfig:

@@ -33,6 +33,7 @@ from lightning_lora.adapter_io.peft_names import factor_in_file, names_for_peft,
 from lightning_lora.adapter_io.peft_rules import auto_mapping, task_type
 from lightning_lora.adapter_io.placing import place
 from lightning_lora.adapter_io.size_limit import check_size
+from lightning_lora.adapter_io.token_rows import peft_rows
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import PREFIX, LoRALayer, lora_layers
 from lightning_lora.layers.factors import Exported
@@ -163,12 +164,13 @@ def checked_adapter(
                 f"{path}: {name!r} and {other!r} are one module here and two in PEFT, which would have adapted only the first."
             )
     tensors, brought = _fit(root, report, adapter, str(path), check_base)
-    places = {f"{target.fqn}.{name}": p for target in report.targets for name, p in target.module.named_parameters(recurse=False)}
+    places = {f"{target.fqn}.{name}": p for target in (*report.targets, *report.rows) for name, p in target.module.named_parameters(recurse=False)}
     places |= {name: tensor for name, tensor in root.state_dict(keep_vars=True).items() if clean_name(name) in tensors}
     check_values_kept(places, str(path), "the adapter's values would be lost there")
     if check_base and adapter.base is not None:
         trained = {name for name in tensors if not is_adapter(name)} | adapter.beside
-        fingerprint.check_base(base_identity(root, trained), adapter.base, str(path))
+        rows = {f"{target.fqn}.weight": target.spec.rows for target in report.rows}
+        fingerprint.check_base(base_identity(root, trained, rows), adapter.base, str(path))
     return adapter, report, tensors, brought
 
 
@@ -192,10 +194,11 @@ def _names(root: nn.Module, layers: Collection[str]) -> dict[str, str]:
 
 def _fields(root: nn.Module, config: LoRAConfig, exported: dict[str, Exported], layers: dict[str, LoRALayer]) -> dict[str, Any]:
     """Return the content of ``adapter_config.json``."""
-    modules, saved = [name for name in modules_by_name(root) if PREFIX not in name], saved_modules(root, config)
-    transposed, model = any(layer.transposed for layer in layers.values()), bare(root)
-    exported = {fqn: each for fqn, each in exported.items() if not with_parent(fqn, layers)}  # PEFT too adapts these with their parent
-    fields = peft_format.to_peft(config, exported, saved, modules, transposed=transposed)
+    by_name, saved = {name: each for name, each in modules_by_name(root).items() if PREFIX not in name}, saved_modules(root, config)
+    transposed, model, modules = any(layer.transposed for layer in layers.values()), bare(root), [*by_name]
+    rows, layers = peft_rows(model, layers, by_name), {fqn: layer for fqn, layer in layers.items() if layer.low_rank}
+    exported = {fqn: each for fqn, each in exported.items() if fqn in layers and not with_parent(fqn, layers)}  # PEFT too adapts these so
+    fields = peft_format.to_peft(config, exported, saved, modules, transposed=transposed) | rows
     task = task_type(model, saved, modules)
     fields |= {"base_model_name_or_path": loaded_from(model), "task_type": task, "auto_mapping": auto_mapping(model, task)}
     called = {fqn: layer for fqn, layer in layers.items() if not layer.peft_parameters}
@@ -214,7 +217,7 @@ def _fit(root: nn.Module, report: TargetReport, adapter: AdapterFile, where: str
     except ValueError as error:
         raise ValueError(f"{where}: {error}.") from error
     shapes: dict[str, tuple[int, ...]] = {}
-    for target in report.targets:
+    for target in (*report.targets, *report.rows):
         for file_name, own in target.kind.file_names.items():
             if (named := f"{clean_name(target.fqn)}.{file_name}") in tensors:
                 tensors[f"{clean_name(target.fqn)}.{own}"] = tensors.pop(named)
@@ -268,10 +271,10 @@ def _same_adapter(root: nn.Module, layers: dict[str, LoRALayer], report: TargetR
 
     def key(config: LoRAConfig, spec: LayerSpec) -> tuple[Any, ...]:
         slices = [] if spec.slices is None else spec.slices.names
-        return spec.rank, config.scaling_of(spec.rank, spec.alpha), config.variant, *options_of(config).items(), *slices
+        return spec.rank, config.scaling_of(spec.rank, spec.alpha), config.variant, *options_of(config).items(), *slices, *spec.rows
 
     here = {name: key(layer.lora_config, layer.spec) for name, layer in layers.items()}
-    file = {clean_name(t.fqn): key(config, t.spec) for t in report.targets}
+    file = {clean_name(t.fqn): key(config, t.spec) for t in (*report.targets, *report.rows)}
     different = [
         f"{name!r} has {here.get(name)}, the file {file.get(name)}" for name in sorted(here | file) if here.get(name) != file.get(name)
     ]

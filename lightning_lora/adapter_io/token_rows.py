@@ -1,63 +1,89 @@
-"""Rows for new tokens in PEFT's files (``trainable_token_indices``): some rows of an embedding or of an output head, with new values.
+"""Rows of embeddings in adapter files (``trainable_token_indices``), in PEFT's layout: their values, and a field that says which rows.
 
-They replace rows of the base, as PEFT's own forward pass does. So a file's rows become a whole base weight that came with the adapter
-(:mod:`lightning_lora.adapter_io.extras`): the next file of that adapter has it, and a tied head follows its embedding. Source: PEFT 0.21,
-``TrainableTokensLayer``.
+PEFT writes the rows of an embedding once; modules that are tied to it follow when the file is read, there as here. Source: PEFT 0.21,
+``TrainableTokensWrapper`` and ``_set_trainable``.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from lightning_lora.utils.sharding import full_tensor
+from lightning_lora.config import LoRAConfig
+from lightning_lora.layers.base import LoRALayer
+from lightning_lora.model.token_rows import FIELD, input_embedding
 
-_ROWS = ".token_adapter.trainable_tokens_delta"  # new values, not differences
-FIELD = "trainable_token_indices"
+ROWS = "lora_rows"  # the parameter's name in the layer
 
 
-def with_whole_weights(
-    tensors: Mapping[str, Tensor], fields: Mapping[str, Any], modules: Mapping[str, nn.Module], where: str
-) -> dict[str, Tensor]:
-    """Return a file's tensors with a whole weight in place of each set of rows.
+def rows_of_file(
+    tensors: Mapping[str, Tensor], fields: Mapping[str, Any], root: nn.Module, modules: Mapping[str, nn.Module], where: str
+) -> tuple[int, ...] | dict[str, list[int]] | None:
+    """Return the ``trainable_token_indices`` that mean on this model what a file means that PEFT wrote.
 
     Args:
         tensors: of the file, by the names of this model.
         fields: PEFT's JSON.
-        modules: name → module of this model.
+        root: the model.
+        modules: name → module of it.
         where: the file's path, for messages.
 
     Raises:
-        ValueError: rows and indices do not belong together, or do not fit this model.
+        ValueError: rows and indices do not belong together.
     """
     said = fields.get(FIELD)
-    found = {name.removesuffix(_ROWS): tensor for name, tensor in tensors.items() if name.endswith(_ROWS)}
-    if said and not found:
-        raise ValueError(f"{where}: {FIELD}={said!r}, and the tensors beside it have no rows for them ({_ROWS[1:]}).")
-    whole = {name: tensor for name, tensor in tensors.items() if not name.endswith(_ROWS)}
-    for owner, rows in found.items():
-        indices = _indices(said, owner)
-        weight = getattr(modules.get(owner), "weight", None)
-        if indices is None or len(indices) != len(rows) or len({*indices}) != len(indices):
-            raise ValueError(f"{where}: {FIELD}={said!r} does not say which {len(rows)} rows of {owner!r} the file has.")
-        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.is_meta:
-            raise ValueError(f"{where}: {owner!r} has no plain weight here, whose rows {FIELD} could replace.")
-        if rows.ndim != 2 or rows.shape[1:] != weight.shape[1:]:
-            raise ValueError(f"{where}: rows of {owner!r} have shape {tuple(rows.shape)}, this model's weight has {tuple(weight.shape)}.")
-        if not 0 <= min(indices) <= max(indices) < len(weight):
+    owners = [name.removesuffix(f".{ROWS}") for name in tensors if name.endswith(f".{ROWS}")]
+    if said and not owners:
+        raise ValueError(f"{where}: {FIELD}={said!r}, and the tensors beside it have no rows for them ({ROWS}).")
+    found = {}
+    for owner in owners:
+        indices, count = _indices(said, owner), len(tensors[f"{owner}.{ROWS}"])
+        if indices is None or len(indices) != count or len({*indices}) != count:
+            raise ValueError(f"{where}: {FIELD}={said!r} does not say which {count} rows of {owner!r} the file has.")
+        found[owner] = list(indices)
+        module: Any = modules.get(owner)
+        if getattr(module, "bias", None) is not None:
             raise ValueError(
-                f"{where}: {FIELD} names row {max(indices)} of {owner!r}, which has {len(weight)} here: call"
-                f" resize_token_embeddings({max(indices) + 1}) first, or with the size that the adapter was trained with."
+                f"{where}: {FIELD} has rows of {owner!r}, which has a bias here. PEFT 0.21 leaves the bias out while it trains them, so the"
+                " adapter is for a model without it."
             )
-        base = whole.get(f"{owner}.weight", full_tensor(weight.detach()).cpu())
-        whole[f"{owner}.weight"] = base.index_copy(0, torch.tensor(indices), rows.to(base.dtype))
-        for name, module in modules.items():  # under each of its names, because each is part of the base's fingerprint
-            if getattr(module, "weight", None) is weight:
-                whole.setdefault(f"{name}.weight", whole[f"{owner}.weight"])
-    return whole
+    if isinstance(said, list) and owners and owners == [_input(root, modules)]:
+        return tuple(said)
+    return {f"^{re.escape(owner)}$": indices for owner, indices in found.items()} or None
+
+
+def rows_of_layers(config: LoRAConfig, layers: Mapping[str, LoRALayer]) -> LoRAConfig:
+    """Return the config with the names that its rows have in the adapter's root, from which a file is read."""
+    if not isinstance(config.trainable_token_indices, Mapping):
+        return config
+    rows = {f"^{re.escape(fqn)}$": list(layer.replaced_rows) for fqn, layer in layers.items() if layer.spec.rows and not layer.spec.rows_of}
+    return replace(config, trainable_token_indices=rows)
+
+
+def peft_rows(root: nn.Module, layers: Mapping[str, LoRALayer], modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """Return PEFT's field; nothing if the adapter has no rows.
+
+    Raises:
+        ValueError: PEFT, which compares ends of names, would take another module too.
+    """
+    rows = {fqn: list(layer.replaced_rows) for fqn, layer in layers.items() if layer.spec.rows and not layer.spec.rows_of}
+    if len(rows) == 1 and hasattr(root, "get_input_embeddings") and [*rows] == [_input(root, modules)]:
+        return {FIELD: next(iter(rows.values()))}
+    for fqn in rows:
+        if other := next((name for name in modules if name.endswith(fqn) and name != fqn), None):
+            raise ValueError(f"{FIELD}: {fqn!r} cannot be saved in PEFT's format, which would take {other!r}, a name that ends in it, too.")
+    return {FIELD: rows} if rows else {}
+
+
+def _input(root: nn.Module, modules: Mapping[str, nn.Module]) -> str | None:
+    try:
+        return input_embedding(root, modules)
+    except ValueError:
+        return None
 
 
 def _indices(said: Any, owner: str) -> list[int] | None:

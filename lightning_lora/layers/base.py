@@ -53,6 +53,8 @@ class LoRALayer(Factors):
         lora_state: the rest of the adapter's state; ``spec``, ``rank``, ``alpha``, ``lora_config`` and ``merged`` read it.
     """
 
+    #: False for a kind that has no A and B, and so no variant.
+    low_rank: ClassVar[bool] = True
     #: True if ``target_modules="all-linear"`` includes this kind.
     is_linear: ClassVar[bool] = False
     #: Names of the module's children that are adapted together with it, with its rank and alpha: its own forward calls them.

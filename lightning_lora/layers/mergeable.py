@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.layers import merging
-from lightning_lora.layers.merge_plans import plan_merge, plan_unmerge
+from lightning_lora.layers.merge_plans import Plan, plan_merge, plan_unmerge
 from lightning_lora.layers.rounding import Rounding
 from lightning_lora.layers.state import Adapted, AdapterState, Quantized, Untying
 from lightning_lora.quantization import formats
@@ -87,6 +87,16 @@ class Mergeable(Adapted):
         return {name: p for name, p in self._parameters.items() if p is not None and name.startswith(PREFIX)}
 
     @property
+    def replaced_rows(self) -> tuple[int, ...]:
+        """Numbers of the weight's rows that the adapter replaces, and that are no part of the base therefore."""
+        return ()
+
+    @property
+    def followed(self) -> bool:
+        """True if a merge is meant for all modules that have the weight."""
+        return False
+
+    @property
     def base_weight_digest(self) -> str | None:
         """Sampled digest of the base weight while it is merged; None if the weight itself can be read."""
         record = self.lora_state.merge
@@ -155,7 +165,19 @@ class Mergeable(Adapted):
         reason = self.merge_refusal(quantized)
         if reason:
             raise ValueError(reason)
-        plan_merge(self, device, reversible, quantized)()
+        self.merge_plan(device, reversible, quantized)()
+
+    def merge_plan(self, device: torch.device | str | None, reversible: bool, quantized: Quantized | None) -> Plan:
+        """Compute the merge of a layer that is not merged and can be merged. Change nothing."""
+        return plan_merge(self, device, reversible, quantized)
+
+    def unmerge_plan(self) -> Plan:
+        """Compute what undoes the merge of a merged layer. Change nothing.
+
+        Raises:
+            ValueError: it cannot be undone.
+        """
+        return plan_unmerge(self)
 
     def merge_refusal(self, quantized: Quantized | None = None) -> str | None:
         """Return why the update cannot be merged now; None if it can."""
@@ -189,7 +211,7 @@ class Mergeable(Adapted):
             ValueError: no undo record was kept, or the adapter changed since the merge.
         """
         if self.lora_state.merge is not None:
-            plan_unmerge(self)()
+            self.unmerge_plan()()
             self.retie()
 
     def untie(self, untying: Untying | None) -> None:

@@ -91,6 +91,8 @@ class LayerSpec:
         fqn: the layer's full name in the model; "" for a layer outside a model.
         kind: name of the kind that ``config.kind_pattern`` selects; None: the module's type decides.
         slices: the slices that are adapted, if the layer is a fused projection; None: all of it, with one A and B.
+        rows: numbers of the weight's rows that train, in place of A and B (:mod:`lightning_lora.layers.token_rows`).
+        rows_of: FQN of the tied layer that has these rows; "": the layer itself.
         scaling: the factor that multiplies ``B·A``.
     """
 
@@ -100,6 +102,8 @@ class LayerSpec:
     fqn: str = ""
     kind: str | None = None
     slices: Slices | None = None
+    rows: tuple[int, ...] = ()
+    rows_of: str = ""
     scaling: float = field(init=False, compare=False)  # computed once, because every forward pass reads it
 
     def __post_init__(self) -> None:

@@ -28,6 +28,7 @@ from lightning_lora.model.heads import output_heads, saved_modules, within
 from lightning_lora.model.routers import routers
 from lightning_lora.model.suitability import Suitability
 from lightning_lora.model.target_report import Target, TargetReport, lines_of
+from lightning_lora.model.token_rows import token_row_targets
 from lightning_lora.quantization.formats import elements
 from lightning_lora.registry import INITS, kind_of, look_up, qualified_name, why_refused
 from lightning_lora.utils.names import modules_by_name, parameters_by_name
@@ -152,6 +153,8 @@ def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False)
                     of_child: Any = adapted_class(type(child), config.variant)
                     targets.append(Target(name, child, type(child).__name__, of_child, replace(spec, fqn=name)))
 
+    rows, wrong = token_row_targets(model, config, modules, chosen, saved, suitability)
+    problems += wrong
     if not frozen_parts:
         problems += mixed_with_frozen(model, {target.fqn: target.module for target in targets})
     fields = (wanted, excluded, *rules.values())
@@ -173,7 +176,7 @@ def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False)
     left = _left_out(rest, passed_over) if everything else {}
     _warn_of_left_out(left, total)
     hits = {each.name: dict(each.hits) for each in fields if each.hits}
-    return TargetReport(tuple(targets), hits, tuple(saved), left, total, passed_over)
+    return TargetReport(tuple(targets), hits, tuple(saved), left, total, passed_over, tuple(rows))
 
 
 def _inside(config: LoRAConfig, modules: dict[str, nn.Module], module: nn.Module) -> bool:
