@@ -45,16 +45,17 @@ class TiedRows(Rows):
                 source = layers[layer.spec.rows_of]
                 layer.__dict__["lora_source"], source.__dict__["lora_followed"] = source, True
 
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the base's output with the rows' part replaced."""
-        y = self.base_forward(input, *args, **kwargs)
-        return y if self.lora_source.lora_state.merge is not None or self.disabled else self.replaced(y, input, self.lora_source)
+    @property
+    def source(self) -> TokenRows:
+        """The layer that has the rows."""
+        return self.lora_source
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TiedRows:
         return nn.Module._apply(self, fn, recurse)  # type: ignore[return-value]
 
     def reset_lora_parameters(self) -> None:
-        """Do nothing: the source resets its rows."""
+        """Reset the source's rows: torch has just reset the weight that it shares."""
+        self.lora_source.reset_lora_parameters()
 
     # Merging: it is the source that merges.
 

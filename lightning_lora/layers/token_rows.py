@@ -11,7 +11,7 @@ A merge writes the rows into the weight, and so into all modules that share it. 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,8 @@ class Rows(LoRALayer):
     """An ``nn.Embedding`` or an ``nn.Linear`` some of whose weight's rows are replaced in what it computes."""
 
     low_rank = False
+    #: Its weight is computed with as it is, but for the rows.
+    replaces_rows: ClassVar[bool] = True
     padding_idx: int | None
 
     @classmethod
@@ -75,13 +77,30 @@ class Rows(LoRALayer):
         """Return none."""
         return ()
 
-    def replaced(self, y: Tensor, x: Tensor, source: TokenRows) -> Tensor:
-        """Return the base's output ``y`` for the input ``x`` with the part of a source's rows replaced."""
-        rows, index, order = source.lora_rows, source.lora_index, source.lora_order
+    @property
+    def source(self) -> TokenRows:
+        """The layer that has the rows."""
+        raise NotImplementedError(f"{type(self).__name__} must define source")
+
+    @property
+    def rows_now(self) -> tuple[Tensor, Tensor] | None:
+        """Numbers (n,) and values (n, dim) of the rows that are computed with; None while the base's own are."""
+        source = self.source
+        return None if self.disabled or source.lora_state.merge is not None else (source.lora_index, source.lora_rows)
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the base's output, with what belongs to the rows replaced."""
+        y = self.base_forward(input, *args, **kwargs)
+        return y if self.rows_now is None else self.lora_update(y, input)
+
+    def lora_update(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return the base's output ``y`` with what belongs to the rows replaced; x are ids, or a linear's input."""
+        source = self.source
         if isinstance(self, nn.Embedding):
             padding = self.spec.rows.index(self.padding_idx) if self.padding_idx in self.spec.rows else None
-            return replace_embedded(y, x, rows, index, order, padding, getattr(self, "embed_scale", 1.0))
-        return replace_projected(y, x, rows, index, order, self._parameters.get("bias"))
+            scale = getattr(self, "embed_scale", 1.0)  # Gemma's embeddings scale their output
+            return replace_embedded(y, x, source.lora_rows, source.lora_sorted, source.lora_order, padding, scale)
+        return replace_projected(y, x, source.lora_rows, source.lora_index, self._parameters.get("bias"))
 
     def extra_repr(self) -> str:
         """Return the base's text, then the number of rows."""
@@ -94,15 +113,22 @@ class TokenRows(Rows):
 
     Attributes:
         lora_rows: the rows, (n, dim), in fp32 or wider.
-        lora_index: their numbers in the weight, ascending, (n,). No buffer: it is a constant.
-        lora_order: which row of ``lora_rows`` is the k-th in ``lora_index``, (n,).
+        lora_index: their numbers in the weight, (n,). No buffer: it is a constant.
+        lora_sorted: the same, ascending.
+        lora_order: which of the rows is the k-th in ``lora_sorted``, (n,).
     """
 
     lora_rows: nn.Parameter
     lora_index: Tensor
+    lora_sorted: Tensor
     lora_order: Tensor
     #: True if every other module that has the weight computes with these rows.
     lora_followed: bool = False
+
+    @property
+    def source(self) -> TokenRows:
+        """The layer itself."""
+        return self
 
     @property
     def followed(self) -> bool:
@@ -127,8 +153,9 @@ class TokenRows(Rows):
         self.reset_lora_parameters()
 
     def _place_index(self) -> None:
-        numbers = torch.tensor(self.spec.rows, device=self.weight.device)
-        self.__dict__["lora_index"], self.__dict__["lora_order"] = numbers.sort()
+        index = torch.tensor(self.spec.rows, device=self.weight.device)
+        ascending, order = index.sort()
+        self.__dict__.update(lora_index=index, lora_sorted=ascending, lora_order=order)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TokenRows:
         super()._apply(fn, recurse)
@@ -144,12 +171,7 @@ class TokenRows(Rows):
 
     def _base_rows(self) -> Tensor:
         """Return the weight's rows, (n, dim), in the order of the parameter; a collective under sharding."""
-        weight = self.weight.detach()
-        return full_tensor(weight)[torch.tensor(self.spec.rows, device=weight.device)]
-
-    def lora_update(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return the base's output ``y`` with the rows' part replaced."""
-        return self.replaced(y, x, self)
+        return full_tensor(self.weight.detach())[self.lora_index]
 
     def adds_nothing(self) -> bool:
         """True if the rows are the base's."""
@@ -174,14 +196,14 @@ class TokenRows(Rows):
         """Return what the rows change of the weight, as a dense tensor."""
         change = full_tensor(self.lora_rows) - self._base_rows()
         dense = change.new_zeros(self.weight.shape)
-        return dense.index_copy(0, torch.tensor(self.spec.rows, device=change.device), change)
+        return dense.index_copy(0, self.lora_index, change)
 
     def merged_weight(self, device: torch.device | str | None = None) -> tuple[Tensor, Rounding]:
         """Return the full weight with the rows in it, and what rounding lost of their change."""
         base, weight = self._base_rows(), full_tensor(self.weight.detach())
         rows = full_tensor(self.lora_rows.detach())
         new = rows.to(base.dtype)
-        merged = weight.index_copy(0, torch.tensor(self.spec.rows, device=weight.device), new)
+        merged = weight.index_copy(0, self.lora_index, new)
         return merged.to(device or merged.device), _rounding(base, rows, new)
 
     def merge_plan(self, device: torch.device | str | None, reversible: bool, quantized: Quantized | None) -> Plan:

@@ -31,16 +31,17 @@ def replace_embedded(
     return torch.where((index[place] == ids).unsqueeze(-1), new, y)
 
 
-def replace_projected(y: Tensor, x: Tensor, rows: Tensor, index: Tensor, order: Tensor, bias: Tensor | None = None) -> Tensor:
+def replace_projected(y: Tensor, x: Tensor, rows: Tensor, index: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return what a linear gives with n rows of its weight replaced.
 
     Args:
         y: (..., out), what it gives without that.
         x: (..., in), its input.
-        rows, index, order: as in :func:`replace_embedded`; ``rows`` is (n, in).
+        rows: (n, in), the new rows.
+        index: (n,), their numbers in the weight, in the same order.
         bias: the linear's, (out,).
     """
     x, rows = x.to(y.dtype), rows.to(y.dtype)  # under autocast y has its dtype
     with no_autocast(y):
-        new = F.linear(x, rows[order], None if bias is None else bias[index].to(y.dtype))
+        new = F.linear(x, rows, None if bias is None else bias[index].to(y.dtype))
     return y.index_copy(-1, index, new)
