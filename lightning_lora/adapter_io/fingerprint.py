@@ -47,7 +47,7 @@ def base_identity(root: nn.Module, exclude: Collection[str] = (), rows: Mapping[
     Args:
         root: the module that names are relative to, adapted or not, merged or not.
         exclude: names of base tensors that were trained, and so are no part of the base.
-        rows: name of a weight → its rows that are no part of the base, beside those that adapted layers have.
+        rows: name of a weight → its rows that are no part of the base. Default: those that adapted layers have.
     """
     return identity_of(root, base_digests(root, rows), exclude)
 
@@ -62,7 +62,7 @@ def is_readable(root: nn.Module) -> bool:
 def base_digests(root: nn.Module, rows: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, str]:
     """Name → sampled digest of each base tensor, in the order of a fingerprint; a collective under sharding.
 
-    Rows that train, here and in ``rows``, are left out: a resized vocabulary has other random values there in every process.
+    Rows that train are left out: a resized vocabulary has other random values there in every process.
     What is on the meta device has no content yet and is left out. Names that begin with ``@`` are weights of linear layers.
     """
     contents: dict[str, str | Tensor | Piece] = {}
@@ -74,7 +74,7 @@ def base_digests(root: nn.Module, rows: Mapping[str, tuple[int, ...]] | None = N
             full = clean_name(f"{module_name}.{name}" if module_name else name)
             if not name.startswith(PREFIX) and not parameter.is_meta and name not in scales:
                 key = LINEAR_MARK + full if name == "weight" and isinstance(module, LINEAR) else full
-                contents[key] = _content(module, name, flat.get((module, name), parameter), (rows or {}).get(full, ()))
+                contents[key] = _content(module, name, flat.get((module, name), parameter), None if rows is None else rows.get(full, ()))
     sampled = [key for key, content in contents.items() if not isinstance(content, str)]
     digests = dict(zip(sampled, sampled_digests([contents[key] for key in sampled]), strict=True))  # type: ignore[misc]
     return {key: content if isinstance(content, str) else digests[key] for key, content in contents.items()}
@@ -127,13 +127,13 @@ def check_base(mine: dict[str, Any], saved: dict[str, Any], where: str) -> None:
         )
 
 
-def _content(module: nn.Module, name: str, content: nn.Parameter | Piece, rows: tuple[int, ...]) -> str | Tensor | Piece:
+def _content(module: nn.Module, name: str, content: nn.Parameter | Piece, rows: tuple[int, ...] | None) -> str | Tensor | Piece:
     """Return a base tensor's digest, or what it is to be computed from."""
     if isinstance(module, LoRALayer) and name in module.adapted:
         layer = module.by_weight()[name]
         if layer.base_weight_digest:
             return layer.base_weight_digest
-        module, name, rows = layer, "weight", layer.replaced_rows or rows
+        module, name, rows = layer, "weight", layer.replaced_rows if rows is None else rows
     if rows:
         return replace(content, without=rows) if isinstance(content, Piece) else piece_of(content, rows)
     return content if isinstance(content, Piece) or name != "weight" else digest_or_weight(module)

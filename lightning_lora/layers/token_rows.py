@@ -68,6 +68,11 @@ class Rows(LoRALayer):
         """Return no shapes: there is no A and no B."""
         return ()
 
+    @classmethod
+    def adapter_placements(cls, placement: Any) -> dict[str, Any]:
+        """Raise ValueError: the rows are not split."""
+        raise ValueError(f"trainable_token_indices on a tensor-parallel base ({placement}) is not supported")
+
     @property
     def replaced_rows(self) -> tuple[int, ...]:
         """Numbers of the rows, in the order of the parameter."""

@@ -18,6 +18,7 @@ from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_modul
 from lightning_lora import LoRAConfig, apply_lora, merge_lora, unmerge_lora
 from lightning_lora.utils.sharding import full_tensor
 
+from lightning_lora.strategies.fsdp2 import tensor_parallel
 from tests.distributed.nets import Block
 from tests.distributed.runs import STRATEGIES, LitFSDP2, LitShared, run
 from tests.distributed.wrappers import fsdp2
@@ -150,6 +151,8 @@ def refused() -> None:
     with pytest.raises(ValueError, match=r"'embed'.*on a tensor-parallel base .*is not supported"):
         apply_lora(model, config=CONFIG)
     assert not any("lora_" in name for name, _ in model.named_parameters())
+    with pytest.raises(ValueError, match=r"tensor_parallel_size > 1: 'embed' has rows that train"):
+        tensor_parallel(apply_lora(make(), config=CONFIG), mesh)
 
 
 def test_a_split_embedding_is_refused(pool: Any) -> None:
