@@ -79,7 +79,7 @@ def our_name(name: str, where: str, adapters: Collection[str] = ()) -> str:
         depth = inside.count(".")  # PEFT wraps a module once for each of its parameters that it adapts
         return f"{owner}.{_OURS.get(match[1], match[1])}" + (f"_{depth}" if depth else "")
     several = "|".join(map(re.escape, ("default", *adapters)))
-    return re.sub(rf"\.(?:base_layer|modules_to_save(?:\.(?:{several})(?=\.))?)\.", ".", clean)
+    return re.sub(rf"\.(?:(?:token_adapter\.)?base_layer|modules_to_save(?:\.(?:{several})(?=\.))?)\.", ".", clean)
 
 
 def peft_name(name: str, adapted: Collection[str]) -> str:

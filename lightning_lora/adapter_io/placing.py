@@ -73,7 +73,7 @@ def place(adapter: AdapterFile, root: nn.Module, where: str) -> AdapterFile:
     adapter = replace(adapter, tensors=tensors)
     if adapter.fields is None:
         return adapter
-    rows = rows_of_file(tensors, adapter.fields, root, modules, where)
+    tensors, rows = rows_of_file(tensors, adapter.fields, root, modules, where)
     dead = _dead(tensors, root, modules)
     tensors = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] not in dead}
     fields = as_lora(adapter.fields, where)
