@@ -10,6 +10,7 @@ give a wrong name. Such a layer is written under the name that PEFT turns into t
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
@@ -21,7 +22,9 @@ from lightning_lora.utils.transformers_conventions import checkpoint_conversions
 
 ROOT = "base_model."
 PREFIX = f"{ROOT}model."  # begins every tensor name in PEFT's files
-_FACTOR = re.compile(r"\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector|vera_lambda_[bd]|token_adapter\.trainable_tokens_delta)(?:\.(?!weight$|bias$)([^.]+))?(?:\.weight)?$")
+_FACTOR = re.compile(
+    r"\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector|vera_lambda_[bd]|token_adapter\.trainable_tokens_delta)(?:\.(?!weight$|bias$)([^.]+))?(?:\.weight)?$"
+)
 _NESTED = re.compile(r"(.*?)((?:\.base_layer)*)")
 _OURS = {"lora_embedding_A": "lora_A", "lora_embedding_B": "lora_B", "vera_lambda_b": "lora_lambda_b", "vera_lambda_d": "lora_lambda_d"}
 _OURS["token_adapter.trainable_tokens_delta"] = "lora_rows"
@@ -140,6 +143,19 @@ def names_for_peft(model: nn.Module, layers: Iterable[str]) -> dict[str, str | N
         name = next(names, None)
         found[fqn] = None if name is None else name.removesuffix(_PROBE)
     return found
+
+
+def names_in_file(root: nn.Module, layers: Collection[str]) -> dict[str, str]:
+    """Return FQN of an adapted layer → its name in a file of ours. Warn where PEFT would not find it."""
+    found = names_for_peft(root, layers)
+    unread = [fqn for fqn, name in found.items() if name is None]
+    if unread:
+        warnings.warn(
+            f"{unread[0]!r} and {len(unread) - 1} more: PEFT 0.21 renames them when it reads a file, to names that this model does not"
+            " have. load_adapter reads this folder.",
+            stacklevel=3,
+        )
+    return {fqn: peft_name(fqn, layers) if name in (None, fqn) else name for fqn, name in found.items()}
 
 
 def _candidates(name: str, backward: list[Any]) -> Iterator[str]:

@@ -29,7 +29,7 @@ from lightning_lora.adapter_io.extras import (
 from lightning_lora.adapter_io.files import AdapterFile, check_free, read_adapter, write_folder
 from lightning_lora.adapter_io.fingerprint import base_identity
 from lightning_lora.adapter_io.peft_experts import beside_experts
-from lightning_lora.adapter_io.peft_names import factor_in_file, names_for_peft, peft_name
+from lightning_lora.adapter_io.peft_names import factor_in_file, names_in_file, peft_name
 from lightning_lora.adapter_io.peft_rules import auto_mapping, task_type
 from lightning_lora.adapter_io.placing import place
 from lightning_lora.adapter_io.size_limit import check_size
@@ -73,7 +73,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
     exported, config = export_layers(layers)
     brought = brought_tensors(root)
     extras = extra_tensors(root, config, layers) | brought
-    names = _names(root, layers)
+    names = names_in_file(root, layers)
     tensors = {f"{names[fqn]}.{part}": tensor for fqn, layer in exported.items() for part, tensor in layer.tensors.items()}
     tensors |= {peft_name(name, layers): tensor for name, tensor in extras.items()}
     check_values_kept(tensors, str(folder), "no values to save")
@@ -164,7 +164,9 @@ def checked_adapter(
                 f"{path}: {name!r} and {other!r} are one module here and two in PEFT, which would have adapted only the first."
             )
     tensors, brought = _fit(root, report, adapter, str(path), check_base)
-    places = {f"{target.fqn}.{name}": p for target in (*report.targets, *report.rows) for name, p in target.module.named_parameters(recurse=False)}
+    places = {
+        f"{target.fqn}.{name}": p for target in (*report.targets, *report.rows) for name, p in target.module.named_parameters(recurse=False)
+    }
     places |= {name: tensor for name, tensor in root.state_dict(keep_vars=True).items() if clean_name(name) in tensors}
     check_values_kept(places, str(path), "the adapter's values would be lost there")
     if check_base and adapter.base is not None:
@@ -177,19 +179,6 @@ def checked_adapter(
 def adapted_layers(root: nn.Module) -> dict[str, LoRALayer]:
     """Return FQN, without the names of wrappers, → adapted layer."""
     return {clean_name(name): layer for name, layer in lora_layers(root)}
-
-
-def _names(root: nn.Module, layers: Collection[str]) -> dict[str, str]:
-    """Return FQN of a layer → its name in the file."""
-    found = names_for_peft(root, layers)
-    unread = [fqn for fqn, name in found.items() if name is None]
-    if unread:
-        warnings.warn(
-            f"{unread[0]!r} and {len(unread) - 1} more: PEFT 0.21 renames them when it reads a file, to names that this model does not"
-            " have. load_adapter reads this folder.",
-            stacklevel=3,
-        )
-    return {fqn: peft_name(fqn, layers) if name in (None, fqn) else name for fqn, name in found.items()}
 
 
 def _fields(root: nn.Module, config: LoRAConfig, exported: dict[str, Exported], layers: dict[str, LoRALayer]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +25,7 @@ ROWS = "lora_rows"  # the parameter's name in the layer
 
 def rows_of_file(
     tensors: Mapping[str, Tensor], fields: Mapping[str, Any], root: nn.Module, modules: Mapping[str, nn.Module], where: str
-) -> tuple[dict[str, Tensor], tuple[int, ...] | dict[str, list[int]] | None]:
+) -> tuple[dict[str, Tensor], Sequence[int] | dict[str, Sequence[int]] | None]:
     """Return the tensors of a file that PEFT wrote, and the ``trainable_token_indices`` that mean on this model what the file means.
 
     A tied module's copy of the rows is left out. In a whole weight beside the rows, this model's own stand in their place: they have no
@@ -45,7 +45,7 @@ def rows_of_file(
     owners = [name.removesuffix(f".{ROWS}") for name in tensors if name.endswith(f".{ROWS}")]
     if said and not owners:
         raise ValueError(f"{where}: {FIELD}={said!r}, and the tensors beside it have no rows for them ({ROWS}).")
-    tensors, found = dict(tensors), {}
+    tensors, found = dict(tensors), dict[str, Sequence[int]]()
     for owner in sorted(owners, key=lambda name: not isinstance(modules.get(name), nn.Embedding)):
         rows, weight = tensors[f"{owner}.{ROWS}"], _weight(modules, owner)
         source = next((name for name in found if weight is not None and _weight(modules, name) is weight), None)
@@ -75,7 +75,9 @@ def rows_of_layers(config: LoRAConfig, layers: Mapping[str, LoRALayer]) -> LoRAC
     """Return the config with the names that its rows have in the adapter's root, from which a file is read."""
     if not isinstance(config.trainable_token_indices, Mapping):
         return config
-    rows = {f"^{re.escape(fqn)}$": list(layer.replaced_rows) for fqn, layer in layers.items() if layer.spec.rows and not layer.spec.rows_of}
+    rows: dict[str, Sequence[int]] = {
+        f"^{re.escape(fqn)}$": list(layer.replaced_rows) for fqn, layer in layers.items() if layer.spec.rows and not layer.spec.rows_of
+    }
     return replace(config, trainable_token_indices=rows)
 
 
@@ -85,7 +87,7 @@ def peft_rows(root: nn.Module, layers: Mapping[str, LoRALayer], modules: Mapping
     Raises:
         ValueError: PEFT, which compares ends of names, would take another module too.
     """
-    rows = {fqn: list(layer.replaced_rows) for fqn, layer in layers.items() if layer.spec.rows and not layer.spec.rows_of}
+    rows = _own_rows(layers)
     tied = [fqn for fqn, layer in layers.items() if layer.spec.rows_of]
     odd = None
     if biased := _biased(modules, rows):
@@ -100,6 +102,11 @@ def peft_rows(root: nn.Module, layers: Mapping[str, LoRALayer], modules: Mapping
     if [*rows] == [_input(root, modules)] and hasattr(root, "get_input_embeddings"):
         return {FIELD: next(iter(rows.values()))}
     return {FIELD: rows} if rows else {}
+
+
+def _own_rows(layers: Mapping[str, LoRALayer]) -> dict[str, list[int]]:
+    """Return FQN → rows of the layers that have some, without those that are tied to one of them."""
+    return {fqn: list(layer.replaced_rows) for fqn, layer in layers.items() if layer.replaced_rows and not layer.spec.rows_of}
 
 
 def _weight(modules: Mapping[str, nn.Module], name: str) -> Tensor | None:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.factors import Exported
+from lightning_lora.layers.replaced_rows import Rows
 from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.layers.state import AdapterState, Quantized
-from lightning_lora.layers.token_rows import Rows, TokenRows
 from lightning_lora.registry import register_kind
 
 KIND = "tied_rows"
@@ -23,9 +23,9 @@ KIND = "tied_rows"
 
 @register_kind(name=KIND)
 class TiedRows(Rows):
-    """A module whose weight is that of a :class:`TokenRows` layer, ``lora_source``, whose rows it computes with."""
+    """A module whose weight is that of a layer with rows of its own, ``lora_source``, whose rows it computes with."""
 
-    lora_source: TokenRows  # in __dict__: as a child it would have a second name
+    lora_source: Rows  # in __dict__: as a child it would have a second name
 
     @classmethod
     def parameter_shapes(cls, module: Any, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
@@ -46,12 +46,12 @@ class TiedRows(Rows):
                 layer.__dict__["lora_source"], source.__dict__["lora_followed"] = source, True
 
     @property
-    def source(self) -> TokenRows:
+    def source(self) -> Rows:
         """The layer that has the rows."""
         return self.lora_source
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TiedRows:
-        return nn.Module._apply(self, fn, recurse)  # type: ignore[return-value]
+        return nn.Module._apply(self, fn, recurse)
 
     def reset_lora_parameters(self) -> None:
         """Reset the source's rows: torch has just reset the weight that it shares."""

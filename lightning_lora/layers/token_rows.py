@@ -11,20 +11,18 @@ A merge writes the rows into the weight, and so into all modules that share it. 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.layers import merging
-from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.factors import Exported
 from lightning_lora.layers.merge_plans import Plan
+from lightning_lora.layers.replaced_rows import Rows
 from lightning_lora.layers.rounding import Rounding, measure
 from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.layers.state import AdapterState, MergeRecord, Quantized
-from lightning_lora.ops.token_rows import replace_embedded, replace_projected
-from lightning_lora.quantization.formats import format_of
 from lightning_lora.registry import register_kind
 from lightning_lora.utils.checksums import checksum, sampled_digest
 from lightning_lora.utils.parameters import make_parameter
@@ -35,105 +33,15 @@ IN_PEFT = "token_adapter.trainable_tokens_delta"  # values, not differences, in 
 KIND = "token_rows"
 
 
-class Rows(LoRALayer):
-    """An ``nn.Embedding`` or an ``nn.Linear`` some of whose weight's rows are replaced in what it computes."""
-
-    low_rank = False
-    #: Its weight is computed with as it is, but for the rows.
-    replaces_rows: ClassVar[bool] = True
-    padding_idx: int | None
-
-    @classmethod
-    def check(cls, module: Any, spec: LayerSpec) -> None:
-        """Raise ValueError for a weight whose rows cannot be replaced, or that has no such rows."""
-        weight, field = module._parameters["weight"], "trainable_token_indices"
-        if not spec.rows:
-            raise ValueError(f"{field} names the rows of this kind, so kind_pattern cannot choose it")
-        if not isinstance(module, (nn.Embedding, nn.Linear)) or format_of(module) is not None:
-            raise ValueError(f"{field} is for embeddings and linear layers with a plain weight")
-        if getattr(module, "max_norm", None) is not None:
-            raise ValueError(f"max_norm={module.max_norm} changes the frozen weight in every forward pass; set it to None")
-        if getattr(module, "scale_grad_by_freq", False):
-            raise ValueError("scale_grad_by_freq=True is not supported for rows that train; set it to False")
-        if weight.ndim != 2:
-            raise ValueError("FSDP1 has flattened its weight: apply LoRA before wrapping")
-        if max(spec.rows) >= len(weight):
-            raise ValueError(
-                f"{field} names row {max(spec.rows)}, and it has {len(weight)} here: call resize_token_embeddings({max(spec.rows) + 1})"
-                " first, or with the size that the adapter was trained with"
-            )
-
-    @classmethod
-    def adapter_shapes(cls, module: Any, spec: LayerSpec) -> Any:
-        """Return no shapes: there is no A and no B."""
-        return ()
-
-    @classmethod
-    def adapter_placements(cls, placement: Any) -> dict[str, Any]:
-        """Raise ValueError: the rows are not split."""
-        raise ValueError(f"trainable_token_indices on a tensor-parallel base ({placement}) is not supported")
-
-    @property
-    def replaced_rows(self) -> tuple[int, ...]:
-        """Numbers of the rows, in the order of the parameter."""
-        return self.spec.rows
-
-    def lora_factors(self) -> tuple[()]:  # type: ignore[override]
-        """Return none."""
-        return ()
-
-    @property
-    def source(self) -> TokenRows:
-        """The layer that has the rows."""
-        raise NotImplementedError(f"{type(self).__name__} must define source")
-
-    @property
-    def rows_now(self) -> tuple[Tensor, Tensor] | None:
-        """Numbers (n,) and values (n, dim) of the rows that are computed with; None while the base's own are."""
-        source = self.source
-        return None if self.disabled or source.lora_state.merge is not None else (source.lora_index, source.lora_rows)
-
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the base's output, with what belongs to the rows replaced."""
-        y = self.base_forward(input, *args, **kwargs)
-        return y if self.rows_now is None else self.lora_update(y, input)
-
-    def lora_update(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return the base's output ``y`` with what belongs to the rows replaced; x are ids, or a linear's input."""
-        source = self.source
-        if isinstance(self, nn.Embedding):
-            padding = self.spec.rows.index(self.padding_idx) if self.padding_idx in self.spec.rows else None
-            scale = getattr(self, "embed_scale", 1.0)  # Gemma's embeddings scale their output
-            return replace_embedded(y, x, source.lora_rows, source.lora_sorted, source.lora_order, padding, scale)
-        return replace_projected(y, x, source.lora_rows, source.lora_index, self._parameters.get("bias"))
-
-    def extra_repr(self) -> str:
-        """Return the base's text, then the number of rows."""
-        return ", ".join(filter(None, (super(LoRALayer, self).extra_repr(), f"rows={len(self.spec.rows)}, merged={self.merged}")))
-
-
 @register_kind(name=KIND)
 class TokenRows(Rows):
     """An embedding or a linear layer with rows of its own.
 
     Attributes:
-        lora_rows: the rows, (n, dim), in fp32 or wider.
-        lora_index: their numbers in the weight, (n,). No buffer: it is a constant.
-        lora_sorted: the same, ascending.
-        lora_order: which of the rows is the k-th in ``lora_sorted``, (n,).
+        lora_followed: True if every other module that has the weight computes with these rows.
     """
 
-    lora_rows: nn.Parameter
-    lora_index: Tensor
-    lora_sorted: Tensor
-    lora_order: Tensor
-    #: True if every other module that has the weight computes with these rows.
     lora_followed: bool = False
-
-    @property
-    def source(self) -> TokenRows:
-        """The layer itself."""
-        return self
 
     @property
     def followed(self) -> bool:

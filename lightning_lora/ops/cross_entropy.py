@@ -165,14 +165,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             logits, answers = F.linear(hidden[rows], weight, bias), labels[rows]  # (n, V), (n,)
-            if index is not None:
+            if index is not None and own is not None:
                 logits[:, index] = F.linear(hidden[rows], own, None if bias is None else bias[index])
             if compiled:  # the last chunk is shorter, and the number of labels differs between batches
                 may_vary(logits, 0)
                 may_vary(answers, 0)
             loss, dlogits = step(logits, answers)
             losses.append(loss)
-            if grad is not None and index is not None:
+            if grad is not None and index is not None and own is not None:
                 columns.append(dlogits[:, index])
                 torch.mm(dlogits.index_fill_(1, index, 0), weight, out=grad[rows])
                 grad[rows].addmm_(columns[-1], own)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 from typing_extensions import override
 
-from lightning_lora.layers.token_rows import Rows
+from lightning_lora.layers.replaced_rows import Rows
 from lightning_lora.ops.cross_entropy import (
     IGNORE,
     POSITIONS,

@@ -41,7 +41,11 @@ class Task(CausalLMTask):
     def load(self, **config: Any) -> None:
         torch.manual_seed(0)
         sizes = {"hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-        options: dict[str, Any] = {"vocab_size": VOCAB, "tie_word_embeddings": self.hparams["model"].startswith("tied"), "initializer_range": 0.3}
+        options: dict[str, Any] = {
+            "vocab_size": VOCAB,
+            "tie_word_embeddings": self.hparams["model"].startswith("tied"),
+            "initializer_range": 0.3,
+        }
         self.model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **options))
 
 

@@ -16,9 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 
 from lightning_lora import LoRAConfig, apply_lora, merge_lora, unmerge_lora
-from lightning_lora.utils.sharding import full_tensor
-
 from lightning_lora.strategies.fsdp2 import tensor_parallel
+from lightning_lora.utils.sharding import full_tensor
 from tests.distributed.nets import Block
 from tests.distributed.runs import STRATEGIES, LitFSDP2, LitShared, run
 from tests.distributed.wrappers import fsdp2

@@ -71,9 +71,7 @@ def test_replaced_rows_and_their_gradient_are_those_of_the_whole_weight(bias, fr
         return value, torch.autograd.grad(value * 3.0, trained)
 
     ours = both_ways(lambda h, r: chunked_cross_entropy(h, weight, labels, b, chunk=32, reduction=reduction, replaced=(index, r)))
-    theirs = both_ways(
-        lambda h, r: F.cross_entropy(F.linear(h, weight.index_copy(0, index, r), b), labels, reduction=reduction)
-    )
+    theirs = both_ways(lambda h, r: F.cross_entropy(F.linear(h, weight.index_copy(0, index, r), b), labels, reduction=reduction))
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     trains = chunked_cross_entropy(hidden, weight.clone().requires_grad_(), labels, b, replaced=(index, rows))
     torch.testing.assert_close(trains, plain(hidden, weight.index_copy(0, index, rows), labels, b), rtol=1e-12, atol=1e-12)

@@ -62,7 +62,9 @@ def test_outputs_are_pefts_both_ways(which, tied, tying, tmp_path):
     close(load_adapter(copy.deepcopy(plain), tmp_path / "ours")(IDS).logits, model(IDS).logits)
     back = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "ours", is_trainable=True).double().eval()
     close(back(IDS).logits, model(IDS).logits)
-    assert all(torch.equal(a, b) for a, b in zip(base_of(model), base_of(load_adapter(copy.deepcopy(plain), tmp_path / "ours")), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(base_of(model), base_of(load_adapter(copy.deepcopy(plain), tmp_path / "ours")), strict=True)
+    )
     for each in (model, back):
         each(IDS, labels=IDS).loss.backward()
         torch.optim.SGD([p for p in each.parameters() if p.requires_grad], lr=0.5).step()
