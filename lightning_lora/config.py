@@ -51,8 +51,8 @@ class LoRAConfig:
         scaling: ``standard`` α/r, or ``rslora`` α/√r.
         init: how A and B are initialized, a name in the registry: ``kaiming`` (A uniform in ±1/√fan_in, B zero), ``gaussian``,
             ``orthogonal``, ``pissa``, ``pissa_niter_4``, ``olora``, ``mica`` (:mod:`lightning_lora.inits`).
-        variant: formula of the update, a name in the registry: ``plain``, ``dora``, ``lora_fa``, ``lora_xs``, ``adalora``, ``vera``
-            (:mod:`lightning_lora.variants`).
+        variant: formula of the update, a name in the registry: ``plain``, ``dora``, ``lora_fa``, ``lora_xs``, ``adalora``, ``vera``,
+            ``lora_bias`` (:mod:`lightning_lora.variants`).
         variant_options: option → value, for variants with options. The variant's class documents them.
         allow_unmatched: accept patterns that match nothing, if others match.
 

@@ -118,6 +118,11 @@ WEIGHTS: dict[str, Callable[[Case, LoRALayer, Tensor, Parameters], Tensor]] = {
     "dora": dora,
     "adalora": adalora,
     "vera": vera,
+    "lora_bias": plain,
+}
+# What a variant adds to the output beside the weight's product.
+BIASES: dict[str, Callable[[LoRALayer, Parameters], Tensor]] = {
+    "lora_bias": lambda layer, p: layer.per_output(layer.scaling * p["lora_B_bias"])
 }
 # What scales the update, for the variants whose formula has that.
 SCALING: dict[str, dict[str, Any]] = {"vera": {}}
@@ -166,6 +171,8 @@ def gradient(kind: str, variant: str, folder: Path) -> None:
     short = {name.removesuffix("_weight"): p for name, p in parameters.items()}  # of the one weight of a module that may have several
     weight = WEIGHTS[variant](case, layer, layer.base_weight().detach().double(), short)
     defined = case.apply(layer, weight, twin)
+    if variant in BIASES:
+        defined = defined + BIASES[variant](layer, short)
     if bias is not None:
         parameters["bias"] = bias  # functional_call used it as it is
     wanted = {**{name: parameters[name] for name in trained}, **({"x": twin} if x.requires_grad else {})}

@@ -129,6 +129,8 @@ def check_base(mine: dict[str, Any], saved: dict[str, Any], where: str) -> None:
 
 def _content(module: nn.Module, name: str, content: nn.Parameter | Piece, rows: tuple[int, ...] | None) -> str | Tensor | Piece:
     """Return a base tensor's digest, or what it is to be computed from."""
+    if isinstance(module, LoRALayer) and (base := module.base_beside(name)) is not None:
+        return base
     if isinstance(module, LoRALayer) and name in module.adapted:
         layer = module.by_weight()[name]
         if layer.base_weight_digest:

@@ -27,10 +27,10 @@ _INERT = {
 _HONOURED = {
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias", "use_rslora",
     "modules_to_save", "rank_pattern", "alpha_pattern", "init_lora_weights", "use_dora", "variant_options", "target_parameters",
-    "trainable_token_indices", "ensure_weight_tying",
+    "trainable_token_indices", "ensure_weight_tying", "lora_bias",
 }  # fmt: skip
 _REFUSED = {
-    "lora_bias", "use_qalora", "use_bdlora", "velora_config", "alora_invocation_tokens", "monteclora_config", "kasa_config",
+    "use_qalora", "use_bdlora", "velora_config", "alora_invocation_tokens", "monteclora_config", "kasa_config",
     "arrow_config", "layer_replication", "megatron_config",
 }  # fmt: skip
 _NOT_CODE = {"auto_mapping", "megatron_core", "trust_remote_code"}
@@ -146,6 +146,10 @@ def from_peft(fields: dict[str, Any], where: str, tensor_names: Iterable[str]) -
     for name in sorted(_REFUSED & fields.keys()):
         if fields[name] not in (None, False, [], {}):
             raise ValueError(f"{where}: {name}={fields[name]!r} changes what the adapter computes and is not supported.")
+    formulas = [next(iter(mine)) for mine in _said().values() if _has(fields, mine)]
+    if len(formulas) > 1:
+        both = " and ".join(f"{name}={fields[name]!r}" for name in formulas)
+        raise ValueError(f"{where}: {both} are two formulas, which PEFT does not combine either.")
     init = fields.get("init_lora_weights", True)
     if isinstance(init, str) and _CHANGED_BASE.fullmatch(init):
         raise ValueError(
@@ -202,7 +206,12 @@ def from_peft(fields: dict[str, Any], where: str, tensor_names: Iterable[str]) -
 
 def variant_of(fields: dict[str, Any]) -> str:
     """Return the variant whose fields the JSON has. Variants without fields of their own are plain LoRA to PEFT."""
-    return next((name for name, mine in _said().items() if mine and all(fields.get(key) == mine[key] for key in mine)), "plain")
+    return next((name for name, mine in _said().items() if _has(fields, mine)), "plain")
+
+
+def _has(fields: dict[str, Any], mine: dict[str, Any]) -> bool:
+    """Return whether a JSON has the fields of a variant that has some."""
+    return bool(mine) and all(fields.get(key) == mine[key] for key in mine)
 
 
 def target_names(preferred: Collection[str], layers: Collection[str], saved: Collection[str], modules: Collection[str]) -> list[str] | str:

@@ -23,11 +23,11 @@ from lightning_lora.utils.transformers_conventions import checkpoint_conversions
 ROOT = "base_model."
 PREFIX = f"{ROOT}model."  # begins every tensor name in PEFT's files
 _FACTOR = re.compile(
-    r"\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector|vera_lambda_[bd]|token_adapter\.trainable_tokens_delta)(?:\.(?!weight$|bias$)([^.]+))?(?:\.weight)?$"
+    r"\.(lora_B\.bias|lora_(?:embedding_)?[AB]|lora_magnitude_vector|vera_lambda_[bd]|token_adapter\.trainable_tokens_delta)(?:\.(?!weight$|bias$)([^.]+))?(?:\.weight)?$"
 )
 _NESTED = re.compile(r"(.*?)((?:\.base_layer)*)")
 _OURS = {"lora_embedding_A": "lora_A", "lora_embedding_B": "lora_B", "vera_lambda_b": "lora_lambda_b", "vera_lambda_d": "lora_lambda_d"}
-_OURS["token_adapter.trainable_tokens_delta"] = "lora_rows"
+_OURS |= {"token_adapter.trainable_tokens_delta": "lora_rows", "lora_B.bias": "lora_B_bias"}
 # B of a layer inside an adapted one: the output projection of nn.MultiheadAttention. PEFT 0.21 adds its update twice, in forward passes and
 # in merges (tests/parity/test_attention.py). So the B that gives the update is twice the file's.
 _ADDED_TWICE = re.compile(r"\.base_layer\.(?!lora_)[^.]+\.lora_B(?:\.(?!weight$)[^.]+)?\.weight$")

@@ -74,6 +74,14 @@ class Mergeable(Adapted):
         """
         return dict.fromkeys(self.adapted, self)
 
+    def merged_beside(self, name: str) -> Tensor | None:
+        """Return what a merge makes of another parameter of the layer than its weights, in full. None: it stays as it is."""
+        return None
+
+    def base_beside(self, name: str) -> Tensor | None:
+        """Return the base's value of another parameter that the present merge changed; None if it changed none of that name."""
+        return None if self.lora_state.merge is None else self.lora_state.merge.beside.get(name)
+
     def rebase_class(self, base: type[nn.Module]) -> None:
         """Switch to an adapted class over another base class."""
         raise NotImplementedError(f"{type(self).__name__} must define rebase_class")
@@ -253,7 +261,9 @@ class Mergeable(Adapted):
             self.unmerge_weights()  # the adapter that is loaded applies to the base weight
         layers = {prefix + name: layer for name, layer in self.by_weight().items()}
         again = self.lora_base_again and not comes and all(layer._is_base(state_dict.get(key)) for key, layer in layers.items())
-        stays = layers.keys() if self.merged and again else set()  # the base once more, as `setup` loads it: what is merged stays
+        beside = () if self.lora_state.merge is None else self.lora_state.merge.beside
+        # The base once more, as `setup` loads it: what is merged stays.
+        stays = {*layers, *(prefix + name for name in beside)} if self.merged and again else set()
         failed = len(errors)
         super()._load_from_state_dict({key: value for key, value in state_dict.items() if key not in stays}, prefix, *args)
         for key, layer in layers.items():
