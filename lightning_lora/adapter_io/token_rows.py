@@ -132,20 +132,3 @@ def _indices(said: Any, owner: str) -> list[int] | None:
     if isinstance(said, Mapping):
         return next((indices for name, indices in said.items() if owner.endswith(name)), None)
     return said if isinstance(said, list) else None
-
-
-def why_tying_matters(fields: Mapping[str, Any], layers: set[str], saved: list[str], modules: Mapping[str, nn.Module]) -> str | None:
-    """Return why ``ensure_weight_tying`` changes what an adapter means here; None if it does not.
-
-    Args:
-        fields: PEFT's JSON.
-        layers: names of the layers with an adapter in the file.
-        saved: names of the modules trained in full.
-        modules: name → module of this model.
-    """
-    if not fields.get("ensure_weight_tying"):
-        return None
-    ends = [
-        name for name, module in modules.items() if isinstance(module, nn.Embedding) and (name in layers or any(map(name.endswith, saved)))
-    ]
-    return f"ensure_weight_tying=True ties what is trained on {ends[0]!r} to the output head, which is not supported" if ends else None

@@ -54,9 +54,8 @@ def token_row_targets(
     for fqn, spec in sorted(specs.items(), key=lambda each: bool(each[1].rows_of)):
         module = modules[fqn]
         if module in busy:
-            problems.append(
-                f"{fqn!r} has an adapter by target_modules and rows by {FIELD}, which PEFT does not combine either; choose one."
-            )
+            with_rows = f"is tied to {spec.rows_of!r}, whose rows train" if spec.rows_of else "has rows that train"
+            problems.append(f"{fqn!r} {with_rows} by {FIELD}, and an adapter by target_modules; the two are not combined, so choose one.")
         elif within(fqn, saved):
             problems.append(f"{fqn!r} is trained in full by modules_to_save, its rows too; leave it out there or in {FIELD}.")
         elif reason := refusal(module, spec):

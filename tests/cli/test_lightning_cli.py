@@ -38,6 +38,17 @@ def test_fit_then_test_and_predict_from_its_checkpoint(config, tmp_path, capsys)
     assert [line["prompt"] for line in lines] == [row["prompt"] for row in tiny_lm.rows(6)]
 
 
+@pytest.mark.parametrize("rows", ["[4, 5]", '{"embed_tokens": [4, 5], "lm_head": [6]}'])
+def test_rows_of_added_tokens(rows, config, model, tmp_path):
+    assert main(["fit", "--config", config, f"--lora.config.trainable_token_indices={rows}"]) == 0
+    fields = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["trainable_token_indices"]
+    assert fields == ([4, 5] if rows[0] == "[" else {"model.embed_tokens": [4, 5], "lm_head": [6]})
+    loaded = load_adapter(transformers.AutoModelForCausalLM.from_pretrained(model), tmp_path / "run" / "adapter")
+    layer = loaded.get_input_embeddings()
+    assert layer.lora_rows.shape == (2, 32)
+    assert not torch.equal(layer.lora_rows, layer.weight[[4, 5]])
+
+
 def test_galore_trains_every_weight_from_yaml_and_resumes(config, model, tmp_path):
     layer = tmp_path / "galore.yaml"
     layer.write_text("full_finetuning: true\nmodel: {galore: {rank: 4, update_proj_gap: 2}}\n")

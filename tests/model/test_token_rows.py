@@ -94,7 +94,11 @@ class Reads(nn.Module):
         ({"wrods": [3]}, {}, r"trainable_token_indices: 'wrods' matches no module. Nearest names: words"),
         ({"words": [3, 10]}, {}, r"'words'.*trainable_token_indices names row 10, and it has 10 here: call resize_token_embeddings\(11\)"),
         ({"words": [3], "wor.*": [4]}, {}, r"two entries give 'words' rows, \[3\] and \[4\]"),
-        ({"words": [3]}, {"target_modules": ["q_proj", "words"]}, r"'words' has an adapter by target_modules and rows by trainable_token"),
+        (
+            {"words": [3]},
+            {"target_modules": ["q_proj", "words"]},
+            r"'words' has rows that train by trainable_token_indices, and an adapter",
+        ),
         ({"words": [3]}, {"modules_to_save": ["words"]}, r"'words' is trained in full by modules_to_save, its rows too"),
         ({"limited": [3]}, {}, r"'limited'.*max_norm=1.0 changes the frozen weight"),
         ({"often": [3]}, {}, r"'often'.*scale_grad_by_freq=True is not supported"),
@@ -229,6 +233,18 @@ def test_new_rows_are_no_part_of_the_base(tmp_path):
         load_adapter(other, tmp_path)
     with pytest.raises(ValueError, match=r"names row 22, and it has 21 here: call resize_token_embeddings\(23\) first"):
         load_adapter(tiny_lm.llama(), tmp_path, check_base=False)
+
+
+@pytest.mark.filterwarnings("ignore:The new")
+def test_added_tokens_of_a_pretrained_model(tmp_path):
+    """A new output layer, as resizing makes it, trains in full by default, and in its new rows alone where the config names these."""
+    tiny_lm.llama().save_pretrained(tmp_path)
+    model = type(tiny_lm.llama()).from_pretrained(tmp_path)
+    model.resize_token_embeddings(23)
+    assert find_targets(model, config([21, 22])).saved == ("lm_head",)
+    report = find_targets(model, config({"embed_tokens": [21, 22], "lm_head": [21, 22]}))
+    assert report.saved == ()
+    assert [target.fqn for target in report.rows] == ["model.embed_tokens", "lm_head"]
 
 
 @pytest.mark.parametrize("tied", [True, False])

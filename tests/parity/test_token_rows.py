@@ -153,7 +153,7 @@ def test_indices_that_do_not_fit_the_rows(change, reason, tmp_path):
 def test_tied_adapters_are_refused_with_the_reason(tmp_path):
     other = theirs(llama(True), target_modules=["embed_tokens", "q_proj"], r=2, ensure_weight_tying=True)
     other.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"ensure_weight_tying=True ties what is trained on 'model.embed_tokens' to the output head"):
+    with pytest.raises(ValueError, match=r"ensure_weight_tying=True ties the adapter on 'model.embed_tokens' to 'lm_head', so that both"):
         load_adapter(llama(True), tmp_path)
     other = theirs(llama(True), target_modules=["q_proj"], r=2, ensure_weight_tying=True)
     randomise(other)
