@@ -259,15 +259,17 @@ def _same_adapter(root: nn.Module, layers: dict[str, LoRALayer], report: TargetR
     """Raise ValueError unless the model's adapted layers are those of the file, with its rank, scaling and variant."""
 
     def key(config: LoRAConfig, spec: LayerSpec) -> tuple[Any, ...]:
+        if spec.rows:
+            return spec.rows
         slices = [] if spec.slices is None else spec.slices.names
-        return spec.rank, config.scaling_of(spec.rank, spec.alpha), config.variant, *options_of(config).items(), *slices, *spec.rows
+        return spec.rank, config.scaling_of(spec.rank, spec.alpha), config.variant, *options_of(config).items(), *slices
 
     here = {name: key(layer.lora_config, layer.spec) for name, layer in layers.items()}
     file = {clean_name(t.fqn): key(config, t.spec) for t in (*report.targets, *report.rows)}
     different = [
         f"{name!r} has {here.get(name)}, the file {file.get(name)}" for name in sorted(here | file) if here.get(name) != file.get(name)
     ]
-    own = next(iter(layers.values())).lora_config
+    own = next(layer for layer in layers.values() if layer.low_rank).lora_config
     for name, mine, theirs in (
         ("bias", own.bias, config.bias),
         ("modules_to_save", sorted(saved_modules(root, own)), sorted(report.saved)),

@@ -132,8 +132,9 @@ def already_applied(model: nn.Module, config: LoRAConfig, *, merged_too: bool = 
             f"LoRA is merged into {merged[0]!r} and {len(merged) - 1} more; call unmerge_lora(model) or unload_lora: {_WAYS_MERGED}."
         )
     ways = _WAYS_MERGED if merged else _WAYS
-    different = {name: words for name, layer in layers if (words := layer.lora_config.differences(config))}
-    if different and not (all(map(partial(_alike, config), layers)) and _same_layers(model, config, layers)):
+    low_rank = [(name, layer) for name, layer in layers if layer.low_rank]  # a formula means nothing to the others
+    different = {name: words for name, layer in low_rank if (words := layer.lora_config.differences(config))}
+    if different and not (all(map(partial(_alike, config), low_rank)) and _same_layers(model, config, layers)):
         name, words = next(iter(different.items()))
         raise ValueError(f"{name!r} has another LoRA config ({'; '.join(words)}); {ways}, before applying a new one.")
     report = find_targets(model, config)
@@ -163,7 +164,8 @@ def _same_layers(model: nn.Module, config: LoRAConfig, layers: Sequence[tuple[st
 
     here = {clean_name(name): key(layer.spec) for name, layer in layers}
     there = {target.fqn: key(target.spec) for target in (*report.targets, *report.rows)}
-    return here == there and set(report.saved) == set(saved_modules(model, layers[0][1].lora_config))
+    own = next(layer.lora_config for _, layer in layers if layer.low_rank)
+    return here == there and set(report.saved) == set(saved_modules(model, own))
 
 
 def get_lora_parameters(model: nn.Module) -> LoRAParameters:
