@@ -120,10 +120,6 @@ WEIGHTS: dict[str, Callable[[Case, LoRALayer, Tensor, Parameters], Tensor]] = {
     "vera": vera,
     "lora_bias": plain,
 }
-# What a variant adds to the output beside the weight's product.
-BIASES: dict[str, Callable[[LoRALayer, Parameters], Tensor]] = {
-    "lora_bias": lambda layer, p: layer.per_output(layer.scaling * p["lora_B_bias"])
-}
 # What scales the update, for the variants whose formula has that.
 SCALING: dict[str, dict[str, Any]] = {"vera": {}}
 
@@ -170,9 +166,7 @@ def gradient(kind: str, variant: str, folder: Path) -> None:
     twin = x.detach().double().requires_grad_() if x.requires_grad else x
     short = {name.removesuffix("_weight"): p for name, p in parameters.items()}  # of the one weight of a module that may have several
     weight = WEIGHTS[variant](case, layer, layer.base_weight().detach().double(), short)
-    defined = case.apply(layer, weight, twin)
-    if variant in BIASES:
-        defined = defined + BIASES[variant](layer, short)
+    defined = case.apply(layer, weight, twin) + sum(layer.per_output(layer.scaling * short[b]) for b in short if b == "lora_B_bias")
     if bias is not None:
         parameters["bias"] = bias  # functional_call used it as it is
     wanted = {**{name: parameters[name] for name in trained}, **({"x": twin} if x.requires_grad else {})}

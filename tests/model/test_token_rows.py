@@ -18,7 +18,6 @@ from lightning_lora import (
     lora_param_groups,
     merge_lora,
     save_adapter,
-    shrink_adalora,
     unload_lora,
     unmerge_lora,
 )
@@ -289,15 +288,3 @@ def test_beside_every_variant_and_start(variant, tmp_path):
     save_adapter(model, tmp_path)
     torch.testing.assert_close(load_adapter(copy.deepcopy(plain), tmp_path)(IDS).logits, wanted, rtol=0, atol=1e-6)
     torch.testing.assert_close(merge_lora(model)(IDS).logits, wanted, rtol=0, atol=1e-10)
-
-
-def test_adalora_shrinks_the_layers_with_factors_alone(tmp_path):
-    """The others keep their rows, and their config of before says nothing of the adapter."""
-    plain = llama(tie_word_embeddings=True).double().eval()
-    model = filled(apply_lora(copy.deepcopy(plain), config([3, 5], variant="adalora")))
-    wanted = model(IDS).logits
-    shrink_adalora(model)
-    torch.testing.assert_close(model(IDS).logits, wanted, rtol=0, atol=1e-10)
-    assert already_applied(model, model.model.layers[0].self_attn.q_proj.lora_config)
-    save_adapter(model, tmp_path)
-    torch.testing.assert_close(load_adapter(model, tmp_path)(IDS).logits, wanted, rtol=0, atol=1e-6)
