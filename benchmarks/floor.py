@@ -50,7 +50,7 @@ from typing import Any
 import torch
 from floor_modes import DEVICE, SHAPES, Setting, alike, arithmetic, build, ours, parse, training_step, with_rank
 from kernel_times import compared, kernels
-from torch import nn
+from torch import Tensor, nn
 from transformers import __version__
 
 from lightning_lora import get_lora_parameters, merge_lora, save_adapter, unmerge_lora

@@ -46,13 +46,15 @@ class LoRAConfig:
             one linear for q, k and v. The first pattern that matches applies.
         modules_to_save: modules, or parameters outside them, that are trained in full and saved with the adapter. ``"auto"``: what the
             checkpoint of a Hugging Face model did not contain, such as a new head; ``[]``: none.
+        trainable_token_indices: rows of embeddings that train and are saved, such as those of added tokens: a list for the input
+            embedding, or name of a module → list. Modules tied to it follow (:mod:`lightning_lora.layers.token_rows`).
         scaling: ``standard`` α/r, or ``rslora`` α/√r.
         init: how A and B are initialized, a name in the registry: ``kaiming`` (A uniform in ±1/√fan_in, B zero), ``gaussian``,
             ``orthogonal``, ``pissa``, ``pissa_niter_[n]``, ``olora``, ``mica``, ``loftq`` (for a base that is quantized here); ``eva``,
             ``lora_ga`` and ``corda`` read batches (:mod:`lightning_lora.inits`).
         init_options: option → value, for inits with options, such as ``{"mode": "kpm"}``. The init's function documents them.
-        variant: formula of the update, a name in the registry: ``plain``, ``dora``, ``lora_fa``, ``lora_xs``, ``adalora``, ``vera``
-            (:mod:`lightning_lora.variants`).
+        variant: formula of the update, a name in the registry: ``plain``, ``dora``, ``lora_fa``, ``lora_xs``, ``adalora``, ``vera``,
+            ``lora_bias`` (:mod:`lightning_lora.variants`).
         variant_options: option → value, for variants with options. The variant's class documents them.
         kind_options: name of a kind → option → value, for kinds with options: ``{"experts": {"shared_outer": True}}``
             (:class:`~lightning_lora.layers.experts.LoRAExperts`).
@@ -73,6 +75,7 @@ class LoRAConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     kind_pattern: dict[str, str] = field(default_factory=dict)
     modules_to_save: Sequence[str] | Literal["auto"] = "auto"
+    trainable_token_indices: Sequence[int] | dict[str, Sequence[int]] | None = None
     scaling: Literal["standard", "rslora"] = "standard"
     init: str = "kaiming"
     variant: str = "plain"
@@ -110,6 +113,7 @@ class LoRAConfig:
             compile_patterns(self.modules_to_save, "modules_to_save")
         if self.layers is not None and (isinstance(self.layers, str) or not self.layers or not all(map(_is_index, self.layers))):
             raise ValueError(f"layers={self.layers!r}: give block indices ≥ 0 such as [0, 1], or None for all.")
+        object.__setattr__(self, "trainable_token_indices", _token_indices(self.trainable_token_indices))
         for name, allowed in (("bias", ("none", "all", "lora_only")), ("scaling", tuple(SCALINGS))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}.")
@@ -153,6 +157,29 @@ def _mapping(name: str, value: Any) -> dict[str, Any]:
         key = "kind" if name == "kind_options" else "option" if "options" in name else "pattern"
         raise ValueError(f"{name}={value!r}: give a mapping from {key} to {'its options' if key == 'kind' else 'value'}.")
     return dict(value or {})
+
+
+def _token_indices(value: Any) -> Any:
+    """Return the rows as a tuple, or as a dict of lists; None for no rows."""
+    if isinstance(value, Mapping):
+        for name, rows in value.items():
+            compile_pattern(name, "trainable_token_indices")
+            _check_rows(f"trainable_token_indices[{name!r}]", rows)
+        return {name: list(rows) for name, rows in value.items()} or None
+    if value is None or value == []:
+        return None
+    _check_rows("trainable_token_indices", value)
+    return tuple(value)
+
+
+def _check_rows(name: str, value: Any) -> None:
+    if isinstance(value, str) or not isinstance(value, Sequence) or not value:
+        raise ValueError(f"{name}={value!r}: give a list of row numbers such as [32000, 32001].")
+    for row in value:
+        if not _is_index(row):
+            raise ValueError(f"{name}: {row!r} is no row number; rows are whole numbers ≥ 0, counted from the first.")
+    if twice := [row for row in value if value.count(row) > 1]:
+        raise ValueError(f"{name}: row {twice[0]} is there twice; name each row once.")
 
 
 def _is_number(value: object) -> bool:

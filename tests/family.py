@@ -99,6 +99,7 @@ WEIGHTS: dict[str, Callable[[Case, LoRALayer, Tensor, Parameters], Tensor]] = {
     "dora": dora,
     "adalora": adalora,
     "vera": vera,
+    "lora_bias": plain,
 }
 # What scales the update, for the variants whose formula has that.
 SCALING: dict[str, dict[str, Any]] = {"vera": {}}
@@ -149,7 +150,7 @@ def gradient(kind: str, variant: str, folder: Path) -> None:
     else:
         short = {name.removesuffix("_weight"): p for name, p in parameters.items()}  # of the one weight of a module that may have several
         weight = WEIGHTS[variant](case, layer, layer.base_weight().detach().double(), short)
-        defined = case.apply(layer, weight, twin)
+        defined = case.apply(layer, weight, twin) + sum(layer.per_output(layer.scaling * short[b]) for b in short if b == "lora_B_bias")
     if bias is not None:
         parameters["bias"] = bias  # functional_call used it as it is
     wanted = {**{name: parameters[name] for name in trained}, **({"x": twin} if x.requires_grad else {})}

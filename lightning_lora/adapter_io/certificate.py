@@ -122,7 +122,8 @@ def merge_certificate(model: nn.Module, *, probe: Probe | None = None) -> MergeC
     for name, rounding in measured.items():
         if rounding is not None and math.isinf(rounding.lost):
             raise ValueError(f"{name!r}: its merged weight does not fit {rounding.dtype}: load the base in bfloat16 or float32.")
-    extras = extra_tensors(root, next(iter(layers.values())).lora_config, layers) | brought_tensors(root)
+    config = next(layer for layer in layers.values() if layer.low_rank).lora_config
+    extras = extra_tensors(root, config, layers) | brought_tensors(root)
     checksum = _adapter_checksum(layers, extras)
     compared = None if probe is None else probe_merge(model, probe)
     return MergeCertificate(base_identity(root, extras), checksum, measured, compared, _versions())

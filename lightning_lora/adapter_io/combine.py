@@ -209,8 +209,8 @@ def _check_others(first: Pairs, other: Pairs) -> None:
     for name in sorted(mine.keys() | theirs.keys()):
         if name not in mine or name not in theirs or not torch.equal(mine[name], theirs[name]):
             raise ValueError(
-                f"{other.path}: {name!r} was trained in full (modules_to_save or a bias) and differs from that of {first.path}. Only"
-                " low-rank updates can be added; merge one adapter into the base first."
+                f"{other.path}: {name!r} was trained in full (modules_to_save, token rows or a bias) and differs from that of {first.path}."
+                " Only low-rank updates can be added; merge one adapter into the base first."
             )
 
 

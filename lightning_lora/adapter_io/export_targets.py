@@ -19,7 +19,7 @@ CHAT_TEMPLATE = "chat_template.jinja"  # as transformers saves a tokenizer's
 PARTS: dict[str, str] = {
     "dora": "DoRA's magnitude",
     "vera": "VeRA's vectors, with a projection that all layers share",
-    "saved": "a tensor trained in full (modules_to_save, a bias, running statistics)",
+    "saved": "a tensor trained in full (modules_to_save, token rows, a bias, running statistics)",
     "base": "a base weight beside it (of a resized vocabulary, or PEFT's copy of an unchanged one: load_adapter, then export the model)",
     "token_embedding": "an adapter on the token embedding",
     "embedding": "an adapter on an embedding that is not the token embedding",

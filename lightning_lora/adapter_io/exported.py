@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from lightning_lora.adapter_io.token_rows import rows_of_layers
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.factors import Exported
@@ -23,7 +24,8 @@ def export_layers(layers: dict[str, LoRALayer]) -> tuple[dict[str, Exported], Lo
     Returns:
         FQN → the layer's tensors, rank, alpha and kind as a file holds them; and the config that reads the file back.
     """
-    exported = {fqn: layer.exported() for fqn, layer in layers.items()}
+    everything = {fqn: layer.exported() for fqn, layer in layers.items()}
+    exported = {fqn: each for fqn, each in everything.items() if layers[fqn].low_rank}
     config = next(iter(exported.values())).config
     read = {fqn: (*(each.own or (each.rank, each.alpha)), each.kind) for fqn, each in exported.items()}
     if any(each != _own(layers[fqn]) for fqn, each in read.items()):
@@ -37,7 +39,7 @@ def export_layers(layers: dict[str, LoRALayer]) -> tuple[dict[str, Exported], Lo
             alpha_pattern={} if len(set(alphas.values())) == 1 else by_name(alphas),
             kind_pattern=by_name({fqn: kind for fqn, kind in kinds.items() if kind is not None}),
         )
-    return exported, config
+    return everything, rows_of_layers(config, layers)
 
 
 def with_parent(fqn: str, layers: Mapping[str, LoRALayer]) -> bool:

@@ -53,6 +53,8 @@ def read_pairs(folder: str | Path) -> Pairs:
     layers, others = layers_of(adapter.tensors, adapter.fields, str(path))
     if not layers:
         raise ValueError(f"{path} adapts no layer.")
+    if biased := next((name for name in others if name.endswith(".lora_B.bias")), None):
+        raise ValueError(f"{path}: {biased!r} is a bias on B, so the update is not B·A alone; merge it into its base instead.")
     for fqn, layer in layers.items():
         A, B = layer.tensors["A"], layer.tensors["B"]
         if "magnitude_vector" in layer.tensors:

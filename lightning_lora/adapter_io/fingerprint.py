@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from lightning_lora.quantization.formats import UNKNOWN, digest_or_weight, forma
 from lightning_lora.registry import belongs_to_packed_base
 from lightning_lora.utils.checksums import sampled_digests
 from lightning_lora.utils.names import bare, clean_name
-from lightning_lora.utils.pieces import Piece, flattened_pieces
+from lightning_lora.utils.pieces import Piece, flattened_pieces, piece_of
 from lightning_lora.utils.sharding import is_flattened
 from lightning_lora.utils.torch_private_parallel import fsdp1_flattened, fsdp2_original
 from lightning_lora.utils.transformers_conventions import model_name
@@ -39,7 +40,7 @@ class OtherBase(ValueError):
     """An adapter was trained on another base, or on this one in another dtype that rounds otherwise: float16."""
 
 
-def base_identity(root: nn.Module, exclude: Collection[str] = ()) -> dict[str, Any]:
+def base_identity(root: nn.Module, exclude: Collection[str] = (), rows: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, Any]:
     """Return the base's identity as an adapter file stores it: ``{"fingerprint", "class", "name"}``, plain strings.
 
     The first half of the fingerprint covers everything but the weights of linear layers. The second half covers those weights; it begins
@@ -48,8 +49,9 @@ def base_identity(root: nn.Module, exclude: Collection[str] = ()) -> dict[str, A
     Args:
         root: the module that names are relative to, adapted or not, merged or not.
         exclude: names of base tensors that were trained, and so are no part of the base.
+        rows: name of a weight → its rows that are no part of the base. Default: those that adapted layers have.
     """
-    return identity_of(root, base_digests(root), exclude)
+    return identity_of(root, base_digests(root, rows), exclude)
 
 
 def is_readable(root: nn.Module) -> bool:
@@ -59,9 +61,10 @@ def is_readable(root: nn.Module) -> bool:
     return not any(fsdp1_flattened(p) and (module, name) not in flat for module, name, p in inside)
 
 
-def base_digests(root: nn.Module) -> dict[str, str]:
+def base_digests(root: nn.Module, rows: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, str]:
     """Name → sampled digest of each base tensor, in the order of a fingerprint; a collective under sharding.
 
+    Rows that train are left out: a resized vocabulary has other random values there in every process.
     What is on the meta device has no content yet and is left out. Names that begin with ``@`` are weights of linear layers.
     """
     contents: dict[str, str | Tensor | Piece] = {}
@@ -73,7 +76,7 @@ def base_digests(root: nn.Module) -> dict[str, str]:
             full = clean_name(f"{module_name}.{name}" if module_name else name)
             if not name.startswith(PREFIX) and not parameter.is_meta and name not in scales:
                 key = LINEAR_MARK + full if name == "weight" and isinstance(module, LINEAR) else full
-                contents[key] = _content(module, name, flat.get((module, name), parameter))
+                contents[key] = _content(module, name, flat.get((module, name), parameter), None if rows is None else rows.get(full, ()))
     sampled = [key for key, content in contents.items() if not isinstance(content, str)]
     digests = dict(zip(sampled, sampled_digests([contents[key] for key in sampled]), strict=True))  # type: ignore[misc]
     return {key: content if isinstance(content, str) else digests[key] for key, content in contents.items()}
@@ -94,9 +97,11 @@ def identity_of(root: nn.Module, digests: Mapping[str, str], exclude: Collection
     return identity | ({PACKED: packed_identity(root)} if belongs else {})
 
 
-def identity_like(saved: dict[str, Any], root: nn.Module, exclude: Collection[str] = ()) -> dict[str, Any]:
+def identity_like(
+    saved: dict[str, Any], root: nn.Module, exclude: Collection[str] = (), rows: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[str, Any]:
     """Return :func:`base_identity`, with all that a saved identity has."""
-    return base_identity(root, exclude) | ({PACKED: packed_identity(root)} if PACKED in saved else {})
+    return base_identity(root, exclude, rows) | ({PACKED: packed_identity(root)} if PACKED in saved else {})
 
 
 def packed_identity(root: nn.Module) -> str:
@@ -147,11 +152,15 @@ def check_base(mine: dict[str, Any], saved: dict[str, Any], where: str) -> None:
         )
 
 
-def _content(module: nn.Module, name: str, content: nn.Parameter | Piece) -> str | Tensor | Piece:
+def _content(module: nn.Module, name: str, content: nn.Parameter | Piece, rows: tuple[int, ...] | None) -> str | Tensor | Piece:
     """Return a base tensor's digest, or what it is to be computed from."""
+    if isinstance(module, LoRALayer) and (base := module.base_beside(name)) is not None:
+        return base
     if isinstance(module, LoRALayer) and name in module.adapted:
         layer = module.by_weight()[name]
         if layer.base_weight_digest:
             return layer.base_weight_digest
-        module, name = layer, "weight"
+        module, name, rows = layer, "weight", layer.replaced_rows if rows is None else rows
+    if rows:
+        return replace(content, without=rows) if isinstance(content, Piece) else piece_of(content, rows)
     return content if isinstance(content, Piece) or name != "weight" else digest_or_weight(module)

@@ -52,12 +52,15 @@ def checked_adapter(
                 f"{path}: {name!r} and {other!r} are one module here and two in PEFT, which would have adapted only the first."
             )
     tensors, brought = _fit(root, report, adapter, str(path), check_base)
-    places = {f"{target.fqn}.{name}": p for target in report.targets for name, p in target.module.named_parameters(recurse=False)}
+    places = {
+        f"{target.fqn}.{name}": p for target in (*report.targets, *report.rows) for name, p in target.module.named_parameters(recurse=False)
+    }
     places |= {name: tensor for name, tensor in root.state_dict(keep_vars=True).items() if clean_name(name) in tensors}
     check_values_kept(places, str(path), "the adapter's values would be lost there")
     if check_base and adapter.base is not None:
         trained = {name for name in tensors if not is_adapter(name)} | adapter.beside
-        fingerprint.check_base(fingerprint.identity_like(adapter.base, root, trained), adapter.base, str(path))
+        rows = {f"{target.fqn}.weight": target.spec.rows for target in report.rows}
+        fingerprint.check_base(fingerprint.identity_like(adapter.base, root, trained, rows), adapter.base, str(path))
     return adapter, report, tensors, brought
 
 
@@ -65,16 +68,18 @@ def check_same(root: nn.Module, layers: dict[str, LoRALayer], report: TargetRepo
     """Raise ValueError unless the model's adapted layers are those of the file, with its rank, scaling and variant."""
 
     def key(config: LoRAConfig, spec: LayerSpec, kind: type[LoRALayer]) -> tuple[Any, ...]:
+        if spec.rows:
+            return spec.rows
         own = [kind_options_of(config, name) for name in config.kind_options if issubclass(kind, KIND_NAMES[name])]
         slices = [] if spec.slices is None else spec.slices.names
         return spec.rank, config.scaling_of(spec.rank, spec.alpha), config.variant, *options_of(config).items(), *own, *slices
 
     here = {name: key(layer.lora_config, layer.spec, type(layer)) for name, layer in layers.items()}
-    file = {clean_name(t.fqn): key(config, t.spec, t.kind) for t in report.targets}
+    file = {clean_name(t.fqn): key(config, t.spec, t.kind) for t in (*report.targets, *report.rows)}
     different = [
         f"{name!r} has {here.get(name)}, the file {file.get(name)}" for name in sorted(here | file) if here.get(name) != file.get(name)
     ]
-    own = next(iter(layers.values())).lora_config
+    own = next(layer for layer in layers.values() if layer.low_rank).lora_config
     for name, mine, theirs in (
         ("bias", own.bias, config.bias),
         ("modules_to_save", sorted(saved_modules(root, own)), sorted(report.saved)),
@@ -105,7 +110,7 @@ def _fit(root: nn.Module, report: TargetReport, adapter: AdapterFile, where: str
     except ValueError as error:
         raise ValueError(f"{where}: {error}.") from error
     shapes: dict[str, tuple[int, ...]] = {}
-    for target in report.targets:
+    for target in (*report.targets, *report.rows):
         for file_name, own in target.kind.file_names.items():
             if (named := f"{clean_name(target.fqn)}.{file_name}") in tensors:
                 tensors[f"{clean_name(target.fqn)}.{own}"] = tensors.pop(named)

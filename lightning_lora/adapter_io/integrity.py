@@ -17,7 +17,6 @@ from typing import Any
 from torch import Tensor
 
 from lightning_lora.adapter_io import peft_format
-from lightning_lora.adapter_io.token_rows import FIELD
 from lightning_lora.config import LoRAConfig
 from lightning_lora.utils.checksums import checksum
 
@@ -55,13 +54,12 @@ def check_fields(fields: dict[str, Any], meta: dict[str, Any], config: LoRAConfi
             " files of two different saves."
         )
     now, then = peft_format.from_peft(fields, where, tensors), _meant(saved, where, tensors)
-    rows = [FIELD] if (fields.get(FIELD) or None) != (saved.get(FIELD) or None) else []  # of base weights: no part of a config
-    if now == then and not rows:
+    if now == then:
         return
     # As text: 1, 1.0 and True are equal and do not mean the same.
     changed = [name for name in sorted(fields.keys() | saved.keys()) if repr(fields.get(name)) != repr(saved.get(name))]
     guilty = [name for name in changed if _meant({**saved, name: fields.get(name)}, where, tensors) != then]
-    name = (rows or guilty or changed)[0]
+    name = (guilty or changed)[0]
     raise ValueError(
         f"{where} says {name}={fields.get(name)!r}, the tensors were saved with {saved.get(name)!r}: files of two different saves, or an"
         " edit. Put the value back. If you meant the edit, save the tensors without the file's metadata; the JSON then counts."

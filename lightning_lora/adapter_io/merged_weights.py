@@ -128,6 +128,8 @@ def _merged(module: nn.Module, name: str) -> Tensor:
         return layer.merged_weight()[0]
     if layer is not None and format_of(layer) is not None:
         return dequantized(layer)
+    if isinstance(module, LoRALayer) and not module.merged and (value := module.merged_beside(name)) is not None:
+        return value
     parameter = module._parameters[name]
     assert parameter is not None
     return full_tensor(parameter.detach())

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers.spec import init_options_of, kind_options_of, options_of
+from lightning_lora.layers.spec import check_options
 
 FORMAT_VERSION = 1
 META = "lightning_lora"  # key of our entry in the safetensors metadata and in a Lightning checkpoint
@@ -31,10 +31,7 @@ def understood(meta: Any, where: str) -> tuple[LoRAConfig, dict[str, Any] | None
     except ValueError as error:
         raise ValueError(f"{where}: its config is wrong: {error}") from error
     try:
-        init_options_of(config)  # raises for an unknown init too
-        options_of(config)  # raises for an unknown variant too
-        for name in config.kind_options:
-            kind_options_of(config, name)
+        check_options(config)  # raises for an unknown variant, init or kind too
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     return config, meta["base"], meta.get("root", "")

@@ -27,10 +27,10 @@ _INERT = {
 _HONOURED = {
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias", "use_rslora",
     "modules_to_save", "rank_pattern", "alpha_pattern", "init_lora_weights", "use_dora", "variant_options", "target_parameters",
-    "trainable_token_indices", "ensure_weight_tying",
+    "trainable_token_indices", "ensure_weight_tying", "lora_bias",
 }  # fmt: skip
 _REFUSED = {
-    "lora_bias", "use_qalora", "use_bdlora", "velora_config", "alora_invocation_tokens", "monteclora_config", "kasa_config",
+    "use_qalora", "use_bdlora", "velora_config", "alora_invocation_tokens", "monteclora_config", "kasa_config",
     "arrow_config", "layer_replication", "megatron_config",
 }  # fmt: skip
 _NOT_CODE = {"auto_mapping", "megatron_core", "trust_remote_code"}
@@ -146,6 +146,10 @@ def from_peft(fields: dict[str, Any], where: str, tensor_names: Iterable[str]) -
     for name in sorted(_REFUSED & fields.keys()):
         if fields[name] not in (None, False, [], {}):
             raise ValueError(f"{where}: {name}={fields[name]!r} changes what the adapter computes and is not supported.")
+    formulas = [next(iter(mine)) for mine in _said().values() if _has(fields, mine)]
+    if len(formulas) > 1:
+        both = " and ".join(f"{name}={fields[name]!r}" for name in formulas)
+        raise ValueError(f"{where}: {both} are two formulas, which PEFT does not combine either.")
     init = fields.get("init_lora_weights", True)
     if isinstance(init, str) and _CHANGED_BASE.fullmatch(init):
         raise ValueError(
@@ -164,7 +168,7 @@ def from_peft(fields: dict[str, Any], where: str, tensor_names: Iterable[str]) -
     for name in acting:
         if name != "auto_mapping":
             warnings.warn(f"{where}: {name}={fields[name]!r} is never acted on: nothing is imported or run for an adapter.", stacklevel=3)
-    owners = sorted({name.rpartition(".lora_")[0] for name in tensor_names if ".lora_" in name})
+    owners = sorted({name.rpartition(".lora_")[0] for name in tensor_names if ".lora_" in name and not name.endswith(".lora_rows")})
     # The module of each parameter. A model tells more: placing.py reads the JSON again with one.
     by_weight = list(dict.fromkeys(name.rpartition(".")[0] or name for name in fields.get("target_parameters") or ()))
     targets = fields.get("target_modules") or ([] if by_weight else owners)
@@ -187,6 +191,7 @@ def from_peft(fields: dict[str, Any], where: str, tensor_names: Iterable[str]) -
         rank_pattern={_ours(key): value for key, value in (fields.get("rank_pattern") or {}).items()},
         alpha_pattern={_ours(key): value for key, value in (fields.get("alpha_pattern") or {}).items()},
         modules_to_save=saved,
+        trainable_token_indices=fields.get("trainable_token_indices"),
         scaling="rslora" if fields.get("use_rslora") else "standard",
         init=init if init in ("gaussian", "orthogonal") else "kaiming",
         variant=variant_of(fields),
@@ -201,7 +206,12 @@ def from_peft(fields: dict[str, Any], where: str, tensor_names: Iterable[str]) -
 
 def variant_of(fields: dict[str, Any]) -> str:
     """Return the variant whose fields the JSON has. Variants without fields of their own are plain LoRA to PEFT."""
-    return next((name for name, mine in _said().items() if mine and all(fields.get(key) == mine[key] for key in mine)), "plain")
+    return next((name for name, mine in _said().items() if _has(fields, mine)), "plain")
+
+
+def _has(fields: dict[str, Any], mine: dict[str, Any]) -> bool:
+    """Return whether a JSON has the fields of a variant that has some."""
+    return bool(mine) and all(fields.get(key) == mine[key] for key in mine)
 
 
 def target_names(preferred: Collection[str], layers: Collection[str], saved: Collection[str], modules: Collection[str]) -> list[str] | str:

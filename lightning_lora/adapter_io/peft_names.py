@@ -10,6 +10,7 @@ give a wrong name. Such a layer is written under the name that PEFT turns into t
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
@@ -21,9 +22,12 @@ from lightning_lora.utils.transformers_conventions import checkpoint_conversions
 
 ROOT = "base_model."
 PREFIX = f"{ROOT}model."  # begins every tensor name in PEFT's files
-_FACTOR = re.compile(r"\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector|vera_lambda_[bd])(?:\.(?!weight$|bias$)([^.]+))?(?:\.weight)?$")
+_FACTOR = re.compile(
+    r"\.(lora_B\.bias|lora_(?:embedding_)?[AB]|lora_magnitude_vector|vera_lambda_[bd]|token_adapter\.trainable_tokens_delta)(?:\.(?!weight$|bias$)([^.]+))?(?:\.weight)?$"
+)
 _NESTED = re.compile(r"(.*?)((?:\.base_layer)*)")
 _OURS = {"lora_embedding_A": "lora_A", "lora_embedding_B": "lora_B", "vera_lambda_b": "lora_lambda_b", "vera_lambda_d": "lora_lambda_d"}
+_OURS |= {"token_adapter.trainable_tokens_delta": "lora_rows", "lora_B.bias": "lora_B_bias"}
 # B of a layer inside an adapted one: the output projection of nn.MultiheadAttention. PEFT 0.21 adds its update twice, in forward passes and
 # in merges (tests/parity/test_attention.py). So the B that gives the update is twice the file's.
 _ADDED_TWICE = re.compile(r"\.base_layer\.(?!lora_)[^.]+\.lora_B(?:\.(?!weight$)[^.]+)?\.weight$")
@@ -78,7 +82,7 @@ def our_name(name: str, where: str, adapters: Collection[str] = ()) -> str:
         depth = inside.count(".")  # PEFT wraps a module once for each of its parameters that it adapts
         return f"{owner}.{_OURS.get(match[1], match[1])}" + (f"_{depth}" if depth else "")
     several = "|".join(map(re.escape, ("default", *adapters)))
-    return re.sub(rf"\.(?:base_layer|modules_to_save(?:\.(?:{several})(?=\.))?)\.", ".", clean)
+    return re.sub(rf"\.(?:(?:token_adapter\.)?base_layer|modules_to_save(?:\.(?:{several})(?=\.))?)\.", ".", clean)
 
 
 def peft_name(name: str, adapted: Collection[str]) -> str:
@@ -139,6 +143,19 @@ def names_for_peft(model: nn.Module, layers: Iterable[str]) -> dict[str, str | N
         name = next(names, None)
         found[fqn] = None if name is None else name.removesuffix(_PROBE)
     return found
+
+
+def names_in_file(root: nn.Module, layers: Collection[str]) -> dict[str, str]:
+    """Return FQN of an adapted layer → its name in a file of ours. Warn where PEFT would not find it."""
+    found = names_for_peft(root, layers)
+    unread = [fqn for fqn, name in found.items() if name is None]
+    if unread:
+        warnings.warn(
+            f"{unread[0]!r} and {len(unread) - 1} more: PEFT 0.21 renames them when it reads a file, to names that this model does not"
+            " have. load_adapter reads this folder.",
+            stacklevel=3,
+        )
+    return {fqn: peft_name(fqn, layers) if name in (None, fqn) else name for fqn, name in found.items()}
 
 
 def _candidates(name: str, backward: list[Any]) -> Iterator[str]:

@@ -27,7 +27,7 @@ _FIELDS = {
     "peft_type": "a text", "task_type": "a text", "bias": "a text",
     "r": "a whole number", "lora_alpha": "a number", "lora_dropout": "a number",
     "vera_dropout": "a number", "d_initial": "a number", "projection_prng_key": "a whole number",
-    "use_rslora": "true or false", "use_dora": "true or false", "fan_in_fan_out": "true or false",
+    "lora_bias": "true or false", "use_rslora": "true or false", "use_dora": "true or false", "fan_in_fan_out": "true or false",
     "init_lora_weights": "true, false or a name",
     "target_modules": _NAMES, "exclude_modules": _NAMES, "layers_pattern": _NAMES,
     "modules_to_save": "a list of names", "target_parameters": "a list of names",

@@ -18,12 +18,14 @@ from lightning_lora.adapter_io.peft_format import as_lora
 from lightning_lora.adapter_io.peft_names import names_here, rebuilt
 from lightning_lora.adapter_io.peft_rules import is_saved, is_target, is_target_parameter, pattern_value, saved_names
 from lightning_lora.adapter_io.peft_stacks import is_stack, targeted_stacks, unstacked
-from lightning_lora.adapter_io.token_rows import why_tying_matters, with_whole_weights
+from lightning_lora.adapter_io.peft_tying import saved_with_ties
+from lightning_lora.adapter_io.token_rows import ROWS, rows_of_file
 from lightning_lora.config import ALL_LINEAR, LoRAConfig
 from lightning_lora.layers.base import PREFIX
 from lightning_lora.model.fused_slices import slice_names
 from lightning_lora.model.heads import fresh_heads, within
 from lightning_lora.model.suitability import Suitability
+from lightning_lora.registry import kind_of
 from lightning_lora.utils.names import modules_by_name
 from lightning_lora.utils.patterns import compile_pattern, compile_patterns, layer_index
 
@@ -73,22 +75,27 @@ def place(adapter: AdapterFile, root: nn.Module, where: str) -> AdapterFile:
     adapter = replace(adapter, tensors=tensors)
     if adapter.fields is None:
         return adapter
-    tensors = with_whole_weights(tensors, adapter.fields, modules, where)
+    tensors, rows = rows_of_file(tensors, adapter.fields, root, modules, where)
+    for fqn in _weights(as_lora(adapter.fields, where), modules, where):
+        factors = [f"{fqn}.lora_{part}" for part in "AB"]
+        if not isinstance(modules[fqn], nn.Linear) and all(name in tensors for name in factors):
+            # PEFT multiplies by B·A in the weight's own shape, which is that of a linear's transposed.
+            A, B = (tensors[name].t() for name in factors)
+            tensors |= {factors[0]: B, factors[1]: A}
     dead = _dead(tensors, root, modules)
     tensors = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] not in dead}
     fields = as_lora(adapter.fields, where)
     beside = frozenset(name for name in tensors if not name.rpartition(".")[2].startswith(PREFIX))
-    layers = {name.rpartition(".")[0] for name in tensors.keys() - beside} - {""}
+    layers = {owner for owner, _, last in (name.rpartition(".") for name in tensors.keys() - beside) if last != ROWS} - {""}
     heads = [
         head
         for head in fresh_heads(root)
         if head in beside or (head in modules and {f"{head}.{name}" for name, _ in modules[head].named_parameters()} <= beside)
     ]
-    fields |= {"modules_to_save": saved_names(fields)}
-    if reason := why_tying_matters(fields, layers, fields["modules_to_save"], modules):
-        raise ValueError(f"{where}: {reason}.")
+    fields |= {"modules_to_save": saved_with_ties(tensors, fields, layers, saved_names(fields), modules, where)}
     here = _Here(modules, {new: name for name, new in renamed.items()}, dead)
-    return replace(adapter, config=_meant(adapter.config, fields, layers, heads, here, where), tensors=tensors, beside=beside)
+    config = replace(_meant(adapter.config, fields, layers, heads, here, where), trainable_token_indices=rows)
+    return replace(adapter, config=config, tensors=tensors, beside=beside)
 
 
 def _meant(config: LoRAConfig, fields: dict[str, Any], layers: set[str], heads: list[str], here: _Here, where: str) -> LoRAConfig:
@@ -156,7 +163,7 @@ def _unsaid(fields: dict[str, Any]) -> bool:
 
 
 def _weights(fields: dict[str, Any], modules: dict[str, nn.Module], where: str) -> set[str]:
-    """Return the linear layers that ``target_parameters`` names by their weights."""
+    """Return the linear layers and embeddings that ``target_parameters`` names by their weights."""
     found = set()
     for entry in fields.get("target_parameters") or ():
         alone = fields | {"target_parameters": [entry]}
@@ -171,10 +178,11 @@ def _weights(fields: dict[str, Any], modules: dict[str, nn.Module], where: str) 
         for name in module._parameters:
             if not is_target_parameter(fields, f"{fqn}.{name}"):
                 continue
-            if name != "weight" or not isinstance(module, nn.Linear):
+            kind: Any = kind_of(type(module))
+            if name != "weight" or not (isinstance(module, (nn.Linear, nn.Embedding)) or (kind is not None and kind.transposed)):
                 raise ValueError(
-                    f"{where}: target_parameters={fields['target_parameters']!r}: {f'{fqn}.{name}'!r} is no linear layer's weight; LoRA"
-                    " there is not supported."
+                    f"{where}: target_parameters={fields['target_parameters']!r}: {f'{fqn}.{name}'!r} is no linear layer's weight and no"
+                    " embedding's; LoRA there is not supported."
                 )
             found.add(fqn)
     return found

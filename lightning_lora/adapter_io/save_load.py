@@ -6,7 +6,6 @@ Loading is all or nothing: everything is checked (:mod:`~lightning_lora.adapter_
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,9 @@ from lightning_lora.adapter_io.files import AdapterFile, check_free, write_folde
 from lightning_lora.adapter_io.fingerprint import base_identity
 from lightning_lora.adapter_io.fitting import check_same, checked_adapter, two_names
 from lightning_lora.adapter_io.peft_experts import beside_experts
-from lightning_lora.adapter_io.peft_names import factor_in_file, names_for_peft, peft_name
+from lightning_lora.adapter_io.peft_names import factor_in_file, names_in_file, peft_name
 from lightning_lora.adapter_io.peft_rules import auto_mapping, task_type
+from lightning_lora.adapter_io.token_rows import peft_rows
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.awaiting import data_came
 from lightning_lora.layers.base import PREFIX, LoRALayer, lora_layers
@@ -65,7 +65,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
     exported, config = export_layers(layers)
     brought = brought_tensors(root)
     extras = extra_tensors(root, config, layers) | brought
-    names = _names(root, layers)
+    names = names_in_file(root, layers)
     tensors = {f"{names[fqn]}.{part}": tensor for fqn, layer in exported.items() for part, tensor in layer.tensors.items()}
     tensors |= {peft_name(name, layers): tensor for name, tensor in extras.items()}
     check_values_kept(tensors, str(folder), "no values to save")
@@ -139,25 +139,13 @@ def adapted_layers(root: nn.Module) -> dict[str, LoRALayer]:
     return {clean_name(name): layer for name, layer in lora_layers(root)}
 
 
-def _names(root: nn.Module, layers: Collection[str]) -> dict[str, str]:
-    """Return FQN of a layer → its name in the file."""
-    found = names_for_peft(root, layers)
-    unread = [fqn for fqn, name in found.items() if name is None]
-    if unread:
-        warnings.warn(
-            f"{unread[0]!r} and {len(unread) - 1} more: PEFT 0.21 renames them when it reads a file, to names that this model does not"
-            " have. load_adapter reads this folder.",
-            stacklevel=3,
-        )
-    return {fqn: peft_name(fqn, layers) if name in (None, fqn) else name for fqn, name in found.items()}
-
-
 def _fields(root: nn.Module, config: LoRAConfig, exported: dict[str, Exported], layers: dict[str, LoRALayer]) -> dict[str, Any]:
     """Return the content of ``adapter_config.json``."""
-    modules, saved = [name for name in modules_by_name(root) if PREFIX not in name], saved_modules(root, config)
-    transposed, model = any(layer.transposed for layer in layers.values()), bare(root)
-    exported = {fqn: each for fqn, each in exported.items() if not with_parent(fqn, layers)}  # PEFT too adapts these with their parent
-    fields = peft_format.to_peft(config, exported, saved, modules, transposed=transposed)
+    by_name, saved = {name: each for name, each in modules_by_name(root).items() if PREFIX not in name}, saved_modules(root, config)
+    transposed, model, modules = any(layer.transposed for layer in layers.values()), bare(root), [*by_name]
+    rows, layers = peft_rows(model, layers, by_name), {fqn: layer for fqn, layer in layers.items() if layer.low_rank}
+    exported = {fqn: each for fqn, each in exported.items() if fqn in layers and not with_parent(fqn, layers)}  # PEFT too adapts these so
+    fields = peft_format.to_peft(config, exported, saved, modules, transposed=transposed) | rows
     task = task_type(model, saved, modules)
     fields |= {"base_model_name_or_path": loaded_from(model), "task_type": task, "auto_mapping": auto_mapping(model, task)}
     called = {fqn: layer for fqn, layer in layers.items() if not layer.peft_parameters}

@@ -64,13 +64,14 @@ def _named(config: LoRAConfig, report: TargetReport, modules: Collection[str]) -
     """Return the config with the layers' names in place of regexes, which match no longer in a LightningModule around the model."""
     whole = isinstance(config.target_modules, str) and config.target_modules != ALL_LINEAR
     texts = [*config.rank_pattern, *config.alpha_pattern, *config.kind_pattern]
-    for part in (config.target_modules, config.exclude_modules, config.modules_to_save):
+    rows = {t.fqn: list(t.spec.rows) for t in report.rows if not t.spec.rows_of}
+    for part in (config.target_modules, config.exclude_modules, config.modules_to_save, _rows_by_name(config)):
         texts += [part] if isinstance(part, str) else part
     if not whole and not any(map(is_regex, texts)):
         return config
     ranks, alphas, kinds = ({fqn: getattr(t.spec, name) for t in report.targets for fqn in t.names} for name in ("rank", "alpha", "kind"))
     names = [*ranks]
-    ends = {fqn for fqn in names if any(other.endswith(f".{fqn}") for other in modules)}  # such a name means other modules too
+    ends = {fqn for fqn in (*names, *rows) if any(other.endswith(f".{fqn}") for other in modules)}  # such a name means other modules too
     return replace(
         config,
         target_modules=[f"^{re.escape(fqn)}$" if fqn in ends else fqn for fqn in names],
@@ -80,7 +81,15 @@ def _named(config: LoRAConfig, report: TargetReport, modules: Collection[str]) -
         alpha_pattern=by_name({fqn: alpha for fqn, alpha in alphas.items() if alpha != config.alpha}),
         kind_pattern=by_name({fqn: kind for fqn, kind in kinds.items() if kind is not None}),
         modules_to_save="auto" if config.modules_to_save == "auto" else list(report.saved),
+        trainable_token_indices={f"^{re.escape(fqn)}$" if fqn in ends else fqn: own for fqn, own in rows.items()}
+        if _rows_by_name(config)
+        else config.trainable_token_indices,
     )
+
+
+def _rows_by_name(config: LoRAConfig) -> Collection[str]:
+    """Return the names by which a config gives modules rows of their own."""
+    return config.trainable_token_indices if isinstance(config.trainable_token_indices, Mapping) else ()
 
 
 def _conflicts(root: nn.Module, given: LoRAConfig, found: LoRAConfig, report: TargetReport) -> Iterator[tuple[str, Any, Any]]:
@@ -98,6 +107,11 @@ def _conflicts(root: nn.Module, given: LoRAConfig, found: LoRAConfig, report: Ta
         yield "kind_options", given.kind_options, found.kind_options
     if is_set("modules_to_save") and set(saved := saved_modules(root, given)) != set(report.saved):
         yield "modules_to_save", sorted(saved), sorted(report.saved)
+    rows = {t.fqn: t.spec.rows for t in report.rows}
+    if is_set("trainable_token_indices"):
+        own = replace(found, trainable_token_indices=given.trainable_token_indices)
+        if {t.fqn: t.spec.rows for t in resolve(root, own, frozen_parts=True).rows} != rows:
+            yield "trainable_token_indices", given.trainable_token_indices, found.trainable_token_indices
     theirs = {t.fqn: t for t in report.targets}
     kind = data_of(given.init)
     by_data = kind is not None and kind.decides_ranks(given)  # then ranks, and layers without one, say nothing

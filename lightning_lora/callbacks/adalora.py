@@ -196,7 +196,7 @@ class AdaLoRACallback(LoRACallback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Shrink the adapters to the ranks that were found, then merge as :class:`LoRACallback` does."""
         target = self._target(pl_module)
-        layers = [layer for _, layer in lora_layers(target)]
+        layers = [layer for _, layer in lora_layers(target) if layer.low_rank]
         if any(is_sharded(layer.lora_A) for layer in layers):
             rank_zero_info(
                 "AdaLoRA: the adapters are sharded and keep their size; load a checkpoint on one process and call shrink_adalora there."

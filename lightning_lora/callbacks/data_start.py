@@ -105,8 +105,8 @@ def start_from_data(trainer: Trainer, module: LightningModule, target: nn.Module
             initialize_from_data(target, batches, step=_TrainingStep(trainer, module, batches))
     finally:
         restore_random_states(states, trainer)
-    layers = {name: layer.rank for name, layer in lora_layers(target)}
-    config = next(lora_layers(target))[1].lora_config
+    adapted = {name: layer for name, layer in lora_layers(target) if layer.low_rank}
+    layers, config = {name: layer.rank for name, layer in adapted.items()}, next(iter(adapted.values())).lora_config
     lost = len(waiting) - len(layers)
     ranks = f"; ranks {min(layers.values())} to {max(layers.values())}" if len({*layers.values()}) > 1 or lost else ""
     none = f", none for {lost} layers" if lost else ""

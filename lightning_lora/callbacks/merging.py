@@ -34,7 +34,8 @@ def check_mergeable(target: nn.Module, report: TargetReport, strategy: Strategy,
         ValueError: a weight is tied; or it is quantized, and ``how`` is None or cannot be applied to it.
     """
     sharded = isinstance(strategy, twins(ModelParallelStrategy))
-    kinds = {t.module: t.kind for t in report.targets}
+    followed = {t.spec.rows_of for t in report.rows}
+    kinds = {t.module: t.kind for t in (*report.targets, *(t for t in report.rows if not t.spec.rows_of and t.fqn not in followed))}
     parts = {
         f"{fqn}.{name}" if fqn else name: (module, getattr(module, name))
         for fqn, module in target.named_modules()

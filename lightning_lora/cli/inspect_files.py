@@ -95,7 +95,12 @@ def inspect_model(path: str, gguf_file: str | None, lora: LoRAConfig, as_json: b
     targets = [{"name": t.fqn, "type": t.type_name, "shape": t.shape, "rank": t.rank, "alpha": t.alpha} for t in report.targets]
     print_json(
         {"model": path, "parameters": report.total, "adapter_parameters": report.parameters, "targets": targets}
-        | {"trained_in_full": report.saved, "passed_over": report.passed_over, "left_out": report.left_out}
+        | {
+            "token_rows": {t.fqn: list(t.spec.rows) for t in report.rows},
+            "trained_in_full": report.saved,
+            "passed_over": report.passed_over,
+            "left_out": report.left_out,
+        }
     )
 
 

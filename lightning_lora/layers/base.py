@@ -54,6 +54,8 @@ class LoRALayer(Factors):
         lora_state: the rest of the adapter's state; ``spec``, ``rank``, ``alpha``, ``lora_config`` and ``merged`` read it.
     """
 
+    #: False for a kind that has no A and B, and so no variant.
+    low_rank: ClassVar[bool] = True
     #: True if ``target_modules="all-linear"`` includes this kind.
     is_linear: ClassVar[bool] = False
     #: True if the weight multiplies the rows of the input, ``x (..., in) → y (..., out)``. Inits that read data need that.
@@ -166,9 +168,9 @@ class LoRALayer(Factors):
         for name, shape in self.parameter_shapes(self, spec).items():
             self.register_parameter(name, make_parameter(torch.empty(shape, device=weight.device, dtype=dtype), True))
         self.reset_lora_parameters()
-        if frozen := frozen_factor(spec.config.init):
+        if self.low_rank and (frozen := frozen_factor(spec.config.init)):
             self.get_parameter(frozen).requires_grad_(False)
-        if data_of(spec.config.init) is not None:
+        if self.low_rank and data_of(spec.config.init) is not None:
             await_data(self)
         backends.look_at(weight.device)
 

@@ -34,14 +34,16 @@ def adapted_class(cls: type[nn.Module], variant: str, kind_name: str | None = No
     """
     base = getattr(cls, "lora_base", cls)
     kind = kind_of(cls) if kind_name is None else look_up(KIND_NAMES, "kind_pattern: kind", kind_name)
-    return None if kind is None else lora_class(base, kind, look_up(VARIANTS, "variant", variant), sliced)
+    mixin = look_up(VARIANTS, "variant", variant)
+    return None if kind is None else lora_class(base, kind, mixin if getattr(kind, "low_rank", True) else object, sliced)
 
 
 def lora_class(base: type[nn.Module], kind: type, variant: type, sliced: bool = False) -> type[Any]:
     """Return the subclass of ``base`` with this kind and this variant's mixin, and with that of slices before them."""
     key = (base, kind, variant, sliced)
     if key not in _CLASSES:
-        name = ("LoRA" if variant is object else variant.__name__) + base.__name__
+        first = variant.__name__ if variant is not object else "LoRA" if getattr(kind, "low_rank", True) else kind.__name__
+        name = first + base.__name__
         own = {"__module__": base.__module__, "lora_base": base}
         if hasattr(kind, "weight_kind"):  # the variant changes the formula of each weight, not of the module that holds them
             own["weight_class"] = lora_class(nn.Module, kind.weight_kind, variant)

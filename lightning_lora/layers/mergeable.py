@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_lora.layers import merging
 from lightning_lora.layers.awaiting import data_came
-from lightning_lora.layers.merge_plans import plan_merge, plan_unmerge
+from lightning_lora.layers.merge_plans import Plan, plan_merge, plan_unmerge
 from lightning_lora.layers.rounding import Rounding
 from lightning_lora.layers.state import Adapted, AdapterState, Quantized, Untying
 from lightning_lora.quantization import formats
@@ -69,11 +69,16 @@ class Mergeable(Adapted):
         return None
 
     def by_weight(self) -> dict[str, Any]:
-        """Return the name of each adapted weight → the layer that has it as its ``weight``.
-
-        With one weight, that is this layer.
-        """
+        """Return the name of each adapted weight → the layer that has it as its ``weight``: this one, unless there are several."""
         return dict.fromkeys(self.adapted, self)
+
+    def merged_beside(self, name: str) -> Tensor | None:
+        """Return what a merge makes of another parameter of the layer than its weights, in full. None: it stays as it is."""
+        return None
+
+    def base_beside(self, name: str) -> Tensor | None:
+        """Return the base's value of another parameter that the present merge changed; None if it changed none of that name."""
+        return None if self.lora_state.merge is None else self.lora_state.merge.beside.get(name)
 
     def rebase_class(self, base: type[nn.Module]) -> None:
         """Switch to an adapted class over another base class."""
@@ -86,6 +91,16 @@ class Mergeable(Adapted):
     def lora_parameters(self) -> dict[str, nn.Parameter]:
         """Return the adapter's parameters."""
         return {name: p for name, p in self._parameters.items() if p is not None and name.startswith(PREFIX)}
+
+    @property
+    def replaced_rows(self) -> tuple[int, ...]:
+        """Numbers of the weight's rows that the adapter replaces, and that are no part of the base therefore."""
+        return ()
+
+    @property
+    def followed(self) -> bool:
+        """True if a merge is meant for all modules that have the weight."""
+        return False
 
     @property
     def base_weight_digest(self) -> str | None:
@@ -156,7 +171,19 @@ class Mergeable(Adapted):
         reason = self.merge_refusal(quantized)
         if reason:
             raise ValueError(reason)
-        plan_merge(self, device, reversible, quantized)()
+        self.merge_plan(device, reversible, quantized)()
+
+    def merge_plan(self, device: torch.device | str | None, reversible: bool, quantized: Quantized | None) -> Plan:
+        """Compute the merge of a layer that is not merged and can be merged. Change nothing."""
+        return plan_merge(self, device, reversible, quantized)
+
+    def unmerge_plan(self) -> Plan:
+        """Compute what undoes the merge of a merged layer. Change nothing.
+
+        Raises:
+            ValueError: it cannot be undone.
+        """
+        return plan_unmerge(self)
 
     def merge_refusal(self, quantized: Quantized | None = None) -> str | None:
         """Return why the update cannot be merged now; None if it can."""
@@ -190,7 +217,7 @@ class Mergeable(Adapted):
             ValueError: no undo record was kept, or the adapter changed since the merge.
         """
         if self.lora_state.merge is not None:
-            plan_unmerge(self)()
+            self.unmerge_plan()()
             self.retie()
 
     def untie(self, untying: Untying | None) -> None:
@@ -232,7 +259,9 @@ class Mergeable(Adapted):
             self.unmerge_weights()  # the adapter that is loaded applies to the base weight
         layers = {prefix + name: layer for name, layer in self.by_weight().items()}
         again = self.lora_base_again and not comes and all(layer._is_base(state_dict.get(key)) for key, layer in layers.items())
-        stays = layers.keys() if self.merged and again else set()  # the base once more, as `setup` loads it: what is merged stays
+        beside = () if self.lora_state.merge is None else self.lora_state.merge.beside
+        # The base once more, as `setup` loads it: what is merged stays.
+        stays = {*layers, *(prefix + name for name in beside)} if self.merged and again else set()
         failed = len(errors)
         super()._load_from_state_dict({key: value for key, value in state_dict.items() if key not in stays}, prefix, *args)
         for key, layer in layers.items():

@@ -96,6 +96,8 @@ class LayerSpec:
         fqn: the layer's full name in the model; "" for a layer outside a model.
         kind: name of the kind that ``config.kind_pattern`` selects; None: the module's type decides.
         slices: the slices that are adapted, if the layer is a fused projection; None: all of it, with one A and B.
+        rows: numbers of the weight's rows that train, in place of A and B (:mod:`lightning_lora.layers.token_rows`).
+        rows_of: FQN of the tied layer that has these rows; "": the layer itself.
         scaling: the factor that multiplies ``B·A``.
     """
 
@@ -105,6 +107,8 @@ class LayerSpec:
     fqn: str = ""
     kind: str | None = None
     slices: Slices | None = None
+    rows: tuple[int, ...] = ()
+    rows_of: str = ""
     scaling: float = field(init=False, compare=False)  # computed once, because every forward pass reads it
 
     def __post_init__(self) -> None:
@@ -154,6 +158,14 @@ def kind_options_of(config: LoRAConfig, name: str) -> dict[str, Any]:
     """
     known: dict[str, Option] = getattr(look_up(KIND_NAMES, "kind_options: kind", name), "kind_options", {})
     return _checked(known, config.kind_options.get(name, {}), f"kind_options[{name!r}]", f"kind {name!r}")
+
+
+def check_options(config: LoRAConfig) -> None:
+    """Raise ValueError for an option that the variant, the init or a kind does not accept, and for an unknown one of these."""
+    options_of(config)
+    init_options_of(config)
+    for name in config.kind_options:
+        kind_options_of(config, name)
 
 
 def _checked(known: dict[str, Option], given: dict[str, Any], field: str, owner: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.merging import OriginalUndo, SparseUndo
@@ -27,6 +27,7 @@ class MergeRecord:
         device: where the sum was computed; unmerging must compute the same product there.
         rounding: what rounding lost of the update; None if code outside this package merged.
         quantized: how the update was merged into a quantized weight.
+        beside: name → base value of the layer's other parameters that the merge changed.
     """
 
     undo: SparseUndo | OriginalUndo | QuantizedUndo | None
@@ -34,6 +35,7 @@ class MergeRecord:
     device: torch.device
     rounding: Rounding | None
     quantized: Quantized | None = None
+    beside: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def loss(self) -> float:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from torch import nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.adapting import adapt, unadapt
 from lightning_lora.layers.base import PREFIX, LoRALayer, lora_layers
+from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.model.fast_paths import keep_off, put_back
 from lightning_lora.model.fuse import fuse, unfuse
 from lightning_lora.model.guards import guard, unguard
@@ -86,12 +87,13 @@ def inject(model: nn.Module, config: LoRAConfig, report: TargetReport) -> nn.Mod
         for parameter, _ in trained:
             parameter.requires_grad_(False)
         _prepare_quantized(model)
-        for target in report.targets:
+        for target in (*report.targets, *report.rows):
             try:
                 adapt(target.module, target.spec)
             except ValueError as error:
                 raise ValueError(f"{target.fqn!r}: {error}.") from error
-        report.targets[0].kind.finish({target.fqn: layer for target in report.targets if isinstance(layer := target.module, LoRALayer)})
+        for kind, part in ((report.targets[0].kind, report.targets), *((target.kind, report.rows) for target in report.rows[-1:])):
+            kind.finish({target.fqn: layer for target in part if isinstance(layer := target.module, LoRALayer)})
         fuse(model)
         keep_off(model)
         _train_extras(model, config, report)
@@ -132,11 +134,13 @@ def already_applied(model: nn.Module, config: LoRAConfig, *, merged_too: bool = 
             f"LoRA is merged into {merged[0]!r} and {len(merged) - 1} more; call unmerge_lora(model) or unload_lora: {_WAYS_MERGED}."
         )
     ways = _WAYS_MERGED if merged else _WAYS
-    different = {name: words for name, layer in layers if (words := layer.lora_config.differences(config))}
-    if different and not (all(map(partial(_alike, config), layers)) and _same_layers(model, config, layers)):
+    low_rank = [(name, layer) for name, layer in layers if layer.low_rank]  # a formula means nothing to the others
+    different = {name: words for name, layer in low_rank if (words := layer.lora_config.differences(config))}
+    if different and not (all(map(partial(_alike, config), low_rank)) and _same_layers(model, config, layers)):
         name, words = next(iter(different.items()))
         raise ValueError(f"{name!r} has another LoRA config ({'; '.join(words)}); {ways}, before applying a new one.")
-    plain = [target.fqn for target in find_targets(model, config).targets if not isinstance(target.module, LoRALayer)]
+    report = find_targets(model, config)
+    plain = [target.fqn for target in (*report.targets, *report.rows) if not isinstance(target.module, LoRALayer)]
     if plain:
         here = layers[0][0]
         raise ValueError(f"{here!r} has LoRA with this config, but {plain[0]!r}, also a target, has no adapter; {ways}, first.")
@@ -164,9 +168,14 @@ def _alike(config: LoRAConfig, layer: tuple[str, LoRALayer]) -> bool:
 def _same_layers(model: nn.Module, config: LoRAConfig, layers: Sequence[tuple[str, LoRALayer]]) -> bool:
     """Return whether a config names the layers that the model has, with their ranks and alphas, and the modules trained in full."""
     report = find_targets(model, config)
-    here = {clean_name(name): (layer.rank, layer.alpha, layer.spec.kind, layer.spec.slices) for name, layer in layers}
-    there = {target.fqn: (target.rank, target.alpha, target.spec.kind, target.spec.slices) for target in report.targets}
-    return here == there and set(report.saved) == set(saved_modules(model, layers[0][1].lora_config))
+
+    def key(spec: LayerSpec) -> tuple[Any, ...]:
+        return spec.rank, spec.alpha, spec.kind, spec.slices, spec.rows
+
+    here = {clean_name(name): key(layer.spec) for name, layer in layers}
+    there = {target.fqn: key(target.spec) for target in (*report.targets, *report.rows)}
+    own = next(layer.lora_config for _, layer in layers if layer.low_rank)
+    return here == there and set(report.saved) == set(saved_modules(model, own))
 
 
 def get_lora_parameters(model: nn.Module) -> LoRAParameters:

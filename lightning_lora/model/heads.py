@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -35,7 +35,7 @@ def fresh_heads(model: nn.Module, targets: Sequence[Pattern] = ()) -> list[str]:
 
     Args:
         model: any module.
-        targets: patterns of modules to adapt. A fresh module that one matches is adapted, not trained in full.
+        targets: patterns of modules to adapt, in some rows or wholly. A fresh module that one matches is not trained in full.
     """
     fresh: list[str] = []
     tasks: list[str] = []
@@ -167,8 +167,9 @@ def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
     modules = modules_by_name(model)
     if config.modules_to_save == "auto":
         if next(lora_layers(model), None) is None:
-            everything = config.target_modules == ALL_LINEAR
-            return fresh_heads(model, () if everything else compile_patterns(config.target_modules, "target_modules"))
+            targets = () if config.target_modules == ALL_LINEAR else compile_patterns(config.target_modules, "target_modules")
+            named = config.trainable_token_indices if isinstance(config.trainable_token_indices, Mapping) else ()
+            return fresh_heads(model, (*targets, *compile_patterns(list(named), "trainable_token_indices")))
         return [clean_name(_join(name, own)) for name, module in model.named_modules() for own in module.__dict__.get(_TRAINED, ())]
     parameters = parameters_by_name(model)
     saved: list[str] = []

@@ -71,6 +71,7 @@ class TargetReport:
             parameters, such as experts, and are not named.
         total: number of elements of the model.
         passed_over: FQN → why ``"all-linear"`` passed over this linear.
+        rows: the modules with rows that train (``trainable_token_indices``), and those tied to them, which have the same rows.
     """
 
     targets: tuple[Target, ...]
@@ -79,11 +80,12 @@ class TargetReport:
     left_out: dict[str, int]
     total: int
     passed_over: dict[str, str]
+    rows: tuple[Target, ...] = ()
 
     @property
     def parameters(self) -> int:
         """Number of elements of all adapters together."""
-        return sum(target.parameters for target in self.targets)
+        return sum(target.parameters for target in (*self.targets, *self.rows))
 
     @property
     def reached(self) -> int:
@@ -106,14 +108,27 @@ class TargetReport:
             "  ".join(cell.rjust(w) if i > 2 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
             for row in rows
         ]
-        lines.append(f"LoRA on {len(self.targets)} modules, {self.parameters:,} parameters")
+        lines.append(f"LoRA on {len(self.targets)} modules, {sum(target.parameters for target in self.targets):,} parameters")
         lines.append(f"reached: {self.reached:,} of {self.total:,} elements of the model, {self.reached / self.total:.0%}")
         lines += [f"  {name} {pattern!r}: {count} modules" for name, hits in self.hits.items() for pattern, count in hits.items()]
+        lines += [f"token rows: {line}" for line in self._row_lines()]
         lines += [f"passed over: {line}" for line in lines_of(self.passed_over)]
         if self.saved:
             lines.append(f"trained in full: {', '.join(self.saved)}")
         lines += [f"left out: {name}, {size:,} elements, {size / self.total:.0%} of the model" for name, size in self.left_out.items()]
         return "\n".join(line.rstrip() for line in lines)
+
+    def _row_lines(self) -> list[str]:
+        """Return one line for each module with rows that train."""
+        tied: dict[str, list[str]] = {target.fqn: [] for target in self.rows}
+        for target in self.rows:
+            tied.setdefault(target.spec.rows_of, []).append(target.fqn)
+        return [
+            f"{target.fqn}, {len(target.spec.rows)} rows, {target.parameters:,} parameters"
+            + (f"; the same rows in {', '.join(tied[target.fqn])}" if tied[target.fqn] else "")
+            for target in self.rows
+            if not target.spec.rows_of
+        ]
 
 
 def lines_of(reasons: dict[str, str]) -> list[str]:

@@ -20,13 +20,14 @@ from lightning_lora.layers.adapting import refusal
 from lightning_lora.layers.base import PREFIX, LoRALayer
 from lightning_lora.layers.classes import adapted_class
 from lightning_lora.layers.several_weights import SeveralWeights
-from lightning_lora.layers.spec import LayerSpec, init_options_of, kind_options_of, options_of
+from lightning_lora.layers.spec import LayerSpec, check_options
 from lightning_lora.model.frozen_parts import mixed_with_frozen
 from lightning_lora.model.fused_slices import chosen_slices, names_of, slice_names
 from lightning_lora.model.heads import output_heads, saved_modules, within
 from lightning_lora.model.routers import routers
 from lightning_lora.model.suitability import Suitability
 from lightning_lora.model.target_report import Target, TargetReport, lines_of
+from lightning_lora.model.token_rows import token_row_targets
 from lightning_lora.quantization.formats import elements, lost_factors
 from lightning_lora.registry import KIND_NAMES, belongs_to_packed_base, kind_of, qualified_name, why_refused
 from lightning_lora.utils.names import modules_by_name, parameters_by_name
@@ -111,10 +112,7 @@ def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False)
     passed_over = wanted.passed_over if isinstance(wanted, _AllLinear) else {}
     excluded = _Field("exclude_modules", config.exclude_modules)
     rules = {name: _Field(name, list(getattr(config, name))) for name in ("rank_pattern", "alpha_pattern", "kind_pattern")}
-    options_of(config)  # raise for a wrong option
-    init_options_of(config)
-    for name in config.kind_options:
-        kind_options_of(config, name)
+    check_options(config)
 
     # A module with two parents has two names. It is adapted once even if both are targets, and not at all if one of them is excluded.
     out = {module for fqn, module in modules.items() if excluded.matching(fqn)}
@@ -160,6 +158,8 @@ def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False)
                     of_child: Any = adapted_class(type(child), config.variant)
                     targets.append(Target(name, child, type(child).__name__, of_child, replace(spec, fqn=name)))
 
+    rows, wrong = token_row_targets(model, config, modules, chosen, saved, suitability)
+    problems += wrong
     if not frozen_parts:
         problems += mixed_with_frozen(model, {target.fqn: target.module for target in targets})
     fields = (wanted, excluded, *rules.values())
@@ -187,7 +187,7 @@ def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False)
     else:
         left = _left_out({fqn: rest[fqn] for fqn in _several_weights(rest) if rest[fqn] not in chosen}, rest)
     hits = {each.name: dict(each.hits) for each in fields if each.hits}
-    return TargetReport(tuple(targets), hits, tuple(saved), left, total, passed_over)
+    return TargetReport(tuple(targets), hits, tuple(saved), left, total, passed_over, tuple(rows))
 
 
 def _inside(config: LoRAConfig, modules: dict[str, nn.Module], module: nn.Module) -> bool:

@@ -45,9 +45,9 @@ def tied_weights(model: nn.Module, weights: Mapping[str, nn.Parameter] | None = 
 
 
 def adapted_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return name → weight of the adapted weights that are not merged yet."""
+    """Return name → weight of the adapted weights that are not merged yet. A weight whose users all have the same adapter is left out."""
     layers = {join(fqn, name): part for fqn, layer in lora_layers(model) for name, part in layer.by_weight().items()}
-    return {name: part.weight for name, part in layers.items() if not part.merged}
+    return {name: part.weight for name, part in layers.items() if not part.merged and not part.followed}
 
 
 def join(module_name: str, name: str) -> str:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_lora.ops.token_rows import replace_projected
 from lightning_lora.utils.autocast import autocast_dtype
 from lightning_lora.utils.sharding import is_sharded
 from lightning_lora.utils.torch_private import may_vary
@@ -36,6 +37,7 @@ def chunked_cross_entropy(
     chunk: int = 2048,
     compiled: bool = False,
     reduction: Literal["mean", "none"] = "mean",
+    replaced: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Return ``F.cross_entropy(F.linear(hidden, weight, bias).float(), labels)``, with at most ``chunk`` rows of logits in memory.
 
@@ -49,6 +51,7 @@ def chunked_cross_entropy(
         chunk: rows of logits at a time.
         compiled: compile the elementwise part. On a GPU this halves the passes over the logits.
         reduction: "mean" over the rows that count, or "none": each row's loss (N,), 0 where it does not count.
+        replaced: numbers (n,) of rows of the weight, and the rows (n, d) that stand in their place; these may train.
 
     Returns:
         The loss in fp32 (float64 for float64).
@@ -64,12 +67,17 @@ def chunked_cross_entropy(
     head = [tensor for tensor in (weight, bias) if tensor is not None]
     wants_grad = torch.is_grad_enabled()
     if any(is_sharded(tensor) or (tensor.requires_grad and wants_grad) for tensor in head):
-        return F.cross_entropy(wide(F.linear(hidden, weight, bias)), labels, ignore_index=IGNORE, reduction=reduction)
+        logits = F.linear(hidden, weight, bias)
+        if replaced is not None:
+            logits = replace_projected(logits, hidden, replaced[1], replaced[0], bias)
+        return F.cross_entropy(wide(logits), labels, ignore_index=IGNORE, reduction=reduction)
     kind, dtype = hidden.device.type, autocast_dtype(hidden)
     if dtype is not None:
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    index, rows = (None, None) if replaced is None else (replaced[0], replaced[1].to(hidden.dtype))
+    wants_grad = wants_grad and (hidden.requires_grad or (rows is not None and rows.requires_grad))
     with torch.autocast(kind, enabled=False):
-        losses = _ChunkedCrossEntropy.apply(hidden, weight, bias, labels, chunk, compiled, wants_grad and hidden.requires_grad)
+        losses = _ChunkedCrossEntropy.apply(hidden, rows, weight, bias, index, labels, chunk, compiled, wants_grad)
         return losses if reduction == "none" else losses.sum() / (labels != IGNORE).sum()
 
 
@@ -85,14 +93,15 @@ def unchunkable(head: Any) -> str | None:
 
     FSDP2 may have sharded it: it gathers the weight for the layer's forward, and only there. :func:`bypassed` looks again.
     """
-    if fsdp2_original(type(head)) is not nn.Linear:
+    cls: Any = fsdp2_original(type(head))
+    if (cls.lora_base if getattr(cls, "replaces_rows", False) else cls) is not nn.Linear:
         return f"its output layer is a {type(head).__name__}, not a plain nn.Linear"
     if "forward" in head.__dict__:
         return "its output layer has a forward of its own set on the instance"
     weight = head._parameters.get("weight")  # under FSDP1 this is a flat shard or missing
     if weight is None or weight.shape != (head.out_features, head.in_features):
         return SHARDED
-    if any(p.requires_grad for p in head.parameters()):
+    if any(p.requires_grad for name, p in head.named_parameters() if name != "lora_rows"):
         return "its output layer trains"
     return None
 
@@ -138,35 +147,53 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk: int, compiled: bool, wants_grad: bool
+        ctx: Any,
+        hidden: Tensor,
+        own: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        index: Tensor | None,
+        labels: Tensor,
+        chunk: int,
+        compiled: bool,
+        wants_grad: bool,
     ) -> Tensor:
         grad = torch.empty_like(hidden) if wants_grad else None
+        columns = [hidden.new_empty(0, 0 if index is None else len(index))]  # the gradient of the logits of the weight's replaced rows
         step = _compiled() if compiled else _loss_and_gradient
         losses = []
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             logits, answers = F.linear(hidden[rows], weight, bias), labels[rows]  # (n, V), (n,)
+            if index is not None and own is not None:
+                logits[:, index] = F.linear(hidden[rows], own, None if bias is None else bias[index])
             if compiled:  # the last chunk is shorter, and the number of labels differs between batches
                 may_vary(logits, 0)
                 may_vary(answers, 0)
             loss, dlogits = step(logits, answers)
             losses.append(loss)
-            if grad is not None:
+            if grad is not None and index is not None and own is not None:
+                columns.append(dlogits[:, index])
+                torch.mm(dlogits.index_fill_(1, index, 0), weight, out=grad[rows])
+                grad[rows].addmm_(columns[-1], own)
+            elif grad is not None:
                 torch.mm(dlogits, weight, out=grad[rows])
             del logits, dlogits
         counts = labels != IGNORE
         if grad is not None:
             grad.masked_fill_(~counts[:, None], 0)
-        ctx.save_for_backward(grad, counts)
+        ctx.save_for_backward(grad, counts, *([] if index is None else [torch.cat(columns), hidden]))
         return torch.cat(losses) if losses else hidden.new_zeros(0, dtype=wide(hidden[:0]).dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         if torch.is_grad_enabled():  # on only with create_graph=True
             raise RuntimeError("chunked_cross_entropy has no second derivatives; use torch.nn.functional.cross_entropy for them.")
-        grad, counts = ctx.saved_tensors
+        grad, counts, *of_rows = ctx.saved_tensors
         scale = torch.where(counts, grads[0], 0)[:, None]  # of a mean over no rows it is infinite; the gradient is zero, as in torch
-        return (wide(grad) * scale).to(grad.dtype), *[None] * 6  # in half precision the scale would lose digits or overflow
+        scaled = (wide(grad) * scale).to(grad.dtype)  # in half precision the scale would lose digits or overflow
+        own = None if not of_rows else wide(of_rows[0]).mul(scale).t() @ wide(of_rows[1])
+        return scaled, None if own is None else own.to(grad.dtype), *[None] * 7
 
 
 def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

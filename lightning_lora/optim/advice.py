@@ -63,7 +63,7 @@ def advise_learning_rate(
     Raises:
         ValueError: the model has no parameters with a width.
     """
-    layers = [layer for _, layer in lora_layers(model)]
+    layers = [layer for _, layer in lora_layers(model) if layer.low_rank]
     width = _width(model, layers)
     rate = FULL * (WIDTH / width) ** POWER
     reasons = [f"full fine-tuning's {rate:.1e} at width {width}"]
@@ -99,7 +99,7 @@ def advise_setup(model: nn.Module, batch: int | None = None, device: str | None 
         batch: rows per optimizer step over all processes, if known.
         device: type of device that it trains on, if known. A line warns of weights that it multiplies slowly.
     """
-    layers = [layer for _, layer in lora_layers(model)]
+    layers = [layer for _, layer in lora_layers(model) if layer.low_rank]
     ranks = sorted({layer.rank for layer in layers})
     parameters = sum(p.numel() for layer in layers for p in layer.lora_parameters().values())
     adapted = sum(1 for layer in layers if isinstance(layer, nn.Linear))

@@ -67,7 +67,8 @@ def lora_param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0,
 
 def zero_factors(model: nn.Module) -> list[Tensor]:
     """Return the B's of LoRA+: of every adapted layer the factor that starts at zero; of AdaLoRA, where E starts at zero, B."""
-    return [part.lora_factors()[1] for _, layer in lora_layers(model) for part in layer.by_weight().values()]
+    layers = [part for _, layer in lora_layers(model) for part in layer.by_weight().values()]
+    return [factors[1] for factors in (layer.lora_factors() for layer in layers) if factors]
 
 
 def check_ratio(ratio: float) -> None:

@@ -101,7 +101,7 @@ def check_preconditioner(model: nn.Module, name: str) -> None:
     """
     check_known(name)
     for fqn, layer in lora_layers(model):
-        for part in layer.by_weight().values():
+        for part in layer.by_weight().values() if layer.low_rank else ():
             owner = next(cls for cls in type(part).__mro__ if "update_factors" in vars(cls) and cls is not Sliced)
             if owner is not Factors:
                 raise ValueError(
@@ -123,7 +123,7 @@ def pairs_of(model: nn.Module, name: str, optimizer: Optimizer) -> list[Pair]:
     """
     held, pairs = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}, []
     for fqn, layer in lora_layers(model):
-        for part in layer.by_weight().values():
+        for part in layer.by_weight().values() if layer.low_rank else ():
             A, B = part.lora_A, part.lora_B
             trains = id(A) in held, id(B) in held
             if any(trains):

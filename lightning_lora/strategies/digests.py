@@ -17,6 +17,8 @@ def digest(owner: nn.Module, name: str, parameter: Tensor) -> str | None:
     if isinstance(owner, LoRALayer) and is_merged(owner, name):
         kept = owner.by_weight()[name].kept_base()
         return kept if kept is None or isinstance(kept, str) else digest(owner, "", kept)
+    if isinstance(owner, LoRALayer) and (base := owner.base_beside(name)) is not None:
+        parameter = base
     tensor = local_tensor(parameter.detach())
     if tensor.is_meta:
         return None

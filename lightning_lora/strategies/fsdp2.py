@@ -22,6 +22,7 @@ from typing_extensions import override
 
 from lightning_lora.experimental import check_torch
 from lightning_lora.experimental.trial import reason_against
+from lightning_lora.layers.replaced_rows import Rows
 from lightning_lora.model.parallel import place_adapters
 from lightning_lora.quantization.formats import format_of
 from lightning_lora.strategies.lightning_private import set_data_parallel_size
@@ -204,11 +205,16 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
         mesh: one-dimensional.
 
     Raises:
-        ValueError: no module has a plan, or a layer is quantized.
+        ValueError: no module has a plan, a layer is quantized, or rows of an embedding train.
     """
     packed = [name for name, module in model.named_modules() if format_of(module) is not None]
     if packed:
         raise ValueError(f"tensor_parallel_size > 1: {packed[0]!r} is quantized and cannot be split by rows or columns; use 1.")
+    rows = [name for name, module in model.named_modules() if isinstance(module, Rows)]
+    if rows:
+        raise ValueError(
+            f"tensor_parallel_size > 1: {rows[0]!r} has rows that train (trainable_token_indices), which cannot be split; use 1."
+        )
     planned = [module for module in model.modules() if tensor_parallel_plan(module)]
     if not planned:
         raise ValueError(f"{type(model).__name__} has no model with a tensor-parallel plan (_tp_plan); use tensor_parallel_size=1.")

@@ -23,6 +23,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 from typing_extensions import override
 
+from lightning_lora.layers.replaced_rows import Rows
 from lightning_lora.ops.cross_entropy import (
     IGNORE,
     POSITIONS,
@@ -178,7 +179,8 @@ class CausalLMTask(HFTask):
             compiled = answers.is_cuda and any(compiled_call(module) is not None for module in self.model.modules())
 
             def losses(hidden: Tensor) -> Tensor:
-                return chunked_cross_entropy(_rows(hidden, before), head.weight, answers, head.bias, compiled=compiled, reduction=reduction)
+                own, hidden = head.rows_now if isinstance(head, Rows) else None, _rows(hidden, before)
+                return chunked_cross_entropy(hidden, head.weight, answers, head.bias, compiled=compiled, reduction=reduction, replaced=own)
 
             with bypassed(head, self.model, losses) as found:
                 hidden = self._outputs(batch, len(positions))

@@ -25,6 +25,7 @@ class Piece:
         starts: index in the full tensor of the first local entry, along each dimension of ``local``.
         groups: process groups over which the pieces are spread; none for a full tensor.
         strides: for a run, the full tensor's strides; None for a box.
+        without: rows of the full tensor whose entries are not read: they count as zero.
     """
 
     local: Tensor
@@ -32,6 +33,7 @@ class Piece:
     starts: tuple[int, ...]
     groups: tuple[Any, ...] = ()
     strides: tuple[int, ...] | None = None
+    without: tuple[int, ...] = ()
 
     def codes(self, index: Tensor) -> Tensor:
         """Return the entries at flat positions of the full tensor, each as an integer; for those elsewhere, a number below all of these.
@@ -45,6 +47,7 @@ class Piece:
         if not index.numel():
             return index
         places = torch.unravel_index(index, self.shape or (1,))
+        unread = torch.isin(places[0], torch.tensor(self.without, dtype=places[0].dtype))
         if self.strides is not None:
             places = (torch.stack([place * stride for place, stride in zip(places, self.strides, strict=True)]).sum(0),)
         local = self.local if self.local.ndim else self.local[None]
@@ -52,15 +55,15 @@ class Piece:
         inside = torch.stack([(place >= 0) & (place < size) for place, size in zip(here, local.shape, strict=True)]).all(0)
         codes = torch.full_like(index, _ABSENT)
         codes[inside] = _codes(local[tuple(place[inside].to(local.device) for place in here)]).cpu()
-        return codes
+        return codes.masked_fill(unread, 0)
 
 
-def piece_of(tensor: Tensor) -> Piece:
-    """Return this rank's piece of a parameter: a shard of a DTensor, or a plain tensor in full."""
+def piece_of(tensor: Tensor, without: tuple[int, ...] = ()) -> Piece:
+    """Return this rank's piece of a parameter: a shard of a DTensor, or a plain tensor in full. The rows ``without`` are not read."""
     tensor, shape = tensor.detach(), tuple(tensor.shape)
     if not is_sharded(tensor):
-        return Piece(tensor, shape, (0,) * len(shape))
-    return Piece(local_tensor(tensor), shape, _starts(tensor), shard_groups(tensor))
+        return Piece(tensor, shape, (0,) * len(shape), without=without)
+    return Piece(local_tensor(tensor), shape, _starts(tensor), shard_groups(tensor), without=without)
 
 
 def flattened_pieces(model: nn.Module) -> dict[tuple[nn.Module, str], Piece]:

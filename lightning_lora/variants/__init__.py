@@ -7,9 +7,9 @@ May import: everything up to ``layers``.
 """
 
 from lightning_lora.registry import register_variant
-from lightning_lora.variants import dora, lora_fa, lora_xs, vera
+from lightning_lora.variants import dora, lora_bias, lora_fa, lora_xs, vera
 from lightning_lora.variants.adalora import shrink_adalora
 
 register_variant("plain")(object)
 
-__all__ = ["dora", "lora_fa", "lora_xs", "shrink_adalora", "vera"]
+__all__ = ["dora", "lora_bias", "lora_fa", "lora_xs", "shrink_adalora", "vera"]

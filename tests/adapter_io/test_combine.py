@@ -197,6 +197,11 @@ def test_adapters_that_cannot_be_added(two, tmp_path):
     refused("has \\[4, 2\\]", combine_adapters, {two[0]: 1.0, saved(FIRST | {"rank": 2}, tmp_path / "2", 1): 1.0}, out, method="linear")
     head = saved(FIRST | {"modules_to_save": ["lm_head"]}, tmp_path / "head", 1)
     refused("was trained in full", combine_adapters, {two[0]: 1.0, head: 1.0}, out)
+    rows = saved(FIRST | {"trainable_token_indices": [3]}, tmp_path / "rows", 1)
+    refused("trainable_tokens_delta' was trained in full", combine_adapters, {two[0]: 1.0, rows: 1.0}, out)
+    biased = saved(FIRST | {"variant": "lora_bias"}, tmp_path / "biased", 1)
+    for call, given in ((combine_adapters, {two[0]: 1.0, biased: 1.0}), (compress_adapter, biased)):
+        refused("lora_B.bias' is a bias on B, so the update is not B·A alone", call, given, out, rank=1)
     refused("is not empty", combine_adapters, dict.fromkeys(two, 1.0), two[0])
     assert not out.exists()
 

@@ -98,6 +98,7 @@ def test_a_saved_name_that_pefts_matching_would_take_for_another_too():
         ({"rank_pattern": {"q_proj": 2}}, {"rank_pattern": {"q_proj": 2}}),
         ({"target_modules": None}, {"target_modules": ("layers.0.attn.q_proj",)}),  # the tensors say it
         ({"use_dora": True}, {"variant": "dora"}),
+        ({"lora_bias": True}, {"variant": "lora_bias"}),
         ({"use_dora": False, "lora_bias": False, "layer_replication": None, "target_parameters": []}, {"variant": "plain"}),
         ({"loftq_config": {}, "revision": "main", "task_type": "CAUSAL_LM", "inference_mode": True}, {}),
     ],
@@ -111,7 +112,7 @@ def test_fields_we_honour_or_may_ignore(fields, expected):
     ("fields", "message"),
     [
         ({"peft_type": "IA3"}, r"a\.json: peft_type='IA3'; only LORA"),
-        ({"lora_bias": True}, r"a\.json: lora_bias=True changes what the adapter computes"),
+        ({"lora_bias": True, "use_dora": True}, r"a\.json: use_dora=True and lora_bias=True .* PEFT does not combine either"),
         ({"layer_replication": [[0, 2]]}, "layer_replication="),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens="),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' trains on a base changed at the start"),

@@ -181,7 +181,7 @@ def test_sharding_strategies_are_known(P: Any) -> None:
         assert strategy.precision_plugin.clip_grad_by_norm != own
     assert fsdp.kwargs["ignored_states"] == []
     net = make_net().requires_grad_(False)
-    report = SimpleNamespace(targets=[])
+    report = SimpleNamespace(targets=[], rows=[])
     check_mergeable(net, report, sharded, None, None)  # type: ignore[arg-type]
 
 

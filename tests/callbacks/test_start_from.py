@@ -15,6 +15,7 @@ from tests.callbacks.lora_runs import checkpoint_in
 from tests.lit import CONFIG, LitNet, bits, make_net, trainer
 from tests.quantized import plain_stack
 
+pytestmark = pytest.mark.filterwarnings("ignore:PEFT 0.21 leaves out the bias of 'fc2'")
 OTHERS = {
     "plain": CONFIG,
     "names": LoRAConfig(rank=2, target_modules=["fc1", "embed"], rank_pattern={"fc1": 3}, alpha_pattern={"embed": 5}, scaling="rslora"),
@@ -23,6 +24,7 @@ OTHERS = {
     "vera": LoRAConfig(rank=4, target_modules=["fc1"], variant="vera", variant_options={"projection_seed": 3}),
     "lora_fa": LoRAConfig(rank=2, target_modules=["fc1"], variant="lora_fa"),
     "pissa": LoRAConfig(rank=2, target_modules=["fc1", "fc2"], init="pissa"),
+    "rows": LoRAConfig(rank=2, target_modules=["fc1"], trainable_token_indices={"fc2": [3, 1]}),
     "saved": LoRAConfig(rank=2, target_modules=["fc1"], modules_to_save=["fc2"], bias="lora_only"),
 }
 
@@ -184,6 +186,7 @@ CONFLICTS = {
     "variant": (dict(variant="dora"), r"variant='dora' \(the adapter has 'plain'\)"),
     "bias": (dict(bias="all"), r"bias='all' \(the adapter has 'none'\)"),
     "targets": (dict(target_modules=["fc1", "embed"]), r"target_modules=.*the adapter has '2 layers; only the config has embed'"),
+    "rows": (dict(trainable_token_indices={"embed": [1]}), r"trainable_token_indices=\{'embed': \[1\]\} \(the adapter has None\)"),
     "saved": (dict(modules_to_save=["embed"]), r"modules_to_save=\['embed'\] \(the adapter has \[\]\)"),
 }
 

@@ -29,6 +29,7 @@ CONFIGS = {
     "frozen": LoRAConfig(rank=2, target_modules=TARGETS),
     "tied": LoRAConfig(rank=2, target_modules=TARGETS),
     "trains": LoRAConfig(rank=2, target_modules=TARGETS, modules_to_save=["lm_head"]),
+    "tied rows": LoRAConfig(rank=2, target_modules=TARGETS, trainable_token_indices=[80, 5, 90]),
     "adapter": LoRAConfig(rank=2, target_modules=[*TARGETS, "lm_head"]),
 }
 
@@ -40,7 +41,11 @@ class Task(CausalLMTask):
     def load(self, **config: Any) -> None:
         torch.manual_seed(0)
         sizes = {"hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-        options: dict[str, Any] = {"vocab_size": VOCAB, "tie_word_embeddings": self.hparams["model"] == "tied", "initializer_range": 0.3}
+        options: dict[str, Any] = {
+            "vocab_size": VOCAB,
+            "tie_word_embeddings": self.hparams["model"].startswith("tied"),
+            "initializer_range": 0.3,
+        }
         self.model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **options))
 
 
@@ -125,6 +130,8 @@ REASONS = {"trains": "its output layer trains", "adapter": "its output layer is 
         ("frozen", "own units", "after"),
         ("tied", "lora_fsdp2", "before"),
         ("tied", "pulled", "before"),
+        ("tied rows", "lora_fsdp2", "before"),
+        ("tied rows", "pulled", "before"),
         ("trains", "lora_fsdp2", "before"),
         ("trains", "pulled", "before"),
         ("adapter", "lora_fsdp2", "before"),

@@ -34,7 +34,7 @@ from tests.faults.kit import adapted, case, net, refused
 BAD_FOLDERS = [
     case(16, "use_dora", peft(use_dora=True), ("missing", "layers.0.q_proj.lora_magnitude_vector")),
     case(18, "variant_of_another_save", lambda f: edit_json(f, use_dora=True), (JSON, "'dora'", "'plain'", "two different saves")),
-    case(14, "lora_bias", peft(lora_bias=True), (JSON, "lora_bias=True", "not supported")),
+    case(14, "lora_bias", peft(lora_bias=True), ("4 tensors are missing", "layers.0.q_proj.lora_B_bias")),
     case(14, "replication", peft(layer_replication=[[0, 2]]), (JSON, "layer_replication=[[0, 2]]", "not supported")),
     case(14, "pissa", peft(init_lora_weights="pissa"), (JSON, "init_lora_weights='pissa'", "convert")),
     case(15, "missing", peft(peft_type=...), (JSON, "peft_type=None", "only LORA")),

@@ -54,6 +54,29 @@ def test_each_rows_loss_and_its_gradient_are_those_of_cross_entropy(chunk):
         chunked_cross_entropy(hidden, weight, labels, reduction="sum")
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("frozen", [None, "hidden", "rows"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_replaced_rows_and_their_gradient_are_those_of_the_whole_weight(bias, frozen, reduction):
+    hidden, weight, labels, b = make(bias)
+    index, rows = torch.tensor([30, 2, 7]), torch.randn(3, D, dtype=torch.float64)
+    labels[1] = 2
+    scales = torch.randn(N, dtype=torch.float64)
+
+    def both_ways(loss):
+        given = {"hidden": hidden.clone(), "rows": rows.clone()}
+        trained = [tensor.requires_grad_() for name, tensor in given.items() if name != frozen]
+        value = loss(given["hidden"], given["rows"])
+        value = value if reduction == "mean" else (value * scales).sum()
+        return value, torch.autograd.grad(value * 3.0, trained)
+
+    ours = both_ways(lambda h, r: chunked_cross_entropy(h, weight, labels, b, chunk=32, reduction=reduction, replaced=(index, r)))
+    theirs = both_ways(lambda h, r: F.cross_entropy(F.linear(h, weight.index_copy(0, index, r), b), labels, reduction=reduction))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    trains = chunked_cross_entropy(hidden, weight.clone().requires_grad_(), labels, b, replaced=(index, rows))
+    torch.testing.assert_close(trains, plain(hidden, weight.index_copy(0, index, rows), labels, b), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_half_precision_loses_no_more_than_the_plain_way(autocast):
     """bf16 itself, and fp32 under autocast, against float64; most rows are nearly sure of their label, where digits get lost."""

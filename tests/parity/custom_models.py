@@ -186,9 +186,9 @@ CASES = [
         {"target_modules": ["conv1d"], "trainable_token_indices": {"emb": [0, 10]}, "fan_in_fan_out": True},
         "read",
     ),
-    ("Vanilla MLP 1 LoRA with lora_b bias", "MLP", {**LIN01, "lora_bias": True, "lora_alpha": 32}, "lora_bias"),
-    ("Conv2d 1 LoRA with lora_b bias", "Conv2d", {"target_modules": ["conv2d"], "lora_bias": True, "lora_alpha": 32}, "lora_bias"),
-    ("Conv3d 1 LoRA with lora_b bias", "Conv3d", {"target_modules": ["conv3d"], "lora_bias": True, "lora_alpha": 32}, "lora_bias"),
+    ("Vanilla MLP 1 LoRA with lora_b bias", "MLP", {**LIN01, "lora_bias": True, "lora_alpha": 32}, "equal"),
+    ("Conv2d 1 LoRA with lora_b bias", "Conv2d", {"target_modules": ["conv2d"], "lora_bias": True, "lora_alpha": 32}, "equal"),
+    ("Conv3d 1 LoRA with lora_b bias", "Conv3d", {"target_modules": ["conv3d"], "lora_bias": True, "lora_alpha": 32}, "equal"),
     ("MLP 1 using nn.Parameter LoRA", "MLP", {"target_parameters": ["lin0.weight"], "target_modules": []}, "read"),
     ("MLP 2 using nn.Parameter LoRA", "MLP", {**LIN0, "target_parameters": ["lin1.weight"]}, "read"),
 ]

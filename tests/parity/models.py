@@ -140,7 +140,7 @@ def our_config(**peft: Any) -> LoRAConfig:
     ours.pop("fan_in_fan_out", None)  # a layer knows how it stores its weight
     if ours.pop("task_type", None) == "SEQ_CLS":
         ours["modules_to_save"] = "auto"
-    ours["variant"] = "dora" if ours.pop("use_dora", False) else "plain"
+    ours["variant"] = "dora" if ours.pop("use_dora", False) else "lora_bias" if ours.pop("lora_bias", False) else "plain"
     ours["scaling"] = "rslora" if ours.pop("use_rslora", False) else "standard"
     init = ours.pop("init_lora_weights", True)
     ours["init"] = "kaiming" if init is True else init
@@ -153,7 +153,7 @@ def our_name(name: str) -> str:
     """PEFT's name of a parameter → ours."""
     name = name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
     name = re.sub(r"\.lora_(?:embedding_)?([AB])\.default(?:\.weight)?$", r".lora_\1", name)
-    return name.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector")
+    return name.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector").replace(".lora_B.default.bias", ".lora_B_bias")
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:

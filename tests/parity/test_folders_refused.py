@@ -43,7 +43,6 @@ def test_tensors_that_are_not_the_configs_are_refused(change, tmp_path):
 
 
 REFUSED = [
-    ("lora_bias", True),
     *(("init_lora_weights", init) for init in ("pissa", "pissa_niter_4", "olora", "loftq", "corda", "lora_ga")),
     ("loftq_config", {"loftq_bits": 4, "loftq_iter": 1}),
     ("target_parameters", ["mlp.experts.gate_up_proj"]),

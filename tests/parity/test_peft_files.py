@@ -104,10 +104,10 @@ REFUSED = {
         (),
         "'mlp.experts.gate_up_proj' names no layer's weight and no experts' of this model",
     ),
-    "embedding-by-weight": (
-        {"target_parameters": ["embed_tokens.weight"]},
+    "norm-by-weight": (
+        {"target_parameters": ["input_layernorm.weight"]},
         (),
-        "'model.embed_tokens.weight' is no linear layer's weight",
+        "'model.layers.0.input_layernorm.weight' is no linear layer's weight and no embedding's",
     ),
     "tokens": ({"trainable_token_indices": [1]}, (), r"trainable_token_indices=\[1\], and the tensors beside it have no rows for them"),
     "no-layers": ({"target_modules": ["c_attn"]}, (), r"target_modules=\['c_attn'\] names no module of this model"),

@@ -77,6 +77,8 @@ HEADS = {  # the last asks for a second forward, once: only there is it seen tha
     "bias": (lambda: small("GPTJ", rotary_dim=4), lambda model: model.requires_grad_(False), None),
     "trains": (tiny_lm.llama, lambda model: None, "its output layer trains"),
     "adapter": (tiny_lm.llama, lambda model: adapted(model, ["lm_head"]), "its output layer is a LoRALinear"),
+    "rows": (tiny_lm.llama, lambda model: adapted(model, ["q_proj"], {"embed_tokens": [5, 3], "lm_head": [4, 2]}), None),
+    "tied rows": (lambda: small("Llama", tie_word_embeddings=True), lambda model: adapted(model, ["q_proj"], [30, 4]), None),
     "capped": (lambda: small("Gemma2", final_logit_softcapping=0.5), lambda model: model.requires_grad_(False), "does something to"),
     "scaled": (lambda: small("Cohere", logit_scale=4.0), lambda model: model.requires_grad_(False), "does something to its logits"),
     "divided": (lambda: small("Granite", logits_scaling=8.0), lambda model: model.requires_grad_(False), "does something to its logits"),
@@ -90,8 +92,12 @@ def small(name, **kwargs):
     return getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**sizes, **tokens, **kwargs))
 
 
-def adapted(model, targets):
-    return apply_lora(model, config=LoRAConfig(rank=2, target_modules=targets))
+def adapted(model, targets, rows=None):
+    apply_lora(model, config=LoRAConfig(rank=2, target_modules=targets, trainable_token_indices=rows))
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_rows"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model
 
 
 @pytest.mark.parametrize("keeps", [True, False])

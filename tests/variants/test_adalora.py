@@ -1,18 +1,21 @@
 """AdaLoRA on every kind: its start, what it refuses, and shrinking to a plain LoRA that computes the same (formula: tests/family.py)."""
 
+import copy
 import pickle
 
 import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRAConfig, apply_lora, load_adapter, merge_lora, save_adapter, shrink_adalora, unmerge_lora
+from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, load_adapter, merge_lora, save_adapter, shrink_adalora, unmerge_lora
 from lightning_lora.layers import lora_layers
 from lightning_lora.layers.adapting import refusal
 from lightning_lora.layers.spec import LayerSpec
+from lightning_lora.model.apply import already_applied
 from lightning_lora.variants.adalora import AdaLoRA
 from tests.conftest import Task, TinyModel, fill, same_bits, snapshot
 from tests.layers.kinds import CASES
+from tests.parity.models import llama
 
 REFUSED = {"conv2d-groups": "split into groups", "conv2d-reflect": "split into groups", "embedding-padding": "padding_idx=2"}
 KINDS = [kind for kind in CASES if kind not in REFUSED]
@@ -164,3 +167,19 @@ def test_what_cannot_shrink_is_left_alone():
     with pytest.raises(ValueError, match=r"'layers\.0\.attn\.q_proj' is merged.*unmerge_lora"):
         shrink_adalora(model)
     assert snapshot(model) == before
+
+
+def test_rows_that_train_keep_their_values_and_say_nothing_of_the_config(tmp_path):
+    torch.manual_seed(0)
+    plain, ids = llama(tie_word_embeddings=True).double().eval(), torch.tensor([[5, 3, 9]])
+    config = LoRAConfig(rank=2, variant="adalora", target_modules=["q_proj"], trainable_token_indices=[3, 5])
+    model = apply_lora(copy.deepcopy(plain), config)
+    with torch.no_grad():
+        for parameter in get_lora_parameters(model):
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    wanted = model(ids).logits
+    shrink_adalora(model)
+    torch.testing.assert_close(model(ids).logits, wanted, rtol=0, atol=1e-10)
+    assert already_applied(model, model.model.layers[0].self_attn.q_proj.lora_config)
+    save_adapter(model, tmp_path)
+    torch.testing.assert_close(load_adapter(model, tmp_path)(ids).logits, wanted, rtol=0, atol=1e-6)
