@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from lightning_lora.cli.help import TOOLS, TRAIN
 from lightning_lora.cli.main import main
 from tests import tiny_lm
+from tests.processes import ended, start
 
 
 @pytest.fixture
@@ -206,14 +207,19 @@ def test_the_command_line_starts_without_heavy_imports():
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_a_reader_that_closes_the_pipe_is_no_error():
+def command(arguments, read=True):
+    """Be the command's process, whose output someone reads, or no longer."""
+    if not read:
+        pipe = os.pipe()
+        os.close(pipe[0])
+        os.dup2(pipe[1], 1)
+    sys.exit(main(arguments))
+
+
+def test_a_reader_that_closes_the_pipe_is_no_error(tmp_path):
     """As `lightning-lora --help | head -1`: the code of a process that SIGPIPE ended, and not a word."""
-    read, write = os.pipe()
-    os.close(read)
-    code = "import sys, lightning_lora.cli.main as c; sys.exit(c.main(['--help']))"
-    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True)
-    os.close(write)
-    assert (done.returncode, done.stderr) == (141, "")
+    assert ended(start(command, ["--help"], False, said=tmp_path / "said")) == 141
+    assert (tmp_path / "said").read_text() == ""
 
 
 @pytest.mark.parametrize("full_finetuning", ["false", "true"])
@@ -285,15 +291,14 @@ def test_a_run_that_was_stopped_within_an_epoch_goes_on_with_the_next_rows(confi
 
 def test_sigterm_to_a_process(config, tmp_path):
     """The whole way: the signal comes from outside, the shell sees 143, and there is something to resume from."""
-    code = "import sys, lightning_lora.cli.main as c; sys.exit(c.main())"
     arguments = ["fit", "--config", config, "--trainer.max_epochs=100000", "--trainer.limit_val_batches=0"]
-    done = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = start(command, arguments, said=tmp_path / "said")
     deadline = time.monotonic() + 100
-    while not list(tmp_path.rglob("*.ckpt")) and done.poll() is None and time.monotonic() < deadline:
+    while not list(tmp_path.rglob("*.ckpt")) and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.05)
-    done.send_signal(signal.SIGTERM)
-    error = done.communicate(timeout=60)[1]
-    assert done.returncode == 143, error
+    process.terminate()  # SIGTERM
+    code, error = ended(process, 60.0), (tmp_path / "said").read_text()
+    assert code == 143, error
     (left,) = tmp_path.rglob("last-interrupted.ckpt")
     assert f"resume with ckpt_path={str(left)!r}" in error and "Traceback" not in error
     assert torch.load(left, weights_only=True)["global_step"] > 0

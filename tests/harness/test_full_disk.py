@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import pytest
 from tests.faults.kit import row
 from tests.harness import full_disk
 from tests.harness.full_disk import SAVES, fail_at_each_operation
-from tests.processes import ended, start
+from tests.processes import printed
 
 mounts = pytest.mark.skipif(
     sys.platform != "linux" or subprocess.run(["unshare", "--map-root-user", "--mount", "true"], capture_output=True).returncode != 0,
@@ -30,23 +29,17 @@ def test_a_disk_that_is_full_at_any_call(tmp_path: Path, monkeypatch: pytest.Mon
     assert set(fail_at_each_operation(SAVES[name][0](root), root)) == {0, 1}
 
 
-def run(told: Path, every: int, *saves: str) -> list[str]:
-    """Fill a disk in a process of its own, which mounts. Return what that printed."""
-    assert ended(start(fill_up_and_tell, told, ["--every", str(every), "--saves", *saves]), 3600.0) == 0
-    return told.read_text().splitlines()
-
-
-def fill_up_and_tell(told: Path, arguments: list[str]) -> None:
-    with told.open("w") as stream, redirect_stdout(stream):
-        full_disk.main(arguments)
+def run(every: int, *saves: str) -> list[str]:
+    """Fill a disk in a process of its own, which mounts. Return the lines that it printed."""
+    return printed(full_disk.main, ["--every", str(every), "--saves", *saves], seconds=3600.0).splitlines()
 
 
 @mounts
 @row(31)
 @row(32)
-def test_a_small_disk_that_is_full_or_read_only(tmp_path: Path) -> None:
+def test_a_small_disk_that_is_full_or_read_only() -> None:
     saves = ["adapter", "shards", "file", "export"]
-    said = run(tmp_path / "told", 100, *saves)
+    said = run(100, *saves)
     assert [line.partition(":")[0] for line in said] == saves
     assert all("1 saves failed on a full disk, 1 on a read-only one" in line for line in said)
 
@@ -54,5 +47,5 @@ def test_a_small_disk_that_is_full_or_read_only(tmp_path: Path) -> None:
 @mounts
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_a_small_disk_with_more_and_more_room(tmp_path: Path) -> None:
-    assert len(run(tmp_path / "told", 1, *SAVES)) == len(SAVES)
+def test_a_small_disk_with_more_and_more_room() -> None:
+    assert len(run(1, *SAVES)) == len(SAVES)
