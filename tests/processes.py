@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing as mp
 import os
 import tempfile
@@ -30,6 +31,7 @@ def start(function: Callable[..., Any], *args: Any, said: Path | None = None) ->
 
 
 def _run(environment: dict[str, str], said: Path | None, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    gc.freeze()  # collections of garbage pass over what the server imported
     os.environ.clear()  # the server's is that of its first user
     os.environ.update(environment)
     if said is not None:

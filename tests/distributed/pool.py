@@ -8,6 +8,7 @@ any rank is raised here with that rank's traceback; workers that then hang in a 
 
 from __future__ import annotations
 
+import gc
 import multiprocessing as mp
 import os
 import shutil
@@ -74,6 +75,7 @@ def _work(rank: int, world: int, meeting: str, pipe: Any, device: str) -> None:
     from lightning_lora.experimental import pulling_group
     from tests.distributed import nets
 
+    gc.freeze()  # collections of garbage pass over what the server imported
     pulling_group.SMALL = 300  # bytes: the networks here are tiny
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
