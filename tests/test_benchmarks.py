@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import runpy
@@ -10,24 +11,25 @@ import sys
 import tarfile
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import gpu_check
 import pytest
 from multi_gpu import main as multi_gpu_main
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
-from tests import tiny_lm
-from tests.processes import printed as printed_by
+from tests import processes, tiny_lm
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 def test_gpu_check_is_within_its_bounds() -> None:
-    said = printed_by(gpu_check.main, ["--tiny", "--steps", "2"])
+    said = processes.printed(gpu_check.main, ["--tiny", "--steps", "2"])
     assert "entries that unmerging missed: 0" in said and "all within bounds" in said
 
 
@@ -35,22 +37,17 @@ FLOOR = runpy.run_path(str(BENCHMARKS / "floor.py"))
 QUICK = ["--shape", "tiny", "--backend", "eager", "--steps", "1", "--warmup", "1"]
 
 
-@pytest.fixture
-def multi_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Returns the rows of a run on gloo processes, and what it printed."""
-    monkeypatch.setattr(os, "environ", os.environ.copy())  # it sets variables for NCCL
-
-    def run(*options: str) -> tuple[list[dict[str, Any]], str]:
-        file = tmp_path / "rows.json"
+def multi_gpu(tmp_path: Path, *options: str) -> tuple[list[dict[str, Any]], str]:
+    """The rows of a run on gloo processes, and what it printed."""
+    file = tmp_path / "rows.json"
+    with patch.dict(os.environ), redirect_stdout(io.StringIO()) as said:  # it sets variables for NCCL
         multi_gpu_main(["--cpu", "--shape", "tiny", "--steps", "1", *options, "--json", str(file)])
-        return json.loads(file.read_text())["rows"], capsys.readouterr().out
-
-    return run
+    return json.loads(file.read_text())["rows"], said.getvalue()
 
 
-def test_multi_gpu_counts_what_fsdp2_moves(multi_gpu: Any) -> None:
+def test_multi_gpu_counts_what_fsdp2_moves(tmp_path: Path) -> None:
     rows, printed = multi_gpu(
-        "--devices", "2", "--only", "fsdp2", "fsdp2 kept", "fsdp2 pulled", "--models", "frozen", "ours", "--parts", "steps"
+        tmp_path, "--devices", "2", "--only", "fsdp2", "fsdp2 kept", "fsdp2 pulled", "--models", "frozen", "ours", "--parts", "steps"
     )
     by_name = {(row["strategy"], row["model"]): row for row in rows}
     assert len(by_name) == len(rows) == 8 and not any("failed" in row for row in rows), printed
@@ -73,8 +70,8 @@ def test_multi_gpu_counts_what_fsdp2_moves(multi_gpu: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_multi_gpu_measures_fits(multi_gpu: Any) -> None:
-    rows, printed = multi_gpu("--devices", "2", "--parts", "fit", "--ways", "one", "fsdp2", "auto")
+def test_multi_gpu_measures_fits(tmp_path: Path) -> None:
+    rows, printed = multi_gpu(tmp_path, "--devices", "2", "--parts", "fit", "--ways", "one", "fsdp2", "auto")
     one, auto, fsdp2 = rows
     assert "failed" not in printed and one["traffic"] == {} and one["scaling"] == 1
     for row in (auto, fsdp2):  # on CPUs "auto" gathers
@@ -85,8 +82,8 @@ def test_multi_gpu_measures_fits(multi_gpu: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("devices", [1, 2])
-def test_multi_gpu_runs_whole(multi_gpu: Any, devices: int) -> None:
-    rows, printed = multi_gpu("--devices", str(devices), "--parts", "steps", "save", "resume", "nf4")
+def test_multi_gpu_runs_whole(tmp_path: Path, devices: int) -> None:
+    rows, printed = multi_gpu(tmp_path, "--devices", str(devices), "--parts", "steps", "save", "resume", "nf4")
     quantized = rows.pop()
     assert "traffic" in quantized if find_spec("bitsandbytes") else "bitsandbytes" in quantized["failed"], printed
     failed = {(row.get("strategy"), row.get("model")) for row in rows if "failed" in row or row.get("what") == "failed"}
