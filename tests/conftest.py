@@ -20,8 +20,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a background job of 
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection() -> None:
+    gc.disable()  # imports only add objects
+
+
 def pytest_collection_finish() -> None:
-    """Leave what the imports made, a million objects, out of every later collection of garbage."""
+    """Leave what the imports made, a million objects, out of every collection of garbage."""
+    gc.enable()
     gc.collect()
     gc.freeze()
 
