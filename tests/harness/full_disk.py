@@ -13,6 +13,7 @@ import errno
 import io
 import os
 import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -30,6 +31,7 @@ from tests.faults.kit import disk_bits
 from tests.harness.fuzz import quiet
 from tests.harness.kills import Scenario, operations
 from tests.harness.scenarios import SCENARIOS, adapter, build
+from tests.processes import ended, start
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 SIZE = 8 * 2**20  # bytes of the disk
@@ -204,7 +206,7 @@ def fill_up(names: list[str], count: int) -> None:
 
 
 def own_mounts() -> None:
-    """Give this process, which must have one thread, a mount namespace in which it may mount.
+    """Give this process, which may have one thread only, a mount namespace in which it may mount.
 
     Raises:
         OSError: this user may not have one.
@@ -226,5 +228,5 @@ def main(argv: list[str] | None = None) -> None:
     fill_up(args.saves, args.every)
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # forked: numpy's import starts threads
+    sys.exit(ended(start(main, sys.argv[1:]), 24 * 3600.0))
