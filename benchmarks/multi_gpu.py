@@ -95,7 +95,7 @@ class Workers:
         # They meet over a file: a port that was free may be taken by the time they have started.
         self.folder = tempfile.mkdtemp()
         meeting = Path(self.folder, "meeting")
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver" if self.cpu else "spawn")  # CUDA cannot be forked
         for rank in range(self.world):
             ours, theirs = context.Pipe()
             process = context.Process(target=runs.work, args=(rank, self.world, meeting.as_uri(), theirs, self.cpu, self.variables))

@@ -1,5 +1,6 @@
 """What the unit tests share: a seed, one thread, tiny models, and how to compare a model's bits before and after."""
 
+import gc
 import os
 import signal
 import warnings
@@ -17,6 +18,21 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # has to be set before the kernels are imported
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a background job of a shell, where the tests of Ctrl-C would fail
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection() -> None:
+    gc.disable()  # imports only add objects
+
+
+def pytest_collection_finish() -> None:
+    """Leave what the imports made, a million objects, out of every collection of garbage."""
+    gc.enable()
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # libraries say so at exit if what they made is still there
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import runpy
@@ -10,24 +11,26 @@ import sys
 import tarfile
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
+import gpu_check
 import pytest
+from multi_gpu import main as multi_gpu_main
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
-from tests import tiny_lm
+from tests import processes, tiny_lm
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 def test_gpu_check_is_within_its_bounds() -> None:
-    command = [sys.executable, "-W", "ignore", str(BENCHMARKS / "gpu_check.py"), "--tiny", "--steps", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "entries that unmerging missed: 0" in done.stdout and "all within bounds" in done.stdout
+    said = processes.printed(gpu_check.main, ["--tiny", "--steps", "2"])
+    assert "entries that unmerging missed: 0" in said and "all within bounds" in said
 
 
 FLOOR = runpy.run_path(str(BENCHMARKS / "floor.py"))
@@ -36,13 +39,10 @@ QUICK = ["--shape", "tiny", "--backend", "eager", "--steps", "1", "--warmup", "1
 
 def multi_gpu(tmp_path: Path, *options: str) -> tuple[list[dict[str, Any]], str]:
     """The rows of a run on gloo processes, and what it printed."""
-    command = [sys.executable, "-W", "ignore", str(BENCHMARKS / "multi_gpu.py"), "--cpu", "--shape", "tiny", "--steps", "1", *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(BENCHMARKS.parent)}
-    done = subprocess.run(
-        [*command, "--json", str(tmp_path / "rows.json")], capture_output=True, text=True, env=environment, check=False, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads((tmp_path / "rows.json").read_text())["rows"], done.stdout
+    file = tmp_path / "rows.json"
+    with patch.dict(os.environ), redirect_stdout(io.StringIO()) as said:  # it sets variables for NCCL
+        multi_gpu_main(["--cpu", "--shape", "tiny", "--steps", "1", *options, "--json", str(file)])
+    return json.loads(file.read_text())["rows"], said.getvalue()
 
 
 def test_multi_gpu_counts_what_fsdp2_moves(tmp_path: Path) -> None:

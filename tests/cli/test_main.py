@@ -1,11 +1,7 @@
-"""Exit codes, one line per error, nothing written; a pipe that closes, and a signal to a process of its own."""
+"""Exit codes, one line per error, nothing written; signals within a fit."""
 
-import os
 import re
 import signal
-import subprocess
-import sys
-import time
 
 import lightning
 import pytest
@@ -200,22 +196,6 @@ def test_the_help_has_a_run_to_start_from(model, tmp_path, capsys, monkeypatch):
     assert main(["fit", "--config", "run.yaml", "--trainer.accelerator", "cpu", "--trainer.fast_dev_run", "true"]) == 0
 
 
-def test_the_command_line_starts_without_heavy_imports():
-    code = "import sys, lightning_lora.cli.main as c; c.main(['--help']); print(sorted({'transformers', 'lightning'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
-
-
-def test_a_reader_that_closes_the_pipe_is_no_error():
-    """As `lightning-lora --help | head -1`: the code of a process that SIGPIPE ended, and not a word."""
-    read, write = os.pipe()
-    os.close(read)
-    code = "import sys, lightning_lora.cli.main as c; sys.exit(c.main(['--help']))"
-    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True)
-    os.close(write)
-    assert (done.returncode, done.stderr) == (141, "")
-
-
 @pytest.mark.parametrize("full_finetuning", ["false", "true"])
 def test_a_full_disk_is_one_line(full_finetuning, config, tmp_path, capsys, monkeypatch):
     def full(content, file):
@@ -281,19 +261,3 @@ def test_a_run_that_was_stopped_within_an_epoch_goes_on_with_the_next_rows(confi
     assert found[0]["global_step"] == found[1]["global_step"] == 6
     mine, theirs = (state["state_dict"] for state in found)
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
-
-
-def test_sigterm_to_a_process(config, tmp_path):
-    """The whole way: the signal comes from outside, the shell sees 143, and there is something to resume from."""
-    code = "import sys, lightning_lora.cli.main as c; sys.exit(c.main())"
-    arguments = ["fit", "--config", config, "--trainer.max_epochs=100000", "--trainer.limit_val_batches=0"]
-    done = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    deadline = time.monotonic() + 100
-    while not list(tmp_path.rglob("*.ckpt")) and done.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    done.send_signal(signal.SIGTERM)
-    error = done.communicate(timeout=60)[1]
-    assert done.returncode == 143, error
-    (left,) = tmp_path.rglob("last-interrupted.ckpt")
-    assert f"resume with ckpt_path={str(left)!r}" in error and "Traceback" not in error
-    assert torch.load(left, weights_only=True)["global_step"] > 0

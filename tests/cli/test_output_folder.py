@@ -2,13 +2,12 @@
 
 import errno
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from lightning_lora.cli.output_folder import replaced_folder, weight_bytes
+from tests.processes import ended, start
 
 
 def fill(folder: Path, **files: str) -> Path:
@@ -68,19 +67,16 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
         pass
 
 
-KILLED = """
-import os, sys
-from lightning_lora.cli.output_folder import replaced_folder
-with replaced_folder(sys.argv[1], True, ()) as folder:
-    (folder / "config.json").write_text("killed")
-    os._exit(9)
-"""
+def is_killed(out):
+    with replaced_folder(str(out), True, ()) as folder:
+        (folder / "config.json").write_text("killed")
+        os._exit(9)
 
 
 def test_a_killed_run_costs_nothing(tmp_path):
     """tests/storage/test_folder_commit.py has kills at the other moments."""
     out = fill(tmp_path / "out")
-    assert subprocess.run([sys.executable, "-c", KILLED, str(out)]).returncode == 9
+    assert ended(start(is_killed, out)) == 9
     assert len(os.listdir(tmp_path)) > 1  # what it staged
     write(out, overwrite=True)
     assert (out / "config.json").read_text() == "new" and os.listdir(tmp_path) == ["out"]

@@ -8,6 +8,7 @@ any rank is raised here with that rank's traceback; workers that then hang in a 
 
 from __future__ import annotations
 
+import gc
 import multiprocessing as mp
 import os
 import shutil
@@ -16,6 +17,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tests.processes import SERVER
 
 TIMEOUT = 240.0  # of a busy machine; pytest gives up at 300
 
@@ -55,9 +58,7 @@ class Pool:
         # They meet over a file: a port that was free may be taken by the time they have started.
         self.folder = tempfile.mkdtemp()
         meeting = Path(self.folder, "meeting").as_uri()
-        context = mp.get_context("spawn" if self.device == "cuda" else "forkserver")  # the test files' imports may start CUDA
-        if self.device != "cuda":
-            context.set_forkserver_preload(["tests.distributed.runs", "tests.distributed.wrappers", "transformers"])
+        context = mp.get_context("spawn") if self.device == "cuda" else SERVER  # the test files' imports may start CUDA
         for rank in range(self.world):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(rank, self.world, meeting, theirs, self.device), daemon=True)
@@ -74,6 +75,7 @@ def _work(rank: int, world: int, meeting: str, pipe: Any, device: str) -> None:
     from lightning_lora.experimental import pulling_group
     from tests.distributed import nets
 
+    gc.freeze()  # collections of garbage pass over what the server imported
     pulling_group.SMALL = 300  # bytes: the networks here are tiny
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

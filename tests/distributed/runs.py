@@ -31,7 +31,7 @@ from lightning_lora.strategies import LoRAFSDP2Strategy
 from lightning_lora.utils.sharding import full_tensor, is_sharded
 from tests.distributed.nets import CONFIG, Block, Net, adapter_tensors, make_data, make_net
 
-ROWS = 8  # of a global batch, whatever the world's size
+ROWS, BATCHES = 8, 2  # of a global batch, whatever the world's size; of an epoch
 
 
 class CPUFSDPStrategy(FSDPStrategy):
@@ -50,7 +50,7 @@ class Share(Dataset):
     """This process's rows of each global batch."""
 
     def __init__(self, rank: int, world: int) -> None:
-        x, y = make_data(4 * ROWS)
+        x, y = make_data(BATCHES * ROWS)
         self.batches = [(a.chunk(world)[rank], b.chunk(world)[rank]) for a, b in zip(x.split(ROWS), y.split(ROWS), strict=True)]
 
     def __len__(self) -> int:

@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning_lora import LoRACallback
 from lightning_lora.optim import galore_optimizer, galore_param_groups, lora_param_groups
 from tests.distributed.nets import CONFIG, adapter_tensors
-from tests.distributed.runs import LitFSDP2, LitShared, model_parallel
+from tests.distributed.runs import BATCHES, LitFSDP2, LitShared, model_parallel
 from tests.distributed.test_lightning import start
 
 pytestmark = pytest.mark.filterwarnings(
@@ -75,7 +75,7 @@ def test_galore_under_ddp_is_one_process_and_resumes_on_one_and_on_two(pool: Any
         assert half[0]["losses"] + rank["losses"] == pytest.approx(whole["losses"], abs=1e-5)
         for name, weight in whole["weights"].items():
             torch.testing.assert_close(rank["weights"][name], weight, rtol=0, atol=1e-5, msg=name)
-    assert sum(whole["losses"][-4:]) < sum(whole["losses"][:4])
+    assert sum(whole["losses"][-BATCHES:]) < sum(whole["losses"][:BATCHES])
 
 
 def test_galore_on_shards_is_refused_by_name(pool: Any, tmp_path: Path) -> None:

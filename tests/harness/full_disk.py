@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import errno
 import io
 import os
@@ -30,9 +31,11 @@ from tests.faults.kit import disk_bits
 from tests.harness.fuzz import quiet
 from tests.harness.kills import Scenario, operations
 from tests.harness.scenarios import SCENARIOS, adapter, build
+from tests.processes import ended, start
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 SIZE = 8 * 2**20  # bytes of the disk
+NEW_MOUNTS, NEW_USER = 0x00020000, 0x10000000  # CLONE_NEWNS and CLONE_NEWUSER of unshare(2)
 
 
 def exported(root: Path) -> Scenario:
@@ -187,8 +190,8 @@ def fail_at_each_operation(scenario: Scenario, root: Path) -> list[int]:
         assert failed or seen[-1] == 1
 
 
-def inside(names: list[str], count: int) -> None:
-    """Fill the disk, in the namespace."""
+def fill_up(names: list[str], count: int) -> None:
+    """Fill a small disk for each save. Print what came of it."""
     with tempfile.TemporaryDirectory() as folder, quiet():
         tempfile.tempdir = folder
         for number, name in enumerate(names):
@@ -202,18 +205,28 @@ def inside(names: list[str], count: int) -> None:
             )
 
 
-def main() -> int:
+def own_mounts() -> None:
+    """Give this process, which may have one thread only, a mount namespace in which it may mount.
+
+    Raises:
+        OSError: this user may not have one.
+    """
+    ids = {"uid_map": os.geteuid(), "gid_map": os.getegid()}
+    if ctypes.CDLL(None, use_errno=True).unshare(NEW_USER | NEW_MOUNTS):
+        raise OSError(ctypes.get_errno(), "this user may not have a mount namespace")
+    Path("/proc/self/setgroups").write_text("deny")
+    for name, number in ids.items():
+        Path("/proc/self", name).write_text(f"0 {number} 1")
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--every", type=int, default=1, help="try only each n-th number of free pages")
     parser.add_argument("--saves", nargs="+", default=list(SAVES), choices=SAVES, help="what is saved; default: all")
-    parser.add_argument("--inside", action="store_true", help="this process may mount")
-    args = parser.parse_args()
-    if args.inside:
-        inside(args.saves, args.every)
-        return 0
-    again = [sys.executable, "-m", "tests.harness.full_disk", "--every", str(args.every), "--inside", "--saves", *args.saves]
-    return subprocess.run(["unshare", "--map-root-user", "--mount", *again]).returncode
+    args = parser.parse_args(argv)
+    own_mounts()
+    fill_up(args.saves, args.every)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+if __name__ == "__main__":  # forked: numpy's import starts threads
+    sys.exit(ended(start(main, sys.argv[1:]), 24 * 3600.0))

@@ -6,7 +6,6 @@ The processes are forked from a server that has imported what they need, and mee
 from __future__ import annotations
 
 import logging
-import multiprocessing as mp
 import multiprocessing.connection
 import os
 import signal
@@ -28,6 +27,7 @@ from lightning_lora.strategies import LoRAFSDP2Strategy, roll_call
 from tests.distributed.nets import CONFIG, make_net
 from tests.harness import scenarios
 from tests.harness.kills import operations
+from tests.processes import start
 
 WORLD = 2
 TIMEOUT = timedelta(seconds=20)  # of collectives, and of the wait for the others at the start
@@ -114,21 +114,16 @@ def train(rank: int, port: int, fit: Fit) -> None:
 class Processes:
     """The processes of one fit."""
 
-    _context = mp.get_context("forkserver")
-
     def __init__(self, fit: Fit) -> None:
-        self._context.set_forkserver_preload(["tests.harness.ranks"])
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.fit = fit
-        self.ranks = [self._context.Process(target=train, args=(rank, port, fit), daemon=True) for rank in range(WORLD)]
-        for process in self.ranks:
-            process.start()
+        self.ranks = [start(train, rank, port, fit) for rank in range(WORLD)]
 
     def wait(self, seconds: float) -> bool:
         """Wait until one of them has ended. Return whether one has."""
-        return bool(mp.connection.wait([process.sentinel for process in self.ranks], seconds))
+        return bool(multiprocessing.connection.wait([process.sentinel for process in self.ranks], seconds))
 
     def kill(self, ranks: tuple[int, ...]) -> None:
         for rank in ranks:

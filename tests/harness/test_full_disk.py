@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.faults.kit import row
+from tests.harness import full_disk
 from tests.harness.full_disk import SAVES, fail_at_each_operation
+from tests.processes import printed
 
-ROOT = Path(__file__).parents[2]
 mounts = pytest.mark.skipif(
     sys.platform != "linux" or subprocess.run(["unshare", "--map-root-user", "--mount", "true"], capture_output=True).returncode != 0,
     reason="this user may not have a mount namespace",
@@ -29,11 +30,8 @@ def test_a_disk_that_is_full_at_any_call(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def run(every: int, *saves: str) -> list[str]:
-    """Run in a process of its own, which mounts."""
-    command = [sys.executable, "-m", "tests.harness.full_disk", "--every", str(every), "--saves", *saves]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3600)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    """Fill a disk in a process of its own, which mounts. Return the lines that it printed."""
+    return printed(full_disk.main, ["--every", str(every), "--saves", *saves], seconds=3600.0).splitlines()
 
 
 @mounts

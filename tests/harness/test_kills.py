@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.faults.kit import row
-from tests.harness.kills import kill_at_each_operation
-from tests.harness.scenarios import SCENARIOS
+from tests.harness.kills import kill_at_each_operation, kill_at_random
+from tests.harness.scenarios import SCENARIOS, resumed_fits
+from tests.processes import ended, start
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,29 +26,21 @@ def test_a_kill_at_any_operation_leaves_the_old_or_the_new(tmp_path: Path, monke
     assert len(os.listdir(tmp_path / "here")) == 1, "nothing is left over"
 
 
-SHORT = """
-import sys
-from pathlib import Path
-from tests.harness.kills import kill_at_random
-from tests.harness.scenarios import SCENARIOS, resumed_fits
-print(sum(kill_at_random(SCENARIOS["adapter"](Path(sys.argv[1], "here")), 4, seed=0).values()))
-print(resumed_fits(Path(sys.argv[1], "fit"), 2, seed=0, steps=12)[0])
-"""
-
-
-def run(*arguments: str) -> list[str]:
-    """Run in a process of its own: it forks, and pytest's has threads."""
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=3600)
-    assert done.returncode == 0 and "in the child" not in done.stderr, done.stderr
-    return done.stdout.splitlines()
+def kill_a_few(folder: Path) -> None:
+    assert sum(kill_at_random(SCENARIOS["adapter"](folder / "here"), 4, seed=0).values()) == 4
+    assert resumed_fits(folder / "fit", 2, seed=0, steps=12)[0] == 2
 
 
 @row(33)
 def test_a_few_kills_at_random_moments(tmp_path: Path) -> None:
-    assert run("-c", SHORT, str(tmp_path)) == ["4", "2"]
+    """In a process of its own: it forks, and pytest's has threads."""
+    assert ended(start(kill_a_few, tmp_path)) == 0
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_kills_at_random_moments(tmp_path: Path) -> None:
-    assert len(run("-m", "tests.harness.kills", "--kills", "100", "--folder", str(tmp_path))) == len(SCENARIOS) + 1
+    command = [sys.executable, "-m", "tests.harness.kills", "--kills", "100", "--folder", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3600)
+    assert done.returncode == 0 and "in the child" not in done.stderr, done.stderr
+    assert len(done.stdout.splitlines()) == len(SCENARIOS) + 1

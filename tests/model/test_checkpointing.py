@@ -115,18 +115,25 @@ def test_bytes_kept_are_between_those_of_none_and_all() -> None:
     assert everything > 3 * attention
 
 
+@pytest.fixture(scope="module")
+def compiled() -> list[Tensor]:
+    """The gradients of compiled blocks without checkpoints."""
+    model = llama()
+    compile_layers(model, backend=backend()[0])
+    return gradients(model)
+
+
 @pytest.mark.parametrize("first", ["compile", "checkpoint"])
 @pytest.mark.parametrize("keep", ["inputs", "attention"])
-def test_a_compiled_block_computes_the_rest_again_in_its_backward_graph(keep: Any, first: str) -> None:
-    alone, model = llama(), llama()
-    compile_layers(alone, backend=backend()[0])
+def test_a_compiled_block_computes_the_rest_again_in_its_backward_graph(keep: Any, first: str, compiled: list[Tensor]) -> None:
+    model = llama()
     compiler, graphs = backend()
     if first == "compile":
         compile_layers(model, backend=compiler)
     handle = checkpoint_layers(model, keep=keep)
     if first == "checkpoint":
         compile_layers(model, backend=compiler)
-    torch.testing.assert_close(gradients(model), gradients(alone), **EXACT)  # also the dropout
+    torch.testing.assert_close(gradients(model), compiled, **EXACT)  # also the dropout
     forward, backward = graphs[0], graphs[-1]
     attentions = [sum("attention" in op and "backward" not in op for op in graph) for graph in (forward, backward)]
     assert attentions == [1, 1 if keep == "inputs" else 0]

@@ -4,8 +4,6 @@ import errno
 import os
 import signal
 import stat
-import subprocess
-import sys
 import tempfile
 import time
 
@@ -16,6 +14,7 @@ from lightning_lora.storage import file_locks
 from lightning_lora.storage.atomic_files import ABANDONED, sync_folder, write_atomic
 from lightning_lora.storage.file_locks import try_lock
 from tests.faults.kit import row
+from tests.processes import ended, start
 
 
 @pytest.mark.parametrize("content", [b"new", lambda file: file.write(b"new")], ids=["bytes", "function"])
@@ -169,22 +168,20 @@ def test_a_leftover_that_cannot_be_removed_is_no_reason_not_to_save(tmp_path, mo
     assert (tmp_path / name).exists()
 
 
-KILLED = """
-import os, signal, sys
-from lightning_lora.storage.atomic_files import write_atomic
-def write(file):
-    file.write(b"half")
-    file.flush()
-    os.kill(os.getpid(), signal.SIGKILL)
-write_atomic(sys.argv[1], write)
-"""
+def is_killed(target):
+    def write(file):
+        file.write(b"half")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    write_atomic(target, write)
 
 
 @row(33)
 def test_a_killed_writers_staging_file_is_found(tmp_path):
     """That the names are as the search has them."""
     target = tmp_path / "file"
-    assert subprocess.run([sys.executable, "-c", KILLED, str(target)], timeout=120).returncode == -signal.SIGKILL
+    assert ended(start(is_killed, target)) == -signal.SIGKILL
     assert os.listdir(tmp_path) not in ([], ["file"])
     write_atomic(target, b"new")
     assert os.listdir(tmp_path) == ["file"]

@@ -1,14 +1,13 @@
 import errno
 import os
 import signal
-import subprocess
-import sys
 import threading
 
 import pytest
 
 from lightning_lora.storage import file_locks
 from lightning_lora.storage.file_locks import exclusive, lock_file
+from tests.processes import SERVER, start
 
 fcntl = pytest.importorskip("fcntl")
 
@@ -35,28 +34,24 @@ def test_one_owner_at_a_time(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-OWNER = """
-import sys, time
-from pathlib import Path
-from lightning_lora.storage.file_locks import exclusive
-with exclusive(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(600)
-"""
+def hold(file, held):
+    with exclusive(file):
+        held.set()
+        signal.pause()
 
 
 def test_a_lock_ends_with_its_owner_and_is_waited_for_till_then(tmp_path, monkeypatch):
     file = lock_file(tmp_path / "target")
-    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(file)], stdout=subprocess.PIPE, text=True)
+    held = SERVER.Event()
+    owner = start(hold, file, held)
     try:
-        assert owner.stdout.readline() == "held\n"
+        assert held.wait(120.0)
         monkeypatch.setattr(file_locks, "LONGEST", 0.0)
         with pytest.raises(RuntimeError, match=r"another process holds .*\.target\.lock since 0 s: stop it"), exclusive(file):
             pass
     finally:
-        owner.send_signal(signal.SIGKILL)
-        owner.wait()
-        owner.stdout.close()
+        owner.kill()
+        owner.join()
     assert file.exists()
     with exclusive(file) as held:
         assert held
