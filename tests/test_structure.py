@@ -41,6 +41,7 @@ FOLDERS = [
     "experimental",
     "strategies",
     "callbacks",
+    "trials",
     "",
     "data",
     "tasks",
@@ -52,7 +53,7 @@ LIGHTNING_FROM = "strategies"
 # Start-up is fast because these import what is slow when it is asked for: Lightning, and most of torch.distributed. And who does not
 # pull what is frozen does not depend on FSDP2's insides.
 DEFERS = {
-    "cli.main": {"cli.lightning_cli", "cli.commands", "cli.group_help", "cli.inspect_rows"},
+    "cli.main": {"cli.lightning_cli", "cli.commands", "cli.group_help", "cli.inspect_rows", "cli.sweep"},
     "model.apply": {"model.parallel"},
     "model.merge": {"model.parallel"},
     **{file: {"ops.triton_low_rank"} for file in ("ops.fused_linear", "ops.second_derivatives")},
@@ -71,6 +72,8 @@ OTHER_ERRORS = {
     ("storage.folder_commit", "IsADirectoryError"),
     ("", "AttributeError"),  # what the import system expects of a module's __getattr__
     ("callbacks.interruption", "twin"),  # the SIGTERMException of the Trainer's package
+    ("trials.one_run", "twin"),  # likewise
+    *{("trials.side_by_side", "KeyboardInterrupt"), ("trials.side_by_side", "SystemExit")},  # the exit code of a run that was stopped
     ("ops.low_rank_sum", "AttributeError"),  # what `hasattr` expects of a class's __getattr__
     ("layers.base", "NotImplementedError"),
     *{("layers.factors", "NotImplementedError"), ("layers.mergeable", "NotImplementedError")},  # a kind that is not finished

@@ -1,0 +1,120 @@
+"""One forward pass for the rows of several trials, through the model of one of them.
+
+A frozen layer computes all rows at once. An adapted layer computes its base's product for all rows, then each trial's update for that
+trial's rows, by that trial's own layer: rank, scaling, dropout and variant are its own. A layer that trains in full, a variant whose output
+is more than base plus update, and a dropout of the base are computed by each trial's own module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.shared_input import SharedInputGroup
+from lightning_lora.trials.layout import Layout
+from lightning_lora.trials.turns import Turn
+
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+class Routes:
+    """The layers that the trials do not have in common.
+
+    Args:
+        modules: a model of each trial, over one base. The first one computes.
+        turns: the trials.
+
+    Raises:
+        ValueError: the models differ in more than adapters, or the model itself has parameters that train.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], turns: Sequence[Turn]) -> None:
+        self.modules, self.turns = list(modules), list(turns)
+        named = [dict(module.named_modules()) for module in modules]
+        if any(names.keys() != named[0].keys() for names in named):
+            raise ValueError("the trials' models have different modules")
+        self._routed: list[tuple[nn.Module, Any]] = []
+        above: str | None = None
+        for name, module in named[0].items():
+            if above is not None and name.startswith(f"{above}."):
+                continue  # the trials' own modules compute it
+            own = [names[name] for names in named]
+            alone = any(map(_is_own, own))
+            if alone and not name:
+                raise ValueError(f"{type(module).__name__} itself has parameters that train, and its forward is not one of a layer")
+            if alone:
+                self._routed.append((module, partial(self._own, own)))
+                above = name
+                continue
+            _check_shared(name, own)
+            if any(isinstance(each, LoRALayer) for each in own):
+                self._routed.append((module, partial(self._adapted, own)))
+        self._layout = Layout([])
+        self._before: dict[SharedInputGroup, tuple[Tensor, Any]] = {}  # group → its input, and the random numbers before its mask
+
+    @contextmanager
+    def through(self, layout: Layout) -> Iterator[None]:
+        """Within, the first model computes the rows of all trials, laid out so."""
+        self._layout = layout
+        with ExitStack() as undo:
+            undo.callback(self._before.clear)
+            for module, forward in self._routed:
+                module.__dict__["forward"] = partial(forward, module)
+                undo.callback(module.__dict__.pop, "forward", None)
+            yield
+
+    def _own(self, own: list[nn.Module], module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute each trial's rows by its own module."""
+        outputs = []
+        for each, turn, part in zip(own, self.turns, self._layout.split(x), strict=True):
+            with turn.drawing():
+                outputs.append(type(each).forward(each, part, *args, **kwargs))
+        return self._layout.join(outputs, x)
+
+    def _adapted(self, own: list[nn.Module], module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the base for all rows, and each trial's update for its rows."""
+        base: Any = module.base_forward if isinstance(module, LoRALayer) else partial(type(module).forward, module)
+        inputs = self._layout.split(x)
+        y = base(x, *args, **kwargs)
+        outputs = []
+        for layer, turn, part, out in zip(own, self.turns, inputs, self._layout.split(y), strict=True):
+            if isinstance(layer, LoRALayer):
+                out = out.clone() if out.ndim == 2 else out  # the update may be added in place
+                with self._drawing(layer, turn, part, x) if layer.dropout_now() else nullcontext():
+                    out = layer.lora_output(layer.lora_update(out, part))
+            outputs.append(out)
+        return self._layout.join(outputs, x)
+
+    @contextmanager
+    def _drawing(self, layer: LoRALayer, turn: Turn, part: Tensor, x: Tensor) -> Iterator[None]:
+        """Let a layer draw its mask. Layers that share an input share a mask, so all of them draw from the same state."""
+        group: SharedInputGroup | None = getattr(layer, "shared_input", None)
+        if group is not None and group.takes(part):
+            held = self._before.get(group)
+            if held is not None and held[0] is x:
+                turn.random_numbers = held[1]
+            self._before[group] = (x, turn.random_numbers)
+        with turn.drawing():
+            yield
+
+
+def _is_own(module: nn.Module) -> bool:
+    """Return True if each trial's own module has to compute its rows."""
+    if not isinstance(module, LoRALayer):
+        draws = isinstance(module, DROPOUTS) and module.training and module.p > 0
+        return draws or any(p.requires_grad for p in module.parameters(recurse=False))
+    plain = type(module).lora_output is LoRALayer.lora_output and not module.has_output_scale
+    return not plain or bool(module.children_too) or any(p.requires_grad for p in module.base_parameters().values())
+
+
+def _check_shared(name: str, own: list[nn.Module]) -> None:
+    """Raise ValueError if a module's base parameters are not one and the same in all trials."""
+    bases = [dict(each.base_parameters() if isinstance(each, LoRALayer) else each._parameters) for each in own]
+    for key, parameter in bases[0].items():
+        if any(base.get(key) is not parameter for base in bases):
+            raise ValueError(f"{name}.{key} differs between the trials' bases")
