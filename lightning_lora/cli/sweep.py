@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -18,9 +19,11 @@ from typing_extensions import override
 
 from lightning_lora.cli.console import print_json
 from lightning_lora.cli.lightning_cli import LoRACLI
+from lightning_lora.cli.messages import usage
 from lightning_lora.cli.run_rows import RunConfig
 from lightning_lora.cli.sweep_records import Records, print_report
 from lightning_lora.cli.sweep_trials import take_settings
+from lightning_lora.config import LoRAConfig
 from lightning_lora.data.splits import share_of
 from lightning_lora.trials.side_by_side import Made, SideBySide, Trial
 
@@ -60,6 +63,7 @@ def sweep(words: Sequence[str], as_json: bool = False) -> None:
     if len(left) < len(trials):
         rank_zero_info(f"{len(trials) - len(left)} of {len(trials)} trials are complete and kept.")
     runner = SideBySide(int(own["at_once"]), _choice(own["side_by_side"]), lambda: records.write(outcomes))
+    warnings.filterwarnings("ignore", r"(Experiment logs|Checkpoint) directory .* exists")  # a resumed trial's
     with redirect_stdout(sys.stderr):  # tables of Lightning's are no results
         runner.run(left)
     records.write(outcomes)
@@ -136,7 +140,7 @@ def redirect(config: Namespace, folder: Path) -> None:
                 f"trainer.logger={getattr(logger, 'class_path', logger)}: a trial's logger has save_dir, name and version, as CSVLogger has"
             )
         arguments.save_dir, arguments.name, arguments.version = str(folder.parent), folder.name, ""
-    for callback in trainer.callbacks or []:
+    for callback in trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]:
         arguments = getattr(callback, "init_args", Namespace())
         if getattr(arguments, "dirpath", None):
             arguments.dirpath = str(folder / Path(arguments.dirpath).name)
@@ -187,6 +191,8 @@ def _checked(words: list[str]) -> str:
         ValueError: an option is wrong, or a data file is missing.
     """
     run = RunConfig(words)
+    with usage(where="lora.config: "):
+        LoRAConfig(**run.config.lora.config.as_dict())
     redirect(run.config, Path("trial"))
     text = run.parser.dump(run.config, skip_none=False, format="json")
     return hashlib.sha256(text.encode()).hexdigest()

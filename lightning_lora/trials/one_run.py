@@ -78,6 +78,7 @@ class OneRun(Callback):
         stopped: Callable[[], bool],
     ) -> None:
         self.outcome, self.share, self.ask, self.changed, self.stopped = outcome, share, ask, changed, stopped
+        self._began = False
 
     def join(self, trainer: Trainer, module: LightningModule) -> None:
         """Join a trainer that has not begun.
@@ -114,7 +115,6 @@ class OneRun(Callback):
                 outcome.monitor, outcome.mode = watching[0].monitor, watching[0].mode
             else:
                 outcome.monitor = "val_loss" if trainer.enable_validation else "train_loss"
-        self.changed()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the values."""
@@ -123,7 +123,10 @@ class OneRun(Callback):
             self.changed()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Stop, with a checkpoint, once all are told to (:mod:`lightning_lora.callbacks.interruption`)."""
+        """Say that the first batch is done. Stop, with a checkpoint, once all are told to (:mod:`lightning_lora.callbacks.interruption`)."""
+        if not self._began:
+            self._began = True
+            self.changed()
         if self.stopped():
             raise twin(SIGTERMException, trainer)
 

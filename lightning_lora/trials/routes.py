@@ -1,8 +1,8 @@
 """One forward pass for the rows of several trials, through the model of one of them.
 
 A frozen layer computes all rows at once. An adapted layer computes its base's product for all rows, then each trial's update for that
-trial's rows, by that trial's own layer: rank, scaling, dropout and variant are its own. A layer that trains in full, a variant whose output
-is more than base plus update, and a dropout of the base are computed by each trial's own module.
+trial's rows, by that trial's own layer: rank, scaling and dropout are its own. A layer that trains in full, a variant whose output is more
+than base plus update, and a dropout of the base are computed by each trial's own module.
 """
 
 from __future__ import annotations
@@ -47,12 +47,13 @@ class Routes:
             alone = any(map(_is_own, own))
             if alone and not name:
                 raise ValueError(f"{type(module).__name__} itself has parameters that train, and its forward is not one of a layer")
-            if alone:
+            if alone and any(True for _ in module.children()):
                 self._routed.append((module, partial(self._own, own)))
                 above = name
                 continue
-            _check_shared(name, own)
-            if any(isinstance(each, LoRALayer) for each in own):
+            if not all(map(_is_own, own)):
+                _check_shared(name, [each for each in own if not _is_own(each)])
+            if alone or any(isinstance(each, LoRALayer) for each in own):
                 self._routed.append((module, partial(self._adapted, own)))
         self._layout = Layout([])
         self._before: dict[SharedInputGroup, tuple[Tensor, Any]] = {}  # group → its input, and the random numbers before its mask
@@ -69,21 +70,23 @@ class Routes:
             yield
 
     def _own(self, own: list[nn.Module], module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute each trial's rows by its own module."""
-        outputs = []
-        for each, turn, part in zip(own, self.turns, self._layout.split(x), strict=True):
-            with turn.drawing():
-                outputs.append(type(each).forward(each, part, *args, **kwargs))
-        return self._layout.join(outputs, x)
+        """Compute each trial's rows by its own module, children included."""
+        parts = zip(own, self.turns, self._layout.split(x), strict=True)
+        return self._layout.join([_alone(each, turn, part, *args, **kwargs) for each, turn, part in parts], x)
 
     def _adapted(self, own: list[nn.Module], module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute the base for all rows, and each trial's update for its rows."""
-        base: Any = module.base_forward if isinstance(module, LoRALayer) else partial(type(module).forward, module)
         inputs = self._layout.split(x)
-        y = base(x, *args, **kwargs)
+        shares = next((each for each in own if not _is_own(each)), None)
+        bases: list[Tensor] = inputs
+        if shares is not None:
+            base: Any = shares.base_forward if isinstance(shares, LoRALayer) else partial(type(shares).forward, shares)
+            bases = self._layout.split(base(x, *args, **kwargs))
         outputs = []
-        for layer, turn, part, out in zip(own, self.turns, inputs, self._layout.split(y), strict=True):
-            if isinstance(layer, LoRALayer):
+        for layer, turn, part, out in zip(own, self.turns, inputs, bases, strict=True):
+            if _is_own(layer):
+                out = _alone(layer, turn, part, *args, **kwargs)
+            elif isinstance(layer, LoRALayer):
                 out = out.clone() if out.ndim == 2 else out  # the update may be added in place
                 with self._drawing(layer, turn, part, x) if layer.dropout_now() else nullcontext():
                     out = layer.lora_output(layer.lora_update(out, part))
@@ -101,6 +104,13 @@ class Routes:
             self._before[group] = (x, turn.random_numbers)
         with turn.drawing():
             yield
+
+
+def _alone(module: nn.Module, turn: Turn, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Compute a trial's rows by its own module, with its random numbers."""
+    with turn.drawing():
+        y: Tensor = type(module).forward(module, x, *args, **kwargs)
+    return y
 
 
 def _is_own(module: nn.Module) -> bool:
