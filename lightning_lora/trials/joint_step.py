@@ -80,17 +80,30 @@ class JointStep:
             ValueError: the trials cannot be computed together; the reason only.
         """
         self.steps += len(members)
-        with ExitStack() as context:
-            context.enter_context(members[0].trainer.precision_plugin.train_step_context())
-            context.enter_context(torch.enable_grad())
-            alone = {k: self._alone(members[k], batches[k]) for k, m in enumerate(members) if m.turn not in self._compared | self._diverged}
-            results = self._results(members, batches)
-        for k, (result, drawn) in alone.items():
-            if not (result.is_finite() or results[k].is_finite()):
-                continue  # it has diverged before its first batch
-            _compare(results[k], result, members[k])
-            if not all(map(torch.equal, drawn, members[k].turn.random_numbers)):
-                raise ValueError("the model draws other random numbers for several trials than for one")
+        new = [k for k, member in enumerate(members) if member.turn not in self._compared | self._diverged]
+        before = [member.turn.random_numbers for member in members]
+        buffers = [(name, buffer, buffer.clone()) for k in new for name, buffer in members[k].module.named_buffers()]
+        try:
+            with ExitStack() as context:
+                context.enter_context(members[0].trainer.precision_plugin.train_step_context())
+                context.enter_context(torch.enable_grad())
+                alone = {k: self._alone(members[k], batches[k]) for k in new}
+                results = self._results(members, batches)
+            for name, buffer, value in buffers:
+                if not torch.equal(buffer, value):
+                    raise ValueError(f"{name} changes in every step")
+            for k, (result, drawn) in alone.items():
+                if result.is_finite() or results[k].is_finite():  # else it has diverged before its first batch
+                    _compare(results[k], result, members[k])
+                if not all(map(torch.equal, drawn, members[k].turn.random_numbers)):
+                    raise ValueError("the model draws other random numbers for several trials than for one")
+        except ValueError:  # the trials go on alone, from where they were
+            for member, state in zip(members, before, strict=True):
+                member.turn.random_numbers = state
+            with torch.no_grad():
+                for _, buffer, value in buffers:
+                    buffer.copy_(value)
+            raise
         self._compared.update(member.turn for member in members)
         return results
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +26,10 @@ class Layout:
     lengths: Sequence[int] | None = None
     end_to_end: bool = False
 
+    def is_even(self) -> bool:
+        """Return True if all trials have as many rows or positions, and none has padding of its own."""
+        return self.lengths is None and len(set(self.sizes)) == 1
+
     def split(self, x: Tensor) -> list[Tensor]:
         """Return each trial's part of a tensor (rows, ...) or (1, N, ...).
 
@@ -36,8 +39,7 @@ class Layout:
         dim, total = int(self.end_to_end), sum(self.sizes)
         if x.ndim <= dim or x.shape[dim] != total or (self.end_to_end and x.shape[0] != 1):
             raise ValueError(f"a layer gets an input of shape {tuple(x.shape)}, and the batch has {total} {'tokens' if dim else 'rows'}")
-        bounds = zip(accumulate(self.sizes, initial=0), self.sizes)
-        parts = [x.narrow(dim, start, size) for start, size in bounds]
+        parts = list(x.split(list(self.sizes), dim))  # whose backward pass is one concatenation
         if not self._is_padded(x):
             return parts
         return [part[:, :length] for part, length in zip(parts, self.lengths or (), strict=True)]

@@ -1,7 +1,7 @@
 """One forward pass for the rows of several trials, through the model of one of them.
 
 A frozen layer computes all rows at once. An adapted layer computes its base's product for all rows, then each trial's update for that
-trial's rows, by that trial's own layer: rank, scaling and dropout are its own. A layer that trains in full, a variant whose output is more
+trial's rows, by that trial's own layer: rank, scaling and dropout are its own. Plain updates of as many rows each are stacked. A layer that trains in full, a variant whose output is more
 than base plus update, and a dropout of the base are computed by each trial's own module.
 """
 
@@ -12,9 +12,12 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.shared_input import SharedInputGroup
 from lightning_lora.trials.layout import Layout
 from lightning_lora.trials.turns import Turn
@@ -81,7 +84,10 @@ class Routes:
         bases: list[Tensor] = inputs
         if shares is not None:
             base: Any = shares.base_forward if isinstance(shares, LoRALayer) else partial(type(shares).forward, shares)
-            bases = self._layout.split(base(x, *args, **kwargs))
+            y: Tensor = base(x, *args, **kwargs)
+            if self._layout.is_even() and all(map(_stacks, own)):
+                return _stacked(own, y, x)
+            bases = self._layout.split(y)
         outputs = []
         for layer, turn, part, out in zip(own, self.turns, inputs, bases, strict=True):
             if _is_own(layer):
@@ -104,6 +110,37 @@ class Routes:
             self._before[group] = (x, turn.random_numbers)
         with turn.drawing():
             yield
+
+
+def _stacks(layer: nn.Module) -> bool:
+    """Return True if a layer's update can be one of a stack: plain low-rank products of a linear, without a mask, or no update."""
+    if not isinstance(layer, LoRALayer):
+        return not _is_own(layer)
+    return isinstance(layer, LoRALinear) and layer.plain_update and not layer.dropout_now() and not _is_own(layer)
+
+
+def _stacked(layers: Sequence[nn.Module], y: Tensor, x: Tensor) -> Tensor:
+    """Return y plus the update of each trial for its rows, as two products of stacked matrices. Lower ranks are padded with zeros.
+
+    A graphics processor then launches a few kernels a layer, whatever the number of trials.
+    """
+    pairs = [layer.update_factors() if isinstance(layer, LoRALinear) else None for layer in layers]
+    rank, like = max(A.shape[0] for A, _ in filter(None, pairs)), next(filter(None, pairs))[0]
+    nothing = like.new_zeros(rank, x.shape[-1]), like.new_zeros(y.shape[-1], rank)
+    padded = [nothing if pair is None else _padded(*pair, rank) for pair in pairs]
+    A, B = (torch.stack(factors).to(y.dtype) for factors in zip(*padded, strict=True))  # (k, r, in), (k, out, r)
+    scales = [layer.scaling if isinstance(layer, LoRALinear) else 0.0 for layer in layers]
+    same = len(set(scales)) == 1
+    A = A * (scales[0] if same else torch.tensor(scales, dtype=A.dtype).to(A.device, non_blocking=True)[:, None, None])
+    k = len(layers)
+    with torch.autocast(y.device.type, enabled=False):
+        t = torch.bmm(x.to(y.dtype).reshape(k, -1, x.shape[-1]), A.mT)  # (k, n, r)
+        return torch.baddbmm(y.reshape(k, -1, y.shape[-1]), t, B.mT).view(y.shape)
+
+
+def _padded(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    missing = rank - A.shape[0]
+    return (F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))) if missing else (A, B)
 
 
 def _alone(module: nn.Module, turn: Turn, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -62,9 +62,7 @@ class SideBySide:
         joint: what computes them.
     """
 
-    def __init__(
-        self, at_once: int = 8, side_by_side: bool | Literal["auto"] = "auto", changed: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, at_once: int = 8, side_by_side: bool | Literal["auto"] = "auto", changed: Callable[[], None] = lambda: None) -> None:
         if at_once < 1:
             raise ValueError(f"at_once={at_once} must be at least 1.")
         self.at_once, self.required, self.changed = at_once, side_by_side is True, changed

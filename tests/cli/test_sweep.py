@@ -113,7 +113,10 @@ def test_trials_that_differ_in_length_batch_variant_and_stop(run, steps, tmp_pat
     assert set(steps) >= {2, 4}, "the longer ones go on together"
     for trial in yaml.safe_load(TRIALS):
         name = trial.pop("name")
-        fit([*run, *(f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in trial.items())], tmp_path / "single" / name)
+        fit(
+            [*run, *(f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in trial.items())],
+            tmp_path / "single" / name,
+        )
         assert_same(tmp_path / "sweep" / name, tmp_path / "single" / name)
     epochs = [row["epoch"] for row in numbers(tmp_path / "sweep" / "stops")]
     assert epochs[-1] < 8, "it stopped early"
