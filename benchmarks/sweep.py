@@ -1,13 +1,13 @@
 """What training several adapters side by side over one base costs, against training them one after another, through ``Trainer.fit``.
 
     PYTHONPATH=. python benchmarks/sweep.py                                # one GPU: 1B shape, 1 x 64 tokens and 4 x 2048, 1 to 8 trials
-    PYTHONPATH=. python benchmarks/sweep.py --shape small --sizes 1x16,8x256 --rounds 5                 # a CPU
+    PYTHONPATH=. python benchmarks/sweep.py --shape small --sizes 1x16,4x64 --steps 6 --warmup 2        # a CPU
     PYTHONPATH=. python benchmarks/sweep.py --cpu --shape tiny --sizes 1x8 --steps 2 --rounds 1         # the same in seconds
 
 A trial is a fit of `CausalLMTask` with `LoRACallback` (all-linear, --rank, --dropout, AdamW) over random rows of one length, with seeds of
 their own. *ms a trial's step* is the median over the steps after the warm-up, and over rounds in which the ways alternate: for k trials the
 time from one joint step to the next, divided by k. *gain* is that of one trial over it: what k separate runs take, over what k trials
-take. *passes* are the passes through the model for each step of a trial. Memory is what a GPU had allocated at most.
+take. On a CPU it is the process's own time. *passes* are the passes through the model for each step of a trial. Memory is what a GPU had allocated at most.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import copy
 import logging
 import statistics
+import time
 import warnings
 from functools import partial
 from itertools import pairwise
@@ -32,6 +33,16 @@ from transformers import __version__
 from lightning_lora import LoRACallback, LoRAConfig
 from lightning_lora.data.batching import collate_answers
 from lightning_lora.trials import SideBySide, Trial
+
+
+class Clock(Watch):
+    """On a CPU, the process's own time: others may use the machine."""
+
+    def begin(self, step: int) -> None:
+        if GPU:
+            super().begin(step)
+        elif self.first <= step <= self.last:
+            self.marks.append(time.process_time())
 
 
 def light_copy(model: Any) -> Any:
@@ -62,12 +73,12 @@ def trial_of(number: int, model: Any, setting: Setting, watch: Watch | None) -> 
 
 def measure(trials: int, model: Any, setting: Setting) -> tuple[list[float], float, float]:
     """ms of each step of a trial, passes a step, GiB."""
-    watch = Watch(setting)
+    watch = Clock(setting)
     runner = SideBySide(trials, trials > 1)
     if GPU:
         torch.cuda.reset_peak_memory_stats()
     runner.run([trial_of(number, model, setting, None if number else watch) for number in range(trials)])
-    times = [elapsed(*pair) / trials for pair in pairwise(watch.marks)]
+    times = [(elapsed(*pair) if GPU else (pair[1] - pair[0]) * 1000) / trials for pair in pairwise(watch.marks)]
     passes = runner.joint.forwards / runner.joint.steps if trials > 1 else 1.0
     return times, passes, torch.cuda.max_memory_allocated() / 2**30 if GPU else 0.0
 

@@ -73,7 +73,7 @@ OTHER_ERRORS = {
     ("", "AttributeError"),  # what the import system expects of a module's __getattr__
     ("callbacks.interruption", "twin"),  # the SIGTERMException of the Trainer's package
     ("trials.one_run", "twin"),  # likewise
-    *{("trials.side_by_side", "KeyboardInterrupt"), ("trials.side_by_side", "SystemExit")},  # the exit code of a run that was stopped
+    *(("trials.side_by_side", name) for name in ("KeyboardInterrupt", "SystemExit")),  # the exit code of what was stopped
     ("ops.low_rank_sum", "AttributeError"),  # what `hasattr` expects of a class's __getattr__
     ("layers.base", "NotImplementedError"),
     *{("layers.factors", "NotImplementedError"), ("layers.mergeable", "NotImplementedError")},  # a kind that is not finished
@@ -82,10 +82,7 @@ OTHER_ERRORS = {
     *((file, "WrongPath") for file in ("storage.regular_files", "storage.read_checkpoint", "adapter_io.files", "tasks.hf")),
     *((file, "WrongPath") for file in ("data.reading", "data.hub", "data.templates")),
     ("strategies.checkpoint_io", "OSError"),  # the disk's own, as the single-file writer raises it
-    ("tasks.hf", "ImportError"),  # an extra is not installed
-    ("data.images", "ImportError"),  # likewise
-    ("data.hub", "ImportError"),  # likewise
-    ("optim.galore", "ImportError"),  # likewise
+    *((file, "ImportError") for file in ("tasks.hf", "data.images", "data.hub", "optim.galore")),  # an extra is not installed
 }
 
 

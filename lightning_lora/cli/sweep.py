@@ -42,7 +42,7 @@ def sweep(words: Sequence[str], as_json: bool = False) -> None:
         ValueError: an option is wrong; nothing was changed. Or a trial was refused when it started.
         RuntimeError: every trial failed.
     """
-    own, rest = _own(words)
+    own, rest = own_options(words)
     described, words = take_settings(rest)
     folder = Path(own["folder"])
     options = {each.name: [*words, *each.options(_without(words))] for each in described}
@@ -146,7 +146,7 @@ def redirect(config: Namespace, folder: Path) -> None:
             arguments.dirpath = str(folder / Path(arguments.dirpath).name)
 
 
-def _own(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+def own_options(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Return the options of the sweep itself, and the other words."""
     own, left, queue = dict(OWN), [], list(words)
     while queue:

@@ -123,7 +123,7 @@ class OneRun(Callback):
             self.changed()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Say that the first batch is done. Stop, with a checkpoint, once all are told to (:mod:`lightning_lora.callbacks.interruption`)."""
+        """Say that the first batch is done. Stop, with a checkpoint, once all are told to."""
         if not self._began:
             self._began = True
             self.changed()

@@ -1,8 +1,8 @@
 """One forward pass for the rows of several trials, through the model of one of them.
 
 A frozen layer computes all rows at once. An adapted layer computes its base's product for all rows, then each trial's update for that
-trial's rows, by that trial's own layer: rank, scaling and dropout are its own. Plain updates of as many rows each are stacked. A layer that trains in full, a variant whose output is more
-than base plus update, and a dropout of the base are computed by each trial's own module.
+trial's rows, by that trial's own layer: rank, scaling and dropout are its own. Plain updates of as many rows each are stacked. A layer that
+trains in full, a variant whose output is more than base plus update, and a dropout of the base are computed by each trial's own module.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Run trials: several at once, each by an ordinary ``Trainer.fit``, over one base in memory.
 
-A trial runs until it needs the loss of a training batch. When all that run have come to that point, one joint step computes their losses and
-gradients (:mod:`lightning_lora.trials.joint_step`), and each goes on: its optimizer, schedulers, validation, loggers, early stop and
+A trial runs until it needs the loss of a training batch. When all that run have come to that point, one joint step computes their losses
+and gradients (:mod:`lightning_lora.trials.joint_step`), and each goes on: its optimizer, schedulers, validation, loggers, early stop and
 checkpoints are its own. Trials may differ in their number of steps, and one that ends makes room for the next.
 
 Where joint steps are not exact, the trials run one after another, and the log says why.

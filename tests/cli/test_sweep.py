@@ -2,7 +2,6 @@
 
 import csv
 import json
-import re
 import signal
 from pathlib import Path
 
@@ -87,11 +86,9 @@ def test_each_trial_is_what_fit_is(run, steps, tmp_path, capsys):
     assert len(report["trials"]) == 4 and steps == [4] * 8  # 2 epochs of 4 batches: one pass each for all
     assert report["best"] == min(report["trials"], key=lambda trial: trial["best"])["name"]
     assert all(trial["monitor"] == "val_loss" and trial["steps"] == 8 for trial in report["trials"])
-    for name in ("rank2-learning_rate3e-3-seed1", "rank3-learning_rate3e-3-seed0"):
-        rank, rate, seed = re.findall(r"(?:rank|rate|seed)([\d.e-]+\d|\d)", name)
-        options = [f"--lora.config.rank={rank}", f"--model.learning_rate={rate}", f"--seed_everything={seed}", f"--data.seed={seed}"]
-        fit([*run, *options], tmp_path / "single" / name)
-        assert_same(tmp_path / "sweep" / name, tmp_path / "single" / name)
+    options = ["--lora.config.rank=3", "--model.learning_rate=3e-3", "--seed_everything=0", "--data.seed=0"]
+    fit([*run, *options], tmp_path / "single")
+    assert_same(tmp_path / "sweep" / "rank3-learning_rate3e-3-seed0", tmp_path / "single")
     table = list(csv.reader((tmp_path / "sweep" / "sweep.csv").read_text().splitlines()))
     assert table[0][:4] == ["trial", "rank", "learning_rate", "seed"] and len(table) == 5
 
@@ -122,11 +119,10 @@ def test_trials_that_differ_in_length_batch_variant_and_stop(run, steps, tmp_pat
     assert epochs[-1] < 8, "it stopped early"
 
 
-@pytest.mark.parametrize("at_once", ["1", "2"])
-def test_fewer_at_once_make_room_for_the_next(run, steps, tmp_path, at_once):
-    words = [*run, "--rank=1,2,3", "--folder", str(tmp_path / "sweep"), "--trainer.max_epochs=1", "--at_once", at_once]
+def test_fewer_at_once_make_room_for_the_next(run, steps, tmp_path):
+    words = [*run, "--rank=1,2,3", "--folder", str(tmp_path / "sweep"), "--trainer.max_epochs=1", "--at_once", "2"]
     assert main(["sweep", *words]) == 0
-    assert steps == ([2] * 4 if at_once == "2" else [])
+    assert steps == [2] * 4, "the third has nobody beside it"
     fit([*run, "--trainer.max_epochs=1", "--lora.config.rank=3"], tmp_path / "single")
     assert_same(tmp_path / "sweep" / "rank3", tmp_path / "single")
 
