@@ -4,10 +4,10 @@
     PYTHONPATH=. python benchmarks/sweep.py --shape small --sizes 1x16,4x64 --steps 6 --warmup 2        # a CPU
     PYTHONPATH=. python benchmarks/sweep.py --cpu --shape tiny --sizes 1x8 --steps 2 --rounds 1         # the same in seconds
 
-A trial is a fit of `CausalLMTask` with `LoRACallback` (all-linear, --rank, --dropout, AdamW) over random rows of one length, with seeds of
-their own. *ms a trial's step* is the median over the steps after the warm-up, and over rounds in which the ways alternate: for k trials the
-time from one joint step to the next, divided by k. *gain* is that of one trial over it: what k separate runs take, over what k trials
-take. On a CPU it is the process's own time. *passes* are the passes through the model for each step of a trial. Memory is what a GPU had allocated at most.
+A trial is a fit of `CausalLMTask` with `LoRACallback` (all-linear, --rank, --dropout, AdamW) over random rows of one length. *ms a
+trial's step* is the median over the steps after the warm-up, and over rounds in which the ways alternate: for k trials the time from one
+joint step to the next, divided by k. *gain* is that of one trial over it: what k separate runs take, over what k trials take. On a CPU it
+is the process's own time. *passes* are the passes through the model for each step of a trial. Memory is what a GPU had allocated at most.
 """
 
 from __future__ import annotations
