@@ -22,7 +22,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 import lightning_lora
 from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, load_adapter, save_adapter
-from lightning_lora.cli import commands, inspect_rows, main
+from lightning_lora.cli import commands, inspect_rows, main, sweep
 from lightning_lora.cli.lightning_cli import LoRACLI
 from lightning_lora.layers import LoRALayer
 from lightning_lora.registry import INITS, VARIANTS
@@ -244,6 +244,11 @@ def test_command_lines(words: list[str], folder: Path, monkeypatch: pytest.Monke
         assert (ROOT / rest[0]).is_file()
     elif program == "lightning-lora" and rest[0] in main.TRAIN:
         assert parsed(*rest)
+    elif program == "lightning-lora" and rest[0] in main.SWEEP:
+        trials = folder / "trials.yaml"
+        trials.write_text("- {rank: 2}\n")
+        described, left = sweep.take_settings([str(trials) if word == trials.name else word for word in sweep.own_options(rest[1:])[1]])
+        assert all(parsed("fit", *left, *each.options()) for each in described)
     elif rest[0] == "inspect" and (run := inspect_rows.run_words(rest[1:])) is not None:
         assert parsed("fit", *run)
     elif program == "lightning-lora":
@@ -267,7 +272,7 @@ def test_what_is_named_in_the_text_exists() -> None:
     text = re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE)
     assert set(re.findall(r"`make (\w+)", text)) <= targets()
     named = {name for group in re.findall(r"`lightning-lora ([\w|]+)", text) for name in group.split("|")}
-    assert named <= {*main.TRAIN, *main.TOOLS}
+    assert named <= {*main.TRAIN, *main.SWEEP, *main.TOOLS}
     files = re.findall(r"`((?:tests|benchmarks|examples|configs|docs|lightning_lora)/[\w./-]+|[A-Z]{5,}\.md)`", text)
     assert files and not [name for name in files if not (ROOT / name).exists()]
 

@@ -41,6 +41,7 @@ FOLDERS = [
     "experimental",
     "strategies",
     "callbacks",
+    "trials",
     "",
     "data",
     "tasks",
@@ -52,7 +53,7 @@ LIGHTNING_FROM = "strategies"
 # Start-up is fast because these import what is slow when it is asked for: Lightning, and most of torch.distributed. And who does not
 # pull what is frozen does not depend on FSDP2's insides.
 DEFERS = {
-    "cli.main": {"cli.lightning_cli", "cli.commands", "cli.group_help", "cli.inspect_rows"},
+    "cli.main": {"cli.lightning_cli", "cli.commands", "cli.group_help", "cli.inspect_rows", "cli.sweep"},
     "model.apply": {"model.parallel"},
     "model.merge": {"model.parallel"},
     **{file: {"ops.triton_low_rank"} for file in ("ops.fused_linear", "ops.second_derivatives")},
@@ -71,6 +72,8 @@ OTHER_ERRORS = {
     ("storage.folder_commit", "IsADirectoryError"),
     ("", "AttributeError"),  # what the import system expects of a module's __getattr__
     ("callbacks.interruption", "twin"),  # the SIGTERMException of the Trainer's package
+    ("trials.one_run", "twin"),  # likewise
+    *(("trials.side_by_side", name) for name in ("KeyboardInterrupt", "SystemExit")),  # the exit code of what was stopped
     ("ops.low_rank_sum", "AttributeError"),  # what `hasattr` expects of a class's __getattr__
     ("layers.base", "NotImplementedError"),
     *((file, "NotImplementedError") for file in ("layers.factors", "layers.mergeable", "inits.statistics")),  # what is not finished
@@ -79,10 +82,7 @@ OTHER_ERRORS = {
     *((file, "WrongPath") for file in ("storage.regular_files", "storage.read_checkpoint", "adapter_io.files", "tasks.model_source")),
     *((file, "WrongPath") for file in ("data.reading", "data.hub", "data.templates")),
     ("strategies.checkpoint_io", "OSError"),  # the disk's own, as the single-file writer raises it
-    ("tasks.hf", "ImportError"),  # an extra is not installed
-    ("data.images", "ImportError"),  # likewise
-    ("data.hub", "ImportError"),  # likewise
-    ("optim.galore", "ImportError"),  # likewise
+    *((file, "ImportError") for file in ("tasks.hf", "data.images", "data.hub", "optim.galore")),  # an extra is not installed
 }
 
 

@@ -19,6 +19,18 @@ TRAIN = {
     "test": "evaluate it on the test data",
     "predict": "answer the rows of a file, one JSON object per line",
 }
+SWEEP = {"sweep": "train several adapters over one base: ranks, learning rates, seeds"}
+SWEEP_OPTIONS = {
+    "--rank R,R,...": "lora.config.rank of the trials; likewise --alpha and --dropout",
+    "--learning_rate X,X,...": "model.learning_rate",
+    "--seed N,N,...": "seed_everything and data.seed",
+    "--trials FILE": "a YAML list instead, such as - {name: a, rank: 4, lora.config.variant: dora}",
+    "--folder FOLDER": "where the trials' folders are (runs/sweep); the same again goes on",
+    "--at_once N": "trials in memory at most (8)",
+    "--side_by_side CHOICE": "auto: one pass for all trials where that is exact; true; false",
+    "--monitor NAME": "what trials are compared by, with --mode min or max (val_loss)",
+    "--json": "print the results as JSON",
+}
 TOOLS = {
     "init": "look at a model and a data file, and write a config that trains one on the other",
     "inspect": "print what is in a model, an adapter, a data file or a run's config",
@@ -102,12 +114,14 @@ def answer(argv: Sequence[str]) -> str | None:
         return f"lightning-lora {metadata.version('lightning-lora')}"
     if command in TRAIN and {"-h", "--help"} & set(options):
         return training_help(command)
+    if command in SWEEP and {"-h", "--help"} & set(options):
+        return sweep_help()
     return None
 
 
 def overview() -> str:
     """Return the text of ``lightning-lora --help``."""
-    commands = "\n".join(f"  {name:<9} {what}" for name, what in {**TRAIN, **TOOLS}.items())
+    commands = "\n".join(f"  {name:<9} {what}" for name, what in {**TRAIN, **SWEEP, **TOOLS}.items())
     return (
         f"usage: lightning-lora <command> ...\n\nLoRA for PyTorch Lightning.\n\n{commands}\n\n"
         "`lightning-lora <command> --help` lists a command's options; `lightning-lora --version` prints the version.\n"
@@ -115,6 +129,20 @@ def overview() -> str:
         f"{CODE}\n{EXIT_CODES}\n\n"
         f"An example of run.yaml, for `lightning-lora fit --config run.yaml`:\n\n{EXAMPLE}"
     )
+
+
+def sweep_help() -> str:
+    """Return the text of ``lightning-lora sweep --help``."""
+    lines = ["usage: lightning-lora sweep --config run.yaml --rank 4,8 --learning_rate 1e-4,3e-4 [--option value ...]", ""]
+    lines += [
+        "Train one adapter for each combination. Each trial is what `fit` with its options is: its own optimizer, schedule, metrics,",
+        "early stop and folder. One base is in memory. A trial that is complete is kept; one that was interrupted goes on.",
+        "",
+        *(f"  {option:<24} {what}" for option, what in SWEEP_OPTIONS.items()),
+        "",
+        "All options of fit are taken too (`lightning-lora fit --help`), for every trial.",
+    ]
+    return "\n".join([*lines, EXIT_CODES, CODE])
 
 
 def training_help(command: str) -> str:

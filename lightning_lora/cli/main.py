@@ -18,7 +18,7 @@ from jsonargparse import ArgumentError
 from safetensors import SafetensorError
 
 from lightning_lora.cli import help as texts
-from lightning_lora.cli.help import TOOLS, TRACEBACK, TRAIN
+from lightning_lora.cli.help import SWEEP, TOOLS, TRACEBACK, TRAIN
 from lightning_lora.cli.messages import nearest, one_line, usage
 from lightning_lora.cli.quiet import quiet
 from lightning_lora.cli.yaml_files import check_config_files, unique_keys
@@ -76,10 +76,12 @@ def _run(argv: list[str]) -> None:
     command = argv[0]
     if command in TRAIN:
         _train(argv)
+    elif command in SWEEP:
+        _sweep(argv[1:])
     elif command in TOOLS:
         _run_tool(command, argv[1:])
     else:
-        there = [*TRAIN, *TOOLS]
+        there = [*TRAIN, *SWEEP, *TOOLS]
         raise ValueError(f"no command {command!r}; there are {', '.join(there)}{nearest(command, there)}")
 
 
@@ -93,6 +95,13 @@ def _train(argv: list[str]) -> None:
     quiet(argv[0])
     words = ["--help" if word == "--help-all" else word for word in argv if word != "--json"]
     lightning_cli()(args=words, as_json="--json" in argv)
+
+
+def _sweep(words: list[str]) -> None:
+    from lightning_lora.cli.sweep import sweep
+
+    quiet("fit")
+    sweep([word for word in words if word != "--json"], as_json="--json" in words)
 
 
 def _run_tool(command: str, argv: list[str]) -> None:

@@ -78,6 +78,10 @@ class SharedInputGroup:
         self.held = (x, key, waiting)
         return y
 
+    def takes(self, x: Tensor) -> bool:
+        """True if, open, the group computes its layers for x as one operation, with one dropout mask."""
+        return self._weights(x) is not None
+
     def _weights(self, x: Tensor) -> list[FrozenWeight] | None:
         """Return each layer's frozen weight; None if the layers cannot be one operation for x at the moment."""
         weights: list[FrozenWeight] = []

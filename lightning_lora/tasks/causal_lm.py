@@ -13,6 +13,7 @@ The batch says where the answers are. To find that on a GPU, the process would w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -36,9 +37,11 @@ from lightning_lora.ops.cross_entropy import (
 )
 from lightning_lora.tasks.base import HFTask, Perplexity
 from lightning_lora.tasks.hf import generate_text
+from lightning_lora.tasks.joining import join_batches, owned_means
 from lightning_lora.tasks.packed_attention import packed_rows, use_attention
 from lightning_lora.tasks.packing_check import MixesDocuments, packed_inputs, settle_attention
 from lightning_lora.tasks.padding import ROWS, WORTH, end_to_end, is_compiled
+from lightning_lora.trials.layout import Layout
 from lightning_lora.utils.torch_private import compiled_call
 from lightning_lora.utils.transformers_conventions import keeps_masked_logits
 
@@ -165,9 +168,25 @@ class CausalLMTask(HFTask):
     @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         self.settle(batch)
-        loss = self.answer_loss(batch)
+        loss = self.training_loss(batch)
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
         return loss
+
+    def training_loss(self, batch: dict[str, Any]) -> Tensor:
+        """Return the mean loss of a batch. Trials side by side replace it on the instance (`lightning_lora.trials`)."""
+        return self.answer_loss(batch)
+
+    def join(self, batches: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], Layout, Tensor]:
+        """Return a joint batch; see `join_batches`."""
+        kept = [{key: value for key, value in batch.items() if key != ROWS or self._apart} for batch in batches]
+        return join_batches(kept)
+
+    def losses_by_owner(self, batch: dict[str, Any], owner: Tensor, trials: int) -> Tensor:
+        """Return the mean loss of each trial (trials,), given the trial of each row of a joint batch (B,)."""
+        positions = positions_of(batch)
+        of_answers = owner[positions // batch["labels"].shape[1]]
+        losses = self.answer_loss(batch, reduction="none")
+        return owned_means(losses, of_answers, torch.ones_like(of_answers), trials)
 
     def answer_loss(self, batch: dict[str, Tensor], reduction: Literal["mean", "none"] = "mean") -> Tensor:
         """Return the loss over the N answer tokens: the mean, or each token's (N,), row by row."""

@@ -18,9 +18,10 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from typing_extensions import override
 
-from lightning_lora.ops.cross_entropy import IGNORE
+from lightning_lora.ops.cross_entropy import IGNORE, wide
 from lightning_lora.tasks.base import HFTask
 from lightning_lora.tasks.hf import load_config
+from lightning_lora.tasks.joining import join_batches, owned_means
 from lightning_lora.utils.messages import listed
 from lightning_lora.utils.transformers_conventions import is_loaded
 
@@ -114,9 +115,22 @@ class LabelTask(HFTask):
 
     @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        loss = F.cross_entropy(self(batch).float().flatten(0, -2), batch["labels"].flatten(), ignore_index=IGNORE)
+        loss = self.training_loss(batch)
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
         return loss
+
+    def training_loss(self, batch: dict[str, Any]) -> Tensor:
+        """Return the mean loss of a batch. Trials side by side replace it on the instance (`lightning_lora.trials`)."""
+        return F.cross_entropy(wide(self(batch)).flatten(0, -2), batch["labels"].flatten(), ignore_index=IGNORE)
+
+    def losses_by_owner(self, batch: dict[str, Any], owner: Tensor, trials: int) -> Tensor:
+        """Return the mean loss of each trial (trials,), given the trial of each row of a joint batch (B,)."""
+        logits, labels = wide(self(batch)), batch["labels"]
+        owners = owner.view(-1, *[1] * (labels.ndim - 1)).expand_as(labels).flatten()
+        losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="none")
+        return owned_means(losses, owners, labels.flatten() != IGNORE, trials)
+
+    join = staticmethod(join_batches)
 
     @override
     def make_metrics(self) -> dict[str, Metric]:

@@ -36,8 +36,7 @@ def end_to_end(attention_mask: Tensor, least: float = 0.0) -> dict[str, Any] | N
     if padding <= 0 or padding < least:
         return None
     lengths = attention_mask.sum(dim=1)
-    bounds = torch.zeros(rows + 1, dtype=torch.int32)
-    bounds[1:] = lengths.cumsum(0)
+    bounds = bounds_of(lengths)
     starts = bounds[:-1].repeat_interleave(lengths)
     places = (torch.arange(len(index)) - starts)[None]
     return {
@@ -46,6 +45,13 @@ def end_to_end(attention_mask: Tensor, least: float = 0.0) -> dict[str, Any] | N
         **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), bounds),
         **dict.fromkeys(("max_length_q", "max_length_k"), int(lengths.max())),
     }
+
+
+def bounds_of(lengths: Tensor) -> Tensor:
+    """Return where rows of these lengths (B,) begin and end in one row: (B + 1,), int32."""
+    bounds = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=lengths.device)
+    bounds[1:] = lengths.cumsum(0)
+    return bounds
 
 
 def is_compiled(task: LightningModule) -> bool:

@@ -19,7 +19,7 @@ from lightning_lora.config import LoRAConfig
 LAUNCHER = Path(__file__).parents[2] / "lightning_lora_command.py"
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], ["fit", "--help"], ["predict", "-h"]], ids=" ".join)
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["fit", "--help"], ["predict", "-h"], ["sweep", "--help"]], ids=" ".join)
 def test_help_imports_no_torch(words):
     code = (
         f"import sys, runpy; sys.argv[1:] = {words!r}\n"
@@ -45,7 +45,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"lightning-lora {metadata.version('lightning-lora')}\n"
 
 
-@pytest.mark.parametrize("words", [[], *([command, "--help"] for command in texts.TRAIN)], ids=" ".join)
+@pytest.mark.parametrize("words", [[], *([command, "--help"] for command in (*texts.TRAIN, *texts.SWEEP))], ids=" ".join)
 def test_help_fits_a_screen(words, capsys):
     assert main(words) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -1,0 +1,113 @@
+"""Which trials a command line or a file describes: their settings, their names, and their options of ``fit``."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_lora.cli.messages import nearest
+
+# Short name → the options of fit that it sets.
+SHORT = {
+    "rank": ["lora.config.rank"],
+    "alpha": ["lora.config.alpha"],
+    "dropout": ["lora.config.dropout"],
+    "learning_rate": ["model.learning_rate"],
+    "seed": ["seed_everything", "data.seed"],
+}
+NAME = re.compile(r"[^\w.+-]+")
+LONGEST = 100  # characters of a folder's name
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A trial as it is described.
+
+    Attributes:
+        name: its name, also of its folder.
+        values: short or dotted name → value.
+    """
+
+    name: str
+    values: Mapping[str, Any]
+
+    def options(self, without: Sequence[str] = ()) -> list[str]:
+        """Return the options of ``fit``, but none of those in ``without``."""
+        pairs = [(option, value) for name, value in self.values.items() for option in SHORT.get(name, [name])]
+        return [f"--{option}={_text(value)}" for option, value in pairs if option not in without]
+
+
+def take_settings(words: Sequence[str]) -> tuple[list[Settings], list[str]]:
+    """Return the trials that a command line describes, and the words that are left for ``fit``.
+
+    ``--rank 4,8 --seed 0,1`` makes a trial of each combination. ``--trials FILE`` names a YAML list of mappings instead.
+
+    Raises:
+        ValueError: there is no trial, or one is described wrongly or twice.
+    """
+    left, grid, file = [], dict[str, list[str]](), ""
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        option, equals, value = word.partition("=")
+        name = option.removeprefix("--")
+        if not option.startswith("--") or name not in (*SHORT, "trials"):
+            left.append(word)
+            continue
+        value = value if equals else queue.pop(0) if queue else ""
+        if not value or value.startswith("--"):
+            raise ValueError(f"--{name}: give a value, or several with commas")
+        if name == "trials":
+            file = value
+        else:
+            grid[name] = [each.strip() for each in value.split(",")]
+    if file and grid:
+        raise ValueError(f"--trials {file} and --{next(iter(grid))} are two descriptions; put all of it into the file")
+    found = _of_file(Path(file)) if file else [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    if not found or not any(found):
+        raise ValueError("which trials? Give --rank 4,8,16, --learning_rate 1e-4,3e-4, --seed 0,1, or --trials with a YAML list")
+    named = [Settings(str(values.pop("name", None) or _name(values)), values) for values in found]
+    for k, settings in enumerate(named):
+        if NAME.search(settings.name) or settings.name in (".", ".."):
+            raise ValueError(f"the trial's name {settings.name!r} is no folder's name; use letters, digits and . + - _")
+        if any(other.name == settings.name for other in named[:k]):
+            raise ValueError(f"two trials are {settings.name!r}; leave one out, or give them a name: of their own")
+    return named, left
+
+
+def _of_file(file: Path) -> list[dict[str, Any]]:
+    if not file.is_file():
+        raise ValueError(f"--trials {file}: no such file; name a YAML list of mappings, such as - {{rank: 4, learning_rate: 1.0e-3}}")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--trials {file} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, list) or not all(isinstance(each, dict) and each for each in content):
+        raise ValueError(f"--trials {file} must be a list of mappings, such as - {{rank: 4, learning_rate: 1.0e-3}}")
+    for number, each in enumerate(content):
+        for key in each:
+            if key not in SHORT and key != "name" and "." not in str(key):
+                raise ValueError(
+                    f"--trials {file}, trial {number + 1}: {key!r} is neither {', '.join(SHORT)} nor an option of fit, such as "
+                    f"lora.config.variant{nearest(str(key), list(SHORT))}"
+                )
+    return content
+
+
+def _name(values: Mapping[str, Any]) -> str:
+    name = "-".join(NAME.sub("_", f"{key.rpartition('.')[2]}{_text(value)}") for key, value in values.items())
+    return name[:LONGEST].strip("_")
+
+
+def _text(value: Any) -> str:
+    return (
+        value
+        if isinstance(value, str)
+        else yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")
+    )
