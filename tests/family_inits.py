@@ -29,7 +29,8 @@ VARIANT_PAIRS = [(ON.get(init, "linear-1d"), variant, init) for variant in VARIA
 
 
 def config_of(kind: str, variant: str, init: str) -> LoRAConfig:
-    return LoRAConfig(rank=CASES[kind].rank, variant=variant, init=init, target_modules=["layer"], modules_to_save=[])
+    case = CASES[kind]
+    return LoRAConfig(rank=case.rank, variant=variant, init=init, target_modules=["layer"], modules_to_save=[], **case.fields)
 
 
 def base(kind: str, config: LoRAConfig) -> nn.Module:
@@ -108,11 +109,11 @@ def files(kind: str, variant: str, init: str, folder: Path) -> None:
     read = load_adapter(base(kind, config_of(kind, variant, init)), folder).eval()
     torch.testing.assert_close(read.layer(x), wanted, rtol=1e-5, atol=1e-5 * float(wanted.detach().abs().max()))
     if layer.merge_refusal(CASES[kind].quantized) is None:
-        weight = layer.base_weight().detach().clone()
+        weights = {name: part.base_weight().detach().clone() for name, part in layer.by_weight().items()}
         merge_lora(model, quantized=CASES[kind].quantized)
         torch.testing.assert_close(layer(x), wanted, rtol=1e-4, atol=1e-4 * float(wanted.detach().abs().max()))
         unmerge_lora(model)
-        assert same_bits(layer.base_weight(), weight)
+        assert all(same_bits(part.base_weight(), weights[name]) for name, part in layer.by_weight().items())
 
 
 CHECKS: dict[str, Callable[[str, str, str, Path], Any]] = {"start": start, "trains": trains, "files": files}

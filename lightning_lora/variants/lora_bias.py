@@ -15,7 +15,7 @@ from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.merge_plans import Plan
 from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.layers.state import Quantized
-from lightning_lora.registry import register_variant
+from lightning_lora.registry import belongs_to_packed_base, data_of, frozen_factor, has_start, register_variant
 from lightning_lora.utils.sharding import full_tensor, local_shard, local_tensor
 
 BIAS = "lora_B_bias"
@@ -47,8 +47,9 @@ class LoRABias(LoRALayer):
             raise ValueError(f"{what} adds to a layer's bias, and this is no layer with one weight and a bias; exclude it")
         if spec.slices is not None:
             raise ValueError(f"{what} has one bias for a whole layer; name the fused layer itself in target_modules, instead of its slices")
-        if spec.config.init not in ("kaiming", "gaussian", "orthogonal"):
-            raise ValueError(f"{what} starts without a bias, init={spec.config.init!r} from the weight; leave the init out")
+        init = spec.config.init
+        if has_start(init) or frozen_factor(init) or data_of(init) or belongs_to_packed_base(init):
+            raise ValueError(f"{what} has files in PEFT's format, which has no init={init!r} beside a bias; leave one of them out")
 
     @classmethod
     def adapter_placements(cls, placement: Any) -> dict[str, Any]:
