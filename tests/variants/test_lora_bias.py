@@ -71,7 +71,7 @@ def test_a_layer_without_a_bias_is_not_merged_or_exported(tmp_path):
     [
         (lambda: nn.Sequential(nn.Embedding(4, 4)), {"target_modules": ["0"]}, "no layer with one weight and a bias"),
         (lambda: nn.Sequential(nn.MultiheadAttention(4, 2)), {"target_modules": ["0"]}, "no layer with one weight and a bias"),
-        (lambda: nn.Sequential(nn.Linear(4, 4)), {"target_modules": ["0"], "init": "pissa"}, "init='pissa' from the weight"),
+        (lambda: nn.Sequential(nn.Linear(4, 4)), {"target_modules": ["0"], "init": "pissa"}, "no init='pissa' beside a bias"),
     ],
     ids=["embedding", "attention", "init"],
 )
