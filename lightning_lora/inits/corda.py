@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_lora.inits.statistics import Statistics, signs, summed
+from lightning_lora.inits.statistics import MeanMatrix, signs
 from lightning_lora.layers.filling import fill_random
 from lightning_lora.layers.spec import Option
 from lightning_lora.registry import keeps_start, register_init
@@ -22,33 +22,23 @@ _MODES = ("ipm", "kpm")
 _DAMPING, _INVERSE_ERROR = 0.01, 0.05  # the authors'
 
 
-class InputCovariance(Statistics):
+class InputCovariance(MeanMatrix):
     """The mean of xᵀ·x over calls of a layer, each x divided by its largest entry, as the authors' code and PEFT have it."""
 
     def __init__(self, layer: LoRALayer) -> None:
         super().__init__(layer)
-        self.sum: Tensor = torch.zeros((), device=layer.weight.device)
-        self.calls = 0
         self.pair: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def numbers(cls, layer: LoRALayer) -> int:
-        """The covariance."""
-        return int(layer.lora_A.shape[1]) ** 2
+    def shape(cls, layer: LoRALayer) -> tuple[int, int]:
+        """(in, in)."""
+        return layer.lora_A.shape[1], layer.lora_A.shape[1]
 
     def add(self, x: Tensor, *dy: Tensor) -> None:
         """Add xᵀ·x of one call."""
         largest = x.max().abs()
         x = x / (largest if largest > 0 else x.abs().max().clamp_min(torch.finfo(x.dtype).tiny))
-        self.sum, self.calls = self.sum + x.mT @ x, self.calls + 1
-
-    def reduce(self) -> None:
-        """Add the covariances of all processes."""
-        super().reduce()
-        if self.finite and self.rows:
-            _, inputs = self.sizes()
-            self.sum = summed(self.sum.to(self.layer.lora_A.dtype).expand(inputs, inputs).contiguous())
-            self.calls = int(summed(torch.tensor(self.calls, device=self.sum.device)))
+        self.include(x.mT @ x)
 
     def condense(self) -> None:
         """Compute A and B from the weight and the covariance."""

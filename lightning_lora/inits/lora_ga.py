@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from lightning_lora.inits.statistics import Statistics, largest_svd, summed
+from lightning_lora.inits.statistics import MeanMatrix, largest_svd
 from lightning_lora.layers.filling import fill_random
 from lightning_lora.layers.spec import LayerSpec, Option
 from lightning_lora.layers.whole_factors import check_whole
@@ -26,21 +25,19 @@ _OPTIONS = {
 }
 
 
-class WeightGradient(Statistics):
+class WeightGradient(MeanMatrix):
     """The mean gradient of the base's weight, which is frozen: dyᵀ·x, from the layer's input and the gradient of its output."""
 
     gradients = True
 
     def __init__(self, layer: LoRALayer) -> None:
         super().__init__(layer)
-        self.sum: Tensor = torch.zeros((), device=layer.weight.device)
-        self.calls = 0
         self.pair: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def numbers(cls, layer: LoRALayer) -> int:
-        """The gradient."""
-        return layer.lora_B.shape[0] * layer.lora_A.shape[1]
+    def shape(cls, layer: LoRALayer) -> tuple[int, int]:
+        """(out, in)."""
+        return layer.lora_B.shape[0], layer.lora_A.shape[1]
 
     def least_rows(self) -> int:
         """Two for each row of A: A and B take different singular vectors."""
@@ -48,15 +45,7 @@ class WeightGradient(Statistics):
 
     def add(self, x: Tensor, *dy: Tensor) -> None:
         """Add the gradient."""
-        self.sum, self.calls = self.sum + dy[0].mT @ x, self.calls + 1
-
-    def reduce(self) -> None:
-        """Add the gradients of all processes."""
-        super().reduce()
-        if self.finite and self.rows:
-            out, inputs = self.sizes()
-            self.sum = summed(self.sum.to(self.layer.lora_A.dtype).expand(out, inputs).contiguous())
-            self.calls = int(summed(torch.tensor(self.calls, device=self.sum.device)))
+        self.include(dy[0].mT @ x)
 
     def condense(self) -> None:
         """Compute A and B from the gradient's singular vectors (theorem 3.1), with the scale of theorem 3.2."""

@@ -95,6 +95,42 @@ class Statistics:
         return self.layer.lora_B.shape[0], self.layer.lora_A.shape[1]
 
 
+class MeanMatrix(Statistics):
+    """The mean over a layer's calls of a matrix of fixed size.
+
+    Attributes:
+        sum: the sum of the matrices.
+        calls: how many there were; after :meth:`reduce`, on all processes.
+    """
+
+    def __init__(self, layer: LoRALayer) -> None:
+        super().__init__(layer)
+        self.sum: Tensor = torch.zeros((), device=layer.weight.device)
+        self.calls = 0
+
+    @classmethod
+    def shape(cls, layer: LoRALayer) -> tuple[int, int]:
+        """Return the matrix's shape."""
+        raise NotImplementedError(f"{cls.__name__} must define shape")
+
+    @classmethod
+    def numbers(cls, layer: LoRALayer) -> int:
+        """The matrix."""
+        rows, columns = cls.shape(layer)
+        return rows * columns
+
+    def include(self, matrix: Tensor) -> None:
+        """Add one call's matrix."""
+        self.sum, self.calls = self.sum + matrix, self.calls + 1
+
+    def reduce(self) -> None:
+        """Add the sums of all processes."""
+        super().reduce()
+        if self.finite and self.rows:
+            self.sum = summed(self.sum.to(self.layer.lora_A.dtype).expand(self.shape(self.layer)).contiguous())
+            self.calls = int(summed(torch.tensor(self.calls, device=self.sum.device)))
+
+
 def largest_svd(matrix: Tensor, many: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the ``many`` largest singular values S and their vectors U (m, many) and Vh (many, n), with the signs of :func:`signs`.
 

@@ -14,7 +14,7 @@ from tests.distributed.runs import run
 from tests.distributed.test_lightning import close, start
 
 #: Enough components that EVA drops none, so that the order of the rows does not matter.
-EVA = replace(CONFIG, rank=8, alpha=16, target_modules=["q", "fc1"], init="eva")
+EVA = replace(CONFIG, rank=6, alpha=12, target_modules=["q", "fc1"], init="eva")
 CONFIGS = {
     "eva": EVA,
     "eva without redistribution": replace(EVA, init_options={"rho": 1.0}),
