@@ -239,7 +239,7 @@ def test_what_does_not_fit_is_refused_by_name():
 
     assert message() is None and message(dropout=0.1) is None and message(variant="lora_fa") is None
     assert "variant='dora' scales a layer's outputs" in message(variant="dora")
-    assert "variant='adalora' prunes" in message(variant="adalora")
+    assert "variant='adalora' pairs" in message(variant="adalora")
     assert "variant='vera' shares" in message(variant="vera")
     assert "gate_up_proj: init='pissa' computes" in message(init="pissa")
     module.config._experts_implementation = "deepgemm"

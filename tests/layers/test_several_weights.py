@@ -141,7 +141,7 @@ def test_what_does_not_fit_is_refused_with_the_weights_name():
     def message(module, **fields):
         return refusal(module, LayerSpec(LoRAConfig(**fields), 2, 4.0, "mlp.experts"))
 
-    assert "gate_up_proj: variant='adalora' prunes" in message(module, dropout=0.0, variant="adalora")
+    assert "gate_up_proj: variant='adalora' pairs" in message(module, dropout=0.0, variant="adalora")
     assert "gate_up_proj: dropout=0.1 has no input" in message(module, dropout=0.1)
     module._parameters["down_proj"] = nn.Parameter(torch.zeros(4, 4))
     assert "down_proj: its shape (4, 4)" in message(module, dropout=0.0)

@@ -54,13 +54,12 @@ def test_every_kind_and_variant_is_its_base(kind: str, variant: str) -> None:
     case = ALL_CASES[kind]
     model, x = nn.Sequential(case.base()), case.x()
     base = model(x)
-    config = LoRAConfig(rank=case.rank, target_modules=["0"], variant=variant, dropout=0.0 if "embedding" in kind else 0.3)
+    dropout = 0.0 if "embedding" in kind else 0.3
+    config = LoRAConfig(rank=case.rank, target_modules=["0"], variant=variant, dropout=dropout, **case.fields)
     try:
         fill(apply_lora(model, config=config)).train()
-    except ValueError as error:
-        assert variant in ("adalora", "lora_xs", "vera") or kind == "experts", (
-            error
-        )  # refused for some kinds; tests/test_family.py has which
+    except ValueError as error:  # refused for some kinds; tests/test_family.py has which
+        assert variant in ("adalora", "lora_bias", "lora_xs", "vera") or kind.startswith("experts"), error
         return
     with disabled_lora(model):
         assert torch.equal(model(x), base)
