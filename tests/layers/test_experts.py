@@ -241,7 +241,7 @@ def test_what_does_not_fit_is_refused_by_name():
     assert "variant='dora' scales a layer's outputs" in message(variant="dora")
     assert "variant='adalora' pairs" in message(variant="adalora")
     assert "variant='vera' shares" in message(variant="vera")
-    assert "gate_up_proj: init='pissa' computes" in message(init="pissa")
+    assert "gate_up_proj: init='pissa' pairs" in message(init="pissa")
     module.config._experts_implementation = "deepgemm"
     assert "does not see the products of experts_implementation='deepgemm'" in message()
     module.config._experts_implementation = "eager"
