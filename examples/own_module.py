@@ -22,7 +22,7 @@ from lightning_lora import LoRACallback, LoRAConfig
 
 TOPICS = {"food": ["soup", "bread", "rice", "cake"], "weather": ["rain", "wind", "sun", "snow"]}
 TONES = {"friendly": ["good", "fine", "great", "lovely"], "unfriendly": ["bad", "poor", "awful", "dull"]}
-WORDS = ["the", "was", "is", "not", "very", *sum([*TOPICS.values(), *TONES.values()], [])]
+WORDS = ["the", "was", "is", "not", "very", *(word for words in (TOPICS | TONES).values() for word in words)]
 
 
 def sentences(count: int, seed: int) -> list[tuple[list[int], int, int]]:
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     trainer.fit(module, loader(options.rows, 2, seed=0))  # adapters are merged when it ends
     after = trainer.test(module, tone, verbose=False)[0]["test_accuracy"]
     size = Path(trainer.checkpoint_callback.best_model_path).stat().st_size
-    print(f"tone: {before:.0%} -> {after:.0%} of 256 test sentences; the checkpoint has {size:,} bytes: adapters, head, their optimizer state")
+    print(f"tone: {before:.0%} -> {after:.0%} of 256 test sentences; the checkpoint (adapters, head, optimizer) has {size:,} bytes")
     return {"before": before, "after": after}
 
 

@@ -93,8 +93,8 @@ def test_the_finder_as_a_callback_restores_adapters_and_ratio(tmp_path: Path) ->
             assert not trainer.optimizers[0].state and trainer.global_step == 0
 
     starts = Start(), Start()
-    trainer(tmp_path, "kaiming", starts[0]).fit(Noisy())
-    module = Noisy()
+    direct, module = Noisy(), Noisy()
+    trainer(tmp_path, "kaiming", starts[0]).fit(direct)
     trainer(tmp_path, "kaiming", LearningRateFinder(num_training_steps=20, update_attr=False, **FIND), starts[1]).fit(module)
     assert all(torch.equal(*pair) for pair in zip(starts[0].weights, starts[1].weights, strict=True))
     assert all(b == pytest.approx(RATIO * a) for a, b in module.rates) and module.rates[-24][0] == pytest.approx(3e-3)
