@@ -48,7 +48,7 @@ class LoRABias(LoRALayer):
         if spec.slices is not None:
             raise ValueError(f"{what} has one bias for a whole layer; name the fused layer itself in target_modules, instead of its slices")
         if spec.config.init not in ("kaiming", "gaussian", "orthogonal"):
-            raise ValueError(f"{what} starts without a bias, init={spec.config.init!r} from the weight; leave the init out")
+            raise ValueError(f"{what} starts without a bias, init={spec.config.init!r} from the weight or from data; leave the init out")
 
     @classmethod
     def adapter_placements(cls, placement: Any) -> dict[str, Any]:
