@@ -164,7 +164,7 @@ def test_a_module_under_two_names_is_adapted_once_under_either(targets):
         ({"exclude_modules": ["q_proj", "v_proj"]}, ["exclude_modules excludes every module that target_modules matches; exclude less"]),
         ({"init": "orthogonal", "rank": 3}, ["'layers.0.attn.q_proj' (", "init='orthogonal' needs an even rank"]),
         ({"init": "gaussian", "variant": "adalora"}, ["'layers.0.attn.q_proj' (", "AdaLoRA defines its own start"]),
-        ({"init": "kaming"}, ["init='kaming' is not known; there are gaussian, kaiming"]),
+        ({"init": "kaming"}, ["init='kaming' is not known; there are corda, eva, gaussian, kaiming"]),
         ({"variant": "dorra"}, ["variant='dorra' is not known; there are adalora, dora"]),
     ],
 )
