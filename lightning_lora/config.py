@@ -166,7 +166,7 @@ def _token_indices(value: Any) -> Any:
             compile_pattern(name, "trainable_token_indices")
             _check_rows(f"trainable_token_indices[{name!r}]", rows)
         return {name: list(rows) for name, rows in value.items()} or None
-    if value is None or value == []:
+    if value is None or (isinstance(value, (list, tuple)) and not value):
         return None
     _check_rows("trainable_token_indices", value)
     return tuple(value)

@@ -5,6 +5,7 @@ import json
 import math
 
 import pytest
+import torch
 
 from lightning_lora import LoRAConfig
 
@@ -68,6 +69,19 @@ def test_nothing_excluded_nothing_saved(value):
     config = LoRAConfig(exclude_modules=value, modules_to_save=value)
     assert config.exclude_modules == ()
     assert config.modules_to_save == ()
+
+
+@pytest.mark.parametrize("value", [None, [], (), {}])
+def test_no_token_rows(value):
+    assert LoRAConfig(trainable_token_indices=value).trainable_token_indices is None
+
+
+@pytest.mark.parametrize(
+    "value", [torch.tensor([1, 2]), torch.tensor([1, 2]).numpy(), {1, 2}, "12", 1], ids=lambda value: type(value).__name__
+)
+def test_token_rows_are_a_list(value):
+    with pytest.raises(ValueError, match=r"trainable_token_indices=.*: give a list of row numbers such as \[32000, 32001\]"):
+        LoRAConfig(trainable_token_indices=value)
 
 
 def test_it_is_immutable_and_owns_its_values():

@@ -57,7 +57,9 @@ def initialize_from_data(model: nn.Module, batches: Iterable[Any], *, step: Step
     """
     prefix, root = adapter_root(model)
     layers = {clean_name(name): layer for name, layer in lora_layers(root) if awaits_data(layer)}
-    batches = list(batches)
+    batches = _listed(batches)
+    if step is not None and not callable(step):
+        raise ValueError(f"step={step!r}: give a function of model and batch that returns the loss, or None.")
     _check(model, layers, batches)
     config = next(iter(layers.values())).lora_config
     kind: type[Statistics] = data_of(config.init)
@@ -78,6 +80,13 @@ def initialize_from_data(model: nn.Module, batches: Iterable[Any], *, step: Step
             factors = {name: each.factors(ranks[name]) for name, each in gathered.items() if ranks[name]}
     _fill(root, prefix, layers, ranks, factors)
     return model
+
+
+def _listed(batches: Any) -> list[Any]:
+    """Return the batches as a list. A mapping or a tensor can be iterated over too, but is one batch."""
+    if isinstance(batches, (Mapping, Tensor, str)) or not isinstance(batches, Iterable):
+        raise ValueError(f"batches is a {type(batches).__name__}: give an iterable of batches, such as a DataLoader or [batch].")
+    return list(batches)
 
 
 def _check(model: nn.Module, layers: Mapping[str, LoRALayer], batches: Sequence[Any]) -> None:
@@ -135,7 +144,11 @@ def _why_not(each: Statistics) -> str | None:
     if not each.finite:
         return f"met NaN or infinity in its {what}: look for it in the batches, or use bfloat16 instead of float16"
     if not each.rows:
-        return "saw no row, because no batch reached the layer: give batches that use it, or exclude it"
+        labels = " or have the label -100" if each.labelled else ""
+        loss = ", or step returned no loss" if each.gradients else ""
+        return (
+            f"saw no row: no batch reached the layer, or all its tokens are padding{labels}{loss}; give batches that use it, or exclude it"
+        )
     if each.rows < (least := each.least_rows()):
         return f"saw {each.rows} rows (tokens), and rank={each.layer.rank} needs at least {least}: give more batches, or a lower rank"
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -12,6 +13,7 @@ from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.model.fused_slices import names_of
 from lightning_lora.quantization.formats import format_of
+from lightning_lora.registry import KIND_NAMES, kind_of
 from lightning_lora.utils.patterns import starred
 
 
@@ -139,3 +141,16 @@ def lines_of(reasons: dict[str, str]) -> list[str]:
     """
     groups = Counter((starred(fqn), reason) for fqn, reason in reasons.items())
     return [f"{name} ({count}): {reason}" for (name, reason), count in groups.items()]
+
+
+def no_target_of(kind: str, modules: Mapping[str, nn.Module], passed_over: Mapping[str, str]) -> str:
+    """Return why ``kind_options`` of a kind have no effect.
+
+    Args:
+        kind: its name.
+        modules: FQN → module of the model.
+        passed_over: FQN → why ``"all-linear"`` passed over this linear.
+    """
+    reasons = {fqn: why for fqn, why in passed_over.items() if issubclass(kind_of(type(modules[fqn])) or object, KIND_NAMES[kind])}
+    why = f": 'all-linear' passes over {lines_of(reasons)[0]}" if reasons else ""
+    return f"kind_options[{kind!r}]: no target is of that kind{why}; leave the options out."

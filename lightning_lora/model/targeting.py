@@ -26,7 +26,7 @@ from lightning_lora.model.fused_slices import chosen_slices, names_of, slice_nam
 from lightning_lora.model.heads import output_heads, saved_modules, within
 from lightning_lora.model.routers import routers
 from lightning_lora.model.suitability import Suitability
-from lightning_lora.model.target_report import Target, TargetReport, lines_of
+from lightning_lora.model.target_report import Target, TargetReport, lines_of, no_target_of
 from lightning_lora.model.token_rows import token_row_targets
 from lightning_lora.quantization.formats import elements, lost_factors
 from lightning_lora.registry import KIND_NAMES, belongs_to_packed_base, kind_of, qualified_name, why_refused
@@ -169,7 +169,7 @@ def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False)
         problems += _unmatched(fields, config, modules, chosen.values())
     unused = [name for name in config.kind_options if not any(issubclass(target.kind, KIND_NAMES[name]) for target in targets)]
     if unused and not problems and not config.allow_unmatched:
-        problems.append(f"kind_options[{unused[0]!r}]: no target is of that kind; leave it out.")
+        problems.append(no_target_of(unused[0], modules, passed_over))
     if problems:
         raise ValueError("\n".join(problems[:8] + ([f"… and {len(problems) - 8} more."] if len(problems) > 8 else [])))
     lazy = [name for name, parameter in parameters_by_name(model).items() if is_lazy(parameter)]

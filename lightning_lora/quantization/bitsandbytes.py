@@ -10,6 +10,9 @@ The library hardly documents the names used here, hence ``bitsandbytes<0.51``. I
   training after it raises in the backward pass.
 - ``Params4bit``'s and ``Int8Params``' keywords, and ``MatmulLtState``'s fields: quantizing or requantizing raises.
 - ``_load_state_dict_pre_hooks`` (torch's), by which a layer loads quantized weights: a layer that was quantized in place loads none.
+
+On CPUs with AVX512, bitsandbytes 0.50 reads a 4-bit weight wrong whose rows are not whole blocks (in = 96 with blocks of 64): it takes
+scales of other blocks. GPUs read it right. An adapted layer computes with what its base computes with, there and here.
 """
 
 from __future__ import annotations

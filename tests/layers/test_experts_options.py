@@ -112,6 +112,12 @@ def test_a_rank_that_cannot_be_divided_is_refused_by_name():
     assert find_targets(llama4, config).targets[0].rank == 4  # by the model's config
 
 
+def test_options_of_experts_that_are_passed_over_are_refused_with_the_reason():
+    config = LoRAConfig(target_modules="all-linear", variant="dora", kind_options=SHARED)
+    with pytest.raises(ValueError, match=r"no target is of that kind: 'all-linear' passes over model.layers.\*.mlp.experts .*'dora'"):
+        find_targets(tiny_qwen3_moe(), config)
+
+
 def test_wrong_options_are_refused():
     def message(**fields):
         with pytest.raises(ValueError) as caught:

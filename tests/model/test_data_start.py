@@ -160,7 +160,12 @@ def test_each_variant_works_or_is_refused(init: str, variant: str, fits: bool) -
         ("corda", [torch.randn(2, 16)], loss, r"'a': init='corda' saw 2 rows \(tokens\), and rank=3 needs at least 3"),
         ("lora_ga", [torch.randn(5, 16)], loss, r"'a': init='lora_ga' saw 5 rows \(tokens\), and rank=3 needs at least 6"),
         ("eva", [torch.randn(6, 16)], loss, r"'a': init='eva' saw 6 rows \(tokens\), and rank=3 needs at least 7"),
-        ("corda", batches(1), lambda model, x: model.a(x), "'b': init='corda' saw no row, because no batch reached the layer"),
+        (
+            "corda",
+            batches(1),
+            lambda model, x: model.a(x),
+            "'b': init='corda' saw no row: no batch reached the layer, or all its tokens are padding; ",
+        ),
         (
             "lora_ga",
             batches(1),
@@ -169,7 +174,7 @@ def test_each_variant_works_or_is_refused(init: str, variant: str, fits: bool) -
         ),
         ("lora_ga", batches(1), lambda model, x: model(x), "step returned a Tensor without a loss of one number"),
         ("lora_ga", batches(1), lambda model, x: model(x).sum().detach(), "step returned a loss that depends on no adapted layer"),
-        ("lora_ga", batches(1), lambda model, x: None, "'a': init='lora_ga' saw no row"),
+        ("lora_ga", batches(1), lambda model, x: None, "'a': init='lora_ga' saw no row: .*, or step returned no loss; "),
     ],
 )
 def test_data_that_do_not_do_are_refused_and_change_nothing(init: str, given: list[Tensor], step: Any, match: str) -> None:
@@ -178,6 +183,24 @@ def test_data_that_do_not_do_are_refused_and_change_nothing(init: str, given: li
     with pytest.raises(ValueError, match=match):
         initialize_from_data(model, [x.double() for x in given], step=step)
     assert snapshot(model) == before and all(awaits_data(layer) for _, layer in lora_layers(model))
+
+
+def test_tokens_that_all_have_the_label_of_none_are_named() -> None:
+    given = batch("llama")
+    model = apply_lora(model_of("llama"), LoRAConfig(rank=2, init="eva"))
+    with pytest.raises(ValueError, match=r"saw no row: .* all its tokens are padding or have the label -100; "):
+        initialize_from_data(model, [given | {"labels": torch.full_like(given["input_ids"], -100)}])
+
+
+@pytest.mark.parametrize("given", [None, 3, "text", torch.randn(9, 16), {"x": torch.randn(9, 16)}], ids=lambda given: type(given).__name__)
+def test_one_batch_is_no_list_of_batches(given: Any) -> None:
+    with pytest.raises(ValueError, match=rf"batches is a {type(given).__name__}: give an iterable of batches, such as a DataLoader or"):
+        initialize_from_data(applied("eva"), given)
+
+
+def test_a_step_is_a_function() -> None:
+    with pytest.raises(ValueError, match="step=5: give a function of model and batch that returns the loss, or None"):
+        initialize_from_data(applied("eva"), batches(), step=5)  # type: ignore[arg-type]
 
 
 def test_models_that_do_not_do_are_refused() -> None:
