@@ -9,15 +9,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
-
 from lightning_lora.adapter_io.token_rows import rows_of_layers
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.factors import Exported
-from lightning_lora.model.fused_slices import names_of
-from lightning_lora.model.targeting import resolve
-from lightning_lora.utils.names import clean_name
 
 
 def export_layers(layers: dict[str, LoRALayer]) -> tuple[dict[str, Exported], LoRAConfig]:
@@ -45,39 +40,6 @@ def export_layers(layers: dict[str, LoRALayer]) -> tuple[dict[str, Exported], Lo
             kind_pattern=by_name({fqn: kind for fqn, kind in kinds.items() if kind is not None}),
         )
     return everything, rows_of_layers(config, layers)
-
-
-def below(config: LoRAConfig, prefix: str, root: nn.Module, layers: Mapping[str, LoRALayer]) -> LoRAConfig:
-    """Return a config whose patterns find the same layers from the module that names in files are relative to.
-
-    Args:
-        config: what the file is to say.
-        prefix: name of that module in the one that was adapted, whose names the patterns may have. Empty: they are the same.
-        root: the module that names are relative to.
-        layers: its layers, by their names below it.
-    """
-    if not prefix:
-        return config
-    own = {fqn: layer for fqn, layer in layers.items() if layer.low_rank}
-    try:
-        found = {clean_name(t.fqn): (t.rank, t.alpha, t.spec.slices) for t in resolve(root, config, frozen_parts=True).targets}
-    except ValueError:  # a pattern names what is above
-        found = {}
-    if found == {fqn: (layer.rank, layer.alpha, layer.spec.slices) for fqn, layer in own.items()}:
-        return config
-    named = {fqn: layer for fqn, layer in own.items() if not with_parent(fqn, layers)}
-    ranks, alphas = ({fqn: getattr(layer, each) for fqn, layer in named.items()} for each in ("rank", "alpha"))
-    return replace(
-        config,
-        target_modules=[name for fqn, layer in named.items() for name in names_of(fqn, layer.spec.slices)],
-        exclude_modules=(),
-        layers=None,
-        rank=max(ranks.values()),
-        rank_pattern={} if len(set(ranks.values())) == 1 else by_name(ranks),
-        alpha=max(alphas.values()),
-        alpha_pattern={} if len(set(alphas.values())) == 1 else by_name(alphas),
-        kind_pattern=by_name({fqn: layer.spec.kind for fqn, layer in named.items() if layer.spec.kind is not None}),
-    )
 
 
 def with_parent(fqn: str, layers: Mapping[str, LoRALayer]) -> bool:

@@ -50,6 +50,7 @@ class AdapterFile:
         outside: tensors and extra state of the task around the adapted model, by their names there. The adapted model cannot take them.
         damaged: True if the checksum in the file is not that of its content. It is checked last, because other checks name the fault more
             exactly.
+        root: name of the adapted model in the module of a checkpoint, with which patterns in ``config`` may begin.
     """
 
     config: LoRAConfig
@@ -60,6 +61,7 @@ class AdapterFile:
     extra_state: dict[str, Any] = field(default_factory=dict)
     outside: dict[str, Any] = field(default_factory=dict)
     damaged: bool = False
+    root: str = ""
 
     def check_intact(self, where: str) -> None:
         """Raise ValueError if the content is not what was saved."""
@@ -231,7 +233,7 @@ def _of_checkpoint(checkpoint: Any, file: Path) -> AdapterFile:
         how = "the meta device" if tensors[odd[0]].is_meta else str(tensors[odd[0]].layout)
         raise ValueError(f"{file}: {odd[0]!r} has no plain values ({how}): it is damaged, or is for Trainer(...).fit(ckpt_path=...) alone.")
     beside = frozenset(name.removeprefix(prefix) for name in beside if name.startswith(prefix))
-    return AdapterFile(config, own, base, beside, extra_state=extra, outside=rest)
+    return AdapterFile(config, own, base, beside, extra_state=extra, outside=rest, root=root)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ NaN.
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from lightning_lora.adapter_io import fingerprint
 from lightning_lora.adapter_io.extras import check_values_kept, equal_values, extra_tensors, is_adapter, why_not_brought
 from lightning_lora.adapter_io.files import AdapterFile, read_adapter
+from lightning_lora.adapter_io.names_below import from_around
 from lightning_lora.adapter_io.placing import place
 from lightning_lora.adapter_io.size_limit import check_size
 from lightning_lora.config import LoRAConfig
@@ -41,11 +43,7 @@ def checked_adapter(
     bad = [name for name, tensor in adapter.tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
     if bad and not allow_nonfinite:
         raise ValueError(f"{path}: {bad[0]} holds NaN or infinity ({len(bad)} tensors do); pass allow_nonfinite=True to load it anyway.")
-    try:
-        report = resolve(root, adapter.config, frozen_parts=True)  # the file says which layers it is for
-    except ValueError as error:
-        first, *others = str(error).splitlines()
-        raise ValueError(f"{path}: {first}" + (f" ({len(others)} more)" if others else "")) from error
+    adapter, report = _resolved(root, adapter, str(path))
     if adapter.base is None:  # PEFT wrote the file, and adapts a module under its first name only
         for name, other in two_names(root, [clean_name(target.fqn) for target in report.targets]).items():
             raise ValueError(
@@ -62,6 +60,24 @@ def checked_adapter(
         rows = {f"{target.fqn}.weight": target.spec.rows for target in report.rows}
         fingerprint.check_base(fingerprint.identity_like(adapter.base, root, trained, rows), adapter.base, str(path))
     return adapter, report, tensors, brought
+
+
+def _resolved(root: nn.Module, adapter: AdapterFile, where: str) -> tuple[AdapterFile, TargetReport]:
+    """Return the layers that an adapter is for, and the adapter with a config that finds them here.
+
+    Raises:
+        ValueError: its config does not fit this model.
+    """
+    try:
+        return adapter, resolve(root, adapter.config, frozen_parts=True)
+    except ValueError as error:
+        for config in from_around(adapter):
+            try:
+                return replace(adapter, config=config), resolve(root, config, frozen_parts=True)
+            except ValueError:  # the first error is the one to tell
+                continue
+        first, *others = str(error).splitlines()
+        raise ValueError(f"{where}: {first}" + (f" ({len(others)} more)" if others else "")) from error
 
 
 def check_same(root: nn.Module, layers: dict[str, LoRALayer], report: TargetReport, config: LoRAConfig, where: str) -> None:

@@ -24,6 +24,7 @@ from lightning_lora.adapter_io.extras import (
 from lightning_lora.adapter_io.files import AdapterFile, check_free, write_folder
 from lightning_lora.adapter_io.fingerprint import base_identity
 from lightning_lora.adapter_io.fitting import check_same, checked_adapter, two_names
+from lightning_lora.adapter_io.names_below import below
 from lightning_lora.adapter_io.peft_experts import beside_experts
 from lightning_lora.adapter_io.peft_names import factor_in_file, names_in_file, peft_name
 from lightning_lora.adapter_io.peft_rules import auto_mapping, task_type
@@ -57,12 +58,13 @@ def save_adapter(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
         ValueError: the model has no LoRA, or the folder is not empty and ``overwrite`` is False.
     """
     folder = Path(folder)
-    _, root = adapter_root(model)
+    prefix, root = adapter_root(model)
     layers = adapted_layers(root)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no LoRA layers to save; call apply_lora(model, config=...) first.")
     on_first_rank(lambda: check_free(folder, overwrite))
     exported, config = export_layers(layers)
+    config = below(prefix, root, config, layers, exported)
     brought = brought_tensors(root)
     extras = extra_tensors(root, config, layers) | brought
     names = names_in_file(root, layers)
