@@ -102,7 +102,8 @@ class OneRun(Callback):
             vars(pl_module)["training_loss"] = partial(self._loss, pl_module, alone)
 
     def _loss(self, module: LightningModule, alone: Callable[[Any], Any], batch: Any) -> Any:
-        loss = self.ask(module, batch) if module.trainer.training else None
+        # Before training, an init that reads data runs training steps too: what it reads is this trial's alone.
+        loss = self.ask(module, batch) if self.outcome.status == "running" and module.trainer.training else None
         return alone(batch) if loss is None else loss
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -142,6 +142,16 @@ def test_a_fresh_head_and_the_bases_own_dropout(steps, tmp_path):
     assert_same(tmp_path / "sweep" / "rank2-seed4", tmp_path / "single")
 
 
+@pytest.mark.parametrize("init", ["eva", "lora_ga"])
+def test_an_init_that_reads_data_reads_the_trials_own(run, init, tmp_path):
+    """It runs training steps before training: these take part in no joint step."""
+    words = [*run, f"--lora.config.init={init}", "--lora.init_batches=2", "--trainer.max_epochs=1"]
+    assert main(["sweep", *words, "--rank=2,3", "--seed=0,1", "--folder", str(tmp_path / "sweep")]) == 0
+    for name, rank, seed in (("rank2-seed0", 2, 0), ("rank3-seed1", 3, 1)):
+        fit([*words, f"--lora.config.rank={rank}", f"--seed_everything={seed}", f"--data.seed={seed}"], tmp_path / "single" / name)
+        assert_same(tmp_path / "sweep" / name, tmp_path / "single" / name, least=3)
+
+
 TEXTS = [("the sky is blue", "sky"), ("blood is red", "blood"), ("a green apple", "fruit"), ("which pear", "fruit")] * 2
 
 
