@@ -20,6 +20,7 @@ from torch import nn
 
 from lightning_lora.adapter_io.export_targets import MERGE, PARTS, TARGETS, Target
 from lightning_lora.adapter_io.files import CONFIG, LONGEST, AdapterFolder, check_free, encoded, read_raw
+from lightning_lora.adapter_io.fingerprint import PACKED
 from lightning_lora.adapter_io.model_card import CARD, model_card
 from lightning_lora.adapter_io.one_rank import FileLayer, layers_of, one_rank
 from lightning_lora.adapter_io.save_load import save_adapter
@@ -136,14 +137,37 @@ def _files(
         component = component or _component(adapter, rules, str(source))
     elif component is not None:
         raise ValueError(f"component={component!r}: {target} loads no pipelines; leave it out.")
+    layers = _checked(adapter, target, str(source))
     if not rules.own_format:
-        layers, others = layers_of(adapter.tensors, adapter.fields, str(source))
-        _check(target, rules, adapter.fields, layers, others, str(source))
         adapter = one_rank(adapter, layers, rules, component)
     files = {CARD: card(adapter.fields, adapter.base).encode()} | ({GENERATION: _generation(base, ends)} if ends else {})
     if component:
         return files | {rules.file: safetensors.torch.save(adapter.tensors, {"format": "pt"})}
     return files | {rules.file: encoded(adapter), CONFIG: (json.dumps(adapter.fields, indent=2, sort_keys=True) + "\n").encode()}
+
+
+def is_loaded_by(target: str, folder: str | Path) -> bool:
+    """Return True if a target loads what an adapter folder has."""
+    try:
+        _checked(read_raw(folder), target, str(folder))
+    except ValueError:
+        return False
+    return True
+
+
+def _checked(adapter: AdapterFolder, target: str, where: str) -> dict[str, FileLayer]:
+    """Return the layers of an adapter, none if its files stay as they are. Raise ValueError if the target computes something else."""
+    rules = TARGETS[target]
+    if packed := (adapter.base or {}).get(PACKED):
+        raise ValueError(
+            f"{where}: init='loftq' belongs to quantized weights ({packed}), and {target} would add it to others. Merge it where these are:"
+            " quantize_base(model, how, lora=config), load_adapter(model, folder) and export_merged; then serve that folder."
+        )
+    if rules.own_format:
+        return {}
+    layers, others = layers_of(adapter.tensors, adapter.fields, where)
+    _check(target, rules, adapter.fields, layers, others, where)
+    return layers
 
 
 def _check(target: str, rules: Target, fields: dict[str, Any], layers: dict[str, FileLayer], others: list[str], where: str) -> None:

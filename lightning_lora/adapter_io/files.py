@@ -61,7 +61,7 @@ class AdapterFile:
     extra_state: dict[str, Any] = field(default_factory=dict)
     outside: dict[str, Any] = field(default_factory=dict)
     damaged: bool = False
-    root: str = ""
+    root: str = field(default="", compare=False)
 
     def check_intact(self, where: str) -> None:
         """Raise ValueError if the content is not what was saved."""

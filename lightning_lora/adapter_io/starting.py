@@ -22,6 +22,7 @@ from lightning_lora.adapter_io.size_limit import check_size
 from lightning_lora.config import ALL_LINEAR, LoRAConfig
 from lightning_lora.layers.spec import options_of
 from lightning_lora.model.heads import saved_modules
+from lightning_lora.model.quantize import before_quantizing
 from lightning_lora.model.targeting import TargetReport, resolve
 from lightning_lora.registry import data_of, has_start
 from lightning_lora.utils.names import adapter_root, modules_by_name
@@ -46,11 +47,12 @@ def starting_config(model: nn.Module, path: str | Path, given: LoRAConfig) -> Lo
     _, root = adapter_root(model)
     check_size(Path(path), root)
     adapter = place(read_adapter(path), root, str(path))
+    plain = before_quantizing(adapter.config)  # the base that it belongs to may be quantized after this
     try:
-        report = resolve(root, adapter.config, frozen_parts=True)
+        report = resolve(root, plain, frozen_parts=True)
     except ValueError as error:
         raise ValueError(f"start_from={str(path)!r}: {error}") from error
-    different = [f"{name}={mine!r} (the adapter has {theirs!r})" for name, mine, theirs in _conflicts(root, given, adapter.config, report)]
+    different = [f"{name}={mine!r} (the adapter has {theirs!r})" for name, mine, theirs in _conflicts(root, given, plain, report)]
     if different:
         raise ValueError(
             f"start_from={str(path)!r} does not fit the config: {'; '.join(different)}. Leave these fields out to train the adapter as it"

@@ -31,11 +31,17 @@ def check_mergeable(target: nn.Module, report: TargetReport, strategy: Strategy,
         how: how to merge into a quantized weight; None: not at all.
 
     Raises:
-        ValueError: a weight is tied; or it is quantized, and ``how`` is None or cannot be applied to it.
+        ValueError: an update can never be merged; a weight is tied; or it is quantized, and ``how`` is None or cannot be applied to it.
     """
     sharded = isinstance(strategy, twins(ModelParallelStrategy))
     followed = {t.spec.rows_of for t in report.rows}
     kinds = {t.module: t.kind for t in (*report.targets, *(t for t in report.rows if not t.spec.rows_of and t.fqn not in followed))}
+    for fqn, module in target.named_modules():
+        if (reason := kinds[module].never_merges(module) if module in kinds else None) is not None:
+            raise ValueError(
+                f"{fqn!r} cannot be merged at the end of fit: {reason}, with LoRACallback(merge_on_fit_end=False), in YAML"
+                " lora: {merge_on_fit_end: false}."
+            )
     parts = {
         f"{fqn}.{name}" if fqn else name: (module, getattr(module, name))
         for fqn, module in target.named_modules()

@@ -12,12 +12,15 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
+from lightning_lora.adapter_io.export_adapter import is_loaded_by
 from lightning_lora.adapter_io.save_load import save_adapter
 from lightning_lora.callbacks import LoRACallback
 from lightning_lora.cli.console import print_pairs
 from lightning_lora.cli.loss_picture import can_draw, draw_loss
 from lightning_lora.cli.run_folder import BeganConfig, free
 from lightning_lora.cli.task_file import write_task
+from lightning_lora.layers.base import lora_layers
+from lightning_lora.registry import belongs_to_packed_base
 from lightning_lora.storage.room import check_room
 from lightning_lora.strategies.savable import least_bytes
 from lightning_lora.utils.sharding import is_flattened, is_sharded, on_first_rank
@@ -126,12 +129,15 @@ def next_commands(
     commands = []
     model, gguf_file = module.hparams.get("model"), module.hparams.get("gguf_file")
     answering = ANSWERING.get(getattr(module, "auto_class", ""), ())
-    if isinstance(model, str) and tuned:
+    layers = [layer for _, layer in lora_layers(module)]
+    packed = any(belongs_to_packed_base(layer.lora_config.init) for layer in layers)  # the commands do not quantize the base
+    if isinstance(model, str) and tuned and not packed:
         gguf, folder = ["--gguf_file", gguf_file] if gguf_file else [], os.path.dirname(config or tuned[0])
         commands += [[name, model, *prompt, "--adapter", tuned[0], *gguf] for name, *prompt in answering]
-        commands.append(["merge", model, tuned[0], os.path.join(folder, "merged"), *gguf])
+        if not any(layer.never_merges(layer) for layer in layers):
+            commands.append(["merge", model, tuned[0], os.path.join(folder, "merged"), *gguf])
         if os.path.isdir(tuned[0]):
-            server = "vllm" if answering else "peft"
+            server = "vllm" if answering and is_loaded_by("vllm", tuned[0]) else "peft"
             commands.append(["export", tuned[0], os.path.join(folder, server), "--for", server])
     if config is not None and checkpoints:
         run = ["--config", config, "--ckpt_path", checkpoints[0]]

@@ -43,11 +43,14 @@ class Records:
             raise ValueError(f"--folder {folder} holds another sweep, with the trial {others[0]!r}; name another folder")
 
     def restore(self, outcome: Outcome) -> bool:
-        """Set an outcome to what an earlier call has left of it. Return True if it is complete."""
+        """Set an outcome to what an earlier call has left of it, compared by what this call names. Return True if it is complete."""
         known = self._before.get(outcome.name, {})
-        for key in ("monitor", "mode", "best", "best_step", "steps", "last", "folder"):
+        for key in ("steps", "last", "seen", "folder"):
             if key in known:
                 setattr(outcome, key, known[key])
+        same = outcome.monitor in ("", known.get("monitor"))
+        monitor, mode = (known.get("monitor", ""), known.get("mode", outcome.mode)) if same else (outcome.monitor, outcome.mode)
+        outcome.compare_by(monitor, mode)
         if known.get("status") != COMPLETE:
             return False
         outcome.status = COMPLETE
@@ -71,7 +74,7 @@ class Records:
         best = best_of(outcomes)
         return {
             "folder": str(self.folder),
-            "trials": [{key: value for key, value in asdict(each).items() if key != "mode"} for each in outcomes],
+            "trials": [{key: value for key, value in asdict(each).items() if key not in ("mode", "seen")} for each in outcomes],
             "best": None if best is None else best.name,
             "next": [] if best is None else self.next.get(best.name, []),
         }
@@ -79,6 +82,8 @@ class Records:
     def _read(self) -> dict[str, Any]:
         file = self.folder / RECORD
         if not file.exists():
+            if self.folder.exists() and not self.folder.is_dir():
+                raise ValueError(f"--folder {self.folder} is a file; name a folder")
             if self.folder.is_dir() and any(self.folder.iterdir()):
                 raise ValueError(f"--folder {self.folder} is not empty and holds no sweep; name another folder")
             return {}
@@ -97,6 +102,17 @@ def best_of(outcomes: Sequence[Outcome]) -> Outcome | None:
     if not done:
         return None
     return min(done, key=lambda each: (each.best or 0.0) * (1 if each.mode == "min" else -1))
+
+
+def without_value(outcomes: Sequence[Outcome]) -> str | None:
+    """Return why no trial is the best, None if one is or none is complete."""
+    done = [each for each in outcomes if each.status == COMPLETE]
+    if not done or any(each.best is not None for each in done):
+        return None
+    there = ", ".join(sorted({name for each in done for name in each.last}))
+    return (
+        f"no complete trial has a value {done[0].monitor!r}; there are {there}. Name one with --monitor, or validate before the run ends."
+    )
 
 
 def table(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[Any]]]:
@@ -122,6 +138,8 @@ def print_report(report: dict[str, Any], outcomes: Sequence[Outcome]) -> None:
     """Print the table, the best trial, and commands to type next."""
     print()
     print_table(*table(outcomes))
+    if unknown := without_value(outcomes):
+        print(f"\nbest: none, for {unknown}")
     if report["best"] is not None:
         print(f"\nbest: {report['best']}\n\nnext:")
         for command in report["next"]:

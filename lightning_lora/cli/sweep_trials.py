@@ -67,6 +67,8 @@ def take_settings(words: Sequence[str]) -> tuple[list[Settings], list[str]]:
             file = value
         else:
             grid[name] = [each.strip() for each in value.split(",")]
+            if "" in grid[name]:
+                raise ValueError(f"--{name} {value}: a value between commas is empty; leave the comma out")
     if file and grid:
         raise ValueError(f"--trials {file} and --{next(iter(grid))} are two descriptions; put all of it into the file")
     found = _of_file(Path(file)) if file else [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]

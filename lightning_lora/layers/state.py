@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +83,11 @@ class Adapted(nn.Module):
     """
 
     lora_state: AdapterState
+
+    @classmethod
+    def never_merges(cls, module: Any) -> str | None:
+        """Return why the update of a module can never be merged, which is known before training; None if it can."""
+        return None
 
     @property
     def spec(self) -> LayerSpec:

@@ -31,6 +31,7 @@ class Outcome:
         best_step: optimizer steps until then.
         steps: optimizer steps so far.
         last: the last value of every metric.
+        seen: metric → "min" and "max" → its smallest and largest value so far, and the optimizer steps until then.
         error: why it failed.
         folder: where its results are, where the command line writes them.
     """
@@ -44,6 +45,7 @@ class Outcome:
     best_step: int = 0
     steps: int = 0
     last: dict[str, float] = field(default_factory=dict)
+    seen: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
     error: str = ""
     folder: str = ""
 
@@ -51,11 +53,18 @@ class Outcome:
         """Note the trainer's values, and whether they are the best so far."""
         self.steps = trainer.global_step
         self.last = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
-        value = self.last.get(self.monitor)
-        if value is None or math.isnan(value):
-            return
-        if self.best is None or (value < self.best if self.mode == "min" else value > self.best):
-            self.best, self.best_step = value, self.steps
+        for name, value in self.last.items():
+            if not math.isnan(value):
+                seen = self.seen.setdefault(name, {mode: [value, self.steps] for mode in ("min", "max")})
+                for mode, better in (("min", value < seen["min"][0]), ("max", value > seen["max"][0])):
+                    if better:
+                        seen[mode] = [value, self.steps]
+        self.compare_by(self.monitor, self.mode)
+
+    def compare_by(self, monitor: str, mode: Mode) -> None:
+        """Compare by a value, which may be another than before."""
+        self.monitor, self.mode = monitor, mode
+        self.best, self.best_step = self.seen[monitor][mode] if monitor in self.seen else (None, 0)
 
 
 class OneRun(Callback):
@@ -102,7 +111,8 @@ class OneRun(Callback):
             vars(pl_module)["training_loss"] = partial(self._loss, pl_module, alone)
 
     def _loss(self, module: LightningModule, alone: Callable[[Any], Any], batch: Any) -> Any:
-        loss = self.ask(module, batch) if module.trainer.training else None
+        # Before training, an init that reads data runs training steps too: what it reads is this trial's alone.
+        loss = self.ask(module, batch) if self.outcome.status == "running" and module.trainer.training else None
         return alone(batch) if loss is None else loss
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -137,6 +147,8 @@ class OneRun(Callback):
 
 def _check(name: str, trainer: Trainer, callbacks: list[LoRACallback]) -> None:
     """Raise ValueError if a run cannot be one of several in a process."""
+    if not callbacks:
+        raise ValueError(f"{name}: it trains every weight, and trials share a frozen base; leave full fine-tuning out, or run it with fit.")
     if len(callbacks) != 1:
         raise ValueError(f"{name}: its Trainer has {len(callbacks)} LoRACallbacks, and a trial has one: the base must stay frozen.")
     if isinstance(callbacks[0], AdaLoRACallback):

@@ -73,11 +73,16 @@ class LoRABias(LoRALayer):
 
     # Merging.
 
+    @classmethod
+    def never_merges(cls, module: Any) -> str | None:
+        """Return a reason if the layer has no bias."""
+        if module._parameters.get("bias") is None:
+            return "its adapter has a bias (variant='lora_bias') and the layer has none to add that to: leave it unmerged"
+        return super().never_merges(module)
+
     def merge_refusal(self, quantized: Quantized | None = None) -> str | None:
         """Return a reason also if the layer has no bias."""
-        if self._parameters.get("bias") is None:
-            return "its adapter has a bias (variant='lora_bias') and the layer has none to add that to: leave it unmerged"
-        return super().merge_refusal(quantized)
+        return self.never_merges(self) or super().merge_refusal(quantized)
 
     def merged_beside(self, name: str) -> Tensor | None:
         """Return the layer's bias plus ``scaling · b``, in full."""

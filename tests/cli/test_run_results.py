@@ -50,6 +50,23 @@ def test_the_adapter_is_that_of_the_last_step_and_the_commands_run(config, model
     assert Path(tmp_path, "run", "merged", "config.json").is_file() and Path(tmp_path, "run", "vllm", "adapter_config.json").is_file()
 
 
+@pytest.mark.parametrize(
+    ("words", "proposed"),
+    [
+        (["--lora.config.trainable_token_indices=[3, 5]"], ["generate", "chat", "merge", "export", "test"]),  # for peft
+        (["--lora.config.variant=lora_bias", "--lora.merge_on_fit_end=false"], ["generate", "chat", "export", "test"]),
+        (["--lora.config.init=loftq", "--lora.quantize=fp8"], ["test"]),
+    ],
+    ids=["rows", "lora_bias", "loftq"],
+)
+def test_no_command_is_proposed_that_refuses_the_adapter(config, words, proposed, capsys):
+    commands = [shlex.split(command)[1:] for command in fit(capsys, config, *words, "--trainer.max_epochs=1")["next"]]
+    assert [each[0] for each in commands] == proposed
+    for each in commands:
+        if each[0] != "chat":
+            assert main(each) == 0, each
+
+
 def test_for_people_there_is_a_list_and_no_json(config, tmp_path, capsys):
     assert main(["fit", "--config", config, "--trainer.enable_progress_bar=false"]) == 0
     output = capsys.readouterr().out

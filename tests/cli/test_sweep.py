@@ -142,6 +142,16 @@ def test_a_fresh_head_and_the_bases_own_dropout(steps, tmp_path):
     assert_same(tmp_path / "sweep" / "rank2-seed4", tmp_path / "single")
 
 
+@pytest.mark.parametrize("init", ["eva", "lora_ga"])
+def test_an_init_that_reads_data_reads_the_trials_own(run, init, tmp_path):
+    """It runs training steps before training: these take part in no joint step."""
+    words = [*run, f"--lora.config.init={init}", "--lora.init_batches=2", "--trainer.max_epochs=1"]
+    assert main(["sweep", *words, "--rank=2,3", "--seed=0,1", "--folder", str(tmp_path / "sweep")]) == 0
+    for name, rank, seed in (("rank2-seed0", 2, 0), ("rank3-seed1", 3, 1)):
+        fit([*words, f"--lora.config.rank={rank}", f"--seed_everything={seed}", f"--data.seed={seed}"], tmp_path / "single" / name)
+        assert_same(tmp_path / "sweep" / name, tmp_path / "single" / name, least=3)
+
+
 TEXTS = [("the sky is blue", "sky"), ("blood is red", "blood"), ("a green apple", "fruit"), ("which pear", "fruit")] * 2
 
 
@@ -191,6 +201,31 @@ def test_a_trial_that_diverges_leaves_the_others_as_they_are(run, tmp_path, caps
     assert_same(tmp_path / "sweep" / "good", tmp_path / "single", least=1)
 
 
+def test_a_value_that_no_trial_has_is_told_and_another_needs_no_training(run, tmp_path, capsys):
+    words = ["sweep", *run, "--rank=1,2", "--folder", str(tmp_path / "sweep"), "--trainer.max_epochs=1"]
+    assert main([*words, "--monitor=val_acc"]) == 0
+    assert "no complete trial has a value 'val_acc'; there are train_loss, val_accuracy, val_loss" in capsys.readouterr().out
+    written = (tmp_path / "sweep" / "rank1" / "metrics.csv").stat().st_mtime_ns
+    for monitor, choose in (("val_loss", min), ("val_perplexity", min), ("val_accuracy", max)):
+        assert main([*words, f"--monitor={monitor}", "--json"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        seen = {
+            trial["name"]: [row[monitor] for row in numbers(tmp_path / "sweep" / trial["name"]) if monitor in row]
+            for trial in report["trials"]
+        }
+        assert {trial["name"]: trial["best"] for trial in report["trials"]} == pytest.approx(
+            {name: choose(each) for name, each in seen.items()}
+        )
+        assert report["best"] is not None
+    assert (tmp_path / "sweep" / "rank1" / "metrics.csv").stat().st_mtime_ns == written
+
+
+def test_a_folder_that_is_a_file_is_refused(run, tmp_path, capsys):
+    (tmp_path / "sweep").write_text("")
+    assert main(["sweep", *run, "--rank=1,2", "--folder", str(tmp_path / "sweep")]) == 2
+    assert "is a file; name a folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -198,6 +233,7 @@ def test_a_trial_that_diverges_leaves_the_others_as_they_are(run, tmp_path, caps
         (["--rank"], "--rank: give a value"),
         (["--rank=2,2"], "two trials are 'rank2'"),
         (["--rank=2,0"], "rank"),
+        (["--rank=2,"], "--rank 2,: a value between commas is empty"),
         (["--rank=2", "--trials=x.yaml"], "are two descriptions"),
         (["--trials=x.yaml"], "no such file"),
         (["--trials={wrong}"], "trial 1: 'ranks' is neither"),
@@ -207,7 +243,7 @@ def test_a_trial_that_diverges_leaves_the_others_as_they_are(run, tmp_path, caps
         (["--rank=2,3", "--lora.colour=blue"], "colour"),
         (["--rank=2,3", "--data.train=nowhere.jsonl"], "no such file"),
         (["--rank=2,3", "--trainer.logger=false"], "save_dir"),
-        (["--rank=2,3", "--full_finetuning=true"], "0 LoRACallbacks"),
+        (["--rank=2,3", "--full_finetuning=true"], "leave full fine-tuning out"),
         (["--rank=8", "--trainer.callbacks={class_path: lightning_lora.AdaLoRACallback}"], "AdaLoRACallback finds the ranks itself"),
         (["--rank=2,3", "--lora.offload=frozen"], "offload"),
         (["--rank=2,3", "--lora.compile=layer", "--side_by_side=true"], "compile='layer' works on the blocks of one model"),

@@ -17,6 +17,7 @@ from lightning_lora import (
     LoRAConfig,
     apply_lora,
     combine_adapters,
+    export_adapter,
     find_targets,
     load_adapter,
     lora_layers,
@@ -26,6 +27,7 @@ from lightning_lora import (
     unload_lora,
     unmerge_lora,
 )
+from lightning_lora.adapter_io.starting import starting_config
 from lightning_lora.quantization.formats import dequantized, lost_factors
 from tests.conftest import same_bits
 from tests.lit import LitNet, bits, trainer
@@ -216,3 +218,23 @@ def test_layers_that_are_not_targets_are_only_quantized() -> None:
     assert same_bits(model.down.weight, twin.down.weight) and same_bits(model.up.weight, twin.up.weight)
     unload_lora(apply_lora(model, lora))
     assert next(lora_layers(apply_lora(model, lora)))[1].lora_B.any()  # the factors stay with the weight
+
+
+@pytest.mark.parametrize("target", ["peft", "vllm", "llama.cpp"])
+def test_no_server_adds_it_to_other_weights(target: str, tmp_path: Path) -> None:
+    save_adapter(apply_lora(packed("fp8", config()), config=config()), tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"init='loftq' belongs to quantized weights \(Float8 .*export_merged"):
+        export_adapter(tmp_path / "adapter", tmp_path / "served", target=target, base="owner/base")
+    assert not (tmp_path / "served").exists()
+
+
+def test_a_run_starts_from_it_before_the_base_is_quantized_as_it_was(tmp_path: Path) -> None:
+    first = apply_lora(packed("fp8", config()), config=config())
+    with torch.no_grad():
+        for _, layer in lora_layers(first):
+            layer.lora_B.add_(0.01)
+    save_adapter(first, tmp_path / "adapter")
+    found = starting_config(plain_stack(), tmp_path / "adapter", config())
+    assert found.init == "loftq"
+    again = load_adapter(apply_lora(packed("fp8", found), config=found), tmp_path / "adapter")
+    assert torch.equal(first(X), again(X))

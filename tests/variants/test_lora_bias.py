@@ -7,9 +7,20 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRAConfig, apply_lora, export_merged, load_adapter, merge_lora, save_adapter, unload_lora, unmerge_lora
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    apply_lora,
+    export_merged,
+    load_adapter,
+    merge_lora,
+    save_adapter,
+    unload_lora,
+    unmerge_lora,
+)
 from lightning_lora.adapter_io.fingerprint import base_identity
 from tests.conftest import fill
+from tests.lit import LitNet, trainer
 from tests.parity.models import llama
 
 IDS = torch.tensor([[5, 3, 9, 1]])
@@ -99,3 +110,12 @@ def test_the_base_that_is_loaded_once_more_leaves_a_merged_bias():
             layer.lora_base_again = True
     adapted.load_state_dict(base)
     assert torch.equal(adapted(IDS).logits, wanted)
+
+
+def test_a_merge_that_cannot_be_is_refused_before_training(tmp_path):
+    net = LitNet()
+    net.net = nn.Sequential(nn.Linear(4, 3, bias=False), nn.Linear(3, 2))
+    lora = LoRAConfig(rank=2, variant="lora_bias", target_modules=["0", "1"], modules_to_save=[])
+    with pytest.raises(ValueError, match=r"'net.0' cannot be merged at the end of fit: .*merge_on_fit_end=False"):
+        trainer(tmp_path, LoRACallback(lora), max_epochs=1).fit(net)
+    assert type(net.net[0]) is nn.Linear
