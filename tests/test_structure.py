@@ -45,6 +45,7 @@ FOLDERS = [
     "",
     "data",
     "tasks",
+    "estimate",
     "cli",
 ]
 OPTIONAL = {"transformers", "PIL", "bitsandbytes", "torchao", "triton", "datasets", "matplotlib", "peft", "gguf", "pytorch_optimizer"}
