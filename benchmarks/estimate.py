@@ -1,11 +1,10 @@
 """Estimated memory beside what was measured on GPUs (benchmarks/README.md and its records): the error of each row.
 
-    python benchmarks/estimate.py            # no GPU, a minute
+python benchmarks/estimate.py            # no GPU, a minute
 """
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 
 import floor_modes

@@ -10,6 +10,7 @@ import torch
 from lightning_lora import LoRAConfig
 from lightning_lora.cli.console import print_json, print_pairs
 from lightning_lora.cli.inspect_rows import CONFIGS
+from lightning_lora.cli.run_rows import RunConfig
 from lightning_lora.estimate import Fit, Setting, estimate_memory, estimate_seconds, largest_fit
 from lightning_lora.estimate.memory import GIB
 from lightning_lora.tasks.hf import skeleton
@@ -65,8 +66,10 @@ def estimate(
     memory = _bytes(fits) if fits is not None else None
     given = {
         "batch": batch, "length": length, "precision": precision, "quantize": quantize, "compiled": compile or None,
-        "recorded": cuda_graphs or None, "chunked_loss": chunked_loss, "checkpointing": checkpointing, "offload": tuple(offload or ()) or None,
-        "strategy": strategy, "devices": devices,
+        "recorded": cuda_graphs or None, "chunked_loss": chunked_loss, "checkpointing": checkpointing,
+        "offload": tuple(offload or ()) or None,
+        "strategy": strategy,
+        "devices": devices,
     }  # fmt: skip
     config: LoRAConfig | None = lora
     task = dtype = None
@@ -97,7 +100,9 @@ def _told(fit: Fit, setting: Setting, memory: str) -> str:
     """Return what fits, in words."""
     lines = [f"in {memory}: {fit.batch} rows of {setting.length} tokens, or {setting.batch} rows of {fit.length}"]
     if fit.knobs is None:
-        lines.append(f"{setting.batch} × {setting.length} does not fit with anything turned on; take fewer or shorter rows, or more devices")
+        lines.append(
+            f"{setting.batch} × {setting.length} does not fit with anything turned on; take fewer or shorter rows, or more devices"
+        )
     elif fit.knobs:
         lines.append(f"{setting.batch} × {setting.length} fits with {', '.join(fit.knobs)}: {fit.estimate.peak / GIB:.2f} GiB")
     else:
@@ -112,10 +117,10 @@ def _bytes(text: str) -> float:
     return float(match[1]) * _UNITS[match[2]]
 
 
-def _of_run(path: str, gguf_file: str | None, lora: LoRAConfig) -> tuple[str, str | None, str | None, Any, LoRAConfig | None, dict[str, Any]]:
+def _of_run(
+    path: str, gguf_file: str | None, lora: LoRAConfig
+) -> tuple[str, str | None, str | None, Any, LoRAConfig | None, dict[str, Any]]:
     """Return what a run's config says: model, GGUF file, class, the weights' dtype, adapters, and fields of the setting."""
-    from lightning_lora.cli.run_rows import RunConfig
-
     run = RunConfig(["--config", path])
     arguments, callback, trainer = run.model_arguments, run.config.lora, run.config.trainer
     name = arguments.get("model")

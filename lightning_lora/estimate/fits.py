@@ -77,7 +77,11 @@ def _tried(setting: Setting) -> Iterator[tuple[tuple[str, ...], Setting]]:
     for name, change in _KNOBS:
         ((field, value),) = change.items()
         now = getattr(setting, field)
-        redundant = now == value or (field == "quantize" and now is not None and not knobs.get(field)) or (field == "checkpointing" and now == "full")
+        redundant = (
+            now == value
+            or (field == "quantize" and now is not None and not knobs.get(field))
+            or (field == "checkpointing" and now == "full")
+        )
         if redundant or (value == ("activations", "frozen") and setting.strategy == "lora_fsdp2"):
             continue
         setting = replace(setting, **change)
@@ -86,11 +90,10 @@ def _tried(setting: Setting) -> Iterator[tuple[tuple[str, ...], Setting]]:
 
 
 def _largest(peak: Callable[[int], int], memory: float, start: int) -> int:
-    """Return the largest count whose peak is within the memory: doubled, then halved between. A peak grows with its count."""
-    low, high = 0, start
-    while peak(high) <= memory:
-        low, high = high, 2 * high
-    while high - low > max(1, low // 64):  # to 2 %: estimates are not better
-        middle = (low + high) // 2
-        low, high = (middle, high) if peak(middle) <= memory else (low, middle)
-    return low
+    """Return about the largest count whose peak is within the memory, 0 if none is. Activations grow in proportion to the count, so two
+    peaks give it; where the loss has less than a chunk they grow faster, so the count is lowered until it fits."""
+    first, second = peak(start), peak(2 * start)
+    count = int(start + (memory - first) * start / (second - first))
+    while count > 0 and peak(count) > memory:
+        count -= max(1, count // 32)
+    return max(count, 0)

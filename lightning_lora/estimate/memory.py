@@ -52,6 +52,7 @@ class Estimate:
 
     @property
     def peak(self) -> int:
+        """The sum of the parts."""
         return sum(getattr(self, field.name) for field in fields(self))
 
     def parts(self) -> dict[str, int]:
@@ -84,25 +85,32 @@ def estimate_memory(model: Any, config: LoRAConfig | None, setting: Setting) -> 
     own = {id(parameter): parameter.nbytes for parameter in model.parameters()}  # the bytes that mixed precision keeps
     mixed = setting.precision.endswith("mixed")
     casts = sum(p.numel() * 2 for p in model.parameters() if mixed and p.dim() > 1 and p.dtype == torch.float32)
+    buffers = sum(buffer.nbytes for buffer in model.buffers()) if mixed else None
     stored = {name: own[id(parameter)] if mixed else 0 for name, parameter in model.named_parameters()}
     model.to(DTYPES[setting.precision])
+    buffers = sum(buffer.nbytes for buffer in model.buffers()) if buffers is None else buffers
     packed = _packed(model, setting.quantize) if setting.quantize else {}
     if config is not None:
         apply_lora(model, replace(config, dropout=0.0))  # the kernels keep no mask
     frozen = {
-        name: packed.get(name, stored.get(name) or parameter.nbytes) for name, parameter in model.named_parameters() if not parameter.requires_grad
+        name: packed.get(name, stored.get(name) or parameter.nbytes)
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad
     }
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = sum(parameter.nbytes for parameter in trained)
     saved = count_saved(model, lambda: _hidden(model, setting), setting.compiled)
     widest = max((parameter.nbytes for name, parameter in model.named_parameters() if name in packed), default=0)
     kept = _activations(saved, setting) + (casts if not packed else 0)
-    logits, working = _logits(model, saved.output, setting), saved.backward + (widest if setting.quantize and "nf4" in setting.quantize else 0)
+    logits, working = (
+        _logits(model, saved.output, setting),
+        saved.backward + (widest if setting.quantize and "nf4" in setting.quantize else 0),
+    )
     shards = setting.devices if setting.strategy == "lora_fsdp2" else 1
     last = max(saved.blocks, default=0) + saved.outside + working  # when the first block goes backward, all gradients are there
     now = kept + max(logits, working)
     return Estimate(
-        base=_base(model, frozen, setting) + sum(buffer.nbytes for buffer in model.buffers()),
+        base=_base(model, frozen, setting) + buffers,
         adapters=gradients // shards + (gradients if setting.strategy == "ddp" else 0),
         optimizer=MOMENTS * sum(parameter.numel() * 4 for parameter in trained) // shards,
         gradients=max(0, gradients // shards + last - now),
@@ -120,7 +128,7 @@ def _hidden(model: Any, setting: Setting) -> Tensor:
     body = getattr(model, getattr(model, "base_model_prefix", "") or "", model)
     more = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {"use_cache": False}
     try:
-        return body(input_ids=ids, **more).last_hidden_state  # type: ignore[no-any-return]
+        return body(input_ids=ids, **more).last_hidden_state
     except TypeError as error:
         raise ValueError(f"{type(model).__name__} does not take input_ids as models of text do: {error}") from error
 

@@ -23,12 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from lightning_lora.ops import backends
 from lightning_lora.utils.blocks import repeated_blocks
+from lightning_lora.utils.torch_private import dispatch_mode, flash_attention, operator_name, storage_key, tensors_in
 
 OUTSIDE = -1  # the number of what is in no block
 # Parts of the names of operators whose results a compiler keeps rather than compute them again.
@@ -107,19 +106,22 @@ class _OnMeta(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention and args[0].is_meta:
-            return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3], 0.0, True)[0]
+            return flash_attention(*args[:3])
         if func is Tensor.__bool__ and args[0].is_meta:
             return True
         return func(*args, **(kwargs or {}))
 
 
-class _Meter(TorchDispatchMode):
+_DispatchMode: Any = dispatch_mode()
+
+
+class _Meter(_DispatchMode):  # type: ignore[misc]
     """Knows of each storage what made it, and lists when each comes and goes."""
 
     def __init__(self, model: nn.Module, compiled: bool) -> None:
         super().__init__()
         self._backward, self._compiled, self._block = False, compiled, OUTSIDE
-        self._fixed = {_address(tensor) for tensor in chain(model.parameters(), model.buffers())}
+        self._fixed = {storage_key(tensor) for tensor in chain(model.parameters(), model.buffers())}
         self._known: dict[int, Storage] = {}
         self._saved: dict[int, set[Storage]] = defaultdict(set)
         self._inputs: dict[int, int] = {}
@@ -127,29 +129,29 @@ class _Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
-        namespace, _, name = func._schema.name.partition("::")
+        namespace, _, name = operator_name(func).partition("::")
         outside = self._block == OUTSIDE and not self._backward
         kept = outside or namespace == "lightning_lora" or any(part in name for part in _KEPT)
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given = tensors_in((args, kwargs))
         if name in _SCRATCH:
-            scratch = Storage(_SCRATCH[name] * max(t.nbytes for t in given if _address(t) not in self._fixed))
+            scratch = Storage(_SCRATCH[name] * max(t.nbytes for t in given if storage_key(t) not in self._fixed))
             self._events += [(scratch, 1), (scratch, -1)]
-        sources = [self._known[_address(t)] for t in given if _address(t) in self._known]
+        sources = [self._known[storage_key(t)] for t in given if storage_key(t) in self._known]
         roots = frozenset(root for source in sources for root in source.roots)
-        for result in tree_leaves(results):
-            if isinstance(result, Tensor) and _address(result) not in self._fixed and _address(result) not in self._known:
+        for result in tensors_in(results):
+            if storage_key(result) not in self._fixed and storage_key(result) not in self._known:
                 self._made(result, "attention" in name, None if kept else roots)
         return results
 
     def _made(self, result: Tensor, attention: bool, roots: frozenset[Storage] | None) -> None:
-        held = result.untyped_storage()
+        held, key = result.untyped_storage(), storage_key(result)
         storage = Storage(held.nbytes(), attention)
         storage.roots = frozenset([storage]) if roots is None else roots
-        self._known[held._cdata] = storage
+        self._known[key] = storage
         seen = self._backward and (roots is None or not self._compiled)
         if seen:
             self._events.append((storage, 1))
-        weakref.finalize(held, self._freed, held._cdata, storage if seen else None)
+        weakref.finalize(held, self._freed, key, storage if seen else None)
 
     def _freed(self, key: int, storage: Storage | None) -> None:
         self._known.pop(key, None)
@@ -162,7 +164,7 @@ class _Meter(TorchDispatchMode):
 
     def save(self, tensor: Tensor) -> Tensor:
         """Note what autograd saves."""
-        storage = self._known.get(_address(tensor))
+        storage = self._known.get(storage_key(tensor))
         if storage is not None:
             self._saved[self._block] |= storage.roots if self._compiled else {storage}
         return tensor
@@ -172,13 +174,15 @@ class _Meter(TorchDispatchMode):
 
         def begin(module: Any, args: Any, kwargs: Any) -> None:
             self._block = index
-            self._inputs[index] = max((t.nbytes for t in tree_leaves((args[:1], kwargs.get("hidden_states"))) if isinstance(t, Tensor)), default=0)
+            self._inputs[index] = max(
+                (t.nbytes for t in tree_leaves((args[:1], kwargs.get("hidden_states"))) if isinstance(t, Tensor)), default=0
+            )
 
         def end(module: Any, args: Any, output: Any) -> None:
             self._block = OUTSIDE
-            for result in tree_leaves(output):
-                if isinstance(result, Tensor) and _address(result) in self._known:
-                    storage = self._known[_address(result)]
+            for result in tensors_in(output):
+                if storage_key(result) in self._known:
+                    storage = self._known[storage_key(result)]
                     storage.roots = frozenset([storage])
 
         yield block.register_forward_pre_hook(begin, with_kwargs=True)
@@ -198,7 +202,3 @@ class _Meter(TorchDispatchMode):
         gone = {storage for storage, sign in self._events if sign < 0}  # the others are the parameters' gradients
         backward = max(accumulate(sign * storage.bytes for storage, sign in self._events if storage in gone), default=0)
         return Saved(tuple(sums), inputs, tuple(attention), outside, output, backward)
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata

@@ -17,7 +17,7 @@ from lightning_lora.utils.blocks import repeated_blocks
 
 #: Device → dense bf16 FLOPs a second, by its maker.
 RATES = {"h200": 989e12, "h100": 989e12, "a100": 312e12, "4090": 165e12, "l4": 121e12}
-# Shares of the rate that steps on an H200 reached (benchmarks/README.md): 1B eager 0.32 to 8B compiled 0.58, with an FP8 base 0.8 of bf16's;
+# Shares of the rate that steps on an H200 reached (benchmarks/README.md): 1B eager 0.32, 8B compiled 0.58, with an FP8 base 0.8;
 # a mixture's eager 2 × 2048 tokens 0.10, compiled 0.26.
 DENSE, EXPERTS, FLOAT8 = (0.30, 0.62), (0.09, 0.30), (0.40, 0.88)
 

@@ -66,7 +66,7 @@ class Setting:
     def __post_init__(self) -> None:
         for name in ("batch", "length", "devices"):
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a positive whole number")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:

@@ -50,7 +50,7 @@ def dispatch(function: Callable[..., list[Tensor]], *operands: Any) -> list[Tens
 
 @contextmanager
 def shapes_only() -> Iterator[None]:
-    """While active, functions are called as operators in eager code too: on the meta device these give empty results of the right shapes."""
+    """While active, eager code calls the operators too: on the meta device they give empty results of the right shapes."""
     global without_values
     outer, without_values = without_values, True
     try:
