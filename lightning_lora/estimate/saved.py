@@ -115,7 +115,7 @@ class _OnMeta(TorchFunctionMode):
 _DispatchMode: Any = dispatch_mode()
 
 
-class _Meter(_DispatchMode):  # type: ignore[misc]
+class _Meter(_DispatchMode):
     """Knows of each storage what made it, and lists when each comes and goes."""
 
     def __init__(self, model: nn.Module, compiled: bool) -> None:
@@ -174,9 +174,7 @@ class _Meter(_DispatchMode):  # type: ignore[misc]
 
         def begin(module: Any, args: Any, kwargs: Any) -> None:
             self._block = index
-            self._inputs[index] = max(
-                (t.nbytes for t in tree_leaves((args[:1], kwargs.get("hidden_states"))) if isinstance(t, Tensor)), default=0
-            )
+            self._inputs[index] = max((t.nbytes for t in tensors_in((args[:1], kwargs.get("hidden_states")))), default=0)
 
         def end(module: Any, args: Any, output: Any) -> None:
             self._block = OUTSIDE
