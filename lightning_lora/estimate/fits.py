@@ -10,7 +10,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.estimate.memory import Estimate, estimate_memory
 from lightning_lora.estimate.setting import Setting
 
-# In order of cost: no time, about 0.2 s a step or none, a fifth more time, a third, copies beside, another base, slower products.
+# In order of cost, by judgement: the first two take no time, then more is computed again, then another base, then copies each step.
 _KNOBS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("chunked loss", {"chunked_loss": True}),
     ('compile="layer"', {"compiled": True}),
