@@ -23,8 +23,7 @@ PACKAGE = Path(lightning_lora.__file__).parent
 ROOT = Path(__file__).parents[1]
 NAME = "lightning_lora"
 
-# The order of imports is the order of folders, lowest first; a file outside folders stands in the list by its own name, and "" is the
-# package itself. A file imports from lower folders, and in its own folder without a cycle.
+# The order of imports, lowest first; a file outside folders stands by its own name, "" is the package itself. No cycles in a folder.
 FOLDERS = [
     "utils",
     "storage",
@@ -45,6 +44,7 @@ FOLDERS = [
     "",
     "data",
     "tasks",
+    "estimate",
     "cli",
 ]
 OPTIONAL = {"transformers", "PIL", "bitsandbytes", "torchao", "triton", "datasets", "matplotlib", "peft", "gguf", "pytorch_optimizer"}

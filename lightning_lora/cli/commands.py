@@ -5,13 +5,14 @@ from __future__ import annotations
 from lightning_lora import LoRAConfig
 from lightning_lora.cli.chat import chat
 from lightning_lora.cli.combine import combine, compress
+from lightning_lora.cli.estimate import estimate
 from lightning_lora.cli.export import export
 from lightning_lora.cli.generate import generate
 from lightning_lora.cli.init import init
 from lightning_lora.cli.inspect_files import inspect_adapter, inspect_model, is_adapter
 from lightning_lora.cli.merge import merge
 
-__all__ = ["chat", "combine", "compress", "export", "generate", "init", "inspect", "merge"]
+__all__ = ["chat", "combine", "compress", "estimate", "export", "generate", "init", "inspect", "merge"]
 
 
 ALL = LoRAConfig(target_modules="all-linear")  # the names of a model's layers are what a user wants to know

@@ -34,6 +34,7 @@ SWEEP_OPTIONS = {
 TOOLS = {
     "init": "look at a model and a data file, and write a config that trains one on the other",
     "inspect": "print what is in a model, an adapter, a data file or a run's config",
+    "estimate": "say how much memory and time a training step takes, and what makes it fit",
     "generate": "answer one prompt, or each prompt of a file",
     "chat": "talk to a model",
     "merge": "write a model with its adapter merged in, as a folder for from_pretrained",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.utils.autocast import autocast_dtype
+from lightning_lora.utils.custom_op import shapes_only
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ _RUNS: dict[int, bool] = {}  # CUDA device → whether it runs the kernels
 _FLOAT8: set[int] = set()  # CUDA devices that run the kernels and have FP8 tensor cores
 
 
+_planned = 0  # entries from which tensors on the meta device count as a GPU's, 0: never
 _recording = False  # a global, not a context variable: a compiler guards its graphs by globals only
 
 
@@ -46,6 +48,22 @@ def recording() -> Iterator[None]:
         yield
     finally:
         _recording = outer
+
+
+@contextmanager
+def planned(compiled: bool = False) -> Iterator[None]:
+    """While active, let tensors on the meta device take the ways that a GPU with the kernels takes. For estimates of memory.
+
+    Args:
+        compiled: as compiled blocks take them.
+    """
+    global _planned
+    outer, _planned = _planned, FEW_ENTRIES_COMPILED if compiled and not _recording else 1
+    try:
+        with shapes_only():
+            yield
+    finally:
+        _planned = outer
 
 
 def look_at(device: torch.device) -> None:
@@ -78,14 +96,15 @@ def worth_kernels(x: Tensor) -> bool:
     Under autocast, x may still have the dtype that it will be cast from.
     """
     if not x.is_cuda:
-        return False
+        return bool(_planned and x.is_meta and x.numel() >= max(_planned, FEW_ROWS * x.shape[-1]) and has_kernels(x))
     few = FEW_ENTRIES_COMPILED if torch.compiler.is_compiling() and not _recording else FEW_ROWS * x.shape[-1]
     return x.numel() >= few and has_kernels(x)
 
 
 def has_kernels(x: Tensor) -> bool:
     """True if the Triton kernels run on x, however small it is: in half precision, on a GPU of the Ampere generation or later."""
-    return x.is_cuda and (autocast_dtype(x) or x.dtype) in (torch.bfloat16, torch.float16) and _RUNS.get(x.device.index, False)
+    runs = _RUNS.get(x.device.index, False) if x.is_cuda else bool(_planned and x.is_meta)
+    return runs and (autocast_dtype(x) or x.dtype) in (torch.bfloat16, torch.float16)
 
 
 def runs_kernels(device: torch.device) -> bool:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_lora.registry import qualified_name
+from lightning_lora.utils import custom_op
 from lightning_lora.utils.autocast import autocast_dtype
 
 
@@ -106,7 +107,8 @@ def flatten_weights(weights: Sequence[Tensor | FrozenWeight]) -> tuple[list[Tens
     """
     frozen = [weight if isinstance(weight, FrozenWeight) else FrozenWeight(weight) for weight in weights]
     tensors = [tensor for weight in frozen for tensor in weight.tensors]
-    return (tensors, [weight.layout for weight in frozen]) if torch.compiler.is_compiling() else (tensors, frozen)
+    operators = custom_op.without_values or torch.compiler.is_compiling()
+    return (tensors, [weight.layout for weight in frozen]) if operators else (tensors, frozen)
 
 
 def unflatten_weights(tensors: Sequence[Tensor], layouts: Sequence[FrozenWeight] | Sequence[str]) -> Sequence[FrozenWeight]:

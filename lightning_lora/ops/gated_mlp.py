@@ -51,12 +51,12 @@ def lora_gated_mlp(
     if dtype is not None:
         with torch.autocast(x.device.type, enabled=False):
             return lora_gated_mlp(x.to(dtype), weights, A_list, B_list, scales, dropout, out_scales)
-    from lightning_lora.ops import triton_low_rank
-
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     source = source_down = None
     threshold = 0
     if dropout:
+        from lightning_lora.ops import triton_low_rank
+
         (source, threshold), probability = triton_low_rank.draw_drop(rows, dropout)
         (source_down, _), _ = triton_low_rank.draw_drop(rows, dropout)
         scales = [scale / (1 - probability) for scale in scales]

@@ -6,7 +6,8 @@ Functionalization would clone every tensor that they update in place. Eager code
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor, library
 
 _LIBRARY = library.Library("lightning_lora", "DEF")
 _OPERATIONS: dict[Callable[..., list[Tensor]], Any] = {}
+
+without_values = False  # true in `shapes_only`; read it here, as an attribute of this module
 
 
 def register_custom_op(schema: str, function: Callable[..., list[Tensor]], shapes: Callable[..., list[Tensor]]) -> None:
@@ -41,5 +44,16 @@ def register_custom_op(schema: str, function: Callable[..., list[Tensor]], shape
 
 
 def dispatch(function: Callable[..., list[Tensor]], *operands: Any) -> list[Tensor]:
-    """Return the function's result, through its custom operator while a compiler is tracing."""
-    return (_OPERATIONS[function] if torch.compiler.is_compiling() else function)(*operands)
+    """Return the function's result, through its custom operator while a compiler is tracing, or in :func:`shapes_only`."""
+    return (_OPERATIONS[function] if without_values or torch.compiler.is_compiling() else function)(*operands)
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """While active, eager code calls the operators too: on the meta device they give empty results of the right shapes."""
+    global without_values
+    outer, without_values = without_values, True
+    try:
+        yield
+    finally:
+        without_values = outer

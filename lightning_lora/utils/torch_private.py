@@ -206,3 +206,33 @@ def map_tensors(cls: type[Tensor], change: Callable[[Any], Any], tree: Any) -> A
 def may_vary(tensor: Tensor, dim: int) -> None:
     """Let a dimension's size differ between calls of one graph. Without it compiling the loss raises."""
     torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """Return the tensors of a nested list, tuple or dict, or of a model's output. Without it ``estimate_memory`` raises."""
+    from torch.utils._pytree import tree_leaves
+
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def storage_key(tensor: Tensor) -> int:
+    """Return a number that a tensor and its views share, on the meta device too. Without it ``estimate_memory`` raises."""
+    return tensor.untyped_storage()._cdata
+
+
+def operator_name(op: Any) -> str:
+    """Return the name of a dispatched operator, ``namespace::name``. Without it ``estimate_memory`` raises."""
+    return str(op._schema.name)
+
+
+def flash_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Return causal attention by torch's flash kernel, also on the meta device. Without it ``estimate_memory`` raises."""
+    output: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True)[0]
+    return output
+
+
+def dispatch_mode() -> type[Any]:
+    """Return the class of modes that see each operator run. Without it ``estimate_memory`` raises."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    return TorchDispatchMode

@@ -1,0 +1,177 @@
+"""The peak memory of a training step, and its parts.
+
+What blocks save is counted (:mod:`lightning_lora.estimate.saved`); parameters, optimizer and logits follow from sizes. Of these rules
+each is by what was measured on an H200 (benchmarks/README.md, "Estimated memory").
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.config import ALL_LINEAR, LoRAConfig
+from lightning_lora.estimate.saved import Saved, count_saved
+from lightning_lora.estimate.setting import DTYPES, QUANTIZED, Setting
+from lightning_lora.model.apply import apply_lora
+from lightning_lora.model.targeting import find_targets
+from lightning_lora.utils.blocks import repeated_blocks
+
+GIB = 2**30
+CHUNK = 2048  # rows of logits that the chunked loss has at a time
+MOMENTS = 2  # of AdamW, in fp32 for each trained parameter
+STAYING = 2  # blocks whose activations are on the device with offload="activations" when the backward pass begins
+RESIDENT = 2  # blocks whose weights are on the device with offload="frozen", or gathered under lora_fsdp2
+RECORDED = 0.06  # of the activations: gaps in the memory of CUDA graphs
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The memory of a step's peak on one device, in bytes. The parts add up to :attr:`peak`.
+
+    Attributes:
+        base: frozen weights and buffers.
+        adapters: what trains, in its own dtype, and under ddp its gradients' buckets.
+        optimizer: AdamW's moments.
+        gradients: of what trains, as far as they are there at the peak: they come while activations go.
+        activations: what is kept for the backward pass.
+        logits: the loss and its gradient while they are computed.
+        working: what the backward pass needs more than that, as activations are all there.
+    """
+
+    base: int
+    adapters: int
+    optimizer: int
+    gradients: int
+    activations: int
+    logits: int
+    working: int
+
+    @property
+    def peak(self) -> int:
+        """The sum of the parts."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    def parts(self) -> dict[str, int]:
+        """Return name → bytes, in the order in which they are printed."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def __str__(self) -> str:
+        rows = {**self.parts(), "peak": self.peak}
+        return "\n".join(f"{name:<12}{size / GIB:8.2f} GiB" for name, size in rows.items())
+
+
+def estimate_memory(model: Any, config: LoRAConfig | None, setting: Setting) -> Estimate:
+    """Estimate the peak memory of a training step.
+
+    It is what the allocator hands out, as ``torch.cuda.max_memory_allocated`` says; for recorded blocks what it reserves. Libraries and the
+    CUDA context take 0.5 to 1 GiB more.
+
+    Args:
+        model: a model of text from transformers on the meta device, without adapters. It does not change.
+        config: of the adapters; None trains every weight.
+        setting: of the run.
+
+    Raises:
+        ValueError: the model is not on the meta device, is not one of text, or cannot run there; or the config does not fit it.
+    """
+    loaded = next((name for name, parameter in model.named_parameters() if not parameter.is_meta), None)
+    if loaded is not None:
+        raise ValueError(f"{loaded!r} of {type(model).__name__} is not on the meta device: build the model under torch.device('meta')")
+    model = copy.deepcopy(model).train()
+    own = {id(parameter): parameter.nbytes for parameter in model.parameters()}  # the bytes that mixed precision keeps
+    mixed = setting.precision.endswith("mixed")
+    casts = sum(p.numel() * 2 for p in model.parameters() if mixed and p.dim() > 1 and p.dtype == torch.float32)
+    buffers = sum(buffer.nbytes for buffer in model.buffers()) if mixed else None
+    stored = {name: own[id(parameter)] if mixed else 0 for name, parameter in model.named_parameters()}
+    model.to(DTYPES[setting.precision])
+    buffers = sum(buffer.nbytes for buffer in model.buffers()) if buffers is None else buffers
+    packed = _packed(model, setting.quantize) if setting.quantize else {}
+    if config is not None:
+        apply_lora(model, replace(config, dropout=0.0))  # the kernels keep no mask
+    frozen = {
+        name: packed.get(name, stored.get(name) or parameter.nbytes)
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad
+    }
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = sum(parameter.nbytes for parameter in trained)
+    saved = count_saved(model, lambda: _hidden(model, setting), setting.compiled)
+    widest = max((parameter.nbytes for name, parameter in model.named_parameters() if name in packed), default=0)
+    kept = _activations(saved, setting) + (casts if not packed else 0)
+    logits, working = (
+        _logits(model, saved.output, setting),
+        saved.backward + (widest if setting.quantize and "nf4" in setting.quantize else 0),
+    )
+    shards = setting.devices if setting.strategy == "lora_fsdp2" else 1
+    last = max(saved.blocks, default=0) + saved.outside + working  # when the first block goes backward, all gradients are there
+    now = kept + max(logits, working)
+    return Estimate(
+        base=_base(model, frozen, setting) + buffers,
+        adapters=gradients // shards + (gradients if setting.strategy == "ddp" else 0),
+        optimizer=MOMENTS * sum(parameter.numel() * 4 for parameter in trained) // shards,
+        gradients=max(0, gradients // shards + last - now),
+        activations=kept,
+        logits=logits,
+        working=max(0, working - logits),
+    )
+
+
+def _hidden(model: Any, setting: Setting) -> Tensor:
+    """Return the last hidden states of rows of full length."""
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        raise ValueError(f"{type(model).__name__} reads {model.main_input_name!r}; estimate knows models of text")
+    ids = torch.zeros(setting.batch, setting.length, dtype=torch.long, device="meta")
+    body = getattr(model, getattr(model, "base_model_prefix", "") or "", model)
+    more = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {"use_cache": False}
+    try:
+        return body(input_ids=ids, **more).last_hidden_state
+    except TypeError as error:
+        raise ValueError(f"{type(model).__name__} does not take input_ids as models of text do: {error}") from error
+
+
+def _activations(saved: Saved, setting: Setting) -> int:
+    """Return what is kept between the passes, and of a checkpointed model what its last block makes again."""
+    if setting.checkpointing is None:
+        kept = sum(saved.blocks)
+    else:
+        attention = saved.attention if setting.checkpointing == "selective" else (0,) * len(saved.blocks)
+        each = [a + b for a, b in zip(saved.inputs, attention, strict=True)]
+        again = max((block - held for block, held in zip(saved.blocks, each, strict=True)), default=0)
+        kept = sum(each[-STAYING:] if "activations" in setting.offload else each) + again
+    return int((kept + saved.outside) * (1 + RECORDED * setting.recorded))
+
+
+def _logits(model: Any, hidden: int, setting: Setting) -> int:
+    """Return the memory of the loss: logits in fp32, their log-softmax and gradient; or of one chunk. And the hidden states' gradients."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        return hidden
+    rows, vocabulary = setting.batch * setting.length, head.weight.shape[0]
+    if not setting.chunked_loss or head.weight.requires_grad:
+        return rows * vocabulary * 12 + hidden
+    width = DTYPES[setting.precision].itemsize
+    each = 2 * width + (0 if setting.compiled else 4)  # logits, their gradient, and the log-softmax in fp32 unless it is compiled
+    return min(rows, CHUNK) * vocabulary * each + 2 * hidden
+
+
+def _packed(model: nn.Module, how: str) -> dict[str, int]:
+    """Return the bytes of each weight that is quantized."""
+    per_entry, per_channel = QUANTIZED[how]
+    targets = find_targets(model, LoRAConfig(rank=1, target_modules=ALL_LINEAR)).targets
+    layers = {target.fqn: target.module for target in targets if type(target.module) is nn.Linear}
+    return {f"{fqn}.weight": int(m.weight.numel() * per_entry + m.out_features * per_channel) for fqn, m in layers.items()}
+
+
+def _base(model: nn.Module, frozen: dict[str, int], setting: Setting) -> int:
+    """Return the frozen weights on one device."""
+    blocks = [sum(size for name, size in frozen.items() if name.startswith(f"{fqn}.")) for fqn, _ in repeated_blocks(model)]
+    outside = sum(frozen.values()) - sum(blocks)
+    if "frozen" in setting.offload:
+        return outside + sum(sorted(blocks)[-RESIDENT:])
+    if setting.strategy == "lora_fsdp2":  # what is in no block is whole from the first pass on, and some blocks are while they compute
+        return outside + sum(blocks) // setting.devices + sum(sorted(blocks)[-RESIDENT:]) * (setting.devices - 1) // setting.devices
+    return outside + sum(blocks)

@@ -1,0 +1,47 @@
+"""`estimate`: of a model and of a run's config, without weights."""
+
+import json
+
+import pytest
+
+from lightning_lora.cli.main import main
+
+
+def numbers(capsys, *words):
+    assert main(["estimate", *words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_model(model, capsys):
+    found = numbers(capsys, model, "--batch", "2", "--length", "16", "--lora.rank", "2")
+    parts = found["bytes"]
+    assert parts.pop("peak") == sum(parts.values()) and found["setting"]["batch"] == 2 and found["seconds"][0] < found["seconds"][1]
+    wider = numbers(capsys, model, "--batch", "2", "--length", "16", "--lora.rank", "4")
+    assert wider["bytes"]["adapters"] == 2 * parts["adapters"]
+    assert main(["estimate", model, "--fits", "1MiB", "--device", "cpu"]) == 0
+    output = capsys.readouterr().out
+    assert "peak" in output and "not estimated" in output and "in 1MiB: " in output
+
+
+def test_a_runs_config(config, capsys):
+    found = numbers(capsys, config)
+    assert found["setting"]["precision"] == "32-true"
+    more = numbers(capsys, config, "--batch", "64", "--fits", "24GiB")
+    assert more["setting"]["batch"] == 64 and more["bytes"]["activations"] > found["bytes"]["activations"]
+    assert more["fits"]["knobs"] == [] and more["fits"]["batch"] >= 64
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--fits", "24"], "fits='24' is not a memory"),
+        (["--fits", "0GiB"], "fits='0GiB'"),
+        (["--batch", "0"], "batch=0"),
+        (["--device", "tpu"], "device='tpu'"),
+        (["--quantize", "int3"], "quantize='int3'"),
+        (["--lora.target_modules=nowhere"], "nowhere"),
+    ],
+)
+def test_wrong_input_is_named(model, words, message, capsys):
+    assert main(["estimate", model, *words]) == 2
+    assert message in capsys.readouterr().err
