@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from lightning_lora.adapter_io.adapter_set import AdapterSet, load_adapters
     from lightning_lora.adapter_io.combine import combine_adapters, compress_adapter
     from lightning_lora.adapter_io.export_adapter import export_adapter
-    from lightning_lora.callbacks import AdaLoRACallback, LoRACallback
+    from lightning_lora.callbacks import AdaLoRACallback, LoRACallback, LoRAMonitor
     from lightning_lora.model.checkpointing import checkpoint_layers
     from lightning_lora.model.compile import compile_layers, cuda_graph_step, uncompile_layers
     from lightning_lora.model.data_start import initialize_from_data
@@ -55,6 +55,7 @@ __all__ = [
     "LoRAFSDP2Strategy",
     "LoRALayer",
     "LoRALinear",
+    "LoRAMonitor",
     "MergeCertificate",
     "RankAllocator",
     "advise_learning_rate",
@@ -106,6 +107,7 @@ _LAZY = {
     "DurableCheckpointIO": "strategies",
     "LoRACallback": "callbacks",
     "LoRAFSDP2Strategy": "strategies",
+    "LoRAMonitor": "callbacks",
     "advise_learning_rate": "optim.advice",
     "checkpoint_layers": "model.checkpointing",
     "combine_adapters": "adapter_io.combine",

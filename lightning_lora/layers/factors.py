@@ -158,6 +158,14 @@ class Factors(Mergeable):
         """
         return self.update_factors()
 
+    @torch.no_grad()
+    def exact_pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Return A (..., r, in) and B (..., out, r) of each product whose sum or stack is the update; full tensors on the adapter's device.
+
+        A collective on sharded layers.
+        """
+        return [self._exactly(next(iter(self.lora_parameters().values())).device, self.factor_matrices)]
+
     def lora_delta(self) -> Tensor:
         """Return ``scaling · B·A`` in the weight's shape."""
         A, B = self.factor_matrices()

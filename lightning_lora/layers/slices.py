@@ -60,6 +60,12 @@ class Sliced(Factors):
         A, B = super().update_factors()
         return A, _slices(self.spec).placed(B)
 
+    def exact_pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Return A (r, in) and B (rows of the slice, r) of each slice."""
+        ((A, B),) = super().exact_pairs()
+        slices = _slices(self.spec)
+        return list(zip(A.chunk(len(slices.names)), slices.taken(B).split(slices.sizes), strict=True))
+
     def factor_rows(self) -> list[int]:
         """Return the number of rows of each slice."""
         return _slices(self.spec).sizes

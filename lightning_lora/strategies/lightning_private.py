@@ -24,6 +24,11 @@ from torch import nn
 from lightning_lora.strategies.namespaces import LIGHTNING, library, loaded, twins
 
 
+def logged_step(trainer: Any) -> int:
+    """Return the step under which Lightning logs now. If its name goes, logging raises."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
 def saves_shards(strategy: Strategy) -> bool:
     """True if the user asked for checkpoints as folders of shards. If its names go, saving raises."""
     if isinstance(strategy, twins(FSDPStrategy)):

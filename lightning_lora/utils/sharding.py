@@ -58,6 +58,34 @@ def shard_groups(tensor: Tensor) -> tuple[Any, ...]:
     return tuple(mesh.get_group(dim) for dim, placement in enumerate(placements) if not placement.is_replicate())
 
 
+@torch.no_grad()
+def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the sum of squares of each tensor, (n,), float64 on the CPU. Read in pieces, so that no wide copy of a tensor exists.
+
+    Of sharded tensors only the sums travel: one collective for all that are cut over the same groups.
+    """
+    together: dict[tuple[Any, ...], list[int]] = {}
+    parts: list[Tensor] = []
+    for number, tensor in enumerate(tensors):
+        if any(placement.is_partial() for placement in getattr(tensor, "placements", ())):
+            tensor = full_tensor(tensor)  # each rank has a summand of each entry
+        together.setdefault((local_tensor(tensor).device, shard_groups(tensor)), []).append(number)
+        parts.append(_square(local_tensor(tensor.detach())))
+    found = torch.empty(len(tensors), dtype=torch.float64)
+    for (_, groups), numbers in together.items():
+        sums = torch.stack([parts[number] for number in numbers])
+        for group in groups:
+            torch.distributed.all_reduce(sums, group=group)
+        found[numbers] = sums.cpu().double()
+    return found
+
+
+def _square(tensor: Tensor) -> Tensor:
+    wide = torch.float32 if tensor.device.type == "mps" else torch.float64  # MPS has no float64
+    pieces = tensor.reshape(-1).split(1 << 22)
+    return torch.stack([torch.linalg.vector_norm(piece, dtype=wide).square() for piece in pieces]).sum()
+
+
 def cut_dimensions(tensor: Tensor) -> set[int]:
     """Return the dimensions along which a DTensor is cut; none for any other tensor."""
     placements: Any = tensor.placements if is_sharded(tensor) else ()  # type: ignore[attr-defined]
