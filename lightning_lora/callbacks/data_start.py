@@ -123,6 +123,7 @@ class TrainingStep:
         self.takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
 
     def __call__(self, model: nn.Module, batch: Any) -> Any:
+        """Return what ``training_step`` returns for one of the batches."""
         index = [self.indices[id(batch)]] * self.takes_index
         return self.trainer.strategy.training_step(prepared_batch(self.trainer, batch), *index)
 

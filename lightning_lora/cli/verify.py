@@ -16,12 +16,12 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_lora.adapter_io.verify import Check
 from lightning_lora.cli.console import print_json, print_table
 from lightning_lora.cli.messages import one_line
 from lightning_lora.cli.tuned import content_of
 from lightning_lora.cli.verify_runs import MANY, ONE, START, STEPS, OneProcess, ShortRun
 from lightning_lora.model.trial_values import precision
+from lightning_lora.model.verify_checks import Check
 
 FOLDER = "LIGHTNING_LORA_VERIFY"  # set for the processes that the strategy starts
 STRATEGY = "the strategy equals one process"
@@ -79,7 +79,7 @@ def _checks(words: Sequence[str], folder: Path) -> list[Check]:
         return [*rows, Check(STRATEGY, "failed", advice=one_line(error))]
     finally:
         del os.environ[FOLDER]
-    return [*rows, _equal(*(_state(folder / name) for name in (START, ONE, MANY)), eps)]
+    return [*rows, _equal(_state(folder / START), _state(folder / ONE), _state(folder / MANY), eps)]
 
 
 def _equal(start: dict[str, Tensor], one: dict[str, Tensor], many: dict[str, Tensor], eps: float) -> Check:
@@ -98,8 +98,8 @@ def _equal(start: dict[str, Tensor], one: dict[str, Tensor], many: dict[str, Ten
     measured = measured if math.isfinite(measured) else math.inf
     worst = max(apart, key=lambda name: float(apart[name]))
     advice = (
-        f"after {STEPS} steps on the same batches {worst} differs most: a loss that is not the mean over its rows, random numbers or rows that"
-        " depend on the rank, or parameters that the strategy does not reduce"
+        f"after {STEPS} steps on the same batches {worst} differs most: a loss that is not the mean over its rows, random numbers or rows"
+        " that depend on the rank, or parameters that the strategy does not reduce"
     )
     passed = measured <= limit
     return Check(STRATEGY, "passed" if passed else "failed", measured, limit, "" if passed else advice)

@@ -6,13 +6,11 @@ The first run verifies the model on its first batch before it trains. Both take 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -20,13 +18,14 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.adapter_io.verify import GRADIENTS, Check, run_checks
+from lightning_lora.adapter_io.verify import run_checks
 from lightning_lora.callbacks import LoRACallback
 from lightning_lora.callbacks.data_start import TrainingStep, as_before
 from lightning_lora.cli.lightning_cli import LoRACLI
 from lightning_lora.cli.messages import one_line
 from lightning_lora.cli.run_results import RunResults
 from lightning_lora.layers.base import lora_layers
+from lightning_lora.model.verify_checks import Check
 
 STEPS = 2
 BATCHES, START, ONE, MANY = "batches.pt", "start.ckpt", "one.ckpt", "many.ckpt"  # files in the folder that the processes share
@@ -113,7 +112,9 @@ class OneProcess(ShortRun):
             chosen = super()._instantiate_trainer({**config, "callbacks": []}, [])  # no list that the next call adds to
             self.alone, self.processes = isinstance(chosen.strategy, SingleDeviceStrategy), chosen.world_size
             if chosen.num_nodes > 1:
-                self.unavailable = f"trainer.num_nodes={chosen.num_nodes}: verify starts processes on one machine only; verify with num_nodes=1"
+                self.unavailable = (
+                    f"trainer.num_nodes={chosen.num_nodes}: verify starts processes on one machine only; verify with num_nodes=1"
+                )
         except (ValueError, RuntimeError, MisconfigurationException) as error:
             self.unavailable = f"{one_line(error)}; the other rows hold for one process"
         if self.unavailable:
@@ -177,8 +178,11 @@ class Checks(Callback):
         self.run, self.rows, self.batches = run, list[Check](), list[Any]()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fill ``rows``."""
         if not pl_module.automatic_optimization:
-            why = "training_step optimizes by itself (automatic_optimization=False), so it cannot be repeated; call verify_lora on the model"
+            why = (
+                "training_step optimizes by itself (automatic_optimization=False), so it cannot be repeated; call verify_lora on the model"
+            )
             self.rows = [Check("the model's own checks", "not run", advice=why)]
         else:
             fresh = not any(getattr(callback, "start_from", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
@@ -217,7 +221,7 @@ def _outputs(module: LightningModule, target: nn.Module, step: TrainingStep, bat
     for name, child in module.named_modules():
         if child is not module and any(True for _ in lora_layers(child)):
             hooks.append(child.register_forward_pre_hook(enter))
-            hooks.append(child.register_forward_hook(lambda _, args, output, n=name: leave(n, output), always_call=True))  # type: ignore[misc]
+            hooks.append(child.register_forward_hook(lambda _, args, output, n=name: leave(n, output), always_call=True))
     try:
         return {"training_step": step(module, batch), **inside}
     finally:
