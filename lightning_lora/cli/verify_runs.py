@@ -67,7 +67,8 @@ class ShortRun(LoRACLI):
     @override
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         trainer = super()._instantiate_trainer(config, [*callbacks, *self.recorders()])
-        trainer.callbacks = [each for each in trainer.callbacks if not isinstance(each, RunResults)]  # type: ignore[attr-defined]
+        left = [each for each in trainer.callbacks if not isinstance(each, RunResults)]  # type: ignore[attr-defined]
+        trainer.callbacks = [_SameStart(), *left]  # type: ignore[attr-defined]
         return trainer
 
     def recorders(self) -> list[Callback]:
@@ -156,6 +157,13 @@ class Batches:
 
     def __len__(self) -> int:
         return len(self.batches)
+
+
+class _SameStart(Callback):
+    """Seed right before the adapters are drawn: what came before may have drawn more numbers in one of the runs."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        seed_everything(1, verbose=False)
 
 
 class _Result(Callback):

@@ -18,7 +18,7 @@ from tests.lit import Net
 
 
 class Own(L.LightningModule):
-    """A user's own, with its own data, dropout, BatchNorm and logging. ``broken``: a linear that no gradient reaches. ``by_rank``: a loss of another size."""
+    """A user's own, with dropout and BatchNorm. ``broken``: a linear that no gradient reaches. ``by_rank``: a loss of another size."""
 
     def __init__(self, broken: bool = False, manual: bool = False, by_rank: float = 0.0):
         super().__init__()
