@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lightning_lora.adapter_io.adapter_set import AdapterSet, load_adapters
     from lightning_lora.adapter_io.combine import combine_adapters, compress_adapter
     from lightning_lora.adapter_io.export_adapter import export_adapter
+    from lightning_lora.adapter_io.verify import verify_lora
     from lightning_lora.callbacks import AdaLoRACallback, LoRACallback, LoRAMonitor
     from lightning_lora.model.checkpointing import checkpoint_layers
     from lightning_lora.model.compile import compile_layers, cuda_graph_step, uncompile_layers
@@ -97,6 +98,7 @@ __all__ = [
     "unfuse",
     "unload_lora",
     "unmerge_lora",
+    "verify_lora",
 ]
 __version__ = "0.1.0"
 
@@ -122,6 +124,7 @@ _LAZY = {
     "offload_frozen": "model.offload_frozen",
     "replicated_parameters": "model.parallel",
     "uncompile_layers": "model.compile",
+    "verify_lora": "adapter_io.verify",
 }
 
 

@@ -242,8 +242,8 @@ def test_command_lines(words: list[str], folder: Path, monkeypatch: pytest.Monke
         assert set(rest) <= targets() and rest
     elif program == "python":
         assert (ROOT / rest[0]).is_file()
-    elif program == "lightning-lora" and rest[0] in main.TRAIN:
-        assert parsed(*rest)
+    elif program == "lightning-lora" and rest[0] in {*main.TRAIN, *main.VERIFY}:
+        assert parsed(*("fit" if word in main.VERIFY else word for word in rest))
     elif program == "lightning-lora" and rest[0] in main.SWEEP:
         trials = folder / "trials.yaml"
         trials.write_text("- {rank: 2}\n")
@@ -272,7 +272,7 @@ def test_what_is_named_in_the_text_exists() -> None:
     text = re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE)
     assert set(re.findall(r"`make (\w+)", text)) <= targets()
     named = {name for group in re.findall(r"`lightning-lora ([\w|]+)", text) for name in group.split("|")}
-    assert named <= {*main.TRAIN, *main.SWEEP, *main.TOOLS}
+    assert named <= {*main.TRAIN, *main.SWEEP, *main.VERIFY, *main.TOOLS}
     files = re.findall(r"`((?:tests|benchmarks|examples|configs|docs|lightning_lora)/[\w./-]+|[A-Z]{5,}\.md)`", text)
     assert files and not [name for name in files if not (ROOT / name).exists()]
 

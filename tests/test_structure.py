@@ -53,7 +53,7 @@ LIGHTNING_FROM = "strategies"
 # Start-up is fast because these import what is slow when it is asked for: Lightning, and most of torch.distributed. And who does not
 # pull what is frozen does not depend on FSDP2's insides.
 DEFERS = {
-    "cli.main": {"cli.lightning_cli", "cli.commands", "cli.group_help", "cli.inspect_rows", "cli.sweep"},
+    "cli.main": {"cli.lightning_cli", "cli.commands", "cli.group_help", "cli.inspect_rows", "cli.sweep", "cli.verify"},
     "model.apply": {"model.parallel"},
     "model.merge": {"model.parallel"},
     **{file: {"ops.triton_low_rank"} for file in ("ops.fused_linear", "ops.second_derivatives")},

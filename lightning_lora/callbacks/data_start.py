@@ -100,9 +100,9 @@ def start_from_data(trainer: Trainer, module: LightningModule, target: nn.Module
         )
     states = random_states(trainer)
     try:
-        with _as_before(trainer, module):
+        with as_before(trainer, module):
             batches = read_train_batches(trainer, number)
-            initialize_from_data(target, batches, step=_TrainingStep(trainer, module, batches))
+            initialize_from_data(target, batches, step=TrainingStep(trainer, module, batches))
     finally:
         restore_random_states(states, trainer)
     adapted = {name: layer for name, layer in lora_layers(target) if layer.low_rank}
@@ -115,7 +115,7 @@ def start_from_data(trainer: Trainer, module: LightningModule, target: nn.Module
     return config
 
 
-class _TrainingStep:
+class TrainingStep:
     """Call ``training_step`` with a batch, as the Trainer does."""
 
     def __init__(self, trainer: Trainer, module: LightningModule, batches: list[Any]) -> None:
@@ -123,12 +123,13 @@ class _TrainingStep:
         self.takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
 
     def __call__(self, model: nn.Module, batch: Any) -> Any:
+        """Return what ``training_step`` returns for one of the batches."""
         index = [self.indices[id(batch)]] * self.takes_index
         return self.trainer.strategy.training_step(prepared_batch(self.trainer, batch), *index)
 
 
 @contextmanager
-def _as_before(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+def as_before(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     """Put the module on the training device, in its dtype, without logging. Restore what a training step leaves behind."""
     home = next(module.parameters()).device
     with ExitStack() as undo:

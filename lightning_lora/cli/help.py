@@ -31,6 +31,7 @@ SWEEP_OPTIONS = {
     "--monitor NAME": "what trials are compared by, with --mode min or max (val_loss)",
     "--json": "print the results as JSON",
 }
+VERIFY = {"verify": "check a run's model, data and strategy before it trains: exit code 0 if all is right"}
 TOOLS = {
     "init": "look at a model and a data file, and write a config that trains one on the other",
     "inspect": "print what is in a model, an adapter, a data file or a run's config",
@@ -117,12 +118,14 @@ def answer(argv: Sequence[str]) -> str | None:
         return training_help(command)
     if command in SWEEP and {"-h", "--help"} & set(options):
         return sweep_help()
+    if command in VERIFY and {"-h", "--help"} & set(options):
+        return verify_help()
     return None
 
 
 def overview() -> str:
     """Return the text of ``lightning-lora --help``."""
-    commands = "\n".join(f"  {name:<9} {what}" for name, what in {**TRAIN, **SWEEP, **TOOLS}.items())
+    commands = "\n".join(f"  {name:<9} {what}" for name, what in {**TRAIN, **SWEEP, **VERIFY, **TOOLS}.items())
     return (
         f"usage: lightning-lora <command> ...\n\nLoRA for PyTorch Lightning.\n\n{commands}\n\n"
         "`lightning-lora <command> --help` lists a command's options; `lightning-lora --version` prints the version.\n"
@@ -144,6 +147,29 @@ def sweep_help() -> str:
         "All options of fit are taken too (`lightning-lora fit --help`), for every trial.",
     ]
     return "\n".join([*lines, EXIT_CODES, CODE])
+
+
+def verify_help() -> str:
+    """Return the text of ``lightning-lora verify --help``."""
+    lines = ["usage: lightning-lora verify --config run.yaml [--option value ...]", ""]
+    lines += [
+        "Check on the run's own model, training data and strategy what `fit` with the same options relies on. Nothing is written.",
+        "",
+        "  identity at step 0                the adapters change nothing before they train",
+        "  gradients reach every adapter     on the first batch",
+        "  merged equals unmerged            of each layer and of the model: finds layers that are not W·x",
+        "  saved and loaded equal            an adapter folder has all that trains",
+        "  the strategy equals one process   two steps on the same global batches; needs the run's devices",
+        "",
+        "The first four run on one device. A check that cannot run is a row that says why, and the exit code is then 1.",
+        "Callbacks other than LoRACallback, loggers, validation and compilation are left out.",
+        "",
+        "  --json                 print the checks as JSON",
+        "",
+        "All options of fit are taken (`lightning-lora fit --help`).",
+        "Exit codes: 0 all is right, 1 a check failed or could not run, 2 wrong input.",
+    ]
+    return "\n".join([*lines, CODE])
 
 
 def training_help(command: str) -> str:

@@ -18,7 +18,7 @@ from jsonargparse import ArgumentError
 from safetensors import SafetensorError
 
 from lightning_lora.cli import help as texts
-from lightning_lora.cli.help import SWEEP, TOOLS, TRACEBACK, TRAIN
+from lightning_lora.cli.help import SWEEP, TOOLS, TRACEBACK, TRAIN, VERIFY
 from lightning_lora.cli.messages import nearest, one_line, usage
 from lightning_lora.cli.quiet import quiet
 from lightning_lora.cli.yaml_files import check_config_files, unique_keys
@@ -37,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments; the process's own by default.
 
     Returns:
-        The exit code. 0: done. 2: refused (a ValueError), as an option, a path or what is in a file is wrong. 1: the run failed. In
-            both cases one line on stderr says what.
+        The exit code. 0: done. 2: refused (a ValueError), as an option, a path or what is in a file is wrong. 1: the run failed, or
+            ``verify`` found a fault. One line on stderr says what was wrong.
         130, 143: stopped by Ctrl-C or SIGTERM. 141: whatever read the output has closed it.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -46,8 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = texts.run(argv)
         if code is not None:
             return code
-        _run(argv)
+        code = _run(argv)
         sys.stdout.flush()
+        return code
     except BrokenPipeError:  # `| head`
         return texts.silenced()
     except FAILURES as error:
@@ -62,7 +63,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _interrupted()
     except SystemExit as stop:  # after Ctrl-C Lightning raises one without the exit code
         return _interrupted() if isinstance(stop.__context__, KeyboardInterrupt) else int(stop.code or 0)
-    return 0
 
 
 def lightning_cli() -> type:
@@ -72,17 +72,20 @@ def lightning_cli() -> type:
     return LoRACLI
 
 
-def _run(argv: list[str]) -> None:
+def _run(argv: list[str]) -> int:
     command = argv[0]
     if command in TRAIN:
         _train(argv)
     elif command in SWEEP:
         _sweep(argv[1:])
+    elif command in VERIFY:
+        return _verify(argv[1:])
     elif command in TOOLS:
         _run_tool(command, argv[1:])
     else:
-        there = [*TRAIN, *SWEEP, *TOOLS]
+        there = [*TRAIN, *SWEEP, *VERIFY, *TOOLS]
         raise ValueError(f"no command {command!r}; there are {', '.join(there)}{nearest(command, there)}")
+    return 0
 
 
 def _train(argv: list[str]) -> None:
@@ -102,6 +105,13 @@ def _sweep(words: list[str]) -> None:
 
     quiet("fit")
     sweep([word for word in words if word != "--json"], as_json="--json" in words)
+
+
+def _verify(words: list[str]) -> int:
+    from lightning_lora.cli.verify import verify
+
+    quiet("fit")
+    return verify([word for word in words if word != "--json"], as_json="--json" in words)
 
 
 def _run_tool(command: str, argv: list[str]) -> None:

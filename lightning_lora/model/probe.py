@@ -54,9 +54,9 @@ def probe_merge(model: nn.Module, probe: Probe) -> dict[str, OutputDifference]:
     """
     merged = any(layer.merged for _, layer in lora_layers(model))
     with evaluating(model):
-        first = _outputs(model, probe)
+        first = outputs_of(model, probe)
         with unmerged(model) if merged else _merged(model):
-            second = _outputs(model, probe)
+            second = outputs_of(model, probe)
     before, after = (second, first) if merged else (first, second)
     if before.keys() != after.keys():
         raise ValueError(f"probe: the outputs are {sorted(before)} unmerged and {sorted(after)} merged.")
@@ -75,7 +75,8 @@ def _merged(model: nn.Module) -> Iterator[None]:
         unmerge_lora(model)
 
 
-def _outputs(model: nn.Module, probe: Probe) -> dict[str, Tensor]:
+def outputs_of(model: nn.Module, probe: Probe) -> dict[str, Tensor]:
+    """Return path → a copy of every floating-point tensor that a model returns, with the same random numbers in every call."""
     gpus = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=gpus):
         torch.manual_seed(0)
@@ -85,10 +86,10 @@ def _outputs(model: nn.Module, probe: Probe) -> dict[str, Tensor]:
             output = model(*probe)
         else:
             output = model(probe) if isinstance(probe, Tensor) else probe(model)
-    return {name or "output": full_tensor(tensor).clone() for name, tensor in _leaves("", output)}
+    return {name or "output": full_tensor(tensor).clone() for name, tensor in tensors_in("", output)}
 
 
-def _leaves(name: str, output: Any) -> Iterator[tuple[str, Tensor]]:
+def tensors_in(name: str, output: Any) -> Iterator[tuple[str, Tensor]]:
     """Yield path and value of every floating-point tensor in a nested output."""
     if isinstance(output, Tensor):
         if output.is_floating_point() or output.is_complex():
@@ -102,7 +103,7 @@ def _leaves(name: str, output: Any) -> Iterator[tuple[str, Tensor]]:
     elif is_dataclass(output):
         items = ((field.name, getattr(output, field.name)) for field in fields(output))
     for key, value in items:
-        yield from _leaves(f"{name}.{key}" if name else str(key), value)
+        yield from tensors_in(f"{name}.{key}" if name else str(key), value)
 
 
 def _difference(name: str, before: Tensor, after: Tensor) -> OutputDifference:

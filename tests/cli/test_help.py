@@ -45,7 +45,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"lightning-lora {metadata.version('lightning-lora')}\n"
 
 
-@pytest.mark.parametrize("words", [[], *([command, "--help"] for command in (*texts.TRAIN, *texts.SWEEP))], ids=" ".join)
+@pytest.mark.parametrize("words", [[], *([command, "--help"] for command in (*texts.TRAIN, *texts.SWEEP, *texts.VERIFY))], ids=" ".join)
 def test_help_fits_a_screen(words, capsys):
     assert main(words) == 0
     lines = capsys.readouterr().out.splitlines()

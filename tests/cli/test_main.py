@@ -10,7 +10,7 @@ import transformers
 import yaml
 from safetensors import SafetensorError
 
-from lightning_lora.cli.help import SWEEP, TOOLS, TRAIN
+from lightning_lora.cli.help import SWEEP, TOOLS, TRAIN, VERIFY
 from lightning_lora.cli.main import main
 from tests import tiny_lm
 
@@ -177,7 +177,7 @@ def test_help_lists_every_command(capsys):
     for arguments in ([], ["--help"], ["-h"]):
         assert main(arguments) == 0
         output = capsys.readouterr().out
-        assert all(f"\n  {name} " in output for name in (*TRAIN, *SWEEP, *TOOLS))
+        assert all(f"\n  {name} " in output for name in (*TRAIN, *SWEEP, *VERIFY, *TOOLS))
     assert main(["fit", "--help-all"]) == 0
     assert "--optimizer" not in capsys.readouterr().out  # it would never work
     assert main(["merge", "--help"]) == 0
