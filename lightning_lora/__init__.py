@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from lightning_lora.model.parallel import replicated_parameters
     from lightning_lora.optim.advice import advise_learning_rate
     from lightning_lora.strategies import DurableCheckpointIO, LoRAFSDP2Strategy
+    from lightning_lora.trials.sweep import sweep
 
 __all__ = [
     "AdaLoRACallback",
@@ -94,6 +95,7 @@ __all__ = [
     "replicated_parameters",
     "save_adapter",
     "shrink_adalora",
+    "sweep",
     "uncompile_layers",
     "unfuse",
     "unload_lora",
@@ -123,6 +125,7 @@ _LAZY = {
     "offload_activations": "model.offload",
     "offload_frozen": "model.offload_frozen",
     "replicated_parameters": "model.parallel",
+    "sweep": "trials.sweep",
     "uncompile_layers": "model.compile",
     "verify_lora": "adapter_io.verify",
 }

@@ -21,14 +21,14 @@ from lightning_lora.cli.console import print_json
 from lightning_lora.cli.lightning_cli import LoRACLI
 from lightning_lora.cli.messages import usage
 from lightning_lora.cli.run_rows import RunConfig
-from lightning_lora.cli.sweep_records import Records, print_report
+from lightning_lora.cli.sweep_report import print_report, report_of
 from lightning_lora.cli.sweep_trials import take_settings
 from lightning_lora.config import LoRAConfig
 from lightning_lora.data.splits import share_of
+from lightning_lora.trials.records import Records, check_one_trained, last_checkpoint, mode_of
 from lightning_lora.trials.side_by_side import Made, SideBySide, Trial
 
 OWN = {"folder": "runs/sweep", "at_once": "8", "side_by_side": "auto", "monitor": "", "mode": ""}  # option of the sweep → default
-LARGER = ("accuracy", "f1", "bleu", "rouge1", "rouge2", "rougeL", "margin")  # the package's metrics whose larger values are better
 
 
 def sweep(words: Sequence[str], as_json: bool = False) -> None:
@@ -48,8 +48,9 @@ def sweep(words: Sequence[str], as_json: bool = False) -> None:
     without = _without(words) if any("seed" in each.values for each in described) else []
     options = {each.name: [*words, *each.options(without)] for each in described}
     texts = {name: _checked(each) for name, each in options.items()}
-    records = Records(folder, texts)
-    monitor, mode = own["monitor"], own["mode"] or ("max" if own["monitor"].rpartition("_")[2] in LARGER else "min")
+    with usage(where="--"):
+        records = Records(folder, texts)
+    monitor, mode = own["monitor"], own["mode"] or mode_of(own["monitor"])
     trials = []
     for each in described:
         trial = Trial(each.name, each.values, lambda: None)  # type: ignore[arg-type, return-value]
@@ -68,10 +69,9 @@ def sweep(words: Sequence[str], as_json: bool = False) -> None:
     with redirect_stdout(sys.stderr):  # tables of Lightning's are no results
         runner.run(left)
     records.write(outcomes)
-    report = records.report(outcomes)
+    report = report_of(records, outcomes)
     print_json(report) if as_json else print_report(report, outcomes)
-    if all(outcome.status == "failed" for outcome in outcomes):
-        raise RuntimeError(f"every trial failed; the first: {outcomes[0].error}")
+    check_one_trained(outcomes)
 
 
 class TrialCLI(LoRACLI):
@@ -111,14 +111,11 @@ class _Run:
 
     def make(self) -> Made:
         """Return trainer and module of the trial, and a function that trains from the start or from the last checkpoint."""
-        found = sorted(self.folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+        found = last_checkpoint(self.trial.name, self.folder)
         metrics = self.folder / "metrics.csv"
-        if self.folder.exists():
-            where = f"resumes {found[-1]}" if found else "has no checkpoint, and starts again"
-            rank_zero_info(f"{self.trial.name} {where}.")
         if metrics.exists():  # Lightning's logger would remove it
             metrics.rename(next(path for k in range(1, 10**6) if not (path := self.folder / f"metrics-before-{k}.csv").exists()))
-        cli = TrialCLI([*self.words, *([f"--ckpt_path={found[-1]}"] if found else [])], self.folder)
+        cli = TrialCLI([*self.words, *([f"--ckpt_path={found}"] if found else [])], self.folder)
         return cli.trainer, cli.model, lambda: self._start(cli)
 
     def _start(self, cli: TrialCLI) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import yaml
 
 from lightning_lora.cli.messages import nearest
+from lightning_lora.trials.naming import name_trials, text_of
 
 # Short name → the options of fit that it sets.
 SHORT = {
@@ -21,8 +21,6 @@ SHORT = {
     "learning_rate": ["model.learning_rate"],
     "seed": ["seed_everything", "data.seed"],
 }
-NAME = re.compile(r"[^\w.+-]+")
-LONGEST = 100  # characters of a folder's name
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Settings:
     def options(self, without: Sequence[str] = ()) -> list[str]:
         """Return the options of ``fit``, but none of those in ``without``."""
         pairs = [(option, value) for name, value in self.values.items() for option in SHORT.get(name, [name])]
-        return [f"--{option}={_text(value)}" for option, value in pairs if option not in without]
+        return [f"--{option}={text_of(value)}" for option, value in pairs if option not in without]
 
 
 def take_settings(words: Sequence[str]) -> tuple[list[Settings], list[str]]:
@@ -74,13 +72,7 @@ def take_settings(words: Sequence[str]) -> tuple[list[Settings], list[str]]:
     found = _of_file(Path(file)) if file else [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     if not found or not any(found):
         raise ValueError("which trials? Give --rank 4,8,16, --learning_rate 1e-4,3e-4, --seed 0,1, or --trials with a YAML list")
-    named = [Settings(str(values.pop("name", None) or _name(values)), values) for values in found]
-    for k, settings in enumerate(named):
-        if NAME.search(settings.name) or settings.name in (".", ".."):
-            raise ValueError(f"the trial's name {settings.name!r} is no folder's name; use letters, digits and . + - _")
-        if any(other.name == settings.name for other in named[:k]):
-            raise ValueError(f"two trials are {settings.name!r}; leave one out, or give them a name: of their own")
-    return named, left
+    return [Settings(name, values) for name, values in name_trials(found)], left
 
 
 def _of_file(file: Path) -> list[dict[str, Any]]:
@@ -100,16 +92,3 @@ def _of_file(file: Path) -> list[dict[str, Any]]:
                     f"lora.config.variant{nearest(str(key), list(SHORT))}"
                 )
     return content
-
-
-def _name(values: Mapping[str, Any]) -> str:
-    name = "-".join(NAME.sub("_", f"{key.rpartition('.')[2]}{_text(value)}") for key, value in values.items())
-    return name[:LONGEST].strip("_")
-
-
-def _text(value: Any) -> str:
-    return (
-        value
-        if isinstance(value, str)
-        else yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")
-    )

@@ -1,4 +1,4 @@
-"""What a sweep leaves in its folder beside the trials' own: ``sweep.json``, by which it goes on, and ``sweep.csv``; and the table."""
+"""What a sweep leaves in its folder beside the trials' own: ``sweep.json``, by which it goes on, and ``sweep.csv``; and what it finds."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.cli.console import print_table
+from lightning.pytorch.utilities import rank_zero_info
+
 from lightning_lora.storage.atomic_files import write_atomic
-from lightning_lora.trials import Outcome
+from lightning_lora.trials.one_run import Mode, Outcome
 
 RECORD, TABLE = "sweep.json", "sweep.csv"
 COMPLETE = "complete"
+LARGER = ("accuracy", "f1", "bleu", "rouge1", "rouge2", "rougeL", "margin")  # the package's metrics whose larger values are better
 
 
 class Records:
@@ -26,7 +28,7 @@ class Records:
         described: trial → what its run has, by which a folder's trials are known again.
 
     Attributes:
-        next: trial → commands to type next.
+        next: trial → commands to type next, where it was started by one.
 
     Raises:
         ValueError: the folder holds another sweep, or cannot be read.
@@ -38,9 +40,9 @@ class Records:
         self._before = self._read()
         for name, text in described.items():
             if name in self._before and self._before[name]["described"] != text:
-                raise ValueError(f"--folder {folder} holds another sweep: its trial {name!r} has other options; name another folder")
+                raise ValueError(f"folder {folder} holds another sweep: its trial {name!r} has other settings; name another folder")
         if others := sorted(self._before.keys() - described.keys()):
-            raise ValueError(f"--folder {folder} holds another sweep, with the trial {others[0]!r}; name another folder")
+            raise ValueError(f"folder {folder} holds another sweep, with the trial {others[0]!r}; name another folder")
 
     def restore(self, outcome: Outcome) -> bool:
         """Set an outcome to what an earlier call has left of it, compared by what this call names. Return True if it is complete."""
@@ -48,9 +50,10 @@ class Records:
         for key in ("steps", "last", "seen", "folder"):
             if key in known:
                 setattr(outcome, key, known[key])
-        same = outcome.monitor in ("", known.get("monitor"))
-        monitor, mode = (known.get("monitor", ""), known.get("mode", outcome.mode)) if same else (outcome.monitor, outcome.mode)
-        outcome.compare_by(monitor, mode)
+        if outcome.monitor:
+            outcome.compare_by(outcome.monitor, outcome.mode)
+        else:
+            outcome.compare_by(known.get("monitor", ""), known.get("mode", outcome.mode))
         if known.get("status") != COMPLETE:
             return False
         outcome.status = COMPLETE
@@ -69,31 +72,40 @@ class Records:
         csv.writer(text).writerows([header, *rows])
         write_atomic(self.folder / TABLE, text.getvalue().encode())
 
-    def report(self, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-        """Return the trials, the best of them and what to type next."""
-        best = best_of(outcomes)
-        return {
-            "folder": str(self.folder),
-            "trials": [{key: value for key, value in asdict(each).items() if key not in ("mode", "seen")} for each in outcomes],
-            "best": None if best is None else best.name,
-            "next": [] if best is None else self.next.get(best.name, []),
-        }
-
     def _read(self) -> dict[str, Any]:
         file = self.folder / RECORD
         if not file.exists():
             if self.folder.exists() and not self.folder.is_dir():
-                raise ValueError(f"--folder {self.folder} is a file; name a folder")
+                raise ValueError(f"folder {self.folder} is a file; name a folder")
             if self.folder.is_dir() and any(self.folder.iterdir()):
-                raise ValueError(f"--folder {self.folder} is not empty and holds no sweep; name another folder")
+                raise ValueError(f"folder {self.folder} is not empty and holds no sweep; name another folder")
             return {}
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} is damaged ({error}); name another folder") from error
+            raise ValueError(f"folder {self.folder}: {RECORD} is damaged ({error}); name another folder") from error
         if not isinstance(content, dict) or not all(isinstance(each, dict) and "described" in each for each in content.values()):
-            raise ValueError(f"{file} is no record of a sweep; name another folder")
+            raise ValueError(f"folder {self.folder}: {RECORD} is no record of a sweep; name another folder")
         return content
+
+
+def mode_of(monitor: str) -> Mode:
+    """Return "max" for a value of which larger is better, as far as its name says so."""
+    return "max" if monitor.rpartition("_")[2] in LARGER else "min"
+
+
+def last_checkpoint(name: str, folder: Path) -> Path | None:
+    """Return the newest checkpoint in a trial's folder, None if there is none. Say which, if the trial has begun before."""
+    found = sorted(folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    if folder.exists():
+        rank_zero_info(f"{name} {f'resumes {found[-1]}' if found else 'has no checkpoint, and starts again'}.")
+    return found[-1] if found else None
+
+
+def check_one_trained(outcomes: Sequence[Outcome]) -> None:
+    """Raise RuntimeError if every trial failed."""
+    if all(outcome.status == "failed" for outcome in outcomes):
+        raise RuntimeError(f"every trial failed; the first: {outcomes[0].error}")
 
 
 def best_of(outcomes: Sequence[Outcome]) -> Outcome | None:
@@ -102,17 +114,6 @@ def best_of(outcomes: Sequence[Outcome]) -> Outcome | None:
     if not done:
         return None
     return min(done, key=lambda each: (each.best or 0.0) * (1 if each.mode == "min" else -1))
-
-
-def without_value(outcomes: Sequence[Outcome]) -> str | None:
-    """Return why no trial is the best, None if one is or none is complete."""
-    done = [each for each in outcomes if each.status == COMPLETE]
-    if not done or any(each.best is not None for each in done):
-        return None
-    there = ", ".join(sorted({name for each in done for name in each.last}))
-    return (
-        f"no complete trial has a value {done[0].monitor!r}; there are {there}. Name one with --monitor, or validate before the run ends."
-    )
 
 
 def table(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[Any]]]:
@@ -132,15 +133,3 @@ def table(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[Any]]]:
         for each in outcomes
     ]
     return header, rows
-
-
-def print_report(report: dict[str, Any], outcomes: Sequence[Outcome]) -> None:
-    """Print the table, the best trial, and commands to type next."""
-    print()
-    print_table(*table(outcomes))
-    if unknown := without_value(outcomes):
-        print(f"\nbest: none, for {unknown}")
-    if report["best"] is not None:
-        print(f"\nbest: {report['best']}\n\nnext:")
-        for command in report["next"]:
-            print(f"  {command}")
