@@ -130,6 +130,15 @@ def test_the_task_block(namespace: dict[str, Any]) -> None:
 
 
 @ADVICE
+def test_the_sweep_block(namespace: dict[str, Any]) -> None:
+    """Both trials trained, one after another, into their folders, and one is the best."""
+    found, folder = namespace["found"], namespace["__folder__"] / "runs" / "sweep"
+    assert [(each.name, each.status, each.steps) for each in found.outcomes] == [("rank4", "complete", 4), ("larger", "complete", 4)]
+    assert "MyModule does not say" in found.reason and (folder / "sweep.csv").exists()
+    assert all(len(list((folder / each.name).rglob("*.ckpt"))) == 1 for each in found.outcomes)
+
+
+@ADVICE
 def test_the_plain_loop_block(namespace: dict[str, Any]) -> None:
     """It trained adapters on every linear but the head, saved them as PEFT does, and the base is back bit for bit."""
     model, folder = namespace["model"], namespace["__folder__"]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from weakref import WeakValueDictionary
 
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from torch.utils.data import DataLoader
 
 from lightning_lora.strategies.namespaces import twins
 from lightning_lora.trials.naming import name_trials, text_of
@@ -28,7 +28,8 @@ class SweepResult:
     """What a sweep has found. Printed, it is a table.
 
     Attributes:
-        outcomes: how each trial stands: ``name``, ``settings``, ``best``, ``best_step``, ``steps``, ``last``, ``status``, ``error``, ``folder``.
+        outcomes: how each trial stands: ``name``, ``settings``, ``best``, ``best_step``, ``steps``, ``last``, ``status``, ``error``,
+            ``folder``.
         reason: why the trials ran one after another; None if they trained side by side.
     """
 
@@ -59,11 +60,13 @@ def sweep(
 ) -> SweepResult:
     """Train several adapters over one base in memory, side by side where that is exact.
 
-    Each trial is what ``trainer.fit(module, **arguments)`` is alone, but that it leaves its adapter unmerged. ``make`` runs once a trial and
-    makes all of it anew: Trainer with one ``LoRACallback``, module, loaders. All begin with the random numbers of the time of the call, unless
-    ``make`` seeds. Frozen parameters that are equal are shared after that. One forward and one backward pass serves all trials if the
-    LightningModule has the methods ``training_loss``, ``join`` and ``losses_by_owner``, as this package's tasks do, and if each trial's first
-    loss, gradients and random numbers are those that it computes alone. Elsewhere they run one after another, and the log says why.
+    Each trial is what ``trainer.fit(module, **arguments)`` is alone, but that it leaves its adapter unmerged. ``make`` runs once a trial
+    and makes all of it anew: Trainer with one ``LoRACallback``, module, loaders. All begin with the random numbers of the time of the
+    call, unless ``make`` seeds. Frozen parameters that are equal are shared after that.
+
+    One forward and one backward pass serves all trials if the LightningModule has the methods ``training_loss``, ``join`` and
+    ``losses_by_owner``, as this package's tasks do, and if each trial's first loss, gradients and random numbers are those that it computes
+    alone. Elsewhere they run one after another, and the log says why.
 
     Example::
 
@@ -77,15 +80,16 @@ def sweep(
         print(found, found.best)
 
     Args:
-        make: called with a trial's settings, without ``name``, and its folder; returns Trainer, LightningModule and the arguments of ``fit``.
+        make: called with a trial's settings, without ``name``, and its folder; returns Trainer, LightningModule and the arguments
+            of ``fit``.
         trials: the settings of each: numbers, strings, None, and lists and dicts of them. ``name`` names a trial.
         folder: gets ``sweep.json``, ``sweep.csv`` and a folder for each trial, in which its Trainer must write. The same call again keeps
             complete trials and resumes others from their newest checkpoint there; settings are compared, ``make`` is not. None: nothing is
             written, and nothing resumes.
         at_once: trials in memory at most.
         side_by_side: one pass for all: "auto", where it is exact; True, or an error; False, never.
-        monitor: the logged value that trials are compared by. None: what a checkpoint or an early stop looks at, or the validation loss, or
-            ``train_loss``.
+        monitor: the logged value that trials are compared by, noted after each validation and at the end. None: what a checkpoint or an
+            early stop looks at, or ``val_loss``, or without validation ``train_loss``.
         mode: "min" or "max". None: "max" for names that end in accuracy, f1, bleu, rouge1, rouge2, rougeL or margin.
 
     Returns:
@@ -93,8 +97,8 @@ def sweep(
 
     Raises:
         ValueError: an argument is wrong, or the folder is another sweep's: nothing was run. Or ``make`` returned something wrong, the run
-            cannot be a trial, or ``side_by_side=True`` is not exact: all have stopped. What ``make`` and ``fit`` raise before the first batch
-            comes through as it is.
+            cannot be a trial, or ``side_by_side=True`` is not exact: all have stopped. What ``make`` and ``fit`` raise before the
+            first batch comes through as it is.
         RuntimeError: every trial failed.
     """
     if not callable(make):
@@ -117,7 +121,10 @@ def sweep(
     if records is not None:
         runs = [run for run in runs if not records.restore(run.outcome)]
         runner.changed = lambda: records.write(outcomes)
-    runner.run(runs)
+    with warnings.catch_warnings():
+        if records is not None:  # a resumed trial's
+            warnings.filterwarnings("ignore", r"(Experiment logs|Checkpoint) directory .* exists")
+        runner.run(runs)
     runner.changed()
     check_one_trained(outcomes)
     return SweepResult(outcomes, runner.reason)
@@ -144,8 +151,8 @@ def _text(number: int, settings: Mapping[str, Any]) -> str:
             text_of(value)
         except yaml.YAMLError as error:
             raise ValueError(
-                f"trials[{number}][{key!r}]={value!r} is a {type(value).__name__}; give a number, a string, or a list or dict of them, and make"
-                " the rest of it in make."
+                f"trials[{number}][{key!r}]={value!r} is a {type(value).__name__}; give a number, a string, or a list or dict of them,"
+                " and make the rest of it in make."
             ) from error
     return text_of(dict(settings))
 
@@ -154,8 +161,8 @@ def _trial(name: str, settings: dict[str, Any], make: Make, folder: Path | None,
     def made() -> Made:
         found = make(copy.deepcopy(settings), folder)
         given = found if isinstance(found, tuple) else (found,)
-        wanted = [twins(Trainer), twins(LightningModule), (Mapping,)]
-        if len(given) != 3 or not all(map(isinstance, given, wanted)):
+        wanted: list[tuple[type, ...]] = [twins(Trainer), twins(LightningModule), (Mapping,)]
+        if len(given) != 3 or not all(isinstance(each, cls) for each, cls in zip(given, wanted, strict=True)):
             types = ", ".join(type(each).__name__ for each in given)
             raise ValueError(f"{name}: make returned {types}; return a Trainer, a LightningModule and a dict, the arguments of fit.")
         trainer, module, arguments = found
@@ -192,8 +199,7 @@ class _Apart:
     """Knows the objects of every trial. Two trials with one of them would not be what each is alone."""
 
     def __init__(self) -> None:
-        self._alive: WeakValueDictionary[int, Any] = WeakValueDictionary()
-        self._owners: dict[int, str] = {}
+        self._known: dict[int, tuple[Callable[[], Any], str]] = {}
 
     def add(self, name: str, trainer: Trainer, module: LightningModule, arguments: Mapping[str, Any]) -> None:
         """Add a trial's objects.
@@ -206,21 +212,24 @@ class _Apart:
         parts += [(f"module {path}" if path else type(module).__name__, each) for path, each in module.named_modules()]
         parts += [(argument, each) for argument, value in arguments.items() for each in _loaders(value)]
         for what, each in parts:
-            if self._alive.get(id(each)) is each:
-                raise ValueError(
-                    f"{name}: {what} is an object of the trial {self._owners[id(each)]!r} too; make one for each trial, in make."
-                )
-        for _, each in parts:
-            self._alive[id(each)], self._owners[id(each)] = each, name
+            known, owner = self._known.get(id(each), (lambda: None, ""))
+            if known() is each:
+                raise ValueError(f"{name}: {what} is an object of the trial {owner!r} too; make one for each trial, in make.")
+        self._known |= {id(each): (_reference(each), name) for _, each in parts}
+
+
+def _reference(value: Any) -> Callable[[], Any]:
+    """Return a function that returns the object, without keeping it in memory if its class allows that."""
+    try:
+        return weakref.ref(value)
+    except TypeError:
+        return lambda: value
 
 
 def _loaders(value: Any) -> Iterator[Any]:
-    """Yield the loaders in an argument of ``fit``: what has a place in the data, or random numbers."""
-    if isinstance(value, (DataLoader, *twins(LightningDataModule))):
+    """Yield what has a place in the data, or random numbers, in an argument of ``fit``: not rows that are read by their number."""
+    if isinstance(value, (Mapping, list, tuple)):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _loaders(each)
+    elif isinstance(value, twins(LightningDataModule)) or (isinstance(value, Iterable) and not hasattr(value, "__getitem__")):
         yield value
-    elif isinstance(value, Mapping):
-        for each in value.values():
-            yield from _loaders(each)
-    elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from _loaders(each)
