@@ -47,11 +47,18 @@ class ExpertStack(LoRALayer):
     outer: str
     #: True if the module has a true ``is_transposed``, by which PEFT chooses the factors' axes. Llama 4 is transposed without it.
     flagged_transposed: bool
+    #: Number of the weight's dimensions.
+    dimensions: ClassVar[int] = 3
+
+    def matrices(self) -> tuple[int, int, int]:
+        """Return the numbers of experts, and of one expert's outputs and inputs."""
+        experts, rows, columns = self.weight.shape
+        return (experts, columns, rows) if self.transposed else (experts, rows, columns)
 
     @classmethod
     def adapter_shapes(cls, module: Any, spec: LayerSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of A, (E·r, in), and of B, (E·out, r). A shared one is that of one expert."""
-        experts, outputs, inputs = module.to_matrix(module.weight).shape
+        experts, outputs, inputs = module.matrices()
         shared = module.outer if kind_options_of(spec.config, NAME)["shared_outer"] else None
         many = {factor: 1 if factor == shared else experts for factor in ("lora_A", "lora_B")}
         return (many["lora_A"] * spec.rank, inputs), (many["lora_B"] * outputs, spec.rank)
@@ -59,13 +66,13 @@ class ExpertStack(LoRALayer):
     @classmethod
     def pair_sizes(cls, module: Any, spec: LayerSpec) -> tuple[int, int, int]:
         """Return rank, inputs and outputs of one expert's A and B."""
-        _, outputs, inputs = module.to_matrix(module.weight).shape
+        _, outputs, inputs = module.matrices()
         return spec.rank, inputs, outputs
 
     @classmethod
     def check(cls, module: Any, spec: LayerSpec) -> None:
         """Raise ValueError also for a weight that is no stack of matrices, and for a variant that scales outputs."""
-        if module.weight.ndim != 3:
+        if module.weight.ndim != cls.dimensions:
             raise ValueError(f"its shape {tuple(module.weight.shape)} is not one matrix per expert; exclude it")
         if cls.output_scale is not LoRALayer.output_scale:
             raise ValueError(f"variant={spec.config.variant!r} scales a layer's outputs, which experts in one tensor have no place for")
@@ -82,7 +89,7 @@ class ExpertStack(LoRALayer):
     def factor_matrices(self) -> tuple[Tensor, Tensor]:
         """Return A (E, r, in) and B (E, out, r). A shared one is expanded, without a copy."""
         A, B = self.update_factors()
-        experts, outputs, _ = self.to_matrix(self.weight).shape
+        experts, outputs, _ = self.matrices()
         A, B = A.unflatten(0, (-1, B.shape[1])), B.unflatten(0, (-1, outputs))
         return A.expand(experts, -1, -1), B.expand(experts, -1, -1)
 
@@ -133,6 +140,8 @@ class LoRAExperts(SeveralWeights):
 
     weight_kind = ExpertStack
     is_linear = True
+    #: Name of the projection down.
+    down: ClassVar[str] = "down_proj"
     #: True if each expert's matrix is stored as (in, out).
     stored_transposed: ClassVar[bool]
     #: Implementation → function that computes it on a stand-in, of those that are part of a compiled graph.
@@ -145,13 +154,14 @@ class LoRAExperts(SeveralWeights):
             cls.adapted, cls.stored_transposed = stored
             cls.peft_parameters = cls.adapted
             cls.traced = traced_experts(cls.lora_base, product_of_sorted_rows)
+        if cls.lora_base is not nn.Module:
             # Not a decorator: that imports Dynamo, which transformers' models have imported already.
             cls._run_as_it_is = torch.compiler.disable(cls._run_as_it_is)  # type: ignore[method-assign]
 
     @classmethod
     def _alone(cls, module: Any, name: str) -> Any:
         layer = super()._alone(module, name)
-        layer.__dict__.update(outer="lora_B" if name == "down_proj" else "lora_A", transposed=cls.stored_transposed)
+        layer.__dict__.update(outer="lora_B" if name == cls.down else "lora_A", transposed=cls.stored_transposed)
         layer.__dict__.update(flagged_transposed=bool(getattr(module, "is_transposed", False)))
         return layer
 
@@ -161,7 +171,7 @@ class LoRAExperts(SeveralWeights):
         chosen = experts_implementation(module)
         if chosen not in (None, *_KNOWN):
             raise ValueError(f"LoRA does not see the products of experts_implementation={chosen!r}; choose one of {', '.join(_KNOWN)}")
-        if kind_options_of(spec.config, NAME)["shared_outer"] and "down_proj" not in cls.adapted:
+        if kind_options_of(spec.config, NAME)["shared_outer"] and cls.down not in cls.adapted:
             raise ValueError("shared_outer shares factors of the projections up and down, and it has one weight; exclude it")
         super().check(module, spec)
 
@@ -260,7 +270,7 @@ class LoRAExperts(SeveralWeights):
                 raise ValueError(f"{name}: the file has no pair for it")
             A, B = rest.pop(f"lora_A{end}"), rest.pop(f"lora_B{end}")
             layer = layers[name]
-            shape = tuple(layer.to_matrix(layer.weight).shape)
+            shape = layer.matrices()
             try:
                 exchanged = is_exchanged(A, B, shape, layer.transposed, layer.flagged_transposed, version)
             except ValueError as error:
@@ -271,7 +281,7 @@ class LoRAExperts(SeveralWeights):
         rank, common = max((A.shape[1], scalings[name]) for name, (A, _) in pairs.items())
         found: dict[str, Tensor] = {}
         for name, layer in layers.items():
-            experts, outputs, inputs = layer.to_matrix(layer.weight).shape
+            experts, outputs, inputs = layer.matrices()
             A, B = torch.zeros(experts, rank, inputs), torch.zeros(experts, outputs, rank)
             if name in pairs:
                 own = pairs[name]
