@@ -11,8 +11,7 @@ PEFT (``target_parameters``) adds the dense updates of all experts in every forw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from types import FunctionType
 from typing import Any, ClassVar
@@ -22,13 +21,17 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.layers.factors import Exported
-from lightning_lora.layers.peft_stacks import from_file, is_exchanged, to_file
-from lightning_lora.layers.several_weights import SeveralWeights
+from lightning_lora.layers.peft_stacks import StackedWeights, to_file
 from lightning_lora.layers.spec import LayerSpec, Option, kind_options_of
 from lightning_lora.ops.low_rank_sum import LowRankSum, product_of_sorted_rows
 from lightning_lora.registry import register_kind
-from lightning_lora.utils.transformers_experts import active_experts, experts_implementation, stored_experts, traced_experts
+from lightning_lora.utils.transformers_experts import (
+    DBRX_EXPERTS,
+    active_experts,
+    experts_implementation,
+    stored_experts,
+    traced_experts,
+)
 
 NAME = "experts"
 _KNOWN = ("eager", "batched_mm", "grouped_mm")  # implementations that use the weights in products alone
@@ -121,7 +124,7 @@ class _Traced:
 
 
 @register_kind(name=NAME, match=lambda cls: stored_experts(cls) is not None)
-class LoRAExperts(SeveralWeights):
+class LoRAExperts(StackedWeights):
     """A module of experts, such as ``Qwen3MoeExperts`` or ``GptOssExperts``: one :class:`ExpertStack` per projection.
 
     Options, in ``kind_options={"experts": {...}}``:
@@ -208,85 +211,76 @@ class LoRAExperts(SeveralWeights):
         stand_in.__dict__.update(self.__dict__, **self._adapted_weights())  # found before the parameters of the same names
         return base.forward(stand_in, *args, **kwargs)
 
-    # Files. PEFT wraps the module once per weight, in the order in which the module declares them: the last one is the outermost.
 
-    @classmethod
-    def _nested(cls, module: Any, weights: Collection[str]) -> dict[str, int]:
-        """Return weight → how many wrappers are around its own."""
-        declared = [name for name in module._parameters if name in weights]
-        return {name: len(declared) - 1 - index for index, name in enumerate(declared)}
+class FlatExpertStack(ExpertStack):
+    """The weights of all experts for one projection of DBRX, whose matrices lie one below another.
 
-    def to_peft(self) -> dict[str, Tensor]:
-        """Return PEFT's tensors of all weights."""
-        layers, nested = self.by_weight(), self._nested(self, self.adapted)
-        return {"base_layer." * nested[name] + part: t for name, layer in layers.items() for part, t in layer.to_peft().items()}
+    Shape:
+        ``weight`` (E·out, in), or (E·in, out) if :attr:`transposed`; A and B as :class:`ExpertStack` has them.
+    """
 
-    def exported(self) -> Exported:
-        """Return what files have, with the names of the parameters, which PEFT targets instead of the module."""
-        return replace(super().exported(), peft_parameters=self.peft_parameters)
+    dimensions = 2
+    moe_num_experts: int  # the module's
 
-    @classmethod
-    def from_peft(cls, module: Any, part: str, tensor: Tensor, spec: LayerSpec) -> Tensor:
-        """Return a shared factor, which files have once for each expert.
+    def matrices(self) -> tuple[int, int, int]:
+        """Return the numbers of experts, and of one expert's outputs and inputs."""
+        experts, (rows, columns) = self.moe_num_experts, self.weight.shape
+        return (experts, columns, rows // experts) if self.transposed else (experts, rows // experts, columns)
 
-        Raises:
-            ValueError: the experts' factors differ, or there are others than they.
-        """
-        rows, width = cls.parameter_shapes(module, spec)[part]
-        experts = module._parameters[cls.adapted[0]].shape[0]
-        if tuple(tensor.shape) != (experts * rows, width):
-            return tensor
-        each = tensor.unflatten(0, (experts, rows))
-        if not torch.equal(each, each[:1].expand_as(each)):
-            raise ValueError("with shared_outer all experts have the same factor, and in the file they differ")
-        return each[0].clone()
+    def to_matrix(self, tensor: Tensor) -> Tensor:
+        """Return the tensor as (E, out, in)."""
+        return super().to_matrix(tensor.unflatten(0, (self.moe_num_experts, -1)))
 
-    @classmethod
-    def from_peft_stacks(
-        cls, module: Any, tensors: dict[str, Tensor], scalings: dict[str, float], version: str | None
-    ) -> dict[str, Tensor]:
-        """Return the adapter parameters of a module for the tensors of a file.
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        """Invert :meth:`to_matrix`."""
+        return super().from_matrix(matrix).flatten(0, 1)
 
-        The module has one rank and one scaling. Factors of a lower rank are filled with zeros, which stay zero in training. What differs
-        in scaling from the weight with the highest rank is multiplied into B. A weight without tensors gets zeros.
+    def adapted_matrix(self, matrix: Tensor) -> LowRankSum:
+        """Return one expert's matrix with its update.
 
         Args:
-            module: adapted or not.
-            tensors: ``lora_A`` and ``lora_B`` of the outermost weight, ``lora_A_1`` and ``lora_B_1`` of the one inside, and so on.
-            scalings: weight that the file adapts → its scaling.
-            version: the file's ``peft_version``.
+            matrix: a view of the weight, in its layout.
 
         Raises:
-            ValueError: the tensors do not fit; the message has the weight's name and the reason.
+            ValueError: it is no expert's part of the weight.
         """
-        if not scalings:
-            raise ValueError("the JSON's target_parameters names no weight of it")
-        pairs: dict[str, tuple[Tensor, Tensor]] = {}
-        layers = {name: cls._alone(module, name) for name in cls.adapted}
-        rest = dict(tensors)
-        for name, depth in cls._nested(module, scalings).items():
-            end = f"_{depth}" if depth else ""
-            if not {f"lora_A{end}", f"lora_B{end}"} <= rest.keys():
-                raise ValueError(f"{name}: the file has no pair for it")
-            A, B = rest.pop(f"lora_A{end}"), rest.pop(f"lora_B{end}")
-            layer = layers[name]
-            shape = layer.matrices()
-            try:
-                exchanged = is_exchanged(A, B, shape, layer.transposed, layer.flagged_transposed, version)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
-            pairs[name] = from_file(A, B, shape[0], exchanged=exchanged)
-        if rest:
-            raise ValueError(f"{next(iter(rest))} belongs to no weight that the file targets")
-        rank, common = max((A.shape[1], scalings[name]) for name, (A, _) in pairs.items())
-        found: dict[str, Tensor] = {}
-        for name, layer in layers.items():
-            experts, outputs, inputs = layer.matrices()
-            A, B = torch.zeros(experts, rank, inputs), torch.zeros(experts, outputs, rank)
-            if name in pairs:
-                own = pairs[name]
-                A, B = A.to(own[0].dtype), B.to(own[1].dtype)
-                A[:, : own[0].shape[1]] = own[0]
-                B[..., : own[0].shape[1]] = own[1] * (scalings[name] / common)
-            found |= {f"lora_A_{name}": A.flatten(0, 1), f"lora_B_{name}": B.flatten(0, 1)}
-        return found
+        distance = matrix.storage_offset() - self.weight.storage_offset()
+        expert, rest = divmod(distance, matrix.numel())
+        apart = matrix.untyped_storage().data_ptr() != self.weight.untyped_storage().data_ptr()
+        if apart or rest or matrix.numel() * self.moe_num_experts != self.weight.numel():
+            raise ValueError("the experts were called with a matrix that is no view of their weight: exclude them from LoRA, or merge them")
+        A, B = (factor[expert] for factor in self.factor_matrices())
+        left, right = (A.mT, B.mT) if self.transposed else (B, A)
+        return LowRankSum(matrix, left, right, self.scaling, self.dropout_now())
+
+
+@register_kind(DBRX_EXPERTS)
+class LoRAFlatExperts(LoRAExperts):
+    """A ``DbrxExpertGLU``: one :class:`FlatExpertStack` per projection, with the options of :class:`LoRAExperts`.
+
+    The code around the module reads the weights and calls the module once per expert, with views of that expert's matrices. Where a view
+    lies in the weight says which expert it is. PEFT 0.21 adds to such weights only while the module's own forward runs, which is too late.
+    """
+
+    lora_base = nn.Module
+    weight_kind = FlatExpertStack
+    adapted = ("w1", "v1", "w2")  # as the forward takes their matrices
+    down = "w2"
+    stored_transposed = False
+    peft_reads = False
+
+    @classmethod
+    def _alone(cls, module: Any, name: str) -> Any:
+        layer = super()._alone(module, name)
+        layer.__dict__.update(transposed=name == cls.down)
+        return layer
+
+    def to_peft(self) -> dict[str, Tensor]:
+        """Return the parameters under their own names."""
+        return dict(self.lora_parameters())
+
+    def _run_as_it_is(self, x: Tensor, *matrices: Tensor) -> Any:
+        if self.merged or self.disabled:
+            return self.base_forward(x, *matrices)
+        layers: dict[str, Any] = self.by_weight()
+        return self.base_forward(x, *(layer.adapted_matrix(each) for layer, each in zip(layers.values(), matrices, strict=True)))
