@@ -173,6 +173,33 @@ def test_a_model_saved_and_loaded_with_the_warning_that_peft_reads_no_such_folde
     assert torch.equal(outputs(load_adapter(copy.deepcopy(base), tmp_path), inputs), wanted)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+def test_checkpointing_with_dropout_gives_the_same_gradients():
+    def gradients(checkpointed):
+        base, inputs = build("dbrx")
+        model = fill(apply_lora(base, LoRAConfig(rank=2, dropout=0.3, target_modules=["experts.mlp"])), std=0.1).train()
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(7)
+        model(**inputs).logits.square().sum().backward()
+        return [p.grad for p in model.parameters() if p.requires_grad]
+
+    plain, again = gradients(False), gradients(True)
+    assert len(plain) == 12 and all(gradient.any() for gradient in plain)
+    torch.testing.assert_close(plain, again)
+
+
+@pytest.mark.parametrize("autocast", [False, True])  # over weights in bf16: over others DBRX's own code raises
+def test_in_bf16_adapters_stay_in_float32(autocast):
+    base, inputs = build("dbrx")
+    model = fill(apply_lora(base, LoRAConfig(rank=2, target_modules=["experts.mlp"])), std=0.1)
+    wanted = model(**inputs).logits
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = model.bfloat16()(**inputs).logits
+    assert (found.float() - wanted).norm() < 0.02 * wanted.norm()
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
 def test_peft_has_no_way_to_adapt_them():
     base, inputs = build("dbrx")
     with warnings.catch_warnings():
