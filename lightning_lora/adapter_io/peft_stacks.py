@@ -39,7 +39,8 @@ class Stack:
 
 def is_stack(module: nn.Module) -> bool:
     """Return True if PEFT adapts this module's parameters one by one."""
-    return hasattr(kind_of(type(module)), "from_peft_stacks")
+    kind: Any = kind_of(type(module))
+    return hasattr(kind, "from_peft_stacks") and kind.peft_reads
 
 
 def targeted_stacks(fields: dict[str, Any], modules: Mapping[str, nn.Module]) -> dict[str, Stack]:

@@ -151,4 +151,7 @@ def _fields(root: nn.Module, config: LoRAConfig, exported: dict[str, Exported], 
     task = task_type(model, saved, modules)
     fields |= {"base_model_name_or_path": loaded_from(model), "task_type": task, "auto_mapping": auto_mapping(model, task)}
     called = {fqn: layer for fqn, layer in layers.items() if not layer.peft_parameters}
+    if unread := [fqn for fqn, layer in layers.items() if not layer.peft_reads]:
+        what = type(layers[unread[0]]).lora_base.__name__
+        warnings.warn(f"PEFT 0.21 cannot adapt {unread[0]!r} ({what}): load_adapter reads this folder, PEFT does not.", stacklevel=3)
     return beside_experts(fields, expert_family(model), called, modules)

@@ -11,8 +11,7 @@ PEFT (``target_parameters``) adds the dense updates of all experts in every forw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from types import FunctionType
 from typing import Any, ClassVar
@@ -22,13 +21,17 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.layers.factors import Exported
-from lightning_lora.layers.peft_stacks import from_file, is_exchanged, to_file
-from lightning_lora.layers.several_weights import SeveralWeights
+from lightning_lora.layers.peft_stacks import StackedWeights, to_file
 from lightning_lora.layers.spec import LayerSpec, Option, kind_options_of
 from lightning_lora.ops.low_rank_sum import LowRankSum, product_of_sorted_rows
 from lightning_lora.registry import register_kind
-from lightning_lora.utils.transformers_experts import active_experts, experts_implementation, stored_experts, traced_experts
+from lightning_lora.utils.transformers_experts import (
+    DBRX_EXPERTS,
+    active_experts,
+    experts_implementation,
+    stored_experts,
+    traced_experts,
+)
 
 NAME = "experts"
 _KNOWN = ("eager", "batched_mm", "grouped_mm")  # implementations that use the weights in products alone
@@ -47,11 +50,18 @@ class ExpertStack(LoRALayer):
     outer: str
     #: True if the module has a true ``is_transposed``, by which PEFT chooses the factors' axes. Llama 4 is transposed without it.
     flagged_transposed: bool
+    #: Number of the weight's dimensions.
+    dimensions: ClassVar[int] = 3
+
+    def matrices(self) -> tuple[int, int, int]:
+        """Return the numbers of experts, and of one expert's outputs and inputs."""
+        experts, rows, columns = self.weight.shape
+        return (experts, columns, rows) if self.transposed else (experts, rows, columns)
 
     @classmethod
     def adapter_shapes(cls, module: Any, spec: LayerSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of A, (E·r, in), and of B, (E·out, r). A shared one is that of one expert."""
-        experts, outputs, inputs = module.to_matrix(module.weight).shape
+        experts, outputs, inputs = module.matrices()
         shared = module.outer if kind_options_of(spec.config, NAME)["shared_outer"] else None
         many = {factor: 1 if factor == shared else experts for factor in ("lora_A", "lora_B")}
         return (many["lora_A"] * spec.rank, inputs), (many["lora_B"] * outputs, spec.rank)
@@ -59,13 +69,13 @@ class ExpertStack(LoRALayer):
     @classmethod
     def pair_sizes(cls, module: Any, spec: LayerSpec) -> tuple[int, int, int]:
         """Return rank, inputs and outputs of one expert's A and B."""
-        _, outputs, inputs = module.to_matrix(module.weight).shape
+        _, outputs, inputs = module.matrices()
         return spec.rank, inputs, outputs
 
     @classmethod
     def check(cls, module: Any, spec: LayerSpec) -> None:
         """Raise ValueError also for a weight that is no stack of matrices, and for a variant that scales outputs."""
-        if module.weight.ndim != 3:
+        if module.weight.ndim != cls.dimensions:
             raise ValueError(f"its shape {tuple(module.weight.shape)} is not one matrix per expert; exclude it")
         if cls.output_scale is not LoRALayer.output_scale:
             raise ValueError(f"variant={spec.config.variant!r} scales a layer's outputs, which experts in one tensor have no place for")
@@ -82,7 +92,7 @@ class ExpertStack(LoRALayer):
     def factor_matrices(self) -> tuple[Tensor, Tensor]:
         """Return A (E, r, in) and B (E, out, r). A shared one is expanded, without a copy."""
         A, B = self.update_factors()
-        experts, outputs, _ = self.to_matrix(self.weight).shape
+        experts, outputs, _ = self.matrices()
         A, B = A.unflatten(0, (-1, B.shape[1])), B.unflatten(0, (-1, outputs))
         return A.expand(experts, -1, -1), B.expand(experts, -1, -1)
 
@@ -114,7 +124,7 @@ class _Traced:
 
 
 @register_kind(name=NAME, match=lambda cls: stored_experts(cls) is not None)
-class LoRAExperts(SeveralWeights):
+class LoRAExperts(StackedWeights):
     """A module of experts, such as ``Qwen3MoeExperts`` or ``GptOssExperts``: one :class:`ExpertStack` per projection.
 
     Options, in ``kind_options={"experts": {...}}``:
@@ -133,6 +143,8 @@ class LoRAExperts(SeveralWeights):
 
     weight_kind = ExpertStack
     is_linear = True
+    #: Name of the projection down.
+    down: ClassVar[str] = "down_proj"
     #: True if each expert's matrix is stored as (in, out).
     stored_transposed: ClassVar[bool]
     #: Implementation → function that computes it on a stand-in, of those that are part of a compiled graph.
@@ -145,13 +157,14 @@ class LoRAExperts(SeveralWeights):
             cls.adapted, cls.stored_transposed = stored
             cls.peft_parameters = cls.adapted
             cls.traced = traced_experts(cls.lora_base, product_of_sorted_rows)
+        if cls.lora_base is not nn.Module:
             # Not a decorator: that imports Dynamo, which transformers' models have imported already.
             cls._run_as_it_is = torch.compiler.disable(cls._run_as_it_is)  # type: ignore[method-assign]
 
     @classmethod
     def _alone(cls, module: Any, name: str) -> Any:
         layer = super()._alone(module, name)
-        layer.__dict__.update(outer="lora_B" if name == "down_proj" else "lora_A", transposed=cls.stored_transposed)
+        layer.__dict__.update(outer="lora_B" if name == cls.down else "lora_A", transposed=cls.stored_transposed)
         layer.__dict__.update(flagged_transposed=bool(getattr(module, "is_transposed", False)))
         return layer
 
@@ -161,7 +174,7 @@ class LoRAExperts(SeveralWeights):
         chosen = experts_implementation(module)
         if chosen not in (None, *_KNOWN):
             raise ValueError(f"LoRA does not see the products of experts_implementation={chosen!r}; choose one of {', '.join(_KNOWN)}")
-        if kind_options_of(spec.config, NAME)["shared_outer"] and "down_proj" not in cls.adapted:
+        if kind_options_of(spec.config, NAME)["shared_outer"] and cls.down not in cls.adapted:
             raise ValueError("shared_outer shares factors of the projections up and down, and it has one weight; exclude it")
         super().check(module, spec)
 
@@ -198,85 +211,76 @@ class LoRAExperts(SeveralWeights):
         stand_in.__dict__.update(self.__dict__, **self._adapted_weights())  # found before the parameters of the same names
         return base.forward(stand_in, *args, **kwargs)
 
-    # Files. PEFT wraps the module once per weight, in the order in which the module declares them: the last one is the outermost.
 
-    @classmethod
-    def _nested(cls, module: Any, weights: Collection[str]) -> dict[str, int]:
-        """Return weight → how many wrappers are around its own."""
-        declared = [name for name in module._parameters if name in weights]
-        return {name: len(declared) - 1 - index for index, name in enumerate(declared)}
+class FlatExpertStack(ExpertStack):
+    """The weights of all experts for one projection of DBRX, whose matrices lie one below another.
 
-    def to_peft(self) -> dict[str, Tensor]:
-        """Return PEFT's tensors of all weights."""
-        layers, nested = self.by_weight(), self._nested(self, self.adapted)
-        return {"base_layer." * nested[name] + part: t for name, layer in layers.items() for part, t in layer.to_peft().items()}
+    Shape:
+        ``weight`` (E·out, in), or (E·in, out) if :attr:`transposed`; A and B as :class:`ExpertStack` has them.
+    """
 
-    def exported(self) -> Exported:
-        """Return what files have, with the names of the parameters, which PEFT targets instead of the module."""
-        return replace(super().exported(), peft_parameters=self.peft_parameters)
+    dimensions = 2
+    moe_num_experts: int  # the module's
 
-    @classmethod
-    def from_peft(cls, module: Any, part: str, tensor: Tensor, spec: LayerSpec) -> Tensor:
-        """Return a shared factor, which files have once for each expert.
+    def matrices(self) -> tuple[int, int, int]:
+        """Return the numbers of experts, and of one expert's outputs and inputs."""
+        experts, (rows, columns) = self.moe_num_experts, self.weight.shape
+        return (experts, columns, rows // experts) if self.transposed else (experts, rows // experts, columns)
 
-        Raises:
-            ValueError: the experts' factors differ, or there are others than they.
-        """
-        rows, width = cls.parameter_shapes(module, spec)[part]
-        experts = module._parameters[cls.adapted[0]].shape[0]
-        if tuple(tensor.shape) != (experts * rows, width):
-            return tensor
-        each = tensor.unflatten(0, (experts, rows))
-        if not torch.equal(each, each[:1].expand_as(each)):
-            raise ValueError("with shared_outer all experts have the same factor, and in the file they differ")
-        return each[0].clone()
+    def to_matrix(self, tensor: Tensor) -> Tensor:
+        """Return the tensor as (E, out, in)."""
+        return super().to_matrix(tensor.unflatten(0, (self.moe_num_experts, -1)))
 
-    @classmethod
-    def from_peft_stacks(
-        cls, module: Any, tensors: dict[str, Tensor], scalings: dict[str, float], version: str | None
-    ) -> dict[str, Tensor]:
-        """Return the adapter parameters of a module for the tensors of a file.
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        """Invert :meth:`to_matrix`."""
+        return super().from_matrix(matrix).flatten(0, 1)
 
-        The module has one rank and one scaling. Factors of a lower rank are filled with zeros, which stay zero in training. What differs
-        in scaling from the weight with the highest rank is multiplied into B. A weight without tensors gets zeros.
+    def adapted_matrix(self, matrix: Tensor) -> LowRankSum:
+        """Return one expert's matrix with its update.
 
         Args:
-            module: adapted or not.
-            tensors: ``lora_A`` and ``lora_B`` of the outermost weight, ``lora_A_1`` and ``lora_B_1`` of the one inside, and so on.
-            scalings: weight that the file adapts → its scaling.
-            version: the file's ``peft_version``.
+            matrix: a view of the weight, in its layout.
 
         Raises:
-            ValueError: the tensors do not fit; the message has the weight's name and the reason.
+            ValueError: it is no expert's part of the weight.
         """
-        if not scalings:
-            raise ValueError("the JSON's target_parameters names no weight of it")
-        pairs: dict[str, tuple[Tensor, Tensor]] = {}
-        layers = {name: cls._alone(module, name) for name in cls.adapted}
-        rest = dict(tensors)
-        for name, depth in cls._nested(module, scalings).items():
-            end = f"_{depth}" if depth else ""
-            if not {f"lora_A{end}", f"lora_B{end}"} <= rest.keys():
-                raise ValueError(f"{name}: the file has no pair for it")
-            A, B = rest.pop(f"lora_A{end}"), rest.pop(f"lora_B{end}")
-            layer = layers[name]
-            shape = tuple(layer.to_matrix(layer.weight).shape)
-            try:
-                exchanged = is_exchanged(A, B, shape, layer.transposed, layer.flagged_transposed, version)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
-            pairs[name] = from_file(A, B, shape[0], exchanged=exchanged)
-        if rest:
-            raise ValueError(f"{next(iter(rest))} belongs to no weight that the file targets")
-        rank, common = max((A.shape[1], scalings[name]) for name, (A, _) in pairs.items())
-        found: dict[str, Tensor] = {}
-        for name, layer in layers.items():
-            experts, outputs, inputs = layer.to_matrix(layer.weight).shape
-            A, B = torch.zeros(experts, rank, inputs), torch.zeros(experts, outputs, rank)
-            if name in pairs:
-                own = pairs[name]
-                A, B = A.to(own[0].dtype), B.to(own[1].dtype)
-                A[:, : own[0].shape[1]] = own[0]
-                B[..., : own[0].shape[1]] = own[1] * (scalings[name] / common)
-            found |= {f"lora_A_{name}": A.flatten(0, 1), f"lora_B_{name}": B.flatten(0, 1)}
-        return found
+        distance = matrix.storage_offset() - self.weight.storage_offset()
+        expert, rest = divmod(distance, matrix.numel())
+        apart = matrix.untyped_storage().data_ptr() != self.weight.untyped_storage().data_ptr()
+        if apart or rest or matrix.numel() * self.moe_num_experts != self.weight.numel():
+            raise ValueError("the experts were called with a matrix that is no view of their weight: exclude them from LoRA, or merge them")
+        A, B = (factor[expert] for factor in self.factor_matrices())
+        left, right = (A.mT, B.mT) if self.transposed else (B, A)
+        return LowRankSum(matrix, left, right, self.scaling, self.dropout_now())
+
+
+@register_kind(DBRX_EXPERTS)
+class LoRAFlatExperts(LoRAExperts):
+    """A ``DbrxExpertGLU``: one :class:`FlatExpertStack` per projection, with the options of :class:`LoRAExperts`.
+
+    The code around the module reads the weights and calls the module once per expert, with views of that expert's matrices. Where a view
+    lies in the weight says which expert it is. PEFT 0.21 adds to such weights only while the module's own forward runs, which is too late.
+    """
+
+    lora_base = nn.Module
+    weight_kind = FlatExpertStack
+    adapted = ("w1", "v1", "w2")  # as the forward takes their matrices
+    down = "w2"
+    stored_transposed = False
+    peft_reads = False
+
+    @classmethod
+    def _alone(cls, module: Any, name: str) -> Any:
+        layer = super()._alone(module, name)
+        layer.__dict__.update(transposed=name == cls.down)
+        return layer
+
+    def to_peft(self) -> dict[str, Tensor]:
+        """Return the parameters under their own names."""
+        return dict(self.lora_parameters())
+
+    def _run_as_it_is(self, x: Tensor, *matrices: Tensor) -> Any:
+        if self.merged or self.disabled:
+            return self.base_forward(x, *matrices)
+        layers: dict[str, Any] = self.by_weight()
+        return self.base_forward(x, *(layer.adapted_matrix(each) for layer, each in zip(layers.values(), matrices, strict=True)))

@@ -63,6 +63,8 @@ class Factors(Mergeable):
     peft_shared: ClassVar[tuple[str, ...]] = ()
     #: Names of the module's parameters that PEFT targets one by one; empty where it targets the module.
     peft_parameters: ClassVar[tuple[str, ...]] = ()
+    #: False if PEFT cannot adapt such a module.
+    peft_reads: ClassVar[bool] = True
     #: True if the weight is stored as (in, out).
     transposed: ClassVar[bool] = False
 

@@ -42,7 +42,7 @@ def _in_one_tensor(module: nn.Module) -> int:
     """Return the number of experts that a kind adapts, 0 for other modules."""
     if not issubclass(kind_of(type(module)) or object, SeveralWeights):
         return 0
-    return next((p.shape[0] for p in module._parameters.values() if p is not None), 0)
+    return next((p.shape[0] for p in module._parameters.values() if p is not None and p.dim() == 3), 0)
 
 
 def _named(fqn: str, module: nn.Module) -> int:

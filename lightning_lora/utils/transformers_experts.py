@@ -43,6 +43,10 @@ def stored_experts(cls: type) -> tuple[tuple[str, ...], bool] | None:
     return None
 
 
+# DBRX's experts: their matrices lie one below another, and the forward gets those of one expert. Without it they are left out.
+DBRX_EXPERTS = "transformers.models.dbrx.modeling_dbrx.DbrxExpertGLU"
+
+
 def experts_implementation(module: nn.Module) -> str | None:
     """Return the name of the implementation by which experts run, None if they have only their own."""
     return getattr(getattr(module, "config", None), "_experts_implementation", None)
@@ -57,7 +61,7 @@ def active_experts(module: nn.Module, model: nn.Module) -> int | None:
     Without it a rank that depends on it has to be given.
     """
     whole = getattr(model, "config", None)
-    configs = (getattr(module, "config", None), getattr(whole, "text_config", None), whole)
+    configs = (getattr(module, "config", None), *(getattr(whole, name, None) for name in ("text_config", "ffn_config")), whole)
     said = [getattr(config, name, None) for config in configs for name in _ACTIVE]
     return next((value for value in said if isinstance(value, int) and value > 0), None)
 

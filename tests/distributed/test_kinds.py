@@ -20,6 +20,7 @@ from lightning_lora.utils.sharding import is_sharded
 from tests.distributed.nets import adapter_tensors, fill_adapters
 from tests.distributed.wrappers import WRAPPERS, fsdp1, weights_of
 from tests.layers.experts import tiny_qwen3_moe
+from tests.sweep.archs import build
 
 KINDS = LoRAConfig(rank=4, alpha=8, target_modules=["embed", "conv", "linear"])
 
@@ -125,24 +126,33 @@ def test_after_tensor_parallelism_they_are_refused_by_name(pool: Any) -> None:
 # A module with several weights.
 
 
-def check_experts(name: str, order: str, shared: bool) -> dict[str, Any]:
+# Model → in float64 (fp32 sums of a batch and of its halves differ by 1e-5 in one process too), targets, blocks, experts in a block.
+MIXTURES = {
+    "qwen3_moe": (lambda: tiny_qwen3_moe(torch.float64), ["experts", "q_proj"], "model.layers", "mlp.experts"),
+    "dbrx": (lambda: build("dbrx")[0].double(), ["experts.mlp", "out_proj"], "transformer.blocks", "ffn.experts"),
+}
+
+
+def check_experts(name: str, order: str, shared: bool, mixture: str) -> dict[str, Any]:
     """Gradients, merge and unmerge of two processes are those of one."""
     options = {"experts": {"shared_outer": shared}}
-    config = LoRAConfig(rank=2, alpha=4, target_modules=["experts", "q_proj"], kind_options=options)
+    make, targets, blocks, experts = MIXTURES[mixture]
+    config = LoRAConfig(rank=2, alpha=4, target_modules=targets, kind_options=options)
     ids = torch.arange(32).reshape(4, 8)
-    # In float64: fp32 sums of a batch and of its halves differ by 1e-5 in one process too.
-    model, alone = tiny_qwen3_moe(torch.float64), apply_lora(tiny_qwen3_moe(torch.float64), config=config)
+    model, alone = make(), apply_lora(make(), config=config)
     model = (
-        wrap_experts(apply_lora(model, config=config), name) if order == "before" else apply_lora(wrap_experts(model, name), config=config)
+        wrap_experts(apply_lora(model, config=config), name, blocks, experts)
+        if order == "before"
+        else apply_lora(wrap_experts(model, name, blocks, experts), config=config)
     )
     for each in (model, alone):
         fill_adapters(each)
-    assert name == "ddp" or is_sharded(model.model.layers[0].mlp.experts.down_proj)
+    assert name == "ddp" or any(is_sharded(p) for p in model.get_submodule(f"{blocks}.0.{experts}").parameters())
     part = ids.chunk(dist.get_world_size())[dist.get_rank()]
     for each, batch in ((model, part), (alone, ids)):
         each(batch).logits.square().mean().backward()
     mine, wanted = adapter_tensors(model, lambda p: p.grad), adapter_tensors(alone, lambda p: p.grad)
-    assert mine.keys() == wanted.keys() and len(mine) == 12
+    assert mine.keys() == wanted.keys() and len(mine) == {"qwen3_moe": 12, "dbrx": 16}[mixture]
     base = weights_of(model)
     with torch.no_grad():
         merged = (merge_lora(model)(part).logits - alone(part).logits).abs().max().item()
@@ -153,18 +163,19 @@ def check_experts(name: str, order: str, shared: bool) -> dict[str, Any]:
     return {"gradient": gradient, "merged": merged, "back": back}
 
 
-def wrap_experts(model: nn.Module, name: str) -> nn.Module:
+def wrap_experts(model: nn.Module, name: str, blocks: str, experts: str) -> nn.Module:
     if name == "ddp":
         return DistributedDataParallel(model)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for layer in model.model.layers:
-        fully_shard(layer.mlp.experts, mesh=mesh)  # by themselves, as large ones are
+    for layer in model.get_submodule(blocks):
+        fully_shard(layer.get_submodule(experts), mesh=mesh)  # by themselves, as large ones are
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 
+@pytest.mark.parametrize("mixture", MIXTURES)
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize(("name", "order"), [("ddp", "before"), ("fsdp2", "before"), ("fsdp2", "after")])
-def test_experts(pool: Any, name: str, order: str, shared: bool) -> None:
-    for result in pool.run(check_experts, name, order, shared):
+def test_experts(pool: Any, name: str, order: str, shared: bool, mixture: str) -> None:
+    for result in pool.run(check_experts, name, order, shared, mixture):
         assert result["gradient"] < 1e-9 and result["merged"] < 1e-9 and result["back"], result

@@ -31,7 +31,7 @@ def test_a_router_is_beside_the_experts_has_an_output_for_each_and_is_named_so(l
 
 
 class Unknown(nn.Module):
-    """Experts of a class that no kind adapts, as DBRX's."""
+    """Experts of a class that no kind adapts."""
 
     num_experts = 8
 
@@ -45,10 +45,14 @@ def test_experts_that_are_not_one_tensor_have_routers_too(held):
     assert report.passed_over == {"block.gate": "it routes tokens to experts"}
 
 
-def test_all_linear_passes_over_them_and_a_name_does_not():
-    model, _ = build("jetmoe")
-    report = find_targets(model, LoRAConfig(target_modules="all-linear"))
-    assert report.passed_over["model.layers.0.mlp.router.layer"] == "it routes tokens to experts"
+@pytest.mark.parametrize(
+    ("name", "router", "named"),
+    [("jetmoe", "model.layers.0.mlp.router.layer", 4), ("dbrx", "transformer.blocks.0.ffn.router.layer", 2)],
+)
+def test_all_linear_passes_over_them_and_a_name_does_not(name, router, named):
+    model, _ = build(name)
+    report = find_targets(model, LoRAConfig(target_modules="all-linear", rank=2))
+    assert report.passed_over[router] == "it routes tokens to experts"
     assert not any("router" in target.fqn for target in report.targets)
-    named = find_targets(model, LoRAConfig(target_modules=["router.layer"], rank=2))
-    assert len(named.targets) == 4 and not named.passed_over
+    report = find_targets(model, LoRAConfig(target_modules=["router.layer"], rank=2))
+    assert len(report.targets) == named and not report.passed_over

@@ -65,7 +65,7 @@ TEXT = {
         gpt-sw3 gpt_neox_japanese granite_swa granitemoe_swa hrm_text hunyuan_v1_dense hyperclovax
         inkling2_text inkling_text internlm3 iquestcoder jais2 minicpm3 ministral ministral3
         modernbert-decoder moshi nanochat olmo3 olmo_hybrid openai-gpt roberta-prelayernorm
-        trocr vaultgemma whisper xlm xlm-roberta-xl xlnet youtu
+        trocr vaultgemma whisper xlm xlm-roberta-xl xlnet youtu dbrx
     """,
     "AutoModel": """
         albert bert big_bird camembert convbert data2vec-text deberta deberta-v2 distilbert electra ernie esm fnet ibert
@@ -115,6 +115,11 @@ OWN: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 24,
     },
     "recurrent_gemma": {"num_hidden_layers": 3},
+    "dbrx": {
+        "max_seq_len": 64,
+        "attn_config": {"clip_qkv": 8.0, "kv_n_heads": 2, "rope_theta": 10000.0},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "mamba2": {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8, "expand": 2},
     **dict.fromkeys(SOUND["AutoModel"].split(), AUDIO),
 }
