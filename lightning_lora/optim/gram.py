@@ -88,7 +88,8 @@ def _placed(factor: Tensor) -> Tensor:
 def _inverse(gram: Tensor, g: _Stack, damping: float, power: float) -> Tensor:
     """Return ``power·(gram + δI)⁻¹`` for each product of a gradient.
 
-    Its error is not looked at, because the device would have to be waited for. A factor that several products share has one matrix, which serves each of them. Its own gradient is divided by the sum of theirs.
+    Its error is not looked at, because the device would have to be waited for. A factor that several products share has one matrix, which
+    serves each of them. Its own gradient is divided by the sum of theirs.
     """
     n = len(g.values)
     products = g.k if g.rows is None else 1
