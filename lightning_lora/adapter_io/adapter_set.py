@@ -202,8 +202,8 @@ def _read(root: nn.Module, path: str | Path, check_base: bool) -> dict[str, Pair
     names = {f"{clean_name(target.fqn)}.{part}" for target in report.targets for part in ("lora_A", "lora_B")}
     if others := sorted((tensors.keys() - names) | brought | adapter.extra_state.keys() | adapter.outside.keys()):
         raise ValueError(
-            f"{path}: {others[0]!r} is more than a low-rank pair (DoRA, VeRA, token rows, modules trained in full), and named adapters are"
-            " pairs only: load it alone, with load_adapter."
+            f"{path}: {others[0]!r} is more than a low-rank pair (DoRA, VeRA, experts, token rows, modules trained in full), and named"
+            " adapters are pairs only: load it alone, with load_adapter."
         )
     pairs = {}
     for target in report.targets:

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from lightning_lora.adapter_io import fingerprint
 from lightning_lora.adapter_io.extras import check_values_kept, equal_values, extra_tensors, is_adapter, why_not_brought
 from lightning_lora.adapter_io.files import AdapterFile, read_adapter
-from lightning_lora.adapter_io.names_below import from_around
+from lightning_lora.adapter_io.names_below import resolve_file
 from lightning_lora.adapter_io.placing import place
 from lightning_lora.adapter_io.size_limit import check_size
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.spec import LayerSpec, kind_options_of, options_of
 from lightning_lora.model.heads import saved_modules
-from lightning_lora.model.targeting import TargetReport, resolve
+from lightning_lora.model.targeting import TargetReport
 from lightning_lora.registry import KIND_NAMES
 from lightning_lora.utils.names import clean_name, second_names
 from lightning_lora.utils.values import kind_of_numbers
@@ -69,15 +69,11 @@ def _resolved(root: nn.Module, adapter: AdapterFile, where: str) -> tuple[Adapte
         ValueError: its config does not fit this model.
     """
     try:
-        return adapter, resolve(root, adapter.config, frozen_parts=True)
+        config, report = resolve_file(root, adapter)
     except ValueError as error:
-        for config in from_around(adapter):
-            try:
-                return replace(adapter, config=config), resolve(root, config, frozen_parts=True)
-            except ValueError:  # the first error is the one to tell
-                continue
         first, *others = str(error).splitlines()
         raise ValueError(f"{where}: {first}" + (f" ({len(others)} more)" if others else "")) from error
+    return replace(adapter, config=config), report
 
 
 def check_same(root: nn.Module, layers: dict[str, LoRALayer], report: TargetReport, config: LoRAConfig, where: str) -> None:
@@ -98,7 +94,7 @@ def check_same(root: nn.Module, layers: dict[str, LoRALayer], report: TargetRepo
     own = next(layer for layer in layers.values() if layer.low_rank).lora_config
     for name, mine, theirs in (
         ("bias", own.bias, config.bias),
-        ("modules_to_save", sorted(saved_modules(root, own)), sorted(report.saved)),
+        ("modules_to_save", sorted(saved_modules(root, replace(own, modules_to_save="auto"))), sorted(report.saved)),
     ):
         if mine != theirs:
             different.append(f"{name} is {mine!r}, the file has {theirs!r}")

@@ -1,28 +1,29 @@
 """Configs for the module that names in files are relative to, where a config's patterns name what is around it.
 
 A LightningModule with one child is adapted as a whole, and its file is for the child alone. So ``model.layers.2`` in a config finds nothing
-in a file's names. The layers' exact names take its place.
+in a file's names. The exact names of what it means take its place.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 
 from lightning_lora.adapter_io.exported import with_parent
-from lightning_lora.adapter_io.extras import is_adapter
+from lightning_lora.adapter_io.extras import extra_tensors, is_adapter
 from lightning_lora.adapter_io.files import AdapterFile
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.base import PREFIX, LoRALayer
 from lightning_lora.layers.factors import Exported
 from lightning_lora.model.fused_slices import names_of
+from lightning_lora.model.heads import saved_modules
+from lightning_lora.model.target_report import TargetReport
 from lightning_lora.model.targeting import resolve
 from lightning_lora.utils.names import clean_name
-from lightning_lora.utils.patterns import compile_patterns
 
 Settings = tuple[int, float, str | None]  # rank, alpha, kind
 
@@ -44,48 +45,97 @@ def below(
     own: dict[str, Settings] = {
         fqn: (*(each.own or (each.rank, each.alpha)), each.kind) for fqn, each in exported.items() if layers[fqn].low_rank
     }
+    saved = saved_modules(root, replace(config, modules_to_save="auto"))  # of an adapted model: what it trains in full
     try:
-        found = {clean_name(t.fqn): (t.rank, t.alpha, t.spec.kind) for t in resolve(root, config, frozen_parts=True).targets}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they were given when LoRA was applied
+            report = resolve(root, config, frozen_parts=True)
     except ValueError:  # a pattern names what is around it
-        found = {}
+        report = None
+    if report is not None and _settings(report) == own and sorted(report.saved) == sorted(saved):
+        return config
     named = {fqn: names_of(fqn, layers[fqn].spec.slices) for fqn in own if not with_parent(fqn, layers)}
-    return config if found == own else _exact(config, {name: own[fqn] for fqn, names in named.items() for name in names})
+    return _exact(config, {name: own[fqn] for fqn, names in named.items() for name in names}, saved)
 
 
-def from_around(adapter: AdapterFile) -> Iterator[LoRAConfig]:
-    """Yield configs that a checkpoint's may mean, with patterns that begin with the end of its root's name."""
-    config, parts = adapter.config, adapter.root.split(".") if adapter.root else []
-    layers = {name.partition(".lora_")[0]: None for name in adapter.tensors if is_adapter(name)}
+def resolve_file(root: nn.Module, adapter: AdapterFile) -> tuple[LoRAConfig, TargetReport]:
+    """Return what an adapter's config selects, and the config by names below ``root``.
+
+    A checkpoint's config may mean names around its root. Of the readings that find something, the first counts that finds all of the file.
+
+    Raises:
+        ValueError: its config does not fit this model.
+    """
+    first: tuple[LoRAConfig, TargetReport] | None = None
+    problem: ValueError | None = None
+    for config in (adapter.config, *_readings(root, adapter)):
+        try:
+            found = config, resolve(root, config, frozen_parts=True)
+        except ValueError as error:
+            problem = problem or error  # the first is the one to tell
+            continue
+        if not adapter.root or _finds_all(root, adapter, *found):
+            return found
+        first = first or found
+    if first is None:
+        raise problem or ValueError(f"{adapter.config} finds nothing")
+    return first
+
+
+def _readings(root: nn.Module, adapter: AdapterFile) -> Iterator[LoRAConfig]:
+    """Yield what a checkpoint's config may mean, if its names begin with the end of its root's name."""
+    parts = adapter.root.split(".") if adapter.root else []
+    around = root
     for k in reversed(range(len(parts))):
-        prefix = ".".join(parts[k:])
-
-        def value(field: str, fqn: str, default: Any, prefix: str = prefix) -> Any:
-            table = getattr(config, field)
-            return next((table[p.text] for p in compile_patterns(list(table), field) if p.matches(f"{prefix}.{fqn}")), default)
-
-        yield _exact(
-            config,
-            {
-                fqn: (
-                    value("rank_pattern", fqn, config.rank),
-                    value("alpha_pattern", fqn, config.alpha),
-                    value("kind_pattern", fqn, None),
-                )
-                for fqn in layers
-            },
-        )
+        shell = nn.Module()
+        shell.add_module(parts[k], around)
+        around, prefix = shell, ".".join(parts[k:]) + "."
+        try:
+            report = resolve(around, adapter.config, frozen_parts=True)
+        except ValueError:
+            continue
+        if any(not name.startswith(prefix) for name in (*(t.fqn for t in report.targets), *report.saved)):
+            continue  # it means what is around the root
+        settings = {name.removeprefix(prefix): own for name, own in _by_name(report).items()}
+        rows = {t.fqn.removeprefix(prefix): list(t.spec.rows) for t in report.rows if not t.spec.rows_of}
+        config = _exact(adapter.config, settings, [name.removeprefix(prefix) for name in report.saved])
+        named = isinstance(config.trainable_token_indices, Mapping)
+        yield replace(config, trainable_token_indices={_whole(fqn): own for fqn, own in rows.items()}) if named else config
 
 
-def _exact(config: LoRAConfig, settings: Mapping[str, Settings]) -> LoRAConfig:
-    """Return the config with one pattern for each name, whose settings are given."""
-    patterns = {name: f"^{re.escape(name)}$" for name in settings}
-    ranks, alphas, kinds = ({patterns[name]: each[i] for name, each in settings.items()} for i in range(3))
+def _finds_all(root: nn.Module, adapter: AdapterFile, config: LoRAConfig, report: TargetReport) -> bool:
+    """Return whether a config finds the file's layers, and what was trained in full."""
+    layers = {name.partition(f".{PREFIX}")[0] for name in adapter.tensors if is_adapter(name)}
+    found = {clean_name(target.fqn) for target in (*report.targets, *report.rows) if not target.spec.rows_of}  # tied ones have no tensors
+    trained = {name for name in adapter.tensors if not is_adapter(name)} - adapter.beside
+    return found == layers and trained <= extra_tensors(root, config, layers).keys()
+
+
+def _settings(report: TargetReport) -> dict[str, Settings]:
+    return {clean_name(target.fqn): (target.rank, target.alpha, target.spec.kind) for target in report.targets}
+
+
+def _by_name(report: TargetReport) -> dict[str, Settings]:
+    """Return the settings by the names that a config uses, without layers that are adapted together with the module around them."""
+    together = {f"{clean_name(target.fqn)}.{name}" for target in report.targets for name in target.kind.children_too}
+    named = {clean_name(target.fqn): target.names for target in report.targets}
+    return {clean_name(name): own for fqn, own in _settings(report).items() if fqn not in together for name in named[fqn]}
+
+
+def _exact(config: LoRAConfig, settings: Mapping[str, Settings], saved: Collection[str]) -> LoRAConfig:
+    """Return the config with one pattern for each name: of the layers, whose settings are given, and of what is trained in full."""
+    ranks, alphas, kinds = ({_whole(name): each[i] for name, each in settings.items()} for i in range(3))
     return replace(
         config,
-        target_modules=list(patterns.values()),
+        target_modules=[*ranks],
         exclude_modules=(),
         layers=None,
         rank_pattern=ranks,  # type: ignore[arg-type]
         alpha_pattern=alphas,  # type: ignore[arg-type]
         kind_pattern={name: kind for name, kind in kinds.items() if kind is not None},  # type: ignore[misc]
+        modules_to_save="auto" if config.modules_to_save == "auto" else [_whole(name) for name in saved],
     )
+
+
+def _whole(name: str) -> str:
+    return f"^{re.escape(name)}$"

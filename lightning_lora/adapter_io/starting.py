@@ -17,6 +17,7 @@ from torch import nn
 
 from lightning_lora.adapter_io.exported import by_name
 from lightning_lora.adapter_io.files import read_adapter
+from lightning_lora.adapter_io.names_below import resolve_file
 from lightning_lora.adapter_io.placing import place
 from lightning_lora.adapter_io.size_limit import check_size
 from lightning_lora.config import ALL_LINEAR, LoRAConfig
@@ -47,9 +48,10 @@ def starting_config(model: nn.Module, path: str | Path, given: LoRAConfig) -> Lo
     _, root = adapter_root(model)
     check_size(Path(path), root)
     adapter = place(read_adapter(path), root, str(path))
-    plain = before_quantizing(adapter.config)  # the base that it belongs to may be quantized after this
+    init = {name: getattr(adapter.config, name) for name in ("init", "init_options")}
+    adapter = replace(adapter, config=before_quantizing(adapter.config))  # the base that it belongs to may be quantized after this
     try:
-        report = resolve(root, plain, frozen_parts=True)
+        plain, report = resolve_file(root, adapter)
     except ValueError as error:
         raise ValueError(f"start_from={str(path)!r}: {error}") from error
     different = [f"{name}={mine!r} (the adapter has {theirs!r})" for name, mine, theirs in _conflicts(root, given, plain, report)]
@@ -59,7 +61,7 @@ def starting_config(model: nn.Module, path: str | Path, given: LoRAConfig) -> Lo
             " is, or leave start_from out to train a new one."
         )
     dropout = adapter.config.dropout if given.dropout == _DEFAULT.dropout else given.dropout
-    return replace(_named(adapter.config, report, modules_by_name(root)), dropout=dropout)
+    return replace(_named(replace(plain, **init), report, modules_by_name(root)), dropout=dropout)
 
 
 def _named(config: LoRAConfig, report: TargetReport, modules: Collection[str]) -> LoRAConfig:

@@ -96,6 +96,11 @@ class ExpertStack(LoRALayer):
         A, B = A.unflatten(0, (-1, B.shape[1])), B.unflatten(0, (-1, outputs))
         return A.expand(experts, -1, -1), B.expand(experts, -1, -1)
 
+    def factor_rows(self) -> list[int]:
+        """Return the rows of each expert's B; with a shared B those of the one that all multiply by."""
+        outputs = self.to_matrix(self.weight).shape[1]
+        return [outputs] * (self.lora_B.shape[0] // outputs)
+
     def to_peft(self) -> dict[str, Tensor]:
         """Return A and B as PEFT 0.19 and later store them."""
         A, B = (factor.detach() for factor in self.factor_matrices())

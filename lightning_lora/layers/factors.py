@@ -134,7 +134,7 @@ class Factors(Mergeable):
         return self.lora_A, self.lora_B
 
     def factor_rows(self) -> list[int]:
-        """Return how many rows of B belong to each product ``B·A``, in the order of A's rows.
+        """Return how many rows of B belong to each product ``B·A``, in the order of A's rows. A B that all share has one entry.
 
         Most layers have one product. A grouped convolution, a stack of experts and slices of a projection have several, each of
         ``lora_B.shape[1]`` rows of A.

@@ -27,7 +27,7 @@ class Pair(NamedTuple):
 
     Attributes:
         A, B: parameters.
-        rows: rows of B for each product in it; see :meth:`Factors.factor_rows`.
+        rows: rows of B for each product in it; one entry if all share it; see :meth:`Factors.factor_rows`.
         power: what both gradients are multiplied by.
         trains: whether A's and B's gradients are to be preconditioned.
     """
@@ -70,11 +70,11 @@ def _precondition(pairs: list[Pair], damping: float) -> None:
     if grads_A:
         B, g = _Stack([pair.B for pair in pairs], pairs[0], True), _Stack(grads_A, pairs[0], False)
         grams = [B.summed(X.mT @ X) for X in B.products()]
-        g.write(grads_A, [_inverse(gram, damping, power) @ G for gram, G in zip(grams, g.products(), strict=True)])
+        g.write(grads_A, [_inverse(gram, g, damping, power) @ G for gram, G in zip(grams, g.products(), strict=True)])
     if grads_B:
         A, g = _Stack([pair.A for pair in pairs], pairs[0], False), _Stack(grads_B, pairs[0], True)
         grams = [A.summed(X @ X.mT) for X in A.products()]
-        g.write(grads_B, [G @ _inverse(gram, damping, power) for gram, G in zip(grams, g.products(), strict=True)])
+        g.write(grads_B, [G @ _inverse(gram, g, damping, power) for gram, G in zip(grams, g.products(), strict=True)])
 
 
 def _placed(factor: Tensor) -> Tensor:
@@ -85,10 +85,19 @@ def _placed(factor: Tensor) -> Tensor:
     return gradient
 
 
-def _inverse(gram: Tensor, damping: float, power: float) -> Tensor:
-    """Return ``power·(gram + δI)⁻¹``. Its error is not looked at, because the device would have to be waited for."""
+def _inverse(gram: Tensor, g: _Stack, damping: float, power: float) -> Tensor:
+    """Return ``power·(gram + δI)⁻¹`` for each product of a gradient.
+
+    Its error is not looked at, because the device would have to be waited for. A factor that several products share has one matrix, which
+    serves each of them. Its own gradient is divided by the sum of theirs.
+    """
+    n = len(g.values)
+    products = g.k if g.rows is None else 1
+    if products == 1 and len(gram) > n:
+        gram = gram.unflatten(0, (n, -1)).sum(1)
     gram.diagonal(dim1=-2, dim2=-1).add_(damping)
-    return torch.linalg.inv_ex(gram)[0].mul_(power)
+    inverse = torch.linalg.inv_ex(gram)[0].mul_(power)
+    return inverse if len(inverse) == n * products else inverse.repeat_interleave(products, 0)
 
 
 class _Stack:
@@ -101,10 +110,11 @@ class _Stack:
     """
 
     def __init__(self, tensors: Sequence[Tensor], pair: Pair, of_b: bool) -> None:
-        first, self.k = tensors[0], len(pair.rows)
+        first, rank = tensors[0], pair.B.shape[1]
+        self.k = len(pair.rows) if of_b else pair.A.shape[0] // rank
         self.rows: Sequence[int] | None = None
         if len(set(pair.rows)) > 1:
-            self.rows = pair.rows if of_b else (pair.B.shape[1],) * self.k
+            self.rows = pair.rows if of_b else (rank,) * self.k
         # Along its long side a factor may stay cut, if what is there belongs to one product.
         long = set(range(1, first.ndim)) if not of_b else {0} if self.k == 1 else set()
         self.gathered = not cut_dimensions(first) <= long

@@ -6,6 +6,8 @@ product is divided between its factors. Both methods undo that by the r×r Gram 
     riemannian   g_A ← (BᵀB + δI)⁻¹·g_A    g_B ← g_B·(AAᵀ + δI)⁻¹      scaled SGD and AdamW (arXiv:2402.02347, section 3)
     lora_fa      A frozen                  g_B ← s⁻²·g_B·(AAᵀ + δI)⁻¹  the closed-form correction of arXiv:2308.03303v2
 
+A factor that several products share, as experts do with ``shared_outer``, has the sum of their Gram matrices.
+
 The gradients are rewritten before the optimizer's step (:mod:`lightning_lora.optim.before_step`), so any optimizer serves. Nothing is
 kept between steps. :mod:`lightning_lora.optim.gram` has the computation.
 """

@@ -142,15 +142,16 @@ def test_flattened_factors_are_refused_by_name(pool: Any, tmp_path: Path) -> Non
         start(pool, "fsdp full", str(tmp_path), 1, precondition="riemannian")
 
 
-def in_experts() -> float:
+def in_experts(shared_outer: bool) -> float:
     """The largest difference of an FSDP2-sharded mixture's preconditioned gradients from a plain one's."""
     from torch.distributed.fsdp import fully_shard
 
     from tests.layers.experts import tiny_qwen3_moe
 
-    found = []
+    found, options = [], {"experts": {"shared_outer": shared_outer}}
     for wrap in (False, True):
-        model = apply_lora(tiny_qwen3_moe(torch.float64), config=LoRAConfig(rank=2, target_modules=["experts"]))
+        config = LoRAConfig(rank=2, target_modules=["experts"], kind_options=options)
+        model = apply_lora(tiny_qwen3_moe(torch.float64), config=config)
         fill_adapters(model)
         if wrap:
             for layer in model.model.layers:
@@ -165,5 +166,6 @@ def in_experts() -> float:
     return max(((mine[name] - plain[name]).abs().max() / plain[name].abs().max()).item() for name in plain)
 
 
-def test_sharded_experts(pool: Any) -> None:
-    assert all(apart < 1e-9 for apart in pool.run(in_experts))
+@pytest.mark.parametrize("shared_outer", [False, True])
+def test_sharded_experts(pool: Any, shared_outer: bool) -> None:
+    assert all(apart < 1e-9 for apart in pool.run(in_experts, shared_outer))

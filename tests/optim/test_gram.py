@@ -106,6 +106,38 @@ def test_experts_and_slices_are_the_formula_product_by_product(model: str) -> No
     check(of_models(model), "riemannian")
 
 
+@pytest.mark.parametrize("at_once", [gram.AT_ONCE, 1])
+@pytest.mark.parametrize("over_active", [False, True])
+@pytest.mark.parametrize(("name", "variant"), [("riemannian", "plain"), ("lora_fa", "lora_fa")])
+def test_a_factor_that_experts_share_has_the_sum_of_their_gram_matrices(
+    name: str, variant: str, over_active: bool, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ↦ (B₁A, …) and B ↦ (BA₁, …) have the metrics Σ BₑᵀBₑ and Σ AₑAₑᵀ. Token rows beside them are left as they are."""
+    monkeypatch.setattr(gram, "AT_ONCE", at_once)
+    options = {"experts": {"shared_outer": True, "rank_over_active": over_active}}
+    config = LoRAConfig(rank=4, alpha=5, target_modules=["experts"], variant=variant, kind_options=options, trainable_token_indices=[3])
+    model = fill(apply_lora(tiny_qwen3_moe().double(), config=config))
+    rows = model.get_input_embeddings().lora_rows
+    parts = [part for _, layer in lora_layers(model) if layer.low_rank for part in layer.by_weight().values()]
+    dense = [torch.randn(part.lora_delta().shape, dtype=torch.float64) for part in parts]
+    (sum((part.lora_delta() * C).sum() for part, C in zip(parts, dense, strict=True)) + rows.sum()).backward()
+    preconditioned(model, name)
+    assert bool((rows.grad == 1).all())
+    for part, C in zip(parts, dense, strict=True):
+        (A, B), G, s = part.factor_matrices(), part.to_matrix(C), part.scaling
+        power, eye = s**-2 if METHODS[name].frozen else 1.0, DELTA * torch.eye(A.shape[1], dtype=A.dtype)
+        gA, gB, gram_A, gram_B = s * B.mT @ G, s * G @ A.mT, A @ A.mT, B.mT @ B
+        if part.outer == "lora_A":
+            gA, gram_B = gA.sum(0, keepdim=True), gram_B.sum(0, keepdim=True)
+        else:
+            gB, gram_A = gB.sum(0, keepdim=True), gram_A.sum(0, keepdim=True)
+        if part.lora_A.requires_grad:
+            torch.testing.assert_close(
+                part.lora_A.grad, (power * torch.linalg.solve(gram_B + eye, gA)).flatten(0, 1), rtol=1e-9, atol=1e-12
+            )
+        torch.testing.assert_close(part.lora_B.grad, (power * gB @ torch.linalg.inv(gram_A + eye)).flatten(0, 1), rtol=1e-9, atol=1e-12)
+
+
 def test_many_layers_at_a_time_or_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gram, "AT_ONCE", 1)
     check(of_models("slices"), "riemannian")
