@@ -127,12 +127,12 @@ def test_fewer_at_once_make_room_for_the_next(run, steps, tmp_path):
     assert_same(tmp_path / "sweep" / "rank3", tmp_path / "single")
 
 
-def test_gradient_checkpointing_draws_dropout_twice_and_is_named(run, tmp_path, capsys):
+def test_gradient_checkpointing_draws_dropout_twice_and_is_named(run, tmp_path, caplog):
     words = ["sweep", *run, "--rank=1,2", "--folder", str(tmp_path / "sweep"), "--model.gradient_checkpointing=true"]
     words += ["--trainer.max_steps=1", "--lora.config.dropout=0.5"]
     assert main(words) == 0
     told = "one after another: the model draws other random numbers for several trials than for one: gradient checkpointing draws"
-    assert told in capsys.readouterr().err
+    assert told in caplog.text
 
 
 def test_a_fresh_head_and_the_bases_own_dropout(steps, tmp_path):
