@@ -16,6 +16,7 @@ KIND_NAMES: dict[str, type] = {}  # name in config.kind_pattern → kind
 KIND_RULES: list[tuple[Callable[[type], bool], type]] = []  # rule for a module type that has no entry in KINDS, and its kind
 VARIANTS: dict[str, type] = {}  # config.variant → the mixin that goes before the kind
 INITS: dict[str, Callable[[Any], None]] = {}  # config.init → the function that fills a layer's A and B
+MOST_ITERATIONS = 1000  # the largest n of an init such as pissa_niter_[n]
 
 T = TypeVar("T")
 Init = TypeVar("Init", bound=Callable[[Any], None])
@@ -73,7 +74,7 @@ def register_init(
     """Function decorator: ``LoRAConfig(init=name)`` initializes a layer's A and B with the decorated function, which takes the layer.
 
     Args:
-        name: the init's name in configs. One that ends in ``_[n]`` stands for that name with any whole number.
+        name: the init's name in configs. One that ends in ``_[n]`` stands for that name with any whole number up to `MOST_ITERATIONS`.
         check: takes a module, its ``LayerSpec`` and the shapes of A (r, …) and B (out, r, …). It raises ValueError with the reason if the
             init does not suit the module. It runs before the model is changed, so the init itself must not refuse a layer.
         options: name → :class:`~lightning_lora.layers.spec.Option` that ``LoRAConfig.init_options`` may have.
@@ -133,10 +134,12 @@ def init_of(name: str) -> Callable[[Any], None]:
     """Return the init that ``LoRAConfig.init`` names.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is none of that name, or its number is too large.
     """
     family, _, number = name.rpartition("_")
     if number.isdecimal() and f"{family}_[n]" in INITS:
+        if len(number.lstrip("0")) > 4 or int(number) > MOST_ITERATIONS:  # Python refuses to read thousands of digits
+            raise ValueError(f"init={name[:40]!r}: n is above {MOST_ITERATIONS:,}; give fewer iterations, such as {family}_16.")
         return INITS[f"{family}_[n]"]
     return look_up({key: init for key, init in INITS.items() if key != name or number != "[n]"}, "init", name)
 
@@ -178,7 +181,8 @@ def look_up(table: dict[str, T], field: str, name: str) -> T:
         ValueError: no entry has that name. The message lists the names.
     """
     if name not in table:
-        raise ValueError(f"{field}={name!r} is not known; there are {', '.join(sorted(table))}.")
+        there = sorted(key for key, entry in table.items() if getattr(entry, "low_rank", True))  # rows of tokens have a field of their own
+        raise ValueError(f"{field}={name!r} is not known; there are {', '.join(there)}.")
     return table[name]
 
 

@@ -32,7 +32,7 @@ def estimate(
     cuda_graphs: bool = False,
     chunked_loss: bool = True,
     checkpointing: str | None = None,
-    offload: list[str] | None = None,
+    offload: str | list[str] | None = None,
     strategy: str | None = None,
     devices: int | None = None,
     fits: str | None = None,
@@ -53,7 +53,7 @@ def estimate(
         cuda_graphs: They are recorded as CUDA graphs.
         chunked_loss: The loss is computed in chunks, as the tasks do where they can.
         checkpointing: full or selective.
-        offload: activations, frozen or both.
+        offload: activations, frozen, or [activations, frozen].
         strategy: single, ddp or lora_fsdp2.
         devices: How many.
         fits: A memory, such as 24GiB: print what fits into it.
@@ -67,7 +67,7 @@ def estimate(
     given = {
         "batch": batch, "length": length, "precision": precision, "quantize": quantize, "compiled": compile or None,
         "recorded": cuda_graphs or None, "chunked_loss": chunked_loss, "checkpointing": checkpointing,
-        "offload": tuple(offload or ()) or None,
+        "offload": _names(offload) or None,
         "strategy": strategy,
         "devices": devices,
     }  # fmt: skip
@@ -90,7 +90,8 @@ def estimate(
         })  # fmt: skip
         return
     print_pairs({name: f"{size / GIB:.2f} GiB" for name, size in {**found.parts(), "peak": found.peak}.items()})
-    time = "not estimated" if seconds is None else f"{seconds[0]:.3g} to {seconds[1]:.3g} s a batch on {device}"
+    untold = f"the time of {setting.precision} on {device} is not estimated"
+    time = untold if seconds is None else f"{seconds[0]:.3g} to {seconds[1]:.3g} s a batch on {device}"
     print(f"\n{setting.batch} × {setting.length} tokens a device; {time}")
     if fit is not None:
         print(_told(fit, setting, str(fits)))
@@ -139,7 +140,7 @@ def _of_run(
         "compiled": callback.get("compile") is not None,
         "recorded": bool(callback.get("cuda_graphs")),
         "checkpointing": callback.get("checkpointing") or ("full" if arguments.get("gradient_checkpointing") else None),
-        "offload": (offload,) if isinstance(offload, str) else tuple(offload or ()),
+        "offload": _names(offload),
     }
     if isinstance(trainer.devices, int) and trainer.devices > 1:
         strategy = trainer.strategy if isinstance(trainer.strategy, str) else "auto"
@@ -149,6 +150,10 @@ def _of_run(
         name, gguf_file or arguments.get("gguf_file"), getattr(run.task, "auto_class", None), dtype, config,
         {key: value for key, value in options.items() if value is not None},
     )  # fmt: skip
+
+
+def _names(given: str | list[str] | None) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given or ())
 
 
 def _precision(given: Any) -> str:

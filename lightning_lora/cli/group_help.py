@@ -78,6 +78,21 @@ def function_parser(function: Callable[..., Any], command: str, description: str
     return parser
 
 
+def positional_first(words: Sequence[str]) -> list[str]:
+    """Return the words of a command with those that belong to no option first: the parser takes an optional one before an option only."""
+    first, rest, queue = list[str](), list[str](), list(words)
+    while queue and queue[0] != "--":
+        word = queue.pop(0)
+        if not word.startswith("--"):
+            first.append(word)
+            continue
+        rest.append(word)
+        alone = "=" in word or word in ("--help", "--print_config") or word.endswith(".help")
+        if not alone and queue and not queue[0].startswith("--"):
+            rest.append(queue.pop(0))
+    return [*first, *rest] if not queue else list(words)
+
+
 def call(function: Callable[..., Any], options: dict[str, Any]) -> Callable[[], Any]:
     """Return a call of a command with the options that its parser has read.
 

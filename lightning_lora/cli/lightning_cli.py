@@ -64,6 +64,8 @@ class LoRACLI(LightningCLI):
         ValueError: A key, a value or what is in a file is wrong; the message names it.
     """
 
+    also_known: tuple[str, ...] = ()  # options that were taken from the words before; a misspelt one may be one of them
+
     def __init__(self, args: ArgsType = None, run: bool = True, as_json: bool = False) -> None:
         self.as_json, self.results = as_json, RunResults()
         set_parsing_settings(import_path_denylist=[])  # enforces the parser's own list of what no value may name, such as os.system
@@ -105,7 +107,7 @@ class LoRACLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         # As in LightningCLI, but without its warning that the process has arguments too: a script such as the quickstart has its own.
         ours = cli_parser(self, self.command)
-        with usage(known=lambda: _options(ours)), unique_keys():
+        with usage(known=lambda: [*_options(ours), *self.also_known]), unique_keys():
             check_config_files(self.words)
             self.config = _parse(parser, args)
             chosen = self.config.get(str(self.command), self.config)

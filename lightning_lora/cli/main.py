@@ -125,6 +125,7 @@ def _run_tool(command: str, argv: list[str]) -> None:
     parser = group_help.function_parser(function, command, TOOLS[command])
     flags = {f"--{name}" for name, p in inspect.signature(function).parameters.items() if isinstance(p.default, bool)}
     argv = [f"{argument}=true" if argument in flags else argument for argument in argv]  # the parser's booleans require a value
+    argv = group_help.positional_first(argv)
     with usage(known=lambda: parser.get_defaults().keys()), unique_keys():
         check_config_files(argv)
         run = group_help.call(function, vars(parser.instantiate_classes(parser.parse_args(argv))))

@@ -18,10 +18,20 @@ _UNKNOWN = (
     re.compile(r"does not accept option '([^']+)'"),
     re.compile(r"unrecognized arguments: -+([^\s=]+)"),
 )
+_STRAY = re.compile(r"unrecognized arguments: ([^-].*)")
 _CLASS = re.compile(r"Problem with given class_path '([^']+)':")
 _CHOICES, _GOT = re.compile(r"expected one of ((?:'[^']*'(?:, )?)+)"), re.compile(r", got (.+)$")
 _MISSING = re.compile(r"the following arguments are required: (.+)")
-_NOISE = ("Does not validate against", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>")
+_NOISE = (
+    "Does not validate against",
+    "Subtypes:",
+    "Errors:",
+    "Given value",
+    "Expected a <class 'NoneType'>",
+    "Not a valid subclass of",
+    "a dict with",
+)
+_NOISE += ("Subclass types expect one of", "a class path (str)", "a dict without")
 _ELSEWHERE = {"optimizer", "lr_scheduler"}
 
 
@@ -91,6 +101,8 @@ def one_line(error: BaseException, known: Iterable[str] = ()) -> str:
     if _KEY.search(text) and len(problems) > 1:  # every branch of a union says what it expects
         problems = [line for line in problems if not line.startswith("Expected a path but ")]
     what = _plain(("; " if _KEY.search(text) else " ").join(problems)) or type(error).__name__
+    if stray := _STRAY.fullmatch(what):
+        return f"{stray[1]!r} is one argument too many; options have names, such as --config run.yaml"
     unknown = next((found[1] for pattern in _UNKNOWN if (found := pattern.search(what))), None)
     if unknown is not None:
         return _unknown(unknown, option, known, _CLASS.findall(text))
@@ -124,7 +136,7 @@ def _unknown(name: str, option: str, known: Iterable[str], classes: list[str]) -
     if name.partition(".")[0] in _ELSEWHERE:
         return f"no option {name!r}: the optimizer is the model class's, see model.learning_rate, or configure_optimizers of your own class"
     if not classes:
-        return f"no option {name!r}{nearest(name, known)}"
+        return f"no option {name!r}{nearest(name, known) or '; --help lists the options'}"
     there = {parameter: f"{option}.{parameter}" for parameter in _parameters(classes[-1])}
     close = difflib.get_close_matches(name, list(there), 1, 0.7)
     hint = f"did you mean {there[close[0]]!r}?" if close else f"there are {', '.join(there.values())}"
@@ -141,6 +153,7 @@ def _plain(text: str) -> str:
     """Replace types by words."""
     text = re.sub(r"Expected a typing\.Literal\[([^\]]*)\]", r"expected one of \1", text)
     text = re.sub(r"\. Got value: ", ", got ", text)
-    text = re.sub(r"Expected an? <class '(?:[\w.]*\.)?(\w+)'>", r"expected \1", text)
+    text = re.sub(r"Not of type \w+: could not convert string to float: ('[^;]*')", r"expected a number, got \1", text)
+    text = re.sub(r"Expected (?:an? )?<class '(?:[\w.]*\.)?(\w+)'>", r"expected \1", text)
     text = re.sub(r"Not of type \w+: does not conform to restriction ([^;]+)", r"expected \1", text)
     return re.sub(r"Not of type \w+: (\S+) does not conform to restriction (.+)", r"\1 is not allowed: \2", text)

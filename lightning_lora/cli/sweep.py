@@ -22,7 +22,7 @@ from lightning_lora.cli.lightning_cli import LoRACLI
 from lightning_lora.cli.messages import usage
 from lightning_lora.cli.run_rows import RunConfig
 from lightning_lora.cli.sweep_report import print_report, report_of
-from lightning_lora.cli.sweep_trials import take_settings
+from lightning_lora.cli.sweep_trials import SHORT, take_settings
 from lightning_lora.config import LoRAConfig
 from lightning_lora.data.splits import share_of
 from lightning_lora.trials.records import Records, check_one_trained, last_checkpoint, mode_of
@@ -44,6 +44,9 @@ def sweep(words: Sequence[str], as_json: bool = False) -> None:
     """
     own, rest = own_options(words)
     described, words = take_settings(rest)
+    if not described:
+        _checked(words)  # a misspelt option is the better answer
+        raise ValueError("which trials? Give --rank 4,8,16, --learning_rate 1e-4,3e-4, --seed 0,1, or --trials with a YAML list")
     folder = Path(own["folder"])
     without = _without(words) if any("seed" in each.values for each in described) else []
     options = {each.name: [*words, *each.options(without)] for each in described}
@@ -72,6 +75,12 @@ def sweep(words: Sequence[str], as_json: bool = False) -> None:
     report = report_of(records, outcomes)
     print_json(report) if as_json else print_report(report, outcomes)
     check_one_trained(outcomes)
+
+
+class _TrialConfig(RunConfig):
+    """The configuration of a trial."""
+
+    also_known = (*OWN, *SHORT, "trials")
 
 
 class TrialCLI(LoRACLI):
@@ -174,7 +183,7 @@ def _choice(text: str) -> Any:
 
 def _without(words: Sequence[str]) -> list[str]:
     """Return the options that a short name must not set: ``data.seed`` where there is none, or where it draws the validation rows."""
-    config = RunConfig(words).config
+    config = _TrialConfig(words).config
     arguments = vars(config.data.get("init_args", Namespace())) if config.get("data") else {}
     drawn = share_of(arguments.get("val")) is not None
     if drawn:
@@ -188,7 +197,7 @@ def _checked(words: list[str]) -> str:
     Raises:
         ValueError: an option is wrong, or a data file is missing.
     """
-    run = RunConfig(words)
+    run = _TrialConfig(words)
     with usage(where="lora.config: "):
         LoRAConfig(**run.config.lora.config.as_dict())
     redirect(run.config, Path("trial"))

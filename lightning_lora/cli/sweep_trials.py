@@ -44,10 +44,11 @@ class Settings:
 def take_settings(words: Sequence[str]) -> tuple[list[Settings], list[str]]:
     """Return the trials that a command line describes, and the words that are left for ``fit``.
 
-    ``--rank 4,8 --seed 0,1`` makes a trial of each combination. ``--trials FILE`` names a YAML list of mappings instead.
+    ``--rank 4,8 --seed 0,1`` makes a trial of each combination. ``--trials FILE`` names a YAML list of mappings instead. Without either
+    there is no trial.
 
     Raises:
-        ValueError: there is no trial, or one is described wrongly or twice.
+        ValueError: a trial is described wrongly or twice.
     """
     left, grid, file = [], dict[str, list[str]](), ""
     queue = list(words)
@@ -69,9 +70,12 @@ def take_settings(words: Sequence[str]) -> tuple[list[Settings], list[str]]:
                 raise ValueError(f"--{name} {value}: a value between commas is empty; leave the comma out")
     if file and grid:
         raise ValueError(f"--trials {file} and --{next(iter(grid))} are two descriptions; put all of it into the file")
-    found = _of_file(Path(file)) if file else [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    if not found or not any(found):
-        raise ValueError("which trials? Give --rank 4,8,16, --learning_rate 1e-4,3e-4, --seed 0,1, or --trials with a YAML list")
+    given = {word.partition("=")[0] for word in left}
+    for name, values in grid.items():
+        if twice := next((option for option in SHORT[name] if f"--{option}" in given), None):
+            raise ValueError(f"--{name} {','.join(values)} and --{twice} set the same option; leave one out")
+    found = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())] if grid else []
+    found = _of_file(Path(file)) if file else found
     return [Settings(name, values) for name, values in name_trials(found)], left
 
 

@@ -79,6 +79,6 @@ class Setting:
         if "frozen" in self.offload and self.strategy == "lora_fsdp2":
             raise ValueError("offload='frozen' does not go with strategy='lora_fsdp2', which shards the frozen weights")
         if self.recorded and not self.compiled:
-            raise ValueError("recorded=True needs compiled=True: CUDA graphs are recorded of compiled blocks")
+            raise ValueError("cuda_graphs=True (recorded) needs compile (compiled): CUDA graphs are recorded of compiled blocks")
         if self.devices > 1 and self.strategy == "single":
             raise ValueError(f"devices={self.devices} needs strategy='ddp' or 'lora_fsdp2'")

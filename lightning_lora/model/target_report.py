@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.base import PREFIX, LoRALayer
 from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.model.fused_slices import names_of
 from lightning_lora.quantization.formats import format_of
 from lightning_lora.registry import KIND_NAMES, kind_of
 from lightning_lora.utils.patterns import starred
+
+_MUCH = 0.2  # share of the model's elements; a larger share left out by "all-linear" is a warning
 
 
 @dataclass(frozen=True)
@@ -154,3 +157,42 @@ def no_target_of(kind: str, modules: Mapping[str, nn.Module], passed_over: Mappi
     reasons = {fqn: why for fqn, why in passed_over.items() if issubclass(kind_of(type(modules[fqn])) or object, KIND_NAMES[kind])}
     why = f": 'all-linear' passes over {lines_of(reasons)[0]}" if reasons else ""
     return f"kind_options[{kind!r}]: no target is of that kind{why}; leave the options out."
+
+
+def left_out(modules: dict[str, nn.Module], passed_over: Container[str]) -> dict[str, int]:
+    """Return module and type → elements left out by "all-linear". Vectors (norms, biases) and embeddings are not listed."""
+    left: Counter[str] = Counter()
+    for fqn, module in modules.items():
+        kind = kind_of(type(module))
+        served = kind is not None and kind.is_linear and fqn not in passed_over  # type: ignore[attr-defined]
+        if not served and not isinstance(module, nn.Embedding):
+            sizes = [parameter.numel() for _, parameter in own_parameters(module) if parameter.ndim > 1]
+            if sizes:
+                base = getattr(type(module), "lora_base", type(module))
+                left[f"{starred(fqn) or 'the model itself'} ({base.__name__})"] += sum(sizes)
+    return dict(left.most_common())
+
+
+def warn_of_left_out(left: Mapping[str, int], total: int, passed_over: Mapping[str, str]) -> None:
+    """Warn if "all-linear" leaves out much of the model.
+
+    Args:
+        left: what `left_out` returned.
+        total: elements of the model.
+        passed_over: FQN → why ``"all-linear"`` passed over this linear.
+    """
+    size = sum(left.values())
+    if size > _MUCH * total:
+        name = next(iter(left))
+        why = next((reason for fqn, reason in passed_over.items() if name.startswith(f"{starred(fqn)} (")), None)
+        named = "Name it in target_modules if LoRA has a kind for it, or in" if why is None else f"Passed over: {why}. Name it in"
+        warnings.warn(
+            f"target_modules='all-linear' leaves out {size / total:.0%} of the model, which no linear that LoRA can adapt"
+            f" contains: {name} has {left[name]:,} of {total:,} elements. {named} exclude_modules if this is intended.",
+            stacklevel=4,
+        )
+
+
+def own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return the module's own parameters, without those of children and adapters."""
+    return [(name, p) for name, p in module._parameters.items() if p is not None and not name.startswith(PREFIX)]

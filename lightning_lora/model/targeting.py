@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Container, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -26,14 +26,12 @@ from lightning_lora.model.fused_slices import chosen_slices, names_of, slice_nam
 from lightning_lora.model.heads import output_heads, saved_modules, within
 from lightning_lora.model.routers import routers
 from lightning_lora.model.suitability import Suitability
-from lightning_lora.model.target_report import Target, TargetReport, lines_of, no_target_of
+from lightning_lora.model.target_report import Target, TargetReport, left_out, lines_of, no_target_of, own_parameters, warn_of_left_out
 from lightning_lora.model.token_rows import token_row_targets
 from lightning_lora.quantization.formats import elements, lost_factors
 from lightning_lora.registry import KIND_NAMES, belongs_to_packed_base, kind_of, qualified_name, why_refused
 from lightning_lora.utils.names import modules_by_name, parameters_by_name
 from lightning_lora.utils.patterns import compile_patterns, layer_index, no_match, starred
-
-_MUCH = 0.2  # share of the model's elements; a larger share left out by "all-linear" is a warning
 
 
 class _Field:
@@ -179,13 +177,13 @@ def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False)
         raise ValueError("exclude_modules excludes every module that target_modules matches; exclude less.")
     for target in targets:
         _warn_of_rank(target)
-    total = sum({p: elements(module, name, p) for module in modules.values() for name, p in _own_parameters(module)}.values())
+    total = sum({p: elements(module, name, p) for module in modules.values() for name, p in own_parameters(module)}.values())
     rest = {fqn: module for fqn, module in modules.items() if module not in out and not within(fqn, saved)}
     if everything:
-        left = _left_out(rest, passed_over)
-        _warn_of_left_out(left, total)
+        left = left_out(rest, passed_over)
+        warn_of_left_out(left, total, passed_over)
     else:
-        left = _left_out({fqn: rest[fqn] for fqn in _several_weights(rest) if rest[fqn] not in chosen}, rest)
+        left = left_out({fqn: rest[fqn] for fqn in _several_weights(rest) if rest[fqn] not in chosen}, rest)
     hits = {each.name: dict(each.hits) for each in fields if each.hits}
     return TargetReport(tuple(targets), hits, tuple(saved), left, total, passed_over, tuple(rows))
 
@@ -256,37 +254,6 @@ def _warn_of_rank(target: Target) -> None:
             " rank.",
             stacklevel=5,
         )
-
-
-def _left_out(modules: dict[str, nn.Module], passed_over: Container[str]) -> dict[str, int]:
-    """Return module and type → elements left out by "all-linear". Vectors (norms, biases) and embeddings are not listed."""
-    left: Counter[str] = Counter()
-    for fqn, module in modules.items():
-        kind = kind_of(type(module))
-        served = kind is not None and kind.is_linear and fqn not in passed_over  # type: ignore[attr-defined]
-        if not served and not isinstance(module, nn.Embedding):
-            sizes = [parameter.numel() for _, parameter in _own_parameters(module) if parameter.ndim > 1]
-            if sizes:
-                base = getattr(type(module), "lora_base", type(module))
-                left[f"{starred(fqn) or 'the model itself'} ({base.__name__})"] += sum(sizes)
-    return dict(left.most_common())
-
-
-def _warn_of_left_out(left: dict[str, int], total: int) -> None:
-    size = sum(left.values())
-    if size > _MUCH * total:
-        name = next(iter(left))
-        warnings.warn(
-            f"target_modules='all-linear' leaves out {size / total:.0%} of the model, which no linear that LoRA can adapt"
-            f" contains: {name} has {left[name]:,} of {total:,} elements. Name it in target_modules if LoRA has a kind for"
-            " it, or in exclude_modules if this is intended.",
-            stacklevel=4,
-        )
-
-
-def _own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Return the module's own parameters, without those of children and adapters."""
-    return [(name, p) for name, p in module._parameters.items() if p is not None and not name.startswith(PREFIX)]
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -22,6 +22,7 @@ from lightning_lora.layers.base import lora_layers
 from lightning_lora.trials.layout import Layout
 from lightning_lora.trials.routes import Routes
 from lightning_lora.trials.turns import Turn
+from lightning_lora.utils.transformers_conventions import checkpoints_itself
 from lightning_lora.utils.values import nonfinite
 
 
@@ -93,10 +94,12 @@ class JointStep:
                 if not torch.equal(buffer, value):
                     raise ValueError(f"{name} changes in every step")
             for k, (result, drawn) in alone.items():
+                if not all(map(torch.equal, drawn, members[k].turn.random_numbers)):
+                    again = any(map(checkpoints_itself, members[k].module.modules()))
+                    why = ": gradient checkpointing draws each trial's dropout again in the backward pass" if again else ""
+                    raise ValueError(f"the model draws other random numbers for several trials than for one{why}")
                 if result.is_finite() or results[k].is_finite():  # else it has diverged before its first batch
                     _compare(results[k], result, members[k])
-                if not all(map(torch.equal, drawn, members[k].turn.random_numbers)):
-                    raise ValueError("the model draws other random numbers for several trials than for one")
         except ValueError:  # the trials go on alone, from where they were
             for member, state in zip(members, before, strict=True):
                 member.turn.random_numbers = state

@@ -23,6 +23,11 @@ def test_a_model(model, capsys):
     assert "peak" in output and "not estimated" in output and "in 1MiB: " in output
 
 
+def test_one_offload_needs_no_list(model, capsys):
+    words = (model, "--checkpointing", "full", "--offload")
+    assert numbers(capsys, *words, "activations") == numbers(capsys, *words, "[activations]")
+
+
 def test_a_runs_config(config, capsys):
     found = numbers(capsys, config)
     assert found["setting"]["precision"] == "32-true"
@@ -39,6 +44,10 @@ def test_a_runs_config(config, capsys):
         (["--batch", "0"], "batch=0"),
         (["--device", "tpu"], "device='tpu'"),
         (["--quantize", "int3"], "quantize='int3'"),
+        (["--cuda_graphs"], "cuda_graphs=True (recorded) needs compile"),
+        (["--offload", "frozn"], "offload='frozn' is not known"),
+        (["--fit", "24GiB"], "no option 'fit'; did you mean 'fits'?"),
+        (["24GiB"], "'24GiB' is one argument too many"),
         (["--lora.target_modules=nowhere"], "nowhere"),
     ],
 )

@@ -36,6 +36,13 @@ def test_an_answer_with_and_without_the_adapter(model, adapter, capsys):
     assert len(set(answers)) == 3 and answers[0] == expected(model) + "\n"
 
 
+def test_options_may_stand_before_the_prompt(model, adapter, capsys):
+    after = run(capsys, model, QUESTION, "--adapter", adapter, "--max_new_tokens=6")
+    assert run(capsys, "--max_new_tokens=6", model, "--adapter", adapter, "--json=false", QUESTION) == after
+    assert main(["generate", model, QUESTION, "another"]) == 2
+    assert "'another' is one argument too many" in capsys.readouterr().err
+
+
 def test_the_prompts_of_a_file_are_answered_as_one_by_one(model, tmp_path, capsys):
     prompts = [QUESTION, "grass", "is blood a pear"]
     single = [run(capsys, model, prompt, "--max_new_tokens=5").strip() for prompt in prompts]

@@ -48,7 +48,7 @@ def bad(tmp_path):
         (2, ["fit", "--model.galore.rank=4"], r"q_proj.weight is frozen, .*full_finetuning: true"),
         (2, ["fit", "--model.galore.rank=0"], r"rank=0"),
         (2, ["fit", "--data.batch_size=0"], r"^data.batch_size: 0 is not allowed: v>0"),
-        (2, ["fit", "--trainer.nothing=1"], r"^no option 'trainer.nothing'$"),
+        (2, ["fit", "--trainer.nothing=1"], r"^no option 'trainer.nothing'; --help lists the options$"),
         (2, ["fit", "--trainer.max_epoch=1"], r"^no option 'trainer.max_epoch'; did you mean 'trainer.max_epochs'\?$"),
         (2, ["fit", "--optimizer=SGD"], r"^no option 'optimizer': the optimizer is the model class's"),
         (2, ["fit", "--trainer.accelerator=cuda"], r"^trainer \(accelerator='cuda'\): .*not available"),

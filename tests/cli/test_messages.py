@@ -23,6 +23,14 @@ LITERALS = """Parser key "trainer.precision":
   Given value type: <class 'str'>
   Given value: 8"""
 
+CALLBACK = """every_n_steps=0: give a whole number
+Not a valid subclass of Callback
+Subclass types expect one of:
+- a class path (str)
+- a dict with class_path entry
+- a dict without class_path but with init_args entry (class path given previously)
+- a dict with parameters accepted by the base class (implicit class_path)"""
+
 
 @pytest.mark.parametrize(
     ("text", "line"),
@@ -31,7 +39,9 @@ LITERALS = """Parser key "trainer.precision":
         (LITERALS, "trainer.precision: expected one of 64, 32; expected one of 'bf16', got 8"),
         ("Parser key \"dtype\":\n  Expected a <class 'bool'>. Got value: maybe", "dtype: expected bool, got maybe"),
         ("unrecognized arguments: --rnk=2", "no option 'rnk'; did you mean 'rank'?"),
-        ("unrecognized arguments: you", "unrecognized arguments: you"),
+        ("unrecognized arguments: you", "'you' is one argument too many; options have names, such as --config run.yaml"),
+        (CALLBACK, "every_n_steps=0: give a whole number"),
+        ("Parser key \"a.b\":\n  Not of type PositiveFloat: could not convert string to float: 'x'", "a.b: expected a number, got 'x'"),
         ("Subcommand 'fit' does not accept option 'a.rnk'", "no option 'a.rnk'; did you mean 'rank'?"),
         ("first\n\n  second", "first second"),
         ("", "ArgumentError"),

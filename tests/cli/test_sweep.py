@@ -127,6 +127,14 @@ def test_fewer_at_once_make_room_for_the_next(run, steps, tmp_path):
     assert_same(tmp_path / "sweep" / "rank3", tmp_path / "single")
 
 
+def test_gradient_checkpointing_draws_dropout_twice_and_is_named(run, tmp_path, caplog):
+    words = ["sweep", *run, "--rank=1,2", "--folder", str(tmp_path / "sweep"), "--model.gradient_checkpointing=true"]
+    words += ["--trainer.max_steps=1", "--lora.config.dropout=0.5"]
+    assert main(words) == 0
+    told = "one after another: the model draws other random numbers for several trials than for one: gradient checkpointing draws"
+    assert told in caplog.text
+
+
 def test_a_fresh_head_and_the_bases_own_dropout(steps, tmp_path):
     """Heads that train in full, drawn by each trial's seed; a model whose own dropout draws, and whose padding has no place of its own."""
     model, rows = tiny.save(tmp_path / "model", "bert"), [{"text": text, "label": label} for text, label in TEXTS]
@@ -230,6 +238,11 @@ def test_a_folder_that_is_a_file_is_refused(run, tmp_path, capsys):
     ("words", "message"),
     [
         ([], "which trials"),
+        (["--ranks", "2,4"], "no option 'ranks'; did you mean 'rank'?"),
+        (["--rank=2,4", "--monitr=val_loss"], "no option 'monitr'; did you mean 'monitor'?"),
+        (["--rank=2,4", "--lora.config.rank=8"], "--rank 2,4 and --lora.config.rank set the same option"),
+        (["--rank=2,4", "runs"], "'runs' is one argument too many"),
+        (["--seed=a"], "seed_everything: expected bool; expected int, got a"),
         (["--rank"], "--rank: give a value"),
         (["--rank=2,2"], "two trials are 'rank2'"),
         (["--rank=2,0"], "rank"),

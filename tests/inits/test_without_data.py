@@ -62,6 +62,12 @@ def test_a_number_has_to_be_one(name):
         layer("linear", init=name)
 
 
+@pytest.mark.parametrize("n", ["1001", "10000", "9" * 5000])
+def test_a_number_has_a_bound(n):
+    with pytest.raises(ValueError, match=r"init='pissa_niter_\d+': n is above 1,000; give fewer iterations, such as pissa_niter_16"):
+        layer("linear", init=f"pissa_niter_{n}")
+
+
 @pytest.mark.parametrize("init", ZERO)
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_factor_is_random_the_other_zero(kind, init):

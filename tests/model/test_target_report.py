@@ -75,8 +75,10 @@ def test_what_all_linear_leaves_out_is_said(variant):
     model, config = tiny_qwen3_moe(), LoRAConfig(target_modules="all-linear", variant=variant)
     with pytest.warns(
         UserWarning, match=r"leaves out 71% of the model, .* model.layers.\*.mlp.experts \(Qwen3MoeExperts\) has 24,576 of 35,520"
-    ):
+    ) as warned:
         report = find_targets(model, config)
+    assert f"Passed over: 'model.layers.*.mlp.experts' ({QWEN3}): gate_up_proj: variant='{variant}'" in (text := str(warned[0].message))
+    assert text.endswith("Name it in exclude_modules if this is intended."), text
     assert report.left_out == {"model.layers.*.mlp.experts (Qwen3MoeExperts)": 24_576, "model.layers.*.mlp.gate (Qwen3MoeTopKRouter)": 512}
     assert "left out: model.layers.*.mlp.experts (Qwen3MoeExperts), 24,576 elements, 69% of the model" in str(report)
     assert f"passed over: model.layers.*.mlp.experts (2): 'model.layers.*.mlp.experts' ({QWEN3}): gate_up_proj: variant='{variant}'" in str(

@@ -32,7 +32,7 @@ MIDDLES = {
     "dropout": (lambda: nn.Dropout(0.3), None),
     "batch norm": (lambda: nn.BatchNorm1d(8), "changes in every step"),
     "mixing": (Mixing, "does not keep rows apart"),
-    "drawing": (Drawing, "random numbers|keep rows apart"),
+    "drawing": (Drawing, "random numbers"),
 }
 
 
