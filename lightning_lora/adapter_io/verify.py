@@ -19,7 +19,7 @@ from lightning_lora.adapter_io.save_load import load_adapter, save_adapter
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import kept_parameters, lora_layers
 from lightning_lora.layers.mergeable import PREFIX
-from lightning_lora.model.apply import already_applied, apply_lora, unload_lora
+from lightning_lora.model.apply import already_applied, apply_lora, prepare_quantized, unload_lora
 from lightning_lora.model.modes import evaluating, restore_flags
 from lightning_lora.model.plain_copy import plain_copy
 from lightning_lora.model.probe import Probe
@@ -72,8 +72,9 @@ def verify_lora(
         fresh = not any(not layer._starts() for _, layer in lora_layers(model))
         return run_checks(model, batch, loss, fresh=fresh)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    base = evaluated(model, batch)
+    prepare_quantized(model)  # before the first pass, in which bitsandbytes would rewrite 4-bit weights for inference on a CPU
     try:
+        base = evaluated(model, batch)
         with undone(model):
             apply_lora(model, config)
         return run_checks(model, batch, loss, fresh=True, base=base)

@@ -86,7 +86,7 @@ def inject(model: nn.Module, config: LoRAConfig, report: TargetReport) -> nn.Mod
     try:
         for parameter, _ in trained:
             parameter.requires_grad_(False)
-        _prepare_quantized(model)
+        prepare_quantized(model)
         for target in (*report.targets, *report.rows):
             try:
                 adapt(target.module, target.spec)
@@ -241,7 +241,7 @@ def trainable_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(size for p, size in sizes.items() if p.requires_grad), sum(sizes.values())
 
 
-def _prepare_quantized(model: nn.Module) -> None:
+def prepare_quantized(model: nn.Module) -> None:
     """Let gradients pass through every quantized layer, adapted or not."""
     dtype = plain_dtype(model)
     for name, module in model.named_modules():

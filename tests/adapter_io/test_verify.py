@@ -255,3 +255,14 @@ def test_the_difference_is_measured_beside_the_effect(dtype):
     assert relative(base * math.nan, base, base, eps) == math.inf
     masked = torch.tensor([1.0, -math.inf], dtype=dtype)
     assert relative(masked, masked, torch.zeros(2, dtype=dtype), eps) == 0
+
+
+def test_a_4_bit_base_that_never_ran():
+    """On CPUs with AVX512-BF16, bitsandbytes rewrites a 4-bit weight in its first evaluation pass, and no adapter can train on it."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)), torch.randn(5, 64)
+    quantize_base(model, "nf4")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert all(check.ok for check in verify_lora(model, LoRAConfig(rank=4, target_modules=["0"]), batch=x))
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], value) for name, value in before.items())
