@@ -93,7 +93,7 @@ def skip_sigterm_broadcast(trainer: Any) -> Callable[[], None]:
 
 
 def stop_after_batch(trainer: Any) -> None:
-    """Let the run stop as after a SIGTERM: when the batch, and the epoch if it was its last, are counted as done.
+    """Let the run stop as after a SIGTERM: when the batch is counted as done.
 
     An exception from a callback's hook stops earlier: a run that resumes from there, and again from its next checkpoint, skips an epoch.
     If its name goes, trials that are told to stop go on.
