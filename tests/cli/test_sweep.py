@@ -209,9 +209,7 @@ def test_trials_told_to_stop_at_an_epochs_end_count_their_batch(run, tmp_path, m
     assert main(["sweep", *run, "--rank=1,2", "--folder", str(tmp_path / "sweep")]) == 143
     for rank in ("rank1", "rank2"):
         state = torch.load(tmp_path / "sweep" / rank / "checkpoints" / "last-interrupted.ckpt", weights_only=True)["loops"]["fit_loop"]
-        assert (
-            state["epoch_loop.batch_progress"]["current"]["completed"] == 4 and state["epoch_loop.state_dict"]["_batches_that_stepped"] == 4
-        )
+        assert state["epoch_loop.batch_progress"]["current"]["completed"] == 4
 
 
 @pytest.mark.filterwarnings("ignore:Encountered `nan` values")
