@@ -22,7 +22,7 @@ _STRAY = re.compile(r"unrecognized arguments: ([^-].*)")
 _CLASS = re.compile(r"Problem with given class_path '([^']+)':")
 _CHOICES, _GOT = re.compile(r"expected one of ((?:'[^']*'(?:, )?)+)"), re.compile(r", got (.+)$")
 _MISSING = re.compile(r"the following arguments are required: (.+)")
-_NOISE = (
+_NOISE: tuple[str, ...] = (
     "Does not validate against",
     "Subtypes:",
     "Errors:",

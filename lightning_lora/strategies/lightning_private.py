@@ -92,6 +92,15 @@ def skip_sigterm_broadcast(trainer: Any) -> Callable[[], None]:
     return functools.partial(delattr, loop, "_broadcast_sigterm_tensor")
 
 
+def stop_after_batch(trainer: Any) -> None:
+    """Let the run stop as after a SIGTERM: when the batch is counted as done.
+
+    An exception from a callback's hook stops earlier: a run that resumes from there, and again from its next checkpoint, skips an epoch.
+    If its name goes, trials that are told to stop go on.
+    """
+    trainer._signal_connector.received_sigterm = True
+
+
 def _nothing() -> None:
     pass
 

@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_lora.callbacks import AdaLoRACallback, LoRACallback
-from lightning_lora.strategies.namespaces import twin, twins
+from lightning_lora.strategies.lightning_private import stop_after_batch
+from lightning_lora.strategies.namespaces import twins
 
 Mode = Literal["min", "max"]
 
@@ -138,7 +138,7 @@ class OneRun(Callback):
             self._began = True
             self.changed()
         if self.stopped():
-            raise twin(SIGTERMException, trainer)
+            stop_after_batch(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the last values."""

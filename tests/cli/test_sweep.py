@@ -196,6 +196,22 @@ def test_an_interrupted_sweep_goes_on(run, tmp_path, capsys, monkeypatch):
     assert "holds another sweep" in capsys.readouterr().err
 
 
+def test_trials_told_to_stop_at_an_epochs_end_count_their_batch(run, tmp_path, monkeypatch):
+    """A trial that stopped before that, resumed, was killed and resumed again, skipped an epoch."""
+
+    class Told(JointStep):
+        def __call__(self, members, batches):
+            if self.steps == 3 * len(members):  # the last of the epoch's four
+                signal.raise_signal(signal.SIGTERM)
+            return super().__call__(members, batches)
+
+    monkeypatch.setattr("lightning_lora.trials.side_by_side.JointStep", Told)
+    assert main(["sweep", *run, "--rank=1,2", "--folder", str(tmp_path / "sweep")]) == 143
+    for rank in ("rank1", "rank2"):
+        state = torch.load(tmp_path / "sweep" / rank / "checkpoints" / "last-interrupted.ckpt", weights_only=True)["loops"]["fit_loop"]
+        assert state["epoch_loop.batch_progress"]["current"]["completed"] == 4
+
+
 @pytest.mark.filterwarnings("ignore:Encountered `nan` values")
 def test_a_trial_that_diverges_leaves_the_others_as_they_are(run, tmp_path, capsys):
     """Also where all rows are in one row, and an attention would carry its NaN to the others."""
