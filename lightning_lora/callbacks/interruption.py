@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_lora.callbacks.companion import Companion
 from lightning_lora.strategies.agreed_stop import AgreedStop
-from lightning_lora.strategies.lightning_private import handler_before, skip_sigterm_broadcast
+from lightning_lora.strategies.lightning_private import handler_before, skip_sigterm_broadcast, stop_after_batch
 from lightning_lora.strategies.namespaces import twin, twins
 from lightning_lora.utils.sharding import is_distributed
 
@@ -63,12 +63,13 @@ class Interruption(Companion):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Stop all processes if one was told to stop. Before a batch, a resumable loader would count that batch as trained on."""
-        self._agree(trainer)
+        if self._told():
+            stop_after_batch(trainer)
 
     def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Stop all processes if one was told to stop."""
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self._agree(trainer)
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and self._told():
+            raise twin(SIGTERMException, trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save a checkpoint, and give the exception its exit code."""
@@ -108,9 +109,9 @@ class Interruption(Companion):
         rank_zero_info("Ctrl-C: training stops after this batch. Press it again to stop at once, without a checkpoint.")
         signal.raise_signal(signal.SIGTERM)
 
-    def _agree(self, trainer: Trainer) -> None:
-        if self._stop is not None and self._stop.after_batch(self.signal is not None):
-            raise twin(SIGTERMException, trainer)
+    def _told(self) -> bool:
+        """Return True on every process once one was told to stop."""
+        return self._stop is not None and self._stop.after_batch(self.signal is not None)
 
 
 def _folder(trainer: Trainer) -> str | None:

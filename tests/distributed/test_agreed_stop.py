@@ -14,7 +14,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_lora.callbacks.interruption import NAME
 from lightning_lora.strategies.agreed_stop import LAG, AgreedStop
-from tests.distributed.runs import run
+from tests.distributed.runs import BATCHES, run
+from tests.distributed.test_lightning import run_with
 
 
 def stops(told_at: dict[int, int], batches: int) -> int | None:
@@ -34,20 +35,23 @@ def test_all_stop_after_the_same_batch(pool: Any, told_at: dict[int, int], expec
 
 
 class Terminate(L.Callback):
-    """Raises SIGTERM in the second process, within the first step."""
+    """Raises SIGTERM in the second process, within a step."""
+
+    def __init__(self, step: int = 0) -> None:
+        self.step = step
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        if trainer.global_step == 0 and dist.get_rank() == 1:
+        if trainer.global_step == self.step and dist.get_rank() == 1:
             signal.raise_signal(signal.SIGTERM)
 
 
-def run_terminated(name: str, folder: str) -> Any:
+def run_terminated(name: str, folder: str, step: int = 0) -> Any:
     """The exit code, and how often the user's own handler was called."""
     called: list[int] = []
     earlier = signal.signal(signal.SIGTERM, lambda number, frame: called.append(number))
     try:
         with pytest.raises(SIGTERMException) as stop:
-            run(name, folder, 4, save=True, more=(Terminate(),))
+            run(name, folder, 4, save=True, more=(Terminate(step),))
     finally:
         signal.signal(signal.SIGTERM, earlier)
     return stop.value.code, len(called)
@@ -58,6 +62,18 @@ def test_a_terminated_run_leaves_one_checkpoint(pool: Any, tmp_path: Path, name:
     assert pool.run(run_terminated, name, str(tmp_path)) == [(143, 0), (143, 1)]
     (file,) = tmp_path.rglob(NAME)
     assert torch.load(file, weights_only=True)["global_step"] == 1 + LAG
+
+
+def test_a_stop_at_an_epochs_end_skips_nothing_later(pool: Any, tmp_path: Path) -> None:
+    """Stopped after an epoch's last batch, resumed, and resumed again from that run's checkpoint."""
+    whole = pool.run(run_with, "ddp", (str(tmp_path / "whole"), 4), {})
+    pool.run(run_terminated, "ddp", str(tmp_path / "first"), 2 * BATCHES - LAG - 1)
+    (first,) = (tmp_path / "first").rglob(NAME)
+    assert torch.load(first, weights_only=True)["global_step"] == 2 * BATCHES
+    pool.run(run_with, "ddp", (str(tmp_path / "second"), 3), {"ckpt": str(first), "save": True})
+    third = pool.run(run_with, "ddp", (str(tmp_path / "third"), 4), {"ckpt": str(tmp_path / "second" / "last.ckpt")})
+    for mine, wanted in zip(third, whole, strict=True):
+        assert mine["losses"] == pytest.approx(wanted["losses"][3 * BATCHES :], abs=1e-6)
 
 
 def broadcasts_in_steps(folder: str) -> int:
