@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -115,14 +115,37 @@ def names_here(model: nn.Module, old: Iterable[str], modules: Collection[str]) -
     return found
 
 
-def rebuilt(model: nn.Module, old: str) -> str | None:
-    """Return what replaces a module of an older model, such as one expert. None if that is not known."""
+class Conversion(NamedTuple):
+    """What becomes of a module of an older model.
+
+    Attributes:
+        name: of the parameter here that its weight is a part of.
+        pattern: the one of the conversion's patterns that its name matches.
+        conversion: transformers' own.
+    """
+
+    name: str
+    pattern: str
+    conversion: Any
+
+
+def conversion_of(model: nn.Module, old: str) -> Conversion | None:
+    """Return what becomes of a module of an older model, such as one expert. None if that is not known."""
     name = f"{old}.weight"
     for conversion in checkpoint_conversions(bare(model)):
         name, pattern = conversion.rename_source_key(name)
         if pattern is not None and hasattr(conversion, "operations"):
-            return f"part of {name!r}" if len(conversion.target_patterns) == 1 else f"split into {', '.join(conversion.target_patterns)}"
+            return Conversion(name, pattern, conversion)
     return None
+
+
+def rebuilt(model: nn.Module, old: str) -> str | None:
+    """Return what replaces a module of an older model, in words. None if that is not known."""
+    known = conversion_of(model, old)
+    if known is None:
+        return None
+    patterns = known.conversion.target_patterns
+    return f"part of {known.name!r}" if len(patterns) == 1 else f"split into {', '.join(patterns)}"
 
 
 def names_for_peft(model: nn.Module, layers: Iterable[str]) -> dict[str, str | None]:

@@ -17,8 +17,9 @@ from lightning_lora.adapter_io.files import CONFIG, AdapterFile
 from lightning_lora.adapter_io.peft_format import as_lora
 from lightning_lora.adapter_io.peft_names import names_here, rebuilt
 from lightning_lora.adapter_io.peft_rules import is_saved, is_target, is_target_parameter, pattern_value, saved_names
-from lightning_lora.adapter_io.peft_stacks import is_stack, targeted_stacks, unstacked
+from lightning_lora.adapter_io.peft_stacks import Stack, is_stack, targeted_stacks, unstacked
 from lightning_lora.adapter_io.peft_tying import saved_with_ties
+from lightning_lora.adapter_io.single_experts import stacked
 from lightning_lora.adapter_io.token_rows import ROWS, rows_of_file
 from lightning_lora.config import ALL_LINEAR, LoRAConfig
 from lightning_lora.layers.base import PREFIX
@@ -61,6 +62,10 @@ def place(adapter: AdapterFile, root: nn.Module, where: str) -> AdapterFile:
         ValueError: the file adapts tensors that are no layer's weight here, or no module at all.
     """
     modules = {name: module for name, module in modules_by_name(root).items() if PREFIX not in name}
+    singles: dict[str, Stack] = {}
+    if adapter.fields is not None:
+        tensors, singles = stacked(adapter.tensors, modules, root, adapter.fields, where)
+        adapter = replace(adapter, tensors=tensors)
     renamed = names_here(root, {name.rpartition(".")[0] for name in adapter.tensors} - {""}, modules)
     tensors = {}
     for name, tensor in adapter.tensors.items():
@@ -94,11 +99,13 @@ def place(adapter: AdapterFile, root: nn.Module, where: str) -> AdapterFile:
     ]
     fields |= {"modules_to_save": saved_with_ties(tensors, fields, layers, saved_names(fields), modules, where)}
     here = _Here(modules, {new: name for name, new in renamed.items()}, dead)
-    config = replace(_meant(adapter.config, fields, layers, heads, here, where), trainable_token_indices=rows)
+    config = replace(_meant(adapter.config, fields, layers, heads, here, singles, where), trainable_token_indices=rows)
     return replace(adapter, config=config, tensors=tensors, beside=beside)
 
 
-def _meant(config: LoRAConfig, fields: dict[str, Any], layers: set[str], heads: list[str], here: _Here, where: str) -> LoRAConfig:
+def _meant(
+    config: LoRAConfig, fields: dict[str, Any], layers: set[str], heads: list[str], here: _Here, singles: dict[str, Stack], where: str
+) -> LoRAConfig:
     """Return the config that adapts here what PEFT adapts. It has the file's patterns if they match the same, else whole names.
 
     Args:
@@ -107,9 +114,10 @@ def _meant(config: LoRAConfig, fields: dict[str, Any], layers: set[str], heads: 
         layers: FQNs of the layers that the file has adapters for.
         heads: FQNs of fresh heads that the file has. They are trained in full, whatever the JSON says.
         here: the model's modules.
+        singles: what the file says of experts one by one.
         where: the file's path, for messages.
     """
-    stacks = targeted_stacks(fields, here.modules)
+    stacks = targeted_stacks(fields, here.modules) | singles
     by_weight = _weights(fields, here.modules, where)
     names = fields.get("target_modules")
     rule = partial(is_target, fields if isinstance(names, str) else fields | {"target_modules": frozenset(names or ())})

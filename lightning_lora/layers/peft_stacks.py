@@ -9,7 +9,7 @@ exchanged: ``(B·A)ᵀ = Aᵀ·Bᵀ``.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -149,6 +149,18 @@ class StackedWeights(SeveralWeights):
             pairs[name] = from_file(A, B, shape[0], exchanged=exchanged)
         if rest:
             raise ValueError(f"{next(iter(rest))} belongs to no weight that the file targets")
+        return cls.from_pairs(module, pairs, scalings)
+
+    @classmethod
+    def from_pairs(cls, module: Any, pairs: Mapping[str, tuple[Tensor, Tensor]], scalings: Mapping[str, float]) -> dict[str, Tensor]:
+        """Return the adapter parameters of a module for pairs of stacks.
+
+        Args:
+            module: adapted or not.
+            pairs: weight → A (E, r, in) and B (E, out, r), at least one.
+            scalings: weight → its scaling.
+        """
+        layers = {name: cls._alone(module, name) for name in cls.adapted}
         rank, common = max((A.shape[1], scalings[name]) for name, (A, _) in pairs.items())
         found: dict[str, Tensor] = {}
         for name, layer in layers.items():
