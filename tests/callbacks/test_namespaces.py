@@ -108,8 +108,12 @@ def test_sigterm_leaves_a_checkpoint_and_its_exit_code(P: Any, tmp_path: Path, s
 def test_several_processes_stop_with_the_trainers_own_exception(P: Any, tmp_path: Path) -> None:
     companion = Interruption()
     companion._stop = SimpleNamespace(after_batch=lambda told: True)  # type: ignore[assignment]
+    run = trainer(P, tmp_path)
+    companion.on_train_batch_end(run, lit(P), None, None, 0)
+    assert run.received_sigterm  # its loop raises once the batch is counted
+    run.state.fn = P.trainer.states.TrainerFn.FITTING
     with pytest.raises(P.utilities.exceptions.SIGTERMException):
-        companion.on_train_batch_end(trainer(P, tmp_path), lit(P), None, None, 0)
+        companion.on_validation_batch_start(run, lit(P), None, 0)
 
 
 def test_the_durable_io_is_a_plugin(P: Any, tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ def test_measured_times_are_in_the_range(shape, options, seconds, benchmark):
         ({"offload": ("weights",)}, "offload='weights'"),
         ({"offload": ("activations",)}, "needs checkpointing"),
         ({"offload": ("frozen",), "strategy": "lora_fsdp2"}, "does not go with"),
-        ({"recorded": True}, "needs compiled=True"),
+        ({"recorded": True}, "needs compile"),
     ],
     ids=str,
 )
