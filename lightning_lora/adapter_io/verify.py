@@ -20,6 +20,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import kept_parameters, lora_layers
 from lightning_lora.layers.mergeable import PREFIX
 from lightning_lora.model.apply import already_applied, apply_lora, prepare_quantized, unload_lora
+from lightning_lora.model.disable import switched_off
 from lightning_lora.model.modes import evaluating, restore_flags
 from lightning_lora.model.plain_copy import plain_copy
 from lightning_lora.model.probe import Probe
@@ -35,7 +36,6 @@ from lightning_lora.model.verify_checks import (
     layerwise,
     row,
     some,
-    switched_off,
     whole,
     worst_of,
     zeros,
@@ -103,14 +103,14 @@ def run_checks(
     if merged:
         raise ValueError(f"{merged[0]!r} is merged, and its adapter cannot be verified; call unmerge_lora(model) first.")
     with undone(model), evaluating(model):
-        with switched_off(layers):
+        with switched_off(layers.values()):
             alone, again = (evaluated(model, batch) for _ in range(2))
         start = evaluated(model, batch)
     if not alone:
         raise ValueError("batch: the model returned no tensor of floating-point numbers; pass a function that returns one.")
     base = alone if base is None else base
     with given_values(model):
-        with evaluating(model), switched_off(layers):
+        with evaluating(model), switched_off(layers.values()):
             trained_base = evaluated(model, batch)  # with what trains in full as it is in the comparisons
         each, computed = each_layer(model, layers, batch)
         eps = precision(model, computed)

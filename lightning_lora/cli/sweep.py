@@ -18,11 +18,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_lora.cli.console import print_json
-from lightning_lora.cli.lightning_cli import LoRACLI
 from lightning_lora.cli.messages import usage
 from lightning_lora.cli.run_rows import RunConfig
 from lightning_lora.cli.sweep_report import print_report, report_of
 from lightning_lora.cli.sweep_trials import SHORT, take_settings
+from lightning_lora.cli.waiting_fit import WaitingFit
 from lightning_lora.config import LoRAConfig
 from lightning_lora.data.splits import share_of
 from lightning_lora.trials.records import Records, check_one_trained, last_checkpoint, mode_of
@@ -83,7 +83,7 @@ class _TrialConfig(RunConfig):
     also_known = (*OWN, *SHORT, "trials")
 
 
-class TrialCLI(LoRACLI):
+class TrialCLI(WaitingFit):
     """``fit`` that waits to be started, and writes into the trial's folder.
 
     Args:
@@ -91,19 +91,10 @@ class TrialCLI(LoRACLI):
         folder: the trial's folder.
     """
 
-    def __init__(self, words: Sequence[str], folder: Path) -> None:
-        self.folder, self.arguments = folder, dict[str, Any]()
-        super().__init__(["fit", *words])
-
     @override
     def before_instantiate_classes(self) -> None:
         super().before_instantiate_classes()
         redirect(self.config["fit"], self.folder)
-
-    @override
-    def fit(self, **kwargs: Any) -> None:
-        """Keep the arguments for `start`."""
-        self.arguments = kwargs
 
     def start(self) -> dict[str, Any]:
         """Train. Return the report of ``fit``."""

@@ -5,7 +5,7 @@ The first run verifies the model on its first batch before it trains. Both take 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from typing_extensions import override
 from lightning_lora.adapter_io.verify import run_checks
 from lightning_lora.callbacks import LoRACallback
 from lightning_lora.callbacks.data_start import TrainingStep, as_before
-from lightning_lora.cli.lightning_cli import LoRACLI
 from lightning_lora.cli.messages import one_line
 from lightning_lora.cli.run_results import RunResults
+from lightning_lora.cli.waiting_fit import WaitingFit
 from lightning_lora.layers.base import lora_layers
 from lightning_lora.model.verify_checks import Check
 
@@ -31,7 +31,7 @@ STEPS = 2
 BATCHES, START, ONE, MANY = "batches.pt", "start.ckpt", "one.ckpt", "many.ckpt"  # files in the folder that the processes share
 
 
-class ShortRun(LoRACLI):
+class ShortRun(WaitingFit):
     """``fit`` for two steps, without loggers, checkpoints and validation.
 
     Args:
@@ -40,10 +40,6 @@ class ShortRun(LoRACLI):
     """
 
     result = MANY
-
-    def __init__(self, words: Sequence[str], folder: Path) -> None:
-        self.folder, self.arguments = folder, dict[str, Any]()
-        super().__init__(["fit", *words])
 
     @override
     def before_instantiate_classes(self) -> None:
@@ -74,11 +70,6 @@ class ShortRun(LoRACLI):
     def recorders(self) -> list[Callback]:
         """Return what the run notes."""
         return [_Result(self.folder / self.result)]
-
-    @override
-    def fit(self, **kwargs: Any) -> None:
-        """Keep the arguments for `start`."""
-        self.arguments = kwargs
 
     def start(self) -> None:
         """Train."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
 
-from lightning_lora.layers.base import PREFIX, lora_layers
+from lightning_lora.layers.base import PREFIX, LoRALayer, lora_layers
 from lightning_lora.utils.names import clean_name
 
 
@@ -43,7 +43,14 @@ def disabled_lora(model: nn.Module) -> Iterator[None]:
                 f"{clean_name(name)!r} trains beside the adapters, and its values at the start are not kept: the base alone is not here any"
                 " more. Give the part of the model without it, such as model.base_model, or keep a copy of the base."
             )
-    mine = [layer for _, layer in layers if not layer.disabled]  # an outer block disabled the others, and enables them at its end
+    with switched_off(layer for _, layer in layers):
+        yield
+
+
+@contextmanager
+def switched_off(layers: Iterable[LoRALayer]) -> Iterator[None]:
+    """Do as :func:`disabled_lora` for these layers, without its checks."""
+    mine = [layer for layer in layers if not layer.disabled]  # an outer block disabled the others, and enables them at its end
     try:
         for layer in mine:
             layer.__dict__["disabled"] = True

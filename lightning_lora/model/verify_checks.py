@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.model.disable import switched_off
 from lightning_lora.model.merge import merge_lora, unmerge_lora
 from lightning_lora.model.modes import evaluating
 from lightning_lora.model.probe import Probe, outputs_of, tensors_in
@@ -52,19 +52,6 @@ def evaluated(model: nn.Module, batch: Probe) -> Outputs:
     """Return the outputs in evaluation mode. Change nothing."""
     with torch.no_grad(), undone(model), evaluating(model):
         return outputs_of(model, batch)
-
-
-@contextmanager
-def switched_off(layers: dict[str, LoRALayer]) -> Iterator[None]:
-    """Switch the adapters off. Unlike ``disabled_lora`` it allows what trains in full, which keeps its values here."""
-    mine = [layer for layer in layers.values() if not layer.disabled]
-    try:
-        for layer in mine:
-            layer.__dict__["disabled"] = True
-        yield
-    finally:
-        for layer in mine:
-            layer.__dict__.pop("disabled", None)
 
 
 def row(name: str, measured: float, tolerance: float, advice: str) -> Check:
@@ -134,7 +121,7 @@ def each_layer(model: nn.Module, layers: dict[str, LoRALayer], batch: Probe) -> 
         if reason := layer.merge_refusal("dequantize"):
             found[name] = reason
             return
-        with switched_off({name: layer}):
+        with switched_off([layer]):
             base = dict(tensors_in("", layer.forward(*args, **kwargs)))
         layer.merge_weights(quantized="dequantize")
         try:
