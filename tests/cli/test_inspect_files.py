@@ -45,7 +45,7 @@ def test_inspect_a_checkpoint(config, tmp_path, capsys):
 
 @pytest.mark.filterwarnings("ignore:Experiment logs directory")
 def test_inspect_a_full_fine_tunes_checkpoint(config, model, tmp_path, capsys):
-    assert main(["fit", "--config", config, "--full_finetuning=true", "--trainer.limit_train_batches=1"]) == 0
+    assert main(["fit", "--config", config, "--full_finetuning=true", "--trainer.max_steps=1"]) == 0
     (checkpoint,) = (tmp_path / "run").glob("checkpoints/*.ckpt")
     capsys.readouterr()
     assert main(["inspect", str(checkpoint)]) == 0, capsys.readouterr().err
