@@ -25,6 +25,7 @@ from lightning_lora.optim import (
     galore_optimizer,
     galore_param_groups,
     lora_param_groups,
+    resize_ranks,
 )
 from lightning_lora.registry import register_init, register_kind, register_variant
 from lightning_lora.variants import shrink_adalora
@@ -92,6 +93,7 @@ __all__ = [
     "register_init",
     "register_kind",
     "register_variant",
+    "resize_ranks",
     "replicated_parameters",
     "save_adapter",
     "shrink_adalora",

@@ -64,7 +64,7 @@ def initialize_from_data(model: nn.Module, batches: Iterable[Any], *, step: Step
     config = next(iter(layers.values())).lora_config
     kind: type[Statistics] = data_of(config.init)
     if kind.decides_ranks(config):
-        check_resizable(layers)
+        check_resizable(layers, "set init_options={'rho': 1.0}, or initialize before the model is sharded")
     gathered: dict[str, Statistics] = {}
     with undisturbed(model), without_marks(layers.values()):
         for group in _groups(layers, kind):

@@ -1,0 +1,322 @@
+"""Other ranks in the middle of a training: ΔW, gradients and optimizer state against dense matrices in float64."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import LoRAConfig, apply_lora, apply_lora_plus, get_lora_parameters, lora_layers, lora_param_groups, merge_lora, resize_ranks
+from lightning_lora.model.layer_statistics import low_rank_layers
+from tests.conftest import same_bits
+from tests.layers.experts import tiny_qwen3_moe
+
+
+class Kinds(nn.Module):
+    """A layer of each kind, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.grouped, self.conv = nn.Embedding(11, 8, padding_idx=0), nn.Conv1d(8, 12, 3, groups=2), nn.Conv1d(12, 6, 1)
+        self.linear, self.out = nn.Linear(6, 10), nn.Linear(10, 9)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.out(self.linear(self.conv(self.grouped(self.embed(ids).mT).tanh()).mT).tanh())
+
+
+EVERY_KIND = ("embed", "grouped", "conv", "linear", "out")
+IDS = torch.arange(22).view(2, 11) % 11
+
+
+def adapted(kind: str = "every", seed: int = 0, **fields: Any) -> nn.Module:
+    """A model in float64 whose adapters have trained."""
+    torch.manual_seed(seed)
+    model = tiny_qwen3_moe() if kind == "experts" else Kinds()
+    names = ["experts"] if kind == "experts" else EVERY_KIND
+    apply_lora(model.double(), LoRAConfig(**{"rank": 4, "alpha": 6, "target_modules": names, **fields}))
+    with torch.no_grad():
+        for name, layer in lora_layers(model):
+            for short, p in layer.lora_parameters().items():
+                p.add_(torch.randn_like(p) * 0.3)
+                if name == "embed" and short == "lora_A":
+                    p[:, 0] = 0  # the padding row
+    return model
+
+
+def deltas(model: nn.Module) -> dict[str, torch.Tensor]:
+    """s·B·A of each weight as matrices, one for each product."""
+    return {name: layer.to_matrix(layer.merge_delta().detach()) for name, layer in low_rank_layers(model).items()}
+
+
+def truncated(matrix: torch.Tensor, rank: int) -> torch.Tensor:
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    return U[..., :rank] * S[..., None, :rank] @ Vh[..., :rank, :]
+
+
+CASES: list[dict[str, Any]] = [
+    {},
+    {"scaling": "rslora"},
+    {"init": "gaussian"},
+    {"init": "orthogonal", "target_modules": ["linear", "conv"]},
+    {"variant": "dora", "target_modules": ["linear", "out"]},
+    {"variant": "lora_fa"},
+    {"variant": "lora_bias", "target_modules": ["linear"]},
+    {"kind": "experts"},
+]
+
+
+@pytest.mark.parametrize("fields", CASES, ids=str)
+def test_a_lower_rank_is_the_best_approximation(fields: dict[str, Any]) -> None:
+    model = adapted(**fields)
+    before, scalings = deltas(model), {name: layer.scaling for name, layer in lora_layers(model)}
+    changed = resize_ranks(model, {".*": 2}, ())
+    assert set(changed.values()) == {(4, 2)} and {layer.rank for _, layer in lora_layers(model)} == {2}
+    assert {name: layer.scaling for name, layer in lora_layers(model)} == scalings
+    for name, found in deltas(model).items():
+        kept = 1 if name == "grouped" else 2  # each of its two groups has half of the rank
+        torch.testing.assert_close(found, truncated(before[name], kept), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("fields", CASES, ids=str)
+def test_a_higher_rank_leaves_the_update_and_adds_directions_that_train(fields: dict[str, Any]) -> None:
+    model = adapted(**fields)
+    before = deltas(model)
+    resize_ranks(model, {".*": 6}, ())
+    for name, layer in low_rank_layers(model).items():
+        torch.testing.assert_close(deltas(model)[name], before[name], rtol=1e-12, atol=1e-13)
+        random, zero = layer.lora_factors()
+        k = 2 if name == "grouped" else layer.lora_A.shape[0] // layer.lora_B.shape[1]
+        A = layer.lora_A.flatten(1).unflatten(0, (k, -1))
+        old = 4 // (2 if name == "grouped" else 1)
+        if zero is layer.lora_B:
+            assert not layer.lora_B[:, old:].any() and A[:, old:].any(-1).all()
+        else:
+            assert not A[:, old:].any() and layer.lora_B[:, old:].any(0).all()
+
+
+def test_experts_that_share_a_factor_keep_sharing_it() -> None:
+    """The best approximation of all experts' updates side by side, for one shared factor."""
+    model = adapted("experts", kind_options={"experts": {"shared_outer": True}})
+    before = deltas(model)
+    resize_ranks(model, {"experts": 3}, ())
+    found = deltas(model)
+    for name, layer in low_rank_layers(model).items():
+        shared_B = layer.lora_B.shape[0] == before[name].shape[1]
+        joined = [torch.cat(list(each[name]), 1 if shared_B else 0) for each in (before, found)]
+        torch.testing.assert_close(joined[1], truncated(joined[0], 3), rtol=1e-9, atol=1e-11)
+
+
+def loss_of(model: nn.Module, seed: int) -> torch.Tensor:
+    weights = torch.randn(2, 9, 9, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (model(IDS) * weights).sum()
+
+
+def of_low_rank(rank: int) -> nn.Module:
+    """A model whose updates have fewer directions than their adapters."""
+    model = adapted(seed=3)
+    resize_ranks(model, {".*": rank}, ())
+    resize_ranks(model, {".*": 4}, ())
+    with torch.no_grad():
+        for _, layer in lora_layers(model):  # spread over all rows and columns
+            r = layer.lora_B.shape[1]
+            M = torch.eye(r) + 0.2 * torch.randn(r, r)
+            for k in range(layer.lora_A.shape[0] // r):
+                rows = layer.lora_A[k * r : (k + 1) * r]
+                rows.copy_((M.double() @ rows.flatten(1)).view_as(rows))
+            layer.lora_B.copy_((layer.lora_B.flatten(1) @ torch.linalg.inv(M.double())).view_as(layer.lora_B))
+    return model
+
+
+def test_gradients_and_momentum_follow_exactly() -> None:
+    """If no update is lost, they are those of a run that had the lower rank already."""
+    model = of_low_rank(2)
+    optimizer = torch.optim.SGD(get_lora_parameters(model), lr=0.0, momentum=0.9)
+    for seed in range(3):
+        optimizer.zero_grad()
+        loss_of(model, seed).backward()
+        optimizer.step()
+    twin = copy.deepcopy(model)
+    resize_ranks(model, {".*": 2}, optimizer)
+    carried = {name: (p.grad, optimizer.state[p]["momentum_buffer"]) for name, p in model.named_parameters() if p.requires_grad}
+    resize_ranks(twin, {".*": 2}, ())
+    fresh = torch.optim.SGD(get_lora_parameters(twin), lr=0.0, momentum=0.9)
+    for seed in range(3):
+        fresh.zero_grad()
+        loss_of(twin, seed).backward()
+        fresh.step()
+    for name, p in twin.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(carried[name][0], p.grad, rtol=1e-8, atol=1e-10)
+            torch.testing.assert_close(carried[name][1], fresh.state[p]["momentum_buffer"], rtol=1e-8, atol=1e-10)
+
+
+def one_linear(A: torch.Tensor, B: torch.Tensor) -> tuple[nn.Module, Any]:
+    model: Any = apply_lora(nn.Sequential(nn.Linear(A.shape[1], B.shape[0]).double()), LoRAConfig(rank=A.shape[0], target_modules=["0"]))
+    with torch.no_grad():
+        model[0].lora_A.copy_(A)
+        model[0].lora_B.copy_(B)
+    return model, model[0]
+
+
+def test_squares_follow_exactly_where_directions_are_only_sorted() -> None:
+    A = 2 * torch.linalg.qr(torch.randn(7, 3, dtype=torch.float64)).Q.t()
+    B = torch.linalg.qr(torch.randn(6, 3, dtype=torch.float64)).Q * torch.tensor([1.0, 5.0, 3.0])
+    model, layer = one_linear(A, B)
+    optimizer = torch.optim.AdamW(get_lora_parameters(model), lr=0.0, amsgrad=True)
+    for _ in range(4):
+        optimizer.zero_grad()
+        (model(torch.randn(5, 7).double()) * torch.randn(5, 6).double()).sum().backward()
+        optimizer.step()
+    before = {name: {slot: v.clone() for slot, v in optimizer.state[p].items()} for name, p in layer.lora_parameters().items()}
+    resize_ranks(model, {"0": 2}, optimizer)
+    order = [1, 2]
+    for slot in ("exp_avg_sq", "max_exp_avg_sq"):
+        torch.testing.assert_close(optimizer.state[layer.lora_A][slot], before["lora_A"][slot][order], rtol=1e-9, atol=0)
+        torch.testing.assert_close(optimizer.state[layer.lora_B][slot], before["lora_B"][slot][:, order], rtol=1e-9, atol=0)
+    assert optimizer.state[layer.lora_A]["step"] == 4
+
+
+def test_no_step_becomes_larger_than_adams_bound() -> None:
+    """Gradients of one sign: each entry's step is one rate, before and after."""
+    model, layer = one_linear(torch.randn(4, 7).double(), torch.randn(6, 4).double())
+    optimizer = torch.optim.Adam(get_lora_parameters(model), lr=1.0)
+    x, w = torch.randn(5, 7).double(), torch.randn(5, 6).double()
+    for _ in range(3):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        optimizer.zero_grad()
+        (model(x) * w).sum().backward()
+        optimizer.step()
+    resize_ranks(model, {"0": 2}, optimizer)
+    for p in layer.lora_parameters().values():
+        slots = optimizer.state[p]
+        m, v = slots["exp_avg"] / (1 - 0.9**3), slots["exp_avg_sq"] / (1 - 0.999**3)
+        assert torch.allclose(m.abs() / v.sqrt(), torch.ones_like(m), rtol=1e-6)
+
+
+def test_new_directions_take_steps_of_the_old_ones_size() -> None:
+    """After many steps Adam corrects no bias: with second moments of zero the first steps would be 3 to 6 times the rate."""
+    model, layer = one_linear(torch.randn(4, 7).double() / 7**0.5, torch.zeros(6, 4).double())
+    optimizer = torch.optim.Adam(get_lora_parameters(model), lr=1e-4)
+    sizes = []
+    for step in range(320):
+        if step == 300:
+            resize_ranks(model, {"0": 8}, optimizer)
+        optimizer.zero_grad()
+        (model(torch.randn(5, 7).double()) * torch.randn(5, 6).double()).sum().backward()
+        before = layer.lora_B.detach().clone()
+        optimizer.step()
+        if step >= 300:
+            moved = (layer.lora_B.detach() - before).abs() / 1e-4
+            sizes.append((float(moved[:, :4].mean()), float(moved[:, 4:].mean())))
+    old, new = (sum(each) / len(sizes) for each in zip(*sizes, strict=True))
+    assert 0.5 < new / old < 1.5 and max(new for _, new in sizes) < 1
+
+
+def test_optimizer_groups_schedulers_and_lora_plus_work_on() -> None:
+    model = adapted()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer.param_groups[0]["params"] = list(get_lora_parameters(model))
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.5, 10)
+    apply_lora_plus(optimizer, model, 8.0, scheduler)
+    other = torch.optim.SGD(model.embed.lora_parameters().values(), lr=0.0)  # a second one that holds a layer too
+    held = [[id(p) for p in group["params"]] for group in optimizer.param_groups]
+    for step in range(6):
+        if step == 3:
+            resize_ranks(model, {"linear": 7, "grouped": 2, "embed": 1}, [optimizer, other])
+        for each in (optimizer, other):
+            each.zero_grad()
+        loss_of(model, step).backward()
+        for each in (optimizer, other, scheduler):
+            each.step()
+    assert held == [[id(p) for p in group["params"]] for group in optimizer.param_groups]
+    assert all(slots["exp_avg"].shape == p.shape and slots["step"] == 6 for p, slots in optimizer.state.items())
+    assert optimizer.param_groups[1]["lr"] == pytest.approx(8 * optimizer.param_groups[0]["lr"]) == pytest.approx(8e-2 * 0.7)
+
+
+def test_graphs_that_are_still_held_do_no_harm() -> None:
+    model = adapted()
+    held = loss_of(model, 0)
+    held.backward(retain_graph=True)
+    resize_ranks(model, {"linear": 2, "out": 6}, ())
+    loss_of(model, 1).backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in get_lora_parameters(model)) and held.grad_fn is not None
+
+
+def test_the_config_is_that_of_the_new_ranks() -> None:
+    model = adapted()
+    ids = {id(p) for p in get_lora_parameters(model)}
+    resize_ranks(model, {"linear": 2, "^(conv|out)$": 5}, ())
+    assert {id(p) for p in get_lora_parameters(model)} == ids
+    config = model.linear.lora_config
+    ranks = {name: layer.rank for name, layer in lora_layers(model)}
+    assert ranks == {"embed": 4, "grouped": 4, "conv": 5, "linear": 2, "out": 5}
+    fresh = apply_lora(Kinds().double(), config)
+    assert {name: (layer.rank, layer.scaling) for name, layer in lora_layers(fresh)} == {
+        name: (layer.rank, layer.scaling) for name, layer in lora_layers(model)
+    }
+    assert apply_lora(model, config) is model, "the same config again changes nothing"
+    x = model(IDS)
+    torch.testing.assert_close(merge_lora(model)(IDS), x)
+
+
+def refusals() -> dict[str, tuple[Any, Any, str]]:
+    def nan(model: Any) -> None:
+        model.linear.lora_A.data[0, 0] = torch.nan
+
+    def stepped(cls: Any, **kwargs: Any) -> Any:
+        def made(model: Any) -> Any:
+            optimizer = cls(get_lora_parameters(model), lr=0.0, **kwargs)
+            loss_of(model, 0).backward()
+            optimizer.step()
+            return optimizer
+
+        return made
+
+    return {
+        "no such layer": (lambda: adapted(), {"lineal": 2}, r"'lineal' matches no module. Nearest names: linear"),
+        "rank 0": (lambda: adapted(), {"linear": 0}, r"rank_pattern\['linear'\]=0: the rank is a whole number"),
+        "groups": (lambda: adapted(), {"grouped": 3}, r"'grouped': rank=3 is not a multiple of groups=2"),
+        "nothing adapted": (Kinds, {"linear": 2}, "Kinds has no adapters with a rank"),
+        "merged": (lambda: merge_lora(adapted()), {"linear": 2}, r"'linear' cannot get another rank: it is merged"),
+        "nan": (lambda: (m := adapted(), nan(m))[0], {"linear": 2}, r"linear\.lora_A holds NaN"),
+        "vera": (lambda: adapted(variant="vera", alpha=16, target_modules=["linear"]), {"linear": 2}, "variant='vera' does not compute"),
+        "lora_xs": (lambda: adapted(variant="lora_xs", target_modules=["linear"]), {"linear": 2}, "variant='lora_xs' does not compute"),
+        "adalora": (lambda: adapted(variant="adalora", target_modules=["linear"]), {"linear": 2}, "variant='adalora' does not compute"),
+        "pissa": (lambda: adapted(init="pissa", target_modules=["linear"]), {"linear": 2}, "init='pissa' keeps its start"),
+        "mica": (lambda: adapted(init="mica", target_modules=["linear"]), {"linear": 2}, "init='mica' freezes a factor"),
+        "rmsprop": (lambda: adapted(), {"linear": 2}, "RMSprop keeps 'momentum_buffer' of 'linear.lora_A'"),
+        "adamax": (lambda: adapted(), {"linear": 2}, "Adamax keeps 'exp_inf' of 'linear.lora_A'"),
+    } | {}
+
+
+OPTIMIZERS: dict[str, Any] = {"rmsprop": (torch.optim.RMSprop, {"momentum": 0.9}), "adamax": (torch.optim.Adamax, {})}
+
+
+@pytest.mark.parametrize("name", refusals())
+def test_what_cannot_be_is_refused_and_changes_nothing(name: str) -> None:
+    make, ranks, said = refusals()[name]
+    model, optimizers = make(), []
+    if name in OPTIMIZERS:
+        cls, kwargs = OPTIMIZERS[name]
+        optimizers = [cls(get_lora_parameters(model), lr=0.0, **kwargs)]
+        loss_of(model, 0).backward()
+        optimizers[0].step()
+    before, specs = copy.deepcopy(model.state_dict()), [layer.spec for _, layer in lora_layers(model)]
+    states = copy.deepcopy([optimizer.state_dict() for optimizer in optimizers])
+    with pytest.raises(ValueError, match=said):
+        resize_ranks(model, ranks, optimizers)
+    assert all(same_bits(value, before[key]) for key, value in model.state_dict().items())
+    assert specs == [layer.spec for _, layer in lora_layers(model)]
+    torch.testing.assert_close([optimizer.state_dict() for optimizer in optimizers], states, rtol=0, atol=0, equal_nan=True)
+
+
+def test_an_optimizer_around_another_is_refused() -> None:
+    model = adapted()
+    optimizer = torch.optim.SGD(lora_param_groups(model, lr=0.1), lr=0.1)
+    optimizer.optimizer = torch.optim.SGD(get_lora_parameters(model), lr=0.1)  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="SGD is around another optimizer"):
+        resize_ranks(model, {"linear": 2}, optimizer)
