@@ -19,7 +19,7 @@ from lightning_lora.layers.awaiting import awaits_data, data_came
 from lightning_lora.layers.base import LoRALayer, lora_layers
 from lightning_lora.layers.filling import fill_factors
 from lightning_lora.model.fuse import fuse, unfuse
-from lightning_lora.model.ranks import check_resizable, resize, with_ranks
+from lightning_lora.model.ranks import check_resizable, resize, spec_with, with_ranks
 from lightning_lora.model.read_data import Step, read_batch, undisturbed, without_marks
 from lightning_lora.registry import data_of
 from lightning_lora.utils.names import adapter_root, clean_name
@@ -182,7 +182,7 @@ def _fill(
             unadapt(layer)
             continue
         if old != ranks:
-            resize(layer, ranks[name], config)
+            resize(layer, spec_with(layer, ranks[name], config))
         fill_factors(layer, *factors[name])
         layer.keep_start()
         data_came(layer)

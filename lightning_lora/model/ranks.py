@@ -65,9 +65,8 @@ def take_spec(layer: LoRALayer, spec: LayerSpec) -> None:
         state.spec = replace(state.spec, config=spec.config, rank=spec.rank, alpha=spec.alpha)
 
 
-def resize(layer: LoRALayer, rank: int, config: LoRAConfig) -> None:
-    """Give a layer another rank; its parameters keep no values."""
-    spec = spec_with(layer, rank, config)
+def resize(layer: LoRALayer, spec: LayerSpec) -> None:
+    """Give a layer the rank of another spec; its parameters keep no values."""
     for name, shape in layer.parameter_shapes(layer, spec).items():
         parameter = layer.get_parameter(name)
         if parameter.shape != shape:
