@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, apply_lora, apply_lora_plus, get_lora_parameters, lora_layers, lora_param_groups, merge_lora, resize_ranks
+from lightning_lora.model.compile import compile_layers, uncompile_layers
 from lightning_lora.model.layer_statistics import low_rank_layers
 from tests.conftest import same_bits
 from tests.layers.experts import tiny_qwen3_moe
+from tests.layers.test_slices import made as made_slices
 
 
 class Kinds(nn.Module):
@@ -320,3 +322,48 @@ def test_an_optimizer_around_another_is_refused() -> None:
     optimizer.optimizer = torch.optim.SGD(get_lora_parameters(model), lr=0.1)  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="SGD is around another optimizer"):
         resize_ranks(model, {"linear": 2}, optimizer)
+
+
+def test_slices_of_a_fused_projection_keep_a_pair_each() -> None:
+    _, layer = made_slices()
+    model, (q, v) = nn.ModuleDict({"qkv": layer}), ([b @ a for a, b in layer.exact_pairs()])
+    resize_ranks(model, {"qkv": 1}, ())
+    for found, before in zip([b @ a for a, b in layer.exact_pairs()], (q, v), strict=True):
+        torch.testing.assert_close(found, truncated(before, 1), rtol=1e-9, atol=1e-11)
+    delta = layer.lora_delta().detach()
+    resize_ranks(model, {"qkv": 4}, ())
+    torch.testing.assert_close(layer.lora_delta().detach(), delta, rtol=1e-12, atol=1e-13)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.fc(x).tanh()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_blocks_are_compiled_again() -> None:
+    torch._dynamo.reset()
+    losses = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = apply_lora(nn.Sequential(*(Block() for _ in range(3))), LoRAConfig(rank=4, target_modules=["fc"]))
+        optimizer = torch.optim.AdamW(get_lora_parameters(model), lr=1e-2)
+        if compiled:
+            compile_layers(model, backend="aot_eager")
+        found = []
+        for step in range(6):
+            if step == 3:
+                resize_ranks(model, {"0.fc": 2, "1.fc": 6}, optimizer)
+            optimizer.zero_grad()
+            loss = model(torch.ones(2, 6)).square().mean()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        losses.append(found)
+    uncompile_layers(model)
+    torch._dynamo.reset()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0][-1] < losses[0][2] < losses[0][0]
