@@ -28,8 +28,9 @@ from lightning_lora.utils.names import clean_name
 
 
 def config_to_adapt(callback: Any, trainer: Trainer, target: nn.Module) -> LoRAConfig:
-    """Return the config that a ``LoRACallback`` adapts its part with: the user's, or that of an adapter it starts from, with the ranks of the
-    checkpoint that the run resumes.
+    """Return the config that a ``LoRACallback`` adapts its part with.
+
+    It is the user's, or that of an adapter it starts from, with the ranks of the checkpoint that the run resumes.
 
     Args:
         callback: knows the user's config, and whether ranks have changed since.
@@ -49,7 +50,9 @@ def follow_checkpoints(callback: Any, part: AdaptedPart, target: nn.Module) -> A
     return part
 
 
-def apply_ranks(trainer: Trainer, module: LightningModule, callbacks: Sequence[Any], ranks: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+def apply_ranks(
+    trainer: Trainer, module: LightningModule, callbacks: Sequence[Any], ranks: Mapping[str, int]
+) -> dict[str, tuple[int, int]]:
     """Give the layers of a running fit other ranks, between two batches. Every process calls it.
 
     Args:

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from lightning_lora.callbacks.monitor_hints import Findings, LayerRow, hints
 from lightning_lora.callbacks.monitor_history import QUANTITIES, History
 from lightning_lora.callbacks.monitor_ranks import RankChange
-from lightning_lora.callbacks.monitor_report import write_report, yaml_of
+from lightning_lora.callbacks.monitor_report import RANKS, write_report
 from lightning_lora.layers.base import PREFIX, LoRALayer, lora_layers
 from lightning_lora.model.layer_statistics import gradient_norms, low_rank_layers, owners_of, spectra, weight_norms
 from lightning_lora.model.rank_advice import advise_ranks, patterns
@@ -46,8 +46,8 @@ class LoRAMonitor(Callback):
     ``lora/update_ratio/<layer>`` … The report is three files in ``lora_monitor`` in the run's folder: ``report.html`` (heat maps,
     spectra, hints), ``layers.csv``, and ``ranks.yaml``, a ``rank_pattern``. A resumed run continues the measurements.
 
-    With ``apply_ranks_at`` the layers get the suggested ranks once, in the middle of the run, by :func:`~lightning_lora.resize_ranks`: those
-    that need less shrink, those that use all of their rank grow, the optimizer's state stays. Checkpoints hold the new ranks, and the same
+    With ``apply_ranks_at`` the layers get the suggested ranks once, in the middle of the run: those that need less shrink, those that use
+    all of their rank grow, the optimizer's state stays (:func:`~lightning_lora.resize_ranks`). Checkpoints hold the new ranks, and the same
     config resumes them, and those from before. It works in one process and under DDP.
 
     Args:
@@ -241,7 +241,11 @@ class LoRAMonitor(Callback):
         assert self.findings is not None
         path = write_report(folder, self.findings, self.energy)
         seen = [f"- {hint.title}: {hint.text}" for hint in hints(self.findings) if hint.look]
-        rank_zero_info("\n".join([f"LoRAMonitor: {path}", *seen, "Suggested ranks:", yaml_of(self.findings.patterns).rstrip()]))
+        ranks = [(row.suggested, row.rank) for row in self.findings.rows if row.suggested is not None]
+        less, more = sum(new < now for new, now in ranks), sum(new > now for new, now in ranks)
+        rank_zero_info(
+            "\n".join([f"LoRAMonitor: {path}", *seen, f"Suggested ranks, {less} lower and {more} higher: {path.parent / RANKS}"])
+        )
 
 
 def _run_folder(trainer: Trainer) -> str:

@@ -163,8 +163,8 @@ def _merging(found: Findings) -> Hint:
     }
     worst = max(lost, key=lambda name: lost[name], default=None)
     if worst is None and any(row.dtype is None for row in found.rows):
-        text = "The base is quantized, and merging into it is a choice: merge_quantized='dequantize' is exact to rounding, 'requantize' is not."
-        return Hint(title, False, text)
+        text = "The base is quantized, and merging into it is a choice: merge_quantized='dequantize' is exact to rounding,"
+        return Hint(title, False, text + " 'requantize' rounds the update to the format's grid.")
     if worst is None:
         return Hint(title, False, "The weights are wide enough to take the update without loss. Merge before you deploy: it is faster.")
     text = (
@@ -190,7 +190,11 @@ def _targets(found: Findings) -> Hint:
 
 def _processes(found: Findings) -> Hint:
     where = f"{found.processes} process{'es' if found.processes > 1 else ''} under {found.strategy}"
-    return Hint("Model parallelism", False, f"{where}: every layer could be read in full.")
+    unread = [row.name for row in found.rows if math.isnan(row.weight_norm)]
+    text = f"{where}: every layer could be read in full."
+    if unread:
+        text = f"{where}: ‖W‖ of {len(unread)} layers is of a sharded quantized weight and was not read ({_some(unread)}). Updates were."
+    return Hint("Model parallelism", False, text)
 
 
 def _overfitting(found: Findings) -> Hint:

@@ -69,7 +69,10 @@ class RankChange:
             )
         if any(callback.cuda_graphs for callback in callbacks):
             raise ValueError(f"apply_ranks_at={self.at}: recorded CUDA graphs read A and B where they were: leave cuda_graphs out.")
-        check_resizing(module, trainer.strategy.optimizers)
+        try:
+            check_resizing(module, trainer.strategy.optimizers)
+        except ValueError as error:
+            raise ValueError(f"apply_ranks_at={self.at}: {error} Leave it out.") from error
         within_budget(module, *_present(module), self.budget)  # raises if not even the lowest ranks fit
         total = trainer.estimated_stepping_batches
         if total < self.at and total >= 0:
@@ -97,10 +100,8 @@ class RankChange:
         before = _size(module)
         self.ranks, self.step = apply_ranks(trainer, module, _callbacks(trainer), told[0]), trainer.global_step
         shrink = sum(after < was for was, after in self.ranks.values())
-        rank_zero_info(
-            f"LoRAMonitor: after step {self.step} {shrink} layers have a lower rank, {len(self.ranks) - shrink} a higher one. Parameters of"
-            f" A and B: {before:,} before, {_size(module):,} now."
-        )
+        what = f"{shrink} layers have a lower rank, {len(self.ranks) - shrink} a higher one" if self.ranks else "no layer has another rank"
+        rank_zero_info(f"LoRAMonitor: after step {self.step} {what}. Parameters of A and B: {before:,} before, {_size(module):,} now.")
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values."""

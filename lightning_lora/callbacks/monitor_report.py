@@ -13,7 +13,19 @@ from lightning_lora.callbacks.monitor_hints import Findings, LayerRow, hints
 from lightning_lora.callbacks.monitor_pictures import colour, heat_map, line_chart
 from lightning_lora.storage.atomic_files import write_atomic
 
-_COLUMNS = ("layer", "rank_before", "rank", "update_norm", "weight_norm", "update_ratio", "stable_rank", "effective_rank", "suggested_rank", "changed")
+RANKS = "ranks.yaml"  # its name in the folder
+_COLUMNS = (
+    "layer",
+    "rank_before",
+    "rank",
+    "update_norm",
+    "weight_norm",
+    "update_ratio",
+    "stable_rank",
+    "effective_rank",
+    "suggested_rank",
+    "changed",
+)
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:960px;margin:2em auto;padding:0 1em;color:#222;background:#fff}"
     "table{border-collapse:collapse;font-size:13px;width:100%}td,th{padding:2px 8px;border-bottom:1px solid #ddd;text-align:right}"
@@ -36,7 +48,7 @@ def write_report(folder: Path, found: Findings, energy: float) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "layers.csv", _table(found).encode())
-    write_atomic(folder / "ranks.yaml", yaml_of(found.patterns).encode())
+    write_atomic(folder / RANKS, yaml_of(found.patterns).encode())
     write_atomic(folder / "report.html", _page(found, energy).encode())
     return folder / "report.html"
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_lora.layers.base import LoRALayer, lora_layers
 from lightning_lora.model.ranks import with_ranks
 from lightning_lora.ops.low_rank_svd import rank_for_energy
-from lightning_lora.utils.names import clean_name
+from lightning_lora.utils.names import adapter_root, clean_name
 
 
 def wanted_rank(values: Tensor, rank: int, energy: float) -> int | None:
@@ -66,8 +66,8 @@ def _most(layer: LoRALayer) -> int:
 def within_budget(model: nn.Module, spectra: Mapping[str, Tensor], ranks: Mapping[str, int], budget: float) -> dict[str, int]:
     """Return the ranks of :func:`advise_ranks`, lowered until A and B have no more parameters than a share of what they have now.
 
-    Directions are taken in the order of the share of their layer's ``‖ΔW‖²`` for each parameter. One that a layer does not have yet
-    counts as its last one. Layers without a suggestion keep their rank.
+    Directions are taken in the order of the share of their layer's ``‖ΔW‖²`` for each parameter; then those that a layer does not have yet,
+    which count as its last one. Layers without a suggestion keep their rank.
 
     Args:
         model: adapted.
@@ -88,11 +88,11 @@ def within_budget(model: nn.Module, spectra: Mapping[str, Tensor], ranks: Mappin
         raise ValueError(f"rank_budget={budget!r}: even the lowest ranks have more parameters than that; give a larger share.")
     shares = {name: _shares(layers[name], name, spectra) for name in ranks}
 
-    def worth(name: str) -> float:
-        """Share of ‖ΔW‖² that the next rank of a layer adds, for each parameter."""
+    def worth(name: str) -> tuple[bool, float]:
+        """Whether a layer has the directions of its next rank, and the share of ‖ΔW‖² that they add for each parameter."""
         after = allowed[name][0]
         added = [shares[name][min(rank, len(shares[name])) - 1] for rank in range(found[name] + 1, after + 1)]
-        return sum(added) / len(added) / costs[name]
+        return after <= layers[name].rank, sum(added) / len(added) / costs[name]
 
     while raising := [name for name in ranks if allowed[name]]:
         name = max(raising, key=worth)
@@ -127,10 +127,12 @@ def patterns(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, dict[str, 
     """
     if not ranks:
         return {"rank_pattern": {}, "alpha_pattern": {}}
+    prefix, _ = adapter_root(model)
     named = {clean_name(name): layer for name, layer in lora_layers(model) if layer.low_rank}
-    # Patterns match names as they were when LoRA was applied: relative to the adapted part of a LightningModule.
-    layers = {layer.spec.fqn or name: layer for name, layer in named.items()}
-    all_ranks = {layer.spec.fqn or name: ranks.get(name, layer.rank) for name, layer in named.items()}
+    # Names as they were when LoRA was applied, relative to the adapted part, without what a LightningModule adds: both accept them.
+    short = {name: (layer.spec.fqn or name).removeprefix(f"{prefix}.") for name, layer in named.items()}
+    layers = {short[name]: layer for name, layer in named.items()}
+    all_ranks = {short[name]: ranks.get(name, layer.rank) for name, layer in named.items()}
     config = with_ranks(next(iter(layers.values())).lora_config, "", layers, all_ranks)
     return {"rank_pattern": dict(config.rank_pattern), "alpha_pattern": {name: round(a, 9) for name, a in config.alpha_pattern.items()}}
 

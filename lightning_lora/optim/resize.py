@@ -53,9 +53,9 @@ def resize_ranks(model: nn.Module, ranks: Mapping[str, int], optimizers: Optimiz
         Name → rank before and after, of the layers whose rank changed.
 
     Raises:
-        ValueError: a pattern matches no layer, or a layer cannot have that rank: it is merged, sharded, on the meta device or not finite; its
-            variant or init computes the update with more than A and B (VeRA, LoRA-XS, AdaLoRA, PiSSA, OLoRA), or freezes a factor that
-            it computed (MiCA); or an optimizer keeps a state that cannot follow. Nothing is changed then.
+        ValueError: a pattern matches no layer. Or a layer cannot have that rank: it is merged, sharded, on the meta device or not finite;
+            its variant or init computes the update with more than A and B (VeRA, LoRA-XS, AdaLoRA, PiSSA, OLoRA), or freezes a factor
+            that it computed (MiCA). Or an optimizer keeps a state that cannot follow. Nothing is changed then.
     """
     return plan_resize(model, ranks, [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)).carry_out()
 
@@ -202,9 +202,7 @@ def _changes(part: LoRALayer, spec: LayerSpec) -> list[FactorChange]:
     kept = T[0].shape[1]
     new = {name: [block[:, kept:].cpu().double() for block in blocks] for name, blocks in fresh.items()}
     if is_distributed():  # others may decompose to other signs, or draw other numbers
-        T, S, new["lora_A"], new["lora_B"] = (
-            [block.contiguous() for block in blocks] for blocks in (T, S, new["lora_A"], new["lora_B"])
-        )
+        T, S, new["lora_A"], new["lora_B"] = ([block.contiguous() for block in blocks] for blocks in (T, S, new["lora_A"], new["lora_B"]))
         broadcast([*T, *S, *new["lora_A"], *new["lora_B"]], [torch.distributed.group.WORLD])
     of_A = FactorChange(part.lora_A, shapes["lora_A"], before.of_A, before.to_A, T, S := [s.mT for s in S], new["lora_A"])
     return [of_A, FactorChange(part.lora_B, shapes["lora_B"], before.of_B, before.to_B, S, T, new["lora_B"])]

@@ -102,6 +102,8 @@ def refused(name: str, folder: str) -> str:
     return "no error"
 
 
-@pytest.mark.parametrize(("name", "said"), [("lora_fsdp2", "is sharded, so it cannot get another rank"), ("fsdp full", "FSDP1 has flattened")])
+@pytest.mark.parametrize(
+    ("name", "said"), [("lora_fsdp2", "is sharded, so it cannot get another rank"), ("fsdp full", "FSDP1 has flattened")]
+)
 def test_sharded_factors_are_refused_before_training(pool: Any, tmp_path: Path, name: str, said: str) -> None:
     assert all(said in each for each in pool.run(refused, name, str(tmp_path)))
