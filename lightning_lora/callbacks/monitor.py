@@ -148,6 +148,7 @@ class LoRAMonitor(Callback):
         """Measure once more, and write the report."""
         if not self._active or self.history is None:
             return
+        self.rank_change.finish(trainer)
         folder = Path(self.dirpath or _run_folder(trainer))
         if self._joins:
             reshard(pl_module)

@@ -74,9 +74,6 @@ class RankChange:
         except ValueError as error:
             raise ValueError(f"apply_ranks_at={self.at}: {error} Leave it out.") from error
         within_budget(module, *_present(module), self.budget)  # raises if not even the lowest ranks fit
-        total = trainer.estimated_stepping_batches
-        if total < self.at and total >= 0:
-            rank_zero_warn(f"apply_ranks_at={self.at}, and the run takes {int(total)} optimizer steps: the ranks will not change.")
 
     def after_batch(self, trainer: Trainer, module: LightningModule) -> None:
         """Make the change if it is time. Every process calls it."""
@@ -91,10 +88,18 @@ class RankChange:
         if trainer.global_step >= self.at:
             self._apply(trainer, module)
 
+    def finish(self, trainer: Trainer) -> None:
+        """Warn if the run ended before the change."""
+        if self.at is not None and self.step is None:
+            rank_zero_warn(f"apply_ranks_at={self.at}, and the run ended after {trainer.global_step} optimizer steps: no rank changed.")
+
     def _apply(self, trainer: Trainer, module: LightningModule) -> None:
         found = {name: update.values for name, update in spectra(low_rank_layers(module)).items()}
-        ranks = within_budget(module, found, advise_ranks(module, found, self.energy), self.budget)
-        told = [ranks]
+        try:
+            told = [within_budget(module, found, advise_ranks(module, found, self.energy), self.budget)]
+        except ValueError as error:  # layers that did not train keep their rank, and so many were not foreseen
+            rank_zero_warn(f"After step {trainer.global_step} no rank changes: {error}")
+            told = [{}]
         if is_distributed():
             torch.distributed.broadcast_object_list(told)  # sums may differ by rounding between machines
         before = _size(module)

@@ -77,6 +77,8 @@ def resize(layer: LoRALayer, spec: LayerSpec) -> None:
 def replace_values(parameter: nn.Parameter, values: Tensor, gradient: Tensor | None = None) -> None:
     """Give a parameter values and a gradient of another shape."""
     parameter.grad = None
+    with torch.inference_mode(False):
+        values = values.clone() if values.is_inference() else values  # which no backward pass could use
     # Graphs that are still held keep the node that takes the gradient, and that knows the old shape. Another dtype makes torch drop it.
     parameter.data = values.new_empty(0, dtype=torch.float64 if values.dtype != torch.float64 else torch.float32)
     parameter.data = values

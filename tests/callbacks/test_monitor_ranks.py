@@ -228,9 +228,20 @@ def test_an_optimizer_that_cannot_follow_is_refused_after_one_step(tmp_path: Pat
 
 
 def test_a_step_beyond_the_run_is_told(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="apply_ranks_at=9, and the run takes 8 optimizer steps"):
+    with pytest.warns(UserWarning, match="apply_ranks_at=9, and the run ended after 8 optimizer steps"):
         _, monitor, *_ = run(tmp_path, apply_ranks_at=9)
     assert monitor.rank_change.step is None
+
+
+def test_a_budget_that_layers_without_an_update_exceed_is_told(tmp_path: Path) -> None:
+    class Still(Middle):
+        def configure_optimizers(self) -> Any:
+            groups = [{"params": self.net.fc1.parameters(), "lr": 1e-2}, {"params": self.net.fc2.parameters(), "lr": 0.0}]
+            return torch.optim.SGD(groups)
+
+    with pytest.warns(UserWarning, match=r"After step 3 no rank changes: rank_budget=0.3: even the lowest ranks"):
+        module, monitor, *_ = run(tmp_path, module=Still(), rank_budget=0.3)
+    assert monitor.rank_change.step == 3 and {layer.rank for _, layer in lora_layers(module)} == {4}
 
 
 @pytest.mark.parametrize(
