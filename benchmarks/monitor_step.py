@@ -1,6 +1,8 @@
 """What ``LoRAMonitor`` costs: the time of one measurement beside a training step, both in one run of ``Trainer.fit`` that measures in every
 step, and the floating-point operations of both, counted.
 
+Then all layers get half of their rank, and the whole again, as ``apply_ranks_at`` gives them other ranks once in a run.
+
 The share is that at the default interval: one measurement in 100 steps. The clock is the process's CPU time on a CPU, the wall's with the
 device waited for on a GPU.
 
@@ -22,9 +24,9 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lightning_lora import LoRACallback, LoRAConfig, LoRAMonitor, get_lora_parameters
+from lightning_lora import LoRACallback, LoRAConfig, LoRAMonitor, get_lora_parameters, resize_ranks
 from lightning_lora.model.layer_statistics import gradient_norms, low_rank_layers, spectra
 
 VOCAB, WARM_UP = 512, 3
@@ -68,12 +70,13 @@ class Timed(LoRAMonitor):
         self.batches.append(self.now() - self.began)
 
 
-def llama(args: argparse.Namespace) -> LlamaForCausalLM:
+def llama(args: argparse.Namespace) -> Any:
     torch.manual_seed(0)
     heads = max(args.hidden // 128, 4)
     sizes = {"hidden_size": args.hidden, "intermediate_size": 3 * args.hidden, "num_hidden_layers": args.layers}
     config = LlamaConfig(vocab_size=VOCAB, num_attention_heads=heads, num_key_value_heads=heads // 4, **sizes)
-    return LlamaForCausalLM(config).to(getattr(torch, args.dtype))
+    with torch.device(args.accelerator):  # a CPU takes minutes to draw billions of numbers
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
 
 
 def clock(accelerator: str) -> Any:
@@ -111,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     module, monitor = Module(args), Timed(clock(args.accelerator))
     with tempfile.TemporaryDirectory() as folder:
         lora = LoRACallback(LoRAConfig(rank=args.rank, target_modules="all-linear"), merge_on_fit_end=False)
-        L.Trainer(
+        trainer = L.Trainer(
             accelerator=args.accelerator,
             devices=1,
             max_epochs=1,
@@ -121,7 +124,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-        ).fit(module)
+        )
+        trainer.fit(module)
     pairs = list(zip(monitor.measured, monitor.batches, strict=True))[WARM_UP:]
     measure = statistics.median(m for m, _ in pairs)
     step = statistics.median(b - m for m, b in pairs)
@@ -129,6 +133,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"step {1e3 * step:.1f} ms, measurement {1e3 * measure:.1f} ms: {measure / step / INTERVAL:.2%} of the time")
     print(f"step {flops[0]:.3e} flops, measurement {flops[1]:.3e}: {flops[1] / flops[0] / INTERVAL:.4%} of the flops")
     print(f"one measurement in {INTERVAL} steps")
+    for rank in (max(args.rank // 2, 1), args.rank):
+        start = monitor.now()
+        changed = resize_ranks(module, {".*": rank}, trainer.optimizers)
+        print(f"{len(changed)} layers to rank {rank}, with AdamW's state: {monitor.now() - start:.2f} s, once in a run")
 
 
 if __name__ == "__main__":

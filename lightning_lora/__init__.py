@@ -25,6 +25,7 @@ from lightning_lora.optim import (
     galore_optimizer,
     galore_param_groups,
     lora_param_groups,
+    resize_ranks,
 )
 from lightning_lora.registry import register_init, register_kind, register_variant
 from lightning_lora.variants import shrink_adalora
@@ -93,6 +94,7 @@ __all__ = [
     "register_kind",
     "register_variant",
     "replicated_parameters",
+    "resize_ranks",
     "save_adapter",
     "shrink_adalora",
     "sweep",

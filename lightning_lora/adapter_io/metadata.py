@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from lightning_lora.config import LoRAConfig
@@ -37,6 +38,16 @@ def understood(meta: Any, where: str) -> tuple[LoRAConfig, dict[str, Any] | None
     return config, meta["base"], meta.get("root", "")
 
 
+def began_with(meta: dict[str, Any], config: LoRAConfig) -> LoRAConfig:
+    """Return the config that a checkpoint's run began with. It has other ranks than its config if they changed in the run.
+
+    Args:
+        meta: what :func:`understood` has read.
+        config: the config that it returned.
+    """
+    return replace(config, **meta.get("began", {}))
+
+
 def _unreadable(where: str, why: str) -> str:
     return f"{where}: its {META} metadata is not readable ({why}): a newer version wrote it, or it was changed by hand."
 
@@ -54,6 +65,8 @@ def _malformed(meta: Any) -> str | None:
             return f"base has {name!r}: {meta['base'].get(name)!r}"
     if not all(isinstance(key, str) for key in meta["config"]):
         return "config has keys that are no names"
+    if not isinstance(began := meta.get("began", {}), dict) or not began.keys() <= {"rank_pattern", "alpha_pattern"}:
+        return f"'began' is {began!r}"
     for name in ("beside", "others"):
         if not isinstance(meta.get(name, []), list):
             return f"{name!r} is {meta[name]!r}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 
-from lightning_lora.adapter_io.metadata import META, understood
+from lightning_lora.adapter_io.metadata import META, began_with, understood
 from lightning_lora.callbacks.random_numbers import random_states, restore_random_states
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.awaiting import awaits_data, data_came
@@ -39,7 +40,9 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 def resumed_config(trainer: Trainer, config: LoRAConfig, root: str) -> LoRAConfig:
-    """Return the config with the ranks that the checkpoint of this run has for a part, if they came from data.
+    """Return the config with the ranks that the checkpoint of this run has for a part, if they came from data or changed in its run.
+
+    The latter is seen here only if the checkpoint is loaded after the model was sharded. Else the layers can still follow then.
 
     Args:
         trainer: of the run.
@@ -47,12 +50,19 @@ def resumed_config(trainer: Trainer, config: LoRAConfig, root: str) -> LoRAConfi
         root: name of the adapted part.
     """
     kind = data_of(config.init)
-    if kind is None or not kind.decides_ranks(config) or (path := will_resume(trainer)) is None:
+    by_data = kind is not None and kind.decides_ranks(config)
+    if not (by_data or trainer.strategy.restore_checkpoint_after_setup) or (path := will_resume(trainer)) is None:
         return config
     meta = read(trainer.strategy.checkpoint_io, found(trainer.strategy.broadcast(path)), None).get(META)
     parts = {part.get("root", ""): part for part in (meta, *meta.get("others", ()))} if isinstance(meta, dict) else {}
     said = parts.get(root) if len(parts) > 1 else meta
-    return config if said is None else as_data_decided(config, understood(said, str(path))[0])  # what is wrong is said when it is loaded
+    if said is None:
+        return config  # what is wrong is said when it is loaded
+    saved = understood(said, str(path))[0]
+    if by_data:
+        return as_data_decided(config, saved)
+    changed = not began_with(said, saved).differences(config)
+    return replace(config, rank_pattern=saved.rank_pattern, alpha_pattern=saved.alpha_pattern) if changed else config
 
 
 def read_data(callback: Any, trainer: Trainer, module: LightningModule) -> None:

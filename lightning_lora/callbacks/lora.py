@@ -17,8 +17,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from lightning_lora.callbacks.block_modes import BlockModes
+from lightning_lora.callbacks.changed_ranks import config_to_adapt, follow_checkpoints
 from lightning_lora.callbacks.companions import add_companions
-from lightning_lora.callbacks.data_start import read_data, resumed_config
+from lightning_lora.callbacks.data_start import read_data
 from lightning_lora.callbacks.dropout import wake_and_log
 from lightning_lora.callbacks.late_models import when_built
 from lightning_lora.callbacks.merging import check_mergeable, check_not_masked, merge_and_log
@@ -26,7 +27,7 @@ from lightning_lora.callbacks.out_of_memory import advise
 from lightning_lora.callbacks.processes import begin_together
 from lightning_lora.callbacks.refusals import check_apart, check_fit, check_options, check_precondition, frozen_parts, submodule
 from lightning_lora.callbacks.start_report import log_start
-from lightning_lora.callbacks.starting import Start, adapted_part, log_beginning, part_root
+from lightning_lora.callbacks.starting import Start, adapted_part, log_beginning
 from lightning_lora.callbacks.watch import Watch
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import lora_layers
@@ -131,6 +132,7 @@ class LoRACallback(Callback):
         self.check_base, self.check_gradients, self.allow_nonfinite = check_base, check_gradients, allow_nonfinite
         self.compile, self.cuda_graphs, self.offload, self.checkpointing = compile, cuda_graphs, offload, checkpointing
         self.report: TargetReport | None = None
+        self.began: LoRAConfig | None = None  # the config before ranks changed in a run; None if they did not
         self._modes = BlockModes(compiled=compile is not None, recorded=cuda_graphs, checkpointing=checkpointing, offloaded=offloaded)
         self.part: AdaptedPart | None = None  # of the last setup
         self._watch: Watch | None = None
@@ -234,9 +236,7 @@ class LoRACallback(Callback):
     def _adapt(self, trainer: Trainer, pl_module: LightningModule) -> StrategyHooks:
         """Check everything, then change the module. Revert the changes if one of them fails."""
         target, fitting = self._target(pl_module), trainer.state.fn == TrainerFn.FITTING
-        if self._start is not None:
-            self.config = self._start.config(target, self.config)
-        self.config = resumed_config(trainer, self.config, part_root(self, target))
+        self.config = config_to_adapt(self, trainer, target)
         there = already_applied(target, self.config, merged_too=True)
         report = find_targets(target, before_quantizing(self.config) if self.quantize and not there else self.config)
         if self.merge_on_fit_end and fitting:
@@ -266,7 +266,7 @@ class LoRACallback(Callback):
             check_precondition(target, self.precondition, trainer.strategy)
             self._modes.begin_adapted(target, trainer)
             undo.callback(arrange(trainer.strategy, pl_module))
-            self.part = adapted_part(self, target)
+            self.part = follow_checkpoints(self, adapted_part(self, target), target)
             self.part.before_setup = partial(read_data, self, trainer, pl_module)
             hooks = StrategyHooks.of(trainer.strategy, pl_module)
             undo.callback(hooks.drop, self.part.root, forget=not there)

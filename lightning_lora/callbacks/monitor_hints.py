@@ -37,6 +37,7 @@ class LayerRow:
         spectrum: singular values of ΔW, descending.
         suggested: rank; None if the layer takes no other, or did not train.
         moved: names of the adapter's parameters that changed since training began.
+        rank_before: rank before ranks were applied in the run; None if the layer's rank did not change.
     """
 
     name: str
@@ -51,6 +52,7 @@ class LayerRow:
     spectrum: tuple[float, ...]
     suggested: int | None
     moved: tuple[str, ...]
+    rank_before: int | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Findings:
         strategy: name of the strategy's class.
         processes: number of processes.
         steps: optimizer steps.
+        applied_at: step after which ranks were applied; None if they were not.
     """
 
     rows: Sequence[LayerRow]
@@ -78,6 +81,7 @@ class Findings:
     strategy: str
     processes: int
     steps: int
+    applied_at: int | None = None
 
 
 @dataclass(frozen=True)
@@ -158,6 +162,9 @@ def _merging(found: Findings) -> Hint:
         if row.dtype is not None and row.dtype in ROUNDING and not math.isnan(row.ratio) and row.ratio > 0
     }
     worst = max(lost, key=lambda name: lost[name], default=None)
+    if worst is None and any(row.dtype is None for row in found.rows):
+        text = "The base is quantized, and merging into it is a choice: merge_quantized='dequantize' is exact to rounding,"
+        return Hint(title, False, text + " 'requantize' rounds the update to the format's grid.")
     if worst is None:
         return Hint(title, False, "The weights are wide enough to take the update without loss. Merge before you deploy: it is faster.")
     text = (
@@ -183,7 +190,11 @@ def _targets(found: Findings) -> Hint:
 
 def _processes(found: Findings) -> Hint:
     where = f"{found.processes} process{'es' if found.processes > 1 else ''} under {found.strategy}"
-    return Hint("Model parallelism", False, f"{where}: every layer could be read in full.")
+    unread = [row.name for row in found.rows if math.isnan(row.weight_norm)]
+    text = f"{where}: every layer could be read in full."
+    if unread:
+        text = f"{where}: ‖W‖ of {len(unread)} layers is of a sharded quantized weight and was not read ({_some(unread)}). Updates were."
+    return Hint("Model parallelism", False, text)
 
 
 def _overfitting(found: Findings) -> Hint:
@@ -194,7 +205,7 @@ def _overfitting(found: Findings) -> Hint:
         if len(curve) < 2:
             continue
         (best_step, best), (last_step, last) = min(curve, key=lambda point: point[1]), curve[-1]
-        if last > OVERFIT * best:
+        if last - best > (OVERFIT - 1) * abs(best):
             text = f"{name} was lowest at step {best_step} ({best:.4g}) and is {last:.4g} at step {last_step}: take that checkpoint, stop"
             return Hint(title, True, text + " earlier, or use dropout, weight decay or a lower rank.")
         return Hint(title, False, f"{name} is at or near its lowest: {last:.4g} at step {last_step}.")

@@ -13,7 +13,19 @@ from lightning_lora.callbacks.monitor_hints import Findings, LayerRow, hints
 from lightning_lora.callbacks.monitor_pictures import colour, heat_map, line_chart
 from lightning_lora.storage.atomic_files import write_atomic
 
-_COLUMNS = ("layer", "rank", "update_norm", "weight_norm", "update_ratio", "stable_rank", "effective_rank", "suggested_rank", "changed")
+RANKS = "ranks.yaml"  # its name in the folder
+_COLUMNS = (
+    "layer",
+    "rank_before",
+    "rank",
+    "update_norm",
+    "weight_norm",
+    "update_ratio",
+    "stable_rank",
+    "effective_rank",
+    "suggested_rank",
+    "changed",
+)
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:960px;margin:2em auto;padding:0 1em;color:#222;background:#fff}"
     "table{border-collapse:collapse;font-size:13px;width:100%}td,th{padding:2px 8px;border-bottom:1px solid #ddd;text-align:right}"
@@ -36,7 +48,7 @@ def write_report(folder: Path, found: Findings, energy: float) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "layers.csv", _table(found).encode())
-    write_atomic(folder / "ranks.yaml", yaml_of(found.patterns).encode())
+    write_atomic(folder / RANKS, yaml_of(found.patterns).encode())
     write_atomic(folder / "report.html", _page(found, energy).encode())
     return folder / "report.html"
 
@@ -53,7 +65,8 @@ def yaml_of(patterns: Mapping[str, Mapping[str, float]]) -> str:
 def _cells(row: LayerRow) -> list[str]:
     numbers = (row.update_norm, row.weight_norm, row.ratio, row.stable_rank, row.effective_rank)
     shown = ["" if math.isnan(value) else f"{value:.4g}" for value in numbers]
-    return [row.name, str(row.rank), *shown, "" if row.suggested is None else str(row.suggested), " ".join(row.moved)]
+    before = "" if row.rank_before is None else str(row.rank_before)
+    return [row.name, before, str(row.rank), *shown, "" if row.suggested is None else str(row.suggested), " ".join(row.moved)]
 
 
 def _table(found: Findings) -> str:
@@ -62,6 +75,21 @@ def _table(found: Findings) -> str:
     writer.writerow(_COLUMNS)
     writer.writerows(_cells(row) for row in found.rows)
     return text.getvalue()
+
+
+def _applied(found: Findings) -> list[str]:
+    if found.applied_at is None:
+        return []
+    rows = [(row.name, str(row.rank_before), str(row.rank)) for row in found.rows if row.rank_before is not None]
+    text = "<tr><th>layer</th><th>before</th><th>now</th></tr>" + "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>" for cells in rows
+    )
+    others = len(found.rows) - len(rows)
+    return [
+        "<h2>Ranks that were applied</h2>",
+        f"<p>The ranks suggested then were applied after step {found.applied_at}; {others} layers kept theirs.</p>",
+        f'<div class="wide"><table>{text}</table></div>' if rows else "",
+    ]
 
 
 def _page(found: Findings, energy: float) -> str:
@@ -101,6 +129,7 @@ def _page(found: Findings, energy: float) -> str:
         "<h2>Gradients</h2>",
         '<p>The middle layer\'s norm: <span style="color:#2171b5">A</span>, <span style="color:#b5530a">B</span>.</p>',
         line_chart(gradients, across="step", up="norm of the gradient"),
+        *_applied(found),
         "<h2>Suggested ranks</h2>",
         f"<p>Enough for {energy:.0%} of ‖ΔW‖², and twice the rank where all of it is used. A rule of thumb from this run;"
         " alphas keep each layer's scaling.</p>",

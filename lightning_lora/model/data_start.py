@@ -19,7 +19,7 @@ from lightning_lora.layers.awaiting import awaits_data, data_came
 from lightning_lora.layers.base import LoRALayer, lora_layers
 from lightning_lora.layers.filling import fill_factors
 from lightning_lora.model.fuse import fuse, unfuse
-from lightning_lora.model.ranks import check_resizable, resize, with_ranks
+from lightning_lora.model.ranks import check_resizable, resize, spec_with, with_ranks
 from lightning_lora.model.read_data import Step, read_batch, undisturbed, without_marks
 from lightning_lora.registry import data_of
 from lightning_lora.utils.names import adapter_root, clean_name
@@ -64,7 +64,7 @@ def initialize_from_data(model: nn.Module, batches: Iterable[Any], *, step: Step
     config = next(iter(layers.values())).lora_config
     kind: type[Statistics] = data_of(config.init)
     if kind.decides_ranks(config):
-        check_resizable(layers)
+        check_resizable(layers, "set init_options={'rho': 1.0}, or initialize before the model is sharded")
     gathered: dict[str, Statistics] = {}
     with undisturbed(model), without_marks(layers.values()):
         for group in _groups(layers, kind):
@@ -182,7 +182,7 @@ def _fill(
             unadapt(layer)
             continue
         if old != ranks:
-            resize(layer, ranks[name], config)
+            resize(layer, spec_with(layer, ranks[name], config))
         fill_factors(layer, *factors[name])
         layer.keep_start()
         data_came(layer)

@@ -52,12 +52,21 @@ class Gradients(NamedTuple):
 
 
 def low_rank_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """Return name → layer for each adapted weight that has factors. Several weights of one module have the weight's name appended."""
+    """Return name → layer of everything that has factors. Several weights of one module have the weight's name appended."""
+    return {name: part for name, (_, part) in _parts(model).items()}
+
+
+def owners_of(model: nn.Module) -> dict[str, str]:
+    """Return name, as :func:`low_rank_layers` gives it, → name of the module."""
+    return {name: owner for name, (owner, _) in _parts(model).items()}
+
+
+def _parts(model: nn.Module) -> dict[str, tuple[str, LoRALayer]]:
     found = {}
-    for name, layer in lora_layers(model):
+    for name, layer in ((clean_name(long), layer) for long, layer in lora_layers(model)):
         for weight, part in layer.by_weight().items():
             if part.low_rank:
-                found[clean_name(name) if part is layer else f"{clean_name(name)}.{weight}"] = part
+                found[name if part is layer else f"{name}.{weight}"] = name, part
     return found
 
 

@@ -1,25 +1,32 @@
-"""Give adapted layers other ranks, in place and before an optimizer knows their parameters."""
+"""Give adapted layers other ranks, in place. The parameters stay the same objects, so that whoever holds them still does."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import inf, nextafter
+
+import torch
+from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import LoRALayer
-from lightning_lora.utils.parameters import make_parameter
+from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.utils.patterns import exactly
 from lightning_lora.utils.sharding import is_sharded
 
 
-def check_resizable(layers: Mapping[str, LoRALayer]) -> None:
-    """Raise ValueError if a layer is sharded: what averages its gradients knows its parameters' sizes."""
+def check_resizable(layers: Mapping[str, LoRALayer], cure: str) -> None:
+    """Raise ValueError if a layer is sharded: what averages its gradients knows its parameters' sizes.
+
+    Args:
+        layers: name → layer.
+        cure: what to do about it, for the message.
+    """
     for name, layer in layers.items():
-        if is_sharded(layer.lora_A) or is_sharded(layer.weight) or layer.weight.ndim < 2:  # FSDP1 leaves a flat weight
-            raise ValueError(
-                f"{name!r} is sharded, so it cannot get another rank: set init_options={{'rho': 1.0}}, or initialize before the model is"
-                " sharded."
-            )
+        adapters = layer.lora_parameters().values()
+        if any(map(is_sharded, adapters)) or is_sharded(layer.weight) or layer.weight.ndim < 2:  # FSDP1 leaves a flat weight
+            raise ValueError(f"{name!r} is sharded, so it cannot get another rank: {cure}.")
 
 
 def with_ranks(config: LoRAConfig, prefix: str, layers: Mapping[str, LoRALayer], ranks: Mapping[str, int]) -> LoRAConfig:
@@ -39,15 +46,40 @@ def _listed(patterns: Sequence[str] | str) -> list[str]:
 
 
 def _alpha(layer: LoRALayer, rank: int) -> float:
-    """Return the alpha that keeps a layer's scaling at another rank."""
-    return layer.scaling / layer.lora_config.scaling_of(rank, 1)
+    """Return the alpha that keeps a layer's scaling at another rank, to the last bit if there is one."""
+    if rank == layer.rank:
+        return layer.alpha
+    scaling_of = layer.lora_config.scaling_of
+    near = layer.scaling / scaling_of(rank, 1)
+    return next((a for a in (near, nextafter(near, 0), nextafter(near, inf)) if scaling_of(rank, a) == layer.scaling), near)
 
 
-def resize(layer: LoRALayer, rank: int, config: LoRAConfig) -> None:
-    """Give a layer another rank; its parameters keep no values."""
-    layer.lora_state.spec = replace(layer.spec, config=config, rank=rank, alpha=_alpha(layer, rank))
-    for name, shape in layer.parameter_shapes(layer, layer.spec).items():
-        before = layer._parameters[name]
-        assert before is not None
-        if before.shape != shape:
-            layer._parameters[name] = make_parameter(before.new_zeros(shape), before.requires_grad)
+def spec_with(layer: LoRALayer, rank: int, config: LoRAConfig) -> LayerSpec:
+    """Return a layer's spec with another rank and the same scaling."""
+    return replace(layer.spec, config=config, rank=rank, alpha=_alpha(layer, rank))
+
+
+def take_spec(layer: LoRALayer, spec: LayerSpec) -> None:
+    """Give a layer, and each of its weights if it has several, a spec's config, rank and alpha. The parameters stay as they are."""
+    for state in (layer.lora_state, *layer.lora_state.by_weight.values()):
+        state.spec = replace(state.spec, config=spec.config, rank=spec.rank, alpha=spec.alpha)
+
+
+def resize(layer: LoRALayer, spec: LayerSpec) -> None:
+    """Give a layer the rank of another spec; its parameters keep no values."""
+    for name, shape in layer.parameter_shapes(layer, spec).items():
+        parameter = layer.get_parameter(name)
+        if parameter.shape != shape:
+            replace_values(parameter, parameter.detach().new_zeros(shape))
+    take_spec(layer, spec)
+
+
+def replace_values(parameter: nn.Parameter, values: Tensor, gradient: Tensor | None = None) -> None:
+    """Give a parameter values and a gradient of another shape."""
+    parameter.grad = None
+    with torch.inference_mode(False):
+        values = values.clone() if values.is_inference() else values  # which no backward pass could use
+    # Graphs that are still held keep the node that takes the gradient, and that knows the old shape. Another dtype makes torch drop it.
+    parameter.data = values.new_empty(0, dtype=torch.float64 if values.dtype != torch.float64 else torch.float32)
+    parameter.data = values
+    parameter.grad = gradient

@@ -23,6 +23,8 @@ class AdaptedPart:
         layers: names of the layers that were adapted, in the part.
         precondition: method that its gradients are preconditioned by; None: they are not.
         before_load: called with a checkpoint's config before the module is checked against it. It may change the module to fit.
+        began: the config that the run began with, if the layers' ranks have changed since; None if they have not.
+        take_ranks: gives the layers the ranks of a checkpoint's config; None if they cannot change.
         before_setup: called before the strategy wraps the module and makes its optimizers.
     """
 
@@ -34,6 +36,8 @@ class AdaptedPart:
     layers: Sequence[str] = ()
     precondition: str | None = None
     before_load: Callable[[LoRAConfig], None] | None = None
+    began: LoRAConfig | None = None
+    take_ranks: Callable[[LoRAConfig], None] | None = None
     before_setup: Callable[[], None] = lambda: None
 
 
@@ -44,7 +48,11 @@ def meta_of(parts: Mapping[str, AdaptedPart], base: Callable[[str], dict[str, An
         parts: root → part.
         base: returns the base's identity for a root.
     """
-    first, *others = (AdapterFile(part.config, {}, base(root)).meta(root=root) for root, part in parts.items())
+
+    def began(config: LoRAConfig | None) -> dict[str, Any]:
+        return {} if config is None else {"began": {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}}
+
+    first, *others = (AdapterFile(part.config, {}, base(root)).meta(root=root, **began(part.began)) for root, part in parts.items())
     return {**first, "others": others} if others else first
 
 

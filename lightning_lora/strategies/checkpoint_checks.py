@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lora.adapter_io.metadata import META, understood
+from lightning_lora.adapter_io.metadata import META, began_with, understood
 from lightning_lora.optim.state import holds_nan
 from lightning_lora.strategies.adapted_part import AdaptedPart, parts_in
 from lightning_lora.utils.values import kind_of_numbers, nonfinite
@@ -37,6 +37,10 @@ def check_parts(checkpoint: Mapping[str, Any], parts: Mapping[str, AdaptedPart],
         part, config = parts[root], understood(said, path)[0]
         if part.before_load is not None:
             part.before_load(config)
+        began = began_with(said, config)
+        changed = config.differences(part.config) and (part.began or began != config)  # the ranks, in the checkpoint's run or in this one
+        if changed and part.take_ranks is not None and not began.differences(part.began or part.config):
+            part.take_ranks(config)
         different = config.differences(part.config)
         if different:
             raise ValueError(f"{path} was made with another LoRA config (its value != yours): {'; '.join(different)}.")

@@ -126,12 +126,8 @@ def test_report_is_whole_and_needs_no_network(ran: Any) -> None:
 
 def test_ranks_are_a_config(ran: Any) -> None:
     found = yaml.safe_load((ran[0] / "lora_monitor" / "ranks.yaml").read_text())
-    model = apply_lora(make_net(), LoRAConfig(rank=2, alpha=4, target_modules=["fc1", "fc2"], **_relative(found)))
+    model = apply_lora(make_net(), LoRAConfig(rank=2, alpha=4, target_modules=["fc1", "fc2"], **found))
     assert {f"net.{name}": layer.rank for name, layer in lora_layers(model)} == {row.name: row.suggested for row in ran[1].findings.rows}
-
-
-def _relative(found: Any) -> Any:
-    return {field: {name.removeprefix("net."): value for name, value in entries.items()} for field, entries in found.items()}
 
 
 def fitted(folder: Path, *args: Any, **kwargs: Any) -> LitNet:

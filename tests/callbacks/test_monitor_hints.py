@@ -63,3 +63,25 @@ def test_rounding_loss_is_that_of_a_merge() -> None:
         lost = float(((weight + update).bfloat16().double() - weight - update).norm() / update.norm())
         (hint,) = (hint for hint in hints(row(dtype=torch.bfloat16, ratio=ratio)) if hint.title == "Merging")
         assert float(hint.text.split("about ")[1].split("%")[0]) / 100 == pytest.approx(lost, rel=0.35, abs=0.01)
+
+
+def hint(found: Findings, title: str) -> str:
+    (one,) = (each for each in hints(found) if each.title == title)
+    assert not one.look
+    return one.text
+
+
+def test_a_negative_loss_at_its_lowest_is_no_overfitting() -> None:
+    falls = [(10, {"val_loss": -0.5}), (20, {"val_loss": -1.0})]
+    assert "at or near its lowest: -1" in hint(replace(SOUND, history=history({}, falls)), "Overfitting")
+    rises = replace(SOUND, history=history({}, falls[::-1]))
+    assert next(each for each in hints(rises) if each.title == "Overfitting").look
+
+
+def test_a_quantized_base_is_not_called_wide() -> None:
+    assert "merging into it is a choice" in hint(row(dtype=None), "Merging")
+    assert "wide enough" in hint(row(), "Merging")
+
+
+def test_a_weight_that_was_not_read_is_told() -> None:
+    assert "1 layers is of a sharded quantized weight" in hint(row(weight_norm=math.nan, ratio=math.nan), "Model parallelism")

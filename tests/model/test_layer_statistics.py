@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, lora_layers, quantize_base
 from lightning_lora.model.layer_statistics import gradient_norms, low_rank_layers, spectra, weight_norms
-from lightning_lora.model.rank_advice import advise_ranks, patterns, wanted_rank
+from lightning_lora.model.rank_advice import advise_ranks, patterns, wanted_rank, within_budget
 from tests.layers.experts import tiny_qwen3_moe
 from tests.layers.test_slices import made as made_slices
 
@@ -136,3 +136,31 @@ def test_a_variant_with_one_rank_for_all_gets_no_suggestion() -> None:
     model = adapted(variant="vera", alpha=LoRAConfig().alpha)
     assert advise_ranks(model, {"linear": torch.tensor([1.0, 0, 0, 0])}, 0.99) == {}
     assert patterns(model, {}) == {"rank_pattern": {}, "alpha_pattern": {}}
+
+
+def test_no_rank_above_the_smaller_side_is_suggested() -> None:
+    """Where an update uses every direction that its matrix has, twice the rank would add nothing."""
+    model = apply_lora(
+        nn.Sequential(nn.Linear(12, 5), nn.Linear(5, 12), nn.Conv1d(8, 12, 1, groups=2)), LoRAConfig(rank=4, target_modules=[".*"])
+    )
+    full = {name: torch.ones(2 if name == "2" else 4) for name in "012"}
+    assert advise_ranks(model, full, 0.99) == {"0": 5, "1": 5, "2": 8}  # two groups with an A of (4, 4) each
+
+
+def budgeted(budget: float, **spectra_of: list[float]) -> dict[str, int]:
+    widths = {"a": 8, "b": 8, "c": 16}
+    model = nn.ModuleDict({name: nn.Linear(width, width) for name, width in widths.items()})
+    apply_lora(model, LoRAConfig(rank=4, target_modules=list(widths)))
+    values = {name: torch.tensor(each) for name, each in spectra_of.items()}
+    return within_budget(model, values, advise_ranks(model, values, 0.999), budget)
+
+
+def test_a_budget_goes_to_the_directions_that_hold_most() -> None:
+    small, flat = [1.0, 0.0, 0.0, 0.0], [1.0] * 4
+    assert budgeted(1.0, a=small, b=flat, c=flat) == {"a": 1, "b": 7, "c": 4}, (
+        "what a gives up goes to b, where a rank costs less than in c"
+    )
+    assert budgeted(0.25, a=flat, b=flat, c=[1.0, 0.1, 0.1, 0.1]) == {"a": 1, "b": 1, "c": 1}
+    assert budgeted(1.0, a=small, b=small) == {"a": 1, "b": 1}, "c has no suggestion and keeps its rank"
+    with pytest.raises(ValueError, match=r"rank_budget=0\.2: even the lowest ranks"):
+        budgeted(0.2, a=flat, b=flat, c=flat)
