@@ -2,6 +2,7 @@
 
     python benchmarks/moe_step.py                             # Qwen3-30B-A3B's shape, 2 x 2048 tokens, experts and attention, r=16
     python benchmarks/moe_step.py --layers 12 --batch 4 --modes frozen,ours,peft,frozen-layer,ours-layer
+    python benchmarks/moe_step.py --modes frozen-fp8,ours-fp8 # an FP8 base against the same base frozen
     python benchmarks/moe_step.py --profile ours              # its kernels by time
     python benchmarks/moe_step.py --shape tiny                # the same in seconds, on a CPU too
 
@@ -15,6 +16,7 @@ A mode is a method and what is done to it, joined by dashes:
     layer           each decoder layer compiled (`compile="layer"`)
     ckpt            gradient checkpointing
     drop            dropout (--dropout)
+    fp8, nf4        linears and experts quantized (`quantize_base`)
 
 Random weights and tokens, bf16 base, fused AdamW, cross entropy in blocks of rows through the frozen head, median of the steps. The
 router's auxiliary loss is left out. *x frozen* is to the frozen mode with the same flags, dropout apart.
@@ -35,10 +37,11 @@ from floor_modes import DEVICE, Setting
 from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, __version__
 
-from lightning_lora import LoRAConfig, apply_lora, chunked_cross_entropy, compile_layers
+from lightning_lora import LoRAConfig, apply_lora, chunked_cross_entropy, compile_layers, quantize_base
 
 MODES = "frozen,attention,ours,ours-drop,peft"
-FLAGS = {"eager", "layer", "ckpt", "drop"}
+FORMATS = {"fp8", "nf4"}
+FLAGS = {"eager", "layer", "ckpt", "drop"} | FORMATS
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 WEIGHTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 NAMES = (
@@ -77,9 +80,12 @@ def build(setting: Setting, flags: set[str], device: str = DEVICE) -> Any:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
-            return Qwen3MoeForCausalLM(config).train()
+            model = Qwen3MoeForCausalLM(config).train()
     finally:
         torch.set_default_dtype(torch.float32)
+    for how in flags & FORMATS:
+        quantize_base(model, how)
+    return model
 
 
 def frozen(model: Any, setting: Setting, dropout: float) -> Any:

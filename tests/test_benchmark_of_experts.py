@@ -25,6 +25,13 @@ def test_every_mode_measures_the_same_model(capsys: pytest.CaptureFixture[str]) 
         STEP["main"]([*QUICK, "--modes", "ours-fast"])
 
 
+def test_a_quantized_base_is_measured_beside_the_same_base_frozen() -> None:
+    results = STEP["main"]([*QUICK, "--modes", "frozen,frozen-fp8,ours-fp8"])
+    assert not [result.error for result in results.values() if result.error]
+    assert results["ours-fp8"].loss == pytest.approx(results["frozen-fp8"].loss, rel=2e-2) and STEP["alike"]("ours-fp8") == "frozen-fp8"
+    assert STEP["build"](STEP["Setting"]("tiny", 1, 32, 4), {"fp8"}).model.layers[0].mlp.experts.down_proj.element_size() == 1
+
+
 def test_it_counts_what_a_token_meets_and_adapts_all_experts() -> None:
     setting = STEP["Setting"]("30b-a3b", 2, 2048, 16, layers=1)
     hidden, width, heads = 2048, 768, (32 + 2 * 4 + 32) * 128

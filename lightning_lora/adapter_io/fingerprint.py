@@ -21,8 +21,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lora.layers.base import PREFIX, LoRALayer, lora_layers
-from lightning_lora.quantization.formats import UNKNOWN, digest_or_weight, format_of, packed_digest
-from lightning_lora.registry import belongs_to_packed_base
+from lightning_lora.layers.several_weights import SeveralWeights
+from lightning_lora.quantization.content import UNKNOWN, digest_or_weight, packed_digest
+from lightning_lora.quantization.formats import format_of, single
+from lightning_lora.registry import belongs_to_packed_base, kind_of
 from lightning_lora.utils.checksums import sampled_digests
 from lightning_lora.utils.names import bare, clean_name
 from lightning_lora.utils.pieces import Piece, flattened_pieces, piece_of
@@ -32,7 +34,7 @@ from lightning_lora.utils.transformers_conventions import model_name
 
 HALF, QUANTIZED = 16, "q"
 PACKED = "packed"  # key of :func:`packed_identity` in a base's identity
-LINEAR_MARK = "@"  # stands before the names of linear layers' weights in :func:`base_digests`
+LINEAR_MARK = "@"  # stands before the names of weights that can be quantized, of linears and experts, in :func:`base_digests`
 LINEAR = nn.Linear  # read at import: Lightning's plugins replace `nn.Linear` by their own class while a model is built
 
 
@@ -43,8 +45,8 @@ class OtherBase(ValueError):
 def base_identity(root: nn.Module, exclude: Collection[str] = (), rows: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, Any]:
     """Return the base's identity as an adapter file stores it: ``{"fingerprint", "class", "name"}``, plain strings.
 
-    The first half of the fingerprint covers everything but the weights of linear layers. The second half covers those weights; it begins
-    with "q" if some of them were loaded quantized.
+    The first half of the fingerprint covers everything but the weights of linear layers and experts. The second half covers those weights;
+    it begins with "q" if some of them were loaded quantized.
 
     Args:
         root: the module that names are relative to, adapted or not, merged or not.
@@ -65,7 +67,7 @@ def base_digests(root: nn.Module, rows: Mapping[str, tuple[int, ...]] | None = N
     """Name → sampled digest of each base tensor, in the order of a fingerprint; a collective under sharding.
 
     Rows that train are left out: a resized vocabulary has other random values there in every process.
-    What is on the meta device has no content yet and is left out. Names that begin with ``@`` are weights of linear layers.
+    What is on the meta device has no content yet and is left out. Names that begin with ``@`` are weights of linear layers and experts.
     """
     contents: dict[str, str | Tensor | Piece] = {}
     flat = flattened_pieces(root) if is_flattened(root) else {}
@@ -75,7 +77,8 @@ def base_digests(root: nn.Module, rows: Mapping[str, tuple[int, ...]] | None = N
         for name, parameter in sorted(module.named_parameters(recurse=False, remove_duplicate=False)):
             full = clean_name(f"{module_name}.{name}" if module_name else name)
             if not name.startswith(PREFIX) and not parameter.is_meta and name not in scales:
-                key = LINEAR_MARK + full if name == "weight" and isinstance(module, LINEAR) else full
+                packs = (name == "weight" and isinstance(module, LINEAR)) or name in _stacks(module)
+                key = LINEAR_MARK + full if packs else full
                 contents[key] = _content(module, name, flat.get((module, name), parameter), None if rows is None else rows.get(full, ()))
     sampled = [key for key, content in contents.items() if not isinstance(content, str)]
     digests = dict(zip(sampled, sampled_digests([contents[key] for key in sampled]), strict=True))  # type: ignore[misc]
@@ -163,4 +166,11 @@ def _content(module: nn.Module, name: str, content: nn.Parameter | Piece, rows: 
         module, name, rows = layer, "weight", layer.replaced_rows if rows is None else rows
     if rows:
         return replace(content, without=rows) if isinstance(content, Piece) else piece_of(content, rows)
-    return content if isinstance(content, Piece) or name != "weight" else digest_or_weight(module)
+    layer = None if isinstance(content, Piece) else single(module, name)
+    return content if layer is None else digest_or_weight(layer)
+
+
+def _stacks(module: nn.Module) -> Collection[str]:
+    """Return the names of a module's weights that are stacks of matrices, such as experts."""
+    kind = kind_of(type(module))
+    return kind.stacks(type(module)) if kind is not None and issubclass(kind, SeveralWeights) else ()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_lora.layers.base import PREFIX, LoRALayer
 from lightning_lora.model.ties import join, tied_weights
-from lightning_lora.quantization.formats import QUANTIZED_FORMATS, dequantized, format_of, unknown_storage
+from lightning_lora.quantization.formats import QUANTIZED_FORMATS, dequantized, format_of, single, unknown_storage
 from lightning_lora.utils.deferred import DeferredTensor
 from lightning_lora.utils.names import clean_name
 from lightning_lora.utils.sharding import flattened, full_tensor, gathered, gathered_parameters
@@ -75,7 +75,7 @@ class MergedWeights:
                 for name in how.attributes:
                     copy.__dict__.pop(name, None)
                     copy._parameters.pop(name, None)
-                copy.__class__ = how.plain_class or copy.__class__
+                copy.__class__ = how.unpacked_class(copy) or copy.__class__
             if hasattr(type(copy), "save_pretrained"):  # others have no configs of their own in a copy
                 forget_placement(copy)
                 if self._packed or quantizing_library(copy) in LIBRARIES:
@@ -94,7 +94,9 @@ class MergedWeights:
         return self._last[1]
 
     def _refusal(self, module: nn.Module, name: str, parameter: nn.Parameter) -> str | None:
-        layer, stored = _layer(module, name), unknown_storage(module, name)
+        layer, stored, packing = _layer(module, name), unknown_storage(module, name), format_of(module)
+        if packing is not None and not packing.packed(module):  # what its tensors hold is not known
+            return packing.refusal(module)
         if parameter.is_meta:
             return f"{name} is on the meta device: load the model, without offloading"
         if stored is not None:
@@ -118,8 +120,7 @@ class MergedWeights:
 
 def _layer(module: nn.Module, name: str) -> Any:
     """Return the layer that has the parameter as its ``weight``; None for a parameter that is no weight."""
-    layers: dict[str, Any] = module.by_weight() if isinstance(module, LoRALayer) else {"weight": module}
-    return layers.get(name)
+    return module.by_weight().get(name) if isinstance(module, LoRALayer) else single(module, name)
 
 
 def _merged(module: nn.Module, name: str) -> Tensor:

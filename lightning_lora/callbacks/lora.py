@@ -59,8 +59,9 @@ class LoRACallback(Callback):
     Args:
         config: what to adapt; default ``LoRAConfig()``.
         module: name of the submodule to adapt and freeze; default: the whole LightningModule. Other parts then train as before.
-        quantize: format to quantize the base's linears to before they are adapted, such as ``"nf4"`` (QLoRA) or ``"fp8"``. Heads stay as
-            they are. The formats are those of :func:`~lightning_lora.quantize_base`. A base that was loaded quantized does not need it.
+        quantize: format to quantize the base to before it is adapted: ``"nf4"`` (QLoRA) or ``"fp8"``, for linears and experts, or one for
+            linears alone. Heads stay as they are. The formats are those of :func:`~lightning_lora.quantize_base`. A base that was loaded
+            quantized does not need it.
         merge_on_fit_end: merge after a completed ``fit``. Checkpoints hold the adapter all the same. Loading one (``test(ckpt_path=
             "best")``) or fitting again unmerges first. Default: True; with ``quantize``, only if ``merge_quantized`` is given.
         merge_quantized: how to merge into a quantized base, ``"dequantize"`` or ``"requantize"`` (see :func:`~lightning_lora.merge_lora`).

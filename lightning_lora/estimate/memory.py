@@ -7,6 +7,7 @@ each is by what was measured on an H200 (benchmarks/README.md, "Estimated memory
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -16,8 +17,11 @@ from torch import Tensor, nn
 from lightning_lora.config import ALL_LINEAR, LoRAConfig
 from lightning_lora.estimate.saved import Saved, count_saved
 from lightning_lora.estimate.setting import DTYPES, QUANTIZED, Setting
+from lightning_lora.layers.several_weights import SeveralWeights
 from lightning_lora.model.apply import apply_lora
 from lightning_lora.model.targeting import find_targets
+from lightning_lora.ops.frozen_stack import MOST
+from lightning_lora.quantization.stacks import STACK_FORMATS
 from lightning_lora.utils.blocks import repeated_blocks
 
 GIB = 2**30
@@ -100,11 +104,11 @@ def estimate_memory(model: Any, config: LoRAConfig | None, setting: Setting) -> 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = sum(parameter.nbytes for parameter in trained)
     saved = count_saved(model, lambda: _hidden(model, setting), setting.compiled)
-    widest = max((parameter.nbytes for name, parameter in model.named_parameters() if name in packed), default=0)
+    widest = max((_dense(parameter, setting.quantize) for name, parameter in model.named_parameters() if name in packed), default=0)
     kept = _activations(saved, setting) + (casts if not packed else 0)
     logits, working = (
         _logits(model, saved.output, setting),
-        saved.backward + (widest if setting.quantize and "nf4" in setting.quantize else 0),
+        saved.backward + widest,
     )
     shards = setting.devices if setting.strategy == "lora_fsdp2" else 1
     last = max(saved.blocks, default=0) + saved.outside + working  # when the first block goes backward, all gradients are there
@@ -161,9 +165,20 @@ def _logits(model: Any, hidden: int, setting: Setting) -> int:
 def _packed(model: nn.Module, how: str) -> dict[str, int]:
     """Return the bytes of each weight that is quantized."""
     per_entry, per_channel = QUANTIZED[how]
-    targets = find_targets(model, LoRAConfig(rank=1, target_modules=ALL_LINEAR)).targets
-    layers = {target.fqn: target.module for target in targets if type(target.module) is nn.Linear}
-    return {f"{fqn}.weight": int(m.weight.numel() * per_entry + m.out_features * per_channel) for fqn, m in layers.items()}
+    packed: dict[str, int] = {}
+    for target in find_targets(model, LoRAConfig(rank=1, target_modules=ALL_LINEAR)).targets:
+        stacks = target.kind.stacks(type(target.module)) if issubclass(target.kind, SeveralWeights) and how in STACK_FORMATS else {}
+        plain = {"weight": False} if type(target.module) is nn.Linear else {}
+        for name, transposed in (stacks or plain).items():
+            *experts, rows, columns = target.module._parameters[name].shape  # type: ignore[union-attr]
+            channels = math.prod(experts) * (columns if transposed else rows)
+            packed[f"{target.fqn}.{name}"] = int(math.prod((*experts, rows, columns)) * per_entry + channels * per_channel)
+    return packed
+
+
+def _dense(parameter: nn.Parameter, how: str | None) -> int:
+    """Return the bytes of a quantized weight that are dense while it multiplies. 8-bit linears multiply as they are."""
+    return min(parameter.nbytes, MOST) if parameter.dim() > 2 else parameter.nbytes if "nf4" in (how or "") else 0
 
 
 def _base(model: nn.Module, frozen: dict[str, int], setting: Setting) -> int:

@@ -38,7 +38,7 @@ class Setting:
         batch: rows a device.
         length: tokens a row.
         precision: the Trainer's: 32-true, bf16-true, 16-true, bf16-mixed or 16-mixed. Mixed keeps the weights in the model's own dtype.
-        quantize: the format of the base's linears: fp8, nf4, int8, torchao-nf4, torchao-int8; None: not quantized.
+        quantize: the format of the base's linears, of fp8 and nf4 also of its experts: fp8, nf4, int8, torchao-nf4, torchao-int8; None.
         compiled: ``compile="layer"``.
         recorded: ``cuda_graphs=True``.
         chunked_loss: the loss in chunks of 2048 rows of logits. One whose output layer trains is never chunked.

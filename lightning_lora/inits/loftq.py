@@ -12,7 +12,8 @@ from torch import nn
 from lightning_lora.layers.filling import fill_factors
 from lightning_lora.layers.spec import LayerSpec, Option
 from lightning_lora.layers.whole_factors import check_pairs
-from lightning_lora.quantization.formats import format_of, lost_factors
+from lightning_lora.quantization.content import lost_factors
+from lightning_lora.quantization.formats import format_of
 from lightning_lora.registry import for_packed_base, register_init
 
 if TYPE_CHECKING:

@@ -4,16 +4,14 @@ transformers 5 stores ``gate_up_proj`` (experts, 2·width, hidden) and ``down_pr
 matrix transposed. Their classes differ in activation, biases and norms, and each runs in one of several implementations. So none of their
 code is repeated here. The base's own forward runs on a stand-in of the module whose weights are
 :class:`~lightning_lora.ops.low_rank_sum.LowRankSum`: every product with an expert's weight adds that expert's two small products. Dense
-updates are built by a merge only, and dropout acts on the input of each expert's A.
+updates are built by a merge only, and dropout acts on the input of each expert's A. Packed weights stay packed: a sum is of a
+:class:`~lightning_lora.ops.frozen_stack.FrozenStack` then.
 
 PEFT (``target_parameters``) adds the dense updates of all experts in every forward pass, and has no dropout there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from types import FunctionType
 from typing import Any, ClassVar
 
 import torch
@@ -23,18 +21,13 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.peft_stacks import StackedWeights, to_file
 from lightning_lora.layers.spec import LayerSpec, Option, kind_options_of
-from lightning_lora.ops.low_rank_sum import LowRankSum, product_of_sorted_rows
+from lightning_lora.ops.experts_forward import ExpertsForward
+from lightning_lora.ops.low_rank_sum import LowRankSum
+from lightning_lora.quantization.formats import stand_ins
 from lightning_lora.registry import register_kind
-from lightning_lora.utils.transformers_experts import (
-    DBRX_EXPERTS,
-    active_experts,
-    experts_implementation,
-    stored_experts,
-    traced_experts,
-)
+from lightning_lora.utils.transformers_experts import DBRX_EXPERTS, PRODUCTS_ALONE, active_experts, experts_implementation, stored_experts
 
 NAME = "experts"
-_KNOWN = ("eager", "batched_mm", "grouped_mm")  # implementations that use the weights in products alone
 
 
 class ExpertStack(LoRALayer):
@@ -52,10 +45,13 @@ class ExpertStack(LoRALayer):
     flagged_transposed: bool
     #: Number of the weight's dimensions.
     dimensions: ClassVar[int] = 3
+    #: What is beside the codes of a packed weight; None for a plain one.
+    packed_stack: Any = None
 
     def matrices(self) -> tuple[int, int, int]:
         """Return the numbers of experts, and of one expert's outputs and inputs."""
-        experts, rows, columns = self.weight.shape
+        packed = self.packed_stack
+        experts, rows, columns = self.weight.shape if packed is None else packed.shape
         return (experts, columns, rows) if self.transposed else (experts, rows, columns)
 
     @classmethod
@@ -75,7 +71,7 @@ class ExpertStack(LoRALayer):
     @classmethod
     def check(cls, module: Any, spec: LayerSpec) -> None:
         """Raise ValueError also for a weight that is no stack of matrices, and for a variant that scales outputs."""
-        if module.weight.ndim != cls.dimensions:
+        if module.packed_stack is None and module.weight.ndim != cls.dimensions:
             raise ValueError(f"its shape {tuple(module.weight.shape)} is not one matrix per expert; exclude it")
         if cls.output_scale is not LoRALayer.output_scale:
             raise ValueError(f"variant={spec.config.variant!r} scales a layer's outputs, which experts in one tensor have no place for")
@@ -98,7 +94,7 @@ class ExpertStack(LoRALayer):
 
     def factor_rows(self) -> list[int]:
         """Return the rows of each expert's B; with a shared B those of the one that all multiply by."""
-        outputs = self.to_matrix(self.weight).shape[1]
+        outputs = self.matrices()[1]
         return [outputs] * (self.lora_B.shape[0] // outputs)
 
     def to_peft(self) -> dict[str, Tensor]:
@@ -110,22 +106,8 @@ class ExpertStack(LoRALayer):
         """Return the weight with its update, in the weight's own layout."""
         A, B = self.factor_matrices()
         left, right = (A.mT, B.mT) if self.transposed else (B, A)
-        return LowRankSum(self.weight, left, right, self.scaling, self.dropout_now())
-
-
-class _Traced:
-    """The stand-in for compilers, which would take an ``nn.Module``'s parameters for what it stands for."""
-
-    def __init__(self, layer: LoRAExperts, weights: dict[str, LowRankSum]) -> None:
-        self.lora_layer, self.lora_weights = layer, weights
-
-    def __getattr__(self, name: str) -> Any:
-        layer = self.lora_layer
-        for table in (self.lora_weights, layer.__dict__, layer._parameters, layer._buffers, layer._modules):
-            if name in table:
-                return table[name]
-        found = getattr(type(layer).lora_base, name)
-        return partial(found, self) if isinstance(found, FunctionType) else found
+        weight = self.weight if self.packed_stack is None else self.packed_stack.stack(self.weight)
+        return LowRankSum(weight, left, right, self.scaling, self.dropout_now())
 
 
 @register_kind(name=NAME, match=lambda cls: stored_experts(cls) is not None)
@@ -152,8 +134,8 @@ class LoRAExperts(StackedWeights):
     down: ClassVar[str] = "down_proj"
     #: True if each expert's matrix is stored as (in, out).
     stored_transposed: ClassVar[bool]
-    #: Implementation → function that computes it on a stand-in, of those that are part of a compiled graph.
-    traced: ClassVar[dict[str | None, Callable[..., Any]]] = {}
+    #: Runs the base's own forward.
+    computes: ClassVar[ExpertsForward]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -161,10 +143,8 @@ class LoRAExperts(StackedWeights):
         if stored is not None:
             cls.adapted, cls.stored_transposed = stored
             cls.peft_parameters = cls.adapted
-            cls.traced = traced_experts(cls.lora_base, product_of_sorted_rows)
-        if cls.lora_base is not nn.Module:
-            # Not a decorator: that imports Dynamo, which transformers' models have imported already.
-            cls._run_as_it_is = torch.compiler.disable(cls._run_as_it_is)  # type: ignore[method-assign]
+        if cls.lora_base is not nn.Module and not hasattr(cls.lora_base, "computes"):  # a packed class has its own
+            cls.computes = ExpertsForward(cls.lora_base)
 
     @classmethod
     def _alone(cls, module: Any, name: str) -> Any:
@@ -177,8 +157,9 @@ class LoRAExperts(StackedWeights):
     def check(cls, module: Any, spec: LayerSpec) -> None:
         """Raise ValueError also for an implementation that does more with the weights than multiply by them."""
         chosen = experts_implementation(module)
-        if chosen not in (None, *_KNOWN):
-            raise ValueError(f"LoRA does not see the products of experts_implementation={chosen!r}; choose one of {', '.join(_KNOWN)}")
+        if chosen not in PRODUCTS_ALONE:
+            known = ", ".join(filter(None, PRODUCTS_ALONE))
+            raise ValueError(f"LoRA does not see the products of experts_implementation={chosen!r}; choose one of {known}")
         if kind_options_of(spec.config, NAME)["shared_outer"] and cls.down not in cls.adapted:
             raise ValueError("shared_outer shares factors of the projections up and down, and it has one weight; exclude it")
         super().check(module, spec)
@@ -198,23 +179,24 @@ class LoRAExperts(StackedWeights):
             )
         return config.rank // active
 
+    @classmethod
+    def stacks(cls, base: type) -> dict[str, bool]:
+        """Return all weights."""
+        names, transposed = stored_experts(base) or ((), False)
+        return dict.fromkeys(names, transposed)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the base's output, with every expert's weight adapted unless the layer is merged or disabled."""
-        run = self.traced.get(experts_implementation(self)) if torch.compiler.is_compiling() else None
-        return self._run_as_it_is(*args, **kwargs) if run is None else run(_Traced(self, self._adapted_weights()), *args, **kwargs)
-
-    def _adapted_weights(self) -> dict[str, LowRankSum]:
-        if self.disabled or self.merged:
-            return {}
-        layers: dict[str, Any] = self.by_weight()
-        return {name: layer.adapted_weight() for name, layer in layers.items()}
-
-    def _run_as_it_is(self, *args: Any, **kwargs: Any) -> Any:
         # A stand-in also where nothing is added: experts have attributes such as GPT-OSS's alpha, and an adapted layer has its own.
-        base: Any = type(self).lora_base
-        stand_in = object.__new__(base)
-        stand_in.__dict__.update(self.__dict__, **self._adapted_weights())  # found before the parameters of the same names
-        return base.forward(stand_in, *args, **kwargs)
+        return self.computes(self, self._stand_ins, args, kwargs)
+
+    def _stand_ins(self) -> dict[str, Any]:
+        """Return what stands for each weight: its sum with the update, or what is packed; a plain weight stands for itself."""
+        packed = stand_ins(self)
+        if self.disabled or self.merged:
+            return packed
+        layers: dict[str, Any] = self.by_weight()
+        return packed | {name: layer.adapted_weight() for name, layer in layers.items()}
 
 
 class FlatExpertStack(ExpertStack):
@@ -283,6 +265,20 @@ class LoRAFlatExperts(LoRAExperts):
     def to_peft(self) -> dict[str, Tensor]:
         """Return the parameters under their own names."""
         return dict(self.lora_parameters())
+
+    @classmethod
+    def stacks(cls, base: type) -> dict[str, bool]:
+        """Return none: the code around the module reads the weights too."""
+        return {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.lora_base is not nn.Module:  # not a decorator, as in ExpertsForward
+            cls._run_as_it_is = torch.compiler.disable(cls._run_as_it_is)  # type: ignore[method-assign]
+
+    def forward(self, x: Tensor, *matrices: Tensor) -> Any:
+        """Return the base's output for the matrices of one expert, adapted unless the layer is merged or disabled."""
+        return self._run_as_it_is(x, *matrices)
 
     def _run_as_it_is(self, x: Tensor, *matrices: Tensor) -> Any:
         if self.merged or self.disabled:

@@ -15,6 +15,7 @@ from lightning_lora.layers import merging
 from lightning_lora.layers.rounding import measure
 from lightning_lora.layers.state import MergeRecord, Quantized
 from lightning_lora.quantization import formats
+from lightning_lora.quantization.content import weight_digest
 from lightning_lora.utils.parameters import make_parameter
 from lightning_lora.utils.sharding import local_shard, local_tensor, shard_groups
 
@@ -35,7 +36,7 @@ def plan_merge(layer: Any, device: torch.device | str | None, reversible: bool, 
     weight, shared = layer.weight, layer.lora_state.shares_weight
     device = torch.device(device) if device is not None else weight.device
     mine = weight.data if shared else local_tensor(weight.detach())
-    digest = formats.weight_digest(layer)
+    digest = weight_digest(layer)
     delta, out_scale = layer._merge_parts(device)
     delta, out_scale = local_shard(delta, weight), None if out_scale is None else local_shard(out_scale, weight)
     undo: merging.SparseUndo | merging.OriginalUndo | None
@@ -61,7 +62,7 @@ def _plan_packed(layer: Any, device: torch.device | str | None, reversible: bool
     """Compute the merge into a quantized weight. The undo record holds the quantized tensors themselves."""
     packing = formats.format_of(layer)
     assert packing is not None
-    original, digest, home = formats.take(layer, packing), formats.weight_digest(layer), layer.weight.device
+    original, digest, home = formats.take(layer, packing), weight_digest(layer), layer.weight.device
     device = torch.device(device) if device is not None else home
     base, delta = layer.base_weight().to(device), layer.exact_delta(device)
     exact = base.to(delta.dtype) + delta
@@ -73,8 +74,9 @@ def _plan_packed(layer: Any, device: torch.device | str | None, reversible: bool
             layer.weight = make_parameter(exact.to(base.dtype).to(home), False)
             for name in original.attributes:
                 del layer.__dict__[name]
-            if packing.plain_class is not None:
-                layer.rebase_class(packing.plain_class)
+            plain = packing.unpacked_class(layer)
+            if plain is not None:
+                layer.rebase_class(plain)
             merged = layer.weight.detach()
         new = formats.take(layer, packing)
         rounding = measure(base.to(delta.dtype), delta, merged.to(device))

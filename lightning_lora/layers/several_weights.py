@@ -16,6 +16,7 @@ from lightning_lora.layers.base import PREFIX, LoRALayer
 from lightning_lora.layers.merge_plans import Plan, plan_merge, plan_unmerge
 from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.layers.state import AdapterState, Quantized
+from lightning_lora.quantization.formats import hand_out, take_back
 
 
 class SeveralWeights(LoRALayer):
@@ -29,6 +30,11 @@ class SeveralWeights(LoRALayer):
     weight_kind: ClassVar[type[LoRALayer]]
     #: ``weight_kind`` with the variant's mixin; set on the adapted class.
     weight_class: ClassVar[type[Any]]
+
+    @classmethod
+    def stacks(cls, base: type) -> dict[str, bool]:
+        """Return what can be quantized of modules of a class: names of stacks of matrices (E, m, n) → True if a matrix is (in, out)."""
+        return {}
 
     def by_weight(self) -> dict[str, LoRALayer]:
         """Return weight's name → layer, created at each call over the same tensors.
@@ -47,6 +53,7 @@ class SeveralWeights(LoRALayer):
         state = layer.__dict__.pop("lora_state", None)
         if state is not None:
             layer.__dict__["lora_state"] = state.by_weight[name]
+        hand_out(module, name, layer)
         return layer
 
     @classmethod
@@ -156,23 +163,28 @@ class SeveralWeights(LoRALayer):
         self._carry_out(layers, plans, lambda layer: layer.merge_again(states[layer]))
         self.retie()
 
-    def _carry_out(self, layers: Mapping[str, LoRALayer], plans: Mapping[str, Plan], take_back: Callable[[LoRALayer], None]) -> None:
+    def _carry_out(self, layers: Mapping[str, LoRALayer], plans: Mapping[str, Plan], undo: Callable[[LoRALayer], None]) -> None:
         """Carry out all plans, or none."""
         done = []
         try:
             for name, plan in plans.items():
                 plan()
-                self._parameters[name] = layers[name].weight
+                self._keep(name, layers[name])
                 done.append(name)
         except BaseException:
             for name in done:
-                take_back(layers[name])
-                self._parameters[name] = layers[name].weight
+                undo(layers[name])
+                self._keep(name, layers[name])
             raise
+
+    def _keep(self, name: str, layer: LoRALayer) -> None:
+        """Keep what a plan made of one weight, whose layer it changed."""
+        self._parameters[name] = layer.weight
+        take_back(self, name, layer)
 
     def merge_again(self, state: AdapterState) -> None:
         """Repeat the merge of each weight after an unmerge."""
         for name, layer in self.by_weight().items():
             layer.merge_again(state.by_weight[name])
-            self._parameters[name] = layer.weight
+            self._keep(name, layer)
         self.untie(state.untying)

@@ -1,4 +1,4 @@
-"""``quantize_base``: quantize a model's linears to 4 or 8 bits in place, before LoRA is applied (QLoRA, arXiv:2305.14314).
+"""``quantize_base``: quantize a model's linears and experts to 4 or 8 bits in place, before LoRA is applied (QLoRA, arXiv:2305.14314).
 
 A 4-bit base is an eighth of the size of an fp32 one. FP8 halves a bf16 base, and GPUs with FP8 tensor cores multiply it faster. Gradients
 pass through the dequantized weight, or through FP8 products; only the adapters train. The layers stay the same modules under the same
@@ -17,9 +17,13 @@ from torch import nn
 
 from lightning_lora.config import ALL_LINEAR, LoRAConfig
 from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.several_weights import SeveralWeights
 from lightning_lora.layers.spec import LayerSpec, init_options_of
+from lightning_lora.model.target_report import Target
 from lightning_lora.model.targeting import find_targets
-from lightning_lora.quantization.formats import Quantizer, dequantized, format_of, prepare, quantizer_of, remember, remember_lost
+from lightning_lora.quantization.content import remember_lost
+from lightning_lora.quantization.formats import Quantizer, dequantized, format_of, prepare, quantizer_of, remember
+from lightning_lora.quantization.stacks import STACK_FORMATS, pack_stacks
 from lightning_lora.registry import belongs_to_packed_base
 from lightning_lora.utils.checksums import sampled_digest
 from lightning_lora.utils.sharding import is_sharded
@@ -35,18 +39,22 @@ def quantize_base(
     device: torch.device | str | None = None,
     lora: LoRAConfig | None = None,
 ) -> nn.Module:
-    """Quantize the weights of a model's linears. Everything else (embeddings, norms, biases, heads) stays as it is.
+    """Quantize the weights of a model's linears and experts. Everything else (embeddings, norms, biases, routers, heads) stays as it is.
 
-    All linears are quantized or, after any failure, none. So the plain weights are kept until the last linear is done: the peak is the
-    model's memory plus that of the quantized weights, a quarter of a bf16 model for 4 bits and a half for 8. Quantize block by block if
-    there is no room for that.
+    All are quantized or, after any failure, none. So the plain weights are kept until the last one is done: the peak is the model's memory
+    plus that of the quantized weights, a quarter of a bf16 model for 4 bits and a half for 8. Quantize block by block if there is no room
+    for that.
+
+    Experts that transformers stores in one tensor per projection are packed by "fp8" and "nf4". A product dequantizes them: an expert at a
+    time where the experts run in a loop, else at most 1 GiB of one projection's experts, which is freed before the next product.
 
     Args:
         model: a model without adapters, its weights loaded.
-        how: ``"fp8"`` (e4m3, a scale per output channel; in bf16 on GPUs of compute capability 8.9 or higher the products are FP8 too),
-            ``"nf4"`` (4-bit NormalFloat, double quantization) or ``"int8"`` (LLM.int8()) of bitsandbytes, ``"torchao-nf4"`` or
+        how: ``"fp8"`` (e4m3, a scale per output channel; in bf16 on GPUs of compute capability 8.9 or higher linears' products are FP8
+            too), ``"nf4"`` (4-bit NormalFloat, double quantization) or ``"int8"`` (LLM.int8()) of bitsandbytes, ``"torchao-nf4"`` or
             ``"torchao-int8"`` (weights only).
-        targets: which linears, named as ``target_modules`` of :class:`~lightning_lora.LoRAConfig`; by default all but output heads.
+        targets: which linears and experts, named as ``target_modules`` of :class:`~lightning_lora.LoRAConfig`; by default all but output
+            heads and routers.
         modules_to_save: modules that will train in full and so are left out, as in the config.
         device: where to quantize, layer by layer (default: each weight's device). The quantized weight goes back to the weight's device.
         lora: the config that is applied next, if its ``init`` is ``"loftq"``: what quantizing loses of the layers that it names is kept in
@@ -56,8 +64,8 @@ def quantize_base(
         The same ``model``.
 
     Raises:
-        ValueError: the format is not known, or a linear cannot be quantized: it is adapted, on the meta device, sharded, tied to another
-            module, not a plain ``nn.Linear``, or of a size that does not fit the format.
+        ValueError: the format is not known, or a target cannot be quantized: it is adapted, on the meta device, sharded, tied to another
+            module, neither a plain ``nn.Linear`` nor experts that the format packs, or of a size that does not fit the format.
         ImportError: the library is not installed; the message names the extra.
     """
     quantize_reversibly(model, how, targets=targets, modules_to_save=modules_to_save, device=device, lora=lora)
@@ -73,29 +81,33 @@ def quantize_reversibly(
     device: torch.device | str | None = None,
     lora: LoRAConfig | None = None,
 ) -> Callable[[], None]:
-    """Quantize as :func:`quantize_base`. Return a function that restores the linears, and keeps their plain weights until it is dropped."""
+    """Quantize as :func:`quantize_base`. Return a function that restores the layers, and keeps their plain weights until it is dropped."""
     quantizer = quantizer_of(how)
     quantizer.check_installed()
     report = find_targets(model, LoRAConfig(rank=1, target_modules=targets, modules_to_save=modules_to_save))
-    layers = {target.fqn: target.module for target in report.targets if format_of(target.module) is None}
+    layers = {target.fqn: target for target in report.targets if format_of(target.module) is None}
     specs = _made_up_for(model, lora)
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
-    for fqn, layer in layers.items():
-        reason = _refusal(layer, fqn, owners, quantizer.unit)
+    for fqn, target in layers.items():
+        reason = _refusal(target, how, quantizer, owners)
         if reason:
-            raise ValueError(f"quantize={how!r}: {fqn!r} ({type(layer).__name__}) {reason}.")
+            raise ValueError(f"quantize={how!r}: {fqn!r} ({type(target.module).__name__}) {reason}.")
     with ExitStack() as undo:  # out of memory, an interrupt: any failure restores what was quantized before it
-        for layer in layers.values():
-            assert isinstance(layer, nn.Linear)
+        for target in layers.values():
+            layer = target.module
             undo.callback(_Plain(layer).put_back)
+            there = None if device is None else torch.device(device)
+            if stacks := _stacks(target):
+                pack_stacks(layer, stacks, STACK_FORMATS[how], there)
+                continue
+            assert isinstance(layer, nn.Linear)
             remember(layer, sampled_digest(layer.weight))
-            there = torch.device(device) if device is not None else layer.weight.device
             if layer in specs:
-                quantize_with_factors(layer, quantizer, specs[layer], there)
+                quantize_with_factors(layer, quantizer, specs[layer], there or layer.weight.device)
             else:
-                quantizer.pack(layer, there)
+                quantizer.pack(layer, there or layer.weight.device)
         let_fsdp2_shard_integers()
         return undo.pop_all().close
 
@@ -152,40 +164,59 @@ def _made_up_for(model: nn.Module, lora: LoRAConfig | None) -> dict[nn.Module, L
 
 
 class _Plain:
-    """A linear as it was before it was quantized."""
+    """A layer as it was before it was quantized."""
 
-    def __init__(self, layer: nn.Linear) -> None:
-        self.layer, self.cls, self.weight = layer, type(layer), layer.weight
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer, self.cls, self.parameters = layer, type(layer), list(layer.parameters(recurse=False))
         self.attributes = dict(layer.__dict__)
         self.tables = {name: copy.copy(table) for name, table in layer.__dict__.items() if isinstance(table, dict)}
 
     def put_back(self) -> None:
-        """Restore class, weight, attributes and hooks. If the layer was moved since, its weight follows."""
-        layer, device = self.layer, self.layer.weight.device
+        """Restore class, weights, attributes and hooks. If the layer was moved since, its weights follow."""
+        layer, device = self.layer, next(self.layer.parameters(recurse=False)).device
         layer.__class__ = self.cls
         layer.__dict__.clear()
         layer.__dict__.update(self.attributes)
         for name, table in self.tables.items():
             layer.__dict__[name].clear()
             layer.__dict__[name].update(table)
-        if self.weight.device != device:
-            self.weight.data = self.weight.data.to(device)
+        for parameter in self.parameters:
+            if parameter.device != device:
+                parameter.data = parameter.data.to(device)
 
 
-def _refusal(layer: nn.Module, fqn: str, owners: dict[int, list[str]], unit: int) -> str | None:
-    """Return why a linear cannot be quantized; None if it can."""
+def _stacks(target: Target) -> dict[str, bool]:
+    """Return the names of a target's weights that are stacks of matrices → True if a matrix is (in, out)."""
+    return target.kind.stacks(type(target.module)) if issubclass(target.kind, SeveralWeights) else {}
+
+
+def _refusal(target: Target, how: str, quantizer: Quantizer, owners: dict[int, list[str]]) -> str | None:
+    """Return why a target cannot be quantized; None if it can."""
+    layer, stacks = target.module, _stacks(target)
     if isinstance(layer, LoRALayer):
         return "has an adapter already: quantize the base first, then apply LoRA"
-    if type(layer) is not nn.Linear:
+    if stacks and how not in STACK_FORMATS:
+        known = " or ".join(map(repr, sorted(STACK_FORMATS)))
+        return (
+            f"holds its weights in one tensor for all experts, which this format does not pack: use {known}, or leave it out of the targets"
+        )
+    if not stacks and type(layer) is not nn.Linear:
         return "is no plain nn.Linear, whose forward is all that the packed layer does: leave it out of the targets"
-    weight = layer.weight
-    if weight.is_meta:
-        return "is on the meta device: load its weight first"
-    if is_sharded(weight):
-        return "is sharded already: quantize before the model is parallelized"
-    if not weight.is_floating_point():
-        return f"has a weight of dtype {weight.dtype}: it is quantized, by a library that is not known here"
-    if weight.numel() % unit:
-        return f"has {weight.numel()} entries, and this format packs multiples of {unit}: leave it out of the targets, or use 'nf4'"
-    others = [name for name in owners[id(weight)] if name != f"{fqn}.weight"]
-    return f"shares its weight with {others[0]}, which would keep the unpacked one: leave it out of the targets" if others else None
+    for name in stacks or ("weight",):
+        weight = layer._parameters[name]
+        assert weight is not None
+        unit, entries = (STACK_FORMATS[how].unit, weight[0].numel()) if stacks else (quantizer.unit, weight.numel())
+        if weight.is_meta:
+            return "is on the meta device: load its weight first"
+        if is_sharded(weight):
+            return "is sharded already: quantize before the model is parallelized"
+        if not weight.is_floating_point():
+            return f"has a weight of dtype {weight.dtype}: it is quantized, by a library that is not known here"
+        if entries % unit:
+            other = "'fp8'" if stacks else "'nf4'"
+            what = f"{name} with matrices of " if stacks else ""
+            return f"has {what}{entries} entries, and this format packs multiples of {unit}: leave it out of the targets, or use {other}"
+        others = [other for other in owners[id(weight)] if other != f"{target.fqn}.{name}"]
+        if others:
+            return f"shares its weight with {others[0]}, which would keep the unpacked one: leave it out of the targets"
+    return None

@@ -13,7 +13,7 @@ from torch import nn
 from lightning_lora.layers.base import PREFIX, LoRALayer
 from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.model.fused_slices import names_of
-from lightning_lora.quantization.formats import format_of
+from lightning_lora.quantization.formats import elements, plain_shape
 from lightning_lora.registry import KIND_NAMES, kind_of
 from lightning_lora.utils.patterns import starred
 
@@ -53,9 +53,7 @@ class Target:
     @property
     def shapes(self) -> list[tuple[int, ...]]:
         """Shape of each base weight."""
-        if format_of(self.module):
-            return [(self.module.out_features, self.module.in_features)]  # type: ignore
-        return [tuple(self.module._parameters[name].shape) for name in self.kind.adapted]  # type: ignore[union-attr]
+        return [tuple(plain_shape(self.module, name)) for name in self.kind.adapted]
 
     @property
     def parameters(self) -> int:
@@ -166,8 +164,8 @@ def left_out(modules: dict[str, nn.Module], passed_over: Container[str]) -> dict
         kind = kind_of(type(module))
         served = kind is not None and kind.is_linear and fqn not in passed_over  # type: ignore[attr-defined]
         if not served and not isinstance(module, nn.Embedding):
-            sizes = [parameter.numel() for _, parameter in own_parameters(module) if parameter.ndim > 1]
-            if sizes:
+            sizes = [elements(module, name, parameter) for name, parameter in own_parameters(module) if parameter.ndim > 1]
+            if sum(sizes):
                 base = getattr(type(module), "lora_base", type(module))
                 left[f"{starred(fqn) or 'the model itself'} ({base.__name__})"] += sum(sizes)
     return dict(left.most_common())

@@ -28,7 +28,8 @@ from lightning_lora.model.routers import routers
 from lightning_lora.model.suitability import Suitability
 from lightning_lora.model.target_report import Target, TargetReport, left_out, lines_of, no_target_of, own_parameters, warn_of_left_out
 from lightning_lora.model.token_rows import token_row_targets
-from lightning_lora.quantization.formats import elements, lost_factors
+from lightning_lora.quantization.content import lost_factors
+from lightning_lora.quantization.formats import elements
 from lightning_lora.registry import KIND_NAMES, belongs_to_packed_base, kind_of, qualified_name, why_refused
 from lightning_lora.utils.names import modules_by_name, parameters_by_name
 from lightning_lora.utils.patterns import compile_patterns, layer_index, no_match, starred

@@ -32,10 +32,10 @@ def frozen_linear(x: Tensor, weight: FrozenWeight, out_features: int) -> Tensor:
         if not torch.compiler.is_compiling() and transforms_active():
             return F.linear(x, weight.dense(x.dtype))
         rows, (tensors, layouts) = x.reshape(-1, x.shape[-1]), flatten_weights([weight])
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if rows.requires_grad and torch.is_grad_enabled():
             y = _FrozenLinear.apply(rows, layouts, out_features, *tensors)
-        else:
-            y = _product(rows, tensors, layouts, out_features)[0]
+        else:  # Dynamo traces an autograd function only where it is needed
+            y = dispatch(_product, rows, tensors, layouts, out_features)[0]
         return y.view(*x.shape[:-1], out_features)
 
 

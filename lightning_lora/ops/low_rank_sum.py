@@ -1,11 +1,10 @@
 """A weight with its low-rank update, ``W + s·P·Q``, that is never built: a stand-in for the weight inside code that only multiplies by it.
 
-A model's own code reads ``self.down_proj[e]`` and multiplies by it, in one of many ways. Given this sum in place of the tensor, each
-product is computed as the product with W, plus s times the products with the two factors::
+Each product is computed as the product with W, plus s times the products with the two factors::
 
     x·(W + s·P·Q) = x·W + s·(drop(x)·P)·Q        (W + s·P·Q)·x = W·x + s·P·(Q·drop(x))
 
-So the code stays as it is, and whatever it does stays exact: an operation that is neither a product, an index nor a transpose raises.
+W is a tensor, or itself a stand-in for packed matrices.
 """
 
 from __future__ import annotations
@@ -18,21 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_lora.ops.frozen_stack import FrozenStack, multiply
 from lightning_lora.ops.grouped_linear import grouped_lora_linear, one_operation_takes
+from lightning_lora.ops.stand_in import GROUPED, WeightStandIn
 from lightning_lora.utils.autocast import autocast_dtype, no_autocast
 
-# What code may ask of the weight without reading its values.
-_METADATA = {
-    "data_ptr", "device", "dim", "dtype", "element_size", "is_cpu", "is_cuda", "is_floating_point", "is_meta", "itemsize", "ndim",
-    "nelement", "numel", "requires_grad", "shape", "size",
-}  # fmt: skip
-_PRODUCTS = {"__matmul__", "bmm", "grouped_mm", "_grouped_mm", "grouped_mm_fallback", "matmul", "mm"}
-_GROUPED = {"grouped_mm", "_grouped_mm", "grouped_mm_fallback"}
 _ONE_OPERATION = {"grouped_mm", "_grouped_mm"}
 _ALIGNED = 16  # bytes that a row of a grouped product's operand is a multiple of
 
 
-class LowRankSum:
+class LowRankSum(WeightStandIn):
     """``W + scale·P·Q``, with leading dimensions such as experts.
 
     Args:
@@ -43,34 +37,24 @@ class LowRankSum:
         dropout: probability of zeroing an entry of the factors' input; 0 outside training.
     """
 
-    def __init__(self, weight: Tensor, left: Tensor, right: Tensor, scale: float, dropout: float = 0.0) -> None:
+    what = "a weight with LoRA"
+
+    def __init__(self, weight: Tensor | FrozenStack, left: Tensor, right: Tensor, scale: float, dropout: float = 0.0) -> None:
         self._weight, self._left, self._right, self._scale, self._dropout = weight, left, right, scale, dropout
         self._each: list[LowRankSum] | None = None
 
-    def _with(self, weight: Tensor, left: Tensor, right: Tensor) -> LowRankSum:
+    def _with(self, weight: Tensor | FrozenStack, left: Tensor, right: Tensor) -> LowRankSum:
         return LowRankSum(weight, left, right, self._scale, self._dropout)
 
-    # What the code may do with it.
+    def metadata(self, name: str) -> Any:
+        """Return what W says."""
+        return getattr(self._weight, name)
 
-    def __getattr__(self, name: str) -> Any:
-        if name in _METADATA:
-            return getattr(self._weight, name)
-        raise AttributeError(_refusal(name))
-
-    def __len__(self) -> int:
-        return len(self._weight)
-
-    def __getitem__(self, index: Any) -> LowRankSum:
-        """Return one matrix, for an index, or several, for a vector of indices or a slice; along the first dimension."""
-        if (
-            self._weight.ndim < 3
-            or not isinstance(index, (int, slice, Tensor))
-            or (isinstance(index, Tensor) and index.dtype == torch.bool)
-        ):
-            raise ValueError(_refusal(f"[{index!r}]"))
-        if isinstance(index, slice) or (isinstance(index, Tensor) and index.ndim):
-            return self._with(self._weight[index], self._left[index], self._right[index])
-        return self._one_by_one()[int(index)]
+    def part(self, index: Any) -> LowRankSum:
+        """Return one matrix or several."""
+        if isinstance(index, int):
+            return self._one_by_one()[index]
+        return self._with(self._weight[index], self._left[index], self._right[index])
 
     def _one_by_one(self) -> list[LowRankSum]:
         """Return all matrices. Separated at once, their gradients are gathered at once: an index each would add up tensors of full size.
@@ -78,59 +62,27 @@ class LowRankSum:
         The factors are cast to the products' dtype at once too.
         """
         if self._each is None:
-            dtype = autocast_dtype(self._weight) or self._weight.dtype
-            parts = (tensor.unbind(0) for tensor in (self._weight, self._left.to(dtype), self._right.to(dtype)))
+            dtype = autocast_dtype(self._weight) or self._weight.dtype  # type: ignore[arg-type]  # a stand-in says all that it asks
+            parts = (each.unbind(0) for each in (self._weight, self._left.to(dtype), self._right.to(dtype)))
             self._each = [self._with(*part) for part in zip(*parts, strict=True)]
         return self._each
 
-    def transpose(self, dim0: int, dim1: int) -> LowRankSum:
-        """Return the sum of the transposed matrices; only the last two dimensions can be exchanged."""
-        ndim = self._weight.ndim
-        if {dim0 % ndim, dim1 % ndim} != {ndim - 2, ndim - 1}:
-            raise ValueError(_refusal(f"transpose({dim0}, {dim1})"))
+    def exchanged(self) -> LowRankSum:
+        """Return the sum of the transposed matrices."""
         return self._with(self._weight.mT, self._right.mT, self._left.mT)
 
     def contiguous(self) -> LowRankSum:
-        """Return it with a contiguous weight, which transformers before 5.11 makes for its grouped products."""
+        """Return it with a contiguous weight."""
         return self._with(self._weight.contiguous(), self._left, self._right)
-
-    def t(self) -> LowRankSum:
-        """Return the transposed matrix."""
-        return self.transpose(0, 1)
-
-    @property
-    def T(self) -> LowRankSum:
-        """The transposed matrix."""
-        return self.transpose(0, 1)
-
-    @property
-    def mT(self) -> LowRankSum:
-        """The transposed matrices."""
-        return self.transpose(-2, -1)
-
-    def __matmul__(self, other: Tensor) -> Tensor:
-        return self._multiplied(torch.matmul, (self, other), {})
-
-    @classmethod
-    def __torch_function__(cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Tensor:
-        name, kwargs = getattr(func, "__name__", str(func)), kwargs or {}
-        first, second, *_ = (*args, None, None)
-        summed = second if isinstance(second, cls) else first
-        if isinstance(summed, cls) and sum(isinstance(each, cls) for each in (*args, *kwargs.values())) == 1:
-            if name == "linear" and summed is second:
-                return summed._linear(*args, **kwargs)
-            if name in _PRODUCTS:
-                return summed._multiplied(func, args, kwargs)
-        raise ValueError(_refusal(name))
 
     # Products.
 
-    def _linear(self, x: Tensor, weight: LowRankSum, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return ``F.linear(x, W + s·P·Q, bias)``: W is (out, in), so Q is applied first."""
-        y = F.linear(x, self._weight, bias)
+        y = F.linear(x, self._weight, bias)  # type: ignore[arg-type]  # a stand-in multiplies
         return self._plus_update(y, x, lambda x, P, Q: F.linear(F.linear(x, Q), P))
 
-    def _multiplied(self, product: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def multiplied(self, product: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Return the product of both arguments, one of which is this sum, with the remaining arguments as they are."""
         first, second, *rest = args
         if first is self:
@@ -142,7 +94,7 @@ class LowRankSum:
         if name in _ONE_OPERATION and offsets is not None and not more and one_operation_takes(first, self._weight):
             return self._sorted_rows(first, offsets)
         y = product(first, self._weight, *rest, **kwargs)
-        grouped = name in _GROUPED
+        grouped = name in GROUPED
 
         def update(x: Tensor, P: Tensor, Q: Tensor) -> Tensor:
             P, Q = _padded(P, Q) if grouped else (P, Q)
@@ -160,8 +112,8 @@ class LowRankSum:
             return y.add(update(x, self._left.to(y.dtype), self._right.to(y.dtype)), alpha=self._scale)
 
 
-def product_of_sorted_rows(product: Callable[..., Tensor], x: Tensor, weight: Tensor | LowRankSum, offs: Tensor) -> Tensor:
-    """Return transformers' product of sorted rows with each group's matrix, for a weight or a :class:`LowRankSum`.
+def product_of_sorted_rows(product: Callable[..., Tensor], x: Tensor, weight: Tensor | FrozenStack | LowRankSum, offs: Tensor) -> Tensor:
+    """Return transformers' product of sorted rows with each group's matrix, for a weight or a stand-in.
 
     Compilers call a class's ``__torch_function__`` for torch's public functions only, and this product is none.
 
@@ -171,23 +123,19 @@ def product_of_sorted_rows(product: Callable[..., Tensor], x: Tensor, weight: Te
         weight: (groups, in, out).
         offs: (groups,), where each group's rows end.
     """
+
+    def times(x: Tensor, weight: Tensor | FrozenStack) -> Tensor:
+        return multiply(x, weight, offs) if isinstance(weight, FrozenStack) else product(x, weight, offs=offs)
+
     if not isinstance(weight, LowRankSum):
-        return product(x, weight, offs=offs)
+        return times(x, weight)
     x = x.to(weight.dtype)
     if x.dtype == torch.bfloat16 and one_operation_takes(x, weight._weight):  # others go through an operator of transformers' own
         return weight._sorted_rows(x, offs)
-    y = product(x, weight._weight, offs=offs)
-    return weight._plus_update(y, x, lambda x, P, Q: product(product(x, P, offs=offs), Q, offs=offs))
+    return weight._plus_update(times(x, weight._weight), x, lambda x, P, Q: times(times(x, P), Q))
 
 
 def _padded(P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
     """Return the factors with zeros up to a rank whose rows are aligned, as kernels of grouped products require."""
     lacking = -P.shape[-1] % (_ALIGNED // P.element_size())
     return (F.pad(P, (0, lacking)), F.pad(Q, (0, 0, 0, lacking))) if lacking else (P, Q)
-
-
-def _refusal(name: str) -> str:
-    return (
-        f"{name} of a weight with LoRA is not known: only products, indices and transposes are. Choose another implementation of the"
-        " experts (model.set_experts_implementation('grouped_mm'), 'batched_mm' or 'eager'), or exclude them from LoRA"
-    )

@@ -3,6 +3,26 @@
 May import: ``utils``, ``registry``, ``ops``. A quantization library is imported only for a model that uses it.
 """
 
-from lightning_lora.quantization import bitsandbytes, block_float8, compressed_tensors, float8, torchao
+from lightning_lora.quantization import (
+    bitsandbytes,
+    block_float8,
+    block_float8_experts,
+    compressed_tensors,
+    float8,
+    float8_stacks,
+    nf4_stacks,
+    packed_experts,
+    torchao,
+)
 
-__all__ = ["bitsandbytes", "block_float8", "compressed_tensors", "float8", "torchao"]
+__all__ = [
+    "bitsandbytes",
+    "block_float8",
+    "block_float8_experts",
+    "compressed_tensors",
+    "float8",
+    "float8_stacks",
+    "nf4_stacks",
+    "packed_experts",
+    "torchao",
+]

@@ -33,7 +33,12 @@ from lightning_lora.utils.autocast import autocast_dtype
 from lightning_lora.utils.sharding import full_tensor, is_sharded
 
 
-def _library() -> ModuleType:
+def library() -> ModuleType:
+    """Import it.
+
+    Raises:
+        ImportError: it is not installed.
+    """
     try:
         import bitsandbytes
     except ImportError as error:
@@ -74,14 +79,14 @@ class Linear4bitFormat(QuantizedFormat):
 
     def dequantize(self, module: Any) -> Tensor:
         """Return the weight in the dtype it was quantized from."""
-        return _library().functional.dequantize_4bit(module.weight.data, _state(module))
+        return library().functional.dequantize_4bit(module.weight.data, _state(module))
 
     def requantize(self, module: Any, weight: Tensor) -> None:
         """Quantize with the same data type, block size and double quantization."""
         old = module.weight
         fields = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
         weight = weight.to(_state(module).dtype)
-        new = _library().nn.Params4bit(weight, requires_grad=False, module=module, **{name: getattr(old, name) for name in fields})
+        new = library().nn.Params4bit(weight, requires_grad=False, module=module, **{name: getattr(old, name) for name in fields})
         module._parameters["weight"] = new.to(old.device)  # also sets module.quant_state
 
     def codes(self, module: Any) -> list[Tensor]:
@@ -158,7 +163,7 @@ class FrozenWeight4bit(FrozenWeight):
         """Return a description with this dtype as the one to dequantize to."""
         if self.state is not None and self.state.dtype == dtype:
             return self.state
-        make, (kind, block, rows, columns, outer_block) = _library().functional.QuantState, self.details
+        make, (kind, block, rows, columns, outer_block) = library().functional.QuantState, self.details
         _, absmax, values, *nested = self.tensors
         offset = scales = None
         if nested:
@@ -228,17 +233,17 @@ class Linear8bitFormat(QuantizedFormat):
     def dequantize(self, module: Any) -> Tensor:
         """Return the weight in the dtype it was quantized from, fp32 if unknown: bitsandbytes does not record the dtype."""
         scales = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
-        dense = _library().functional.int8_vectorwise_dequant(module.weight.data, scales)
+        dense = library().functional.int8_vectorwise_dequant(module.weight.data, scales)
         return dense.to(getattr(module, "_unpacked_dtype", None) or torch.float32)
 
     def requantize(self, module: Any, weight: Tensor) -> None:
         """Quantize row by row, through float16 as bitsandbytes does."""
-        library, state = _library(), module.state
-        module.state = library.MatmulLtState()
+        bnb, state = library(), module.state
+        module.state = bnb.MatmulLtState()
         for name in ("threshold", "has_fp16_weights", "use_pool"):
             setattr(module.state, name, getattr(state, name))
-        codes, scales, _ = library.functional.int8_vectorwise_quant(weight.to(torch.float16).to(module.weight.device))
-        module._parameters["weight"] = library.nn.Int8Params(codes, requires_grad=False, CB=codes, SCB=scales)
+        codes, scales, _ = bnb.functional.int8_vectorwise_quant(weight.to(torch.float16).to(module.weight.device))
+        module._parameters["weight"] = bnb.nn.Int8Params(codes, requires_grad=False, CB=codes, SCB=scales)
 
     def codes(self, module: Any) -> list[Tensor]:
         """Return the 8-bit codes and the scales."""
@@ -247,7 +252,7 @@ class Linear8bitFormat(QuantizedFormat):
 
 def quantize_nf4(linear: Any, device: torch.device) -> None:
     """Quantize to 4-bit NormalFloat with double quantization. The layer computes in the weight's original dtype."""
-    modules = _library().nn
+    modules = library().nn
     made = modules.Linear4bit(1, 1, linear.bias is not None, linear.weight.dtype, True, "nf4", device="meta")
     weight = modules.Params4bit(linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", module=linear)
     _become(linear, made, weight, device)
@@ -256,9 +261,9 @@ def quantize_nf4(linear: Any, device: torch.device) -> None:
 
 def quantize_int8(linear: Any, device: torch.device) -> None:
     """Quantize to 8 bits with one scale per row. Inputs above 6 are multiplied in 16 bits, as in LLM.int8()."""
-    modules = _library().nn
+    modules = library().nn
     made = modules.Linear8bitLt(1, 1, linear.bias is not None, has_fp16_weights=False, threshold=6.0, device="meta")
-    codes, scales, _ = _library().functional.int8_vectorwise_quant(linear.weight.data.to(device, torch.float16))
+    codes, scales, _ = library().functional.int8_vectorwise_quant(linear.weight.data.to(device, torch.float16))
     codes, scales = codes.to(linear.weight.device), scales.to(linear.weight.device)
     linear._unpacked_dtype = linear.weight.dtype
     _become(linear, made, modules.Int8Params(codes, requires_grad=False, CB=codes, SCB=scales), linear.weight.device)
@@ -285,5 +290,5 @@ QUANTIZED_FORMATS["bitsandbytes.nn.modules.Linear8bitLt"] = Linear8bitFormat()
 WEIGHT_READERS["bitsandbytes.nn.modules.Linear4bit"] = WeightReader4bit()
 WEIGHT_LAYOUTS["bitsandbytes-4bit"] = WeightLayout(3, _made4bit)
 WEIGHT_LAYOUTS["bitsandbytes-4bit-nested"] = WeightLayout(6, _made4bit)
-QUANTIZERS["nf4"] = Quantizer(quantize_nf4, _library)
-QUANTIZERS["int8"] = Quantizer(quantize_int8, _library)
+QUANTIZERS["nf4"] = Quantizer(quantize_nf4, library)
+QUANTIZERS["int8"] = Quantizer(quantize_int8, library)

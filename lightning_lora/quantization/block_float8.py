@@ -41,12 +41,21 @@ class BlockFloat8Weight(FrozenWeight):
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Return the dequantized weight, a new tensor: multiplied in fp32, rounded once."""
         codes, scales = self.tensors
-        return (codes.view(float8.E4M3).float() * _expanded(scales, self.block, codes.shape)).to(dtype)
+        return (codes.view(float8.E4M3).float() * expanded(scales, self.block, codes.shape)).to(dtype)
 
 
-def _expanded(scales: Tensor, block: Block, shape: Sequence[int]) -> Tensor:
-    """Return each entry's scale."""
-    return scales.repeat_interleave(block[0], 0)[: shape[0]].repeat_interleave(block[1], 1)[:, : shape[1]]
+def expanded(scales: Tensor, block: Block, shape: Sequence[int]) -> Tensor:
+    """Return each entry's scale, for matrices (..., m, n) with scales (..., m/b₀, n/b₁)."""
+    return scales.repeat_interleave(block[0], -2)[..., : shape[-2], :].repeat_interleave(block[1], -1)[..., : shape[-1]]
+
+
+def quantize_blocks(weight: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    """Return the codes (m, n), as bytes, and the scales of a matrix in fp32, each block by its largest entry."""
+    (out, width), (high, wide) = weight.shape, block
+    padded = nn.functional.pad(weight, (0, -width % wide, 0, -out % high))
+    largest = padded.view(padded.shape[0] // high, high, padded.shape[1] // wide, wide).abs().amax((1, 3))
+    scales = (largest / _LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
+    return (weight / expanded(scales, block, weight.shape)).to(float8.E4M3).view(torch.uint8), scales
 
 
 @dataclass(frozen=True)
@@ -118,13 +127,8 @@ class BlockFloat8Format(QuantizedFormat):
 
     def requantize(self, module: Any, weight: Tensor) -> None:
         """Quantize with blocks of the same size, each by its largest entry."""
-        (out, width), (high, wide) = weight.shape, module.block
-        weight = weight.to(module.weight.device, torch.float32)
-        padded = nn.functional.pad(weight, (0, -width % wide, 0, -out % high))
-        largest = padded.view(padded.shape[0] // high, high, padded.shape[1] // wide, wide).abs().amax((1, 3))
-        module.weight_scale_inv = (largest / _LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
-        codes = (weight / _expanded(module.weight_scale_inv, module.block, weight.shape)).to(float8.E4M3)
-        module._parameters["weight"] = make_parameter(codes.view(torch.uint8), False)
+        codes, module.weight_scale_inv = quantize_blocks(weight.to(module.weight.device, torch.float32), module.block)
+        module._parameters["weight"] = make_parameter(codes, False)
 
     def codes(self, module: Any) -> list[Tensor]:
         """Return the codes and the scales."""

@@ -21,17 +21,15 @@ from lightning_lora.utils.sharding import is_sharded, local_tensor
 from lightning_lora.utils.torch_private_parallel import let_fsdp2_shard_integers
 
 QUANTIZED_FORMATS: dict[str, QuantizedFormat] = {}  # qualified name of a layer's or a weight's type → its format
-QUANTIZERS: dict[str, Quantizer] = {}  # quantize=… → what quantizes a linear
+QUANTIZERS: dict[str, Quantizer] = {}  # quantize=… → what quantizes a linear; experts: STACK_FORMATS of stacks.py
 
-UNKNOWN = "packed:"  # prefix of the digest of a weight that was loaded quantized
 _DIGEST = "_unpacked_digest"
-_CODES = "_packed_digest"
-_LOST = "_lost_factors"
-_SCHEME = "quantization_scheme"  # compressed-tensors' mark on a layer of a plain type
+PACKED, PACKED_STACKS = "packed_stack", "packed_stacks"  # the marks of a layer with one packed stack, of a module with several
+_MARKS = ("quantization_scheme", PACKED)  # marks on a layer of a plain type; the first is compressed-tensors'
 
 
 class QuantizedFormat:
-    """One storage format of a linear layer's weight."""
+    """One storage format of a linear layer's weight, or of the weights of experts."""
 
     #: The layer's other attributes that belong to the quantized weight.
     attributes: ClassVar[tuple[str, ...]] = ()
@@ -39,7 +37,7 @@ class QuantizedFormat:
     requantizes: ClassVar[bool] = True
     #: True if FSDP2 can shard and gather the quantized weight.
     shards: ClassVar[bool] = False
-    #: The layer's class once its weight is in floating point; None keeps the class.
+    #: What :meth:`unpacked_class` returns.
     plain_class: ClassVar[type[nn.Module] | None] = None
 
     def is_quantized(self, module: Any) -> bool:
@@ -60,6 +58,27 @@ class QuantizedFormat:
 
     def restore(self, module: Any) -> None:
         """Undo what :meth:`prepare` changed about the layer's class, once it has no adapter."""
+
+    def packed(self, module: Any) -> tuple[str, ...]:
+        """Return the names of the quantized parameters."""
+        return ("weight",)
+
+    def shape(self, module: Any, name: str) -> torch.Size:
+        """Return the shape that a quantized parameter stands for."""
+        return torch.Size((module.out_features, module.in_features))
+
+    def single(self, module: Any, name: str) -> Any:
+        """Return the layer that has a quantized parameter as its ``weight``."""
+        return module
+
+    def unpacked_class(self, module: Any) -> type[nn.Module] | None:
+        """Return the layer's class once its weight is in floating point; None keeps the class."""
+        return self.plain_class
+
+    def digest(self, module: Any) -> str | None:
+        """Return the digest of the weight from before it was quantized, None if it is not known."""
+        digest: str | None = module.__dict__.get(_DIGEST)
+        return digest
 
     def dequantize(self, module: Any) -> Tensor:
         """Return the weight (out, in) in the floating dtype that the layer would multiply in."""
@@ -156,7 +175,7 @@ def prepare(module: Any, dtype: torch.dtype | None = None) -> None:
         return
     if packing.shards:
         let_fsdp2_shard_integers()
-    if not packing.is_quantized(module) and not module.weight.is_meta:
+    if not packing.is_quantized(module) and "weight" in module._parameters and not module.weight.is_meta:
         remember(module, sampled_digest(module.weight))
     packing.prepare(module, dtype)
 
@@ -173,7 +192,8 @@ def why_not_prepared(module: Any) -> str | None:
     packing = _candidate(module)
     if packing is None:
         return None
-    if not packing.shards and "weight" in module._parameters and is_sharded(module.weight):
+    weights = (module._parameters.get(name) for name in packing.packed(module))
+    if not packing.shards and any(weight is not None and is_sharded(weight) for weight in weights):
         return f"its quantized weight ({type(module).__name__}) cannot be sharded: use 'nf4' or 'fp8', or do not shard it"
     return packing.refusal(module)
 
@@ -182,7 +202,7 @@ def plain_dtype(model: nn.Module) -> torch.dtype | None:
     """Return the dtype of the model's first floating-point parameter that is not quantized (embeddings, norms), None if it has none."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_floating_point() and not (name == "weight" and _candidate(module)):
+            if parameter is not None and parameter.is_floating_point() and name not in _names(module):
                 return parameter.dtype
     return None
 
@@ -214,9 +234,47 @@ def take(module: Any, packing: QuantizedFormat) -> QuantizedUndo:
 
 
 def elements(module: nn.Module, name: str, parameter: Tensor) -> int:
-    """Return how many numbers a parameter represents. A quantized weight stores several per element."""
-    packed = name == "weight" and format_of(module) is not None
-    return module.in_features * module.out_features if packed else parameter.numel()  # type: ignore[operator, return-value]
+    """Return how many numbers of the model a parameter represents. A quantized weight stores several per element; its scales are none."""
+    packing = format_of(module)
+    if packing is not None and name in packing.attributes:
+        return 0
+    return plain_shape(module, name).numel() if packing is not None and name in packing.packed(module) else parameter.numel()
+
+
+def plain_shape(module: Any, name: str) -> torch.Size:
+    """Return the shape of a weight, or the shape that it stands for if it is quantized."""
+    packing = format_of(module)
+    if packing is not None and name in packing.packed(module):
+        return packing.shape(module, name)
+    shape: torch.Size = module._parameters[name].shape
+    return shape
+
+
+def single(module: Any, name: str) -> Any:
+    """Return the layer that has a quantized parameter as its ``weight``, the module itself for a parameter of that name, else None."""
+    packing = format_of(module)
+    if packing is not None and name in packing.packed(module):
+        return packing.single(module, name)
+    return module if name == "weight" else None
+
+
+def stand_ins(module: nn.Module) -> dict[str, Any]:
+    """Return name → what stands for a packed stack of the module in products."""
+    stacks = module.__dict__.get(PACKED_STACKS, {})
+    return {name: packed.stack(module._parameters[name]) for name, packed in stacks.items()}
+
+
+def hand_out(module: nn.Module, name: str, layer: nn.Module) -> None:
+    """Give a layer with one of a module's weights as its ``weight`` what is packed beside it."""
+    layer.__dict__[PACKED] = module.__dict__.get(PACKED_STACKS, {}).get(name)
+
+
+def take_back(module: nn.Module, name: str, layer: nn.Module) -> None:
+    """Give a module what is packed beside one of its weights, after the layer of :func:`hand_out` changed it."""
+    stacks, packed = module.__dict__.get(PACKED_STACKS), layer.__dict__.get(PACKED)
+    if stacks is not None:
+        stacks.pop(name, None)
+        stacks.update({} if packed is None else {name: packed})
 
 
 def remember(module: nn.Module, digest: str) -> None:
@@ -224,51 +282,18 @@ def remember(module: nn.Module, digest: str) -> None:
     module.__dict__[_DIGEST] = digest
 
 
-def remember_lost(module: nn.Module, A: Tensor, B: Tensor) -> None:
-    """Keep low-rank factors of what quantizing a weight lost, (r, in) and (out, r), for an adapter that makes up for it."""
-    module.__dict__[_LOST] = (A, B)
-
-
-def lost_factors(module: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """Return what :func:`remember_lost` kept, None if nothing was."""
-    return module.__dict__.get(_LOST)
-
-
-def packed_digest(module: Any) -> str | None:
-    """Return ``format=digest`` of a quantized weight as it is stored, sampled; None for a plain weight. A merge does not change it."""
-    packing = format_of(module) if "weight" in module._parameters else None
-    if packing is not None and not module.weight.is_meta and _CODES not in module.__dict__:
-        codes = "+".join(sampled_digest(code) for code in packing.codes(module))
-        module.__dict__[_CODES] = f"{type(packing).__name__.removesuffix('Format')}={codes}"
-    return module.__dict__.get(_CODES)
-
-
-def weight_digest(module: Any) -> str:
-    """Return the sampled digest of a layer's weight.
-
-    For a quantized weight it is the digest from before it was quantized, or ``packed:…`` if that is unknown.
-    """
-    content = digest_or_weight(module)
-    return content if isinstance(content, str) else sampled_digest(content)
-
-
-def digest_or_weight(module: Any) -> str | Tensor:
-    """Return :func:`weight_digest` if it is known or the weight is quantized; otherwise the weight that it is to be computed from."""
-    packing = format_of(module)
-    if packing is None:
-        weight: Tensor = module.weight
-        return weight
-    if _DIGEST in module.__dict__:
-        return module.__dict__[_DIGEST]
-    return UNKNOWN + "+".join(sampled_digest(code) for code in packing.codes(module))
-
-
 def _candidate(module: nn.Module) -> QuantizedFormat | None:
     if isinstance(module, torch.jit.ScriptModule):  # never quantized; its table of parameters is no dict
         return None
-    weight, scheme = module._parameters.get("weight"), module.__dict__.get(_SCHEME)
-    for cls in (*type(module).__mro__, *(() if weight is None else type(local_tensor(weight)).__mro__), *type(scheme).__mro__):
+    weight, marks = module._parameters.get("weight"), [type(module.__dict__.get(name)).__mro__ for name in _MARKS]
+    for cls in (*type(module).__mro__, *(() if weight is None else type(local_tensor(weight)).__mro__), *marks[0], *marks[1]):
         packing = QUANTIZED_FORMATS.get(qualified_name(cls))
         if packing is not None:
             return packing
     return None
+
+
+def _names(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of a module's parameters that belong to its weights, quantized or to be quantized."""
+    packing = _candidate(module)
+    return () if packing is None else (*packing.packed(module), *packing.attributes)

@@ -141,7 +141,7 @@ def _check_packed(strategy: Strategy, module: LightningModule) -> None:
             " weight cannot be split: use quantize='nf4', 'torchao-nf4' or 'fp8', or strategy='ddp'."
         )
     if isinstance(strategy, twins(DDPStrategy)):
-        names = [f"{name}.weight" for name in packed]
+        names = [f"{name}.{weight}" for name, packing in packed.items() for weight in packing.packed(module.get_submodule(name))]
         ddp_ignores(module, names)
 
 

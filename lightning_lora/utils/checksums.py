@@ -5,7 +5,7 @@ What is built on them, and where:
 =========================================  ==============================================================================
 :func:`checksum`                           all bits of a tensor: "did this change at all?"
 :func:`sampled_digest`                     some entries, rounded: "is this the same base model?"
-``quantization.formats.weight_digest``     the sampled digest of a layer's weight as it was before it was quantized
+``quantization.content.weight_digest``     the sampled digest of a layer's weight as it was before it was quantized
 ``layers.mergeable.base_weight_digest``    the sampled digest of a merged layer's weight as it was before the merge
 ``layers.mergeable.kept_base``             the checksum of a merged layer's weight before the merge, or that weight
 ``strategies.digests.digest``              the checksum of a parameter in training, whatever is merged into it

@@ -52,6 +52,18 @@ def experts_implementation(module: nn.Module) -> str | None:
     return getattr(getattr(module, "config", None), "_experts_implementation", None)
 
 
+def dequantized_forward(module: nn.Module) -> Callable[..., Any] | None:
+    """Return transformers' function for experts with plain weights, of the module's implementation; None for "eager".
+
+    transformers' experts with FP8 weights have other functions by the same names, whose kernels are fetched when first called and run on
+    GPUs. Without it such experts run in a loop.
+    """
+    return getattr(sys.modules.get("transformers.integrations.moe"), f"{experts_implementation(module)}_experts_forward", None)
+
+
+#: Implementations that use the weights in products alone.
+PRODUCTS_ALONE = (None, "eager", "batched_mm", "grouped_mm")
+
 _ACTIVE = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 
 

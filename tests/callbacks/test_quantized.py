@@ -19,6 +19,7 @@ from lightning_lora import LoRACallback, LoRAConfig, apply_lora, find_targets, l
 from lightning_lora.callbacks.merging import check_mergeable
 from lightning_lora.layers.base import lora_layers
 from lightning_lora.quantization.formats import format_of
+from tests.layers.experts import tiny_qwen3_moe
 from tests.lit import trainer
 from tests.quantized import QUANTIZERS, packed_stack, plain_stack
 
@@ -214,3 +215,41 @@ def test_small_optimizer_states_resume_exactly(name: str, tmp_path: Path, eager:
         small, large = (tmp_path / kind / "epoch=0.ckpt" for kind in ("parts", "adam"))
         fit(tmp_path / "adam", Lit(), LoRACallback(config, quantize="nf4"), epochs=1)
         assert small.stat().st_size < 0.7 * large.stat().st_size
+
+
+class LitMixture(L.LightningModule):
+    """A mixture that predicts the next token of a few rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = tiny_qwen3_moe(layers=1)
+        self.losses: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = self.model(batch[0], labels=batch[0]).loss
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(TensorDataset(torch.arange(24).reshape(4, 6)), batch_size=2)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("how", ["fp8", "nf4"])
+def test_a_mixture_is_quantized_with_its_experts(how: str, tmp_path: Path) -> None:
+    """Checkpoints without the base, a resume equal to a run without a stop, and the merge at the end."""
+    config = LoRAConfig(rank=2, alpha=4, target_modules="all-linear")
+    whole, first, second = LitMixture(), LitMixture(), LitMixture()
+    fit(tmp_path / "whole", whole, LoRACallback(config, quantize=how, merge_quantized="dequantize"), epochs=2)
+    fit(tmp_path / "first", first, LoRACallback(config, quantize=how))
+    (checkpoint,) = (tmp_path / "first").glob("*.ckpt")
+    kept = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert kept and all("lora_" in name for name in kept)
+    fit(tmp_path / "first", second, LoRACallback(config, quantize=how), epochs=2, ckpt_path=checkpoint)
+    assert whole.losses[2:] == second.losses and whole.losses[0] > whole.losses[-1]
+    experts: Any = whole.model.model.layers[0].mlp.experts
+    assert experts.merged and format_of(experts) is None and experts.down_proj.dtype == torch.float32
+    assert len(merge_report(whole)) == 5

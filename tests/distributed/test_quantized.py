@@ -13,13 +13,15 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_lora import LoRAConfig, apply_lora, export_merged, merge_lora
+from lightning_lora import LoRAConfig, apply_lora, export_merged, merge_lora, quantize_base
+from lightning_lora.adapter_io.fingerprint import base_identity
 from lightning_lora.layers import lora_layers
 from lightning_lora.quantization.formats import format_of
 from lightning_lora.strategies import arrange
 from lightning_lora.utils.sharding import is_sharded, reshard
 from tests.distributed.nets import adapter_tensors, fill_adapters, same_on_all_ranks
 from tests.distributed.runs import LitShared, fsdp1, model_parallel, run
+from tests.layers.experts import tiny_qwen3_moe
 from tests.quantized import inputs, packed_stack
 
 CONFIG = LoRAConfig(rank=4, alpha=8, target_modules=["up", "down"])
@@ -74,6 +76,51 @@ def test_gradients_under_fsdp2(pool: Any, how: str, order: str) -> None:
 def test_gradients_of_torchaos_nf4_under_ddp(pool: Any) -> None:
     """DDP would broadcast the packed weights, which this one does not know how."""
     assert all(error < 1e-6 for error, _ in pool.run(compare, "torchao-nf4", "ddp"))
+
+
+EXPERTS = LoRAConfig(rank=2, alpha=4, target_modules=["experts"])  # FSDP2 wants one dtype for what trains in a block
+
+
+def compare_experts(how: str, order: str) -> tuple[float, bool]:
+    """As :func:`compare`, for packed experts; computed in float64, with adapters in fp32."""
+
+    def sharded(model: Any) -> Any:
+        for layer in model.model.layers:
+            fully_shard(layer)
+        return fully_shard(model)
+
+    def make() -> Any:
+        return quantize_base(tiny_qwen3_moe(torch.float64), how, targets=["experts"]).train()
+
+    base, alone, ids = make(), apply_lora(make(), EXPERTS), torch.arange(32).reshape(4, 8)
+    if order == "ddp":
+        arrange(DDPStrategy(), apply_lora(base, EXPERTS))  # type: ignore[arg-type]
+        model: nn.Module = DistributedDataParallel(base)
+    else:
+        model = sharded(apply_lora(base, EXPERTS)) if order == "before" else apply_lora(sharded(base), EXPERTS)
+    for each in (model, alone):
+        fill_adapters(each)
+    for _ in range(2):
+        for each, batch in ((model, ids.chunk(dist.get_world_size())[dist.get_rank()]), (alone, ids)):
+            each.zero_grad()
+            each(batch).logits.square().mean().backward()
+    mine, wanted = (adapter_tensors(each, lambda p: p.grad) for each in (model, alone))
+    assert len(mine) == 8 and base_identity(base) == base_identity(alone)
+    reshard(model)
+    codes = [layer.get_submodule("mlp.experts").down_proj for layer in base.model.layers]
+    if order == "ddp":
+        merge_lora(model, quantized="dequantize")
+    else:
+        with pytest.raises(ValueError, match=r"experts' cannot be merged: gate_up_proj: its quantized weight is sharded: save the adapter"):
+            merge_lora(model, quantized="dequantize")
+    return worst(mine, wanted), all(is_sharded(code) for code in codes)
+
+
+@pytest.mark.parametrize("how", ["fp8", "nf4"])
+@pytest.mark.parametrize("order", ["ddp", "before", "after"])
+def test_gradients_of_packed_experts(pool: Any, how: str, order: str) -> None:
+    for error, in_pieces in pool.run(compare_experts, how, order):
+        assert error < 1e-5 and in_pieces == (order != "ddp")
 
 
 def merge_sharded(folder: str) -> None:

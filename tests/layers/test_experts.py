@@ -33,14 +33,14 @@ def gated(cls, config):
     return cls(config)
 
 
-def build(name):
-    sizes = {"hidden_size": H, "moe_intermediate_size": W, "intermediate_size": W}
+def build(name, hidden=H, width=W):
+    sizes = {"hidden_size": hidden, "moe_intermediate_size": width, "intermediate_size": width}
     module = {
         "qwen3_moe": lambda: gated(Qwen3MoeExperts, Qwen3MoeConfig(**sizes, num_experts=E)),
         "gpt_oss": lambda: gated(GptOssExperts, GptOssConfig(**sizes, num_local_experts=E)),
         "llama4": lambda: Llama4TextExperts(Llama4TextConfig(**sizes, num_local_experts=E)),
         "nemotron_h": lambda: gated(NemotronHExperts, NemotronHConfig(**sizes, n_routed_experts=E, moe_latent_size=None)),
-        "jetmoe": lambda: JetMoeParallelExperts(E, H, W),
+        "jetmoe": lambda: JetMoeParallelExperts(E, hidden, width),
     }[name]()
     generator = torch.Generator().manual_seed(5)
     for parameter in module.parameters():
@@ -53,15 +53,15 @@ def adapted(name, **fields):
     return fill(model, std=0.3), model["experts"]
 
 
-def routed():
+def routed(hidden=H):
     generator = torch.Generator().manual_seed(4)
-    x = torch.randn(N, H, generator=generator, dtype=torch.float64).requires_grad_()
+    x = torch.randn(N, hidden, generator=generator, dtype=torch.float64).requires_grad_()
     index = torch.stack([torch.randperm(E - 1, generator=generator)[:2] for _ in range(N)])  # the last expert gets no token
     return x, index, torch.rand(N, 2, generator=generator, dtype=torch.float64)
 
 
-def arguments(name):
-    x, index, share = routed()
+def arguments(name, hidden=H):
+    x, index, share = routed(hidden)
     given = {"llama4": (x[:8],), "jetmoe": (x, [2, 0, 4, 3])}
     return given.get(name, (x, index, share))
 
@@ -245,7 +245,7 @@ def test_what_does_not_fit_is_refused_by_name():
     module.config._experts_implementation = "deepgemm"
     assert "does not see the products of experts_implementation='deepgemm'" in message()
     module.config._experts_implementation = "eager"
-    packed = copy.deepcopy(module)
+    packed = copy.deepcopy(module)  # nobody says what its scales are
     packed._parameters["down_proj"] = nn.Parameter(module.down_proj.detach().to(torch.float8_e4m3fn), requires_grad=False)
     assert "stores its down_proj as torch.float8_e4m3fn" in message(packed)
     module._parameters["down_proj"] = nn.Parameter(torch.zeros(4, 4))

@@ -7,14 +7,14 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from lightning_lora import LoRAConfig, apply_lora, disabled_lora, merge_lora, unmerge_lora
+from lightning_lora import LoRAConfig, apply_lora, disabled_lora, merge_lora, quantize_base, unmerge_lora
 from lightning_lora.model.compile import compile_layers, uncompile_layers
 from lightning_lora.utils import transformers_experts
 from tests.conftest import fill
 from tests.layers import mixtures
 from tests.layers.experts import tiny_mixtral, tiny_qwen3_moe
 from tests.layers.mixtures import CONFIG, IDS, experts
-from tests.layers.test_experts import adapted, arguments
+from tests.layers.test_experts import adapted, arguments, build
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # Dynamo's own, after a break
@@ -127,3 +127,31 @@ def test_without_transformers_functions_of_those_names_experts_run_as_they_are(m
     assert set(transformers_experts.traced_experts(Qwen3MoeExperts, max)) == {"batched_mm"}
     monkeypatch.delattr(moe, "batched_mm_experts_forward")
     assert transformers_experts.traced_experts(Qwen3MoeExperts, max) == {}
+
+
+@pytest.mark.parametrize(("how", "implementation"), [("fp8", "grouped_mm"), ("nf4", "batched_mm")])
+def test_packed_experts_are_part_of_the_graph(how, implementation):
+    """Frozen ones, whose input needs no gradient, and adapted ones; with the eager numbers."""
+    frozen = quantize_base(build("qwen3_moe", 16, 8).bfloat16(), how, targets=["experts"])
+    model = fill(apply_lora(copy.deepcopy(frozen), CONFIG), std=0.1)
+    x, index, share = arguments("qwen3_moe", 16)
+    for layer, needs in ((frozen["experts"], False), (model["experts"], True)):
+        layer.config._experts_implementation = implementation
+        given = x.detach().bfloat16().requires_grad_(needs)
+        leaves = [given] * needs + [p for p in layer.parameters() if p.requires_grad]
+        results, counter = [], None
+        for _ in range(2):  # eager, then compiled
+            y = layer(given, index, share.bfloat16())
+            results.append((y.detach(), torch.autograd.grad(y.square().sum(), leaves) if leaves else ()))
+            counter = counter or counted(layer)
+        torch.testing.assert_close(*results)
+        assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("needs", [False, True])
+def test_a_frozen_fp8_linear_is_part_of_the_graph(needs):
+    """Also before the first adapter, where the input needs no gradient."""
+    model = quantize_base(torch.nn.Sequential(torch.nn.Linear(32, 32)), "fp8")
+    counter = counted(model)
+    model(torch.randn(4, 32, requires_grad=needs))
+    assert counter.frame_count == 1

@@ -28,7 +28,8 @@ from lightning_lora import (
     unmerge_lora,
 )
 from lightning_lora.adapter_io.starting import starting_config
-from lightning_lora.quantization.formats import dequantized, lost_factors
+from lightning_lora.quantization.content import lost_factors
+from lightning_lora.quantization.formats import dequantized
 from tests.conftest import same_bits
 from tests.lit import LitNet, bits, trainer
 from tests.quantized import QUANTIZERS, Stack, packed_stack, plain_stack
