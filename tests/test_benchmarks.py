@@ -95,6 +95,18 @@ def test_multi_gpu_runs_whole(tmp_path: Path, devices: int) -> None:
     assert [row["bytes"] > 0 for row in rows if row["part"] == "save"] == [True] * 3, printed
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_multi_gpu_fits_what_does_not_fit_one_gpu(tmp_path: Path) -> None:
+    """Every strategy and base trains the same model: only the rounding of its weights and sums differs."""
+    rows, printed = multi_gpu(tmp_path, "--devices", "2", "--worlds", "2", "--warmup", "1", "--recompute", "selective", "--parts", "big")
+    assert len(rows) == 15 and not [row for row in rows if "failed" in row], printed
+    losses = {(row["way"], row["base"], row["model"]): row["losses"] for row in rows}
+    first = losses["fsdp2", "bf16", "ours"][0]
+    # Under tensor parallelism the first rank's loss is of both ranks' rows.
+    assert all(abs(found[0] - first) < 2e-3 for (way, *_), found in losses.items() if way != "tp"), printed
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
 def test_floor_measures_every_mode(capsys: pytest.CaptureFixture[str]) -> None:
     modes = (

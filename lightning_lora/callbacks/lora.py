@@ -21,6 +21,7 @@ from lightning_lora.callbacks.companions import add_companions
 from lightning_lora.callbacks.data_start import read_data, resumed_config
 from lightning_lora.callbacks.dropout import wake_and_log
 from lightning_lora.callbacks.late_models import when_built
+from lightning_lora.callbacks.late_weights import load_or_defer
 from lightning_lora.callbacks.merging import check_mergeable, check_not_masked, merge_and_log
 from lightning_lora.callbacks.out_of_memory import advise
 from lightning_lora.callbacks.processes import begin_together
@@ -36,6 +37,7 @@ from lightning_lora.model.merge import remerging, unmerge_lora
 from lightning_lora.model.modes import restore_flags
 from lightning_lora.model.quantize import before_quantizing, quantize_reversibly
 from lightning_lora.model.targeting import TargetReport, find_targets
+from lightning_lora.model.weights import Weights
 from lightning_lora.optim.groups import check_ratio
 from lightning_lora.optim.preconditioning import check_known
 from lightning_lora.strategies import AdaptedPart, RollCall, StrategyHooks
@@ -87,6 +89,7 @@ class LoRACallback(Callback):
         start_from: an adapter folder or a checkpoint, whose adapter is trained further with a new optimizer at step 0. (To resume a run,
             pass ``fit(ckpt_path=...)``.) Its config counts: leave out what it says, or say the same.
         init_batches: number of training batches, on each process, that an init that computes A and B from data reads before the run.
+        weights: where the base of a module on the meta device comes from, once it is sharded; see :func:`~lightning_lora.load_base`.
         tune_loop: let the progress bar read its values twice a second, not in every step (:mod:`lightning_lora.callbacks.shown_values`).
 
     Attributes:
@@ -114,6 +117,7 @@ class LoRACallback(Callback):
         checkpointing: Literal["full", "selective"] | None = None,
         precondition: Literal["riemannian", "lora_fa"] | None = None,
         init_batches: int = 8,
+        weights: str | Path | Weights | None = None,
     ) -> None:
         offloaded = [offload] if isinstance(offload, str) else list(offload or ())
         check_options(compile, cuda_graphs, offloaded, checkpointing, quantize, merge_quantized, merge_max_lost, init_batches)
@@ -127,7 +131,7 @@ class LoRACallback(Callback):
         self.quantize, self.merge_quantized = quantize, merge_quantized
         self.merge_on_fit_end = quantize is None or merge_quantized is not None if merge_on_fit_end is None else merge_on_fit_end
         self.lora_plus_ratio, self.merge_max_lost, self.tune_loop = lora_plus_ratio, merge_max_lost, tune_loop
-        self.precondition, self.init_batches = precondition, init_batches
+        self.precondition, self.init_batches, self.weights = precondition, init_batches, weights
         self.check_base, self.check_gradients, self.allow_nonfinite = check_base, check_gradients, allow_nonfinite
         self.compile, self.cuda_graphs, self.offload, self.checkpointing = compile, cuda_graphs, offload, checkpointing
         self.report: TargetReport | None = None
@@ -259,6 +263,8 @@ class LoRACallback(Callback):
                 stays = frozen_parts(target, report, self.config, whole=self.module is None)
                 inject(target, self.config, report)
                 undo.callback(unload_lora, target)
+            load = load_or_defer(self, trainer, pl_module)
+            if not there:
                 synchronize(pl_module)
                 log_start(report, pl_module, stays, fitting and bool(trainer.checkpoint_callbacks))
             if self._start is not None:
@@ -267,7 +273,7 @@ class LoRACallback(Callback):
             self._modes.begin_adapted(target, trainer)
             undo.callback(arrange(trainer.strategy, pl_module))
             self.part = adapted_part(self, target)
-            self.part.before_setup = partial(read_data, self, trainer, pl_module)
+            self.part.before_setup, self.part.after_setup = partial(read_data, self, trainer, pl_module), load
             hooks = StrategyHooks.of(trainer.strategy, pl_module)
             undo.callback(hooks.drop, self.part.root, forget=not there)
             hooks.add(self.part, training=fitting, new=not there)

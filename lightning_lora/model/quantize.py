@@ -19,7 +19,16 @@ from lightning_lora.config import ALL_LINEAR, LoRAConfig
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.spec import LayerSpec, init_options_of
 from lightning_lora.model.targeting import find_targets
-from lightning_lora.quantization.formats import Quantizer, dequantized, format_of, prepare, quantizer_of, remember, remember_lost
+from lightning_lora.quantization.formats import (
+    Quantizer,
+    dequantized,
+    format_of,
+    prepare,
+    quantizer_of,
+    remember,
+    remember_lost,
+)
+from lightning_lora.quantization.loading import remember_format
 from lightning_lora.registry import belongs_to_packed_base
 from lightning_lora.utils.checksums import sampled_digest
 from lightning_lora.utils.sharding import is_sharded
@@ -38,8 +47,9 @@ def quantize_base(
     """Quantize the weights of a model's linears. Everything else (embeddings, norms, biases, heads) stays as it is.
 
     All linears are quantized or, after any failure, none. So the plain weights are kept until the last linear is done: the peak is the
-    model's memory plus that of the quantized weights, a quarter of a bf16 model for 4 bits and a half for 8. Quantize block by block if
-    there is no room for that.
+    model's memory plus that of the quantized weights, a quarter of a bf16 model for 4 bits and a half for 8. If there is no room for that,
+    build the model on the meta device, quantize it there to ``"fp8"`` or ``"nf4"``, and give it its weights one by one with
+    :func:`~lightning_lora.load_base`.
 
     Args:
         model: a model without adapters, its weights loaded.
@@ -56,8 +66,8 @@ def quantize_base(
         The same ``model``.
 
     Raises:
-        ValueError: the format is not known, or a linear cannot be quantized: it is adapted, on the meta device, sharded, tied to another
-            module, not a plain ``nn.Linear``, or of a size that does not fit the format.
+        ValueError: the format is not known, or a linear cannot be quantized: it is adapted, sharded, tied to another module, not a plain
+            ``nn.Linear``, of a size that does not fit the format, or on the meta device (formats but ``"fp8"`` and ``"nf4"``).
         ImportError: the library is not installed; the message names the extra.
     """
     quantize_reversibly(model, how, targets=targets, modules_to_save=modules_to_save, device=device, lora=lora)
@@ -83,15 +93,18 @@ def quantize_reversibly(
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     for fqn, layer in layers.items():
-        reason = _refusal(layer, fqn, owners, quantizer.unit)
+        reason = _refusal(layer, fqn, owners, quantizer, layer in specs)
         if reason:
             raise ValueError(f"quantize={how!r}: {fqn!r} ({type(layer).__name__}) {reason}.")
     with ExitStack() as undo:  # out of memory, an interrupt: any failure restores what was quantized before it
         for layer in layers.values():
             assert isinstance(layer, nn.Linear)
             undo.callback(_Plain(layer).put_back)
-            remember(layer, sampled_digest(layer.weight))
-            there = torch.device(device) if device is not None else layer.weight.device
+            if layer.weight.is_meta:
+                remember_format(layer, how)
+            else:
+                remember(layer, sampled_digest(layer.weight))
+            there = layer.weight.device if device is None or layer.weight.is_meta else torch.device(device)
             if layer in specs:
                 quantize_with_factors(layer, quantizer, specs[layer], there)
             else:
@@ -172,20 +185,21 @@ class _Plain:
             self.weight.data = self.weight.data.to(device)
 
 
-def _refusal(layer: nn.Module, fqn: str, owners: dict[int, list[str]], unit: int) -> str | None:
+def _refusal(layer: nn.Module, fqn: str, owners: dict[int, list[str]], quantizer: Quantizer, makes_up: bool) -> str | None:
     """Return why a linear cannot be quantized; None if it can."""
     if isinstance(layer, LoRALayer):
         return "has an adapter already: quantize the base first, then apply LoRA"
     if type(layer) is not nn.Linear:
         return "is no plain nn.Linear, whose forward is all that the packed layer does: leave it out of the targets"
     weight = layer.weight
-    if weight.is_meta:
+    if weight.is_meta and (makes_up or not quantizer.on_meta):
         return "is on the meta device: load its weight first"
     if is_sharded(weight):
         return "is sharded already: quantize before the model is parallelized"
     if not weight.is_floating_point():
         return f"has a weight of dtype {weight.dtype}: it is quantized, by a library that is not known here"
-    if weight.numel() % unit:
-        return f"has {weight.numel()} entries, and this format packs multiples of {unit}: leave it out of the targets, or use 'nf4'"
+    if weight.numel() % quantizer.unit:
+        size = f"has {weight.numel()} entries, and this format packs multiples of {quantizer.unit}"
+        return f"{size}: leave it out of the targets, or use 'nf4'"
     others = [name for name in owners[id(weight)] if name != f"{fqn}.weight"]
     return f"shares its weight with {others[0]}, which would keep the unpacked one: leave it out of the targets" if others else None

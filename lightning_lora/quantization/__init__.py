@@ -3,6 +3,6 @@
 May import: ``utils``, ``registry``, ``ops``. A quantization library is imported only for a model that uses it.
 """
 
-from lightning_lora.quantization import bitsandbytes, block_float8, compressed_tensors, float8, torchao
+from lightning_lora.quantization import bitsandbytes, bitsandbytes_quantize, block_float8, compressed_tensors, float8, torchao
 
-__all__ = ["bitsandbytes", "block_float8", "compressed_tensors", "float8", "torchao"]
+__all__ = ["bitsandbytes", "bitsandbytes_quantize", "block_float8", "compressed_tensors", "float8", "torchao"]

@@ -73,6 +73,14 @@ class QuantizedFormat:
         """Return the tensors that store the weight."""
         raise NotImplementedError(f"{type(self).__name__} must implement codes")
 
+    def unpacked_dtype(self, module: Any) -> torch.dtype:
+        """Return the dtype that the weight had, or would have had, before it was quantized."""
+        raise NotImplementedError(f"{type(self).__name__} must implement unpacked_dtype")
+
+    def take_over(self, module: Any, other: Any) -> None:
+        """Take the quantized weight of another layer of the same sizes; if this one is sharded, this rank's piece."""
+        raise NotImplementedError(f"{type(self).__name__} must implement take_over")
+
 
 @dataclass(frozen=True)
 class Quantizer:
@@ -82,11 +90,13 @@ class Quantizer:
         pack: quantizes the layer's weight in place, computing on a device. The quantized weight is on the plain one's device.
         check_installed: imports the library, or raises ImportError that names the extra to install.
         unit: number that the count of the weight's entries must be a multiple of.
+        on_meta: True if ``pack`` makes an empty quantized layer of one on the meta device, to be filled later.
     """
 
     pack: Callable[[nn.Linear, torch.device], None]
     check_installed: Callable[[], Any]
     unit: int = 1
+    on_meta: bool = False
 
 
 @dataclass
@@ -222,6 +232,7 @@ def elements(module: nn.Module, name: str, parameter: Tensor) -> int:
 def remember(module: nn.Module, digest: str) -> None:
     """Record the digest of the weight before it is quantized, so that a quantized copy counts as the same base."""
     module.__dict__[_DIGEST] = digest
+    module.__dict__.pop(_CODES, None)  # that of the codes before
 
 
 def remember_lost(module: nn.Module, A: Tensor, B: Tensor) -> None:

@@ -24,6 +24,7 @@ class AdaptedPart:
         precondition: method that its gradients are preconditioned by; None: they are not.
         before_load: called with a checkpoint's config before the module is checked against it. It may change the module to fit.
         before_setup: called before the strategy wraps the module and makes its optimizers.
+        after_setup: called after that, before a checkpoint is loaded. None: nothing is left to do then.
     """
 
     root: str
@@ -35,6 +36,7 @@ class AdaptedPart:
     precondition: str | None = None
     before_load: Callable[[LoRAConfig], None] | None = None
     before_setup: Callable[[], None] = lambda: None
+    after_setup: Callable[[], object] | None = None
 
 
 def meta_of(parts: Mapping[str, AdaptedPart], base: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
