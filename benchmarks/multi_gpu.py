@@ -16,92 +16,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing as mp
 import os
-import shutil
 import tempfile
-import time
 from collections.abc import Callable
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import multi_gpu_models as models
 import multi_gpu_runs as runs
 import torch
-
-GRACE = 10.0  # seconds: after one process failed, the others may wait for it in a collective for ever
-
-
-class Workers:
-    """Processes that stay over many rows: importing and NCCL's start take seconds. After a failure the next call starts new ones."""
-
-    def __init__(self, world: int, cpu: bool) -> None:
-        self.world, self.cpu = world, cpu
-        self.members: list[tuple[Any, Any]] = []
-        self.folder = ""
-        self.variables: dict[str, str] = {}
-
-    def under(self, variables: dict[str, str]) -> Workers:
-        """These processes, started anew unless they have these environment variables."""
-        if variables != self.variables:
-            self.close()
-        self.variables = variables
-        return self
-
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 300.0) -> list[Any]:
-        """What each rank returned.
-
-        Raises:
-            RuntimeError: a rank raised, died or did not answer; all of them are gone then.
-        """
-        if not self.members:
-            self._start()
-        for _, pipe in self.members:
-            pipe.send((function, args))
-        waiting, results, errors = {pipe: rank for rank, (_, pipe) in enumerate(self.members)}, {}, []
-        deadline = time.monotonic() + timeout
-        while waiting:
-            ready = wait(list(waiting), GRACE if errors else max(0.0, deadline - time.monotonic()))
-            if not ready:
-                errors.append(f"no answer from ranks {sorted(waiting.values())}")
-                break
-            for pipe in ready:
-                rank = waiting.pop(pipe)
-                try:
-                    ok, value = pipe.recv()
-                except (EOFError, ConnectionResetError):
-                    process = self.members[rank][0]
-                    process.join(1.0)
-                    ok, value = False, f"rank {rank} died, exit code {process.exitcode}"
-                if ok:
-                    results[rank] = value
-                else:
-                    errors.append(value)
-        if errors:
-            self.close()
-            raise RuntimeError(next((error for error in errors if "died" in error), errors[0]))
-        return [results[rank] for rank in range(self.world)]
-
-    def close(self) -> None:
-        for process, pipe in self.members:
-            process.kill()
-            process.join()
-            pipe.close()
-        self.members = []
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _start(self) -> None:
-        # They meet over a file: a port that was free may be taken by the time they have started.
-        self.folder = tempfile.mkdtemp()
-        meeting = Path(self.folder, "meeting")
-        context = mp.get_context("forkserver" if self.cpu else "spawn")  # CUDA cannot be forked
-        for rank in range(self.world):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=runs.work, args=(rank, self.world, meeting.as_uri(), theirs, self.cpu, self.variables))
-            process.start()  # not a daemon, which may not start a loader's processes
-            theirs.close()  # so that a process's death closes the pipe
-            self.members.append((process, ours))
+from multi_gpu_workers import Workers
 
 
 def step_rows(workers: Workers, options: argparse.Namespace, say: Callable[[dict[str, Any]], None]) -> None:
@@ -173,6 +97,16 @@ def resume_rows(workers: Workers, options: argparse.Namespace, say: Callable[[di
         print(f"| {what} | {result} |", flush=True)
         say({"part": "resume", "what": what, "result": result, **values})
 
+    def killed_in_save(members: Workers, folder: str, ckpt: Path) -> str:
+        try:
+            members.run(files.fit, f"{folder}/cut", 8, str(ckpt), None, world, options, 7)
+        except RuntimeError as error:
+            if "exit code -9" not in str(error):
+                raise
+            there = sorted(path.name for path in Path(f"{folder}/cut").iterdir() if "7" in path.name)
+            return f"{error}; of step 7 there is {', '.join(there) or 'nothing'}"
+        raise RuntimeError("the run that was to be killed came to its end")
+
     try:
         with tempfile.TemporaryDirectory() as folder:
             whole = workers.run(files.fit, f"{folder}/whole", 8, None, None, world, options)[0]
@@ -187,6 +121,9 @@ def resume_rows(workers: Workers, options: argparse.Namespace, say: Callable[[di
                 raise RuntimeError("the run that was to be killed came to its end")
             for members, stop in ((other, 6), (workers, 8)):
                 ckpt = max(Path(f"{folder}/cut").glob("*.ckpt"), key=lambda path: int(path.stem.partition("=")[2]))
+                if stop == 8:
+                    what = f"{world} processes, rank 0 gets SIGKILL half-way through the file of step 7"
+                    told(what, killed_in_save(members, folder, ckpt))
                 now = members.run(files.fit, f"{folder}/cut", stop, str(ckpt), None, world, options)[0]
                 same = f"{now['tensors']} adapter tensors and moments by name, {now['different']} differ from the file"
                 told(f"resumed on {members.world} from {ckpt.stem}", same, tensors=now["tensors"], different=now["different"])
@@ -226,7 +163,14 @@ def fit_rows(workers: Workers, options: argparse.Namespace, say: Callable[[dict[
     multi_gpu_fit.fit_rows(workers, options, say)
 
 
-PARTS = {"steps": step_rows, "save": save_rows, "resume": resume_rows, "nf4": nf4_rows, "fit": fit_rows}
+def big_rows(workers: Workers, options: argparse.Namespace, say: Callable[[dict[str, Any]], None]) -> None:
+    """A model that does not fit one GPU, through ``Trainer.fit``."""
+    import multi_gpu_big  # likewise
+
+    multi_gpu_big.big_rows(workers, options, say)
+
+
+PARTS = {"steps": step_rows, "save": save_rows, "resume": resume_rows, "nf4": nf4_rows, "fit": fit_rows, "big": big_rows}
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
@@ -245,6 +189,14 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--models", nargs="+", choices=list(models.MODELS), default=list(models.MODELS))
     parser.add_argument("--bases", nargs="+", choices=["bf16", "fp8"], default=["bf16"], help="of the part fit")
     parser.add_argument("--ways", nargs="+", default=["one", "fsdp2", "auto"], help="of the part fit, see multi_gpu_fit.py")
+    parser.add_argument("--layers", type=int, help="of the part big: at most so many blocks")
+    parser.add_argument("--recompute", choices=["full", "selective"], help="of the part big: LoRACallback(checkpointing=...)")
+    parser.add_argument("--big", nargs="+", help="of the part big: these rows, as strategy/base/model")
+    parser.add_argument("--worlds", type=int, nargs="+", help="of the part big: numbers of devices; default: the last three powers of 2")
+    parser.add_argument("--warmup", type=int, default=2, help="of the part big: steps before the counted ones")
+    parser.add_argument("--save", action="store_true", help="of the part big: save a checkpoint after each run of ours")
+    parser.add_argument("--budget", type=float, default=1e9, help="of the part big: seconds after which no row begins")
+    parser.add_argument("--row-timeout", type=float, default=600.0, help="of the part big: seconds of a row")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=["steps", "save", "resume"])
     parser.add_argument("--json", type=Path, default=Path("runs/multi_gpu.json"))
     options = parser.parse_args(argv)

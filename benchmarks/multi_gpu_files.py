@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import signal
@@ -109,7 +110,26 @@ def moments(state: dict[str, Any]) -> dict[str, Tensor]:
     return {f"{name}/{slot}": value.cpu() for name, slots in state["state"].items() for slot, value in slots.items()}
 
 
-def fit(folder: str, stop: int, ckpt: str | None, kill_at: int | None, rows: int, options: argparse.Namespace) -> dict[str, Any]:
+def die_in_save(step: int) -> None:
+    """Let the first rank write half of that step's checkpoint, and kill itself."""
+    save = torch.save
+
+    def half(content: Any, file: Any, **options: Any) -> None:
+        if isinstance(content, dict) and content.get("global_step") == step:
+            buffer = io.BytesIO()
+            save(content, buffer)
+            file.write(buffer.getbuffer()[: buffer.tell() // 2])
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(content, file, **options)
+
+    if dist.get_rank() == 0:
+        torch.save = half  # the process does not come back
+
+
+def fit(
+    folder: str, stop: int, ckpt: str | None, kill_at: int | None, rows: int, options: argparse.Namespace, die_at: int | None = None
+) -> dict[str, Any]:
     """Train to a step with a checkpoint after each, under ``lora_fsdp2``.
 
     Args:
@@ -119,7 +139,10 @@ def fit(folder: str, stop: int, ckpt: str | None, kill_at: int | None, rows: int
         kill_at: global step in which the last rank gets SIGKILL.
         rows: sequences of a global batch.
         options: the command line's.
+        die_at: global step whose checkpoint the first rank dies in.
     """
+    if die_at is not None:
+        die_in_save(die_at)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     task = Task(options, rows, ckpt, kill_at)
     torch.manual_seed(1)  # the adapters' start

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from lightning_lora.model.offload import offload_activations
     from lightning_lora.model.offload_frozen import offload_frozen
     from lightning_lora.model.parallel import replicated_parameters
+    from lightning_lora.model.weights import load_base
     from lightning_lora.optim.advice import advise_learning_rate
     from lightning_lora.strategies import DurableCheckpointIO, LoRAFSDP2Strategy
     from lightning_lora.trials.sweep import sweep
@@ -82,6 +83,7 @@ __all__ = [
     "initialize_from_data",
     "load_adapter",
     "load_adapters",
+    "load_base",
     "lora_layers",
     "lora_param_groups",
     "merge_certificate",
@@ -124,6 +126,7 @@ _LAZY = {
     "extract_adapter": "model.extract",
     "initialize_from_data": "model.data_start",
     "load_adapters": "adapter_io.adapter_set",
+    "load_base": "model.weights",
     "offload_activations": "model.offload",
     "offload_frozen": "model.offload_frozen",
     "replicated_parameters": "model.parallel",

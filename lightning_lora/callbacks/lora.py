@@ -22,6 +22,7 @@ from lightning_lora.callbacks.companions import add_companions
 from lightning_lora.callbacks.data_start import read_data
 from lightning_lora.callbacks.dropout import wake_and_log
 from lightning_lora.callbacks.late_models import when_built
+from lightning_lora.callbacks.late_weights import load_or_defer
 from lightning_lora.callbacks.merging import check_mergeable, check_not_masked, merge_and_log
 from lightning_lora.callbacks.out_of_memory import advise
 from lightning_lora.callbacks.processes import begin_together
@@ -37,6 +38,7 @@ from lightning_lora.model.merge import remerging, unmerge_lora
 from lightning_lora.model.modes import restore_flags
 from lightning_lora.model.quantize import before_quantizing, quantize_reversibly
 from lightning_lora.model.targeting import TargetReport, find_targets
+from lightning_lora.model.weights import Weights
 from lightning_lora.optim.groups import check_ratio
 from lightning_lora.optim.preconditioning import check_known
 from lightning_lora.strategies import AdaptedPart, RollCall, StrategyHooks
@@ -59,9 +61,8 @@ class LoRACallback(Callback):
     Args:
         config: what to adapt; default ``LoRAConfig()``.
         module: name of the submodule to adapt and freeze; default: the whole LightningModule. Other parts then train as before.
-        quantize: format to quantize the base to before it is adapted: ``"nf4"`` (QLoRA) or ``"fp8"``, for linears and experts, or one for
-            linears alone. Heads stay as they are. The formats are those of :func:`~lightning_lora.quantize_base`. A base that was loaded
-            quantized does not need it.
+        quantize: format to quantize the base to before it is adapted: ``"nf4"`` (QLoRA) or ``"fp8"``, experts too, or one for linears
+            alone; see :func:`~lightning_lora.quantize_base`. Heads stay as they are. A base that was loaded quantized does not need it.
         merge_on_fit_end: merge after a completed ``fit``. Checkpoints hold the adapter all the same. Loading one (``test(ckpt_path=
             "best")``) or fitting again unmerges first. Default: True; with ``quantize``, only if ``merge_quantized`` is given.
         merge_quantized: how to merge into a quantized base, ``"dequantize"`` or ``"requantize"`` (see :func:`~lightning_lora.merge_lora`).
@@ -89,6 +90,7 @@ class LoRACallback(Callback):
         start_from: an adapter folder or a checkpoint, whose adapter is trained further with a new optimizer at step 0. (To resume a run,
             pass ``fit(ckpt_path=...)``.) Its config counts: leave out what it says, or say the same.
         init_batches: number of training batches, on each process, that an init that computes A and B from data reads before the run.
+        weights: where the base of a module on the meta device comes from, once it is sharded; see :func:`~lightning_lora.load_base`.
         tune_loop: let the progress bar read its values twice a second, not in every step (:mod:`lightning_lora.callbacks.shown_values`).
 
     Attributes:
@@ -116,6 +118,7 @@ class LoRACallback(Callback):
         checkpointing: Literal["full", "selective"] | None = None,
         precondition: Literal["riemannian", "lora_fa"] | None = None,
         init_batches: int = 8,
+        weights: str | Path | Weights | None = None,
     ) -> None:
         offloaded = [offload] if isinstance(offload, str) else list(offload or ())
         check_options(compile, cuda_graphs, offloaded, checkpointing, quantize, merge_quantized, merge_max_lost, init_batches)
@@ -129,7 +132,7 @@ class LoRACallback(Callback):
         self.quantize, self.merge_quantized = quantize, merge_quantized
         self.merge_on_fit_end = quantize is None or merge_quantized is not None if merge_on_fit_end is None else merge_on_fit_end
         self.lora_plus_ratio, self.merge_max_lost, self.tune_loop = lora_plus_ratio, merge_max_lost, tune_loop
-        self.precondition, self.init_batches = precondition, init_batches
+        self.precondition, self.init_batches, self.weights = precondition, init_batches, weights
         self.check_base, self.check_gradients, self.allow_nonfinite = check_base, check_gradients, allow_nonfinite
         self.compile, self.cuda_graphs, self.offload, self.checkpointing = compile, cuda_graphs, offload, checkpointing
         self.report: TargetReport | None = None
@@ -254,12 +257,14 @@ class LoRACallback(Callback):
                 undo.callback(restore_flags, [(p, p.requires_grad) for p in pl_module.parameters()])
                 convert_base(trainer, pl_module)
                 if self.quantize is not None:
-                    device, saved = trainer.strategy.root_device, self.config.modules_to_save
-                    undo.callback(quantize_reversibly(target, self.quantize, modules_to_save=saved, device=device, lora=self.config))
+                    options: Any = {"modules_to_save": self.config.modules_to_save, "device": trainer.strategy.root_device}
+                    undo.callback(quantize_reversibly(target, self.quantize, lora=self.config, **options))
                 self.report = report = find_targets(target, self.config)
                 stays = frozen_parts(target, report, self.config, whole=self.module is None)
                 inject(target, self.config, report)
                 undo.callback(unload_lora, target)
+            load = load_or_defer(self, trainer, pl_module)
+            if not there:
                 synchronize(pl_module)
                 log_start(report, pl_module, stays, fitting and bool(trainer.checkpoint_callbacks))
             if self._start is not None:
@@ -268,7 +273,7 @@ class LoRACallback(Callback):
             self._modes.begin_adapted(target, trainer)
             undo.callback(arrange(trainer.strategy, pl_module))
             self.part = follow_checkpoints(self, adapted_part(self, target), target)
-            self.part.before_setup = partial(read_data, self, trainer, pl_module)
+            self.part.before_setup, self.part.after_setup = partial(read_data, self, trainer, pl_module), load
             hooks = StrategyHooks.of(trainer.strategy, pl_module)
             undo.callback(hooks.drop, self.part.root, forget=not there)
             hooks.add(self.part, training=fitting, new=not there)

@@ -16,7 +16,7 @@ from lightning_lora.layers.rounding import check_limit
 from lightning_lora.model.heads import left_frozen
 from lightning_lora.model.targeting import TargetReport
 from lightning_lora.optim.preconditioning import check_preconditioner
-from lightning_lora.quantization.formats import quantizer_of
+from lightning_lora.quantization.quantizers import quantizer_of
 from lightning_lora.strategies.adapted_part import AdaptedPart
 from lightning_lora.strategies.namespaces import twins
 from lightning_lora.strategies.savable import check_savable

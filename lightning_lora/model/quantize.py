@@ -22,7 +22,9 @@ from lightning_lora.layers.spec import LayerSpec, init_options_of
 from lightning_lora.model.target_report import Target
 from lightning_lora.model.targeting import find_targets
 from lightning_lora.quantization.content import remember_lost
-from lightning_lora.quantization.formats import Quantizer, dequantized, format_of, prepare, quantizer_of, remember
+from lightning_lora.quantization.formats import dequantized, format_of, prepare, remember
+from lightning_lora.quantization.loading import remember_format
+from lightning_lora.quantization.quantizers import Quantizer, quantizer_of
 from lightning_lora.quantization.stacks import STACK_FORMATS, pack_stacks
 from lightning_lora.registry import belongs_to_packed_base
 from lightning_lora.utils.checksums import sampled_digest
@@ -42,8 +44,9 @@ def quantize_base(
     """Quantize the weights of a model's linears and experts. Everything else (embeddings, norms, biases, routers, heads) stays as it is.
 
     All are quantized or, after any failure, none. So the plain weights are kept until the last one is done: the peak is the model's memory
-    plus that of the quantized weights, a quarter of a bf16 model for 4 bits and a half for 8. Quantize block by block if there is no room
-    for that.
+    plus that of the quantized weights, a quarter of a bf16 model for 4 bits and a half for 8. If there is no room for that, build the
+    model on the meta device, quantize its linears there to ``"fp8"`` or ``"nf4"``, and give it its weights one by one with
+    :func:`~lightning_lora.load_base`.
 
     Experts that transformers stores in one tensor per projection are packed by "fp8" and "nf4". A product dequantizes them: an expert at a
     time where the experts run in a loop, else at most 1 GiB of one projection's experts, which is freed before the next product.
@@ -64,8 +67,9 @@ def quantize_base(
         The same ``model``.
 
     Raises:
-        ValueError: the format is not known, or a target cannot be quantized: it is adapted, on the meta device, sharded, tied to another
-            module, neither a plain ``nn.Linear`` nor experts that the format packs, or of a size that does not fit the format.
+        ValueError: the format is not known, or a target cannot be quantized: it is adapted, sharded, tied to another module, neither a
+            plain ``nn.Linear`` nor experts that the format packs, of a size that does not fit the format, or on the meta device
+            (experts, and formats but ``"fp8"`` and ``"nf4"``).
         ImportError: the library is not installed; the message names the extra.
     """
     quantize_reversibly(model, how, targets=targets, modules_to_save=modules_to_save, device=device, lora=lora)
@@ -91,7 +95,7 @@ def quantize_reversibly(
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     for fqn, target in layers.items():
-        reason = _refusal(target, how, quantizer, owners)
+        reason = _refusal(target, how, quantizer, owners, target.module in specs)
         if reason:
             raise ValueError(f"quantize={how!r}: {fqn!r} ({type(target.module).__name__}) {reason}.")
     with ExitStack() as undo:  # out of memory, an interrupt: any failure restores what was quantized before it
@@ -103,7 +107,11 @@ def quantize_reversibly(
                 pack_stacks(layer, stacks, STACK_FORMATS[how], there)
                 continue
             assert isinstance(layer, nn.Linear)
-            remember(layer, sampled_digest(layer.weight))
+            if layer.weight.is_meta:
+                remember_format(layer, how)
+                there = layer.weight.device
+            else:
+                remember(layer, sampled_digest(layer.weight))
             if layer in specs:
                 quantize_with_factors(layer, quantizer, specs[layer], there or layer.weight.device)
             else:
@@ -190,7 +198,7 @@ def _stacks(target: Target) -> dict[str, bool]:
     return target.kind.stacks(type(target.module)) if issubclass(target.kind, SeveralWeights) else {}
 
 
-def _refusal(target: Target, how: str, quantizer: Quantizer, owners: dict[int, list[str]]) -> str | None:
+def _refusal(target: Target, how: str, quantizer: Quantizer, owners: dict[int, list[str]], makes_up: bool) -> str | None:
     """Return why a target cannot be quantized; None if it can."""
     layer, stacks = target.module, _stacks(target)
     if isinstance(layer, LoRALayer):
@@ -206,7 +214,7 @@ def _refusal(target: Target, how: str, quantizer: Quantizer, owners: dict[int, l
         weight = layer._parameters[name]
         assert weight is not None
         unit, entries = (STACK_FORMATS[how].unit, weight[0].numel()) if stacks else (quantizer.unit, weight.numel())
-        if weight.is_meta:
+        if weight.is_meta and (stacks or makes_up or not quantizer.on_meta):
             return "is on the meta device: load its weight first"
         if is_sharded(weight):
             return "is sharded already: quantize before the model is parallelized"

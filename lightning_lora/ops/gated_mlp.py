@@ -4,6 +4,9 @@ The intermediate activation is the biggest tensor of a block, so every pass over
 elementwise passes that any implementation makes, as far as the rank allows (:mod:`lightning_lora.ops.triton_gated_mlp`). The backward
 pass needs x, the base products of gate and up, and the rank-r products. With output scales (:mod:`lightning_lora.ops.output_scale`) it
 needs the base product of down too.
+
+Under a compiler the forward pass is two operators, before and after h, the input of down. So a compiled block that computes its activations
+again in the backward pass leaves out the second one, whose results nothing there needs: a third of the MLP's products.
 """
 
 from __future__ import annotations
@@ -71,10 +74,10 @@ class _GatedMLP(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, source: Any, source_down: Any, settings: Settings, *tensors: Any) -> Tensor:
         _, threshold, scales, layouts = settings
         A_list, B_list, out_scales, weights = list(tensors[:3]), list(tensors[3:6]), _given(tensors[6:9]), list(tensors[9:])
-        results = dispatch(_forward, x, source, source_down, threshold, list(scales), weights, layouts, A_list, B_list, out_scales)
-        y, (g, u, t, t_down, *rest) = results[0], results[1:]
-        z_down = rest.pop() if out_scales else None
-        ctx.save_for_backward(x, source, source_down, g, u, t, t_down, z_down, *tensors, *rest)
+        first = dispatch(_inner, x, source, source_down, threshold, list(scales), weights, layouts, A_list, B_list, out_scales)
+        h, g, u, t, t_down, *copies = first
+        y, *z_down = dispatch(_outer, h, t_down, weights, layouts, copies[3] if copies else B_list[2], out_scales)
+        ctx.save_for_backward(x, source, source_down, g, u, t, t_down, z_down[0] if z_down else None, *tensors, *copies)
         ctx.settings = settings
         return y
 
@@ -104,7 +107,7 @@ class _GatedMLP(torch.autograd.Function):
         return (dx if needs_x else None), None, None, None, *factors, *[None] * (len(tensors) - len(factors))
 
 
-def _forward(
+def _inner(
     x: Tensor,
     source: Any,
     source_down: Any,
@@ -116,24 +119,31 @@ def _forward(
     B_list: list[Tensor],
     out_scales: list[Tensor],
 ) -> list[Tensor]:
-    """Return the output; then, for the backward pass, the base products of gate and up, the rank-r products, and the factors' copies if
-    they are kept.
-
-    With output scales the base product of down is last.
+    """Return h; then, for the backward pass, the base products of gate and up, the rank-r products, and the factors' copies if they are
+    kept.
     """
     from lightning_lora.ops import triton_gated_mlp, triton_low_rank
 
     drop, drop_down = _drop(source, threshold), _drop(source_down, threshold)
     A, *B_casts, A_down = copies = _copies(A_list, B_list, x.dtype)
     t = scaled(triton_low_rank.project(x, A, drop, scales[0]), scales[:2], B_casts[:2])
-    gate, up, down = unflatten_weights(weights, layouts)
+    gate, up, _ = unflatten_weights(weights, layouts)
     g, u = base_products([gate, up], x, [None, None])
     h, t_down = triton_gated_mlp.forward(g, u, t, B_casts[0], B_casts[1], A_down, drop_down, scales[2], out_scales[:2])
-    z = down.linear(h)
-    kept = [g, u, t, t_down, *(copies if keeps_copies(B_list) else [])]
+    return [h, g, u, t, t_down, *(copies if keeps_copies(B_list) else [])]
+
+
+def _outer(
+    h: Tensor, t_down: Tensor, weights: list[Tensor], layouts: list[FrozenWeight] | list[str], B_down: Tensor, out_scales: list[Tensor]
+) -> list[Tensor]:
+    """Return the output. With output scales, the base product of down too, for the backward pass."""
+    from lightning_lora.ops import triton_low_rank
+
+    *_, down = unflatten_weights(weights, layouts)
+    z, B = down.linear(h), B_down.to(h.dtype).contiguous()
     if out_scales:
-        return [triton_low_rank.scaled_sum(z, t_down, B_casts[2], out_scales[2], None), *kept, z]
-    return [triton_low_rank.add_(z, t_down, B_casts[2]), *kept]
+        return [triton_low_rank.scaled_sum(z, t_down, B, out_scales[2], None), z]
+    return [triton_low_rank.add_(z, t_down, B)]
 
 
 def _backward(
@@ -182,7 +192,7 @@ def _backward(
     return [dx, *factors, *d_out_scales, *d_scale_down]
 
 
-def _forward_shapes(
+def _inner_shapes(
     x: Tensor,
     source: Any,
     source_down: Any,
@@ -195,10 +205,14 @@ def _forward_shapes(
     out_scales: Any,
 ) -> list[Tensor]:
     rank = A_list[0].shape[0] + A_list[1].shape[0]
-    widths = (B_list[2].shape[0], B_list[0].shape[0], B_list[1].shape[0], rank, A_list[2].shape[0])
+    wide = B_list[0].shape[0]
     copies = ((rank, x.shape[1]), *(B.shape for B in B_list), A_list[2].shape) if keeps_copies(B_list) else ()
-    z = [x.new_empty(x.shape[0], widths[0])] if out_scales else []
-    return [*(x.new_empty(x.shape[0], width) for width in widths), *(x.new_empty(shape) for shape in copies), *z]
+    products = [x.new_empty(x.shape[0], width) for width in (wide, wide, wide, rank, A_list[2].shape[0])]
+    return [*products, *(x.new_empty(shape) for shape in copies)]
+
+
+def _outer_shapes(h: Tensor, t_down: Tensor, weights: Any, layouts: Any, B_down: Tensor, out_scales: Any) -> list[Tensor]:
+    return [h.new_empty(h.shape[0], B_down.shape[0]) for _ in range(2 if out_scales else 1)]
 
 
 def _backward_shapes(dy: Tensor, x: Tensor, *operands: Any) -> list[Tensor]:
@@ -217,10 +231,15 @@ def _copies(A_list: list[Tensor], B_list: list[Tensor], dtype: torch.dtype) -> l
 
 
 register_custom_op(
-    "gated_mlp_forward(Tensor x, Tensor? source, Tensor? source_down, int threshold, float[] scales, Tensor[] weights, str[] layouts,"
+    "gated_mlp_inner(Tensor x, Tensor? source, Tensor? source_down, int threshold, float[] scales, Tensor[] weights, str[] layouts,"
     " Tensor[] A_list, Tensor[] B_list, Tensor[] out_scales) -> Tensor[]",
-    _forward,
-    _forward_shapes,
+    _inner,
+    _inner_shapes,
+)
+register_custom_op(
+    "gated_mlp_outer(Tensor h, Tensor t_down, Tensor[] weights, str[] layouts, Tensor B_down, Tensor[] out_scales) -> Tensor[]",
+    _outer,
+    _outer_shapes,
 )
 register_custom_op(
     "gated_mlp_backward(Tensor dy, Tensor x, Tensor g, Tensor u, Tensor t, Tensor t_down, Tensor? z_down, Tensor? source,"

@@ -5,6 +5,7 @@ May import: ``utils``, ``registry``, ``ops``. A quantization library is imported
 
 from lightning_lora.quantization import (
     bitsandbytes,
+    bitsandbytes_quantize,
     block_float8,
     block_float8_experts,
     compressed_tensors,
@@ -17,6 +18,7 @@ from lightning_lora.quantization import (
 
 __all__ = [
     "bitsandbytes",
+    "bitsandbytes_quantize",
     "block_float8",
     "block_float8_experts",
     "compressed_tensors",

@@ -28,17 +28,13 @@ from torch import Tensor, nn
 
 from lightning_lora.ops import backends
 from lightning_lora.ops.frozen_weight import WEIGHT_LAYOUTS, WEIGHT_READERS, FrozenWeight, WeightLayout, WeightReader
-from lightning_lora.quantization.formats import QUANTIZED_FORMATS, QUANTIZERS, QuantizedFormat, Quantizer
+from lightning_lora.quantization.formats import QUANTIZED_FORMATS, QuantizedFormat
 from lightning_lora.utils.autocast import autocast_dtype
-from lightning_lora.utils.sharding import full_tensor, is_sharded
+from lightning_lora.utils.sharding import full_tensor, is_sharded, local_shard, local_tensor
 
 
-def library() -> ModuleType:
-    """Import it.
-
-    Raises:
-        ImportError: it is not installed.
-    """
+def library_of() -> ModuleType:
+    """Import bitsandbytes, or raise ImportError that names the extra."""
     try:
         import bitsandbytes
     except ImportError as error:
@@ -79,19 +75,33 @@ class Linear4bitFormat(QuantizedFormat):
 
     def dequantize(self, module: Any) -> Tensor:
         """Return the weight in the dtype it was quantized from."""
-        return library().functional.dequantize_4bit(module.weight.data, _state(module))
+        return library_of().functional.dequantize_4bit(module.weight.data, _state(module))
 
     def requantize(self, module: Any, weight: Tensor) -> None:
         """Quantize with the same data type, block size and double quantization."""
         old = module.weight
         fields = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
         weight = weight.to(_state(module).dtype)
-        new = library().nn.Params4bit(weight, requires_grad=False, module=module, **{name: getattr(old, name) for name in fields})
+        new = library_of().nn.Params4bit(weight, requires_grad=False, module=module, **{name: getattr(old, name) for name in fields})
         module._parameters["weight"] = new.to(old.device)  # also sets module.quant_state
 
     def codes(self, module: Any) -> list[Tensor]:
         """Return the 4-bit codes and the scales."""
         return [full_tensor(module.weight.detach()).as_subclass(Tensor).view(torch.uint8), _state(module).absmax]
+
+    def unpacked_dtype(self, module: Any) -> torch.dtype:
+        """Return the dtype that the weight dequantizes to."""
+        dtype: torch.dtype = _state(module).dtype
+        return dtype
+
+    def take_over(self, module: Any, other: Any) -> None:
+        """Take the codes, or this rank's piece of them, and all scales."""
+        if is_sharded(module.weight):
+            local_tensor(module.weight).copy_(local_shard(other.weight.data, module.weight))
+        else:
+            module._parameters["weight"] = other.weight
+            other.weight.module = module
+        module.quant_state = other.quant_state
 
 
 def _state(module: Any) -> Any:
@@ -163,7 +173,7 @@ class FrozenWeight4bit(FrozenWeight):
         """Return a description with this dtype as the one to dequantize to."""
         if self.state is not None and self.state.dtype == dtype:
             return self.state
-        make, (kind, block, rows, columns, outer_block) = library().functional.QuantState, self.details
+        make, (kind, block, rows, columns, outer_block) = library_of().functional.QuantState, self.details
         _, absmax, values, *nested = self.tensors
         offset = scales = None
         if nested:
@@ -233,56 +243,21 @@ class Linear8bitFormat(QuantizedFormat):
     def dequantize(self, module: Any) -> Tensor:
         """Return the weight in the dtype it was quantized from, fp32 if unknown: bitsandbytes does not record the dtype."""
         scales = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
-        dense = library().functional.int8_vectorwise_dequant(module.weight.data, scales)
+        dense = library_of().functional.int8_vectorwise_dequant(module.weight.data, scales)
         return dense.to(getattr(module, "_unpacked_dtype", None) or torch.float32)
 
     def requantize(self, module: Any, weight: Tensor) -> None:
         """Quantize row by row, through float16 as bitsandbytes does."""
-        bnb, state = library(), module.state
-        module.state = bnb.MatmulLtState()
+        library, state = library_of(), module.state
+        module.state = library.MatmulLtState()
         for name in ("threshold", "has_fp16_weights", "use_pool"):
             setattr(module.state, name, getattr(state, name))
-        codes, scales, _ = bnb.functional.int8_vectorwise_quant(weight.to(torch.float16).to(module.weight.device))
-        module._parameters["weight"] = bnb.nn.Int8Params(codes, requires_grad=False, CB=codes, SCB=scales)
+        codes, scales, _ = library.functional.int8_vectorwise_quant(weight.to(torch.float16).to(module.weight.device))
+        module._parameters["weight"] = library.nn.Int8Params(codes, requires_grad=False, CB=codes, SCB=scales)
 
     def codes(self, module: Any) -> list[Tensor]:
         """Return the 8-bit codes and the scales."""
         return [module.weight.detach().as_subclass(Tensor), module.weight.SCB if module.weight.SCB is not None else module.state.SCB]
-
-
-def quantize_nf4(linear: Any, device: torch.device) -> None:
-    """Quantize to 4-bit NormalFloat with double quantization. The layer computes in the weight's original dtype."""
-    modules = library().nn
-    made = modules.Linear4bit(1, 1, linear.bias is not None, linear.weight.dtype, True, "nf4", device="meta")
-    weight = modules.Params4bit(linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", module=linear)
-    _become(linear, made, weight, device)
-    linear.quant_state = linear.weight.quant_state
-
-
-def quantize_int8(linear: Any, device: torch.device) -> None:
-    """Quantize to 8 bits with one scale per row. Inputs above 6 are multiplied in 16 bits, as in LLM.int8()."""
-    modules = library().nn
-    made = modules.Linear8bitLt(1, 1, linear.bias is not None, has_fp16_weights=False, threshold=6.0, device="meta")
-    codes, scales, _ = library().functional.int8_vectorwise_quant(linear.weight.data.to(device, torch.float16))
-    codes, scales = codes.to(linear.weight.device), scales.to(linear.weight.device)
-    linear._unpacked_dtype = linear.weight.dtype
-    _become(linear, made, modules.Int8Params(codes, requires_grad=False, CB=codes, SCB=scales), linear.weight.device)
-
-
-def _become(linear: Any, made: Any, weight: Any, device: torch.device) -> None:
-    """Turn a linear into a layer of the library's class, in place. Module, name and bias stay the same.
-
-    Args:
-        linear: the layer to change.
-        made: a new layer of the library, whose class, hooks and attributes it gets.
-        weight: its new weight, quantized by the move to ``device``.
-        device: device to quantize on. The weight then returns to its original device.
-    """
-    home = linear.weight.device
-    linear.__class__ = type(made)
-    linear._load_state_dict_pre_hooks.update(made._load_state_dict_pre_hooks)
-    linear.__dict__.update({name: value for name, value in made.__dict__.items() if name not in linear.__dict__})
-    linear._parameters["weight"] = weight.to(device).to(home)
 
 
 QUANTIZED_FORMATS["bitsandbytes.nn.modules.Linear4bit"] = Linear4bitFormat()
@@ -290,5 +265,3 @@ QUANTIZED_FORMATS["bitsandbytes.nn.modules.Linear8bitLt"] = Linear8bitFormat()
 WEIGHT_READERS["bitsandbytes.nn.modules.Linear4bit"] = WeightReader4bit()
 WEIGHT_LAYOUTS["bitsandbytes-4bit"] = WeightLayout(3, _made4bit)
 WEIGHT_LAYOUTS["bitsandbytes-4bit-nested"] = WeightLayout(6, _made4bit)
-QUANTIZERS["nf4"] = Quantizer(quantize_nf4, library)
-QUANTIZERS["int8"] = Quantizer(quantize_int8, library)

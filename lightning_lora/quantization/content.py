@@ -6,11 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_lora.quantization.formats import format_of
+from lightning_lora.quantization.formats import CODES, format_of
 from lightning_lora.utils.checksums import sampled_digest
 
 UNKNOWN = "packed:"  # prefix of the digest of a weight that was loaded quantized
-_CODES = "_packed_digest"
 _LOST = "_lost_factors"
 
 
@@ -27,10 +26,10 @@ def lost_factors(module: nn.Module) -> tuple[Tensor, Tensor] | None:
 def packed_digest(module: Any) -> str | None:
     """Return ``format=digest`` of a quantized weight as it is stored, sampled; None for a plain weight. A merge does not change it."""
     packing = format_of(module) if "weight" in module._parameters else None
-    if packing is not None and not module.weight.is_meta and _CODES not in module.__dict__:
+    if packing is not None and not module.weight.is_meta and CODES not in module.__dict__:
         codes = "+".join(sampled_digest(code) for code in packing.codes(module))
-        module.__dict__[_CODES] = f"{type(packing).__name__.removesuffix('Format')}={codes}"
-    return module.__dict__.get(_CODES)
+        module.__dict__[CODES] = f"{type(packing).__name__.removesuffix('Format')}={codes}"
+    return module.__dict__.get(CODES)
 
 
 def weight_digest(module: Any) -> str:

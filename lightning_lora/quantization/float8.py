@@ -18,10 +18,11 @@ from lightning_lora.ops import backends, float8
 from lightning_lora.ops.float8_weight import Float8Weight
 from lightning_lora.ops.frozen_linear import frozen_linear
 from lightning_lora.ops.frozen_weight import WEIGHT_READERS, FrozenWeight, WeightReader
-from lightning_lora.quantization.formats import QUANTIZED_FORMATS, QUANTIZERS, QuantizedFormat, Quantizer
+from lightning_lora.quantization.formats import QUANTIZED_FORMATS, QuantizedFormat
+from lightning_lora.quantization.quantizers import QUANTIZERS, Quantizer
 from lightning_lora.registry import qualified_name
 from lightning_lora.utils.parameters import make_parameter
-from lightning_lora.utils.sharding import full_tensor, is_sharded
+from lightning_lora.utils.sharding import full_tensor, is_sharded, local_shard, local_tensor
 
 
 class Float8Linear(nn.Linear):
@@ -110,6 +111,19 @@ class Float8Format(QuantizedFormat):
         """Return the codes and the scales."""
         return [full_tensor(module.weight.detach()).as_subclass(Tensor), module.scales()]
 
+    def unpacked_dtype(self, module: Any) -> torch.dtype:
+        """Return the dtype that the weight dequantizes to."""
+        dtype: torch.dtype = module.plain_dtype
+        return dtype
+
+    def take_over(self, module: Any, other: Any) -> None:
+        """Take the codes, or this rank's rows of them, and all scales."""
+        if is_sharded(module.weight):
+            local_tensor(module.weight).copy_(local_shard(other.weight.detach(), module.weight))
+        else:
+            module._parameters["weight"] = other.weight
+        setattr(module, module.scale_name, other.weight_scale)
+
 
 class Float8Reader(WeightReader):
     """Reads the weight of a :class:`Float8Linear`."""
@@ -139,4 +153,4 @@ def _store(module: Any, weight: Tensor) -> None:
 _NAME = qualified_name(Float8Linear)
 QUANTIZED_FORMATS[_NAME] = Float8Format()
 WEIGHT_READERS[_NAME] = Float8Reader()
-QUANTIZERS["fp8"] = Quantizer(quantize_float8, lambda: None)
+QUANTIZERS["fp8"] = Quantizer(quantize_float8, lambda: None, on_meta=True)

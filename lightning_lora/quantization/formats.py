@@ -8,22 +8,21 @@ type, or of the mark that a library sets on it. So a library is imported only fo
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.registry import look_up, qualified_name
+from lightning_lora.registry import qualified_name
 from lightning_lora.utils.checksums import sampled_digest
 from lightning_lora.utils.sharding import is_sharded, local_tensor
 from lightning_lora.utils.torch_private_parallel import let_fsdp2_shard_integers
 
 QUANTIZED_FORMATS: dict[str, QuantizedFormat] = {}  # qualified name of a layer's or a weight's type → its format
-QUANTIZERS: dict[str, Quantizer] = {}  # quantize=… → what quantizes a linear; experts: STACK_FORMATS of stacks.py
 
 _DIGEST = "_unpacked_digest"
+CODES = "_packed_digest"  # see content.py
 PACKED, PACKED_STACKS = "packed_stack", "packed_stacks"  # the marks of a layer with one packed stack, of a module with several
 _MARKS = ("quantization_scheme", PACKED)  # marks on a layer of a plain type; the first is compressed-tensors'
 
@@ -92,20 +91,13 @@ class QuantizedFormat:
         """Return the tensors that store the weight."""
         raise NotImplementedError(f"{type(self).__name__} must implement codes")
 
+    def unpacked_dtype(self, module: Any) -> torch.dtype:
+        """Return the dtype that the weight had, or would have had, before it was quantized."""
+        raise NotImplementedError(f"{type(self).__name__} must implement unpacked_dtype")
 
-@dataclass(frozen=True)
-class Quantizer:
-    """One way to quantize a plain linear.
-
-    Attributes:
-        pack: quantizes the layer's weight in place, computing on a device. The quantized weight is on the plain one's device.
-        check_installed: imports the library, or raises ImportError that names the extra to install.
-        unit: number that the count of the weight's entries must be a multiple of.
-    """
-
-    pack: Callable[[nn.Linear, torch.device], None]
-    check_installed: Callable[[], Any]
-    unit: int = 1
+    def take_over(self, module: Any, other: Any) -> None:
+        """Take the quantized weight of another layer of the same sizes; if this one is sharded, this rank's piece."""
+        raise NotImplementedError(f"{type(self).__name__} must implement take_over")
 
 
 @dataclass
@@ -124,15 +116,6 @@ class QuantizedUndo:
         module.__class__ = self.layer_class
         module._parameters["weight"] = self.weight
         module.__dict__.update(self.attributes)
-
-
-def quantizer_of(name: str) -> Quantizer:
-    """Return the quantizer for a format, by its name in ``quantize``.
-
-    Raises:
-        ValueError: the name is unknown. The message lists the known names.
-    """
-    return look_up(QUANTIZERS, "quantize", name)
 
 
 def format_of(module: nn.Module) -> QuantizedFormat | None:
@@ -280,6 +263,7 @@ def take_back(module: nn.Module, name: str, layer: nn.Module) -> None:
 def remember(module: nn.Module, digest: str) -> None:
     """Record the digest of the weight before it is quantized, so that a quantized copy counts as the same base."""
     module.__dict__[_DIGEST] = digest
+    module.__dict__.pop(CODES, None)  # that of the codes before
 
 
 def _candidate(module: nn.Module) -> QuantizedFormat | None:

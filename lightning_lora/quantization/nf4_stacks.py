@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_lora.ops.frozen_stack import FrozenStack
 from lightning_lora.ops.frozen_weight import WEIGHT_LAYOUTS, WeightLayout
-from lightning_lora.quantization.bitsandbytes import FrozenWeight4bit, Layout4bit, library
+from lightning_lora.quantization.bitsandbytes import FrozenWeight4bit, Layout4bit, library_of
 from lightning_lora.quantization.stacks import STACK_FORMATS, Packed, StackFormat
 
 BLOCK, OUTER = 64, 256  # entries that share a scale; scales that share one
@@ -52,7 +52,7 @@ class NF4StackFormat(StackFormat):
 
     def pack(self, weight: Tensor, transposed: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Quantize matrix by matrix, along the rows as they are stored."""
-        functional = library().functional
+        functional = library_of().functional
         codes, states = [], list[Any]()
         for matrix in weight.unbind(0):
             plain = matrix if matrix.dtype in _NATIVE else matrix.float()

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.quantization.formats import QUANTIZED_FORMATS, QUANTIZERS, QuantizedFormat, Quantizer
+from lightning_lora.quantization.formats import QUANTIZED_FORMATS, QuantizedFormat
+from lightning_lora.quantization.quantizers import QUANTIZERS, Quantizer
 from lightning_lora.utils.sharding import local_tensor
 
 

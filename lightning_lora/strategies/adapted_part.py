@@ -26,6 +26,7 @@ class AdaptedPart:
         began: the config that the run began with, if the layers' ranks have changed since; None if they have not.
         take_ranks: gives the layers the ranks of a checkpoint's config; None if they cannot change.
         before_setup: called before the strategy wraps the module and makes its optimizers.
+        after_setup: called after that, before a checkpoint is loaded. None: nothing is left to do then.
     """
 
     root: str
@@ -39,6 +40,7 @@ class AdaptedPart:
     began: LoRAConfig | None = None
     take_ranks: Callable[[LoRAConfig], None] | None = None
     before_setup: Callable[[], None] = lambda: None
+    after_setup: Callable[[], object] | None = None
 
 
 def meta_of(parts: Mapping[str, AdaptedPart], base: Callable[[str], dict[str, Any]]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh
@@ -24,6 +24,7 @@ from lightning_lora.experimental import check_torch
 from lightning_lora.experimental.trial import reason_against
 from lightning_lora.layers.replaced_rows import Rows
 from lightning_lora.model.parallel import place_adapters
+from lightning_lora.model.weights import materialize, on_meta
 from lightning_lora.quantization.formats import format_of
 from lightning_lora.strategies.lightning_private import set_data_parallel_size
 from lightning_lora.strategies.namespaces import loaded, twins
@@ -91,6 +92,13 @@ class OwnBlocks(_Base):
                     f"reshard_after_forward={how[0]}, pull_frozen={how[1]}: {type(module).__name__} is sharded already, with other options."
                     " Leave these out, or remove the sharding in configure_model, or give the Trainer a new module."
                 )
+        if on_meta(module):  # Lightning would drop the values of what is not on the meta device, and leave norms without any
+            empty = materialize(module, self.root_device)
+            if empty and not self._loads:
+                rank_zero_warn(
+                    f"{len(empty)} modules were on the meta device and have no values: {', '.join(empty[:4])}. Name the model's folder in"
+                    " LoRACallback(weights=...), or load them in on_fit_start."
+                )
         # Lightning raises unless configure_model is overridden, since its users shard there.
         module.configure_model = lambda: None  # type: ignore[method-assign]
         try:
@@ -99,6 +107,12 @@ class OwnBlocks(_Base):
             del module.configure_model
         if how[1] and self.device_mesh["data_parallel"].size() > 1:  # only now are the parameters those that will train
             self._begin_to_pull(module)
+
+    @property
+    def _loads(self) -> bool:
+        """True if the base's weights are loaded after ``setup``."""
+        hooks = getattr(self, "_lora_hooks", None)
+        return hooks is not None and any(part.after_setup is not None for part in hooks.parts.values())
 
     def _pulls(self, module: nn.Module) -> bool:
         """Return whether frozen weights are to be pulled. Log what "auto" chose. A collective."""
@@ -152,6 +166,9 @@ class LoRAFSDP2Strategy(OwnBlocks, ModelParallelStrategy):
             tested and a trial before training succeeds (:mod:`lightning_lora.experimental.trial`); elsewhere FSDP2 gathers, and the log
             says why. True raises there. False always gathers. After writing to a frozen weight through ``.data`` between steps, call
             ``reshard()`` on the modules.
+
+    A module on the meta device gets memory once it is sharded, on each process for its own pieces. Its weights then come from
+    ``LoRACallback(weights=...)``, or from the module's own ``on_fit_start`` (:func:`~lightning_lora.load_base`).
 
     Raises:
         ValueError: the model has no repeated blocks; or tensor parallelism is asked for, and it has no plan; or a sharding option is

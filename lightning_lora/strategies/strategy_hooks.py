@@ -156,6 +156,10 @@ class StrategyHooks(CopiedHooks):
         for part in self.parts.values():
             part.before_setup()
         self.originals["setup"](trainer)
+        for part in self.parts.values():
+            if part.after_setup is not None:
+                part.after_setup()
+                part.after_setup = None
         self.state.rebase()
 
     def setup_optimizers(self, trainer: Trainer) -> None:

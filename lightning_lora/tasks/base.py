@@ -26,7 +26,7 @@ from lightning_lora.optim import GaLoreConfig, galore_optimizer, galore_param_gr
 from lightning_lora.optim.advice import HALF
 from lightning_lora.strategies.namespaces import twins
 from lightning_lora.tasks.flops import FlopsPerPosition
-from lightning_lora.tasks.hf import DType, check_writes, enable_checkpointing, load_model, load_tokenizer
+from lightning_lora.tasks.hf import DType, check_writes, enable_checkpointing, load_empty, load_model, load_tokenizer
 from lightning_lora.tasks.rates import learning_rate_of
 
 STAGES = ("val", "test")
@@ -61,6 +61,8 @@ class HFTask(LightningModule, ABC):
         schedule: How the learning rate falls to zero after the warm-up, or "constant".
         gradient_checkpointing: Recompute activations in the backward pass: about a third more time for far less memory.
         galore: Full-parameter training with GaLore instead of AdamW (needs the extra ``galore``, and no LoRA).
+        on_meta: Build the model on the meta device, without its weights: for models larger than a GPU, or than host memory once per
+            process. Give their folder as ``LoRACallback(weights=...)`` too, with ``strategy="lora_fsdp2"``.
 
     Attributes:
         auto_class: The class of transformers that picks the model's own.
@@ -84,6 +86,7 @@ class HFTask(LightningModule, ABC):
         schedule: Literal["constant", "linear", "cosine"] = "cosine",
         gradient_checkpointing: bool = False,
         galore: GaLoreConfig | None = None,
+        on_meta: bool = False,
     ) -> None:
         super().__init__()
         self.galore = galore
@@ -100,7 +103,8 @@ class HFTask(LightningModule, ABC):
 
     def load(self, **config: Any) -> None:
         """Load the model, in training mode, and make the metrics. ``config`` has fields of the model's configuration."""
-        self.model = load_model(self.auto_class, self.hparams["model"], self.hparams["gguf_file"], self.hparams["dtype"], **config)
+        loading = load_empty if self.hparams["on_meta"] else load_model
+        self.model = loading(self.auto_class, self.hparams["model"], self.hparams["gguf_file"], self.hparams["dtype"], **config)
         check_writes(self.auto_class, self.hparams["model"], self.model.config)
         # from_pretrained returns a model in evaluation mode, Lightning keeps that, and gradient checkpointing needs training mode.
         self.model.train()

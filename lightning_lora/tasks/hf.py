@@ -60,6 +60,25 @@ def load_model(auto_class: str, model: str, gguf_file: str | None = None, dtype:
         return getattr(transformers, auto_class).from_pretrained(model, **options)
 
 
+def load_empty(auto_class: str, model: str, gguf_file: str | None = None, dtype: DType = "auto", **config: Any) -> Any:
+    """Build a model on the meta device, in evaluation mode. Its weights are not read. Arguments are those of `load_model`.
+
+    Raises:
+        ValueError: As for `load_model`; or ``gguf_file`` is given.
+    """
+    import transformers
+
+    if gguf_file is not None:
+        raise ValueError(f"on_meta=True reads weights one by one from safetensors files, and gguf_file={gguf_file!r} has none")
+    settings = load_config(model)
+    for name, value in config.items():
+        setattr(settings, name, value)
+    saved = getattr(settings, "dtype", None) or torch.float32
+    with _named(model), torch.device("meta"):
+        made = getattr(transformers, auto_class).from_config(settings, dtype=saved if dtype == "auto" else getattr(torch, dtype))
+    return made.eval()
+
+
 def load_tokenizer(model: str, gguf_file: str | None = None) -> Any:
     """Load the tokenizer. One without a padding token gets its end token as one.
 

@@ -11,8 +11,9 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -53,6 +54,18 @@ def computed_when_missing(model: nn.Module, name: str) -> bool:
     It is computed, or not used. Without it such a parameter counts as fresh.
     """
     return any(re.search(pattern, name) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
+
+
+def initializer_of(model: nn.Module) -> dict[nn.Module, Callable[[nn.Module], None]]:
+    """Return module → the function of the transformers model around it that gives it a new model's values. Without it norms and rotary
+    frequencies of a model that was built on the meta device have no values, and a warning names them.
+    """
+    found: dict[nn.Module, Callable[[nn.Module], None]] = {}
+    for outer in model.modules():
+        initialize = getattr(type(outer), "_init_weights", None)
+        if callable(initialize) and hasattr(outer, "config"):
+            found |= {module: partial(initialize, outer) for module in outer.modules()}
+    return found
 
 
 def checkpoint_options(model: nn.Module) -> Iterator[dict[str, Any]]:

@@ -212,11 +212,12 @@ def run(
     offload: Literal["activations"] | None = None,
     callback_checkpointing: Literal["full", "selective"] | None = None,
     precondition: Literal["riemannian", "lora_fa"] | None = None,
+    weights: Callable[[str], torch.Tensor] | None = None,
     seed: int = 7,
     more: tuple[L.Callback, ...] = (),
     **trainer_kwargs: Any,
 ) -> dict[str, Any]:
-    """Fit under a strategy.
+    """Fit under a strategy; with ``weights``, a module that is built on the meta device.
 
     Returns:
         losses, adapters and moments by name (whole), what the checkpoint file has, test losses: plain and comparable.
@@ -226,9 +227,10 @@ def run(
     strategy, make = STRATEGIES[name]
     torch.manual_seed(seed)
     Net.checkpointing = checkpointing
-    module = make()
+    with torch.device("meta") if weights is not None else nullcontext():
+        module = make()
     options: dict[str, Any] = {"compile": compile, "lora_plus_ratio": lora_plus_ratio, "quantize": quantize, "start_from": start_from}
-    options |= {"offload": offload, "checkpointing": callback_checkpointing, "precondition": precondition}
+    options |= {"offload": offload, "checkpointing": callback_checkpointing, "precondition": precondition, "weights": weights}
     callback = LoRACallback(config, merge_on_fit_end=merge, **options)
     callbacks: list[L.Callback] = [callback, *more]
     if save:

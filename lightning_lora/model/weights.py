@@ -1,0 +1,184 @@
+"""Give a model on the meta device memory and weights, one weight at a time.
+
+A model that fits neither a device nor the host's memory once per process is built on the meta device. It is quantized, adapted and sharded
+there, where that costs nothing. Then each process gets memory for its own pieces (:func:`materialize`). The weights come one by one
+(:func:`load_base`): each is read or made in full, quantized if its layer is, and only this process's piece is kept. So the peak is the
+pieces and one weight.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from lightning_lora.layers.base import PREFIX, LoRALayer, lora_layers
+from lightning_lora.quantization.formats import format_of
+from lightning_lora.quantization.loading import load_packed
+from lightning_lora.utils.names import clean_name
+from lightning_lora.utils.sharding import local_shard, local_tensor
+from lightning_lora.utils.transformers_conventions import initializer_of
+
+Weights = Callable[[str], Tensor]
+"""Name of a base weight → the full tensor, on any device. It raises KeyError for names that it does not have."""
+
+_INDEX, _ONE = "model.safetensors.index.json", "model.safetensors"
+
+
+def on_meta(model: nn.Module) -> bool:
+    """True if a parameter or a buffer is on the meta device."""
+    return any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+
+
+@torch.no_grad()
+def materialize(model: nn.Module, device: torch.device) -> list[str]:
+    """Give what is on the meta device memory, and the values that a new model has. What has values keeps them; what is tied stays tied.
+
+    Args:
+        model: sharded by FSDP2 or tensor parallelism, or not at all.
+        device: of the memory.
+
+    Returns:
+        Names of modules whose tensors have no values yet: quantized ones, and those without ``reset_parameters`` that transformers does
+        not initialize.
+    """
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                places.setdefault(id(parameter), []).append((module, name))
+    initializers = initializer_of(model)
+    empty = []
+
+    def memory(tensor: Tensor) -> Tensor:
+        return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor
+
+    for name, module in model.named_modules():
+        own = (*module._parameters.values(), *module._buffers.values())
+        if not any(tensor is not None and tensor.is_meta for tensor in own):
+            continue
+        packed = format_of(module) is not None
+        module._apply(memory, recurse=False)
+        if packed:
+            empty.append(name)
+            if isinstance(module, LoRALayer):
+                module.reset_lora_parameters()
+        elif callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
+        elif (initialize := initializers.get(module)) is not None:
+            initialize(module)
+        else:
+            empty.append(name)
+    for (first, first_name), *others in places.values():
+        for module, name in others:
+            module._parameters[name] = first._parameters[first_name]
+    return empty
+
+
+@torch.no_grad()
+def load_base(model: nn.Module, weights: Weights | str | Path, *, device: torch.device | str | None = None) -> nn.Module:
+    """Load the base's weights one by one, onto whatever the model is by now: adapted, sharded, quantized on the meta device.
+
+    Every process reads or makes each weight in full and keeps its piece, so nothing is sent between them.
+
+    Args:
+        model: any module. What is still on the meta device gets memory first.
+        weights: a folder of safetensors files as ``save_pretrained`` writes it; or a function that returns the full tensor of a name, and
+            raises KeyError for a buffer that it lacks. Names are those of ``model.state_dict()`` before it was adapted or quantized.
+        device: where weights are quantized, and get memory; default: the device of the first parameter that has one, or the CPU.
+
+    Returns:
+        The same ``model``.
+
+    Raises:
+        ValueError: a weight is missing or of another shape, or a layer has a quantized weight already.
+    """
+    read = weights if callable(weights) else from_folder(weights)
+    real = next((parameter.device for parameter in model.parameters() if not parameter.is_meta), torch.device("cpu"))
+    device = real if device is None else torch.device(device)
+    materialize(model, device)
+    for names, module, name in _base_parameters(model):
+        _put(read, names, module, name, device)
+    for prefix, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                found = _first(read, [clean_name(f"{prefix}.{name}".lstrip("."))])
+                if found is not None:
+                    local_tensor(buffer).copy_(local_shard(found, buffer))
+    for _, layer in lora_layers(model):
+        layer.base_was_loaded(set())
+    return model
+
+
+def from_folder(folder: str | Path) -> Weights:
+    """Return a function that reads single weights from a folder of safetensors files.
+
+    Raises:
+        ValueError: the folder has no such files.
+    """
+    folder = Path(folder)
+    if (folder / _INDEX).is_file():
+        files = json.loads((folder / _INDEX).read_text())["weight_map"]
+    elif (folder / _ONE).is_file():
+        with safe_open(folder / _ONE, "pt") as opened:
+            files = dict.fromkeys(opened.keys(), _ONE)
+    else:
+        raise ValueError(f"weights={str(folder)!r} has neither {_INDEX} nor {_ONE}: give a model's folder with safetensors files.")
+
+    def read(name: str) -> Tensor:
+        with safe_open(folder / files[name], "pt") as opened:
+            found: Tensor = opened.get_tensor(name)
+        return found
+
+    return read
+
+
+def _base_parameters(model: nn.Module) -> Iterable[tuple[list[str], nn.Module, str]]:
+    """Yield each parameter of the base once: all its names, and its first place. Adapters are left out."""
+    found: dict[int, tuple[list[str], nn.Module, str]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not name.startswith(PREFIX):
+                names, *_ = found.setdefault(id(parameter), ([], module, name))
+                names.append(clean_name(f"{prefix}.{name}".lstrip(".")))
+    return found.values()
+
+
+def _put(read: Weights, names: list[str], module: Any, name: str, device: torch.device) -> None:
+    """Load one parameter."""
+    try:
+        value = _first(read, names)
+    except SafetensorError as error:
+        raise ValueError(f"{names[0]!r} cannot be read: {error}.") from error
+    if value is None:
+        raise ValueError(f"weights has no {names[0]!r}, which {type(module).__name__} needs.")
+    parameter = module._parameters[name]
+    packed = name == "weight" and format_of(module) is not None
+    shape = (module.out_features, module.in_features) if packed else tuple(parameter.shape)
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{names[0]!r} has shape {tuple(value.shape)} in weights, here {shape}.")
+    if not packed:
+        local_tensor(parameter).copy_(local_shard(value, parameter))
+        return
+    try:
+        load_packed(module, value, device)
+    except ValueError as error:
+        raise ValueError(f"{names[0]!r} {error}.") from error
+
+
+def _first(read: Weights, names: Iterable[str]) -> Tensor | None:
+    """Return the tensor of the first name that there is."""
+    for name in names:
+        try:
+            return read(name)
+        except KeyError:
+            continue
+    return None
+
+
+__all__ = ["Weights", "from_folder", "load_base", "materialize", "on_meta"]

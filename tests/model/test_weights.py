@@ -1,0 +1,134 @@
+"""Models on the meta device: memory, the values of a new model, and weights one by one (several processes: tests/distributed)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, load_base, lora_layers, quantize_base
+from lightning_lora.adapter_io.fingerprint import base_identity
+from lightning_lora.model.weights import from_folder, materialize, on_meta
+from tests.conftest import same_bits
+from tests.quantized import Stack, inputs, plain_stack
+
+CONFIG = LoRAConfig(rank=4, alpha=8, target_modules=["up", "down"])
+LLAMA = LlamaConfig(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=64,
+    tie_word_embeddings=True,
+)  # fmt: skip
+
+
+def meta_stack() -> Stack:
+    with torch.device("meta"):
+        return Stack()
+
+
+def adapted(model: nn.Module, how: str | None) -> nn.Module:
+    if how is not None:
+        quantize_base(model, how, targets=["up", "down"])
+    return apply_lora(model, CONFIG)
+
+
+@pytest.mark.parametrize("how", [None, "fp8", "nf4"])
+def test_a_model_that_came_late_is_the_model(how: str | None) -> None:
+    """The same outputs and gradients as of one that had its weights when it was quantized and adapted; the same base."""
+    plain = plain_stack()
+    there, late = adapted(plain_stack(), how), adapted(meta_stack(), how)
+    load_base(late, plain.state_dict().__getitem__)
+    assert not on_meta(late)
+    for (_, mine), (_, theirs) in zip(lora_layers(late), lora_layers(there), strict=True):
+        assert mine.lora_A.std() > 0 and not mine.lora_B.any()
+        for name, parameter in mine.lora_parameters().items():
+            parameter.data.copy_(theirs.lora_parameters()[name])
+    outputs = [model.train()(inputs()) for model in (late, there)]
+    assert same_bits(*outputs)
+    for output in outputs:
+        output.square().mean().backward()
+    for mine, theirs in zip(get_lora_parameters(late), get_lora_parameters(there), strict=True):
+        assert same_bits(mine.grad, theirs.grad)
+    assert base_identity(late) == base_identity(there) == base_identity(plain)
+
+
+def test_weights_are_asked_for_one_by_one() -> None:
+    """Each once, and none is kept beside what the layer stores."""
+    plain, asked = plain_stack().state_dict(), []
+
+    def read(name: str) -> Tensor:
+        asked.append(name)
+        return plain[name].clone()
+
+    late = load_base(adapted(meta_stack(), "fp8"), read)
+    assert sorted(asked) == sorted(plain)
+    assert late.up.weight.dtype == torch.uint8 and late.up.weight_scale.device.type == "cpu"
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_folder_of_safetensors(sharded: bool, tmp_path: Path) -> None:
+    plain = plain_stack().state_dict()
+    if sharded:
+        files = {name: f"model-{index % 2}.safetensors" for index, name in enumerate(plain)}
+        for file in set(files.values()):
+            save_file({name: plain[name] for name in plain if files[name] == file}, tmp_path / file)
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    else:
+        save_file(plain, tmp_path / "model.safetensors")
+    late = load_base(meta_stack(), tmp_path)
+    assert all(same_bits(tensor, plain[name]) for name, tensor in late.state_dict().items())
+    with pytest.raises(ValueError, match=r"weights='\S+none' has neither model.safetensors.index.json nor model.safetensors"):
+        from_folder(tmp_path / "none")
+
+
+def test_a_transformers_model(tmp_path: Path) -> None:
+    """Norms and rotary frequencies of a new model; tied weights stay tied and are read once."""
+    torch.manual_seed(0)
+    plain = LlamaForCausalLM(LLAMA).eval()
+    with torch.device("meta"):
+        late = LlamaForCausalLM(LLAMA).eval()
+    assert materialize(late, torch.device("cpu")) == []
+    assert (late.model.norm.weight == 1).all() and same_bits(late.model.rotary_emb.inv_freq, plain.model.rotary_emb.inv_freq)
+    assert late.lm_head.weight is late.model.embed_tokens.weight
+    plain.save_pretrained(tmp_path)
+    load_base(late, tmp_path)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert same_bits(late(input_ids=ids).logits, plain(input_ids=ids).logits)
+
+
+def test_what_has_values_keeps_them() -> None:
+    model = meta_stack()
+    model.head = nn.Linear(128, 128)
+    model.register_parameter("own", nn.Parameter(torch.empty(3, device="meta")))
+    before = model.head.weight.detach().clone()
+    assert materialize(model, torch.device("cpu")) == [""]  # `own` of the root: nothing says what it begins as
+    assert same_bits(model.head.weight, before)
+
+
+def test_what_computes_from_the_weight_follows_it() -> None:
+    """DoRA's magnitudes are the norms of the weights that came."""
+    config = LoRAConfig(rank=4, alpha=8, target_modules=["up"], variant="dora")
+    there, late = apply_lora(plain_stack(), config), apply_lora(meta_stack(), config)
+    load_base(late, plain_stack().state_dict().__getitem__)
+    torch.testing.assert_close(late.up.lora_magnitude_vector, there.up.lora_magnitude_vector)
+
+
+def test_refusals() -> None:
+    plain = plain_stack().state_dict()
+
+    def lacking(name: str) -> Tensor:
+        return {**plain, "down.weight": torch.ones(2, 2)}[name] if name != "norm.bias" else {}[name]
+
+    with pytest.raises(ValueError, match=r"weights has no 'norm.bias', which LayerNorm needs"):
+        load_base(meta_stack(), lacking)
+    plain["norm.bias"] = torch.zeros(128)
+    with pytest.raises(ValueError, match=r"'down.weight' has shape \(2, 2\) in weights, here \(128, 256\)"):
+        load_base(quantize_base(meta_stack(), "fp8"), {**plain, "down.weight": torch.ones(2, 2)}.__getitem__)
+    with pytest.raises(ValueError, match=r"'up.weight' is quantized already, and takes no plain weight"):
+        load_base(quantize_base(plain_stack(), "fp8"), plain.__getitem__)
+    with pytest.raises(ValueError, match=r"'up' \(Linear\) is on the meta device: load its weight first"):
+        quantize_base(meta_stack(), "int8")

@@ -1,0 +1,47 @@
+"""Tasks whose model is built without its weights, which the callback loads one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_lora import LoRACallback, LoRAConfig, lora_layers
+from lightning_lora.data import InstructionDataModule
+from lightning_lora.tasks import CausalLMTask
+from lightning_lora.tasks.hf import load_empty
+from tests.tasks.tiny import fill, trainer
+
+
+def fitted(folder: str, file: str, on_meta: bool, **options: Any) -> tuple[float, Any]:
+    task = CausalLMTask(folder, on_meta=on_meta, learning_rate=1e-2)
+    assert all(p.is_meta == on_meta for p in task.model.parameters())
+    config = LoRAConfig(rank=2, target_modules=["q_proj", "down_proj"])
+    callback = LoRACallback(config, merge_on_fit_end=False, weights=folder if on_meta else None, **options)
+    task.on_fit_start = lambda: fill(task)  # type: ignore[assignment,method-assign,func-returns-value]
+    run = trainer(callback, max_steps=3)
+    run.fit(task, InstructionDataModule(train=file, batch_size=4, max_length=64))
+    return run.callback_metrics["train_loss"].item(), task
+
+
+@pytest.mark.parametrize("quantize", [None, "fp8"])
+def test_a_fit_is_that_of_a_loaded_model(folder: str, file: str, quantize: str | None) -> None:
+    options = {} if quantize is None else {"quantize": quantize}
+    there, loaded = fitted(folder, file, False, **options)
+    late, task = fitted(folder, file, True, **options)
+    assert late == there
+    for (_, mine), (_, theirs) in zip(lora_layers(task), lora_layers(loaded), strict=True):
+        assert torch.equal(mine.lora_B, theirs.lora_B)
+
+
+def test_the_dtype_is_the_one_asked_for_and_rotary_frequencies_stay_in_fp32(folder: str) -> None:
+    for dtype, found in (("auto", torch.float32), ("bfloat16", torch.bfloat16)):
+        task = CausalLMTask(folder, on_meta=True, dtype=dtype)
+        assert {p.dtype for p in task.model.parameters()} == {found} and task.model.training
+        assert {b.dtype for name, b in task.model.named_buffers() if "inv_freq" in name} == {torch.float32}
+
+
+def test_gguf_is_refused(folder: str) -> None:
+    with pytest.raises(ValueError, match=r"on_meta=True reads weights one by one from safetensors files, and gguf_file='x.gguf' has none"):
+        load_empty(CausalLMTask.auto_class, folder, "x.gguf")
