@@ -20,6 +20,7 @@ HOMES = {
     "utils.transformers_experts",
     "strategies.lightning_private",
     "quantization.bitsandbytes",
+    "quantization.bitsandbytes_quantize",
     "quantization.torchao",
 }
 EXPERIMENTAL = {"experimental.pull_frozen", "experimental.pulling_group", "experimental.peer_memory"}  # FSDP2's insides
