@@ -50,6 +50,10 @@ class QuantizedFormat:
         """Return only the reason why the layer cannot be trained on; None if it can."""
         return None
 
+    def input_error(self, module: Any) -> float:
+        """Return the relative error of the layer's products from inputs that it quantizes too; 0 if it multiplies inputs as they are."""
+        return 0.0
+
     def prepare(self, module: Any, dtype: torch.dtype | None) -> None:
         """Prepare a layer that is not refused for training adapters on it. Quantize it if it is not quantized yet.
 
@@ -81,11 +85,13 @@ class Quantizer:
     Attributes:
         pack: quantizes the layer's weight in place, computing on a device. The quantized weight is on the plain one's device.
         check_installed: imports the library, or raises ImportError that names the extra to install.
+        makes: the format, as :func:`packed_digest` names it.
         unit: number that the count of the weight's entries must be a multiple of.
     """
 
     pack: Callable[[nn.Linear, torch.device], None]
     check_installed: Callable[[], Any]
+    makes: str
     unit: int = 1
 
 
