@@ -163,7 +163,8 @@ def _logits(model: Any, hidden: int, setting: Setting) -> int:
     if not setting.chunked_loss or head.weight.requires_grad:
         return rows * vocabulary * 12 + hidden
     width = DTYPES[setting.precision].itemsize
-    each = 2 * width + (0 if setting.compiled else 4)  # logits, their gradient, and the log-softmax in fp32 unless it is compiled
+    # Compiled: logits and their gradient. Else the log-softmax in fp32 too; of bf16 torch makes a copy in fp32 first, in its place.
+    each = 2 * width if setting.compiled else width + 4 + {torch.bfloat16: 4, torch.float16: 2}.get(DTYPES[setting.precision], 0)
     return min(rows, CHUNK) * vocabulary * each + 2 * hidden
 
 
