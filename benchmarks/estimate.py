@@ -14,9 +14,10 @@ from lightning_lora import LoRAConfig
 from lightning_lora.estimate import Setting, estimate_memory
 from lightning_lora.estimate.memory import GIB
 
-# (what: shape, rank, setting, GiB as measured, where)
+# (shape, rank or None for all weights, setting and what else the adapters have, GiB as measured, where)
 DENSE, LONG = {"batch": 4, "length": 2048, "compiled": True}, {"batch": 1, "length": 32768, "compiled": True}
-SELECTIVE = {"checkpointing": "selective"}
+SELECTIVE, SHARDED = {"checkpointing": "selective"}, {"strategy": "lora_fsdp2", "devices": 2}
+LOGITS = {"batch": 4, "length": 2048, "chunked_loss": False}
 MEASURED = [
     ("1b", 16, {**DENSE}, 9.9, "README, on one H100"),
     ("1b", 16, {**DENSE, "recorded": True}, 10.7, "2026-11-fp8.log"),
@@ -42,18 +43,32 @@ MEASURED = [
     ("30b-a3b", 16, {**DENSE, "compiled": False, "batch": 2}, 100.1, "2026-11-moe.log"),
     ("30b-a3b/16", 16, {**DENSE, "compiled": False}, 46.8, "2026-11-moe.log"),
     ("30b-a3b/16", 16, {**DENSE}, 37.7, "2026-11-moe.log"),
+    ("30b-a3b", 16, {**DENSE, "compiled": False, "batch": 2, "dropout": 0.1}, 104.2, "2026-11-moe.log"),
+    ("1b", 16, {**DENSE, "variant": "dora"}, 11.7, "README, DoRA"),
+    ("8b", 16, {**DENSE, "variant": "dora"}, 46.9, "README, DoRA"),
+    ("1b", None, {**DENSE, "chunked_loss": False}, 25.1, "README, on one H200"),
+    ("1b", None, {**DENSE, "chunked_loss": False, "compiled": False}, 32.1, "README, on one H200"),
+    ("8b", 16, {**LOGITS, "strategy": "ddp", "devices": 2}, 58.6, "README, several H200"),
+    ("8b", 16, {**LOGITS, **SHARDED}, 53.1, "README, several H200; pulled 53.3"),
+    ("8b", 16, {**LOGITS, **SHARDED, "devices": 4}, 49.2, "README, several H200; pulled 49.5"),
+    ("8b", 16, {**LOGITS, **SHARDED, "compiled": True}, 45.2, "README, several H200; pulled 45.4"),
+    ("8b", 16, {**DENSE, **SHARDED}, 34.7, "2026-11-two-gpus.log, gathered and pulled"),
+    ("8b", 16, {**SHARDED, "batch": 2, "length": 4096, "checkpointing": "full"}, 15.0, "2026-11-two-gpus.log"),
+    ("8b", 16, {**SHARDED, "batch": 2, "length": 4096, "checkpointing": "full", "chunked_loss": False}, 23.6, "2026-11-two-gpus.log"),
 ]
 
 
-def estimated(shape: str, rank: int, options: dict) -> float:
+def estimated(shape: str, rank: int | None, options: dict) -> float:
     """GiB of a row."""
     name, _, layers = shape.partition("/")
     build = floor_modes.Setting(shape=name, layers=int(layers) if layers else None, seq=options["length"])
     experts = name in moe_step.SHAPES and name not in floor_modes.SHAPES
     model = moe_step.build(build, set(), "meta") if experts else floor_modes.build(build, "meta")
     targets = [*moe_step.ATTENTION, "experts"] if experts else floor_modes.LINEARS
-    config = LoRAConfig(rank=rank, alpha=2.0 * rank, target_modules=targets)
-    return estimate_memory(model, config, Setting(**options)).peak / GIB
+    adapters = {name: value for name, value in options.items() if name in ("variant", "dropout")}
+    setting = Setting(**{name: value for name, value in options.items() if name not in adapters})
+    config = LoRAConfig(rank=rank, alpha=2.0 * rank, target_modules=targets, **adapters) if rank else None
+    return estimate_memory(model, config, setting).peak / GIB
 
 
 def main() -> None:
@@ -63,7 +78,10 @@ def main() -> None:
         words = f"{options['batch']} × {options['length']}" + "".join(
             f", {name}={value}" if value is not True else f", {name}" for name, value in options.items() if name not in ("batch", "length")
         )
-        print(f"| {shape} | {rank} | {words} | {measured} | {found:.1f} | {found / measured - 1:+.1%} | {source} |", flush=True)
+        print(
+            f"| {shape} | {rank or 'all weights'} | {words} | {measured} | {found:.1f} | {found / measured - 1:+.1%} | {source} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -54,7 +54,10 @@ def read_pairs(folder: str | Path) -> Pairs:
     if not layers:
         raise ValueError(f"{path} adapts no layer.")
     if biased := next((name for name in others if name.endswith(".lora_B.bias")), None):
-        raise ValueError(f"{path}: {biased!r} is a bias on B, so the update is not B·A alone; merge it into its base instead.")
+        raise ValueError(
+            f"{path}: {biased!r} is a bias on B (variant='lora_bias'), so the update is not B·A alone. Merge it into its base instead, if"
+            " the layer has a bias there; if it has none, there is nothing to merge that into: serve the adapter by itself."
+        )
     for fqn, layer in layers.items():
         A, B = layer.tensors["A"], layer.tensors["B"]
         if "magnitude_vector" in layer.tensors:

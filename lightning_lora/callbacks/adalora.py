@@ -216,8 +216,20 @@ class AdaLoRACallback(LoRACallback):
         return super().state_key if self.module is None else f"{super().state_key}{ {'module': self.module} }"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return step, mask and scores for a checkpoint."""
-        return {} if self.allocator is None else self.allocator.state_dict()
+        """Return step, mask and scores for a checkpoint.
+
+        Raises:
+            ValueError: the adapters were shrunk, and no optimizer has state of them.
+        """
+        if self.allocator is None:
+            return {}
+        if self.allocator.layers.keys() & self.ranks.keys() and self._shrank(nn.ModuleList(self.allocator.layers.values())):
+            raise ValueError(
+                "when fit ended AdaLoRA shrank the adapters to the ranks it found, so the optimizer's state is of others and cannot be"
+                " saved: use trainer.save_checkpoint(path, weights_only=True) or save_adapter(model, folder). The checkpoints that were"
+                " written during fit can be resumed."
+            )
+        return self.allocator.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until fit starts."""

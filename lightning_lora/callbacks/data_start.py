@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -133,9 +134,9 @@ class TrainingStep:
         self.takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
 
     def __call__(self, model: nn.Module, batch: Any) -> Any:
-        """Return what ``training_step`` returns for one of the batches."""
+        """Return what ``training_step`` returns for one of the batches, which stays as it is."""
         index = [self.indices[id(batch)]] * self.takes_index
-        return self.trainer.strategy.training_step(prepared_batch(self.trainer, batch), *index)
+        return self.trainer.strategy.training_step(prepared_batch(self.trainer, deepcopy(batch)), *index)
 
 
 @contextmanager

@@ -142,9 +142,8 @@ def _of_run(
         "checkpointing": callback.get("checkpointing") or ("full" if arguments.get("gradient_checkpointing") else None),
         "offload": _names(offload),
     }
-    if isinstance(trainer.devices, int) and trainer.devices > 1:
-        strategy = trainer.strategy if isinstance(trainer.strategy, str) else "auto"
-        options |= {"devices": trainer.devices, "strategy": "ddp" if strategy == "auto" else strategy}
+    if (devices := _count(trainer.devices) * int(trainer.num_nodes)) > 1:
+        options |= {"devices": devices, "strategy": _strategy(trainer.strategy)}
     dtype = getattr(torch, str(arguments.get("dtype")), None)
     return (
         name, gguf_file or arguments.get("gguf_file"), getattr(run.task, "auto_class", None), dtype, config,
@@ -154,6 +153,30 @@ def _of_run(
 
 def _names(given: str | list[str] | None) -> tuple[str, ...]:
     return (given,) if isinstance(given, str) else tuple(given or ())
+
+
+def _count(devices: Any) -> int:
+    """Return how many devices of a node a Trainer is given; 1 for as many as there will be."""
+    if isinstance(devices, str) and "," in devices:
+        devices = [part for part in devices.split(",") if part.strip()]
+    if isinstance(devices, list):
+        return len(devices)
+    return max(1, int(devices)) if str(devices).lstrip("-").isdecimal() else 1
+
+
+def _strategy(given: Any) -> str:
+    """Return the name of a strategy of several devices.
+
+    Raises:
+        ValueError: It splits layers among devices.
+    """
+    if isinstance(given, str):
+        return "ddp" if given == "auto" or given.startswith("ddp") else given
+    name, options = given.class_path.rpartition(".")[2], given.get("init_args", {})
+    if options.get("tensor_parallel_size") not in (None, 1):
+        size = options.get("tensor_parallel_size")
+        raise ValueError(f"tensor_parallel_size={size!r}: estimate does not know how splitting layers divides activations; give 1")
+    return {"LoRAFSDP2Strategy": "lora_fsdp2", "DDPStrategy": "ddp"}.get(name, name)
 
 
 def _precision(given: Any) -> str:

@@ -37,6 +37,8 @@ from lightning_lora.cli.yaml_files import check_config_files, unique_keys
 from lightning_lora.config import LoRAConfig
 from lightning_lora.data.file_data import FileDataModule
 from lightning_lora.data.reading import READERS
+from lightning_lora.layers.spec import check_options
+from lightning_lora.quantization.quantizers import quantizer_of
 from lightning_lora.strategies.checkpoint_io import DurableCheckpointIO
 from lightning_lora.strategies.lightning_private import cli_parser, cli_value, start_method
 
@@ -150,7 +152,9 @@ class LoRACLI(LightningCLI):
 
     @override
     def instantiate_classes(self) -> None:
-        check_files(self.config.get(str(self.subcommand), self.config), self.command)
+        config = self.config.get(str(self.subcommand), self.config)
+        check_files(config, self.command)
+        check_adapters(config)
         with usage():
             super().instantiate_classes()
 
@@ -263,6 +267,24 @@ def check_files(config: Namespace, command: str | None) -> None:
         for file in files[split] if isinstance(files.get(split), list) else [files.get(split)]:
             if isinstance(file, str) and Path(file).suffix in READERS and not Path(file).exists():
                 raise ValueError(f"data.{split}={file!r}: no such file (seen from {Path.cwd()})")
+
+
+def check_adapters(config: Namespace) -> None:
+    """Refuse adapters whose init, variant, kinds or formats nothing is registered as, before a model is loaded.
+
+    Raises:
+        ValueError: A name or an option is not known.
+    """
+    callbacks = config.trainer.get("callbacks") or []
+    named = [callback.get("init_args", Namespace()) for callback in (callbacks if isinstance(callbacks, list) else [callbacks])]
+    for lora in (config.lora, *named):
+        given = lora.get("config")
+        if isinstance(given, Namespace) and "target_modules" in given:
+            with usage(where="lora.config: "):
+                check_options(LoRAConfig(**given.as_dict()))
+        if lora.get("quantize") is not None:
+            with usage(where="lora."):
+                quantizer_of(lora["quantize"])
 
 
 def _default(cls: type, name: str) -> Any:

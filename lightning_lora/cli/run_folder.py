@@ -57,7 +57,9 @@ class BeganConfig(SaveConfigCallback):
     """Lightning's ``SaveConfigCallback``, but it writes once the run has begun. So a run that is refused leaves no file.
 
     Without a logger there is no folder of this run alone: a file that is there is kept, and the new one's name gets a number. Commands that
-    do not train write nothing then. The logger gets the configuration too, as the hyperparameter ``config``.
+    do not train write nothing then. In the folder of a logger that has one for all runs, ``config.yaml`` is the last run's, as checkpoints
+    and metrics are; the earlier one becomes ``config-before.yaml``. (Lightning's refuses such a run.) The logger gets the configuration
+    too, as the hyperparameter ``config``.
     """
 
     @override
@@ -72,9 +74,11 @@ class BeganConfig(SaveConfigCallback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        name, folder = Path(self.config_filename), Path(str(trainer.log_dir))
         if not trainer.loggers:
-            name = Path(self.config_filename)
-            self.config_filename = trainer.strategy.broadcast(free(Path(str(trainer.log_dir), name.stem), name.suffix).name)
+            self.config_filename = trainer.strategy.broadcast(free(folder / name.stem, name.suffix).name)
+        elif trainer.is_global_zero and (folder / name).exists():
+            (folder / name).rename(free(folder / f"{name.stem}-before", name.suffix))
         super().setup(trainer, pl_module, "fit")
 
     @override

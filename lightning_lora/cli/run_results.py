@@ -130,13 +130,13 @@ def next_commands(
     model, gguf_file = module.hparams.get("model"), module.hparams.get("gguf_file")
     answering = ANSWERING.get(getattr(module, "auto_class", ""), ())
     layers = [layer for _, layer in lora_layers(module)]
-    packed = any(belongs_to_packed_base(layer.lora_config.init) for layer in layers)  # the commands do not quantize the base
-    if isinstance(model, str) and tuned and not packed:
+    packed = any(belongs_to_packed_base(layer.lora_config.init) for layer in layers)  # no server has these weights
+    if isinstance(model, str) and tuned:
         gguf, folder = ["--gguf_file", gguf_file] if gguf_file else [], os.path.dirname(config or tuned[0])
         commands += [[name, model, *prompt, "--adapter", tuned[0], *gguf] for name, *prompt in answering]
         if not any(layer.never_merges(layer) for layer in layers):
             commands.append(["merge", model, tuned[0], os.path.join(folder, "merged"), *gguf])
-        if os.path.isdir(tuned[0]):
+        if os.path.isdir(tuned[0]) and not packed:
             server = "vllm" if answering and is_loaded_by("vllm", tuned[0]) else "peft"
             commands.append(["export", tuned[0], os.path.join(folder, server), "--for", server])
     if config is not None and checkpoints:

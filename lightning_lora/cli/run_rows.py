@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningDataModule
 from typing_extensions import override
 
-from lightning_lora.cli.lightning_cli import LoRACLI, check_files
+from lightning_lora.cli.lightning_cli import LoRACLI, check_adapters, check_files
 from lightning_lora.cli.messages import usage
 from lightning_lora.tasks.hf import load_image_processor, load_tokenizer
 
@@ -38,6 +38,7 @@ class RunConfig(LoRACLI):
     def instantiate_classes(self) -> None:
         """Make neither model nor trainer."""
         check_files(self.config, "fit")
+        check_adapters(self.config)
 
     @property
     def task(self) -> Any:

@@ -6,6 +6,7 @@ Each trial is what ``fit`` with its options is: the same folder, files and numbe
 from __future__ import annotations
 
 import hashlib
+import pydoc
 import sys
 import warnings
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from lightning_lora.cli.run_rows import RunConfig
 from lightning_lora.cli.sweep_report import print_report, report_of
 from lightning_lora.cli.sweep_trials import SHORT, take_settings
 from lightning_lora.cli.waiting_fit import WaitingFit
-from lightning_lora.config import LoRAConfig
+from lightning_lora.data.file_data import FileDataModule
 from lightning_lora.data.splits import share_of
 from lightning_lora.trials.records import Records, check_one_trained, last_checkpoint, mode_of
 from lightning_lora.trials.side_by_side import Made, SideBySide, Trial
@@ -45,12 +46,12 @@ def sweep(words: Sequence[str], as_json: bool = False) -> None:
     own, rest = own_options(words)
     described, words = take_settings(rest)
     if not described:
-        _checked(words)  # a misspelt option is the better answer
+        _checked(words, "")  # a misspelt option is the better answer
         raise ValueError("which trials? Give --rank 4,8,16, --learning_rate 1e-4,3e-4, --seed 0,1, or --trials with a YAML list")
     folder = Path(own["folder"])
     without = _without(words) if any("seed" in each.values for each in described) else []
     options = {each.name: [*words, *each.options(without)] for each in described}
-    texts = {name: _checked(each) for name, each in options.items()}
+    texts = {name: _checked(each, own["monitor"]) for name, each in options.items()}
     with usage(where="--"):
         records = Records(folder, texts)
     monitor, mode = own["monitor"], own["mode"] or mode_of(own["monitor"])
@@ -182,15 +183,32 @@ def _without(words: Sequence[str]) -> list[str]:
     return ["data.seed"] if drawn or "seed" not in arguments else []
 
 
-def _checked(words: list[str]) -> str:
+def check_monitor(config: Namespace, monitor: str) -> None:
+    """Refuse a validation metric where there is no validation: the trials would train to the end first.
+
+    Raises:
+        ValueError: nothing would log the monitor.
+    """
+    if not monitor.startswith("val"):
+        return
+    cls, arguments = pydoc.locate(getattr(config.get("data"), "class_path", None) or ""), config.get("data.init_args", Namespace())
+    reason = None
+    if config.trainer.limit_val_batches == 0:
+        reason = "trainer.limit_val_batches=0"
+    elif isinstance(cls, type) and issubclass(cls, FileDataModule) and not arguments.get("val"):
+        reason = "data.val is not set"
+    if reason:
+        raise ValueError(f"--monitor {monitor}: {reason}, so nothing is validated; name a metric of training, or give validation data")
+
+
+def _checked(words: list[str], monitor: str) -> str:
     """Return what a trial's run has, once its options are known to be right. Nothing is loaded.
 
     Raises:
-        ValueError: an option is wrong, or a data file is missing.
+        ValueError: an option is wrong, a data file is missing, or nothing would log the monitor.
     """
     run = _TrialConfig(words)
-    with usage(where="lora.config: "):
-        LoRAConfig(**run.config.lora.config.as_dict())
+    check_monitor(run.config, monitor)
     redirect(run.config, Path("trial"))
     text = run.parser.dump(run.config, skip_none=False, format="json")
     return hashlib.sha256(text.encode()).hexdigest()

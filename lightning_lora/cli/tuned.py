@@ -10,11 +10,13 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora import load_adapter
-from lightning_lora.adapter_io.fingerprint import OtherBase
+from lightning_lora import load_adapter, quantize_base
+from lightning_lora.adapter_io.files import read_adapter
+from lightning_lora.adapter_io.fingerprint import PACKED, OtherBase
 from lightning_lora.adapter_io.metadata import META
 from lightning_lora.cli.console import working
 from lightning_lora.cli.task_file import Task, read_task
+from lightning_lora.quantization.quantizers import QUANTIZERS
 from lightning_lora.storage.read_checkpoint import read_checkpoint
 from lightning_lora.storage.sharded_checkpoint import REST, read_folder
 from lightning_lora.tasks.hf import DType, auto_class_of, load_config, load_image_processor, load_model, load_tokenizer
@@ -79,9 +81,10 @@ def _adapted(load: Callable[..., Any], adapter: str, dtype: DType) -> Any:
         adapter: An adapter folder, or a checkpoint with one.
         dtype: The weights' dtype.
     """
-    refused = None
+    refused, quantize = None, quantizing(adapter)
     for tried in dict.fromkeys((dtype, *IDENTIFYING)):
         network = load(dtype=tried)
+        quantize(network)
         try:
             load_adapter(network, adapter)
         except OtherBase as error:
@@ -95,8 +98,29 @@ def _adapted(load: Callable[..., Any], adapter: str, dtype: DType) -> Any:
     if tried != dtype:
         del network
         network = load(dtype=dtype)
+        quantize(network)
         load_adapter(network, adapter, check_base=False)
     return network
+
+
+def quantizing(adapter: str) -> Callable[[nn.Module], Any]:
+    """Return what quantizes a base as that of an adapter with LoftQ was, whose file names the format; nothing for other adapters.
+
+    Raises:
+        ValueError: the base had several formats, or one that nothing here makes.
+    """
+    saved = read_adapter(adapter)
+    packed = (saved.base or {}).get(PACKED)
+    if packed is None:
+        return lambda network: None
+    formats = packed.rpartition(" ")[0]
+    how = next((name for name, quantizer in QUANTIZERS.items() if quantizer.makes == formats), None)
+    if how is None:
+        raise ValueError(
+            f"adapter={adapter!r} belongs to a base of the formats {formats}, which this command cannot quantize to; in Python:"
+            " quantize_base(model, how, lora=config), load_adapter(model, folder), export_merged(model, folder)"
+        )
+    return partial(quantize_base, how=how, modules_to_save=saved.config.modules_to_save, lora=saved.config)
 
 
 def _preprocessor(model: str, gguf_file: str | None, task: Task) -> Any:

@@ -56,8 +56,8 @@ def verify(words: Sequence[str], as_json: bool = False) -> int:
         shown = [[each.name, each.status, _number(each.measured), _number(each.tolerance)] for each in checks]
         print_table(("check", "", "measured", "allowed"), shown)
         for check in checks:
-            if check.advice and check.status != "passed":
-                print(f"{check.name}: {check.status}: {check.advice}.")
+            if check.advice:
+                print(f"{check.name}: {check.status}: {check.advice.rstrip('.')}.")
         print(f"{passed} passed, {failed} failed, {missing} not run")
     return int(not all(check.ok for check in checks))
 

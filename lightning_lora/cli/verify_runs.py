@@ -5,7 +5,8 @@ The first run verifies the model on its first batch before it trains. Both take 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -26,6 +28,7 @@ from lightning_lora.cli.run_results import RunResults
 from lightning_lora.cli.waiting_fit import WaitingFit
 from lightning_lora.layers.base import lora_layers
 from lightning_lora.model.verify_checks import Check
+from lightning_lora.strategies.lightning_private import data_parallel_size
 
 STEPS = 2
 BATCHES, START, ONE, MANY = "batches.pt", "start.ckpt", "one.ckpt", "many.ckpt"  # files in the folder that the processes share
@@ -81,7 +84,9 @@ class ShortRun(WaitingFit):
     def batches(self, loader: Any) -> list[Any]:
         """Return this rank's share of the batches."""
         everything = torch.load(self.folder / BATCHES, weights_only=False)  # our own file, in a folder that only this user reads
-        share: list[Any] = everything[self.trainer.global_rank :: self.trainer.world_size]
+        strategy: Any = self.trainer.strategy
+        place = strategy.distributed_sampler_kwargs  # ranks that split layers among them get the same batches
+        share: list[Any] = everything[place["rank"] :: place["num_replicas"]]
         return share
 
 
@@ -98,11 +103,13 @@ class OneProcess(ShortRun):
 
     @override
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        self.unavailable, self.alone, self.processes = "", False, 1
+        self.unavailable, self.alone, self.meshed, self.processes = "", False, False, 1
         accumulated = config["accumulate_grad_batches"]
         try:
             chosen = super()._instantiate_trainer({**config, "callbacks": []}, [])  # no list that the next call adds to
-            self.alone, self.processes = isinstance(chosen.strategy, SingleDeviceStrategy), chosen.world_size
+            self.alone = isinstance(chosen.strategy, SingleDeviceStrategy)
+            self.meshed = isinstance(chosen.strategy, ModelParallelStrategy)
+            self.processes = data_parallel_size(chosen.strategy, chosen.world_size)
             if chosen.num_nodes > 1:
                 self.unavailable = (
                     f"trainer.num_nodes={chosen.num_nodes}: verify starts processes on one machine only; verify with num_nodes=1"
@@ -123,6 +130,12 @@ class OneProcess(ShortRun):
         return [self.checks, *super().recorders()]
 
     @override
+    def start(self) -> None:
+        if self.meshed and is_overridden("configure_model", self.model):
+            self.model.configure_model = without_mesh(self.model)
+        super().start()
+
+    @override
     def batches(self, loader: Any) -> list[Any]:
         """Return as many batches as two steps of all processes take; from the first again if there are fewer."""
         if isinstance(loader, (Mapping, list, tuple)):
@@ -130,11 +143,27 @@ class OneProcess(ShortRun):
         first = list(islice(iter(loader), self.needed))
         if not first:
             raise ValueError("the training data has no batch to verify with")
-        found = list(islice(chain.from_iterable(repeat(first)), self.needed))
+        found = [deepcopy(batch) for batch in islice(chain.from_iterable(repeat(first)), self.needed)]  # a step may change its batch
         self.checks.batches = found
         if not self.alone and not self.unavailable:
             torch.save(found, self.folder / BATCHES)
         return found
+
+
+def without_mesh(module: LightningModule) -> Callable[[], None]:
+    """Return a module's ``configure_model`` whose error says that one process has no device mesh."""
+    configure = module.configure_model
+
+    def configure_model() -> None:
+        try:
+            configure()
+        except (TypeError, AttributeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"{type(module).__name__}.configure_model fails in the one process that verify compares with, where self.device_mesh is"
+                f" None and nothing is split ({one_line(error)}); begin it with 'if self.device_mesh is None: return'"
+            ) from error
+
+    return configure_model
 
 
 class Batches:
@@ -186,14 +215,15 @@ class Checks(Callback):
         else:
             fresh = not any(getattr(callback, "start_from", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
             step = TrainingStep(trainer, pl_module, self.batches)
+            first = self.batches[0]
             target = _adapted(trainer, pl_module)
             with as_before(trainer, pl_module):
                 with torch.no_grad():
-                    step(pl_module, self.batches[0])  # some modules look at their first batch only
+                    step(pl_module, first)  # some modules look at their first batch only
                 self.rows = run_checks(
                     target,
-                    lambda _: _outputs(pl_module, target, step, self.batches[0]),
-                    lambda _: _loss(pl_module, step(pl_module, self.batches[0])),
+                    lambda _: _outputs(pl_module, target, step, first),
+                    lambda _: _loss(pl_module, step(pl_module, first)),
                     fresh=fresh and not self.run.arguments.get("ckpt_path"),
                 )
         trainer.save_checkpoint(self.run.folder / START)

@@ -26,7 +26,7 @@ from lightning_lora.utils.blocks import repeated_blocks
 
 GIB = 2**30
 CHUNK = 2048  # rows of logits that the chunked loss has at a time
-MOMENTS = 2  # of AdamW, in fp32 for each trained parameter
+MOMENTS = 2  # of AdamW, in each trained parameter's dtype
 STAYING = 2  # blocks whose activations are on the device with offload="activations" when the backward pass begins
 RESIDENT = 2  # blocks whose weights are on the device with offload="frozen", or gathered under lora_fsdp2
 RECORDED = 0.06  # of the activations: gaps in the memory of CUDA graphs
@@ -86,42 +86,41 @@ def estimate_memory(model: Any, config: LoRAConfig | None, setting: Setting) -> 
     if loaded is not None:
         raise ValueError(f"{loaded!r} of {type(model).__name__} is not on the meta device: build the model under torch.device('meta')")
     model = copy.deepcopy(model).train()
-    own = {id(parameter): parameter.nbytes for parameter in model.parameters()}  # the bytes that mixed precision keeps
     mixed = setting.precision.endswith("mixed")
-    casts = sum(p.numel() * 2 for p in model.parameters() if mixed and p.dim() > 1 and p.dtype == torch.float32)
-    buffers = sum(buffer.nbytes for buffer in model.buffers()) if mixed else None
-    stored = {name: own[id(parameter)] if mixed else 0 for name, parameter in model.named_parameters()}
+    whole = {name: p.nbytes for name, p in model.named_parameters() if mixed}
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    casts = {name: p.numel() * 2 for name, p in model.named_parameters() if mixed and p.dim() > 1 and p.dtype == torch.float32}
     model.to(DTYPES[setting.precision])
-    buffers = sum(buffer.nbytes for buffer in model.buffers()) if buffers is None else buffers
     packed = _packed(model, setting.quantize) if setting.quantize else {}
     if config is not None:
-        apply_lora(model, replace(config, dropout=0.0))  # the kernels keep no mask
-    frozen = {
-        name: packed.get(name, stored.get(name) or parameter.nbytes)
-        for name, parameter in model.named_parameters()
-        if not parameter.requires_grad
-    }
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    gradients = sum(parameter.nbytes for parameter in trained)
-    saved = count_saved(model, lambda: _hidden(model, setting), setting.compiled)
-    widest = max((_dense(parameter, setting.quantize) for name, parameter in model.named_parameters() if name in packed), default=0)
-    kept = _activations(saved, setting) + (casts if not packed else 0)
-    logits, working = (
-        _logits(model, saved.output, setting),
-        saved.backward + widest,
-    )
+        apply_lora(model, config)
+    sizes = {name: packed.get(name) or whole.get(name) or p.nbytes for name, p in model.named_parameters()}
+    frozen = {name: sizes[name] for name, p in model.named_parameters() if not p.requires_grad}
+    buffers = buffers if mixed else sum(buffer.nbytes for buffer in model.buffers())
+    trained = sum(sizes.values()) - sum(frozen.values())
     shards = setting.devices if setting.strategy == "lora_fsdp2" else 1
-    last = max(saved.blocks, default=0) + saved.outside + working  # when the first block goes backward, all gradients are there
-    now = kept + max(logits, working)
-    return Estimate(
-        base=_base(model, frozen, setting) + buffers,
-        adapters=gradients // shards + (gradients if setting.strategy == "ddp" else 0),
-        optimizer=MOMENTS * sum(parameter.numel() * 4 for parameter in trained) // shards,
-        gradients=max(0, gradients // shards + last - now),
-        activations=kept,
-        logits=logits,
-        working=max(0, working - logits),
+    saved = _with_casts(model, count_saved(model, lambda: _hidden(model, setting), setting.compiled), casts, packed)
+    widest = max((_dense(parameter, setting.quantize) for name, parameter in model.named_parameters() if name in packed), default=0)
+    working = saved.backward + widest
+    held, again = _activations(saved, setting)
+
+    def moment(activations: int, logits: int = 0, working: int = 0, gradients: int = 0) -> Estimate:
+        return Estimate(
+            base=_base(model, frozen, setting) + buffers,
+            adapters=trained // shards + (trained if setting.strategy == "ddp" else 0),
+            optimizer=MOMENTS * trained // shards,
+            gradients=gradients,
+            activations=int(activations * (1 + RECORDED * setting.recorded)),
+            logits=logits,
+            working=working,
+        )
+
+    moments = (
+        moment(held, logits=_logits(model, saved.output, setting)),
+        moment(held + again, working=working),  # the last block's backward pass
+        moment(max(saved.blocks, default=0) + saved.outside, working=working, gradients=trained // shards),  # the first block's
     )
+    return max(moments, key=lambda each: each.peak)
 
 
 def _hidden(model: Any, setting: Setting) -> Tensor:
@@ -137,28 +136,39 @@ def _hidden(model: Any, setting: Setting) -> Tensor:
         raise ValueError(f"{type(model).__name__} does not take input_ids as models of text do: {error}") from error
 
 
-def _activations(saved: Saved, setting: Setting) -> int:
-    """Return what is kept between the passes, and of a checkpointed model what its last block makes again."""
+def _with_casts(model: nn.Module, saved: Saved, casts: dict[str, int], packed: dict[str, int]) -> Saved:
+    """Add the copies of fp32 matrices that mixed precision multiplies by, which their products save."""
+    blocks, head = [f"{fqn}." for fqn, _ in repeated_blocks(model)], _head(model)
+    each = [sum(size for name, size in casts.items() if name.startswith(fqn) and name not in packed) for fqn in blocks]
+    outside = next((casts.get(name, 0) for name, p in model.named_parameters() if head is not None and p is head.weight), 0)
+    return replace(saved, blocks=tuple(a + b for a, b in zip(saved.blocks, each, strict=True)), outside=saved.outside + outside)
+
+
+def _activations(saved: Saved, setting: Setting) -> tuple[int, int]:
+    """Return what is kept between the passes, and what a checkpointed block makes again."""
     if setting.checkpointing is None:
-        kept = sum(saved.blocks)
-    else:
-        attention = saved.attention if setting.checkpointing == "selective" else (0,) * len(saved.blocks)
-        each = [a + b for a, b in zip(saved.inputs, attention, strict=True)]
-        again = max((block - held for block, held in zip(saved.blocks, each, strict=True)), default=0)
-        kept = sum(each[-STAYING:] if "activations" in setting.offload else each) + again
-    return int((kept + saved.outside) * (1 + RECORDED * setting.recorded))
+        return sum(saved.blocks) + saved.outside, 0
+    attention = saved.attention if setting.checkpointing == "selective" else (0,) * len(saved.blocks)
+    each = [a + b for a, b in zip(saved.inputs, attention, strict=True)]
+    again = max((block - held for block, held in zip(saved.blocks, each, strict=True)), default=0)
+    return sum(each[-STAYING:] if "activations" in setting.offload else each) + saved.outside, again
+
+
+def _head(model: Any) -> Any:
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
 def _logits(model: Any, hidden: int, setting: Setting) -> int:
     """Return the memory of the loss: logits in fp32, their log-softmax and gradient; or of one chunk. And the hidden states' gradients."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = _head(model)
     if head is None:
         return hidden
     rows, vocabulary = setting.batch * setting.length, head.weight.shape[0]
     if not setting.chunked_loss or head.weight.requires_grad:
         return rows * vocabulary * 12 + hidden
     width = DTYPES[setting.precision].itemsize
-    each = 2 * width + (0 if setting.compiled else 4)  # logits, their gradient, and the log-softmax in fp32 unless it is compiled
+    # Compiled: logits and their gradient. Else the log-softmax in fp32 too; of bf16 torch makes a copy in fp32 first, in its place.
+    each = 2 * width if setting.compiled else width + 4 + {torch.bfloat16: 4, torch.float16: 2}.get(DTYPES[setting.precision], 0)
     return min(rows, CHUNK) * vocabulary * each + 2 * hidden
 
 
@@ -184,9 +194,10 @@ def _dense(parameter: nn.Parameter, how: str | None) -> int:
 def _base(model: nn.Module, frozen: dict[str, int], setting: Setting) -> int:
     """Return the frozen weights on one device."""
     blocks = [sum(size for name, size in frozen.items() if name.startswith(f"{fqn}.")) for fqn, _ in repeated_blocks(model)]
-    outside = sum(frozen.values()) - sum(blocks)
+    total, here = sum(frozen.values()), sum(sorted(blocks)[-RESIDENT:])
+    outside = total - sum(blocks)
     if "frozen" in setting.offload:
-        return outside + sum(sorted(blocks)[-RESIDENT:])
-    if setting.strategy == "lora_fsdp2":  # what is in no block is whole from the first pass on, and some blocks are while they compute
-        return outside + sum(blocks) // setting.devices + sum(sorted(blocks)[-RESIDENT:]) * (setting.devices - 1) // setting.devices
-    return outside + sum(blocks)
+        return outside + here
+    if setting.strategy == "lora_fsdp2":  # beside the shards, what is in no block is whole from the first pass on, and some blocks are
+        return total // setting.devices + outside + here
+    return total

@@ -102,14 +102,25 @@ def count_saved(model: nn.Module, forward: Callable[[], Tensor], compiled: bool)
 
 
 class _OnMeta(TorchFunctionMode):
-    """Compute attention by the flash kernel, and answer questions about data as for rows of one document without padding."""
+    """Compute attention and dropout by the GPU's kernels, and answer questions about data as for rows of one document without padding."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention and args[0].is_meta:
             return flash_attention(*args[:3])
+        if func is F.dropout and args[0].is_meta:
+            return _dropout(*args, **(kwargs or {}))
         if func is Tensor.__bool__ and args[0].is_meta:
             return True
+        for kind in types:
+            if not issubclass(kind, Tensor):  # a LowRankSum: what it calls comes here too
+                with self:
+                    return kind.__torch_function__(func, types, args, kwargs or {})
         return func(*args, **(kwargs or {}))
+
+
+def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """Keep a mask of one byte an entry, as the GPU's kernel does; elsewhere torch keeps one in the input's dtype."""
+    return torch.native_dropout(x, p, True)[0] if training and p else x
 
 
 _DispatchMode: Any = dispatch_mode()

@@ -164,6 +164,8 @@ def check_options(config: LoRAConfig) -> None:
     """Raise ValueError for an option that the variant, the init or a kind does not accept, and for an unknown one of these."""
     options_of(config)
     init_options_of(config)
+    for name in config.kind_pattern.values():
+        look_up(KIND_NAMES, "kind_pattern: kind", name)
     for name in config.kind_options:
         kind_options_of(config, name)
 

@@ -78,6 +78,9 @@ def _merged(model: nn.Module) -> Iterator[None]:
 def outputs_of(model: nn.Module, probe: Probe) -> dict[str, Tensor]:
     """Return path → a copy of every floating-point tensor that a model returns, with the same random numbers in every call."""
     gpus = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    if isinstance(probe, str) or not (isinstance(probe, (Tensor, Mapping, tuple, list)) or callable(probe)):
+        raise ValueError(f"batch={probe!r}: pass a tensor, a tuple, a mapping, or a function of the model.")
+    probe = _copied(probe)  # a model may change its input in place
     with torch.random.fork_rng(devices=gpus):
         torch.manual_seed(0)
         if isinstance(probe, Mapping):
@@ -87,6 +90,15 @@ def outputs_of(model: nn.Module, probe: Probe) -> dict[str, Tensor]:
         else:
             output = model(probe) if isinstance(probe, Tensor) else probe(model)
     return {name or "output": full_tensor(tensor).clone() for name, tensor in tensors_in("", output)}
+
+
+def _copied(value: Any) -> Any:
+    """Return a batch with copies of its tensors; a function as it is."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, Mapping):
+        return {key: _copied(each) for key, each in value.items()}
+    return tuple(map(_copied, value)) if type(value) in (tuple, list) else value
 
 
 def tensors_in(name: str, output: Any) -> Iterator[tuple[str, Tensor]]:

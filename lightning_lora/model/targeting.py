@@ -170,6 +170,7 @@ def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False)
     if unused and not problems and not config.allow_unmatched:
         problems.append(no_target_of(unused[0], modules, passed_over))
     if problems:
+        problems = _alike_together(problems)
         raise ValueError("\n".join(problems[:8] + ([f"… and {len(problems) - 8} more."] if len(problems) > 8 else [])))
     lazy = [name for name, parameter in parameters_by_name(model).items() if is_lazy(parameter)]
     if lazy:
@@ -244,6 +245,22 @@ def _check_lost(target: Target, init: str) -> None:
         raise ValueError(
             f"{target.fqn!r}: rank={target.rank}, and its base was quantized for init={init!r} at rank={lost[0].shape[0]}; give that rank."
         )
+
+
+def _alike_together(problems: list[str]) -> list[str]:
+    """Return each sentence once, with the names of the other layers that it is about."""
+    others: dict[str, list[str]] = {}
+    first: dict[str, str] = {}
+    for problem in problems:
+        name, _, sentence = problem.partition(" ")
+        if problem not in first.values() and first.setdefault(sentence, problem) != problem:
+            others.setdefault(sentence, []).append(name.rstrip(":"))
+    lines = []
+    for sentence, problem in first.items():
+        more = others.get(sentence, [])
+        shown = ", ".join(more[:3]) + (f" and {len(more) - 3} more" if len(more) > 3 else "")
+        lines.append(f"{problem} The same of {shown}." if more else problem)
+    return lines
 
 
 def _warn_of_rank(target: Target) -> None:

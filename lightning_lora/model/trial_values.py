@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_lora.layers.awaiting import await_data, awaits_data, data_came
 from lightning_lora.layers.base import kept_parameters, lora_layers
 from lightning_lora.layers.mergeable import PREFIX
+from lightning_lora.quantization.formats import format_of
 from lightning_lora.utils.sharding import local_tensor
 
 SHARE = 0.3  # size of an update of unit inputs; a base's linear keeps unit inputs near 1
@@ -98,6 +99,12 @@ def precision(model: nn.Module, computed: set[torch.dtype]) -> float:
     eps = max(torch.finfo(dtype).eps for dtype in weights | computed)
     on_gpu = any(p.is_cuda for p in model.parameters())
     return max(eps, TF32) if on_gpu and eps < TF32 and torch.backends.cuda.matmul.allow_tf32 else max(eps, 1e-13)
+
+
+def input_error(model: nn.Module) -> float:
+    """Return the largest error of adapted layers' products from inputs that they quantize, which a merged weight multiplies as they are."""
+    formats = ((format_of(layer), layer) for _, layer in lora_layers(model))
+    return max((packing.input_error(layer) for packing, layer in formats if packing is not None), default=0.0)
 
 
 def relative(found: Tensor, wanted: Tensor, base: Tensor, eps: float) -> float:

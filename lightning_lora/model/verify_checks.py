@@ -15,7 +15,7 @@ from lightning_lora.model.disable import switched_off
 from lightning_lora.model.merge import merge_lora, unmerge_lora
 from lightning_lora.model.modes import evaluating
 from lightning_lora.model.probe import Probe, outputs_of, tensors_in
-from lightning_lora.model.trial_values import precision, relative, undone
+from lightning_lora.model.trial_values import input_error, precision, relative, undone
 
 IDENTITY, GRADIENTS, LAYERS = "identity at step 0", "gradients reach every adapter", "each layer: merged equals unmerged"
 MODEL, FILES = "the model: merged equals unmerged", "saved and loaded equal"
@@ -33,7 +33,7 @@ class Check:
         status: "passed", "failed", "not run" (``advice`` says why; it counts as not passed), or "not needed" (it does not apply here).
         measured: the largest relative difference, or the number of layers in "gradients reach every adapter"; None if not run.
         tolerance: the largest ``measured`` that passes.
-        advice: what to do, or why it was not run; empty if it passed.
+        advice: what to do, why it was not run, or, if it passed, why so much is allowed; else empty.
     """
 
     name: str
@@ -54,10 +54,10 @@ def evaluated(model: nn.Module, batch: Probe) -> Outputs:
         return outputs_of(model, batch)
 
 
-def row(name: str, measured: float, tolerance: float, advice: str) -> Check:
-    """Return a row that passed, or failed with what to do."""
+def row(name: str, measured: float, tolerance: float, advice: str, note: str = "") -> Check:
+    """Return a row that passed, with a note, or failed with what to do."""
     passed = measured <= tolerance
-    return Check(name, "passed" if passed else "failed", measured, tolerance, "" if passed else advice)
+    return Check(name, "passed" if passed else "failed", measured, tolerance, note if passed else advice)
 
 
 def identity(start: Outputs, base: Outputs, eps: float, fresh: bool, random: str | bool) -> Check:
@@ -76,10 +76,14 @@ def identity(start: Outputs, base: Outputs, eps: float, fresh: bool, random: str
 def gradients(model: nn.Module, layers: dict[str, LoRALayer], batch: Probe, loss: Callable[[nn.Module], Tensor] | None) -> Check:
     """Run the loss and its backward pass in training mode. Count the adapters that no finite gradient reaches."""
     dead: list[str] = []
+    infinite: list[str] = []
     with undone(model):
         model.train()
         with torch.enable_grad():
             value = loss(model) if loss is not None else _mean_square(outputs_of(model, batch))
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"loss: it returned {given}; return a tensor of one element.")
         if not value.requires_grad:
             return Check(
                 GRADIENTS,
@@ -91,14 +95,17 @@ def gradients(model: nn.Module, layers: dict[str, LoRALayer], batch: Probe, loss
         value.backward()
         for name, layer in layers.items():
             found = [p.grad for p in layer.lora_parameters().values() if p.requires_grad]
-            finite = all(g is None or bool(g.isfinite().all()) for g in found)
-            if any(g is None for g in found) or not finite or (found and not any(bool(g.any()) for g in found if g is not None)):
+            if not all(g is None or bool(g.isfinite().all()) for g in found):
+                infinite.append(name)
+            elif any(g is None for g in found) or (found and not any(bool(g.any()) for g in found if g is not None)):
                 dead.append(name)
     advice = (
-        f"no finite gradient in {some(dead)}: the loss on this batch does not depend on calls of these layers. Leave them out"
+        f"no gradient in {some(dead)}: the loss on this batch does not depend on calls of these layers. Leave them out"
         " (exclude_modules), or, for layers that few rows use, verify with more rows"
     )
-    return row(GRADIENTS, float(len(dead)), 0.0, advice)
+    if infinite:
+        advice = f"NaN or infinity in the gradients of {some(infinite)}: look for it in the outputs and the loss of this batch"
+    return row(GRADIENTS, float(len(dead) + len(infinite)), 0.0, advice)
 
 
 def _mean_square(outputs: Outputs) -> Tensor:
@@ -129,13 +136,13 @@ def each_layer(model: nn.Module, layers: dict[str, LoRALayer], batch: Probe) -> 
         finally:
             layer.unmerge_weights()
         eps = precision(layer, {tensor.dtype for tensor in here.values()})
-        found[name] = worst_of(merged, here, base, eps)
+        found[name] = worst_of(merged, here, base, max(eps, input_error(layer)))
 
     hooks = []
     for name, layer in layers.items():
         hooks.append(layer.register_forward_hook(lambda *a, n=name: compare(n, *a), with_kwargs=True))
     try:
-        with evaluating(model):
+        with evaluating(model), torch.compiler.set_stance("force_eager"):  # compiled code passes over hooks that are added later
             outputs_of(model, batch)
     finally:
         for hook in hooks:
@@ -143,7 +150,7 @@ def each_layer(model: nn.Module, layers: dict[str, LoRALayer], batch: Probe) -> 
     return found, computed
 
 
-def layerwise(each: dict[str, float | str], limit: float) -> Check:
+def layerwise(each: dict[str, float | str], limit: float, note: str) -> Check:
     """Return the row of :func:`each_layer`."""
     measured = {name: value for name, value in each.items() if isinstance(value, float)}
     refused = {name: value for name, value in each.items() if isinstance(value, str)}
@@ -157,10 +164,10 @@ def layerwise(each: dict[str, float | str], limit: float) -> Check:
     )
     if refused and not wrong:
         return Check(LAYERS, "not run", max(measured.values()), limit, f"{some(list(refused))}: {next(iter(refused.values()))}")
-    return row(LAYERS, max(measured.values()), limit, advice)
+    return row(LAYERS, max(measured.values()), limit, advice, note)
 
 
-def whole(model: nn.Module, batch: Probe, base: Outputs, eps: float, limit: float, random: str | bool) -> Check:
+def whole(model: nn.Module, batch: Probe, base: Outputs, eps: float, limit: float, random: str | bool, note: str) -> Check:
     """Merge all, compare the outputs, and unmerge."""
     if random:
         return Check(MODEL, "not run", advice=str(random))
@@ -177,7 +184,7 @@ def whole(model: nn.Module, batch: Probe, base: Outputs, eps: float, limit: floa
         "a module reads a layer's weight without calling the layer, so merging changes what the adapter does not: exclude the layers that"
         " the rows above name (exclude_modules), or train with merge_on_fit_end=False"
     )
-    return row(MODEL, worst_of(together, alone, base, eps), limit, advice)
+    return row(MODEL, worst_of(together, alone, base, eps), limit, advice, note)
 
 
 def worst_of(found: Outputs, wanted: Outputs, base: Outputs, eps: float) -> float:

@@ -233,6 +233,10 @@ class Linear8bitFormat(QuantizedFormat):
         """True from the layer's first move to a device. Never with ``has_fp16_weights``, which keeps the weight in 16 bits."""
         return module.weight.dtype == torch.int8
 
+    def input_error(self, module: Any) -> float:
+        """LLM.int8 (arXiv:2208.07339) rounds each row of the input to 127 steps either side."""
+        return 2.0**-7
+
     def prepare(self, module: Any, dtype: torch.dtype | None) -> None:
         """Quantize the weight on its current device, and record the dtype to dequantize to."""
         if "_unpacked_dtype" not in module.__dict__:

@@ -47,6 +47,10 @@ class QuantizedFormat:
         """Return only the reason why the layer cannot be trained on; None if it can."""
         return None
 
+    def input_error(self, module: Any) -> float:
+        """Return the relative error of the layer's products from inputs that it quantizes too; 0 if it multiplies inputs as they are."""
+        return 0.0
+
     def prepare(self, module: Any, dtype: torch.dtype | None) -> None:
         """Prepare a layer that is not refused for training adapters on it. Quantize it if it is not quantized yet.
 

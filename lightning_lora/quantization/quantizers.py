@@ -21,12 +21,14 @@ class Quantizer:
     Attributes:
         pack: quantizes the layer's weight in place, computing on a device. The quantized weight is on the plain one's device.
         check_installed: imports the library, or raises ImportError that names the extra to install.
+        makes: the format, as `lightning_lora.quantization.content.packed_digest` names it.
         unit: number that the count of the weight's entries must be a multiple of.
         on_meta: True if ``pack`` makes an empty quantized layer of one on the meta device, to be filled later.
     """
 
     pack: Callable[[nn.Linear, torch.device], None]
     check_installed: Callable[[], Any]
+    makes: str
     unit: int = 1
     on_meta: bool = False
 

@@ -43,6 +43,14 @@ def set_data_parallel_size(strategy: ModelParallelStrategy, processes: int) -> N
         strategy._data_parallel_size = processes // strategy._tensor_parallel_size
 
 
+def data_parallel_size(strategy: Strategy, processes: int) -> int:
+    """Return how many processes get batches of their own, before the strategy is set up. If its name goes, ``verify`` raises."""
+    if not isinstance(strategy, twins(ModelParallelStrategy)):
+        return processes
+    together = strategy._tensor_parallel_size
+    return 1 if together == "auto" else processes // together
+
+
 def compiles_steps(module: Any) -> bool:
     """True if the user gave the Trainer ``torch.compile(module)``. If its name goes, batches of such a module are laid end to end."""
     return getattr(module, "_compiler_ctx", None) is not None

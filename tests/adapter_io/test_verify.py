@@ -91,6 +91,12 @@ def test_what_is_refused_leaves_the_model():
         verify_lora(model, LoRAConfig(target_modules=["nowhere"]), batch=x)
     with pytest.raises(ValueError, match="no tensor of floating-point numbers"):
         verify_lora(model, ALL, batch=lambda model: None)
+    with pytest.raises(ValueError, match=r"batch='rows'"):
+        verify_lora(model, ALL, batch="rows")
+    with pytest.raises(ValueError, match=r"loss: it returned a tensor of shape \(6, 4\)"):
+        verify_lora(model, ALL, batch=x, loss=lambda model: model(x))
+    with pytest.raises(ValueError, match="loss: it returned float"):
+        verify_lora(model, ALL, batch=x, loss=lambda model: 1.0)
     with pytest.raises(RuntimeError, match="shapes"):
         verify_lora(model, ALL, batch=narrow)
     assert_same(before, state(model))

@@ -17,6 +17,19 @@ from tests.variants.test_rank_allocation import orthogonality
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:Checkpoint directory", "ignore:The `srun`")
 
 
+@pytest.mark.parametrize("merge", [True, False])
+def test_a_checkpoint_after_fit_is_of_weights_alone(merge, tmp_path):
+    run, module, callback, _ = fit(tmp_path, callback=adalora(merge_on_fit_end=merge))
+    with pytest.raises(ValueError, match=r"AdaLoRA shrank the adapters.*weights_only=True.*save_adapter"):
+        run.save_checkpoint(tmp_path / "whole.ckpt")
+    run.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    assert read_adapter(tmp_path / "weights.ckpt").config.variant == "plain"
+    run.fit_loop.max_epochs, callback.total_steps = 8, 16
+    run.fit(module)  # it grows again; so do checkpoints during the next fit
+    fit(tmp_path, LitNet(), callback, [ModelCheckpoint(tmp_path / "next", filename="a")])
+    assert (tmp_path / "next" / "a.ckpt").exists()
+
+
 @pytest.mark.parametrize("stage", ["fit", "test"])
 def test_a_checkpoint_of_another_base_leaves_the_shrunk_adapters_merged(stage, tmp_path):
     """They grow to their full size before the base is checked."""
@@ -181,7 +194,7 @@ def test_a_checkpoint_written_after_fit_is_plain_lora(tmp_path):
     twin = load_adapter(make_net(), tmp_path / "after.ckpt")
     assert [layer.rank for _, layer in lora_layers(twin)] == [layer.rank for _, layer in lora_layers(module)]
     run.test(module, ckpt_path=str(tmp_path / "after.ckpt"), verbose=False)
-    with pytest.raises(ValueError, match="not part of LitNet; it could not be resumed"):
+    with pytest.raises(ValueError, match="AdaLoRA shrank the adapters"):
         run.save_checkpoint(tmp_path / "whole.ckpt")
 
 

@@ -1,8 +1,10 @@
 """`estimate`: of a model and of a run's config, without weights."""
 
 import json
+from pathlib import Path
 
 import pytest
+import yaml
 
 from lightning_lora.cli.main import main
 
@@ -34,6 +36,35 @@ def test_a_runs_config(config, capsys):
     more = numbers(capsys, config, "--batch", "64", "--fits", "24GiB")
     assert more["setting"]["batch"] == 64 and more["bytes"]["activations"] > found["bytes"]["activations"]
     assert more["fits"]["knobs"] == [] and more["fits"]["batch"] >= 64
+
+
+TENSOR = {"class_path": "lightning_lora.LoRAFSDP2Strategy", "init_args": {"tensor_parallel_size": 2}}
+
+
+@pytest.mark.parametrize(
+    ("trainer", "wanted"),
+    [
+        ({"devices": 2}, ("ddp", 2)),
+        ({"devices": [0, 1, 2]}, ("ddp", 3)),
+        ({"devices": "0,1", "num_nodes": 2, "strategy": "ddp_find_unused_parameters_true"}, ("ddp", 4)),
+        ({"devices": 2, "strategy": "lora_fsdp2"}, ("lora_fsdp2", 2)),
+        ({"devices": 2, "strategy": {"class_path": "lightning_lora.LoRAFSDP2Strategy"}}, ("lora_fsdp2", 2)),
+        ({"devices": "auto"}, ("single", 1)),
+        ({"devices": 2, "strategy": TENSOR}, "tensor_parallel_size=2: estimate does not know"),
+        ({"devices": 2, "strategy": "fsdp"}, "strategy='fsdp' is not known to estimate"),
+    ],
+    ids=str,
+)
+def test_the_devices_of_a_run(trainer, wanted, config, capsys, tmp_path):
+    content = yaml.safe_load(Path(config).read_text())
+    content["trainer"] |= trainer
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump(content))
+    if isinstance(wanted, str):
+        assert main(["estimate", str(tmp_path / "more.yaml")]) == 2
+        assert wanted in capsys.readouterr().err
+    else:
+        setting = numbers(capsys, str(tmp_path / "more.yaml"))["setting"]
+        assert (setting["strategy"], setting["devices"]) == wanted
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from lightning_lora import LoRAConfig, apply_lora, load_adapter, save_adapter
+from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, load_adapter, quantize_base, save_adapter
 from lightning_lora.adapter_io.certificate import CERTIFICATE
 from lightning_lora.cli.main import main
 from tests import tiny_lm
@@ -28,6 +29,31 @@ def test_merge_gives_the_adapted_models_logits_and_plain_classes(model, adapter,
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert (ours - plain).abs().max() > 1e-2
     assert transformers.AutoTokenizer.from_pretrained(out)("blue").input_ids == tiny_lm.tokenizer()("blue").input_ids
+
+
+def test_an_adapter_with_loftq_is_merged_into_the_base_as_it_was_quantized(model, tmp_path, capsys):
+    config = LoRAConfig(rank=4, target_modules="all-linear", init="loftq", modules_to_save=[])
+    base = transformers.AutoModelForCausalLM.from_pretrained(model)
+    trained = apply_lora(quantize_base(base, "fp8", lora=config), config)
+    for parameter in get_lora_parameters(trained):
+        torch.nn.init.normal_(parameter, std=0.1)
+    folder, out, ids = str(save_adapter(trained, tmp_path / "adapter")), tmp_path / "merged", torch.arange(4, 14)[None]
+    assert main(["merge", model, folder, str(out), "--json"]) == 0
+    merged = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert not hasattr(merged.config, "quantization_config")
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, trained(ids).logits, rtol=1e-3, atol=1e-3)
+    capsys.readouterr()
+    assert main(["generate", model, "which colour is the sky", "--adapter", folder, "--max_new_tokens=2"]) == 0
+    quantize_base(
+        base := transformers.AutoModelForCausalLM.from_pretrained(model),
+        "fp8",
+        targets=["q_proj"],
+        lora=(one := replace(config, target_modules=["q_proj"])),
+    )
+    other = str(save_adapter(apply_lora(base, one), tmp_path / "other"))
+    assert main(["merge", model, other, str(tmp_path / "no")]) == 2
+    assert "belongs to quantized weights" in capsys.readouterr().err
 
 
 def test_the_template_of_the_run_travels_with_a_checkpoint(config, tmp_path, capsys):

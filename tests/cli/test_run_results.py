@@ -55,7 +55,7 @@ def test_the_adapter_is_that_of_the_last_step_and_the_commands_run(config, model
     [
         (["--lora.config.trainable_token_indices=[3, 5]"], ["generate", "chat", "merge", "export", "test"]),  # for peft
         (["--lora.config.variant=lora_bias", "--lora.merge_on_fit_end=false"], ["generate", "chat", "export", "test"]),
-        (["--lora.config.init=loftq", "--lora.quantize=fp8"], ["test"]),
+        (["--lora.config.init=loftq", "--lora.quantize=fp8"], ["generate", "chat", "merge", "test"]),
     ],
     ids=["rows", "lora_bias", "loftq"],
 )

@@ -269,6 +269,8 @@ def test_a_folder_that_is_a_file_is_refused(run, tmp_path, capsys):
         (["--rank=2,3", "--at_once=0"], "at least 1"),
         (["--rank=2,3", "--side_by_side=maybe"], "auto, true and false"),
         (["--rank=2,3", "--mode=most"], "min and max"),
+        (["--rank=2,3", "--monitor=val_accuracy", "--data.val=null"], "--monitor val_accuracy: data.val is not set"),
+        (["--rank=2,3", "--monitor=val_loss", "--trainer.limit_val_batches=0"], "trainer.limit_val_batches=0, so nothing is validated"),
         (["--rank=2,3", "--lora.colour=blue"], "colour"),
         (["--rank=2,3", "--data.train=nowhere.jsonl"], "no such file"),
         (["--rank=2,3", "--trainer.logger=false"], "save_dir"),

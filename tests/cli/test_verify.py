@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from torch import nn
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora.cli.main import main
@@ -18,16 +19,27 @@ from tests.lit import Net
 
 
 class Own(L.LightningModule):
-    """A user's own, with dropout and BatchNorm. ``broken``: a linear that no gradient reaches. ``by_rank``: a loss of another size."""
+    """A user's own, with dropout and BatchNorm, that changes its batch in place.
 
-    def __init__(self, broken: bool = False, manual: bool = False, by_rank: float = 0.0):
+    ``broken``: a linear that no gradient reaches. ``by_rank``: a loss of another size. ``plan``: split among processes.
+    """
+
+    def __init__(self, broken: bool = False, manual: bool = False, by_rank: float = 0.0, plan: str = ""):
         super().__init__()
+        self.plan = plan
         self.net, self.dropout, self.broken = Net(), nn.Dropout(0.3), broken
         self.by_rank = by_rank
         self.automatic_optimization = not manual
 
+    def configure_model(self):
+        if not self.plan or (self.plan == "guarded" and self.device_mesh is None):
+            return
+        plan = {"fc1": ColwiseParallel(), "fc2": RowwiseParallel()}
+        parallelize_module(self.net, self.device_mesh["tensor_parallel"], plan)
+
     def training_step(self, batch, batch_idx):
         x, y = batch
+        x.mul_(0.5)
         hidden = self.net.fc1(self.net.norm(self.net.embed(x))).relu()
         hidden = hidden.detach() if self.broken else hidden
         loss = nn.functional.cross_entropy(self.net.fc2(self.dropout(hidden)), y)
@@ -126,8 +138,8 @@ def test_under_a_launcher_it_is_refused(own, capsys, monkeypatch):
     assert "start it once" in capsys.readouterr().err
 
 
-def under_ddp(own, *words):
-    options = ["--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.accumulate_grad_batches=2", "--json", *words]
+def under(strategy, own, *words):
+    options = [f"--trainer.strategy={strategy}", "--trainer.devices=2", "--trainer.accumulate_grad_batches=2", "--json", *words]
     command = [sys.executable, "-m", "lightning_lora.cli.main", "verify", "--config", own, *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.stdout, done.stderr
@@ -136,13 +148,35 @@ def under_ddp(own, *words):
 
 def test_the_strategy_equals_one_process(own):
     """Two processes, accumulated batches, dropout: the same two steps."""
-    code, checks = under_ddp(own)
+    code, checks = under("ddp", own)
     assert code == 0 and checks[STRATEGY]["status"] == "passed" and checks[STRATEGY]["measured"] < 1e-5, checks
 
 
 def test_a_loss_that_depends_on_the_rank_fails(own):
-    code, checks = under_ddp(own, "--model.by_rank=5.0")
+    code, checks = under("ddp", own, "--model.by_rank=5.0")
     assert code == 1 and [name for name, check in checks.items() if check["status"] == "failed"] == [STRATEGY], checks
+
+
+SPLIT = '{"class_path": "ModelParallelStrategy", "init_args": {"data_parallel_size": 1, "tensor_parallel_size": 2}}'
+
+
+def test_processes_that_split_layers_get_the_same_batches(own):
+    code, checks = under(SPLIT, own, "--model.plan=guarded")
+    assert code == 0 and checks[STRATEGY]["status"] == "passed" and checks[STRATEGY]["measured"] < 1e-4, checks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "strategy", ["lora_fsdp2", '{"class_path": "lightning_lora.LoRAFSDP2Strategy", "init_args": {"tensor_parallel_size": 2}}']
+)
+def test_a_causal_lm_under_our_strategy(config, strategy):
+    code, checks = under(strategy, config)
+    assert code == 0 and checks[STRATEGY]["status"] == "passed" and checks[STRATEGY]["measured"] < 1e-2, checks
+
+
+def test_a_model_that_needs_a_device_mesh_is_told_what_to_do(own, capsys):
+    assert main(["verify", "--config", own, f"--trainer.strategy={SPLIT}", "--trainer.devices=2", "--model.plan=unguarded"]) == 2
+    assert "begin it with 'if self.device_mesh is None: return'" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_two_runs_are_compared_beside_what_they_changed():

@@ -43,6 +43,12 @@ def config(rank: int = 8, **fields: Any) -> LoRAConfig:
     )
 
 
+def test_one_reason_is_one_sentence() -> None:
+    with pytest.raises(ValueError, match="its weight is not quantized") as raised:
+        find_targets(plain_stack(torch.float32), config())
+    assert str(raised.value).count("its weight is not quantized") == 1 and "The same of 'down'" in str(raised.value)
+
+
 def packed(how: str, lora: LoRAConfig, dtype: torch.dtype = torch.float32) -> Stack:
     return quantize_base(plain_stack(dtype), how, targets=["up", "down"], lora=lora)
 

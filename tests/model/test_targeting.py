@@ -189,8 +189,11 @@ def test_a_module_under_two_names_is_left_alone_if_one_is_excluded(targets, name
 
 def test_all_problems_come_at_once_but_not_without_end():
     model = nn.ModuleDict({f"norm{i}": nn.LayerNorm(2) for i in range(12)})
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=r"^'norm0' is a .*Exclude it. The same of 'norm1', 'norm2', 'norm3' and 8 more\.$"):
         find_targets(model, LoRAConfig(target_modules=[r"norm\d+"]))
+    model["fc"] = nn.Linear(2, 2)
+    with pytest.raises(ValueError) as error:
+        find_targets(model, LoRAConfig(target_modules=["fc", *(f"nowhere{i}" for i in range(12))]))
     lines = str(error.value).splitlines()
     assert len(lines) == 9
     assert lines[-1] == "… and 4 more."
