@@ -20,19 +20,20 @@ autosummary_generate = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
-autodoc_class_signature = "separated"
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 
 # Everything a page needs lies beside it: no fonts, scripts or styles from elsewhere; search works from files too.
 html_theme = "pydata_sphinx_theme"
 html_title = f"lightning-lora {release}"
+templates_path = ["_templates"]
+html_sidebars = {"**": ["pages"]}
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sourcelink = False
 html_theme_options = {
-    "navbar_align": "left",
+    "navbar_center": [],
     "show_prev_next": False,
     "secondary_sidebar_items": ["page-toc"],
-    "header_links_before_dropdown": 0,
+    "search_as_you_type": True,
 }
