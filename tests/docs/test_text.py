@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import lightning_lora.estimate
 import lightning_lora.tasks
 from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters
 from lightning_lora.registry import INITS, VARIANTS
-from tests.docs.pages import PAGES, ROOT, TEXT, pages_with, table
+from tests.docs.pages import PAGES, ROOT, TEXT, pages_with, path_of, table
 
 REFERENCE = {path.stem: path.read_text() for path in (ROOT / "docs" / "api").glob("*.rst")}
 
@@ -43,6 +44,25 @@ def test_files_named_in_the_text_exist(page: str) -> None:
     text = re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
     files = re.findall(r"`((?:tests|benchmarks|examples|configs|docs|lightning_lora)/[\w./-]+|[A-Z]{5,}\.md)`", text)
     assert not [name for name in files if not (ROOT / name).exists()]
+
+
+def anchors(file: Path) -> set[str]:
+    """The headings of a Markdown file as a repository's pages link to them; an included file's too."""
+    text = re.sub(r"^```(?!{).*?^```$", "", file.read_text(), flags=re.DOTALL | re.MULTILINE)
+    included = re.findall(r"^```{include} (\S+)$", text, re.MULTILINE)
+    slugs = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
+    return slugs.union(*(anchors(file.parent / name) for name in included))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_work_in_the_repository_too(page: str) -> None:
+    """`make docs` checks those of the site."""
+    folder = path_of(page).parent
+    for link in re.findall(r"\]\((?!http)([^)\s]+)\)", re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)):
+        name, _, anchor = link.partition("#")
+        file = folder / name if name else path_of(page)
+        assert file.exists(), link
+        assert not anchor or anchor in anchors(file), link
 
 
 def test_the_samples_train_all_that_apply_lora_says_trains() -> None:
