@@ -9,7 +9,9 @@ version = release = lightning_lora.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build"]
-nitpicky = False  # annotations name classes of torch and Lightning, whose sites would have to be reached
+# A reference to a public name has to be found. Others are to torch, Lightning and files of this package, which have no page here.
+nitpicky = True
+nitpick_ignore_regex = [("py:mod", ".*"), ("py:.*", rf"(?!(.*\.)?({'|'.join(lightning_lora.__all__)})$).*")]
 
 # Pages. A link to a heading is checked as one to a page is.
 myst_heading_anchors = 4
@@ -22,6 +24,9 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+default_role = "code"
+toc_object_entries_show_parents = "hide"
 
 # Everything a page needs lies beside it: no fonts, scripts or styles from elsewhere; search works from files too.
 html_theme = "pydata_sphinx_theme"

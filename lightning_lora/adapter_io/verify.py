@@ -58,7 +58,7 @@ def verify_lora(
         loss: returns the loss, a scalar, of the model; default: the mean square of all outputs.
 
     Returns:
-        The checks: identity at step 0, gradients, merging of each layer and of the whole, files.
+        The checks of identity at step 0, gradients, merging of each layer and of the whole, files.
 
     Raises:
         ValueError: the config does not fit, the model has no adapters or merged ones, or it returns no floating-point tensor.

@@ -60,7 +60,7 @@ class LoRALayer(Factors):
     is_linear: ClassVar[bool] = False
     #: True if the weight multiplies the rows of the input, ``x (..., in) → y (..., out)``. Inits that read data need that.
     reads_rows: ClassVar[bool] = False
-    #: Names of the module's children that are adapted together with it, with its rank and alpha: its own forward calls them.
+    #: Names of the module's children that are adapted together with it, with its rank and alpha; its own forward calls them.
     children_too: ClassVar[tuple[str, ...]] = ()
     #: Names of the module's attributes that say the shape of its weight.
     sizes: ClassVar[tuple[str, ...]] = ()
@@ -70,7 +70,7 @@ class LoRALayer(Factors):
     kind_options: ClassVar[dict[str, Option]] = {}
 
     lora_dropout: nn.Dropout
-    #: True while the layer computes its base's output only. :func:`lightning_lora.model.disable.disabled_lora` sets it on the instance.
+    #: True while the layer computes its base's output only. :func:`~lightning_lora.disabled_lora` sets it on the instance.
     disabled: bool = False
     lora_base: ClassVar[type[nn.Module]]
 

@@ -182,7 +182,7 @@ def get_lora_parameters(model: nn.Module) -> LoRAParameters:
     """Return every adapter parameter once. Frozen tensors that layers share are left out. Membership is by identity.
 
     What ``modules_to_save`` and ``bias`` train is not in it. For an optimizer use
-    :func:`~lightning_lora.optim.groups.lora_param_groups`, which has all that trains.
+    :func:`~lightning_lora.lora_param_groups`, which has all that trains.
     """
     return LoRAParameters([parameter for _, layer in lora_layers(model) for parameter in layer.lora_parameters().values()])
 

@@ -31,7 +31,7 @@ def lora_param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0,
             for an embedding that is ``lora_A``, for VeRA b. If both start at random or from the weight (``orthogonal``, ``pissa``,
             ``olora``), B is ``lora_B``, as in PEFT. AdaLoRA starts B at random and E, between the two, at zero. The paper's analysis does
             not cover that; B gets λ and E 1, as in PEFT. Schedulers that set every group's rate from one number (OneCycleLR,
-            CyclicLR) would undo the ratio. Give them a list, or use :func:`~lightning_lora.optim.apply_lora_plus`, which works with any.
+            CyclicLR) would undo the ratio. Give them a list, or use :func:`~lightning_lora.apply_lora_plus`, which works with any.
 
     Returns:
         Groups with ``name``, ``params``, ``lr`` and ``weight_decay``, without empty ones. They match PEFT's ``create_loraplus_optimizer``

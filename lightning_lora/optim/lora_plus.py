@@ -75,7 +75,7 @@ def holds_b(optimizer: Optimizer, model: nn.Module) -> bool:
 
 
 def check_kept(optimizer: Optimizer) -> None:
-    """Check that groups of :func:`~lightning_lora.optim.lora_param_groups` still have the ratio they were made with.
+    """Check that groups of :func:`~lightning_lora.lora_param_groups` still have the ratio they were made with.
 
     Raises:
         ValueError: a scheduler set one rate for all groups when it was built.
