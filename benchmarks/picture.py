@@ -1,6 +1,6 @@
 """The picture in README: time and memory of a training step, ours and PEFT's, from the tables of measured steps.
 
-    python benchmarks/picture.py   # reads benchmarks/README.md and benchmarks/records, writes docs/_static/step.svg
+python benchmarks/picture.py   # reads benchmarks/README.md and benchmarks/records, writes docs/_static/step.svg
 """
 
 from __future__ import annotations

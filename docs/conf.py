@@ -1,6 +1,15 @@
 """The documentation: Sphinx, pages in Markdown, the API from docstrings. `make docs` builds it with warnings as errors."""
 
+import re
+
+from docutils import nodes
+from sphinx.addnodes import pending_xref
+from sphinx.application import Sphinx
+
 import lightning_lora
+import lightning_lora.data
+import lightning_lora.estimate
+import lightning_lora.tasks
 
 project = "lightning-lora"
 author = "the lightning-lora authors"
@@ -42,3 +51,25 @@ html_theme_options = {
     "secondary_sidebar_items": ["page-toc"],
     "search_as_you_type": True,
 }
+
+# Public name → its full name.
+PUBLIC = {
+    name: f"{module.__name__}.{name}"
+    for module in (lightning_lora.estimate, lightning_lora.data, lightning_lora.tasks, lightning_lora)
+    for name in module.__all__
+}
+
+
+def link_public_names(app: Sphinx, page: nodes.document) -> None:
+    """Link code in the text that is a public name, or a call of one, to its place in the reference."""
+    for literal in list(page.findall(nodes.literal)):
+        name = re.match(r"(\w+)(?:\(|$)", literal.astext())
+        if name and name[1] in PUBLIC and isinstance(literal.parent, (nodes.paragraph, nodes.entry, nodes.term)):
+            link = pending_xref("", refdomain="py", reftype="obj", reftarget=PUBLIC[name[1]], refexplicit=True)
+            literal.replace_self(link)
+            link += literal
+
+
+def setup(app: Sphinx) -> None:
+    """Sphinx calls this when it has read the file."""
+    app.connect("doctree-read", link_public_names)

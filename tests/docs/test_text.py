@@ -15,7 +15,7 @@ import lightning_lora.estimate
 import lightning_lora.tasks
 from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters
 from lightning_lora.registry import INITS, VARIANTS
-from tests.docs.pages import PAGES, ROOT, TEXT, pages_with, path_of, table
+from tests.docs.pages import PAGES, ROOT, TEXT, blocks, pages_with, path_of, table
 
 REFERENCE = {path.stem: path.read_text() for path in (ROOT / "docs" / "api").glob("*.rst")}
 
@@ -105,3 +105,9 @@ def test_the_pages_have_what_is_run_here() -> None:
     opened = [fence for fence in re.findall(r"^```(.*)$", TEXT, re.MULTILINE)]
     assert len(opened) == 2 * sum(fence != "" for fence in opened), "a fence without a language is not run"
     assert all(pages_with(language) for language in ("python", "yaml", "bash"))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_code_is_as_wide_as_a_window_shows(page: str) -> None:
+    lines = [line for language in ("python", "yaml", "bash", "text") for block in blocks(page, language) for line in block.splitlines()]
+    assert not [line for line in lines if len(line) > 106]
