@@ -69,7 +69,8 @@ def test_command_lines(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch,
     if program == "make":
         assert set(rest) <= targets() and rest
     elif program == "python":
-        assert (ROOT / rest[0]).is_file()
+        file = rest[1].replace(".", "/") + ".py" if rest[0] == "-m" else rest[0]
+        assert (ROOT / file).is_file()
     elif program == "lightning-lora" and rest[0] in {*main.TRAIN, *main.VERIFY}:
         assert parsed(*("fit" if word in main.VERIFY else word for word in rest))
     elif program == "lightning-lora" and rest[0] in main.SWEEP:
