@@ -14,11 +14,10 @@ import torch
 
 from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, save_adapter
 from lightning_lora.layers import LoRALayer
-from tests.docs.pages import PAGES, MyModule, batches, blocks, llama, pages_with, path_of
+from tests.docs.pages import ADVICE, PAGES, MyModule, batches, blocks, llama, pages_with, path_of
 from tests.tasks import tiny
 
-# Lightning's advice where a block leaves out, for brevity, what a long run would set.
-pytestmark = pytest.mark.filterwarnings("ignore:.*TensorBoard.*", "ignore:.*tensorboard.*", "ignore:`isinstance.treespec, LeafSpec.`")
+pytestmark = ADVICE
 
 Names = dict[str, Any]
 
