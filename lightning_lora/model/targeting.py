@@ -92,6 +92,16 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetReport:
 
     Raises:
         ValueError: a pattern or a layer index matches nothing, a target cannot be adapted, or two fields contradict each other.
+
+    Examples:
+        >>> print(find_targets(model, LoRAConfig(rank=4)))
+        module                           type    weight  rank  alpha  count  parameters
+        model.layers.*.self_attn.q_proj  Linear  32×32      4     16      2         512
+        model.layers.*.self_attn.v_proj  Linear  32×32      4     16      2         512
+        LoRA on 4 modules, 1,024 parameters
+        reached: 4,096 of 21,664 elements of the model, 19%
+          target_modules 'q_proj': 2 modules
+          target_modules 'v_proj': 2 modules
     """
     report = resolve(model, config)
     if belongs_to_packed_base(config.init):
