@@ -62,6 +62,11 @@ def verify_lora(
 
     Raises:
         ValueError: the config does not fit, the model has no adapters or merged ones, or it returns no floating-point tensor.
+
+    Examples:
+        >>> checks = verify_lora(model, LoRAConfig(target_modules="all-linear"), batch=batch)
+        >>> {check.status for check in checks}
+        {'passed'}
     """
     there = already_applied(model, config) if config is not None else any(True for _ in lora_layers(model))
     if not there and config is None:

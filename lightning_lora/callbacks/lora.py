@@ -91,6 +91,10 @@ class LoRACallback(Callback):
 
     Attributes:
         report: what the config matched; set by ``setup``. ``print`` it.
+
+    Examples:
+        >>> callback = LoRACallback(LoRAConfig(rank=4, target_modules="all-linear"))
+        >>> L.Trainer(max_epochs=1, callbacks=[callback]).fit(MyModule())
     """
 
     def __init__(

@@ -59,6 +59,10 @@ def quantize_base(
         ValueError: the format is not known, or a linear cannot be quantized: it is adapted, on the meta device, sharded, tied to another
             module, not a plain ``nn.Linear``, or of a size that does not fit the format.
         ImportError: the library is not installed; the message names the extra.
+
+    Examples:
+        >>> model = quantize_base(model, "fp8")  # "nf4" and "int8" need the extra bitsandbytes
+        >>> model = apply_lora(model, LoRAConfig(target_modules="all-linear"))
     """
     quantize_reversibly(model, how, targets=targets, modules_to_save=modules_to_save, device=device, lora=lora)
     return model

@@ -39,6 +39,12 @@ def lora_param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0,
 
     Raises:
         ValueError: nothing in the model trains, or the ratio is not a number > 0.
+
+    Examples:
+        >>> groups = lora_param_groups(apply_lora(model), lr=1e-4, weight_decay=0.01, lora_plus_ratio=16)
+        >>> optimizer = torch.optim.AdamW(groups)
+        >>> sorted({group["lr"] for group in groups})
+        [0.0001, 0.0016]
     """
     check_ratio(lora_plus_ratio)
     zero = {id(factor) for factor in zero_factors(model)}

@@ -47,6 +47,11 @@ def apply_lora_plus(optimizer: Optimizer, model: nn.Module, ratio: float, *sched
     Raises:
         ValueError: the ratio is out of range, the optimizer holds no B, or a group that holds one has a ratio already. Or the optimizer
             divided its groups among the processes when it was built, so that a split now would have no effect.
+
+    Examples:
+        >>> optimizer = torch.optim.AdamW(lora_param_groups(apply_lora(model), lr=1e-4))
+        >>> scheduler = torch.optim.lr_scheduler.LinearLR(optimizer)
+        >>> apply_lora_plus(optimizer, model, 16, scheduler)
     """
     check_ratio(ratio)
     if divides_state(optimizer):

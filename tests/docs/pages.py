@@ -16,6 +16,8 @@ ROOT = Path(__file__).parents[2]
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = {path.stem: path.read_text() for path in FILES}
 TEXT = "\n".join(PAGES.values())
+# Pages that show errors, which test_help.py expects to be raised.
+HELP = ["troubleshooting", "mistakes", *(page for page in PAGES if page.startswith("coming-from-"))]
 
 # Lightning's advice where a block leaves out, for brevity, what a long run would set.
 ADVICE = pytest.mark.filterwarnings("ignore:.*TensorBoard.*", "ignore:.*tensorboard.*", "ignore:`isinstance.treespec, LeafSpec.`")

@@ -1,6 +1,7 @@
 """The Python blocks of each page are run one after another, in a namespace and an empty folder of the page's own.
 
-None can be skipped. The names that pages take for granted (`MyModule`, `model`, `batches`) are tiny stand-ins.
+None can be skipped; pages of help are run by test_help.py. The names
+that pages take for granted (`MyModule`, `model`, `batches`) are tiny stand-ins.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 
 from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, save_adapter
 from lightning_lora.layers import LoRALayer
-from tests.docs.pages import ADVICE, PAGES, MyModule, batches, blocks, llama, pages_with, path_of
+from tests.docs.pages import ADVICE, HELP, PAGES, MyModule, batches, blocks, llama, pages_with, path_of
 from tests.tasks import tiny
 
 pytestmark = ADVICE
@@ -48,7 +49,7 @@ def after(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Names]:
     return run
 
 
-@pytest.mark.parametrize("page", pages_with("python"))
+@pytest.mark.parametrize("page", [page for page in pages_with("python") if page not in HELP])
 def test_the_blocks_of_a_page_run(after: Callable[[str], Names], page: str) -> None:
     assert after(page)
 
