@@ -24,7 +24,6 @@ nitpick_ignore_regex = [("py:mod", ".*"), ("py:.*", rf"(?!(.*\.)?({'|'.join(ligh
 
 # Pages. A link to a heading is checked as one to a page is.
 myst_heading_anchors = 4
-myst_enable_extensions = ["colon_fence"]
 
 # The API. Members are listed on the page where they are named; what a class inherits is its parent's.
 autosummary_generate = False
