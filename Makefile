@@ -4,17 +4,20 @@ PYTHON ?= python3
 WORKERS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check unit matrix family models faults experimental clean
+.PHONY: quickstart test check docs unit matrix family models faults experimental clean
 
 quickstart: $(VENV)/.quickstart  ## LoRA-tune a real language model on real data; everything lands in runs/quickstart/
 	$(BIN)/python examples/quickstart.py
 
-test: check unit  ## lint, types and the whole suite
+test: check docs unit  ## lint, types, the documentation and the whole suite
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.test  ## the documentation, in docs/_build/html; a warning, such as a broken link, is an error
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going docs docs/_build/html
 
 unit: $(VENV)/.test  ## the suite, WORKERS files at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
@@ -44,4 +47,4 @@ $(VENV)/.quickstart $(VENV)/.test: $(VENV)/.%: pyproject.toml constraints.txt | 
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) runs docs/_build .pytest_cache .mypy_cache .ruff_cache

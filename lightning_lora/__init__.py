@@ -1,4 +1,4 @@
-"""LoRA for PyTorch Lightning. The public names; see README.md."""
+"""LoRA for PyTorch Lightning. The public names; see docs/index.md."""
 
 from __future__ import annotations
 

@@ -62,6 +62,14 @@ class LoRAConfig:
 
     Raises:
         ValueError: a field is out of range. The message names the field, the value and what is allowed.
+
+    Examples:
+        >>> config = LoRAConfig(rank=16, alpha=32, target_modules="all-linear", rank_pattern={"down_proj": 8})
+        >>> config.scaling_of(rank=16, alpha=32)
+        2.0
+        >>> LoRAConfig(dropout=1.5)
+        Traceback (most recent call last):
+        ValueError: dropout=1.5: give a probability in [0, 1), such as 0.05.
     """
 
     rank: int = 8

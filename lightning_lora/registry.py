@@ -38,6 +38,22 @@ def register_kind(*names: str | type, name: str | None = None, match: Callable[[
 
     Raises:
         ValueError: another class already adapts one of the types, or has the name.
+
+    Examples:
+        >>> class Projection(torch.nn.Module):  # a layer of your own: y = x·Wᵀ
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.weight = torch.nn.Parameter(torch.randn(8, 16))
+        ...     def forward(self, x):
+        ...         return x @ self.weight.T
+        >>> @register_kind(Projection)
+        ... class LoRAProjection(LoRALayer):
+        ...     @classmethod
+        ...     def adapter_shapes(cls, module, spec):
+        ...         return (spec.rank, 16), (8, spec.rank)
+        ...     def lora_update(self, y, x):
+        ...         return y + self.scaling * (x @ self.lora_A.T @ self.lora_B.T)
+        >>> layers = apply_lora(torch.nn.Sequential(Projection()), LoRAConfig(target_modules=["0"]))
     """
     keys = [each if isinstance(each, str) else qualified_name(each) for each in names]
 
@@ -60,6 +76,14 @@ def register_variant(name: str) -> Callable[[type[T]], type[T]]:
 
     Raises:
         ValueError: another variant has that name.
+
+    Examples:
+        >>> @register_variant("only_b")
+        ... class OnlyB(LoRALayer):
+        ...     def init_adapter(self, spec):
+        ...         super().init_adapter(spec)
+        ...         self.lora_A.requires_grad_(False)
+        >>> model = apply_lora(model, LoRAConfig(variant="only_b"))
     """
     return lambda variant: _add(VARIANTS, "variant", [name], variant)
 
@@ -83,6 +107,13 @@ def register_init(
 
     Raises:
         ValueError: another init has that name.
+
+    Examples:
+        >>> @register_init("ones")
+        ... def ones(layer):
+        ...     torch.nn.init.ones_(layer.lora_A)
+        ...     torch.nn.init.zeros_(layer.lora_B)
+        >>> model = apply_lora(model, LoRAConfig(init="ones"))
     """
 
     def add(init: Init) -> Init:

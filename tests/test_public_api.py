@@ -93,7 +93,10 @@ def test_what_is_lazy_costs_the_import_nothing() -> None:
         assert getattr(lightning_lora, name) is getattr(importlib.import_module(f"lightning_lora.{where}"), name)
 
 
-@pytest.mark.parametrize("document", ["README.md", "CHANGELOG.md", "CONTRIBUTING.md"])
+DOCUMENTS = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_documents_import_public_names_from_the_package(document: str) -> None:
     """No public name by way of the module that it is defined in."""
     text = (ROOT / document).read_text()

@@ -30,13 +30,6 @@ Pair = tuple[Tensor, Tensor]  # A and scaling · B
 def load_adapters(model: nn.Module, adapters: Mapping[str, str | Path], *, check_base: bool = True) -> AdapterSet:
     """Put several adapters on one base, and make the first of them active.
 
-    .. code-block:: python
-
-        adapters = load_adapters(model, {"legal": "runs/legal/adapter", "polite": "runs/polite/adapter"})
-        adapters.use("polite")
-        with adapters.rows(["legal", "polite", None]):  # an adapter for each row of the batch
-            model(**batch)
-
     Args:
         model: a base model without LoRA, or a LightningModule around one. Its adapters' parameters do not train.
         adapters: name → a folder (ours or PEFT's) or a checkpoint of :class:`~lightning_lora.LoRACallback`.
@@ -45,6 +38,11 @@ def load_adapters(model: nn.Module, adapters: Mapping[str, str | Path], *, check
     Raises:
         ValueError: the model has LoRA, or an adapter cannot be read, does not fit, or is more than B·A on each layer (DoRA, modules trained
             in full). The model is unchanged then.
+
+    Examples:
+        >>> adapters = load_adapters(model, {"legal": "runs/legal/adapter", "polite": "runs/polite/adapter"})
+        >>> with adapters.rows(["legal", None]):  # an adapter for each row of the batch; None: the base alone
+        ...     logits = model(**batch).logits
     """
     if not isinstance(adapters, Mapping) or not adapters:
         raise ValueError(
@@ -80,6 +78,15 @@ class AdapterSet:
     Attributes:
         active: name of the active adapter; None: the base alone.
         pairs: name → layer → its factors.
+
+    Examples:
+        >>> adapters = load_adapters(model, {"legal": "runs/legal/adapter", "polite": "runs/polite/adapter"})
+        >>> type(adapters).__name__, adapters.active
+        ('AdapterSet', 'legal')
+        >>> adapters.use("polite")
+        >>> adapters.add("terse", "runs/terse/adapter")
+        >>> adapters.remove("legal")
+        >>> adapters.use(None)  # the base alone
     """
 
     def __init__(self, root: nn.Module, check_base: bool) -> None:

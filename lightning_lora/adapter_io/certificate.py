@@ -44,6 +44,13 @@ class MergeCertificate:
         layers: FQN → what rounding lost, None if other code merged; a layer with several weights has an entry for each.
         probe: output → how far the merged model's is from the unmerged model's; None without a probe.
         versions: package → version, of those that computed this.
+
+    Examples:
+        >>> model = load_adapter(model, "runs/legal/adapter")
+        >>> certificate: MergeCertificate = merge_certificate(model)
+        >>> certificate.check(max_lost=0.01)  # an error if rounding would lose more
+        >>> {rounding.dtype for rounding in certificate.layers.values()}
+        {'float32'}
     """
 
     base: dict[str, Any]
@@ -110,6 +117,12 @@ def merge_certificate(model: nn.Module, *, probe: Probe | None = None) -> MergeC
     Raises:
         ValueError: the model has no adapters or cannot be merged, a merged weight does not fit its dtype, or the probe's outputs are not
             comparable.
+
+    Examples:
+        >>> model = load_adapter(model, "runs/legal/adapter")
+        >>> certificate = merge_certificate(model, probe=batch)
+        >>> max(rounding.lost for rounding in certificate.layers.values()) < 1e-5  # in fp32
+        True
     """
     _, root = adapter_root(model)
     layers = {clean_name(name): layer for name, layer in lora_layers(root)}

@@ -62,6 +62,10 @@ def combine_adapters(
     Raises:
         ValueError: an option is out of range, the adapters are not of one base or shape, a layer's update is not one B·A (DoRA, VeRA), or
             they trained other tensors that differ.
+
+    Examples:
+        >>> folder = combine_adapters({"runs/legal/adapter": 0.7, "runs/polite/adapter": 0.3}, "both", method="cat")
+        >>> model = load_adapter(model, folder)
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r}: choose one of {', '.join(METHODS)}.")
@@ -114,6 +118,10 @@ def compress_adapter(
 
     Raises:
         ValueError: not one of ``rank`` and ``energy`` is given, one is out of range, or a layer's update is not one B·A (DoRA, VeRA).
+
+    Examples:
+        >>> folder = compress_adapter("runs/legal/adapter", "small", energy=0.9)
+        >>> model = load_adapter(model, folder)
     """
     if (rank is None) == (energy is None):
         raise ValueError(f"rank={rank}, energy={energy}: give one of them.")

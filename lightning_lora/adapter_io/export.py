@@ -71,6 +71,12 @@ def export_merged(
             room for the model; an adapter holds NaN or is disabled; a quantized weight is sharded or of an unknown format; an adapted
             weight is tied and the file cannot record its broken tie; the certificate cannot be made, or rounding loses more than
             ``max_lost``. Nothing is written then.
+
+    Examples:
+        >>> model = load_adapter(model, "runs/legal/adapter")
+        >>> folder = export_merged(model, "merged", probe=batch, max_lost=0.3)
+        >>> (folder / "merge_certificate.json").exists()
+        True
     """
     folder, (_, root) = Path(folder), adapter_root(model)
     check_limit(max_lost)

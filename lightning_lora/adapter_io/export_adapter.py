@@ -72,6 +72,11 @@ def export_adapter(
 
     Raises:
         ValueError: the adapter has a part that the target does not load, the source is no adapter, or the folder is not empty.
+
+    Examples:
+        >>> folder = export_adapter("runs/legal/adapter", "served", target="vllm", base="owner/model")
+        >>> sorted(path.name for path in folder.iterdir())
+        ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
     """
     if target not in TARGETS:
         raise ValueError(f"target={target!r}: choose one of {', '.join(TARGETS)}.")

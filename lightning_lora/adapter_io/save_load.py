@@ -56,6 +56,11 @@ def save_adapter(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
 
     Raises:
         ValueError: the model has no LoRA, or the folder is not empty and ``overwrite`` is False.
+
+    Examples:
+        >>> folder = save_adapter(apply_lora(model), "adapter")
+        >>> sorted(path.name for path in folder.iterdir())
+        ['adapter_config.json', 'adapter_model.safetensors']
     """
     folder = Path(folder)
     prefix, root = adapter_root(model)
@@ -102,6 +107,12 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
 
     Raises:
         ValueError: the file cannot be read or does not fit the model, which is then unchanged.
+
+    Examples:
+        >>> model = load_adapter(model, "runs/legal/adapter")  # a folder of PEFT's too, or a checkpoint
+        >>> load_adapter(model, "runs/leagl/adapter")
+        Traceback (most recent call last):
+        lightning_lora.storage.regular_files.WrongPath: runs/leagl/adapter: there is no such adapter folder or checkpoint.
     """
     _, root = adapter_root(model)
     adapter, report, tensors, brought = checked_adapter(root, path, check_base=check_base, allow_nonfinite=allow_nonfinite)

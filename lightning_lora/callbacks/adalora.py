@@ -59,6 +59,12 @@ class AdaLoRACallback(LoRACallback):
 
     Raises:
         ValueError: an argument is out of range; or, when fit starts, the schedule does not fit the run.
+
+    Examples:
+        >>> callback = AdaLoRACallback(init_rank=4, target_rank=2, tinit=0, tfinal=1)
+        >>> L.Trainer(max_epochs=1, callbacks=[callback]).fit(MyModule())
+        >>> sum(callback.ranks.values()) == 2 * len(callback.ranks)
+        True
     """
 
     def __init__(

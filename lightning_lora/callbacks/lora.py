@@ -74,7 +74,7 @@ class LoRACallback(Callback):
         allow_nonfinite: train on when a parameter turns NaN or infinite. Default: training stops, no checkpoint is written, and none with
             such values is loaded. What trains is looked at before each save, at the end, and every ``log_every_n_steps`` batches.
         compile: "layer" compiles each repeated block of the model in place until the run ends, see
-            :func:`~lightning_lora.model.compile.compile_layers`. Prediction runs uncompiled, because generation would compile again for
+            :func:`~lightning_lora.compile_layers`. Prediction runs uncompiled, because generation would compile again for
             every token.
         cuda_graphs: with ``compile="layer"``, record each compiled block as CUDA graphs, so that a step launches no kernels one by one.
             Use it for batches of one or few sizes, since each size is recorded separately. Sharded models are refused. Manual optimization
@@ -95,6 +95,10 @@ class LoRACallback(Callback):
 
     Attributes:
         report: what the config matched; set by ``setup``. ``print`` it.
+
+    Examples:
+        >>> callback = LoRACallback(LoRAConfig(rank=4, target_modules="all-linear"))
+        >>> L.Trainer(max_epochs=1, callbacks=[callback]).fit(MyModule())
     """
 
     def __init__(

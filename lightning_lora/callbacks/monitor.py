@@ -67,6 +67,13 @@ class LoRAMonitor(Callback):
     Raises:
         ValueError: an argument is out of range; or, when training starts, the module has no adapter, or ranks are to be applied to layers
             that cannot take others (as :func:`~lightning_lora.resize_ranks`; sharded ones too). Nothing has trained then.
+
+    Examples:
+        >>> monitor = LoRAMonitor(every_n_steps=2)
+        >>> trainer = L.Trainer(max_epochs=1, callbacks=[LoRACallback(), monitor])
+        >>> trainer.fit(MyModule())
+        >>> len(monitor.history.steps) > 1
+        True
     """
 
     def __init__(

@@ -29,7 +29,8 @@ _COLUMNS = (
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:960px;margin:2em auto;padding:0 1em;color:#222;background:#fff}"
     "table{border-collapse:collapse;font-size:13px;width:100%}td,th{padding:2px 8px;border-bottom:1px solid #ddd;text-align:right}"
-    "td:first-child,th:first-child{text-align:left}.look{border-left:4px solid #b5530a}.fine{border-left:4px solid #888}"
+    "td:first-child,th:first-child{text-align:left}td:last-child{white-space:nowrap}"
+    ".look{border-left:4px solid #b5530a}.fine{border-left:4px solid #888}"
     ".hint{padding:2px 12px;margin:8px 0}pre{background:#f4f4f4;padding:1em;overflow:auto}"
     "svg{max-width:100%;height:auto}.wide{overflow:auto}"
 )
@@ -119,7 +120,7 @@ def _page(found: Findings, energy: float) -> str:
         "<h2>Seven common mistakes</h2>",
         *notes,
         "<h2>Size of the update, ‖ΔW‖/‖W‖</h2>",
-        "<p>Layers × time, shaded by the logarithm.</p>",
+        "<p>Layers × time, shaded by the logarithm; beige: no update yet, or not measured.</p>",
         heat_map(names, history.steps, ratios.tolist(), log=True, unit="‖ΔW‖/‖W‖"),
         "<h2>Effective rank</h2>",
         heat_map(names, history.steps, ranks.tolist(), log=False, unit="effective rank"),

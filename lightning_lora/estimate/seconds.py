@@ -29,7 +29,7 @@ def estimate_seconds(model: Any, config: LoRAConfig | None, setting: Setting, de
         model: as for :func:`~lightning_lora.estimate.estimate_memory`.
         config: likewise.
         setting: of the run.
-        device: a name of :data:`RATES`, or "cpu".
+        device: "h200", "h100", "a100", "4090", "l4", or "cpu".
 
     Returns:
         The range; None for a CPU and in fp32, whose rates are not known.

@@ -5,17 +5,14 @@
     y = super().forward(x)                  # the base's own: nn.Linear, a 4-bit linear, a user's subclass
     y + scaling · lora_B · lora_A · x       # unless merged
 
-This is exact for bases that are linear in their weight and use the input unchanged. A subclass whose forward does more (scales the
-output, say) is found by :mod:`~lightning_lora.layers.linearity` and refused. Register a kind of its own for such a base.
+This is exact for bases that are linear in their weight and use the input unchanged. A subclass whose forward does more (scales the output,
+say) is found by :mod:`~lightning_lora.layers.linearity` and refused. Register a kind of its own for such a base.
 
-The module stays the same object under the same name. So state-dict keys, tied weights, hooks, ``isinstance`` checks and
-sharding plans stay valid. A wrapper module would rename keys and break tensor-parallel plans. A parametrization of
-the weight would build the dense product, store many times the activations and could not support quantized weights.
+The module stays the same object under the same name. So state-dict keys, tied weights, hooks, ``isinstance`` checks and sharding plans stay
+valid. A wrapper module would rename keys and break tensor-parallel plans. A parametrization would build the dense product, store many
+times the activations and could not support quantized weights.
 
-A *kind* (one file each) defines a layer's shapes. A *variant* is a mixin before the kind in the MRO; it changes the formula.
-Neither knows the other. A variant sees the weight and the factors as matrices (:meth:`LoRALayer.to_matrix`,
-:meth:`LoRALayer.factor_matrices`). It shapes outputs with :meth:`LoRALayer.per_output` and calls the base with
-:meth:`LoRALayer.base_forward`.
+A *kind* defines a layer's shapes. A *variant*, a mixin before it in the MRO, changes the formula and sees weight and factors as matrices.
 """
 
 from __future__ import annotations
@@ -52,6 +49,10 @@ class LoRALayer(Factors):
         lora_B: up-projection, (out, r) for a linear.
         lora_dropout: ``nn.Dropout`` that holds the probability; the layer's own ``training`` says if it is active.
         lora_state: the rest of the adapter's state; ``spec``, ``rank``, ``alpha``, ``lora_config`` and ``merged`` read it.
+
+    Examples:
+        >>> isinstance(apply_lora(model).model.layers[0].self_attn.q_proj, LoRALayer)
+        True
     """
 
     #: False for a kind that has no A and B, and so no variant.
@@ -60,7 +61,7 @@ class LoRALayer(Factors):
     is_linear: ClassVar[bool] = False
     #: True if the weight multiplies the rows of the input, ``x (..., in) → y (..., out)``. Inits that read data need that.
     reads_rows: ClassVar[bool] = False
-    #: Names of the module's children that are adapted together with it, with its rank and alpha: its own forward calls them.
+    #: Names of the module's children that are adapted together with it, with its rank and alpha; its own forward calls them.
     children_too: ClassVar[tuple[str, ...]] = ()
     #: Names of the module's attributes that say the shape of its weight.
     sizes: ClassVar[tuple[str, ...]] = ()
@@ -70,7 +71,7 @@ class LoRALayer(Factors):
     kind_options: ClassVar[dict[str, Option]] = {}
 
     lora_dropout: nn.Dropout
-    #: True while the layer computes its base's output only. :func:`lightning_lora.model.disable.disabled_lora` sets it on the instance.
+    #: True while the layer computes its base's output only. :func:`~lightning_lora.disabled_lora` sets it on the instance.
     disabled: bool = False
     lora_base: ClassVar[type[nn.Module]]
 
@@ -189,10 +190,7 @@ class LoRALayer(Factors):
                 local_tensor(start.requires_grad_(False)).copy_(local_tensor(self._parameters[name]))  # type: ignore[arg-type]
 
     def base_was_loaded(self, loaded: set[str]) -> None:
-        """Compute what was made from the weight again from the new one, unless the adapter was loaded too or has trained.
-
-        What was made from data stays.
-        """
+        """Compute what was made from the weight (not from data) again, unless the adapter was loaded too or has trained."""
         init = self.lora_config.init
         from_weight = ("lora_A0" in self._parameters or frozen_factor(init)) and data_of(init) is None
         if from_weight and "lora_A" not in loaded and self._starts():
@@ -281,7 +279,12 @@ def _rebuild(base: type[nn.Module], variant: str, kind: str | None = None, slice
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
-    """Yield ``(FQN, layer)`` of every adapted layer; a layer that two parents share is yielded once."""
+    """Yield ``(FQN, layer)`` of every adapted layer; a layer that two parents share is yielded once.
+
+    Examples:
+        >>> [name for name, layer in lora_layers(apply_lora(model)) if layer.rank == 8][:2]
+        ['model.layers.0.self_attn.q_proj', 'model.layers.0.self_attn.v_proj']
+    """
     for name, module in model.named_modules():
         if isinstance(module, LoRALayer):
             yield name, module

@@ -42,6 +42,13 @@ class LoRALinear(LoRALayer, nn.Linear):
 
     Shape:
         input (..., in), output (..., out), ``lora_A`` (r, in), ``lora_B`` (out, r).
+
+    Examples:
+        >>> layer = LoRALinear.from_linear(torch.nn.Linear(16, 8), rank=2)
+        >>> tuple(layer.lora_A.shape), tuple(layer.lora_B.shape), layer.scaling
+        ((2, 16), (8, 2), 8.0)
+        >>> layer(torch.ones(3, 16)).shape
+        torch.Size([3, 8])
     """
 
     lora_base = nn.Linear

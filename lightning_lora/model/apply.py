@@ -71,6 +71,11 @@ def apply_lora(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
     Raises:
         ValueError: the config does not fit the model, another config is applied, or the adapters are merged. The
             model is unchanged then.
+
+    Examples:
+        >>> model = apply_lora(model, LoRAConfig(rank=4, target_modules="all-linear"))
+        >>> {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+        True
     """
     config = config or LoRAConfig()
     if already_applied(model, config):
@@ -182,7 +187,12 @@ def get_lora_parameters(model: nn.Module) -> LoRAParameters:
     """Return every adapter parameter once. Frozen tensors that layers share are left out. Membership is by identity.
 
     What ``modules_to_save`` and ``bias`` train is not in it. For an optimizer use
-    :func:`~lightning_lora.optim.groups.lora_param_groups`, which has all that trains.
+    :func:`~lightning_lora.lora_param_groups`, which has all that trains.
+
+    Examples:
+        >>> parameters = get_lora_parameters(apply_lora(model))
+        >>> model.lm_head.weight in parameters
+        False
     """
     return LoRAParameters([parameter for _, layer in lora_layers(model) for parameter in layer.lora_parameters().values()])
 
@@ -203,6 +213,11 @@ def unload_lora(model: nn.Module, *, merged: Literal["keep", "drop"] | None = No
     Raises:
         ValueError: the model is merged and ``merged`` is None; ``merged`` is ``"keep"`` and a layer is not merged; ``merged`` is
             ``"drop"`` and the merge was not reversible; FSDP1 flattened adapters into one parameter with their base. Nothing is changed.
+
+    Examples:
+        >>> model = unload_lora(merge_lora(load_adapter(model, "runs/legal/adapter")), merged="keep")
+        >>> type(model.model.layers[0].self_attn.q_proj)
+        <class 'torch.nn.modules.linear.Linear'>
     """
     if merged not in (None, "keep", "drop"):
         raise ValueError(f"merged={merged!r}: choose 'keep' or 'drop'.")

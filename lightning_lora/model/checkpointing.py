@@ -43,6 +43,11 @@ def checkpoint_layers(model: nn.Module, *, keep: Keep = "attention") -> Checkpoi
 
     Raises:
         ValueError: the model has no repeated blocks, or checkpoints its blocks itself.
+
+    Examples:
+        >>> handle = checkpoint_layers(apply_lora(model))
+        >>> model(**batch, use_cache=False).loss.backward()
+        >>> handle.remove()
     """
     if keep not in ("inputs", "attention"):
         raise ValueError(f"keep={keep!r} is not known; it is 'inputs' or 'attention'.")

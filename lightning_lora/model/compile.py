@@ -65,6 +65,11 @@ def compile_layers(model: nn.Module, *, backend: str | Callable[..., Any] = "ind
     Raises:
         ValueError: the model has no repeated blocks; or ``cuda_graphs`` is set, and a block is compiled already without them, or the
             backend cannot record them.
+
+    Examples:
+        >>> compile_layers(apply_lora(model))
+        ['model.layers.0', 'model.layers.1']
+        >>> uncompile_layers(model)
     """
     if cuda_graphs and isinstance(backend, str) and backend != "inductor":
         raise ValueError(f"backend={backend!r} records no CUDA graphs: use 'inductor', or leave cuda_graphs out.")
@@ -95,17 +100,18 @@ def compile_layers(model: nn.Module, *, backend: str | Callable[..., Any] = "ind
 def cuda_graph_step(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Run the forward and backward pass of one batch within it if :func:`compile_layers` records CUDA graphs.
 
-    .. code-block:: python
-
-        with cuda_graph_step(p for p in model.parameters() if p.requires_grad):
-            model(**batch).loss.backward()
-        optimizer.step()
-
     On entry, the previous batch's results may be overwritten. At the end, gradients are copied to memory of their own. Use it for a batch
     without a backward pass too. After an error no gradient is copied.
 
     Args:
         parameters: all that train, heads and biases too: the next batch overwrites the gradients of others.
+
+    Examples:
+        >>> optimizer = torch.optim.AdamW(lora_param_groups(apply_lora(model), lr=1e-4))
+        >>> for batch in batches:  # after compile_layers(model, cuda_graphs=True)
+        ...     with cuda_graph_step(p for p in model.parameters() if p.requires_grad):
+        ...         model(**batch).loss.backward()
+        ...     optimizer.step()
     """
     parameters = list(parameters)
     begin_step()
@@ -168,6 +174,10 @@ def uncompile_layers(model: nn.Module) -> None:
     Compiled code stays cached, and is reused if the blocks are compiled again.
 
     Once no block of any model is compiled, Dynamo's global settings get back their values from before :func:`compile_layers`.
+
+    Examples:
+        >>> names = compile_layers(apply_lora(model))
+        >>> uncompile_layers(model)
     """
     for _, block in repeated_blocks(model):
         if block in _compiled:

@@ -31,12 +31,6 @@ HELD = 2**29  # numbers that statistics hold at a time: 2 GiB in fp32
 def initialize_from_data(model: nn.Module, batches: Iterable[Any], *, step: Step | None = None) -> nn.Module:
     """Compute the start of adapters with an init that reads data: ``eva``, ``lora_ga``, ``corda``.
 
-    .. code-block:: python
-
-        apply_lora(model, config=LoRAConfig(init="eva"))
-        initialize_from_data(model, batches)  # before the optimizer is made: EVA may change ranks
-        optimizer = torch.optim.AdamW(lora_param_groups(model, lr=2e-4))
-
     The model runs in evaluation mode, without dropout, and random numbers are as before afterwards. With several processes each calls it,
     with as many batches of its own; all get the same start. If a batch has an ``attention_mask``, padding does not count; with ``eva``
     neither do tokens whose label is -100.
@@ -54,6 +48,11 @@ def initialize_from_data(model: nn.Module, batches: Iterable[Any], *, step: Step
     Raises:
         ValueError: no adapter waits for data; there is no batch; a layer saw too few rows, or NaN; or the layers are merged, on the meta
             device, or split in a way that hides their rows. Nothing is changed then.
+
+    Examples:
+        >>> model = apply_lora(model, LoRAConfig(init="eva", rank=4))
+        >>> model = initialize_from_data(model, batches)  # before the optimizer is made: EVA may change ranks
+        >>> optimizer = torch.optim.AdamW(lora_param_groups(model, lr=2e-4))
     """
     prefix, root = adapter_root(model)
     layers = {clean_name(name): layer for name, layer in lora_layers(root) if awaits_data(layer)}

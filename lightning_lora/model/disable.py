@@ -15,11 +15,6 @@ from lightning_lora.utils.names import clean_name
 def disabled_lora(model: nn.Module) -> Iterator[None]:
     """Make every adapted layer compute its base's output, bit for bit, within the ``with`` block. The adapters get no gradient.
 
-    .. code-block:: python
-
-        with torch.no_grad(), disabled_lora(model):
-            reference = model(**batch).logits
-
     It can be nested. An exception enables the adapters again too. The switch is on the layers, so all threads that run the model see it:
     give a thread that needs the adapters its own model. Run backward passes inside too, since gradient checkpointing repeats forward
     passes. Buffers (BatchNorm's statistics) keep their values from training. Compiled blocks are compiled once more.
@@ -30,6 +25,10 @@ def disabled_lora(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: the model has no LoRA, is merged, or trains other parameters than adapters (``modules_to_save``, ``bias``), whose
             initial values are not kept. Nothing is changed then.
+
+    Examples:
+        >>> with torch.no_grad(), disabled_lora(apply_lora(model)):
+        ...     reference = model(**batch).logits
     """
     layers = list(lora_layers(model))
     if not layers:

@@ -41,6 +41,14 @@ def extract_adapter(model: nn.Module, tuned: nn.Module, config: LoRAConfig, *, e
 
     Warns:
         UserWarning: other weights differ too, which the adapter cannot carry.
+
+    Examples:
+        >>> tuned = copy.deepcopy(model)
+        >>> update = torch.outer(torch.ones(32), torch.arange(32.0)) / 100  # of rank one
+        >>> tuned.model.layers[0].self_attn.q_proj.weight.data += update
+        >>> model = extract_adapter(model, tuned, LoRAConfig(rank=1, target_modules=["layers.0.self_attn.q_proj"]))
+        >>> torch.allclose(model(**batch).logits, tuned(**batch).logits, atol=1e-5)
+        True
     """
     if energy is not None and (isinstance(energy, bool) or not isinstance(energy, (int, float)) or not 0 < energy <= 1):
         raise ValueError(f"energy={energy!r}: give a share in (0, 1], such as 0.95.")

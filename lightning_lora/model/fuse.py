@@ -56,6 +56,10 @@ def unfuse(model: nn.Module) -> None:
 
     Args:
         model: an adapted model; one without fused layers does not change.
+
+    Examples:
+        >>> model = apply_lora(model, LoRAConfig(target_modules="all-linear"))
+        >>> unfuse(model)  # such as to compare with the separate products
     """
     for module in model.modules():
         if isinstance(module, LoRALinear) and module.shared_input is not None:

@@ -47,6 +47,11 @@ def merge_lora(
         ValueError: an adapter holds NaN or infinity; a weight is quantized and ``quantized`` is None; or a weight is tied, and
             ``untie`` is False, the weight is sharded or no file could hold the model untied; or rounding would lose more than
             ``max_lost`` of an update. Nothing is merged then.
+
+    Examples:
+        >>> model = load_adapter(model, "runs/legal/adapter")
+        >>> model = merge_lora(model, max_lost=0.3)
+        >>> model = unmerge_lora(model)  # bit for bit
     """
     check_limit(max_lost)
     if is_distributed():
@@ -98,6 +103,10 @@ def merge_report(model: nn.Module) -> dict[str, float]:
 
     For a quantized base, "base" is the unpacked weight. At 1 or above the update is lost. :func:`~lightning_lora.merge_certificate` has
     more.
+
+    Examples:
+        >>> model = merge_lora(load_adapter(model, "runs/legal/adapter"))
+        >>> worst = max(merge_report(model).values())
     """
     losses = {name: layer.merge_loss for name, layer in lora_layers(model)}
     return {name: loss for name, loss in losses.items() if loss is not None}
@@ -108,6 +117,13 @@ def unmerge_lora(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: a layer cannot be unmerged, since its merge was not reversible or its adapter changed. The message names it.
+
+    Examples:
+        >>> model = load_adapter(model, "runs/legal/adapter")
+        >>> before = model.state_dict()["model.layers.0.self_attn.q_proj.weight"].clone()
+        >>> model = unmerge_lora(merge_lora(model))
+        >>> torch.equal(model.state_dict()["model.layers.0.self_attn.q_proj.weight"], before)
+        True
     """
     _unmerge(model, [(name, layer) for name, layer in lora_layers(model) if layer.merged])
     return model

@@ -45,6 +45,12 @@ def offload_activations(model: nn.Module) -> Offloading:
 
     Raises:
         ValueError: the model has no repeated blocks.
+
+    Examples:
+        >>> model = apply_lora(model)
+        >>> checkpoints, handle = checkpoint_layers(model), offload_activations(model)
+        >>> model(**batch, use_cache=False).loss.backward()
+        >>> handle.remove()
     """
     blocks = repeated_blocks(model)
     if not blocks:

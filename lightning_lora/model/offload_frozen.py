@@ -45,6 +45,11 @@ def offload_frozen(model: nn.Module, device: torch.device | str) -> FrozenOffloa
 
     Raises:
         ValueError: the model has no repeated blocks, their weights are sharded, or of a format that consists of several tensors.
+
+    Examples:
+        >>> handle = offload_frozen(apply_lora(model), "cpu")  # "cuda" where there is a GPU
+        >>> model(**batch).loss.backward()
+        >>> handle.remove()
     """
     blocks = repeated_blocks(model)
     if not blocks:

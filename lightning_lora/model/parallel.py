@@ -136,6 +136,11 @@ def replicated_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return all trainable parameters, for ``FullyShardedDataParallel(model, ignored_states=replicated_parameters(model))``.
 
     FSDP1 flattens a block into one parameter. With adapters in it, that needs gradient memory for the frozen base too.
+
+    Examples:
+        >>> ignored = replicated_parameters(apply_lora(model))
+        >>> len(ignored) == len(get_lora_parameters(model))
+        True
     """
     return [parameter for _, parameter in kept_parameters(model)]
 

@@ -71,6 +71,10 @@ def quantize_base(
             plain ``nn.Linear`` nor experts that the format packs, of a size that does not fit the format, or on the meta device
             (experts, and formats but ``"fp8"`` and ``"nf4"``).
         ImportError: the library is not installed; the message names the extra.
+
+    Examples:
+        >>> model = quantize_base(model, "fp8")  # "nf4" and "int8" need the extra bitsandbytes
+        >>> model = apply_lora(model, LoRAConfig(target_modules="all-linear"))
     """
     quantize_reversibly(model, how, targets=targets, modules_to_save=modules_to_save, device=device, lora=lora)
     return model

@@ -32,7 +32,7 @@ from lightning_lora.quantization.content import lost_factors
 from lightning_lora.quantization.formats import elements
 from lightning_lora.registry import KIND_NAMES, belongs_to_packed_base, kind_of, qualified_name, why_refused
 from lightning_lora.utils.names import modules_by_name, parameters_by_name
-from lightning_lora.utils.patterns import compile_patterns, layer_index, no_match, starred
+from lightning_lora.utils.patterns import compile_patterns, is_regex, layer_index, no_match, starred
 
 
 class _Field:
@@ -47,6 +47,10 @@ class _Field:
         found = [pattern.text for pattern in self.patterns if pattern.matches(fqn)]
         self.hits.update(found)
         return found
+
+    def would_match(self, fqn: str) -> bool:
+        """Return whether an entry matches a module, without counting it."""
+        return any(pattern.matches(fqn) for pattern in self.patterns)
 
     def values(self, table: dict[str, Any], names: list[str], fqn: str, default: Any) -> list[Any]:
         """Return what a table of patterns gives each name of a layer, or else the layer itself."""
@@ -79,9 +83,12 @@ class _AllLinear(_Field):
         self.linears = set(linears) - self.passed_over.keys()
 
     def matching(self, fqn: str) -> list[str]:
-        found = [ALL_LINEAR] if fqn in self.linears else []
+        found = [ALL_LINEAR] if self.would_match(fqn) else []
         self.hits.update(found)
         return found
+
+    def would_match(self, fqn: str) -> bool:
+        return fqn in self.linears
 
 
 def find_targets(model: nn.Module, config: LoRAConfig) -> TargetReport:
@@ -93,6 +100,16 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetReport:
 
     Raises:
         ValueError: a pattern or a layer index matches nothing, a target cannot be adapted, or two fields contradict each other.
+
+    Examples:
+        >>> print(find_targets(model, LoRAConfig(rank=4)))
+        module                           type    weight  rank  alpha  count  parameters
+        model.layers.*.self_attn.q_proj  Linear  32×32      4     16      2         512
+        model.layers.*.self_attn.v_proj  Linear  32×32      4     16      2         512
+        LoRA on 4 modules, 1,024 parameters
+        reached: 4,096 of 21,664 elements of the model, 19%
+          target_modules 'q_proj': 2 modules
+          target_modules 'v_proj': 2 modules
     """
     report = resolve(model, config)
     if belongs_to_packed_base(config.init):
@@ -166,6 +183,7 @@ def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False)
         problems += [f"target_modules='{ALL_LINEAR}' finds no linear that LoRA can adapt: {line}." for line in lines_of(passed_over)]
     elif not (config.allow_unmatched and targets):
         problems += _unmatched(fields, config, modules, chosen.values())
+        problems += _excluded_around(excluded, wanted, modules, chosen.values())
     unused = [name for name in config.kind_options if not any(issubclass(target.kind, KIND_NAMES[name]) for target in targets)]
     if unused and not problems and not config.allow_unmatched:
         problems.append(no_target_of(unused[0], modules, passed_over))
@@ -217,6 +235,22 @@ def _unmatched(fields: Iterable[_Field], config: LoRAConfig, modules: dict[str, 
     if missing:
         there = sorted({index for index in map(layer_index, modules) if index is not None})
         problems.append(f"layers={missing}: no targeted module is in a block with that index; this model's indices are {_ranges(there)}.")
+    return problems
+
+
+def _excluded_around(excluded: _Field, wanted: _Field, modules: dict[str, nn.Module], chosen: Iterable[str]) -> list[str]:
+    """Return a problem per exclusion that matches no target, only modules around targets: these would be adapted all the same."""
+    problems = []
+    for pattern in excluded.patterns:
+        names = [fqn for fqn in modules if pattern.matches(fqn)]
+        inside = next((fqn for fqn in chosen if fqn.startswith(tuple(f"{name}." for name in names))), None)
+        if inside is not None and not any(wanted.would_match(fqn) for fqn in names):
+            around = next(name for name in names if inside.startswith(f"{name}."))
+            cure = pattern.text if is_regex(pattern.text) else rf"(.*\.)?{pattern.text}"
+            problems.append(
+                f"exclude_modules: {pattern.text!r} matches {around!r}, which is no target itself, and {inside!r} in it would be adapted."
+                rf" To exclude all that is in it write r'{cure}\..*'."
+            )
     return problems
 
 

@@ -60,6 +60,12 @@ def chunked_cross_entropy(
     Raises:
         ValueError: ``chunk`` is not a positive number, or ``reduction`` is another.
         RuntimeError: in the backward pass, if second derivatives are requested.
+
+    Examples:
+        >>> hidden, head = torch.randn(10, 16), torch.randn(50, 16)
+        >>> loss = chunked_cross_entropy(hidden, head, torch.arange(10), chunk=4)
+        >>> torch.allclose(loss, torch.nn.functional.cross_entropy(hidden @ head.T, torch.arange(10)))
+        True
     """
     if chunk < 1:
         raise ValueError(f"chunk={chunk!r} must be a positive number of rows.")

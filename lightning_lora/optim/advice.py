@@ -62,6 +62,10 @@ def advise_learning_rate(
 
     Raises:
         ValueError: the model has no parameters with a width.
+
+    Examples:
+        >>> rate = advise_learning_rate(apply_lora(model), steps=1000)
+        >>> optimizer = torch.optim.AdamW(lora_param_groups(model, lr=rate.value))  # rate.reason says why
     """
     layers = [layer for _, layer in lora_layers(model) if layer.low_rank]
     width = _width(model, layers)

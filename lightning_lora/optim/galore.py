@@ -43,6 +43,10 @@ class GaLoreConfig:
 
     Raises:
         ValueError: a field is out of range; the message names the field, its value and the allowed values.
+
+    Examples:
+        >>> config = GaLoreConfig(rank=4, update_proj_gap=50, exclude_modules=["down_proj"])
+        >>> optimizer = galore_optimizer(galore_param_groups(model, lr=1e-3, config=config))
     """
 
     rank: int = 128
@@ -81,6 +85,11 @@ def galore_param_groups(
 
     Raises:
         ValueError: a pattern matches nothing, or a targeted weight is frozen, not a matrix, sharded, or smaller than the rank.
+
+    Examples:
+        >>> groups = galore_param_groups(model, lr=1e-3, rank=4)
+        >>> [group["name"] for group in groups]
+        ['galore', 'other', 'no_decay']
     """
     if config is not None and fields:
         raise ValueError(f"config and {', '.join(fields)} are both given; give one or the other.")
@@ -126,6 +135,11 @@ def galore_optimizer(groups: list[dict[str, Any]], **kwargs: Any) -> Optimizer:
 
     Raises:
         ImportError: pytorch_optimizer is not installed; the message names the extra to install.
+
+    Examples:
+        >>> optimizer = galore_optimizer(galore_param_groups(model, lr=1e-3, rank=4), betas=(0.9, 0.95))
+        >>> model(**batch).loss.backward()
+        >>> optimizer.step()
     """
     try:
         from pytorch_optimizer.optimizer.galore import GaLore

@@ -31,7 +31,7 @@ def lora_param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0,
             for an embedding that is ``lora_A``, for VeRA b. If both start at random or from the weight (``orthogonal``, ``pissa``,
             ``olora``), B is ``lora_B``, as in PEFT. AdaLoRA starts B at random and E, between the two, at zero. The paper's analysis does
             not cover that; B gets λ and E 1, as in PEFT. Schedulers that set every group's rate from one number (OneCycleLR,
-            CyclicLR) would undo the ratio. Give them a list, or use :func:`~lightning_lora.optim.apply_lora_plus`, which works with any.
+            CyclicLR) would undo the ratio. Give them a list, or use :func:`~lightning_lora.apply_lora_plus`, which works with any.
 
     Returns:
         Groups with ``name``, ``params``, ``lr`` and ``weight_decay``, without empty ones. They match PEFT's ``create_loraplus_optimizer``
@@ -39,6 +39,12 @@ def lora_param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0,
 
     Raises:
         ValueError: nothing in the model trains, or the ratio is not a number > 0.
+
+    Examples:
+        >>> groups = lora_param_groups(apply_lora(model), lr=1e-4, weight_decay=0.01, lora_plus_ratio=16)
+        >>> optimizer = torch.optim.AdamW(groups)
+        >>> sorted({group["lr"] for group in groups})
+        [0.0001, 0.0016]
     """
     check_ratio(lora_plus_ratio)
     zero = {id(factor) for factor in zero_factors(model)}

@@ -47,6 +47,11 @@ def apply_lora_plus(optimizer: Optimizer, model: nn.Module, ratio: float, *sched
     Raises:
         ValueError: the ratio is out of range, the optimizer holds no B, or a group that holds one has a ratio already. Or the optimizer
             divided its groups among the processes when it was built, so that a split now would have no effect.
+
+    Examples:
+        >>> optimizer = torch.optim.AdamW(lora_param_groups(apply_lora(model), lr=1e-4))
+        >>> scheduler = torch.optim.lr_scheduler.LinearLR(optimizer)
+        >>> apply_lora_plus(optimizer, model, 16, scheduler)
     """
     check_ratio(ratio)
     if divides_state(optimizer):
@@ -75,7 +80,7 @@ def holds_b(optimizer: Optimizer, model: nn.Module) -> bool:
 
 
 def check_kept(optimizer: Optimizer) -> None:
-    """Check that groups of :func:`~lightning_lora.optim.lora_param_groups` still have the ratio they were made with.
+    """Check that groups of :func:`~lightning_lora.lora_param_groups` still have the ratio they were made with.
 
     Raises:
         ValueError: a scheduler set one rate for all groups when it was built.

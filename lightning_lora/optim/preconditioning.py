@@ -65,6 +65,10 @@ def apply_preconditioner(optimizer: Optimizer, model: nn.Module, name: str, *, d
     Raises:
         ValueError: the method is not known or not defined for a layer (VeRA, LoRA-XS, AdaLoRA), FSDP1 has flattened the factors, the
             optimizer holds none of them or has another preconditioner for them, or it cannot be used with one.
+
+    Examples:
+        >>> optimizer = torch.optim.AdamW(lora_param_groups(apply_lora(model), lr=1e-4))
+        >>> apply_preconditioner(optimizer, model, "riemannian")
     """
     check_preconditioner(model, name)
     method = METHODS[name]

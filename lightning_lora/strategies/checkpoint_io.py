@@ -40,6 +40,11 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
     Raises:
         OSError: the disk is full, or the folder cannot be written to. What was there is unchanged.
+
+    Examples:
+        >>> trainer = L.Trainer(max_epochs=1, plugins=[DurableCheckpointIO()])
+        >>> trainer.fit(MyModule())
+        >>> trainer.save_checkpoint("last.ckpt")
     """
 
     def __init__(self) -> None:

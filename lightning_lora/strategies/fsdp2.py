@@ -173,6 +173,10 @@ class LoRAFSDP2Strategy(OwnBlocks, ModelParallelStrategy):
     Raises:
         ValueError: the model has no repeated blocks; or tensor parallelism is asked for, and it has no plan; or a sharding option is
             given, and the model is sharded already; or ``pull_frozen`` is True on several hosts, or on an untested torch.
+
+    Examples:
+        >>> strategy = LoRAFSDP2Strategy(save_distributed_checkpoint=True)  # strategy="lora_fsdp2" has the defaults
+        >>> trainer = L.Trainer(strategy=strategy, callbacks=[LoRACallback()])
     """
 
 

@@ -57,8 +57,8 @@ def check_supported(trainer: Trainer) -> None:
     if averaging is not None:
         raise ValueError(
             f"callbacks: {type(averaging).__name__} copies the whole model: before LoRACallback in the list it averages a model without"
-            ' adapters, after it, it puts base weights into adapter checkpoints. Leave it out; README\'s "Averages of adapters" has a'
-            " callback of a few lines that averages what trains."
+            ' adapters, after it, it puts base weights into adapter checkpoints. Leave it out; "Averages of adapters" in docs/callback.md'
+            " has a callback of a few lines that averages what trains."
         )
     if isinstance(strategy, twins(FSDPStrategy)) and not strategy.kwargs.get("use_orig_params", True):
         raise ValueError("FSDPStrategy(use_orig_params=False) hides the parameters that LoRA trains: leave use_orig_params out.")

@@ -68,17 +68,6 @@ def sweep(
     ``losses_by_owner``, as this package's tasks do, and if each trial's first loss, gradients and random numbers are those that it computes
     alone. Elsewhere they run one after another, and the log says why.
 
-    Example::
-
-        def make(settings, folder):
-            L.seed_everything(settings.get("seed", 0))
-            callback = LoRACallback(LoRAConfig(rank=settings["rank"]))
-            trainer = L.Trainer(max_epochs=1, callbacks=[callback], default_root_dir=folder, enable_progress_bar=False)
-            return trainer, MyModule(settings["learning_rate"]), {"train_dataloaders": DataLoader(rows, shuffle=True)}
-
-        found = sweep(make, [{"rank": 4, "learning_rate": 1e-3}, {"rank": 16, "learning_rate": 3e-4}], folder="runs/sweep")
-        print(found, found.best)
-
     Args:
         make: called with a trial's settings, without ``name``, and its folder; returns Trainer, LightningModule and the arguments
             of ``fit``.
@@ -100,6 +89,16 @@ def sweep(
             cannot be a trial, or ``side_by_side=True`` is not exact: all have stopped. What ``make`` and ``fit`` raise before the
             first batch comes through as it is.
         RuntimeError: every trial failed.
+
+    Examples:
+        >>> def make(settings, folder):
+        ...     L.seed_everything(settings.get("seed", 0))
+        ...     callback = LoRACallback(LoRAConfig(rank=settings["rank"]))
+        ...     trainer = L.Trainer(max_epochs=1, callbacks=[callback], default_root_dir=folder, enable_progress_bar=False)
+        ...     return trainer, MyModule(), {"train_dataloaders": DataLoader(batches, batch_size=None)}
+        >>> found = sweep(make, [{"rank": 4}, {"rank": 8, "name": "larger"}], folder="runs/sweep")
+        >>> [outcome.status for outcome in found.outcomes]
+        ['complete', 'complete']
     """
     if not callable(make):
         raise ValueError(f"make={make!r} must be a function of a trial's settings and its folder.")

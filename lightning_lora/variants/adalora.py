@@ -102,6 +102,10 @@ def shrink_adalora(model: nn.Module) -> dict[str, int]:
 
     Raises:
         ValueError: the model has no AdaLoRA layers, or is merged or sharded; nothing is changed then.
+
+    Examples:
+        >>> model = apply_lora(model, LoRAConfig(variant="adalora", rank=4))
+        >>> ranks = shrink_adalora(model)  # after training; AdaLoRACallback does it at the end of fit
     """
     prefix, root = adapter_root(model)
     layers = {clean_name(name): layer for name, layer in lora_layers(root) if isinstance(layer, AdaLoRA)}

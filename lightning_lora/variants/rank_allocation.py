@@ -57,6 +57,18 @@ class RankAllocator:
 
     Raises:
         ValueError: the model has no AdaLoRA layers, the target is not below its ranks, or the schedule has no room to prune.
+
+    Examples:
+        >>> model = apply_lora(model, LoRAConfig(variant="adalora", rank=4))
+        >>> optimizer = torch.optim.AdamW(lora_param_groups(model, lr=1e-2))
+        >>> allocator = RankAllocator(model, target_rank=2, total_steps=len(batches))
+        >>> for batch in batches:
+        ...     model(**batch).loss.backward()
+        ...     allocator.regularize()  # adds the regularizer's gradients
+        ...     optimizer.step()
+        ...     allocator.after_step()
+        ...     optimizer.zero_grad()
+        >>> ranks = shrink_adalora(model)
     """
 
     def __init__(

@@ -141,8 +141,8 @@ def test_each_says_what_it_shows_and_how_to_run_it(name, capsys):
     assert f"examples/{name}.py" in said and len(said.strip().splitlines()) > 8
 
 
-def test_the_readme_lists_each():
-    readme = (EXAMPLES.parent / "README.md").read_text()
+def test_the_page_lists_each():
+    page = (EXAMPLES.parent / "docs" / "examples.md").read_text()
     files = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb")}
     assert {f"{name}.py" for name in SCRIPTS} | {"notebook.ipynb"} == files - {"counting.py", "question_types.py", "quickstart.py"}
-    assert not [name for name in SCRIPTS if f"examples/{name}.py" not in readme] and "examples/notebook.ipynb" in readme
+    assert not [name for name in SCRIPTS if f"examples/{name}.py" not in page] and "examples/notebook.ipynb" in page
