@@ -112,5 +112,9 @@ def test_the_reference_is_the_base(after: Callable[[str], Names]) -> None:
 
 
 def test_the_monitor_reports(after: Callable[[str], Names]) -> None:
-    (report,) = after("diagnostics")["__folder__"].rglob("report.html")
-    assert {path.name for path in report.parent.iterdir()} >= {"report.html", "layers.csv", "ranks.yaml"}
+    """And applies the ranks that it suggests."""
+    names = after("diagnostics")
+    reports = list(names["__folder__"].rglob("report.html"))
+    assert len(reports) == 2
+    assert all({path.name for path in report.parent.iterdir()} >= {"report.html", "layers.csv", "ranks.yaml"} for report in reports)
+    assert any(before != now for before, now in names["monitor"].rank_change.ranks.values())
