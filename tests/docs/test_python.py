@@ -34,6 +34,7 @@ def after(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Names]:
             patch.chdir(folder)
             tiny.save(folder / "answerdotai" / "ModernBERT-base", "modernbert")
             (folder / "train.csv").write_text("text,label\n" + "which colour is the sky,sky\nblood is red,blood\n" * 10)
+            llama().save_pretrained(folder / "base")
             for name in ("legal", "polite"):
                 made = apply_lora(llama(), LoRAConfig())
                 for parameter in get_lora_parameters(made):
@@ -118,3 +119,10 @@ def test_the_monitor_reports(after: Callable[[str], Names]) -> None:
     assert len(reports) == 2
     assert all({path.name for path in report.parent.iterdir()} >= {"report.html", "layers.csv", "ranks.yaml"} for report in reports)
     assert any(before != now for before, now in names["monitor"].rank_change.ranks.values())
+
+
+def test_weights_come_one_by_one(after: Callable[[str], Names]) -> None:
+    """Quantized on the way; the adapters add nothing yet."""
+    loaded, batch = after("strategies")["empty"].eval(), batches()[0]
+    assert not any(parameter.is_meta for parameter in loaded.parameters())
+    torch.testing.assert_close(loaded(**batch).logits.float(), llama().eval()(**batch).logits, rtol=0, atol=0.05)
