@@ -1,7 +1,4 @@
-"""``LoRACallback``: LoRA for any LightningModule, with ``Trainer(callbacks=[LoRACallback(LoRAConfig(...))])``.
-
-It only calls the package's plain functions in the right hooks. What the strategy does is in :mod:`lightning_lora.strategies`.
-"""
+"""``LoRACallback``: it only calls plain functions in the right hooks. What the strategy does is in :mod:`lightning_lora.strategies`."""
 
 from __future__ import annotations
 
@@ -63,32 +60,30 @@ class LoRACallback(Callback):
         module: name of the submodule to adapt and freeze; default: the whole LightningModule. Other parts then train as before.
         quantize: format to quantize the base to before it is adapted: ``"nf4"`` (QLoRA) or ``"fp8"``, experts too, or one for linears
             alone; see :func:`~lightning_lora.quantize_base`. Heads stay as they are. A base that was loaded quantized does not need it.
-        merge_on_fit_end: merge after a completed ``fit``. Checkpoints hold the adapter all the same. Loading one (``test(ckpt_path=
-            "best")``) or fitting again unmerges first. Default: True; with ``quantize``, only if ``merge_quantized`` is given.
+        merge_on_fit_end: merge after a completed ``fit``. Checkpoints hold the adapter all the same; loading one, or fitting again, unmerges
+            first. Default: True; with ``quantize``, only if ``merge_quantized`` is given.
         merge_quantized: how to merge into a quantized base, ``"dequantize"`` or ``"requantize"`` (see :func:`~lightning_lora.merge_lora`).
         merge_max_lost: the largest share of an update that rounding may lose in the merge. If a layer loses more, ``fit`` ends in a
             ValueError, unmerged, after the last checkpoint. Default: no limit.
         check_base: refuse to resume from a checkpoint that was trained on another base.
-        check_gradients: raise if an adapter got no gradient in 100 training batches, or in all batches of a shorter training. Switch it
-            off for models that use some layers less often.
-        allow_nonfinite: train on when a parameter turns NaN or infinite. Default: training stops, no checkpoint is written, and none with
-            such values is loaded. What trains is looked at before each save, at the end, and every ``log_every_n_steps`` batches.
-        compile: "layer" compiles each repeated block of the model in place until the run ends, see
-            :func:`~lightning_lora.compile_layers`. Prediction runs uncompiled, because generation would compile again for
-            every token.
+        check_gradients: raise if an adapter got no gradient in 100 training batches, or in all of a shorter training; False if some layers
+            are used less often.
+        allow_nonfinite: train on when a parameter turns NaN or infinite. Default: training stops, and nothing with such values is saved or
+            loaded. What trains is looked at before each save, at the end, and every ``log_every_n_steps`` batches.
+        compile: "layer" compiles each repeated block in place until the run ends (:func:`~lightning_lora.compile_layers`). Prediction runs
+            uncompiled: generation would compile again for every token.
         cuda_graphs: with ``compile="layer"``, record each compiled block as CUDA graphs, so that a step launches no kernels one by one.
             Use it for batches of one or few sizes, since each size is recorded separately. Sharded models are refused. Manual optimization
             must call ``manual_backward``. Clone the outputs of blocks that you keep across batches.
-        offload: "activations" keeps what gradient checkpointing saves in host memory between the passes, for long rows; see
-            :func:`~lightning_lora.offload_activations`. "frozen" keeps the blocks' frozen weights there, on one device, for models larger
-            than it; see :func:`~lightning_lora.offload_frozen`. A list has both.
+        offload: "activations" keeps what gradient checkpointing saves in host memory, for long rows; "frozen" the blocks' frozen weights,
+            on one device; or both (:func:`~lightning_lora.offload_activations`, :func:`~lightning_lora.offload_frozen`).
         checkpointing: compute the blocks' activations again in the backward pass: "full", all of them; "selective", all but attention's
             results; see :func:`~lightning_lora.checkpoint_layers`. The model's own gradient checkpointing must be off.
         lora_plus_ratio: λ of LoRA+ (arXiv:2402.12354): B's learning rate divided by A's, under any scheduler. The paper suggests 16.
         precondition: "riemannian" (arXiv:2402.02347) or "lora_fa" (the second version of LoRA-FA, with ``variant="lora_fa"``): the
             optimizers get preconditioned gradients; see :func:`~lightning_lora.apply_preconditioner`.
-        start_from: an adapter folder or a checkpoint, whose adapter is trained further with a new optimizer at step 0. (To resume a run,
-            pass ``fit(ckpt_path=...)``.) Its config counts: leave out what it says, or say the same.
+        start_from: an adapter folder or a checkpoint, whose adapter is trained further from step 0, by a new optimizer.
+            (``fit(ckpt_path=)`` resumes a run.) Its config counts: leave out what it says, or say the same.
         init_batches: number of training batches, on each process, that an init that computes A and B from data reads before the run.
         weights: where the base of a module on the meta device comes from, once it is sharded; see :func:`~lightning_lora.load_base`.
         tune_loop: let the progress bar read its values twice a second, not in every step (:mod:`lightning_lora.callbacks.shown_values`).
