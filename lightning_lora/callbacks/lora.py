@@ -60,8 +60,8 @@ class LoRACallback(Callback):
         module: name of the submodule to adapt and freeze; default: the whole LightningModule. Other parts then train as before.
         quantize: format to quantize the base to before it is adapted: ``"nf4"`` (QLoRA) or ``"fp8"``, experts too, or one for linears
             alone; see :func:`~lightning_lora.quantize_base`. Heads stay as they are. A base that was loaded quantized does not need it.
-        merge_on_fit_end: merge after a completed ``fit``. Checkpoints hold the adapter all the same; loading one, or fitting again, unmerges
-            first. Default: True; with ``quantize``, only if ``merge_quantized`` is given.
+        merge_on_fit_end: merge after a completed ``fit``. Checkpoints hold the adapter all the same; loading one or fitting again
+            unmerges first. Default: True; with ``quantize``, only if ``merge_quantized`` is given.
         merge_quantized: how to merge into a quantized base, ``"dequantize"`` or ``"requantize"`` (see :func:`~lightning_lora.merge_lora`).
         merge_max_lost: the largest share of an update that rounding may lose in the merge. If a layer loses more, ``fit`` ends in a
             ValueError, unmerged, after the last checkpoint. Default: no limit.

@@ -7,7 +7,6 @@ names), a module that cannot be adapted, a rank above a layer's size.
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -23,72 +22,16 @@ from lightning_lora.layers.several_weights import SeveralWeights
 from lightning_lora.layers.spec import LayerSpec, check_options
 from lightning_lora.model.frozen_parts import mixed_with_frozen
 from lightning_lora.model.fused_slices import chosen_slices, names_of, slice_names
-from lightning_lora.model.heads import output_heads, saved_modules, within
-from lightning_lora.model.routers import routers
+from lightning_lora.model.heads import saved_modules, within
 from lightning_lora.model.suitability import Suitability
+from lightning_lora.model.target_fields import AllLinear, Field, children_too, excluded_around
 from lightning_lora.model.target_report import Target, TargetReport, left_out, lines_of, no_target_of, own_parameters, warn_of_left_out
 from lightning_lora.model.token_rows import token_row_targets
 from lightning_lora.quantization.content import lost_factors
 from lightning_lora.quantization.formats import elements
 from lightning_lora.registry import KIND_NAMES, belongs_to_packed_base, kind_of, qualified_name, why_refused
 from lightning_lora.utils.names import modules_by_name, parameters_by_name
-from lightning_lora.utils.patterns import compile_patterns, is_regex, layer_index, no_match, starred
-
-
-class _Field:
-    """Hold the patterns of one config field and count the modules that each matches."""
-
-    def __init__(self, name: str, entries: str | Iterable[str]) -> None:
-        self.name, self.patterns = name, compile_patterns(entries, name)
-        self.hits = Counter({pattern.text: 0 for pattern in self.patterns})
-
-    def matching(self, fqn: str) -> list[str]:
-        """Return the entries that match a module, and count them."""
-        found = [pattern.text for pattern in self.patterns if pattern.matches(fqn)]
-        self.hits.update(found)
-        return found
-
-    def would_match(self, fqn: str) -> bool:
-        """Return whether an entry matches a module, without counting it."""
-        return any(pattern.matches(fqn) for pattern in self.patterns)
-
-    def values(self, table: dict[str, Any], names: list[str], fqn: str, default: Any) -> list[Any]:
-        """Return what a table of patterns gives each name of a layer, or else the layer itself."""
-        own = next((table[text] for text in self.matching(fqn)), default)
-        return [own if name == fqn else next((table[text] for text in self.matching(name)), own) for name in names]
-
-
-class _AllLinear(_Field):
-    """``target_modules="all-linear"``: match every linear and all experts, but no output heads, no routers, and nothing that is trained in
-    full or unsuitable for LoRA.
-    """
-
-    def __init__(
-        self, model: nn.Module, modules: dict[str, nn.Module], saved: list[str], suitability: Suitability, config: LoRAConfig
-    ) -> None:
-        self.name, self.hits = "target_modules", Counter({ALL_LINEAR: 0})
-        heads = output_heads(model)
-        kinds = {fqn: kind_of(type(module)) for fqn, module in modules.items() if module not in heads and not within(fqn, saved)}
-        linears = [fqn for fqn, kind in kinds.items() if kind is not None and kind.is_linear]  # type: ignore[attr-defined]
-        inside = {f"{fqn}.{name}" for fqn in linears if not suitability.reason(modules[fqn]) for name in _children_too(modules[fqn])}
-        linears = [fqn for fqn in linears if fqn not in inside]  # adapted together with the module around them
-        self.passed_over = routers(modules, linears)
-        for fqn in linears:
-            reason = suitability.reason(modules[fqn])
-            if reason is None and issubclass(kinds[fqn], SeveralWeights):  # type: ignore[arg-type]
-                # Not every variant and format suits experts. The linears around them are adapted all the same.
-                reason = refusal(modules[fqn], LayerSpec(config, config.rank, config.alpha, starred(fqn)))
-            if reason is not None:
-                self.passed_over.setdefault(fqn, reason.removesuffix("."))
-        self.linears = set(linears) - self.passed_over.keys()
-
-    def matching(self, fqn: str) -> list[str]:
-        found = [ALL_LINEAR] if self.would_match(fqn) else []
-        self.hits.update(found)
-        return found
-
-    def would_match(self, fqn: str) -> bool:
-        return fqn in self.linears
+from lightning_lora.utils.patterns import layer_index, no_match, starred
 
 
 def find_targets(model: nn.Module, config: LoRAConfig) -> TargetReport:
@@ -124,10 +67,10 @@ def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False)
     saved = saved_modules(model, config)
     suitability = Suitability(model)
     everything = config.target_modules == ALL_LINEAR
-    wanted = _AllLinear(model, modules, saved, suitability, config) if everything else _Field("target_modules", config.target_modules)
-    passed_over = wanted.passed_over if isinstance(wanted, _AllLinear) else {}
-    excluded = _Field("exclude_modules", config.exclude_modules)
-    rules = {name: _Field(name, list(getattr(config, name))) for name in ("rank_pattern", "alpha_pattern", "kind_pattern")}
+    wanted = AllLinear(model, modules, saved, suitability, config) if everything else Field("target_modules", config.target_modules)
+    passed_over = wanted.passed_over if isinstance(wanted, AllLinear) else {}
+    excluded = Field("exclude_modules", config.exclude_modules)
+    rules = {name: Field(name, list(getattr(config, name))) for name in ("rank_pattern", "alpha_pattern", "kind_pattern")}
     check_options(config)
 
     # A module with two parents has two names. It is adapted once even if both are targets, and not at all if one of them is excluded.
@@ -144,7 +87,7 @@ def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False)
     chosen = {module: fqn for fqn, module in reversed(modules.items()) if module in chosen or module in slices}
     chosen = {module: fqn for module, fqn in reversed(chosen.items()) if module not in slices or slices[module].names}
 
-    with_parent = {f"{fqn}.{name}" for module, fqn in chosen.items() for name in _children_too(module)}
+    with_parent = {f"{fqn}.{name}" for module, fqn in chosen.items() for name in children_too(module)}
     targets, problems = [], []
     for module, fqn in chosen.items():
         if fqn in with_parent:
@@ -167,7 +110,7 @@ def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False)
             problems.append(problem or why_refused(module, fqn))
         else:
             targets.append(Target(fqn, module, type(module).__name__, kind, spec))
-            children = {f"{fqn}.{name}": module.get_submodule(name) for name in _children_too(module)}
+            children = {f"{fqn}.{name}": module.get_submodule(name) for name in children_too(module)}
             for name, child in children.items():
                 if child not in out:
                     problems += [problem] if (problem := refusal(child, replace(spec, fqn=name))) else []
@@ -183,7 +126,7 @@ def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False)
         problems += [f"target_modules='{ALL_LINEAR}' finds no linear that LoRA can adapt: {line}." for line in lines_of(passed_over)]
     elif not (config.allow_unmatched and targets):
         problems += _unmatched(fields, config, modules, chosen.values())
-        problems += _excluded_around(excluded, wanted, modules, chosen.values())
+        problems += excluded_around(excluded, wanted, modules, chosen.values())
     unused = [name for name in config.kind_options if not any(issubclass(target.kind, KIND_NAMES[name]) for target in targets)]
     if unused and not problems and not config.allow_unmatched:
         problems.append(no_target_of(unused[0], modules, passed_over))
@@ -218,11 +161,7 @@ def _several_weights(modules: dict[str, nn.Module]) -> list[str]:
     return [fqn for fqn, module in modules.items() if issubclass(kind_of(type(module)) or object, SeveralWeights)]
 
 
-def _children_too(module: nn.Module) -> tuple[str, ...]:
-    return getattr(kind_of(type(module)), "children_too", ())
-
-
-def _unmatched(fields: Iterable[_Field], config: LoRAConfig, modules: dict[str, nn.Module], chosen: Iterable[str]) -> list[str]:
+def _unmatched(fields: Iterable[Field], config: LoRAConfig, modules: dict[str, nn.Module], chosen: Iterable[str]) -> list[str]:
     """Return a problem per pattern and per layer index that matches nothing."""
     adaptable = slice_names(modules) + [fqn for fqn, module in modules.items() if kind_of(type(module)) is not None] or list(modules)
     unmatched = [(each.name, text) for each in fields for text, count in each.hits.items() if not count]
@@ -238,22 +177,6 @@ def _unmatched(fields: Iterable[_Field], config: LoRAConfig, modules: dict[str, 
     return problems
 
 
-def _excluded_around(excluded: _Field, wanted: _Field, modules: dict[str, nn.Module], chosen: Iterable[str]) -> list[str]:
-    """Return a problem per exclusion that matches no target, only modules around targets: these would be adapted all the same."""
-    problems = []
-    for pattern in excluded.patterns:
-        names = [fqn for fqn in modules if pattern.matches(fqn)]
-        inside = next((fqn for fqn in chosen if fqn.startswith(tuple(f"{name}." for name in names))), None)
-        if inside is not None and not any(wanted.would_match(fqn) for fqn in names):
-            around = next(name for name in names if inside.startswith(f"{name}."))
-            cure = pattern.text if is_regex(pattern.text) else rf"(.*\.)?{pattern.text}"
-            problems.append(
-                f"exclude_modules: {pattern.text!r} matches {around!r}, which is no target itself, and {inside!r} in it would be adapted."
-                rf" To exclude all that is in it write r'{cure}\..*'."
-            )
-    return problems
-
-
 def _problem(suitability: Suitability, modules: dict[str, nn.Module], module: nn.Module, spec: LayerSpec, saved: list[str]) -> str | None:
     fqn = spec.fqn
     if within(fqn, saved):
@@ -261,7 +184,7 @@ def _problem(suitability: Suitability, modules: dict[str, nn.Module], module: nn
     problem = refusal(module, spec)
     if problem is None and (reason := suitability.reason(module, spec.kind)):
         parent, _, name = fqn.rpartition(".")
-        together = parent in modules and name in _children_too(modules[parent])
+        together = parent in modules and name in children_too(modules[parent])
         fix = f"Target {parent!r}, which adapts it too" if together else "Exclude it"
         return f"{fqn!r} ({qualified_name(type(module))}): {reason}. {fix}."
     return problem

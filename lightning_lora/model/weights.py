@@ -97,6 +97,14 @@ def load_base(model: nn.Module, weights: Weights | str | Path, *, device: torch.
 
     Raises:
         ValueError: a weight is missing or of another shape, or a layer has a quantized weight already.
+
+    Examples:
+        >>> model.save_pretrained("base")
+        >>> with torch.device("meta"):
+        ...     large = type(model)(model.config)
+        >>> large = apply_lora(quantize_base(large, "fp8"), LoRAConfig(rank=4))
+        >>> next(load_base(large, "base").parameters()).device
+        device(type='cpu')
     """
     read = weights if callable(weights) else from_folder(weights)
     real = next((parameter.device for parameter in model.parameters() if not parameter.is_meta), torch.device("cpu"))

@@ -34,10 +34,6 @@ _CURE = "give the config rank_pattern before the model is sharded, or train unde
 def resize_ranks(model: nn.Module, ranks: Mapping[str, int], optimizers: Optimizer | Sequence[Optimizer]) -> dict[str, tuple[int, int]]:
     """Give adapted layers other ranks in the middle of a training, in place. Call it between optimizer steps.
 
-    .. code-block:: python
-
-        resize_ranks(model, {"q_proj": 4, "layers.0.mlp.down_proj": 16}, optimizer)
-
     A lower rank keeps the best approximation of ΔW, by the singular value decomposition of B·A, which is never built. A higher rank adds
     directions whose B is zero and whose A the init fills: ΔW stays as it is. The scaling stays too. Parameters remain the same objects, so
     parameter groups, schedulers, LoRA+ and preconditioners work on. Optimizer state and gradients follow
@@ -56,6 +52,12 @@ def resize_ranks(model: nn.Module, ranks: Mapping[str, int], optimizers: Optimiz
         ValueError: a pattern matches no layer. Or a layer cannot have that rank: it is merged, sharded, on the meta device or not finite;
             its variant or init computes the update with more than A and B (VeRA, LoRA-XS, AdaLoRA, PiSSA, OLoRA), or freezes a factor
             that it computed (MiCA). Or an optimizer keeps a state that cannot follow. Nothing is changed then.
+
+    Examples:
+        >>> model = apply_lora(model, LoRAConfig(rank=8))
+        >>> optimizer = torch.optim.AdamW(get_lora_parameters(model), lr=1e-3)
+        >>> resize_ranks(model, {"layers.0.self_attn.q_proj": 4}, optimizer)
+        {'model.layers.0.self_attn.q_proj': (8, 4)}
     """
     return plan_resize(model, ranks, [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)).carry_out()
 

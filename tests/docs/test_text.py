@@ -43,7 +43,7 @@ def test_every_public_name_is_in_the_reference_and_its_index_once(module) -> Non
 def test_files_named_in_the_text_exist(page: str) -> None:
     text = re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
     files = re.findall(r"`((?:tests|benchmarks|examples|configs|docs|lightning_lora)/[\w./-]+|[A-Z]{5,}\.md)`", text)
-    assert not [name for name in files if not (ROOT / name).exists()]
+    assert not [name for name in files if not (ROOT / name).exists() and not name.startswith("docs/_build")]  # made by `make docs`
 
 
 def anchors(file: Path) -> set[str]:
