@@ -1,0 +1,33 @@
+"""Study (b): rank against the set of adapted layers, each cell at its own learning rate."""
+
+from __future__ import annotations
+
+from benchmarks.quality.choice import Cell, Records, all_trials
+from benchmarks.quality.trial import Trial
+
+RANKS = (1, 2, 4, 8, 16, 64)
+TARGETS = ("qv", "attention", "mlp", "all")
+PAIRS = [("questions", "encoder", 200, 2e-3), ("translation", "decoder", 120, 1e-3)]
+BATCH, ALPHA = 32, 16.0
+
+
+def cells() -> list[Cell]:
+    """Return what is compared. α stays, as the seed of the ranks' independence of the learning rate wants it (LoRA Without Regret)."""
+    return [
+        Cell(
+            "ablation",
+            task,
+            base,
+            "lora",
+            steps,
+            start,
+            {"lora": {"rank": rank, "alpha": ALPHA, "target_modules": targets}, "batch_size": BATCH},
+        )
+        for task, base, steps, start in PAIRS
+        for rank in RANKS
+        for targets in TARGETS
+    ]
+
+
+def trials(records: Records) -> list[Trial]:
+    return all_trials(cells(), records)

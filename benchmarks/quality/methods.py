@@ -1,0 +1,86 @@
+"""The ways to fine-tune that are compared: LoRA of this package, all weights, a head alone, and PEFT's prefix and prompt tuning.
+
+Each prepares the task's model and returns the callbacks of its run. All of them then train through the same `Trainer`, task and data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from lightning.pytorch import Callback
+from torch import Tensor
+
+from lightning_lora import LoRACallback, LoRAConfig
+from lightning_lora.ops.cross_entropy import IGNORE
+from lightning_lora.tasks import CausalLMTask
+
+HEADS = ("classifier", "score")  # names that transformers gives to a new head for labels
+
+
+def lora(task: Any, config: dict[str, Any]) -> list[Callback]:
+    """LoRA and its family. ``config["lora"]`` has fields of `LoRAConfig`, ``config["callback"]`` arguments of `LoRACallback`."""
+    return [LoRACallback(LoRAConfig(**config.get("lora", {})), **{"merge_on_fit_end": False, **config.get("callback", {})})]
+
+
+def full(task: Any, config: dict[str, Any]) -> list[Callback]:
+    """Every parameter trains."""
+    return []
+
+
+def probe(task: Any, config: dict[str, Any]) -> list[Callback]:
+    """A linear probe: a new head on the frozen model."""
+    for name, parameter in task.model.named_parameters():
+        parameter.requires_grad_(name.partition(".")[0] in HEADS)
+    return []
+
+
+def prefix(task: Any, config: dict[str, Any]) -> list[Callback]:
+    """Prefix tuning (Li and Liang, arXiv:2101.00190): trained keys and values before the text, in every layer."""
+    from peft import PrefixTuningConfig
+
+    return _prompted(task, PrefixTuningConfig, config)
+
+
+def prompt(task: Any, config: dict[str, Any]) -> list[Callback]:
+    """Prompt tuning (Lester et al., arXiv:2104.08691): trained embeddings before the text."""
+    from peft import PromptTuningConfig
+
+    return _prompted(task, PromptTuningConfig, config)
+
+
+def _prompted(task: Any, kind: Callable[..., Any], config: dict[str, Any]) -> list[Callback]:
+    from peft import get_peft_model
+
+    writes = isinstance(task, CausalLMTask)
+    options = {"num_virtual_tokens": 20, **config.get("peft", {})}
+    task.model = get_peft_model(task.model, kind(task_type="CAUSAL_LM" if writes else "SEQ_CLS", **options))
+    task.model.train()
+    return []
+
+
+METHODS: dict[str, Callable[[Any, dict[str, Any]], list[Callback]]] = {
+    "lora": lora,
+    "full": full,
+    "probe": probe,
+    "prefix": prefix,
+    "prompt": prompt,
+}
+PROMPTED = ("prefix", "prompt")
+
+
+class PromptedLM(CausalLMTask):
+    """A causal language model with trained positions before the text. PEFT adds them in ``forward``, so logits are cut from the end."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs, padding_free=False)
+        self._needs_logits = "PEFT adds positions"
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the logits at the N positions that predict an answer token (N, V), and those tokens (N,), row by row."""
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=None).logits[:, -ids.shape[1] :]
+        answers = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)  # (B, T): position t predicts token t + 1
+        kept = answers != IGNORE
+        return logits[kept], answers[kept]

@@ -1,0 +1,33 @@
+"""Study (a): how much of full fine-tuning's quality the cheaper methods keep, over three tasks, an encoder and a decoder."""
+
+from __future__ import annotations
+
+from benchmarks.quality.choice import Cell, Records, all_trials
+from benchmarks.quality.trial import Trial
+
+STEPS = {"encoder": 400, "decoder": 200}
+BATCH = 16
+LORA = {"lora": {"rank": 8, "alpha": 16.0, "target_modules": "all"}}
+#: Method → the middle of its first three learning rates, for the encoder and the decoder, and its config.
+METHODS: dict[str, tuple[float, float, dict]] = {
+    "lora": (2e-3, 1e-3, LORA),
+    "full": (2e-4, 1e-4, {}),
+    "probe": (2e-2, 1e-2, {}),
+    "prefix": (2e-2, 2e-2, {"peft": {"num_virtual_tokens": 20}}),
+    "prompt": (5e-2, 5e-2, {"peft": {"num_virtual_tokens": 20}}),
+}
+PAIRS = [("questions", "encoder"), ("reviews", "encoder"), ("questions", "decoder"), ("reviews", "decoder"), ("translation", "decoder")]
+
+
+def cells() -> list[Cell]:
+    """Return what is compared. A linear probe writes no text, so translation has none."""
+    return [
+        Cell("retention", task, base, method, STEPS[base], start[base == "decoder"], {**config, "batch_size": BATCH})
+        for task, base in PAIRS
+        for method, (*start, config) in METHODS.items()
+        if (task, method) != ("translation", "probe")
+    ]
+
+
+def trials(records: Records) -> list[Trial]:
+    return all_trials(cells(), records)
