@@ -13,7 +13,6 @@ from benchmarks.quality.choice import SEEDS, Cell, Records, all_trials
 from benchmarks.quality.trial import Trial
 
 STEPS, BATCH = {"encoder": 200, "decoder": 100}, 32
-ROWS = STEPS["encoder"] * BATCH  # that a trial sees
 START = {"encoder": 2e-3, "decoder": 1e-3}  # LoRA's middle rate at α = 16
 RATES = {
     "lora": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
