@@ -141,7 +141,7 @@ def run_trial(trial: Trial, most_steps: int | None = None) -> dict[str, Any]:
             place, _, function = name.partition(":")
             record["measures"] |= getattr(importlib.import_module(place), function)(module)
         record["error"] = None
-    except (ValueError, RuntimeError, ArithmeticError) as error:
+    except (ValueError, RuntimeError, ArithmeticError, ImportError) as error:
         record |= {"val": None, "test": None, "error": f"{type(error).__name__}: {error}"[:500]}
     return record | {"seconds": time.perf_counter() - began}
 
