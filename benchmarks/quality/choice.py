@@ -1,8 +1,8 @@
 """Choose learning rates, then report: what every study does with the things it compares.
 
-A cell is one thing that is compared. Its learning rate is chosen by the loss on the validation rows, with a seed of its own, over a grid of
-factors of three. As long as the best rate is the grid's lowest or highest, the grid grows, so every cell gets a rate with worse ones on both
-sides. Then the cell trains with the seeds that are reported, and only these read test rows.
+A cell is one thing that is compared. Its learning rate is chosen by the loss on the validation rows, with a seed of its own, over a grid
+of factors of three. As long as the best rate is the grid's lowest or highest, the grid grows, so that every cell gets a rate with worse
+ones on both sides. Then the cell trains with the seeds that are reported, and only these read test rows.
 """
 
 from __future__ import annotations

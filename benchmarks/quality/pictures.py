@@ -62,9 +62,10 @@ def scaled(values: Sequence[float], metric: str) -> list[float]:
     return [100 * value for value in values] if metric == "accuracy" else list(values)
 
 
-def unit(metric: str) -> str:
+def unit(metric: str, split: str = "test") -> str:
     """Return the label of an axis."""
-    return {"accuracy": "test accuracy, %", "bleu": "test BLEU"}.get(metric, f"test {metric}")
+    rows = {"val": "validation"}.get(split, split)
+    return f"{rows} " + {"accuracy": "accuracy, %", "bleu": "BLEU"}.get(metric, metric)
 
 
 def places(rows: Sequence[Row]) -> list[tuple[str, str]]:
@@ -98,60 +99,71 @@ def dots(rows: Sequence[Row], name: Callable[[Row], str], file: Path, *, groups:
     return save(figure, file)
 
 
-def lines(rows: Sequence[Row], x: str, series: str | None, file: Path, *, log: bool = True) -> str:
-    """Draw the test metric over a field of the config, one line for each value of another field, a panel for each task and base."""
-    rows = [row for row in rows if tested(row.records)]
+def lines(rows: Sequence[Row], x: str, series: str, file: Path, *, split: str = "test", log: int | None = 2) -> str:
+    """Draw a metric over a field of the config, one line for each value of another field, a panel for each task and base."""
     figure, axes = panels(len(places(rows)))
     for axis, place in zip(axes, places(rows), strict=True):
         here = [row for row in rows if (row.task, row.base) == place]
-        values = list(dict.fromkeys(str(row.config.get(series)) for row in here)) if series else [""]
-        for value, colour, shape in zip(values, cycle(COLOURS), cycle(SHAPES), strict=False):
-            line = sorted((row for row in here if not series or str(row.config.get(series)) == value), key=lambda row: row.config[x])
-            found = [scaled(row.values(), row.metric) for row in line]
-            name = named(series, line[0].config.get(series)) if series else None
-            axis.errorbar(
-                [row.config[x] for row in line],
-                [mean(each) for each in found],
-                yerr=[spread(each) for each in found],
-                fmt=f"{shape}-",
-                color=colour,
-                capsize=2,
-                markersize=4.5,
-                linewidth=1.2,
-                label=name,
-            )
-        ticks = sorted({row.config[x] for row in here})
-        if log and min(ticks) > 0:
-            axis.set_xscale("log", base=2)
-        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axis.minorticks_off()
+        values = list(dict.fromkeys(str(row.get(series)) for row in here))
+        for value, style in zip(values, styles(), strict=False):
+            line = sorted((row for row in here if str(row.get(series)) == value), key=lambda row: row.config[x])
+            found = [scaled(row.values(split=split), row.metric) for row in line]
+            curve(axis, [row.config[x] for row in line], found, style, named(series, line[0].get(series)))
+        over(axis, sorted({row.config[x] for row in here}), log)
         axis.set_xlabel(x.rpartition(".")[2].replace("_", " "))
-        axis.set_ylabel(unit(here[0].metric))
+        axis.set_ylabel(unit(here[0].metric, split))
         axis.set_title(", ".join(place), fontsize=9)
-        if series:
-            axis.legend(fontsize=8)
+        axis.legend(fontsize=8)
     return save(figure, file)
+
+
+def rates(rows: Sequence[Row], file: Path) -> str:
+    """Draw the loss on the validation rows over the learning rate, one line a way to train, a panel for each task and base."""
+    fields, (figure, axes) = varied([row for row in rows if row.method == "lora"]), panels(len(places(rows)), 4.4, 3.4)
+    for axis, place in zip(axes, places(rows), strict=True):
+        here = [row for row in rows if (row.task, row.base) == place]
+        for row, style in zip(here, styles(), strict=False):
+            losses = {rate: [r["val"]["loss"] for r in records if r["val"]["loss"] is not None] for rate, records in row.rates.items()}
+            losses = {rate: found for rate, found in losses.items() if found}
+            curve(axis, list(losses), list(losses.values()), style, label(row, fields if row.method == "lora" else ()))
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xlabel("learning rate")
+        axis.set_ylabel("validation loss")
+        axis.set_title(", ".join(place), fontsize=9)
+        axis.legend(fontsize=8)
+    return save(figure, file)
+
+
+def styles() -> Any:
+    """Return pairs of colour and shape, again and again."""
+    return zip(cycle(COLOURS), cycle(SHAPES), strict=False)
+
+
+def curve(axis: Any, x: Sequence[Any], found: Sequence[Sequence[float]], style: tuple[str, str], name: str, **errors: Any) -> None:
+    """Draw means over seeds with their spread, joined by a line."""
+    colour, shape = style
+    y, deviations = [mean(each) for each in found], [spread(each) for each in found]
+    axis.errorbar(x, y, yerr=deviations, fmt=f"{shape}-", color=colour, capsize=2, markersize=4.5, linewidth=1.1, label=name, **errors)
+
+
+def over(axis: Any, ticks: Sequence[float], log: int | None) -> None:
+    """Mark an axis at the values that were tried."""
+    if log and min(ticks) > 0:
+        axis.set_xscale("log", base=log)
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
 
 
 def trade(rows: Sequence[Row], before: float, file: Path) -> str:
     """Draw what is forgotten over what is learned: perplexity over validation accuracy, one line a method, a point a learning rate."""
     figure, (axis,) = panels(1, 6.4, 4.0)
     fields = varied([row for row in rows if row.method == "lora"])
-    for row, colour, shape in zip(rows, cycle(COLOURS), cycle(SHAPES), strict=False):
+    for row, style in zip(rows, styles(), strict=False):
         x = [[100 * record["val"]["accuracy"] for record in records] for records in row.rates.values()]
         y = [[record["measures"]["perplexity"] for record in records] for records in row.rates.values()]
-        axis.errorbar(
-            [mean(each) for each in x],
-            [mean(each) for each in y],
-            xerr=[spread(each) for each in x],
-            yerr=[spread(each) for each in y],
-            fmt=f"{shape}-",
-            color=colour,
-            capsize=2,
-            markersize=4.5,
-            linewidth=1,
-            label=label(row, fields),
-        )
+        name = label(row, fields if row.method == "lora" else ())
+        curve(axis, [mean(each) for each in x], y, style, name, xerr=[spread(each) for each in x])
     axis.axhline(before, color="#777777", linewidth=1, linestyle="--", label="before training")
     axis.set_yscale("log")
     axis.set_xlabel("validation accuracy, %")

@@ -34,6 +34,10 @@ class Row:
     config: dict[str, Any]
     records: list[Record] = field(default_factory=list)
 
+    def get(self, field: str) -> Any:
+        """Return a field of the config, or "method"; None if there is none."""
+        return self.method if field == "method" else self.config.get(field)
+
     @property
     def rates(self) -> dict[Any, list[Record]]:
         """Learning rate → records, in the order of the rates."""
@@ -56,9 +60,10 @@ class Row:
         """The records at the chosen rate with test results, in the order of their seeds."""
         return sorted(tested(self.rates[self.lr]), key=lambda record: record["seed"])
 
-    def values(self, metric: str | None = None) -> list[float]:
-        """Return a metric on the test rows at the chosen rate."""
-        return [record["test"][metric or self.metric] for record in self.chosen]
+    def values(self, metric: str | None = None, split: str = "test") -> list[float]:
+        """Return a metric at the chosen rate: on the test rows, or on the validation rows for trials that read no others."""
+        records = self.chosen if tested(self.records) else self.rates[self.lr]
+        return [record[split][metric or self.metric] for record in records]
 
 
 def read_records(files: Iterable[Path]) -> list[Record]:

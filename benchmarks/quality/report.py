@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.quality import pictures, tables
@@ -28,12 +28,16 @@ class Section:
         study: name in the records.
         title: heading.
         body: rows, all records and the folder of pictures → tables and pictures.
-        command: what runs it, and nothing else.
+        name: what `run` knows it by, if that is another name.
+        also: another study that it shows.
+        command: what runs it, if that is not `run`.
     """
 
     study: str
     title: str
     body: Callable[[list[Row], list[Record], Path], str]
+    name: str = ""
+    also: str = ""
     command: str = ""
 
 
@@ -54,8 +58,30 @@ def _ranks(rows: list[Row], records: list[Record], images: Path) -> str:
     return f"{picture(file.name, 'Test results over the rank, for sets of layers')}\n\n{tables.grid(rows, rank, targets)}"
 
 
-def _plain(rows: list[Row], records: list[Record], images: Path) -> str:
-    return tables.of_study(rows)
+def _rates(rows: list[Row], records: list[Record], images: Path) -> str:
+    pictures.rates(rows, file := images / "evidence-rates.svg")
+    return f"{picture(file.name, 'Validation loss over the learning rate')}\n\n{tables.rates(rows)}"
+
+
+def _advised(rows: list[Row], records: list[Record], images: Path) -> str:
+    return tables.advised(rows)
+
+
+def _alpha(rows: list[Row], records: list[Record], images: Path) -> str:
+    fixed, file = rows_of(records, "alpha-fixed"), images / "evidence-alpha.svg"
+    both = [replace(row, method=way) for way, some in (("its own rate", rows), ("one rate for all", fixed)) for row in some]
+    pictures.lines(both, "lora.alpha", "method", file, split="val")
+    own, one = tables.of_study(rows), tables.validated(fixed)
+    return f"{picture(file.name, 'Validation accuracy over alpha')}\n\nEach α at its own rate:\n\n{own}\n\nAll at one rate:\n\n{one}"
+
+
+def _dropout(rows: list[Row], records: list[Record], images: Path) -> str:
+    return tables.grid([replace(row, config={"lora.dropout": 0.0, "rows": "all", **row.config}) for row in rows], "lora.dropout", "rows")
+
+
+def _batch(rows: list[Row], records: list[Record], images: Path) -> str:
+    pictures.lines(rows, "batch_size", "method", file := images / "evidence-batch.svg")
+    return f"{picture(file.name, 'Test results over the batch size')}\n\n{tables.of_study(rows)}"
 
 
 def _compression(rows: list[Row], records: list[Record], images: Path) -> str:
@@ -80,7 +106,12 @@ def _forgetting(rows: list[Row], records: list[Record], images: Path) -> str:
 SECTIONS = (
     Section("retention", "LoRA against other ways to fine-tune", _retention),
     Section("ablation", "Rank and layers", _ranks),
-    Section("compression", "Compression of a 7B model", _compression, "python -m benchmarks.quality.compression"),
+    Section("rates", "Learning rates", _rates, name="sweeps"),
+    Section("advised", "The advised learning rate", _advised, name="sweeps"),
+    Section("alpha", "Alpha", _alpha, name="sweeps", also="alpha-fixed"),
+    Section("dropout", "Dropout", _dropout, name="sweeps"),
+    Section("batch", "Batch size", _batch, name="sweeps"),
+    Section("compression", "Compression of a 7B model", _compression, command="python -m benchmarks.quality.compression --out FILE"),
     Section("family", "The family", _family),
     Section("forgetting", "Forgetting", _forgetting),
 )
@@ -108,10 +139,10 @@ def page(records: Sequence[Record], images: Path, said: dict[str, str]) -> str:
     """Return the page, and draw its pictures. A study without records is left out."""
     parts, published = ["# Evidence", said.get("evidence", "")], by_heading(PUBLISHED)
     for section in SECTIONS:
-        of_study = [record for record in records if record["study"] == section.study]
+        of_study = [record for record in records if record["study"] in (section.study, section.also)]
         if of_study:
             rows = [] if section.study == "compression" else rows_of(records, section.study)
-            command = section.command or f"python -m benchmarks.quality.run --study {section.study}"
+            command = section.command or f"python -m benchmarks.quality.run {section.name or section.study} --out FILE --workers 12"
             parts += [f"## {section.title}", said.get(section.study, ""), section.body(rows, list(records), images)]
             parts += [f"`{command}`: {provenance(of_study)}."]
             parts.append(published.get(section.study, ""))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from benchmarks.quality.choice import Cell, Records, all_trials
 from benchmarks.quality.trial import Trial
 
-STEPS = {"encoder": 400, "decoder": 200}
-BATCH = 16
+STEPS = {"encoder": 200, "decoder": 100}
+BATCH = 32
 LORA = {"lora": {"rank": 8, "alpha": 16.0, "target_modules": "all"}}
 #: Method → the middle of its first three learning rates, for the encoder and the decoder, and its config.
 METHODS: dict[str, tuple[float, float, dict]] = {

@@ -34,7 +34,9 @@ def trials_of(row: Row) -> str:
 
 
 def named(field: str, value: Any) -> str:
-    """Return a value of a config in words."""
+    """Return a value of a config, or of "method", in words."""
+    if field == "method":
+        return WORDS.get(value, value)
     if field.endswith("target_modules"):
         return TARGETS.get(value, str(value)) if isinstance(value, str) else ", ".join(value)
     return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
@@ -73,6 +75,17 @@ def of_study(rows: Sequence[Row]) -> str:
     return table(header, lines)
 
 
+def validated(rows: Sequence[Row]) -> str:
+    """Return the table of a study that reads no test rows."""
+    fields = varied(rows)
+    lines = [
+        [*(named(field, row.get(field)) for field in fields), f"{row.lr:g}", amount(row.values(split="val"), row.metric)]
+        + [amount(row.values("loss", "val"), "loss"), str(len(row.rates[row.lr]))]
+        for row in rows
+    ]
+    return table([*(field.rpartition(".")[2] for field in fields), "learning rate", "validation", "validation loss", "seeds"], lines)
+
+
 def rate_of(row: Row) -> str:
     """Return the chosen rate; for the package's own advice also the number that it came to."""
     rate = row.chosen[0].get("rate") if row.chosen else None
@@ -96,7 +109,7 @@ def grid(rows: Sequence[Row], down: str, across: str) -> str:
     """Return one table a task and base: one field down, another across, test results in the cells."""
     parts = []
     for task, base in dict.fromkeys((row.task, row.base) for row in rows):
-        here = {(row.config.get(down), str(row.config.get(across))): row for row in rows if (row.task, row.base) == (task, base)}
+        here = {(row.get(down), str(row.get(across))): row for row in rows if (row.task, row.base) == (task, base)}
         columns = list(dict.fromkeys(key[1] for key in here))
         lines = [
             [named(down, value)] + [amount(here[value, c].values(), here[value, c].metric) if (value, c) in here else "–" for c in columns]
@@ -105,6 +118,31 @@ def grid(rows: Sequence[Row], down: str, across: str) -> str:
         title = f"{down.rpartition('.')[2]} ↓, {across.rpartition('.')[2].replace('target_modules', 'targets')} →"
         parts.append(f"*{task}, {base}*\n\n{table([title, *(named(across, column) for column in columns)], lines)}")
     return "\n\n".join(parts)
+
+
+def rates(rows: Sequence[Row]) -> str:
+    """Return the best rate of each way on the validation rows, beside full fine-tuning's."""
+    fields, lines = varied([row for row in rows if row.method == "lora"]), []
+    for row in rows:
+        full = next((other.lr for other in rows if (other.task, other.base, other.method) == (row.task, row.base, "full")), None)
+        way, losses = label(row, fields if row.method == "lora" else ()), row.values("loss", "val")
+        times = f"{row.lr / full:.2g}×" if full else "–"
+        lines.append([row.task, row.base, way, f"{row.lr:g}", times, amount(losses, "loss"), amount(row.values(split="val"), row.metric)])
+    return table(["task", "base", "method", "best rate", "of full fine-tuning's", "validation loss", "validation"], lines)
+
+
+def advised(rows: Sequence[Row]) -> str:
+    """Return each way at the best rate of its sweep, and at the rate that the package advises."""
+    fields, lines = varied(rows), []
+    for row in rows:
+        if not (advice := tested(row.rates.get("auto", []))):
+            continue
+        swept = Row(row.task, row.base, row.method, row.config, [record for record in row.records if record["lr"] != "auto"])
+        there = [record["test"][row.metric] for record in advice], [record["test"]["loss"] for record in advice]
+        cells = [label(row, [field for field in fields if row.get(field) is not None]), f"{swept.lr:g}", f"{advice[0]['rate']:.2g}"]
+        cells += [amount(swept.values(), row.metric), amount(there[0], row.metric), amount(swept.values("loss"), "loss")]
+        lines.append([*cells, amount(there[1], "loss")])
+    return table(["way", "swept rate", "advised rate", "test, swept", "test, advised", "test loss, swept", "test loss, advised"], lines)
 
 
 def family(rows: Sequence[Row]) -> str:

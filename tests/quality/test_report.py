@@ -13,7 +13,7 @@ from benchmarks.quality import records as reading
 from benchmarks.quality import tables
 from benchmarks.quality.family import MEMBERS
 from benchmarks.quality.report import FINDINGS, PUBLISHED, SECTIONS, by_heading, main
-from benchmarks.quality.run import STUDIES
+from benchmarks.quality.run import STUDIES, plan_of
 from tests.quality.made_up import chosen, forgetting, record
 
 ABLATION = [({"lora": {"rank": rank, "target_modules": on}}, 0.7 + 0.01 * rank) for rank in (1, 8) for on in ("qv", "all")]
@@ -44,7 +44,9 @@ def test_the_page_has_every_study_with_its_pictures(tmp_path: Path) -> None:
 
 
 def test_a_study_has_a_section_and_a_section_a_study() -> None:
-    assert {section.study for section in SECTIONS} == {*STUDIES, "compression"}
+    named = {trial.study for study in STUDIES for trial in plan_of([study])({})}
+    assert {study for section in SECTIONS for study in (section.study, section.also) if study} == {*named, "compression"}
+    assert {section.name or section.study for section in SECTIONS if not section.command} == STUDIES.keys()
     assert by_heading(PUBLISHED).keys() <= {section.study for section in SECTIONS}
     assert by_heading(FINDINGS).keys() <= {"evidence", *(section.study for section in SECTIONS)}
 
