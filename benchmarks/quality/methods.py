@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from lightning_lora import LoRACallback, LoRAConfig
+from lightning_lora import AdaLoRACallback, LoRACallback, LoRAConfig, quantize_base
 from lightning_lora.ops.cross_entropy import IGNORE
 from lightning_lora.tasks import CausalLMTask
 
@@ -20,8 +20,18 @@ HEADS = ("classifier", "score")  # names that transformers gives to a new head f
 
 
 def lora(task: Any, config: dict[str, Any]) -> list[Callback]:
-    """LoRA and its family. ``config["lora"]`` has fields of `LoRAConfig`, ``config["callback"]`` arguments of `LoRACallback`."""
+    """LoRA and its family. ``config["lora"]`` has fields of `LoRAConfig`, ``config["callback"]`` arguments of `LoRACallback`.
+
+    ``config["packed"]`` has arguments of `quantize_base`, for a format that does not fit all linears of the model.
+    """
+    if "packed" in config:
+        quantize_base(task.model, **config["packed"])
     return [LoRACallback(LoRAConfig(**config.get("lora", {})), **{"merge_on_fit_end": False, **config.get("callback", {})})]
+
+
+def adalora(task: Any, config: dict[str, Any]) -> list[Callback]:
+    """LoRA whose ranks are allotted while it trains. ``config["callback"]`` has arguments of `AdaLoRACallback`."""
+    return [AdaLoRACallback(LoRAConfig(**config["lora"]), **{"merge_on_fit_end": False, **config["callback"]})]
 
 
 def full(task: Any, config: dict[str, Any]) -> list[Callback]:
@@ -62,6 +72,7 @@ def _prompted(task: Any, kind: Callable[..., Any], config: dict[str, Any]) -> li
 
 METHODS: dict[str, Callable[[Any, dict[str, Any]], list[Callback]]] = {
     "lora": lora,
+    "adalora": adalora,
     "full": full,
     "probe": probe,
     "prefix": prefix,

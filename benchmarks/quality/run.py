@@ -33,6 +33,8 @@ STUDIES = {
     "retention": "benchmarks.quality.retention",
     "ablation": "benchmarks.quality.ablation",
     "sweeps": "benchmarks.quality.sweeps",
+    "family": "benchmarks.quality.family",
+    "forgetting": "benchmarks.quality.forgetting",
 }
 Plan = Callable[[dict[str, dict[str, Any]]], list[Trial]]
 

@@ -1,0 +1,31 @@
+"""The list of the family's members: complete, and each of them a config that the package takes."""
+
+from __future__ import annotations
+
+from benchmarks.quality.family import MEMBERS
+from benchmarks.quality.methods import METHODS
+from lightning_lora import LoRAConfig
+from lightning_lora.optim.preconditioning import METHODS as PRECONDITIONERS
+from lightning_lora.quantization.formats import QUANTIZERS
+from lightning_lora.registry import INITS, VARIANTS, init_of
+
+
+def test_every_variant_init_quantizer_and_preconditioner_is_a_member() -> None:
+    """A new one that is not listed fails here: add it to MEMBERS."""
+    configs = [member.cell.config for member in MEMBERS]
+    used = [LoRAConfig(**config["lora"]) for config in configs if "lora" in config]
+    assert {config.variant for config in used} == VARIANTS.keys()
+    assert {config.init for config in used} == {name.replace("[n]", "4") for name in INITS}
+    assert {config.scaling for config in used} == {"standard", "rslora"}
+    packed = {config.get("callback", {}).get("quantize") or config.get("packed", {}).get("how") for config in configs}
+    assert packed - {None} == QUANTIZERS.keys()
+    assert {config.get("callback", {}).get("precondition") for config in configs} - {None} == PRECONDITIONERS.keys()
+
+
+def test_members_are_told_apart() -> None:
+    assert len({member.name for member in MEMBERS}) == len(MEMBERS)
+    assert len({member.cell.trial(seed=0, lr=1.0).key for member in MEMBERS}) == len(MEMBERS)
+    for member in MEMBERS:
+        assert member.method in METHODS
+        if member.method != "full":
+            init_of(member.cell.config["lora"].get("init", "kaiming"))
