@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.bases import NAMES, load_base
-from benchmarks.quality.tasks import SOURCES, load_task
+from benchmarks.quality.prose import load_prose
+from benchmarks.quality.tasks import SOURCES, load_task, quality_cache
 from benchmarks.quality.trial import Trial, run_trial
 
 #: Study → the module with its function ``trials(records)``, which returns all trials that can be named so far.
@@ -79,10 +80,14 @@ def run(
     """
     records, running = read_records(out), {}
     futures: dict[Future[dict[str, Any]], Trial] = {}
+    left: list[Trial] = []
     with out.open("a", encoding="utf-8") as file:
         while True:
-            left = [trial for trial in plan(records) if trial.key not in records and trial.key not in running]
-            for trial in left[: workers - len(futures)] if time.monotonic() < deadline else []:
+            free = workers - len(futures)
+            if len(left) < free:  # to ask the plan takes a while
+                left = [trial for trial in plan(records) if trial.key not in records and trial.key not in running]
+            now, left = (left[:free], left[free:]) if time.monotonic() < deadline else ([], left)
+            for trial in now:
                 running[trial.key] = trial
                 futures[pool.submit(run_trial, trial, most_steps)] = trial
             if not futures:
@@ -124,6 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         load_task(name)
     for name in NAMES:
         load_base(name)
+    load_prose(quality_cache())
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn"), initializer=start_worker) as pool:
         records = run(plan_of(options.studies, only=options.only), options.out, pool, options.workers, deadline, options.most_steps)
