@@ -5,9 +5,12 @@ from __future__ import annotations
 from benchmarks.quality.choice import Cell, Records, all_trials
 from benchmarks.quality.trial import Trial
 
-RANKS = (1, 2, 4, 8, 16, 64)
 TARGETS = ("qv", "attention", "mlp", "all")
-PAIRS = [("questions", "encoder", 200, 2e-3), ("translation", "decoder", 100, 1e-3)]
+#: Task, base, steps, the middle of the first rates, ranks, targets.
+GRIDS = [
+    ("questions", "encoder", 200, 2e-3, (1, 2, 4, 8, 16, 64), TARGETS),
+    ("translation", "decoder", 100, 3e-3, (1, 8, 64), ("qv", "all")),
+]
 BATCH, ALPHA = 32, 16.0
 
 
@@ -23,9 +26,9 @@ def cells() -> list[Cell]:
             start,
             {"lora": {"rank": rank, "alpha": ALPHA, "target_modules": targets}, "batch_size": BATCH},
         )
-        for task, base, steps, start in PAIRS
-        for rank in RANKS
-        for targets in TARGETS
+        for task, base, steps, start, ranks, sets in GRIDS
+        for rank in ranks
+        for targets in sets
     ]
 
 

@@ -6,11 +6,12 @@ Each prepares the task's model and returns the callbacks of its run. All of them
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch.nn.functional as F
 from lightning.pytorch import Callback
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_lora import AdaLoRACallback, LoRACallback, LoRAConfig, quantize_base
 from lightning_lora.ops.cross_entropy import IGNORE
@@ -40,10 +41,29 @@ def full(task: Any, config: dict[str, Any]) -> list[Callback]:
 
 
 def probe(task: Any, config: dict[str, Any]) -> list[Callback]:
-    """A linear probe: a new head on the frozen model."""
+    """A linear probe: a new head on the frozen model. With ``config["pooling"] == "mean"`` it reads the mean of the last hidden states.
+
+    That mean is what a sentence encoder was trained to give; the pooler that BERT's own head reads was not trained with it.
+    """
+    if config.get("pooling") == "mean":
+        task.model = MeanProbe(task.model)
     for name, parameter in task.model.named_parameters():
         parameter.requires_grad_(name.partition(".")[0] in HEADS)
     return []
+
+
+class MeanProbe(nn.Module):
+    """A linear layer on the mean of an encoder's last hidden states."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.config, self.encoder = model.config, model.base_model
+        self.classifier = nn.Linear(model.config.hidden_size, model.config.num_labels)
+
+    def forward(self, attention_mask: Tensor, **inputs: Tensor) -> Any:
+        """Return an object whose ``logits`` are (B, C)."""
+        hidden, mask = self.encoder(attention_mask=attention_mask, **inputs).last_hidden_state, attention_mask[..., None]
+        return SimpleNamespace(logits=self.classifier((hidden * mask).sum(1) / mask.sum(1)))
 
 
 def prefix(task: Any, config: dict[str, Any]) -> list[Callback]:

@@ -16,13 +16,22 @@ METHODS: dict[str, tuple[float, float, dict]] = {
     "prefix": (2e-2, 2e-2, {"peft": {"num_virtual_tokens": 20}}),
     "prompt": (5e-2, 5e-2, {"peft": {"num_virtual_tokens": 20}}),
 }
+POOLED = {("encoder", "probe"): {"pooling": "mean"}}
 PAIRS = [("questions", "encoder"), ("reviews", "encoder"), ("questions", "decoder"), ("reviews", "decoder"), ("translation", "decoder")]
 
 
 def cells() -> list[Cell]:
     """Return what is compared. A linear probe writes no text, so translation has none."""
     return [
-        Cell("retention", task, base, method, STEPS[base], start[base == "decoder"], {**config, "batch_size": BATCH})
+        Cell(
+            "retention",
+            task,
+            base,
+            method,
+            STEPS[base],
+            start[base == "decoder"],
+            {**config, **POOLED.get((base, method), {}), "batch_size": BATCH},
+        )
         for task, base in PAIRS
         for method, (*start, config) in METHODS.items()
         if (task, method) != ("translation", "probe")

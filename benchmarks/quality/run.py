@@ -5,7 +5,7 @@
     python -m benchmarks.quality.run retention --out dry.jsonl --most-steps 2                # a dry run, on a CPU
 
 Trials that are in the file are not run again, so a run that was stopped goes on. Workers are processes that stay; small models are bound by
-launches, so a dozen share one GPU. The first run fetches models and data (`bases.py`, `tasks.py`).
+launches, so a dozen share one GPU, and several GPUs are shared evenly. The first run fetches models and data (`bases.py`, `tasks.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import importlib
 import json
 import logging
+import math
 import multiprocessing
 import os
 import sys
@@ -37,12 +38,18 @@ STUDIES = {
     "family": "benchmarks.quality.family",
     "forgetting": "benchmarks.quality.forgetting",
 }
+ASK = 2.0  # seconds until the plan is asked again, which takes a while; what it names first runs first
 Plan = Callable[[dict[str, dict[str, Any]]], list[Trial]]
 
 
-def start_worker() -> None:
-    """Make a worker quiet, and one thread wide."""
+def start_worker(number: Any = None) -> None:
+    """Make a worker quiet, and one thread wide. ``number`` counts the workers, which take turns in taking a GPU."""
     import torch
+
+    if number is not None and torch.cuda.device_count() > 1:
+        with number.get_lock():
+            number.value += 1
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(number.value % torch.cuda.device_count())
 
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning.fabric", "lightning_lora", "transformers", "peft"):
@@ -54,14 +61,15 @@ def start_worker() -> None:
 
 
 def read_records(file: Path) -> dict[str, dict[str, Any]]:
-    """Return the records of a file by their trial's key. A last line that was cut off is left out."""
+    """Return the records of a file by their trial's key, but those with an error, which run again, and a last line that was cut off."""
     records = {}
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        records[record["key"]] = record
+        if record["error"] is None:
+            records[record["key"]] = record
     return records
 
 
@@ -81,10 +89,12 @@ def run(
     records, running = read_records(out), {}
     futures: dict[Future[dict[str, Any]], Trial] = {}
     left: list[Trial] = []
+    asked = -math.inf
     with out.open("a", encoding="utf-8") as file:
         while True:
             free = workers - len(futures)
-            if len(left) < free:  # to ask the plan takes a while
+            if len(left) < free or time.monotonic() - asked > ASK:
+                asked = time.monotonic()
                 left = [trial for trial in plan(records) if trial.key not in records and trial.key not in running]
             now, left = (left[:free], left[free:]) if time.monotonic() < deadline else ([], left)
             for trial in now:
@@ -131,7 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         load_base(name)
     load_prose(quality_cache())
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn"), initializer=start_worker) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.workers, spawn, start_worker, (spawn.Value("i", 0),)) as pool:
         records = run(plan_of(options.studies, only=options.only), options.out, pool, options.workers, deadline, options.most_steps)
     failed = [record for record in records.values() if record["error"] and record["split"] == "test"]
     print(f"{len(records)} records, {len(failed)} trials that report failed")

@@ -92,7 +92,6 @@ def trials(records: Records) -> list[Trial]:
     task = ("questions", "encoder")
     return [
         *rate_sweep(*task),
-        *rate_sweep("translation", "decoder"),
         *advised(*task, records),
         *alphas(*task, records),
         *all_trials(batches(*task), records),

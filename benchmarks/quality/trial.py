@@ -29,7 +29,7 @@ from lightning_lora.data import ClassificationDataModule, InstructionDataModule
 from lightning_lora.tasks import CausalLMTask, SequenceClassificationTask
 
 LENGTH = 256  # tokens of a row at most
-EVAL_BATCH = 100
+EVAL_BATCH = {"encoder": 100, "decoder": 50}
 QUIET: dict[str, Any] = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
 
 
@@ -143,7 +143,7 @@ def run_trial(trial: Trial, most_steps: int | None = None) -> dict[str, Any]:
         fitted = time.perf_counter()
         record["trainable"] = sum(p.numel() for p in module.parameters() if p.requires_grad)
         record |= {"loss": watch.mean(), "rate": watch.rate, "fit_seconds": fitted - began}
-        data.batch_size = EVAL_BATCH
+        data.batch_size = EVAL_BATCH[trial.base]
         evaluate = pl.Trainer(devices=1, **QUIET, callbacks=trainer.callbacks)  # type: ignore[attr-defined]
         record["val"] = _found(evaluate.validate(module, data, verbose=False)[0])
         record["test"] = None
