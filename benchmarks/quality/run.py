@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.bases import NAMES, load_base
-from benchmarks.quality.tasks import SOURCES, load_task
+from benchmarks.quality.prose import load_prose
+from benchmarks.quality.tasks import SOURCES, load_task, quality_cache
 from benchmarks.quality.trial import Trial, run_trial
 
 #: Study → the module with its function ``trials(records)``, which returns all trials that can be named so far.
@@ -124,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         load_task(name)
     for name in NAMES:
         load_base(name)
+    load_prose(quality_cache())
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn"), initializer=start_worker) as pool:
         records = run(plan_of(options.studies, only=options.only), options.out, pool, options.workers, deadline, options.most_steps)
