@@ -8,7 +8,15 @@ from typing import Any
 from benchmarks.quality.family import MEMBERS
 from benchmarks.quality.records import LESS_IS_BETTER, Record, Row, mean, spread, tested, varied
 
-WORDS = {"lora": "LoRA", "full": "full fine-tuning", "probe": "linear probe", "prefix": "prefix tuning", "prompt": "prompt tuning"}
+WORDS = {
+    "lora": "LoRA",
+    "full": "full fine-tuning",
+    "galore": "GaLore",
+    "adalora": "AdaLoRA",
+    "probe": "linear probe",
+    "prefix": "prefix tuning",
+    "prompt": "prompt tuning",
+}
 TARGETS = {"qv": "q, v", "attention": "q, k, v, o", "mlp": "MLP", "all": "all linears", "all-linear": "all linears"}
 Cells = Sequence[Any]
 
