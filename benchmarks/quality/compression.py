@@ -1,7 +1,7 @@
 """What an adapter of a 7B model is in parameters and on disk, against the model: counted, and measured on files that are really written.
 
-    python -m benchmarks.quality.compression --out compression.jsonl               # adapters, a minute
-    python -m benchmarks.quality.compression --out compression.jsonl --checkpoint  # a training checkpoint of each too, minutes each
+    python -m benchmarks.quality.compression --out compression.jsonl                   # adapters, a minute
+    python -m benchmarks.quality.compression --out compression.jsonl --checkpoint 0 2  # training checkpoints too, of these rows: minutes
 
 The models have the shape of Llama-2-7B and Llama-3-8B. Each weight is one stored number, seen in the weight's shape, so the base takes no
 memory. The files are as over real weights, because no base weight is in them: `find_targets` counts, `save_adapter` writes the adapter, and
@@ -14,22 +14,18 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import subprocess
-import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout's package
-
 import lightning as L
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import lightning_lora
+from benchmarks.quality.trial import surroundings
 from lightning_lora import LoRACallback, LoRAConfig, apply_lora, find_targets, save_adapter
 
 # Hidden and inner width, vocabulary, heads of keys and values (Llama 2, arXiv:2307.09288; Llama 3, arXiv:2407.21783).
@@ -106,25 +102,18 @@ def measured(shape: str, row: dict[str, Any], checkpoint: bool) -> dict[str, Any
     return {"trainable": trainable, "total": report.total, "bytes": sizes}
 
 
-def surroundings() -> dict[str, Any]:
-    """Return what the sizes were found with."""
-    versions = {"torch": torch.__version__, "lightning": L.__version__, "lightning_lora": lightning_lora.__version__}
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    return {"device": "CPU", "versions": versions, "commit": commit}
-
-
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="a file that one line of JSON a configuration is added to")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["Llama-2-7B", "Llama-3-8B"])
     parser.add_argument("--rows", nargs="+", type=int, default=range(len(ROWS)), help="which configurations, counted from 0; default all")
-    parser.add_argument("--checkpoint", action="store_true", help="write and measure a training checkpoint too")
+    parser.add_argument("--checkpoint", nargs="+", type=int, default=(), help="rows of which a training checkpoint is measured too")
     options = parser.parse_args(argv)
     records = []
     for shape in options.shapes:
-        for row in (ROWS[number] for number in options.rows):
-            record = {"study": "compression", "base": shape, "method": "lora", "config": row, **measured(shape, row, options.checkpoint)}
+        for number in options.rows:
+            found = measured(shape, ROWS[number], number in options.checkpoint)
+            record = {"study": "compression", "base": shape, "method": "lora", "config": ROWS[number], **found}
             records.append(record | surroundings())
             with options.out.open("a") as file:
                 file.write(json.dumps(records[-1]) + "\n")

@@ -48,7 +48,7 @@ class Member:
     def cell(self) -> Cell:
         """What is compared."""
         parts: dict[str, Any] = {"callback": self.callback, "task": self.task, **self.more}
-        if self.method != "full":
+        if self.group != "full":
             parts["lora"] = LORA | self.lora
         config = {"member": self.name, "batch_size": BATCH} | {name: part for name, part in parts.items() if part}
         return Cell("family", "questions", "decoder", self.method, STEPS, self.factor * START, config)
@@ -104,7 +104,7 @@ MEMBERS: tuple[Member, ...] = (
     packed("torchao-int8"),
     # Its blocks of 16,384 do not fit the 576-wide projections of the attention, which stay as they are.
     Member("base torchao-nf4, MLP only", "base", task=BF16, more={"packed": {"how": "torchao-nf4", "targets": MLP}}),
-    Member("GaLore", "full", task={"galore": {"rank": 64, "update_proj_gap": 50, "scale": 1.0}}, factor=1 / 10, method="full"),
+    Member("GaLore", "full", more={"galore": {"rank": 64, "update_proj_gap": 50, "scale": 1.0}}, factor=1 / 10, method="galore"),
     Member("full fine-tuning", "full", factor=1 / 10, method="full", peft=47.2),
 )
 

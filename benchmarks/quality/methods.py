@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_lora import AdaLoRACallback, LoRACallback, LoRAConfig, quantize_base
 from lightning_lora.ops.cross_entropy import IGNORE
+from lightning_lora.optim import GaLoreConfig
 from lightning_lora.tasks import CausalLMTask
 
 HEADS = ("classifier", "score")  # names that transformers gives to a new head for labels
@@ -37,6 +38,12 @@ def adalora(task: Any, config: dict[str, Any]) -> list[Callback]:
 
 def full(task: Any, config: dict[str, Any]) -> list[Callback]:
     """Every parameter trains."""
+    return []
+
+
+def galore(task: Any, config: dict[str, Any]) -> list[Callback]:
+    """Every parameter trains, with projected gradients. ``config["galore"]`` has fields of `GaLoreConfig`."""
+    task.galore = GaLoreConfig(**config["galore"])
     return []
 
 
@@ -94,6 +101,7 @@ METHODS: dict[str, Callable[[Any, dict[str, Any]], list[Callback]]] = {
     "lora": lora,
     "adalora": adalora,
     "full": full,
+    "galore": galore,
     "probe": probe,
     "prefix": prefix,
     "prompt": prompt,

@@ -111,7 +111,12 @@ SECTIONS = (
     Section("alpha", "Alpha", _alpha, name="sweeps", also="alpha-fixed"),
     Section("dropout", "Dropout", _dropout, name="sweeps"),
     Section("batch", "Batch size", _batch, name="sweeps"),
-    Section("compression", "Compression of a 7B model", _compression, command="python -m benchmarks.quality.compression --out FILE"),
+    Section(
+        "compression",
+        "Compression of a 7B model",
+        _compression,
+        command="python -m benchmarks.quality.compression --out FILE --checkpoint 0 2",
+    ),
     Section("family", "The family", _family),
     Section("forgetting", "Forgetting", _forgetting),
 )

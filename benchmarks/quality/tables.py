@@ -8,7 +8,15 @@ from typing import Any
 from benchmarks.quality.family import MEMBERS
 from benchmarks.quality.records import LESS_IS_BETTER, Record, Row, mean, spread, tested, varied
 
-WORDS = {"lora": "LoRA", "full": "full fine-tuning", "probe": "linear probe", "prefix": "prefix tuning", "prompt": "prompt tuning"}
+WORDS = {
+    "lora": "LoRA",
+    "full": "full fine-tuning",
+    "galore": "GaLore",
+    "adalora": "AdaLoRA",
+    "probe": "linear probe",
+    "prefix": "prefix tuning",
+    "prompt": "prompt tuning",
+}
 TARGETS = {"qv": "q, v", "attention": "q, k, v, o", "mlp": "MLP", "all": "all linears", "all-linear": "all linears"}
 Cells = Sequence[Any]
 
@@ -37,7 +45,7 @@ def named(field: str, value: Any) -> str:
     """Return a value of a config, or of "method", in words."""
     if field == "method":
         return WORDS.get(value, value)
-    if field.endswith("target_modules"):
+    if value is not None and field.endswith("target_modules"):
         return TARGETS.get(value, str(value)) if isinstance(value, str) else ", ".join(value)
     return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
@@ -79,8 +87,13 @@ def validated(rows: Sequence[Row]) -> str:
     """Return the table of a study that reads no test rows."""
     fields = varied(rows)
     lines = [
-        [*(named(field, row.get(field)) for field in fields), f"{row.lr:g}", amount(row.values(split="val"), row.metric)]
-        + [amount(row.values("loss", "val"), "loss"), str(len(row.rates[row.lr]))]
+        [
+            *(named(field, row.get(field)) for field in fields),
+            f"{row.lr:g}",
+            amount(row.values(split="val"), row.metric),
+            amount(row.values("loss", "val"), "loss"),
+            str(len(row.rates[row.lr])),
+        ]
         for row in rows
     ]
     return table([*(field.rpartition(".")[2] for field in fields), "learning rate", "validation", "validation loss", "seeds"], lines)

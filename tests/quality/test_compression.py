@@ -25,7 +25,7 @@ def test_llama_3_8b_is_the_published_shape() -> None:
 @pytest.mark.filterwarnings("ignore:rank=")
 def test_files_have_the_size_of_their_tensors(tmp_path: Path) -> None:
     out = tmp_path / "sizes.jsonl"
-    (record,) = compression.main(["--out", str(out), "--shapes", "tiny", "--rows", "0", "--checkpoint"])
+    (record,) = compression.main(["--out", str(out), "--shapes", "tiny", "--rows", "0", "--checkpoint", "0"])
     assert json.loads(out.read_text()) == record
     sizes = record["bytes"]
     assert sizes["adapter_computed"] == 4 * record["trainable"] == 4 * 8 * 2 * (32 + 32 + 32 + 16)  # q (32, 32) and v (16, 32), two layers

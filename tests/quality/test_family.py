@@ -27,5 +27,5 @@ def test_members_are_told_apart() -> None:
     assert len({member.cell.trial(seed=0, lr=1.0).key for member in MEMBERS}) == len(MEMBERS)
     for member in MEMBERS:
         assert member.method in METHODS
-        if member.method != "full":
+        if member.group != "full":
             init_of(member.cell.config["lora"].get("init", "kaiming"))
