@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from lightning_lora.ops.cross_entropy import IGNORE, POSITIONS, answer_positions
+from lightning_lora.ops.cross_entropy import IGNORE, POSITIONS, WHOLE, answer_positions
 
 WINDOW = 32  # batches sorted together: enough for similar lengths within a batch, few enough to keep the order random
 
@@ -52,22 +52,25 @@ class Example:
         return [label for label in self.labels[1:] if label != IGNORE]
 
 
-def collate_answers(examples: Sequence[Example], pad: int, multiple: int = 1, choices: bool = False) -> dict[str, Tensor]:
+def collate_answers(examples: Sequence[Example], pad: int, multiple: int = 1, choices: bool = False) -> dict[str, Any]:
     """Return a right-padded batch: ``input_ids``, ``attention_mask``, ``labels`` (B, T), and ``rivals`` (M, 3) if a row has choices.
 
     ``answer_positions`` (N,) are those of the batch's answer tokens, see :func:`~lightning_lora.ops.cross_entropy.answer_positions`.
+    ``whole`` is True in a batch that has no padding, and only there.
 
     T is the longest row's length, rounded up to a multiple of ``multiple``. A row of ``rivals`` is (row of the batch, index among the
     batch's answer tokens counted row by row, rival token). With ``choices`` they are there in any case, because some row of the split has
     choices: every process has to log the same metrics.
     """
     length = -(-max(len(e) for e in examples) // multiple) * multiple
-    batch = {
+    batch: dict[str, Any] = {
         "input_ids": torch.tensor([e.ids + [pad] * (length - len(e)) for e in examples]),
         "attention_mask": torch.tensor([[1] * len(e) + [0] * (length - len(e)) for e in examples]),
         "labels": torch.tensor([e.labels + [IGNORE] * (length - len(e)) for e in examples]),
     }
     batch[POSITIONS] = answer_positions(batch["labels"])
+    if all(len(e) == length for e in examples):
+        batch[WHOLE] = True
     rivals, start = [], 0
     for row, example in enumerate(examples):
         rivals += [(row, start + index, token) for index, token in example.rivals]

@@ -26,6 +26,7 @@ from lightning_lora.utils.torch_private_parallel import fsdp2_original
 IGNORE = -100  # as in torch's cross entropy
 SHARDED = "its output layer is sharded"
 POSITIONS = "answer_positions"  # the key in a batch of what `answer_positions` returns
+WHOLE = "whole"  # the key in a batch that has no padding: it needs no mask, which a model would have to read on the device
 
 
 def chunked_cross_entropy(

@@ -29,6 +29,7 @@ from lightning_lora.ops.cross_entropy import (
     IGNORE,
     POSITIONS,
     SHARDED,
+    WHOLE,
     answer_positions,
     bypassed,
     chunked_cross_entropy,
@@ -43,7 +44,7 @@ from lightning_lora.tasks.packing_check import MixesDocuments, packed_inputs, se
 from lightning_lora.tasks.padding import ROWS, WORTH, end_to_end, is_compiled
 from lightning_lora.trials.layout import Layout
 from lightning_lora.utils.torch_private import compiled_call
-from lightning_lora.utils.transformers_conventions import keeps_masked_logits
+from lightning_lora.utils.transformers_conventions import keeps_masked_logits, one_document_a_row
 
 
 class CausalLMTask(HFTask):
@@ -123,7 +124,10 @@ class CausalLMTask(HFTask):
         self.count_flops((part, predicted if part is head and predicted is not None else tokens) for part in self.model.children())
         inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False} | ({} if keep is None else {"logits_to_keep": keep})
         if rows is None and "position_ids" not in batch:
-            return self.model(**inputs, attention_mask=batch["attention_mask"]).logits
+            if not batch.get(WHOLE):
+                return self.model(**inputs, attention_mask=batch["attention_mask"]).logits
+            with one_document_a_row():
+                return self.model(**inputs).logits
         with packed_rows():
             return self.model(**inputs, **packed_inputs(self.model, batch if rows is None else rows)).logits
 

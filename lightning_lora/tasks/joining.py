@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_lora.ops.cross_entropy import IGNORE, POSITIONS
+from lightning_lora.ops.cross_entropy import IGNORE, POSITIONS, WHOLE
 from lightning_lora.tasks.padding import ROWS, bounds_of
 from lightning_lora.trials.layout import Layout
 
@@ -24,8 +24,8 @@ def join_batches(batches: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], Lay
     Raises:
         ValueError: a batch has something whose place in a joint batch is unknown; the reason only.
     """
-    keys = batches[0].keys() - {ROWS, POSITIONS}
-    if others := [key for batch in batches for key in (batch.keys() ^ batches[0].keys()) - {ROWS}]:
+    keys = batches[0].keys() - {ROWS, POSITIONS, WHOLE}
+    if others := [key for batch in batches for key in (batch.keys() ^ batches[0].keys()) - {ROWS, WHOLE}]:
         raise ValueError(f"not all batches have {others[0]!r}")
     for key in keys:
         if key not in PAD and key != "pixel_values":
@@ -43,6 +43,8 @@ def join_batches(batches: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], Lay
     }  # fmt: skip
     starts = [sum(sizes[:k]) for k in range(len(sizes))]
     shapes = list(zip(starts, lengths, strict=True))
+    if len(set(lengths)) == 1 and all(WHOLE in batch for batch in batches):
+        joint[WHOLE] = True
     if POSITIONS in batches[0]:
         joint[POSITIONS] = torch.cat([_moved(batch[POSITIONS], *shape, longest) for batch, shape in zip(batches, shapes, strict=True)])
     if not any(ROWS in batch for batch in batches):

@@ -12,6 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -92,6 +93,28 @@ def attention_tables() -> tuple[Any, Any]:
     """Return transformers' tables of attention functions and of mask functions, by name. Both classes are public."""
     transformers = sys.modules["transformers"]
     return transformers.AttentionInterface, transformers.AttentionMaskInterface
+
+
+@contextmanager
+def one_document_a_row() -> Iterator[None]:
+    """Tell transformers that the rows of the batches within are not packed: each is one document, without padding.
+
+    It would read that from the positions, on the device, and so wait for all work before them, at every step. Without it, it does.
+    """
+    masks, name = sys.modules.get("transformers.masking_utils"), "find_packed_sequence_indices"
+    if not hasattr(masks, name):
+        yield
+        return
+    find = getattr(masks, name)
+    setattr(masks, name, _no_documents)
+    try:
+        yield
+    finally:
+        setattr(masks, name, find)
+
+
+def _no_documents(position_ids: Any) -> None:
+    return None
 
 
 def loaded_from(model: nn.Module) -> str | None:

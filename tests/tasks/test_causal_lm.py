@@ -5,14 +5,12 @@ import lightning
 import pytest
 import torch
 import transformers
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from lightning_lora import LoRAConfig, apply_lora
 from lightning_lora.data import InstructionDataModule
 from lightning_lora.data.batching import collate_answers, collate_prompts
 from lightning_lora.data.instructions import load_examples
-from lightning_lora.ops.cross_entropy import POSITIONS
 from lightning_lora.tasks import CausalLMTask, base, causal_lm, hf
 from lightning_lora.tasks.causal_lm import chosen_right
 from tests import tiny_lm
@@ -253,42 +251,3 @@ def test_a_folder_that_is_not_there_is_named(model):
 
 def test_a_folder_may_be_a_path(folder):
     assert hf.load_causal_lm(Path(folder))[1].pad_token is not None and hf.skeleton(Path(folder)).lm_head.weight.is_meta
-
-
-class Waits(TorchDispatchMode):
-    """Notes the operators that, on a GPU, wait until it has computed all before: their results decide what is launched next."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        masks = function is torch.ops.aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1])
-        if masks or function in (torch.ops.aten.nonzero.default, torch.ops.aten._local_scalar_dense.default):
-            self.found.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("cls", [LlamaForCausalLM, Whole])
-def test_a_step_waits_only_where_transformers_does(cls, examples, monkeypatch):
-    """Without the answers' positions in the batch, the task has to look for them. Loss and gradients are the same."""
-    model = tiny_lm.llama(cls=cls)
-    monkeypatch.setattr(base, "load_model", lambda *args: model)
-    monkeypatch.setattr(base, "load_tokenizer", lambda *args: tiny_lm.tokenizer())
-    task = CausalLMTask("any")
-    apply_lora(task, config=LoRAConfig(rank=2, target_modules=["q_proj"]))
-    monkeypatch.setattr(task, "log", lambda *args, **kwargs: None)
-    batch = collate_answers(examples, pad=0)
-    assert batch[POSITIONS].tolist() == [
-        row * batch["labels"].shape[1] + t for row, e in enumerate(examples) for t in range(1, len(e)) if e.labels[t] != -100
-    ]
-    found, losses = [], []
-    for given in (batch, {name: value for name, value in batch.items() if name != POSITIONS}):
-        with Waits() as waits:
-            losses.append(task.training_step(given, 0))
-            losses[-1].backward()
-        found.append(waits.found)
-    with Waits() as theirs:
-        model.model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    assert found[0] == theirs.found and len(found[1]) == len(theirs.found) + 1
-    assert losses[0].equal(losses[1])
