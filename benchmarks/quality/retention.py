@@ -17,11 +17,12 @@ METHODS: dict[str, tuple[float, float, dict]] = {
     "prompt": (5e-2, 5e-2, {"peft": {"num_virtual_tokens": 20}}),
 }
 POOLED = {("encoder", "probe"): {"pooling": "mean"}}
-PAIRS = [("questions", "encoder"), ("reviews", "encoder"), ("questions", "decoder"), ("reviews", "decoder"), ("translation", "decoder")]
+PAIRS = [("translation", "decoder"), ("questions", "decoder"), ("reviews", "decoder"), ("questions", "encoder"), ("reviews", "encoder")]
+FORGOTTEN = ("benchmarks.quality.forgetting:forgotten",)  # perplexity on other text, beside the test rows
 
 
 def cells() -> list[Cell]:
-    """Return what is compared. A linear probe writes no text, so translation has none."""
+    """Return what is compared. A linear probe writes no text, so translation has none. What changes the decoder may also forget."""
     return [
         Cell(
             "retention",
@@ -31,6 +32,7 @@ def cells() -> list[Cell]:
             STEPS[base],
             start[base == "decoder"],
             {**config, **POOLED.get((base, method), {}), "batch_size": BATCH},
+            measures=FORGOTTEN if base == "decoder" and method in ("lora", "full") else (),
         )
         for task, base in PAIRS
         for method, (*start, config) in METHODS.items()

@@ -157,6 +157,8 @@ def run_trial(trial: Trial, most_steps: int | None = None) -> dict[str, Any]:
         record["error"] = None
     except Exception as error:  # a run of hundreds goes on without it
         record |= {"val": None, "test": None, "error": f"{type(error).__name__}: {error}"[:500]}
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # others share the GPU
     return record | {"seconds": time.perf_counter() - began}
 
 
