@@ -151,6 +151,7 @@ def run_trial(trial: Trial, most_steps: int | None = None) -> dict[str, Any]:
             record["test"] = _found(evaluate.test(module, data, verbose=False)[0])
             if _task(trial.task).kind == "generation":
                 record["test"] |= written(evaluate, module, data, _task(trial.task))
+        module.to(evaluate.strategy.root_device)  # which the Trainer takes it from
         for name in trial.measures:
             place, _, function = name.partition(":")
             record["measures"] |= getattr(importlib.import_module(place), function)(module)
