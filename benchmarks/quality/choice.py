@@ -27,6 +27,7 @@ class Cell:
 
     Attributes:
         start: The middle of the first three learning rates.
+        chosen_with: The config that the learning rate is chosen with, where several cells share it; by default the cell's own.
     """
 
     study: str
@@ -37,6 +38,7 @@ class Cell:
     start: float
     config: dict[str, Any] = field(default_factory=dict)
     measures: tuple[str, ...] = ()
+    chosen_with: dict[str, Any] | None = None
 
     def trial(self, **changes: Any) -> Trial:
         """Return one of its trials."""
@@ -62,7 +64,8 @@ def trials_of(cell: Cell, records: Records, seeds: Sequence[int] = SEEDS) -> lis
 
 
 def _chooser(cell: Cell, exponent: int) -> Trial:
-    return replace(cell.trial(seed=CHOOSES, lr=float(f"{cell.start * STEP**exponent:.2g}"), split="val"), measures=())
+    config = cell.config if cell.chosen_with is None else cell.chosen_with
+    return replace(cell.trial(config=config, seed=CHOOSES, lr=float(f"{cell.start * STEP**exponent:.2g}"), split="val"), measures=())
 
 
 def loss_of(record: dict[str, Any]) -> float:
@@ -73,4 +76,4 @@ def loss_of(record: dict[str, Any]) -> float:
 
 def all_trials(cells: Iterable[Cell], records: Records, seeds: Sequence[int] = SEEDS) -> list[Trial]:
     """Return the trials of all cells that can be named so far."""
-    return [trial for cell in cells for trial in trials_of(cell, records, seeds)]
+    return list({trial.key: trial for cell in cells for trial in trials_of(cell, records, seeds)}.values())
