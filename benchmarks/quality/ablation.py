@@ -1,4 +1,4 @@
-"""Study (b): rank against the set of adapted layers. It is small enough for a CPU.
+"""Study (b): rank against the set of adapted layers.
 
 α is the same for all ranks, as in "LoRA Without Regret", and so is the learning rate within a set of layers, chosen at rank 8: in the sweep
 of rates (`sweeps.py`) ranks 1, 8 and 64 are best at the same ones.
@@ -13,7 +13,7 @@ from benchmarks.quality.trial import Trial
 
 RANKS = (1, 2, 4, 8, 16, 64)
 TARGETS = ("qv", "attention", "mlp", "all")
-CHOSEN, ALPHA, START, STEPS, BATCH = 8, 16.0, 3e-3, 100, 16
+CHOSEN, ALPHA, START, STEPS, BATCH = 8, 16.0, 2e-3, 200, 32
 
 
 def config(rank: int, targets: str) -> dict[str, Any]:
