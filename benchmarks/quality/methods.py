@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
-from lightning_lora import AdaLoRACallback, LoRACallback, LoRAConfig, quantize_base
+from lightning_lora import AdaLoRACallback, LoRACallback, LoRAConfig
 from lightning_lora.ops.cross_entropy import IGNORE
 from lightning_lora.optim import GaLoreConfig
 from lightning_lora.tasks import CausalLMTask
@@ -22,12 +22,7 @@ HEADS = ("classifier", "score")  # names that transformers gives to a new head f
 
 
 def lora(task: Any, config: dict[str, Any]) -> list[Callback]:
-    """LoRA and its family. ``config["lora"]`` has fields of `LoRAConfig`, ``config["callback"]`` arguments of `LoRACallback`.
-
-    ``config["packed"]`` has arguments of `quantize_base`, for a format that does not fit all linears of the model.
-    """
-    if "packed" in config:
-        quantize_base(task.model, **config["packed"])
+    """LoRA and its family. ``config["lora"]`` has fields of `LoRAConfig`, ``config["callback"]`` arguments of `LoRACallback`."""
     return [LoRACallback(LoRAConfig(**config.get("lora", {})), **{"merge_on_fit_end": False, **config.get("callback", {})})]
 
 
