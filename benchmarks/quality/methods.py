@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
 from torch import Tensor, nn
@@ -55,17 +56,24 @@ def probe(task: Any, config: dict[str, Any]) -> list[Callback]:
 
 
 class MeanProbe(nn.Module):
-    """A linear layer on the mean of an encoder's last hidden states."""
+    """A linear layer on the mean of an encoder's last hidden states. A row's mean is computed once a process, since nothing changes it."""
+
+    means: ClassVar[dict[tuple[str, bytes], Tensor]] = {}  # folder and tokens of a row → its mean
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.config, self.encoder = model.config, model.base_model
+        self.config, self.encoder = model.config, model.base_model.eval()
         self.classifier = nn.Linear(model.config.hidden_size, model.config.num_labels)
 
-    def forward(self, attention_mask: Tensor, **inputs: Tensor) -> Any:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **others: Tensor) -> Any:
         """Return an object whose ``logits`` are (B, C)."""
-        hidden, mask = self.encoder(attention_mask=attention_mask, **inputs).last_hidden_state, attention_mask[..., None]
-        return SimpleNamespace(logits=self.classifier((hidden * mask).sum(1) / mask.sum(1)))
+        lengths = attention_mask.sum(1).tolist()
+        keys = [(self.config._name_or_path, ids[:length].numpy().tobytes()) for ids, length in zip(input_ids.cpu(), lengths, strict=True)]
+        if any(key not in self.means for key in keys):
+            with torch.no_grad():
+                hidden, mask = self.encoder(input_ids, attention_mask).last_hidden_state, attention_mask[..., None]
+            self.means.update(zip(keys, (hidden * mask).sum(1) / mask.sum(1), strict=True))
+        return SimpleNamespace(logits=self.classifier(torch.stack([self.means[key] for key in keys])))
 
 
 def prefix(task: Any, config: dict[str, Any]) -> list[Callback]:

@@ -120,11 +120,10 @@ def test_a_probe_reads_the_mean_of_what_is_no_padding(cache: Path) -> None:
     task = SimpleNamespace(model=model)
     METHODS["probe"](task, {"pooling": "mean"})
     assert [name for name, p in task.model.named_parameters() if p.requires_grad] == ["classifier.weight", "classifier.bias"]
-    ids, mask = torch.tensor([[2, 9, 3, 0, 0]]), torch.tensor([[1, 1, 1, 0, 0]])
-    padded, bare = (task.model(attention_mask=m, input_ids=i).logits for i, m in ((ids, mask), (ids[:, :3], mask[:, :3])))
-    mean = model.base_model(ids[:, :3]).last_hidden_state.mean(1)
-    torch.testing.assert_close(padded, bare)
-    torch.testing.assert_close(bare, task.model.classifier(mean))
+    ids, mask = torch.tensor([[2, 9, 3, 0, 0], [2, 8, 7, 6, 3]]), torch.tensor([[1, 1, 1, 0, 0], [1] * 5])
+    means = torch.cat([model.base_model(ids[:1, :3]).last_hidden_state.mean(1), model.base_model(ids[1:]).last_hidden_state.mean(1)])
+    for _ in range(2):  # computed, and remembered
+        torch.testing.assert_close(task.model(ids, mask, token_type_ids=torch.zeros_like(ids)).logits, task.model.classifier(means))
     assert run_trial(small("probe", "encoder", config={"pooling": "mean"}))["trainable"] == 16 * 3 + 3
 
 
