@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.quality.choice import Cell, Records, trials_of
 from benchmarks.quality.trial import Trial
 
-STEPS, BATCH, START = 100, 16, 1e-3  # one pass over the rows
+STEPS, BATCH, START = 200, 32, 5e-4
 LORA = {"rank": 32, "alpha": 64, "target_modules": "qv"}
 BF16, ALLOTTED = {"dtype": "bfloat16"}, {"init_rank": 64, "target_rank": 32}
 
@@ -68,7 +68,7 @@ def packed(how: str) -> Member:
 
 MEMBERS: tuple[Member, ...] = (
     Member("LoRA", "plain", peft=47.8),
-    Member("full fine-tuning", "full", factor=1 / 5, method="full", peft=47.2),
+    Member("full fine-tuning", "full", factor=1 / 2, method="full", peft=47.2),
     Member("base bf16", "base", task=BF16, like="LoRA"),
     packed("fp8"),
     Member("rsLoRA, r=64", "variant", {"rank": 64, "scaling": "rslora"}, factor=1 / 4, peft=51.3),
@@ -77,7 +77,7 @@ MEMBERS: tuple[Member, ...] = (
     Member("LoRA on all linears, r=8", "targets", {"rank": 8, "alpha": 16, "target_modules": "all"}, factor=4),
     Member("DoRA", "variant", {"variant": "dora"}, peft=46.9),
     Member("AdaLoRA, 64 to 32", "variant", {"rank": 64, "variant": "adalora"}, ALLOTTED, factor=8, method="adalora", peft=37.3),
-    Member("VeRA, r=256", "variant", {"rank": 256, "alpha": 16.0, "variant": "vera"}, factor=20, peft=36.8),
+    Member("VeRA, r=256", "variant", {"rank": 256, "alpha": 16.0, "variant": "vera"}, factor=40, peft=36.8),
     Member("LoRA-FA", "variant", {"variant": "lora_fa"}),
     Member("LoRA-FA, preconditioned", "optimizer", {"variant": "lora_fa"}, {"precondition": "lora_fa"}, peft=40.4),
     Member("LoRA-XS", "variant", {"variant": "lora_xs"}),
@@ -98,7 +98,7 @@ MEMBERS: tuple[Member, ...] = (
     init("gaussian", "LoRA"),
     init("orthogonal", "LoRA"),
     init("pissa_niter_4", "init pissa"),
-    Member("GaLore", "full", more={"galore": {"rank": 64, "update_proj_gap": 50, "scale": 1.0}}, factor=1 / 5, method="galore"),
+    Member("GaLore", "full", more={"galore": {"rank": 64, "update_proj_gap": 50, "scale": 1.0}}, factor=1 / 2, method="galore"),
 )
 
 

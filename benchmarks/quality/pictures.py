@@ -99,7 +99,7 @@ def dots(rows: Sequence[Row], name: Callable[[Row], str], file: Path, *, groups:
     return save(figure, file)
 
 
-def lines(rows: Sequence[Row], x: str, series: str, file: Path, *, split: str = "test", log: int | None = 2) -> str:
+def lines(rows: Sequence[Row], x: str, series: str, file: Path, *, split: str | None = None, log: int | None = 2) -> str:
     """Draw a metric over a field of the config, one line for each value of another field, a panel for each task and base."""
     figure, axes = panels(len(places(rows)))
     for axis, place in zip(axes, places(rows), strict=True):
@@ -111,7 +111,7 @@ def lines(rows: Sequence[Row], x: str, series: str, file: Path, *, split: str = 
             curve(axis, [row.config[x] for row in line], found, style, named(series, line[0].get(series)))
         over(axis, sorted({row.config[x] for row in here}), log)
         axis.set_xlabel(x.rpartition(".")[2].replace("_", " "))
-        axis.set_ylabel(unit(here[0].metric, split))
+        axis.set_ylabel(unit(here[0].metric, split or here[0].split))
         axis.set_title(", ".join(place), fontsize=9)
         axis.legend(fontsize=8)
     return save(figure, file)

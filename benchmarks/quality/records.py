@@ -56,14 +56,19 @@ class Row:
         return min(rates, key=lambda rate: mean([record["val"]["loss"] for record in rates[rate]]))
 
     @property
-    def chosen(self) -> list[Record]:
-        """The records at the chosen rate with test results, in the order of their seeds."""
-        return sorted(tested(self.rates[self.lr]), key=lambda record: record["seed"])
+    def split(self) -> str:
+        """The rows of data that its results are on: "test", or "val" if its trials read no test rows."""
+        return "test" if tested(self.records) else "val"
 
-    def values(self, metric: str | None = None, split: str = "test") -> list[float]:
-        """Return a metric at the chosen rate: on the test rows, or on the validation rows for trials that read no others."""
-        records = self.chosen if tested(self.records) else self.rates[self.lr]
-        return [record[split][metric or self.metric] for record in records]
+    @property
+    def chosen(self) -> list[Record]:
+        """The records at the chosen rate, those with test results if there are any, in the order of their seeds."""
+        records = self.rates[self.lr]
+        return sorted(tested(records) or records, key=lambda record: record["seed"])
+
+    def values(self, metric: str | None = None, split: str | None = None) -> list[float]:
+        """Return a metric at the chosen rate, on the rows of `split`."""
+        return [record[split or self.split][metric or self.metric] for record in self.chosen]
 
 
 def read_records(files: Iterable[Path]) -> list[Record]:
@@ -100,9 +105,10 @@ def rows_of(records: Iterable[Record], study: str) -> list[Row]:
 
 
 def varied(rows: Sequence[Row]) -> list[str]:
-    """Return the fields of the configs that are not the same in all rows, in the order in which they appear."""
+    """Return the fields of the configs that tell rows of the same method apart, in the order in which they appear."""
     names = list(dict.fromkeys(name for row in rows for name in row.config))
-    return [name for name in names if len({json.dumps(row.config.get(name)) for row in rows}) > 1]
+    methods = {row.method for row in rows}
+    return [name for name in names if any(len({json.dumps(r.config.get(name)) for r in rows if r.method == m}) > 1 for m in methods)]
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -36,9 +36,11 @@ def amount(values: Sequence[float], metric: str) -> str:
     return text + (f" ± {scale * spread(values):.{digits}f}" if len(values) > 1 else "") + (" %" if metric == "accuracy" else "")
 
 
-def trials_of(row: Row) -> str:
-    """Return how many seeds a row has, and how many rates its own was chosen among."""
-    return f"{len(row.chosen)} of {len(row.rates)} rates" if len(row.rates) > 1 else f"{len(row.chosen)}"
+def order(value: Any) -> tuple[int, float, str]:
+    """Return a key that sorts what a field of a config may be: nothing, numbers, then texts."""
+    if isinstance(value, (int, float)):
+        return 1, value, ""
+    return (0, 0.0, "") if value is None else (2, 0.0, str(value))
 
 
 def named(field: str, value: Any) -> str:
@@ -62,41 +64,25 @@ def label(row: Row, fields: Sequence[str]) -> str:
 
 def of_study(rows: Sequence[Row]) -> str:
     """Return the table of any study: task, base, method, the fields that vary, then rate, size and results."""
-    fields = varied(rows)
+    fields, on = varied(rows), {"val": "validation"}.get(rows[0].split, rows[0].split)
     names = [field.rpartition(".")[2].replace("target_modules", "targets").replace("_", " ") for field in fields]
-    header = ["task", "base", "method", *names, "learning rate", "trained", "test", "test loss", "seeds"]
+    header = ["task", "base", "method", *names, "learning rate", "rates tried", "trained", on, f"{on} loss", "seeds"]
     lines = [
         [
             row.task,
             row.base,
             WORDS.get(row.method, row.method),
-            *(named(field, row.config.get(field)) for field in fields),
+            *(named(field, row.get(field)) for field in fields),
             rate_of(row),
+            len(row.rates),
             f"{row.records[0]['trainable']:,}",
             amount(row.values(), row.metric),
             amount(row.values("loss"), "loss"),
-            trials_of(row),
+            len(row.chosen),
         ]
-        for row in rows
-        if tested(row.records)
+        for row in sorted(rows, key=lambda row: [order(row.get(field)) for field in ("method", *fields)])
     ]
     return table(header, lines)
-
-
-def validated(rows: Sequence[Row]) -> str:
-    """Return the table of a study that reads no test rows."""
-    fields = varied(rows)
-    lines = [
-        [
-            *(named(field, row.get(field)) for field in fields),
-            f"{row.lr:g}",
-            amount(row.values(split="val"), row.metric),
-            amount(row.values("loss", "val"), "loss"),
-            str(len(row.rates[row.lr])),
-        ]
-        for row in rows
-    ]
-    return table([*(field.rpartition(".")[2] for field in fields), "learning rate", "validation", "validation loss", "seeds"], lines)
 
 
 def rate_of(row: Row) -> str:
@@ -110,12 +96,14 @@ def retention(rows: Sequence[Row]) -> str:
     fields, lines = varied([row for row in rows if row.method == "lora"]), []
     for row in rows:
         full = [other for other in rows if (other.task, other.base, other.method) == (row.task, row.base, "full")]
-        if tested(row.records):
+        if row.split == "test":
             kept = f"{mean(row.values()) / mean(full[0].values()):.1%}" if full and full[0].chosen else "–"
             way = label(row, fields if row.method == "lora" else ())
             size = f"{row.records[0]['trainable']:,}"
-            lines.append([row.task, row.base, way, size, rate_of(row), amount(row.values(), row.metric), kept, trials_of(row)])
-    return table(["task", "base", "method", "trained", "learning rate", "test", "of full fine-tuning", "seeds"], lines)
+            result = amount(row.values(), row.metric)
+            lines.append([row.task, row.base, way, size, rate_of(row), len(row.rates), result, kept, len(row.chosen)])
+    header = ["task", "base", "method", "trained", "learning rate", "rates tried", "test", "of full fine-tuning", "seeds"]
+    return table(header, lines)
 
 
 def grid(rows: Sequence[Row], down: str, across: str) -> str:
@@ -151,11 +139,11 @@ def advised(rows: Sequence[Row]) -> str:
         if not (advice := tested(row.rates.get("auto", []))):
             continue
         swept = Row(row.task, row.base, row.method, row.config, [record for record in row.records if record["lr"] != "auto"])
-        there = [record["test"][row.metric] for record in advice], [record["test"]["loss"] for record in advice]
-        cells = [label(row, [field for field in fields if row.get(field) is not None]), f"{swept.lr:g}", f"{advice[0]['rate']:.2g}"]
-        cells += [amount(swept.values(), row.metric), amount(there[0], row.metric), amount(swept.values("loss"), "loss")]
-        lines.append([*cells, amount(there[1], "loss")])
-    return table(["way", "swept rate", "advised rate", "test, swept", "test, advised", "test loss, swept", "test loss, advised"], lines)
+        losses, results = ([record[split][name] for record in advice] for split, name in (("val", "loss"), ("test", row.metric)))
+        cells = [label(row, fields), f"{swept.lr:g}", f"{advice[0]['rate']:.2g}", amount(swept.values("loss", "val"), "loss")]
+        lines.append([*cells, amount(losses, "loss"), amount(results, row.metric)])
+    header = ["way", "swept rate", "advised rate", "validation loss, swept", "validation loss, advised", "test, advised"]
+    return table(header, lines)
 
 
 def family(rows: Sequence[Row]) -> str:
@@ -176,18 +164,25 @@ def better_last(value: float, metric: str) -> float:
     return -value if metric in LESS_IS_BETTER else value
 
 
-def forgetting(rows: Sequence[Row], before: Record) -> str:
-    """Return perplexity on the prose before and after, at the chosen rate and at equal quality (:func:`equal_quality`)."""
-    fields, base = varied([row for row in rows if row.method == "lora"]), before["measures"]["perplexity"]
-    level, least = equal_quality(rows)
-    lines = [["before training", "–", "–", "–", f"{base:.2f}", "–", "–"]]
+def after_training(rows: Sequence[Row], before: float) -> str:
+    """Return the perplexity on the prose after each seed's training, at the chosen rate."""
+    lines = [["–", "before training", "–", "–", f"{before:.1f}"]]
     for row in rows:
-        after = [record["measures"]["perplexity"] for record in row.chosen]
-        there = least.get(id(row))
+        after = [f"{record['measures']['perplexity']:,.0f}" for record in row.chosen]
+        lines.append([row.task, WORDS[row.method], rate_of(row), amount(row.values(), row.metric), ", ".join(after)])
+    return table(["task", "method", "learning rate", "test", "perplexity on other text, each seed"], lines)
+
+
+def forgetting(rows: Sequence[Row], before: float) -> str:
+    """Return perplexity on the prose before and after, at the chosen rate and at equal quality (:func:`equal_quality`)."""
+    fields = varied([row for row in rows if row.method == "lora"])
+    level, least = equal_quality(rows)
+    lines = [["before training", "–", "–", "–", f"{before:.2f}", "–", "–"]]
+    for row in rows:
+        after, (rate, lowest, deviation) = [record["measures"]["perplexity"] for record in row.chosen], least[id(row)]
         cells = [label(row, fields), f"{row.records[0]['trainable']:,}", rate_of(row), amount(row.values(), row.metric)]
-        cells.append(f"{mean(after):.2f} ± {spread(after):.2f} ({mean(after) / base - 1:+.1%})")
-        cells += ["–", "–"] if there is None else [f"{there[0]:g}", f"{there[1]:.2f} ± {there[2]:.2f} ({there[1] / base - 1:+.1%})"]
-        lines.append(cells)
+        cells.append(f"{mean(after):.2f} ± {spread(after):.2f} ({mean(after) / before - 1:+.1%})")
+        lines.append([*cells, f"{rate:g}", f"{lowest:.2f} ± {deviation:.2f} ({lowest / before - 1:+.1%})"])
     equal = f"at {100 * level:.1f} % on validation"
     header = ["method", "trained", "chosen rate", "test", "perplexity", f"rate {equal}", f"perplexity {equal}"]
     return table(header, lines)

@@ -37,14 +37,20 @@ def everything() -> list[dict[str, Any]]:
             rate = 1e-3 if isinstance(trial.lr, str) else trial.lr
             accuracy = 0.8 - 0.1 * abs(math.log10(max(rate, 1e-6)) + 3) / 6 + 0.01 * (trial.seed % 100)
             records[trial.key] = record(trial, accuracy, measures={"perplexity": 20 + 100 * rate} if trial.measures else {})
-    return list(records.values())
+    return [before(), *records.values()]
+
+
+def before() -> dict[str, Any]:
+    """What the model is before training."""
+    untrained = record(Trial("forgetting", "none", "decoder", "none", 0, 0.0, 0, split="val"), 0.0, measures={"perplexity": 20.0})
+    return untrained | {"val": None}
 
 
 def forgetting() -> list[dict[str, Any]]:
     """More is learned and forgotten at higher rates, all weights forget more."""
-    records = []
+    records = [before()]
     for trial in forgetting_trials({}):
-        learned = 0.3 if trial.steps == 0 else 0.9 - 0.0001 / trial.lr * (1 if trial.method == "lora" else 0.1) + 0.01 * trial.seed
-        lost = 0.0 if trial.steps == 0 else 1000 * trial.lr * (1 if trial.method == "lora" else 20)
-        records.append(record(trial, learned, measures={"perplexity": 20 + lost}))
+        times, forgets = (1, 1) if trial.method == "lora" else (0.1, 20)
+        learned = 0.9 - 0.0001 / trial.lr * times + 0.01 * trial.seed
+        records.append(record(trial, learned, measures={"perplexity": 20 + 1000 * trial.lr * forgets}))
     return records

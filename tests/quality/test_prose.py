@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.quality import forgetting
 from benchmarks.quality.prose import load_prose, perplexity, read_articles
+from tests import tiny_lm
 
 TABLE = "id\tsentiment\ttext\n1_1\t0.4\tOne thing.\n1_2\t0.1\tAnother\tthing.\n2_1\t-1\tA second article.\n"
 
@@ -42,3 +46,12 @@ def test_mode_is_restored() -> None:
         model.train(training)
         perplexity(model, lambda text, **_: {"input_ids": [1, 2, 3, 4]}, ["x"], length=4)
         assert model.training is training
+
+
+def test_the_model_before_training_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_lm.save(tmp_path)
+    monkeypatch.setattr(forgetting, "load_base", lambda name: SimpleNamespace(folder=folder))
+    monkeypatch.setattr(forgetting, "_prose", lambda: ["What was the first? " * 400])
+    record = forgetting.main(["--out", str(tmp_path / "before.jsonl")])
+    assert json.loads((tmp_path / "before.jsonl").read_text()) == json.loads(json.dumps(record))
+    assert record["steps"] == 0 and 1 < record["measures"]["perplexity"] < 1e6

@@ -14,7 +14,7 @@ from benchmarks.quality import tables
 from benchmarks.quality.family import MEMBERS
 from benchmarks.quality.report import FINDINGS, PUBLISHED, SECTIONS, by_heading, main
 from benchmarks.quality.run import STUDIES, plan_of
-from tests.quality.made_up import chosen, everything, forgetting, record
+from tests.quality.made_up import before, chosen, everything, forgetting, record
 
 ABLATION = [({"lora": {"rank": rank, "target_modules": on}}, 0.7 + 0.01 * rank) for rank in (1, 8) for on in ("qv", "all")]
 
@@ -31,7 +31,8 @@ def test_the_page_has_every_study_with_its_pictures(tmp_path: Path) -> None:
     said.write_text("A remark.\n\n## evidence\n\nAll of it.\n\n## family\n\nThey are alike.\n")
     page = main([str(write(tmp_path, records)), "--out", str(tmp_path), "--findings", str(said)]).read_text()
     assert "All of it." in page and "They are alike." in page and "A remark." not in page
-    assert [line[3:] for line in page.splitlines() if line.startswith("## ")] == [s.title for s in SECTIONS if s.study != "compression"]
+    assert [line[3:] for line in page.splitlines() if line.startswith("## ")] == [section.title for section in SECTIONS]
+    assert page.count("Not run here.") == 1 and "**Not finished**" not in page  # compression is no study of `run`
     named = re.findall(r"!\[.+?\]\((images/evidence-\w+\.svg)\)", page)
     assert {tmp_path / name for name in named} == {*(tmp_path / "images").iterdir()} and len(named) >= 6
     for picture in named:
@@ -42,10 +43,31 @@ def test_the_page_has_every_study_with_its_pictures(tmp_path: Path) -> None:
     assert "nan" not in page and "inf" not in page.replace("information", "")
 
 
+def test_what_was_not_run_is_said(tmp_path: Path) -> None:
+    """Rows whose trials only chose a rate are left out and named; if all are such, they are shown as what they are."""
+    untested = chosen("retention", "full", {}, 0.8)[:3]
+    page = main([str(write(tmp_path, untested + chosen("retention", "lora", {}, 0.8))), "--out", str(tmp_path)]).read_text()
+    assert "left out, because they have a learning rate but no test results: full fine-tuning on questions (encoder)." in page
+    assert "| questions | encoder | LoRA | 1,234 | 0.001 | 3 | 81.0 ± 1.0 % | – | 3 |" in page
+    assert page.count("Not run here.") == len(SECTIONS) - 1
+    page = main([str(write(tmp_path, chosen("dropout", "lora", {"lora": {"dropout": 0.1}}, 0.8)[:3])), "--out", str(tmp_path)]).read_text()
+    assert "only the trials that choose learning rates were run" in page
+    assert "| questions | encoder | LoRA | 0.001 | 3 | 1,234 | 80.0 % | 0.200 | 1 |" in page and "| validation |" in page
+
+
+def test_forgetting_is_read_off_other_trials_until_its_own_are_run(tmp_path: Path) -> None:
+    measured = [each | {"measures": {"perplexity": 30.0 + each["seed"]}} for each in chosen("retention", "full", {}, 0.8)]
+    page = main([str(write(tmp_path, [before(), *measured])), "--out", str(tmp_path)]).read_text()
+    assert "| – | before training | – | – | 20.0 |" in page
+    assert "| questions | full fine-tuning | 0.001 | 81.0 ± 1.0 % | 30, 31, 32 |" in page
+    with pytest.raises(ValueError, match="the model before training is in no record"):
+        main([str(write(tmp_path, forgetting()[1:])), "--out", str(tmp_path)])
+
+
 def test_full_fine_tuning_is_what_is_retained() -> None:
     rows = reading.rows_of(chosen("retention", "lora", {}, 0.8) + chosen("retention", "full", {}, 0.79), "retention")
     lora = tables.retention(rows).splitlines()[2]
-    assert lora == "| questions | encoder | LoRA | 1,234 | 0.001 | 81.0 ± 1.0 % | 101.2% | 3 of 3 rates |"
+    assert lora == "| questions | encoder | LoRA | 1,234 | 0.001 | 3 | 81.0 ± 1.0 % | 101.2% | 3 |"
 
 
 def test_a_study_has_a_section_and_a_section_a_study() -> None:
@@ -63,7 +85,6 @@ def test_the_rate_is_chosen_on_validation_rows() -> None:
     (row,) = reading.rows_of(tried + better, "retention")
     assert row.lr == 1e-3 and row.values() == pytest.approx([0.80, 0.81, 0.82]) and len(row.rates) == 4
     assert tables.amount(row.values(), row.metric) == "81.0 ± 1.0 %"
-    assert tables.trials_of(row) == "3 of 4 rates"
 
 
 def test_trials_that_failed_are_left_out_of_rows_and_counted(tmp_path: Path) -> None:
