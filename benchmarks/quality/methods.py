@@ -70,7 +70,7 @@ class MeanProbe(nn.Module):
         lengths = attention_mask.sum(1).tolist()
         keys = [(self.config._name_or_path, ids[:length].numpy().tobytes()) for ids, length in zip(input_ids.cpu(), lengths, strict=True)]
         if any(key not in self.means for key in keys):
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():  # training reads the means too
                 hidden, mask = self.encoder(input_ids, attention_mask).last_hidden_state, attention_mask[..., None]
             self.means.update(zip(keys, (hidden * mask).sum(1) / mask.sum(1), strict=True))
         return SimpleNamespace(logits=self.classifier(torch.stack([self.means[key] for key in keys])))

@@ -6,6 +6,7 @@ Everything a user would use: the package's task and data module, a `Trainer`, an
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import math
@@ -135,32 +136,36 @@ def run_trial(trial: Trial, most_steps: int | None = None) -> dict[str, Any]:
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU; a CPU has none
     began, record = time.perf_counter(), {**asdict(trial), "measures": {}, "key": key, **surroundings()}
     try:
-        trainer, module, data = prepare(trial)
-        watch = _Losses()
-        trainer.callbacks.append(watch)  # type: ignore[attr-defined]
-        if trial.steps:
-            trainer.fit(module, data)
-        fitted = time.perf_counter()
-        record["trainable"] = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        record |= {"loss": watch.mean(), "rate": watch.rate, "fit_seconds": fitted - began}
-        data.batch_size = EVAL_BATCH[trial.base]
-        evaluate = pl.Trainer(devices=1, **QUIET, callbacks=trainer.callbacks)  # type: ignore[attr-defined]
-        record["val"] = _found(evaluate.validate(module, data, verbose=False)[0])
-        record["test"] = None
-        if trial.split == "test":
-            record["test"] = _found(evaluate.test(module, data, verbose=False)[0])
-            if _task(trial.task).kind == "generation":
-                record["test"] |= written(evaluate, module, data, _task(trial.task))
-        module.to(evaluate.strategy.root_device)  # which the Trainer takes it from
-        for name in trial.measures:
-            place, _, function = name.partition(":")
-            record["measures"] |= getattr(importlib.import_module(place), function)(module)
-        record["error"] = None
+        record |= {**_measured(trial), "error": None}
     except Exception as error:  # a run of hundreds goes on without it
         record |= {"val": None, "test": None, "error": f"{type(error).__name__}: {error}"[:500]}
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # others share the GPU
+    if torch.cuda.is_available():  # which others share: a Trainer and its module hold one another
+        gc.collect()
+        torch.cuda.empty_cache()
     return record | {"seconds": time.perf_counter() - began}
+
+
+def _measured(trial: Trial) -> dict[str, Any]:
+    """Return what a trial's record says beside the trial."""
+    began, (trainer, module, data), watch = time.perf_counter(), prepare(trial), _Losses()
+    trainer.callbacks.append(watch)  # type: ignore[attr-defined]
+    if trial.steps:
+        trainer.fit(module, data)
+    found: dict[str, Any] = {"loss": watch.mean(), "rate": watch.rate, "fit_seconds": time.perf_counter() - began, "test": None}
+    found["trainable"] = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    data.batch_size = EVAL_BATCH[trial.base]
+    evaluate = pl.Trainer(devices=1, **QUIET, callbacks=trainer.callbacks)  # type: ignore[attr-defined]
+    found["val"] = _found(evaluate.validate(module, data, verbose=False)[0])
+    if trial.split == "test":
+        found["test"] = _found(evaluate.test(module, data, verbose=False)[0])
+        if _task(trial.task).kind == "generation":
+            found["test"] |= written(evaluate, module, data, _task(trial.task))
+    if trial.measures:
+        module.to(evaluate.strategy.root_device)  # from which the Trainer took it
+        functions = [name.partition(":")[::2] for name in trial.measures]
+        results = [getattr(importlib.import_module(place), function)(module) for place, function in functions]
+        found["measures"] = {name: value for result in results for name, value in result.items()}
+    return found
 
 
 class _Losses(pl.Callback):

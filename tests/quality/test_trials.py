@@ -25,6 +25,7 @@ from tests import tiny_lm
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),  # which PEFT asks
+    pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training"),  # a probe's encoder
     pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning"),  # PEFT's prompts, when they generate
 ]
 PAIRS = [("which colour is the sky", "blue"), ("which colour is blood", "red"), ("which colour is a pear", "green")] * 4
@@ -124,7 +125,8 @@ def test_a_probe_reads_the_mean_of_what_is_no_padding(cache: Path) -> None:
     means = torch.cat([model.base_model(ids[:1, :3]).last_hidden_state.mean(1), model.base_model(ids[1:]).last_hidden_state.mean(1)])
     for _ in range(2):  # computed, and remembered
         torch.testing.assert_close(task.model(ids, mask, token_type_ids=torch.zeros_like(ids)).logits, task.model.classifier(means))
-    assert run_trial(small("probe", "encoder", config={"pooling": "mean"}))["trainable"] == 16 * 3 + 3
+    record = run_trial(small("probe", "encoder", config={"pooling": "mean"}))
+    assert record["error"] is None and record["trainable"] == 16 * 3 + 3
 
 
 CELL = Cell("s", "questions", "encoder", "lora", 2, 1e-3)
