@@ -72,7 +72,7 @@ class MeanProbe(nn.Module):
         if any(key not in self.means for key in keys):
             with torch.inference_mode(False), torch.no_grad():  # training reads the means too
                 hidden, mask = self.encoder(input_ids, attention_mask).last_hidden_state, attention_mask[..., None]
-            self.means.update(zip(keys, (hidden * mask).sum(1) / mask.sum(1), strict=True))
+                self.means.update(zip(keys, (hidden * mask).sum(1) / mask.sum(1), strict=True))
         return SimpleNamespace(logits=self.classifier(torch.stack([self.means[key] for key in keys])))
 
 

@@ -123,8 +123,11 @@ def test_a_probe_reads_the_mean_of_what_is_no_padding(cache: Path) -> None:
     assert [name for name, p in task.model.named_parameters() if p.requires_grad] == ["classifier.weight", "classifier.bias"]
     ids, mask = torch.tensor([[2, 9, 3, 0, 0], [2, 8, 7, 6, 3]]), torch.tensor([[1, 1, 1, 0, 0], [1] * 5])
     means = torch.cat([model.base_model(ids[:1, :3]).last_hidden_state.mean(1), model.base_model(ids[1:]).last_hidden_state.mean(1)])
-    for _ in range(2):  # computed, and remembered
-        torch.testing.assert_close(task.model(ids, mask, token_type_ids=torch.zeros_like(ids)).logits, task.model.classifier(means))
+    for remembered in (False, True):  # computed where a test runs, and then trained on
+        with torch.inference_mode(not remembered):
+            logits = task.model(ids, mask, token_type_ids=torch.zeros_like(ids)).logits
+        torch.testing.assert_close(logits, task.model.classifier(means))
+    logits.sum().backward()
     record = run_trial(small("probe", "encoder", config={"pooling": "mean"}))
     assert record["error"] is None and record["trainable"] == 16 * 3 + 3
 
