@@ -135,7 +135,15 @@ def provenance(records: Sequence[Record]) -> str:
     versions = Counter(", ".join(f"{name} {number}" for name, number in record["versions"].items()) for record in records)
     commits = ", ".join(dict.fromkeys(record["commit"] for record in records))
     failed = sum(bool(record.get("error")) for record in records)
-    return "; ".join([f"{len(records)} trials", *([f"{failed} failed"] * (failed > 0)), *devices, *versions, f"commit {commits}"])
+    return "; ".join(
+        [
+            f"{len(records)} trial{'s' * (len(records) > 1)}",
+            *([f"{failed} failed"] * (failed > 0)),
+            *devices,
+            *versions,
+            f"commit {commits}",
+        ]
+    )
 
 
 def missing(rows: Sequence[Row]) -> str:
