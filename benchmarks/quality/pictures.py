@@ -126,18 +126,18 @@ def lines(rows: Sequence[Row], x: str, series: str, file: Path, *, metric: str |
 
 def rates(rows: Sequence[Row], file: Path) -> str:
     """Draw the loss on the validation rows over the learning rate, one line a way to train, a panel for each task and base."""
-    fields, (figure, axes) = varied(rows), panels(len(places(rows)), 4.8, 3.4)
+    fields, (figure, axes) = varied(rows), panels(len(places(rows)), 6, 3.4, 2)
     for axis, place in zip(axes, places(rows), strict=True):
         for row, style in zip([row for row in rows if (row.task, row.base) == place], styles(), strict=False):
             losses = {rate: [r["val"]["loss"] for r in records if r["val"]["loss"] is not None] for rate, records in row.rates.items()}
             losses = {rate: found for rate, found in losses.items() if found}
             curve(axis, list(losses), list(losses.values()), style, label(row, fields))
         axis.set_xscale("log")
-        finish(axis, "learning rate", "validation loss", ", ".join(place), log=True, legend="lower right")
+        finish(axis, "learning rate", "validation loss", ", ".join(place), log=True, outside=True)
     return save(figure, file)
 
 
-def finish(axis: Any, x: str, y: str, title: str, *, log: bool, legend: str = "best") -> None:
+def finish(axis: Any, x: str, y: str, title: str, *, log: bool, outside: bool = False) -> None:
     """Label an axis; a logarithmic one has plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
@@ -149,7 +149,7 @@ def finish(axis: Any, x: str, y: str, title: str, *, log: bool, legend: str = "b
     axis.set_xlabel(x)
     axis.set_ylabel(y)
     axis.set_title(title, fontsize=9)
-    axis.legend(fontsize=8, loc=legend)
+    axis.legend(fontsize=8, **({"loc": "center left", "bbox_to_anchor": (1, 0.5)} if outside else {}))
 
 
 def styles() -> Any:
