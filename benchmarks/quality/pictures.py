@@ -74,7 +74,7 @@ def places(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 
 def dots(rows: Sequence[Row], name: Callable[[Row], str], file: Path, *, groups: Callable[[Row], str] | None = None) -> str:
-    """Draw one line a row: its seeds, mean and spread. Panels are tasks and bases; the best is at the top if there is one panel only."""
+    """Draw one line a row: its seeds, mean and spread. Panels are tasks and bases. With groups, the best row is at the top."""
     rows = [row for row in rows if tested(row.records)]
     where = places(rows)
     height = 0.24 * max(sum((row.task, row.base) == place for row in rows) for place in where) + 0.9
@@ -82,7 +82,7 @@ def dots(rows: Sequence[Row], name: Callable[[Row], str], file: Path, *, groups:
     kinds = list(dict.fromkeys(map(groups, rows))) if groups else []
     for axis, place in zip(axes, where, strict=True):
         here = [row for row in rows if (row.task, row.base) == place]
-        here = sorted(here, key=lambda row: better_last(mean(row.values()), row.metric)) if len(where) == 1 else here[::-1]
+        here = sorted(here, key=lambda row: better_last(mean(row.values()), row.metric)) if groups else here[::-1]
         for height_at, row in enumerate(here):
             index = kinds.index(groups(row)) if groups else 0
             values, colour = scaled(row.values(), row.metric), COLOURS[index % len(COLOURS)]
@@ -99,40 +99,57 @@ def dots(rows: Sequence[Row], name: Callable[[Row], str], file: Path, *, groups:
     return save(figure, file)
 
 
-def lines(rows: Sequence[Row], x: str, series: str, file: Path, *, split: str | None = None, log: int | None = 2) -> str:
-    """Draw a metric over a field of the config, one line for each value of another field, a panel for each task and base."""
-    figure, axes = panels(len(places(rows)))
+def lines(rows: Sequence[Row], x: str, series: str, file: Path, *, metric: str | None = None, split: str | None = None) -> str:
+    """Draw a metric over a field of the config, one line for each value of another field, a panel for each task and base.
+
+    Args:
+        rows: of one study.
+        x: field of the config, of numbers.
+        series: field of the config, or "method".
+        file: the picture.
+        metric, split: other than those that the rows are judged by.
+    """
+    figure, axes = panels(len(places(rows)), 4.4, 3.2)
     for axis, place in zip(axes, places(rows), strict=True):
         here = [row for row in rows if (row.task, row.base) == place]
-        values = list(dict.fromkeys(str(row.get(series)) for row in here))
-        for value, style in zip(values, styles(), strict=False):
+        name, on, ticks = metric or here[0].metric, split or here[0].split, sorted({row.config[x] for row in here})
+        for value, style in zip(dict.fromkeys(str(row.get(series)) for row in here), styles(), strict=False):
             line = sorted((row for row in here if str(row.get(series)) == value), key=lambda row: row.config[x])
-            found = [scaled(row.values(split=split), row.metric) for row in line]
+            found = [scaled(row.values(name, on), name) for row in line]
             curve(axis, [row.config[x] for row in line], found, style, named(series, line[0].get(series)))
-        over(axis, sorted({row.config[x] for row in here}), log)
-        axis.set_xlabel(x.rpartition(".")[2].replace("_", " "))
-        axis.set_ylabel(unit(here[0].metric, split or here[0].split))
-        axis.set_title(", ".join(place), fontsize=9)
-        axis.legend(fontsize=8)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
+        finish(axis, x.rpartition(".")[2].replace("_", " "), unit(name, on), ", ".join(place), log=name == "loss")
     return save(figure, file)
 
 
 def rates(rows: Sequence[Row], file: Path) -> str:
     """Draw the loss on the validation rows over the learning rate, one line a way to train, a panel for each task and base."""
-    fields, (figure, axes) = varied([row for row in rows if row.method == "lora"]), panels(len(places(rows)), 4.4, 3.4)
+    fields, (figure, axes) = varied(rows), panels(len(places(rows)), 6, 3.4, 2)
     for axis, place in zip(axes, places(rows), strict=True):
-        here = [row for row in rows if (row.task, row.base) == place]
-        for row, style in zip(here, styles(), strict=False):
+        for row, style in zip([row for row in rows if (row.task, row.base) == place], styles(), strict=False):
             losses = {rate: [r["val"]["loss"] for r in records if r["val"]["loss"] is not None] for rate, records in row.rates.items()}
             losses = {rate: found for rate, found in losses.items() if found}
-            curve(axis, list(losses), list(losses.values()), style, label(row, fields if row.method == "lora" else ()))
+            curve(axis, list(losses), list(losses.values()), style, label(row, fields))
         axis.set_xscale("log")
-        axis.set_yscale("log")
-        axis.set_xlabel("learning rate")
-        axis.set_ylabel("validation loss")
-        axis.set_title(", ".join(place), fontsize=9)
-        axis.legend(fontsize=8)
+        finish(axis, "learning rate", "validation loss", ", ".join(place), log=True, outside=True)
     return save(figure, file)
+
+
+def finish(axis: Any, x: str, y: str, title: str, *, log: bool, outside: bool = False) -> None:
+    """Label an axis; a logarithmic one has plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    if log:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_locator(NullLocator())
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    axis.set_title(title, fontsize=9)
+    axis.legend(fontsize=8, **({"loc": "center left", "bbox_to_anchor": (1, 0.5)} if outside else {}))
 
 
 def styles() -> Any:
@@ -147,26 +164,15 @@ def curve(axis: Any, x: Sequence[Any], found: Sequence[Sequence[float]], style: 
     axis.errorbar(x, y, yerr=deviations, fmt=f"{shape}-", color=colour, capsize=2, markersize=4.5, linewidth=1.1, label=name, **errors)
 
 
-def over(axis: Any, ticks: Sequence[float], log: int | None) -> None:
-    """Mark an axis at the values that were tried."""
-    if log and min(ticks) > 0:
-        axis.set_xscale("log", base=log)
-    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axis.minorticks_off()
-
-
 def trade(rows: Sequence[Row], before: float, file: Path) -> str:
     """Draw what is forgotten over what is learned: perplexity over validation accuracy, one line a method, a point a learning rate."""
     figure, (axis,) = panels(1, 6.4, 4.0)
-    fields = varied([row for row in rows if row.method == "lora"])
+    fields = varied(rows)
     for row, style in zip(rows, styles(), strict=False):
         x = [[100 * record["val"]["accuracy"] for record in records] for records in row.rates.values()]
         y = [[record["measures"]["perplexity"] for record in records] for records in row.rates.values()]
-        name = label(row, fields if row.method == "lora" else ())
+        name = label(row, fields)
         curve(axis, [mean(each) for each in x], y, style, name, xerr=[spread(each) for each in x])
     axis.axhline(before, color="#777777", linewidth=1, linestyle="--", label="before training")
-    axis.set_yscale("log")
-    axis.set_xlabel("validation accuracy, %")
-    axis.set_ylabel("perplexity on other text")
-    axis.legend(fontsize=8)
+    finish(axis, "validation accuracy, %", "perplexity on other text", ", ".join(places(rows)[0]), log=True)
     return save(figure, file)

@@ -53,8 +53,8 @@ def picture(file: Path, what: str) -> str:
 
 
 def _retention(rows: list[Row], records: list[Record], images: Path) -> str:
-    fields, file = varied([row for row in rows if row.method == "lora"]), images / "evidence-retention.svg"
-    pictures.dots(rows, lambda row: tables.label(row, fields if row.method == "lora" else ()), file)
+    fields = varied(rows)
+    pictures.dots(tables.in_order(rows), lambda row: tables.label(row, fields), file := images / "evidence-retention.svg")
     return f"{picture(file, 'Test results of the ways to fine-tune')}\n\n{tables.retention(rows)}"
 
 
@@ -76,9 +76,9 @@ def _advised(rows: list[Row], records: list[Record], images: Path) -> str:
 def _alpha(rows: list[Row], records: list[Record], images: Path) -> str:
     fixed = rows_of(records, "alpha-fixed")
     both = [replace(row, method=way) for way, some in (("its own rate", rows), ("one rate for all", fixed)) for row in some]
-    pictures.lines(both, "lora.alpha", "method", file := images / "evidence-alpha.svg", split="val")
+    pictures.lines(both, "lora.alpha", "method", file := images / "evidence-alpha.svg", metric="loss", split="val")
     own, one = tables.of_study(rows), tables.of_study(fixed)
-    return f"{picture(file, 'Validation accuracy over alpha')}\n\nEach α at its own rate:\n\n{own}\n\nAll at one rate:\n\n{one}"
+    return f"{picture(file, 'Validation loss over alpha')}\n\nEach α at its own rate:\n\n{own}\n\nAll at one rate:\n\n{one}"
 
 
 def _dropout(rows: list[Row], records: list[Record], images: Path) -> str:
@@ -86,8 +86,8 @@ def _dropout(rows: list[Row], records: list[Record], images: Path) -> str:
 
 
 def _batch(rows: list[Row], records: list[Record], images: Path) -> str:
-    pictures.lines(rows, "batch_size", "method", file := images / "evidence-batch.svg")
-    return f"{picture(file, 'Results over the batch size')}\n\n{tables.of_study(rows)}"
+    pictures.lines(rows, "batch_size", "method", file := images / "evidence-batch.svg", metric="loss")
+    return f"{picture(file, 'Loss over the batch size')}\n\n{tables.of_study(rows)}"
 
 
 def _compression(rows: list[Row], records: list[Record], images: Path) -> str:
@@ -135,7 +135,15 @@ def provenance(records: Sequence[Record]) -> str:
     versions = Counter(", ".join(f"{name} {number}" for name, number in record["versions"].items()) for record in records)
     commits = ", ".join(dict.fromkeys(record["commit"] for record in records))
     failed = sum(bool(record.get("error")) for record in records)
-    return "; ".join([f"{len(records)} trials", *([f"{failed} failed"] * (failed > 0)), *devices, *versions, f"commit {commits}"])
+    return "; ".join(
+        [
+            f"{len(records)} trial{'s' * (len(records) > 1)}",
+            *([f"{failed} failed"] * (failed > 0)),
+            *devices,
+            *versions,
+            f"commit {commits}",
+        ]
+    )
 
 
 def missing(rows: Sequence[Row]) -> str:

@@ -91,14 +91,20 @@ def rate_of(row: Row) -> str:
     return f"auto: {rate:.2g}" if row.lr == "auto" and rate else f"{row.lr:g}" if not isinstance(row.lr, str) else row.lr
 
 
+def in_order(rows: Sequence[Row]) -> list[Row]:
+    """Return rows by task and base, in the order of their records, and in them by method, in the order of `WORDS`."""
+    places, methods = list(dict.fromkeys((row.task, row.base) for row in rows)), [*WORDS]
+    return sorted(rows, key=lambda row: (places.index((row.task, row.base)), methods.index(row.method)))
+
+
 def retention(rows: Sequence[Row]) -> str:
     """Return how much of full fine-tuning's result each way keeps, a task and base at a time."""
-    fields, lines = varied([row for row in rows if row.method == "lora"]), []
-    for row in rows:
+    fields, lines = varied(rows), []
+    for row in in_order(rows):
         full = [other for other in rows if (other.task, other.base, other.method) == (row.task, row.base, "full")]
         if row.split == "test":
             kept = f"{mean(row.values()) / mean(full[0].values()):.1%}" if full and full[0].chosen else "–"
-            way = label(row, fields if row.method == "lora" else ())
+            way = label(row, fields)
             size = f"{row.records[0]['trainable']:,}"
             result = amount(row.values(), row.metric)
             lines.append([row.task, row.base, way, size, rate_of(row), len(row.rates), result, kept, len(row.chosen)])
@@ -123,10 +129,10 @@ def grid(rows: Sequence[Row], down: str, across: str) -> str:
 
 def rates(rows: Sequence[Row]) -> str:
     """Return the best rate of each way on the validation rows, beside full fine-tuning's."""
-    fields, lines = varied([row for row in rows if row.method == "lora"]), []
+    fields, lines = varied(rows), []
     for row in rows:
         full = next((other.lr for other in rows if (other.task, other.base, other.method) == (row.task, row.base, "full")), None)
-        way, losses = label(row, fields if row.method == "lora" else ()), row.values("loss", "val")
+        way, losses = label(row, fields), row.values("loss", "val")
         times = f"{row.lr / full:.2g}×" if full else "–"
         lines.append([row.task, row.base, way, f"{row.lr:g}", times, amount(losses, "loss"), amount(row.values(split="val"), row.metric)])
     return table(["task", "base", "method", "best rate", "of full fine-tuning's", "validation loss", "validation"], lines)
@@ -175,7 +181,7 @@ def after_training(rows: Sequence[Row], before: float) -> str:
 
 def forgetting(rows: Sequence[Row], before: float) -> str:
     """Return perplexity on the prose before and after, at the chosen rate and at equal quality (:func:`equal_quality`)."""
-    fields = varied([row for row in rows if row.method == "lora"])
+    fields = varied(rows)
     level, least = equal_quality(rows)
     lines = [["before training", "–", "–", "–", f"{before:.2f}", "–", "–"]]
     for row in rows:

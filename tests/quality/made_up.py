@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 from benchmarks.quality.forgetting import trials as forgetting_trials
@@ -28,6 +29,7 @@ def chosen(study: str, method: str, config: dict[str, Any], best: float, *, task
     return rates + [record(Trial(study, task, "encoder", method, seed, 1e-3, 5, config), best + 0.01 * (seed - 1)) for seed in range(3)]
 
 
+@cache
 def everything() -> list[dict[str, Any]]:
     """Records of every trial that the studies name, round after round, until they name no new one."""
     records: dict[str, dict[str, Any]] = {}

@@ -136,3 +136,13 @@ def test_made_up_records_have_the_fields_of_real_ones() -> None:
     from benchmarks.quality.trial import surroundings
 
     assert surroundings().keys() <= record(MEMBERS[0].cell.trial(seed=0, lr=1.0), 0.5).keys()
+
+
+def test_the_page_of_the_documentation_is_what_its_records_make(tmp_path: Path) -> None:
+    """If not: ``python -m benchmarks.quality.report benchmarks/records/quality/*.jsonl --out docs``. Bytes of pictures are matplotlib's."""
+    root = Path(__file__).parents[2]
+    page = main([*map(str, sorted((root / "benchmarks" / "records" / "quality").glob("*.jsonl"))), "--out", str(tmp_path)])
+    assert page.read_text() == (root / "docs" / "evidence.md").read_text()
+    assert {file.name for file in (tmp_path / "images").iterdir()} == {
+        file.name for file in (root / "docs" / "images").glob("evidence-*.svg")
+    }
