@@ -19,6 +19,18 @@ def examples(tmp_path):
     return load_examples(tiny_lm.write(tmp_path / "val.jsonl", tiny_lm.rows()), tiny_lm.tokenizer(), 64, "val")
 
 
+@pytest.fixture(params=[LlamaForCausalLM, Whole])
+def task(request, monkeypatch):
+    """An adapted task that logs nothing."""
+    model = tiny_lm.llama(cls=request.param)
+    monkeypatch.setattr(base, "load_model", lambda *args: model)
+    monkeypatch.setattr(base, "load_tokenizer", lambda *args: tiny_lm.tokenizer())
+    task = CausalLMTask("any")
+    apply_lora(task, config=LoRAConfig(rank=2, target_modules=["q_proj"]))
+    monkeypatch.setattr(task, "log", lambda *args, **kwargs: None)
+    return task
+
+
 class Waits(TorchDispatchMode):
     """Notes the operators that, on a GPU, wait until it has computed all before: their results decide what is launched next."""
 
@@ -33,15 +45,8 @@ class Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("cls", [LlamaForCausalLM, Whole])
-def test_a_step_waits_only_where_transformers_does(cls, examples, monkeypatch):
+def test_a_step_waits_only_where_transformers_does(task, examples):
     """Without the answers' positions in the batch, the task has to look for them. Loss and gradients are the same."""
-    model = tiny_lm.llama(cls=cls)
-    monkeypatch.setattr(base, "load_model", lambda *args: model)
-    monkeypatch.setattr(base, "load_tokenizer", lambda *args: tiny_lm.tokenizer())
-    task = CausalLMTask("any")
-    apply_lora(task, config=LoRAConfig(rank=2, target_modules=["q_proj"]))
-    monkeypatch.setattr(task, "log", lambda *args, **kwargs: None)
     batch = collate_answers(examples, pad=0)
     assert batch[POSITIONS].tolist() == [
         row * batch["labels"].shape[1] + t for row, e in enumerate(examples) for t in range(1, len(e)) if e.labels[t] != -100
@@ -53,19 +58,12 @@ def test_a_step_waits_only_where_transformers_does(cls, examples, monkeypatch):
             losses[-1].backward()
         found.append(waits.found)
     with Waits() as theirs:
-        model.model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        task.model.model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     assert found[0] == theirs.found and len(found[1]) == len(theirs.found) + 1
     assert losses[0].equal(losses[1])
 
 
-@pytest.mark.parametrize("cls", [LlamaForCausalLM, Whole])
-def test_a_batch_without_padding_waits_for_nothing(cls, examples, monkeypatch):
-    model = tiny_lm.llama(cls=cls)
-    monkeypatch.setattr(base, "load_model", lambda *args: model)
-    monkeypatch.setattr(base, "load_tokenizer", lambda *args: tiny_lm.tokenizer())
-    task = CausalLMTask("any")
-    apply_lora(task, config=LoRAConfig(rank=2, target_modules=["q_proj"]))
-    monkeypatch.setattr(task, "log", lambda *args, **kwargs: None)
+def test_a_batch_without_padding_waits_for_nothing(task, examples):
     batch, padded = collate_answers(examples[:1] * 2, pad=0), collate_answers(examples, pad=0)
     assert batch[WHOLE] and WHOLE not in padded and WHOLE not in collate_answers(examples[:1], pad=0, multiple=len(examples[0]) + 1)
     with Waits() as waits:
