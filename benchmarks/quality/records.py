@@ -136,5 +136,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def spread(values: Sequence[float]) -> float:
-    """Return the standard deviation of a sample, 0 for one value."""
+    """Return the standard deviation of a sample, 0 for one value; infinity as :func:`mean`."""
+    if any(value is None for value in values):
+        return float("inf")
     return statistics.stdev(values) if len(values) > 1 else 0.0

@@ -134,8 +134,9 @@ def rates(rows: Sequence[Row]) -> str:
         full = next((other.lr for other in rows if (other.task, other.base, other.method) == (row.task, row.base, "full")), None)
         way, losses = label(row, fields), row.values("loss", "val")
         times = f"{row.lr / full:.2g}×" if full else "–"
-        lines.append([row.task, row.base, way, f"{row.lr:g}", times, amount(losses, "loss"), amount(row.values(split="val"), row.metric)])
-    return table(["task", "base", "method", "best rate", "of full fine-tuning's", "validation loss", "validation"], lines)
+        results = [amount(losses, "loss"), amount(row.values(split="val"), row.metric), len(row.chosen)]
+        lines.append([row.task, row.base, way, f"{row.lr:g}", times, *results])
+    return table(["task", "base", "method", "best rate", "of full fine-tuning's", "validation loss", "validation", "seeds"], lines)
 
 
 def advised(rows: Sequence[Row]) -> str:
@@ -147,8 +148,8 @@ def advised(rows: Sequence[Row]) -> str:
         swept = Row(row.task, row.base, row.method, row.config, [record for record in row.records if record["lr"] != "auto"])
         losses, results = ([record[split][name] for record in advice] for split, name in (("val", "loss"), ("test", row.metric)))
         cells = [label(row, fields), f"{swept.lr:g}", f"{advice[0]['rate']:.2g}", amount(swept.values("loss", "val"), "loss")]
-        lines.append([*cells, amount(losses, "loss"), amount(results, row.metric)])
-    header = ["way", "swept rate", "advised rate", "validation loss, swept", "validation loss, advised", "test, advised"]
+        lines.append([*cells, amount(losses, "loss"), amount(results, row.metric), f"{len(swept.chosen)}, {len(advice)}"])
+    header = ["way", "swept rate", "advised rate", "validation loss, swept", "validation loss, advised", "test, advised", "seeds of both"]
     return table(header, lines)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_lora.config import ALL_LINEAR, LoRAConfig
 from lightning_lora.estimate.saved import Saved, count_saved
 from lightning_lora.estimate.setting import DTYPES, QUANTIZED, Setting
+from lightning_lora.layers.linear import LoRALinear
 from lightning_lora.layers.several_weights import SeveralWeights
 from lightning_lora.model.apply import apply_lora
 from lightning_lora.model.targeting import find_targets
@@ -137,9 +138,14 @@ def _hidden(model: Any, setting: Setting) -> Tensor:
 
 
 def _with_casts(model: nn.Module, saved: Saved, casts: dict[str, int], packed: dict[str, int]) -> Saved:
-    """Add the copies of fp32 matrices that mixed precision multiplies by, which their products save."""
+    """Add the copies of fp32 matrices that mixed precision multiplies by, which their products save.
+
+    An adapted linear and its update are one operation, which saves the weight as it is and casts it again in the backward pass.
+    """
     blocks, head = [f"{fqn}." for fqn, _ in repeated_blocks(model)], _head(model)
-    each = [sum(size for name, size in casts.items() if name.startswith(fqn) and name not in packed) for fqn in blocks]
+    fused = {f"{fqn}.weight" for fqn, m in model.named_modules() if isinstance(m, LoRALinear) and m.weight_reader and m.is_plain_sum()}
+    free = fused | packed.keys()
+    each = [sum(size for name, size in casts.items() if name.startswith(fqn) and name not in free) for fqn in blocks]
     outside = next((casts.get(name, 0) for name, p in model.named_parameters() if head is not None and p is head.weight), 0)
     return replace(saved, blocks=tuple(a + b for a, b in zip(saved.blocks, each, strict=True)), outside=saved.outside + outside)
 

@@ -71,7 +71,7 @@ class FactorChange:
         if name in _AVERAGES:
             return self._average(slots[name])
         squares, means = self._blocks(slots[name]), None
-        if name == "exp_avg_sq" and _is_of_shape(slots.get("exp_avg"), self.parameter) and "betas" in group and "step" in slots:
+        if name == "exp_avg_sq" and _is_of_shape(slots.get("exp_avg"), self.parameter) and "betas" in group and slots.get("step"):
             m, v = (1 - float(beta) ** float(slots["step"]) for beta in group["betas"][:2])  # the shares that Adam divides by
             means = [X * (v**0.5 / m) for X in self._blocks(slots["exp_avg"])]  # whose squares are in units of v
         kept = []

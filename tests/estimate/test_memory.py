@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3Moe
 from lightning_lora import LoRAConfig, apply_lora
 from lightning_lora.estimate import Setting, estimate_memory, estimate_seconds, largest_fit, memory
 from lightning_lora.estimate.saved import Saved, count_saved
+from lightning_lora.ops.fused_linear import lora_linears
 from lightning_lora.utils.blocks import repeated_blocks
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -101,6 +102,28 @@ def test_parts_by_arithmetic():
     assert estimate_memory(model, ALL, replace(setting, strategy="ddp", devices=2)).adapters == 2 * found.adapters
     narrow = estimate_memory(model, None, replace(setting, precision="bf16-true"))
     assert narrow.optimizer == full.optimizer // 2, "moments have the weights' dtype"
+
+
+def test_mixed_precision_copies_the_weights_that_no_operation_casts_again():
+    """Autocast's copy of a frozen fp32 weight is kept by a plain product, not by an adapted linear, which is one operation."""
+    x, W, A, B = (torch.ones(shape, requires_grad=k != 1) for k, shape in enumerate([(3, 16), (24, 16), (2, 16), (24, 2)]))
+    copies: list[torch.Tensor] = []
+
+    def save(tensor: torch.Tensor) -> torch.Tensor:
+        copies.extend([tensor] if tensor.numel() == W.numel() and tensor.dtype == torch.bfloat16 else [])
+        return tensor
+
+    with torch.autocast("cpu", torch.bfloat16), saved_tensors_hooks(save, lambda tensor: tensor):
+        lora_linears(x, [W], [None], [A], [B], [1.0])
+        assert not copies
+        torch.nn.functional.linear(x, W)
+    assert len(copies) == 1
+    setting, model = Setting(batch=2, length=16, precision="bf16-mixed"), tiny()
+    parts = {"q_proj": LoRAConfig(rank=4, target_modules=["q_proj"]), "": ALL}
+    for adapted, config in parts.items():
+        kept, half = (estimate_memory(model, config, replace(setting, precision=p)).activations for p in ("bf16-mixed", "bf16-true"))
+        others = [p for name, p in model.model.layers.named_parameters() if p.dim() == 2 and adapted not in name]
+        assert kept - half == 2 * sum(p.numel() for p in [*others, model.lm_head.weight]), adapted
 
 
 def test_peak_of_a_checkpointed_model():

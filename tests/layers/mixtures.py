@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRAConfig
-from tests.conftest import adapted
+from lightning_lora import LoRAConfig, apply_lora
+from tests.conftest import adapted, fill
 from tests.layers.experts import tiny_mixtral, tiny_qwen3_moe
 
 MODELS = {"qwen3-moe": tiny_qwen3_moe, "mixtral": tiny_mixtral}
@@ -25,6 +25,17 @@ def one_layer(**fields):
     """The experts of one block, adapted and filled, in a model of their own."""
     model = nn.ModuleDict({"experts": experts(tiny_qwen3_moe())})
     return adapted(model, rank=2, alpha=6, target_modules=["experts"], **fields)
+
+
+def dropout_gradients(model, checkpointed):
+    """Gradients of adapters on experts and q, whose masks are drawn from one seed."""
+    config = LoRAConfig(rank=2, dropout=0.3, target_modules=["experts", "q_proj"])
+    model = fill(apply_lora(model, config), std=0.1).train()
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.manual_seed(7)
+    model(IDS).logits.square().sum().backward()
+    return [p.grad for p in model.parameters() if p.requires_grad]
 
 
 def routed(layer, dtype=torch.float32):

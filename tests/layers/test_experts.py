@@ -22,7 +22,7 @@ from lightning_lora.layers.adapting import refusal
 from lightning_lora.layers.spec import LayerSpec
 from tests.conftest import base_bits, fill, same_bits
 from tests.layers.experts import tiny_mixtral, tiny_qwen3_moe
-from tests.layers.mixtures import IDS, experts
+from tests.layers.mixtures import IDS, dropout_gradients, experts
 
 E, H, W, N = 4, 12, 10, 9  # experts, hidden size, width, tokens
 CONFIG = LoRAConfig(rank=3, alpha=6, target_modules=["experts"])
@@ -209,16 +209,7 @@ def test_every_implementation_in_a_model(make, implementation, dtype):
 @both
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 def test_checkpointing_with_dropout_gives_the_same_gradients(implementation):
-    def gradients(checkpointed):
-        config = LoRAConfig(rank=2, dropout=0.3, target_modules=["experts", "q_proj"])
-        model = fill(apply_lora(tiny_qwen3_moe(implementation=implementation), config), std=0.1).train()
-        if checkpointed:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        torch.manual_seed(7)
-        model(IDS).logits.square().sum().backward()
-        return [p.grad for p in model.parameters() if p.requires_grad]
-
-    plain, again = gradients(False), gradients(True)
+    plain, again = (dropout_gradients(tiny_qwen3_moe(implementation=implementation), checkpointed) for checkpointed in (False, True))
     assert len(plain) == 12 and all(gradient.any() for gradient in plain)
     torch.testing.assert_close(plain, again)
 

@@ -33,7 +33,7 @@ from lightning_lora.quantization.formats import dequantized, format_of, single
 from tests.conftest import fill, same_bits
 from tests.layers import test_experts
 from tests.layers.experts import tiny_qwen3_moe
-from tests.layers.mixtures import CONFIG, FQN, IDS, experts
+from tests.layers.mixtures import CONFIG, FQN, IDS, dropout_gradients, experts
 from tests.layers.test_experts import NAMES, E, definition
 
 HIDDEN, WIDTH = 16, 8
@@ -205,17 +205,10 @@ def test_copies_pickles_dtypes_and_state_dicts(how):
 @each_format
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 def test_checkpointing_with_dropout_gives_the_same_gradients(how):
-    def gradients(checkpointed):
-        config = LoRAConfig(rank=2, dropout=0.3, target_modules=["experts", "q_proj"])
-        model = quantize_base(tiny_qwen3_moe(implementation="grouped_mm", layers=1), how)
-        model = fill(apply_lora(model, config), std=0.1).train()
-        if checkpointed:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        torch.manual_seed(7)
-        model(IDS).logits.square().sum().backward()
-        return [p.grad for p in model.parameters() if p.requires_grad]
-
-    plain, again = gradients(False), gradients(True)
+    plain, again = (
+        dropout_gradients(quantize_base(tiny_qwen3_moe(implementation="grouped_mm", layers=1), how), checkpointed)
+        for checkpointed in (False, True)
+    )
     assert len(plain) == 6 and all(gradient.any() for gradient in plain)
     torch.testing.assert_close(plain, again)
 

@@ -77,6 +77,17 @@ def test_squares_follow_exactly_where_directions_are_only_sorted() -> None:
     assert optimizer.state[layer.lora_A]["step"] == 4
 
 
+def test_a_state_that_has_seen_no_step_follows() -> None:
+    """A fused Adam whose first step a gradient scaler skipped has moments of zero, and a step count of zero."""
+    model, layer = one_linear(torch.randn(3, 7).double(), torch.randn(6, 3).double())
+    optimizer = torch.optim.Adam(get_lora_parameters(model))
+    for p in layer.lora_parameters().values():
+        optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    resize_ranks(model, {"0": 2}, optimizer)
+    for p in layer.lora_parameters().values():
+        assert all(slot.shape in ((), p.shape) and not slot.any() for slot in optimizer.state[p].values())
+
+
 def test_no_step_becomes_larger_than_adams_bound() -> None:
     """Gradients of one sign: each entry's step is one rate, before and after."""
     model, layer = one_linear(torch.randn(4, 7).double(), torch.randn(6, 4).double())

@@ -6,7 +6,7 @@ from benchmarks.quality.family import MEMBERS
 from benchmarks.quality.methods import METHODS
 from lightning_lora import LoRAConfig
 from lightning_lora.optim.preconditioning import METHODS as PRECONDITIONERS
-from lightning_lora.quantization.formats import QUANTIZERS
+from lightning_lora.quantization.quantizers import QUANTIZERS
 from lightning_lora.registry import INITS, VARIANTS, init_of
 from tests.quality.made_up import everything
 

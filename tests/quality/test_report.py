@@ -96,6 +96,11 @@ def test_trials_that_failed_are_left_out_of_rows_and_counted(tmp_path: Path) -> 
     assert "6 trials; 1 failed" in page
 
 
+def test_a_seed_that_diverged_is_not_left_out() -> None:
+    assert reading.mean([0.5, None]) == reading.spread([0.5, None]) == float("inf")  # type: ignore[list-item]
+    assert tables.amount([0.5, None], "loss") == "inf ± inf"  # type: ignore[list-item]
+
+
 def test_equal_quality_is_what_every_way_reaches() -> None:
     (before, *rows) = reading.rows_of(forgetting(), "forgetting")
     level, least = tables.equal_quality(rows)
