@@ -19,6 +19,7 @@ from lightning_lora.model.guards import guard, unguard
 from lightning_lora.model.heads import note_saved, saved_modules
 from lightning_lora.model.merge import unmerge_lora
 from lightning_lora.model.targeting import TargetReport, find_targets
+from lightning_lora.quantization.content import forget_origin
 from lightning_lora.quantization.formats import elements, plain_dtype, prepare, restore, why_not_prepared
 from lightning_lora.registry import data_of, has_start
 from lightning_lora.utils.names import clean_name, modules_by_name, parameters_by_name
@@ -242,6 +243,8 @@ def unload_lora(model: nn.Module, *, merged: Literal["keep", "drop"] | None = No
     unfuse(model)
     note_saved(model, ())
     for _, layer in list(lora_layers(model)):
+        if layer.merged:
+            forget_origin(layer)
         unadapt(layer)
     for module in model.modules():
         restore(module)

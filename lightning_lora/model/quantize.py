@@ -218,8 +218,13 @@ def _refusal(target: Target, how: str, quantizer: Quantizer, owners: dict[int, l
         weight = layer._parameters[name]
         assert weight is not None
         unit, entries = (STACK_FORMATS[how].unit, weight[0].numel()) if stacks else (quantizer.unit, weight.numel())
-        if weight.is_meta and (stacks or makes_up or not quantizer.on_meta):
-            return "is on the meta device: load its weight first"
+        if weight.is_meta and (stacks or not quantizer.on_meta):
+            return (
+                "is on the meta device, where only 'fp8' and 'nf4' quantize, and linears only: load its weights first, or leave it out of"
+                " the targets"
+            )
+        if weight.is_meta and makes_up:
+            return "is on the meta device, where nothing is lost that init='loftq' could make up for: load its weight first"
         if is_sharded(weight):
             return "is sharded already: quantize before the model is parallelized"
         if not weight.is_floating_point():

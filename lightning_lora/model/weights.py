@@ -19,14 +19,16 @@ from torch import Tensor, nn
 
 from lightning_lora.layers.base import PREFIX, LoRALayer, lora_layers
 from lightning_lora.quantization.formats import format_of
-from lightning_lora.quantization.loading import load_packed
+from lightning_lora.quantization.loading import awaits_weight, load_packed
 from lightning_lora.utils.names import clean_name
 from lightning_lora.utils.sharding import local_shard, local_tensor
 from lightning_lora.utils.transformers_conventions import initializer_of
+from lightning_lora.utils.transformers_experts import stored_experts
 
 Weights = Callable[[str], Tensor]
 """Name of a base weight → the full tensor, on any device. It raises KeyError for names that it does not have."""
 
+_EMPTY = "_buffers_without_values"  # of a module: names of the buffers to which `materialize` gave memory and nothing else
 _INDEX, _ONE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -63,6 +65,7 @@ def materialize(model: nn.Module, device: torch.device) -> list[str]:
         if not any(tensor is not None and tensor.is_meta for tensor in own):
             continue
         packed = format_of(module) is not None
+        buffers = {key for key, buffer in module._buffers.items() if buffer is not None and buffer.is_meta}
         module._apply(memory, recurse=False)
         if packed:
             empty.append(name)
@@ -74,6 +77,7 @@ def materialize(model: nn.Module, device: torch.device) -> list[str]:
             initialize(module)
         else:
             empty.append(name)
+            module.__dict__[_EMPTY] = buffers
     for (first, first_name), *others in places.values():
         for module, name in others:
             module._parameters[name] = first._parameters[first_name]
@@ -96,7 +100,8 @@ def load_base(model: nn.Module, weights: Weights | str | Path, *, device: torch.
         The same ``model``.
 
     Raises:
-        ValueError: a weight is missing or of another shape, or a layer has a quantized weight already.
+        ValueError: a weight is missing, of another shape or stored quantized; a buffer gets no values; or a layer is merged, or has a
+            quantized weight already, and nothing is changed then.
 
     Examples:
         >>> model.save_pretrained("base")
@@ -107,17 +112,30 @@ def load_base(model: nn.Module, weights: Weights | str | Path, *, device: torch.
         device(type='cpu')
     """
     read = weights if callable(weights) else from_folder(weights)
+    _check_takes_weights(model)
     real = next((parameter.device for parameter in model.parameters() if not parameter.is_meta), torch.device("cpu"))
     device = real if device is None else torch.device(device)
     materialize(model, device)
+    for prefix, module in model.named_modules():
+        for name in module.__dict__.get(_EMPTY, set()) & module._non_persistent_buffers_set:
+            full = clean_name(f"{prefix}.{name}".lstrip("."))
+            raise ValueError(
+                f"{full!r} is no part of a state dict, and {type(module).__name__} has no reset_parameters() that computes it: define one,"
+                " or build that buffer outside of torch.device('meta')."
+            )
     for names, module, name in _base_parameters(model):
         _put(read, names, module, name, device)
     for prefix, module in model.named_modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
-                found = _first(read, [clean_name(f"{prefix}.{name}".lstrip("."))])
+                full = clean_name(f"{prefix}.{name}".lstrip("."))
+                found = _first(read, [full])
                 if found is not None:
+                    _check_shape(full, found, tuple(buffer.shape))
                     local_tensor(buffer).copy_(local_shard(found, buffer))
+                elif name in module.__dict__.get(_EMPTY, ()):
+                    raise ValueError(f"weights has no {full!r}, which {type(module).__name__} needs.")
+        module.__dict__.pop(_EMPTY, None)
     for _, layer in lora_layers(model):
         layer.base_was_loaded(set())
     return model
@@ -146,6 +164,16 @@ def from_folder(folder: str | Path) -> Weights:
     return read
 
 
+def _check_takes_weights(model: nn.Module) -> None:
+    """Raise ValueError for a layer whose weight is not the plain one of the base, or is no longer."""
+    for name, layer in lora_layers(model):
+        if layer.merged:
+            raise ValueError(f"{name!r} is merged; call unmerge_lora(model) first.")
+    for name, module in model.named_modules():
+        if format_of(module) is not None and not awaits_weight(module):
+            raise ValueError(f"{name!r} ({type(module).__name__}) is quantized already, and takes no plain weight.")
+
+
 def _base_parameters(model: nn.Module) -> Iterable[tuple[list[str], nn.Module, str]]:
     """Yield each parameter of the base once: all its names, and its first place. Adapters are left out."""
     found: dict[int, tuple[list[str], nn.Module, str]] = {}
@@ -164,19 +192,30 @@ def _put(read: Weights, names: list[str], module: Any, name: str, device: torch.
     except SafetensorError as error:
         raise ValueError(f"{names[0]!r} cannot be read: {error}.") from error
     if value is None:
-        raise ValueError(f"weights has no {names[0]!r}, which {type(module).__name__} needs.")
+        raise ValueError(f"weights has no {names[0]!r}, which {type(module).__name__} needs.{_stacked(module, name)}")
     parameter = module._parameters[name]
     packed = name == "weight" and format_of(module) is not None
     shape = (module.out_features, module.in_features) if packed else tuple(parameter.shape)
-    if tuple(value.shape) != shape:
-        raise ValueError(f"{names[0]!r} has shape {tuple(value.shape)} in weights, here {shape}.")
-    if not packed:
-        local_tensor(parameter).copy_(local_shard(value, parameter))
-        return
-    try:
+    _check_shape(names[0], value, shape)
+    codes = not value.is_floating_point() or value.element_size() == 1
+    if codes and (packed or value.dtype != parameter.dtype):
+        raise ValueError(f"{names[0]!r} is stored as {value.dtype}, without its scales: give weights in 16 or 32 bits.")
+    if packed:
         load_packed(module, value, device)
-    except ValueError as error:
-        raise ValueError(f"{names[0]!r} {error}.") from error
+    else:
+        local_tensor(parameter).copy_(local_shard(value, parameter))
+
+
+def _check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name!r} has shape {tuple(value.shape)} in weights, here {shape}.")
+
+
+def _stacked(module: nn.Module, name: str) -> str:
+    """Return what to do about a missing stack of experts: ``save_pretrained`` writes each expert's matrices by themselves."""
+    if stored_experts(type(module)) is None:
+        return ""
+    return " Save the model with save_pretrained(folder, save_original_format=False), or give a function that stacks the experts' matrices."
 
 
 def _first(read: Weights, names: Iterable[str]) -> Tensor | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_lora.quantization.formats import CODES, format_of
+from lightning_lora.quantization.formats import CODES, DIGEST, format_of
 from lightning_lora.utils.checksums import sampled_digest
 
 UNKNOWN = "packed:"  # prefix of the digest of a weight that was loaded quantized
@@ -21,6 +21,12 @@ def remember_lost(module: nn.Module, A: Tensor, B: Tensor) -> None:
 def lost_factors(module: nn.Module) -> tuple[Tensor, Tensor] | None:
     """Return what :func:`remember_lost` kept, None if nothing was."""
     return module.__dict__.get(_LOST)
+
+
+def forget_origin(module: nn.Module) -> None:
+    """Forget what a quantized weight was before it was quantized: it is another one now, and stays so."""
+    for name in (DIGEST, CODES, _LOST):
+        module.__dict__.pop(name, None)
 
 
 def packed_digest(module: Any) -> str | None:

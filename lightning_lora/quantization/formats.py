@@ -21,8 +21,7 @@ from lightning_lora.utils.torch_private_parallel import let_fsdp2_shard_integers
 
 QUANTIZED_FORMATS: dict[str, QuantizedFormat] = {}  # qualified name of a layer's or a weight's type → its format
 
-_DIGEST = "_unpacked_digest"
-CODES = "_packed_digest"  # see content.py
+DIGEST, CODES = "_unpacked_digest", "_packed_digest"  # see content.py
 PACKED, PACKED_STACKS = "packed_stack", "packed_stacks"  # the marks of a layer with one packed stack, of a module with several
 _MARKS = ("quantization_scheme", PACKED)  # marks on a layer of a plain type; the first is compressed-tensors'
 
@@ -80,7 +79,7 @@ class QuantizedFormat:
 
     def digest(self, module: Any) -> str | None:
         """Return the digest of the weight from before it was quantized, None if it is not known."""
-        digest: str | None = module.__dict__.get(_DIGEST)
+        digest: str | None = module.__dict__.get(DIGEST)
         return digest
 
     def dequantize(self, module: Any) -> Tensor:
@@ -266,7 +265,7 @@ def take_back(module: nn.Module, name: str, layer: nn.Module) -> None:
 
 def remember(module: nn.Module, digest: str) -> None:
     """Record the digest of the weight before it is quantized, so that a quantized copy counts as the same base."""
-    module.__dict__[_DIGEST] = digest
+    module.__dict__[DIGEST] = digest
     module.__dict__.pop(CODES, None)  # that of the codes before
 
 

@@ -19,25 +19,26 @@ def remember_format(module: nn.Module, how: str) -> None:
     module.__dict__[_BY] = how
 
 
+def awaits_weight(module: nn.Module) -> bool:
+    """True if a layer was quantized without a weight, and has got none since."""
+    return _BY in module.__dict__
+
+
 @torch.no_grad()
 def load_packed(module: Any, weight: Tensor, device: torch.device) -> None:
     """Quantize a full plain weight into a layer that was quantized without one, whole or sharded.
 
     Args:
-        module: the layer; it has memory by now.
+        module: a layer that :func:`awaits_weight`; it has memory by now.
         weight: (out, in), in floating point.
         device: where to quantize.
-
-    Raises:
-        ValueError: the layer has a quantized weight already. The message is only the reason.
     """
-    packing, how = format_of(module), module.__dict__.get(_BY)
-    if packing is None or how is None:
-        raise ValueError("is quantized already, and takes no plain weight")
+    packing = format_of(module)
+    assert packing is not None and awaits_weight(module)
     made = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
     plain = weight.to(device, packing.unpacked_dtype(module))
     made._parameters["weight"] = nn.Parameter(plain, requires_grad=False)
     remember(module, sampled_digest(plain))
-    quantizer_of(how).pack(made, device)
+    quantizer_of(module.__dict__[_BY]).pack(made, device)
     packing.take_over(module, made)
     del module.__dict__[_BY]

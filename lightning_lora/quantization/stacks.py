@@ -219,7 +219,7 @@ class StackedFormat(QuantizedFormat):
         """Pack another stack the same way."""
         packed = module.packed_stack
         codes, tensors = packed.format.pack(weight.to(module.weight.device), packed.transposed)
-        module.packed_stack = replace(packed, tensors=tensors)
+        module.packed_stack = replace(packed, tensors=tensors, digest=None)
         module._parameters["weight"] = make_parameter(codes, False)
 
     def codes(self, module: Any) -> list[Tensor]:

@@ -11,10 +11,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, load_base, lora_layers, quantize_base
+from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, load_base, lora_layers, merge_lora, quantize_base
 from lightning_lora.adapter_io.fingerprint import base_identity
 from lightning_lora.model.weights import from_folder, materialize, on_meta
 from tests.conftest import same_bits
+from tests.layers.experts import tiny_qwen3_moe
 from tests.quantized import Stack, inputs, plain_stack
 
 CONFIG = LoRAConfig(rank=4, alpha=8, target_modules=["up", "down"])
@@ -128,7 +129,61 @@ def test_refusals() -> None:
     plain["norm.bias"] = torch.zeros(128)
     with pytest.raises(ValueError, match=r"'down.weight' has shape \(2, 2\) in weights, here \(128, 256\)"):
         load_base(quantize_base(meta_stack(), "fp8"), {**plain, "down.weight": torch.ones(2, 2)}.__getitem__)
-    with pytest.raises(ValueError, match=r"'up.weight' is quantized already, and takes no plain weight"):
+    with pytest.raises(ValueError, match=r"'up' \(Float8Linear\) is quantized already, and takes no plain weight"):
         load_base(quantize_base(plain_stack(), "fp8"), plain.__getitem__)
-    with pytest.raises(ValueError, match=r"'up' \(Linear\) is on the meta device: load its weight first"):
+    with pytest.raises(ValueError, match=r"'up' \(Linear\) is on the meta device, where only 'fp8' and 'nf4' quantize, and linears only"):
         quantize_base(meta_stack(), "int8")
+    merged = merge_lora(apply_lora(plain_stack(), CONFIG))
+    with pytest.raises(ValueError, match=r"'up' is merged; call unmerge_lora\(model\) first"):
+        load_base(merged, plain.__getitem__)
+
+
+@pytest.mark.parametrize("how", [None, "fp8"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_codes_are_no_weights(how: str | None, dtype: torch.dtype) -> None:
+    """A quantized model's folder has codes of the weight's own shape, and their scales elsewhere."""
+    plain = plain_stack().state_dict()
+    plain["up.weight"] = plain["up.weight"].to(dtype)
+    with pytest.raises(ValueError, match=r"'up.weight' is stored as torch.(float8_e4m3fn|int8), without its scales"):
+        load_base(adapted(meta_stack(), how), plain.__getitem__)
+
+
+class Masked(nn.Module):
+    def __init__(self, persistent: bool) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.ones(4), persistent=persistent)
+
+
+def test_a_buffer_never_stays_without_values() -> None:
+    with torch.device("meta"):
+        saved, unsaved = nn.Sequential(Masked(True)), nn.Sequential(Masked(False))
+    mask = torch.arange(4.0)
+    with pytest.raises(ValueError, match=r"'0.mask' is no part of a state dict, and Masked has no reset_parameters\(\)"):
+        load_base(unsaved, {}.__getitem__)
+    with pytest.raises(ValueError, match=r"weights has no '0.mask', which Masked needs"):
+        load_base(saved, {}.__getitem__)
+    with pytest.raises(ValueError, match=r"'0.mask' has shape \(1,\) in weights, here \(4,\)"):
+        load_base(saved, {"0.mask": torch.ones(1)}.__getitem__)
+    assert same_bits(load_base(saved, {"0.mask": mask}.__getitem__)[0].mask, mask)
+    assert same_bits(load_base(saved, {}.__getitem__)[0].mask, mask)  # it has values now
+
+
+@pytest.mark.parametrize("how", ["fp8", "nf4"])
+def test_mixtures(how: str, tmp_path: Path) -> None:
+    """Linears may be quantized before the weights come, experts not; packed experts take no weights, which FP8 codes have the shape of."""
+    plain = tiny_qwen3_moe()
+    with torch.device("meta"):
+        late = tiny_qwen3_moe()
+    with pytest.raises(ValueError, match=r"experts' \(Qwen3MoeExperts\) is on the meta device, where .* linears only"):
+        quantize_base(late, how)
+    plain.save_pretrained(tmp_path / "its own")
+    plain.save_pretrained(tmp_path / "ours", save_original_format=False)
+    with pytest.raises(ValueError, match=r"experts.gate_up_proj', which .* save_pretrained\(folder, save_original_format=False\)"):
+        load_base(late, tmp_path / "its own")
+    load_base(late, tmp_path / "ours")
+    assert base_identity(late) == base_identity(plain)
+    packed = quantize_base(late, how, targets=["experts"])
+    before = {name: tensor.clone() for name, tensor in packed.state_dict().items()}
+    with pytest.raises(ValueError, match=r"experts' \(PackedQwen3MoeExperts\) is quantized already, and takes no plain weight"):
+        load_base(packed, tmp_path / "ours")
+    assert all(same_bits(tensor, before[name]) for name, tensor in packed.state_dict().items())
