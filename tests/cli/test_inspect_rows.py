@@ -77,6 +77,8 @@ def test_a_class_of_ones_own_shows_no_rows(config, tmp_path, capsys):
 
 
 def test_what_is_a_run(tmp_path):
+    (tmp_path / "config.yaml").touch()  # a run leaves it in its folder
+    assert run_words([str(tmp_path)]) == ["--config", str(tmp_path / "config.yaml")]
     assert run_words(["a.yaml", "--json", "--lora.rank=3"]) == ["--config", "a.yaml", "--lora.config.rank=3"]
     assert run_words(["a.jsonl", "--model", "m", "--gguf_file=g"]) == ["--data.train=a.jsonl", "--model.model", "m", "--model.gguf_file=g"]
     assert run_words(["owner/name"]) is None and run_words(["--help"]) is None and run_words([]) is None
