@@ -30,7 +30,7 @@ def run_words(argv: Sequence[str]) -> list[str] | None:
     """Return the options of a run that ``inspect`` is asked about, None if it is about a model or an adapter.
 
     Args:
-        argv: What follows ``inspect``: a config, the folder that a run left or a data file, and options of ``fit``. ``--model`` names the model here.
+        argv: What follows ``inspect``: a config, a run's folder or a data file, and options of ``fit``. ``--model`` names the model here.
     """
     if not argv or argv[0].startswith("-"):
         return None
