@@ -10,6 +10,7 @@ from typing import Any
 from rich.text import Text
 
 from lightning_lora import find_targets
+from lightning_lora.cli.checkpoints import SETTINGS
 from lightning_lora.cli.console import console, print_json, print_pairs
 from lightning_lora.cli.recipe import task_of
 from lightning_lora.cli.run_rows import RunConfig
@@ -29,11 +30,14 @@ def run_words(argv: Sequence[str]) -> list[str] | None:
     """Return the options of a run that ``inspect`` is asked about, None if it is about a model or an adapter.
 
     Args:
-        argv: What follows ``inspect``: a config or a data file, and options of ``fit``. ``--model`` names the model here.
+        argv: What follows ``inspect``: a config, a run's folder or a data file, and options of ``fit``. ``--model`` names the model here.
     """
     if not argv or argv[0].startswith("-"):
         return None
     path, options = argv[0], [_as_in_fit(word) for word in argv[1:] if word != "--json"]
+    config = Path(path, SETTINGS)
+    if config.is_file():
+        path = str(config)
     if path.endswith(CONFIGS):
         return ["--config", path, *options]
     if Path(path).suffix in READERS:

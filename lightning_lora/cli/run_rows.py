@@ -31,6 +31,13 @@ class RunConfig(LoRACLI):
         super().__init__(list(words), run=False)
 
     @override
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        """Take the arguments of ``fit`` too, which the config of a finished run has."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--ckpt_path", type=Any, default=None)
+        parser.add_argument("--weights_only", type=Any, default=None)
+
+    @override
     def _set_seed(self) -> None:
         """Nothing is drawn."""
 

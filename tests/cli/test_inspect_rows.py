@@ -63,6 +63,13 @@ def test_a_runs_config_shows_its_model_too(config, capsys):
     assert output.count("example ") == 3
 
 
+def test_the_folder_of_a_finished_run(config, tmp_path, capsys):
+    settings = yaml.safe_load(Path(config).read_text()) | {"ckpt_path": None, "weights_only": None}  # as fit writes them
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert "LoRA on" in capsys.readouterr().out
+
+
 def test_a_run_that_trains_every_weight_has_no_adapter_to_show(config, capsys):
     assert main(["inspect", config, "--full_finetuning=true"]) == 0
     assert "LoRA on" not in capsys.readouterr().out
@@ -77,6 +84,8 @@ def test_a_class_of_ones_own_shows_no_rows(config, tmp_path, capsys):
 
 
 def test_what_is_a_run(tmp_path):
+    (tmp_path / "config.yaml").touch()  # a run leaves it in its folder
+    assert run_words([str(tmp_path)]) == ["--config", str(tmp_path / "config.yaml")]
     assert run_words(["a.yaml", "--json", "--lora.rank=3"]) == ["--config", "a.yaml", "--lora.config.rank=3"]
     assert run_words(["a.jsonl", "--model", "m", "--gguf_file=g"]) == ["--data.train=a.jsonl", "--model.model", "m", "--model.gguf_file=g"]
     assert run_words(["owner/name"]) is None and run_words(["--help"]) is None and run_words([]) is None
