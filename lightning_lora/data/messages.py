@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from typing import Any
 
 from lightning_lora.data.records import Message
+
+ROLES = ("user", "assistant", "system", "tool", "developer", "function")
 
 
 def text_of(value: Any, name: str) -> str:
@@ -30,6 +33,10 @@ def turns_of(value: Any, name: str) -> list[Message]:
 def _turn(message: Message) -> Message:
     if not isinstance(message["role"], str):
         raise ValueError(f"every 'role' must be text such as \"user\", got {message['role']!r:.60}")
+    role, close = message["role"], difflib.get_close_matches(message["role"].lower(), ROLES, 1, 0.75)
+    if close and not role.startswith(close[0]):  # "user_2" may be meant
+        # Most templates write any role as it is: the model would learn a misspelt one.
+        raise ValueError(f"the role {role!r} is none of {', '.join(ROLES)}; did you mean {close[0]!r}?")
     turn = {key: value for key, value in message.items() if value is not None}
     if calls := turn.pop("tool_calls", None):
         if not isinstance(calls, list):

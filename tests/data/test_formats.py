@@ -137,6 +137,8 @@ BAD = [
     ({"question": "a"}, r"of no known format \(preference: chosen, rejected; .*\); rename them with data.columns"),
     ({"messages": "[{]"}, r"'messages' are not JSON"),
     ({"messages": {"role": "user"}}, "'messages' must be a list of objects with 'role' and 'content'"),
+    ({"messages": [{"role": "usr", "content": "sky?"}, ANSWER]}, "the role 'usr' is none of .*; did you mean 'user'"),
+    ({"messages": [USER, {"role": "Assistant", "content": "blue"}]}, "the role 'Assistant' is none of .*; did you mean 'assistant'"),
     ({"messages": [USER]}, "the last message must be the assistant's answer, not of 'user'"),
     ({"messages": [ANSWER]}, "the prompt is empty"),
     (
