@@ -242,9 +242,10 @@ def unload_lora(model: nn.Module, *, merged: Literal["keep", "drop"] | None = No
         unmerge_lora(model)
     unfuse(model)
     note_saved(model, ())
-    for _, layer in list(lora_layers(model)):
-        if layer.merged:
-            forget_origin(layer)
+    layers = [layer for _, layer in lora_layers(model)]
+    for layer in [layer for layer in layers if layer.merged]:  # before any is taken out: tied layers ask one another
+        forget_origin(layer)
+    for layer in layers:
         unadapt(layer)
     for module in model.modules():
         restore(module)

@@ -32,6 +32,9 @@ class Pool:
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         if not self.workers:
             self._start()
+        elif not all(process.is_alive() for process, _ in self.workers):  # one died between two tests: theirs need not fail for it
+            self.close()
+            self._start()
         for _, pipe in self.workers:
             pipe.send((function, args))
         results, errors = [], []
@@ -40,7 +43,11 @@ class Pool:
             if not pipe.poll(TIMEOUT if not errors else 2.0):
                 errors.append(f"rank {rank} did not answer ({'alive' if process.is_alive() else process.exitcode})")
                 continue
-            ok, value = pipe.recv()
+            try:
+                ok, value = pipe.recv()
+            except (EOFError, ConnectionResetError):  # it died in the middle
+                process.join(2.0)
+                ok, value = False, f"rank {rank} died, exit code {process.exitcode}"
             (results if ok else errors).append(value)
         if errors:
             self.close()
