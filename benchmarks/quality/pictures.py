@@ -6,8 +6,9 @@ Colours are those of Okabe and Ito, which people with any colour vision can tell
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import cycle
+from itertools import chain, cycle
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks.quality.records import Row, mean, spread, tested, varied
@@ -137,13 +138,16 @@ def rates(rows: Sequence[Row], file: Path) -> str:
     return save(figure, file)
 
 
-def finish(axis: Any, x: str, y: str, title: str, *, log: bool, outside: bool = False) -> None:
+TICKS = (1, 1.5, 2, 3, 5, 7)  # of a decade
+
+
+def finish(axis: Any, x: str, y: str, title: str, *, log: bool, outside: bool = False, ticks: Sequence[float] = TICKS) -> None:
     """Label an axis; a logarithmic one has plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     if log:
         axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axis.yaxis.set_major_locator(LogLocator(subs=ticks))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.yaxis.set_minor_locator(NullLocator())
     axis.set_xlabel(x)
@@ -157,22 +161,26 @@ def styles() -> Any:
     return zip(cycle(COLOURS), cycle(SHAPES), strict=False)
 
 
-def curve(axis: Any, x: Sequence[Any], found: Sequence[Sequence[float]], style: tuple[str, str], name: str, **errors: Any) -> None:
+def curve(axis: Any, x: Sequence[Any], found: Sequence[Sequence[float]], style: tuple[str, str], name: str) -> None:
     """Draw means over seeds with their spread, joined by a line."""
     colour, shape = style
     y, deviations = [mean(each) for each in found], [spread(each) for each in found]
-    axis.errorbar(x, y, yerr=deviations, fmt=f"{shape}-", color=colour, capsize=2, markersize=4.5, linewidth=1.1, label=name, **errors)
+    axis.errorbar(x, y, yerr=deviations, fmt=f"{shape}-", color=colour, capsize=2, markersize=4.5, linewidth=1.1, label=name)
 
 
-def trade(rows: Sequence[Row], before: float, file: Path) -> str:
-    """Draw what is forgotten over what is learned: perplexity over validation accuracy, one line a method, a point a learning rate."""
+def trade(rows: Sequence[Row], before: float, file: Path, most: float = 10_000) -> str:
+    """Draw what is forgotten over what is learned: perplexity over validation accuracy, a point a seed, a line through the rates' medians.
+
+    What lies above `most` is drawn there.
+    """
     figure, (axis,) = panels(1, 6.4, 4.0)
     fields = varied(rows)
-    for row, style in zip(rows, styles(), strict=False):
+    for row, (colour, shape) in zip(rows, styles(), strict=False):
         x = [[100 * record["val"]["accuracy"] for record in records] for records in row.rates.values()]
-        y = [[record["measures"]["perplexity"] for record in records] for records in row.rates.values()]
-        name = label(row, fields)
-        curve(axis, [mean(each) for each in x], y, style, name, xerr=[spread(each) for each in x])
+        y = [[min(record["measures"]["perplexity"], most) for record in records] for records in row.rates.values()]
+        axis.plot([*chain(*x)], [*chain(*y)], shape, color=colour, alpha=0.4, markersize=4)
+        middle = [[median(each) for each in values] for values in (x, y)]
+        axis.plot(*middle, f"{shape}-", color=colour, linewidth=1.1, label=label(row, fields))
     axis.axhline(before, color="#777777", linewidth=1, linestyle="--", label="before training")
-    finish(axis, "validation accuracy, %", "perplexity on other text", ", ".join(places(rows)[0]), log=True)
+    finish(axis, "validation accuracy, %", "perplexity on other text", ", ".join(places(rows)[0]), log=True, ticks=(1, 2, 5))
     return save(figure, file)

@@ -105,14 +105,15 @@ def _forgetting(rows: list[Row], records: list[Record], images: Path) -> str:
     before = next((row.records[0]["measures"]["perplexity"] for row in rows if row.records[0]["steps"] == 0), None)
     if before is None:
         raise ValueError("forgetting: the model before training is in no record; `python -m benchmarks.quality.forgetting` measures it")
+    parts = []
     if trained := [row for row in rows if row.records[0]["steps"]]:
         pictures.trade(trained, before, file := images / "evidence-forgetting.svg")
-        return f"{picture(file, 'Perplexity on other text over validation accuracy')}\n\n{tables.forgetting(trained, before)}"
-    measured = [row for row in rows_of(records, "retention") if row.split == "test" and row.chosen[0]["measures"]]
-    return (
-        "**Not finished**: the rates beside the chosen ones were not run. From the trials of the first section, at the rates chosen there:"
-        f"\n\n{tables.after_training(measured, before)}"
-    )
+        parts += [picture(file, "Perplexity on other text over validation accuracy"), tables.forgetting(trained, before)]
+    else:
+        parts.append("**Not finished**: the rates beside the chosen ones were not run.")
+    if measured := [row for row in rows_of(records, "retention") if row.split == "test" and row.chosen[0]["measures"]]:
+        parts += ["The trials of the first section, at the rates chosen there:", tables.after_training(measured, before)]
+    return "\n\n".join(parts)
 
 
 SECTIONS = (

@@ -181,35 +181,19 @@ def after_training(rows: Sequence[Row], before: float) -> str:
 
 
 def forgetting(rows: Sequence[Row], before: float) -> str:
-    """Return perplexity on the prose before and after, at the chosen rate and at equal quality (:func:`equal_quality`)."""
-    fields = varied(rows)
-    level, least = equal_quality(rows)
-    lines = [["before training", "–", "–", "–", f"{before:.2f}", "–", "–"]]
-    for row in rows:
-        after, (rate, lowest, deviation) = [record["measures"]["perplexity"] for record in row.chosen], least[id(row)]
-        cells = [label(row, fields), f"{row.records[0]['trainable']:,}", rate_of(row), amount(row.values(), row.metric)]
-        cells.append(f"{mean(after):.2f} ± {spread(after):.2f} ({mean(after) / before - 1:+.1%})")
-        lines.append([*cells, f"{rate:g}", f"{lowest:.2f} ± {deviation:.2f} ({lowest / before - 1:+.1%})"])
-    equal = f"at {100 * level:.1f} % on validation"
-    header = ["method", "trained", "chosen rate", "test", "perplexity", f"rate {equal}", f"perplexity {equal}"]
-    return table(header, lines)
+    """Return what each way learned and forgot at every rate; the one with the least validation loss is bold.
 
-
-def equal_quality(rows: Sequence[Row]) -> tuple[float, dict[int, tuple[Any, float, float]]]:
-    """Return the validation accuracy that every way reaches, and per way the rate that forgets least among those that reach it.
-
-    The level is the lowest of the ways' best validation accuracies, each a mean over seeds.
+    The perplexity on the prose is each seed's: one that ends far from the others would be the mean.
     """
-    reached = {
-        id(row): {rate: mean([record["val"]["accuracy"] for record in records]) for rate, records in row.rates.items()} for row in rows
-    }
-    level = min(max(rates.values()) for rates in reached.values())
-    least = {}
+    fields, lines = varied(rows), [["before training", "–", "–", "–", "–", f"{before:.1f}"]]
     for row in rows:
-        enough = {rate: [r["measures"]["perplexity"] for r in row.rates[rate]] for rate, val in reached[id(row)].items() if val >= level}
-        rate = min(enough, key=lambda rate: mean(enough[rate]))
-        least[id(row)] = (rate, mean(enough[rate]), spread(enough[rate]))
-    return level, least
+        for rate, records in row.rates.items():
+            records = sorted(records, key=lambda record: record["seed"])
+            results = [amount([record[split][row.metric] for record in records], row.metric) for split in ("val", "test")]
+            after = ", ".join(f"{record['measures']['perplexity']:,.0f}" for record in records)
+            shown = f"**{rate:g}**" if rate == row.lr else f"{rate:g}"
+            lines.append([label(row, fields), f"{records[0]['trainable']:,}", shown, *results, after])
+    return table(["method", "trained", "learning rate", "validation", "test", "perplexity on other text, each seed"], lines)
 
 
 def compression(records: Sequence[Record]) -> str:

@@ -54,5 +54,5 @@ def forgetting() -> list[dict[str, Any]]:
     for trial in forgetting_trials({}):
         times, forgets = (1, 1) if trial.method == "lora" else (0.1, 20)
         learned = 0.9 - 0.0001 / trial.lr * times + 0.01 * trial.seed
-        records.append(record(trial, learned, measures={"perplexity": 20 + 1000 * trial.lr * forgets}))
+        records.append(record(trial, learned, measures={"perplexity": 20 + 1000 * trial.lr * forgets + trial.seed}))
     return records

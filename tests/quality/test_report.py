@@ -101,13 +101,12 @@ def test_a_seed_that_diverged_is_not_left_out() -> None:
     assert tables.amount([0.5, None], "loss") == "inf ± inf"  # type: ignore[list-item]
 
 
-def test_equal_quality_is_what_every_way_reaches() -> None:
-    (before, *rows) = reading.rows_of(forgetting(), "forgetting")
-    level, least = tables.equal_quality(rows)
-    assert before.records[0]["steps"] == 0 and level == pytest.approx(0.9 - 0.0001 / 3.6e-3 + 0.01)
-    for row in rows:  # all of them reach it at their highest rate only
-        assert least[id(row)][0] == max(row.rates)
-        assert least[id(row)][1] == pytest.approx(20 + (3.6 if row.method == "lora" else 7.2))
+def test_forgetting_is_shown_at_every_rate_and_seed() -> None:
+    (_, *rows) = reading.rows_of(forgetting(), "forgetting")
+    lines = tables.forgetting(rows, 20.0).splitlines()[2:]
+    assert lines[0] == "| before training | – | – | – | – | 20.0 |" and len(lines) == 1 + sum(len(row.rates) for row in rows)
+    assert sum("**" in line for line in lines) == len(rows)  # the chosen ones
+    assert lines[1] == "| LoRA, rank 8 | 1,234 | 0.0004 | 66.0 ± 1.0 % | 67.0 ± 1.0 % | 20, 21, 22 |"
 
 
 def test_what_is_no_record_is_named(tmp_path: Path) -> None:
