@@ -18,7 +18,7 @@ scales of other blocks. GPUs read it right. An adapted layer computes with what 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -226,7 +226,7 @@ class Linear8bitFormat(QuantizedFormat):
     The first forward pass moves the codes and scales from the weight to the layer's state.
     """
 
-    attributes = ("state", "index")
+    attributes = ("state", "index", "_apply")
     plain_class = nn.Linear
 
     def is_quantized(self, module: Any) -> bool:
@@ -243,6 +243,8 @@ class Linear8bitFormat(QuantizedFormat):
             module._unpacked_dtype = dtype if module.weight.dtype == torch.int8 else module.weight.dtype
         if not module.state.has_fp16_weights and module.weight.dtype != torch.int8 and module.weight.device.type == "cpu":
             module.weight = module.weight.to("cpu")
+        if not module.state.has_fp16_weights:
+            move_together(module)
 
     def dequantize(self, module: Any) -> Tensor:
         """Return the weight in the dtype it was quantized from, fp32 if unknown: bitsandbytes does not record the dtype."""
@@ -262,6 +264,27 @@ class Linear8bitFormat(QuantizedFormat):
     def codes(self, module: Any) -> list[Tensor]:
         """Return the 8-bit codes and the scales."""
         return [module.weight.detach().as_subclass(Tensor), module.weight.SCB if module.weight.SCB is not None else module.state.SCB]
+
+
+def move_together(module: Any) -> None:
+    """Let codes and scales of a ``Linear8bitLt`` go where its weight goes.
+
+    A module's move takes only the data of what the weight's own move returns, and bitsandbytes keeps codes and scales beside it: they would
+    stay where they were, and the next pass would multiply tensors of two devices.
+    """
+    if "_apply" not in vars(module):
+        module._apply = functools.partial(_apply_to_all, module)
+
+
+def _apply_to_all(module: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+    """``nn.Module._apply``; the next pass then takes codes and scales from the weight, as the first one does."""
+    type(module)._apply(module, fn, recurse)
+    weight = module.weight
+    if weight.dtype == torch.int8:  # not while a merged one stands in its place
+        scales = weight.SCB if weight.SCB is not None else module.state.SCB
+        module.state.CB = module.state.SCB = None
+        weight.CB, weight.SCB = weight.data, scales.to(weight.device)
+    return module
 
 
 QUANTIZED_FORMATS["bitsandbytes.nn.modules.Linear4bit"] = Linear4bitFormat()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lightning_lora.quantization.bitsandbytes import library_of
+from lightning_lora.quantization.bitsandbytes import library_of, move_together
 from lightning_lora.quantization.quantizers import QUANTIZERS, Quantizer
 
 
@@ -43,6 +43,7 @@ def quantize_int8(linear: Any, device: torch.device) -> None:
     codes, scales = codes.to(linear.weight.device), scales.to(linear.weight.device)
     linear._unpacked_dtype = linear.weight.dtype
     _become(linear, made, modules.Int8Params(codes, requires_grad=False, CB=codes, SCB=scales), linear.weight.device)
+    move_together(linear)
 
 
 def _become(linear: Any, made: Any, weight: Any, device: torch.device) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit, LinearNF4
+from bitsandbytes.nn import Linear4bit, Linear8bitLt, LinearNF4
 from torch import nn
 from torch.testing import assert_close
 
@@ -153,6 +154,24 @@ def test_merging_and_copies_come_back_to_it() -> None:
     twin = copy.deepcopy(layer)
     assert twin.frozen_weight(x) is not None
     assert_close(run(twin, x), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("passes", [0, 1])  # the first pass moves codes and scales from the weight to the layer's state
+@pytest.mark.parametrize("made_by", ["quantize_base", "bitsandbytes"])
+def test_codes_and_scales_of_8_bits_move_with_the_weight(made_by: str, passes: int) -> None:
+    """A base packed on the CPU and trained on a GPU: its first product failed. Here a clone is the other device."""
+    layer = packed_linear("int8") if made_by == "quantize_base" else Linear8bitLt(128, 256, has_fp16_weights=False, threshold=6.0)
+    model = apply_lora(nn.Sequential(layer), LoRAConfig(rank=4, target_modules="all-linear")).eval()
+    x = torch.randn(3, 128)
+    before = [copy.deepcopy(model)(x), model[0].base_weight()]
+    for _ in range(passes):
+        model(x)
+    for moved in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        layer, old = moved[0], moved[0].weight.data
+        moved._apply(torch.clone)
+        assert layer.weight.data_ptr() == layer.weight.CB.data_ptr() != old.data_ptr() and layer.state.CB is None
+        assert_close([moved(x), layer.base_weight()], before, rtol=0, atol=0)
+        assert layer.state.CB.data_ptr() == layer.weight.data_ptr()
 
 
 def test_a_plain_weight_is_stored_as_it_is() -> None:
