@@ -7,7 +7,8 @@
     PYTHONPATH=. python benchmarks/held_out.py --measure --tiny     # the same in seconds, on a CPU
 
 Each row is ``Trainer.fit`` of `CausalLMTask` under `LoRACallback`, as the command line trains it, over random rows without padding. The
-peak is ``torch.cuda.max_memory_allocated`` from the third step on; seconds are the median of three steps.
+peak is ``torch.cuda.max_memory_allocated`` from the third step on, and what GPUs share, which it does not count; seconds are the median
+of three steps.
 """
 
 from __future__ import annotations
@@ -110,6 +111,7 @@ def measured(row: Row) -> dict[str, Any]:
     import lightning as L
     from fit_ways import Rows, task_of
     from floor import elapsed, mark
+    from multi_gpu_runs import shared_gib
     from torch.utils.data import DataLoader
 
     from lightning_lora.data.batching import collate_answers
@@ -125,7 +127,7 @@ def measured(row: Row) -> dict[str, Any]:
                 marks.append(mark())
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-            peak[0] = torch.cuda.max_memory_allocated() if cuda else 0.0
+            peak[0] = torch.cuda.max_memory_allocated() + shared_gib(pl_module) * GIB if cuda else 0.0
 
     setting = row.setting
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from fit_ways import Rows, task_of
 from floor import elapsed, mark
-from multi_gpu_meters import Traffic, spent
+from multi_gpu_meters import Traffic, gaps, spent
 from multi_gpu_models import LINEARS, SHAPES, empty_model
 from multi_gpu_runs import device_here, shared_gib
 from torch.utils.data import DataLoader, Subset
@@ -89,7 +89,9 @@ class Meter(L.Callback):
             return
         torch.cuda.set_sync_debug_mode("default")
         self._caught.__exit__(None, None, None)
-        self.waits = [f"{one.filename.rsplit('/', 1)[-1]}:{one.lineno}" for one in self.found or () if "synchronizing" in str(one.message)]
+        self.waits = [
+            f"{one.filename.rsplit('/', 1)[-1]}:{one.lineno}" for one in self.found or () if "called a synchronizing" in str(one.message)
+        ]
 
 
 def measure_fit(way: str, base: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -138,7 +140,7 @@ def measure_fit(way: str, base: str, options: argparse.Namespace) -> dict[str, A
     return {
         "ms": statistics.median(times), "tokens": options.rows * options.length * world, "peak_gib": peaks[0], "loss": meter.loss.item(),
         "waits": meter.waits, "traffic": meter.traffic.found, "pulls": getattr(task, "_lora_sharded", (True, False))[1],
-        "profile": shares, "kernels": kernels,
+        "profile": shares, "kernels": kernels, "gaps": gaps(meter.profiler) if options.profile and cuda else {},
     }  # fmt: skip
 
 
@@ -186,6 +188,10 @@ def fit_rows(workers: Any, options: argparse.Namespace, say: Callable[[dict[str,
                     )
                     if row["profile"]:
                         print("  " + ", ".join(f"{kind} {ms:.1f}" for kind, ms in row["profile"].items()), flush=True)
+                    if row["gaps"]:
+                        print("  idle: " + ", ".join(f"{kind} {row['gaps'][kind]:.1f}" for kind in ("short", "long", "late")), flush=True)
+                        for pair, (count, ms, late) in row["gaps"]["pairs"]:
+                            print(f"    {ms:.2f} ms in {count:.0f}, {late:.2f} late: {pair}", flush=True)
                     say(row)
             members.close()
     finally:

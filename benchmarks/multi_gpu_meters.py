@@ -82,6 +82,36 @@ def spent(profiler: Any, steps: int = 1) -> tuple[dict[str, float], list[tuple[s
     return found, [(name[:120], count, total) for name, (count, total) in longest]
 
 
+def gaps(profiler: Any, least: float = 0.02) -> dict[str, Any]:
+    """Where a step's GPU had nothing to do: gaps of at least so many milliseconds by the kernels beside them, and the sum of shorter ones.
+
+    *late* is how much of a pair's gaps ended within 50 µs of the launch of the kernel after them: there the GPU waited for Python.
+    """
+    events = list(profiler.events())
+    launched = {one.id: one.time_range.end for one in events if one.name.startswith(("cudaLaunch", "cuLaunch", "cudaMemcpy", "cudaMemset"))}
+    kernels = [one for one in events if one.device_type == torch.autograd.DeviceType.CUDA and not one.is_user_annotation]
+    pairs: dict[str, list[float]] = {}
+    short, end, before = 0.0, None, ""
+    for kernel in sorted(kernels, key=lambda one: one.time_range.start):
+        start = kernel.time_range.start
+        gap = 0.0 if end is None else (start - end) / 1e3
+        if gap >= least:
+            late = gap if start - launched.get(kernel.id, -1e18) < 50 else 0.0
+            found = pairs.setdefault(f"{before[:60]} → {kernel.name[:60]}", [0, 0.0, 0.0])
+            pairs[f"{before[:60]} → {kernel.name[:60]}"] = [found[0] + 1, found[1] + gap, found[2] + late]
+        elif gap > 0:
+            short += gap
+        if end is None or kernel.time_range.end > end:
+            end, before = kernel.time_range.end, kernel.name
+    longest = sorted(pairs.items(), key=lambda item: -item[1][1])[:12]
+    return {
+        "short": short,
+        "long": sum(ms for _, ms, _ in pairs.values()),
+        "late": sum(ms for _, _, ms in pairs.values()),
+        "pairs": longest,
+    }
+
+
 def covered(spans: list[tuple[float, float]]) -> float:
     """How much of the time lies in at least one span."""
     end = total = 0.0

@@ -194,7 +194,7 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
         The norm before clipping, the same on every rank.
     """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    squares: dict[tuple[str, ...], Tensor] = {}
+    pieces: dict[tuple[tuple[str, ...], torch.dtype], list[Tensor]] = {}
     groups: dict[tuple[str, ...], list[Any]] = {}
     for grad in grads:
         # Count once what is the same on every rank: a plain gradient, and a DTensor's along mesh dimensions where it is replicated.
@@ -204,7 +204,12 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
         split = [grad.device_mesh.get_group(d) for d in cut]  # type: ignore[attr-defined]
         key = tuple(group.group_name for group in split)
         groups[key] = split
-        squares[key] = squares.get(key, 0) + local_tensor(grad).float().square().sum()
+        pieces.setdefault((key, grad.dtype), []).append(local_tensor(grad))
+    # A few launches for all gradients: with some for each, the GPU waited for Python, 20 ms a step for the 448 adapters of an 8B model.
+    squares: dict[tuple[str, ...], Tensor] = {}
+    for (key, dtype), some in pieces.items():
+        norms = torch._foreach_norm(some, 2, dtype=torch.promote_types(dtype, torch.float32))
+        squares[key] = squares.get(key, 0) + torch.stack(norms).square().sum()
     for key, square in squares.items():
         for group in groups[key]:
             dist.all_reduce(square, group=group)
@@ -212,8 +217,8 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
         return torch.zeros(())  # as torch
     norm = torch.stack(list(squares.values())).sum().sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
-    for grad in grads:
-        local_tensor(grad).mul_(scale.to(grad.dtype))
+    for dtype in {grad.dtype for grad in grads}:
+        torch._foreach_mul_([local_tensor(grad) for grad in grads if grad.dtype == dtype], scale.to(dtype))
     return norm
 
 

@@ -80,8 +80,7 @@ class GradientReducer:
             dist.all_reduce(whole, group=group)
             whole /= dist.get_world_size(group)
         *means, used = whole.split([*(grad.numel() for grad in grads), len(grads)])
-        for grad, mean in zip(grads, means, strict=True):
-            grad.copy_(mean.view_as(grad))
+        torch._foreach_copy_(grads, [mean.view_as(grad) for grad, mean in zip(grads, means, strict=True)])  # few launches for all
         shares = used.tolist() if unused else []  # reading them makes the CPU wait for a GPU: only where a gradient is missing
         for index in unused:
             if shares[index] > 0:
