@@ -13,7 +13,8 @@ A mode is a method and what is done to it, joined by dashes:
     attention       this package on attention alone, so that the experts' part of the cost is seen
     peft            PEFT: target_parameters, which adds the dense updates of all experts in each step; bf16 adapters, its fastest
     eager           transformers' loop over the experts; other modes have its grouped products (experts_implementation="grouped_mm")
-    layer           each decoder layer compiled (`compile="layer"`)
+    layer           each decoder layer compiled (`compile="layer"`), and the loss, as `fit` has it
+    graph           with layer: each compiled layer's passes recorded as CUDA graphs and replayed; memory is what is reserved
     ckpt            gradient checkpointing
     drop            dropout (--dropout)
     fp8, nf4        linears and experts quantized (`quantize_base`)
@@ -27,6 +28,7 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -37,11 +39,11 @@ from floor_modes import DEVICE, Setting
 from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, __version__
 
-from lightning_lora import LoRAConfig, apply_lora, chunked_cross_entropy, compile_layers, quantize_base
+from lightning_lora import LoRAConfig, apply_lora, chunked_cross_entropy, compile_layers, cuda_graph_step, quantize_base
 
 MODES = "frozen,attention,ours,ours-drop,peft"
 FORMATS = {"fp8", "nf4"}
-FLAGS = {"eager", "layer", "ckpt", "drop"} | FORMATS
+FLAGS = {"eager", "layer", "graph", "ckpt", "drop"} | FORMATS
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 WEIGHTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 NAMES = (
@@ -121,7 +123,7 @@ def training_step(mode: str, setting: Setting) -> Callable[[int], Tensor]:
     if "ckpt" in flags:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     if "layer" in flags:
-        compile_layers(model, backend=setting.backend)
+        compile_layers(model, backend=setting.backend, cuda_graphs="graph" in flags)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=DEVICE == "cuda") if trained else None
     generator = torch.Generator().manual_seed(1)
@@ -130,10 +132,11 @@ def training_step(mode: str, setting: Setting) -> Callable[[int], Tensor]:
     def step(k: int) -> Tensor:
         ids = batches[k % 4]
         inputs = {"input_ids": ids} if trained else {"inputs_embeds": base.get_input_embeddings()(ids).requires_grad_()}
-        hidden = base.model(**inputs).last_hidden_state.flatten(0, 1)
         labels = F.pad(ids[:, 1:], (0, 1), value=-100).flatten()
-        loss = chunked_cross_entropy(hidden, base.lm_head.weight, labels)
-        loss.backward()
+        with cuda_graph_step(trained) if "graph" in flags else nullcontext():
+            hidden = base.model(**inputs).last_hidden_state.flatten(0, 1)
+            loss = chunked_cross_entropy(hidden, base.lm_head.weight, labels, compiled=DEVICE == "cuda" and "layer" in flags)
+            loss.backward()
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

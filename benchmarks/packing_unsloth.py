@@ -32,7 +32,7 @@ from unsloth.utils.packing import mark_allow_overlength
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     options = options_of(argv)
     with tempfile.TemporaryDirectory() as folder:
-        model = adapted(folder, options)
+        model = adapted(folder, build(Setting(shape=options.shape, layers=options.layers, seq=options.length)), options.length)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
     print(f"unsloth {unsloth.__version__}: FlashAttention {attention.HAS_FLASH_ATTENTION}, xformers {attention.HAS_XFORMERS}")
@@ -54,17 +54,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     return {name: statistics.median(found) for name, found in speeds.items()}
 
 
-def adapted(folder: str, options: Any) -> Any:
-    """Random weights of the shape, loaded and adapted by Unsloth. It loads from a folder only."""
-    build(Setting(shape=options.shape, layers=options.layers, seq=options.length)).save_pretrained(folder)
+def adapted(folder: str, base: Any, length: int, rank: int = 16) -> Any:
+    """A model of these weights, loaded and adapted by Unsloth. It loads from a folder only."""
+    base.save_pretrained(folder, save_original_format=False)  # which would take a mixture's experts apart
+    del base
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")), **special).save_pretrained(folder)
     torch.cuda.empty_cache()
-    loaded, _ = unsloth.FastLanguageModel.from_pretrained(folder, max_seq_length=options.length, dtype=torch.bfloat16, load_in_4bit=False)
+    loaded, _ = unsloth.FastLanguageModel.from_pretrained(folder, max_seq_length=length, dtype=torch.bfloat16, load_in_4bit=False)
     model = unsloth.FastLanguageModel.get_peft_model(
-        loaded, r=16, lora_alpha=32, lora_dropout=0, bias="none", target_modules=LINEARS, use_gradient_checkpointing=False, random_state=0
-    )
+        loaded, r=rank, lora_alpha=2 * rank, lora_dropout=0, bias="none", target_modules=LINEARS, use_gradient_checkpointing=False,
+        random_state=0,
+    )  # fmt: skip
     mark_allow_overlength(model)
     return model.train()
 
