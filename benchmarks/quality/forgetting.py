@@ -1,7 +1,7 @@
 """What a model forgets while it learns a task: its perplexity on other text, before and after, LoRA at several ranks against all weights.
 
 Every method is trained at three learning rates and three seeds, so that forgetting can be read at the rate chosen on the validation rows,
-and at equal quality: the least forgetting among rates whose validation accuracy reaches the same level. The model before training:
+and at equal quality. The model before training:
 
     python -m benchmarks.quality.forgetting --out FILE          # 200 CPU seconds
 """
