@@ -16,11 +16,12 @@ from jinja2 import TemplateError
 
 from lightning_lora.data.batching import Example
 from lightning_lora.data.records import Conversation, Message
-from lightning_lora.data.templates import set_template
+from lightning_lora.data.templates import check_options, set_template
 from lightning_lora.ops.cross_entropy import IGNORE
 
 TrainOn = Literal["assistant", "last", "all"]
 MARK = "qwzxqwzxq"  # stands in for an answer; templates of Mistral want ids of calls with nine characters
+REASONING = ("reasoning_content", "reasoning", "thinking")  # keys under which answers have it
 QUESTION: Message = {"role": "user", "content": "a"}
 CALL = {"id": MARK, "type": "function", "function": {"name": MARK, "arguments": {MARK: MARK}}}
 TOOL = {"type": "function", "function": {"name": MARK, "description": "a", "parameters": {"type": "object", "properties": {}}}}
@@ -34,21 +35,24 @@ class Chat:
         options: Further variables of the template, such as ``enable_thinking``.
 
     Raises:
-        ValueError: The tokenizer has neither template nor end token.
+        ValueError: The tokenizer has neither template nor end token, or the template reads no such option.
     """
 
     def __init__(self, tokenizer: Any, options: dict[str, Any] | None = None) -> None:
         if not tokenizer.chat_template:
             set_template(tokenizer, "plain")
         self.tokenizer, self.options = tokenizer, options or {}
+        check_options(tokenizer.chat_template, self.options)
 
     def prompt(self, messages: list[Message], tools: list[Any] | None = None) -> list[int]:
         """Return the tokens from which the model generates its answer.
 
         Raises:
-            ValueError: The template refuses the messages.
+            ValueError: The template refuses the messages, or leaves one out.
         """
-        return self._ids(self._prompt(messages, tools))
+        text = self._prompt(messages, tools)
+        self._check_written(messages, tools)
+        return self._ids(text)
 
     def examples(self, conversation: Conversation, train_on: TrainOn = "assistant") -> list[Example]:
         """Return the examples to learn a conversation from: one, or several if the template rewrites earlier answers.
@@ -58,17 +62,21 @@ class Chat:
             train_on: Learn every assistant turn, the last one, or every token.
 
         Raises:
-            ValueError: The template refuses the messages, drops or changes an answer, does not write it after its generation prompt, or
-                ends it with no token of its own.
+            ValueError: The template refuses the messages, leaves one out, changes an answer, does not write it after its generation
+                prompt, or ends it with no token of its own.
         """
         messages, tools = conversation.messages, conversation.tools
         if tools and not self.writes_tools:
             raise ValueError("the tokenizer's chat template does not write the row's tools; choose another with data.template")
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message.get("weight", 1)]
-        if train_on != "assistant":
-            turns = [len(messages) - 1]
+        turns = [i for i in turns if i >= (conversation.given if train_on == "assistant" else len(messages) - 1)]
         if not turns:
             raise ValueError("every answer has weight 0, or there is nothing to learn; leave the row out")
+        if train_on == "all" and any("weight" in message for message in messages):
+            raise ValueError("data.train_on=all learns every token, and a message has weight 0; use assistant or last")
+        if turns[0] == 0:
+            raise ValueError("the first message is the assistant's, an answer to nothing; put the user's before it, or give it weight 0")
+        self._check_written(messages[: turns[-1]], tools)
         parts = [self._turn(messages[: i + 1], tools) for i in turns]
         found: list[Example] = []
         while parts:
@@ -145,6 +153,9 @@ class Chat:
                 f"the tokenizer's chat template changes the answer {message['content'][:40]!r} (as some cut out reasoning); "
                 "it would be learned so"
             )
+        for key in REASONING:
+            if isinstance(message.get(key), str) and _letters(message[key]) not in shown:
+                raise ValueError(f"the tokenizer's chat template does not write the answer's {key!r}; leave it out, or set data.template")
         for call in message.get("tool_calls", []):
             if call["function"]["name"] not in turn:
                 raise ValueError(f"the tokenizer's chat template does not write the tool call {call['function']['name']!r:.60}")
@@ -152,6 +163,28 @@ class Chat:
         if end not in turn:
             raise ValueError(f"the tokenizer's chat template does not end the answer with {end} as others, but with {turn[-40:]!r}")
         return prompt, turn[: turn.rindex(end) + len(end)]
+
+    def _check_written(self, messages: list[Message], tools: list[Any] | None) -> None:
+        """Refuse messages of which the template writes nothing, as of a role that it does not know: the model would never see them.
+
+        Each gets a text of its own, which has to be in the prompt of the last answer. Or in that of the next one: Mistral's template
+        leaves the system message out behind the result of a tool.
+        """
+        marks = {i: f"{MARK}{i}{MARK}" for i, m in enumerate(messages) if m["role"] != "assistant" and m["content"].strip()}
+        marked = [{**message, "content": marks.get(i, message["content"])} for i, message in enumerate(messages)]
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        try:
+            text = self._prompt(marked, tools)
+            left = [i for i, mark in marks.items() if mark not in text]
+            left = [i for i in left if marks[i] not in self._prompt(marked[: next((j for j in answers if j > i), len(marked))], tools)]
+        except ValueError:
+            return  # it takes the messages, but not with these texts
+        if left:
+            message = messages[left[0]]
+            raise ValueError(
+                f"the tokenizer's chat template leaves out or changes the message of {message['role']!r} ({message['content'][:40]!r}); "
+                "remove it, give it a role that the template writes, or choose another with data.template"
+            )
 
     def _example(self, whole: str, parts: list[tuple[str, str]]) -> Example:
         """Encode a text of which some parts are learnt: (the text before the part, the part)."""

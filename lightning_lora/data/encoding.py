@@ -36,11 +36,13 @@ class Report:
         rows: How many there were.
         counts: How many were "cut", "dropped", "empty" or "lost": those of which cutting leaves nothing to learn.
         places: The first five places of each.
+        unread: Keys of the first row that nothing reads.
     """
 
     rows: int
     counts: dict[str, int] = field(default_factory=dict)
     places: dict[str, list[str]] = field(default_factory=dict)
+    unread: list[str] = field(default_factory=list)
 
     def add(self, thing: str, place: str) -> None:
         """Count what happened to a row."""
@@ -69,7 +71,8 @@ class Report:
         parts += [f"{count} {thing}" for thing, count in self.counts.items()]
         parts += [f"{len(lengths)} examples"] if len(lengths) != self.rows else []
         tokens = f"; {int(median(lengths))} tokens in the median row, {max(lengths)} in the longest" * (max(lengths) > 1)  # or images
-        rank_zero_info(f"{name}: {', '.join(parts)}{tokens}.")
+        unread = f"; not read: {', '.join(self.unread)}" * bool(self.unread)
+        rank_zero_info(f"{name}: {', '.join(parts)}{tokens}{unread}.")
 
 
 def encode_rows(

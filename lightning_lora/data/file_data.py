@@ -16,7 +16,7 @@ from typing_extensions import override
 from lightning_lora.data.batching import Example, LengthGroupedSampler
 from lightning_lora.data.cache import cache_folder, key_of, read_cache, settings_of, tokenizer_state, write_cache
 from lightning_lora.data.encoding import Report, encode_rows
-from lightning_lora.data.formats import check_format, to_record
+from lightning_lora.data.formats import check_format, to_record, unread
 from lightning_lora.data.of_task import FromTask
 from lightning_lora.data.reading import PlacedRow, read_rows
 from lightning_lora.data.records import CALLED, Record
@@ -175,6 +175,7 @@ class FileDataModule(FromTask, ABC):
             if not rows:
                 raise ValueError(f"data.{split}={name!r} is empty; it needs at least one row")
             examples, report = encode_rows(rows, partial(self._encode, split=split), self.example, f"data.{split}")
+            report.unread = unread(rows[0][1], self.format, self.columns)
             report.check(f"data.{split}={name!r}", len(examples), self.max_length)
             if file is not None:
                 write_cache(file, examples, vars(report))

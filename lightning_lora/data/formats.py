@@ -10,13 +10,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_lora.data.messages import check_prompt, parsed, text_of, tools_of, turns_of
-from lightning_lora.data.records import Conversation, Labelled, LabelledImage, Message, Pair, PlainText, Record, Tagged
+from lightning_lora.data.messages import (
+    ROLES,
+    SPEAKERS,
+    as_turns,
+    begun_by_system,
+    check_prompt,
+    check_text_only,
+    parsed,
+    text_of,
+    tools_of,
+    turns_of,
+)
+from lightning_lora.data.pairs import pair_of
+from lightning_lora.data.records import Conversation, Labelled, LabelledImage, Message, PlainText, Record, Tagged
 
 Row = dict[str, Any]
-# ShareGPT's names of the roles, and those of data sets in its form.
-ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant"}
-ROLES |= {"observation": "tool", "function_response": "tool"}
+ALSO = ("system", "system_prompt", "tools", "choices")  # what every conversation may have
 
 
 @dataclass(frozen=True)
@@ -28,12 +38,14 @@ class RowFormat:
         answers: Further keys that it must have, except in prediction.
         read: Makes the record. Its second argument tells whether an answer is needed.
         example: A row, for error messages.
+        also: Keys that it may have.
     """
 
     keys: tuple[str, ...]
     answers: tuple[str, ...]
     read: Callable[[Row, bool], Record]
     example: str
+    also: tuple[str, ...] = ()
 
 
 def to_record(row: Any, format: str = "auto", columns: Mapping[str, str] | None = None, needs_answer: bool = True) -> Record:
@@ -64,6 +76,13 @@ def to_record(row: Any, format: str = "auto", columns: Mapping[str, str] | None 
     return chosen.read(row, needs_answer)
 
 
+def unread(row: Row, format: str = "auto", columns: Mapping[str, str] | None = None) -> list[str]:
+    """Return the keys of a row that `to_record` does not read. Arguments are its."""
+    row = _renamed(row, columns or {})
+    chosen = FORMATS[_recognised({key: value for key, value in row.items() if value is not None}) if format == "auto" else format]
+    return sorted(str(key) for key in row if key not in (*chosen.keys, *chosen.answers, *chosen.also))
+
+
 def check_format(format: str) -> None:
     """Refuse a name that is in no entry of `FORMATS`."""
     if format != "auto" and format not in FORMATS:
@@ -74,6 +93,12 @@ def _recognised(row: Row) -> str:
     for needs_answer in (True, False):  # text with a label before text alone
         for name, format in FORMATS.items():
             if set(format.keys + format.answers * needs_answer) <= row.keys():
+                answers = row.keys() & {"response", "completion", "output", "chosen", "rejected"} if name == "text" else ()
+                if answers:
+                    raise ValueError(
+                        f"the row has 'text' and {', '.join(map(repr, sorted(answers)))}: name the prompt with data.columns, "
+                        "as {text: prompt}, or set data.format: text to learn the text alone"
+                    )
                 return name
     known = "; ".join(f"{name}: {', '.join(format.keys + format.answers)}" for name, format in FORMATS.items())
     raise ValueError(f"the keys {sorted(row)} are of no known format ({known}); rename them with data.columns")
@@ -91,10 +116,12 @@ def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
     return row
 
 
-def _conversation(row: Row, messages: list[Message], needs_answer: bool) -> Conversation:
+def _conversation(row: Row, messages: list[Message], needs_answer: bool, given: int = 0) -> Conversation:
     """Check what all conversations share."""
-    if row.get("system") and messages[:1] and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": text_of(row["system"], "'system'")}, *messages]
+    check_text_only(row)
+    if messages:
+        count, messages = len(messages), begun_by_system(row, messages)
+        given += (len(messages) - count) * (given > 0)
     if not needs_answer and messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     if not messages:
@@ -106,14 +133,15 @@ def _conversation(row: Row, messages: list[Message], needs_answer: bool) -> Conv
     if last["role"] != "assistant":
         raise ValueError(f"the last message must be the assistant's answer, not of {last['role']!r}; add it, or leave the row out")
     check_prompt(messages[:-1])
-    if not last["content"].strip() and not last.get("tool_calls"):
-        raise ValueError(f"the answer is {last['content']!r}; it must be a text that is not empty, or there is nothing to learn")
+    for turn in messages[given:]:
+        if turn["role"] == "assistant" and not turn["content"].strip() and not turn.get("tool_calls") and turn.get("weight", 1):
+            raise ValueError(f"the answer is {turn['content']!r}; it must be a text that is not empty, or there is nothing to learn")
     choices = row.get("choices")
     if choices is not None and (
         not isinstance(choices, list) or not all(isinstance(c, str) for c in choices) or last["content"] not in choices
     ):
         raise ValueError(f"'choices' must be a list of texts that holds the answer {last['content']!r}, got {choices!r}")
-    return Conversation(messages, tools_of(row), choices)
+    return Conversation(messages, tools_of(row), choices, given)
 
 
 def _messages(row: Row, needs_answer: bool) -> Record:
@@ -126,16 +154,22 @@ def _sharegpt(row: Row, needs_answer: bool) -> Record:
         turns = parsed(turns, "'conversations'")
     if not isinstance(turns, list) or not all(isinstance(t, dict) and ("role" in t or {"from", "value"} <= t.keys()) for t in turns):
         raise ValueError(f"'conversations' must be a list of objects with 'from' and 'value': {FORMATS['conversations'].example}")
-    messages = [turn if "role" in turn else _said(str(turn["from"]), turn["value"]) for turn in turns]
+    messages = [turn if "role" in turn else _said(turn) for turn in turns]
     return _conversation(row, turns_of(messages, "conversations"), needs_answer)
 
 
-def _said(speaker: str, value: Any) -> Message:
+def _said(turn: Row) -> Message:
     """Return ShareGPT's turn as a message."""
-    if speaker == "function_call":
-        calls = parsed(text_of(value, "a function_call"), "a function_call's value")
-        return {"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls]}
-    return {"role": ROLES.get(speaker, speaker), "content": value}
+    speaker, value = str(turn["from"]), turn["value"]
+    others = {key: content for key, content in turn.items() if key not in ("from", "value")}
+    if speaker in ("function_call", "tool_call"):
+        calls = parsed(text_of(value, f"a {speaker}"), f"a {speaker}'s value")
+        return {"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls], **others}
+    role = speaker.strip().lower()
+    role = SPEAKERS.get(role, role)
+    if role not in ROLES:
+        raise ValueError(f"the speaker {speaker!r} is none of human, gpt, function_call, {', '.join({**SPEAKERS, **dict.fromkeys(ROLES)})}")
+    return {"role": role, "content": value, **others}
 
 
 def _alpaca(row: Row, needs_answer: bool) -> Record:
@@ -157,14 +191,14 @@ def _prompted(answer: str) -> Callable[[Row, bool], Record]:
 
 
 def _exchange(row: Row, before: list[Message], prompt: Any, answer: Any, needs_answer: bool) -> Record:
-    messages = [*before, *_as_turns(prompt, "user", "the prompt")]
-    return _conversation(row, messages + (_as_turns(answer, "assistant", "the answer") if needs_answer else []), needs_answer)
-
-
-def _as_turns(value: Any, role: str, name: str) -> list[Message]:
-    if isinstance(value, list):
-        return turns_of(value, name)
-    return [{"role": role, "content": text_of(value, name)}]
+    """Return a prompt with its answer. Answers that the prompt holds are not learnt, those of ``before`` are."""
+    messages = [*before, *as_turns(prompt, "user", "the prompt")]
+    if messages and messages[-1]["role"] == "assistant":
+        raise ValueError("the prompt ends with the assistant's message, and no answer goes on in one; end it with another's")
+    given = max((i + 1 for i, turn in enumerate(messages) if i >= len(before) and turn["role"] == "assistant"), default=0)
+    return _conversation(
+        row, messages + (as_turns(answer, "assistant", "the answer") if needs_answer else []), needs_answer, given * needs_answer
+    )
 
 
 def _text(row: Row, needs_answer: bool) -> Record:
@@ -193,39 +227,19 @@ def _tagged(row: Row, needs_answer: bool) -> Record:
 
 
 def _pair(row: Row, needs_answer: bool) -> Record:
-    """Two answers. Without a prompt, what both begin with is the prompt, as in TRL."""
-    chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
-    if isinstance(chosen, str) and isinstance(rejected, str) and prompt is None:
-        same = [one == other for one, other in zip(chosen, rejected, strict=False)]
-        start = chosen[: same.index(False) if False in same else len(same)]
-        start = start[: start.rfind(" ") + 1 or len(start)] if start[-1:].isalnum() else start  # not inside a word
-        return _told_apart(Pair(start, chosen[len(start) :], rejected[len(start) :], tools_of(row)))
-    good, bad = _as_turns(chosen, "assistant", "'chosen'"), _as_turns(rejected, "assistant", "'rejected'")
-    if prompt is not None:
-        before = _as_turns(prompt, "user", "the prompt")
-    else:
-        same = [one == other for one, other in zip(good, bad, strict=False)]
-        before = good[: same.index(False) if False in same else len(same)]
-    if good[: len(before)] == before and bad[: len(before)] == before:  # some files repeat the prompt in both
-        good, bad = good[len(before) :], bad[len(before) :]
-    return _told_apart(Pair(before, good, bad, tools_of(row)))
-
-
-def _told_apart(pair: Pair) -> Pair:
-    if not pair.prompt:
-        raise ValueError("'chosen' and 'rejected' have no prompt: add 'prompt', or begin both with it")
-    if not pair.chosen or not pair.rejected or pair.chosen == pair.rejected:
-        raise ValueError("'chosen' and 'rejected' must both have an answer, and not the same one")
-    return pair
+    check_text_only(row)
+    return pair_of(row)
 
 
 FORMATS: dict[str, RowFormat] = {
-    "preference": RowFormat(("chosen", "rejected"), (), _pair, '{"prompt": "...", "chosen": "...", "rejected": "..."}'),
-    "messages": RowFormat(("messages",), (), _messages, '{"messages": [{"role": "user", "content": "..."}, ...]}'),
-    "conversations": RowFormat(("conversations",), (), _sharegpt, '{"conversations": [{"from": "human", "value": "..."}, ...]}'),
-    "alpaca": RowFormat(("instruction",), ("output",), _alpaca, '{"instruction": "...", "input": "...", "output": "..."}'),
-    "prompt_response": RowFormat(("prompt",), ("response",), _prompted("response"), '{"prompt": "...", "response": "..."}'),
-    "prompt_completion": RowFormat(("prompt",), ("completion",), _prompted("completion"), '{"prompt": "...", "completion": "..."}'),
+    "preference": RowFormat(("chosen", "rejected"), (), _pair, '{"prompt": "...", "chosen": "...", "rejected": "..."}', ("prompt", *ALSO)),
+    "messages": RowFormat(("messages",), (), _messages, '{"messages": [{"role": "user", "content": "..."}, ...]}', ALSO),
+    "conversations": RowFormat(("conversations",), (), _sharegpt, '{"conversations": [{"from": "human", "value": "..."}, ...]}', ALSO),
+    "alpaca": RowFormat(
+        ("instruction",), ("output",), _alpaca, '{"instruction": "...", "input": "...", "output": "..."}', ("input", "history", *ALSO)
+    ),
+    "prompt_response": RowFormat(("prompt",), ("response",), _prompted("response"), '{"prompt": "...", "response": "..."}', ALSO),
+    "prompt_completion": RowFormat(("prompt",), ("completion",), _prompted("completion"), '{"prompt": "...", "completion": "..."}', ALSO),
     "labelled": RowFormat(("text",), ("label",), _labelled, '{"text": "...", "label": "..."}'),
     "tagged": RowFormat(("tokens",), ("tags",), _tagged, '{"tokens": ["Emma", "reads"], "tags": ["B-PER", "O"]}'),
     "image": RowFormat(("path",), ("label",), _image, '{"path": "cats/1.png", "label": "cat"}'),

@@ -39,7 +39,7 @@ def read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
             for row in batch.to_pylist():
                 number += 1
-                yield f"{path}:{number}", row
+                yield f"{path}:{number}", {name: _without_nulls(value) for name, value in row.items()}
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a whole parquet file: {str(error).splitlines()[0]}") from error
 
@@ -78,7 +78,7 @@ def read_dataset(source: str, slot: str, subset: str | None = None, streaming: b
             rows = datasets.load_dataset(name, subset, split=split, streaming=streaming)
         names = _label_names(rows.features or {})
         for number, row in enumerate(rows, start=1):  # a stream meets its errors here
-            yield f"{source}:{number}", _named(row, names)
+            yield f"{source}:{number}", {name: _without_nulls(value) for name, value in _named(row, names).items()}
     except (ValueError, OSError, LookupError, TypeError, datasets.exceptions.DatasetsError, pyarrow.ArrowException) as error:
         reason = error.__cause__ or error if folder.is_dir() else error  # of a file that cannot be read, datasets says only that
         said = f"{what} {' '.join(str(reason).split())[:400]}"
@@ -100,6 +100,13 @@ def _named(row: dict[str, Any], names: dict[str, list[str]]) -> dict[str, Any]:
         return [name(each, its) for each in label] if isinstance(label, list) else its[label] if label in range(len(its)) else None
 
     return {**row, **{column: name(row[column], its) for column, its in names.items() if column in row}}
+
+
+def _without_nulls(value: Any) -> Any:
+    """Leave out the null fields of nested objects: a column gives each object the fields of all, as to a tool call those of the others."""
+    if isinstance(value, list):
+        return [_without_nulls(each) for each in value]
+    return {key: _without_nulls(each) for key, each in value.items() if each is not None} if isinstance(value, dict) else value
 
 
 def _split_of(source: str, slot: str) -> tuple[str, str]:

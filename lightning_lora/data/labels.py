@@ -57,7 +57,8 @@ class LabelDataModule(FileDataModule):
             seen = self._seen(split)
             if not (task.labels and all(name.isdecimal() and int(name) < len(task.labels) for name in seen)):
                 task.set_labels(seen)
-        ids = {str(i): i for i in range(len(task.labels))}
+        named = any(name.isdecimal() for name in task.labels)  # then a number is a name: of labels 1 to 3, a 0 is none
+        ids = {} if named else {str(i): i for i in range(len(task.labels))}
         return ids | {name: i for i, name in enumerate(task.labels)}
 
     def _seen(self, split: str) -> list[str]:

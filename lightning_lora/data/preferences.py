@@ -81,8 +81,8 @@ class PreferenceDataModule(FileDataModule):
         """Encode the prompt with one of the answers. A prompt and an answer that are raw texts get no chat template."""
         if isinstance(pair.prompt, str) and isinstance(answer, str):
             return self._raw(pair.prompt, answer)
-        before = [{**message, "weight": 0} for message in _turns(pair.prompt, "user")]
-        examples = self.chat.examples(Conversation([*before, *_turns(answer, "assistant")], pair.tools))
+        before = _turns(pair.prompt, "user")
+        examples = self.chat.examples(Conversation([*before, *_turns(answer, "assistant")], pair.tools, given=len(before)))
         if len(examples) > 1:
             raise ValueError("the tokenizer's chat template rewrites turns when more follow; answer in one turn")
         return examples[0]

@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lora.data.hub import names_dataset, read_dataset, read_parquet
+from lightning_lora.data.messages import check_characters
 from lightning_lora.storage.regular_files import WrongPath
 
+# How files begin that are no text, and the endings that they usually have.
+PACKED = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"BZh": ".bz2", b"\xfd7zXZ": ".xz", b"PK\x03\x04": ".zip"}
 #: A row's place ("file:line"), and the parsed row.
 PlacedRow = tuple[str, Any]
 BOMS = {
@@ -50,6 +53,8 @@ def read_rows(source: str, slot: str, subset: str | None = None, streaming: bool
         return read_dataset(source, slot, subset, streaming)
     if not path.is_file():
         raise WrongPath(f"data.{slot}={source!r}: no such file (seen from {Path.cwd()})")
+    if path.suffix in PACKED.values():
+        raise ValueError(f"data.{slot}={source!r} is packed; unpack it, and name the file {path.stem!r}")
     if path.suffix not in READERS:
         raise ValueError(f"data.{slot}={source!r}: the ending {path.suffix!r} is of no format; rename it to one of {', '.join(READERS)}")
     return READERS[path.suffix](path)
@@ -58,6 +63,9 @@ def read_rows(source: str, slot: str, subset: str | None = None, streaming: bool
 def _text(path: Path) -> str:
     """Return a file's text, with ``\\n`` for every line end."""
     raw = path.read_bytes()
+    kind = next((ending for mark, ending in {**PACKED, b"PAR1": ".parquet"}.items() if raw.startswith(mark)), None)
+    if kind is not None:
+        raise ValueError(f"{path} is no text, but begins as a {kind} file; {'rename' if kind == '.parquet' else 'unpack'} it")
     encoding = next((name for mark, name in BOMS.items() if raw.startswith(mark)), None) or _unmarked(raw)
     try:
         return raw.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
@@ -107,6 +115,7 @@ def _read_lines(path: Path, text: str) -> Iterator[PlacedRow]:
             place = f"{path}:{number}"
             with _placed(place):
                 row = json.loads(line)
+                check_characters(line, row)
             yield place, row
 
 
@@ -124,7 +133,8 @@ def _read_values(path: Path, text: str, position: int) -> Iterator[PlacedRow]:
     while (position := separators.match(text, position).end()) < len(text):  # type: ignore[union-attr]
         line, counted = line + text.count("\n", counted, position), position
         with _placed(f"{path}:{line}"):
-            row, position = decoder.raw_decode(text, position)
+            row, position = decoder.raw_decode(text, counted)
+            check_characters(text[counted:position], row)
         yield f"{path}:{line}", row
 
 

@@ -17,11 +17,13 @@ class Conversation:
         messages: The turns. The last one is the assistant's, except in prediction.
         tools: The functions that the assistant may call, as JSON schemas; None without.
         choices: Texts to choose the last answer from, which is one of them; None for a free answer.
+        given: How many messages at the beginning are given, so that answers among them are not learnt.
     """
 
     messages: list[Message]
     tools: list[Any] | None = None
     choices: list[str] | None = None
+    given: int = 0
 
 
 @dataclass

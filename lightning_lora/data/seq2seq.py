@@ -56,12 +56,17 @@ class Seq2SeqDataModule(FileDataModule):
     @override
     def encode(self, record: Record, split: str) -> Sequence[Example]:
         assert isinstance(record, Conversation)
+        if record.tools or any(message.get("tool_calls") for message in record.messages):
+            raise ValueError("the row has tools or calls of them, and this module reads and writes texts; leave the row out")
         before = record.messages if split == "predict" else record.messages[:-1]
         source = source_of(before)
         ids = self.tokenizer((self.source_prefix or "") + source)["input_ids"]
         if split == "predict":
             return [Example(ids, text=source)]
-        target = record.messages[-1]["content"]
+        answer = record.messages[-1]
+        if "weight" in answer:
+            raise ValueError("the answer has weight 0, and there is nothing else to learn; leave the row out")
+        target = answer["content"]
         labels = self.tokenizer(text_target=target)["input_ids"]
         end = self.tokenizer.eos_token_id
         if end is not None and end not in labels[-1:]:  # or the model would not learn to stop

@@ -6,6 +6,8 @@ tokenizer's own end token and fit every tokenizer.
 
 from __future__ import annotations
 
+import difflib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,18 @@ def set_template(tokenizer: Any, template: str) -> None:
     start = tokenizer("a")["input_ids"][:1]  # a tokenizer that begins every text with a token of its own expects it here too
     begins = start == [tokenizer.bos_token_id]
     tokenizer.chat_template = ("{{ bos_token }}" if begins else "") + TEMPLATES[template]
+
+
+def check_options(template: Any, options: dict[str, Any]) -> None:
+    """Raise ValueError if a template does not read one of ``data.chat_template_kwargs``, which then has no effect."""
+    names = set(re.findall(r"[A-Za-z_]\w*", str(template)))
+    for name in options:
+        if name in ("messages", "tools", "add_generation_prompt"):
+            raise ValueError(f"data.chat_template_kwargs sets {name!r}, which comes from the rows; leave it out")
+        if name not in names:
+            close = difflib.get_close_matches(name, names, 1, 0.7)
+            hint = f"did you mean {close[0]!r}?" if close else "leave it out"
+            raise ValueError(f"data.chat_template_kwargs sets {name!r}, which the tokenizer's chat template does not read; {hint}")
 
 
 def check_template(template: str | None) -> None:

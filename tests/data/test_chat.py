@@ -80,6 +80,85 @@ def test_messages_that_are_all_left_out_are_refused():
         answers(tiny_lm.tokenizer(), [CHAT[0], {**CHAT[1], "weight": 0}])
 
 
+SYSTEM = {"role": "system", "content": "hi"}
+
+
+@pytest.mark.parametrize(
+    ("family", "role"),
+    [("qwen2_5", "developer"), ("qwen3", "developer"), ("phi3", "tool"), ("gptoss", "system"), ("deepseek_r1_distill", "developer")],
+)
+def test_a_message_that_the_template_leaves_out_is_refused(family, role):
+    """Its text is part of other words, so that finding it says nothing."""
+    messages = [*CHAT, {"role": role, "content": "hi"}, *CHAT]
+    chat = Chat(families.tokenizer(family))
+    for refused in (lambda: chat.examples(Conversation(messages)), lambda: chat.prompt(messages[:-1])):
+        with pytest.raises(ValueError, match=f"template leaves out or changes the message of '{role}' .'hi'"):
+            refused()
+
+
+def test_a_system_message_may_stand_in_another_answers_prompt():
+    """Mistral's template writes it into the last question, and behind the result of a tool there is none."""
+    call = {"role": "assistant", "content": "", "tool_calls": [{"id": "abcdefghi", "function": {"name": "look", "arguments": {}}}]}
+    result = {"role": "tool", "content": "blue", "tool_call_id": "abcdefghi"}
+    assert len(answers(families.tokenizer("mistral_v0_3"), [SYSTEM, CHAT[0], call, result, CHAT[1]])) == 2
+
+
+def test_reasoning_that_the_template_leaves_out_is_refused():
+    told = [CHAT[0], {**CHAT[1], "reasoning_content": "It is noon."}]
+    assert answers(families.tokenizer("qwen3"), told) == ["<think>\nIt is noon.\n</think>\n\nblue<|im_end|>"]
+    with pytest.raises(ValueError, match="does not write the answer's 'reasoning_content'"):
+        answers(families.tokenizer("qwen2_5"), told)
+
+
+def test_answers_that_are_given_are_not_learnt():
+    tokenizer = tiny_lm.tokenizer()
+    (example,) = Chat(tokenizer).examples(Conversation([*CHAT, CHAT[0], {**CHAT[1], "content": "red"}], given=3))
+    assert tokenizer.decode(example.answer) == "red </s>"
+    left_out = {**CHAT[1], "weight": 0}
+    with pytest.raises(ValueError, match="every answer has weight 0"):
+        answers(tokenizer, [*CHAT, CHAT[0], left_out], "last")
+    with pytest.raises(ValueError, match=r"data.train_on=all learns every token, and a message has weight 0"):
+        answers(tokenizer, [CHAT[0], left_out, *CHAT], "all")
+
+
+def test_an_answer_to_nothing_is_refused():
+    tokenizer = tiny_lm.tokenizer()
+    with pytest.raises(ValueError, match="the first message is the assistant's, an answer to nothing"):
+        answers(tokenizer, [CHAT[1], *CHAT])
+    assert answers(tokenizer, [{**CHAT[1], "weight": 0}, *CHAT]) == ["blue </s>"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("enable_thinkin", "which the tokenizer's chat template does not read; did you mean 'enable_thinking'"),
+        ("continue_final_message", "which the tokenizer's chat template does not read; leave it out"),
+        ("add_generation_prompt", "which comes from the rows"),
+    ],
+)
+def test_an_option_without_effect_is_refused(name, message):
+    with pytest.raises(ValueError, match=f"data.chat_template_kwargs sets '{name}', {message}"):
+        Chat(families.tokenizer("qwen3"), {"enable_thinking": True, name: False})
+
+
+def test_the_labels_are_those_of_the_templates_own_blocks():
+    """``{% generation %}`` is transformers' way to say what is learnt."""
+    tokenizer = families.tokenizer("qwen2_5")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+        "{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    messages = [SYSTEM, *CHAT, *CHAT]
+    (example,) = Chat(tokenizer).examples(Conversation(messages))
+    theirs = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    length = len(example)  # without the line end behind the last answer
+    assert example.ids == theirs["input_ids"][:length] and [label != -100 for label in example.labels] == list(
+        map(bool, theirs["assistant_masks"][:length])
+    )
+
+
 def test_an_answer_that_two_tokens_end():
     """As Cohere's; the last one stops generation."""
     tokenizer = families.tokenizer("llama3_1")

@@ -32,6 +32,16 @@ def test_a_row_without_a_label_is_named(folder, tmp_path):
         trainer().validate(SequenceClassificationTask(folder), ClassificationDataModule(val=str(tmp_path / "saved")), verbose=False)
 
 
+def test_a_number_that_is_no_label_is_not_taken_for_an_id(folder, tmp_path):
+    """Of labels 1 to 3, the 1 has id 0; a 0 is none of them."""
+    files = {name: tmp_path / f"{name}.csv" for name in ("train", "val")}
+    files["train"].write_text("text,label\nred,1\nblue,2\ngreen,3\n")
+    files["val"].write_text("text,label\nred,0\n")
+    data = ClassificationDataModule(train=str(files["train"]), val=str(files["val"]))
+    with pytest.raises(ValueError, match=r"val.csv:2: the label '0' is none of \['1', '2', '3'\]"):
+        trainer(max_epochs=1).fit(SequenceClassificationTask(folder), data)
+
+
 def test_lists_of_labels_have_their_names(folder, tmp_path):
     tags = datasets.Sequence(datasets.ClassLabel(names=TAGS))
     features = datasets.Features({"tokens": datasets.Sequence(datasets.Value("string")), "ner_tags": tags})

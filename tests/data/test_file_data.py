@@ -120,7 +120,7 @@ def test_rows_are_tokenized_once(tmp_path, kept, monkeypatch, caplog):
     with caplog.at_level(logging.INFO, "lightning.pytorch"):
         assert count == 4 and load() == (first, 0) == load(batch_size=3, num_workers=1)
     assert "4 rows (tokenized before), 1 cut" in caplog.text
-    assert load(train_on="all")[1] == load(chat_template_kwargs={"a": 1})[1] == 4
+    assert load(train_on="all")[1] == load(chat_template_kwargs={"m": 1})[1] == 4
     monkeypatch.setattr(tiny_lm, "CHATML", tiny_lm.CHATML + "{# another #}")
     assert load()[1] == 4
     tiny_lm.write(tmp_path / "rows.jsonl", [*rows(2), ROW, {**ROW, "response": "blue " * 30}])

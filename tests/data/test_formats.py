@@ -1,6 +1,6 @@
 import pytest
 
-from lightning_lora.data.formats import FORMATS, check_format, to_record
+from lightning_lora.data.formats import FORMATS, check_format, to_record, unread
 from lightning_lora.data.records import Conversation, Labelled, Pair, PlainText
 
 USER, ANSWER = {"role": "user", "content": "sky?"}, {"role": "assistant", "content": "blue"}
@@ -55,6 +55,21 @@ ROWS = {
         Conversation(CALLED, TOOLS),
     ),
     "ShareGPT's key with the keys of messages": ({"conversations": [USER, ANSWER]}, TALK),
+    "ShareGPT's other names": ({"conversations": [{"from": "Human", "value": "sky?"}, {"from": "ChatGPT", "value": "blue"}]}, TALK),
+    "ShareGPT with an answer that is not learnt": (
+        {"conversations": [shared("")[0], {**shared("red")[1], "weight": 0}, *shared("blue")]},
+        Conversation([USER, {**WRONG, "weight": 0}, USER, ANSWER]),
+    ),
+    "axolotl's flag of a message": (
+        {"messages": [USER, {**WRONG, "train": False}, USER, {**ANSWER, "train": True}]},
+        Conversation([USER, {**WRONG, "weight": 0}, USER, ANSWER]),
+    ),
+    "a call without arguments": (
+        {"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "look", "arguments": ""}]}, ANSWER]},
+        Conversation(
+            [USER, {"role": "assistant", "content": "", "tool_calls": [{**CALL, "function": {"name": "look", "arguments": {}}}]}, ANSWER]
+        ),
+    ),
     "Alpaca": ({"instruction": "sky?", "input": "", "output": "blue"}, TALK),
     "Alpaca without input": ({"instruction": "sky?", "output": "blue"}, TALK),
     "Alpaca with input": (
@@ -69,6 +84,15 @@ ROWS = {
     "prompt and response with choices": ({"prompt": "sky?", "response": "blue", "choices": ["red", "blue"]}, None),
     "prompt and completion": ({"prompt": "sky?", "completion": "blue"}, TALK),
     "prompt and completion as messages": ({"prompt": [SYSTEM, USER], "completion": [ANSWER]}, Conversation([SYSTEM, USER, ANSWER])),
+    "OpenOrca's system message": (
+        {"prompt": "sky?", "response": "blue", "system_prompt": "Be brief."},
+        Conversation([SYSTEM, USER, ANSWER]),
+    ),
+    "prompt with a talk before": (  # of which nothing is learnt, as in TRL
+        {"prompt": [USER, WRONG, USER], "completion": [ANSWER], "system": "Be brief."},
+        Conversation([SYSTEM, USER, WRONG, USER, ANSWER], given=3),
+    ),
+    "prompt as JSON text": ({"prompt": '[{"role": "user", "content": "sky?"}]', "response": "blue"}, TALK),
     "text": ({"text": "The sky is blue."}, PlainText("The sky is blue.")),
     "text and label": ({"text": "The sky", "label": "blue"}, Labelled("The sky", "blue")),
     "text and a number": ({"text": "The sky", "label": 0}, Labelled("The sky", 0)),
@@ -76,6 +100,22 @@ ROWS = {
     "pair of messages": ({"prompt": [USER], "chosen": [ANSWER], "rejected": [WRONG]}, Pair([USER], [ANSWER], [WRONG])),
     "pair that repeats the prompt": (
         {"prompt": "sky?", "chosen": [USER, ANSWER], "rejected": [USER, WRONG]},
+        Pair([USER], [ANSWER], [WRONG]),
+    ),
+    "pair that repeats the prompt with a system message": (
+        {"prompt": "sky? ", "chosen": [SYSTEM, USER, ANSWER], "rejected": [SYSTEM, USER, WRONG]},
+        Pair([SYSTEM, USER], [ANSWER], [WRONG]),
+    ),
+    "pair of later answers": (
+        {"prompt": "sky?", "chosen": [USER, WRONG, USER, ANSWER], "rejected": [USER, WRONG, USER, WRONG]},
+        Pair([USER, WRONG, USER], [ANSWER], [WRONG]),
+    ),
+    "pair with a system column": (
+        {"prompt": "sky?", "chosen": "blue", "rejected": "red", "system": "Be brief."},
+        Pair([SYSTEM, USER], [ANSWER], [WRONG]),
+    ),
+    "pair as JSON text": (
+        {"prompt": "sky?", "chosen": '[{"role": "assistant", "content": "blue"}]', "rejected": "red"},
         Pair([USER], [ANSWER], [WRONG]),
     ),
     "pair of messages without a prompt": ({"chosen": [USER, ANSWER], "rejected": [USER, WRONG]}, Pair([USER], [ANSWER], [WRONG])),
@@ -139,6 +179,16 @@ BAD = [
     ({"messages": {"role": "user"}}, "'messages' must be a list of objects with 'role' and 'content'"),
     ({"messages": [{"role": "usr", "content": "sky?"}, ANSWER]}, "the role 'usr' is none of .*; did you mean 'user'"),
     ({"messages": [USER, {"role": "Assistant", "content": "blue"}]}, "the role 'Assistant' is none of .*; did you mean 'assistant'"),
+    ({"messages": [USER, {"role": "gpt", "content": "blue"}, USER, ANSWER]}, "the role 'gpt' is none of .*; did you mean 'assistant'"),
+    ({"messages": [USER, {**ANSWER, "weight": 0.5}]}, "'weight' of a message must be 0 or 1 .*, got 0.5"),
+    ({"messages": [USER, {**ANSWER, "train": "no"}]}, "'train' of a message must be 0 or 1 .*, got 'no'"),
+    ({"messages": [USER, {"role": "assistant", "content": ""}, USER, ANSWER]}, "the answer is ''; it must be a text that is not empty"),
+    ({"messages": [USER, {**ANSWER, "function_call": {"name": "a"}}]}, "'function_call' is the older form of a call"),
+    ({"messages": [USER, ANSWER], "functions": [{"name": "a"}]}, "'functions' is the older form of 'tools'"),
+    ({"messages": [USER, ANSWER], "images": ["sky.png"]}, "the row has 'images', and only texts are read"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}, ANSWER]}, "the 'text' in .* must be text, got None"),
+    ({"messages": [SYSTEM, USER, ANSWER], "system": "Be long."}, "the row has 'system', and its messages begin with another system"),
+    ({"messages": '[{"role": "user", "content": "\\ud83d"}]'}, r"it has half a character \(\\ud83d\)"),
     ({"messages": [USER]}, "the last message must be the assistant's answer, not of 'user'"),
     ({"messages": [ANSWER]}, "the prompt is empty"),
     (
@@ -149,18 +199,33 @@ BAD = [
     ({"messages": [USER, {"role": "assistant", "tool_calls": [{"x": 1}]}]}, "a tool call must be like"),
     ({"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "a", "arguments": "{"}]}]}, "a tool call's arguments are not JSON"),
     ({"messages": [USER, {"role": "assistant", "tool_calls": 3}]}, "'tool_calls' must be a list"),
+    (
+        {"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "a", "arguments": "3"}]}]},
+        "must be an object, .*, got 3",
+    ),
     ({"messages": [USER, ANSWER], "tools": "look"}, "'tools' are not JSON"),
     ({"messages": [USER, ANSWER], "tools": ["look"]}, "'tools' must be a list of objects"),
     ({"conversations": [{"from": "human"}]}, "'conversations' must be a list of objects with 'from' and 'value'"),
     ({"conversations": [*shared("a"), {"from": "function_call", "value": "look"}]}, "a function_call's value are not JSON"),
+    ({"conversations": [{"from": "Emma", "value": "sky?"}, shared("blue")[1]]}, "the speaker 'Emma' is none of human, gpt"),
     ({"instruction": "a", "output": 3}, "the answer must be text, got 3; write it as a JSON text"),
     ({"instruction": "a", "output": "b", "history": ["c"]}, "'history' must be a list of pairs of texts"),
     ({"prompt": "a", "response": " \n"}, r"the answer is ' \\n'; it must be a text that is not empty"),
     ({"prompt": " ", "response": "a"}, "the prompt is empty"),
     ({"prompt": "a", "response": "b", "choices": ["c"]}, "'choices' must be a list of texts that holds the answer 'b'"),
+    ({"prompt": [USER, ANSWER], "completion": "a"}, "the prompt ends with the assistant's message"),
+    ({"prompt": "[{'role': 'user', 'content': 'a'}]", "response": "b"}, "'the prompt' are not JSON"),
+    ({"text": "a", "response": "b"}, "the row has 'text' and 'response': name the prompt with data.columns"),
     ({"text": 3}, "'text' must be text, got 3"),
     ({"text": "a", "label": ["b"]}, r"'label' must be a text or a number, got \['b'\]"),
     ({"chosen": "a", "rejected": "b"}, "have no prompt: add 'prompt'"),
+    (
+        {"prompt": [USER], "chosen": [SYSTEM, USER, ANSWER], "rejected": "b"},
+        "'chosen' must have the assistant's messages",
+    ),
+    ({"prompt": "a", "chosen": [ANSWER, USER], "rejected": "b"}, "'chosen' must .* ends with one of 'user'"),
+    ({"chosen": "ab", "rejected": "ac", "system": "Be brief."}, "a system message needs a prompt"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c", "image": "sky.png"}, "the row has 'image', and only texts are read"),
     ({"prompt": "a", "chosen": "b", "rejected": "b"}, "must both have an answer, and not the same one"),
 ]
 
@@ -170,6 +235,12 @@ def test_a_bad_row_is_refused_in_one_line(row, message):
     with pytest.raises(ValueError, match=message) as error:
         to_record(row)
     assert "\n" not in str(error.value)
+
+
+def test_keys_that_nothing_reads_are_known():
+    row = {"instruction": "sky?", "context": "It is noon.", "reply": "blue", "input": None, "id": 3}
+    assert unread(row, columns={"reply": "output"}) == ["context", "id"]
+    assert unread({"text": "sky", "label": 1}, "text") == ["label"] and unread(ROWS["tools"][0]) == []
 
 
 def test_every_example_is_a_row_of_its_format():

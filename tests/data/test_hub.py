@@ -3,6 +3,7 @@
 import json
 
 import datasets
+import pyarrow.parquet
 import pytest
 
 from lightning_lora.data import hub
@@ -20,6 +21,15 @@ def apart(tmp_path, monkeypatch):
 
 def read(source, slot="train", **options):
     return list(read_rows(str(source), slot, **options))
+
+
+def test_null_fields_of_other_rows_are_left_out(tmp_path):
+    """A column of objects gives each the fields of all: the model would learn to call tools with nulls."""
+    rows = [{"calls": [{"arguments": {name: "a"}}], "text": None} for name in ("city", "unit")]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert [row for _, row in read_rows(str(tmp_path / "rows.parquet"), "train")] == rows
+    datasets.Dataset(pyarrow.Table.from_pylist(rows)).save_to_disk(tmp_path / "saved")
+    assert [row for _, row in read_rows(str(tmp_path / "saved"), "train")] == rows
 
 
 def test_parquet(tmp_path):

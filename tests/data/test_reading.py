@@ -89,6 +89,11 @@ def test_latin_1_is_refused_with_the_cure(tmp_path):
         ("a.csv", "a,b\n1\n", r"a.csv:2: 1 fields, but the header names 2"),
         ("a.csv", "a,a\n1,2\n", r"a.csv:1: the header names a column twice"),
         ("a.csv", 'a,b\n"1,2\n', r"a.csv:2 is not csv \(unexpected end of data\)"),
+        ("a.jsonl", '{"a": "\\ud83d"}', r"a.jsonl:1 cannot be read as JSON \(it has half a character \(\\ud83d\)"),
+        ("a.json", '[{"a": "\\ud83d\\ude00"},\n{"a": "\\ud83d"}]', r"a.json:2 cannot be read as JSON \(it has half a character"),
+        ("a.jsonl.gz", "a", r"data.train='.*a.jsonl.gz' is packed; unpack it, and name the file 'a.jsonl'"),
+        ("a.csv", "PK\x03\x04", r"a.csv is no text, but begins as a .zip file; unpack it"),
+        ("a.jsonl", "PAR1", r"a.jsonl is no text, but begins as a .parquet file; rename it"),
         ("a.txt", "a", r"data.train='.*a.txt': the ending '.txt' is of no format; rename it to one of .jsonl"),
     ],
 )

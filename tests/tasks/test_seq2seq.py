@@ -108,3 +108,14 @@ def test_a_row_of_another_kind_is_named(folder, tmp_path):
     file = tiny_lm.write(tmp_path / "rows.jsonl", [{"text": "a", "label": "b"}])
     with pytest.raises(ValueError, match=r"rows.jsonl:1: Seq2SeqDataModule takes a conversation, and this row is a text with a label"):
         trainer().validate(Seq2SeqTask(folder), Seq2SeqDataModule(val=file), verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("message", "refused"),
+    [({"content": "", "tool_calls": [{"name": "a"}]}, "has tools or calls of them"), ({"content": "blue", "weight": 0}, "has weight 0")],
+)
+def test_an_answer_that_is_no_text_to_learn_is_refused(folder, tmp_path, message, refused):
+    messages = [{"role": "user", "content": "sky"}, {"role": "assistant", **message}]
+    file = tiny_lm.write(tmp_path / "rows.jsonl", [{"messages": messages}])
+    with pytest.raises(ValueError, match=f"rows.jsonl:1: .*{refused}"):
+        trainer().validate(Seq2SeqTask(folder), Seq2SeqDataModule(val=file), verbose=False)
