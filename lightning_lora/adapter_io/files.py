@@ -10,6 +10,7 @@ edits that change the adapter. Tensors without a JSON still load here, because t
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,10 +30,11 @@ from lightning_lora.storage.atomic_files import write_atomic
 from lightning_lora.storage.folder_commit import commit, occupied, read_undisturbed
 from lightning_lora.storage.folders import standing
 from lightning_lora.storage.read_checkpoint import read_checkpoint
-from lightning_lora.storage.regular_files import WrongPath, read_regular
+from lightning_lora.storage.regular_files import WrongPath, read_regular, said_instead
 from lightning_lora.storage.sharded_checkpoint import REST, read_folder
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 LONGEST = 2**24  # bytes of JSON; 100,000 layers that are named one by one take half of it
 
 
@@ -173,20 +175,17 @@ def write_folder(folder: Path, content: AdapterFile, fields: dict[str, Any], che
 def _read_folder(folder: Path) -> AdapterFile:
     file = folder / TENSORS
     if not folder.is_dir():
-        raise WrongPath(f"{folder}: there is no such adapter folder or checkpoint.")
+        hub = "; of the hub nothing is downloaded here: huggingface_hub.snapshot_download of this name gives a folder"
+        raise WrongPath(f"{folder}: there is no such adapter folder or checkpoint{hub if _HUB_ID.fullmatch(str(folder)) else ''}.")
     if not file.is_file():
-        pickled = folder / "adapter_model.bin"
-        hint = (
-            f"; {pickled.name} is a pickle, which can run code: load it in PEFT and save it with safe_serialization=True"
-            if pickled.exists()
-            else ""
-        )
-        raise WrongPath(f"{file} is missing{hint}.")
+        raise WrongPath(f"{file} is missing{_beside(folder)}.")
     try:
         with safe_open(file, framework="pt") as reader:
             said = (reader.metadata() or {}).get(META)
             tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
+        if instead := said_instead(file):
+            raise ValueError(f"{file} is {instead}.") from error
         raise ValueError(f"{file} is not a readable safetensors file (truncated?): {error}") from error
     meta = None if said is None else parsed(said, f"{file}: its {META} metadata")
     named: dict[str, Tensor] = {}
@@ -205,9 +204,23 @@ def _read_folder(folder: Path) -> AdapterFile:
     return AdapterFile(config, named, base, frozenset(meta.get("beside", ())), damaged=damaged)
 
 
+def _beside(folder: Path) -> str:
+    """Return a hint at what is there in place of the tensors' file."""
+    if (folder / "adapter_model.bin").exists():
+        return "; adapter_model.bin is a pickle, which can run code: load it in PEFT and save it with safe_serialization=True"
+    if (folder / f"{TENSORS}.index.json").exists():
+        return "; the tensors are in several files: load them in PEFT, and save them in one"
+    inner = sorted(found.parent.name for found in folder.glob(f"*/{TENSORS}"))
+    return f"; there are adapters in the folders below it, {', '.join(inner[:5])}: name one" if inner else ""
+
+
 def _read_file(file: Path) -> Any:
-    if file.suffix == ".safetensors":
+    if file.name in (TENSORS, CONFIG):
         raise ValueError(f"{file} is part of an adapter folder: load {file.parent}.")
+    if file.suffix == ".safetensors":
+        raise ValueError(
+            f"{file} is no adapter folder: PEFT's has {TENSORS} and {CONFIG}. Convert other formats with the library of theirs."
+        )
     return read_checkpoint(file)
 
 

@@ -40,7 +40,7 @@ def checked_adapter(
     """
     check_size(Path(path), root)
     adapter = place(read_adapter(path), root, str(path))
-    bad = [name for name, tensor in adapter.tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+    bad = [name for name, tensor in adapter.tensors.items() if tensor.is_floating_point() and not _finite(tensor)]
     if bad and not allow_nonfinite:
         raise ValueError(f"{path}: {bad[0]} holds NaN or infinity ({len(bad)} tensors do); pass allow_nonfinite=True to load it anyway.")
     adapter, report = _resolved(root, adapter, str(path))
@@ -169,6 +169,11 @@ def _fit(root: nn.Module, report: TargetReport, adapter: AdapterFile, where: str
                 f"{where}: {first} and {second} are one tied parameter in this model, the file has two values; untie them first."
             )
     return tensors, tensors.keys() - shapes.keys()
+
+
+def _finite(tensor: Tensor) -> bool:
+    wide = tensor.float() if tensor.element_size() == 1 else tensor  # torch has no such test of FP8
+    return bool(torch.isfinite(wide).all())
 
 
 def _some(names: list[str]) -> str:

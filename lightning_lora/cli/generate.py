@@ -15,7 +15,7 @@ from lightning_lora.cli.console import print_json, working
 from lightning_lora.cli.messages import usage
 from lightning_lora.cli.tuned import load_tuned
 from lightning_lora.data.formats import to_record
-from lightning_lora.data.reading import read_rows
+from lightning_lora.data.reading import read_rows, text_of_file
 from lightning_lora.data.records import CALLED, Conversation, Message
 from lightning_lora.tasks.hf import DType
 
@@ -92,7 +92,7 @@ def _read(file: Path) -> Iterator[Conversation]:
     if file.suffix and not file.exists():
         raise ValueError(f"file={str(file)!r}: no such file")
     if file.suffix == ".txt":
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = text_of_file(file).split("\n")
         rows: Iterable[tuple[str, Any]] = [(f"{file}:{number}", {"prompt": line}) for number, line in enumerate(lines, 1) if line.strip()]
     else:
         rows = read_rows(str(file), "predict")

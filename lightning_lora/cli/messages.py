@@ -22,6 +22,8 @@ _STRAY = re.compile(r"unrecognized arguments: ([^-].*)")
 _CLASS = re.compile(r"Problem with given class_path '([^']+)':")
 _CHOICES, _GOT = re.compile(r"expected one of ((?:'[^']*'(?:, )?)+)"), re.compile(r", got (.+)$")
 _MISSING = re.compile(r"the following arguments are required: (.+)")
+_SECOND = {"pytorch_lightning": "lightning.pytorch", "lightning_fabric": "lightning.fabric"}
+_DASH = re.compile(r"unrecognized arguments: -([^-\s=][^\s=]*)")
 _NOISE: tuple[str, ...] = (
     "Does not validate against",
     "Subtypes:",
@@ -103,6 +105,9 @@ def one_line(error: BaseException, known: Iterable[str] = ()) -> str:
     what = _plain(("; " if _KEY.search(text) else " ").join(problems)) or type(error).__name__
     if stray := _STRAY.fullmatch(what):
         return f"{stray[1]!r} is one argument too many; options have names, such as --config run.yaml"
+    dashed = _DASH.match(what)
+    if dashed and dashed[1] in list(known):
+        return f"no option '-{dashed[1]}'; options begin with two dashes: --{dashed[1]}"
     unknown = next((found[1] for pattern in _UNKNOWN if (found := pattern.search(what))), None)
     if unknown is not None:
         return _unknown(unknown, option, known, _CLASS.findall(text))
@@ -112,6 +117,8 @@ def one_line(error: BaseException, known: Iterable[str] = ()) -> str:
     given = re.search(r"Given value: ([^\n]+)", text)
     if option and given and not re.match(r"NestedArg|Namespace", given[1]) and not re.search(rf"(?<!\w){re.escape(given[1])}(?!\w)", what):
         what = f"{what.rstrip('.')}, got {given[1]}"
+    if option and given and "to a subclass of" in what and (hint := _of_other_package(given[1])):
+        return f"{option}: {hint}"
     return f"{option}: {what}{_nearest_choice(what)}" if option else what
 
 
@@ -123,6 +130,19 @@ def nearest(name: str, known: Iterable[str]) -> str:
         last = {key.rpartition(".")[2]: key for key in reversed(known)}
         found = [last[key] for key in difflib.get_close_matches(name.rpartition(".")[2], list(last), 1, 0.75)]
     return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def _of_other_package(given: str) -> str:
+    """Return what to write in place of a class of ``pytorch_lightning``, or of one that is derived from it; nothing for another value."""
+    path = re.search(r"[A-Za-z_]\w*(?:\.\w+)+", given)
+    cls = pydoc.locate(path[0]) if path else None
+    if not path or not isinstance(cls, type):
+        return ""
+    package, _, rest = path[0].partition(".")
+    if package in _SECOND:
+        return f"this command runs {_SECOND[package]}, and {path[0]} is of another package; write {_SECOND[package]}.{rest}"
+    there = [base for base in cls.__mro__ if base.__module__.partition(".")[0] in _SECOND]
+    return f"{path[0]} is derived from {there[0].__module__}.{there[0].__name__}; derive it from lightning.pytorch's" if there else ""
 
 
 def _nearest_choice(what: str) -> str:
@@ -156,4 +176,5 @@ def _plain(text: str) -> str:
     text = re.sub(r"Not of type \w+: could not convert string to float: ('[^;]*')", r"expected a number, got \1", text)
     text = re.sub(r"Expected (?:an? )?<class '(?:[\w.]*\.)?(\w+)'>", r"expected \1", text)
     text = re.sub(r"Not of type \w+: does not conform to restriction ([^;]+)", r"expected \1", text)
+    text = re.sub(r"Expected a dot import path string: (\w+)$", r"no class \1 is known; write its import path, as package.module.\1", text)
     return re.sub(r"Not of type \w+: (\S+) does not conform to restriction (.+)", r"\1 is not allowed: \2", text)

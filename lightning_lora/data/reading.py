@@ -60,8 +60,12 @@ def read_rows(source: str, slot: str, subset: str | None = None, streaming: bool
     return READERS[path.suffix](path)
 
 
-def _text(path: Path) -> str:
-    """Return a file's text, with ``\\n`` for every line end."""
+def text_of_file(path: Path) -> str:
+    """Return a file's text, with ``\\n`` for every line end.
+
+    Raises:
+        ValueError: It is no text, or of no encoding that is known here; the message names the line.
+    """
     raw = path.read_bytes()
     kind = next((ending for mark, ending in {**PACKED, b"PAR1": ".parquet"}.items() if raw.startswith(mark)), None)
     if kind is not None:
@@ -85,7 +89,7 @@ def _unmarked(raw: bytes) -> str:
 
 def _read_json(path: Path) -> Iterator[PlacedRow]:
     """Read one object per line, an array, or objects over several lines, whatever the ending says."""
-    text = _text(path)
+    text = text_of_file(path)
     first = next((line for line in text.split("\n") if line.strip()), "")
     if first.lstrip().startswith("["):
         return _read_array(path, text)
@@ -140,7 +144,7 @@ def _read_values(path: Path, text: str, position: int) -> Iterator[PlacedRow]:
 
 def _read_table(path: Path) -> Iterator[PlacedRow]:
     """Read comma, semicolon or tab separated values with a header; the header tells which."""
-    text = _text(path)
+    text = text_of_file(path)
     header = text.lstrip("\n").partition("\n")[0]
     limit = csv.field_size_limit(sys.maxsize)  # its default refuses texts of over 128 KiB
     try:

@@ -30,6 +30,14 @@ def open_regular(path: Path) -> BinaryIO:
     return os.fdopen(handle, "rb")
 
 
+def said_instead(path: Path) -> str:
+    """Return what stands in place of a file that cannot be read, as a download may leave it, with the cure; nothing for other content."""
+    start = path.read_bytes()[:200].lstrip().lower() if path.is_file() and path.stat().st_size < 1 << 20 else b""
+    if start.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS, not the file itself: run git lfs pull, or download the file"
+    return "a web page, not the file: download it again" if start.startswith((b"<!doctype", b"<html")) else ""
+
+
 def read_regular(path: Path, limit: int) -> bytes:
     """Return the content of a regular file.
 

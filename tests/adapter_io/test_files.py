@@ -124,6 +124,39 @@ def test_damaged_folders_are_refused_by_file_and_reason(folder, damage, message)
         read_adapter(folder)
 
 
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0a\nsize 9\n"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / TENSORS).write_bytes(LFS), "is a pointer of Git LFS, not the file itself: run git lfs pull"),
+        (lambda f: (f / TENSORS).write_bytes(b"<!DOCTYPE html>"), "is a web page, not the file: download it again"),
+        (lambda f: (f / TENSORS).rename(f / f"{TENSORS}.index.json"), "the tensors are in several files: load them in PEFT, and save"),
+        (lambda f: ((f / "checkpoint-9").mkdir(), (f / TENSORS).rename(f / "checkpoint-9" / TENSORS)), "below it, checkpoint-9: name one"),
+    ],
+    ids=["lfs", "html", "shards", "below"],
+)
+def test_what_a_download_left_instead_is_named(folder, damage, message):
+    damage(folder)
+    with pytest.raises(ValueError, match=message):
+        read_adapter(folder)
+
+
+def test_single_files_of_an_adapter_and_of_other_formats(folder, tmp_path):
+    for name in (CONFIG, TENSORS):
+        with pytest.raises(ValueError, match="is part of an adapter folder: load"):
+            read_adapter(folder / name)
+    save_file({"lora_unet_mid.lora_down.weight": torch.ones(1)}, tmp_path / "kohya.safetensors")
+    with pytest.raises(ValueError, match=r"kohya.safetensors is no adapter folder: PEFT's has adapter_model.safetensors and"):
+        read_adapter(tmp_path / "kohya.safetensors")
+
+
+def test_a_name_of_the_hub():
+    with pytest.raises(ValueError, match=r"owner/adapter: there is no such adapter .*; of the hub nothing is downloaded here"):
+        read_adapter("owner/adapter")
+
+
 def test_no_such_folder(tmp_path):
     with pytest.raises(ValueError, match="nothing: there is no such adapter folder or checkpoint"):
         read_adapter(tmp_path / "nothing")

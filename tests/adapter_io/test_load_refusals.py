@@ -147,6 +147,14 @@ def test_nan_on_request(make, tmp_path):
     assert model.layers[1].mlp.lora_B.isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float16, torch.float64])
+def test_tensors_of_another_dtype_have_their_values(make, folder, dtype):
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(folder / TENSORS).items()}
+    save_file(tensors, folder / TENSORS, {"format": "pt"})
+    found = load_adapter(make(TinyModel), folder).layers[1].mlp.lora_A
+    assert found.dtype == torch.float32 and found.equal(tensors["base_model.model.layers.1.mlp.lora_A.weight"].float())
+
+
 def test_pefts_copies_of_frozen_base_weights_are_accepted_as_long_as_they_are_the_bases(make, folder):
     copy = {"base_model.model.lm_head.weight": make(TinyModel).lm_head.weight.detach().clone()}
     save_file(load_file(folder / TENSORS) | copy, folder / TENSORS, {"format": "pt"})  # PEFT's files have no other metadata

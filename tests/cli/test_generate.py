@@ -46,7 +46,7 @@ def test_options_may_stand_before_the_prompt(model, adapter, capsys):
 def test_the_prompts_of_a_file_are_answered_as_one_by_one(model, tmp_path, capsys):
     prompts = [QUESTION, "grass", "is blood a pear"]
     single = [run(capsys, model, prompt, "--max_new_tokens=5").strip() for prompt in prompts]
-    (tmp_path / "p.txt").write_text("\n\n".join(prompts))
+    (tmp_path / "p.txt").write_text("\n\n".join(prompts), encoding="utf-16")  # as Windows may save it
     assert run(capsys, model, "--file", str(tmp_path / "p.txt"), "--max_new_tokens=5", "--batch_size=2").splitlines() == single
     rows = tiny_lm.write(tmp_path / "p.jsonl", [{"prompt": prompt} for prompt in prompts])
     lines = run(capsys, model, "--file", rows, "--max_new_tokens=5", "--json").splitlines()

@@ -1,4 +1,7 @@
+import re
+
 import pytest
+import pytorch_lightning
 from jsonargparse import ArgumentError
 
 from lightning_lora.cli.messages import check_not_null, nearest, one_line, usage
@@ -49,6 +52,37 @@ Subclass types expect one of:
 )
 def test_one_line(text, line):
     assert one_line(ArgumentError(None, text), ["rank", "alpha"]) == line
+
+
+def not_a_subclass(given: str) -> str:
+    lines = ("Import path does not correspond to a subclass of Callback", "Expected a <class 'NoneType'>")
+    return 'Parser key "trainer.callbacks":\n  Errors:\n' + "".join(f"    - {line}\n" for line in lines) + f"  Given value: {given}"
+
+
+class SecondCallback(pytorch_lightning.Callback):
+    """Of the other package."""
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ("pytorch_lightning.callbacks.Timer", "this command runs lightning.pytorch, .*; write lightning.pytorch.callbacks.Timer$"),
+        ("{'class_path': 'pytorch_lightning.loggers.CSVLogger', 'init_args': {}}", "; write lightning.pytorch.loggers.CSVLogger$"),
+        (f"{__name__}.SecondCallback", "SecondCallback is derived from pytorch_lightning.*; derive it from lightning.pytorch's$"),
+        ("collections.Counter", "Import path does not correspond to a subclass of Callback, got collections.Counter$"),
+    ],
+)
+def test_a_class_of_the_other_package_is_named(given, hint):
+    assert re.search(f"^trainer.callbacks: .*{hint}", one_line(ArgumentError(None, not_a_subclass(given))))
+
+
+def test_one_dash_and_an_unknown_class():
+    known = ["model.model"]
+    assert one_line(ArgumentError(None, "unrecognized arguments: -model.model a"), known) == (
+        "no option '-model.model'; options begin with two dashes: --model.model"
+    )
+    unknown = 'Parser key "trainer.callbacks":\n  Expected a dot import path string: EarlyStoping'
+    assert one_line(ArgumentError(None, unknown)).endswith("write its import path, as package.module.EarlyStoping")
 
 
 def test_nearest_knows_names_that_stand_elsewhere():
