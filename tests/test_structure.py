@@ -46,6 +46,7 @@ FOLDERS = [
     "tasks",
     "estimate",
     "cli",
+    "__main__",
 ]
 OPTIONAL = {"transformers", "PIL", "bitsandbytes", "torchao", "triton", "datasets", "matplotlib", "peft", "gguf", "pytorch_optimizer"}
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}
@@ -71,8 +72,7 @@ OTHER_ERRORS = {
     ("tasks.packing_check", "MixesDocuments"),  # which batches without padding catch
     ("storage.folder_commit", "IsADirectoryError"),
     ("", "AttributeError"),  # what the import system expects of a module's __getattr__
-    ("callbacks.interruption", "twin"),  # the SIGTERMException of the Trainer's package
-    ("trials.one_run", "twin"),  # likewise
+    *((file, "twin") for file in ("callbacks.interruption", "trials.one_run")),  # the SIGTERMException of the Trainer's package
     *(("trials.side_by_side", name) for name in ("KeyboardInterrupt", "SystemExit")),  # the exit code of what was stopped
     ("ops.stand_in", "AttributeError"),  # what `hasattr` expects of a class's __getattr__
     ("layers.base", "NotImplementedError"),
@@ -188,8 +188,8 @@ def test_kinds_variants_and_inits_never_name_each_other() -> None:
 
 def test_the_package_has_few_rooms() -> None:
     """What a newcomer sees first: at most 20 folders and files at the top, each folder with a sentence on what it holds and may import."""
-    rooms = {file.partition(".")[0] for file in FILES} - {""}
-    assert rooms == set(FOLDERS) - {""} and len(rooms) <= 20
+    rooms = {file.partition(".")[0] for file in FILES} - {"", "__main__"}
+    assert rooms == set(FOLDERS) - {"", "__main__"} and len(rooms) <= 20
     for room in rooms:
         if FILES[room].name == "__init__.py":
             assert "May import:" in (ast.get_docstring(tree(room)) or ""), room

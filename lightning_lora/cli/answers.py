@@ -13,6 +13,7 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveIn
 from lightning_lora.cli.tuned import Tuned
 from lightning_lora.data.batching import Example, collate_prompts, pad_right
 from lightning_lora.data.chat import encode_prompt, stop_tokens
+from lightning_lora.data.limits import check_token
 from lightning_lora.data.records import Conversation
 from lightning_lora.data.seq2seq import source_of
 
@@ -100,8 +101,11 @@ class Answerer:
 
     def _encode(self, conversation: Conversation) -> list[int]:
         if self.encodes:
-            return self.tokenizer(self.prefix + source_of(conversation.messages))["input_ids"]
-        return encode_prompt(self.tokenizer, conversation.messages, conversation.tools)
+            ids = self.tokenizer(self.prefix + source_of(conversation.messages))["input_ids"]
+        else:
+            ids = encode_prompt(self.tokenizer, conversation.messages, conversation.tools)
+        check_token(self.network, self.tokenizer, max(ids, default=0), "the prompt")
+        return ids
 
     def _text(self, ids: Any) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)

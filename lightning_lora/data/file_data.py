@@ -17,6 +17,7 @@ from lightning_lora.data.batching import Example, LengthGroupedSampler
 from lightning_lora.data.cache import cache_folder, key_of, read_cache, settings_of, tokenizer_state, write_cache
 from lightning_lora.data.encoding import Report, encode_rows
 from lightning_lora.data.formats import check_format, to_record, unread
+from lightning_lora.data.limits import check_limits
 from lightning_lora.data.of_task import FromTask
 from lightning_lora.data.reading import PlacedRow, read_rows
 from lightning_lora.data.records import CALLED, Record
@@ -253,11 +254,14 @@ class FileDataModule(FromTask, ABC):
         return options
 
     def loader(self, split: str) -> DataLoader:
-        """Return the loader of a split."""
+        """Return the loader of a split, whose rows the model can read."""
+        rows, task = self.examples[split], getattr(self.trainer, "lightning_module", None)
+        if isinstance(rows, Examples):
+            check_limits(getattr(task, "model", None), getattr(task, "tokenizer", None), rows, f"data.{split}")
         options: dict[str, Any] = {"num_workers": self.num_workers, "pin_memory": self._pins(), **self.batching(split)}
         if self.num_workers:
             options["multiprocessing_context"] = "fork"  # `collate` is a method of this module, which cannot be pickled
-        rows = options.pop("dataset", self.examples[split])
+        rows = options.pop("dataset", rows)
         return ResumableLoader(rows, self.position, **options) if split == "train" else DataLoader(rows, **options)
 
     def _pins(self) -> bool:

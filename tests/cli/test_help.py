@@ -1,6 +1,7 @@
 """`--help` and `--version`: quick, on a screen, and true to the parser."""
 
 import re
+import runpy
 import subprocess
 import sys
 from importlib import metadata
@@ -43,6 +44,13 @@ def test_the_launcher_runs_the_same_commands(monkeypatch, capsys):
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"lightning-lora {metadata.version('lightning-lora')}\n"
+
+
+def test_the_package_runs_as_a_module(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["python -m lightning_lora", "--version"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("lightning_lora", run_name="__main__")
+    assert stop.value.code == 0 and capsys.readouterr().out.startswith("lightning-lora ")
 
 
 @pytest.mark.parametrize("words", [[], *([command, "--help"] for command in (*texts.TRAIN, *texts.SWEEP, *texts.VERIFY))], ids=" ".join)
