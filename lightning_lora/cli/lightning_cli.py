@@ -133,7 +133,7 @@ class LoRACLI(LightningCLI):
         config, parser = self.config.get(str(self.subcommand), self.config), cli_parser(self, self.subcommand)
         take_weights_of_run(config, self.command, self.words)
         usual = parser.get_defaults()["lora"]
-        given = {name: value for name, value in vars(config.lora).items() if value != usual[name]}
+        given = {name: value for name, value in vars(config.lora).items() if name in usual and value != usual[name]}
         callbacks = config.get("trainer.callbacks") or []
         for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
             cls = pydoc.locate(callback.class_path)
@@ -281,7 +281,7 @@ def check_adapters(config: Namespace) -> None:
         given = lora.get("config")
         if isinstance(given, Namespace) and "target_modules" in given:
             with usage(where="lora.config: "):
-                check_options(LoRAConfig(**given.as_dict()))
+                check_options(LoRAConfig(**{name: value for name, value in given.as_dict().items() if name != "__path__"}))  # of its file
         if lora.get("quantize") is not None:
             with usage(where="lora."):
                 quantizer_of(lora["quantize"])

@@ -247,6 +247,14 @@ def test_adalora_from_its_yaml_on_top_of_another(model, config, tmp_path, capsys
     torch.testing.assert_close(merged, mine, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("key", "text"), [("lora.config", "{rank: 3}"), ("lora", "config: {rank: 3}")])
+def test_a_section_may_stand_in_a_file_of_its_own(key, text, config, tmp_path):
+    (tmp_path / "section.yaml").write_text(text)
+    cli = LoRACLI(["--config", config, f"--{key}", str(tmp_path / "section.yaml")], run=False)
+    (callback,) = (each for each in cli.trainer.callbacks if isinstance(each, LoRACallback))
+    assert callback.config.rank == 3
+
+
 def test_two_lora_configs_are_one_too_many(config, capsys):
     own = ["--trainer.callbacks+=lightning_lora.AdaLoRACallback", "--trainer.callbacks.config.target_modules=[v_proj]"]
     assert main(["fit", "--config", config, *own]) == 2
