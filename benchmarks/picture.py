@@ -38,7 +38,7 @@ SETTINGS = [
     ),
     Setting(
         "30B-A3B in 16 layers, all experts",
-        "records/2026-11-moe.log",
+        "records/2026-11-moe-unsloth.log",
         "| 30b-a3b, 16 layers, 4 x 2048, r=16 |",
         ("frozen", "ours", "peft"),
     ),
