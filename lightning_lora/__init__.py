@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from lightning_lora.model.weights import load_base
     from lightning_lora.optim.advice import advise_learning_rate
     from lightning_lora.strategies import DurableCheckpointIO, LoRAFSDP2Strategy
+    from lightning_lora.trials.in_one_fit import Trials
     from lightning_lora.trials.sweep import sweep
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "LoRAMonitor",
     "MergeCertificate",
     "RankAllocator",
+    "Trials",
     "advise_learning_rate",
     "apply_lora",
     "apply_lora_plus",
@@ -116,6 +118,7 @@ _LAZY = {
     "LoRACallback": "callbacks",
     "LoRAFSDP2Strategy": "strategies",
     "LoRAMonitor": "callbacks",
+    "Trials": "trials.in_one_fit",
     "advise_learning_rate": "optim.advice",
     "checkpoint_layers": "model.checkpointing",
     "combine_adapters": "adapter_io.combine",

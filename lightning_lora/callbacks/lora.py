@@ -23,9 +23,10 @@ from lightning_lora.callbacks.late_weights import load_or_defer
 from lightning_lora.callbacks.merging import check_mergeable, check_not_masked, merge_and_log
 from lightning_lora.callbacks.out_of_memory import advise
 from lightning_lora.callbacks.processes import begin_together
-from lightning_lora.callbacks.refusals import check_apart, check_fit, check_options, check_precondition, frozen_parts, submodule
+from lightning_lora.callbacks.refusals import check_apart, check_fit, check_options, check_precondition, check_step, frozen_parts, submodule
 from lightning_lora.callbacks.start_report import log_start
-from lightning_lora.callbacks.starting import Start, adapted_part, log_beginning
+from lightning_lora.callbacks.starting import Start, adapted_part, log_beginning, see_others
+from lightning_lora.callbacks.sweep_option import Sweep
 from lightning_lora.callbacks.watch import Watch
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import lora_layers
@@ -36,12 +37,8 @@ from lightning_lora.model.modes import restore_flags
 from lightning_lora.model.quantize import before_quantizing, quantize_reversibly
 from lightning_lora.model.targeting import TargetReport, find_targets
 from lightning_lora.model.weights import Weights
-from lightning_lora.optim.groups import check_ratio
-from lightning_lora.optim.preconditioning import check_known
 from lightning_lora.strategies import AdaptedPart, RollCall, StrategyHooks
 from lightning_lora.strategies.equal_ranks import synchronize
-from lightning_lora.strategies.fsdp2 import offer_to_others
-from lightning_lora.strategies.lightning_private import see_mixed_imports
 from lightning_lora.strategies.namespaces import twins
 from lightning_lora.strategies.support import arrange, check_supported, convert_base
 from lightning_lora.utils.sharding import is_sharded
@@ -86,6 +83,7 @@ class LoRACallback(Callback):
             (``fit(ckpt_path=)`` resumes a run.) Its config counts: leave out what it says, or say the same.
         init_batches: number of training batches, on each process, that an init that computes A and B from data reads before the run.
         weights: where the base of a module on the meta device comes from, once it is sharded; see :func:`~lightning_lora.load_base`.
+        sweep: train several adapters side by side over one base, each with its own settings: :class:`~lightning_lora.Trials`.
         tune_loop: let the progress bar read its values twice a second, not in every step (:mod:`lightning_lora.callbacks.shown_values`).
 
     Attributes:
@@ -118,20 +116,19 @@ class LoRACallback(Callback):
         precondition: Literal["riemannian", "lora_fa"] | None = None,
         init_batches: int = 8,
         weights: str | Path | Weights | None = None,
+        sweep: Sweep | None = None,
     ) -> None:
         offloaded = [offload] if isinstance(offload, str) else list(offload or ())
         check_options(compile, cuda_graphs, offloaded, checkpointing, quantize, merge_quantized, merge_max_lost, init_batches)
-        check_ratio(lora_plus_ratio)
-        check_known(precondition)
-        see_mixed_imports()
-        offer_to_others()
+        check_step(lora_plus_ratio, precondition)
+        see_others()
         self.config, self.module = config or LoRAConfig(), module
         self.start_from = None if start_from is None else str(start_from)
         self._start = None if self.start_from is None else Start(self.start_from)
         self.quantize, self.merge_quantized = quantize, merge_quantized
         self.merge_on_fit_end = quantize is None or merge_quantized is not None if merge_on_fit_end is None else merge_on_fit_end
         self.lora_plus_ratio, self.merge_max_lost, self.tune_loop = lora_plus_ratio, merge_max_lost, tune_loop
-        self.precondition, self.init_batches, self.weights = precondition, init_batches, weights
+        self.precondition, self.init_batches, self.weights, self.sweep = precondition, init_batches, weights, sweep
         self.check_base, self.check_gradients, self.allow_nonfinite = check_base, check_gradients, allow_nonfinite
         self.compile, self.cuda_graphs, self.offload, self.checkpointing = compile, cuda_graphs, offload, checkpointing
         self.report: TargetReport | None = None
@@ -149,6 +146,8 @@ class LoRACallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Inject, freeze and report. A model that is built in its ``setup`` or ``configure_model`` is adapted right after that."""
+        if self.sweep is not None:
+            return self.sweep.begin(self, trainer, pl_module)
         mine = [c for c in add_companions(trainer, temporary=True, tune_loop=self.tune_loop) if isinstance(c, LoRACallback)]
         self._roll_call = begin_together(self.config, vars(self), mine[0] is self, trainer)
         check_supported(trainer)

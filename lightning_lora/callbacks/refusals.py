@@ -15,7 +15,8 @@ from lightning_lora.layers.base import lora_layers
 from lightning_lora.layers.rounding import check_limit
 from lightning_lora.model.heads import left_frozen
 from lightning_lora.model.targeting import TargetReport
-from lightning_lora.optim.preconditioning import check_preconditioner
+from lightning_lora.optim.groups import check_ratio
+from lightning_lora.optim.preconditioning import check_known, check_preconditioner
 from lightning_lora.quantization.quantizers import quantizer_of
 from lightning_lora.strategies.adapted_part import AdaptedPart
 from lightning_lora.strategies.namespaces import twins
@@ -56,6 +57,12 @@ def check_options(
     check_limit(merge_max_lost, "merge_max_lost")
     if type(init_batches) is not int or init_batches < 1:
         raise ValueError(f"init_batches={init_batches!r}: give a whole number ≥ 1, such as 8.")
+
+
+def check_step(lora_plus_ratio: float, precondition: str | None) -> None:
+    """Raise ValueError if an option of the optimizer's steps has a value that is not known."""
+    check_ratio(lora_plus_ratio)
+    check_known(precondition)
 
 
 def check_apart(mine: str | None, others: Sequence[str | None]) -> None:

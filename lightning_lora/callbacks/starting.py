@@ -17,8 +17,15 @@ from lightning_lora.callbacks.start_report import log_advice
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import lora_layers
 from lightning_lora.strategies.adapted_part import AdaptedPart
-from lightning_lora.strategies.lightning_private import resumed_from
+from lightning_lora.strategies.fsdp2 import offer_to_others
+from lightning_lora.strategies.lightning_private import resumed_from, see_mixed_imports
 from lightning_lora.utils.names import adapter_root, clean_name
+
+
+def see_others() -> None:
+    """Let Lightning know ``strategy="lora_fsdp2"`` and say which package a module of the other one is from. Making a callback calls it."""
+    see_mixed_imports()
+    offer_to_others()
 
 
 class Start:

@@ -15,6 +15,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelPruning
+from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.loops.progress import _BaseProgress
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
@@ -232,3 +233,24 @@ def defer_bar_values(trainer: Any, deferred: Callable[[], bool]) -> Callable[[],
 
     connector.on_batch_end = on_batch_end
     return functools.partial(delattr, connector, "on_batch_end")
+
+
+def take_hyperparameters(module: LightningModule, other: LightningModule) -> None:
+    """Give a module the hyperparameters of another, for loggers and checkpoints. If their names go, these lack them."""
+    for name in ("_hparams", "_hparams_name", "_hparams_initial", "_log_hyperparams"):
+        if name in vars(other):
+            setattr(module, name, vars(other)[name])
+
+
+def take_batch_hooks(module: LightningModule, other: LightningModule) -> None:
+    """Let another module's hooks prepare the batches of a module. If the private name goes, a fit of several trials raises."""
+    for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer", "_call_batch_hook"):
+        vars(module)[name] = getattr(other, name)
+
+
+def configured(module: LightningModule) -> tuple[list[Any], list[Any]]:
+    """Return the optimizers of a module and the configurations of its schedulers, checked as for a run of its own.
+
+    If its name goes, a fit of several trials raises.
+    """
+    return _init_optimizers_and_lr_schedulers(module)
