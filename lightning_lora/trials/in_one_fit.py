@@ -37,9 +37,9 @@ class Trials(Sweep):
 
     Each trial is what the same ``fit`` with its settings alone is: adapter, optimizer state, schedulers, clipping, dropout, metrics,
     early stop and folder are its own. For every batch the steps of the trials follow each other, so that it costs what separate
-    fits cost, without their loading. A trial that stops early, or whose loss or gradients are not finite, costs nothing more; ``fit`` ends when all
-    have stopped. What a module logs gets the trial's name: ``small/val_loss``. ``EarlyStopping`` in the Trainer works for each trial,
-    with the plain name.
+    fits cost, without their loading. A trial that stops early, or whose loss or gradients are not finite, costs nothing more; ``fit``
+    ends when all have stopped. What a module logs gets the trial's name: ``small/val_loss``. ``EarlyStopping`` in the Trainer works
+    for each trial, with the plain name.
 
     Loaders draw the run's random numbers. With a ``generator`` of their own, a trial's dropout is that of a separate fit.
 
@@ -153,8 +153,11 @@ class _Run(Callback):
             restore_flags(self.flags)
             self.joint.adopt(trial, shared_copy(self.original))
             self.callbacks.insert(place + number, trial.callback)
-            with trial.drawing():
-                trial.callback.setup(self.trainer, self.joint, "fit")
+            try:
+                with trial.drawing():
+                    trial.callback.setup(self.trainer, self.joint, "fit")
+            except ValueError as error:
+                raise ValueError(f"trial {trial.name!r}: {error}") from error
             own_what_trains(trial.module, self.original)
             if apart := [name for name in not_shared(trial.module, self.original) if "lora_" not in name.rpartition(".")[2]]:
                 raise ValueError(f"sweep: {apart[0]!r} of {trial.name!r} is frozen and not the base's; use the function sweep for it.")

@@ -19,7 +19,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lora.strategies.lightning_private import take_batch_hooks, take_hyperparameters
@@ -75,6 +75,12 @@ class JointModule(LightningModule):
         self._written = written
         if not is_overridden("validation_step", original):  # Lightning asks whether it is overridden
             vars(self)["validation_step"] = MethodType(LightningModule.validation_step, self)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the user's module, such as a tokenizer that a data module asks for. Modules are each trial's own."""
+        original = vars(self).get("original")
+        value = getattr(original, name, None) if name not in self._modules else None
+        return super().__getattr__(name) if value is None or isinstance(value, (nn.Module, Tensor)) else value
 
     @property
     def live(self) -> list[LiveTrial]:

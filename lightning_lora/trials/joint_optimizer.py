@@ -122,6 +122,9 @@ def configure_jointly(trials: Sequence[LiveTrial]) -> tuple[list[Optimizer], lis
         own = replace(part, root=part.root.removeprefix(trial.key).removeprefix("."))
         prepare(optimizers, trial.schedulers, trial.module, [own])
         part.lora_plus_ratio, part.precondition = 1.0, None  # the strategy's hooks prepare the joint one too
+        groups = trial.optimizer.param_groups
+        for k, group in enumerate(groups):  # the names that LearningRateMonitor logs
+            group["name"] = "/".join([trial.name, *([str(group.get("name", k))] if len(groups) > 1 else [])])
     first = trials[0].schedulers
     for trial in trials:
         for config in trial.schedulers:

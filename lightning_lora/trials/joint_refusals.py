@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -34,52 +34,65 @@ def check_run(callback: LoRACallback, trainer: Trainer, module: LightningModule,
         module: the user's.
         settings: of the trials.
     """
-    for reason in _reasons(callback, trainer, module, settings):
-        if reason:
-            raise ValueError(f"sweep: {reason}.")
+    reason = _of_trainer(trainer) or _of_callbacks(trainer, settings) or _of_module(module) or _of_settings(callback, settings)
+    if reason is not None:
+        raise ValueError(f"sweep: {reason}.")
 
 
-def _reasons(callback: LoRACallback, trainer: Any, module: LightningModule, settings: Sequence[OwnSettings]) -> Sequence[str]:
-    """Return why not; an empty string where nothing speaks against it."""
+def _of_trainer(trainer: Any) -> str | None:
+    """Return why a trainer cannot run trials, None if it can."""
+    if not isinstance(trainer, Trainer):
+        return "the Trainer is pytorch_lightning's; import Trainer and module from lightning"
+    if (stage := trainer.state.fn) != TrainerFn.FITTING:
+        return f"{getattr(stage, 'value', stage)} has no trial to run; load one with load_adapter, and leave sweep out"
+    if not isinstance(trainer.strategy, twins(SingleDeviceStrategy)):
+        return f"strategy={type(trainer.strategy).__name__} is for several devices, and trials share one; set devices=1"
+    if trainer.precision == "16-mixed":
+        return "precision=16-mixed has one loss scale for all trials; use bf16-mixed"
+    if isinstance(trainer.precision_plugin, twins(BitsandbytesPrecision)):
+        return "the plugin BitsandbytesPrecision would quantize a base for each trial; load the base quantized"
+    return None
+
+
+def _of_callbacks(trainer: Any, settings: Sequence[OwnSettings]) -> str | None:
     others = [each for each in trainer.callbacks if isinstance(each, LoRACallback)]
-    stops = [each for each in trainer.callbacks if isinstance(each, twins(EarlyStopping))]
-    savers = [each for each in trainer.callbacks if isinstance(each, twins(ModelCheckpoint)) and each.monitor is not None]
-    names = [each.name for each in settings]
-    keys = [key_of(name) for name in names]
-    twice = [name for name, key in zip(names, keys, strict=True) if keys.count(key) > 1]
-    options = [name for name in OF_ONE if getattr(callback, name)]
-    hooks = [name for name in REFUSED if is_overridden(name, module)] if isinstance(module, LightningModule) else []
-    adapted = next((name for name, _ in lora_layers(module)), None)
-    inits = [each for each in settings if data_of(each.config.init) is not None]
-    return [
-        "" if isinstance(trainer, Trainer) else "pytorch_lightning's Trainer is not supported here; import both from lightning",
-        ""
-        if trainer.state.fn == TrainerFn.FITTING
-        else f"{trainer.state.fn} has no trial to run; load one with load_adapter, and leave sweep out",
-        "" if type(callback) is LoRACallback else f"{type(callback).__name__} changes ranks while it trains; {FUNCTION}",
-        "" if len(others) == 1 else f"the Trainer has {len(others)} LoRACallbacks, and a sweep has one; give the trials what differs",
-        f"the trials {twice[0]!r} and {twice[1]!r} differ in dots only; give one another name" if twice else "",
-        f"{options[0]}={getattr(callback, options[0])!r} works on one model, and trials share its base; leave it out, or {FUNCTION}"
-        if options
-        else "",
-        ""
-        if isinstance(trainer.strategy, twins(SingleDeviceStrategy))
-        else f"strategy={type(trainer.strategy).__name__} is for several devices, and trials share one; set devices=1",
-        f"precision={trainer.precision} has one loss scale for all trials; use bf16-mixed" if trainer.precision == "16-mixed" else "",
-        "the plugin BitsandbytesPrecision would quantize a base for each trial; load the base quantized"
-        if isinstance(trainer.precision_plugin, twins(BitsandbytesPrecision))
-        else "",
-        "" if module.automatic_optimization else f"{type(module).__name__} optimizes manually, with one optimizer; {FUNCTION}",
-        f"{type(module).__name__} overrides {hooks[0]}, which would have to do for all trials what it does for one; {FUNCTION}"
-        if hooks
-        else "",
-        f"{adapted!r} has LoRA already; unload_lora(module, merged='drop') first" if adapted else "",
-        f"init={inits[0].config.init!r} of the trial {inits[0].name!r} reads data through the Trainer; {FUNCTION}" if inits else "",
-        f"{type(savers[0]).__name__}(monitor={savers[0].monitor!r}): a checkpoint holds all trials; leave monitor out, or name one trial's:"
-        f" {names[0]}/{savers[0].monitor}. Trials(folder=...) keeps each trial's best adapter"
-        if savers and not any(str(savers[0].monitor).startswith(f"{name}/") for name in names)
-        else "",
-        "EarlyStopping with min_epochs or min_steps would stop trials before; leave one of them out"
-        if stops and ((trainer.min_epochs or 0) > 1 or trainer.min_steps)
-        else "",
-    ]
+    if len(others) > 1:
+        return f"the Trainer has {len(others)} LoRACallbacks, and a sweep has one; give the trials what differs"
+    names = [f"{each.name}/" for each in settings]
+    for each in trainer.callbacks:
+        if isinstance(each, twins(ModelCheckpoint)) and each.monitor is not None and not each.monitor.startswith(tuple(names)):
+            return (
+                f"{type(each).__name__}(monitor={each.monitor!r}): a checkpoint holds all trials; leave monitor out, or name one trial's"
+                f" {names[0]}{each.monitor}. Trials(folder=...) keeps the best adapter of each trial"
+            )
+        if isinstance(each, twins(LearningRateFinder, BatchSizeFinder)):
+            return f"{type(each).__name__} tries one run; find the value without sweep, and give it to the trials"
+        if isinstance(each, twins(EarlyStopping)) and ((trainer.min_epochs or 0) > 1 or trainer.min_steps):
+            return "EarlyStopping with min_epochs or min_steps would stop trials before; leave one of them out"
+    return None
+
+
+def _of_module(module: LightningModule) -> str | None:
+    name = type(module).__name__
+    if not module.automatic_optimization:
+        return f"{name} optimizes manually, with one optimizer; {FUNCTION}"
+    if hooks := [hook for hook in REFUSED if is_overridden(hook, module)]:
+        return f"{name} overrides {hooks[0]}, which would have to do for all trials what it does for one; {FUNCTION}"
+    if adapted := next((fqn for fqn, _ in lora_layers(module)), None):
+        return f"{adapted!r} has LoRA already; unload_lora(module, merged='drop') first"
+    return None
+
+
+def _of_settings(callback: LoRACallback, settings: Sequence[OwnSettings]) -> str | None:
+    if type(callback) is not LoRACallback:
+        return f"{type(callback).__name__} changes ranks while it trains; {FUNCTION}"
+    if options := [name for name in OF_ONE if getattr(callback, name)]:
+        value = getattr(callback, options[0])
+        return f"{options[0]}={value!r} works on one model, and trials share its base; leave it out, or {FUNCTION}"
+    keys = [key_of(each.name) for each in settings]
+    if twice := [each.name for each, key in zip(settings, keys, strict=True) if keys.count(key) > 1]:
+        return f"the trials {twice[0]!r} and {twice[1]!r} differ in dots only; give one another name"
+    for each in settings:
+        if data_of(each.config.init) is not None:
+            return f"init={each.config.init!r} of the trial {each.name!r} reads data through the Trainer; {FUNCTION}"
+    return None
