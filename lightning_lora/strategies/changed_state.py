@@ -25,7 +25,7 @@ from torch.nn.parameter import is_lazy
 from lightning_lora.adapter_io import fingerprint
 from lightning_lora.layers.base import PREFIX, lora_layers
 from lightning_lora.model.merge import unmerged
-from lightning_lora.strategies.digests import digest, is_merged
+from lightning_lora.strategies.digests import Pass, is_merged
 from lightning_lora.strategies.flattened import gathered, parameters
 from lightning_lora.utils.names import clean_name
 from lightning_lora.utils.sharding import is_flattened, is_sharded, local_tensor, reshard
@@ -120,11 +120,14 @@ class ChangedState:
 
     def rebase(self) -> None:
         """Take the digests anew after the strategy cast or sharded tensors, which is no change. Call :meth:`note` before that."""
+        here, copies = Pass(), dict[int, tuple[Tensor, Tensor]]()  # by identity: modules may share a parameter
         for fqn, owner, name, p in parameters(self.wrapped()):
             if self._reference is not None and fqn in self._reference and fqn not in self._moved:
-                self._reference[fqn] = digest(owner, name, p) or self._reference[fqn]
+                self._reference[fqn] = here.digest(owner, name, p) or self._reference[fqn]
                 if fqn in self._small and not is_merged(owner, name):
-                    self._copies[fqn] = local_tensor(p.detach()).to("cpu", copy=True)
+                    if id(p) not in copies:
+                        copies[id(p)] = p, local_tensor(p.detach()).to("cpu", copy=True)
+                    self._copies[fqn] = copies[id(p)][1]
 
     def start(self) -> None:
         """Note that training begins. What was on the meta device has its values by now. Changes from here on can be reset."""
@@ -227,13 +230,13 @@ class ChangedState:
 
     def _note(self, reference: dict[str, str]) -> None:
         reshard(self.module)
-        trains, changed, sharded = set(), set(), False
+        trains, changed, sharded, here = set(), set(), False, Pass()
         for fqn, owner, name, p in parameters(self.wrapped()):
             sharded |= is_sharded(p)
             if p.requires_grad and not name.startswith(PREFIX):
                 trains.add(fqn)
             known = fqn in reference and fqn not in self._moved
-            if known and digest(owner, name, p) not in (None, reference[fqn]) and not self._is_cast(fqn, p):
+            if known and here.digest(owner, name, p) not in (None, reference[fqn]) and not self._is_cast(fqn, p):
                 changed.add(fqn)
         if sharded and torch.distributed.is_initialized():
             everyone: list[Any] = [None] * torch.distributed.get_world_size()

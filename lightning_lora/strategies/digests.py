@@ -27,6 +27,24 @@ def digest(owner: nn.Module, name: str, parameter: Tensor) -> str | None:
     return checksum(tensor.as_subclass(Tensor))
 
 
+class Pass:
+    """The digests of one pass over a model, in which nothing changes: a parameter that several modules share is read once.
+
+    Trials of one fit share a base. What a layer adds to its weight is looked at for each layer.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Tensor, str | None]] = {}  # by identity, so each is kept alive
+
+    def digest(self, owner: nn.Module, name: str, parameter: Tensor) -> str | None:
+        """Return what :func:`digest` returns."""
+        if isinstance(owner, LoRALayer) and (is_merged(owner, name) or owner.base_beside(name) is not None):
+            return digest(owner, name, parameter)
+        if id(parameter) not in self._known:
+            self._known[id(parameter)] = parameter, digest(owner, name, parameter)
+        return self._known[id(parameter)][1]
+
+
 def is_merged(owner: nn.Module, name: str) -> bool:
     """Return True if the parameter is a weight that LoRA is merged into."""
     return isinstance(owner, LoRALayer) and owner.merged and name in owner.adapted and owner.by_weight()[name].merged

@@ -16,8 +16,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_lora import LoRACallback, LoRAConfig, Trials, get_lora_parameters, load_adapter
+from lightning_lora import LoRACallback, LoRAConfig, Trials, get_lora_parameters, load_adapter, quantize_base
+from lightning_lora.data import InstructionDataModule
+from lightning_lora.tasks import CausalLMTask
 from lightning_lora.trials.own_settings import OPTIONS
+from tests import tiny_lm
 from tests.callbacks.lora_runs import Resumable
 from tests.trials.nets import Rows
 
@@ -247,6 +250,23 @@ def test_a_trial_stops_early_alone():
     assert stop in trainer.callbacks and stop.wait_count == 0, "the user's is not used"
 
 
+class Epochs(Lit):
+    """Logs at the end of an epoch of training."""
+
+    def on_train_epoch_end(self) -> None:
+        self.log("steps", float(self.steps))
+
+
+def test_a_trial_that_stops_inside_an_epoch_ends_it():
+    trials, options = Trials(STOPPING), {"val_check_interval": 2, "max_epochs": 6}
+    trainer = fit(Epochs(), LoRACallback(CONFIG, sweep=trials), EarlyStopping("val_loss", patience=1), **options)
+    for given, (name, mine) in zip(STOPPING, trials.modules.items(), strict=True):
+        other, theirs = alone(given, EarlyStopping("val_loss", patience=1), make=Epochs, **options)
+        same(mine, other)
+        assert trainer.callback_metrics[f"{name}/steps"] == theirs.callback_metrics["steps"] == mine.steps
+    assert trials.result.outcomes[1].steps % 3 != 0, "inside an epoch"
+
+
 def test_the_fit_ends_when_all_have_stopped():
     trials = Trials([STOPPING[1], {**STOPPING[1], "name": "too", "rank": 1}])
     trainer = fit(Lit(), LoRACallback(CONFIG, sweep=trials), EarlyStopping("val_loss", patience=1), max_epochs=50)
@@ -288,7 +308,7 @@ def saver(folder: Any, **options: Any) -> ModelCheckpoint:
 @pytest.mark.parametrize(("every", "step"), [({}, 6), ({"every_n_train_steps": 1}, 4)])
 def test_a_resumed_run_is_the_run(tmp_path, every, step):
     def run(*callbacks: Callback, **options: Any) -> tuple[Trials, L.Trainer]:
-        trials = Trials([*GIVEN[:3], *STOPPING])
+        trials = Trials([GIVEN[2], *STOPPING])
         stop = EarlyStopping("val_loss", patience=1, min_delta=0.02)
         return trials, fit(
             Lit(),
@@ -313,9 +333,13 @@ def test_a_resumed_run_is_the_run(tmp_path, every, step):
     names = torch.load(file, weights_only=True)["state_dict"]
     assert any("lora_A" in name for name in names) and not any(name.endswith(("0.weight", "4.weight")) for name in names), "no base"
     assert file.stat().st_size < 200_000
-    other = Trials([{"rank": 2, "alpha": 16.0, "name": "rank2"}, *GIVEN[1:3], *STOPPING])
-    with pytest.raises(ValueError, match="holds another sweep: its trial 'rank2' has other settings"):
-        fit(Lit(), LoRACallback(CONFIG, sweep=other), saver(tmp_path / "c", **every), ckpt=file, enable_checkpointing=True)
+    for other, says in (
+        ([GIVEN[2], {"alpha": 16.0, "name": "learning_rate0.05"}, STOPPING[1]], "its trial 'learning_rate0.05' has other settings"),
+        ([GIVEN[2], *STOPPING[:1]], "here they are on"),
+    ):
+        callback = LoRACallback(CONFIG, sweep=Trials(other))
+        with pytest.raises(ValueError, match=says):
+            fit(Lit(), callback, saver(tmp_path / "c", **every), ckpt=file, enable_checkpointing=True)
 
 
 class Stops(Callback):
@@ -341,6 +365,50 @@ def test_an_interrupted_run_leaves_a_checkpoint_to_resume(tmp_path):
     )
     for given, mine in zip(GIVEN, trials.modules.values(), strict=False):
         same(mine, alone(given, loaders=resumable)[0])
+
+
+# Bases.
+
+
+class Packed(Lit):
+    def __init__(self, learning_rate: float = 0.05) -> None:
+        super().__init__(learning_rate)
+        self.model = quantize_base(self.model.float(), "fp8", modules_to_save=["6"])
+
+    def loss(self, batch: dict[str, Any]) -> Any:
+        return super().loss({**batch, "pixel_values": batch["pixel_values"].float()})
+
+
+def test_a_packed_base_is_shared_too():
+    module, trials = Packed(), Trials([{"rank": 1}, {"rank": 2}])
+    module.rows = Rows()
+    fit(module, LoRACallback(CONFIG, sweep=trials), max_epochs=1)
+    base = {t.data_ptr() for t in (*module.parameters(), *module.model[0].buffers())}
+    for mine in trials.modules.values():
+        layer = mine.model[0]
+        frozen = [t for name, t in (*layer.named_parameters(), *layer.named_buffers()) if "lora_" not in name]
+        assert frozen and {t.data_ptr() for t in frozen} <= base and mine.rows is module.rows
+
+
+def test_a_task_that_builds_its_model_in_setup(tmp_path):
+    model = tiny_lm.save(tmp_path / "model")
+    files = {split: tiny_lm.write(tmp_path / f"{split}.jsonl", tiny_lm.rows(6)) for split in ("train", "val")}
+
+    def run(callback: LoRACallback, rate: float) -> tuple[Any, L.Trainer]:
+        L.seed_everything(3, verbose=False)
+        trainer = L.Trainer(max_epochs=2, callbacks=[callback], precision="64-true", enable_checkpointing=False, **QUIET)
+        task = CausalLMTask(model, learning_rate=rate)
+        trainer.fit(task, datamodule=InstructionDataModule(**files, batch_size=3, cache=False))
+        return task, trainer
+
+    trials = Trials([{"rank": 2, "learning_rate": 1e-2}, {"rank": 4, "name": "larger"}])
+    _, trainer = run(LoRACallback(LoRAConfig(), sweep=trials, checkpointing="full"), 3e-3)
+    for rank, rate, (name, mine) in zip((2, 4), (1e-2, 3e-3), trials.modules.items(), strict=True):
+        other, theirs = run(LoRACallback(LoRAConfig(rank=rank), merge_on_fit_end=False, checkpointing="full"), rate)
+        for one, two in zip(get_lora_parameters(mine), get_lora_parameters(other), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-11)
+        for key in ("val_accuracy", "val_loss", "train_loss"):
+            assert float(trainer.callback_metrics[f"{name}/{key}"]) == pytest.approx(float(theirs.callback_metrics[key]), rel=1e-9)
 
 
 # Folders, the command line, refusals.
