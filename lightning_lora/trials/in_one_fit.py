@@ -13,7 +13,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_lora.adapter_io.save_load import save_adapter
 from lightning_lora.callbacks import LoRACallback
@@ -132,8 +132,8 @@ class _Run(Callback):
             if isinstance(each, twins(EarlyStopping)):
                 self.callbacks[k] = Callback()
                 self.replaced[self.callbacks[k]] = each
-        self.callbacks.append(_GiveBack(self))
         add_companions(self.trainer, temporary=True, tune_loop=self.callback.tune_loop)
+        self.callbacks.append(_GiveBack(self))
         self.joint = JointModule(self.original, self.trials, self._build, lambda: configure_jointly(self.trials), self._epoch_end)
         self._connect(self.joint)
 
@@ -209,6 +209,8 @@ class _Run(Callback):
             if trial.outcome.status == "complete":
                 self._save(trial, "last")
         self._write()
+        if self.options.monitor is not None and not any(self.options.monitor in trial.outcome.seen for trial in self.trials):
+            rank_zero_warn(f"monitor={self.options.monitor!r} was not logged; there are {', '.join(self.trials[0].outcome.seen)}.")
         self.options.result = SweepResult([trial.outcome for trial in self.trials], None)
         rank_zero_info(f"\n{self.options.result}")
         check_one_trained(self.options.result.outcomes)

@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from lightning_lora.strategies.lightning_private import take_batch_hooks, take_hyperparameters
 from lightning_lora.trials.joint_step import Result
 from lightning_lora.trials.live_trial import LiveTrial
+from lightning_lora.trials.records import check_one_trained
 
 #: Hooks that run on each live trial's copy with what Lightning passes; those with an optimizer get the trial's.
 EACH = (
@@ -122,8 +123,8 @@ class JointModule(LightningModule):
         for trial in self.live:
             with trial.drawing(), _unchanged(batch, trial):
                 losses += self._train(trial, batch, batch_idx)
-        if not self.live:
-            raise RuntimeError(f"every trial failed; the first: {self.all_trials[0].outcome.error}")
+        check_one_trained([trial.outcome for trial in self.all_trials])
+        self.trainer.should_stop = self.trainer.should_stop or not self.live
         return sum(losses[1:], losses[0]) if losses else None
 
     def _train(self, trial: LiveTrial, batch: Any, batch_idx: int) -> list[Tensor]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -95,13 +97,13 @@ class LiveTrial:
         """Take the random numbers of this moment, or of the trial's seed, as the trial's."""
         outside = ProcessState()
         if self.settings.seed is not None:
-            seed_everything(self.settings.seed, verbose=False)
+            seed_everything(self.settings.seed, workers=os.environ.get("PL_SEED_WORKERS") == "1", verbose=False)
         self._random = random_states(self.trainer)
         outside.restore()
 
-    @property
+    @cached_property
     def parameters(self) -> list[nn.Parameter]:
-        """What trains."""
+        """What trains, once its module has its adapter."""
         return [p for p in self.module.parameters() if p.requires_grad]
 
     @contextmanager
