@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -19,7 +21,7 @@ from lightning_lora.callbacks import LoRACallback
 from lightning_lora.callbacks.random_numbers import random_states, restore_random_states
 from lightning_lora.trials.one_run import Outcome
 from lightning_lora.trials.own_settings import OwnSettings
-from lightning_lora.trials.turns import ProcessState
+from lightning_lora.trials.turns import ProcessState, set_torch_random_numbers, torch_random_numbers
 
 KEPT = ("status", "monitor", "mode", "best", "best_step", "steps", "last", "seen", "error")  # of an outcome, in a checkpoint
 
@@ -98,7 +100,7 @@ class LiveTrial:
         outside = ProcessState()
         if self.settings.seed is not None:
             seed_everything(self.settings.seed, workers=os.environ.get("PL_SEED_WORKERS") == "1", verbose=False)
-        self._random = random_states(self.trainer)
+        self._random = _random_numbers()
         outside.restore()
 
     @cached_property
@@ -109,14 +111,14 @@ class LiveTrial:
     @contextmanager
     def drawing(self) -> Iterator[None]:
         """Within it, the process draws this trial's random numbers. Those of Lightning's sanity check are forgotten, as Lightning does."""
-        outside = random_states(self.trainer)
-        restore_random_states(self._random, self.trainer)
+        outside = _random_numbers()
+        _set_random_numbers(self._random)
         try:
             yield
         finally:
             if not self.trainer.sanity_checking:
-                self._random = random_states(self.trainer)
-            restore_random_states(outside, self.trainer)
+                self._random = _random_numbers()
+            _set_random_numbers(outside)
 
     def gradients(self, loss: torch.Tensor) -> list[torch.Tensor | None]:
         """Return the gradient of each of :attr:`parameters`. What batches before have accumulated stays as it is."""
@@ -141,16 +143,35 @@ class LiveTrial:
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint needs to go on with it, of plain types."""
         outcome = {name: deepcopy(getattr(self.outcome, name)) for name in KEPT}
-        return {"live": self.live, "random": self._random, "outcome": outcome, "stops": [stop.state_dict() for stop in self.stops]}
+        with self.drawing():
+            numbers = random_states(self.trainer)
+        return {"live": self.live, "random": numbers, "outcome": outcome, "stops": [stop.state_dict() for stop in self.stops]}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state` returned."""
-        self.live, self._random = state["live"], state["random"]
+        self.live = state["live"]
+        outside = _random_numbers()
+        restore_random_states(state["random"], self.trainer)
+        self._random = _random_numbers()
+        _set_random_numbers(outside)
         self.callback.check_gradients &= self.live
         for name, value in state["outcome"].items():
             setattr(self.outcome, name, value)
         for stop, saved in zip(self.stops, state["stops"], strict=False):
             stop.load_state_dict(saved)
+
+
+def _random_numbers() -> tuple[Any, ...]:
+    """Return the states of the process's random numbers, as they are: quicker than those of plain types that checkpoints hold."""
+    numpy = sys.modules.get("numpy")
+    return torch_random_numbers(), random.getstate(), None if numpy is None else numpy.random.get_state()
+
+
+def _set_random_numbers(states: tuple[Any, ...]) -> None:
+    set_torch_random_numbers(states[0])
+    random.setstate(states[1])
+    if states[2] is not None:
+        sys.modules["numpy"].random.set_state(states[2])
 
 
 def key_of(name: str) -> str:
