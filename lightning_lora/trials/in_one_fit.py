@@ -64,7 +64,7 @@ class Trials(Sweep):
             AdaLoRA, an init that reads data, a compiled or quantizing callback and others; the function :func:`~lightning_lora.sweep` can.
 
     Examples:
-        >>> trials = Trials([{"rank": 2}, {"rank": 4, "learning_rate": 1e-3, "name": "larger"}], monitor="train_loss")
+        >>> trials = Trials([{"rank": 2}, {"rank": 4, "learning_rate": 1e-3, "name": "larger"}])
         >>> callback = LoRACallback(LoRAConfig(dropout=0.1), sweep=trials)
         >>> L.Trainer(max_epochs=1, callbacks=[callback]).fit(MyModule())
         >>> [outcome.status for outcome in trials.result.outcomes]
@@ -210,7 +210,9 @@ class _Run(Callback):
                 self._save(trial, "last")
         self._write()
         if self.options.monitor is not None and not any(self.options.monitor in trial.outcome.seen for trial in self.trials):
-            rank_zero_warn(f"monitor={self.options.monitor!r} was not logged; there are {', '.join(self.trials[0].outcome.seen)}.")
+            rank_zero_warn(
+                f"monitor={self.options.monitor!r} was not logged; there are {', '.join(self.trials[0].outcome.seen) or 'none'}."
+            )
         self.options.result = SweepResult([trial.outcome for trial in self.trials], None)
         rank_zero_info(f"\n{self.options.result}")
         check_one_trained(self.options.result.outcomes)
