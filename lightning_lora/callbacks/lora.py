@@ -23,11 +23,11 @@ from lightning_lora.callbacks.late_weights import load_or_defer
 from lightning_lora.callbacks.merging import check_mergeable, check_not_masked, merge_and_log
 from lightning_lora.callbacks.out_of_memory import advise
 from lightning_lora.callbacks.processes import begin_together
-from lightning_lora.callbacks.refusals import check_apart, check_fit, check_options, check_precondition, frozen_parts, submodule
+from lightning_lora.callbacks.refusals import check_apart, check_bool, check_fit, check_options, check_precondition, frozen_parts, submodule
 from lightning_lora.callbacks.start_report import log_start
 from lightning_lora.callbacks.starting import Start, adapted_part, log_beginning
 from lightning_lora.callbacks.watch import Watch
-from lightning_lora.config import LoRAConfig
+from lightning_lora.config import LoRAConfig, checked_config
 from lightning_lora.layers.base import lora_layers
 from lightning_lora.layers.state import Quantized
 from lightning_lora.model.apply import already_applied, inject, let_gradients_in, unload_lora
@@ -119,13 +119,14 @@ class LoRACallback(Callback):
         init_batches: int = 8,
         weights: str | Path | Weights | None = None,
     ) -> None:
+        check_bool(locals())
         offloaded = [offload] if isinstance(offload, str) else list(offload or ())
         check_options(compile, cuda_graphs, offloaded, checkpointing, quantize, merge_quantized, merge_max_lost, init_batches)
         check_ratio(lora_plus_ratio)
         check_known(precondition)
         see_mixed_imports()
         offer_to_others()
-        self.config, self.module = config or LoRAConfig(), module
+        self.config, self.module = checked_config(config), module
         self.start_from = None if start_from is None else str(start_from)
         self._start = None if self.start_from is None else Start(self.start_from)
         self.quantize, self.merge_quantized = quantize, merge_quantized

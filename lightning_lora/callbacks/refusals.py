@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
@@ -20,6 +20,7 @@ from lightning_lora.quantization.quantizers import quantizer_of
 from lightning_lora.strategies.adapted_part import AdaptedPart
 from lightning_lora.strategies.namespaces import twins
 from lightning_lora.strategies.savable import check_savable
+from lightning_lora.utils.messages import counted
 from lightning_lora.utils.names import clean_name
 
 
@@ -58,6 +59,13 @@ def check_options(
         raise ValueError(f"init_batches={init_batches!r}: give a whole number ≥ 1, such as 8.")
 
 
+def check_bool(given: Mapping[str, object]) -> None:
+    """Raise ValueError if an argument that is True or False is something else. Any text would count as True, "no" too."""
+    for name in ("merge_on_fit_end", "check_base", "check_gradients", "allow_nonfinite", "cuda_graphs", "tune_loop"):
+        if given[name] is not None and not isinstance(given[name], bool):
+            raise ValueError(f"{name}={given[name]!r}: give True or False.")
+
+
 def check_apart(mine: str | None, others: Sequence[str | None]) -> None:
     """Check that the callbacks of a trainer adapt separate parts.
 
@@ -89,10 +97,12 @@ def check_fit(trainer: Trainer, module: LightningModule, target: nn.Module, part
     here = {clean_name(name) for name, _ in lora_layers(target)}
     gone = [name for name in part.layers if name not in here] if part is not None else []
     if gone or not here:
-        what = f"replaced {len(gone)} layers after they were adapted: {', '.join(gone[:4])}" if gone else "built no layers to adapt"
+        what = f"replaced {counted(len(gone), 'layer')} after adapting: {', '.join(gone[:4])}" if gone else "built no layers to adapt"
         raise ValueError(
             f"{type(module).__name__} {what}. Build layers in __init__ or configure_model; or in setup, in a module that has none before."
         )
+    if part is not None and part.config.variant == "adalora" and not any(hasattr(each, "allocator") for each in trainer.callbacks):  # type: ignore[attr-defined]
+        rank_zero_warn("variant='adalora' under LoRACallback prunes no rank: use AdaLoRACallback, unless your module calls RankAllocator.")
     check_optimizers(trainer.optimizers, module, target)
     check_savable(trainer, module)
 
@@ -117,8 +127,9 @@ def check_optimizers(optimizers: Sequence[Optimizer], module: nn.Module, target:
         left = [clean_name(name) for name, layer in lora_layers(target) if {id(p) for p in layer.parameters()} & (trained - held)]
         on_purpose = f" If these layers are not to train, pass LoRAConfig(exclude_modules={left!r})." if held & trained and left else ""
         raise ValueError(
-            f"{len(forgotten)} parameters that should train are in no optimizer: {', '.join(forgotten[:4])}. Build the optimizer in"
-            f" configure_optimizers, from self.parameters() or get_lora_parameters(self), not in __init__.{on_purpose}"
+            f"{counted(len(forgotten), 'parameter')} that should train {'is' if len(forgotten) == 1 else 'are'} in no optimizer:"
+            f" {', '.join(forgotten[:4])}. Build the optimizer in configure_optimizers, from self.parameters() or"
+            f" get_lora_parameters(self), not in __init__.{on_purpose}"
         )
     for index, optimizer in enumerate(optimizers):
         if not any(group["params"] for group in optimizer.param_groups):
@@ -181,7 +192,7 @@ def frozen_parts(target: nn.Module, report: TargetReport, config: LoRAConfig, *,
     named = ", ".join(stays[:6]) + (" …" if len(stays) > 6 else "")
     if stays and whole and (config.modules_to_save == "auto" or report.saved):
         rank_zero_warn(
-            f"LoRA freezes {named}, which have no adapter: new parameters in them stay random. To train these parts, limit LoRA to the"
+            f"LoRA freezes what has no adapter: {named}. New parameters there stay random. To train these parts, limit LoRA to the"
             " pretrained part with LoRACallback(module=...), or list them in modules_to_save. To keep them frozen without this warning,"
             " call requires_grad_(False) on them before, or pass modules_to_save=[]."
         )

@@ -10,6 +10,16 @@ def listed(names: Sequence[str], most: int = 12) -> str:
     return f"[{', '.join(map(repr, names[:most]))}{f', ... {len(names)} in all' if len(names) > most else ''}]"
 
 
+def counted(number: int, noun: str, verb: str = "") -> str:
+    """Return a number with its noun, and a verb: ``1 tensor is``, ``2 tensors are``."""
+    if number == 1:
+        verb = {"are": "is", "were": "was", "do": "does", "differ": "differs", "have": "has", "train": "trains"}.get(verb, verb)
+    else:
+        ends_in_y = noun.endswith("y") and noun[-2] not in "aeou"
+        noun = f"{noun[:-1]}ies" if ends_in_y else f"{noun}es" if noun.endswith(("s", "x", "ch")) else f"{noun}s"
+    return f"{number:,} {noun} {verb}".rstrip()
+
+
 def append_line(exception: BaseException, line: str) -> None:
     """Append a line to an exception's message. If the message is not its only argument, add a note instead."""
     text = str(exception)
