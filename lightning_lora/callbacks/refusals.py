@@ -127,7 +127,7 @@ def check_optimizers(optimizers: Sequence[Optimizer], module: nn.Module, target:
         left = [clean_name(name) for name, layer in lora_layers(target) if {id(p) for p in layer.parameters()} & (trained - held)]
         on_purpose = f" If these layers are not to train, pass LoRAConfig(exclude_modules={left!r})." if held & trained and left else ""
         raise ValueError(
-            f"{counted(len(forgotten), 'parameter')} that should train {'is' if len(forgotten) == 1 else 'are'} in no optimizer:"
+            f"{counted(len(forgotten), 'parameter', 'that should train are')} in no optimizer:"
             f" {', '.join(forgotten[:4])}. Build the optimizer in configure_optimizers, from self.parameters() or"
             f" get_lora_parameters(self), not in __init__.{on_purpose}"
         )
