@@ -69,6 +69,15 @@ def link_public_names(app: Sphinx, page: nodes.document) -> None:
             link += literal
 
 
+def keep_units(app: Sphinx, page: nodes.document) -> None:
+    """Let no line end between a number and its unit."""
+    for text in list(page.findall(nodes.Text)):
+        if not isinstance(text.parent, (nodes.literal, nodes.literal_block)):
+            kept = re.sub(r"(?<=\d) (?=(%|[GMk]i?B|ms|µs|s|min)(?![\w/]))", "\N{NO-BREAK SPACE}", text)
+            text.parent.replace(text, nodes.Text(kept))
+
+
 def setup(app: Sphinx) -> None:
     """Sphinx calls this when it has read the file."""
     app.connect("doctree-read", link_public_names)
+    app.connect("doctree-read", keep_units)

@@ -125,6 +125,8 @@ class LoRAConfig:
         for name, allowed in (("bias", ("none", "all", "lora_only")), ("scaling", tuple(SCALINGS))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}.")
+        if not isinstance(self.allow_unmatched, bool):
+            raise ValueError(f"allow_unmatched={self.allow_unmatched!r}: give True or False.")
         for name in ("init", "variant"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(
@@ -146,6 +148,20 @@ class LoRAConfig:
         """Return the differing fields, as one ``field: mine != theirs`` per entry. Empty if both adapt the same way."""
         pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self) if f.name != "allow_unmatched")
         return [f"{name}: {mine!r} != {theirs!r}" for name, mine, theirs in pairs if mine != theirs]
+
+
+def checked_config(config: object) -> LoRAConfig:
+    """Return a config as it is, and the default one for None.
+
+    Raises:
+        ValueError: it is something else, such as a dict.
+    """
+    if config is None:
+        return LoRAConfig()
+    if not isinstance(config, LoRAConfig):
+        how = "LoRAConfig(**config)" if isinstance(config, Mapping) else "a LoRAConfig, such as LoRAConfig(rank=8)"
+        raise ValueError(f"config={config!r}: give {how}.")
+    return config
 
 
 def _sequence(name: str, value: Any) -> Any:

@@ -55,6 +55,7 @@ from lightning_lora import LoRAConfig
         ("kind_pattern", {"q": 4}, "kind_pattern['q']=4: give the name of a registered kind"),
         ("kind_pattern", {"(": "linear"}, "kind_pattern: '(' is not a valid regex"),
         ("kind_pattern", "linear", "kind_pattern='linear': give a mapping from pattern"),
+        ("allow_unmatched", "no", "allow_unmatched='no': give True or False"),
         ("variant_options", ["seed"], "variant_options=['seed']: give a mapping from option"),
     ],
 )

@@ -21,6 +21,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import LoRALayer, lora_layers
 from lightning_lora.model.apply import inject
 from lightning_lora.model.targeting import find_targets
+from lightning_lora.utils.messages import counted
 from lightning_lora.utils.names import adapter_root, clean_name
 from lightning_lora.utils.sharding import local_shard, local_tensor
 
@@ -143,8 +144,11 @@ class AdapterSet:
             ValueError: there is no adapter of a name, or the model is merged; in a forward pass, that a layer's input has another number
                 of rows, as behind a router of experts.
         """
+        if isinstance(names, str):
+            raise ValueError(f"rows({names!r}): give a list with a name for each row, such as [{names!r}, None].")
         for name in names:
             self._check(name)
+        before = {layer: layer.__dict__.get("forward") for _, layer in self._layers()}  # of rows around these
         layers = list(self._layers())
         index = {name: torch.tensor([k for k, each in enumerate(names) if each == name]) for name in names if name is not None}
         try:
@@ -153,8 +157,10 @@ class AdapterSet:
                 layer.__dict__["forward"] = partial(_by_rows, layer, fqn, len(names), mine)
             yield
         finally:
-            for _, layer in layers:
+            for layer, forward in before.items():
                 layer.__dict__.pop("forward", None)
+                if forward is not None:
+                    layer.__dict__["forward"] = forward
 
     def add(self, name: str, path: str | Path) -> None:
         """Load one more adapter, or replace the one of that name.
@@ -197,6 +203,8 @@ class AdapterSet:
     def _check(self, name: str | None) -> None:
         if name is not None and name not in self.pairs:
             raise ValueError(f"{name!r} is no adapter of this model; there are {', '.join(self.pairs)}.")
+        if not any(True for _ in self._layers()):
+            raise ValueError("LoRA was taken out of this model (unload_lora): call load_adapters(model, folders) again.")
         merged = next((fqn for fqn, layer in self._layers() if layer.merged), None)
         if merged is not None:
             raise ValueError(f"{merged!r} is merged; call unmerge_lora(model) first.")
@@ -229,7 +237,9 @@ def _by_rows(layer: Any, fqn: str, count: int, mine: list[tuple[Pair, Tensor]], 
     if layer.disabled:
         return y
     if x.shape[0] != count:
-        raise ValueError(f"{fqn!r} got {x.shape[0]} rows, and rows([...]) named {count}; name one for each row that the layer sees.")
+        raise ValueError(
+            f"{fqn!r} got {counted(x.shape[0], 'row')}, and rows([...]) named {count}; name one for each row that the layer sees."
+        )
     for pair, rows in mine:
         rows = rows.to(x.device)
         layer.__dict__["update_factors"] = lambda pair=pair: pair

@@ -159,7 +159,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
-            warnings.warn(f"{name!r} is a {type(tensor).__name__}, no tensor, and is not in the export.", stacklevel=2)
+            warnings.warn(f"{name!r} is of type {type(tensor).__name__}, no tensor, and is not in the export.", stacklevel=2)
         elif id(tensor) not in seen:  # tied weights are written under one name
             seen.add(id(tensor))
             yield clean_name(name), tensor

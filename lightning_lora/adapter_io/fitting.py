@@ -26,6 +26,7 @@ from lightning_lora.layers.spec import LayerSpec, kind_options_of, options_of
 from lightning_lora.model.heads import saved_modules
 from lightning_lora.model.targeting import TargetReport
 from lightning_lora.registry import KIND_NAMES
+from lightning_lora.utils.messages import counted
 from lightning_lora.utils.names import clean_name, second_names
 from lightning_lora.utils.values import kind_of_numbers
 
@@ -42,7 +43,9 @@ def checked_adapter(
     adapter = place(read_adapter(path), root, str(path))
     bad = [name for name, tensor in adapter.tensors.items() if tensor.is_floating_point() and not _finite(tensor)]
     if bad and not allow_nonfinite:
-        raise ValueError(f"{path}: {bad[0]} holds NaN or infinity ({len(bad)} tensors do); pass allow_nonfinite=True to load it anyway.")
+        raise ValueError(
+            f"{path}: {bad[0]} holds NaN or infinity ({counted(len(bad), 'tensor', 'do')}); pass allow_nonfinite=True to load it anyway."
+        )
     adapter, report = _resolved(root, adapter, str(path))
     if adapter.base is None:  # PEFT wrote the file, and adapts a module under its first name only
         for name, other in two_names(root, [clean_name(target.fqn) for target in report.targets]).items():
@@ -100,8 +103,9 @@ def check_same(root: nn.Module, layers: dict[str, LoRALayer], report: TargetRepo
             different.append(f"{name} is {mine!r}, the file has {theirs!r}")
     if different:
         raise ValueError(
-            f"{where} does not fit the LoRA this model has, in {len(different)} places (rank, scaling, variant, options): {different[0]};"
-            " call unload_lora(model) first (if it is merged with merged='keep', which leaves the update in the weights, or merged='drop')."
+            f"{where} does not fit the LoRA this model has, in {counted(len(different), 'place')} (rank, scaling, variant, options):"
+            f" {different[0]}; call unload_lora(model) first (if it is merged with merged='keep', which leaves the update in the weights,"
+            " or merged='drop')."
         )
 
 
@@ -140,7 +144,9 @@ def _fit(root: nn.Module, report: TargetReport, adapter: AdapterFile, where: str
 
     missing = sorted(shapes.keys() - tensors.keys())
     if missing:
-        raise ValueError(f"{where}: {len(missing)} tensors are missing that its config needs on this model: {_some(missing)}.")
+        raise ValueError(
+            f"{where}: {counted(len(missing), 'tensor', 'are')} missing that its config needs on this model: {_some(missing)}."
+        )
     left = sorted(tensors.keys() - shapes.keys())
     for name in left:
         if name not in base:

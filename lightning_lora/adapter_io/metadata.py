@@ -54,7 +54,7 @@ def _unreadable(where: str, why: str) -> str:
 
 def _malformed(meta: Any) -> str | None:
     if not isinstance(meta, dict):
-        return f"it is a {type(meta).__name__}, not a mapping"
+        return f"it is of type {type(meta).__name__}, not a mapping"
     types: dict[str, tuple[type, ...]] = {"format_version": (int,), "config": (dict,), "base": (dict, type(None))}
     given = {"root": "", **meta}
     for name, allowed in {**types, "root": (str,)}.items():

@@ -21,10 +21,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.callbacks.lora import LoRACallback
-from lightning_lora.config import LoRAConfig
+from lightning_lora.config import LoRAConfig, checked_config
 from lightning_lora.layers.base import LoRALayer, lora_layers
 from lightning_lora.model.merge import unmerge_lora
 from lightning_lora.utils.gradient_reducer import hand_over
+from lightning_lora.utils.messages import counted
 from lightning_lora.utils.sharding import is_sharded
 from lightning_lora.utils.torch_private import unscales_itself
 from lightning_lora.variants import shrink_adalora
@@ -82,13 +83,13 @@ class AdaLoRACallback(LoRACallback):
         total_steps: int | None = None,
         **kwargs: Any,
     ) -> None:
-        config = config or LoRAConfig()
+        config = checked_config(config)
         if config.variant not in ("plain", "adalora"):
             raise ValueError(f"variant={config.variant!r} and AdaLoRACallback exclude each other; leave variant out, or use LoRACallback.")
         if config.rank not in (LoRAConfig().rank, init_rank):
             raise ValueError(f"rank={config.rank} and init_rank={init_rank} differ: leave rank out and give the start rank as init_rank.")
         for name, value in (("target_rank", target_rank), ("deltaT", deltaT), ("total_steps", total_steps)):
-            if value is not None and value < 1:
+            if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"{name}={value!r}: give a whole number ≥ 1.")
         if target_rank >= init_rank and not config.rank_pattern:
             raise ValueError(f"target_rank={target_rank} is not below init_rank={init_rank}: there would be nothing to prune.")
@@ -289,6 +290,6 @@ class AdaLoRACallback(LoRACallback):
         gone = [name for name, rank in self.ranks.items() if rank == 0]
         lost = f" Pruned completely, kept at rank 1 with B zero: {', '.join(gone)}." if gone else ""
         return (
-            f"AdaLoRA: {len(found)} modules from rank {self.trained_config.rank} to {sum(found) / len(found):.2f} on average"
+            f"AdaLoRA: {counted(len(found), 'module')} from rank {self.trained_config.rank} to {sum(found) / len(found):.2f} on average"
             f" ({min(found)} to {max(found)}).{lost}"
         )

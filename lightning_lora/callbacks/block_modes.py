@@ -15,6 +15,7 @@ from lightning_lora.model.checkpointing import Checkpointing, Keep, checkpoint_l
 from lightning_lora.model.compile import begin_step, compile_layers, keep_gradients, uncompile_layers
 from lightning_lora.model.offload import MINIMUM, Offloading, offload_activations
 from lightning_lora.model.offload_frozen import FrozenOffloading, offload_frozen
+from lightning_lora.utils.messages import counted
 
 KEPT: dict[str, Keep] = {"full": "inputs", "selective": "attention"}  # by each kind of checkpointing
 
@@ -109,8 +110,8 @@ class BlockModes:
         self._said, moved, blocks = True, self._offloading.tensors, self._offloading.blocks
         if moved > 4 * blocks:  # a compiled block that is checkpointed selectively saves three
             rank_zero_warn(
-                f"offload='activations' moved {moved} tensors of {blocks} blocks in one batch. Switch on gradient checkpointing"
-                " (LoRACallback(checkpointing='selective')), so that each block saves its input only, or little more."
+                f"offload='activations' moved {counted(moved, 'tensor')} of {counted(blocks, 'block')} in one batch. Switch on gradient"
+                " checkpointing (LoRACallback(checkpointing='selective')), so that each block saves its input only, or little more."
             )
         amount = f"{self._offloading.bytes / 2**30:.2f} GiB of activations" if moved else f"no activation, as none has {MINIMUM:,} bytes,"
         rank_zero_info(f"offload: in the first batch {amount} went to host memory between the passes.")

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
 
 from lightning_lora.callbacks.companion import Companion
 from lightning_lora.strategies.lightning_private import loader_states_not_loaded
+from lightning_lora.utils.messages import counted
 
 
 class DataPosition(Companion):
@@ -54,7 +55,7 @@ def _log(trainer: Trainer, loader: str, done: int, batches: float) -> None:
     """Log which batches are trained on twice and which are left out."""
     again = "." if batches == float("inf") else f": its first {batches - done} batches come in this epoch, its last {done} do not."
     rank_zero_info(
-        f"Resumed inside epoch {trainer.current_epoch}, after {done} batches of it. The position of {loader} was not saved or not loaded,"
-        f" so it starts over{again} If it shuffles, it draws a new order. To go on with the next rows, use torchdata's StatefulDataLoader,"
-        " give the loader state_dict and load_state_dict, or save at the end of epochs."
+        f"Resumed inside epoch {trainer.current_epoch}, after {counted(done, 'batch')} of it. The position of {loader} was not saved or not"
+        f" loaded, so it starts over{again} If it shuffles, it draws a new order. To go on with the next rows, use torchdata's"
+        " StatefulDataLoader, give the loader state_dict and load_state_dict, or save at the end of epochs."
     )

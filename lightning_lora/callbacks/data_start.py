@@ -34,6 +34,7 @@ from lightning_lora.registry import data_of
 from lightning_lora.strategies.checkpoint_io import found, read
 from lightning_lora.strategies.lightning_private import prepared_batch, read_train_batches, will_resume
 from lightning_lora.strategies.namespaces import twins
+from lightning_lora.utils.messages import counted
 from lightning_lora.utils.names import clean_name
 from lightning_lora.utils.sharding import is_sharded
 
@@ -120,9 +121,11 @@ def start_from_data(trainer: Trainer, module: LightningModule, target: nn.Module
     layers, config = {name: layer.rank for name, layer in adapted.items()}, next(iter(adapted.values())).lora_config
     lost = len(waiting) - len(layers)
     ranks = f"; ranks {min(layers.values())} to {max(layers.values())}" if len({*layers.values()}) > 1 or lost else ""
-    none = f", none for {lost} layers" if lost else ""
+    none = f", none for {counted(lost, 'layer')}" if lost else ""
     seconds = time.perf_counter() - began
-    rank_zero_info(f"init={init!r}: A and B of {len(layers)} layers from {len(batches)} batches, in {seconds:.1f} s{ranks}{none}.")
+    rank_zero_info(
+        f"init={init!r}: A and B of {counted(len(layers), 'layer')} from {counted(len(batches), 'batch')}, in {seconds:.1f} s{ranks}{none}."
+    )
     return config
 
 

@@ -7,6 +7,7 @@ import re
 from torch import nn
 
 from lightning_lora.layers.base import lora_layers
+from lightning_lora.utils.messages import counted
 from lightning_lora.utils.names import clean_name
 from lightning_lora.utils.patterns import grouped
 
@@ -63,8 +64,8 @@ class GradientCheck:
             kinds = grouped(waiting)
             named = ", ".join(f"{shown} ({len(names)} layers)" if len(names) > 1 else names[0] for shown, names in kinds.items())
             raise RuntimeError(
-                f"{len(waiting)} of {len(self.layers)} adapted layers got no gradient in {self._batches} batches: {named}. {CURE} To leave"
-                f" them out: exclude_modules={self._patterns(kinds)!r}."
+                f"{len(waiting)} of {len(self.layers)} adapted layers got no gradient in {counted(self._batches, 'batch')}: {named}. {CURE}"
+                f" To leave them out: exclude_modules={self._patterns(kinds)!r}."
             )
 
     def _patterns(self, kinds: dict[str, list[str]]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_lora.callbacks.starting import part_root
 from lightning_lora.model.weights import from_folder, load_base, on_meta
@@ -24,6 +25,11 @@ def load_or_defer(callback: Any, trainer: Trainer, module: LightningModule) -> C
         ValueError: the folder has no weights.
     """
     target, strategy = module.get_submodule(callback.module or ""), trainer.strategy
+    if callback.weights is not None and callback.part is None and not on_meta(target):
+        rank_zero_warn(
+            f"weights={callback.weights!r} is not read: {type(target).__name__} has weights already. Build it on the meta device, or leave"
+            " weights out."
+        )
     if callback.weights is None or not on_meta(target) or isinstance(strategy, twins(FSDPStrategy)):
         return None
     read = callback.weights if callable(callback.weights) else from_folder(callback.weights)

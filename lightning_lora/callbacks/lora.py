@@ -23,12 +23,12 @@ from lightning_lora.callbacks.late_weights import load_or_defer
 from lightning_lora.callbacks.merging import check_mergeable, check_not_masked, merge_and_log
 from lightning_lora.callbacks.out_of_memory import advise
 from lightning_lora.callbacks.processes import begin_together
-from lightning_lora.callbacks.refusals import check_apart, check_fit, check_options, check_precondition, check_step, frozen_parts, submodule
+from lightning_lora.callbacks.refusals import check_apart, check_arguments, check_fit, check_precondition, frozen_parts, listed, submodule
 from lightning_lora.callbacks.start_report import log_start
 from lightning_lora.callbacks.starting import Start, adapted_part, log_beginning, see_others
 from lightning_lora.callbacks.sweep_option import Sweep
 from lightning_lora.callbacks.watch import Watch
-from lightning_lora.config import LoRAConfig
+from lightning_lora.config import LoRAConfig, checked_config
 from lightning_lora.layers.base import lora_layers
 from lightning_lora.layers.state import Quantized
 from lightning_lora.model.apply import already_applied, inject, let_gradients_in, unload_lora
@@ -118,11 +118,9 @@ class LoRACallback(Callback):
         weights: str | Path | Weights | None = None,
         sweep: Sweep | None = None,
     ) -> None:
-        offloaded = [offload] if isinstance(offload, str) else list(offload or ())
-        check_options(compile, cuda_graphs, offloaded, checkpointing, quantize, merge_quantized, merge_max_lost, init_batches)
-        check_step(lora_plus_ratio, precondition)
+        check_arguments(locals())
         see_others()
-        self.config, self.module = config or LoRAConfig(), module
+        self.config, self.module = checked_config(config), module
         self.start_from = None if start_from is None else str(start_from)
         self._start = None if self.start_from is None else Start(self.start_from)
         self.quantize, self.merge_quantized = quantize, merge_quantized
@@ -133,7 +131,7 @@ class LoRACallback(Callback):
         self.compile, self.cuda_graphs, self.offload, self.checkpointing = compile, cuda_graphs, offload, checkpointing
         self.report: TargetReport | None = None
         self.began: LoRAConfig | None = None  # the config before ranks changed in a run; None if they did not
-        self._modes = BlockModes(compiled=compile is not None, recorded=cuda_graphs, checkpointing=checkpointing, offloaded=offloaded)
+        self._modes = BlockModes(compiled=compile is not None, recorded=cuda_graphs, checkpointing=checkpointing, offloaded=listed(offload))
         self.part: AdaptedPart | None = None  # of the last setup
         self._watch: Watch | None = None
         self._roll_call: RollCall | None = None  # of a run on several processes

@@ -18,6 +18,7 @@ from lightning_lora.model.ties import tied_weights
 from lightning_lora.quantization.formats import format_of
 from lightning_lora.strategies.lightning_private import left_masked
 from lightning_lora.strategies.namespaces import twins
+from lightning_lora.utils.messages import counted
 
 
 def check_mergeable(target: nn.Module, report: TargetReport, strategy: Strategy, quantize: str | None, how: Quantized | None) -> None:
@@ -84,4 +85,4 @@ def merge_and_log(target: nn.Module, device: torch.device, how: Quantized | None
     merge_lora(target, device=device, quantized=how, max_lost=max_lost)
     lost = merge_report(target)
     worst = max(lost, key=lambda name: lost[name])
-    rank_zero_info(f"LoRA merged into {len(lost)} modules; rounding lost at most {lost[worst]:.2%} of an update ({worst}).")
+    rank_zero_info(f"LoRA merged into {counted(len(lost), 'module')}; rounding lost at most {lost[worst]:.2%} of an update ({worst}).")

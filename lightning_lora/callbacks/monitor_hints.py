@@ -13,6 +13,7 @@ from statistics import median
 import torch
 
 from lightning_lora.callbacks.monitor_history import History
+from lightning_lora.utils.messages import counted
 
 LARGE, SMALL = 0.5, 1e-3  # ‖ΔW‖/‖W‖ at the end that is unusual
 GROWING = 1.8  # times as large at the end as halfway: growth in proportion to the steps is 2
@@ -123,9 +124,8 @@ def _freezing(found: Findings) -> Hint:
         return Hint("Base not frozen", True, text)
     text = "No bit of a frozen parameter changed."
     if found.others:
-        text += (
-            f" {len(found.others)} parameters train beside the adapters: {_some(found.others)}. Right for a new head; wrong for the base."
-        )
+        text += f" {counted(len(found.others), 'parameter', 'train')} beside the adapters: {_some(found.others)}. Right for a new head;"
+        text += " wrong for the base."
     return Hint("Base not frozen", False, text)
 
 
@@ -193,7 +193,8 @@ def _processes(found: Findings) -> Hint:
     unread = [row.name for row in found.rows if math.isnan(row.weight_norm)]
     text = f"{where}: every layer could be read in full."
     if unread:
-        text = f"{where}: ‖W‖ of {len(unread)} layers is of a sharded quantized weight and was not read ({_some(unread)}). Updates were."
+        layers = f"{counted(len(unread), 'layer')} is of a sharded quantized weight"
+        text = f"{where}: ‖W‖ of {layers} and was not read ({_some(unread)}). Updates were."
     return Hint("Model parallelism", False, text)
 
 

@@ -16,6 +16,7 @@ from lightning_lora.model.layer_statistics import low_rank_layers, spectra
 from lightning_lora.model.rank_advice import advise_ranks, within_budget
 from lightning_lora.optim.carried import check_carried
 from lightning_lora.optim.resize import check_resizing
+from lightning_lora.utils.messages import counted
 from lightning_lora.utils.names import clean_name
 from lightning_lora.utils.sharding import is_distributed
 
@@ -105,7 +106,11 @@ class RankChange:
         before = _size(module)
         self.ranks, self.step = apply_ranks(trainer, module, _callbacks(trainer), told[0]), trainer.global_step
         shrink = sum(after < was for was, after in self.ranks.values())
-        what = f"{shrink} layers have a lower rank, {len(self.ranks) - shrink} a higher one" if self.ranks else "no layer has another rank"
+        what = (
+            f"{counted(shrink, 'layer', 'have')} a lower rank, {len(self.ranks) - shrink} a higher one"
+            if self.ranks
+            else "no layer has another rank"
+        )
         rank_zero_info(f"LoRAMonitor: after step {self.step} {what}. Parameters of A and B: {before:,} before, {_size(module):,} now.")
 
     def state_dict(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from lightning_lora.callbacks.monitor_hints import Findings, LayerRow, hints
 from lightning_lora.callbacks.monitor_pictures import colour, heat_map, line_chart
 from lightning_lora.storage.atomic_files import write_atomic
+from lightning_lora.utils.messages import counted
 
 RANKS = "ranks.yaml"  # its name in the folder
 _COLUMNS = (
@@ -88,7 +89,7 @@ def _applied(found: Findings) -> list[str]:
     others = len(found.rows) - len(rows)
     return [
         "<h2>Ranks that were applied</h2>",
-        f"<p>The ranks suggested then were applied after step {found.applied_at}; {others} layers kept theirs.</p>",
+        f"<p>The ranks suggested then were applied after step {found.applied_at}; {counted(others, 'layer')} kept theirs.</p>",
         f'<div class="wide"><table>{text}</table></div>' if rows else "",
     ]
 

@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_lora.callbacks.companion import Companion
+from lightning_lora.utils.messages import counted
 
 KEY = "lightning_lora_random_numbers"  # of a checkpoint: one state per process
 
@@ -53,7 +54,8 @@ class RandomNumbers(Companion):
             raise ValueError(f"{trainer.ckpt_path}: its {KEY} is no list of states, so it is damaged; resume from another checkpoint.")
         if len(states) != trainer.world_size:
             rank_zero_info(
-                f"Random numbers are drawn anew: the checkpoint has those of {len(states)} processes, this run has {trainer.world_size}."
+                f"Random numbers are drawn anew: the checkpoint has those of {counted(len(states), 'process')}, this run has"
+                f" {trainer.world_size}."
             )
             return
         mine = states[trainer.global_rank]

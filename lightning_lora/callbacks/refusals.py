@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
@@ -21,48 +22,47 @@ from lightning_lora.quantization.quantizers import quantizer_of
 from lightning_lora.strategies.adapted_part import AdaptedPart
 from lightning_lora.strategies.namespaces import twins
 from lightning_lora.strategies.savable import check_savable
+from lightning_lora.utils.messages import counted
 from lightning_lora.utils.names import clean_name
 
 
-def check_options(
-    compile: str | None,
-    cuda_graphs: bool,
-    offload: Sequence[str],
-    checkpointing: str | None,
-    quantize: str | None,
-    merge_quantized: str | None,
-    merge_max_lost: float | None,
-    init_batches: int,
-) -> None:
+def check_arguments(given: Mapping[str, Any]) -> None:
     """Check the callback's arguments, each alone and against each other.
+
+    Args:
+        given: argument → its value, as ``__init__`` got it.
 
     Raises:
         ValueError: one has a value that is not known.
     """
-    if compile not in (None, "layer"):
-        raise ValueError(f"compile={compile!r} is not known; it is None or 'layer'.")
-    if cuda_graphs and compile is None:
+    for name in ("merge_on_fit_end", "check_base", "check_gradients", "allow_nonfinite", "cuda_graphs", "tune_loop"):
+        if given[name] is not None and not isinstance(given[name], bool):  # any text would count as True, "no" too
+            raise ValueError(f"{name}={given[name]!r}: give True or False.")
+    if given["compile"] not in (None, "layer"):
+        raise ValueError(f"compile={given['compile']!r} is not known; it is None or 'layer'.")
+    if given["cuda_graphs"] and given["compile"] is None:
         raise ValueError("cuda_graphs=True records compiled blocks: pass compile='layer' with it.")
-    for each in offload:
+    for each in listed(given["offload"]):
         if each not in ("activations", "frozen"):
             raise ValueError(f"offload={each!r} is not known; it is None, 'activations', 'frozen' or a list of both.")
-        if cuda_graphs:
+        if given["cuda_graphs"]:
             raise ValueError(f"offload={each!r} with cuda_graphs=True: a recorded graph keeps its memory. Leave one of them out.")
-    if checkpointing not in (None, "full", "selective"):
-        raise ValueError(f"checkpointing={checkpointing!r} is not known; it is None, 'full' or 'selective'.")
-    if quantize is not None:
-        quantizer_of(quantize)
-    if merge_quantized not in (None, "dequantize", "requantize"):
-        raise ValueError(f"merge_quantized={merge_quantized!r}: choose 'dequantize' or 'requantize'.")
-    check_limit(merge_max_lost, "merge_max_lost")
-    if type(init_batches) is not int or init_batches < 1:
-        raise ValueError(f"init_batches={init_batches!r}: give a whole number ≥ 1, such as 8.")
+    if given["checkpointing"] not in (None, "full", "selective"):
+        raise ValueError(f"checkpointing={given['checkpointing']!r} is not known; it is None, 'full' or 'selective'.")
+    if given["quantize"] is not None:
+        quantizer_of(given["quantize"])
+    if given["merge_quantized"] not in (None, "dequantize", "requantize"):
+        raise ValueError(f"merge_quantized={given['merge_quantized']!r}: choose 'dequantize' or 'requantize'.")
+    check_limit(given["merge_max_lost"], "merge_max_lost")
+    if type(given["init_batches"]) is not int or given["init_batches"] < 1:
+        raise ValueError(f"init_batches={given['init_batches']!r}: give a whole number ≥ 1, such as 8.")
+    check_ratio(given["lora_plus_ratio"])
+    check_known(given["precondition"])
 
 
-def check_step(lora_plus_ratio: float, precondition: str | None) -> None:
-    """Raise ValueError if an option of the optimizer's steps has a value that is not known."""
-    check_ratio(lora_plus_ratio)
-    check_known(precondition)
+def listed(offload: str | Sequence[str] | None) -> list[str]:
+    """Return what is offloaded as a list."""
+    return [offload] if isinstance(offload, str) else list(offload or ())
 
 
 def check_apart(mine: str | None, others: Sequence[str | None]) -> None:
@@ -96,10 +96,12 @@ def check_fit(trainer: Trainer, module: LightningModule, target: nn.Module, part
     here = {clean_name(name) for name, _ in lora_layers(target)}
     gone = [name for name in part.layers if name not in here] if part is not None else []
     if gone or not here:
-        what = f"replaced {len(gone)} layers after they were adapted: {', '.join(gone[:4])}" if gone else "built no layers to adapt"
+        what = f"replaced {counted(len(gone), 'layer')} after adapting: {', '.join(gone[:4])}" if gone else "built no layers to adapt"
         raise ValueError(
             f"{type(module).__name__} {what}. Build layers in __init__ or configure_model; or in setup, in a module that has none before."
         )
+    if part is not None and part.config.variant == "adalora" and not any(hasattr(each, "allocator") for each in trainer.callbacks):  # type: ignore[attr-defined]
+        rank_zero_warn("variant='adalora' under LoRACallback prunes no rank: use AdaLoRACallback, unless your module calls RankAllocator.")
     check_optimizers(trainer.optimizers, module, target)
     check_savable(trainer, module)
 
@@ -124,8 +126,9 @@ def check_optimizers(optimizers: Sequence[Optimizer], module: nn.Module, target:
         left = [clean_name(name) for name, layer in lora_layers(target) if {id(p) for p in layer.parameters()} & (trained - held)]
         on_purpose = f" If these layers are not to train, pass LoRAConfig(exclude_modules={left!r})." if held & trained and left else ""
         raise ValueError(
-            f"{len(forgotten)} parameters that should train are in no optimizer: {', '.join(forgotten[:4])}. Build the optimizer in"
-            f" configure_optimizers, from self.parameters() or get_lora_parameters(self), not in __init__.{on_purpose}"
+            f"{counted(len(forgotten), 'parameter', 'that should train are')} in no optimizer:"
+            f" {', '.join(forgotten[:4])}. Build the optimizer in configure_optimizers, from self.parameters() or"
+            f" get_lora_parameters(self), not in __init__.{on_purpose}"
         )
     for index, optimizer in enumerate(optimizers):
         if not any(group["params"] for group in optimizer.param_groups):
@@ -188,7 +191,7 @@ def frozen_parts(target: nn.Module, report: TargetReport, config: LoRAConfig, *,
     named = ", ".join(stays[:6]) + (" …" if len(stays) > 6 else "")
     if stays and whole and (config.modules_to_save == "auto" or report.saved):
         rank_zero_warn(
-            f"LoRA freezes {named}, which have no adapter: new parameters in them stay random. To train these parts, limit LoRA to the"
+            f"LoRA freezes what has no adapter: {named}. New parameters there stay random. To train these parts, limit LoRA to the"
             " pretrained part with LoRACallback(module=...), or list them in modules_to_save. To keep them frozen without this warning,"
             " call requires_grad_(False) on them before, or pass modules_to_save=[]."
         )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from lightning_lora import combine_adapters, compress_adapter
 from lightning_lora.adapter_io.file_arithmetic import read_pairs
 from lightning_lora.cli.console import print_json
 from lightning_lora.ops.task_vectors import Majority
+from lightning_lora.storage.folder_commit import occupied
 
 
 def combine(
@@ -43,6 +45,7 @@ def combine(
         ValueError: An option is out of range, or the adapters cannot be added.
     """
     weights = _weights(adapters)
+    _check_free(out, overwrite)
     combine_adapters(
         weights, out, method=method, rank=rank, energy=energy, density=density, majority=majority, seed=seed, device=device,
         overwrite=overwrite,
@@ -66,6 +69,7 @@ def compress(
     Raises:
         ValueError: An option is out of range, or the adapter cannot be made smaller.
     """
+    _check_free(out, overwrite)
     compress_adapter(adapter, out, rank=rank, energy=energy, overwrite=overwrite)
     _tell(out, {"made_from": adapter}, json)
 
@@ -85,6 +89,11 @@ def _weights(text: str) -> dict[str, float]:
             raise ValueError(f"adapters={text!r}: {folder!r} is there twice; add its weights")
         found[folder] = number
     return found
+
+
+def _check_free(out: str, overwrite: bool) -> None:
+    if occupied(Path(out)) and not overwrite:
+        raise ValueError(f"out={out!r} is not empty; name another folder, or pass --overwrite to replace the adapter in it")
 
 
 def _tell(out: str, said: dict[str, object], json: bool) -> None:

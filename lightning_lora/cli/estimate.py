@@ -14,6 +14,7 @@ from lightning_lora.cli.run_rows import RunConfig
 from lightning_lora.estimate import Fit, Setting, estimate_memory, estimate_seconds, largest_fit
 from lightning_lora.estimate.memory import GIB
 from lightning_lora.tasks.hf import skeleton
+from lightning_lora.utils.messages import counted
 
 _UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20}
 _MEMORY = re.compile(r"(\d+(?:\.\d+)?) ?(GiB|GB|MiB)")
@@ -99,7 +100,7 @@ def estimate(
 
 def _told(fit: Fit, setting: Setting, memory: str) -> str:
     """Return what fits, in words."""
-    lines = [f"in {memory}: {fit.batch} rows of {setting.length} tokens, or {setting.batch} rows of {fit.length}"]
+    lines = [f"in {memory}: {counted(fit.batch, 'row')} of {setting.length} tokens, or {counted(setting.batch, 'row')} of {fit.length}"]
     if fit.knobs is None:
         lines.append(
             f"{setting.batch} × {setting.length} does not fit with anything turned on; take fewer or shorter rows, or more devices"

@@ -31,7 +31,7 @@ from lightning_lora.cli.choice import chosen_data, chosen_task, class_path
 from lightning_lora.cli.console import print_json
 from lightning_lora.cli.messages import arguments_of, check_not_null, one_line, usage
 from lightning_lora.cli.run_folder import BeganConfig, StderrProgressBar, no_folder_of_a_failed_start
-from lightning_lora.cli.run_results import RunResults, print_report
+from lightning_lora.cli.run_results import LOGGER, RunResults, log_under_root, print_report
 from lightning_lora.cli.task_file import give_task
 from lightning_lora.cli.yaml_files import check_config_files, unique_keys
 from lightning_lora.config import LoRAConfig
@@ -41,10 +41,10 @@ from lightning_lora.layers.spec import check_options
 from lightning_lora.quantization.quantizers import quantizer_of
 from lightning_lora.strategies.checkpoint_io import DurableCheckpointIO
 from lightning_lora.strategies.lightning_private import cli_parser, cli_value, start_method
+from lightning_lora.utils.messages import counted
 
 COMMANDS = ("fit", "validate", "test", "predict")
 CONFIGS_RUN = "A config file runs the classes and functions that it names: take one only from someone whose code you would run."
-LOGGER = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": "lora"}}
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}  # command → what it reads
 # Smallest valid values. Lightning accepts smaller ones silently, or divides by zero. -1 is "no limit" for the first two.
 LEAST = {"max_epochs": 1, "max_steps": 1, "accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "gradient_clip_val": 0}
@@ -131,6 +131,7 @@ class LoRACLI(LightningCLI):
     @override
     def before_instantiate_classes(self) -> None:
         config, parser = self.config.get(str(self.subcommand), self.config), cli_parser(self, self.subcommand)
+        log_under_root(config.trainer)
         take_weights_of_run(config, self.command, self.words)
         usual = parser.get_defaults()["lora"]
         given = {name: value for name, value in vars(config.lora).items() if name in usual and value != usual[name]}
@@ -185,7 +186,7 @@ class LoRACLI(LightningCLI):
                 raise ValueError("this strategy trains in copies of this process, and what they train is lost; use strategy=ddp")
             cpus = os.cpu_count() or 1
             if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > max(8, 4 * cpus):
-                raise ValueError(f"{trainer.num_devices} processes on {cpus} CPUs; give fewer devices")
+                raise ValueError(f"{trainer.num_devices} processes on {counted(cpus, 'CPU')}; give fewer devices")
         add_companions(trainer)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # it leaves a part of a checkpoint when the disk is full
             trainer.strategy.checkpoint_io = DurableCheckpointIO()

@@ -20,7 +20,13 @@ _UNKNOWN = (
 )
 _STRAY = re.compile(r"unrecognized arguments: ([^-].*)")
 _CLASS = re.compile(r"Problem with given class_path '([^']+)':")
-_CHOICES, _GOT = re.compile(r"expected one of ((?:'[^']*'(?:, )?)+)"), re.compile(r", got (.+)$")
+_LITERAL = re.compile(r"Expected an? typing\.Literal\[([^\]]*)\](?:\. Got value: (.*))?")
+_TYPE = re.compile(r"Expected (?:an? )?<class '(?:[\w.]*\.)?(\w+)'>(?:\. Got value: (.*))?")
+_RESTRICTED = re.compile(r"Not of type (\w+): (?:(.+) )?does not conform to restriction (.+)")
+_UNREAD = re.compile(r"Not of type (\w+): (?:could not convert string to float|invalid literal for int\(\) with base 10): '(.*)'")
+_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "dict": "a mapping"}
+_WORDS |= dict.fromkeys(("list", "tuple", "Sequence"), "a list")
+_SUBCLASS = re.compile(r"Not a valid subclass of (\w+)")
 _MISSING = re.compile(r"the following arguments are required: (.+)")
 _SECOND = {"pytorch_lightning": "lightning.pytorch", "lightning_fabric": "lightning.fabric"}
 _DASH = re.compile(r"unrecognized arguments: -([^-\s=][^\s=]*)")
@@ -102,7 +108,9 @@ def one_line(error: BaseException, known: Iterable[str] = ()) -> str:
             problems.append(line)
     if _KEY.search(text) and len(problems) > 1:  # every branch of a union says what it expects
         problems = [line for line in problems if not line.startswith("Expected a path but ")]
-    what = _plain(("; " if _KEY.search(text) else " ").join(problems)) or type(error).__name__
+    if option and (what := _all_expected(problems, text)):
+        return f"{option}: {what}{_nearest_choice(what)}"
+    what = ("; " if _KEY.search(text) else " ").join(map(_plain, problems)) or type(error).__name__
     if stray := _STRAY.fullmatch(what):
         return f"{stray[1]!r} is one argument too many; options have names, such as --config run.yaml"
     dashed = _DASH.match(what)
@@ -114,12 +122,12 @@ def one_line(error: BaseException, known: Iterable[str] = ()) -> str:
     missing = _MISSING.fullmatch(what)
     if option and missing:
         return ", ".join(f"{option}.{name} is not set" for name in missing[1].split(", ")) + "; give it in the YAML file or as an option"
-    given = re.search(r"Given value: ([^\n]+)", text)
-    if option and given and not re.match(r"NestedArg|Namespace", given[1]) and not re.search(rf"(?<!\w){re.escape(given[1])}(?!\w)", what):
-        what = f"{what.rstrip('.')}, got {given[1]}"
-    if option and given and "to a subclass of" in what and (hint := _of_other_package(given[1])):
+    given = _given(text)
+    if option and given and not re.search(rf"(?<!\w){re.escape(given)}(?!\w)", what):
+        what = f"{what.rstrip('.')}, got {given}"
+    if option and given and "to a subclass of" in what and (hint := _of_other_package(given)):
         return f"{option}: {hint}"
-    return f"{option}: {what}{_nearest_choice(what)}" if option else what
+    return f"{option}: {what}" if option else what
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -147,8 +155,8 @@ def _of_other_package(given: str) -> str:
 
 def _nearest_choice(what: str) -> str:
     """Return "; did you mean ...?" for a value that is nearly one of the choices that a message lists."""
-    choices, value = _CHOICES.search(what), _GOT.search(what)
-    return nearest(value[1], re.findall(r"'([^']*)'", choices[1])) if choices and value else ""
+    choices, _, value = what.partition(", got ")
+    return nearest(value, re.findall(r"'([^']*)'", choices)) if value else ""
 
 
 def _unknown(name: str, option: str, known: Iterable[str], classes: list[str]) -> str:
@@ -169,12 +177,40 @@ def _parameters(path: str) -> list[str]:
     return list(arguments_of(cls)) if isinstance(cls, type) else []
 
 
-def _plain(text: str) -> str:
-    """Replace types by words."""
-    text = re.sub(r"Expected a typing\.Literal\[([^\]]*)\]", r"expected one of \1", text)
-    text = re.sub(r"\. Got value: ", ", got ", text)
-    text = re.sub(r"Not of type \w+: could not convert string to float: ('[^;]*')", r"expected a number, got \1", text)
-    text = re.sub(r"Expected (?:an? )?<class '(?:[\w.]*\.)?(\w+)'>", r"expected \1", text)
-    text = re.sub(r"Not of type \w+: does not conform to restriction ([^;]+)", r"expected \1", text)
-    text = re.sub(r"Expected a dot import path string: (\w+)$", r"no class \1 is known; write its import path, as package.module.\1", text)
-    return re.sub(r"Not of type \w+: (\S+) does not conform to restriction (.+)", r"\1 is not allowed: \2", text)
+def _plain(line: str) -> str:
+    """Return one line of the parser in words."""
+    kind, value = _expected(line)
+    if kind:
+        return f"expected {kind}" + (f", got {value}" if value else "")
+    return re.sub(r"Expected a dot import path string: (\w+)$", r"no class \1 is known; write its import path, as package.module.\1", line)
+
+
+def _all_expected(problems: list[str], text: str) -> str | None:
+    """Return what the parser expected in place of which value, if none of the problems says anything else."""
+    found = [_expected(line) for line in problems]
+    kinds = [kind for kind, _ in found if kind] or [f"the fields of {each}" for each in _SUBCLASS.findall(text)[:1]]
+    if not kinds or not all(kind for kind, _ in found):
+        return None
+    got = next((value for _, value in found if value), _given(text))
+    return f"expected {' or '.join(dict.fromkeys(kinds))}" + (f", got {got}" if got else "")
+
+
+def _given(text: str) -> str:
+    """Return the first value that an error says was given, which is the innermost."""
+    found = re.search(r"Given value: ([^\n]+)", text)
+    return found[1] if found and not re.match(r"NestedArg|Namespace", found[1]) else ""
+
+
+def _expected(line: str) -> tuple[str, str | None]:
+    """Return in words what the parser expected, and the value that the line names, if any; "" for a line that says something else."""
+    if found := _LITERAL.fullmatch(line):
+        return f"{'one of ' * (',' in found[1])}{found[1]}", found[2]
+    if found := _TYPE.fullmatch(line):
+        return _WORDS.get(found[1], found[1]), found[2]
+    if found := _RESTRICTED.fullmatch(line) or _UNREAD.fullmatch(line):
+        number = "a whole number" if "int" in found[1].lower() else "a number"
+        limits = found[3] if found.re is _RESTRICTED else ""
+        for sign, word in (("v>=", "≥ "), ("v<=", "≤ "), ("v>", "> "), ("v<", "< ")):
+            limits = limits.replace(sign, word)
+        return f"{number} {limits}".rstrip(), found[2]
+    return "", None

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
@@ -25,6 +26,8 @@ from lightning_lora.storage.room import check_room
 from lightning_lora.strategies.savable import least_bytes
 from lightning_lora.utils.sharding import is_flattened, is_sharded, on_first_rank
 
+# The logger of a run that names none.
+LOGGER: dict[str, Any] = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": "lora"}}
 # Class of model → the commands that answer with it.
 ANSWERING: dict[str, tuple[list[str], ...]] = {
     "AutoModelForCausalLM": (["generate", "Hello"], ["chat"]),
@@ -107,6 +110,15 @@ def print_report(report: dict[str, Any]) -> None:
         print("\nnext:")
         for command in report["next"]:
             print(f"  {command}")
+
+
+def log_under_root(trainer: Namespace) -> None:
+    """Let the default logger write under ``trainer.default_root_dir`` if that is given, and not under ``runs``."""
+    logger, usual = trainer.get("logger"), LOGGER["init_args"]
+    if trainer.default_root_dir is None or not isinstance(logger, Namespace) or logger.class_path != LOGGER["class_path"]:
+        return
+    if all(logger.init_args.get(name) == value for name, value in usual.items()):
+        logger.init_args.save_dir = str(trainer.default_root_dir)
 
 
 def run_folder(trainer: Trainer) -> Path:

@@ -28,6 +28,7 @@ from lightning_lora.data.file_data import FileDataModule
 from lightning_lora.data.splits import share_of
 from lightning_lora.trials.records import Records, check_one_trained, last_checkpoint, mode_of
 from lightning_lora.trials.side_by_side import Made, SideBySide, Trial
+from lightning_lora.utils.messages import counted
 
 OWN = {"folder": "runs/sweep", "at_once": "8", "side_by_side": "auto", "monitor": "", "mode": ""}  # option of the sweep → default
 
@@ -67,7 +68,7 @@ def sweep(words: Sequence[str], as_json: bool = False) -> None:
     outcomes = [trial.outcome for trial in trials]
     left = [trial for trial in trials if trial.outcome.status != "complete"]
     if len(left) < len(trials):
-        rank_zero_info(f"{len(trials) - len(left)} of {len(trials)} trials are complete and kept.")
+        rank_zero_info(f"{counted(len(trials) - len(left), 'complete trial')} of {len(trials)} kept.")
     runner = SideBySide(int(own["at_once"]), _choice(own["side_by_side"]), lambda: records.write(outcomes))
     warnings.filterwarnings("ignore", r"(Experiment logs|Checkpoint) directory .* exists")  # a resumed trial's
     with redirect_stdout(sys.stderr):  # tables of Lightning's are no results

@@ -67,10 +67,11 @@ def _check(name: str) -> None:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark is not None else ""
-        tab = "; indent with spaces, not tabs" if mark is not None and "\t" in text.splitlines()[mark.line][: mark.column + 1] else ""
+        before = "" if mark is None else "".join(text.splitlines()[mark.line : mark.line + 1])[: mark.column + 1]  # "" behind the last line
+        tab = "; indent with spaces, not tabs" if "\t" in before else ""
         raise ValueError(f"{where}{line} is not YAML: {getattr(error, 'problem', None) or error}{tab}") from error
     if not isinstance(content, dict):
-        kind = "is empty" if content is None else f"holds a {type(content).__name__}"
+        kind = "is empty" if content is None else f"holds a value of type {type(content).__name__}"
         raise ValueError(f"{where} {kind}; it should hold keys such as model:, data:, lora:, trainer:")
     twice = _twice(text)
     if twice is not None:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from lightning_lora.data.reading import PlacedRow
 from lightning_lora.data.store import Examples
+from lightning_lora.utils.messages import counted
 
 CHUNK = 256  # rows that a process takes at a time
 WORTH = 4 * CHUNK  # rows for which a further process is worth its start
@@ -67,9 +68,9 @@ class Report:
         for thing, reason in (("cut", f"to max_length={max_length} tokens"), ("dropped", f"as longer than max_length={max_length} tokens")):
             if count := self.counts.get(thing):
                 rank_zero_warn(f"{name}: {count} of {self.rows} rows are {thing} {reason}, first {self.places[thing][0]}")
-        parts = [f"{self.rows} rows" + " (tokenized before)" * cached]
+        parts = [f"{counted(self.rows, 'row')}" + " (tokenized before)" * cached]
         parts += [f"{count} {thing}" for thing, count in self.counts.items()]
-        parts += [f"{len(lengths)} examples"] if len(lengths) != self.rows else []
+        parts += [f"{counted(len(lengths), 'example')}"] if len(lengths) != self.rows else []
         tokens = f"; {int(median(lengths))} tokens in the median row, {max(lengths)} in the longest" * (max(lengths) > 1)  # or images
         unread = f"; not read: {', '.join(self.unread)}" * bool(self.unread)
         rank_zero_info(f"{name}: {', '.join(parts)}{tokens}{unread}.")

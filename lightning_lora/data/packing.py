@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from lightning_lora.data.batching import Example
 from lightning_lora.ops.cross_entropy import IGNORE, POSITIONS, answer_positions
+from lightning_lora.utils.messages import counted
 
 _SHAPED = ("input_ids", "labels", "position_ids")
 CROWD = 4  # a row is closed at this many times the mean number of examples: a batch has bounds for its fullest rows, which kernels look at
@@ -90,7 +91,7 @@ class PackedRows(Dataset[list[Example]]):
 
     def __str__(self) -> str:
         share = self.tokens / (len(self) * self.length)
-        return f"{len(self.examples)} examples packed into {len(self)} rows of {self.length} tokens, {share:.1%} full"
+        return f"{counted(len(self.examples), 'example')} packed into {counted(len(self), 'row')} of {self.length} tokens, {share:.1%} full"
 
     def _padding(self, used: int) -> list[int]:
         """Return the lengths of the documents that fill a row up. None is longer than an example: models may have no further positions."""

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lora.utils.messages import counted
+
 
 @dataclass(frozen=True)
 class Rounding:
@@ -99,6 +101,6 @@ def check_lost(roundings: Mapping[str, Rounding | None], max_lost: float | None)
         worst = max(lost, key=lambda name: lost[name])
         raise ValueError(
             f"{worst!r} loses {lost[worst]:.2%} of its update by rounding, more than max_lost={max_lost:g} ({len(lost)} of"
-            f" {len(roundings)} weights do): merge into a wider dtype (model.float() before the merge, or the base loaded in it), into a"
-            " quantized base with 'dequantize', raise max_lost, or leave the adapter unmerged."
+            f" {counted(len(roundings), 'weight', 'do')}): merge into a wider dtype (model.float() before the merge, or the base loaded in"
+            " it), into a quantized base with 'dequantize', raise max_lost, or leave the adapter unmerged."
         )

@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 
 from torch import nn
 
-from lightning_lora.config import LoRAConfig
+from lightning_lora.config import LoRAConfig, checked_config
 from lightning_lora.layers.adapting import adapt, unadapt
 from lightning_lora.layers.base import PREFIX, LoRALayer, lora_layers
 from lightning_lora.layers.spec import LayerSpec
@@ -78,7 +78,7 @@ def apply_lora(model: nn.Module, config: LoRAConfig | None = None) -> nn.Module:
         >>> {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
         True
     """
-    config = config or LoRAConfig()
+    config = checked_config(config)
     if already_applied(model, config):
         return model
     return inject(model, config, find_targets(model, config))

@@ -53,7 +53,7 @@ def checkpoint_layers(model: nn.Module, *, keep: Keep = "attention") -> Checkpoi
         raise ValueError(f"keep={keep!r} is not known; it is 'inputs' or 'attention'.")
     blocks = repeated_blocks(model)
     if not blocks:
-        raise ValueError(f"{type(model).__name__} has no repeated blocks to checkpoint ({BLOCKS}).")
+        raise ValueError(f"{type(model).__name__} has no repeated blocks to checkpoint ({BLOCKS}): leave checkpointing out.")
     doubled = next((name for name, module in model.named_modules() if checkpoints_itself(module) or isinstance(module, Checkpointed)), None)
     if doubled is not None:
         raise ValueError(

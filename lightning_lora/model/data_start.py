@@ -22,6 +22,7 @@ from lightning_lora.model.fuse import fuse, unfuse
 from lightning_lora.model.ranks import check_resizable, resize, spec_with, with_ranks
 from lightning_lora.model.read_data import Step, read_batch, undisturbed, without_marks
 from lightning_lora.registry import data_of
+from lightning_lora.utils.messages import counted
 from lightning_lora.utils.names import adapter_root, clean_name
 from lightning_lora.utils.sharding import is_distributed, reshard
 
@@ -84,7 +85,7 @@ def initialize_from_data(model: nn.Module, batches: Iterable[Any], *, step: Step
 def _listed(batches: Any) -> list[Any]:
     """Return the batches as a list. A mapping or a tensor can be iterated over too, but is one batch."""
     if isinstance(batches, (Mapping, Tensor, str)) or not isinstance(batches, Iterable):
-        raise ValueError(f"batches is a {type(batches).__name__}: give an iterable of batches, such as a DataLoader or [batch].")
+        raise ValueError(f"batches is of type {type(batches).__name__}: give an iterable of batches, such as a DataLoader or [batch].")
     return list(batches)
 
 
@@ -149,7 +150,10 @@ def _why_not(each: Statistics) -> str | None:
             f"saw no row: no batch reached the layer, or all its tokens are padding{labels}{loss}; give batches that use it, or exclude it"
         )
     if each.rows < (least := each.least_rows()):
-        return f"saw {each.rows} rows (tokens), and rank={each.layer.rank} needs at least {least}: give more batches, or a lower rank"
+        return (
+            f"saw {counted(each.rows, 'row')} (tokens), and rank={each.layer.rank} needs at least {least}: give more batches, or a lower"
+            " rank"
+        )
     return None
 
 

@@ -54,7 +54,9 @@ def offload_activations(model: nn.Module) -> Offloading:
     """
     blocks = repeated_blocks(model)
     if not blocks:
-        raise ValueError(f"{type(model).__name__} has no repeated blocks whose activations could be offloaded ({BLOCKS}).")
+        raise ValueError(
+            f"{type(model).__name__} has no repeated blocks whose activations could be offloaded ({BLOCKS}): leave offload out."
+        )
     lists = Counter(name.rpartition(".")[0] for name, _ in blocks)
     callers: Counter[nn.Module] = Counter()
     for name, count in lists.items():

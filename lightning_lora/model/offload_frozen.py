@@ -53,7 +53,7 @@ def offload_frozen(model: nn.Module, device: torch.device | str) -> FrozenOffloa
     """
     blocks = repeated_blocks(model)
     if not blocks:
-        raise ValueError(f"{type(model).__name__} has no repeated blocks whose weights could be offloaded ({BLOCKS}).")
+        raise ValueError(f"{type(model).__name__} has no repeated blocks whose weights could be offloaded ({BLOCKS}): leave offload out.")
     for fqn, block in blocks:
         _check(fqn, block)
     users = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)  # tied weights stay on the device

@@ -15,6 +15,7 @@ from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.model.fused_slices import names_of
 from lightning_lora.quantization.formats import elements, plain_shape
 from lightning_lora.registry import KIND_NAMES, kind_of
+from lightning_lora.utils.messages import counted
 from lightning_lora.utils.patterns import starred
 
 _MUCH = 0.2  # share of the model's elements; a larger share left out by "all-linear" is a warning
@@ -111,9 +112,11 @@ class TargetReport:
             "  ".join(cell.rjust(w) if i > 2 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
             for row in rows
         ]
-        lines.append(f"LoRA on {len(self.targets)} modules, {sum(target.parameters for target in self.targets):,} parameters")
+        lines.append(f"LoRA on {counted(len(self.targets), 'module')}, {sum(target.parameters for target in self.targets):,} parameters")
         lines.append(f"reached: {self.reached:,} of {self.total:,} elements of the model, {self.reached / self.total:.0%}")
-        lines += [f"  {name} {pattern!r}: {count} modules" for name, hits in self.hits.items() for pattern, count in hits.items()]
+        lines += [
+            f"  {name} {pattern!r}: {counted(count, 'module')}" for name, hits in self.hits.items() for pattern, count in hits.items()
+        ]
         lines += [f"token rows: {line}" for line in self._row_lines()]
         lines += [f"passed over: {line}" for line in lines_of(self.passed_over)]
         if self.saved:
@@ -127,7 +130,7 @@ class TargetReport:
         for target in self.rows:
             tied.setdefault(target.spec.rows_of, []).append(target.fqn)
         return [
-            f"{target.fqn}, {len(target.spec.rows)} rows, {target.parameters:,} parameters"
+            f"{target.fqn}, {counted(len(target.spec.rows), 'row')}, {target.parameters:,} parameters"
             + (f"; the same rows in {', '.join(tied[target.fqn])}" if tied[target.fqn] else "")
             for target in self.rows
             if not target.spec.rows_of

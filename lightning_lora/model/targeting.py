@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_lora.config import ALL_LINEAR, LoRAConfig
+from lightning_lora.config import ALL_LINEAR, LoRAConfig, checked_config
 from lightning_lora.layers.adapting import refusal
 from lightning_lora.layers.base import PREFIX, LoRALayer
 from lightning_lora.layers.classes import adapted_class
@@ -31,7 +31,7 @@ from lightning_lora.quantization.content import lost_factors
 from lightning_lora.quantization.formats import elements
 from lightning_lora.registry import KIND_NAMES, belongs_to_packed_base, kind_of, qualified_name, why_refused
 from lightning_lora.utils.names import modules_by_name, parameters_by_name
-from lightning_lora.utils.patterns import layer_index, no_match, starred
+from lightning_lora.utils.patterns import compile_pattern, layer_index, no_match, starred
 
 
 def find_targets(model: nn.Module, config: LoRAConfig) -> TargetReport:
@@ -63,6 +63,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> TargetReport:
 
 def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False) -> TargetReport:
     """Do as :func:`find_targets`. With ``frozen_parts``, accept targets in parts that the user froze as a whole."""
+    config = checked_config(config)
     modules = {name: module for name, module in modules_by_name(model).items() if not name.rpartition(".")[2].startswith(PREFIX)}
     saved = saved_modules(model, config)
     suitability = Suitability(model)
@@ -165,7 +166,7 @@ def _unmatched(fields: Iterable[Field], config: LoRAConfig, modules: dict[str, n
     """Return a problem per pattern and per layer index that matches nothing."""
     adaptable = slice_names(modules) + [fqn for fqn, module in modules.items() if kind_of(type(module)) is not None] or list(modules)
     unmatched = [(each.name, text) for each in fields for text, count in each.hits.items() if not count]
-    problems = [no_match(field, text, adaptable) for field, text in unmatched]
+    problems = [_not_adapted(field, text, adaptable) or no_match(field, text, adaptable) for field, text in unmatched]
     if unmatched and (experts := _several_weights(modules)):
         short = experts[0].rpartition(".")[2]
         problems.append(f"{starred(experts[0])!r} holds its projections as parameters, which no pattern matches; target it by {short!r}.")
@@ -175,6 +176,17 @@ def _unmatched(fields: Iterable[Field], config: LoRAConfig, modules: dict[str, n
         there = sorted({index for index in map(layer_index, modules) if index is not None})
         problems.append(f"layers={missing}: no targeted module is in a block with that index; this model's indices are {_ranges(there)}.")
     return problems
+
+
+def _not_adapted(field: str, text: str, adaptable: Iterable[str]) -> str | None:
+    """Return the problem of a table's pattern that matches a layer, but none that is adapted; None for other patterns."""
+    there = next((fqn for fqn in adaptable if field.endswith("_pattern") and compile_pattern(text, field).matches(fqn)), None)
+    if there is None:
+        return None
+    return (
+        f"{field}: {text!r} matches {there!r}, which is not adapted: name it in target_modules too, or take the entry out."
+        " (allow_unmatched=True accepts it beside others.)"
+    )
 
 
 def _problem(suitability: Suitability, modules: dict[str, nn.Module], module: nn.Module, spec: LayerSpec, saved: list[str]) -> str | None:

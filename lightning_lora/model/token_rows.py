@@ -107,7 +107,7 @@ def _named(model: nn.Module, config: LoRAConfig, modules: Mapping[str, nn.Module
             raise ValueError(no_match(FIELD, text, [fqn for fqn, module in modules.items() if isinstance(module, nn.Embedding)]))
         for fqn in hits:
             if found.setdefault(fqn, tuple(rows)) != tuple(rows):
-                raise ValueError(f"{FIELD}: two entries give {fqn!r} rows, {list(found[fqn])} and {list(rows)}; name it once.")
+                raise ValueError(f"{FIELD}: two entries give rows of {fqn!r}, {list(found[fqn])} and {list(rows)}; name it once.")
     return found
 
 

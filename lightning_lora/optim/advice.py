@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from lightning_lora.layers.base import LoRALayer, lora_layers
+from lightning_lora.utils.messages import counted
 from lightning_lora.utils.torch_private import cpu_multiplies_bfloat16
 
 FULL, WIDTH, POWER = 5e-5, 2000, 0.781  # tinker-cookbook's formula for Llama models
@@ -117,7 +118,7 @@ def advise_setup(model: nn.Module, batch: int | None = None, device: str | None 
     )
     if batch is not None:
         large = f" Above {BATCH}, LoRA learns less per row than full fine-tuning." if batch > BATCH else ""
-        lines.append(f"effective batch: {batch} rows.{large}")
+        lines.append(f"effective batch: {counted(batch, 'row')}.{large}")
     slow = next((layer.weight.dtype for layer in layers if getattr(layer, "weight", None) is not None and layer.weight.dtype in HALF), None)
     if slow and device is not None and multiplies_half_slowly(device):
         lines.append(

@@ -38,7 +38,7 @@ def lora_param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0,
         with two exceptions. PEFT gives vectors B's rate too, and both factors of an embedding a fixed rate (1e-6).
 
     Raises:
-        ValueError: nothing in the model trains, or the ratio is not a number > 0.
+        ValueError: nothing in the model trains, the ratio is not a number > 0, or the rate or the decay none ≥ 0.
 
     Examples:
         >>> groups = lora_param_groups(apply_lora(model), lr=1e-4, weight_decay=0.01, lora_plus_ratio=16)
@@ -47,6 +47,9 @@ def lora_param_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0,
         [0.0001, 0.0016]
     """
     check_ratio(lora_plus_ratio)
+    for name, value in (("lr", lr), ("weight_decay", weight_decay)):  # torch checks its own defaults, and no group's
+        if not isinstance(value, Tensor) and (not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < math.inf):
+            raise ValueError(f"{name}={value!r}: give a finite number ≥ 0, such as {2e-4 if name == 'lr' else 0.01}.")
     zero = {id(factor) for factor in zero_factors(model)}
     of_b = {RATIO: lora_plus_ratio} if lora_plus_ratio != 1 else {}
     groups: dict[str, dict[str, Any]] = {

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lora.optim.groups import PRECONDITION, RATIO
+from lightning_lora.utils.messages import counted
 from lightning_lora.utils.names import clean_name
 from lightning_lora.utils.sharding import distribute_like, full_tensor, is_sharded
 from lightning_lora.utils.values import nonfinite
@@ -83,14 +84,14 @@ def load_by_name(optimizer: Optimizer, model: nn.Module, saved: dict[str, Any]) 
     here, there = now["param_groups"], saved["param_groups"]
     if len(here) != len(there):
         raise ValueError(
-            f"the checkpoint's optimizer has {len(there)} parameter groups, this one {len(here)}; build it as it was built then"
+            f"the checkpoint's optimizer has {counted(len(there), 'parameter group')}, this one {len(here)}; build it as it was built then"
             " (lora_plus_ratio splits groups too)."
         )
     for i, (mine, theirs) in enumerate(zip(here, there, strict=True)):
         different = sorted({names[index] for index in mine["params"]} ^ set(theirs["params"]))
         if different:
             raise ValueError(
-                f"optimizer group {i} differs from the checkpoint's in {len(different)} parameters: {', '.join(different[:4])}."
+                f"optimizer group {i} differs from the checkpoint's in {counted(len(different), 'parameter')}: {', '.join(different[:4])}."
             )
         if mine.get(RATIO) != theirs.get(RATIO):
             raise ValueError(
@@ -109,7 +110,7 @@ def load_by_name(optimizer: Optimizer, model: nn.Module, saved: dict[str, Any]) 
     for name, slots in saved["state"].items():
         if name not in numbers or not isinstance(slots, dict):
             if name in numbers:
-                raise ValueError(f"the checkpoint's optimizer state of {name!r} is a {type(slots).__name__}, not a mapping.")
+                raise ValueError(f"the checkpoint's optimizer state of {name!r} is of type {type(slots).__name__}, not a mapping.")
             state[name] = slots
             continue
         like = parameters[numbers[name]]
@@ -117,6 +118,14 @@ def load_by_name(optimizer: Optimizer, model: nn.Module, saved: dict[str, Any]) 
         moments = {slot: value for slot, value in slots.items() if isinstance(value, Tensor) and value.shape == like.shape}
         state[numbers[name]] = slots | {slot: distribute_like(value, like) for slot, value in moments.items()}
     optimizer.load_state_dict({**saved, "state": state, "param_groups": groups})
+    # torch adds settings that a later release has, and takes the saved ones as they are: a step would fail on the first that is not there.
+    lacking = sorted({name for group in optimizer.param_groups for name in optimizer.defaults.keys() - group.keys()})
+    if lacking:
+        optimizer.load_state_dict(now)
+        raise ValueError(
+            f"the checkpoint's optimizer is another than {type(optimizer).__name__}: its groups have no {', '.join(lacking)}. Resume with"
+            " the same, or load the adapter (load_adapter) into a new run."
+        )
 
 
 def _load_as_is(optimizer: Optimizer, model: nn.Module, saved: dict[str, Any]) -> None:

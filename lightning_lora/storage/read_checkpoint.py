@@ -111,6 +111,7 @@ def _why(path: str | Path, names: list[str], error: Exception) -> str:
     if Path(path).is_file() and Path(path).stat().st_size == 0:
         return "the file is empty."
     detail = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0] or type(error).__name__
+    detail = f"KeyError: {detail}" if isinstance(error, KeyError) else detail  # its text is the key alone
     return f"it was not written by torch.save, or it is damaged ({detail})."
 
 

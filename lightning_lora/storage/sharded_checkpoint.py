@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_lora.storage.read_checkpoint import read_checkpoint
 from lightning_lora.storage.read_shards import read_shards
+from lightning_lora.utils.messages import counted
 
 REST = "meta.pt"  # Lightning's name for the file of what is not in the shards; written last: a folder that has it is complete
 PARTS = ("state_dict", "optimizer_states")  # what the shards hold the tensors of
@@ -30,7 +31,9 @@ def read_folder(path: Path, weights_only: bool | None = None) -> dict[str, Any]:
     used = set[str]()
     content = {name: _put_tensors(value, name, tensors, used) if name in PARTS else value for name, value in checkpoint.items()}
     if unused := sorted(tensors.keys() - used):
-        raise ValueError(f"{path}: {REST} has no place for {len(unused)} tensors of the shards, such as {unused[0]!r}: it is damaged.")
+        raise ValueError(
+            f"{path}: {REST} has no place for {counted(len(unused), 'tensor')} of the shards, such as {unused[0]!r}: it is damaged."
+        )
     return content
 
 

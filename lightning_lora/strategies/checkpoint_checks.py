@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_lora.adapter_io.metadata import META, began_with, understood
 from lightning_lora.optim.state import holds_nan
 from lightning_lora.strategies.adapted_part import AdaptedPart, parts_in
+from lightning_lora.utils.messages import counted
 from lightning_lora.utils.values import kind_of_numbers, nonfinite
 
 
@@ -60,9 +61,9 @@ def check_values(checkpoint: Mapping[str, Any], path: str, fitting: bool) -> Non
     """
     tensors, beside = checkpoint["state_dict"], checkpoint[META].get("beside", ())
     bad = nonfinite({name: value for name, value in tensors.items() if isinstance(value, Tensor) and name not in beside})
-    what = f"{bad[0]} holds NaN or infinity ({len(bad)} tensors do)" if bad else None
+    what = f"{bad[0]} holds NaN or infinity ({counted(len(bad), 'tensor', 'do')})" if bad else None
     if not bad and fitting and (names := nan_states(checkpoint)):
-        what = f"the optimizer state of {names[0]} holds NaN ({len(names)} parameters' does)"
+        what = f"the optimizer state of {names[0]} holds NaN (that of {counted(len(names), 'parameter')} does)"
     if what is not None:
         raise ValueError(
             f"{path}: {what}, so a training from there cannot recover: take an earlier"
@@ -90,7 +91,7 @@ def check_fits(saved: Mapping[str, Any], shapes: Mapping[str, torch.Size], place
     for name in sorted(saved.keys() & shapes.keys()):
         value, place = saved[name], places.get(name)
         if not isinstance(value, Tensor):
-            raise ValueError(f"{name} is a {type(value).__name__} in the checkpoint, not a tensor.")
+            raise ValueError(f"{name} is of type {type(value).__name__} in the checkpoint, not a tensor.")
         if value.shape != shapes[name]:
             raise ValueError(f"{name} has shape {tuple(value.shape)} in the checkpoint, {tuple(shapes[name])} here.")
         if place is None:

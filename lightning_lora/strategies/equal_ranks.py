@@ -11,6 +11,7 @@ from torch import nn
 from lightning_lora.layers.base import kept_parameters
 from lightning_lora.model import parallel
 from lightning_lora.utils.checksums import checksum
+from lightning_lora.utils.messages import counted
 from lightning_lora.utils.names import clean_name
 from lightning_lora.utils.sharding import broadcast, is_distributed, is_sharded
 
@@ -59,6 +60,6 @@ def check_equal(module: nn.Module) -> None:
     different = [name for name in mine if any(other.get(name) != mine[name] for other in everyone)]
     if different:
         raise RuntimeError(
-            f"{len(different)} parameters that train differ between processes after the first step: {different[0]} is the first. Their"
+            f"{counted(len(different), 'trained parameter', 'differ')} between processes after the first step, first {different[0]}. Their"
             " gradients were not averaged. Check that nothing was injected or unfrozen after the strategy wrapped the model."
         )

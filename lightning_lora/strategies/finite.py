@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
 from lightning_lora.layers.base import kept_parameters
+from lightning_lora.utils.messages import counted
 from lightning_lora.utils.names import clean_name
 from lightning_lora.utils.values import nonfinite
 
@@ -28,7 +29,7 @@ def check_finite(strategy: Strategy, tensors: Mapping[str, Tensor], states: Sequ
     if strategy.reduce_boolean_decision(bool(bad or states), all=False):
         what = f"{bad[0]} holds NaN or infinity ({len(bad)} of {len(tensors)} trained tensors do)" if bad else "another process has NaN"
         if states and not bad:
-            what = f"the optimizer state of {states[0]} holds NaN ({len(states)} parameters' does)"
+            what = f"the optimizer state of {states[0]} holds NaN (that of {counted(len(states), 'parameter')} does)"
         raise RuntimeError(
             f"training stops and writes no checkpoint: {what}. Earlier checkpoints are good: resume from the last one with a lower learning"
             " rate or gradient_clip_val, or look at the batches since. LoRACallback(allow_nonfinite=True) goes on instead."

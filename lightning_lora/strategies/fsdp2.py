@@ -29,6 +29,7 @@ from lightning_lora.quantization.formats import format_of
 from lightning_lora.strategies.lightning_private import set_data_parallel_size
 from lightning_lora.strategies.namespaces import loaded, twins
 from lightning_lora.utils.blocks import BLOCKS, repeated_blocks
+from lightning_lora.utils.messages import counted
 from lightning_lora.utils.sharding import is_sharded
 from lightning_lora.utils.transformers_conventions import tensor_parallel_plan
 
@@ -96,8 +97,8 @@ class OwnBlocks(_Base):
             empty = materialize(module, self.root_device)
             if empty and not self._loads:
                 rank_zero_warn(
-                    f"{len(empty)} modules were on the meta device and have no values: {', '.join(empty[:4])}. Name the model's folder in"
-                    " LoRACallback(weights=...), or load them in on_fit_start."
+                    f"{counted(len(empty), 'module', 'were')} on the meta device and got no values: {', '.join(empty[:4])}. Name the"
+                    " model's folder in LoRACallback(weights=...), or load them in on_fit_start."
                 )
         # Lightning raises unless configure_model is overridden, since its users shard there.
         module.configure_model = lambda: None  # type: ignore[method-assign]

@@ -44,6 +44,7 @@ from lightning_lora.strategies.lightning_fields import check_fields
 from lightning_lora.strategies.lightning_private import saves_shards
 from lightning_lora.strategies.namespaces import twin, twins
 from lightning_lora.strategies.new_optimizers import prepare
+from lightning_lora.utils.messages import counted
 from lightning_lora.utils.names import clean_name, persistent_buffers
 from lightning_lora.utils.sharding import full_tensor, is_flattened, local_shard, local_tensor, on_first_rank, reshard
 
@@ -222,7 +223,7 @@ class StrategyHooks(CopiedHooks):
         if theirs is not None:  # what a user's state dict leaves out is not required
             missing = sorted(module_state.names_in(theirs, self.module).intersection(missing))
         if missing:
-            raise ValueError(f"{path} lacks {len(missing)} tensors that train here: {', '.join(missing[:4])}.")
+            raise ValueError(f"{path} lacks {counted(len(missing), 'trained tensor')}: {', '.join(missing[:4])}.")
         for root, meta in metas.items():
             if self.parts[root].check_base and meta["base"] is not None:
                 self.state.check_base(root, names, meta["base"], str(path))
@@ -257,11 +258,13 @@ class StrategyHooks(CopiedHooks):
         unknown = sorted(saved.keys() - places.keys() - extra.keys())
         if unknown and strict:
             named = ", ".join(unknown[:4])
-            raise ValueError(f"the checkpoint has {len(unknown)} tensors that {type(self.module).__name__} does not have: {named}.")
+            raise ValueError(
+                f"the checkpoint has {counted(len(unknown), 'tensor')} that {type(self.module).__name__} does not have: {named}."
+            )
         check_fits(saved, places, module_state.places(self.module))
         lacking = sorted(extra.keys() - saved.keys())
         if lacking and strict:
-            raise ValueError(f"the checkpoint lacks the extra state of {len(lacking)} modules: {', '.join(lacking[:4])}.")
+            raise ValueError(f"the checkpoint lacks the extra state of {counted(len(lacking), 'module')}: {', '.join(lacking[:4])}.")
 
     def _load(self, saved: dict[str, Any]) -> None:
         extra = module_state.extra_states(self.module)
@@ -282,7 +285,7 @@ class StrategyHooks(CopiedHooks):
         saved, here = checkpoint["optimizer_states"], self.strategy.optimizers
         with naming(self.module.trainer.ckpt_path):
             if len(saved) != len(here):
-                raise ValueError(f"the checkpoint has {len(saved)} optimizers, but configure_optimizers made {len(here)}.")
+                raise ValueError(f"the checkpoint has {counted(len(saved), 'optimizer')}, but configure_optimizers made {len(here)}.")
             for optimizer, state in zip(here, saved, strict=True):
                 load_by_name(optimizer, self.module, state)
 

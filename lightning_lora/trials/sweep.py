@@ -150,7 +150,7 @@ def _text(number: int, settings: Mapping[str, Any]) -> str:
             text_of(value)
         except yaml.YAMLError as error:
             raise ValueError(
-                f"trials[{number}][{key!r}]={value!r} is a {type(value).__name__}; give a number, a string, or a list or dict of them,"
+                f"trials[{number}][{key!r}]={value!r} is of type {type(value).__name__}; give a number, a string, a list or dict of them,"
                 " and make the rest of it in make."
             ) from error
     return text_of(dict(settings))

@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+_OF_ONE = {"are": "is", "were": "was", "do": "does", "have": "has", "differ": "differs", "train": "trains"}
+
 
 def listed(names: Sequence[str], most: int = 12) -> str:
     """Return names as a list in text, the first ones of many."""
     return f"[{', '.join(map(repr, names[:most]))}{f', ... {len(names)} in all' if len(names) > most else ''}]"
+
+
+def counted(number: int, noun: str, verb: str = "") -> str:
+    """Return a number with its noun, and a verb: ``1 tensor is``, ``2 tensors are``."""
+    if number == 1:
+        start, space, last = verb.rpartition(" ")
+        verb = start + space + _OF_ONE.get(last, last)
+    else:
+        ends_in_y = noun.endswith("y") and noun[-2] not in "aeou"
+        noun = f"{noun[:-1]}ies" if ends_in_y else f"{noun}es" if noun.endswith(("s", "x", "ch")) else f"{noun}s"
+    return f"{number:,} {noun} {verb}".rstrip()
 
 
 def append_line(exception: BaseException, line: str) -> None:

@@ -69,6 +69,8 @@ def compile_patterns(value: str | Iterable[str], field: str) -> tuple[Pattern, .
 def no_match(field: str, text: str, names: Iterable[str]) -> str:
     """Return the message for a pattern that matches none of the modules ``names``. It lists the closest last parts of names."""
     short = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    if not any(short):
+        return f"{field}: {text!r} matches no module, for there is none inside: adapt the part around it."
     near = difflib.get_close_matches(text.rpartition(".")[2], short, n=4, cutoff=0.5) or short[:8]
     hint = f" A single string is a regex over the whole name; for a plain name give a list: [{text!r}]." if text in short else ""
     found = ", ".join(near) or "none"

@@ -90,6 +90,15 @@ def test_rows_of_one_batch(names, model, folders, alone):
     torch.testing.assert_close(output(model), alone["legal"], **CLOSE)
 
 
+def test_rows_within_rows_end_with_their_block(model, folders, alone):
+    adapters = load_adapters(model, folders)
+    with adapters.rows(["legal", "polite", None]):
+        with adapters.rows(["polite"] * 3):
+            torch.testing.assert_close(output(model), alone["polite"], **CLOSE)
+        torch.testing.assert_close(output(model)[1], alone["polite"][1], **CLOSE)
+        torch.testing.assert_close(output(model)[0], alone["legal"][0], **CLOSE)
+
+
 def test_generation_with_an_adapter_for_each_row(model, folders):
     def answers(model, ids):
         options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -187,8 +196,12 @@ def test_what_is_refused_changes_nothing(model, folders, tmp_path):
         pass
     with adapters.rows(["legal"]), pytest.raises(ValueError, match=r"got 3 rows, and rows\(\[...\]\) named 1"):
         output(model)
+    with pytest.raises(ValueError, match=r"rows\('legal'\): give a list with a name for each row"), adapters.rows("legal"):
+        pass
     unload_lora(model)
     torch.testing.assert_close(output(model), output(base("llama")), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="LoRA was taken out of this model"):
+        adapters.use("legal")  # nothing is there that could be switched
 
 
 def test_convolutions(tmp_path):

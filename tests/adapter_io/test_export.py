@@ -206,7 +206,7 @@ def test_state_that_is_no_tensor_is_said_to_be_left_out(tmp_path: Path) -> None:
 
         def set_extra_state(self, state: Any) -> None: ...
 
-    with pytest.warns(UserWarning, match=r"'_extra_state' is a dict, no tensor, and is not in the export"):
+    with pytest.warns(UserWarning, match=r"'_extra_state' is of type dict, no tensor, and is not in the export"):
         export_merged(adapted(Fitted(), rank=2, target_modules=["a"]), tmp_path / "out")
 
 

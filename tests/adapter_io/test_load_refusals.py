@@ -22,7 +22,7 @@ def change_tensors(folder, change):
 FIRST = "base_model.model.embed.lora_embedding_A"
 LAST = "base_model.model.layers.1.mlp.lora_B.weight"
 DAMAGES = {
-    "missing": (lambda f: change_tensors(f, lambda t: t.pop(LAST)), r"1 tensors are missing .*: layers\.1\.mlp\.lora_B"),
+    "missing": (lambda f: change_tensors(f, lambda t: t.pop(LAST)), r"1 tensor is missing .*: layers\.1\.mlp\.lora_B"),
     "left-over": (
         lambda f: change_tensors(f, lambda t: t.update({"base_model.model.layers.7.mlp.lora_A.weight": torch.ones(4, 8)})),
         r"'layers\.7\.mlp\.lora_A' is no tensor that its config puts on this model",
@@ -34,7 +34,7 @@ DAMAGES = {
     "shape": (lambda f: change_tensors(f, lambda t: t.update({LAST: torch.ones(8, 5)})), r"layers\.1\.mlp\.lora_B has shape \(8, 5\)"),
     "nan": (
         lambda f: change_tensors(f, lambda t: t[LAST].fill_(torch.nan)),
-        r"1\.mlp\.lora_B holds NaN or infinity \(1 tensors do\)",
+        r"1\.mlp\.lora_B holds NaN or infinity \(1 tensor does\)",
     ),
     "inf": (lambda f: change_tensors(f, lambda t: t[FIRST].fill_(torch.inf)), r"embed\.lora_A holds NaN or infinity"),
     "truncated": (lambda f: (f / TENSORS).write_bytes((f / TENSORS).read_bytes()[:-1]), "not a readable safetensors file"),

@@ -267,7 +267,8 @@ def test_the_same_callback_on_another_module_starts_anew(tmp_path):
 def test_a_checkpoint_of_another_callback_is_refused(tmp_path):
     checkpoint = ModelCheckpoint(tmp_path, filename="plain", enable_version_counter=False)
     plain = LoRACallback(adalora().config, merge_on_fit_end=False)
-    trainer(tmp_path, plain, checkpoint, max_epochs=1).fit(LitNet())
+    with pytest.warns(UserWarning, match="prunes no rank: use AdaLoRACallback"):
+        trainer(tmp_path, plain, checkpoint, max_epochs=1).fit(LitNet())
     with pytest.raises(ValueError, match="no state of AdaLoRACallback"):
         fit(tmp_path, ckpt_path=str(tmp_path / "plain.ckpt"))
 

@@ -18,6 +18,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_p
     [
         ({"target_rank": 0}, "target_rank=0: give a whole number"),
         ({"target_rank": 4}, "target_rank=4 is not below init_rank=4"),
+        ({"target_rank": 2.5}, "target_rank=2.5: give a whole number"),
+        ({"total_steps": "9"}, "total_steps='9': give a whole number"),
         ({"deltaT": 0}, "deltaT=0: give a whole number"),
         ({"total_steps": 0}, "total_steps=0: give a whole number"),
         ({"tinit": -1}, "tinit=-1: give a whole number of optimizer steps, or a share"),

@@ -64,7 +64,7 @@ def cut(good: Path, folder: Path) -> Path:
             r"is no checkpoint. An adapter folder is loaded by load_adapter",
         ),
         (written(b""), r"x.ckpt is not a readable checkpoint: the file is empty"),
-        (written(b"hello\n"), r"x.ckpt is not a readable checkpoint: it was not written by torch.save"),
+        (written(b"hello\n"), r"x.ckpt is not a readable checkpoint: it was not written by torch.save, or it is damaged \(KeyError: 101\)"),
         (written(bytes(range(256)) * 4), r"x.ckpt is not a readable checkpoint"),
         (cut, r"x.ckpt is not a readable checkpoint"),
         (saved([1]), r"was not written under LoRACallback: it holds a list"),

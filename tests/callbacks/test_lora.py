@@ -159,7 +159,7 @@ def test_several_optimizers_and_manual_optimization_with_a_part_adapted(tmp_path
 
 def test_an_optimizer_with_nothing_to_train_is_an_error(tmp_path: Path) -> None:
     with (
-        pytest.warns(UserWarning, match="LoRA freezes critic"),  # all of it adapted
+        pytest.warns(UserWarning, match="LoRA freezes what has no adapter: critic"),  # all of it adapted
         pytest.raises(ValueError, match=r"optimizer 1 \(SGD\) holds no parameter that trains"),
     ):
         fit(tmp_path, TwoOptimizers(), 1)

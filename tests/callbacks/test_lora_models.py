@@ -115,9 +115,9 @@ def test_a_new_head_that_stays_random_is_told_at_the_start(tmp_path: Path, recwa
         return {name.partition(".")[0] for name, value in bits(module).items() if name in before and not torch.equal(value, before[name])}
 
     part = None
-    with pytest.warns(UserWarning, match=r"LoRA freezes temperature, head, which have no adapter: .*LoRACallback\(module=\.\.\.\)"):
+    with pytest.warns(UserWarning, match=r"LoRA freezes what has no adapter: temperature, head\. .*LoRACallback\(module=\.\.\.\)"):
         assert moved(Headed()) == {"net"}  # its running statistics
-    with pytest.warns(UserWarning, match="LoRA freezes temperature, which"):
+    with pytest.warns(UserWarning, match="LoRA freezes what has no adapter: temperature\\."):
         assert moved(Headed(), modules_to_save=["head"]) == {"net", "head"}
     module = Headed()  # what is frozen already needs no word
     module.head.requires_grad_(False)

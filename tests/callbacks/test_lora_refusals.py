@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRACallback
+from lightning_lora import LoRACallback, apply_lora, find_targets, lora_layers
 from tests.callbacks.lora_runs import Early, fit
 from tests.lit import CONFIG, LitNet, trainer
 
@@ -114,3 +114,32 @@ def test_the_module_stays_picklable_and_free_of_patches(tmp_path: Path) -> None:
     module.eval()
     torch.testing.assert_close(twin.eval()(x), module.net(x))
     assert copy.deepcopy(module.net).fc1.merged
+
+
+@pytest.mark.parametrize("apply", [apply_lora, find_targets, lambda _, config: LoRACallback(config)])
+def test_a_config_of_another_type_is_refused(apply: Any) -> None:
+    module = LitNet()
+    with pytest.raises(ValueError, match=r"^config=\{'rank': 4\}: give LoRAConfig\(\*\*config\)\.$"):
+        apply(module, {"rank": 4})
+    with pytest.raises(ValueError, match=r"^config='all-linear': give a LoRAConfig, such as"):
+        apply(module, "all-linear")
+    assert not any(lora_layers(module))
+
+
+@pytest.mark.parametrize("name", ["merge_on_fit_end", "check_base", "check_gradients", "allow_nonfinite", "cuda_graphs", "tune_loop"])
+def test_text_is_no_flag(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name}='no': give True or False"):
+        LoRACallback(CONFIG, **{name: "no"})
+
+
+def test_weights_that_nothing_reads_are_said(tmp_path: Path) -> None:
+    """A module that is not on the meta device has weights already, maybe random ones."""
+    lora = LoRACallback(CONFIG, weights="base")
+    with pytest.warns(UserWarning, match=r"weights='base' is not read: LitNet has weights already\. Build it on the meta device"):
+        fit(tmp_path, LitNet(), 1, lora=lora)
+
+
+@pytest.mark.parametrize("option", [{"checkpointing": "full"}, {"offload": "activations"}, {"offload": "frozen"}])
+def test_an_option_for_blocks_is_refused_with_its_name(option: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"has no repeated blocks .*: leave {next(iter(option))} out"):
+        fit(tmp_path, LitNet(), 1, lora=LoRACallback(CONFIG, **option))

@@ -84,4 +84,4 @@ def test_a_quantized_base_is_not_called_wide() -> None:
 
 
 def test_a_weight_that_was_not_read_is_told() -> None:
-    assert "1 layers is of a sharded quantized weight" in hint(row(weight_norm=math.nan, ratio=math.nan), "Model parallelism")
+    assert "1 layer is of a sharded quantized weight" in hint(row(weight_norm=math.nan, ratio=math.nan), "Model parallelism")

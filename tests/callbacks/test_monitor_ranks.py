@@ -92,7 +92,7 @@ def test_a_run_that_is_refused_leaves_the_ranks(whole: Any, tmp_path: Path) -> N
     del saved["state_dict"]["net.fc2.lora_B"]
     torch.save(saved, tmp_path / "broken.ckpt")
     before, config = bits(module), lora.config
-    with pytest.raises(ValueError, match="lacks 1 tensors"):
+    with pytest.raises(ValueError, match="lacks 1 trained tensor"):
         trained.test(module, ckpt_path=tmp_path / "broken.ckpt", verbose=False)
     assert all(torch.equal(a, b) for a, b in zip(bits(module).values(), before.values(), strict=True))
     assert {layer.rank for _, layer in lora_layers(module)} == {2} and lora.config is config

@@ -189,7 +189,7 @@ class Empty(LitNet):
 @pytest.mark.parametrize(
     ("cls", "message"),
     [
-        (ReplacedInSetup, r"^ReplacedInSetup replaced 1 layers after they were adapted: net\.fc2\. Build layers in __init__ or"),
+        (ReplacedInSetup, r"^ReplacedInSetup replaced 1 layer after adapting: net\.fc2\. Build layers in __init__ or"),
         (Empty, r"^Empty built no layers to adapt\. Build layers in __init__ or configure_model"),
     ],
 )

@@ -32,7 +32,9 @@ def test_one_adapter_smaller(folders, capsys):
     assert main(["compress", "one", "small", "--energy", "0.5"]) == 0
     assert capsys.readouterr().out.startswith("adapter in small, rank ")
     assert main(["compress", "one", "small", "--rank", "1"]) == 2
-    assert "is not empty" in capsys.readouterr().err
+    assert "is not empty; name another folder, or pass --overwrite" in capsys.readouterr().err
+    assert main(["combine", "one=1,two=1", "small"]) == 2
+    assert "is not empty; name another folder, or pass --overwrite" in capsys.readouterr().err
     assert main(["compress", "one", "small", "--rank", "1", "--overwrite"]) == 0
 
 

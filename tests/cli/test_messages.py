@@ -26,6 +26,27 @@ LITERALS = """Parser key "trainer.precision":
   Given value type: <class 'str'>
   Given value: 8"""
 
+INNER = """Parser key "lora.config":
+  Does not validate against any of the Union subtypes
+  Subtypes: [<class 'lightning_lora.config.LoRAConfig'>, <class 'NoneType'>]
+  Errors:
+    - Problem with given class_path 'lightning_lora.LoRAConfig':
+        Parser key "{key}":
+          {error}
+    - Expected a <class 'NoneType'>
+  Given value type: <class 'dict'>
+  Given value: {{'rank': 'eight'}}"""
+NO_FIELDS = """Parser key "lora.config":
+  Does not validate against any of the Union subtypes
+  Subtypes: [<class 'lightning_lora.config.LoRAConfig'>, <class 'NoneType'>]
+  Errors:
+    - Not a valid subclass of LoRAConfig
+      Subclass types expect one of:
+      - a class path (str)
+    - Expected a <class 'NoneType'>
+  Given value type: <class 'int'>
+  Given value: 8"""
+
 CALLBACK = """every_n_steps=0: give a whole number
 Not a valid subclass of Callback
 Subclass types expect one of:
@@ -38,13 +59,22 @@ Subclass types expect one of:
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        (UNION, "data.batch_size: 0 is not allowed: v>0"),
-        (LITERALS, "trainer.precision: expected one of 64, 32; expected one of 'bf16', got 8"),
-        ("Parser key \"dtype\":\n  Expected a <class 'bool'>. Got value: maybe", "dtype: expected bool, got maybe"),
+        (UNION, "data.batch_size: expected a whole number > 0, got 0"),
+        (
+            INNER.format(key="rank", error="Expected a <class 'int'>. Got value: eight"),
+            "lora.config.rank: expected a whole number, got eight",
+        ),
+        (
+            INNER.format(key="rank", error="Not of type PositiveInt: invalid literal for int() with base 10: 'eight'"),
+            "lora.config.rank: expected a whole number, got eight",
+        ),
+        (NO_FIELDS, "lora.config: expected the fields of LoRAConfig, got 8"),
+        (LITERALS, "trainer.precision: expected one of 64, 32 or 'bf16', got 8"),
+        ("Parser key \"dtype\":\n  Expected a <class 'bool'>. Got value: maybe", "dtype: expected true or false, got maybe"),
         ("unrecognized arguments: --rnk=2", "no option 'rnk'; did you mean 'rank'?"),
         ("unrecognized arguments: you", "'you' is one argument too many; options have names, such as --config run.yaml"),
         (CALLBACK, "every_n_steps=0: give a whole number"),
-        ("Parser key \"a.b\":\n  Not of type PositiveFloat: could not convert string to float: 'x'", "a.b: expected a number, got 'x'"),
+        ("Parser key \"a.b\":\n  Not of type PositiveFloat: could not convert string to float: 'x'", "a.b: expected a number, got x"),
         ("Subcommand 'fit' does not accept option 'a.rnk'", "no option 'a.rnk'; did you mean 'rank'?"),
         ("first\n\n  second", "first second"),
         ("", "ArgumentError"),

@@ -8,10 +8,12 @@ import pytest
 import torch
 import transformers
 import yaml
+from jsonargparse import Namespace
 from safetensors.torch import load_file
 
 from lightning_lora import load_adapter
 from lightning_lora.cli.main import main
+from lightning_lora.cli.run_results import LOGGER, log_under_root
 from tests import tiny_lm
 
 pytestmark = pytest.mark.filterwarnings("ignore:Experiment logs directory", "ignore:Checkpoint directory")
@@ -150,3 +152,14 @@ def test_metrics_as_json(config, capsys):
     assert main(["test", "--config", config, "--json"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert {"test_loss", "test_accuracy", "test_perplexity"} <= json.loads(line).keys()
+
+
+@pytest.mark.parametrize(
+    ("root", "changed", "found"),
+    [("mine", {}, "mine"), (None, {}, "runs"), ("mine", {"save_dir": "logs"}, "logs"), ("mine", {"name": "other"}, "runs")],
+)
+def test_the_usual_logger_writes_under_a_root_that_is_given(root, changed, found):
+    logger = Namespace(class_path=LOGGER["class_path"], init_args=Namespace(**{**LOGGER["init_args"], **changed}))
+    log_under_root(Namespace(default_root_dir=root, logger=logger))
+    assert logger.init_args.save_dir == found
+    log_under_root(Namespace(default_root_dir=root, logger=False))

@@ -258,7 +258,7 @@ def test_a_folder_that_is_a_file_is_refused(run, tmp_path, capsys):
         (["--rank=2,4", "--monitr=val_loss"], "no option 'monitr'; did you mean 'monitor'?"),
         (["--rank=2,4", "--lora.config.rank=8"], "--rank 2,4 and --lora.config.rank set the same option"),
         (["--rank=2,4", "runs"], "'runs' is one argument too many"),
-        (["--seed=a"], "seed_everything: expected bool; expected int, got a"),
+        (["--seed=a"], "seed_everything: expected true or false or a whole number, got a"),
         (["--rank"], "--rank: give a value"),
         (["--rank=2,2"], "two trials are 'rank2'"),
         (["--rank=2,0"], "rank"),

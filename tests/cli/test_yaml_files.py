@@ -10,9 +10,10 @@ from lightning_lora.cli.yaml_files import check_config_files, unique_keys
     [
         (b"", r"is empty; it should hold keys such as model:"),
         (b"# a comment\n", r"is empty"),
-        (b"- a\n", r"holds a list; it should hold keys"),
-        (b"word\n", r"holds a str"),
+        (b"- a\n", r"holds a value of type list; it should hold keys"),
+        (b"word\n", r"holds a value of type str"),
         (b"a: [1\nb: }\n", r", line 2 is not YAML"),
+        (b"a: {\n", r", line 2 is not YAML"),
         (b"a:\n\tb: 1\n", r", line 2 is not YAML: .*; indent with spaces, not tabs"),
         (b"a: 1\nb: {c: 1,\n c: 2}\n", r", line 3: the key 'c' is there twice; remove one"),
         (b"a: [{b: 1, b: 2}]\n", r", line 1: the key 'b' is there twice"),

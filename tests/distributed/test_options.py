@@ -176,7 +176,7 @@ def diverge() -> str:
     next(lora_layers(model))[1].lora_B.data.normal_()
     check_equal(model)
     next(lora_layers(model))[1].lora_B.data.add_(dist.get_rank())
-    with pytest.raises(RuntimeError, match=r"1 parameters that train differ between processes.*layers\.0\.fc1\.lora_B") as error:
+    with pytest.raises(RuntimeError, match=r"1 trained parameter differs between processes.*layers\.0\.fc1\.lora_B") as error:
         check_equal(model)
     return str(error.value)
 

@@ -53,4 +53,4 @@ def run_nudged(name: str, folder: str) -> str:
 def test_a_rank_that_drifts_in_the_first_step_is_an_error(pool: Any, tmp_path: Path, name: str) -> None:
     """Where every rank holds the adapter whole; on each rank, at the second step."""
     for message in pool.run(run_nudged, name, str(tmp_path)):
-        assert "1 parameters that train differ between processes after the first step: net.layers.0.q.lora_A" in message
+        assert "1 trained parameter differs between processes after the first step, first net.layers.0.q.lora_A" in message

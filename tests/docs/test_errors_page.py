@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from lightning_lora.utils.messages import counted
 from tests.test_structure import PACKAGE
 
 PAGE = Path(__file__).parents[2] / "docs" / "troubleshooting.md"
@@ -32,6 +33,8 @@ def text_of(node: ast.expr) -> str:
         return "".join(map(text_of, node.values))
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return text_of(node.left) + text_of(node.right)
+    if isinstance(node, ast.FormattedValue) and isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "counted":
+        return f"…{counted(2, *(ast.literal_eval(each) for each in node.value.args[1:])).removeprefix('2')}"
     return "…"
 
 

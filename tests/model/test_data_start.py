@@ -194,7 +194,9 @@ def test_tokens_that_all_have_the_label_of_none_are_named() -> None:
 
 @pytest.mark.parametrize("given", [None, 3, "text", torch.randn(9, 16), {"x": torch.randn(9, 16)}], ids=lambda given: type(given).__name__)
 def test_one_batch_is_no_list_of_batches(given: Any) -> None:
-    with pytest.raises(ValueError, match=rf"batches is a {type(given).__name__}: give an iterable of batches, such as a DataLoader or"):
+    with pytest.raises(
+        ValueError, match=rf"batches is of type {type(given).__name__}: give an iterable of batches, such as a DataLoader or"
+    ):
         initialize_from_data(applied("eva"), given)
 
 

@@ -30,7 +30,7 @@ def test_the_report_counts_and_explains(make):
     assert text.splitlines()[2].split() == ["layers.*.mlp", "Linear", "8×8", "2", "16", "1", "32"]
     assert "LoRA on 3 modules, 160 parameters" in text
     assert "target_modules 'q_proj': 2 modules" in text
-    assert "exclude_modules 'layers.1.mlp': 1 modules" in text
+    assert "exclude_modules 'layers.1.mlp': 1 module" in text
     assert text.splitlines()[-1] == "trained in full: lm_head"
 
 

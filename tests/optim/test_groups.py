@@ -67,6 +67,13 @@ def test_a_ratio_out_of_range(model, ratio):
         lora_param_groups(model, lr=0.1, lora_plus_ratio=ratio)
 
 
+@pytest.mark.parametrize("wrong", [{"lr": float("nan")}, {"lr": -1.0}, {"lr": "1e-3"}, {"lr": 0.1, "weight_decay": -0.1}])
+def test_a_rate_or_decay_out_of_range(model, wrong):
+    """torch checks the defaults of an optimizer, and not what a group says."""
+    with pytest.raises(ValueError, match=r"^(lr|weight_decay)=.*: give a finite number ≥ 0"):
+        lora_param_groups(model, **{"lr": 0.1, **wrong})
+
+
 def test_a_frozen_model_is_refused(make):
     with pytest.raises(ValueError, match="TinyModel has no parameter that trains; call apply_lora"):
         lora_param_groups(make(TinyModel).requires_grad_(False), lr=0.1)

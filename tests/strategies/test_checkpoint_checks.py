@@ -78,8 +78,8 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "complex": (tensor(lambda a: a.cfloat()), "has complex numbers"),
     "shape": (tensor(lambda a: a[:, :-1]), "has shape"),
     "transposed": (tensor(lambda a: a.mT), "has shape"),
-    "text": (tensor(lambda a: "x"), "is a str in the checkpoint|are missing"),
-    "gone": (lambda content: content["state_dict"].pop(A), "lacks 1 tensors|1 tensors are missing"),
+    "text": (tensor(lambda a: "x"), "is of type str in the checkpoint|1 tensor is missing"),
+    "gone": (lambda content: content["state_dict"].pop(A), "lacks 1 trained tensor|1 tensor is missing"),
     "more": (lambda content: content["state_dict"].update({"net.fc9.lora_A": torch.ones(2)}), r"fc9\.lora_A"),
 }
 

@@ -109,7 +109,7 @@ def test_a_folder_of_shards_runs_no_code(
         (path / INDEX).write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
     else:
         torch.save({"x": Evil(tmp_path / "ran")}, path / REST)
-    with pytest.raises(ValueError, match=r"is not a readable checkpoint|meta\.pt has no place for \d+ tensors"):
+    with pytest.raises(ValueError, match=r"is not a readable checkpoint|meta\.pt has no place for \d+ tensors?"):
         resume(tmp_path, path, weights_only=weights_only)
     assert (tmp_path / "ran").exists() == (where == "rest" and weights_only is False)  # asked for
 

@@ -61,7 +61,7 @@ def resume(folder: Path, path: Path, model: LitNet, **kwargs: Any) -> None:
         (put("lr_schedulers", value=[None]), "lr_schedulers is [None]"),
         (put("optimizer_states", 0, "param_groups", value=1), "optimizer_states are not"),
         (put("optimizer_states", 0, "param_groups", 0, "params", value=[[]]), "optimizer_states are not"),
-        (put("optimizer_states", 0, "state", "net.fc1.lora_A", value=1), "'net.fc1.lora_A' is a int"),
+        (put("optimizer_states", 0, "state", "net.fc1.lora_A", value=1), "'net.fc1.lora_A' is of type int"),
     ],
 )
 def test_a_field_that_lightning_would_trust(saved: Path, tmp_path: Path, edit: Any, said: str) -> None:
