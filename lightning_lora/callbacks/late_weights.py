@@ -10,7 +10,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from lightning_lora.callbacks.starting import part_root
-from lightning_lora.model.weights import from_folder, load_base, on_meta
+from lightning_lora.model.weight_folder import WeightFolder
+from lightning_lora.model.weights import load_base, on_meta
 from lightning_lora.strategies.namespaces import twins
 
 
@@ -26,7 +27,7 @@ def load_or_defer(callback: Any, trainer: Trainer, module: LightningModule) -> C
     target, strategy = module.get_submodule(callback.module or ""), trainer.strategy
     if callback.weights is None or not on_meta(target) or isinstance(strategy, twins(FSDPStrategy)):
         return None
-    read = callback.weights if callable(callback.weights) else from_folder(callback.weights)
+    read = callback.weights if callable(callback.weights) else WeightFolder(callback.weights)
     load = partial(load_base, module.get_submodule(part_root(callback, target)), read, device=strategy.root_device)
     if isinstance(strategy, twins(ModelParallelStrategy)):
         return load
