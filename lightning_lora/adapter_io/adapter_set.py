@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from lightning_lora.adapter_io.fitting import checked_adapter
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import LoRALayer, lora_layers
-from lightning_lora.model.apply import inject
+from lightning_lora.model.apply import inject, unload_lora
+from lightning_lora.model.modes import restore_flags
 from lightning_lora.model.targeting import find_targets
 from lightning_lora.utils.messages import counted
 from lightning_lora.utils.names import adapter_root, clean_name
@@ -60,14 +61,18 @@ def load_adapters(model: nn.Module, adapters: Mapping[str, str | Path], *, check
     exact = {f"^{re.escape(fqn)}$": rank for fqn, rank in ranks.items()}
     alphas = {name: float(rank) for name, rank in exact.items()}  # scaling 1
     config = LoRAConfig(target_modules=list(exact), rank_pattern=exact, alpha_pattern=alphas, modules_to_save=[])
-    inject(root, config, find_targets(root, config))
-    for _, layer in lora_layers(root):
-        for parameter in layer.lora_parameters().values():
-            parameter.requires_grad_(False)
     found = AdapterSet(root, check_base)
-    for name, pairs in read.items():
-        found.pairs[name] = found.fitted(name, pairs)
-    found.use(next(iter(adapters)))
+    with ExitStack() as undo:
+        undo.callback(restore_flags, [(parameter, parameter.requires_grad) for parameter in root.parameters()])
+        inject(root, config, find_targets(root, config))
+        undo.callback(unload_lora, root)
+        for _, layer in lora_layers(root):
+            for parameter in layer.lora_parameters().values():
+                parameter.requires_grad_(False)
+        for name, pairs in read.items():
+            found.pairs[name] = found.fitted(name, pairs)
+        found.use(next(iter(adapters)))
+        undo.pop_all()
     return found
 
 

@@ -6,14 +6,18 @@ the base and noted on its module. So the next file of that adapter has it too.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers.base import PREFIX
+from lightning_lora.layers.base import PREFIX, LoRALayer
 from lightning_lora.model.heads import saved_modules, within
+from lightning_lora.model.merge import unmerged
+from lightning_lora.model.noted_state import EXTRA, base_buffers, moved_extra_state
+from lightning_lora.quantization.formats import format_of
 from lightning_lora.utils.names import clean_name
 from lightning_lora.utils.torch_private import NormWithStatistics
 
@@ -51,19 +55,64 @@ def extra_tensors(root: nn.Module, config: LoRAConfig, adapted: Collection[str])
 
 
 def brought_tensors(root: nn.Module) -> dict[str, Tensor]:
-    """Return FQN → base weight that was loaded from an adapter file."""
-    return {
-        clean_name(f"{name}.{part}" if name else part): module._parameters[part]
-        for name, module in root.named_modules()
-        for part in module.__dict__.get(_BROUGHT, ())
-    }
+    """Return FQN → base weight that was loaded from an adapter file, or that training moved."""
+    return {fqn: base_value(module, part) for fqn, module, part in _brought(root)}
+
+
+def brought_names(root: nn.Module) -> set[str]:
+    """Return the names of :func:`brought_tensors`."""
+    return {fqn for fqn, _, _ in _brought(root)}
+
+
+def _brought(root: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    for name, module in root.named_modules():
+        for part in module.__dict__.get(_BROUGHT, ()):
+            yield clean_name(f"{name}.{part}" if name else part), module, part
+
+
+def base_value(module: nn.Module, name: str) -> Tensor:
+    """Return a parameter; of a merged layer, the base's value of it."""
+    value: Tensor = module._parameters[name]  # type: ignore[assignment]
+    if not isinstance(module, LoRALayer) or not module.merged or name not in module.adapted:
+        return value
+    with unmerged(module):
+        return module._parameters[name].detach().clone()  # type: ignore[union-attr]
+
+
+def warn_of_state(model: nn.Module, root: nn.Module, where: str) -> None:
+    """Warn of state that moved since the model was adapted, and that an adapter folder cannot hold. A checkpoint holds it.
+
+    Args:
+        model: what the user saves.
+        root: the module in it that the folder is for.
+        where: the folder.
+    """
+    extra = [f"the extra state of {name!r}" for name in moved_extra_state(model)]
+    inside = {id(buffer) for buffer in root.buffers()}
+    around = [f"the buffer {name!r}" for name, buffer in base_buffers(model, moved=True).items() if id(buffer) not in inside]
+    made = [f"{name!r}, which the module's own state_dict() makes" for name in made_by_user(root)]
+    if lost := [*extra, *around, *made]:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        warnings.warn(
+            f"{where} cannot hold {lost[0]}{more}: a model that loads this folder computes without what moved there. Load it from a"
+            " checkpoint of LoRACallback, by load_adapter(model, 'last.ckpt') or fit(ckpt_path=...).",
+            stacklevel=3,
+        )
+
+
+def made_by_user(root: nn.Module) -> list[str]:
+    """Return the names in a state dict that are no parameter's, no buffer's and no extra state: user code adds them."""
+    packed = tuple(clean_name(f"{name}.") for name, module in root.named_modules() if format_of(module) is not None)
+    known = {clean_name(name) for name, _ in (*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False))}
+    names = [name for name in map(clean_name, root.state_dict(keep_vars=True)) if name.rpartition(".")[2] != EXTRA]
+    return [name for name in names if name not in known and not name.startswith(packed)]
 
 
 def note_brought(root: nn.Module, names: Iterable[str]) -> None:
     """Record on the modules which of their base weights came from an adapter file. Earlier records are replaced."""
     wanted = set(names)
     for name, module in root.named_modules():
-        parts = {part for part in module._parameters if clean_name(f"{name}.{part}" if name else part) in wanted}
+        parts = {part for part, _ in module._parameters.items() if clean_name(f"{name}.{part}" if name else part) in wanted}
         module.__dict__.pop(_BROUGHT, None)
         if parts:
             module.__dict__[_BROUGHT] = frozenset(parts)

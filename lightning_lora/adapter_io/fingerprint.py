@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lightning_lora.layers.base import PREFIX, LoRALayer, lora_layers
 from lightning_lora.layers.several_weights import SeveralWeights
+from lightning_lora.model.noted_state import base_buffers
 from lightning_lora.quantization.content import UNKNOWN, digest_or_weight, packed_digest
 from lightning_lora.quantization.formats import format_of, single
 from lightning_lora.registry import belongs_to_packed_base, kind_of
@@ -34,6 +35,7 @@ from lightning_lora.utils.transformers_conventions import model_name
 
 HALF, QUANTIZED = 16, "q"
 PACKED = "packed"  # key of :func:`packed_identity` in a base's identity
+BUFFERS = "buffers"  # key of :func:`buffer_digests` in it
 LINEAR_MARK = "@"  # stands before the names of weights that can be quantized, of linears and experts, in :func:`base_digests`
 LINEAR = nn.Linear  # read at import: Lightning's plugins replace `nn.Linear` by their own class while a model is built
 
@@ -107,6 +109,16 @@ def identity_like(
     return base_identity(root, exclude, rows) | ({PACKED: packed_identity(root)} if PACKED in saved else {})
 
 
+def buffer_digests(root: nn.Module, exclude: Collection[str] = ()) -> dict[str, dict[str, str]]:
+    """Return ``{"buffers": name → sampled digest}`` of the base's persistent buffers, or nothing if there are none.
+
+    A fingerprint does not cover buffers. But statistics of the data that a user puts into a buffer before training are no longer there in a
+    new process.
+    """
+    buffers = {name: buffer for name, buffer in base_buffers(root, moved=False).items() if name not in exclude}
+    return {BUFFERS: dict(zip(buffers, sampled_digests([*buffers.values()]), strict=True))} if buffers else {}
+
+
 def packed_identity(root: nn.Module) -> str:
     """Return formats and a hash of all quantized weights as they are stored: of the base that an adapter with LoftQ belongs to."""
     digests = {clean_name(name): digest for name, module in sorted(root.named_modules()) if (digest := packed_digest(module)) is not None}
@@ -152,6 +164,29 @@ def check_base(mine: dict[str, Any], saved: dict[str, Any], where: str) -> None:
             f"{where} was trained on another base: fingerprint {saved['fingerprint']} ({saved['class']} {saved['name']!r}), this model has"
             f" {mine['fingerprint']} ({mine['class']} {mine['name']!r}). Load that base (in float16 if it was then, not if not), or pass"
             " check_base=False to use the adapter here anyway."
+        )
+
+
+def check_buffers(root: nn.Module, saved: dict[str, Any], present: Collection[str], where: str) -> None:
+    """Compare this base's buffers with the digests stored in an adapter file.
+
+    Args:
+        root: the module to load into.
+        saved: the file's identity of its base.
+        present: names of the tensors that the file holds itself.
+        where: the file's path, for messages.
+
+    Raises:
+        OtherBase: one differs. The message names it.
+    """
+    buffers = base_buffers(root, moved=False) | base_buffers(root, moved=True)
+    names = [name for name in saved.get(BUFFERS, ()) if name in buffers and name not in present]
+    digests = sampled_digests([buffers[name] for name in names])
+    other = [name for name, digest in zip(names, digests, strict=True) if digest != saved[BUFFERS][name]]
+    if other:
+        raise OtherBase(
+            f"{where}: the buffer {other[0]!r} had other values where the adapter was trained ({len(other)} of {len(names)} buffers did):"
+            " set it as it was then, load a checkpoint of LoRACallback, which holds buffers, or pass check_base=False to keep this model's."
         )
 
 

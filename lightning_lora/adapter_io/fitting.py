@@ -27,7 +27,7 @@ from lightning_lora.model.heads import saved_modules
 from lightning_lora.model.targeting import TargetReport
 from lightning_lora.registry import KIND_NAMES
 from lightning_lora.utils.messages import counted
-from lightning_lora.utils.names import clean_name, second_names
+from lightning_lora.utils.names import clean_name, persistent_buffers, second_names
 from lightning_lora.utils.values import kind_of_numbers
 
 
@@ -41,7 +41,9 @@ def checked_adapter(
     """
     check_size(Path(path), root)
     adapter = place(read_adapter(path), root, str(path))
-    bad = [name for name, tensor in adapter.tensors.items() if tensor.is_floating_point() and not _finite(tensor)]
+    masks = adapter.beside & persistent_buffers(root).keys()  # these may hold infinity
+    values = {name: tensor for name, tensor in adapter.tensors.items() if name not in masks and tensor.is_floating_point()}
+    bad = [name for name, tensor in values.items() if not _finite(tensor)]
     if bad and not allow_nonfinite:
         raise ValueError(
             f"{path}: {bad[0]} holds NaN or infinity ({counted(len(bad), 'tensor', 'do')}); pass allow_nonfinite=True to load it anyway."
@@ -62,6 +64,7 @@ def checked_adapter(
         trained = {name for name in tensors if not is_adapter(name)} | adapter.beside
         rows = {f"{target.fqn}.weight": target.spec.rows for target in report.rows}
         fingerprint.check_base(fingerprint.identity_like(adapter.base, root, trained, rows), adapter.base, str(path))
+        fingerprint.check_buffers(root, adapter.base, trained, str(path))
     return adapter, report, tensors, brought
 
 

@@ -6,6 +6,8 @@ Loading is all or nothing: everything is checked (:mod:`~lightning_lora.adapter_
 from __future__ import annotations
 
 import warnings
+from contextlib import ExitStack
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,17 @@ from torch import Tensor, nn
 from lightning_lora.adapter_io import fingerprint, peft_format
 from lightning_lora.adapter_io.exported import export_layers, with_parent
 from lightning_lora.adapter_io.extras import (
+    brought_names,
     brought_tensors,
     check_values_kept,
     extra_tensors,
+    made_by_user,
     note_brought,
     takes_extra_state,
+    warn_of_state,
 )
 from lightning_lora.adapter_io.files import AdapterFile, check_free, write_folder
-from lightning_lora.adapter_io.fingerprint import base_identity
+from lightning_lora.adapter_io.fingerprint import base_identity, buffer_digests
 from lightning_lora.adapter_io.fitting import check_same, checked_adapter, two_names
 from lightning_lora.adapter_io.names_below import below
 from lightning_lora.adapter_io.peft_experts import beside_experts
@@ -33,9 +38,11 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.awaiting import data_came
 from lightning_lora.layers.base import PREFIX, LoRALayer, lora_layers
 from lightning_lora.layers.factors import Exported
-from lightning_lora.model.apply import inject
+from lightning_lora.model.apply import inject, unload_lora
 from lightning_lora.model.heads import saved_modules
-from lightning_lora.model.merge import unmerge_lora
+from lightning_lora.model.merge import remerging, unmerge_lora
+from lightning_lora.model.modes import restore_flags
+from lightning_lora.model.noted_state import base_buffers, has_extra_state
 from lightning_lora.utils.names import adapter_root, bare, clean_name, modules_by_name
 from lightning_lora.utils.sharding import full_tensor, local_shard, local_tensor, on_first_rank
 from lightning_lora.utils.transformers_conventions import expert_family, loaded_from
@@ -70,15 +77,16 @@ def save_adapter(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
     on_first_rank(lambda: check_free(folder, overwrite))
     exported, config = export_layers(layers)
     config = below(prefix, root, config, layers, exported)
-    brought = brought_tensors(root)
+    brought = brought_tensors(root) | base_buffers(root, moved=True)
     extras = extra_tensors(root, config, layers) | brought
+    warn_of_state(model, root, str(folder))
     names = names_in_file(root, layers)
     tensors = {f"{names[fqn]}.{part}": tensor for fqn, layer in exported.items() for part, tensor in layer.tensors.items()}
     tensors |= {peft_name(name, layers): tensor for name, tensor in extras.items()}
     check_values_kept(tensors, str(folder), "no values to save")
     for name, other in two_names(root, layers).items():
         warnings.warn(f"{name!r} and {other!r} are one module: read by PEFT, the adapter would be on the first only.", stacklevel=2)
-    base = base_identity(root, extras) if fingerprint.is_readable(root) else None
+    base = base_identity(root, extras) | buffer_digests(root, extras) if fingerprint.is_readable(root) else None
     if base is None:
         warnings.warn(
             f"{folder}: {type(root).__name__} is part of an FSDP1 unit, which alone can tell its parameters apart. So the adapter has no"
@@ -119,32 +127,49 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
     around, modules = {clean_name(name): t for name, t in model.state_dict(keep_vars=True).items()}, dict(model.named_modules())
     outside = {} if root is model else adapter.outside
     beside = {name: value for name, value in outside.items() if not isinstance(value, Tensor) and name.rpartition(".")[0] in modules}
-    for states, there in ((adapter.extra_state, dict(root.named_modules())), (beside, modules)):
-        if stateless := [name for name in states if not takes_extra_state(there.get(name.rpartition(".")[0]))]:
+    states: list[tuple[nn.Module, Any]] = []
+    for values, there in ((adapter.extra_state, dict(root.named_modules())), (beside, modules)):
+        if stateless := [name for name in values if not takes_extra_state(there.get(name.rpartition(".")[0]))]:
             raise ValueError(f"{path} has extra state under {stateless[0]!r}: there is no module here that takes it.")
+        states += [(there[name.rpartition(".")[0]], value) for name, value in values.items()]
     adapter.check_intact(str(path))
-    layers = adapted_layers(root)
-    if layers:
-        check_same(root, layers, report, adapter.config, str(path))
-        unmerge_lora(root)
-    else:
-        inject(root, adapter.config, report)
-    mine = {clean_name(name): tensor for name, tensor in root.state_dict(keep_vars=True).items()}
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            local_tensor(mine[name]).copy_(local_shard(tensor, mine[name]))
+    with ExitStack() as undo:
+        undo.callback(restore_flags, [(parameter, parameter.requires_grad) for parameter in root.parameters()])
+        undo.callback(note_brought, root, brought_names(root))
+        if layers := adapted_layers(root):
+            check_same(root, layers, report, adapter.config, str(path))
+            undo.callback(remerging(root))
+            unmerge_lora(root)
+        else:
+            inject(root, adapter.config, report)
+            undo.callback(unload_lora, root)
+        mine = {clean_name(name): tensor for name, tensor in root.state_dict(keep_vars=True).items()}
+        made = {name: tensors.pop(name) for name in made_by_user(root) if name in tensors}
+        new = [(local_tensor(mine[name]), local_shard(tensor, mine[name])) for name, tensor in tensors.items()]
+        new += [(around[name], value) for name, value in outside.items() if name in around and _fits(value, around[name])]
+        undo.callback(_write, [(place, place.detach().clone()) for place, _ in new])
+        _write(new)
+        note_brought(root, brought)
+        for module, value in states:
+            if has_extra_state(module):
+                undo.callback(module.set_extra_state, deepcopy(module.get_extra_state()))
+            module.set_extra_state(value)
+        if made:
+            root.load_state_dict({name: made.get(clean_name(name), tensor) for name, tensor in root.state_dict().items()})
+        undo.pop_all()
     for _, layer in lora_layers(root):
         data_came(layer)
-    note_brought(root, brought)
-    for name, value in adapter.extra_state.items():
-        root.get_submodule(name.rpartition(".")[0]).set_extra_state(value)
-    for name, value in outside.items():
-        mine_there = around.get(name)
-        if isinstance(value, Tensor) and isinstance(mine_there, Tensor) and mine_there.shape == value.shape:
-            mine_there.detach().copy_(value)
-        elif name in beside:
-            modules[name.rpartition(".")[0]].set_extra_state(value)
     return model
+
+
+@torch.no_grad()
+def _write(values: list[tuple[Tensor, Tensor]]) -> None:
+    for place, value in values:
+        place.detach().copy_(value)
+
+
+def _fits(value: Any, place: Any) -> bool:
+    return isinstance(value, Tensor) and isinstance(place, Tensor) and value.shape == place.shape
 
 
 def adapted_layers(root: nn.Module) -> dict[str, LoRALayer]:

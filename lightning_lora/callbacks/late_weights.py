@@ -11,7 +11,8 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_lora.callbacks.starting import part_root
-from lightning_lora.model.weights import from_folder, load_base, on_meta
+from lightning_lora.model.weight_folder import WeightFolder
+from lightning_lora.model.weights import load_base, on_meta
 from lightning_lora.strategies.namespaces import twins
 
 
@@ -32,7 +33,7 @@ def load_or_defer(callback: Any, trainer: Trainer, module: LightningModule) -> C
         )
     if callback.weights is None or not on_meta(target) or isinstance(strategy, twins(FSDPStrategy)):
         return None
-    read = callback.weights if callable(callback.weights) else from_folder(callback.weights)
+    read = callback.weights if callable(callback.weights) else WeightFolder(callback.weights)
     load = partial(load_base, module.get_submodule(part_root(callback, target)), read, device=strategy.root_device)
     if isinstance(strategy, twins(ModelParallelStrategy)):
         return load

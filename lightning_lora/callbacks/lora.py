@@ -20,7 +20,7 @@ from lightning_lora.callbacks.data_start import read_data
 from lightning_lora.callbacks.dropout import wake_and_log
 from lightning_lora.callbacks.late_models import when_built
 from lightning_lora.callbacks.late_weights import load_or_defer
-from lightning_lora.callbacks.merging import check_mergeable, check_not_masked, merge_and_log
+from lightning_lora.callbacks.merging import check_callbacks, check_mergeable, merge_and_log
 from lightning_lora.callbacks.out_of_memory import advise
 from lightning_lora.callbacks.processes import begin_together
 from lightning_lora.callbacks.refusals import check_apart, check_arguments, check_fit, check_precondition, frozen_parts, listed, submodule
@@ -241,7 +241,8 @@ class LoRACallback(Callback):
         report = find_targets(target, before_quantizing(self.config) if self.quantize and not there else self.config)
         if self.merge_on_fit_end and fitting:
             check_mergeable(target, report, trainer.strategy, self.quantize, self.merge_quantized)
-            check_not_masked(pl_module, report, trainer.callbacks)  # type: ignore[attr-defined]
+        if fitting:
+            check_callbacks(pl_module, report, trainer.callbacks, self.merge_on_fit_end)  # type: ignore[attr-defined]
         self._begun(pl_module)
         with ExitStack() as undo:
             undo.callback(self._restoring(target))  # tests load checkpoints too, which unmerges

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import BackboneFinetuning
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
@@ -66,6 +67,20 @@ def check_mergeable(target: nn.Module, report: TargetReport, strategy: Strategy,
             " later, call merge_lora(model, untie=True). To merge into a quantized base, pass LoRACallback(merge_quantized='dequantize') or"
             " 'requantize'."
         )
+
+
+def check_callbacks(module: LightningModule, report: TargetReport, callbacks: Sequence[Callback], merge: bool) -> None:
+    """Raise ValueError if a callback would train the weights under adapters, or mask them and ``merge``."""
+    backbone = getattr(module, "backbone", None)
+    inside = {*backbone.modules()} if isinstance(backbone, nn.Module) else set()
+    unfreezing = next((callback for callback in callbacks if isinstance(callback, twins(BackboneFinetuning))), None)
+    if unfreezing is not None and any(target.module in inside for target in report.targets):
+        raise ValueError(
+            f"callbacks: {type(unfreezing).__name__} would unfreeze the backbone, and train the weights under its adapters too. Leave it"
+            " out: LoRA trains the backbone's adapters from the start."
+        )
+    if merge:
+        check_not_masked(module, report, callbacks)
 
 
 def check_not_masked(module: LightningModule, report: TargetReport, callbacks: Sequence[Callback]) -> None:

@@ -103,6 +103,7 @@ def check_fit(trainer: Trainer, module: LightningModule, target: nn.Module, part
     if part is not None and part.config.variant == "adalora" and not any(hasattr(each, "allocator") for each in trainer.callbacks):  # type: ignore[attr-defined]
         rank_zero_warn("variant='adalora' under LoRACallback prunes no rank: use AdaLoRACallback, unless your module calls RankAllocator.")
     check_optimizers(trainer.optimizers, module, target)
+    check_base_frozen(trainer.optimizers, target)
     check_savable(trainer, module)
 
 
@@ -135,6 +136,18 @@ def check_optimizers(optimizers: Sequence[Optimizer], module: nn.Module, target:
             raise ValueError(
                 f"optimizer {index} ({type(optimizer).__name__}) holds no parameter that trains: LoRA froze all of them. Limit LoRA"
                 " to a part with LoRACallback(module=...), or list what this optimizer should train in modules_to_save."
+            )
+
+
+def check_base_frozen(optimizers: Sequence[Optimizer], target: nn.Module) -> None:
+    """Raise ValueError if an optimizer would train the weight under an adapter. Its merge, its file and its base would no longer agree."""
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    for name, layer in lora_layers(target):
+        if any(id(layer._parameters[own]) in held for own in layer.adapted):
+            raise ValueError(
+                f"{clean_name(name)!r} has an adapter, and an optimizer got its frozen weight too, as by unfreeze() with add_param_group()"
+                " (BaseFinetuning callbacks do that). Keep adapted layers out of what is unfrozen, or train this layer in full without an"
+                f" adapter: exclude_modules=[{clean_name(name)!r}]."
             )
 
 

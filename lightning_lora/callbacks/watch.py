@@ -1,4 +1,4 @@
-"""What a training is watched for: adapters that no gradient reaches, values that are not finite, processes that differ."""
+"""What a training is watched for: adapters without a gradient, values that are not finite, processes that differ, a base that trains."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_lora.callbacks.gradient_check import BATCHES, CURE, GradientCheck
+from lightning_lora.callbacks.refusals import check_base_frozen
 from lightning_lora.strategies import FiniteCheck
 from lightning_lora.strategies.equal_ranks import check_equal
 
@@ -27,12 +28,23 @@ class Watch:
         self._gradients = GradientCheck(target) if gradients else None
         self._finite = FiniteCheck(trainer.strategy, module, every) if finite else None
         self._compare = True
+        self._target, self._held = target, self._count()
 
     def before_batch(self) -> None:
-        """Compare the adapters of all processes, once, after the first optimizer step."""
+        """Compare the adapters of all processes, once, after the first optimizer step. Look at what optimizers got since the last batch.
+
+        Raises:
+            ValueError: one got a weight that has an adapter.
+        """
+        if (held := self._count()) != self._held:
+            self._held = held
+            check_base_frozen(self.trainer.optimizers, self._target)
         if self._compare and self.trainer.global_step > 0:
             self._compare = False
             check_equal(self.module)
+
+    def _count(self) -> int:
+        return sum(len(group["params"]) for optimizer in self.trainer.optimizers for group in optimizer.param_groups)
 
     def before_backward(self, loss: Tensor) -> None:
         """Raise RuntimeError if the loss depends on no adapter."""
@@ -51,7 +63,8 @@ class Watch:
                 check.after_batch()
 
     def finish(self) -> None:
-        """Raise RuntimeError if a check fails at the end of training."""
+        """Raise RuntimeError if a check fails at the end of training. Mark what training moved, for adapter folders."""
         for check in (self._gradients, self._finite):
             if check is not None:
                 check.finish()
+        self.trainer.strategy._lora_hooks.state.bring()  # type: ignore[attr-defined]

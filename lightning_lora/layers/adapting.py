@@ -17,6 +17,8 @@ from lightning_lora.layers.state import AdapterState
 from lightning_lora.quantization.formats import format_of, prepare, unknown_storage, why_not_prepared
 from lightning_lora.registry import qualified_name, why_refused
 
+COMPUTED_BY = "a parametrization, weight_norm or a wrapper"
+
 
 def refusal(module: nn.Module, spec: LayerSpec) -> str | None:
     """Return why this module cannot be adapted, as a whole sentence; None if it can."""
@@ -31,12 +33,9 @@ def refusal(module: nn.Module, spec: LayerSpec) -> str | None:
         if reason is not None:
             return f"{fqn!r} ({name}): {reason}."
         return f"{fqn!r} ({name}) has a forward of its own set on the instance, which would bypass the adapter; remove that hook first."
-    weights = {part: module._parameters.get(part) for part in kind.adapted}
-    computed = [part for part, weight in weights.items() if weight is None]
-    if computed:
-        how = "a parametrization, weight_norm or a wrapper"
-        return f"{fqn!r} ({name}) computes its {computed[0]} anew at each call ({how}); remove that first."
-    if any(isinstance(weight, nn.parameter.UninitializedParameter) for weight in weights.values()):
+    if computed := computed_weights(module, kind):
+        return f"{fqn!r} ({name}) computes its {computed[0]} anew at each call ({COMPUTED_BY}); remove that first."
+    if any(isinstance(module._parameters[part], nn.parameter.UninitializedParameter) for part in kind.adapted):
         return f"{fqn!r} ({name}) is lazy and has no shape yet; run one forward pass before applying LoRA."
     for part in kind.adapted:
         if (stored := unknown_storage(module, part)) is not None:
@@ -54,6 +53,11 @@ def refusal(module: nn.Module, spec: LayerSpec) -> str | None:
     except ValueError as error:
         return f"{fqn!r} ({name}): {error}."
     return None
+
+
+def computed_weights(module: nn.Module, kind: type[LoRALayer]) -> list[str]:
+    """Return the names of the weights that a kind adapts and that are no parameters of this module, since something computes them."""
+    return [part for part in kind.adapted if module._parameters.get(part) is None]
 
 
 def adapt(module: nn.Module, spec: LayerSpec) -> LoRALayer:

@@ -18,6 +18,7 @@ from lightning_lora.model.fuse import fuse, unfuse
 from lightning_lora.model.guards import guard, unguard
 from lightning_lora.model.heads import note_saved, saved_modules
 from lightning_lora.model.merge import unmerge_lora
+from lightning_lora.model.noted_state import forget_state, note_state
 from lightning_lora.model.targeting import TargetReport, find_targets
 from lightning_lora.quantization.content import forget_origin
 from lightning_lora.quantization.formats import elements, plain_dtype, prepare, restore, why_not_prepared
@@ -104,6 +105,7 @@ def inject(model: nn.Module, config: LoRAConfig, report: TargetReport) -> nn.Mod
         keep_off(model)
         _train_extras(model, config, report)
         guard(model)
+        note_state(model)
         if is_distributed():
             from lightning_lora.model import parallel
 
@@ -242,6 +244,7 @@ def unload_lora(model: nn.Module, *, merged: Literal["keep", "drop"] | None = No
         unmerge_lora(model)
     unfuse(model)
     note_saved(model, ())
+    forget_state(model)
     layers = [layer for _, layer in lora_layers(model)]
     for layer in [layer for layer in layers if layer.merged]:  # before any is taken out: tied layers ask one another
         forget_origin(layer)

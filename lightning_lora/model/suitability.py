@@ -7,6 +7,7 @@ from functools import cached_property
 from torch import nn
 
 from lightning_lora.config import LoRAConfig
+from lightning_lora.layers.adapting import COMPUTED_BY, computed_weights
 from lightning_lora.layers.classes import adapted_class
 from lightning_lora.layers.linearity import why_not_linear
 from lightning_lora.model.fast_paths import SWITCHED
@@ -42,4 +43,8 @@ class Suitability:
                 f"{where} reads its weight without calling it, so an adapter there would have no effect and merging would change the model"
             )
         own = adapted_class(type(module), _PLAIN, kind)
-        return (own and own.unfit(module)) or why_not_linear(module, kind)
+        if own is not None and (unfit := own.unfit(module)) is not None:
+            return unfit
+        if own is not None and (computed := computed_weights(module, own)):
+            return f"it computes its {computed[0]} anew at each call ({COMPUTED_BY})"
+        return why_not_linear(module, kind)

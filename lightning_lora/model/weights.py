@@ -8,19 +8,20 @@ pieces and one weight.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lightning_lora.layers.base import PREFIX, LoRALayer, lora_layers
+from lightning_lora.model.noted_state import note_state
+from lightning_lora.model.weight_folder import WeightFolder
 from lightning_lora.quantization.formats import format_of
 from lightning_lora.quantization.loading import awaits_weight, load_packed
-from lightning_lora.utils.names import clean_name
+from lightning_lora.utils.names import clean_name, persistent_buffers
 from lightning_lora.utils.sharding import local_shard, local_tensor
 from lightning_lora.utils.transformers_conventions import initializer_of
 from lightning_lora.utils.transformers_experts import stored_experts
@@ -29,7 +30,6 @@ Weights = Callable[[str], Tensor]
 """Name of a base weight → the full tensor, on any device. It raises KeyError for names that it does not have."""
 
 _EMPTY = "_buffers_without_values"  # of a module: names of the buffers to which `materialize` gave memory and nothing else
-_INDEX, _ONE = "model.safetensors.index.json", "model.safetensors"
 
 
 def on_meta(model: nn.Module) -> bool:
@@ -93,7 +93,8 @@ def load_base(model: nn.Module, weights: Weights | str | Path, *, device: torch.
     Args:
         model: any module. What is still on the meta device gets memory first.
         weights: a folder of safetensors files as ``save_pretrained`` writes it; or a function that returns the full tensor of a name, and
-            raises KeyError for a buffer that it lacks. Names are those of ``model.state_dict()`` before it was adapted or quantized.
+            raises KeyError for a buffer that it lacks. Names are those of ``model.state_dict()`` before it was adapted or quantized. A
+            function is called twice if the model has values already: all weights are checked before the first is replaced.
         device: where weights are quantized, and get memory; default: the device of the first parameter that has one, or the CPU.
 
     Returns:
@@ -101,7 +102,8 @@ def load_base(model: nn.Module, weights: Weights | str | Path, *, device: torch.
 
     Raises:
         ValueError: a weight is missing, of another shape or stored quantized; a buffer gets no values; or a layer is merged, or has a
-            quantized weight already, and nothing is changed then.
+            quantized weight already. Nothing is changed then: what was on the meta device is there again.
+            (Memory that runs out midway leaves what had values partly loaded.)
 
     Examples:
         >>> model.save_pretrained("base")
@@ -111,10 +113,24 @@ def load_base(model: nn.Module, weights: Weights | str | Path, *, device: torch.
         >>> next(load_base(large, "base").parameters()).device
         device(type='cpu')
     """
-    read = weights if callable(weights) else from_folder(weights)
+    read = weights if callable(weights) else WeightFolder(weights)
     _check_takes_weights(model)
     real = next((parameter.device for parameter in model.parameters() if not parameter.is_meta), torch.device("cpu"))
     device = real if device is None else torch.device(device)
+    if isinstance(read, WeightFolder):
+        _check_all(read.header, model)
+    elif any(not module._parameters[name].is_meta for _, module, name in _base_parameters(model)):  # type: ignore[union-attr]
+        _check_all(read, model)
+    back = _way_back(model)
+    try:
+        _load(read, model, device)
+    except BaseException:
+        back()
+        raise
+    return model
+
+
+def _load(read: Weights, model: nn.Module, device: torch.device) -> None:
     materialize(model, device)
     for prefix, module in model.named_modules():
         for name in module.__dict__.get(_EMPTY, set()) & module._non_persistent_buffers_set:
@@ -138,30 +154,8 @@ def load_base(model: nn.Module, weights: Weights | str | Path, *, device: torch.
         module.__dict__.pop(_EMPTY, None)
     for _, layer in lora_layers(model):
         layer.base_was_loaded(set())
-    return model
-
-
-def from_folder(folder: str | Path) -> Weights:
-    """Return a function that reads single weights from a folder of safetensors files.
-
-    Raises:
-        ValueError: the folder has no such files.
-    """
-    folder = Path(folder)
-    if (folder / _INDEX).is_file():
-        files = json.loads((folder / _INDEX).read_text())["weight_map"]
-    elif (folder / _ONE).is_file():
-        with safe_open(folder / _ONE, "pt") as opened:
-            files = dict.fromkeys(opened.keys(), _ONE)
-    else:
-        raise ValueError(f"weights={str(folder)!r} has neither {_INDEX} nor {_ONE}: give a model's folder with safetensors files.")
-
-    def read(name: str) -> Tensor:
-        with safe_open(folder / files[name], "pt") as opened:
-            found: Tensor = opened.get_tensor(name)
-        return found
-
-    return read
+    if next(lora_layers(model), None) is not None:
+        note_state(model)
 
 
 def _check_takes_weights(model: nn.Module) -> None:
@@ -185,8 +179,42 @@ def _base_parameters(model: nn.Module) -> Iterable[tuple[list[str], nn.Module, s
     return found.values()
 
 
+def _check_all(read: Weights, model: nn.Module) -> None:
+    """Check every weight that would be loaded, before anything is changed."""
+    for names, module, name in _base_parameters(model):
+        _value(read, names, module, name)
+    for full, buffer in persistent_buffers(model).items():
+        found = _first(read, [full])
+        if found is not None:
+            _check_shape(full, found, tuple(buffer.shape))
+
+
+def _way_back(model: nn.Module) -> Callable[[], None]:
+    """Return a function that gives every module the parameters, buffers and attributes that it has now. Their values are not kept."""
+    kept = [(m, m.__class__, dict(m.__dict__), dict(m._parameters), dict(m._buffers)) for m in model.modules() if "_parameters" in vars(m)]
+
+    def back() -> None:
+        for module, cls, own, parameters, buffers in kept:
+            module.__class__ = cls
+            for place, values in ((module.__dict__, own), (own["_parameters"], parameters), (own["_buffers"], buffers)):
+                place.clear()
+                place.update(values)
+
+    return back
+
+
 def _put(read: Weights, names: list[str], module: Any, name: str, device: torch.device) -> None:
     """Load one parameter."""
+    value = _value(read, names, module, name)
+    if name == "weight" and format_of(module) is not None:
+        load_packed(module, value, device)
+    else:
+        parameter = module._parameters[name]
+        local_tensor(parameter).copy_(local_shard(value, parameter))
+
+
+def _value(read: Weights, names: list[str], module: Any, name: str) -> Tensor:
+    """Return what one parameter gets, checked against it."""
     try:
         value = _first(read, names)
     except SafetensorError as error:
@@ -200,10 +228,7 @@ def _put(read: Weights, names: list[str], module: Any, name: str, device: torch.
     codes = not value.is_floating_point() or value.element_size() == 1
     if codes and (packed or value.dtype != parameter.dtype):
         raise ValueError(f"{names[0]!r} is stored as {value.dtype}, without its scales: give weights in 16 or 32 bits.")
-    if packed:
-        load_packed(module, value, device)
-    else:
-        local_tensor(parameter).copy_(local_shard(value, parameter))
+    return value
 
 
 def _check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
@@ -226,6 +251,3 @@ def _first(read: Weights, names: Iterable[str]) -> Tensor | None:
         except KeyError:
             continue
     return None
-
-
-__all__ = ["Weights", "from_folder", "load_base", "materialize", "on_meta"]

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_lora.adapter_io import fingerprint
+from lightning_lora.adapter_io.extras import brought_names, note_brought
 from lightning_lora.layers.base import PREFIX, lora_layers
 from lightning_lora.model.merge import unmerged
 from lightning_lora.strategies.digests import Pass, is_merged
@@ -144,6 +145,11 @@ class ChangedState:
             self._pending = set()
             self.roots = {root: fingerprint.base_digests(self.module.get_submodule(root)) for root in self.roots}
             self.rebase()
+
+    def bring(self) -> None:
+        """Mark what training moved of the base, so that an adapter folder of the module holds it too; a collective under sharding."""
+        self.note()
+        note_brought(self.module, brought_names(self.module) | self._moved)
 
     # What a checkpoint holds.
 

@@ -15,22 +15,28 @@ from dataclasses import dataclass
 from functools import lru_cache
 from types import CodeType, FunctionType
 
-Path = tuple[str, ...]  # a parameter, then attributes; "*" stands for any element, "()" for what a call returns
+Path = tuple[str, ...]  # a parameter, then attributes; "*" stands for any element, "[k" for that of key k, "()" for a call's result
 Call = tuple[Path, tuple[tuple[int | str, Path], ...]]  # the callee; position or keyword, and path, of each argument that has a path
 
 _ELEMENTS = {"children", "values", "modules"}  # methods that return the elements
 _ASKS_ABOUT = {"callable", "getattr", "hasattr", "id", "isinstance", "len", "setattr", "type"}  # do not use their argument's values
+_PRODUCTS = {
+    "addmm", "baddbmm", "bmm", "conv1d", "conv2d", "conv3d", "dot", "einsum", "embedding", "linear", "matmul", "mm", "mv", "tensordot",
+}  # fmt: skip
 _LIKE = {"empty_like", "full_like", "ones_like", "rand_like", "randn_like", "to", "type_as", "zeros_like"}
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What one function reaches from its parameters: paths that it uses, calls that it passes paths to, and paths that it returns."""
+    """What one function reaches from its parameters: paths that it uses (those that it multiplies by, too), calls that it passes paths to,
+    and paths that it returns.
+    """
 
     names: tuple[str, ...] = ()  # its parameters
     paths: frozenset[Path] = frozenset()
     calls: tuple[Call, ...] = ()
     returned: frozenset[Path] = frozenset()
+    products: frozenset[Path] = frozenset()
 
 
 @lru_cache(maxsize=4096)
@@ -74,7 +80,9 @@ class _Reader:
         paths = {path for node in body if self.is_used(node) for path in self.paths(node) if len(path) > 1}
         calls = [call for node in body if isinstance(node, ast.Call) for call in self.calls(node)]
         returned = {path for node in body if isinstance(node, ast.Return) and node.value for path in self.paths(node.value)}
-        return Scan(tuple(self.names), frozenset(paths), tuple(calls), frozenset(returned))
+        factors = [part for node in body if _multiplies(node) for part in ast.walk(node)]
+        products = {path for part in factors for path in self.paths(part) if len(path) > 1}
+        return Scan(tuple(self.names), frozenset(paths), tuple(calls), frozenset(returned), frozenset(products))
 
     def assign(self, node: ast.AST) -> None:
         match node:
@@ -123,8 +131,16 @@ class _Reader:
                 return {(*path, name) for path in self.paths(value)}
             case ast.Call(ast.Attribute(value, name), []) if name in _ELEMENTS:
                 return self.paths(value)
-            case ast.Call(ast.Name("list" | "tuple" | "reversed" | "iter"), [value]) | ast.Subscript(value, ast.Slice()):
+            case ast.Call(ast.Attribute(value, "get_parameter" | "get_submodule"), [ast.Constant(str(name))]):
+                return {(*path, *name.split(".")) for path in self.paths(value)}
+            case ast.Subscript(ast.Attribute(value, "_parameters" | "_modules"), ast.Constant(str(name))):
+                return {(*path, name) for path in self.paths(value)}
+            case ast.Call(ast.Name("list" | "tuple" | "reversed" | "iter" | "dict"), [value]) | ast.Subscript(value, ast.Slice()):
                 return self.paths(value)
+            case ast.Call(ast.Name("next"), [value, *_]):
+                return {(*path, "*") for path in self.paths(value)}
+            case ast.Subscript(value, ast.Constant(str(name))):
+                return {(*path, f"[{name}") for path in self.paths(value)}
             case ast.Subscript(value, _) | ast.Call(ast.Name("getattr"), [value, _, *_]):
                 return {(*path, "*") for path in self.paths(value)}
             case ast.Call(function, _):
@@ -143,7 +159,7 @@ class _Reader:
             getattr(node, "ctx", None), (ast.Store, ast.Del)
         ):
             return False
-        if _asks_type(node) or _asks_type(self.parents.get(node)):
+        if _asks_type(node) or _asks_type(self.parents.get(node)) or self.is_passed_on(node):
             return False
         match self.parents.get(node):
             case ast.Attribute() | ast.Subscript(value=_) as outer if getattr(outer, "value", None) is node:
@@ -160,6 +176,17 @@ class _Reader:
                 return False
         return True
 
+    def is_passed_on(self, node: ast.AST) -> bool:
+        """Return True for ``parameters()`` of a module where only single elements of it are used."""
+        match node, self.parents.get(node):
+            case ast.Call(ast.Attribute(_, "parameters")), ast.Call(ast.Name("next" | "iter" | "list" | "tuple")):
+                return True
+            case ast.Call(ast.Attribute(_, "parameters")), ast.For(_, iterable) | ast.comprehension(_, iterable):
+                return iterable is node
+            case ast.Call(ast.Name("iter" | "list" | "tuple"), [inner]), ast.Call(ast.Name("next")):
+                return self.is_passed_on(inner)
+        return False
+
     def calls(self, node: ast.Call) -> Iterator[Call]:
         """Yield what a call passes paths to: one entry per function that may be called."""
         keys: list[tuple[int | str, ast.expr]] = [*enumerate(node.args), *((word.arg, word.value) for word in node.keywords if word.arg)]
@@ -175,6 +202,16 @@ def _asks_type(node: ast.AST | None) -> bool:
     match node:
         case ast.Call(ast.Attribute(_, "type"), [], []):
             return True
+    return False
+
+
+def _multiplies(node: ast.AST) -> bool:
+    """Return True for ``a @ b`` and calls such as ``F.linear(x, w)``."""
+    match node:
+        case ast.BinOp(_, ast.MatMult()) | ast.Call(ast.Name("linear" | "matmul" | "einsum")):
+            return True
+        case ast.Call(ast.Attribute(_, name), [_, *_]):
+            return name in _PRODUCTS
     return False
 
 

@@ -2,13 +2,14 @@
 
 ``F.linear(x, self.qkv.weight)`` never calls ``qkv``: an adapter on it does nothing, and merging that adapter changes the model.
 The forward's source is read, not run. What the forward reaches from ``self`` is followed into children, the methods of ``self``, the base
-class's method and functions that get a module.
+class's method and functions that get a module. Steps of a LightningModule and hooks may read a weight to log it or to add it to the loss:
+there only products count.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
@@ -25,8 +26,12 @@ _METADATA = {
 }  # fmt: skip
 
 
+_STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+_ALL = {"parameters", "named_parameters", "state_dict"}  # methods of a layer that return its weight among others
+
+
 def weight_reads(model: nn.Module, ignored: Container[Any] = ()) -> dict[nn.Module, str]:
-    """Return module whose ``weight`` another module's forward reads → the function that reads it, such as ``Attention.forward``.
+    """Return module whose ``weight`` another module's forward, a step or a hook reads → the function that reads it: ``Attention.forward``.
 
     A read in any branch counts, whether the branch is taken now or not. Reading only a weight's dtype, shape or device does not count.
 
@@ -35,20 +40,27 @@ def weight_reads(model: nn.Module, ignored: Container[Any] = ()) -> dict[nn.Modu
         ignored: methods that are not followed.
     """
     found: dict[nn.Module, str] = {}
+    weights = {id(module._parameters["weight"]): module for module in model.modules() if "weight" in module._parameters}
     for parent in model.modules():
         if parent._modules:
-            visit = _Visit(parent, found, ignored)
-            visit.method(parent, "forward", {})
+            _Visit(parent, found, ignored, weights).method(parent, "forward", {})
+            for step in _STEPS:
+                _Visit(parent, found, ignored, weights, products_only=True).method(parent, step, {})
+        for hook in (*parent._forward_pre_hooks.values(), *parent._forward_hooks.values()):
+            if isinstance(hook, FunctionType) and hook.__module__.partition(".")[0] != "torch":
+                _Visit(None, found, ignored, weights, products_only=True).function(hook, {0: [parent]})
     return found
 
 
 @dataclass
 class _Visit:
-    """Follows one parent's forward, with the modules that its names stand for."""
+    """Follows one parent's forward, step or hook, with the modules that its names stand for."""
 
-    parent: nn.Module
+    parent: nn.Module | None
     found: dict[nn.Module, str]
     ignored: Container[Any] = ()
+    weights: dict[int, nn.Module] = field(default_factory=dict)  # id of a parameter → the layer whose weight it is
+    products_only: bool = False
     seen: dict[Any, list[Any]] = field(default_factory=dict)  # function, and the modules of its parameters → the modules that it returns
 
     def method(self, owner: nn.Module, name: str, bound: dict[int | str, list[Any]], after: type | None = None) -> list[Any]:
@@ -72,12 +84,12 @@ class _Visit:
         where = f"{cls.__name__}.{function.__name__}" if cls is not None else function.__name__
         if state not in self.seen:
             self.seen[state] = []  # ends a recursion
-            for path in source.paths:
+            for path in source.products if self.products_only else source.paths:
                 self.follow(path, start, where, cls)
             for callee, arguments in source.calls:
                 taken = {key: self.follow(path, start, None, cls) for key, path in arguments}
                 self.call(function, callee, {key: objects for key, objects in taken.items() if objects}, start, cls)
-            returned = [self.follow(path, start, where, cls) for path in source.returned]
+            returned = [self.follow(path, start, None if self.products_only else where, cls) for path in source.returned]
             self.seen[state] = [each for objects in returned for each in objects]
         return self.seen[state]
 
@@ -85,7 +97,7 @@ class _Visit:
         """Follow a call whose arguments are modules."""
         if not taken:
             return
-        if callee[0] == "super()":
+        if callee[0] == "super()" and self.parent is not None:
             self.method(self.parent, callee[-1], taken, cls)
         elif callee[0] in start:
             for owner in self.follow(callee[:-1], start, None, cls) if len(callee) > 1 else ():
@@ -104,18 +116,34 @@ class _Visit:
         objects = start.get(path[0], []) if super_of is None else [self.parent]
         for index, name in enumerate(path[1:], 1):
             rest, following = path[index + 1 :], []
+            if name.startswith("["):
+                tables = [owner._modules if isinstance(owner, nn.Module) else owner for owner in objects]
+                following = [table[name[1:]] for table in tables if isinstance(table, dict) and table.get(name[1:]) is not None]
+                objects, name = [] if following else objects, "*"
             for owner in objects:
                 if isinstance(owner, tuple):
                     following += self.method(*owner) if name == "()" else []
+                elif isinstance(owner, nn.Parameter):
+                    self.record(self.weights.get(id(owner)), where, path[index:])
                 elif not isinstance(owner, nn.Module):
-                    following += (list(owner.values()) if isinstance(owner, dict) else owner) if name == "*" else []
-                elif name == "weight" and name in owner._parameters:
-                    if where is not None and owner is not self.parent and not (rest and rest[0] in _METADATA):
-                        self.found.setdefault(owner, where)
+                    elements = owner.values() if isinstance(owner, dict) else owner if isinstance(owner, list) else ()
+                    following += elements if name == "*" else ()
+                elif name in owner._parameters:
+                    self.record(owner if name == "weight" else self.weights.get(id(owner._parameters[name])), where, rest)
+                elif name in _ALL and "weight" in owner._parameters and rest:  # the method alone reads nothing
+                    self.record(owner, where, [each for each in rest if each not in ("()", "*")])
                 else:
                     following += self.attribute(owner, name, super_of, bool(rest))
             objects = following
+        for each in objects:
+            if isinstance(each, nn.Parameter):
+                self.record(self.weights.get(id(each)), where, ())
         return [each for each in objects if isinstance(each, nn.Module)]
+
+    def record(self, layer: nn.Module | None, where: str | None, rest: Sequence[str]) -> None:
+        """Record that a function reads a layer's weight, unless the rest of the path asks for a dtype, a shape or the like."""
+        if layer is not None and where is not None and layer is not self.parent and not (rest and rest[0] in _METADATA):
+            self.found.setdefault(layer, where)
 
     def attribute(self, owner: nn.Module, name: str, after: type | None, used: bool) -> list[Any]:
         """Return a child, the children, a list of modules, what a property returns, or a method as (module, name, no arguments, after)."""
@@ -124,7 +152,7 @@ class _Visit:
         if name in owner._modules:
             return [] if owner._modules[name] is None else [owner._modules[name]]
         kept = owner.__dict__.get(name)
-        if isinstance(kept, (nn.Module, list, tuple, dict)):
+        if isinstance(kept, (nn.Module, nn.Parameter, list, tuple, dict)):
             return [list(kept) if isinstance(kept, tuple) else kept]
         static = inspect.getattr_static(type(owner), name, None)
         if isinstance(static, property):

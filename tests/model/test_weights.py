@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, load_base, lora_layers, merge_lora, quantize_base
 from lightning_lora.adapter_io.fingerprint import base_identity
-from lightning_lora.model.weights import from_folder, materialize, on_meta
+from lightning_lora.model.weight_folder import WeightFolder
+from lightning_lora.model.weights import materialize, on_meta
 from tests.conftest import same_bits
 from tests.layers.experts import tiny_qwen3_moe
 from tests.quantized import Stack, inputs, plain_stack
@@ -82,7 +83,7 @@ def test_a_folder_of_safetensors(sharded: bool, tmp_path: Path) -> None:
     late = load_base(meta_stack(), tmp_path)
     assert all(same_bits(tensor, plain[name]) for name, tensor in late.state_dict().items())
     with pytest.raises(ValueError, match=r"weights='\S+none' has neither model.safetensors.index.json nor model.safetensors"):
-        from_folder(tmp_path / "none")
+        WeightFolder(tmp_path / "none")
 
 
 def test_a_transformers_model(tmp_path: Path) -> None:
@@ -146,6 +147,23 @@ def test_codes_are_no_weights(how: str | None, dtype: torch.dtype) -> None:
     plain["up.weight"] = plain["up.weight"].to(dtype)
     with pytest.raises(ValueError, match=r"'up.weight' is stored as torch.(float8_e4m3fn|int8), without its scales"):
         load_base(adapted(meta_stack(), how), plain.__getitem__)
+
+
+@pytest.mark.parametrize("late", [True, False])
+@pytest.mark.parametrize("how", [None, "folder", "nf4"])
+def test_a_load_that_is_refused_changes_nothing(late: bool, how: str | None, tmp_path: Path) -> None:
+    """The last weight is missing. What had values keeps them; what was on the meta device is there again, and takes weights still."""
+    plain = plain_stack().state_dict()
+    save_file({name: tensor for name, tensor in plain.items() if name != [*plain][-1]}, tmp_path / "model.safetensors")
+    model = adapted(meta_stack() if late else Stack(), "nf4" if how == "nf4" and late else None)
+    before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    with pytest.raises(ValueError, match=rf"weights has no '{[*plain][-1]}'"):
+        load_base(model, tmp_path if how == "folder" else WeightFolder(tmp_path).__call__)
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys() and on_meta(model) == late
+    assert late or all(same_bits(after[name], value) for name, value in before.items())
+    load_base(model, plain.__getitem__)
+    assert not on_meta(model) and same_bits(model.norm.bias, plain["norm.bias"])
 
 
 class Masked(nn.Module):

@@ -45,8 +45,9 @@ class Base(nn.Module):
         super().__init__()
         self.a, self.b, self.own = nn.Linear(2, 2), nn.Linear(2, 2), Own(2, 2)
         self.items, self.named = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]), nn.ModuleDict({"k": nn.Linear(2, 2)})
-        self.inner = nn.ModuleDict({"deep": nn.Linear(2, 2)})
-        self.__dict__["beside"] = [self.b]
+        self.inner = nn.ModuleDict({"deep": nn.Linear(2, 2), "other": nn.Linear(2, 2)})
+        self.__dict__["beside"], self.__dict__["weights"] = [self.b], [self.b.weight]
+        self.alias, self.sizes = self.b.weight, [3, object()]
 
     def forward(self, x):
         return self.a(x) @ self.b.weight
@@ -148,6 +149,9 @@ class Reads:
             x = x @ layer.weight
         return x
 
+    def inner_deep__by_key(self, x):
+        return self.inner["other"](x) @ self.inner["deep"].weight
+
     def inner_deep(self, x):
         return x @ self.inner.deep.weight
 
@@ -159,6 +163,31 @@ class Reads:
 
     def b__cast(self, x):
         return torch.nn.functional.linear(x.type(torch.float32), self.b.weight.type(torch.float32))
+
+    def b__by_get_parameter(self, x):
+        return x @ self.get_parameter("b.weight")
+
+    def b__by_the_table(self, x):
+        return x @ self._modules["b"]._parameters["weight"]
+
+    def b__by_its_parameters(self, x):
+        weight, bias = self.b.parameters()
+        return x @ weight + bias
+
+    def b__by_a_list_of_parameters(self, x):
+        return x @ list(self.b.parameters())[0]  # noqa: RUF015
+
+    def b__by_named_parameters(self, x):
+        return torch.func.functional_call(self.b, {name: 2 * p for name, p in self.b.named_parameters()}, (x,))
+
+    def b__by_its_state_dict(self, x):
+        return x @ self.b.state_dict()["weight"]
+
+    def b__by_another_name(self, x):
+        return x @ self.alias
+
+    def b__in_a_list_of_weights(self, x):
+        return x @ self.weights[0]
 
     def items_0_and_items_1__under_one_name(self, x):
         items = self.items
@@ -191,6 +220,13 @@ class Asks:
 
     def type_of_tensor(self, x):
         return self.a(x.type(self.a.weight.type()))
+
+    def first_parameter(self, x):
+        dtype, device = next(self.b.parameters()).dtype, next(iter(self.b.parameters())).device
+        return self.a(x.to(dtype).to(device)) * sum(p.numel() for p in self.b.parameters()) + list(self.b.parameters())[0].shape[0]  # noqa: RUF015
+
+    def elements_of_other_lists(self, x):
+        return self.a(x) * sum(size["x"] for size in self.sizes)
 
     def hands_on(self, x):
         return torch.utils.checkpoint.checkpoint(self.a, x) + sum(layer(x) for layer in self.items)
