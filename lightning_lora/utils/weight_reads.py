@@ -7,7 +7,6 @@ class's method and functions that get a module.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from types import FunctionType
@@ -126,7 +125,7 @@ class _Visit:
         kept = owner.__dict__.get(name)
         if isinstance(kept, (nn.Module, list, tuple, dict)):
             return [list(kept) if isinstance(kept, tuple) else kept]
-        static = inspect.getattr_static(type(owner), name, None)
+        static = next((vars(base)[name] for base in type(owner).__mro__ if name in vars(base)), None)
         if isinstance(static, property):
             return [each for getter in _wrapped(static.fget) for each in self.function(getter, {0: [owner]}, type(owner))]
         if name.startswith("__"):
