@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, apply_lora
 from lightning_lora.layers import lora_layers
+from tests import seed_no_gpus
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # has to be set before the kernels are imported
+    seed_no_gpus()
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a background job of a shell, where the tests of Ctrl-C would fail
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -29,6 +31,7 @@ def pytest_collection_finish() -> None:
     gc.enable()
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 50)  # 3 % of the time in place of 8 %
 
 
 def pytest_sessionfinish() -> None:
@@ -41,8 +44,6 @@ def tokens_are_kept_apart(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["LIGHTNING_LORA_CACHE"] = str(tmp_path_factory.mktemp("tokens"))
 
 
-#: `torch.manual_seed`, which formats the stack three times for GPUs that may still come, only where there are some.
-SEED: Callable[[int], Any] = torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 #: A config's fields that adapt seven layers of TinyModel, of two kinds.
 ALL = {"target_modules": ["q_proj", "v_proj", "mlp", "embed"], "rank": 4}
@@ -193,7 +194,7 @@ def base_bits(model: nn.Module) -> dict[str, list[int]]:
 def seeded() -> Iterator[None]:
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     torch.set_num_threads(1)
-    SEED(0)
+    torch.manual_seed(0)
     yield
     for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # Lightning leaves them, and processes started later would seed themselves anew
         os.environ.pop(name, None)
@@ -206,7 +207,7 @@ def make() -> Callable[..., nn.Module]:
     """Tiny models, equal in their weights at every call."""
 
     def build(cls: Callable[..., nn.Module] = TinyModel, **kwargs: object) -> nn.Module:
-        SEED(3)
+        torch.manual_seed(3)
         return cls(**kwargs)
 
     return build
