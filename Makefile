@@ -9,7 +9,8 @@ BIN := $(VENV)/bin
 quickstart: $(VENV)/.quickstart  ## LoRA-tune a real language model on real data; everything lands in runs/quickstart/
 	$(BIN)/python examples/quickstart.py
 
-test: check docs unit  ## lint, types, the documentation and the whole suite
+test: $(VENV)/.test  ## lint, types, the documentation and the whole suite, at the same time: the first two leave a core idle
+	+$(MAKE) --jobs=3 check docs unit
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .

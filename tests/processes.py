@@ -13,7 +13,15 @@ from typing import Any
 
 SERVER = mp.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["pytest", "lightning_lora.tasks", "lightning_lora.data", "lightning_lora.cli.lightning_cli", "tests.distributed.wrappers"]
+    [
+        "tests",  # first, as in pytest
+        "pytest",
+        "lightning_lora.tasks",
+        "lightning_lora.data",
+        "lightning_lora.cli.lightning_cli",
+        "tests.distributed.wrappers",
+        "transformers.models.llama.modeling_llama",  # a second, in each process that makes a tiny one
+    ]
 )
 
 

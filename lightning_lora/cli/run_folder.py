@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
+from itertools import chain, count
 from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
@@ -99,8 +100,8 @@ class BeganConfig(SaveConfigCallback):
 
 def free(path: Path, ending: str = "") -> Path:
     """Return the path with an ending, or the first numbered one that does not exist: ``adapter``, ``adapter-v1``."""
-    numbered = (path.with_name(f"{path.name}{number}{ending}") for number in ("", *(f"-v{n}" for n in range(1, 10**6))))
-    return next(each for each in numbered if not each.exists())
+    numbers = chain([""], (f"-v{number}" for number in count(1)))
+    return next(each for each in (path.with_name(f"{path.name}{number}{ending}") for number in numbers) if not each.exists())
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,16 @@ def settings_of(module: Any) -> str:
     for file in sorted(Path(__file__).parent.glob("*.py")):
         code.update(file.read_bytes())
     for cls in type(module).__mro__:
-        with suppress(OSError, TypeError):  # built-in, or typed into a session
-            code.update(inspect.getsource(cls).encode())
+        code.update(_source(cls))
     return json.dumps([type(module).__qualname__, values, code.hexdigest()], sort_keys=True, default=str)
+
+
+@lru_cache(maxsize=64)  # finding a class in its file takes hundredths of a second
+def _source(cls: type) -> bytes:
+    try:
+        return inspect.getsource(cls).encode()
+    except (OSError, TypeError):  # built-in, or typed into a session
+        return b""
 
 
 def tokenizer_state(tokenizer: Any) -> str:

@@ -18,6 +18,7 @@ import array
 import hashlib
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -38,17 +39,19 @@ def checksum(tensor: Tensor) -> str:
     flat = tensor.detach().reshape(-1)
     flat = (flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)).view(torch.uint8)
     whole = flat.numel() // (8 * ROW)
-    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    total: Tensor | int = 0
     weights = _weights(0, ROW, flat.device)
     for start in range(0, whole, ROWS):  # in chunks, so that the products stay small
         rows = min(ROWS, whole - start)
         words = _words(flat[8 * ROW * start : 8 * ROW * (start + rows)]).view(rows, ROW)
         # No product of integer matrices on GPUs; on CPUs it is what reads memory fastest.
         sums = words @ weights if flat.device.type == "cpu" else (words * weights).sum(1)
-        total += (sums * _weights(ROW + start, rows, flat.device)).sum()
-    rest = nn.functional.pad(flat[8 * ROW * whole :], (0, -flat.numel() % 8))
-    total += (_words(rest) * weights[: rest.numel() // 8]).sum() * _weights(ROW + whole, 1, flat.device).sum()
-    return f"{int(total.item()) & (2**64 - 1):016x}"
+        total = total + (sums * _weights(ROW + start, rows, flat.device)).sum()
+    rest = flat[8 * ROW * whole :]
+    if rest.numel():
+        words = _words(nn.functional.pad(rest, (0, -rest.numel() % 8)) if rest.numel() % 8 else rest)
+        total = total + (words * weights[: words.numel()]).sum() * _weights(ROW + whole, 1, flat.device).sum()
+    return f"{int(total) & (2**64 - 1):016x}"
 
 
 def _words(flat: Tensor) -> Tensor:
@@ -56,6 +59,7 @@ def _words(flat: Tensor) -> Tensor:
     return (flat if flat.storage_offset() % 8 == 0 else flat.clone()).view(torch.int64)
 
 
+@lru_cache(maxsize=16)  # most tensors of a model need the same two
 def _weights(start: int, count: int, device: torch.device) -> Tensor:
     """Odd numbers that look random, one for each position."""
     x = torch.arange(start + 1, start + 1 + count, device=device).mul_(-7046029254386353131)

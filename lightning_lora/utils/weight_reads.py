@@ -8,7 +8,6 @@ there only products count.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType
@@ -154,7 +153,7 @@ class _Visit:
         kept = owner.__dict__.get(name)
         if isinstance(kept, (nn.Module, nn.Parameter, list, tuple, dict)):
             return [list(kept) if isinstance(kept, tuple) else kept]
-        static = inspect.getattr_static(type(owner), name, None)
+        static = next((vars(base)[name] for base in type(owner).__mro__ if name in vars(base)), None)
         if isinstance(static, property):
             return [each for getter in _wrapped(static.fget) for each in self.function(getter, {0: [owner]}, type(owner))]
         if name.startswith("__"):

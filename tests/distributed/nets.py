@@ -99,10 +99,16 @@ def train(model: nn.Module, steps: int = 3, rank: int = 0, world: int = 1) -> tu
 
 
 def reference(steps: int = 3, config: LoRAConfig = CONFIG) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The same in one process."""
-    model = apply_lora(make_net(), config=config)
-    fill_adapters(model)
-    return train(model, steps)
+    """The same in one process; computed once for each config."""
+    key = f"{steps} {config}"
+    if key not in _REFERENCES:
+        model = apply_lora(make_net(), config=config)
+        fill_adapters(model)
+        _REFERENCES[key] = train(model, steps)
+    return _REFERENCES[key]
+
+
+_REFERENCES: dict[str, tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]] = {}
 
 
 def same_on_all_ranks(tensors: dict[str, torch.Tensor]) -> bool:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests import seed_no_gpus
 from tests.processes import SERVER
 
 TIMEOUT = 240.0  # of a busy machine; pytest gives up at 300
@@ -83,6 +84,7 @@ def _work(rank: int, world: int, meeting: str, pipe: Any, device: str) -> None:
     from tests.distributed import nets
 
     gc.freeze()  # collections of garbage pass over what the server imported
+    gc.set_threshold(20_000, 20, 50)  # as in tests/conftest.py
     pulling_group.SMALL = 300  # bytes: the networks here are tiny
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -90,6 +92,8 @@ def _work(rank: int, world: int, meeting: str, pipe: Any, device: str) -> None:
     os.environ.update(environment, WORLD_SIZE=str(world))
     if device == "cuda":
         torch.cuda.set_device(rank)
+    else:
+        seed_no_gpus()
     dist.init_process_group("nccl" if device == "cuda" else "gloo", init_method=meeting, rank=rank, world_size=world)
     while True:
         function, args = pipe.recv()
