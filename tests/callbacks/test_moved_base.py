@@ -93,7 +93,7 @@ def test_unfreezing_what_has_no_adapter_goes_on(tmp_path: Path) -> None:
     config = LoRAConfig(rank=2, target_modules=["head"])
     before = module.backbone["up"].weight.clone()
     callbacks: list[L.Callback] = [Unfreezes(), LoRACallback(config)]
-    with pytest.warns(UserWarning, match="LoRA freezes backbone"):
+    with pytest.warns(UserWarning, match="LoRA freezes what has no adapter: backbone"):
         trainer(tmp_path, *callbacks, max_epochs=3).fit(module)
     assert not torch.equal(module.backbone["up"].weight, before)
     loaded = load_adapter(Head(), save_adapter(module, tmp_path / "a"))
