@@ -12,6 +12,8 @@ from typing import Any, get_args, get_type_hints
 
 from jsonargparse import ArgumentError
 
+from lightning_lora.strategies.namespaces import FIRST
+
 _KEY = re.compile(r'Parser key "([^"]+)":?')
 _UNKNOWN = (
     re.compile(r"[Oo]ption '([^']+)' is not accepted"),
@@ -28,7 +30,6 @@ _WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false",
 _WORDS |= dict.fromkeys(("list", "tuple", "Sequence"), "a list")
 _SUBCLASS = re.compile(r"Not a valid subclass of (\w+)")
 _MISSING = re.compile(r"the following arguments are required: (.+)")
-_SECOND = {"pytorch_lightning": "lightning.pytorch", "lightning_fabric": "lightning.fabric"}
 _DASH = re.compile(r"unrecognized arguments: -([^-\s=][^\s=]*)")
 _NOISE: tuple[str, ...] = (
     "Does not validate against",
@@ -147,9 +148,9 @@ def _of_other_package(given: str) -> str:
     if not path or not isinstance(cls, type):
         return ""
     package, _, rest = path[0].partition(".")
-    if package in _SECOND:
-        return f"this command runs {_SECOND[package]}, and {path[0]} is of another package; write {_SECOND[package]}.{rest}"
-    there = [base for base in cls.__mro__ if base.__module__.partition(".")[0] in _SECOND]
+    if package in FIRST:
+        return f"this command runs {FIRST[package]}, and {path[0]} is of another package; write {FIRST[package]}.{rest}"
+    there = [base for base in cls.__mro__ if base.__module__.partition(".")[0] in FIRST]
     return f"{path[0]} is derived from {there[0].__module__}.{there[0].__name__}; derive it from lightning.pytorch's" if there else ""
 
 

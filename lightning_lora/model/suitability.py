@@ -11,6 +11,7 @@ from lightning_lora.layers.adapting import COMPUTED_BY, computed_weights
 from lightning_lora.layers.classes import adapted_class
 from lightning_lora.layers.linearity import why_not_linear
 from lightning_lora.model.fast_paths import SWITCHED
+from lightning_lora.quantization.formats import format_of
 from lightning_lora.utils.weight_reads import weight_reads
 
 _PLAIN = LoRAConfig().variant
@@ -45,6 +46,6 @@ class Suitability:
         own = adapted_class(type(module), _PLAIN, kind)
         if own is not None and (unfit := own.unfit(module)) is not None:
             return unfit
-        if own is not None and (computed := computed_weights(module, own)):
+        if own is not None and format_of(module) is None and (computed := computed_weights(module, own)):
             return f"it computes its {computed[0]} anew at each call ({COMPUTED_BY})"
         return why_not_linear(module, kind)

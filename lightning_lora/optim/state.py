@@ -119,7 +119,8 @@ def load_by_name(optimizer: Optimizer, model: nn.Module, saved: dict[str, Any]) 
         state[numbers[name]] = slots | {slot: distribute_like(value, like) for slot, value in moments.items()}
     optimizer.load_state_dict({**saved, "state": state, "param_groups": groups})
     # torch adds settings that a later release has, and takes the saved ones as they are: a step would fail on the first that is not there.
-    lacking = sorted({name for group in optimizer.param_groups for name in optimizer.defaults.keys() - group.keys()})
+    loaded = zip(here, optimizer.param_groups, strict=True)
+    lacking = sorted({name for mine, group in loaded for name in (optimizer.defaults.keys() & mine.keys()) - group.keys()})
     if lacking:
         optimizer.load_state_dict(now)
         raise ValueError(

@@ -20,6 +20,8 @@ T = TypeVar("T")
 #: Lightning's top-level packages.
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}
 _SECOND = {"lightning.pytorch": "pytorch_lightning", "lightning.fabric": "lightning_fabric"}
+#: A package of the second name → the same of the first.
+FIRST = {second: first for first, second in _SECOND.items()}
 
 
 def twins(*classes: type[T]) -> tuple[type[T], ...]:
@@ -30,8 +32,12 @@ def twins(*classes: type[T]) -> tuple[type[T], ...]:
 def twin(cls: type[T], like: Trainer | LightningModule) -> type[T]:
     """Return the one of a class's :func:`twins` that is of the same package as a Trainer or a LightningModule."""
     copy = _copy(cls)
-    second = any(library(each) == "pytorch_lightning" for each in type(like).__mro__)
-    return copy if second and copy is not None else cls
+    return copy if of_second(like) and copy is not None else cls
+
+
+def of_second(like: Trainer | LightningModule) -> bool:
+    """Return True for a Trainer or a LightningModule of ``pytorch_lightning``."""
+    return any(library(each) == "pytorch_lightning" for each in type(like).__mro__)
 
 
 def library(cls: type) -> str:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lora.strategies.lightning_private import take_batch_hooks, take_hyperparameters
+from lightning_lora.strategies.namespaces import twin
 from lightning_lora.trials.joint_step import Result
 from lightning_lora.trials.live_trial import LiveTrial
 from lightning_lora.trials.records import check_one_trained
@@ -69,12 +70,16 @@ class JointModule(LightningModule):
         self.all_trials, self.build, self.configure, self.epoch_end, self.built = trials, build, configure, epoch_end, False
         take_hyperparameters(self, original)
         take_batch_hooks(self, original)
-        written = {name for name in (*EACH, "on_train_batch_end", "on_validation_batch_end") if is_overridden(name, original)}
+        written = {
+            name
+            for name in (*EACH, "on_train_batch_end", "on_validation_batch_end")
+            if is_overridden(name, original, twin(LightningModule, original))
+        }
         for name in EACH:
             if name in written:
                 setattr(self, name, partial(self._each, name))
         self._written = written
-        if not is_overridden("validation_step", original):  # Lightning asks whether it is overridden
+        if not is_overridden("validation_step", original, twin(LightningModule, original)):  # Lightning asks whether it is overridden
             vars(self)["validation_step"] = MethodType(LightningModule.validation_step, self)
 
     def __getattr__(self, name: str) -> Any:
@@ -93,7 +98,9 @@ class JointModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Run the user's, then make the trials' modules, unless ``configure_model`` builds what they are copied from."""
         self.original.setup(stage)
-        if any(True for _ in self.original.parameters()) and not is_overridden("configure_model", self.original):
+        if any(True for _ in self.original.parameters()) and not is_overridden(
+            "configure_model", self.original, twin(LightningModule, self.original)
+        ):
             self.build_once()
 
     def configure_model(self) -> None:

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_lora.callbacks import LoRACallback
 from lightning_lora.layers.base import lora_layers
 from lightning_lora.registry import data_of
-from lightning_lora.strategies.namespaces import twins
+from lightning_lora.strategies.namespaces import of_second, twin, twins
 from lightning_lora.trials.joint_module import REFUSED
 from lightning_lora.trials.live_trial import key_of
 from lightning_lora.trials.own_settings import OwnSettings
@@ -41,7 +41,7 @@ def check_run(callback: LoRACallback, trainer: Trainer, module: LightningModule,
 
 def _of_trainer(trainer: Any) -> str | None:
     """Return why a trainer cannot run trials, None if it can."""
-    if not isinstance(trainer, Trainer):
+    if of_second(trainer):
         return "the Trainer is pytorch_lightning's; import Trainer and module from lightning"
     if (stage := trainer.state.fn) != TrainerFn.FITTING:
         return f"{getattr(stage, 'value', stage)} has no trial to run; load one with load_adapter, and leave sweep out"
@@ -76,7 +76,7 @@ def _of_module(module: LightningModule) -> str | None:
     name = type(module).__name__
     if not module.automatic_optimization:
         return f"{name} optimizes manually, with one optimizer; {FUNCTION}"
-    if hooks := [hook for hook in REFUSED if is_overridden(hook, module)]:
+    if hooks := [hook for hook in REFUSED if is_overridden(hook, module, twin(LightningModule, module))]:
         return f"{name} overrides {hooks[0]}, which would have to do for all trials what it does for one; {FUNCTION}"
     if adapted := next((fqn for fqn, _ in lora_layers(module)), None):
         return f"{adapted!r} has LoRA already; unload_lora(module, merged='drop') first"

@@ -26,6 +26,7 @@ _METADATA = {
 
 
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+_WRAPPERS = ("torch.nn.parallel.", "torch.distributed.")  # read every weight, and change none that a layer computes with
 _ALL = {"parameters", "named_parameters", "state_dict"}  # methods of a layer that return its weight among others
 
 
@@ -41,7 +42,7 @@ def weight_reads(model: nn.Module, ignored: Container[Any] = ()) -> dict[nn.Modu
     found: dict[nn.Module, str] = {}
     weights = {id(module._parameters["weight"]): module for module in model.modules() if "weight" in module._parameters}
     for parent in model.modules():
-        if parent._modules:
+        if parent._modules and not type(parent).__module__.startswith(_WRAPPERS):
             _Visit(parent, found, ignored, weights).method(parent, "forward", {})
             for step in _STEPS:
                 _Visit(parent, found, ignored, weights, products_only=True).method(parent, step, {})

@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 import torch
 import transformers
@@ -11,6 +13,12 @@ from tests import tiny_lm
 def lightning_on_todays_parser(monkeypatch):
     """LightningCLI 2.6 itself calls what jsonargparse has deprecated; there is no other call to make."""
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_classes_of_scripts():
+    """jsonargparse imports each subclass of Callback, and those of a script that a test before ran cannot be imported."""
+    gc.collect()
 
 
 @pytest.fixture(scope="module")

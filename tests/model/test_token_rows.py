@@ -93,7 +93,7 @@ class Reads(nn.Module):
         ([3], {}, r"a list is for the input embedding, and this model has 'words', 'places', .*; give a mapping"),
         ({"wrods": [3]}, {}, r"trainable_token_indices: 'wrods' matches no module. Nearest names: words"),
         ({"words": [3, 10]}, {}, r"'words'.*trainable_token_indices names row 10, and it has 10 here: call resize_token_embeddings\(11\)"),
-        ({"words": [3], "wor.*": [4]}, {}, r"two entries give 'words' rows, \[3\] and \[4\]"),
+        ({"words": [3], "wor.*": [4]}, {}, r"two entries give rows of 'words', \[3\] and \[4\]"),
         (
             {"words": [3]},
             {"target_modules": ["q_proj", "words"]},

@@ -175,7 +175,7 @@ def test_the_same_call_goes_on(tmp_path):
         ({"trials": "rank"}, "must be a list"),
         ({"trials": [{"rank": 2}, {}]}, r"trials\[1\]=\{\} must be a mapping"),
         ({"trials": [{3: 2}]}, r"trials\[0\]=.* must be a mapping with names"),
-        ({"trials": [{"dtype": torch.float64}]}, r"trials\[0\]\['dtype'\]=torch.float64 is a dtype; give a number"),
+        ({"trials": [{"dtype": torch.float64}]}, r"trials\[0\]\['dtype'\]=torch.float64 is of type dtype; give a number"),
         ({"trials": [{"rank": 2}, {"rank": 2}]}, "two trials are 'rank2'"),
         ({"trials": [{"rank": 2, "name": "a/b"}]}, "'a/b' is no folder's name"),
         ({"at_once": 0}, "at_once=0 must be at least 1"),
