@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_lora.callbacks.sweep_option import Sweep
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import lora_layers
 from lightning_lora.layers.rounding import check_limit
@@ -58,6 +59,8 @@ def check_arguments(given: Mapping[str, Any]) -> None:
         raise ValueError(f"init_batches={given['init_batches']!r}: give a whole number ≥ 1, such as 8.")
     check_ratio(given["lora_plus_ratio"])
     check_known(given["precondition"])
+    if given["sweep"] is not None and not isinstance(given["sweep"], Sweep):
+        raise ValueError(f"sweep={given['sweep']!r}: give lightning_lora.Trials, such as sweep=Trials([{{'rank': 4}}, {{'rank': 16}}]).")
 
 
 def listed(offload: str | Sequence[str] | None) -> list[str]:

@@ -257,6 +257,7 @@ class _Run(Callback):
         if hooks is not None and hooks.module is self.joint:
             hooks.remove()
         self._connect(self.original)
+        self.joint.release()
         restore_flags(self.flags)
         mine = [trial.callback for trial in self.trials]
         left = [each for each in self.trainer.callbacks if each not in mine and not isinstance(each, _GiveBack)]  # type: ignore[attr-defined]

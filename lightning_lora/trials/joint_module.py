@@ -4,7 +4,8 @@ It does for each trial what Lightning asks of one module.
 
 Each trial has a copy of the user's module over the same base (:mod:`lightning_lora.trials.shared_copy`). The hooks that the user wrote run
 once for each trial, on its copy, with its random numbers; what it logs gets its name: ``small/train_loss``. The backward pass of a trial
-follows its forward pass, so that only one trial's activations are in memory. What belongs to the data runs on the user's module, once.
+follows its forward pass, so that only one trial's activations are in memory. Loaders are the user's module's. A batch is prepared once, by
+the hooks of the first trial's module.
 """
 
 from __future__ import annotations
@@ -69,24 +70,27 @@ class JointModule(LightningModule):
         vars(self)["original"] = original
         self.all_trials, self.build, self.configure, self.epoch_end, self.built = trials, build, configure, epoch_end, False
         take_hyperparameters(self, original)
-        take_batch_hooks(self, original)
-        written = {
-            name
-            for name in (*EACH, "on_train_batch_end", "on_validation_batch_end")
-            if is_overridden(name, original, twin(LightningModule, original))
-        }
+        cls, hooks = twin(LightningModule, original), (*EACH, "on_train_batch_end", "on_validation_batch_end")
+        written = {name for name in hooks if is_overridden(name, original, cls)}
         for name in EACH:
             if name in written:
                 setattr(self, name, partial(self._each, name))
         self._written = written
-        if not is_overridden("validation_step", original, twin(LightningModule, original)):  # Lightning asks whether it is overridden
+        if not is_overridden("validation_step", original, cls):  # Lightning asks whether it is overridden
             vars(self)["validation_step"] = MethodType(LightningModule.validation_step, self)
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the user's module, such as a tokenizer that a data module asks for. Modules are each trial's own."""
         original = vars(self).get("original")
-        value = getattr(original, name, None) if name not in self._modules else None
+        value = getattr(original, name, None) if name not in vars(self).get("_modules", {}) else None  # a copy has none at first
         return super().__getattr__(name) if value is None or isinstance(value, (nn.Module, Tensor)) else value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> JointModule:
+        """Return a copy of the modules, as a callback that averages makes one. What belongs to the run is not copied."""
+        memo.update((id(each), each) for each in (self.all_trials, self.build, self.configure, self.epoch_end))
+        new = memo[id(self)] = type(self).__new__(type(self))
+        vars(new).update(copy.deepcopy(self.__getstate__(), memo))
+        return new
 
     @property
     def live(self) -> list[LiveTrial]:
@@ -113,6 +117,8 @@ class JointModule(LightningModule):
         if not self.built:
             self.built = True
             self.build()
+            # A trial's module has the run's mode and device, and its buffers are on that: those of the original do not follow.
+            take_batch_hooks(self, self.all_trials[0].module)
 
     def teardown(self, stage: str) -> None:
         """Run the user's."""
@@ -142,9 +148,10 @@ class JointModule(LightningModule):
             return []
         if not isinstance(loss, Tensor) or not loss.requires_grad:
             raise RuntimeError(f"{trial.name}: the loss that training_step returned does not depend on the adapter.")
-        scaled = loss.detach() / self.trainer.accumulate_grad_batches
-        trial.output = {"loss": scaled, **({k: v for k, v in output.items() if k != "loss"} if isinstance(output, Mapping) else {})}
-        trial.module.on_before_backward(loss)
+        scaled = loss / self.trainer.accumulate_grad_batches  # what hooks get; Lightning scales the gradients later
+        others = {k: v for k, v in output.items() if k != "loss"} if isinstance(output, Mapping) else {}
+        trial.output = {"loss": scaled.detach(), **others}
+        trial.module.on_before_backward(scaled)
         result = Result(loss.detach(), trial.gradients(loss))
         if not trial.callback.allow_nonfinite and not result.is_finite():
             trial.stop("failed", f"its loss or a gradient is not finite at step {self.trainer.global_step}; try a smaller learning rate")
@@ -236,6 +243,12 @@ class JointModule(LightningModule):
             return found[0] if len(found) == 1 else found or None
 
         vars(module).update(log=log, optimizers=optimizers, lr_schedulers=lr_schedulers)
+
+    def release(self) -> None:
+        """Make the trials' modules plain ones: another Trainer may test them, or predict."""
+        for module in self.children():
+            for name in ("log", "optimizers", "lr_schedulers"):
+                del vars(module)[name]
 
 
 @contextmanager

@@ -118,6 +118,7 @@ def configure_jointly(trials: Sequence[LiveTrial]) -> tuple[list[Optimizer], lis
             if not optimizers[0].param_groups:
                 raise ValueError(f"trial {trial.name!r}: configure_optimizers returned no optimizer.")
         trial.optimizer, part = optimizers[0], trial.callback.part
+        vars(trial.view).update(optimizers=optimizers, lr_scheduler_configs=trial.schedulers)  # modules log rates from them
         assert part is not None
         own = replace(part, root=part.root.removeprefix(trial.key).removeprefix("."))
         prepare(optimizers, trial.schedulers, trial.module, [own])

@@ -16,6 +16,7 @@ from lightning_lora.callbacks import LoRACallback
 from lightning_lora.layers.base import lora_layers
 from lightning_lora.registry import data_of
 from lightning_lora.strategies.namespaces import of_second, twin, twins
+from lightning_lora.strategies.support import check_supported
 from lightning_lora.trials.joint_module import REFUSED
 from lightning_lora.trials.live_trial import key_of
 from lightning_lora.trials.own_settings import OwnSettings
@@ -37,6 +38,7 @@ def check_run(callback: LoRACallback, trainer: Trainer, module: LightningModule,
     reason = _of_trainer(trainer) or _of_callbacks(trainer, settings) or _of_module(module) or _of_settings(callback, settings)
     if reason is not None:
         raise ValueError(f"sweep: {reason}.")
+    check_supported(trainer)
 
 
 def _of_trainer(trainer: Any) -> str | None:
@@ -65,6 +67,8 @@ def _of_callbacks(trainer: Any, settings: Sequence[OwnSettings]) -> str | None:
                 f"{type(each).__name__}(monitor={each.monitor!r}): a checkpoint holds all trials; leave monitor out, or name one trial's"
                 f" {names[0]}{each.monitor}. Trials(folder=...) keeps the best adapter of each trial"
             )
+        if isinstance(each, twins(EarlyStopping)) and (own := next((n for n in names if each.monitor.startswith(n)), None)):
+            return f"EarlyStopping(monitor={each.monitor!r}) stops each trial by its own value; name it {each.monitor.removeprefix(own)!r}"
         if isinstance(each, twins(LearningRateFinder, BatchSizeFinder)):
             return f"{type(each).__name__} tries one run; find the value without sweep, and give it to the trials"
         if isinstance(each, twins(EarlyStopping)) and ((trainer.min_epochs or 0) > 1 or trainer.min_steps):

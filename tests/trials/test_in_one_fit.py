@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 
 from lightning_lora import LoRACallback, LoRAConfig, Trials, get_lora_parameters, quantize_base
 from lightning_lora.data import InstructionDataModule
@@ -40,6 +41,42 @@ def test_each_trial_is_what_its_own_fit_is(options):
     assert [type(c) for c in trainer.callbacks if not type(c).__module__.startswith("lightning.")] == [LoRACallback]
     assert [each.status for each in trials.result.outcomes] == ["complete"] * 4 and trials.result.outcomes[0].monitor == "val_loss"
     assert trials.result.best is min(trials.result.outcomes, key=lambda each: each.best) and "small" in str(trials.result)
+
+
+class Hooked(Lit):
+    """Logs rates that it takes from the Trainer, sees the loss of the backward pass, and changes batches while it trains."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        self.register_buffer("shift", torch.full((6,), 0.1, dtype=torch.float64))
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return {**batch, "pixel_values": batch["pixel_values"] * 1.5 + self.shift} if self.training else batch
+
+    def on_before_backward(self, loss: Any) -> None:
+        self.log("backward", loss.detach())
+        self.log("rate", self.trainer.optimizers[0].param_groups[0]["lr"])
+        self.log("next_rate", self.trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0])
+
+
+class Copies(Callback):
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        self.copy = copy.deepcopy(pl_module)
+
+
+def test_what_a_module_takes_from_its_trainer_is_its_trials():
+    trials, options, copies = Trials(GIVEN[:2]), {"accumulate_grad_batches": 2}, Copies()
+    module = Hooked()
+    trainer = fit(module, LoRACallback(CONFIG, sweep=trials), copies, **options)
+    for given, (name, mine) in zip(GIVEN, trials.modules.items(), strict=False):
+        other, theirs = alone(given, make=Hooked, **options)
+        same(mine, other)
+        for key, value in theirs.callback_metrics.items():
+            assert float(trainer.callback_metrics[f"{name}/{key}"]) == pytest.approx(float(value), rel=1e-9), key
+        validator = L.Trainer(enable_checkpointing=False, **QUIET)
+        assert validator.validate(mine, loaders()[1], verbose=False) == validator.validate(other, loaders()[1], verbose=False)
+    copied = {id(p) for p in copies.copy.parameters()}
+    assert len(copied) > len(list(module.parameters())) and not copied & {id(p) for p in module.parameters()}
 
 
 class HardCoded(Lit):

@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning as L
 import pytest
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
@@ -71,6 +71,7 @@ def check(
             {"callbacks": [ModelCheckpoint(monitor="val_loss")], "enable_checkpointing": True},
             "monitor='val_loss'.*name one trial's rank2/val_loss",
         ),
+        ({"callbacks": [EarlyStopping("rank2/val_loss")]}, r"EarlyStopping\(monitor='rank2/val_loss'\).*name it 'val_loss'"),
         ({"callbacks": [LearningRateFinder()]}, "LearningRateFinder tries one run"),
         ({"callbacks": [EarlyStopping("val_loss")], "min_epochs": 2}, "EarlyStopping with min_epochs or min_steps"),
     ],
@@ -78,6 +79,16 @@ def check(
 def test_refused(case, says):
     with pytest.raises(ValueError, match=f"sweep: .*{says}"):
         check(**case)
+
+
+def test_what_a_run_of_its_own_refuses():
+    with pytest.raises(ValueError, match="StochasticWeightAveraging copies the whole model"):
+        check(callbacks=[StochasticWeightAveraging(1e-2)])
+
+
+def test_a_list_in_place_of_trials():
+    with pytest.raises(ValueError, match=r"sweep=\[\{'rank': 2\}\]: give lightning_lora.Trials, such as sweep=Trials\("):
+        LoRACallback(CONFIG, sweep=[{"rank": 2}])
 
 
 def test_the_rest_is_not():
