@@ -133,13 +133,13 @@ class LoRACLI(LightningCLI):
         config, parser = self.config.get(str(self.subcommand), self.config), cli_parser(self, self.subcommand)
         log_under_root(config.trainer)
         take_weights_of_run(config, self.command, self.words)
-        usual = parser.get_defaults()["lora"]
-        given = {name: value for name, value in vars(config.lora).items() if name in usual and value != usual[name]}
         callbacks = config.get("trainer.callbacks") or []
         for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
             cls = pydoc.locate(callback.class_path)
             if not isinstance(cls, type) or not issubclass(cls, LoRACallback):
                 continue
+            usual = parser.get_defaults()["lora"]  # takes 10 ms, so only here
+            given = {name: value for name, value in vars(config.lora).items() if name in usual and value != usual[name]}
             for name, value in given.items():
                 mine = callback.init_args.get(name)
                 if name not in callback.init_args:

@@ -22,13 +22,23 @@ class RunConfig(LoRACLI):
 
     Args:
         words: The options, as of ``fit``.
+        like: Another configuration, whose parser is taken: making one takes as long as reading the words.
 
     Raises:
         ValueError: An option or a value is wrong.
     """
 
-    def __init__(self, words: Sequence[str]) -> None:
+    def __init__(self, words: Sequence[str], like: RunConfig | None = None) -> None:
+        self.like = like
         super().__init__(list(words), run=False)
+
+    @override
+    def setup_parser(self, *args: Any) -> None:
+        if self.like is None:
+            super().setup_parser(*args)
+        else:
+            self.parser = self.like.parser
+            self.parser.set_defaults(self.defaults)  # which depend on the words
 
     @override
     def add_arguments_to_parser(self, parser: Any) -> None:

@@ -9,7 +9,7 @@ import hashlib
 import pydoc
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -47,12 +47,12 @@ def sweep(words: Sequence[str], as_json: bool = False) -> None:
     own, rest = own_options(words)
     described, words = take_settings(rest)
     if not described:
-        _checked(words, "")  # a misspelt option is the better answer
+        digests({"": words}, "")  # a misspelt option is the better answer
         raise ValueError("which trials? Give --rank 4,8,16, --learning_rate 1e-4,3e-4, --seed 0,1, or --trials with a YAML list")
     folder = Path(own["folder"])
     without = _without(words) if any("seed" in each.values for each in described) else []
     options = {each.name: [*words, *each.options(without)] for each in described}
-    texts = {name: _checked(each, own["monitor"]) for name, each in options.items()}
+    texts = digests(options, own["monitor"])
     with usage(where="--"):
         records = Records(folder, texts)
     monitor, mode = own["monitor"], own["mode"] or mode_of(own["monitor"])
@@ -202,14 +202,17 @@ def check_monitor(config: Namespace, monitor: str) -> None:
         raise ValueError(f"--monitor {monitor}: {reason}, so nothing is validated; name a metric of training, or give validation data")
 
 
-def _checked(words: list[str], monitor: str) -> str:
-    """Return what a trial's run has, once its options are known to be right. Nothing is loaded.
+def digests(options: Mapping[str, Sequence[str]], monitor: str) -> dict[str, str]:
+    """Return trial → digest of what its run has, once the options of all are known to be right. Nothing is loaded.
 
     Raises:
         ValueError: an option is wrong, a data file is missing, or nothing would log the monitor.
     """
-    run = _TrialConfig(words)
-    check_monitor(run.config, monitor)
-    redirect(run.config, Path("trial"))
-    text = run.parser.dump(run.config, skip_none=False, format="json")
-    return hashlib.sha256(text.encode()).hexdigest()
+    run, found = None, dict[str, str]()
+    for name, words in options.items():
+        run = _TrialConfig(words, run)
+        check_monitor(run.config, monitor)
+        redirect(run.config, Path("trial"))
+        text = run.parser.dump(run.config, skip_none=False, format="json", skip_validation=True)  # it was validated when it was read
+        found[name] = hashlib.sha256(text.encode()).hexdigest()
+    return found
