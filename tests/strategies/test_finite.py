@@ -97,7 +97,9 @@ def test_nan_in_the_optimizer_alone(tmp_path: Path) -> None:
     assert finite_file(tmp_path / "last.ckpt") == (3, True)
     trainer(tmp_path, lora(allow_nonfinite=True), saving(tmp_path), max_epochs=1).fit(Spoilt())
     module = LitNet()
-    with pytest.raises(ValueError, match=r"last\.ckpt: the optimizer state of net\.fc1\.lora_A holds NaN \(that of 4 .*allow_nonfinite=True"):
+    with pytest.raises(
+        ValueError, match=r"last\.ckpt: the optimizer state of net\.fc1\.lora_A holds NaN \(that of 4 .*allow_nonfinite=True"
+    ):
         trainer(tmp_path, lora(), max_epochs=2).fit(module, ckpt_path=tmp_path / "last.ckpt")
     trainer(tmp_path, lora(), max_epochs=2).test(module, ckpt_path=tmp_path / "last.ckpt")  # which uses no optimizer state
 
