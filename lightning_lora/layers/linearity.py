@@ -3,7 +3,8 @@
 A kind adds its update to the base's output. A merge adds it to the weight. Both give the same if the forward is the plain product with the
 weight. A subclass may do more: standardise or quantize its weight, scale its output, pad or normalise its input, return a tuple. So an
 adapter is tested, merged and unmerged, on a small copy of the layer with random weights, on the CPU, in float64. The layer itself is
-neither run nor changed, and the user's random generators keep their state.
+neither run nor changed, and the user's random generators keep their state. What the forward takes besides the input, such as a scale or a
+mask, is tested with values of several types.
 
 A verdict is kept for layers that are equal in everything that a forward may depend on besides its weights (:func:`_setting`).
 """
@@ -11,10 +12,11 @@ A verdict is kept for layers that are equal in everything that a forward may dep
 from __future__ import annotations
 
 import enum
+import inspect
 import math
 import sys
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import BuiltinFunctionType, FunctionType, ModuleType, NoneType
 from typing import Any
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers.adapting import adapt, shallow_copy
+from lightning_lora.layers.adapting import adapt, shallow_copy, unadapt
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.classes import adapted_class
 from lightning_lora.layers.spec import LayerSpec
@@ -64,6 +66,13 @@ def why_not_linear(module: nn.Module, kind: str | None = None) -> str | None:
     if key not in _REASONS:
         _REASONS[key] = _tried(module, kind)
     return _REASONS[key]
+
+
+def why_no_longer_linear(layer: LoRALayer) -> str | None:
+    """Return :func:`why_not_linear` of an adapted layer as it is now: attributes may have changed since, such as ``self.scale``."""
+    if _is_known(type(layer).lora_base):
+        return None
+    return why_not_linear(unadapt(shallow_copy(layer)), layer.spec.kind)
 
 
 def _setting(module: nn.Module) -> Hashable:
@@ -155,10 +164,16 @@ def _difference(module: nn.Module, kind: str | None, lengths: dict[int, int]) ->
         for name, single in layer.by_weight().items():
             merged._parameters[name] = nn.Parameter(single.weight + single.lora_delta())
         for mode in (False, True):
-            before, alone, together = (_output(each.train(mode), x) for each in (base, layer, merged))
-            effect = (together - before).norm()
-            if not ((alone - together).norm() <= _TOLERANCE * effect and effect > 0):
+            trio = [each.train(mode) for each in (base, layer, merged)]
+            y = _output(base, x)
+            if not _agree(trio, x):
                 return "its forward does more than multiply by its weight, so merging would change what an adapter does"
+            for name in _options(type(module)):
+                taken = [value for value in _values(x, y, generator) if _takes(base, x, name, value)]
+                if not taken:
+                    return f"its forward does not say what {name!r} may be, so whether that changes its product could not be tried"
+                if not all(_agree(trio, x, **{name: value}) for value in taken):
+                    return f"its forward does more than multiply by its weight where it gets {name!r}, so merging would change the adapter"
     except _FAILS as error:
         first = (str(error).splitlines() or [""])[0][:120]
         return f"its forward does not take or return what {_expected(type(module))} does ({type(error).__name__}: {first})"
@@ -170,10 +185,41 @@ def _expected(cls: type) -> str:
     return next((f"nn.{base.__name__}'s" for base in cls.__mro__ if qualified_name(base) in KINDS), "its kind's")
 
 
-def _output(layer: Any, x: Tensor) -> Tensor:
+def _agree(trio: Sequence[Any], x: Tensor, **options: Any) -> bool:
+    """Return whether an adapter has the same effect beside a base as merged into it. ``trio``: the base, it with an adapter, it merged."""
+    before, alone, together = (_output(each, x, **options) for each in trio)
+    effect = (together - before).norm()
+    return bool((alone - together).norm() <= _TOLERANCE * effect and effect > 0)
+
+
+def _options(cls: type) -> list[str]:
+    """Return the names of what a forward takes besides its input, where torch's forward of that kind takes nothing else."""
+    known: Any = next((base for base in cls.__mro__ if qualified_name(base) in KINDS), nn.Module)
+    theirs = inspect.signature(known.forward).parameters
+    mine = inspect.signature(cls.forward).parameters  # type: ignore[attr-defined]
+    named = [name for name, each in mine.items() if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+    return [name for name in named[2:] if name not in theirs]
+
+
+def _values(x: Tensor, y: Tensor, generator: torch.Generator) -> list[Any]:
+    """Return values of the types that a forward may take: a number, an index, and gates and masks of inputs, outputs or rows."""
+    shapes = dict.fromkeys([(), x.shape[:-1], (*x.shape[:-1], 1), x.shape, y.shape])
+    gates = [0.5 + torch.rand(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    return [2.0, 1, *gates, *(gate > 1 for gate in gates if gate.ndim)]
+
+
+def _takes(base: Any, x: Tensor, name: str, value: Any) -> bool:
+    try:
+        _output(base, x, **{name: value})
+    except _FAILS:
+        return False
+    return True
+
+
+def _output(layer: Any, x: Tensor, **options: Any) -> Tensor:
     """Return the output of the forward itself, without hooks. The fixed seed makes random parts equal in every call."""
     torch.default_generator.manual_seed(0)
-    y = layer.forward(x)
+    y = layer.forward(x, **options)
     if not isinstance(y, Tensor):
         raise ValueError(f"it returns a {type(y).__name__}")
     return y.double()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lightning_lora.layers.base import LoRALayer, lora_layers
+from lightning_lora.layers.linearity import why_no_longer_linear
 from lightning_lora.layers.rounding import Rounding, check_limit, check_lost
 from lightning_lora.layers.state import Quantized
 from lightning_lora.model.ties import adapted_weights, join, tied_weights, untying
@@ -44,7 +45,8 @@ def merge_lora(
         The same ``model``.
 
     Raises:
-        ValueError: an adapter holds NaN or infinity; a weight is quantized and ``quantized`` is None; or a weight is tied, and
+        ValueError: an adapter holds NaN or infinity; a layer's forward scales or gates its product since it was adapted; a weight is
+            quantized and ``quantized`` is None; or a weight is tied, and
             ``untie`` is False, the weight is sharded or no file could hold the model untied; or rounding would lose more than
             ``max_lost`` of an update. Nothing is merged then.
 
@@ -58,7 +60,7 @@ def merge_lora(
         reshard(model)  # what FSDP2 keeps gathered after a forward pass does not look sharded
     layers = [(name, layer) for name, layer in lora_layers(model) if not layer.merged]
     for name, layer in layers:
-        reason = layer.merge_refusal(quantized)
+        reason = layer.merge_refusal(quantized) or why_no_longer_linear(layer)
         if reason:
             raise ValueError(f"{name!r} cannot be merged: {reason}.")
     tied = tied_weights(model)

@@ -19,14 +19,15 @@ from lightning_lora.quantization.formats import format_of
 from lightning_lora.utils.checksums import checksum
 from lightning_lora.utils.names import clean_name
 
-_NOTED = "_lora_noted_state"  # of a module: name of a buffer → its checksum, and the digest of its extra state
+_NOTED = "_lora_noted_state"  # of a module: name of a buffer → dtype → checksum of it in that dtype; and the digest of its extra state
+_CASTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # a model that is cast, as for precision="bf16-true", has not moved
 EXTRA = "_extra_state"  # torch's name for extra state in state dicts
 
 
 def note_state(model: nn.Module) -> None:
     """Note the present buffers and extra state of a model as its base's."""
     for _, module in model.named_modules():
-        noted: dict[str, str | None] = {name: checksum(buffer) for name, buffer in _buffers(module)}
+        noted: dict[str, Any] = {name: _checksums(buffer) for name, buffer in _buffers(module)}
         if has_extra_state(module):
             noted[EXTRA] = _digest(module)
         if noted:
@@ -48,8 +49,18 @@ def base_buffers(model: nn.Module, *, moved: bool) -> dict[str, Tensor]:
         clean_name(f"{prefix}.{name}".lstrip(".")): buffer
         for prefix, module in model.named_modules()
         for name, buffer in _buffers(module)
-        if (module.__dict__.get(_NOTED, {}).get(name) not in (None, checksum(buffer))) == moved
+        if _moved(module, name, buffer) == moved
     }
+
+
+def _moved(module: nn.Module, name: str, buffer: Tensor) -> bool:
+    noted = module.__dict__.get(_NOTED, {}).get(name)
+    return noted is not None and noted.get(buffer.dtype) != checksum(buffer)
+
+
+def _checksums(buffer: Tensor) -> dict[torch.dtype, str]:
+    """Return the buffer's checksum in its dtype, and in those that a module is cast to."""
+    return {dtype: checksum(buffer.to(dtype)) for dtype in {buffer.dtype, *(_CASTS if buffer.is_floating_point() else ())}}
 
 
 def moved_extra_state(model: nn.Module) -> list[str]:

@@ -47,13 +47,27 @@ def scan(function: FunctionType) -> Scan:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function.__code__))).body[0]
     except (OSError, TypeError, SyntaxError, IndexError):  # built at run time, so there is no source
         tree = None
-    if isinstance(tree, (ast.FunctionDef, ast.AsyncFunctionDef)):
-        return _Reader(tree).scan()
     code = function.__code__
+    if function.__name__ == "<lambda>" and tree is not None:
+        tree = _lambda(tree, code)
+    if isinstance(tree, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        return _Reader(tree, code.co_freevars).scan()
     names = set(_names(code))
     parameters = code.co_varnames[: code.co_argcount]
     ends = [("weight",), ()] if "weight" in names else [()]
-    return Scan(parameters, frozenset((first, name, *end) for first in parameters[:1] for name in names for end in ends))
+    starts = (*parameters[:1], *code.co_freevars)
+    return Scan(parameters, frozenset((first, name, *end) for first in starts for name in names for end in ends))
+
+
+def _lambda(tree: ast.stmt, code: CodeType) -> ast.FunctionDef | None:
+    """Return a lambda of a statement as a function that returns its value; None if it cannot be told from others there."""
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.Lambda) and len(node.args.args) == code.co_argcount]
+    if len(found) != 1:
+        return None
+    made = ast.parse("def f(): return None").body[0]
+    assert isinstance(made, ast.FunctionDef)
+    made.args, made.body = found[0].args, [ast.Return(found[0].body)]
+    return made
 
 
 def _names(code: CodeType) -> Iterator[str]:
@@ -66,10 +80,10 @@ def _names(code: CodeType) -> Iterator[str]:
 class _Reader:
     """Reads the paths from one function's syntax tree. A variable stands for all values that are ever assigned to it."""
 
-    def __init__(self, tree: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+    def __init__(self, tree: ast.FunctionDef | ast.AsyncFunctionDef, around: tuple[str, ...] = ()) -> None:
         self.tree = tree
         self.names = [each.arg for each in (*tree.args.posonlyargs, *tree.args.args, *tree.args.kwonlyargs)]
-        self.known: dict[str, set[Path]] = {name: {(name,)} for name in self.names}
+        self.known: dict[str, set[Path]] = {name: {(name,)} for name in (*self.names, *around)}
         self.parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
 
     def scan(self) -> Scan:

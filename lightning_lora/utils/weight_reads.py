@@ -9,8 +9,9 @@ there only products count.
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 from torch import nn
@@ -79,7 +80,7 @@ class _Visit:
             source.names[key] if isinstance(key, int) else key: v
             for key, v in bound.items()
             if isinstance(key, str) or key < len(source.names)
-        }
+        } | {name: [each] for name, each in _around(function) if isinstance(each, nn.Module)}
         state = (function, tuple((name, tuple(map(id, objects))) for name, objects in sorted(start.items())))
         where = f"{cls.__name__}.{function.__name__}" if cls is not None else function.__name__
         if state not in self.seen:
@@ -154,6 +155,10 @@ class _Visit:
         kept = owner.__dict__.get(name)
         if isinstance(kept, (nn.Module, nn.Parameter, list, tuple, dict)):
             return [list(kept) if isinstance(kept, tuple) else kept]
+        if isinstance(kept, FunctionType) and not name.startswith("_") and name != "forward":
+            return self.function(kept, {}, type(owner))
+        if isinstance(kept, MethodType) and isinstance(kept.__self__, nn.Module):
+            return self.method(kept.__self__, kept.__name__, {})
         static = next((vars(base)[name] for base in type(owner).__mro__ if name in vars(base)), None)
         if isinstance(static, property):
             return [each for getter in _wrapped(static.fget) for each in self.function(getter, {0: [owner]}, type(owner))]
@@ -180,8 +185,11 @@ def _wrapped(function: Any) -> Iterator[FunctionType]:
 
 def _outside(function: FunctionType, name: str) -> Any:
     """Return the value of a name that a function does not assign, from the function around it or from its module."""
-    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=False))
-    try:
-        return cells[name].cell_contents if name in cells else function.__globals__.get(name)
-    except ValueError:  # not assigned yet
-        return None
+    return dict(_around(function)).get(name, function.__globals__.get(name))
+
+
+def _around(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """Yield name and value of what a function reads of the function around it."""
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # not assigned yet
+            yield name, cell.cell_contents

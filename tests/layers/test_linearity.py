@@ -1,6 +1,7 @@
 """What adapters can be merged into: known for torch's own forwards, tried for others. Nothing of the layer or the session changes."""
 
 import gc
+import operator
 import time
 import warnings
 import weakref
@@ -20,7 +21,7 @@ from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 from transformers.models.perceiver.modeling_perceiver import Conv2dSamePadding
 from transformers.pytorch_utils import Conv1D
 
-from lightning_lora import LoRAConfig, LoRALinear, apply_lora, find_targets
+from lightning_lora import LoRAConfig, LoRALinear, apply_lora, find_targets, merge_lora, unmerge_lora
 from lightning_lora.layers import linearity
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.linearity import why_not_linear
@@ -58,6 +59,8 @@ LINEAR = {
     "conv": lambda: linear(lambda self, x: self._conv_forward(x, self.weight, self.bias), nn.Conv2d)(4, 6, 3, stride=2, groups=2),
     "meta": lambda: linear(product)(4, 3, device="meta"),
     "half": lambda: linear(product)(4, 3, dtype=torch.bfloat16),
+    "an option unused": lambda: linear(lambda self, x, scale=1.0: product(self, x))(4, 3),
+    "an addend given": lambda: linear(lambda self, x, residual=0.0: product(self, x) + residual)(4, 3),
     "random in training": lambda: linear(lambda self, x: product(self, x) + 0.1 * torch.randn(3).double() * self.training)(4, 3),
 }
 OTHER = {
@@ -73,6 +76,14 @@ OTHER = {
     "tuple": lambda: linear(lambda self, x: (product(self, x), x))(4, 3),
     "none": lambda: linear(lambda self, x: None)(4, 3),
     "another argument": lambda: linear(lambda self, x, y: product(self, x) + y)(4, 3),
+    "scaled on demand": lambda: linear(lambda self, x, scale=1.0: product(self, x) * scale)(4, 3),
+    "gated on demand": lambda: linear(lambda self, x, *, gate=None: product(self, x) if gate is None else product(self, x) * gate)(4, 3),
+    "rows masked": lambda: linear(lambda self, x, mask=None: product(self, x) if mask is None else product(self, x) * mask[..., None])(
+        4, 3
+    ),
+    "input masked": lambda: linear(lambda self, x, mask=None: product(self, x if mask is None else x.masked_fill(mask, 0)))(4, 3),
+    "picked by an index": lambda: linear(lambda self, x, task=0: product(self, x) * (1, 2)[task])(4, 3),
+    "an option of another type": lambda: linear(lambda self, x, cache=None: product(self, x) if cache is None else cache.put(x))(4, 3),
     "grouped": lambda: linear(lambda self, x: F.linear(x.unflatten(-1, (2, 4)), self.weight).flatten(-2))(4, 3),
     "padded": lambda: linear(lambda self, x: F.conv1d(F.pad(x, (1, 1)), self.weight), nn.Conv1d)(4, 3, 3, bias=False),
     "its product changed": lambda: type("Sub", (nn.Conv1d,), {"_conv_forward": lambda self, x, w, b: F.conv1d(x, w - w.mean(), b)})(
@@ -119,6 +130,19 @@ def test_what_is_merged_into_is_what_was_tried():
         y = adapted(x)
         adapted.merge_weights()
         assert torch.allclose(adapted(x), y, rtol=1e-12) is right
+
+
+def test_an_attribute_that_changed_since_is_seen_by_a_merge():
+    """The update beside the base is not scaled. As it was, the layer merges, adapted again too."""
+    model = nn.Sequential(Setting(1.0, operator.mul))
+    apply_lora(model, LoRAConfig(rank=2, target_modules=["0"]))
+    unmerge_lora(merge_lora(model))
+    model[0].how = 2.0
+    with pytest.raises(ValueError, match=r"'0' cannot be merged: its forward does more than multiply by its weight, so merging"):
+        merge_lora(model)
+    assert not model[0].merged
+    model[0].how = 1.0
+    assert merge_lora(model)[0].merged
 
 
 def test_all_linear_passes_over_them():

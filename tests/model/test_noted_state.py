@@ -56,6 +56,17 @@ def test_what_moved(copied: Any) -> None:
     assert base_buffers(model, moved=True) == {} and not any("noted" in name for name in vars(model))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_cast_moves_nothing(dtype: torch.dtype) -> None:
+    """As precision="bf16-true" does after the model was adapted. A folder would hold all buffers, rounded."""
+    model = Model()
+    model.mean.copy_(torch.rand(4))
+    apply_lora(model, CONFIG).to(dtype)
+    assert base_buffers(model, moved=True) == {} and list(base_buffers(model, moved=False)) == ["mean", "count"]
+    model.mean[0] += 1
+    assert list(base_buffers(model, moved=True)) == ["mean"]
+
+
 def test_extra_state_that_cannot_be_compared_counts_as_moved() -> None:
     model = Model()
     model.scaler.scale = lambda: 1

@@ -48,6 +48,10 @@ class Base(nn.Module):
         self.inner = nn.ModuleDict({"deep": nn.Linear(2, 2), "other": nn.Linear(2, 2)})
         self.__dict__["beside"], self.__dict__["weights"] = [self.b], [self.b.weight]
         self.alias, self.sizes = self.b.weight, [3, object()]
+        layer = self.b
+        self.by_self, self.by_layer = (lambda x: x @ self.b.weight), (lambda x: F.linear(x, layer.weight))
+        self.calls = lambda x: self.a(self.own(x))
+        self.kept_method = self.helper
 
     def forward(self, x):
         return self.a(x) @ self.b.weight
@@ -126,6 +130,15 @@ class Reads:
 
     def a__in_a_property(self, x):
         return x * self.scale
+
+    def b__by_a_lambda_on_self(self, x):
+        return self.calls(self.by_self(x))
+
+    def b__by_a_lambda_on_a_layer(self, x):
+        return self.by_layer(x)
+
+    def a__by_a_method_on_self(self, x):
+        return self.kept_method(x)
 
     def own__by_its_method(self, x):
         return self.own.as_output(x)
