@@ -68,6 +68,7 @@ DEFERS = {
 KERNELS = {f"ops.{path.stem}" for path in (PACKAGE / "ops").glob("triton_*.py")}
 # Errors are ValueError (wrong input) or RuntimeError (wrong at run time); beside those:
 OTHER_ERRORS = {
+    ("config", "TypeError"),  # as Python raises for an argument that there is not
     ("adapter_io.fingerprint", "OtherBase"),
     ("tasks.packing_check", "MixesDocuments"),  # which batches without padding catch
     ("storage.folder_commit", "IsADirectoryError"),
