@@ -6,13 +6,18 @@ looked up in :mod:`lightning_lora.registry` when they are used, so a new one nee
 
 from __future__ import annotations
 
+import difflib
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from functools import wraps
+from typing import Any, Literal, TypeVar
 
 from lightning_lora.utils.patterns import compile_pattern, compile_patterns
+from lightning_lora.utils.peft_words import in_our_words
+
+Config = TypeVar("Config")
 
 ALL_LINEAR = "all-linear"
 
@@ -22,6 +27,24 @@ SCALINGS: dict[str, Callable[[float, float], float]] = {
 }
 
 
+def _knows_other_names(cls: type[Config]) -> type[Config]:
+    """Let a dataclass say what a field that it lacks is called here. Its signature stays."""
+    init = cls.__init__
+
+    @wraps(init)
+    def checked(self: Config, *args: Any, **given: Any) -> None:
+        names = cls.__dataclass_fields__  # type: ignore[attr-defined]
+        for name in given.keys() - names.keys():
+            near = difflib.get_close_matches(name, names, 1, 0.7)
+            hint = in_our_words(name) or (f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}.")
+            raise TypeError(f"{cls.__name__} has no field {name!r}: {hint}")
+        init(self, *args, **given)
+
+    cls.__init__ = checked  # type: ignore[method-assign, assignment]
+    return cls
+
+
+@_knows_other_names
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
     """Configuration of the adapter: ``h = W₀x + scaling · B·A·dropout(x)`` on every module that matches ``target_modules``.
@@ -62,6 +85,7 @@ class LoRAConfig:
 
     Raises:
         ValueError: a field is out of range. The message names the field, the value and what is allowed.
+        TypeError: there is no field of a name. For one of PEFT's the message says what it is called here.
 
     Examples:
         >>> config = LoRAConfig(rank=16, alpha=32, target_modules="all-linear", rank_pattern={"down_proj": 8})

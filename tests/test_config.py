@@ -3,11 +3,14 @@
 import dataclasses
 import json
 import math
+import re
 
+import peft
 import pytest
 import torch
 
 from lightning_lora import LoRAConfig
+from lightning_lora.utils.peft_words import OURS
 
 
 @pytest.mark.parametrize(
@@ -125,3 +128,29 @@ def test_differences_name_each_field_that_changes_the_adapter():
     lines = LoRAConfig(rank=4).differences(LoRAConfig(rank=8, bias="all", allow_unmatched=True))
     assert lines == ["rank: 4 != 8", "bias: 'none' != 'all'"]
     assert LoRAConfig().differences(LoRAConfig()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("r", "PEFT's r is rank here"),
+        ("lora_alpha", "PEFT's lora_alpha is alpha here"),
+        ("lora_dropout", "PEFT's lora_dropout is dropout here"),
+        ("use_dora", "PEFT's use_dora is variant='dora' here"),
+        ("use_rslora", "PEFT's use_rslora is scaling='rslora' here"),
+        ("init_lora_weights", "PEFT's init_lora_weights is init here"),
+        ("task_type", "it is PEFT's; leave it out, the model says it"),
+        ("ranks", "did you mean rank?"),
+        ("colour", "there are rank, alpha"),
+    ],
+)
+def test_names_of_other_packages_get_a_hint(name, hint):
+    for make in (LoRAConfig, lambda **given: dataclasses.replace(LoRAConfig(), **given)):
+        with pytest.raises(TypeError, match=f"^LoRAConfig has no field '{name}': {re.escape(hint)}"):
+            make(**{name: 8})
+
+
+def test_hints_are_of_fields_that_are_pefts_and_ours():
+    theirs, ours = ({field.name for field in dataclasses.fields(cls)} for cls in (peft.LoraConfig, LoRAConfig))
+    assert theirs >= OURS.keys() and not ours & OURS.keys()
+    assert all(hint.startswith("leave") or hint.partition("=")[0] in ours for hint in OURS.values())

@@ -68,6 +68,7 @@ DEFERS = {
 KERNELS = {f"ops.{path.stem}" for path in (PACKAGE / "ops").glob("triton_*.py")}
 # Errors are ValueError (wrong input) or RuntimeError (wrong at run time); beside those:
 OTHER_ERRORS = {
+    ("config", "TypeError"),  # as Python raises for an argument that there is not
     ("adapter_io.fingerprint", "OtherBase"),
     ("tasks.packing_check", "MixesDocuments"),  # which batches without padding catch
     ("storage.folder_commit", "IsADirectoryError"),
@@ -263,8 +264,7 @@ def test_a_file_owns_one_idea() -> None:
 @pytest.mark.parametrize("folder", [PACKAGE, ROOT / "benchmarks", ROOT / "tests"], ids=lambda folder: folder.name)
 def test_files_keep_to_a_size_that_can_be_read(folder: Path) -> None:
     lines = {str(path.relative_to(folder)): len(path.read_text().splitlines()) for path in folder.rglob("*.py")}
-    assert lines
-    assert not {file: count for file, count in lines.items() if count > 300}
+    assert lines and not {file: count for file, count in lines.items() if count > 300}
 
 
 @pytest.mark.parametrize("name", sorted(lightning_lora.__all__))

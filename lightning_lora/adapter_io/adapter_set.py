@@ -118,6 +118,7 @@ class AdapterSet:
         with torch.no_grad():
             for fqn, layer in self._layers():
                 pair = self.pairs[name].get(fqn) if name is not None else None
+                layer.lora_state.base_alone = name is None
                 for k, factor in enumerate((layer.lora_A, layer.lora_B)):
                     if pair is None:
                         local_tensor(factor).zero_()

@@ -40,7 +40,7 @@ from lightning_lora.layers.base import PREFIX, LoRALayer, lora_layers
 from lightning_lora.layers.factors import Exported
 from lightning_lora.model.apply import inject, unload_lora
 from lightning_lora.model.heads import saved_modules
-from lightning_lora.model.merge import remerging, unmerge_lora
+from lightning_lora.model.merge import remerging, unmerge_layers
 from lightning_lora.model.modes import restore_flags
 from lightning_lora.model.noted_state import base_buffers, has_extra_state
 from lightning_lora.utils.names import adapter_root, bare, clean_name, modules_by_name
@@ -62,7 +62,8 @@ def save_adapter(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
         The folder.
 
     Raises:
-        ValueError: the model has no LoRA, or the folder is not empty and ``overwrite`` is False.
+        ValueError: the model has no LoRA, or several adapters of which none is active; or the folder is not empty and ``overwrite`` is
+            False.
 
     Examples:
         >>> folder = save_adapter(apply_lora(model), "adapter")
@@ -74,6 +75,8 @@ def save_adapter(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
     layers = adapted_layers(root)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no LoRA layers to save; call apply_lora(model, config=...) first.")
+    if all(layer.lora_state.base_alone and not layer.lora_B.any() for layer in layers.values()):
+        raise ValueError("none of the model's adapters is active, and the folder would hold zeros; call adapters.use(name) first.")
     on_first_rank(lambda: check_free(folder, overwrite))
     exported, config = export_layers(layers)
     config = below(prefix, root, config, layers, exported)
@@ -139,7 +142,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
         if layers := adapted_layers(root):
             check_same(root, layers, report, adapter.config, str(path))
             undo.callback(remerging(root))
-            unmerge_lora(root)
+            unmerge_layers(root)
         else:
             inject(root, adapter.config, report)
             undo.callback(unload_lora, root)

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from lightning_lora.callbacks.lora import LoRACallback
 from lightning_lora.config import LoRAConfig, checked_config
 from lightning_lora.layers.base import LoRALayer, lora_layers
-from lightning_lora.model.merge import unmerge_lora
+from lightning_lora.model.merge import unmerge_layers
 from lightning_lora.utils.gradient_reducer import hand_over
 from lightning_lora.utils.messages import counted
 from lightning_lora.utils.sharding import is_sharded
@@ -276,7 +276,7 @@ class AdaLoRACallback(LoRACallback):
     def _grow(self, pl_module: nn.Module) -> None:
         """Revert the shrinking if this is the module that was shrunk."""
         if self._shrank(pl_module):
-            unmerge_lora(pl_module)
+            unmerge_layers(pl_module)
             for layer, cls, parameters, rank in self._full:
                 layer.__class__ = cls
                 hand_over(layer.lora_parameters().values(), parameters.values())

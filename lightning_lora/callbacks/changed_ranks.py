@@ -18,7 +18,7 @@ from lightning_lora.callbacks.data_start import resumed_config
 from lightning_lora.callbacks.starting import part_root
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import LoRALayer, lora_layers
-from lightning_lora.model.merge import unmerge_lora
+from lightning_lora.model.merge import unmerge_layers
 from lightning_lora.model.ranks import check_resizable, replace_values, resize, take_spec
 from lightning_lora.model.targeting import find_targets
 from lightning_lora.optim.resize import Resizing, plan_resize
@@ -93,7 +93,7 @@ def _know(callback: Any, part: AdaptedPart, target: nn.Module, config: LoRAConfi
 
 def _take_ranks(callback: Any, part: AdaptedPart, target: nn.Module, config: LoRAConfig) -> None:
     """Give the layers the ranks of a checkpoint's config. Their values come with it. If the run is refused, all is as before."""
-    unmerge_lora(target)
+    unmerge_layers(target)
     targets = [(each.module, each.spec) for each in find_targets(target, config).targets]
     layers: dict[str, LoRALayer] = {spec.fqn: weight for layer, spec in targets for weight in layer.by_weight().values()}  # type: ignore[operator]
     check_resizable(layers, "give LoRAConfig the rank_pattern and alpha_pattern of the checkpoint")

@@ -32,7 +32,7 @@ from lightning_lora.config import LoRAConfig, checked_config
 from lightning_lora.layers.base import lora_layers
 from lightning_lora.layers.state import Quantized
 from lightning_lora.model.apply import already_applied, inject, let_gradients_in, unload_lora
-from lightning_lora.model.merge import remerging, unmerge_lora
+from lightning_lora.model.merge import remerging, unmerge_layers
 from lightning_lora.model.modes import restore_flags
 from lightning_lora.model.quantize import before_quantizing, quantize_reversibly
 from lightning_lora.model.targeting import TargetReport, find_targets
@@ -212,6 +212,8 @@ class LoRACallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge layer by layer on the training device, unless ``merge_on_fit_end=False``."""
+        if self._watch is not None:
+            self._watch.warn_of_no_step()
         if not self.merge_on_fit_end:
             return
         self._modes.before_merge()
@@ -285,7 +287,7 @@ class LoRACallback(Callback):
 
     def _unmerge(self, target: nn.Module) -> None:
         """Unmerge the module for training."""
-        unmerge_lora(target)
+        unmerge_layers(target)
 
     def _begun(self, pl_module: LightningModule) -> None:
         """Drop the undo record: once a run has begun, the module is not restored to its state before the run."""

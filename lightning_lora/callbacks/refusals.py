@@ -55,6 +55,11 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     if given["merge_quantized"] not in (None, "dequantize", "requantize"):
         raise ValueError(f"merge_quantized={given['merge_quantized']!r}: choose 'dequantize' or 'requantize'.")
     check_limit(given["merge_max_lost"], "merge_max_lost")
+    if given["merge_max_lost"] is not None and given["merge_on_fit_end"] is False:
+        raise ValueError(
+            f"merge_max_lost={given['merge_max_lost']!r} limits the merge at the end of fit, and merge_on_fit_end=False has none: leave one"
+            " of them out."
+        )
     if type(given["init_batches"]) is not int or given["init_batches"] < 1:
         raise ValueError(f"init_batches={given['init_batches']!r}: give a whole number ≥ 1, such as 8.")
     check_ratio(given["lora_plus_ratio"])

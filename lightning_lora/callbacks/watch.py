@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_lora.callbacks.gradient_check import BATCHES, CURE, GradientCheck
@@ -61,6 +62,15 @@ class Watch:
         for check in (self._gradients, self._finite):
             if check is not None:
                 check.after_batch()
+
+    def warn_of_no_step(self) -> None:
+        """Warn if a whole fit has made no optimizer step: what is merged and saved is the adapter that it began with."""
+        mocked = not any(optimizer.param_groups for optimizer in self.trainer.optimizers)  # Lightning counts the steps of none too
+        if mocked or self.trainer.global_step == 0:
+            rank_zero_warn(
+                "fit ended without a step of an optimizer that the Trainer has, so it trained no adapter. Is the training loader"
+                " empty, limit_train_batches or max_steps 0, or does configure_optimizers return None?"
+            )
 
     def finish(self) -> None:
         """Raise RuntimeError if a check fails at the end of training. Mark what training moved, for adapter folders."""

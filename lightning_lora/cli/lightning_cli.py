@@ -29,7 +29,7 @@ from lightning_lora.callbacks.companions import add_companions
 from lightning_lora.cli.checkpoints import checkpoint_of, take_weights_of_run
 from lightning_lora.cli.choice import chosen_data, chosen_task, class_path
 from lightning_lora.cli.console import print_json
-from lightning_lora.cli.messages import arguments_of, check_not_null, one_line, usage
+from lightning_lora.cli.messages import arguments_of, check_not_null, check_seed, one_line, usage
 from lightning_lora.cli.run_folder import BeganConfig, StderrProgressBar, no_folder_of_a_failed_start
 from lightning_lora.cli.run_results import LOGGER, RunResults, log_under_root, print_report
 from lightning_lora.cli.task_file import give_task
@@ -250,6 +250,7 @@ def _check_values(config: Namespace) -> None:
         if isinstance(cls, type):
             check_not_null(cls, vars(spec.get("init_args", Namespace())), f"{key}.")
     check_not_null(LoRACallback, vars(config.lora), "lora.")
+    check_seed(config.seed_everything)
 
 
 def check_files(config: Namespace, command: str | None) -> None:
@@ -290,8 +291,7 @@ def check_adapters(config: Namespace) -> None:
 
 def _default(cls: type, name: str) -> Any:
     """Return the default of an argument that a class has itself or passes on."""
-    found = arguments_of(cls).get(name)
-    return None if found is None else found[0].default
+    return found[0].default if (found := arguments_of(cls).get(name)) is not None else None
 
 
 def _options(parser: LightningArgumentParser) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any, get_args, get_type_hints
 from jsonargparse import ArgumentError
 
 from lightning_lora.strategies.namespaces import FIRST
+from lightning_lora.utils.peft_words import in_our_words
 
 _KEY = re.compile(r'Parser key "([^"]+)":?')
 _UNKNOWN = (
@@ -75,6 +76,12 @@ def check_not_null(function: Callable[..., Any], arguments: dict[str, Any], pref
         optional = hint is Any or type(None) in get_args(hint) or parameter.default is None
         if name in arguments and arguments[name] is None and not optional:
             raise ValueError(f"{prefix}{name}=null: give a value, or leave it out")
+
+
+def check_seed(seed: int | bool) -> None:
+    """Raise ValueError for a number that is no seed. Lightning would not name the option."""
+    if not isinstance(seed, bool) and not 0 <= seed < 2**32:  # numpy's limit
+        raise ValueError(f"seed_everything={seed}: give a whole number from 0 to {2**32 - 1}")
 
 
 def arguments_of(function: Callable[..., Any]) -> dict[str, tuple[inspect.Parameter, Any]]:
@@ -164,6 +171,10 @@ def _unknown(name: str, option: str, known: Iterable[str], classes: list[str]) -
     """Name the nearest option beside an unknown one."""
     if name.partition(".")[0] in _ELSEWHERE:
         return f"no option {name!r}: the optimizer is the model class's, see model.learning_rate, or configure_optimizers of your own class"
+    last = name.rpartition(".")[2]
+    full = f"{option}.{name}".strip(".")
+    if (words := in_our_words(last)) and (full.startswith("lora.") or classes[-1:] == ["lightning_lora.LoRAConfig"]):
+        return f"no option {full!r}; {words}"
     if not classes:
         return f"no option {name!r}{nearest(name, known) or '; --help lists the options'}"
     there = {parameter: f"{option}.{parameter}" for parameter in _parameters(classes[-1])}

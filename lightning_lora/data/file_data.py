@@ -17,7 +17,7 @@ from lightning_lora.data.batching import Example, LengthGroupedSampler
 from lightning_lora.data.cache import cache_folder, key_of, read_cache, settings_of, tokenizer_state, write_cache
 from lightning_lora.data.encoding import Report, encode_rows
 from lightning_lora.data.formats import check_format, to_record, unread
-from lightning_lora.data.limits import check_limits
+from lightning_lora.data.limits import check_limits, learned_positions
 from lightning_lora.data.of_task import FromTask
 from lightning_lora.data.reading import PlacedRow, read_rows
 from lightning_lora.data.records import CALLED, Record
@@ -242,12 +242,10 @@ class FileDataModule(FromTask, ABC):
     def teardown(self, stage: str) -> None:
         vars(self).pop("val_dataloader", None)  # see `setup`
 
-    # From examples to batches.
-
     def batching(self, split: str) -> dict[str, Any]:
         """Return how examples become batches, as arguments of ``DataLoader``: order and size in ``sampler``, content in ``collate_fn``."""
-        options: dict[str, Any] = {"batch_size": self.batch_size, "collate_fn": partial(self.collate, split=split)}
         examples = self.examples[split]
+        options: dict[str, Any] = {"batch_size": self.batch_size, "collate_fn": partial(self.collate, split=split)}
         if split != "predict" and isinstance(examples, Examples):  # which keeps the file's order
             epoch = (lambda: self.trainer.current_epoch) if split == "train" else None  # type: ignore[union-attr]
             options["sampler"] = LengthGroupedSampler(examples.lengths, self.batch_size, epoch, self.seed)
@@ -258,6 +256,8 @@ class FileDataModule(FromTask, ABC):
         rows, task = self.examples[split], getattr(self.trainer, "lightning_module", None)
         if isinstance(rows, Examples):
             check_limits(getattr(task, "model", None), getattr(task, "tokenizer", None), rows, f"data.{split}")
+        else:
+            rows.positions = learned_positions(getattr(task, "model", None))  # checked row by row
         options: dict[str, Any] = {"num_workers": self.num_workers, "pin_memory": self._pins(), **self.batching(split)}
         if self.num_workers:
             options["multiprocessing_context"] = "fork"  # `collate` is a method of this module, which cannot be pickled

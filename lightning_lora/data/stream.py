@@ -39,6 +39,7 @@ class Stream(IterableDataset):
     ) -> None:
         self.read, self.encode, self.seed, self.buffer = read, encode, seed, buffer
         self.rank, self.world = rank, world
+        self.positions: int | None = None  # the model's, once it is known; None: it has no limit
 
     @override
     def __iter__(self) -> Iterator[Any]:
@@ -67,6 +68,12 @@ class Stream(IterableDataset):
                         f"{place}: the row loses its answer to max_length{happened['lost']}; raise data.max_length, or set "
                         "data.long_rows: drop"
                     )
+                for example in examples:
+                    if self.positions is not None and len(example) > self.positions:
+                        raise ValueError(
+                            f"{place}: the row has {len(example)} tokens, and the model's position embeddings end at {self.positions}; set"
+                            f" data.max_length: {self.positions}"
+                        )
                 found += len(examples)
                 yield from examples
             if not found and not passed:

@@ -62,6 +62,7 @@ class AdapterState:
         shares_weight: True if another module uses the weight too. A merge then replaces it and never writes to it.
         merge: the merge that is in the weight now; None if the layer is not merged.
         by_weight: for a module with several weights, the states of the single weights by name; they hold the merges.
+        base_alone: True if the adapter was zeroed because no adapter of its set is active.
         untying: what that merge changed elsewhere to separate a shared weight; layers that share it hold the same object.
     """
 
@@ -70,6 +71,7 @@ class AdapterState:
     merge: MergeRecord | None = None
     by_weight: dict[str, AdapterState] = field(default_factory=dict)
     untying: Untying | None = None
+    base_alone: bool = False
 
     def copy(self) -> AdapterState:
         """Return a copy that can change independently of this state."""

@@ -17,7 +17,7 @@ from lightning_lora.model.fast_paths import keep_off, put_back
 from lightning_lora.model.fuse import fuse, unfuse
 from lightning_lora.model.guards import guard, unguard
 from lightning_lora.model.heads import note_saved, saved_modules
-from lightning_lora.model.merge import unmerge_lora
+from lightning_lora.model.merge import unmerge_layers
 from lightning_lora.model.noted_state import forget_state, note_state
 from lightning_lora.model.targeting import TargetReport, find_targets
 from lightning_lora.quantization.content import forget_origin
@@ -238,10 +238,10 @@ def unload_lora(model: nn.Module, *, merged: Literal["keep", "drop"] | None = No
 
         parallel.lists_without_adapters(model)  # raises before anything is changed
         if merged == "drop":
-            unmerge_lora(model)
+            unmerge_layers(model)
         parallel.forget(model)
     elif merged == "drop":
-        unmerge_lora(model)
+        unmerge_layers(model)
     unfuse(model)
     note_saved(model, ())
     forget_state(model)

@@ -45,9 +45,9 @@ def merge_lora(
         The same ``model``.
 
     Raises:
-        ValueError: an adapter holds NaN or infinity; a layer's forward scales or gates its product since it was adapted; a weight is
-            quantized and ``quantized`` is None; or a weight is tied, and
-            ``untie`` is False, the weight is sharded or no file could hold the model untied; or rounding would lose more than
+        ValueError: the model has no adapter, or one holds NaN or infinity; a layer's forward scales or gates its product since it was
+            adapted; a weight is quantized and ``quantized`` is None; or a weight is tied, and ``untie`` is False, the weight is sharded
+            or no file could hold the model untied; or rounding would lose more than
             ``max_lost`` of an update. Nothing is merged then.
 
     Examples:
@@ -56,6 +56,7 @@ def merge_lora(
         >>> model = unmerge_lora(model)  # bit for bit
     """
     check_limit(max_lost)
+    _check_adapted(model, "merge")
     if is_distributed():
         reshard(model)  # what FSDP2 keeps gathered after a forward pass does not look sharded
     layers = [(name, layer) for name, layer in lora_layers(model) if not layer.merged]
@@ -118,7 +119,8 @@ def unmerge_lora(model: nn.Module) -> nn.Module:
     """Remove every merged update. The base weights are restored bit for bit.
 
     Raises:
-        ValueError: a layer cannot be unmerged, since its merge was not reversible or its adapter changed. The message names it.
+        ValueError: the model has no adapter; or a layer cannot be unmerged, since its merge was not reversible or its adapter changed.
+            The message names it.
 
     Examples:
         >>> model = load_adapter(model, "runs/legal/adapter")
@@ -127,8 +129,21 @@ def unmerge_lora(model: nn.Module) -> nn.Module:
         >>> torch.equal(model.state_dict()["model.layers.0.self_attn.q_proj.weight"], before)
         True
     """
-    _unmerge(model, [(name, layer) for name, layer in lora_layers(model) if layer.merged])
+    _check_adapted(model, "unmerge")
+    unmerge_layers(model)
     return model
+
+
+def unmerge_layers(model: nn.Module) -> None:
+    """Remove every merged update, like :func:`unmerge_lora`, of a model that may have no adapters."""
+    _unmerge(model, [(name, layer) for name, layer in lora_layers(model) if layer.merged])
+
+
+def _check_adapted(model: nn.Module, what: str) -> None:
+    if next(lora_layers(model), None) is None:
+        raise ValueError(
+            f"{type(model).__name__} has no LoRA layers to {what}; call load_adapter(model, folder) or apply_lora(model, config=...) first."
+        )
 
 
 def _unmerge(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> None:
@@ -178,7 +193,7 @@ def unmerged(model: nn.Module) -> Iterator[None]:
         ValueError: as :func:`unmerge_lora`.
     """
     merge = remerging(model)
-    unmerge_lora(model)
+    unmerge_layers(model)
     try:
         yield
     finally:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from lightning_lora.adapter_io.files import META
 from lightning_lora.layers.base import kept_parameters
-from lightning_lora.model.merge import unmerge_lora, unmerged
+from lightning_lora.model.merge import unmerge_layers, unmerged
 from lightning_lora.optim.groups import only_trainable
 from lightning_lora.optim.state import load_by_name, state_by_name
 from lightning_lora.strategies import flattened, module_state
@@ -242,7 +242,7 @@ class StrategyHooks(CopiedHooks):
         if not by_user:
             with naming(self.module.trainer.ckpt_path):
                 self._check(saved, strict)
-        unmerge_lora(self.module)
+        unmerge_layers(self.module)
         reset, theirs = self.state.reset(self._covered(saved)), module_state.state_of_user(self.module) if by_user else None
         if theirs is not None:
             module_state.load_users(self.module, theirs, saved, strict)

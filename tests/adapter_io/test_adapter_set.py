@@ -204,6 +204,16 @@ def test_what_is_refused_changes_nothing(model, folders, tmp_path):
         adapters.use("legal")  # nothing is there that could be switched
 
 
+def test_no_folder_of_zeros_while_the_base_is_alone(model, folders, tmp_path):
+    adapters = load_adapters(model, folders)
+    adapters.use(None)
+    with pytest.raises(ValueError, match=r"none of the model's adapters is active, .* call adapters\.use\(name\) first"):
+        save_adapter(model, tmp_path / "zeros")
+    assert not (tmp_path / "zeros").exists()
+    unload_lora(model)
+    save_adapter(apply_lora(model, LoRAConfig(rank=2)), tmp_path / "fresh")  # what begins at zero is saved
+
+
 def test_convolutions(tmp_path):
     x, made, wanted = torch.randn(2, 3, 5, 5), {}, {}
     for name, rank in (("a", 2), ("b", 3)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -31,3 +32,23 @@ def test_a_merge_that_loses_too_much_is_refused_after_the_last_checkpoint(tmp_pa
 def test_a_limit_is_a_number(limit: Any) -> None:
     with pytest.raises(ValueError, match=r"merge_max_lost=.* must be a share of an update"):
         LoRACallback(CONFIG, merge_max_lost=limit)
+
+
+def test_a_limit_of_no_merge_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"merge_max_lost=0\.3 limits the merge .* merge_on_fit_end=False has none"):
+        LoRACallback(CONFIG, merge_max_lost=0.3, merge_on_fit_end=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*no optimizer")
+@pytest.mark.parametrize("case", ["no batches", "no rows", "no optimizer"])
+def test_a_fit_that_trains_nothing_says_so(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = LitNet()
+    if case == "no optimizer":
+        monkeypatch.setattr(module, "configure_optimizers", lambda: None)
+    elif case == "no rows":
+        monkeypatch.setattr(module, "train_dataloader", lambda: [])
+    limit = {"limit_train_batches": 0} if case == "no batches" else {}
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        fit(tmp_path, module, 1, lora=LoRACallback(CONFIG, check_gradients=False), **limit)
+    assert sum("fit ended without a step of an optimizer" in str(each.message) for each in found) == 1

@@ -12,9 +12,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_lora import LoRACallback, LoRAConfig
-from lightning_lora.data import InstructionDataModule
+from lightning_lora.data import ClassificationDataModule, InstructionDataModule
 from lightning_lora.data.stream import Stream
+from lightning_lora.tasks import SequenceClassificationTask
 from tests import tiny_lm
+from tests.tasks import tiny
+from tests.tasks.tiny import trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
 
@@ -110,3 +113,20 @@ def test_what_ends_the_run_has_to_be_said(file, tmp_path):
     Path(file).write_text(json.dumps({"prompt": "a"}))
     with pytest.raises(ValueError, match=r"rows.jsonl:1: no 'response'"):
         fit(tmp_path / "bad", file)
+
+
+def test_a_row_beyond_the_models_positions_is_named():
+    rows = stream(encode=lambda row: (["x" * row], {}), buffer=1)
+    rows.positions = 4
+    with pytest.raises(ValueError, match=r"^file:5: the row has 5 tokens, .* end at 4; set data.max_length: 4$"):
+        list(islice(rows, 10))
+
+
+def test_the_limit_of_a_stream_is_the_models(tmp_path):
+    file = tiny_lm.write(tmp_path / "rows.jsonl", [{"text": "sky", "label": "a"}, {"text": "sky " * 70, "label": "b"}])
+    run = trainer(max_steps=4)
+    with pytest.raises(ValueError, match=r"rows\.jsonl:2: the row has \d+ tokens, .* end at 64"):
+        run.fit(
+            SequenceClassificationTask(tiny.save(tmp_path / "bert", "bert"), labels=["a", "b"]),
+            ClassificationDataModule(train=file, streaming=True),
+        )

@@ -233,3 +233,9 @@ def test_a_weight_that_came_to_be_computed_is_merged_into_only_once_it_is_perman
     assert snapshot(model) == before and not model[0].merged and same_bits(model(x), unmerged)
     make_permanent(model[2])
     torch.testing.assert_close(merge_lora(model)(x), unmerged, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("do", [merge_lora, unmerge_lora])
+def test_a_model_without_adapters_is_refused(do, make):
+    with pytest.raises(ValueError, match=r"TinyModel has no LoRA layers to (un)?merge; call load_adapter\(model, folder\) or apply_lora"):
+        do(make(TinyModel))
