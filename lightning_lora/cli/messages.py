@@ -12,7 +12,6 @@ from typing import Any, get_args, get_type_hints
 
 from jsonargparse import ArgumentError
 
-from lightning_lora.strategies.namespaces import FIRST
 from lightning_lora.utils.peft_words import in_our_words
 
 _KEY = re.compile(r'Parser key "([^"]+)":?')
@@ -150,6 +149,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def _of_other_package(given: str) -> str:
     """Return what to write in place of a class of ``pytorch_lightning``, or of one that is derived from it; nothing for another value."""
+    from lightning_lora.strategies.namespaces import FIRST  # imports Lightning, which the command's start does without
+
     path = re.search(r"[A-Za-z_]\w*(?:\.\w+)+", given)
     cls = pydoc.locate(path[0]) if path else None
     if not path or not isinstance(cls, type):

@@ -70,7 +70,7 @@ def why_not_linear(module: nn.Module, kind: str | None = None) -> str | None:
 
 def why_no_longer_linear(layer: LoRALayer) -> str | None:
     """Return :func:`why_not_linear` of an adapted layer as it is now: attributes may have changed since, such as ``self.scale``."""
-    if _is_known(type(layer).lora_base):
+    if layer.spec.rows or _is_known(type(layer).lora_base):  # rows are replaced, whatever the forward does with them
         return None
     return why_not_linear(unadapt(shallow_copy(layer)), layer.spec.kind)
 

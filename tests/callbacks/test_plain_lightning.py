@@ -31,7 +31,7 @@ class NoOptimizer(LitNet):
         return None
 
 
-@pytest.mark.filterwarnings("ignore:.*this fit will run with no optimizer")
+@pytest.mark.filterwarnings("ignore:.*this fit will run with no optimizer", "ignore:fit ended without a step")
 def test_a_run_without_an_optimizer_saves_and_resumes(tmp_path: Path) -> None:
     """Lightning warns that it trains nothing; its stand-in for an optimizer has no state."""
     module, saver = NoOptimizer(), ModelCheckpoint(tmp_path, save_last=True)

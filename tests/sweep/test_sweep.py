@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, find_targets
-from lightning_lora.model import suitability
+from lightning_lora.model import merge, suitability
 from tests.sweep.archs import build, names
 from tests.sweep.check import faults
 
@@ -91,6 +91,7 @@ class Crashes(nn.Linear):
 )
 def test_the_check_sees_faults(build, expected, monkeypatch):
     monkeypatch.setattr(suitability, "why_not_linear", lambda module, kind: None)
+    monkeypatch.setattr(merge, "why_no_longer_linear", lambda layer: None)
     torch.manual_seed(0)
     found = faults(build().eval(), {"x": torch.randn(3, 8)})
     assert len(found) == len(expected) and all(text.startswith(start) for text, start in zip(found, expected, strict=True))
