@@ -56,7 +56,7 @@ LIGHTNING_FROM = "strategies"
 DEFERS = {
     "cli.main": {"cli.lightning_cli", "cli.commands", "cli.group_help", "cli.inspect_rows", "cli.sweep", "cli.verify"},
     "cli.messages": {"strategies.namespaces"},
-    **dict.fromkeys(("model.apply", "model.merge"), {"model.parallel"}),
+    **{file: {"model.parallel"} for file in ("model.apply", "model.merge")},
     **{file: {"ops.triton_low_rank"} for file in ("ops.fused_linear", "ops.second_derivatives")},
     "ops.gated_mlp": {"ops.triton_low_rank", "ops.triton_gated_mlp"},
     **{f"ops.{file}": {f"ops.triton_{kernels}"} for file, kernels in (("grouped_linear", "grouped"), ("weight_norm", "weight_norm"))},
