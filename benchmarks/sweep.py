@@ -83,7 +83,10 @@ def measure(trials: int, model: Any, setting: Setting, recorded: bool = False) -
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    runner.run([trial_of(number, model, setting, None if number else watch, recorded) for number in range(trials)])
+    fits = [trial_of(number, model, setting, None if number else watch, recorded) for number in range(trials)]
+    runner.run(fits)
+    for fit in fits:
+        assert fit.outcome.status == "complete", fit.outcome
     times = [(elapsed(*pair) if GPU else (pair[1] - pair[0]) * 1000) / trials for pair in pairwise(watch.marks)]
     passes = runner.joint.forwards / runner.joint.steps if trials > 1 else 1.0
     return times, passes, torch.cuda.max_memory_allocated() / 2**30 if GPU else 0.0
