@@ -4,7 +4,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check docs unit matrix family models faults experimental clean
+.PHONY: quickstart test check docs unit gpu matrix family models faults experimental clean
 
 quickstart: $(VENV)/.quickstart  ## LoRA-tune a real language model on real data; everything lands in runs/quickstart/
 	$(BIN)/python examples/quickstart.py
@@ -20,8 +20,11 @@ check: $(VENV)/.test
 docs: $(VENV)/.test  ## the documentation, in docs/_build/html; a warning, such as a broken link, is an error
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going docs docs/_build/html
 
-unit: $(VENV)/.test  ## the suite, WORKERS files at a time
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+unit: $(VENV)/.test  ## the suite, WORKERS files at a time, on the CPU wherever it runs
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+gpu: $(VENV)/.test  ## what needs a GPU, or two
+	$(BIN)/python -m pytest tests/test_gpu.py tests/test_gpu_memory.py tests/ops tests/tasks/test_packing_gpu.py tests/distributed/test_two_gpus.py tests/distributed/test_pull_frozen.py
 
 matrix: $(VENV)/.test  ## what works under which strategy, printed by running it
 	$(BIN)/python -m tests.matrix

@@ -1,6 +1,6 @@
 """What only a GPU shows: the kernels at real sizes in half precision. Everything here is skipped where there is none.
 
-    python -m pytest tests/test_gpu.py tests/test_gpu_memory.py tests/ops
+    make gpu
 
 A number counts as right if its error against float64 is no larger than what the plain operations make in the same precision.
 """
@@ -22,6 +22,7 @@ from lightning_lora.model.compile import compile_layers, uncompile_layers
 from lightning_lora.model.fuse import unfuse
 from lightning_lora.ops import backends
 from lightning_lora.quantization.formats import format_of
+from lightning_lora.trials.turns import Turn
 
 DEVICE = "cuda"
 pytestmark = [
@@ -249,3 +250,12 @@ def test_recorded_dropout_draws_anew(tmp_path: Path) -> None:
     found = losses(tmp_path, [batch()] * 8, True, dropout=0.5, rate=0.0)
     assert len(set(found[2:6])) == 4
     assert found[6] == found[7] == found[0]
+
+
+def test_trials_record_one_after_another(tmp_path: Path) -> None:
+    """Each has a thread, and torch keeps recorded graphs by thread."""
+    found: list[list[float]] = []
+    for _ in range(2):
+        turn = Turn(lambda: found.append(losses(tmp_path, [batch(k) for k in range(8)], True)))
+        assert not turn.resume() and turn.error() is None
+    assert found[0] == pytest.approx(found[1], abs=2e-3)

@@ -17,6 +17,7 @@ from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.registry import register_kind
 from lightning_lora.utils.autocast import no_autocast
+from lightning_lora.utils.sharding import summed
 
 
 @register_kind(nn.Embedding, name="embedding")
@@ -58,7 +59,8 @@ class LoRAEmbedding(LoRALayer):
         """Return ``y + scaling · B·A[:, ids]``; ids of any shape (...), y (..., dim)."""
         # padding_idx stops the gradient of that column, as it does in the base.
         A, B = self.update_factors()
-        t = F.embedding(x, A.t(), padding_idx=self.padding_idx)  # (..., r)
+        # Where A is cut along the vocabulary, t is a sum over the ranks. F.linear flattens t, and the sum fails then before torch 2.13.
+        t = summed(F.embedding(x, A.t(), padding_idx=self.padding_idx))  # (..., r)
         # Gemma's embeddings scale their output, so the update is scaled too.
         scale = self.scaling * getattr(self, "embed_scale", 1.0)
         with no_autocast(y):  # it does not round the base's output, so it must not round the update

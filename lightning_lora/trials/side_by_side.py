@@ -158,7 +158,7 @@ class SideBySide:
             raise error
         if error is not None:
             outcome.status = "interrupted" if self.stopped is not None else "failed"
-            outcome.error = " ".join(str(error).split())
+            outcome.error = " ".join(str(error).split()) or type(error).__name__
         rank_zero_info(f"{trial.name}: {outcome.status}{f' ({outcome.error})' if outcome.status == 'failed' else ''}")
         self.changed()
 

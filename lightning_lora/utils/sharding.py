@@ -86,6 +86,15 @@ def _square(tensor: Tensor) -> Tensor:
     return torch.stack([torch.linalg.vector_norm(piece, dtype=wide).square() for piece in pieces]).sum()
 
 
+def summed(tensor: Tensor) -> Tensor:
+    """Return a DTensor whose shards are parts of a sum as the sum, on every rank; any other tensor as it is."""
+    if not is_sharded(tensor) or not any(placement.is_partial() for placement in tensor.placements):  # type: ignore[attr-defined]
+        return tensor
+    from torch.distributed.tensor import Replicate
+
+    return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)  # type: ignore[attr-defined]
+
+
 def cut_dimensions(tensor: Tensor) -> set[int]:
     """Return the dimensions along which a DTensor is cut; none for any other tensor."""
     placements: Any = tensor.placements if is_sharded(tensor) else ()  # type: ignore[attr-defined]

@@ -1,6 +1,7 @@
 """Runs in turns: one at a time, each with its own random numbers, default dtype and errors."""
 
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -96,3 +97,16 @@ def test_errors_go_in_and_out():
     turn.resume()
     assert not turn.resume(RuntimeError("stop"))
     assert isinstance(turn.error(), RuntimeError)
+
+
+def test_each_run_can_record_cuda_graphs():
+    """Torch keeps them by thread, and autograd's threads look where this does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, at this import, in some releases
+        import torch._inductor.cudagraph_trees
+
+    found, names = [], ("tree_manager_containers", "tree_manager_locks")
+    for _ in range(2):
+        assert not Turn(lambda: found.append([torch._C._get_obj_in_tls(name) for name in names])).resume()
+    (mine, locks), (theirs, others) = found
+    assert mine == theirs == {} and mine is not theirs and locks is not others
