@@ -10,8 +10,6 @@ from __future__ import annotations
 import os
 import random
 import sys
-import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from lightning_lora.utils.torch_private import own_cuda_graphs
 
 SEED = "PL_GLOBAL_SEED"  # Lightning's, which samplers read
 
@@ -59,17 +59,6 @@ def set_torch_random_numbers(states: tuple[Tensor, ...]) -> None:
         torch.cuda.set_rng_state(state)
 
 
-def _own_cuda_graphs() -> None:
-    """Let this thread record CUDA graphs. Before 2.13, torch keeps them for the thread that imported its module, and fails in others."""
-    trees: Any = sys.modules.get("torch._inductor.cudagraph_trees")
-    if trees is None:
-        return  # the import makes them
-    kept: dict[str, Any] = {"tree_manager_containers": {}, "tree_manager_locks": defaultdict(threading.Lock)}
-    for name, value in kept.items():
-        setattr(trees.local, name, value)
-        torch._C._stash_obj_in_tls(name, value)  # autograd's threads have what is stashed
-
-
 class Turn:
     """A run that goes on in turns with others.
 
@@ -98,7 +87,7 @@ class Turn:
         self._state.restore()
         try:
             if self._thread is None:
-                self._thread = ThreadPoolExecutor(1, initializer=_own_cuda_graphs)
+                self._thread = ThreadPoolExecutor(1, initializer=own_cuda_graphs)
                 self._result = self._thread.submit(self._work)
                 self._result.add_done_callback(lambda _: self._requests.put(None))
             else:

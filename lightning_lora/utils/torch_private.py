@@ -9,6 +9,8 @@ documents. ``tests/test_private_names.py`` lists them and refuses any others.
 from __future__ import annotations
 
 import pickle
+import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from threading import Lock
@@ -236,3 +238,17 @@ def dispatch_mode() -> type[Any]:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     return TorchDispatchMode
+
+
+def own_cuda_graphs() -> None:
+    """Let this thread record CUDA graphs: before 2.13, torch has a place for them in the thread alone that imported their module.
+
+    Without the names a second thread that records raises in torch.
+    """
+    trees: Any = sys.modules.get("torch._inductor.cudagraph_trees")
+    if trees is None:
+        return  # its import makes the place
+    kept: dict[str, Any] = {"tree_manager_containers": {}, "tree_manager_locks": defaultdict(Lock)}
+    for name, value in kept.items():
+        setattr(trees.local, name, value)
+        torch._C._stash_obj_in_tls(name, value)  # the threads of autograd have what is stashed
