@@ -15,7 +15,15 @@ from lightning_lora.data.shown import Part, text_of
 
 
 class ClassificationDataModule(LabelDataModule):
-    """Rows with a ``text`` and a ``label``. Arguments are those of `FileDataModule`; prediction needs no labels."""
+    """Rows with a ``text`` and a ``label``. Arguments are those of `FileDataModule`; prediction needs no labels.
+
+    Examples:
+        >>> data = ClassificationDataModule("rows/labels.jsonl", val=0.25, batch_size=3)
+        >>> task = SequenceClassificationTask("models/bert")
+        >>> L.Trainer(max_epochs=1, callbacks=[LoRACallback(LoRAConfig(target_modules="all-linear"))]).fit(task, data)
+        >>> next(iter(data.train_dataloader()))["labels"].shape
+        torch.Size([3])
+    """
 
     records = (Labelled, PlainText)
 

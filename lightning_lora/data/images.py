@@ -25,6 +25,13 @@ class ImageClassificationDataModule(LabelDataModule):
 
     A path is relative to the file with the rows. Images are read when a batch is made, so ``num_workers`` above 0 pays. The model's own
     image processor resizes and normalizes them. The other arguments are those of `FileDataModule`; prediction needs no labels.
+
+    Examples:
+        >>> data = ImageClassificationDataModule("images", batch_size=2)
+        >>> task = ImageClassificationTask("models/vit")
+        >>> L.Trainer(max_epochs=1, callbacks=[LoRACallback()]).fit(task, data)
+        >>> next(iter(data.train_dataloader()))["pixel_values"].shape  # (B, channels, height, width)
+        torch.Size([2, 3, 32, 32])
     """
 
     records = (LabelledImage,)

@@ -41,6 +41,14 @@ class InstructionDataModule(FileDataModule):
 
     Raises:
         ValueError: See `FileDataModule`. Or packed rows are too short for the longest example. Or the template is unknown or refuses a row.
+
+    Examples:
+        >>> data = InstructionDataModule("rows/chat.jsonl", val=0.2, batch_size=2, max_length=64)
+        >>> task = CausalLMTask("models/llama")
+        >>> L.Trainer(max_epochs=1, callbacks=[LoRACallback(LoRAConfig(target_modules="all-linear"))]).fit(task, data)
+        >>> batch = next(iter(data.train_dataloader()))
+        >>> batch["labels"].shape == batch["input_ids"].shape  # (B, T); -100 where nothing is learnt
+        True
     """
 
     records = (Conversation, PlainText)

@@ -44,6 +44,13 @@ class PreferenceDataModule(FileDataModule):
         template: Name of a chat template, or the template itself, in place of the tokenizer's. A tokenizer without one gets "plain".
         chat_template_kwargs: Further variables of the template, such as ``enable_thinking``.
         **kwargs: Those of `FileDataModule`.
+
+    Examples:
+        >>> data = PreferenceDataModule("rows/pairs.jsonl", batch_size=2)
+        >>> task = DPOTask("models/llama")
+        >>> L.Trainer(max_epochs=1, callbacks=[LoRACallback(LoRAConfig(target_modules="all-linear"))]).fit(task, data)
+        >>> len(next(iter(data.train_dataloader()))["input_ids"])  # two better answers, two worse ones
+        4
     """
 
     records = (Pair, Conversation)

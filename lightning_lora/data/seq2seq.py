@@ -27,6 +27,13 @@ class Seq2SeqDataModule(FileDataModule):
             from, or none.
         max_target_length: Longest target, in tokens; ``max_length`` is the source's.
         **kwargs: Those of `FileDataModule`.
+
+    Examples:
+        >>> data = Seq2SeqDataModule("rows/texts.jsonl", source_prefix="name the colour ", batch_size=2)
+        >>> task = Seq2SeqTask("models/t5")
+        >>> L.Trainer(max_epochs=1, callbacks=[LoRACallback(LoRAConfig(target_modules="all-linear"))]).fit(task, data)
+        >>> len(next(iter(data.train_dataloader()))["input_ids"])
+        2
     """
 
     records = (Conversation,)

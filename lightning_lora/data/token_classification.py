@@ -19,6 +19,13 @@ class TokenClassificationDataModule(LabelDataModule):
     """Rows with ``tokens``, the words of a text, and ``tags``, a label for each. Arguments are those of `FileDataModule`.
 
     The words are tokenized together, separated by spaces. A word's label stands on its first token; its other tokens do not count.
+
+    Examples:
+        >>> data = TokenClassificationDataModule("rows/tags.jsonl", batch_size=2)
+        >>> task = TokenClassificationTask("models/bert")
+        >>> L.Trainer(max_epochs=1, callbacks=[LoRACallback(LoRAConfig(target_modules="all-linear"))]).fit(task, data)
+        >>> next(iter(data.train_dataloader()))["labels"].shape  # (B, T)
+        torch.Size([2, 4])
     """
 
     records = (Tagged,)

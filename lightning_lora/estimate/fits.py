@@ -32,6 +32,15 @@ class Fit:
         length: the longest rows of the setting's batch; 0: not one token.
         knobs: what to turn so that the setting itself fits, in order of cost; empty if it fits as it is, None if nothing makes it fit.
         estimate: with these knobs; without them if ``knobs`` is None.
+
+    Examples:
+        >>> with torch.device("meta"):
+        ...     empty = type(model)(model.config)
+        >>> setting = Setting(batch=2, length=16)
+        >>> peak = estimate_memory(empty, LoRAConfig(rank=4), setting).peak
+        >>> found: Fit = largest_fit(empty, LoRAConfig(rank=4), setting, memory=2 * peak)
+        >>> found.knobs, found.batch >= 2
+        ((), True)
     """
 
     batch: int
@@ -51,6 +60,13 @@ def largest_fit(model: Any, config: LoRAConfig | None, setting: Setting, memory:
 
     Raises:
         ValueError: the memory is not positive, or as for ``estimate_memory``.
+
+    Examples:
+        >>> with torch.device("meta"):
+        ...     empty = type(model)(model.config)
+        >>> setting = Setting(batch=2, length=16)
+        >>> largest_fit(empty, LoRAConfig(rank=4), setting, memory=1).knobs is None  # one byte is too little for all knobs
+        True
     """
     if not memory > 0:
         raise ValueError(f"memory={memory!r} must be a positive number of bytes")

@@ -45,6 +45,13 @@ class Estimate:
         activations: what is kept for the backward pass.
         logits: the loss and its gradient while they are computed.
         working: what the backward pass needs more than that, as activations are all there.
+
+    Examples:
+        >>> with torch.device("meta"):
+        ...     empty = type(model)(model.config)
+        >>> found: Estimate = estimate_memory(empty, LoRAConfig(rank=4), Setting(batch=2, length=16))
+        >>> found.peak == sum(found.parts().values())
+        True
     """
 
     base: int
@@ -82,6 +89,14 @@ def estimate_memory(model: Any, config: LoRAConfig | None, setting: Setting) -> 
 
     Raises:
         ValueError: the model is not on the meta device, is not one of text, or cannot run there; or the config does not fit it.
+
+    Examples:
+        >>> with torch.device("meta"):
+        ...     empty = type(model)(model.config)
+        >>> small = estimate_memory(empty, LoRAConfig(rank=4), Setting(batch=2, length=16))
+        >>> large = estimate_memory(empty, LoRAConfig(rank=4), Setting(batch=4, length=16))
+        >>> small.activations < large.activations, small.optimizer == large.optimizer
+        (True, True)
     """
     loaded = next((name for name, parameter in model.named_parameters() if not parameter.is_meta), None)
     if loaded is not None:

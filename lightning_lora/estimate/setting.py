@@ -49,6 +49,10 @@ class Setting:
 
     Raises:
         ValueError: a value is wrong; the message names it.
+
+    Examples:
+        >>> Setting(batch=4, length=2048, quantize="nf4", checkpointing="selective").precision
+        'bf16-true'
     """
 
     batch: int = 8

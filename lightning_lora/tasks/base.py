@@ -43,7 +43,14 @@ class Perplexity(MeanMetric):
 
 
 def rows_of(batch: dict[str, Any]) -> int:
-    """Return the rows of a batch of any task: the ``batch_size_fn`` of Lightning's ``ThroughputMonitor``, which YAML names by its path."""
+    """Return the rows of a batch of any task: the ``batch_size_fn`` of Lightning's ``ThroughputMonitor``, which YAML names by its path.
+
+    Examples:
+        >>> from lightning.pytorch.callbacks import ThroughputMonitor
+        >>> monitor = ThroughputMonitor(batch_size_fn=rows_of)
+        >>> rows_of({"input_ids": torch.zeros(4, 16, dtype=torch.long)})
+        4
+    """
     return len(batch["labels"] if "labels" in batch else next(iter(batch.values())))
 
 

@@ -62,6 +62,13 @@ class CausalLMTask(HFTask):
             uncompiled, where that was faster. A model that would mix the rows gets them padded then, and the log says why; for ``true`` it
             is refused.
         **shared: See `HFTask`.
+
+    Examples:
+        >>> task = CausalLMTask("models/llama", learning_rate=1e-3)
+        >>> trainer = L.Trainer(max_epochs=1, callbacks=[LoRACallback(LoRAConfig(target_modules="all-linear"))])
+        >>> trainer.fit(task, InstructionDataModule("rows/chat.jsonl", val=0.2))
+        >>> sorted(trainer.callback_metrics)
+        ['train_loss', 'val_accuracy', 'val_loss', 'val_perplexity']
     """
 
     auto_class = "AutoModelForCausalLM"

@@ -94,6 +94,13 @@ class DPOTask(CausalLMTask):
 
     Raises:
         ValueError: ``label_smoothing`` is too large, or the loss has none.
+
+    Examples:
+        >>> task = DPOTask("models/llama", beta=0.1)
+        >>> trainer = L.Trainer(max_epochs=1, callbacks=[LoRACallback(LoRAConfig(target_modules="all-linear"))])
+        >>> trainer.fit(task, PreferenceDataModule("rows/pairs.jsonl", batch_size=2))
+        >>> 0 <= float(trainer.callback_metrics["train_accuracy"]) <= 1
+        True
     """
 
     data_class = "lightning_lora.data.PreferenceDataModule"

@@ -18,6 +18,16 @@ class ImageClassificationTask(LabelTask):
     """A Hugging Face model that gives an image one of several labels (extra ``vision``). Arguments and metrics are those of `LabelTask`.
 
     Prediction gives the image's file, its most probable label, and that label's probability.
+
+    Examples:
+        >>> task = ImageClassificationTask("models/vit", learning_rate=1e-3)
+        >>> trainer = L.Trainer(max_epochs=1, callbacks=[LoRACallback()])
+        >>> trainer.fit(task, ImageClassificationDataModule("images"))
+        >>> task.labels
+        ['blue', 'red']
+        >>> rows = trainer.predict(task, ImageClassificationDataModule(predict="images"))[0]
+        >>> sorted(rows[0])
+        ['image', 'label', 'score']
     """
 
     auto_class = "AutoModelForImageClassification"

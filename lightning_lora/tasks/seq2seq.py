@@ -36,6 +36,14 @@ class Seq2SeqTask(HFTask):
 
     Attributes:
         source_prefix: Text before every source; the data module sets it. It is saved with the adapter.
+
+    Examples:
+        >>> task = Seq2SeqTask("models/t5", learning_rate=1e-3, max_new_tokens=4)
+        >>> trainer = L.Trainer(max_epochs=1, callbacks=[LoRACallback(LoRAConfig(target_modules="all-linear"))])
+        >>> trainer.fit(task, Seq2SeqDataModule("rows/texts.jsonl"))
+        >>> rows = trainer.predict(task, Seq2SeqDataModule(predict="rows/texts.jsonl"))[0]
+        >>> sorted(rows[0])
+        ['source', 'text']
     """
 
     auto_class = "AutoModelForSeq2SeqLM"

@@ -13,6 +13,14 @@ class SequenceClassificationTask(LabelTask):
     """A Hugging Face model that gives a text one of several labels. Arguments and metrics are those of `LabelTask`.
 
     Prediction gives the text, its most probable label, and that label's probability.
+
+    Examples:
+        >>> task = SequenceClassificationTask("models/bert", learning_rate=1e-3)
+        >>> trainer = L.Trainer(max_epochs=1, callbacks=[LoRACallback(LoRAConfig(target_modules="all-linear"))])
+        >>> trainer.fit(task, ClassificationDataModule("rows/labels.jsonl"))
+        >>> rows = trainer.predict(task, ClassificationDataModule(predict="rows/labels.jsonl"))[0]
+        >>> rows[0]["text"], rows[0]["label"] in task.labels
+        ('which colour is the sky', True)
     """
 
     auto_class = "AutoModelForSequenceClassification"

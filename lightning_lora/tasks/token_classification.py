@@ -25,6 +25,13 @@ class TokenClassificationTask(LabelTask):
 
     If the labels are of the forms ``O``, ``B-type`` and ``I-type``, also log ``{val,test}_entity_f1``. Prediction gives the words and their
     labels.
+
+    Examples:
+        >>> task = TokenClassificationTask("models/bert", learning_rate=1e-3)
+        >>> trainer = L.Trainer(max_epochs=1, callbacks=[LoRACallback(LoRAConfig(target_modules="all-linear"))])
+        >>> trainer.fit(task, TokenClassificationDataModule("rows/tags.jsonl"))
+        >>> task.labels
+        ['B-COLOUR', 'B-FRUIT', 'O']
     """
 
     auto_class = "AutoModelForTokenClassification"
