@@ -96,6 +96,18 @@ def test_merging_is_a_choice_and_can_be_taken_back(how: str, quantized: Any) -> 
     assert torch.equal(model(x), before)
 
 
+@pytest.mark.parametrize(("way", "lost"), [("requantize", 0.78), ("dequantize", 0.017)])
+def test_the_share_of_an_update_that_a_merge_loses(way: Any, lost: float) -> None:
+    """As docs/family.md says: NF4, bf16, a weight of normal entries, and an update a tenth as large."""
+    model = nn.Sequential(nn.Linear(1024, 1024, bias=False, dtype=torch.bfloat16))
+    size = nn.init.normal_(model[0].weight, std=0.02).norm().item()
+    (layer,) = apply_lora(quantize_base(model, "nf4"), LoRAConfig(target_modules="all-linear"))
+    nn.init.normal_(layer.lora_B)
+    layer.lora_B.data *= 0.1 * size / (layer.scaling * layer.lora_B @ layer.lora_A).norm()
+    merge_lora(model, quantized=way)
+    assert merge_report(model)["0"] == pytest.approx(lost, rel=0.03)
+
+
 @each_format
 def test_a_dequantized_merge_ends_as_a_plain_model(how: str) -> None:
     model = adapted(packed_stack(how), **CONFIG)
