@@ -41,7 +41,7 @@ class MergeCertificate:
     Attributes:
         base: the base's identity, as adapter files store it: ``fingerprint``, ``class``, ``name``.
         adapter: checksum of the adapter; ``lightning-lora inspect`` prints it for a folder.
-        layers: FQN → what rounding lost, None if other code merged; a layer with several weights has an entry for each.
+        layers: module name → what rounding lost, None if other code merged; a layer with several weights has an entry for each.
         probe: output → how far the merged model's is from the unmerged model's; None without a probe.
         versions: package → version, of those that computed this.
 

@@ -150,7 +150,7 @@ class LoRALayer(Factors):
         """Set up state that spans layers, after all layers of a model are adapted. A variant whose layers share something does it here.
 
         Args:
-            layers: FQN → layer; all layers of this variant that were adapted together.
+            layers: module name → layer; all layers of this variant that were adapted together.
 
         Raises:
             ValueError: the layers cannot be set up; no layer stays adapted then.
@@ -279,7 +279,7 @@ def _rebuild(base: type[nn.Module], variant: str, kind: str | None = None, slice
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
-    """Yield ``(FQN, layer)`` of every adapted layer; a layer that two parents share is yielded once.
+    """Yield the full module name and the layer of every adapted layer. A layer that two parents share is yielded once.
 
     Examples:
         >>> [name for name, layer in lora_layers(apply_lora(model)) if layer.rank == 8][:2]

@@ -187,7 +187,7 @@ def _same_layers(model: nn.Module, config: LoRAConfig, layers: Sequence[tuple[st
 
 
 def get_lora_parameters(model: nn.Module) -> LoRAParameters:
-    """Return every adapter parameter once. Frozen tensors that layers share are left out. Membership is by identity.
+    """Return every adapter parameter once; frozen tensors that layers share (VeRA) are left out. ``p in`` compares identities.
 
     What ``modules_to_save`` and ``bias`` train is not in it. For an optimizer use
     :func:`~lightning_lora.lora_param_groups`, which has all that trains.

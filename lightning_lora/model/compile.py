@@ -169,11 +169,13 @@ def _prepared(backend: str | Callable[..., Any], cuda_graphs: bool) -> Callable[
 
 
 def uncompile_layers(model: nn.Module) -> None:
-    """Run every block that :func:`compile_layers` compiled eagerly again. Blocks that you compiled yourself stay compiled.
+    """Undo :func:`compile_layers`: the model's blocks run eagerly again. Blocks that you compiled yourself stay compiled.
 
-    Compiled code stays cached, and is reused if the blocks are compiled again.
+    Compiled code stays cached, and is reused if the blocks are compiled again. Once no block of any model is compiled, Dynamo's global
+    settings get back their values from before :func:`compile_layers`.
 
-    Once no block of any model is compiled, Dynamo's global settings get back their values from before :func:`compile_layers`.
+    Args:
+        model: any module.
 
     Examples:
         >>> names = compile_layers(apply_lora(model))

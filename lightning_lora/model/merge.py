@@ -102,10 +102,14 @@ def merge_lora(
 
 
 def merge_report(model: nn.Module) -> dict[str, float]:
-    """Return FQN → share of the update that the merge lost by rounding, ‖merged − base − Δ‖ / ‖Δ‖, for every merged layer.
+    """Return what each merged layer lost of its update by rounding. :func:`~lightning_lora.merge_certificate` has more.
 
-    For a quantized base, "base" is the unpacked weight. At 1 or above the update is lost. :func:`~lightning_lora.merge_certificate` has
-    more.
+    Args:
+        model: a merged model.
+
+    Returns:
+        Module name → ‖merged − base − Δ‖ / ‖Δ‖, where the base of a quantized layer is its dequantized weight. 0: nothing was lost; 1 or
+        above: the update is lost. Layers that are not merged have no entry.
 
     Examples:
         >>> model = merge_lora(load_adapter(model, "runs/legal/adapter"))
@@ -117,6 +121,12 @@ def merge_report(model: nn.Module) -> dict[str, float]:
 
 def unmerge_lora(model: nn.Module) -> nn.Module:
     """Remove every merged update. The base weights are restored bit for bit.
+
+    Args:
+        model: a model whose layers were merged with ``reversible=True``; layers that are not merged stay as they are.
+
+    Returns:
+        The same ``model``, with its adapters active again.
 
     Raises:
         ValueError: the model has no adapter; or a layer cannot be unmerged, since its merge was not reversible or its adapter changed.

@@ -137,6 +137,9 @@ def replicated_parameters(model: nn.Module) -> list[nn.Parameter]:
 
     FSDP1 flattens a block into one parameter. With adapters in it, that needs gradient memory for the frozen base too.
 
+    Args:
+        model: an adapted model that is not wrapped yet.
+
     Examples:
         >>> ignored = replicated_parameters(apply_lora(model))
         >>> len(ignored) == len(get_lora_parameters(model))

@@ -69,12 +69,12 @@ class TargetReport:
     Attributes:
         targets: the modules to adapt, in the model's order.
         hits: config field → pattern → number of modules that it matched.
-        saved: FQNs of the modules and parameters trained in full.
+        saved: names of the modules and parameters trained in full.
         left_out: module and type → elements left out by ``"all-linear"``: tensors in no linear, such as experts in one tensor, and the
             linears of ``passed_over``. Embeddings and vectors are not listed. For named targets: modules that hold several projections as
             parameters, such as experts, and are not named.
         total: number of elements of the model.
-        passed_over: FQN → why ``"all-linear"`` passed over this linear.
+        passed_over: module name → why ``"all-linear"`` passed over this linear.
         rows: the modules with rows that train (``trainable_token_indices``), and those tied to them, which have the same rows.
     """
 
@@ -153,7 +153,7 @@ def no_target_of(kind: str, modules: Mapping[str, nn.Module], passed_over: Mappi
     Args:
         kind: its name.
         modules: FQN → module of the model.
-        passed_over: FQN → why ``"all-linear"`` passed over this linear.
+        passed_over: module name → why ``"all-linear"`` passed over this linear.
     """
     reasons = {fqn: why for fqn, why in passed_over.items() if issubclass(kind_of(type(modules[fqn])) or object, KIND_NAMES[kind])}
     why = f": 'all-linear' passes over {lines_of(reasons)[0]}" if reasons else ""
@@ -180,7 +180,7 @@ def warn_of_left_out(left: Mapping[str, int], total: int, passed_over: Mapping[s
     Args:
         left: what `left_out` returned.
         total: elements of the model.
-        passed_over: FQN → why ``"all-linear"`` passed over this linear.
+        passed_over: module name → why ``"all-linear"`` passed over this linear.
     """
     size = sum(left.values())
     if size > _MUCH * total:

@@ -98,7 +98,7 @@ def shrink_adalora(model: nn.Module) -> dict[str, int]:
         model: adapted with ``variant="adalora"``, not merged, not sharded. Optimizers that hold its adapters are not updated.
 
     Returns:
-        FQN → number of remaining triplets, 0 included, in the model's order.
+        Module name → number of remaining triplets, 0 included, in the model's order.
 
     Raises:
         ValueError: the model has no AdaLoRA layers, or is merged or sharded; nothing is changed then.

@@ -53,7 +53,7 @@ class RankAllocator:
 
     Attributes:
         step: optimizer steps seen.
-        keep: FQN → which triplets stay, (r,) booleans; empty before the first choice.
+        keep: module name → which triplets stay, (r,) booleans; empty before the first choice.
 
     Raises:
         ValueError: the model has no AdaLoRA layers, the target is not below its ranks, or the schedule has no room to prune.
@@ -163,7 +163,7 @@ class RankAllocator:
                 local_tensor(E).masked_fill_(~local_shard(keep.view(-1, 1), E), 0.0)
 
     def scores(self) -> dict[str, Tensor]:
-        """Return FQN → the score of each triplet, (r,)."""
+        """Return module name → the score of each triplet, (r,)."""
         entry = {name: full_tensor(self.sensitivity[name] * self.uncertainty[name]) for name in self.parameters}
         return {
             name: entry[f"{name}.lora_E"].flatten()
