@@ -136,7 +136,7 @@ class LoRALinear(LoRALayer, nn.Linear):
         2. Merged, disabled, or with extra arguments: the definition, because the other paths do not handle these.
         3. Shared input: before the others, because another layer of the group may have computed this output already.
         4. Fused: base and update as one operation, where the Triton kernels can run. Without them it was faster at no size and for no kind
-           of weight (benchmarks/README.md, "The short road").
+           of weight (benchmarks/README.md, "The cost of one adapted layer").
         5. As path 1, where the input is a DTensor already.
         6. The definition (:meth:`LoRALayer.forward`): the base's forward, then :meth:`lora_update` added to it. For a small layer it is
            the fastest, so the checks before it read only a few attributes. Compilers and torch.func transforms use it too.
