@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -83,6 +83,8 @@ def combine_adapters(
         )
     if density is not None and not 0 < density <= 1:
         raise ValueError(f"density={density!r}: give a share in (0, 1].")
+    if majority not in get_args(Majority):
+        raise ValueError(f"majority={majority!r}: choose one of {', '.join(get_args(Majority))}.")
     if not method.endswith("svd") and (rank, energy) != (None, None):
         raise ValueError(f"{f'rank={rank}' if rank else f'energy={energy}'}: {method} chooses the rank itself; use a method with svd.")
     _check_size(rank, energy)

@@ -54,6 +54,8 @@ def extract_adapter(model: nn.Module, tuned: nn.Module, config: LoRAConfig, *, e
         raise ValueError(f"energy={energy!r}: give a share in (0, 1], such as 0.95.")
     if config.variant != "plain":
         raise ValueError(f"variant={config.variant!r}: a difference is extracted as plain LoRA; use variant='plain'.")
+    if config.init != LoRAConfig.init:  # one that keeps a start would subtract it from the update
+        raise ValueError(f"init={config.init!r}: A and B come from the difference here; leave init out.")
     for each, what in ((model, "model"), (tuned, "tuned")):
         if adapted := next((name for name, _ in lora_layers(each)), None):
             raise ValueError(f"{what}: {adapted!r} has LoRA; merge and unload it, or drop it with unload_lora.")

@@ -78,7 +78,7 @@ class Untying:
         shared = [(slot, tied) for slot in self.copies if (tied := slot[0]._parameters[slot[1]]) is not None]
         # First, because a lack of memory has to raise before any change.
         own = [nn.Parameter(tied.detach().clone(), requires_grad=tied.requires_grad) for _, tied in shared]
-        for (module, name), parameter in zip(self.copies, own, strict=True):
+        for (module, name), parameter in zip((slot for slot, _ in shared), own, strict=True):
             module._parameters[name] = parameter
         self._before = shared
         for config in self.configs:

@@ -106,6 +106,7 @@ def test_what_is_refused_changes_nothing():
     refused("energy=0", model, tuned, ALL, energy=0)
     refused("energy=True", model, tuned, ALL, energy=True)
     refused("variant='dora'", model, tuned, LoRAConfig(variant="dora"))
+    refused("init='pissa': .* leave init out", model, tuned, LoRAConfig(init="pissa"))
     refused("tuned: .* has LoRA", model, apply_lora(base("llama"), ALL), ALL)
     refused("model: .* has LoRA", apply_lora(base("llama"), ALL), tuned, ALL)
     refused("not one architecture", model, TinyModel(), ALL)
