@@ -24,6 +24,7 @@ from typing_extensions import override
 
 from lightning_lora.optim import GaLoreConfig, galore_optimizer, galore_param_groups
 from lightning_lora.optim.advice import HALF
+from lightning_lora.strategies.lightning_private import has_trainer
 from lightning_lora.strategies.namespaces import twins
 from lightning_lora.tasks.flops import FlopsPerPosition
 from lightning_lora.tasks.hf import DType, check_writes, enable_checkpointing, load_empty, load_model, load_tokenizer
@@ -212,7 +213,7 @@ class HFTask(LightningModule, ABC):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Log which settings of a resumed optimizer are the checkpoint's."""
-        theirs, fits = checkpoint.get("hyper_parameters", {}), self.trainer.state.fn == TrainerFn.FITTING
+        theirs, fits = checkpoint.get("hyper_parameters", {}), has_trainer(self) and self.trainer.state.fn == TrainerFn.FITTING
         for name in ("learning_rate", "weight_decay"):
             mine = self.hparams[name]
             if fits and theirs.get(name, mine) != mine:
