@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from jsonargparse.typing import PositiveInt
@@ -173,20 +172,3 @@ def _pack_length(packing: bool, length: int | None, longest: int, multiple: int)
     if packing and rows % multiple:
         raise ValueError(f"data.pack_length={rows} is no multiple of data.pad_to_multiple_of={multiple}; use one that is")
     return rows
-
-
-def load_examples(file: str | Path, tokenizer: Any, max_length: int, split: str) -> Examples[Example]:
-    """Read and encode a file outside of a run.
-
-    Args:
-        file: The file.
-        tokenizer: A Hugging Face tokenizer.
-        max_length: Longest row, in tokens.
-        split: "train", "val", "test" or "predict". Prediction needs no answers; training ignores choices.
-
-    Raises:
-        ValueError: See `InstructionDataModule`.
-    """
-    data = InstructionDataModule(**{split: str(file)}, max_length=max_length)  # type: ignore[arg-type]
-    data._tokenizer = tokenizer
-    return data.load(split)

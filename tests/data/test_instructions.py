@@ -4,10 +4,10 @@ import lightning
 import pytest
 
 from lightning_lora.data import InstructionDataModule
-from lightning_lora.data.instructions import load_examples
 from lightning_lora.data.templates import TEMPLATES
 from tests import tiny_lm
 from tests.faults import kit
+from tests.tiny_lm import load_examples
 
 ROW = {"prompt": "which colour is the sky", "response": "blue"}
 CHAT = [{"role": "user", "content": ROW["prompt"]}, {"role": "assistant", "content": "blue"}]

@@ -11,10 +11,10 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from lightning_lora import LoRAConfig, apply_lora
 from lightning_lora.data import InstructionDataModule
 from lightning_lora.data.batching import collate_answers, collate_prompts
-from lightning_lora.data.instructions import load_examples
 from lightning_lora.tasks import CausalLMTask, base, causal_lm, hf
 from lightning_lora.tasks.causal_lm import chosen_right
 from tests import tiny_lm
+from tests.tiny_lm import load_examples
 
 
 @pytest.fixture(scope="module")
