@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_lora.layers.base import PREFIX, lora_layers
 from lightning_lora.model.plain_copy import plain_copy
-from lightning_lora.utils.names import clean_name
+from lightning_lora.utils.names import clean_name, join
 from lightning_lora.utils.shared_memory import SharedMemory
 from lightning_lora.utils.transformers_conventions import declare_ties, declared_ties, without_ties
 
@@ -48,11 +48,6 @@ def adapted_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return name → weight of the adapted weights that are not merged yet. A weight whose users all have the same adapter is left out."""
     layers = {join(fqn, name): part for fqn, layer in lora_layers(model) for name, part in layer.by_weight().items()}
     return {name: part.weight for name, part in layers.items() if not part.merged and not part.followed}
-
-
-def join(module_name: str, name: str) -> str:
-    """Return the full name of a module's parameter."""
-    return f"{module_name}.{name}" if module_name else name
 
 
 @dataclass

@@ -130,6 +130,11 @@ class HFTask(LightningModule, ABC):
 
         return super()._apply(converted, recurse)
 
+    @override
+    def cpu(self) -> HFTask:
+        """Move to the CPU, but stay on the meta device: at the end of a run that failed there, torch's error would hide the reason."""
+        return self if any(p.is_meta for p in self.parameters()) else super().cpu()
+
     @abstractmethod
     def make_metrics(self) -> dict[str, Metric]:
         """Return new metrics of one stage by name."""

@@ -25,7 +25,7 @@ from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.layers.whole_factors import check_pairs
 from lightning_lora.registry import register_variant
 from lightning_lora.utils.gradient_reducer import hand_over
-from lightning_lora.utils.names import adapter_root, clean_name
+from lightning_lora.utils.names import adapter_root, clean_name, join
 from lightning_lora.utils.parameters import make_parameter
 from lightning_lora.utils.sharding import is_sharded
 
@@ -116,7 +116,7 @@ def shrink_adalora(model: nn.Module) -> dict[str, int]:
             raise ValueError(f"{name!r} is merged and cannot shrink; call unmerge_lora(model) first.")
         if is_sharded(layer.lora_A):
             raise ValueError(f"{name!r} is sharded and cannot shrink; load a checkpoint into the model on one process and shrink it there.")
-    found = {f"{prefix}.{name}" if prefix else name: len(kept_triplets(layer)) for name, layer in layers.items()}
+    found = {join(prefix, name): len(kept_triplets(layer)) for name, layer in layers.items()}
     config = _plain_config(layers.items())
     for layer in layers.values():
         before = layer.lora_parameters().values()

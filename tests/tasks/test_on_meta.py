@@ -54,6 +54,13 @@ def test_tasks_with_labels(kind: str, task: Any, tmp_path: Path, caplog: pytest.
         assert parts[0] == parts[1]
 
 
+def test_a_folder_without_the_weights_is_refused_by_that(folder: str, file: str, tmp_path: Path) -> None:
+    other = tiny.save(tmp_path / "bert", "bert")
+    callback = LoRACallback(LoRAConfig(rank=2, target_modules=["q_proj"]), weights=other)
+    with pytest.raises(ValueError, match="weights has no 'model.embed_tokens.weight'"):
+        trainer(callback, max_steps=1).fit(CausalLMTask(folder, on_meta=True), InstructionDataModule(train=file))
+
+
 def test_gguf_is_refused(folder: str) -> None:
     with pytest.raises(ValueError, match=r"on_meta=True reads weights one by one from safetensors files, and gguf_file='x.gguf' has none"):
         load_empty(CausalLMTask.auto_class, folder, "x.gguf")
