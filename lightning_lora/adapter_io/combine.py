@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from lightning_lora.adapter_io.file_arithmetic import Pairs, read_pairs, write_p
 from lightning_lora.adapter_io.fingerprint import PACKED, same_base
 from lightning_lora.ops.low_rank_svd import balanced, rank_for_energy, svd_of_product
 from lightning_lora.ops.task_vectors import RULES, Majority, Sparsity
+from lightning_lora.utils.patterns import exactly
 
 METHODS = ("cat", "svd", *RULES, *(f"{name}_svd" for name in RULES if name != "linear"))
 _Part = tuple[float, float, Tensor, Tensor]  # weight, scaling, A (r, in), B (out, r)
@@ -209,7 +209,7 @@ def _united(given: list[Pairs]) -> Pairs:
     if None in configs or first.adapter.config is None:  # the JSON counts, as in PEFT's own files
         adapter = replace(adapter, config=None)
     elif any(_choice(config) != _choice(configs[0]) for config in configs):
-        exact = [f"^{re.escape(fqn)}$" for fqn in sorted(layers)]
+        exact = [exactly(fqn) for fqn in sorted(layers)]
         adapter = replace(adapter, config=replace(first.adapter.config, target_modules=exact, exclude_modules=(), layers=None))
     return Pairs(first.path, adapter, layers, first.others)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -19,6 +18,7 @@ from lightning_lora.model.targeting import find_targets
 from lightning_lora.ops.low_rank_svd import balanced, rank_for_energy
 from lightning_lora.quantization.formats import format_of
 from lightning_lora.utils.names import clean_name, modules_by_name, parameters_by_name
+from lightning_lora.utils.patterns import exactly
 
 
 @torch.no_grad()
@@ -69,7 +69,7 @@ def extract_adapter(model: nn.Module, tuned: nn.Module, config: LoRAConfig, *, e
             raise ValueError(f"{target.fqn!r} has no single matrix but {weights}, which is not supported here: exclude it.")
     differences = {target.fqn: _difference(target.module, tuned, target.fqn) for target in report.targets}
     if energy is not None:
-        ranks = {f"^{re.escape(fqn)}$": rank_for_energy(torch.linalg.svdvals(d.flatten(1)), energy) for fqn, d in differences.items()}
+        ranks = {exactly(fqn): rank_for_energy(torch.linalg.svdvals(d.flatten(1)), energy) for fqn, d in differences.items()}
         config = replace(config, rank_pattern=ranks)
         report = find_targets(model, config)
     _warn_of_others(model, tuned, report)
