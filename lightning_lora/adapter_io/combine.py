@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_lora.adapter_io.file_arithmetic import Pairs, read_pairs, write_pairs
 from lightning_lora.adapter_io.fingerprint import PACKED, same_base
-from lightning_lora.ops.low_rank_svd import balanced, rank_for_energy, svd_of_product
+from lightning_lora.ops.low_rank_svd import balanced, check_energy, rank_for_energy, svd_of_product
 from lightning_lora.ops.task_vectors import RULES, Majority, Sparsity
 from lightning_lora.utils.patterns import exactly
 
@@ -139,8 +139,8 @@ def compress_adapter(
 def _check_size(rank: int | None, energy: float | None) -> None:
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank={rank!r}: the rank is a whole number ≥ 1, such as 8.")
-    if energy is not None and (isinstance(energy, bool) or not isinstance(energy, (int, float)) or not 0 < energy <= 1):
-        raise ValueError(f"energy={energy!r}: give a share in (0, 1], such as 0.95.")
+    if energy is not None:
+        check_energy(energy)
     if rank is not None and energy is not None:
         raise ValueError(f"rank={rank}, energy={energy}: give one of them.")
 

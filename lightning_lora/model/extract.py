@@ -15,7 +15,7 @@ from lightning_lora.layers.filling import fill_factors
 from lightning_lora.model.apply import inject
 from lightning_lora.model.target_report import TargetReport
 from lightning_lora.model.targeting import find_targets
-from lightning_lora.ops.low_rank_svd import balanced, rank_for_energy
+from lightning_lora.ops.low_rank_svd import balanced, check_energy, rank_for_energy
 from lightning_lora.quantization.formats import format_of
 from lightning_lora.utils.names import clean_name, modules_by_name, parameters_by_name
 from lightning_lora.utils.patterns import exactly
@@ -50,8 +50,8 @@ def extract_adapter(model: nn.Module, tuned: nn.Module, config: LoRAConfig, *, e
         >>> torch.allclose(model(**batch).logits, tuned(**batch).logits, atol=1e-5)
         True
     """
-    if energy is not None and (isinstance(energy, bool) or not isinstance(energy, (int, float)) or not 0 < energy <= 1):
-        raise ValueError(f"energy={energy!r}: give a share in (0, 1], such as 0.95.")
+    if energy is not None:
+        check_energy(energy)
     if config.variant != "plain":
         raise ValueError(f"variant={config.variant!r}: a difference is extracted as plain LoRA; use variant='plain'.")
     if config.init != LoRAConfig.init:  # one that keeps a start would subtract it from the update
