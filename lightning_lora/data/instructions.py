@@ -114,7 +114,7 @@ class InstructionDataModule(FileDataModule):
         return examples
 
     def _text(self, text: str, split: str) -> list[Example]:
-        """Encode a text as the tokenizer begins texts, with its end token. A text of whitespace only is empty."""
+        """Encode a text as the tokenizer begins texts, with its end token. A text of whitespace only, or of one token in all, is empty."""
         if not text.strip():
             return []
         ids, end = self.tokenizer(text)["input_ids"], self.tokenizer.eos_token_id
@@ -123,7 +123,7 @@ class InstructionDataModule(FileDataModule):
         if split == "predict":
             return [Example(ids, text=text)]
         ids += [] if end is None else [end]
-        return [Example(ids, list(ids))]
+        return [Example(ids, list(ids))] if len(ids) > 1 else []  # nothing predicts a first token
 
     def _rivals(self, record: Conversation, example: Example) -> list[tuple[int, int]]:
         """Return for every other choice the index of its first token that differs from the answer, and that token (see `Example`)."""

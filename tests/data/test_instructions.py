@@ -53,6 +53,15 @@ def test_a_text_is_learnt_as_a_whole(tmp_path):
     assert tiny_lm.tokenizer().decode(example.ids) == "the sky is blue </s>"
 
 
+def test_a_text_of_one_token_teaches_nothing(tmp_path):
+    tokenizer, file = tiny_lm.tokenizer(), tiny_lm.write(tmp_path / "rows.jsonl", [{"text": "blue"}, {"text": "the sky"}])
+    tokenizer.eos_token = None
+    (example,) = load_examples(file, tokenizer, 64, "train")
+    assert tokenizer.decode(example.ids) == "the sky"
+    with pytest.raises(ValueError, match="2 of 2 rows lose their answer to max_length=1"):
+        load(tmp_path, [{"text": "the sky"}, {"text": "blue sky"}], max_length=1)
+
+
 def test_choices_become_the_places_where_they_part(tmp_path):
     row = {**ROW, "response": "green pear", "choices": tiny_lm.CHOICES}
     token = tiny_lm.tokenizer().convert_tokens_to_ids
