@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.adapter_io.exported import by_name
 from lightning_lora.adapter_io.files import read_adapter
 from lightning_lora.adapter_io.names_below import resolve_file
 from lightning_lora.adapter_io.placing import place
@@ -26,7 +25,7 @@ from lightning_lora.model.quantize import before_quantizing
 from lightning_lora.model.targeting import TargetReport, resolve
 from lightning_lora.registry import data_of, has_start
 from lightning_lora.utils.names import adapter_root, modules_by_name
-from lightning_lora.utils.patterns import compile_pattern, exactly, is_regex
+from lightning_lora.utils.patterns import by_name, compile_pattern, exactly, is_regex
 
 _DEFAULT = LoRAConfig()
 

@@ -75,10 +75,7 @@ def rows_of_layers(config: LoRAConfig, layers: Mapping[str, LoRALayer]) -> LoRAC
     """Return the config with the names that its rows have in the adapter's root, from which a file is read."""
     if not isinstance(config.trainable_token_indices, Mapping):
         return config
-    rows: dict[str, Sequence[int]] = {
-        exactly(fqn): list(layer.replaced_rows) for fqn, layer in layers.items() if layer.spec.rows and not layer.spec.rows_of
-    }
-    return replace(config, trainable_token_indices=rows)
+    return replace(config, trainable_token_indices={exactly(fqn): rows for fqn, rows in _own_rows(layers).items()})
 
 
 def peft_rows(root: nn.Module, layers: Mapping[str, LoRALayer], modules: Mapping[str, nn.Module]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from lightning_lora.registry import register_variant
 from lightning_lora.utils.gradient_reducer import hand_over
 from lightning_lora.utils.names import adapter_root, clean_name, join
 from lightning_lora.utils.parameters import make_parameter
+from lightning_lora.utils.patterns import by_name
 from lightning_lora.utils.sharding import is_sharded
 
 _STD = 0.02  # standard deviation of A and B at the start, as in the authors' code and in PEFT
@@ -133,8 +134,7 @@ def _plain_config(layers: Iterable[tuple[str, Any]]) -> LoRAConfig:
     """Return the config of the plain LoRA: the largest rank found, and all ranks by name."""
     found = {name: (layer, max(1, len(kept_triplets(layer)))) for name, layer in layers}
     config = next(iter(found.values()))[0].lora_config
-    # The first matching pattern wins, and a name also matches longer names that end with it. So longer names come first.
-    ranks = {name: found[name][1] for name in sorted(found, key=lambda name: (-len(name), name))}
+    ranks = by_name({name: rank for name, (_, rank) in found.items()})
     return replace(config, variant="plain", rank=max(ranks.values()), rank_pattern=ranks)
 
 
