@@ -245,7 +245,7 @@ def test_gguf_without_its_package_names_the_extra(folder, monkeypatch):
         CausalLMTask(folder, gguf_file="x.gguf")
 
 
-@pytest.mark.parametrize("model", ["./nowhere", "a/b/c", "/nowhere/model", "~/model", ".cache/none/here", Path("/nowhere")])
+@pytest.mark.parametrize("model", ["./nowhere", "a/b/c", "/no_such_folder/model", "~/model", ".cache/none/here", Path("/no_such_folder")])
 def test_a_folder_that_is_not_there_is_named(model):
     for load in (hf.load_causal_lm, hf.skeleton):
         with pytest.raises(ValueError, match=rf"model='{model}' is no folder.*nor a hub id"):
