@@ -57,7 +57,7 @@ def test_tasks_with_labels(kind: str, task: Any, tmp_path: Path, caplog: pytest.
 def test_a_folder_without_the_weights_is_refused_by_that(folder: str, file: str, tmp_path: Path) -> None:
     other = tiny.save(tmp_path / "bert", "bert")
     callback = LoRACallback(LoRAConfig(rank=2, target_modules=["q_proj"]), weights=other)
-    with pytest.raises(ValueError, match="weights has no 'model.embed_tokens.weight'"):
+    with pytest.raises(ValueError, match=r"weights has no 'model\.embed_tokens\.weight'"):
         trainer(callback, max_steps=1).fit(CausalLMTask(folder, on_meta=True), InstructionDataModule(train=file))
 
 
