@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import wraps
@@ -226,7 +227,7 @@ def _check_rows(name: str, value: Any) -> None:
     for row in value:
         if not _is_index(row):
             raise ValueError(f"{name}: {row!r} is no row number; rows are whole numbers ≥ 0, counted from the first.")
-    if twice := [row for row in value if value.count(row) > 1]:
+    if twice := [row for row, times in Counter(value).items() if times > 1]:
         raise ValueError(f"{name}: row {twice[0]} is there twice; name each row once.")
 
 

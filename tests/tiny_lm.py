@@ -2,10 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
+
+from lightning_lora.data import InstructionDataModule
+from lightning_lora.data.batching import Example
+from lightning_lora.data.store import Examples
 
 CHATML = (
     "{% for m in messages %}{{ '<s> ' + m['role'] + ' ' + m['content'] + ' </s> ' }}{% endfor %}"
@@ -61,3 +66,10 @@ def write(file: Path, content: list) -> str:
     """Rows, or raw lines, as a jsonl file."""
     file.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in content))
     return str(file)
+
+
+def load_examples(file: str | Path, tokenizer: Any, max_length: int, split: str) -> Examples[Example]:
+    """The encoded rows of a file, outside of a run."""
+    data = InstructionDataModule(**{split: str(file)}, max_length=max_length)
+    data._tokenizer = tokenizer
+    return data.load(split)

@@ -6,7 +6,6 @@ scaling multiplied into B. To switch is to copy them into the layer's own parame
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -24,6 +23,7 @@ from lightning_lora.model.modes import restore_flags
 from lightning_lora.model.targeting import find_targets
 from lightning_lora.utils.messages import counted
 from lightning_lora.utils.names import adapter_root, clean_name
+from lightning_lora.utils.patterns import exactly
 from lightning_lora.utils.sharding import local_shard, local_tensor
 
 Pair = tuple[Tensor, Tensor]  # A and scaling · B
@@ -58,7 +58,7 @@ def load_adapters(model: nn.Module, adapters: Mapping[str, str | Path], *, check
     for pairs in read.values():
         for fqn, (A, _) in pairs.items():
             ranks[fqn] = max(ranks.get(fqn, 0), A.shape[0])
-    exact = {f"^{re.escape(fqn)}$": rank for fqn, rank in ranks.items()}
+    exact = {exactly(fqn): rank for fqn, rank in ranks.items()}
     alphas = {name: float(rank) for name, rank in exact.items()}  # scaling 1
     config = LoRAConfig(target_modules=list(exact), rank_pattern=exact, alpha_pattern=alphas, modules_to_save=[])
     found = AdapterSet(root, check_base)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_lora.adapter_io.file_arithmetic import Pairs, read_pairs, write_pairs
 from lightning_lora.adapter_io.fingerprint import PACKED, same_base
-from lightning_lora.ops.low_rank_svd import balanced, rank_for_energy, svd_of_product
+from lightning_lora.ops.low_rank_svd import balanced, check_energy, rank_for_energy, svd_of_product
 from lightning_lora.ops.task_vectors import RULES, Majority, Sparsity
+from lightning_lora.utils.patterns import exactly
 
 METHODS = ("cat", "svd", *RULES, *(f"{name}_svd" for name in RULES if name != "linear"))
 _Part = tuple[float, float, Tensor, Tensor]  # weight, scaling, A (r, in), B (out, r)
@@ -83,6 +83,8 @@ def combine_adapters(
         )
     if density is not None and not 0 < density <= 1:
         raise ValueError(f"density={density!r}: give a share in (0, 1].")
+    if majority not in get_args(Majority):
+        raise ValueError(f"majority={majority!r}: choose one of {', '.join(get_args(Majority))}.")
     if not method.endswith("svd") and (rank, energy) != (None, None):
         raise ValueError(f"{f'rank={rank}' if rank else f'energy={energy}'}: {method} chooses the rank itself; use a method with svd.")
     _check_size(rank, energy)
@@ -137,8 +139,8 @@ def compress_adapter(
 def _check_size(rank: int | None, energy: float | None) -> None:
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank={rank!r}: the rank is a whole number ≥ 1, such as 8.")
-    if energy is not None and (isinstance(energy, bool) or not isinstance(energy, (int, float)) or not 0 < energy <= 1):
-        raise ValueError(f"energy={energy!r}: give a share in (0, 1], such as 0.95.")
+    if energy is not None:
+        check_energy(energy)
     if rank is not None and energy is not None:
         raise ValueError(f"rank={rank}, energy={energy}: give one of them.")
 
@@ -207,7 +209,7 @@ def _united(given: list[Pairs]) -> Pairs:
     if None in configs or first.adapter.config is None:  # the JSON counts, as in PEFT's own files
         adapter = replace(adapter, config=None)
     elif any(_choice(config) != _choice(configs[0]) for config in configs):
-        exact = [f"^{re.escape(fqn)}$" for fqn in sorted(layers)]
+        exact = [exactly(fqn) for fqn in sorted(layers)]
         adapter = replace(adapter, config=replace(first.adapter.config, target_modules=exact, exclude_modules=(), layers=None))
     return Pairs(first.path, adapter, layers, first.others)
 

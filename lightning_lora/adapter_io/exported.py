@@ -13,6 +13,7 @@ from lightning_lora.adapter_io.token_rows import rows_of_layers
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.factors import Exported
+from lightning_lora.utils.patterns import by_name
 
 
 def export_layers(layers: dict[str, LoRALayer]) -> tuple[dict[str, Exported], LoRAConfig]:
@@ -50,9 +51,3 @@ def with_parent(fqn: str, layers: Mapping[str, LoRALayer]) -> bool:
 
 def _own(layer: LoRALayer) -> tuple[int, float, str | None]:
     return layer.rank, layer.alpha, layer.spec.kind
-
-
-def by_name(values: dict[str, Any]) -> dict[str, Any]:
-    """Return one pattern per layer."""
-    # The first matching pattern wins, and a name also matches every FQN that ends in it: so longer names go first.
-    return {fqn: values[fqn] for fqn in sorted(values, key=lambda fqn: (-len(fqn), fqn))}

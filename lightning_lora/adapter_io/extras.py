@@ -18,7 +18,7 @@ from lightning_lora.model.heads import saved_modules, within
 from lightning_lora.model.merge import unmerged
 from lightning_lora.model.noted_state import EXTRA, base_buffers, moved_extra_state
 from lightning_lora.quantization.formats import format_of
-from lightning_lora.utils.names import clean_name
+from lightning_lora.utils.names import clean_name, join
 from lightning_lora.utils.torch_private import NormWithStatistics
 
 _BROUGHT = "_lora_brought"  # names of a module's own base weights that were loaded from an adapter file
@@ -67,7 +67,7 @@ def brought_names(root: nn.Module) -> set[str]:
 def _brought(root: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     for name, module in root.named_modules():
         for part in module.__dict__.get(_BROUGHT, ()):
-            yield clean_name(f"{name}.{part}" if name else part), module, part
+            yield clean_name(join(name, part)), module, part
 
 
 def base_value(module: nn.Module, name: str) -> Tensor:
@@ -112,7 +112,7 @@ def note_brought(root: nn.Module, names: Iterable[str]) -> None:
     """Record on the modules which of their base weights came from an adapter file. Earlier records are replaced."""
     wanted = set(names)
     for name, module in root.named_modules():
-        parts = {part for part, _ in module._parameters.items() if clean_name(f"{name}.{part}" if name else part) in wanted}
+        parts = {part for part, _ in module._parameters.items() if clean_name(join(name, part)) in wanted}
         module.__dict__.pop(_BROUGHT, None)
         if parts:
             module.__dict__[_BROUGHT] = frozenset(parts)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from lightning_lora.config import ALL_LINEAR, LoRAConfig
 from lightning_lora.storage.atomic_files import write_atomic
 from lightning_lora.storage.folder_commit import commit
 from lightning_lora.utils.fused_layouts import GATE_UP, QKV
-from lightning_lora.utils.patterns import compile_patterns
+from lightning_lora.utils.patterns import compile_patterns, exactly
 
 
 @dataclass(frozen=True)
@@ -105,10 +104,10 @@ def write_pairs(source: Pairs, pairs: Mapping[str, tuple[Tensor, Tensor]], out: 
     fields |= {"init_lora_weights": True}
     config = adapter.config
     if config is not None:
-        mine = {f"^{re.escape(fqn)}$": own for fqn, own in patterns.items()}
+        mine = {exactly(fqn): own for fqn, own in patterns.items()}
         alphas = {name: float(own) for name, own in mine.items()}
         if _names_slices(config, pairs):  # the result is on whole layers
-            config = replace(config, target_modules=[f"^{re.escape(fqn)}$" for fqn in sorted(pairs)], exclude_modules=(), layers=None)
+            config = replace(config, target_modules=[exactly(fqn) for fqn in sorted(pairs)], exclude_modules=(), layers=None)
         config = replace(config, rank=rank, alpha=float(rank), scaling="standard", init="kaiming", rank_pattern=mine, alpha_pattern=alphas)
     made = replace(adapter, tensors=tensors, fields=adapter.fields | fields, config=config)
     text = (json.dumps(made.fields, indent=2, sort_keys=True) + "\n").encode()

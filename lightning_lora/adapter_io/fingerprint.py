@@ -27,7 +27,7 @@ from lightning_lora.quantization.content import UNKNOWN, digest_or_weight, packe
 from lightning_lora.quantization.formats import format_of, single
 from lightning_lora.registry import belongs_to_packed_base, kind_of
 from lightning_lora.utils.checksums import sampled_digests
-from lightning_lora.utils.names import bare, clean_name
+from lightning_lora.utils.names import bare, clean_name, join
 from lightning_lora.utils.pieces import Piece, flattened_pieces, piece_of
 from lightning_lora.utils.sharding import is_flattened
 from lightning_lora.utils.torch_private_parallel import fsdp1_flattened, fsdp2_original
@@ -77,7 +77,7 @@ def base_digests(root: nn.Module, rows: Mapping[str, tuple[int, ...]] | None = N
         packing = format_of(module)
         scales = () if packing is None else packing.attributes  # the weight's own digest covers them
         for name, parameter in sorted(module.named_parameters(recurse=False, remove_duplicate=False)):
-            full = clean_name(f"{module_name}.{name}" if module_name else name)
+            full = clean_name(join(module_name, name))
             if not name.startswith(PREFIX) and not parameter.is_meta and name not in scales:
                 packs = (name == "weight" and isinstance(module, LINEAR)) or name in _stacks(module)
                 key = LINEAR_MARK + full if packs else full

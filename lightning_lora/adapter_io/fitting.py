@@ -117,13 +117,13 @@ def two_names(root: nn.Module, adapted: Collection[str]) -> dict[str, str]:
     return {name: other for name, other in second_names(root).items() if name in adapted or other in adapted}
 
 
-def _fit(root: nn.Module, report: TargetReport, adapter: AdapterFile, where: str, check_base: bool) -> tuple[dict[str, Tensor], set[str]]:
-    """Return the file's tensors by their names in this model, checked against it, and the names of those that replace base weights.
+def _named(report: TargetReport, adapter: AdapterFile, where: str) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
+    """Return the file's tensors by their names in this model, and name → shape of those that the layers need.
 
     Raises:
-        ValueError: a tensor is missing, left over, of another shape, or a weight of another base.
+        ValueError: a tensor of PEFT's form does not fit the layer.
     """
-    tensors, config = dict(adapter.tensors), adapter.config
+    tensors = dict(adapter.tensors)
     try:
         report.targets[0].kind.take_shared([(target.module, target.spec) for target in report.targets], tensors)
     except ValueError as error:
@@ -141,6 +141,17 @@ def _fit(root: nn.Module, report: TargetReport, adapter: AdapterFile, where: str
                     tensors[name] = target.kind.from_peft(target.module, part, tensors[name], target.spec)
                 except ValueError as error:
                     raise ValueError(f"{where}: {name}: {error}.") from error
+    return tensors, shapes
+
+
+def _fit(root: nn.Module, report: TargetReport, adapter: AdapterFile, where: str, check_base: bool) -> tuple[dict[str, Tensor], set[str]]:
+    """Return the file's tensors by their names in this model, checked against it, and the names of those that replace base weights.
+
+    Raises:
+        ValueError: a tensor is missing, left over, of another shape, or a weight of another base.
+    """
+    config = adapter.config
+    tensors, shapes = _named(report, adapter, where)
     base = {clean_name(name): tensor for name, tensor in root.state_dict(keep_vars=True).items() if not is_adapter(name)}
     extras = extra_tensors(root, config, {clean_name(target.fqn) for target in report.targets})
     shapes |= {name: tuple(tensor.shape) for name, tensor in extras.items() if isinstance(tensor, nn.Parameter) or name in tensors}

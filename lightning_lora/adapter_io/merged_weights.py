@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.layers.base import PREFIX, LoRALayer
-from lightning_lora.model.ties import join, tied_weights
+from lightning_lora.model.ties import tied_weights
 from lightning_lora.quantization.formats import QUANTIZED_FORMATS, dequantized, format_of, single, unknown_storage
 from lightning_lora.utils.deferred import DeferredTensor
-from lightning_lora.utils.names import clean_name
+from lightning_lora.utils.names import clean_name, join
 from lightning_lora.utils.sharding import flattened, full_tensor, gathered, gathered_parameters
 from lightning_lora.utils.transformers_conventions import forget_placement, forget_quantizer, quantizing_library
 

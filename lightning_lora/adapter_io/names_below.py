@@ -6,7 +6,6 @@ in a file's names. The exact names of what it means take its place.
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
@@ -24,6 +23,7 @@ from lightning_lora.model.heads import saved_modules
 from lightning_lora.model.target_report import TargetReport
 from lightning_lora.model.targeting import resolve
 from lightning_lora.utils.names import clean_name
+from lightning_lora.utils.patterns import exactly
 
 Settings = tuple[int, float, str | None]  # rank, alpha, kind
 
@@ -100,7 +100,7 @@ def _readings(root: nn.Module, adapter: AdapterFile) -> Iterator[LoRAConfig]:
         rows = {t.fqn.removeprefix(prefix): list(t.spec.rows) for t in report.rows if not t.spec.rows_of}
         config = _exact(adapter.config, settings, [name.removeprefix(prefix) for name in report.saved])
         named = isinstance(config.trainable_token_indices, Mapping)
-        yield replace(config, trainable_token_indices={_whole(fqn): own for fqn, own in rows.items()}) if named else config
+        yield replace(config, trainable_token_indices={exactly(fqn): own for fqn, own in rows.items()}) if named else config
 
 
 def _finds_all(root: nn.Module, adapter: AdapterFile, config: LoRAConfig, report: TargetReport) -> bool:
@@ -124,7 +124,7 @@ def _by_name(report: TargetReport) -> dict[str, Settings]:
 
 def _exact(config: LoRAConfig, settings: Mapping[str, Settings], saved: Collection[str]) -> LoRAConfig:
     """Return the config with one pattern for each name: of the layers, whose settings are given, and of what is trained in full."""
-    ranks, alphas, kinds = ({_whole(name): each[i] for name, each in settings.items()} for i in range(3))
+    ranks, alphas, kinds = ({exactly(name): each[i] for name, each in settings.items()} for i in range(3))
     return replace(
         config,
         target_modules=[*ranks],
@@ -133,9 +133,5 @@ def _exact(config: LoRAConfig, settings: Mapping[str, Settings], saved: Collecti
         rank_pattern=ranks,  # type: ignore[arg-type]
         alpha_pattern=alphas,  # type: ignore[arg-type]
         kind_pattern={name: kind for name, kind in kinds.items() if kind is not None},  # type: ignore[misc]
-        modules_to_save="auto" if config.modules_to_save == "auto" else [_whole(name) for name in saved],
+        modules_to_save="auto" if config.modules_to_save == "auto" else [exactly(name) for name in saved],
     )
-
-
-def _whole(name: str) -> str:
-    return f"^{re.escape(name)}$"

@@ -19,6 +19,7 @@ from lightning_lora.adapter_io.files import AdapterFolder
 from lightning_lora.adapter_io.peft_names import PREFIX
 from lightning_lora.adapter_io.peft_rules import pattern_value
 from lightning_lora.utils.names import clean_name
+from lightning_lora.utils.patterns import exactly
 
 _PAIR = ("A", "B")
 _FACTOR = re.compile(
@@ -85,7 +86,7 @@ def one_rank(adapter: AdapterFolder, layers: dict[str, FileLayer], rules: Target
     if config is not None:
         config = replace(config, rank=rank, alpha=float(alpha), scaling="standard", rank_pattern={}, alpha_pattern={}, init="kaiming")
         if added:
-            config = replace(config, target_modules=[f"^{re.escape(fqn)}$" for fqn in sorted(layers)], exclude_modules=(), layers=None)
+            config = replace(config, target_modules=[exactly(fqn) for fqn in sorted(layers)], exclude_modules=(), layers=None)
     return replace(adapter, tensors=tensors, fields=fields, config=config)
 
 

@@ -5,7 +5,6 @@ Names that transformers has changed since are translated. For a folder that PEFT
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,7 +27,7 @@ from lightning_lora.model.heads import fresh_heads, within
 from lightning_lora.model.suitability import Suitability
 from lightning_lora.registry import kind_of
 from lightning_lora.utils.names import modules_by_name
-from lightning_lora.utils.patterns import compile_pattern, compile_patterns, layer_index
+from lightning_lora.utils.patterns import compile_pattern, compile_patterns, exactly, layer_index
 
 
 @dataclass(frozen=True)
@@ -128,14 +127,14 @@ def _meant(
     if not targets:
         raise ValueError(f"{where}: target_modules={names!r} names no module of this model.")
     if targets != _named(config, [*here.modules, *slice_names(here.modules)]):  # PEFT knows no slices
-        config = replace(config, target_modules=[_whole(fqn) for fqn in sorted(targets)], exclude_modules=(), layers=None)
+        config = replace(config, target_modules=[exactly(fqn) for fqn in sorted(targets)], exclude_modules=(), layers=None)
     save = partial(is_saved, fields["modules_to_save"])
     saved = [fqn for fqn, module in here.modules.items() if here.either(fqn, save) and any(True for _ in module.parameters())]
     saved = list(dict.fromkeys([*saved, *heads]))
     saved = [fqn for fqn in saved if not within(fqn.rpartition(".")[0], saved)]
     patterns = compile_patterns(config.modules_to_save, "modules_to_save")
     if set(saved) != {fqn for fqn in here.modules if any(pattern.matches(fqn) for pattern in patterns)}:
-        config = replace(config, modules_to_save=[_whole(fqn) for fqn in saved])
+        config = replace(config, modules_to_save=[exactly(fqn) for fqn in saved])
     defaults: dict[str, Any] = {"rank_pattern": config.rank, "alpha_pattern": config.alpha}
     exact: dict[str, Any] = {}
     for name, default in defaults.items():
@@ -145,7 +144,7 @@ def _meant(
         values |= {fqn: getattr(stack, name) for fqn, stack in stacks.items()}
         ours = [(compile_pattern(text, name), value) for text, value in getattr(config, name).items()]
         if values != {fqn: next((value for pattern, value in ours if pattern.matches(fqn)), default) for fqn in targets}:
-            exact[name] = {_whole(fqn): value for fqn, value in sorted(values.items()) if value != default}
+            exact[name] = {exactly(fqn): value for fqn, value in sorted(values.items()) if value != default}
     return replace(config, **exact)
 
 
@@ -205,7 +204,3 @@ def _named(config: LoRAConfig, modules: Collection[str]) -> set[str]:
     inside = [fqn for fqn in modules if config.layers is None or layer_index(fqn) in config.layers]
     hit = [fqn for fqn in inside if any(pattern.matches(fqn) for pattern in wanted)]
     return {fqn for fqn in hit if not any(pattern.matches(fqn) for pattern in excluded)}
-
-
-def _whole(fqn: str) -> str:
-    return f"^{re.escape(fqn)}$"

@@ -7,7 +7,6 @@ adapter cannot be given another rank by a config.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.adapter_io.exported import by_name
 from lightning_lora.adapter_io.files import read_adapter
 from lightning_lora.adapter_io.names_below import resolve_file
 from lightning_lora.adapter_io.placing import place
@@ -27,7 +25,7 @@ from lightning_lora.model.quantize import before_quantizing
 from lightning_lora.model.targeting import TargetReport, resolve
 from lightning_lora.registry import data_of, has_start
 from lightning_lora.utils.names import adapter_root, modules_by_name
-from lightning_lora.utils.patterns import compile_pattern, is_regex
+from lightning_lora.utils.patterns import by_name, compile_pattern, exactly, is_regex
 
 _DEFAULT = LoRAConfig()
 
@@ -78,14 +76,14 @@ def _named(config: LoRAConfig, report: TargetReport, modules: Collection[str]) -
     ends = {fqn for fqn in (*names, *rows) if any(other.endswith(f".{fqn}") for other in modules)}  # such a name means other modules too
     return replace(
         config,
-        target_modules=[f"^{re.escape(fqn)}$" if fqn in ends else fqn for fqn in names],
+        target_modules=[exactly(fqn) if fqn in ends else fqn for fqn in names],
         exclude_modules=(),
         layers=None,
         rank_pattern=by_name({fqn: rank for fqn, rank in ranks.items() if rank != config.rank}),
         alpha_pattern=by_name({fqn: alpha for fqn, alpha in alphas.items() if alpha != config.alpha}),
         kind_pattern=by_name({fqn: kind for fqn, kind in kinds.items() if kind is not None}),
         modules_to_save="auto" if config.modules_to_save == "auto" else list(report.saved),
-        trainable_token_indices={f"^{re.escape(fqn)}$" if fqn in ends else fqn: own for fqn, own in rows.items()}
+        trainable_token_indices={exactly(fqn) if fqn in ends else fqn: own for fqn, own in rows.items()}
         if _rows_by_name(config)
         else config.trainable_token_indices,
     )

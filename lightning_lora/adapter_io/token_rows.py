@@ -6,7 +6,6 @@ PEFT writes the rows of an embedding once; modules that are tied to it follow wh
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.model.token_rows import FIELD, input_embedding
+from lightning_lora.utils.patterns import exactly
 from lightning_lora.utils.sharding import full_tensor
 
 ROWS = "lora_rows"  # the parameter's name in the layer
@@ -68,17 +68,14 @@ def rows_of_file(
         )
     if isinstance(said, list) and found and [*found] == [_input(root, modules)]:
         return tensors, tuple(said)
-    return tensors, {f"^{re.escape(owner)}$": indices for owner, indices in found.items()} or None
+    return tensors, {exactly(owner): indices for owner, indices in found.items()} or None
 
 
 def rows_of_layers(config: LoRAConfig, layers: Mapping[str, LoRALayer]) -> LoRAConfig:
     """Return the config with the names that its rows have in the adapter's root, from which a file is read."""
     if not isinstance(config.trainable_token_indices, Mapping):
         return config
-    rows: dict[str, Sequence[int]] = {
-        f"^{re.escape(fqn)}$": list(layer.replaced_rows) for fqn, layer in layers.items() if layer.spec.rows and not layer.spec.rows_of
-    }
-    return replace(config, trainable_token_indices=rows)
+    return replace(config, trainable_token_indices={exactly(fqn): rows for fqn, rows in _own_rows(layers).items()})
 
 
 def peft_rows(root: nn.Module, layers: Mapping[str, LoRALayer], modules: Mapping[str, nn.Module]) -> dict[str, Any]:

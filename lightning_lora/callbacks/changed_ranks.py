@@ -6,7 +6,6 @@ with resumes it, tests it, and loads one from before the change too: the layers 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -25,6 +24,7 @@ from lightning_lora.optim.resize import Resizing, plan_resize
 from lightning_lora.strategies.adapted_part import AdaptedPart
 from lightning_lora.strategies.rewrap import rewrap
 from lightning_lora.utils.names import clean_name
+from lightning_lora.utils.patterns import exactly
 
 
 def config_to_adapt(callback: Any, trainer: Trainer, target: nn.Module) -> LoRAConfig:
@@ -71,7 +71,7 @@ def apply_ranks(
     for callback in callbacks:
         target, prefix = module.get_submodule(callback.module or ""), f"{callback.module}." if callback.module else ""
         names = [clean_name(prefix + name) for name, _ in lora_layers(target)]
-        mine = {f"^{re.escape(name.removeprefix(prefix))}$": ranks[name] for name in names if name in ranks}
+        mine = {exactly(name.removeprefix(prefix)): ranks[name] for name in names if name in ranks}
         if mine:
             plans.append((callback, target, plan_resize(target, mine, trainer.strategy.optimizers)))
     changed: dict[str, tuple[int, int]] = {}

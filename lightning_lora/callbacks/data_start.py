@@ -170,7 +170,7 @@ def _restoring(module: LightningModule) -> Any:
     """Return a function that gives the module's plain attributes, its lists, dicts and sets, and its buffers their present content."""
     plain = {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN)}
     held = [(value, value.copy()) for name, value in vars(module).items() if type(value) in (list, dict, set) and not name.startswith("_")]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    places = [(child, name, b.detach().clone()) for child in module.modules() for name, b in child._buffers.items() if b is not None]
 
     def restore() -> None:
         vars(module).update(plain)
@@ -178,8 +178,9 @@ def _restoring(module: LightningModule) -> Any:
             value.clear()
             value.extend(content) if isinstance(value, list) else value.update(content)
         with torch.no_grad():
-            for buffer, content in buffers:
-                buffer.copy_(content)
+            for child, name, content in places:  # by name: another device or dtype has new tensors
+                buffer = child._buffers[name]
+                child._buffers[name] = content if buffer is None else buffer.copy_(content)
 
     return restore
 

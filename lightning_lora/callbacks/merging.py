@@ -20,6 +20,7 @@ from lightning_lora.quantization.formats import format_of
 from lightning_lora.strategies.lightning_private import left_masked
 from lightning_lora.strategies.namespaces import twins
 from lightning_lora.utils.messages import counted
+from lightning_lora.utils.names import join
 
 
 def check_mergeable(target: nn.Module, report: TargetReport, strategy: Strategy, quantize: str | None, how: Quantized | None) -> None:
@@ -45,7 +46,7 @@ def check_mergeable(target: nn.Module, report: TargetReport, strategy: Strategy,
                 " lora: {merge_on_fit_end: false}."
             )
     parts = {
-        f"{fqn}.{name}" if fqn else name: (module, getattr(module, name))
+        join(fqn, name): (module, getattr(module, name))
         for fqn, module in target.named_modules()
         if (kind := kinds.get(module)) is not None
         for name in kind.adapted

@@ -26,6 +26,7 @@ from lightning_lora.callbacks.monitor_report import RANKS, write_report
 from lightning_lora.layers.base import PREFIX, LoRALayer, lora_layers
 from lightning_lora.model.layer_statistics import gradient_norms, low_rank_layers, owners_of, spectra, weight_norms
 from lightning_lora.model.rank_advice import advise_ranks, patterns
+from lightning_lora.ops.low_rank_svd import check_energy
 from lightning_lora.quantization.formats import format_of
 from lightning_lora.strategies.changed_bits import changed_since, digests
 from lightning_lora.strategies.lightning_private import logged_step
@@ -89,8 +90,7 @@ class LoRAMonitor(Callback):
     ) -> None:
         if type(every_n_steps) is not int or every_n_steps < 1:
             raise ValueError(f"every_n_steps={every_n_steps!r}: give a whole number ≥ 1, such as 100.")
-        if isinstance(energy, bool) or not isinstance(energy, (int, float)) or not 0 < energy <= 1:
-            raise ValueError(f"energy={energy!r}: give a share in (0, 1], such as 0.99.")
+        check_energy(energy)
         self.every_n_steps, self.log_layers, self.energy, self.report = every_n_steps, log_layers, energy, report
         self.dirpath = None if dirpath is None else str(dirpath)
         self.apply_ranks_at, self.rank_budget = apply_ranks_at, rank_budget

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_lora.callbacks.companion import Companion
 from lightning_lora.utils.messages import counted
+from lightning_lora.utils.sharding import from_all_ranks
 
 KEY = "lightning_lora_random_numbers"  # of a checkpoint: one state per process
 
@@ -35,11 +36,8 @@ class RandomNumbers(Companion):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the states of all processes. Every process has to call it."""
-        states: list[Any] = [None] * trainer.world_size
         mine = random_states(trainer)
-        if trainer.world_size > 1:
-            torch.distributed.all_gather_object(states, mine)
-        checkpoint[KEY] = states if trainer.world_size > 1 else [mine]
+        checkpoint[KEY] = from_all_ranks(mine) if trainer.world_size > 1 else [mine]
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore this process's state, or keep it for the first batch.

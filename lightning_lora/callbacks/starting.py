@@ -19,7 +19,7 @@ from lightning_lora.layers.base import lora_layers
 from lightning_lora.strategies.adapted_part import AdaptedPart
 from lightning_lora.strategies.fsdp2 import offer_to_others
 from lightning_lora.strategies.lightning_private import resumed_from, see_mixed_imports
-from lightning_lora.utils.names import adapter_root, clean_name
+from lightning_lora.utils.names import adapter_root, clean_name, join
 
 
 def see_others() -> None:
@@ -73,7 +73,7 @@ class Start:
 
 def part_root(callback: Any, target: nn.Module) -> str:
     """Return the name of the submodule that the names of a ``LoRACallback``'s layers are relative to."""
-    return ".".join(filter(None, (callback.module, adapter_root(target)[0])))
+    return join(callback.module or "", adapter_root(target)[0])
 
 
 def adapted_part(callback: Any, target: nn.Module) -> AdaptedPart:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 
 from lightning_lora import find_targets, tasks
@@ -230,4 +231,4 @@ def _scalar(value: Any) -> str:
         mantissa, mark, exponent = f"{value:g}".partition("e")  # YAML reads 1e-3 as text, and 1.0e-3 as a number
         return f"{mantissa if '.' in mantissa or not mark else f'{mantissa}.0'}{mark}{exponent}"
     plain = isinstance(value, str) and value.replace("-", "").replace("_", "").isalnum() and not value[0].isdigit()
-    return value if plain else json.dumps(value, ensure_ascii=False)
+    return value if plain and yaml.safe_load(value) == value else json.dumps(value, ensure_ascii=False)  # "no" is false

@@ -84,15 +84,15 @@ def _twice(text: str) -> tuple[str, int] | None:
         nodes = [yaml.compose(text, Loader=_Loader)]
     except yaml.YAMLError:
         return None
+    known = set(nodes)
     for node in nodes:  # the loop appends to it
-        if isinstance(node, yaml.SequenceNode):
-            nodes += node.value
-        elif isinstance(node, yaml.MappingNode):
-            seen = set()
-            for key, value in node.value:
-                if key.value in seen and isinstance(key, yaml.ScalarNode):
+        inside = node.value if isinstance(node, yaml.SequenceNode) else []
+        if isinstance(node, yaml.MappingNode):
+            inside, seen = [value for _, value in node.value], set()
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+                if key.value in seen:
                     return key.value, key.start_mark.line + 1
-                if isinstance(key, yaml.ScalarNode):
-                    seen.add(key.value)
-                nodes.append(value)
+                seen.add(key.value)
+        nodes += [each for each in inside if each not in known]  # an alias may name what it stands in
+        known.update(inside)
     return None

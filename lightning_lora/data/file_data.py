@@ -121,7 +121,7 @@ class FileDataModule(FromTask, ABC):
             return None
         lost = split == "predict" or bool(example.rivals)  # half a prompt or half a choice cannot be judged
         del example.ids[self.max_length :], example.labels[self.max_length :]
-        return "lost" if lost or all(label == IGNORE for label in example.labels) else "cut"
+        return "lost" if lost or all(label == IGNORE for label in example.labels[1:]) else "cut"  # nothing predicts a first token
 
     def parts(self, example: Any) -> Iterable[Part]:
         """Return an example as text in parts, each with whether it is learnt: for people."""

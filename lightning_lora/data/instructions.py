@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from jsonargparse.typing import PositiveInt
@@ -123,7 +122,7 @@ class InstructionDataModule(FileDataModule):
         return examples
 
     def _text(self, text: str, split: str) -> list[Example]:
-        """Encode a text as the tokenizer begins texts, with its end token. A text of whitespace only is empty."""
+        """Encode a text as the tokenizer begins texts, with its end token. A text of whitespace only, or of one token in all, is empty."""
         if not text.strip():
             return []
         ids, end = self.tokenizer(text)["input_ids"], self.tokenizer.eos_token_id
@@ -132,7 +131,7 @@ class InstructionDataModule(FileDataModule):
         if split == "predict":
             return [Example(ids, text=text)]
         ids += [] if end is None else [end]
-        return [Example(ids, list(ids))]
+        return [Example(ids, list(ids))] if len(ids) > 1 else []  # nothing predicts a first token
 
     def _rivals(self, record: Conversation, example: Example) -> list[tuple[int, int]]:
         """Return for every other choice the index of its first token that differs from the answer, and that token (see `Example`)."""
@@ -181,20 +180,3 @@ def _pack_length(packing: bool, length: int | None, longest: int, multiple: int)
     if packing and rows % multiple:
         raise ValueError(f"data.pack_length={rows} is no multiple of data.pad_to_multiple_of={multiple}; use one that is")
     return rows
-
-
-def load_examples(file: str | Path, tokenizer: Any, max_length: int, split: str) -> Examples[Example]:
-    """Read and encode a file outside of a run.
-
-    Args:
-        file: The file.
-        tokenizer: A Hugging Face tokenizer.
-        max_length: Longest row, in tokens.
-        split: "train", "val", "test" or "predict". Prediction needs no answers; training ignores choices.
-
-    Raises:
-        ValueError: See `InstructionDataModule`.
-    """
-    data = InstructionDataModule(**{split: str(file)}, max_length=max_length)  # type: ignore[arg-type]
-    data._tokenizer = tokenizer
-    return data.load(split)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric
 from torch import Tensor
+
+from lightning_lora.utils.sharding import from_all_ranks
 
 T = TypeVar("T")
 
@@ -42,9 +44,7 @@ def shared_memory(size: int, ranks: dist.ProcessGroup, device: torch.device) -> 
         return together(lambda: _map(own, size, ranks), size, ranks)
     descriptor, name = tempfile.mkstemp(prefix="lightning-lora-")
     os.close(descriptor)
-    names: list[Any] = [None] * ranks.size()
-    dist.all_gather_object(names, name, group=ranks)
-    found = [torch.from_file(name, shared=True, size=size, dtype=torch.uint8) for name in names]
+    found = [torch.from_file(each, shared=True, size=size, dtype=torch.uint8) for each in from_all_ranks(name, ranks)]
     dist.barrier(ranks)
     os.unlink(name)
     return found
@@ -57,9 +57,7 @@ def together(action: Callable[[], T], size: int, ranks: dist.ProcessGroup) -> T:
         found = action()
     except RuntimeError as raised:
         error = str(raised)
-    errors: list[Any] = [None] * ranks.size()
-    dist.all_gather_object(errors, error, group=ranks)
-    first = next((error for error in errors if error is not None), None)
+    first = next((each for each in from_all_ranks(error, ranks) if each is not None), None)
     if first is not None:
         raise RuntimeError(f"pull_frozen: the GPUs could not share {size} bytes with each other: {first}. pull_frozen=False needs none.")
     return cast(T, found)

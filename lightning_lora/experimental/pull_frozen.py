@@ -24,7 +24,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from lightning_lora.experimental.peer_memory import stream_barrier
 from lightning_lora.experimental.pulling_group import PrefetchOrder, PullingGroup
 from lightning_lora.utils.gradient_reducer import GradientReducer
-from lightning_lora.utils.sharding import broadcast
+from lightning_lora.utils.sharding import broadcast, from_all_ranks
 from lightning_lora.utils.torch_private_parallel import fsdp2_group
 
 HOOKS = "_lora_pull_hooks"  # the attribute of a unit that keeps the handles of its hooks
@@ -96,9 +96,7 @@ def share(model: nn.Module) -> None:
                 continue
             same = all([_as_gathered(param, group._all_gather_process_group) for param in list(group.sources or ())[:1]])
             unit.reshard()
-            found: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(found, same)
-            error = None if all(found) else f"pull_frozen: what is read of {name!r} is not what FSDP2 gathers"
+            error = None if all(from_all_ranks(same)) else f"pull_frozen: what is read of {name!r} is not what FSDP2 gathers"
     if error is not None:
         raise RuntimeError(error)
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from lightning_lora.experimental import TESTED_ON_GPUS, torch_release
+from lightning_lora.utils.sharding import from_all_ranks
 
 COPIES = 4  # of each replicated number: the weight, its gradient, two moments
 SHARE = 0.04  # of a GPU's memory that replicated adapters may take
@@ -30,16 +29,13 @@ def reason_against(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]], de
         nodes: hosts of the run.
     """
     mine = next(_reasons(model, blocks, device, nodes), None)
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (mine, socket.gethostname(), device.index))
-    reasons, hosts, indices = zip(*found, strict=True)
+    reasons, hosts, indices = zip(*from_all_ranks((mine, socket.gethostname(), device.index)), strict=True)
     reason = next((reason for reason in reasons if reason is not None), None)
     if reason is None and len(set(hosts)) > 1:
         reason = "the processes are on several hosts"
     if reason is None and (far := list(_out_of_reach(device, indices))):
         reason = f"GPU {device.index} cannot access the memory of GPU {far[0]}"
-    dist.all_gather_object(found, reason)
-    return next((reason for reason in found if reason is not None), None)
+    return next((each for each in from_all_ranks(reason) if each is not None), None)
 
 
 def _reasons(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]], device: torch.device, nodes: int) -> Iterator[str]:

@@ -61,8 +61,9 @@ class InputCovariance(MeanMatrix):
 def _inverted(C: Tensor) -> tuple[Tensor, Tensor]:
     """Return C and its inverse, with more and more of its mean diagonal added until the inverse is one."""
     eye, damping = torch.eye(len(C), dtype=C.dtype, device=C.device), _DAMPING
+    mean = float(C.diagonal().mean()) or 1 / _DAMPING  # the identity for inputs that are all zero: they prefer no part of the weight
     while True:
-        damped = C + damping * C.diagonal().mean() * eye
+        damped = C + damping * mean * eye
         inverse = torch.linalg.inv(damped)
         if float(torch.dist(damped @ inverse, eye)) < _INVERSE_ERROR:
             return damped, inverse

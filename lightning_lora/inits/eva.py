@@ -18,7 +18,7 @@ from lightning_lora.inits.statistics import Statistics, largest_svd
 from lightning_lora.layers.filling import fill_random
 from lightning_lora.layers.spec import Option, init_options_of
 from lightning_lora.registry import register_init
-from lightning_lora.utils.sharding import is_distributed
+from lightning_lora.utils.sharding import from_all_ranks, is_distributed
 
 if TYPE_CHECKING:
     from lightning_lora.config import LoRAConfig
@@ -122,13 +122,11 @@ class InputComponents(Statistics):
         super().reduce()
         if not is_distributed() or not self.finite:
             return
-        parts: list[Any] = [None] * torch.distributed.get_world_size()
         mine = self.found
         if mine is not None:
             mine = Components(mine.rows, mine.mean.cpu(), mine.spread, mine.S.cpu(), mine.Vh.cpu())
-        torch.distributed.all_gather_object(parts, mine)
         joined: Components | None = None
-        for part in (part for part in parts if part is not None):
+        for part in filter(None, from_all_ranks(mine)):
             joined = part if joined is None else joined.with_others(part, self.many)
         self.found = joined
 

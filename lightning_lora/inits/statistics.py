@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.layers.filling import weight_matrix
-from lightning_lora.utils.sharding import is_distributed
+from lightning_lora.utils.sharding import from_all_ranks, is_distributed
 
 if TYPE_CHECKING:
     from lightning_lora.config import LoRAConfig
@@ -74,10 +74,8 @@ class Statistics:
 
     def reduce(self) -> None:
         """Make the statistics those of all processes. Every process has to call it."""
-        if is_distributed():
-            told: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(told, (self.rows, self.finite))
-            self.rows, self.finite = sum(rows for rows, _ in told), all(finite for _, finite in told)
+        rows, finite = zip(*from_all_ranks((self.rows, self.finite)), strict=True)
+        self.rows, self.finite = sum(rows), all(finite)
 
     def condense(self) -> None:
         """Compute from the statistics what A and B need, and drop the rest. Called once there are enough rows."""

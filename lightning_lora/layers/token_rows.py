@@ -66,14 +66,15 @@ class TokenRows(Rows):
         self.reset_lora_parameters()
 
     def _place_index(self) -> None:
-        index = torch.tensor(self.spec.rows, device=self.weight.device)
-        ascending, order = index.sort()
-        self.__dict__.update(lora_index=index, lora_sorted=ascending, lora_order=order)
+        """Put the rows' numbers where the weight is."""
+        if "lora_index" not in self.__dict__ or self.lora_index.device != self.weight.device:
+            index = torch.tensor(self.spec.rows, device=self.weight.device)
+            ascending, order = index.sort()
+            self.__dict__.update(lora_index=index, lora_sorted=ascending, lora_order=order)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TokenRows:
         super()._apply(fn, recurse)
-        if self.lora_index.device != self.weight.device:
-            self._place_index()
+        self._place_index()
         return self
 
     @torch.no_grad()
@@ -95,6 +96,7 @@ class TokenRows(Rows):
         comes = prefix + "weight" in state_dict and prefix + "lora_rows" not in state_dict
         follows = comes and not self.merged and self._starts()  # asked before the base's rows are replaced
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._place_index()  # with assign=True the weight may be on another device than before
         if follows:
             _, _, missing, _, _ = args
             self.reset_lora_parameters()

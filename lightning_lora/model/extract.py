@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -16,9 +15,10 @@ from lightning_lora.layers.filling import fill_factors
 from lightning_lora.model.apply import inject
 from lightning_lora.model.target_report import TargetReport
 from lightning_lora.model.targeting import find_targets
-from lightning_lora.ops.low_rank_svd import balanced, rank_for_energy
+from lightning_lora.ops.low_rank_svd import balanced, check_energy, rank_for_energy
 from lightning_lora.quantization.formats import format_of
 from lightning_lora.utils.names import clean_name, modules_by_name, parameters_by_name
+from lightning_lora.utils.patterns import exactly
 
 
 @torch.no_grad()
@@ -50,10 +50,12 @@ def extract_adapter(model: nn.Module, tuned: nn.Module, config: LoRAConfig, *, e
         >>> torch.allclose(model(**batch).logits, tuned(**batch).logits, atol=1e-5)
         True
     """
-    if energy is not None and (isinstance(energy, bool) or not isinstance(energy, (int, float)) or not 0 < energy <= 1):
-        raise ValueError(f"energy={energy!r}: give a share in (0, 1], such as 0.95.")
+    if energy is not None:
+        check_energy(energy)
     if config.variant != "plain":
         raise ValueError(f"variant={config.variant!r}: a difference is extracted as plain LoRA; use variant='plain'.")
+    if config.init != LoRAConfig.init:  # one that keeps a start would subtract it from the update
+        raise ValueError(f"init={config.init!r}: A and B come from the difference here; leave init out.")
     for each, what in ((model, "model"), (tuned, "tuned")):
         if adapted := next((name for name, _ in lora_layers(each)), None):
             raise ValueError(f"{what}: {adapted!r} has LoRA; merge and unload it, or drop it with unload_lora.")
@@ -65,15 +67,18 @@ def extract_adapter(model: nn.Module, tuned: nn.Module, config: LoRAConfig, *, e
         if target.kind.adapted != ("weight",):
             weights = ", ".join(target.kind.adapted)
             raise ValueError(f"{target.fqn!r} has no single matrix but {weights}, which is not supported here: exclude it.")
-    differences = {target.fqn: _difference(target.module, tuned, target.fqn) for target in report.targets}
+    twins: dict[str, Any] = modules_by_name(tuned)
+    for target in report.targets:
+        _check_pair(target.module, twins.get(target.fqn), target.fqn)
     if energy is not None:
-        ranks = {f"^{re.escape(fqn)}$": rank_for_energy(torch.linalg.svdvals(d.flatten(1)), energy) for fqn, d in differences.items()}
+        changes = ((target.fqn, _difference(target.module, twins[target.fqn])) for target in report.targets)  # one at a time
+        ranks = {exactly(fqn): rank_for_energy(torch.linalg.svdvals(change.flatten(1)), energy) for fqn, change in changes}
         config = replace(config, rank_pattern=ranks)
         report = find_targets(model, config)
     _warn_of_others(model, tuned, report)
     inject(model, config, report)
     for name, layer in lora_layers(model):
-        _fill(layer, differences[clean_name(name)])
+        _fill(layer, _difference(layer, twins[clean_name(name)]))
     theirs = parameters_by_name(tuned)
     for name, parameter in parameters_by_name(model).items():
         if any(name == saved or name.startswith(f"{saved}.") for saved in report.saved):
@@ -81,18 +86,24 @@ def extract_adapter(model: nn.Module, tuned: nn.Module, config: LoRAConfig, *, e
     return model
 
 
-def _difference(module: Any, tuned: nn.Module, fqn: str) -> Tensor:
-    """Return ``W_tuned − W`` of a layer, in float64."""
-    twin: Any = modules_by_name(tuned).get(fqn)
+def _check_pair(module: Any, twin: Any, fqn: str) -> None:
+    """Raise ValueError for a layer whose weight has no difference to the tuned one's."""
     for each, what in ((module, "model"), (twin, "tuned")):
         if each is not None and format_of(each) is not None:
             raise ValueError(f"{what}: {fqn!r} is quantized, so its difference is that of the rounding too; give unquantized models.")
+        if each is not None and not each.weight.isfinite().all():
+            raise ValueError(f"{what}: the weight of {fqn!r} has NaN or infinity, of which there is no difference: exclude it.")
     shape = None if twin is None else tuple(twin.weight.shape)
     if shape != tuple(module.weight.shape):
         raise ValueError(f"{fqn!r} has a weight of {tuple(module.weight.shape)} in model and of {shape} in tuned: not one architecture.")
     if getattr(module, "groups", 1) > 1:
         raise ValueError(f"{fqn!r} is a grouped convolution, which has a pair for each group; not supported here: exclude it.")
-    return twin.weight.double() - module.weight.double()
+
+
+def _difference(module: Any, twin: Any) -> Tensor:
+    """Return ``W_tuned − W`` of a layer, in float64."""
+    difference: Tensor = twin.weight.to(module.weight.device, torch.float64) - module.weight
+    return difference
 
 
 def _fill(layer: LoRALayer, difference: Tensor) -> None:
@@ -112,7 +123,7 @@ def _warn_of_others(model: nn.Module, tuned: nn.Module, report: TargetReport) ->
         if name in carried or any(name == saved or name.startswith(f"{saved}.") for saved in report.saved):
             continue
         twin = theirs.get(name)
-        if twin is None or twin.shape != parameter.shape or not torch.equal(twin, parameter):
+        if twin is None or twin.shape != parameter.shape or not torch.equal(twin.to(parameter.device), parameter):
             left.append(name)
     if left:
         warnings.warn(

@@ -10,7 +10,7 @@ from torch import nn
 from lightning_lora.config import ALL_LINEAR, LoRAConfig
 from lightning_lora.layers.base import lora_layers
 from lightning_lora.quantization.formats import format_of, unknown_storage
-from lightning_lora.utils.names import clean_name, modules_by_name, parameters_by_name
+from lightning_lora.utils.names import clean_name, join, modules_by_name, parameters_by_name
 from lightning_lora.utils.patterns import Pattern, compile_patterns, no_match
 from lightning_lora.utils.shared_memory import SharedMemory
 from lightning_lora.utils.transformers_conventions import computed_when_missing, is_loaded
@@ -43,12 +43,12 @@ def fresh_heads(model: nn.Module, targets: Sequence[Pattern] = ()) -> list[str]:
         if not _may_have_head(module) or within(fqn, tasks):  # a task model's parts have no heads of their own
             continue
         tasks += [fqn] * _is_task(module)
-        adapted = [name for name, _ in module.named_modules() if any(p.matches(clean_name(_join(fqn, name))) for p in targets)]
+        adapted = [name for name, _ in module.named_modules() if any(p.matches(clean_name(join(fqn, name))) for p in targets)]
         missing = _not_loaded(module, adapted)
         found = set(missing or ())
         if _CLASSIFIERS.search(type(module).__name__) or (missing is None and _TASKS.search(type(module).__name__)):
             found |= set(_beside_backbone(module))
-        fresh += [clean_name(_join(fqn, name)) for name in _names(module) if name in found]
+        fresh += [clean_name(join(fqn, name)) for name in _names(module) if name in found]
     return [name for name in dict.fromkeys(fresh) if not within(name.rpartition(".")[0], fresh)]
 
 
@@ -101,7 +101,7 @@ def _not_loaded(model: nn.Module, adapted: Collection[str] = ()) -> list[str] | 
             names.append(name)
         else:
             inside = {id(p) for p in module.parameters(recurse=False)}
-            names += [_join(name, own) for own, p in module._parameters.items() if id(p) in missing]
+            names += [join(name, own) for own, p in module._parameters.items() if id(p) in missing]
         missing -= inside  # tied parameters are named once
     return names
 
@@ -110,7 +110,7 @@ def _names(model: nn.Module) -> Iterator[str]:
     """Yield the names of all modules, the root's as "", each followed by the names of its own parameters."""
     for name, module in model.named_modules():
         yield name
-        yield from (_join(name, own) for own, p in module._parameters.items() if p is not None)
+        yield from (join(name, own) for own, p in module._parameters.items() if p is not None)
 
 
 def left_frozen(model: nn.Module, adapted: Iterable[str], saved: Iterable[str]) -> list[str]:
@@ -130,7 +130,7 @@ def left_frozen(model: nn.Module, adapted: Iterable[str], saved: Iterable[str]) 
             names.append(name)
     for fqn, module in model.named_modules():
         if _is_hf(module):
-            names += [_join(fqn, name) for name in _not_loaded(module) or ()]
+            names += [join(fqn, name) for name in _not_loaded(module) or ()]
     names = [clean_name(name) for name in names]
     return [name for name in dict.fromkeys(names) if not within(name, saved) and not any(within(fqn, [name]) for fqn in busy)]
 
@@ -170,7 +170,7 @@ def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
             targets = () if config.target_modules == ALL_LINEAR else compile_patterns(config.target_modules, "target_modules")
             named = config.trainable_token_indices if isinstance(config.trainable_token_indices, Mapping) else ()
             return fresh_heads(model, (*targets, *compile_patterns(list(named), "trainable_token_indices")))
-        return [clean_name(_join(name, own)) for name, module in model.named_modules() for own in module.__dict__.get(_TRAINED, ())]
+        return [clean_name(join(name, own)) for name, module in model.named_modules() for own in module.__dict__.get(_TRAINED, ())]
     parameters = parameters_by_name(model)
     saved: list[str] = []
     for pattern in compile_patterns(config.modules_to_save, "modules_to_save"):
@@ -225,10 +225,6 @@ def within(fqn: str, parents: Iterable[str]) -> bool:
 
 def _owner(fqn: str) -> str:
     return fqn.rpartition(".")[0]
-
-
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}".strip(".")
 
 
 def _check_not_tied(model: nn.Module, saved: list[str]) -> None:

@@ -120,16 +120,17 @@ def gradient_norms(layers: Mapping[str, LoRALayer], factor: float = 1.0) -> dict
         layers: name → layer.
         factor: what the norms are multiplied by, such as the inverse of a loss scale.
     """
-    places, tensors = [], []
-    for name, layer in layers.items():
-        for short, parameter in layer.lora_parameters().items():
-            if parameter.grad is not None:
-                places.append((name, short))
-                tensors.append(parameter.grad)
-    squares = dict(zip(places, squared_norms(tensors).tolist(), strict=True)) if tensors else {}
+    parts = [(name, short, p.grad) for name, layer in layers.items() for short, p in layer.lora_parameters().items() if p.grad is not None]
+    values = squared_norms([gradient for *_, gradient in parts]).tolist() if parts else []
+    squares: dict[str, dict[str, float]] = {name: {} for name in layers}
+    for (name, short, _), square in zip(parts, values, strict=True):
+        squares[name][short] = square
 
-    def norm(name: str, *parts: str) -> float:
-        own = [square for (of, short), square in squares.items() if of == name and (not parts or short in parts)]
-        return math.sqrt(sum(own)) * factor if own else math.nan
+    def norm(square: float) -> float:
+        return math.sqrt(square) * factor
 
-    return {name: Gradients(norm(name, "lora_A"), norm(name, "lora_B"), norm(name)) for name in layers}
+    nan = math.nan
+    return {
+        name: Gradients(norm(own.get("lora_A", nan)), norm(own.get("lora_B", nan)), norm(sum(own.values()) if own else nan))
+        for name, own in squares.items()
+    }

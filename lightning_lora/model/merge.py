@@ -12,7 +12,8 @@ from lightning_lora.layers.base import LoRALayer, lora_layers
 from lightning_lora.layers.linearity import why_no_longer_linear
 from lightning_lora.layers.rounding import Rounding, check_limit, check_lost
 from lightning_lora.layers.state import Quantized
-from lightning_lora.model.ties import adapted_weights, join, tied_weights, untying
+from lightning_lora.model.ties import adapted_weights, tied_weights, untying
+from lightning_lora.utils.names import join
 from lightning_lora.utils.sharding import is_distributed, is_flattened, is_sharded, reshard
 
 

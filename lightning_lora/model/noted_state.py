@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_lora.quantization.formats import format_of
 from lightning_lora.utils.checksums import checksum
-from lightning_lora.utils.names import clean_name
+from lightning_lora.utils.names import clean_name, join
 
 _NOTED = "_lora_noted_state"  # of a module: name of a buffer → dtype → checksum of it in that dtype; and the digest of its extra state
 _CASTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # a model that is cast, as for precision="bf16-true", has not moved
@@ -46,7 +46,7 @@ def base_buffers(model: nn.Module, *, moved: bool) -> dict[str, Tensor]:
     Buffers of packed weights are left out: a merge changes them. So are those on the meta device, sparse and sharded ones.
     """
     return {
-        clean_name(f"{prefix}.{name}".lstrip(".")): buffer
+        clean_name(join(prefix, name)): buffer
         for prefix, module in model.named_modules()
         for name, buffer in _buffers(module)
         if _moved(module, name, buffer) == moved

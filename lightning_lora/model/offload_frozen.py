@@ -23,6 +23,7 @@ from torch.autograd.graph import register_multi_grad_hook
 from lightning_lora.model.offload import copy_stream
 from lightning_lora.quantization.formats import format_of
 from lightning_lora.utils.blocks import BLOCKS, repeated_blocks
+from lightning_lora.utils.names import join
 from lightning_lora.utils.sharding import is_sharded
 from lightning_lora.utils.torch_private import map_tensors
 
@@ -70,7 +71,7 @@ def _check(fqn: str, block: nn.Module) -> None:
     if "_apply" in vars(block):
         raise ValueError(f"{fqn} is offloaded already: call remove() on the handle first.")
     for name, module in block.named_modules():
-        packing, what = format_of(module), f"{fqn}.{name}" if name else fqn
+        packing, what = format_of(module), join(fqn, name)
         for parameter in module.parameters(recurse=False):
             if is_sharded(parameter):
                 raise ValueError(f"{what} is sharded: give FSDP its own offloading (CPUOffloadPolicy), or use one device.")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.spec import LayerSpec
-from lightning_lora.utils.patterns import exactly
+from lightning_lora.utils.patterns import by_name, exactly
 from lightning_lora.utils.sharding import is_sharded
 
 
@@ -31,12 +31,11 @@ def check_resizable(layers: Mapping[str, LoRALayer], cure: str) -> None:
 
 def with_ranks(config: LoRAConfig, prefix: str, layers: Mapping[str, LoRALayer], ranks: Mapping[str, int]) -> LoRAConfig:
     """Return the config that gives these layers these ranks, with the scaling that each had."""
-    names = sorted((name for name in layers if ranks[name]), key=lambda name: (-len(name), name))  # the first pattern that matches counts
-    alphas = {name: _alpha(layers[name], ranks[name]) for name in names}
+    kept = by_name({name: ranks[name] for name in layers if ranks[name]})
     return replace(
         config,
-        rank_pattern={name: ranks[name] for name in names},
-        alpha_pattern=alphas,
+        rank_pattern=kept,
+        alpha_pattern={name: _alpha(layers[name], rank) for name, rank in kept.items()},
         exclude_modules=[*_listed(config.exclude_modules), *(exactly(name, prefix) for name in layers if not ranks[name])],
     )
 

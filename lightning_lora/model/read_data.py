@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from lightning_lora.inits.statistics import Statistics
 from lightning_lora.layers.awaiting import await_data, data_came
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.model.modes import evaluating
+from lightning_lora.model.trial_values import undone
 
 IGNORED = -100  # the label of tokens that do not count, as in torch's cross entropy
 
@@ -94,20 +95,7 @@ def without_marks(layers: Iterable[LoRALayer]) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run in evaluation mode, without compiling, and restore random numbers, buffers and gradients after it."""
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    gradients = [(p, p.grad) for p in model.parameters()]
-    eager = torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
-    with evaluating(model), eager, torch.random.fork_rng(devices=gpus):
+    """Run in evaluation mode, without compiling and from a fixed seed. What changes beside parameters is as before after it."""
+    with undone(model), evaluating(model), torch.compiler.set_stance("force_eager"):
         torch.manual_seed(0)
-        for parameter, _ in gradients:
-            parameter.grad = None
-        try:
-            yield
-        finally:
-            for parameter, grad in gradients:
-                parameter.grad = grad
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
+        yield

@@ -7,7 +7,7 @@ names), a module that cannot be adapted, a rank above a layer's size.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from lightning_lora.layers.adapting import refusal
 from lightning_lora.layers.base import PREFIX, LoRALayer
 from lightning_lora.layers.classes import adapted_class
 from lightning_lora.layers.several_weights import SeveralWeights
-from lightning_lora.layers.spec import LayerSpec, check_options
+from lightning_lora.layers.spec import LayerSpec, Slices, check_options
 from lightning_lora.model.frozen_parts import mixed_with_frozen
 from lightning_lora.model.fused_slices import chosen_slices, names_of, slice_names
 from lightning_lora.model.heads import saved_modules, within
@@ -73,21 +73,8 @@ def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False)
     excluded = Field("exclude_modules", config.exclude_modules)
     rules = {name: Field(name, list(getattr(config, name))) for name in ("rank_pattern", "alpha_pattern", "kind_pattern")}
     check_options(config)
-
-    # A module with two parents has two names. It is adapted once even if both are targets, and not at all if one of them is excluded.
     out = {module for fqn, module in modules.items() if excluded.matching(fqn)}
-    chosen: dict[nn.Module, str] = {}
-    for fqn, module in modules.items():
-        if wanted.matching(fqn) and module not in out and (config.layers is None or layer_index(fqn) in config.layers):
-            chosen.setdefault(module, fqn)
-
-    slices = chosen_slices(modules, chosen, wanted.matching, excluded.matching)
-    slices = {
-        module: each for module, each in slices.items() if module in chosen or (module not in out and _inside(config, modules, module))
-    }
-    chosen = {module: fqn for fqn, module in reversed(modules.items()) if module in chosen or module in slices}
-    chosen = {module: fqn for module, fqn in reversed(chosen.items()) if module not in slices or slices[module].names}
-
+    chosen, slices = _chosen(config, modules, out, wanted, excluded)
     with_parent = {f"{fqn}.{name}" for module, fqn in chosen.items() for name in children_too(module)}
     targets, problems = [], []
     for module, fqn in chosen.items():
@@ -111,12 +98,9 @@ def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False)
             problems.append(problem or why_refused(module, fqn))
         else:
             targets.append(Target(fqn, module, type(module).__name__, kind, spec))
-            children = {f"{fqn}.{name}": module.get_submodule(name) for name in children_too(module)}
-            for name, child in children.items():
-                if child not in out:
-                    problems += [problem] if (problem := refusal(child, replace(spec, fqn=name))) else []
-                    of_child: Any = adapted_class(type(child), config.variant)
-                    targets.append(Target(name, child, type(child).__name__, of_child, replace(spec, fqn=name)))
+            children = [child for child in _children(module, spec) if child.module not in out]
+            problems += filter(None, (refusal(child.module, child.spec) for child in children))
+            targets += children
 
     rows, wrong = token_row_targets(model, config, modules, chosen, saved, suitability)
     problems += wrong
@@ -131,14 +115,7 @@ def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False)
     unused = [name for name in config.kind_options if not any(issubclass(target.kind, KIND_NAMES[name]) for target in targets)]
     if unused and not problems and not config.allow_unmatched:
         problems.append(no_target_of(unused[0], modules, passed_over))
-    if problems:
-        problems = _alike_together(problems)
-        raise ValueError("\n".join(problems[:8] + ([f"… and {len(problems) - 8} more."] if len(problems) > 8 else [])))
-    lazy = [name for name, parameter in parameters_by_name(model).items() if is_lazy(parameter)]
-    if lazy:
-        raise ValueError(f"{lazy[0]!r} is lazy and has no shape yet: run one forward pass before applying LoRA.")
-    if not targets:
-        raise ValueError("exclude_modules excludes every module that target_modules matches; exclude less.")
+    _check(problems, model, targets)
     for target in targets:
         _warn_of_rank(target)
     total = sum({p: elements(module, name, p) for module in modules.values() for name, p in own_parameters(module)}.values())
@@ -150,6 +127,43 @@ def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False)
         left = left_out({fqn: rest[fqn] for fqn in _several_weights(rest) if rest[fqn] not in chosen}, rest)
     hits = {each.name: dict(each.hits) for each in fields if each.hits}
     return TargetReport(tuple(targets), hits, tuple(saved), left, total, passed_over, tuple(rows))
+
+
+def _chosen(
+    config: LoRAConfig, modules: dict[str, nn.Module], out: Container[nn.Module], wanted: Field | AllLinear, excluded: Field
+) -> tuple[dict[nn.Module, str], dict[nn.Module, Slices]]:
+    """Return module → FQN of what is targeted, wholly or in slices, in the model's order; and module → its slices.
+
+    A module with two parents has two names. It is adapted once even if both are targets, and not at all if one of them is excluded.
+    """
+    whole: dict[nn.Module, str] = {}
+    for fqn, module in modules.items():
+        if wanted.matching(fqn) and module not in out and (config.layers is None or layer_index(fqn) in config.layers):
+            whole.setdefault(module, fqn)
+    found = chosen_slices(modules, whole, wanted.matching, excluded.matching)
+    slices = {module: each for module, each in found.items() if module in whole or (module not in out and _inside(config, modules, module))}
+    chosen = {module: fqn for fqn, module in reversed(modules.items()) if module in whole or module in slices}
+    return {module: fqn for module, fqn in reversed(chosen.items()) if module not in slices or slices[module].names}, slices
+
+
+def _children(module: nn.Module, spec: LayerSpec) -> Iterator[Target]:
+    """Yield the children that are adapted together with a module."""
+    for name in children_too(module):
+        child, fqn = module.get_submodule(name), f"{spec.fqn}.{name}"
+        kind: Any = adapted_class(type(child), spec.config.variant)
+        yield Target(fqn, child, type(child).__name__, kind, replace(spec, fqn=fqn))
+
+
+def _check(problems: list[str], model: nn.Module, targets: Sequence[Target]) -> None:
+    """Raise ValueError with what is wrong, or if nothing is left to adapt."""
+    if problems:
+        problems = _alike_together(problems)
+        raise ValueError("\n".join(problems[:8] + ([f"… and {len(problems) - 8} more."] if len(problems) > 8 else [])))
+    lazy = [name for name, parameter in parameters_by_name(model).items() if is_lazy(parameter)]
+    if lazy:
+        raise ValueError(f"{lazy[0]!r} is lazy and has no shape yet: run one forward pass before applying LoRA.")
+    if not targets:
+        raise ValueError("exclude_modules excludes every module that target_modules matches; exclude less.")
 
 
 def _inside(config: LoRAConfig, modules: dict[str, nn.Module], module: nn.Module) -> bool:

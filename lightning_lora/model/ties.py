@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_lora.layers.base import PREFIX, lora_layers
 from lightning_lora.model.plain_copy import plain_copy
-from lightning_lora.utils.names import clean_name
+from lightning_lora.utils.names import clean_name, join
 from lightning_lora.utils.shared_memory import SharedMemory
 from lightning_lora.utils.transformers_conventions import declare_ties, declared_ties, without_ties
 
@@ -50,11 +50,6 @@ def adapted_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: part.weight for name, part in layers.items() if not part.merged and not part.followed}
 
 
-def join(module_name: str, name: str) -> str:
-    """Return the full name of a module's parameter."""
-    return f"{module_name}.{name}" if module_name else name
-
-
 @dataclass
 class Untying:
     """The changes with which some tied weights are saved and loaded each under its own name.
@@ -78,7 +73,7 @@ class Untying:
         shared = [(slot, tied) for slot in self.copies if (tied := slot[0]._parameters[slot[1]]) is not None]
         # First, because a lack of memory has to raise before any change.
         own = [nn.Parameter(tied.detach().clone(), requires_grad=tied.requires_grad) for _, tied in shared]
-        for (module, name), parameter in zip(self.copies, own, strict=True):
+        for (module, name), parameter in zip((slot for slot, _ in shared), own, strict=True):
             module._parameters[name] = parameter
         self._before = shared
         for config in self.configs:

@@ -51,7 +51,7 @@ def undone(model: nn.Module) -> Iterator[None]:
     owners = [(module, name, b) for module in model.modules() for name, b in module._buffers.items() if b is not None]
     buffers = {id(b): (b, b.detach().clone()) for _, _, b in owners}
     gradients = [(p, p.grad) for p in model.parameters()]
-    python, gpus = random.getstate(), {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    python, gpus = random.getstate(), range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     for parameter, _ in gradients:
         parameter.grad = None
     try:

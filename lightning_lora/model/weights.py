@@ -21,7 +21,7 @@ from lightning_lora.model.noted_state import note_state
 from lightning_lora.model.weight_folder import WeightFolder
 from lightning_lora.quantization.formats import format_of
 from lightning_lora.quantization.loading import awaits_weight, load_packed
-from lightning_lora.utils.names import clean_name, persistent_buffers
+from lightning_lora.utils.names import clean_name, join, persistent_buffers
 from lightning_lora.utils.sharding import local_shard, local_tensor
 from lightning_lora.utils.transformers_conventions import initializer_of
 from lightning_lora.utils.transformers_experts import stored_experts
@@ -134,7 +134,7 @@ def _load(read: Weights, model: nn.Module, device: torch.device) -> None:
     materialize(model, device)
     for prefix, module in model.named_modules():
         for name in module.__dict__.get(_EMPTY, set()) & module._non_persistent_buffers_set:
-            full = clean_name(f"{prefix}.{name}".lstrip("."))
+            full = clean_name(join(prefix, name))
             raise ValueError(
                 f"{full!r} is no part of a state dict, and {type(module).__name__} has no reset_parameters() that computes it: define one,"
                 " or build that buffer outside of torch.device('meta')."
@@ -144,7 +144,7 @@ def _load(read: Weights, model: nn.Module, device: torch.device) -> None:
     for prefix, module in model.named_modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
-                full = clean_name(f"{prefix}.{name}".lstrip("."))
+                full = clean_name(join(prefix, name))
                 found = _first(read, [full])
                 if found is not None:
                     _check_shape(full, found, tuple(buffer.shape))
@@ -175,7 +175,7 @@ def _base_parameters(model: nn.Module) -> Iterable[tuple[list[str], nn.Module, s
         for name, parameter in module._parameters.items():
             if parameter is not None and not name.startswith(PREFIX):
                 names, *_ = found.setdefault(id(parameter), ([], module, name))
-                names.append(clean_name(f"{prefix}.{name}".lstrip(".")))
+                names.append(clean_name(join(prefix, name)))
     return found.values()
 
 

@@ -51,12 +51,16 @@ def grouped_lora_linear(
         (N, out), in x's dtype.
     """
     A, B = A.to(x.dtype), B.to(x.dtype)
-    lacking = -A.shape[1] % (_ALIGNED // A.element_size())
-    if lacking:  # kernels of grouped products need aligned rows
-        A, B = F.pad(A, (0, 0, 0, lacking)), F.pad(B, (0, lacking))
+    A, B = aligned(A, B)
     dropped = F.dropout(x, dropout) if dropout else None
     tensors, layouts = flatten_weights([W])
     return _Grouped.apply(x, dropped, A.contiguous(), B.contiguous(), offsets, scale, W.shape[2], layouts, *tensors)
+
+
+def aligned(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return factors (…, r, in) and (…, out, r) with zeros up to a rank whose rows are aligned, as kernels of grouped products require."""
+    lacking = -A.shape[-2] % (_ALIGNED // A.element_size())
+    return (F.pad(A, (0, 0, 0, lacking)), F.pad(B, (0, lacking))) if lacking else (A, B)
 
 
 def _definition(x: Tensor, dropped: Tensor | None, A: Tensor, B: Tensor, W: FrozenWeight, offsets: Tensor, scale: float) -> Tensor:

@@ -18,12 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lora.ops.frozen_stack import FrozenStack, multiply
-from lightning_lora.ops.grouped_linear import grouped_lora_linear, one_operation_takes
+from lightning_lora.ops.grouped_linear import aligned, grouped_lora_linear, one_operation_takes
 from lightning_lora.ops.stand_in import GROUPED, WeightStandIn
 from lightning_lora.utils.autocast import autocast_dtype, no_autocast
 
 _ONE_OPERATION = {"grouped_mm", "_grouped_mm"}
-_ALIGNED = 16  # bytes that a row of a grouped product's operand is a multiple of
 
 
 class LowRankSum(WeightStandIn):
@@ -97,7 +96,7 @@ class LowRankSum(WeightStandIn):
         grouped = name in GROUPED
 
         def update(x: Tensor, P: Tensor, Q: Tensor) -> Tensor:
-            P, Q = _padded(P, Q) if grouped else (P, Q)
+            Q, P = aligned(Q, P) if grouped else (Q, P)
             return product(product(x, P, *rest, **kwargs), Q, *rest, **kwargs)
 
         return self._plus_update(y, first, update)
@@ -133,9 +132,3 @@ def product_of_sorted_rows(product: Callable[..., Tensor], x: Tensor, weight: Te
     if x.dtype == torch.bfloat16 and one_operation_takes(x, weight._weight):  # others go through an operator of transformers' own
         return weight._sorted_rows(x, offs)
     return weight._plus_update(times(x, weight._weight), x, lambda x, P, Q: times(times(x, P), Q))
-
-
-def _padded(P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the factors with zeros up to a rank whose rows are aligned, as kernels of grouped products require."""
-    lacking = -P.shape[-1] % (_ALIGNED // P.element_size())
-    return (F.pad(P, (0, lacking)), F.pad(Q, (0, 0, 0, lacking))) if lacking else (P, Q)

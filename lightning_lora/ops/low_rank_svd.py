@@ -36,6 +36,12 @@ def rank_for_energy(S: Tensor, energy: float) -> int:
     return int(enough.to(torch.int8).argmax()) + 1
 
 
+def check_energy(energy: object) -> None:
+    """Raise ValueError for what is no share of ``Σ S²``."""
+    if isinstance(energy, bool) or not isinstance(energy, (int, float)) or not 0 < energy <= 1:
+        raise ValueError(f"energy={energy!r}: give a share in (0, 1], such as 0.95.")
+
+
 def balanced(U: Tensor, S: Tensor, Vh: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return B (out, rank) and A (rank, in), the best approximation of that rank. Each takes the root of the singular values."""
     root = S[:rank].sqrt()

@@ -22,7 +22,7 @@ from lightning_lora.model.ranks import check_resizable, replace_values, spec_wit
 from lightning_lora.ops.other_rank import best_directions
 from lightning_lora.optim.carried import FactorChange, check_carried, check_optimizer
 from lightning_lora.registry import belongs_to_packed_base, data_of, frozen_factor, init_of
-from lightning_lora.utils.names import adapter_root, clean_name
+from lightning_lora.utils.names import adapter_root, clean_name, join
 from lightning_lora.utils.parameters import make_parameter
 from lightning_lora.utils.patterns import compile_pattern, no_match
 from lightning_lora.utils.sharding import broadcast, is_distributed
@@ -129,7 +129,7 @@ def plan_resize(model: nn.Module, ranks: Mapping[str, int], optimizers: Sequence
     others = [(layer, replace(layer.spec, config=config)) for name, layer in everyone.items() if name not in layers]
     return Resizing(
         config,
-        {f"{prefix}.{name}" if prefix else name: (layer.rank, wanted[name]) for name, layer in changing.items()},
+        {join(prefix, name): (layer.rank, wanted[name]) for name, layer in changing.items()},
         [(change.parameter, change.new_values(), change.new_gradient()) for change in changes],
         states,
         [*((layer, specs[name]) for name, layer in layers.items()), *others],
@@ -175,7 +175,7 @@ def _wanted(layers: Mapping[str, LoRALayer], prefix: str, ranks: Mapping[str, in
     """Return each layer's rank."""
     replace(config, rank_pattern=dict(ranks))  # checks patterns and ranks
     patterns = [(compile_pattern(text, "ranks"), rank) for text, rank in ranks.items()]
-    full = {name: f"{prefix}.{name}" if prefix else name for name in layers}
+    full = {name: join(prefix, name) for name in layers}
     for pattern, _ in patterns:
         if not any(pattern.matches(each) for pair in full.items() for each in pair):
             raise ValueError(no_match("ranks", pattern.text, layers).partition(" (allow_unmatched")[0])

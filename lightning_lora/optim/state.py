@@ -82,27 +82,7 @@ def load_by_name(optimizer: Optimizer, model: nn.Module, saved: dict[str, Any]) 
     names = _names(optimizer, model)
     numbers = {name: index for index, name in names.items()}
     here, there = now["param_groups"], saved["param_groups"]
-    if len(here) != len(there):
-        raise ValueError(
-            f"the checkpoint's optimizer has {counted(len(there), 'parameter group')}, this one {len(here)}; build it as it was built then"
-            " (lora_plus_ratio splits groups too)."
-        )
-    for i, (mine, theirs) in enumerate(zip(here, there, strict=True)):
-        different = sorted({names[index] for index in mine["params"]} ^ set(theirs["params"]))
-        if different:
-            raise ValueError(
-                f"optimizer group {i} differs from the checkpoint's in {counted(len(different), 'parameter')}: {', '.join(different[:4])}."
-            )
-        if mine.get(RATIO) != theirs.get(RATIO):
-            raise ValueError(
-                f"lora_plus_ratio is {theirs.get(RATIO, 1)!r} in the checkpoint, {mine.get(RATIO, 1)!r} here; resume with the same, or load"
-                " the adapter (load_adapter) into a new run."
-            )
-        if mine.get(PRECONDITION) != theirs.get(PRECONDITION):
-            raise ValueError(
-                f"precondition is {theirs.get(PRECONDITION)!r} in the checkpoint, {mine.get(PRECONDITION)!r} here: the optimizer's moments"
-                " are of other gradients. Resume with the same, or load the adapter (load_adapter) into a new run."
-            )
+    _check_groups(here, there, names)
     # torch matches by position, so keep this optimizer's order.
     groups = [{**theirs, "params": mine["params"]} for mine, theirs in zip(here, there, strict=True)]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -127,6 +107,37 @@ def load_by_name(optimizer: Optimizer, model: nn.Module, saved: dict[str, Any]) 
             f"the checkpoint's optimizer is another than {type(optimizer).__name__}: its groups have no {', '.join(lacking)}. Resume with"
             " the same, or load the adapter (load_adapter) into a new run."
         )
+
+
+def _check_groups(here: list[dict[str, Any]], there: list[dict[str, Any]], names: dict[int, str]) -> None:
+    """Raise ValueError if the checkpoint's groups are not this optimizer's.
+
+    Args:
+        here: the groups of its state dict.
+        there: the checkpoint's, with names.
+        names: number → name of this optimizer's parameters.
+    """
+    if len(here) != len(there):
+        raise ValueError(
+            f"the checkpoint's optimizer has {counted(len(there), 'parameter group')}, this one {len(here)}; build it as it was built then"
+            " (lora_plus_ratio splits groups too)."
+        )
+    for i, (mine, theirs) in enumerate(zip(here, there, strict=True)):
+        different = sorted({names[index] for index in mine["params"]} ^ set(theirs["params"]))
+        if different:
+            raise ValueError(
+                f"optimizer group {i} differs from the checkpoint's in {counted(len(different), 'parameter')}: {', '.join(different[:4])}."
+            )
+        if mine.get(RATIO) != theirs.get(RATIO):
+            raise ValueError(
+                f"lora_plus_ratio is {theirs.get(RATIO, 1)!r} in the checkpoint, {mine.get(RATIO, 1)!r} here; resume with the same, or load"
+                " the adapter (load_adapter) into a new run."
+            )
+        if mine.get(PRECONDITION) != theirs.get(PRECONDITION):
+            raise ValueError(
+                f"precondition is {theirs.get(PRECONDITION)!r} in the checkpoint, {mine.get(PRECONDITION)!r} here: the optimizer's moments"
+                " are of other gradients. Resume with the same, or load the adapter (load_adapter) into a new run."
+            )
 
 
 def _load_as_is(optimizer: Optimizer, model: nn.Module, saved: dict[str, Any]) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed
 from torch import nn
 
 from lightning_lora.strategies.digests import digest
 from lightning_lora.strategies.module_state import parameters_by_name
-from lightning_lora.utils.sharding import is_sharded
+from lightning_lora.utils.sharding import from_all_ranks, is_sharded
 
 Digests = dict[str, tuple[str, torch.dtype]]
 
@@ -35,8 +33,4 @@ def changed_since(before: Digests, module: nn.Module) -> set[str]:
     """
     now = digests(module)
     changed = {name for name, (value, dtype) in now.items() if name in before and before[name][1] == dtype and before[name][0] != value}
-    if any(is_sharded(parameter) for parameter in module.parameters()) and torch.distributed.is_initialized():
-        everyone: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everyone, changed)
-        changed = set().union(*everyone)
-    return changed
+    return set().union(*from_all_ranks(changed)) if any(is_sharded(parameter) for parameter in module.parameters()) else changed

@@ -29,7 +29,7 @@ from lightning_lora.model.merge import unmerged
 from lightning_lora.strategies.digests import Pass, is_merged
 from lightning_lora.strategies.flattened import gathered, parameters
 from lightning_lora.utils.names import clean_name
-from lightning_lora.utils.sharding import is_flattened, is_sharded, local_tensor, reshard
+from lightning_lora.utils.sharding import from_all_ranks, is_flattened, is_sharded, local_tensor, reshard
 
 COPIES = 64 << 20  # bytes: frozen tensors up to this sum, the smallest first, are copied at the start, so that they can be reset
 
@@ -244,10 +244,8 @@ class ChangedState:
             known = fqn in reference and fqn not in self._moved
             if known and here.digest(owner, name, p) not in (None, reference[fqn]) and not self._is_cast(fqn, p):
                 changed.add(fqn)
-        if sharded and torch.distributed.is_initialized():
-            everyone: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(everyone, changed)
-            changed = set().union(*everyone)
+        if sharded:
+            changed = set().union(*from_all_ranks(changed))
         self._saved |= trains | changed
         if self._started:
             self._moved |= changed

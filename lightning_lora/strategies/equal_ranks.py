@@ -13,7 +13,7 @@ from lightning_lora.model import parallel
 from lightning_lora.utils.checksums import checksum
 from lightning_lora.utils.messages import counted
 from lightning_lora.utils.names import clean_name
-from lightning_lora.utils.sharding import broadcast, is_distributed, is_sharded
+from lightning_lora.utils.sharding import broadcast, from_all_ranks, is_distributed, is_sharded
 
 
 def check_same_settings(settings: Mapping[str, Any]) -> None:
@@ -25,10 +25,7 @@ def check_same_settings(settings: Mapping[str, Any]) -> None:
     Raises:
         ValueError: a process has another value. It is raised on all; the message has both values and ranks.
     """
-    if not is_distributed():
-        return
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, dict(settings))
+    everyone = from_all_ranks(dict(settings))
     for rank, theirs in enumerate(everyone):
         names = [name for name in {**everyone[0], **theirs} if repr(theirs.get(name)) != repr(everyone[0].get(name))]
         if names:
@@ -55,8 +52,7 @@ def check_equal(module: nn.Module) -> None:
     if not is_distributed():
         return
     mine = {clean_name(name): checksum(p) for name, p in kept_parameters(module) if not is_sharded(p)}
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, mine)
+    everyone = from_all_ranks(mine)
     different = [name for name in mine if any(other.get(name) != mine[name] for other in everyone)]
     if different:
         raise RuntimeError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.strategies import module_state
-from lightning_lora.utils.names import clean_name, persistent_buffers
+from lightning_lora.utils.names import clean_name, join, persistent_buffers
 from lightning_lora.utils.sharding import gathered_parameters, is_flattened
 
 T = TypeVar("T")
@@ -22,7 +22,7 @@ def parameters(wrapped: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Par
     """Yield ``(clean name, owner, name in the owner, parameter)`` of every parameter; a collective under FSDP1."""
     if is_flattened(wrapped):
         for prefix, owner, name, p in gathered_parameters(wrapped):
-            yield clean_name(f"{prefix}.{name}" if prefix else name), owner, name, p
+            yield clean_name(join(prefix, name)), owner, name, p
     else:
         yield from module_state.parameters_by_name(wrapped)
 
@@ -31,7 +31,7 @@ def gathered(wrapped: nn.Module, names: Collection[str], writeback: bool = False
     """Yield the parameters of these names under FSDP1. Unflattened ones go first: they are often all, without a collective."""
     left = {clean_name(name) for name, _ in wrapped.named_parameters()}.intersection(names)
     for prefix, _, name, p in gathered_parameters(wrapped, writeback) if left else ():
-        fqn = clean_name(f"{prefix}.{name}" if prefix else name)
+        fqn = clean_name(join(prefix, name))
         if fqn in left:
             yield fqn, p
             left.discard(fqn)

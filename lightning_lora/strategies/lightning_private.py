@@ -52,6 +52,11 @@ def data_parallel_size(strategy: Strategy, processes: int) -> int:
     return 1 if together == "auto" else processes // together
 
 
+def has_trainer(module: LightningModule) -> bool:
+    """True if a Trainer runs the module. If its name goes, a task's checkpoint is read without a word on its learning rate."""
+    return getattr(module, "_trainer", None) is not None
+
+
 def compiles_steps(module: Any) -> bool:
     """True if the user gave the Trainer ``torch.compile(module)``. If its name goes, batches of such a module are laid end to end."""
     return getattr(module, "_compiler_ctx", None) is not None

@@ -14,22 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.layers.base import PREFIX
+from lightning_lora.model.noted_state import EXTRA, has_extra_state
 from lightning_lora.quantization.formats import format_of
 from lightning_lora.strategies.namespaces import LIGHTNING, library
-from lightning_lora.utils.names import clean_name, persistent_buffers
+from lightning_lora.utils.names import clean_name, join, persistent_buffers
 from lightning_lora.utils.sharding import distribute_like, local_tensor
 
 _METHODS = ("state_dict", "load_state_dict", "_save_to_state_dict", "_load_from_state_dict")
 #: Libraries whose overrides of these methods add no state, or state that :func:`state_of_user` finds.
 _LIBRARIES = LIGHTNING | {"torch", "lightning_lora", "bitsandbytes", "torchao", "torchmetrics"}
-_EXTRA = "_extra_state"  # torch's name for extra state in state dicts
 
 
 def parameters_by_name(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
     """Yield ``(clean name, owner, name in the owner, parameter)`` of every parameter, under each of its names."""
     for prefix, owner in module.named_modules(remove_duplicate=False):
         for name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
-            yield clean_name(f"{prefix}.{name}" if prefix else name), owner, name, parameter
+            yield clean_name(join(prefix, name)), owner, name, parameter
 
 
 def places(module: nn.Module) -> dict[str, Tensor]:
@@ -39,11 +39,7 @@ def places(module: nn.Module) -> dict[str, Tensor]:
 
 def extra_states(module: nn.Module) -> dict[str, nn.Module]:
     """Return name in a state dict → module that has extra state under that name (torch's ``get_extra_state``)."""
-    return {
-        clean_name(f"{prefix}.{_EXTRA}" if prefix else _EXTRA): child
-        for prefix, child in module.named_modules()
-        if type(child).get_extra_state is not nn.Module.get_extra_state
-    }
+    return {clean_name(join(prefix, EXTRA)): child for prefix, child in module.named_modules() if has_extra_state(child)}
 
 
 def overrides(module: nn.Module) -> str | None:

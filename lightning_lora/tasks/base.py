@@ -24,6 +24,7 @@ from typing_extensions import override
 
 from lightning_lora.optim import GaLoreConfig, galore_optimizer, galore_param_groups
 from lightning_lora.optim.advice import HALF
+from lightning_lora.strategies.lightning_private import has_trainer
 from lightning_lora.strategies.namespaces import twins
 from lightning_lora.tasks.flops import FlopsPerPosition
 from lightning_lora.tasks.hf import DType, check_writes, enable_checkpointing, load_empty, load_model, load_tokenizer
@@ -136,6 +137,11 @@ class HFTask(LightningModule, ABC):
 
         return super()._apply(converted, recurse)
 
+    @override
+    def cpu(self) -> HFTask:
+        """Move to the CPU, but stay on the meta device: at the end of a run that failed there, torch's error would hide the reason."""
+        return self if any(p.is_meta for p in self.parameters()) else super().cpu()
+
     @abstractmethod
     def make_metrics(self) -> dict[str, Metric]:
         """Return new metrics of one stage by name."""
@@ -219,7 +225,7 @@ class HFTask(LightningModule, ABC):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Log which settings of a resumed optimizer are the checkpoint's."""
-        theirs, fits = checkpoint.get("hyper_parameters", {}), self.trainer.state.fn == TrainerFn.FITTING
+        theirs, fits = checkpoint.get("hyper_parameters", {}), has_trainer(self) and self.trainer.state.fn == TrainerFn.FITTING
         for name in ("learning_rate", "weight_decay"):
             mine = self.hparams[name]
             if fits and theirs.get(name, mine) != mine:

@@ -42,7 +42,7 @@ class ImageClassificationTask(LabelTask):
     @override
     def load(self, **config: Any) -> None:
         super().load(**config)
-        blank = self.processor(images=[torch.zeros(3, 8, 8, dtype=torch.uint8)], return_tensors="pt")
+        blank = self.processor(images=[torch.zeros(3, 8, 8, dtype=torch.uint8)], return_tensors="pt").to(self.model.device)
         self.model.eval()
         with torch.no_grad():
             self._positions = measured_positions(self.model, lambda: self(blank))

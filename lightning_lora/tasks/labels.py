@@ -87,7 +87,8 @@ class LabelTask(HFTask):
     def _load(self, names: list[str]) -> None:
         self.hparams["labels"] = names
         self.load(id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)}, num_labels=len(names))
-        if fresh := [name for name, parameter in self.model.named_parameters() if not is_loaded(parameter)]:
+        fresh = [name for name, parameter in self.model.named_parameters() if not is_loaded(parameter)]
+        if fresh and not self.hparams["on_meta"]:
             rank_zero_info(f"Not in {self.hparams['model']}, so new: {listed(fresh)}.")
         text, tokenizer = self.model.config.get_text_config(), getattr(self, "tokenizer", None)
         if tokenizer is not None and text.pad_token_id is None:  # by which a decoder finds where a row of a batch ends

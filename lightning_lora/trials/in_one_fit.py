@@ -30,6 +30,7 @@ from lightning_lora.trials.own_settings import OwnSettings, check_trials, read_s
 from lightning_lora.trials.records import Records, check_one_trained, mode_of
 from lightning_lora.trials.shared_copy import not_shared, own_what_trains, shared_copy
 from lightning_lora.trials.sweep import SweepResult
+from lightning_lora.utils.names import join
 
 
 class Trials(Sweep):
@@ -283,7 +284,7 @@ def _own_callback(callback: LoRACallback, settings: OwnSettings) -> LoRACallback
     own.sweep = None
     own = copy.deepcopy(own)
     own.config, own.merge_on_fit_end = settings.config, False
-    own.module = ".".join(filter(None, (key_of(settings.name), callback.module)))
+    own.module = join(key_of(settings.name), callback.module or "")
     for name, value in settings.options.items():
         setattr(own, name, value)
     return own

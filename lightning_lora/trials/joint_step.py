@@ -22,6 +22,7 @@ from lightning_lora.layers.base import lora_layers
 from lightning_lora.trials.layout import Layout
 from lightning_lora.trials.routes import Routes
 from lightning_lora.trials.turns import Turn
+from lightning_lora.utils.names import join
 from lightning_lora.utils.transformers_conventions import checkpoints_itself
 from lightning_lora.utils.values import nonfinite
 
@@ -83,16 +84,17 @@ class JointStep:
         self.steps += len(members)
         new = [k for k, member in enumerate(members) if member.turn not in self._compared | self._diverged]
         before = [member.turn.random_numbers for member in members]
-        buffers = [(name, buffer, buffer.clone()) for k in new for name, buffer in members[k].module.named_buffers()]
+        owners = [each for k in new for each in members[k].module.named_modules()]
+        buffers = [(fqn, owner, name, b, b.clone()) for fqn, owner in owners for name, b in owner._buffers.items() if b is not None]
         try:
             with ExitStack() as context:
                 context.enter_context(members[0].trainer.precision_plugin.train_step_context())
                 context.enter_context(torch.enable_grad())
                 alone = {k: self._alone(members[k], batches[k]) for k in new}
                 results = self._results(members, batches)
-            for name, buffer, value in buffers:
-                if not torch.equal(buffer, value):
-                    raise ValueError(f"{name} changes in every step")
+            for fqn, owner, name, buffer, value in buffers:
+                if owner._buffers[name] is not buffer or not torch.equal(buffer, value):
+                    raise ValueError(f"{join(fqn, name)} changes in every step")
             for k, (result, drawn) in alone.items():
                 if not all(map(torch.equal, drawn, members[k].turn.random_numbers)):
                     again = any(map(checkpoints_itself, members[k].module.modules()))
@@ -104,8 +106,8 @@ class JointStep:
             for member, state in zip(members, before, strict=True):
                 member.turn.random_numbers = state
             with torch.no_grad():
-                for _, buffer, value in buffers:
-                    buffer.copy_(value)
+                for _, owner, name, buffer, value in buffers:
+                    owner._buffers[name] = buffer.copy_(value)
             raise
         self._compared.update(member.turn for member in members)
         return results

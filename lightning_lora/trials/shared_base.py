@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_lora.strategies.digests import digest
-from lightning_lora.utils.names import clean_name
+from lightning_lora.utils.names import clean_name, join
 
 
 class SharedBase:
@@ -42,7 +42,7 @@ class SharedBase:
                 if id(parameter) in replaced:  # tied
                     owner._parameters[name] = replaced[id(parameter)]
                     continue
-                fqn = clean_name(f"{prefix}.{name}" if prefix else name)
+                fqn = clean_name(join(prefix, name))
                 known, dtype = pool.setdefault(fqn, (parameter, parameter.dtype))
                 if known is parameter:
                     continue

@@ -19,6 +19,11 @@ def clean_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
+def join(*names: str) -> str:
+    """Return a fully qualified name of its parts. That of the root is empty, and left out."""
+    return ".".join(filter(None, names))
+
+
 def bare(model: nn.Module) -> nn.Module:
     """Return the module inside the wrappers whose parts :func:`clean_name` removes."""
     while (child := next((name for name in _WRAPPERS if name in model._modules), None)) is not None:
@@ -46,7 +51,7 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     for prefix, child in module.named_modules():
         for name, buffer in child._buffers.items():
             if buffer is not None and name not in child._non_persistent_buffers_set:
-                found[clean_name(f"{prefix}.{name}" if prefix else name)] = buffer
+                found[clean_name(join(prefix, name))] = buffer
     return found
 
 
@@ -75,7 +80,7 @@ def adapter_root(model: nn.Module) -> tuple[str, nn.Module]:
         own = any(True for _ in task.parameters(recurse=False))
         if len(children) == 1 and not own and _has_layers(children[0][1]):
             names, model = [*names, children[0][0]], children[0][1]
-    return ".".join(filter(None, names)), model
+    return join(*names), model
 
 
 def _has_layers(module: nn.Module) -> bool:

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
+
+Value = TypeVar("Value")
 
 _METACHARACTERS = set("^$*+?{}[]\\|()")
 
@@ -36,6 +39,11 @@ def is_regex(entry: str) -> bool:
 def exactly(name: str, prefix: str = "") -> str:
     """Return a regex that matches this name alone, and the same name after a prefix: that of the part of a model which names begin in."""
     return rf"^(?:{re.escape(prefix)}\.)?{re.escape(name)}$" if prefix else f"^{re.escape(name)}$"
+
+
+def by_name(values: Mapping[str, Value]) -> dict[str, Value]:
+    """Return a table of names with longer ones first: the first that matches a layer counts, and a name matches all that end in it."""
+    return {fqn: values[fqn] for fqn in sorted(values, key=lambda fqn: (-len(fqn), fqn))}
 
 
 def compile_pattern(entry: str, field: str, *, whole: bool = False) -> Pattern:

@@ -27,6 +27,15 @@ def is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+def from_all_ranks(value: T, ranks: Any = None) -> list[T]:
+    """Return what each process of a group has as this value, in the order of ranks; a collective. Values are pickled."""
+    if not is_distributed():
+        return [value]
+    found: list[Any] = [None] * torch.distributed.get_world_size(ranks)
+    torch.distributed.all_gather_object(found, value, group=ranks)
+    return found
+
+
 def full_tensor(tensor: Tensor) -> Tensor:
     """Return the full tensor of a DTensor (a collective: every rank must call it). Return any other tensor unchanged."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]

@@ -25,8 +25,9 @@ from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.layers.whole_factors import check_pairs
 from lightning_lora.registry import register_variant
 from lightning_lora.utils.gradient_reducer import hand_over
-from lightning_lora.utils.names import adapter_root, clean_name
+from lightning_lora.utils.names import adapter_root, clean_name, join
 from lightning_lora.utils.parameters import make_parameter
+from lightning_lora.utils.patterns import by_name
 from lightning_lora.utils.sharding import is_sharded
 
 _STD = 0.02  # standard deviation of A and B at the start, as in the authors' code and in PEFT
@@ -116,7 +117,7 @@ def shrink_adalora(model: nn.Module) -> dict[str, int]:
             raise ValueError(f"{name!r} is merged and cannot shrink; call unmerge_lora(model) first.")
         if is_sharded(layer.lora_A):
             raise ValueError(f"{name!r} is sharded and cannot shrink; load a checkpoint into the model on one process and shrink it there.")
-    found = {f"{prefix}.{name}" if prefix else name: len(kept_triplets(layer)) for name, layer in layers.items()}
+    found = {join(prefix, name): len(kept_triplets(layer)) for name, layer in layers.items()}
     config = _plain_config(layers.items())
     for layer in layers.values():
         before = layer.lora_parameters().values()
@@ -133,8 +134,7 @@ def _plain_config(layers: Iterable[tuple[str, Any]]) -> LoRAConfig:
     """Return the config of the plain LoRA: the largest rank found, and all ranks by name."""
     found = {name: (layer, max(1, len(kept_triplets(layer)))) for name, layer in layers}
     config = next(iter(found.values()))[0].lora_config
-    # The first matching pattern wins, and a name also matches longer names that end with it. So longer names come first.
-    ranks = {name: found[name][1] for name in sorted(found, key=lambda name: (-len(name), name))}
+    ranks = by_name({name: rank for name, (_, rank) in found.items()})
     return replace(config, variant="plain", rank=max(ranks.values()), rank_pattern=ranks)
 
 

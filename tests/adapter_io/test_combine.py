@@ -169,6 +169,7 @@ def refused(match, call, *args, **options):
         ({"method": "ties"}, "density=None: ties needs one"),
         ({"method": "cat", "density": 0.5}, "density=0.5: cat drops nothing"),
         ({"method": "ties", "density": 1.5}, "density=1.5: give a share"),
+        ({"method": "ties", "density": 0.5, "majority": "sign"}, "majority='sign': choose one of total, frequency"),
         ({"method": "cat", "rank": 3}, "rank=3: cat chooses the rank itself"),
         ({"rank": 0}, "rank=0: the rank is a whole number"),
         ({"rank": True}, "rank=True"),

@@ -76,6 +76,25 @@ def test_the_run_sees_what_it_would_have_seen(init: str, tmp_path: Path) -> None
     assert torch.equal(module.net.norm.running_mean, plain.net.norm.running_mean)
 
 
+class Counting(LitNet):
+    """Counts its steps in a buffer outside the part that is adapted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.zeros(()))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.steps += 1
+        return super().training_step((batch[0].to(self.net.fc1.weight.dtype), batch[1]), batch_idx)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true"])  # the second moves the module's buffers to new tensors
+def test_buffers_outside_the_adapted_part_are_as_before(precision: Any, tmp_path: Path) -> None:
+    module, callback = Counting(), LoRACallback(config("lora_ga"), module="net", init_batches=3, merge_on_fit_end=False)
+    trainer(tmp_path, callback, max_epochs=1, precision=precision).fit(module)
+    assert module.steps == len(module.losses) == 4
+
+
 @pytest.mark.parametrize("init", INITS)
 def test_the_start_is_that_of_the_plain_function_on_the_first_batches(init: str, tmp_path: Path) -> None:
     module, batches = Still(), [*itertools.islice(LitNet().train_dataloader(), 3)]

@@ -101,6 +101,11 @@ class Small:
     total_memory = 100_000
 
 
+@pytest.mark.parametrize("value", ["all-linear", "no", "null", "q_proj: a", "1e-3", "a#b", 1e-3, 0.5, 8, ["fc1", "yes"], True])
+def test_a_value_is_read_as_it_was_written(value):
+    assert yaml.safe_load(recipe._scalar(value)) == value
+
+
 def test_a_large_model_is_packed_on_a_small_gpu(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Small)

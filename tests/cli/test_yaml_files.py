@@ -35,7 +35,7 @@ def test_a_wrong_file_is_named(content, message, form, tmp_path):
 
 
 def test_right_files_pass(tmp_path):
-    (tmp_path / "a.yaml").write_text("a: 1\nb: {a: 1}\nc: [{a: 1}, {a: 1}]\n")
+    (tmp_path / "a.yaml").write_text("a: 1\nb: {a: 1}\nc: [{a: 1}, {a: 1}]\nd: &d [*d]\n")
     check_config_files(["fit", "--config", str(tmp_path / "a.yaml"), "--config={a: 1}", "--config"])
 
 
@@ -47,5 +47,7 @@ def test_no_key_twice_on_the_command_line_either():
         assert parser.parse_args(["--a={b: 1}"]).a == {"b": 1}
         with pytest.raises(ArgumentError, match="'b' is there twice"):
             parser.parse_args(["--a={b: 1, b: 2}"])
+        with pytest.raises(ArgumentError, match='key "a"'):
+            parser.parse_args(["--a={[1]: 2}"])
     assert get_loader("yaml") is usual
     assert parser.parse_args(["--a={b: 1, b: 2}"]).a == {"b": 2} == yaml.safe_load("{b: 1, b: 2}")

@@ -4,10 +4,10 @@ import lightning
 import pytest
 
 from lightning_lora.data import InstructionDataModule
-from lightning_lora.data.instructions import load_examples
 from lightning_lora.data.templates import TEMPLATES
 from tests import tiny_lm
 from tests.faults import kit
+from tests.tiny_lm import load_examples
 
 ROW = {"prompt": "which colour is the sky", "response": "blue"}
 CHAT = [{"role": "user", "content": ROW["prompt"]}, {"role": "assistant", "content": "blue"}]
@@ -51,6 +51,15 @@ def test_a_text_is_learnt_as_a_whole(tmp_path):
     (example,) = load(tmp_path, [{"text": "the sky is blue"}, {"text": " \n"}])
     assert example.ids == example.labels
     assert tiny_lm.tokenizer().decode(example.ids) == "the sky is blue </s>"
+
+
+def test_a_text_of_one_token_teaches_nothing(tmp_path):
+    tokenizer, file = tiny_lm.tokenizer(), tiny_lm.write(tmp_path / "rows.jsonl", [{"text": "blue"}, {"text": "the sky"}])
+    tokenizer.eos_token = None
+    (example,) = load_examples(file, tokenizer, 64, "train")
+    assert tokenizer.decode(example.ids) == "the sky"
+    with pytest.raises(ValueError, match="2 of 2 rows lose their answer to max_length=1"):
+        load(tmp_path, [{"text": "the sky"}, {"text": "blue sky"}], max_length=1)
 
 
 def test_choices_become_the_places_where_they_part(tmp_path):

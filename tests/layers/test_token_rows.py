@@ -177,6 +177,15 @@ def test_on_the_meta_device_the_rows_come_with_the_base():
     torch.testing.assert_close(net(IDS), other(IDS))
 
 
+def test_a_state_that_takes_the_place_of_the_meta_devices_brings_the_rows_numbers_along():
+    with torch.device("meta"):
+        net = Net(tied=False)
+    apply_lora(net, LoRAConfig(rank=2, target_modules=["mix"], trainable_token_indices=ROWS))
+    other = adapted(Net(tied=False))
+    net.load_state_dict(other.state_dict(), assign=True)
+    assert torch.equal(net(IDS), other(IDS))
+
+
 def test_under_autocast_and_in_half_precision_the_output_has_the_bases_dtype():
     net = adapted(Net(bias=True))
     with torch.autocast("cpu", torch.bfloat16):

@@ -69,6 +69,18 @@ def test_the_model_is_otherwise_as_it_was(init: str) -> None:
     assert torch.equal(model.eval()(batches()[0]), net().eval()(batches()[0]))
 
 
+def test_a_buffer_that_a_pass_replaces_comes_back() -> None:
+    model = applied("eva").train()
+    kept = model.norm.running_mean
+
+    def step(model: Any, x: Any) -> Any:
+        model.norm.running_mean = model.norm.running_mean + 1
+        return loss(model, x)
+
+    initialize_from_data(model, batches(), step=step)
+    assert model.norm.running_mean is kept and torch.equal(kept, net().norm.running_mean)
+
+
 @pytest.mark.parametrize("init", DATA)
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_training_without_data_raises(init: str, again: Any) -> None:

@@ -106,9 +106,13 @@ def test_what_is_refused_changes_nothing():
     refused("energy=0", model, tuned, ALL, energy=0)
     refused("energy=True", model, tuned, ALL, energy=True)
     refused("variant='dora'", model, tuned, LoRAConfig(variant="dora"))
+    refused("init='pissa': .* leave init out", model, tuned, LoRAConfig(init="pissa"))
     refused("tuned: .* has LoRA", model, apply_lora(base("llama"), ALL), ALL)
     refused("model: .* has LoRA", apply_lora(base("llama"), ALL), tuned, ALL)
     refused("not one architecture", model, TinyModel(), ALL)
+    broken = copy.deepcopy(tuned)
+    broken.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    refused(r"tuned: the weight of 'model\.layers\.1\.mlp\.up_proj' has NaN", model, broken, ALL)
     grouped = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
     refused("grouped convolution", grouped, copy.deepcopy(grouped), LoRAConfig(target_modules=["0"], rank=2))
     assert not any(lora_layers(model)) and all(torch.equal(value, state[name]) for name, value in model.state_dict().items())

@@ -35,3 +35,13 @@ def test_half_precision_rounds_weights_and_no_rotary_frequencies(precision, tmp_
 def test_a_task_moves_with_all_its_buffers(tmp_path):
     task = CausalLMTask(tiny_lm.save(tmp_path / "model"))
     assert task.to("meta", torch.bfloat16).model.model.rotary_emb.inv_freq.is_meta
+
+
+def test_a_full_fine_tune_comes_back_from_its_checkpoint_without_a_trainer(tmp_path):
+    task = CausalLMTask(tiny_lm.save(tmp_path / "model"))
+    file = tiny_lm.write(tmp_path / "rows.jsonl", tiny_lm.rows(4))
+    run = tiny.trainer(max_steps=1, limit_val_batches=0)
+    run.fit(task, InstructionDataModule(train=file))
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    there = CausalLMTask.load_from_checkpoint(tmp_path / "x.ckpt").state_dict()
+    assert all(torch.equal(value, there[name]) for name, value in task.state_dict().items())

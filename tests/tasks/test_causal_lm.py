@@ -11,10 +11,10 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from lightning_lora import LoRAConfig, apply_lora
 from lightning_lora.data import InstructionDataModule
 from lightning_lora.data.batching import collate_answers, collate_prompts
-from lightning_lora.data.instructions import load_examples
 from lightning_lora.tasks import CausalLMTask, base, causal_lm, hf
 from lightning_lora.tasks.causal_lm import chosen_right
 from tests import tiny_lm
+from tests.tiny_lm import load_examples
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +245,7 @@ def test_gguf_without_its_package_names_the_extra(folder, monkeypatch):
         CausalLMTask(folder, gguf_file="x.gguf")
 
 
-@pytest.mark.parametrize("model", ["./nowhere", "a/b/c", "/nowhere/model", "~/model", ".cache/none/here", Path("/nowhere")])
+@pytest.mark.parametrize("model", ["./nowhere", "a/b/c", "/no_such_folder/model", "~/model", ".cache/none/here", Path("/no_such_folder")])
 def test_a_folder_that_is_not_there_is_named(model):
     for load in (hf.load_causal_lm, hf.skeleton):
         with pytest.raises(ValueError, match=rf"model='{model}' is no folder.*nor a hub id"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 
 from lightning_lora import LoRACallback, LoRAConfig, lora_layers
 from lightning_lora.data import InstructionDataModule
-from lightning_lora.tasks import CausalLMTask
+from lightning_lora.tasks import CausalLMTask, ImageClassificationTask, SequenceClassificationTask
 from lightning_lora.tasks.hf import load_empty
+from tests.tasks import tiny
 from tests.tasks.tiny import fill, trainer
 
 
@@ -40,6 +42,23 @@ def test_the_dtype_is_the_one_asked_for_and_rotary_frequencies_stay_in_fp32(fold
         task = CausalLMTask(folder, on_meta=True, dtype=dtype)
         assert {p.dtype for p in task.model.parameters()} == {found} and task.model.training
         assert {b.dtype for name, b in task.model.named_buffers() if "inv_freq" in name} == {torch.float32}
+
+
+@pytest.mark.parametrize(("kind", "task"), [("vit", ImageClassificationTask), ("bert", SequenceClassificationTask)])
+def test_tasks_with_labels(kind: str, task: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    empty, loaded = (task(tiny.save(tmp_path / kind, kind), labels=["sky", "sea"], on_meta=on_meta) for on_meta in (True, False))
+    assert all(p.is_meta for p in empty.model.parameters())
+    assert len([line for line in caplog.messages if line.startswith("Not in")]) == 1  # of the loaded one: the other's is not read yet
+    if kind == "vit":
+        parts = [[positions for _, positions in each.parts({"pixel_values": [None]})] for each in (empty, loaded)]
+        assert parts[0] == parts[1]
+
+
+def test_a_folder_without_the_weights_is_refused_by_that(folder: str, file: str, tmp_path: Path) -> None:
+    other = tiny.save(tmp_path / "bert", "bert")
+    callback = LoRACallback(LoRAConfig(rank=2, target_modules=["q_proj"]), weights=other)
+    with pytest.raises(ValueError, match=r"weights has no 'model\.embed_tokens\.weight'"):
+        trainer(callback, max_steps=1).fit(CausalLMTask(folder, on_meta=True), InstructionDataModule(train=file))
 
 
 def test_gguf_is_refused(folder: str) -> None:

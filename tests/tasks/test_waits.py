@@ -7,11 +7,11 @@ from transformers import LlamaForCausalLM
 
 from lightning_lora import LoRAConfig, apply_lora
 from lightning_lora.data.batching import collate_answers
-from lightning_lora.data.instructions import load_examples
 from lightning_lora.ops.cross_entropy import POSITIONS, WHOLE
 from lightning_lora.tasks import CausalLMTask, base
 from tests import tiny_lm
 from tests.tasks.test_causal_lm import Whole
+from tests.tiny_lm import load_examples
 
 
 @pytest.fixture
