@@ -145,3 +145,21 @@ def test_a_new_head_that_stays_random_is_told_at_the_start(tmp_path: Path, recwa
     part = "net"
     assert moved(Headed()) == {"net", "head", "temperature"}
     assert not [w for w in recwarn if "LoRA freezes" in str(w.message)]
+
+
+def test_the_new_head_inside_a_vision_model_is_told_too(tmp_path: Path) -> None:
+    """Models of timm and torchvision have it beside their blocks, which are adapted, under a name that no other child of theirs has."""
+
+    class Vision(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features, self.fc = nn.ModuleDict({"attn": nn.Linear(8, 8), "fc": nn.Linear(8, 8)}), nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(self.features["fc"](self.features["attn"](x)))
+
+    Vision.__module__ = "timm.models.tiny"
+    module = LitNet()
+    module.net = Vision()  # type: ignore[assignment]
+    with pytest.warns(UserWarning, match=r"LoRA freezes what has no adapter: net\.fc\. "):
+        fit(tmp_path, module, 1, lora=LoRACallback(LoRAConfig(rank=2, target_modules=["attn"]), merge_on_fit_end=False))
