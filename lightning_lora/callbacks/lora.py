@@ -32,6 +32,7 @@ from lightning_lora.config import LoRAConfig, checked_config
 from lightning_lora.layers.base import lora_layers
 from lightning_lora.layers.state import Quantized
 from lightning_lora.model.apply import already_applied, inject, let_gradients_in, unload_lora
+from lightning_lora.model.guards import guard
 from lightning_lora.model.merge import remerging, unmerge_layers
 from lightning_lora.model.modes import restore_flags
 from lightning_lora.model.quantize import before_quantizing, quantize_reversibly
@@ -260,8 +261,8 @@ class LoRACallback(Callback):
                     undo.callback(quantize_reversibly(target, self.quantize, lora=self.config, **options))
                 self.report = report = find_targets(target, self.config)
                 stays = frozen_parts(target, report, self.config, whole=self.module is None)
-                inject(target, self.config, report)
-                undo.callback(unload_lora, target)
+                undo.callback(unload_lora, inject(target, self.config, report))
+                undo.callback(guard(pl_module))  # a model around `module` loses the adapters in a file as well
             load = load_or_defer(self, trainer, pl_module)
             if not there:
                 synchronize(pl_module)

@@ -28,6 +28,7 @@ from lightning_lora.model.layer_statistics import gradient_norms, low_rank_layer
 from lightning_lora.model.rank_advice import advise_ranks, patterns
 from lightning_lora.ops.low_rank_svd import check_energy
 from lightning_lora.quantization.formats import format_of
+from lightning_lora.storage.room import check_room
 from lightning_lora.strategies.changed_bits import changed_since, digests
 from lightning_lora.strategies.lightning_private import logged_step
 from lightning_lora.strategies.namespaces import twins
@@ -101,6 +102,14 @@ class LoRAMonitor(Callback):
         self._weights: dict[str, float] = {}
         self._start: dict[str, tuple[str, torch.dtype]] = {}
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Raise ValueError if the report's folder cannot be written to."""
+        if stage == "fit" and self._reports(trainer) and "://" not in (folder := self.dirpath or _run_folder(trainer)):
+            on_first_rank(lambda: check_room(folder, 0, "LoRAMonitor's dirpath", "the report takes"))
+
+    def _reports(self, trainer: Trainer) -> bool:
+        return self.report and not trainer.fast_dev_run  # type: ignore[attr-defined]
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read ‖W‖ and the checksums."""
         self._active = not is_flattened(trainer.strategy.model or pl_module)
@@ -164,7 +173,7 @@ class LoRAMonitor(Callback):
             changed = changed_since(self._start, pl_module)
             if is_first_rank():
                 self.findings = self._found(trainer, pl_module, layers, values, changed)
-        if self.report and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self._reports(trainer):
             on_first_rank(lambda: self._write(folder / "lora_monitor"))
 
     def state_dict(self) -> dict[str, Any]:

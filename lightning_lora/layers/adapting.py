@@ -43,16 +43,24 @@ def refusal(module: nn.Module, spec: LayerSpec) -> str | None:
                 f"{fqn!r} ({name}) stores its {part} as {stored}, which is neither plain floating point nor a format known here:"
                 " dequantize the base first, or load it in a format that quantize_base names."
             )
-    declared, weight = kind.weight_shape(module), module._parameters.get("weight")
-    if declared is not None and weight is not None and format_of(module) is None:  # a packed weight has another shape
-        shape, said = tuple(weight.shape), ", ".join(kind.sizes)
-        if len(shape) == len(declared) and shape != declared:  # FSDP1 leaves a flat weight
-            return f"{fqn!r} ({name}): its weight has shape {shape}, but {said} say {declared}, as after pruning: set them to the weight's."
+    if (misfit := why_another_shape(module, kind)) is not None:
+        return f"{fqn!r} ({name}): {misfit}: set them to the weight's."
     try:
         kind.check(module, spec)
     except ValueError as error:
         return f"{fqn!r} ({name}): {error}."
     return None
+
+
+def why_another_shape(module: nn.Module, kind: type[LoRALayer]) -> str | None:
+    """Return how a module's weight differs from the sizes that determine the adapter's shapes; None if it does not."""
+    declared, weight = kind.weight_shape(module), module._parameters.get("weight")
+    if declared is None or weight is None or format_of(module) is not None:  # a packed weight has another shape
+        return None
+    shape = tuple(weight.shape)
+    if len(shape) != len(declared) or shape == declared:  # FSDP1 leaves a flat weight
+        return None
+    return f"its weight has shape {shape}, but {', '.join(kind.sizes)} say {declared}, as after pruning"
 
 
 def computed_weights(module: nn.Module, kind: type[LoRALayer]) -> list[str]:

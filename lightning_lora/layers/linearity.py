@@ -4,7 +4,8 @@ A kind adds its update to the base's output. A merge adds it to the weight. Both
 weight. A subclass may do more: standardise or quantize its weight, scale its output, pad or normalise its input, return a tuple. So an
 adapter is tested, merged and unmerged, on a small copy of the layer with random weights, on the CPU, in float64. The layer itself is
 neither run nor changed, and the user's random generators keep their state. What the forward takes besides the input, such as a scale or a
-mask, is tested with values of several types.
+mask, is tested with values of several types. A variant that merges more than a sum, such as a factor on the output, is tested too: it may
+be wrong where a plain adapter is right, in a forward that adds something of its own to the product.
 
 A verdict is kept for layers that are equal in everything that a forward may depend on besides its weights (:func:`_setting`).
 """
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers.adapting import adapt, shallow_copy, unadapt
+from lightning_lora.layers.adapting import adapt, refusal, shallow_copy, unadapt
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.classes import adapted_class
 from lightning_lora.layers.spec import LayerSpec
@@ -45,10 +46,11 @@ _TORCHS = vars(nn.Module()).keys()  # attributes that every module has: containe
 _CONSTANTS = (
     NoneType, bool, int, float, complex, str, bytes, enum.Enum, type, torch.dtype, torch.device, torch.layout, torch.memory_format,
 )  # fmt: skip
-_REASONS: dict[Hashable, str | None] = {}  # kind and setting → verdict
+_REASONS: dict[Hashable, str | None] = {}  # kind, variant and setting → verdict
+_PLAIN = LoRAConfig().variant
 
 
-def why_not_linear(module: nn.Module, kind: str | None = None) -> str | None:
+def why_not_linear(module: nn.Module, kind: str | None = None, variant: str = _PLAIN) -> str | None:
     """Return why an adapter on this layer could not be merged; None if it could.
 
     The test runs once per class and setting, or each time if the layer has an attribute that is no plain value.
@@ -56,23 +58,42 @@ def why_not_linear(module: nn.Module, kind: str | None = None) -> str | None:
     Args:
         module: a layer that a kind adapts, on any device, meta included. An adapted layer was tested before, so None is returned.
         kind: name of its kind, if its type does not determine it.
+        variant: the adapter's.
     """
     if isinstance(module, LoRALayer) or _is_known(type(module)) or format_of(module) is not None:
         return None
-    try:
-        key = (kind, _setting(module))
-    except (ValueError, RecursionError):
-        return _tried(module, kind)
-    if key not in _REASONS:
-        _REASONS[key] = _tried(module, kind)
-    return _REASONS[key]
+    reason = _verdict(module, kind, _PLAIN)
+    if reason is not None or not _merges_more(module, kind, variant) or _verdict(module, kind, variant) is None:
+        return reason
+    return (
+        f"its forward adds something of its own, and variant={variant!r} merges more than a sum with the weight, so merging would change"
+        f" what an adapter does; variant={_PLAIN!r} would be right there"
+    )
 
 
 def why_no_longer_linear(layer: LoRALayer) -> str | None:
     """Return :func:`why_not_linear` of an adapted layer as it is now: attributes may have changed since, such as ``self.scale``."""
     if layer.spec.rows or _is_known(type(layer).lora_base):  # rows are replaced, whatever the forward does with them
         return None
-    return why_not_linear(unadapt(shallow_copy(layer)), layer.spec.kind)
+    return why_not_linear(unadapt(shallow_copy(layer)), layer.spec.kind, layer.lora_config.variant)
+
+
+def _merges_more(module: nn.Module, kind: str | None, variant: str) -> bool:
+    """Return True if a merge of this variant does more than add to the weights. A layer that never merges needs no test."""
+    plain, own = (adapted_class(type(module), each, kind) for each in (_PLAIN, variant))
+    if plain is None or own is None or own.never_merges(module):
+        return False
+    return any(getattr(own, name) is not getattr(plain, name) for name in ("merge_scale", "merged_beside"))
+
+
+def _verdict(module: nn.Module, kind: str | None, variant: str) -> str | None:
+    try:
+        key = (kind, variant, _setting(module))
+    except (ValueError, RecursionError):
+        return _tried(module, kind, variant)
+    if key not in _REASONS:
+        _REASONS[key] = _tried(module, kind, variant)
+    return _REASONS[key]
 
 
 def _setting(module: nn.Module) -> Hashable:
@@ -119,17 +140,17 @@ def _is_known(cls: type[nn.Module]) -> bool:
     return False
 
 
-def _tried(module: nn.Module, kind_name: str | None) -> str | None:
-    kind: Any = adapted_class(type(module), LoRAConfig().variant, kind_name)
+def _tried(module: nn.Module, kind_name: str | None, variant: str) -> str | None:
+    kind: Any = adapted_class(type(module), variant, kind_name)
     shapes = [module._parameters[name].shape for name in kind.adapted]  # type: ignore[union-attr]
     size = sum(map(math.prod, shapes))
     reason = None
     with _alone():
         if size > _LARGE:
             longest = dict.fromkeys(length for shape in shapes for length in shape if length > 64)
-            reason = _difference(module, kind_name, dict(zip(longest, (64, 48, 32, 16, 8), strict=False)))
+            reason = _difference(module, kind_name, variant, dict(zip(longest, (64, 48, 32, 16, 8), strict=False)))
         if size <= _LARGE or (reason and size <= _TOO_LARGE):
-            reason = _difference(module, kind_name, {})
+            reason = _difference(module, kind_name, variant, {})
     return reason
 
 
@@ -148,13 +169,16 @@ def _alone() -> Iterator[None]:
         torch.set_rng_state(state)
 
 
-def _difference(module: nn.Module, kind: str | None, lengths: dict[int, int]) -> str | None:
+def _difference(module: nn.Module, kind: str | None, variant: str, lengths: dict[int, int]) -> str | None:
     """Return what is wrong with an adapter on a copy of the layer; ``lengths`` maps dimensions' lengths to those of the copy."""
     generator = torch.Generator().manual_seed(0)
     rank = 2 * getattr(module, "groups", 1)
     try:
         base = _copy(module, lengths, generator)
-        layer = adapt(shallow_copy(base), LayerSpec(LoRAConfig(rank=rank, alpha=rank), rank, float(rank), kind=kind))
+        spec = LayerSpec(LoRAConfig(rank=rank, alpha=rank, variant=variant), rank, float(rank), kind=kind)
+        if variant != _PLAIN and refusal(base, spec) is not None:  # said where the layer is targeted
+            return None
+        layer = adapt(shallow_copy(base), spec)
         x = type(layer).example_input(base, generator)
         if x is None:
             return None
@@ -163,6 +187,9 @@ def _difference(module: nn.Module, kind: str | None, lengths: dict[int, int]) ->
         merged = shallow_copy(base)
         for name, single in layer.by_weight().items():
             merged._parameters[name] = nn.Parameter(single.weight + single.lora_delta())
+        for name in layer.base_parameters().keys() - layer.adapted:
+            if (beside := layer.merged_beside(name)) is not None:
+                merged._parameters[name] = nn.Parameter(beside)
         for mode in (False, True):
             trio = [each.train(mode) for each in (base, layer, merged)]
             y = _output(base, x)

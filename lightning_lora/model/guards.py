@@ -1,10 +1,11 @@
-"""Guard the methods of Hugging Face models that would silently lose an adapter: while a model is adapted, they raise.
+"""Guard the methods of Hugging Face's models that would silently lose an adapter: while a model is adapted, they raise.
 
 The guard is an attribute of the instance. So deep copies and pickles have it too, and other instances of the class do not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,18 +14,21 @@ from torch import nn
 from lightning_lora.layers.base import PREFIX, LoRALayer, lora_layers
 from lightning_lora.model.heads import hf_ends
 from lightning_lora.model.plain_copy import GUARDED
-from lightning_lora.utils.transformers_conventions import is_transformers_model
 
 _RESIZE, _SAVE = GUARDED
+_LIBRARIES = ("transformers.", "diffusers.", "huggingface_hub.")  # their `from_pretrained` passes over what a model does not have
 
 
-def guard(model: nn.Module) -> None:
-    """Guard every Hugging Face model in an adapted model that contains an adapter."""
+def guard(model: nn.Module) -> Callable[[], None]:
+    """Guard every Hugging Face model in a model that contains an adapter. Return a function that removes the guards."""
     for module in model.modules():
         if hasattr(type(module), _RESIZE) and any(isinstance(end, LoRALayer) for end in hf_ends(module)):
             module.__dict__[_RESIZE] = _refuse_resize
-        if is_transformers_model(module) and _SAVE not in module.__dict__ and next(lora_layers(module), None) is not None:
-            module.__dict__[_SAVE] = partial(_save_plain, module)
+        if _saves_for_a_library(module) and _SAVE not in module.__dict__ and next(lora_layers(module), None) is not None:
+            save = partial(_save_plain, module)
+            save.__wrapped__ = type(module).save_pretrained  # type: ignore[attr-defined]  # pipelines look up which options it takes
+            module.__dict__[_SAVE] = save
+    return partial(unguard, model)
 
 
 def unguard(model: nn.Module) -> None:
@@ -34,6 +38,10 @@ def unguard(model: nn.Module) -> None:
             del module.__dict__[_RESIZE]
         if getattr(module.__dict__.get(_SAVE), "func", None) is _save_plain:
             del module.__dict__[_SAVE]
+
+
+def _saves_for_a_library(module: nn.Module) -> bool:
+    return any(_SAVE in vars(cls) and cls.__module__.startswith(_LIBRARIES) for cls in type(module).__mro__)
 
 
 def _refuse_resize(*args: object, **kwargs: object) -> None:

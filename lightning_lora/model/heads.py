@@ -19,6 +19,8 @@ from lightning_lora.utils.transformers_conventions import computed_when_missing,
 _CLASSIFIERS = re.compile(r"For\w*(Classification|MultipleChoice|QuestionAnswering)\w*$")
 _TASKS = re.compile(r"For\w*(Classification|MultipleChoice|QuestionAnswering|CTC|XVector|Segmentation|Detection|DepthEstimation)\w*$")
 _FOR = re.compile(r"For[A-Z]\w*$|LMHeadModel$|WithLMHead\w*$")
+_VISION = {"timm", "torchvision"}  # whose models nearly always get a new head, under one of these names
+_VISION_HEADS = {"classifier", "fc", "head", "head_dist", "heads"}
 _TRAINED = "_lora_trained_in_full"  # set on a module, because transformers' marks are lost when parameters are sharded or copied
 
 
@@ -116,7 +118,8 @@ def _names(model: nn.Module) -> Iterator[str]:
 def left_frozen(model: nn.Module, adapted: Iterable[str], saved: Iterable[str]) -> list[str]:
     """Return the names of what trains without LoRA and is frozen with it.
 
-    These are a module's children without an adapter, its own parameters, and what the checkpoint of a pretrained part did not contain.
+    These are a module's children without an adapter, its own parameters, the heads of vision models inside, and what the checkpoint of a
+    pretrained part did not contain.
 
     Args:
         model: the whole module, before its parameters are frozen.
@@ -128,9 +131,14 @@ def left_frozen(model: nn.Module, adapted: Iterable[str], saved: Iterable[str]) 
     for name, child in model.named_children():
         if any(p.requires_grad for p in child.parameters()) and not any(within(fqn, [clean_name(name)]) for fqn in busy):
             names.append(name)
+    vision: list[str] = []
     for fqn, module in model.named_modules():
         if _is_hf(module):
             names += [join(fqn, name) for name in _not_loaded(module) or ()]
+        elif type(module).__module__.partition(".")[0] in _VISION and not within(fqn, vision):
+            vision.append(fqn)
+            heads = ((name, child) for name, child in module.named_children() if name in _VISION_HEADS)
+            names += [join(fqn, name) for name, child in heads if any(p.requires_grad for p in child.parameters())]
     names = [clean_name(name) for name in names]
     return [name for name in dict.fromkeys(names) if not within(name, saved) and not any(within(fqn, [name]) for fqn in busy)]
 

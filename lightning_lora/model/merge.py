@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 import torch
 from torch import nn
 
+from lightning_lora.layers.adapting import why_another_shape
 from lightning_lora.layers.base import LoRALayer, lora_layers
 from lightning_lora.layers.linearity import why_no_longer_linear
 from lightning_lora.layers.rounding import Rounding, check_limit, check_lost
@@ -62,6 +63,8 @@ def merge_lora(
         reshard(model)  # what FSDP2 keeps gathered after a forward pass does not look sharded
     layers = [(name, layer) for name, layer in lora_layers(model) if not layer.merged]
     for name, layer in layers:
+        if misfit := why_another_shape(layer, type(layer)):
+            raise ValueError(f"{name!r} cannot be merged: {misfit}, and its adapter does not fit: prune before apply_lora.")
         reason = layer.merge_refusal(quantized) or why_no_longer_linear(layer)
         if reason:
             raise ValueError(f"{name!r} cannot be merged: {reason}.")

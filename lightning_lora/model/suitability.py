@@ -31,12 +31,13 @@ class Suitability:
     def _reads(self) -> dict[nn.Module, str]:
         return weight_reads(self.model, SWITCHED)
 
-    def reason(self, module: nn.Module, kind: str | None = None) -> str | None:
+    def reason(self, module: nn.Module, kind: str | None = None, variant: str = _PLAIN) -> str | None:
         """Return why an adapter on this layer would be wrong; None if it would be right.
 
         Args:
             module: the layer.
             kind: name of the layer's kind, if its type does not determine the kind.
+            variant: the adapter's.
         """
         if module in self._reads:
             where = self._reads[module]
@@ -48,4 +49,4 @@ class Suitability:
             return unfit
         if own is not None and format_of(module) is None and (computed := computed_weights(module, own)):
             return f"it computes its {computed[0]} anew at each call ({COMPUTED_BY})"
-        return why_not_linear(module, kind)
+        return why_not_linear(module, kind, variant)

@@ -58,7 +58,7 @@ class AllLinear(Field):
         linears = [fqn for fqn in linears if fqn not in inside]  # adapted together with the module around them
         self.passed_over = routers(modules, linears)
         for fqn in linears:
-            reason = suitability.reason(modules[fqn])
+            reason = suitability.reason(modules[fqn], variant=config.variant)
             if reason is None and issubclass(kinds[fqn], SeveralWeights):  # type: ignore[arg-type]
                 # Not every variant and format suits experts. The linears around them are adapted all the same.
                 reason = refusal(modules[fqn], LayerSpec(config, config.rank, config.alpha, starred(fqn)))

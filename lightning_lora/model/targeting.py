@@ -208,7 +208,7 @@ def _problem(suitability: Suitability, modules: dict[str, nn.Module], module: nn
     if within(fqn, saved):
         return f"{fqn!r} is in both target_modules and modules_to_save; adapt it or train it in full, not both."
     problem = refusal(module, spec)
-    if problem is None and (reason := suitability.reason(module, spec.kind)):
+    if problem is None and (reason := suitability.reason(module, spec.kind, spec.config.variant)):
         parent, _, name = fqn.rpartition(".")
         together = parent in modules and name in children_too(modules[parent])
         fix = f"Target {parent!r}, which adapts it too" if together else "Exclude it"

@@ -60,7 +60,8 @@ def check_values(checkpoint: Mapping[str, Any], path: str, fitting: bool) -> Non
         ValueError: a tensor holds them. The message names the first one, and the option that allows them.
     """
     tensors, beside = checkpoint["state_dict"], checkpoint[META].get("beside", ())
-    bad = nonfinite({name: value for name, value in tensors.items() if isinstance(value, Tensor) and name not in beside})
+    held = {name: value for name, value in tensors.items() if isinstance(value, Tensor) and name not in beside}
+    bad = nonfinite({name: value for name, value in held.items() if value.layout == torch.strided and not value.is_meta})
     what = f"{bad[0]} holds NaN or infinity ({counted(len(bad), 'tensor', 'do')})" if bad else None
     if not bad and fitting and (names := nan_states(checkpoint)):
         what = f"the optimizer state of {names[0]} holds NaN (that of {counted(len(names), 'parameter')} does)"

@@ -206,7 +206,7 @@ def _has_way_back(conversion: Any) -> bool:
 
 
 def is_transformers_model(module: nn.Module) -> bool:
-    """Return True for a model of transformers, by its classes. Without it ``save_pretrained`` of an adapted model is not guarded."""
+    """Return True for a model of transformers, by its classes. Without it a weight that a merge unties is tied again when it is loaded."""
     return any(f"{cls.__module__}.{cls.__qualname__}" == "transformers.modeling_utils.PreTrainedModel" for cls in type(module).__mro__)
 
 

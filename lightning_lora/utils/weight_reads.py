@@ -20,8 +20,8 @@ from lightning_lora.utils.source_paths import Path, scan
 
 # Attributes and methods of a weight that do not read its values.
 _METADATA = {
-    "device", "dim", "dtype", "element_size", "get_device", "grad", "is_contiguous", "is_cuda", "is_floating_point", "is_meta", "itemsize",
-    "layout", "names", "nbytes", "ndim", "nelement", "new_empty", "new_full", "new_ones", "new_tensor", "new_zeros", "numel",
+    "data_ptr", "device", "dim", "dtype", "element_size", "get_device", "grad", "is_contiguous", "is_cuda", "is_floating_point", "is_meta",
+    "itemsize", "layout", "names", "nbytes", "ndim", "nelement", "new_empty", "new_full", "new_ones", "new_tensor", "new_zeros", "numel",
     "requires_grad", "requires_grad_", "shape", "size", "stride",
 }  # fmt: skip
 
@@ -89,13 +89,13 @@ class _Visit:
                 self.follow(path, start, where, cls)
             for callee, arguments in source.calls:
                 taken = {key: self.follow(path, start, None, cls) for key, path in arguments}
-                self.call(function, callee, {key: objects for key, objects in taken.items() if objects}, start, cls)
+                self.call(function, callee, {key: objects for key, objects in taken.items() if objects}, start, cls, where)
             returned = [self.follow(path, start, None if self.products_only else where, cls) for path in source.returned]
             self.seen[state] = [each for objects in returned for each in objects]
         return self.seen[state]
 
-    def call(self, caller: FunctionType, callee: Path, taken: dict[int | str, list[Any]], start: Any, cls: type | None) -> None:
-        """Follow a call whose arguments are modules."""
+    def call(self, caller: FunctionType, callee: Path, taken: dict[int | str, list[Any]], start: Any, cls: type | None, where: str) -> None:
+        """Follow a call whose arguments are modules. ``nn.Linear.forward(self.layer, x)`` reads a weight, past the layer's own forward."""
         if not taken:
             return
         if callee[0] == "super()" and self.parent is not None:
@@ -110,6 +110,9 @@ class _Visit:
             for each in _wrapped(function):
                 if each.__module__.partition(".")[0] != "torch":
                     self.function(each, taken)
+                elif callee[-1] == "forward":
+                    for layer in taken.get(0, []):
+                        self.record(layer if "weight" in layer._parameters else None, where, ())
 
     def follow(self, path: Path, start: dict[str, list[Any]], where: str | None, cls: type | None) -> list[Any]:
         """Return the modules that a path leads to. If ``where`` names the function that reads them, record the weights on the path."""

@@ -6,6 +6,7 @@ bias. A layer without one cannot be merged, as in PEFT.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -99,8 +100,7 @@ class LoRABias(LoRALayer):
         base, new = bias.detach().clone(), local_shard(merged, bias)
 
         def carry_out() -> None:
-            weight()
-            local_tensor(bias.detach()).copy_(new)
+            _both(bias, new, weight)
             assert self.lora_state.merge is not None
             self.lora_state.merge.beside["bias"] = base
 
@@ -111,15 +111,22 @@ class LoRABias(LoRALayer):
         assert self.lora_state.merge is not None
         weight, base, bias = super().unmerge_plan(), self.lora_state.merge.beside["bias"], self._parameters["bias"]
         assert bias is not None
-
-        def carry_out() -> None:
-            local_tensor(bias.detach()).copy_(local_tensor(base))
-            weight()
-
-        return carry_out
+        return partial(_both, bias, local_tensor(base), weight)
 
     # Files.
 
     def to_peft(self) -> dict[str, Tensor]:
         """Return the kind's tensors, and b."""
         return super().to_peft() | {"lora_B.bias": self.lora_B_bias}
+
+
+def _both(bias: nn.Parameter, value: Tensor, weight: Plan) -> None:
+    """Set a bias and carry out the plan for the weight, or neither."""
+    mine = local_tensor(bias.detach())
+    before = mine.clone()
+    mine.copy_(value)
+    try:
+        weight()
+    except BaseException:
+        mine.copy_(before)
+        raise

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRACallback, LoRAConfig
+from lightning_lora import LoRACallback, LoRAConfig, unload_lora
 from tests.callbacks.lora_runs import checkpoint_in, fit
 from tests.lit import CONFIG, LitNet, bits, make_net
 
@@ -63,6 +63,23 @@ def test_gradient_checkpointing(tmp_path: Path, bert: nn.Module, reentrant: bool
     torch.manual_seed(1)
     fit(tmp_path, module, 1, lora=LoRACallback(LoRAConfig(rank=2, target_modules=["query", "value"]), merge_on_fit_end=False))
     assert module.net.bert.encoder.layer[0].attention.self.query.lora_B.abs().sum() > 0
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_the_model_around_an_adapted_part_does_not_save_it_as_the_base(tmp_path: Path, bert: nn.Module, refused: bool) -> None:
+    module = LitBert(bert)
+    lora = LoRACallback(LoRAConfig(rank=2, target_modules=["query", "value"]), module="net.bert", merge_on_fit_end=False)
+    if refused:  # once the module has been adapted
+        other = LoRACallback(LoRAConfig(rank=2, target_modules=["nowhere"]), module="net.classifier")
+        with pytest.raises(ValueError, match="nowhere"):
+            fit(tmp_path, module, callbacks=(other,), lora=lora)
+        assert not any("save_pretrained" in part.__dict__ for part in module.modules())
+        return
+    fit(tmp_path, module, 1, lora=lora)
+    with pytest.raises(ValueError, match=r"save_pretrained.*'bert\.encoder.*adapters that are not merged"):
+        module.net.save_pretrained(tmp_path / "out")
+    unload_lora(module)
+    assert not any("save_pretrained" in part.__dict__ for part in module.modules())
 
 
 # What LoRA freezes beside what it adapts.
@@ -128,3 +145,21 @@ def test_a_new_head_that_stays_random_is_told_at_the_start(tmp_path: Path, recwa
     part = "net"
     assert moved(Headed()) == {"net", "head", "temperature"}
     assert not [w for w in recwarn if "LoRA freezes" in str(w.message)]
+
+
+def test_the_new_head_inside_a_vision_model_is_told_too(tmp_path: Path) -> None:
+    """Models of timm and torchvision have it beside their blocks, which are adapted, under a name that no other child of theirs has."""
+
+    class Vision(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features, self.fc = nn.ModuleDict({"attn": nn.Linear(8, 8), "fc": nn.Linear(8, 8)}), nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(self.features["fc"](self.features["attn"](x)))
+
+    Vision.__module__ = "timm.models.tiny"
+    module = LitNet()
+    module.net = Vision()  # type: ignore[assignment]
+    with pytest.warns(UserWarning, match=r"LoRA freezes what has no adapter: net\.fc\. "):
+        fit(tmp_path, module, 1, lora=LoRACallback(LoRAConfig(rank=2, target_modules=["attn"]), merge_on_fit_end=False))

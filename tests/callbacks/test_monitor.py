@@ -185,6 +185,15 @@ def test_wrong_arguments_are_refused(fields: Any, said: str) -> None:
         LoRAMonitor(**fields)
 
 
+def test_a_report_that_cannot_be_written_is_known_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    module = LitNet()
+    with pytest.raises(ValueError, match=r"LoRAMonitor's dirpath='.*file': .*file is no folder; choose another"):
+        fit(tmp_path, module, callbacks=(LoRAMonitor(dirpath=tmp_path / "file"),))
+    assert not module.losses and not list(lora_layers(module))
+    fit(tmp_path, module, 1, callbacks=(LoRAMonitor(dirpath=tmp_path / "file", report=False),))
+
+
 def test_without_an_adapter_it_says_what_to_add(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no adapted layer in LitNet: add LoRACallback"):
         trainer(tmp_path, LoRAMonitor(), max_epochs=1).fit(LitNet())

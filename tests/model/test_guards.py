@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
 from lightning_lora import LoRAConfig, apply_lora, load_adapter, merge_lora, save_adapter, unload_lora, unmerge_lora
@@ -85,6 +87,30 @@ def test_a_failed_start_leaves_no_guard() -> None:
     with pytest.raises(ValueError, match="matches no module"):
         apply_lora(plain, LoRAConfig(target_modules=["q_proj", "no_such"]))
     assert not any("save_pretrained" in module.__dict__ for module in plain.modules())
+
+
+class HubModel(nn.Module, PyTorchModelHubMixin):
+    """A plain module with the hub's mixin, whose ``from_pretrained`` passes over unknown keys by default, as diffusers' does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+
+def test_models_of_the_hub_and_of_diffusers_are_guarded_too(tmp_path: Path) -> None:
+    hub = fill(apply_lora(HubModel(), LoRAConfig(rank=2, target_modules=["layer"])))
+    with pytest.raises(ValueError, match=r"(?s)'layer' and 0 more.*export_merged"):
+        hub.save_pretrained(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    y = hub.layer(torch.ones(4))
+    merge_lora(hub).save_pretrained(tmp_path / "out")
+    torch.testing.assert_close(HubModel.from_pretrained(tmp_path / "out").layer(torch.ones(4)), y)
+
+
+def test_the_guard_takes_the_options_of_the_method() -> None:
+    """Pipelines of diffusers pass on only the options that the method's signature has."""
+    options = inspect.signature(type(model()).save_pretrained).parameters
+    assert inspect.signature(model().save_pretrained).parameters.keys() >= options.keys() - {"self"}
 
 
 class OwnModel(nn.Module):

@@ -235,6 +235,17 @@ def test_a_weight_that_came_to_be_computed_is_merged_into_only_once_it_is_perman
     torch.testing.assert_close(merge_lora(model)(x), unmerged, rtol=1e-5, atol=1e-5)
 
 
+def test_a_weight_that_was_pruned_after_its_adapter_was_made_is_named():
+    model = fill(apply_lora(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), LoRAConfig(rank=2, target_modules=["0", "1"])))
+    model[1].weight, model[1].bias = nn.Parameter(torch.ones(3, 8)), None
+    before = snapshot(model)
+    with pytest.raises(
+        ValueError, match=r"^'1' cannot be merged: its weight has shape \(3, 8\), but .* say \(4, 8\).* before apply_lora\.$"
+    ):
+        merge_lora(model)
+    assert snapshot(model) == before
+
+
 @pytest.mark.parametrize("do", [merge_lora, unmerge_lora])
 def test_a_model_without_adapters_is_refused(do, make):
     with pytest.raises(ValueError, match=r"TinyModel has no LoRA layers to (un)?merge; call load_adapter\(model, folder\) or apply_lora"):

@@ -78,6 +78,8 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "complex": (tensor(lambda a: a.cfloat()), "has complex numbers"),
     "shape": (tensor(lambda a: a[:, :-1]), "has shape"),
     "transposed": (tensor(lambda a: a.mT), "has shape"),
+    "sparse": (tensor(lambda a: a.to_sparse()), "torch.sparse_coo"),
+    "no values": (tensor(lambda a: a.to("meta")), "the meta device"),
     "text": (tensor(lambda a: "x"), "is of type str in the checkpoint|1 tensor is missing"),
     "gone": (lambda content: content["state_dict"].pop(A), "lacks 1 trained tensor|1 tensor is missing"),
     "more": (lambda content: content["state_dict"].update({"net.fc9.lora_A": torch.ones(2)}), r"fc9\.lora_A"),

@@ -140,8 +140,8 @@ class Reads:
     def a__by_a_method_on_self(self, x):
         return self.kept_method(x)
 
-    def own__by_its_method(self, x):
-        return self.own.as_output(x)
+    def own_and_b__by_a_method_of_their_class(self, x):
+        return self.own.as_output(x) + nn.Linear.forward(self.b, x)
 
     def items_0_and_items_1__in_a_loop(self, x):
         for i, layer in enumerate(self.items):
@@ -219,7 +219,7 @@ class Asks:
         return self.a(x.to(self.a.weight.dtype).to(self.a.weight.device)) * self.b.weight.shape[0] + self.b.weight.size(0)
 
     def like(self, x):
-        return self.a(x.to(self.a.weight)) + torch.zeros_like(self.b.weight)
+        return self.a(x.to(self.a.weight)) + torch.zeros_like(self.b.weight) + self.b.weight.data_ptr()
 
     def types(self, x):
         return self.a(x) if isinstance(self.b.weight, torch.Tensor) and self.b.weight is not None and hasattr(self.b, "weight") else x
