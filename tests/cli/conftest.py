@@ -21,6 +21,17 @@ def no_classes_of_scripts():
     gc.collect()
 
 
+@pytest.fixture(autouse=True)
+def no_drawing(monkeypatch):
+    """A picture takes 0.1 s, as long as a tiny run. `test_loss_picture.py` draws, and one test of `test_run_results.py`."""
+
+    def empty(metrics, picture):
+        picture.touch()
+        return str(picture)
+
+    monkeypatch.setattr("lightning_lora.cli.run_results.draw_loss", empty)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return tiny_lm.save(tmp_path_factory.mktemp("model"))
