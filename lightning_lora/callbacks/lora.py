@@ -239,7 +239,7 @@ class LoRACallback(Callback):
     def _adapt(self, trainer: Trainer, pl_module: LightningModule) -> StrategyHooks:
         """Check everything, then change the module. Revert the changes if one of them fails."""
         target, fitting = self._target(pl_module), trainer.state.fn == TrainerFn.FITTING
-        self.config = config_to_adapt(self, trainer, target)
+        self.config = config = config_to_adapt(self, trainer, target)
         there = already_applied(target, self.config, merged_too=True)
         report = find_targets(target, before_quantizing(self.config) if self.quantize and not there else self.config)
         if self.merge_on_fit_end and fitting:
@@ -255,11 +255,12 @@ class LoRACallback(Callback):
             self._modes.begin(target, trainer)
             if not there:
                 undo.callback(restore_flags, [(p, p.requires_grad) for p in pl_module.parameters()])
-                convert_base(trainer, pl_module)
+                replaced = convert_base(trainer, pl_module) or self.quantize is not None
                 if self.quantize is not None:
                     options: Any = {"modules_to_save": self.config.modules_to_save, "device": trainer.strategy.root_device}
                     undo.callback(quantize_reversibly(target, self.quantize, lora=self.config, **options))
-                self.report = report = find_targets(target, self.config)
+                same = self.config is config and not replaced  # AdaLoRA's is another after a fit that shrank it
+                self.report = report = report if same else find_targets(target, self.config)
                 stays = frozen_parts(target, report, self.config, whole=self.module is None)
                 undo.callback(unload_lora, inject(target, self.config, report))
                 undo.callback(guard(pl_module))  # a model around `module` loses the adapters in a file as well

@@ -29,11 +29,11 @@ from lightning_lora.callbacks.companions import add_companions
 from lightning_lora.cli.checkpoints import checkpoint_of, take_weights_of_run
 from lightning_lora.cli.choice import chosen_data, chosen_task, class_path
 from lightning_lora.cli.console import print_json
-from lightning_lora.cli.messages import arguments_of, check_not_null, check_seed, one_line, usage
+from lightning_lora.cli.messages import check_not_null, check_seed, default_of, one_line, usage
 from lightning_lora.cli.run_folder import BeganConfig, StderrProgressBar, no_folder_of_a_failed_start
 from lightning_lora.cli.run_results import LOGGER, RunResults, log_under_root, print_report
 from lightning_lora.cli.task_file import give_task
-from lightning_lora.cli.yaml_files import check_config_files, unique_keys
+from lightning_lora.cli.yaml_files import as_yaml, check_config_files, read_yaml, unique_keys
 from lightning_lora.config import LoRAConfig
 from lightning_lora.data.file_data import FileDataModule
 from lightning_lora.data.reading import READERS
@@ -144,7 +144,7 @@ class LoRACLI(LightningCLI):
                 mine = callback.init_args.get(name)
                 if name not in callback.init_args:
                     raise ValueError(f"trainer.callbacks: {cls.__name__} has no argument {name!r}; leave lora.{name} out.")
-                if mine not in (_default(cls, name), value):
+                if mine not in (default_of(cls, name), value):
                     raise ValueError(
                         f"trainer.callbacks: {cls.__name__} has a {name} of its own, and lora.{name} is set too; leave one out."
                     )
@@ -157,6 +157,8 @@ class LoRACLI(LightningCLI):
         check_files(config, self.command)
         check_adapters(config)
         with usage():
+            # Lightning's own dump validates it again.
+            self.config_dump = read_yaml(as_yaml(cli_parser(self, self.subcommand), config, links=True))
             super().instantiate_classes()
 
     @override
@@ -287,11 +289,6 @@ def check_adapters(config: Namespace) -> None:
         if lora.get("quantize") is not None:
             with usage(where="lora."):
                 quantizer_of(lora["quantize"])
-
-
-def _default(cls: type, name: str) -> Any:
-    """Return the default of an argument that a class has itself or passes on."""
-    return found[0].default if (found := arguments_of(cls).get(name)) is not None else None
 
 
 def _options(parser: LightningArgumentParser) -> list[str]:

@@ -97,6 +97,11 @@ def arguments_of(function: Callable[..., Any]) -> dict[str, tuple[inspect.Parame
     return found
 
 
+def default_of(cls: type, name: str) -> Any:
+    """Return the default of an argument that a class has itself or passes on."""
+    return found[0].default if (found := arguments_of(cls).get(name)) is not None else None
+
+
 def one_line(error: BaseException, known: Iterable[str] = ()) -> str:
     """Return an error's message on one line.
 

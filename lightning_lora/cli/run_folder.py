@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from itertools import chain, count
 from pathlib import Path
+from typing import Any
 
+from jsonargparse import Namespace
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
-from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from typing_extensions import override
+
+from lightning_lora.cli.yaml_files import as_yaml, read_yaml
 
 WRITTEN_AT_START = {"hparams.yaml", "metrics.csv", "config.yaml"}
 
@@ -63,15 +68,27 @@ class BeganConfig(SaveConfigCallback):
     too, as the hyperparameter ``config``.
     """
 
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, **options: Any) -> None:
+        super().__init__(parser, config, save_to_log_dir=False, **options)  # `save_config` writes the file too
+
     @override
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        text = self.parser.dump(self.config, skip_none=False, format="json")
+        text = as_yaml(self.parser, self.config)
+        files = get_filesystem(self.folder)
+        files.makedirs(self.folder, exist_ok=True)
+        with files.open(os.path.join(self.folder, self.config_filename), "w", encoding="utf-8") as file:
+            file.write(text)
         for logger in trainer.loggers:
-            logger.log_hyperparams({"config": json.loads(text)})
+            logger.log_hyperparams({"config": read_yaml(text)})
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write nothing yet."""
+
+    def begin(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write, on the first rank."""
+        self.folder = str(trainer.log_dir)  # a collective
+        super().setup(trainer, pl_module, stage)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -80,22 +97,22 @@ class BeganConfig(SaveConfigCallback):
             self.config_filename = trainer.strategy.broadcast(free(folder / name.stem, name.suffix).name)
         elif trainer.is_global_zero and (folder / name).exists():
             (folder / name).rename(free(folder / f"{name.stem}-before", name.suffix))
-        super().setup(trainer, pl_module, "fit")
+        self.begin(trainer, pl_module, "fit")
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.loggers and not trainer.sanity_checking:
-            super().setup(trainer, pl_module, "validate")
+            self.begin(trainer, pl_module, "validate")
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.loggers:
-            super().setup(trainer, pl_module, "test")
+            self.begin(trainer, pl_module, "test")
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.loggers:
-            super().setup(trainer, pl_module, "predict")
+            self.begin(trainer, pl_module, "predict")
 
 
 def free(path: Path, ending: str = "") -> Path:

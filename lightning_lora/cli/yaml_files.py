@@ -1,4 +1,4 @@
-"""Read config files strictly: a duplicate key is an error, and every message names the file."""
+"""Read config files strictly, where a duplicate key is an error and every message names the file; and write them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import get_loader, set_loader
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -23,6 +23,22 @@ def check_config_files(args: Sequence[str]) -> None:
         option, equals, value = argument.partition("=")
         if option in ("--config", "-c") and (equals or index + 1 < len(args)):
             _check(value if equals else args[index + 1])
+
+
+def as_yaml(parser: ArgumentParser, config: Namespace, links: bool = False) -> str:
+    """Return what a parser has read as the text of a config file. It is not validated again, which takes longer than all the rest.
+
+    Args:
+        parser: The parser.
+        config: What it has read.
+        links: Include options that are linked to others.
+    """
+    return parser.dump(config, format="yaml", skip_none=False, skip_validation=True, skip_link_targets=not links)
+
+
+def read_yaml(text: str) -> Any:
+    """Return the values in a text of `as_yaml`."""
+    return yaml.load(text, _Loader)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from lightning_lora.config import LoRAConfig
@@ -71,14 +72,18 @@ def largest_fit(model: Any, config: LoRAConfig | None, setting: Setting, memory:
     if not memory > 0:
         raise ValueError(f"memory={memory!r} must be a positive number of bytes")
 
+    @cache  # some settings are tried for more than one of the answers
+    def estimated(tried: Setting) -> Estimate:
+        return estimate_memory(model, config, tried)
+
     def peak(tried: Setting) -> int:
-        return estimate_memory(model, config, tried).peak
+        return estimated(tried).peak
 
     batch = _largest(lambda count: peak(replace(setting, batch=count)), memory, setting.batch)
     length = _largest(lambda count: peak(replace(setting, length=count)), memory, setting.length)
     first: Estimate | None = None
     for knobs, tried in _tried(setting):
-        estimate = estimate_memory(model, config, tried)
+        estimate = estimated(tried)
         first = first or estimate
         if estimate.peak <= memory:
             return Fit(batch, length, knobs, estimate)

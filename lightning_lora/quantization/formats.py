@@ -272,11 +272,12 @@ def remember(module: nn.Module, digest: str) -> None:
 def _candidate(module: nn.Module) -> QuantizedFormat | None:
     if isinstance(module, torch.jit.ScriptModule):  # never quantized; its table of parameters is no dict
         return None
-    weight, marks = module._parameters.get("weight"), [type(module.__dict__.get(name)).__mro__ for name in _MARKS]
-    for cls in (*type(module).__mro__, *(() if weight is None else type(local_tensor(weight)).__mro__), *marks[0], *marks[1]):
-        packing = QUANTIZED_FORMATS.get(qualified_name(cls))
-        if packing is not None:
-            return packing
+    weight, marks = module._parameters.get("weight"), [module.__dict__[name] for name in _MARKS if name in module.__dict__]
+    for each in (module, *(() if weight is None else (local_tensor(weight),)), *marks):
+        for cls in type(each).__mro__:
+            packing = QUANTIZED_FORMATS.get(qualified_name(cls))
+            if packing is not None:
+                return packing
     return None
 
 

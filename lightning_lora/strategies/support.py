@@ -76,13 +76,15 @@ def _check_not_overridden(strategy: Strategy) -> None:
             )
 
 
-def convert_base(trainer: Trainer, module: LightningModule) -> None:
-    """Let ``BitsandbytesPrecision`` replace the linears now, before LoRA is applied.
+def convert_base(trainer: Trainer, module: LightningModule) -> bool:
+    """Let ``BitsandbytesPrecision`` replace the linears now, before LoRA is applied. Return True if it is the run's precision.
 
     Lightning calls the plugin after ``setup``, when it would replace adapted layers too. It skips a module that is converted already.
     """
-    if isinstance(trainer.precision_plugin, twins(BitsandbytesPrecision)):
+    converts = isinstance(trainer.precision_plugin, twins(BitsandbytesPrecision))
+    if converts:
         trainer.precision_plugin.convert_module(module)
+    return converts
 
 
 def arrange(strategy: Strategy, module: LightningModule) -> Callable[[], None]:

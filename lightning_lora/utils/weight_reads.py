@@ -125,22 +125,22 @@ class _Visit:
                 following = [table[name[1:]] for table in tables if isinstance(table, dict) and table.get(name[1:]) is not None]
                 objects, name = [] if following else objects, "*"
             for owner in objects:
-                if isinstance(owner, tuple):
+                if isinstance(owner, nn.Module):  # first, because most are, and asking for a Parameter takes long
+                    if name in owner._parameters:
+                        self.record(owner if name == "weight" else self.weights.get(id(owner._parameters[name])), where, rest)
+                    elif name in _ALL and "weight" in owner._parameters and rest:  # the method alone reads nothing
+                        self.record(owner, where, [each for each in rest if each not in ("()", "*")])
+                    else:
+                        following += self.attribute(owner, name, super_of, bool(rest))
+                elif isinstance(owner, tuple):
                     following += self.method(*owner) if name == "()" else []
                 elif isinstance(owner, nn.Parameter):
                     self.record(self.weights.get(id(owner)), where, path[index:])
-                elif not isinstance(owner, nn.Module):
-                    elements = owner.values() if isinstance(owner, dict) else owner if isinstance(owner, list) else ()
-                    following += elements if name == "*" else ()
-                elif name in owner._parameters:
-                    self.record(owner if name == "weight" else self.weights.get(id(owner._parameters[name])), where, rest)
-                elif name in _ALL and "weight" in owner._parameters and rest:  # the method alone reads nothing
-                    self.record(owner, where, [each for each in rest if each not in ("()", "*")])
-                else:
-                    following += self.attribute(owner, name, super_of, bool(rest))
+                elif name == "*":
+                    following += owner.values() if isinstance(owner, dict) else owner if isinstance(owner, list) else ()
             objects = following
         for each in objects:
-            if isinstance(each, nn.Parameter):
+            if not isinstance(each, nn.Module) and isinstance(each, nn.Parameter):
                 self.record(self.weights.get(id(each)), where, ())
         return [each for each in objects if isinstance(each, nn.Module)]
 
@@ -156,7 +156,7 @@ class _Visit:
         if name in owner._modules:
             return [] if owner._modules[name] is None else [owner._modules[name]]
         kept = owner.__dict__.get(name)
-        if isinstance(kept, (nn.Module, nn.Parameter, list, tuple, dict)):
+        if kept is not None and isinstance(kept, (nn.Module, nn.Parameter, list, tuple, dict)):
             return [list(kept) if isinstance(kept, tuple) else kept]
         if isinstance(kept, FunctionType) and not name.startswith("_") and name != "forward":
             return self.function(kept, {}, type(owner))

@@ -6,7 +6,10 @@ import transformers
 import yaml
 
 from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, save_adapter
+from lightning_lora.cli.lightning_cli import LoRACLI
 from tests import tiny_lm
+
+PARSERS: dict = {}
 
 
 @pytest.fixture(autouse=True)
@@ -19,6 +22,39 @@ def lightning_on_todays_parser(monkeypatch):
 def no_classes_of_scripts():
     """jsonargparse imports each subclass of Callback, and those of a script that a test before ran cannot be imported."""
     gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def one_parser(monkeypatch):
+    """A parser of each command serves all tests of a process: making one takes 0.04 s."""
+    make = LoRACLI.setup_parser
+
+    def setup_parser(self, *args):
+        key = (type(self), self.command)
+        if self.command is None or not key[0].__module__.startswith("lightning_lora."):  # all commands, or a test's own class
+            return make(self, *args)
+        if key not in PARSERS:
+            make(self, *args)
+            PARSERS[key] = {name: vars(self)[name] for name in ("parser", "_subcommand_parsers", "_subcommand_method_arguments")}
+            return None
+        vars(self).update(PARSERS[key])
+        parser = self._subcommand_parsers[self.command]
+        parser.set_defaults(self.defaults)  # which depend on the words
+        parser.callback_keys = ["lora"]
+        return None
+
+    monkeypatch.setattr(LoRACLI, "setup_parser", setup_parser)
+
+
+@pytest.fixture(autouse=True)
+def no_drawing(monkeypatch):
+    """A picture takes 0.1 s, as long as a tiny run. `test_loss_picture.py` draws, and one test of `test_run_results.py`."""
+
+    def empty(metrics, picture):
+        picture.touch()
+        return str(picture)
+
+    monkeypatch.setattr("lightning_lora.cli.run_results.draw_loss", empty)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from jsonargparse import Namespace
 from safetensors.torch import load_file
 
 from lightning_lora import load_adapter
+from lightning_lora.cli.loss_picture import draw_loss
 from lightning_lora.cli.main import main
 from lightning_lora.cli.run_results import LOGGER, log_under_root
 from tests import tiny_lm
@@ -34,7 +35,8 @@ def fit(capsys, config, *words):
     return json.loads(line)
 
 
-def test_the_adapter_is_that_of_the_last_step_and_the_commands_run(config, model, tmp_path, capsys):
+def test_the_adapter_is_that_of_the_last_step_and_the_commands_run(config, model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lightning_lora.cli.run_results.draw_loss", draw_loss)
     report = fit(capsys, config, "--trainer.max_epochs=2")
     (adapter,), (checkpoint,) = report["adapter"], report["checkpoints"]
     assert adapter == str(tmp_path / "run" / "adapter") and Path(report["loss_picture"]).read_bytes()[:4] == b"\x89PNG"

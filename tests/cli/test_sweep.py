@@ -154,8 +154,9 @@ def test_a_fresh_head_and_the_bases_own_dropout(steps, tmp_path):
 def test_an_init_that_reads_data_reads_the_trials_own(run, init, tmp_path):
     """It runs training steps before training: these take part in no joint step."""
     words = [*run, f"--lora.config.init={init}", "--lora.init_batches=2", "--trainer.max_epochs=1"]
-    assert main(["sweep", *words, "--rank=2,3", "--seed=0,1", "--folder", str(tmp_path / "sweep")]) == 0
-    for name, rank, seed in (("rank2-seed0", 2, 0), ("rank3-seed1", 3, 1)):
+    (tmp_path / "trials.yaml").write_text("- {name: one, rank: 2, seed: 0}\n- {name: other, rank: 3, seed: 1}\n")
+    assert main(["sweep", *words, "--trials", str(tmp_path / "trials.yaml"), "--folder", str(tmp_path / "sweep")]) == 0
+    for name, rank, seed in (("one", 2, 0), ("other", 3, 1)):
         fit([*words, f"--lora.config.rank={rank}", f"--seed_everything={seed}", f"--data.seed={seed}"], tmp_path / "single" / name)
         assert_same(tmp_path / "sweep" / name, tmp_path / "single" / name, least=3)
 

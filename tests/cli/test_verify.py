@@ -1,8 +1,10 @@
 """``lightning-lora verify``: the run's own model, data and strategy; a table, and an exit code."""
 
 import json
-import subprocess
 import sys
+from contextlib import redirect_stdout
+from importlib.util import find_spec
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -12,10 +14,12 @@ from torch import nn
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, TensorDataset
 
+import __main__
 from lightning_lora.cli.main import main
 from lightning_lora.cli.verify import STRATEGY, _equal
 from lightning_lora.model.verify_checks import GRADIENTS, IDENTITY, Check
 from tests.lit import Net
+from tests.processes import ended, start
 
 
 class Own(L.LightningModule):
@@ -138,12 +142,21 @@ def test_under_a_launcher_it_is_refused(own, capsys, monkeypatch):
     assert "start it once" in capsys.readouterr().err
 
 
+def command(words, said):
+    """Be the process of ``python -m lightning_lora.cli.main``, which starts the second one itself."""
+    __main__.__spec__ = find_spec("lightning_lora.cli.main")
+    sys.argv = ["lightning-lora", *words]
+    with said.open("w") as file, redirect_stdout(file):
+        code = main()
+    sys.exit(code)
+
+
 def under(strategy, own, *words):
     options = [f"--trainer.strategy={strategy}", "--trainer.devices=2", "--trainer.accumulate_grad_batches=2", "--json", *words]
-    command = [sys.executable, "-m", "lightning_lora.cli.main", "verify", "--config", own, *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.stdout, done.stderr
-    return done.returncode, {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    out, other = (Path(own).with_name(name) for name in ("out", "other"))
+    code = ended(start(command, ["verify", "--config", own, *options], out, said=other), 300)
+    assert out.read_text(), other.read_text()
+    return code, {check["name"]: check for check in json.loads(out.read_text())["checks"]}
 
 
 def test_the_strategy_equals_one_process(own):

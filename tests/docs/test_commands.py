@@ -7,7 +7,7 @@ import re
 import shlex
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -26,7 +26,16 @@ def command_lines() -> list[str]:
 
 
 class ParseOnly(LoRACLI):
-    """The command line's parser, without what follows: no model is made and nothing runs."""
+    """The command line's parser, one for all command lines of a command, without what follows: no model is made and nothing runs."""
+
+    made: ClassVar[dict[str | None, dict[str, Any]]] = {}
+
+    def setup_parser(self, *args: Any) -> None:
+        if self.command not in self.made:
+            super().setup_parser(*args)
+            self.made[self.command] = {name: vars(self)[name] for name in ("parser", "_subcommand_parsers", "_subcommand_method_arguments")}
+        vars(self).update(self.made[self.command])
+        self._subcommand_parsers[str(self.command)].set_defaults(self.defaults)  # which depend on the words
 
     def _set_seed(self) -> None: ...
 
