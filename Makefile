@@ -21,7 +21,7 @@ docs: $(VENV)/.test  ## the documentation, in docs/_build/html; a warning, such 
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going docs docs/_build/html
 
 unit: $(VENV)/.test  ## the suite, WORKERS files at a time, on the CPU wherever it runs
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder  # in the order of tests/conftest.py
 
 gpu: $(VENV)/.test  ## what needs a GPU, or two
 	$(BIN)/python -m pytest tests/test_gpu.py tests/test_gpu_memory.py tests/ops tests/tasks/test_packing_gpu.py tests/distributed/test_two_gpus.py tests/distributed/test_pull_frozen.py
@@ -47,7 +47,8 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.quickstart $(VENV)/.test: $(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[$*]"
+	$(BIN)/pip install --quiet --no-compile -c constraints.txt -e ".[$*]"
+	$(BIN)/python -m compileall -qq -j 0 -x '/tests/' $(VENV)/lib || true  # on all cores, unlike pip; packages have templates that fail
 	touch $@
 
 clean:

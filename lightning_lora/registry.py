@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -16,6 +17,7 @@ KIND_NAMES: dict[str, type] = {}  # name in config.kind_pattern → kind
 KIND_RULES: list[tuple[Callable[[type], bool], type]] = []  # rule for a module type that has no entry in KINDS, and its kind
 VARIANTS: dict[str, type] = {}  # config.variant → the mixin that goes before the kind
 INITS: dict[str, Callable[[Any], None]] = {}  # config.init → the function that fills a layer's A and B
+_NAMES: WeakKeyDictionary[type, tuple[str, ...]] = WeakKeyDictionary()  # class → what qualified_names returns; asked ten times a module
 MOST_ITERATIONS = 1000  # the largest n of an init such as pissa_niter_[n]
 
 T = TypeVar("T")
@@ -26,6 +28,14 @@ InitCheck = Callable[[Any, Any, tuple[int, ...], tuple[int, ...]], None]
 def qualified_name(cls: type) -> str:
     """Return ``package.module.Class``. With this key an optional library's type is registered without importing the library."""
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def qualified_names(cls: type) -> tuple[str, ...]:
+    """Return the qualified names of a class and its bases in the order of its MRO: what the registries are searched for."""
+    names = _NAMES.get(cls)
+    if names is None:
+        names = _NAMES[cls] = tuple(map(qualified_name, cls.__mro__))
+    return names
 
 
 def register_kind(*names: str | type, name: str | None = None, match: Callable[[type], bool] | None = None) -> Callable[[type[T]], type[T]]:
@@ -219,7 +229,7 @@ def look_up(table: dict[str, T], field: str, name: str) -> T:
 
 def kind_of(cls: type[nn.Module]) -> type | None:
     """Return the kind for modules of this class: the first registered type in its MRO decides, then the rules. None if unsupported."""
-    named = (KINDS[name] for name in map(qualified_name, cls.__mro__) if name in KINDS)
+    named = (KINDS[name] for name in qualified_names(cls) if name in KINDS)
     return next(named, None) or next((kind for match, kind in KIND_RULES if match(cls)), None)
 
 

@@ -257,9 +257,9 @@ class LoRACallback(Callback):
                 undo.callback(restore_flags, [(p, p.requires_grad) for p in pl_module.parameters()])
                 replaced = convert_base(trainer, pl_module) or self.quantize is not None
                 if self.quantize is not None:
-                    options: Any = {"modules_to_save": self.config.modules_to_save, "device": trainer.strategy.root_device}
-                    undo.callback(quantize_reversibly(target, self.quantize, lora=self.config, **options))
-                same = self.config is config and not replaced  # AdaLoRA's is another after a fit that shrank it
+                    saved, device = self.config.modules_to_save, trainer.strategy.root_device
+                    undo.callback(quantize_reversibly(target, self.quantize, modules_to_save=saved, device=device, lora=self.config))
+                same = self.config is config and not replaced  # AdaLoRA's config is another after a fit that shrank it
                 self.report = report = report if same else find_targets(target, self.config)
                 stays = frozen_parts(target, report, self.config, whole=self.module is None)
                 undo.callback(unload_lora, inject(target, self.config, report))
@@ -288,7 +288,6 @@ class LoRACallback(Callback):
         return remerging(target)
 
     def _unmerge(self, target: nn.Module) -> None:
-        """Unmerge the module for training."""
         unmerge_layers(target)
 
     def _begun(self, pl_module: LightningModule) -> None:

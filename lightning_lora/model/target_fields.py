@@ -54,7 +54,7 @@ class AllLinear(Field):
         heads = output_heads(model)
         kinds = {fqn: kind_of(type(module)) for fqn, module in modules.items() if module not in heads and not within(fqn, saved)}
         linears = [fqn for fqn, kind in kinds.items() if kind is not None and kind.is_linear]  # type: ignore[attr-defined]
-        inside = {f"{fqn}.{name}" for fqn in linears if not suitability.reason(modules[fqn]) for name in children_too(modules[fqn])}
+        inside = {f"{fqn}.{name}" for fqn in linears for name in children_too(modules[fqn]) if not suitability.reason(modules[fqn])}
         linears = [fqn for fqn in linears if fqn not in inside]  # adapted together with the module around them
         self.passed_over = routers(modules, linears)
         for fqn in linears:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.registry import qualified_name
+from lightning_lora.registry import qualified_name, qualified_names
 from lightning_lora.utils.checksums import sampled_digest
 from lightning_lora.utils.sharding import is_sharded, local_tensor
 from lightning_lora.utils.torch_private_parallel import let_fsdp2_shard_integers
@@ -272,13 +272,10 @@ def remember(module: nn.Module, digest: str) -> None:
 def _candidate(module: nn.Module) -> QuantizedFormat | None:
     if isinstance(module, torch.jit.ScriptModule):  # never quantized; its table of parameters is no dict
         return None
-    weight, marks = module._parameters.get("weight"), [module.__dict__[name] for name in _MARKS if name in module.__dict__]
-    for each in (module, *(() if weight is None else (local_tensor(weight),)), *marks):
-        for cls in type(each).__mro__:
-            packing = QUANTIZED_FORMATS.get(qualified_name(cls))
-            if packing is not None:
-                return packing
-    return None
+    weight = module._parameters.get("weight")
+    owners = (module, None if weight is None else local_tensor(weight), *map(module.__dict__.get, _MARKS))
+    names = (name for each in owners if each is not None for name in qualified_names(type(each)))
+    return next((QUANTIZED_FORMATS[name] for name in names if name in QUANTIZED_FORMATS), None)
 
 
 def _names(module: nn.Module) -> tuple[str, ...]:

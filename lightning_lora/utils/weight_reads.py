@@ -45,7 +45,7 @@ def weight_reads(model: nn.Module, ignored: Container[Any] = ()) -> dict[nn.Modu
     for parent in model.modules():
         if parent._modules and not type(parent).__module__.startswith(_WRAPPERS):
             _Visit(parent, found, ignored, weights).method(parent, "forward", {})
-            for step in _STEPS:
+            for step in (step for step in _STEPS if hasattr(type(parent), step)):
                 _Visit(parent, found, ignored, weights, products_only=True).method(parent, step, {})
         for hook in (*parent._forward_pre_hooks.values(), *parent._forward_hooks.values()):
             if isinstance(hook, FunctionType) and hook.__module__.partition(".")[0] != "torch":
@@ -118,6 +118,8 @@ class _Visit:
         """Return the modules that a path leads to. If ``where`` names the function that reads them, record the weights on the path."""
         super_of = cls if path[0] == "super()" else None
         objects = start.get(path[0], []) if super_of is None else [self.parent]
+        if not objects:  # most paths start from no module
+            return []
         for index, name in enumerate(path[1:], 1):
             rest, following = path[index + 1 :], []
             if name.startswith("["):

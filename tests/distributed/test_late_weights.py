@@ -36,8 +36,8 @@ def weights(name: str) -> Tensor:
 
 
 def fitted(name: str, folder: str, how: str | None, meta: bool = True, epochs: int = 2, ckpt: str | None = None) -> dict[str, Any]:
-    options: dict[str, Any] = {"save": True, "quantize": how, "weights": weights if meta else None, "more": () if ckpt else (SameStart(),)}
-    return run(name, folder, epochs=epochs, ckpt=ckpt, **options)
+    options: dict[str, Any] = {"quantize": how, "weights": weights if meta else None, "more": () if ckpt else (SameStart(),)}
+    return run(name, folder, epochs=epochs, ckpt=ckpt, save=ckpt is None, **options)
 
 
 @pytest.fixture(scope="module")

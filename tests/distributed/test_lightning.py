@@ -1,4 +1,4 @@
-"""``LoRACallback`` under every strategy: training, checkpoints, resume from any to any, merge; against one process."""
+"""``LoRACallback`` under every strategy: training, checkpoints, resume from any to any, merge, the adapter left; against one process."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_lora import load_adapter
+from lightning_lora.cli.run_results import RunResults
+from tests.distributed.nets import adapter_tensors, make_net
 from tests.distributed.runs import BATCHES, REFUSED, STRATEGIES, refuse, run
 from tests.faults.kit import row
 
@@ -17,13 +20,20 @@ RESUMABLE = ["single", "ddp", "fsdp full", "fsdp sharded", "fsdp2 full", "fsdp2 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:Checkpoint directory")
 
 
-def start(pool: Any, name: str, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
+def start(pool: Any, name: str, *args: Any, how: Any = None, **kwargs: Any) -> list[dict[str, Any]]:
     """A run's results, one a rank; a single process runs here."""
-    return [run(name, *args, **kwargs)] if name == "single" else pool.run(run_with, name, args, kwargs)
+    how = how or run_with
+    return [how(name, args, kwargs)] if name == "single" else pool.run(how, name, args, kwargs)
 
 
 def run_with(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     return run(name, *args, **kwargs)
+
+
+def run_leaving(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A run of the command line's: ``left`` has the adapter folders that this process knows of."""
+    results = RunResults()
+    return run(name, *args, more=(results,), **kwargs) | {"left": [str(path) for path in results.adapters]}
 
 
 def close(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], atol: float = 1e-6) -> None:
@@ -38,13 +48,15 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def halves(pool: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """Two of four epochs under each strategy, with the checkpoint that this left."""
-    made = {}
-    for name in STRATEGIES:
-        folder = tmp_path_factory.mktemp(name.replace(" ", "_"))
-        made[name] = (folder, start(pool, name, str(folder), 2, save=True)[0])
-    return made
+def both_halves(pool: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[dict[str, Any]]]]:
+    """Two of four epochs under each strategy, one result a rank, with the checkpoint and the adapter that this left."""
+    folders = {name: tmp_path_factory.mktemp(name.replace(" ", "_")) for name in STRATEGIES}
+    return {name: (folder, start(pool, name, str(folder), 2, how=run_leaving, save=True)) for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def halves(both_halves: Any) -> dict[str, tuple[Path, dict[str, Any]]]:
+    return {name: (folder, ranks[0]) for name, (folder, ranks) in both_halves.items()}
 
 
 @pytest.mark.parametrize("name", PARALLEL)
@@ -100,11 +112,27 @@ def merged_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return run("single", str(tmp_path_factory.mktemp("merged")), 2, merge=True, test=True)
 
 
+def left_adapter(folder: Path, ranks: list[dict[str, Any]]) -> None:
+    """The run's folder has one adapter, that of the model's memory, and every rank knows of it."""
+    assert [rank["left"] for rank in ranks] == [[str(folder / "adapter")]] * 2
+    assert sorted(path.name for path in (folder / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    read = adapter_tensors(load_adapter(make_net(), folder / "adapter"))
+    mine = {key.removeprefix("net."): tensor for key, tensor in ranks[0]["adapters"].items()}
+    assert read.keys() == mine.keys() and all(torch.equal(read[key], mine[key]) for key in mine)
+
+
+@pytest.mark.parametrize("name", PARALLEL)
+def test_a_run_leaves_its_adapter(both_halves: Any, name: str) -> None:
+    left_adapter(*both_halves[name])
+
+
 @pytest.mark.parametrize("name", PARALLEL)
 def test_merges_at_the_end(pool: Any, merged_run: dict[str, Any], tmp_path: Path, name: str) -> None:
     # After fit Lightning itself leaves a module whose root FSDP1 flattened unusable for test, with or without LoRA.
     test = name not in ("fsdp full", "fsdp sharded")
-    for rank in start(pool, name, str(tmp_path), 2, merge=True, test=test):
+    ranks = start(pool, name, str(tmp_path), 2, how=run_leaving, merge=True, test=test)
+    left_adapter(tmp_path, ranks)
+    for rank in ranks:
         assert rank["merged"]
         close(rank["base"], merged_run["base"])
         if test:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,19 @@ def test_a_sharded_quantized_weight_is_not_merged(pool: Any, tmp_path: Path) -> 
     pool.run(merge_sharded, str(tmp_path))
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """One process's run, the half of it, and the checkpoint of the half."""
+
+    @functools.cache
+    def found(how: str) -> tuple[dict[str, Any], dict[str, Any], str]:
+        folder = tmp_path_factory.mktemp("whole")
+        first = run("single", str(folder), epochs=1, save=True, quantize=how)
+        return run("single", str(folder), quantize=how), first, str(folder / "last.ckpt")
+
+    return found
+
+
 @pytest.mark.parametrize(
     "how, name",
     [
@@ -148,17 +162,16 @@ def test_a_sharded_quantized_weight_is_not_merged(pool: Any, tmp_path: Path) -> 
         ("fp8", "lora_fsdp2 pulled"),
     ],
 )
-def test_a_lightning_run_is_that_of_one_process(pool: Any, how: str, name: str, tmp_path: Path) -> None:
+def test_a_lightning_run_is_that_of_one_process(pool: Any, whole: Any, how: str, name: str, tmp_path: Path) -> None:
     """Losses and adapters, checkpoints without a base tensor, and a resume from what one process wrote."""
-    alone = run("single", str(tmp_path / "single"), quantize=how)
-    first = run("single", str(tmp_path / "first"), epochs=1, save=True, quantize=how)
+    alone, first, ckpt = whole(how)
     for result in pool.run(spread, name, str(tmp_path / "spread"), how):
         assert result["losses"] == pytest.approx(alone["losses"], rel=1e-5)
         assert worst(result["adapters"], alone["adapters"]) < 1e-4
         assert all(".lora_" in saved for saved in result["saved"]["names"])
     assert first["losses"] == alone["losses"][: len(first["losses"])]
     if "lora_fsdp2" in name:
-        resumed = pool.run(spread, name, str(tmp_path / "resumed"), how, str(tmp_path / "first" / "last.ckpt"))
+        resumed = pool.run(spread, name, str(tmp_path / "resumed"), how, ckpt)
         assert worst(resumed[0]["adapters"], alone["adapters"]) < 1e-4
 
 

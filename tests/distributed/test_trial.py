@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from contextlib import ExitStack
 from pathlib import Path
@@ -138,13 +139,24 @@ def test_it_trains_as_one_process_whatever_the_trial_shows(pool: Any, alone: dic
         assert len(result["said"]) == (text is not None) and all(re.search(text, said) for said in result["said"]), result["said"]
 
 
+@pytest.fixture(scope="module")
+def half(pool: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The checkpoint of the first epoch."""
+
+    @functools.cache
+    def found(how: str, shards: bool) -> str:
+        folder = tmp_path_factory.mktemp("half")
+        pool.run(fit, how, str(folder), None, 1, {"save_distributed_checkpoint": shards})
+        return str(folder / "last.ckpt")
+
+    return found
+
+
 @pytest.mark.parametrize("shards", [False, True])
 @pytest.mark.parametrize(("first", "second"), [("as it is", "works"), ("works", "as it is"), ("works", "fails"), ("fails", "works")])
 def test_a_run_resumes_whatever_was_chosen_before(
-    pool: Any, alone: dict[str, Any], first: str, second: str, shards: bool, tmp_path: Path
+    pool: Any, alone: dict[str, Any], half: Any, first: str, second: str, shards: bool, tmp_path: Path
 ) -> None:
-    options = {"save_distributed_checkpoint": shards}
-    pool.run(fit, first, str(tmp_path / "first"), None, 1, options)
-    for result in pool.run(fit, second, str(tmp_path / "second"), str(tmp_path / "first" / "last.ckpt"), 2, options):
+    for result in pool.run(fit, second, str(tmp_path), half(first, shards), 2, {"save_distributed_checkpoint": shards}):
         same(result, alone | {"losses": alone["losses"][BATCHES:]})
         assert set(result["pulls"]) == {SAID[second][0]}

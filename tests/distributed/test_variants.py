@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from lightning_lora import LoRAConfig, apply_lora
-from tests.distributed.nets import CONFIG, Net, make_net
-from tests.distributed.wrappers import BOTH, check_merge, check_training, fsdp1
+from tests.distributed.nets import CONFIG, Net, fill_adapters, make_net
+from tests.distributed.wrappers import BOTH, check_merge, check_training, fsdp1, wrapped_and_adapted
 
 VARIANTS = {name: replace(CONFIG, variant=name) for name in ("dora", "lora_fa", "adalora")}
 VARIANTS["vera"] = replace(CONFIG, variant="vera", alpha=LoRAConfig().alpha)  # whose formula has no scaling
@@ -19,7 +19,11 @@ RUNS = [(variant, *run) for variant in VARIANTS for run in BOTH if variant not i
 
 
 def check(name: str, order: str, variant: str) -> dict[str, Any]:
-    return check_training(name, order, VARIANTS[variant]) | check_merge(name, order, VARIANTS[variant])
+    config = VARIANTS[variant]
+    made = wrapped_and_adapted(name, order, config)
+    trained = check_training(name, order, config, made)
+    fill_adapters(made[0])  # those that the reference merges
+    return trained | check_merge(name, order, config, made)
 
 
 @pytest.mark.parametrize(("variant", "name", "order"), RUNS)

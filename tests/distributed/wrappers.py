@@ -116,8 +116,8 @@ def wrapped_and_adapted(name: str, order: str, config: LoRAConfig = CONFIG) -> t
     return (model, rank // 2, 2) if name == "2d" else (model, rank, world) if data_parallel else (model, 0, 1)
 
 
-def check_training(name: str, order: str, config: LoRAConfig = CONFIG) -> dict[str, float]:
-    model, rank, world = wrapped_and_adapted(name, order, config)
+def check_training(name: str, order: str, config: LoRAConfig = CONFIG, made: tuple[nn.Module, int, int] | None = None) -> dict[str, float]:
+    model, rank, world = made or wrapped_and_adapted(name, order, config)
     frozen = {n: full_tensor(p).clone() for n, p in model.named_parameters() if not p.requires_grad and "fsdp1" not in name}
     grads, adapters = train(model, 3, rank, world)
     wanted_grads, wanted = reference(config=config)
@@ -137,8 +137,8 @@ def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
         return {clean(n): full_tensor(p).detach().clone() for n, p in model.named_parameters() if "lora_" not in n}
 
 
-def check_merge(name: str, order: str, config: LoRAConfig = CONFIG) -> dict[str, Any]:
-    model, _, _ = wrapped_and_adapted(name, order, config)
+def check_merge(name: str, order: str, config: LoRAConfig = CONFIG, made: tuple[nn.Module, int, int] | None = None) -> dict[str, Any]:
+    model, _, _ = made or wrapped_and_adapted(name, order, config)
     reference_model = apply_lora(make_net(), config=config)
     fill_adapters(reference_model)
     x = make_data()[0]

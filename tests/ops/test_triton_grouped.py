@@ -14,7 +14,7 @@ DIVISIONS = {
     "uneven": [3, 3, 67, 131, 200],
     "none but the last": [0, 0, 0, 64],
     "rows after the last": [5, 40],
-    "many": [*range(0, 198 if DEVICE == "cuda" else 54, 3)],  # without a GPU the interpreter takes 30 ms a group
+    "many": [*range(0, 198 if DEVICE == "cuda" else 27, 3)],  # without a GPU the interpreter takes 30 ms a group
 }
 
 
