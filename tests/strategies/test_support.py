@@ -62,12 +62,10 @@ def test_a_strategy_whose_own_saving_would_be_skipped_is_refused(tmp_path: Path)
 
 def test_the_durable_io_replaces_only_the_stock_one(tmp_path: Path) -> None:
     run = trainer(tmp_path, LoRACallback(CONFIG), max_epochs=1)
-    run.fit_loop.max_epochs = 2
     run.fit(LitNet())
     assert type(run.strategy.checkpoint_io) is DurableCheckpointIO
     own = AsyncCheckpointIO()
     run = trainer(tmp_path, LoRACallback(CONFIG), max_epochs=1, plugins=[own])
-    run.fit_loop.max_epochs = 2
     run.fit(LitNet())
     assert run.strategy.checkpoint_io is own
 
