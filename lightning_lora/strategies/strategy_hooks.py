@@ -46,7 +46,7 @@ from lightning_lora.strategies.namespaces import twin, twins
 from lightning_lora.strategies.new_optimizers import prepare
 from lightning_lora.utils.messages import counted
 from lightning_lora.utils.names import clean_name, persistent_buffers
-from lightning_lora.utils.sharding import full_tensor, is_flattened, local_shard, local_tensor, on_first_rank, reshard, summed
+from lightning_lora.utils.sharding import full_tensor, is_flattened, local_shard, local_tensor, on_first_rank, reshard
 
 #: The strategy's methods that the hooks replace.
 REPLACED = (
@@ -296,4 +296,4 @@ class StrategyHooks(CopiedHooks):
 
     def _saved(self, tensor: Tensor) -> Tensor:
         """Return what a checkpoint holds of a tensor: the full tensor, or this rank's shard for a folder of shards."""
-        return summed(tensor) if saves_shards(self.strategy) else full_tensor(tensor)
+        return tensor if saves_shards(self.strategy) else full_tensor(tensor)

@@ -87,17 +87,12 @@ def _square(tensor: Tensor) -> Tensor:
 
 
 def summed(tensor: Tensor) -> Tensor:
-    """Return a DTensor of which each rank has summands as one with the sums (a collective). Return any other tensor unchanged.
-
-    SGD's momentum may be one: it begins as a gradient.
-    """
-    placements: Any = getattr(tensor, "placements", ())
-    if not any(placement.is_partial() for placement in placements):
+    """Return a DTensor whose shards are parts of a sum as the sum, on every rank; any other tensor as it is."""
+    if not is_sharded(tensor) or not any(placement.is_partial() for placement in tensor.placements):  # type: ignore[attr-defined]
         return tensor
     from torch.distributed.tensor import Replicate
 
-    wanted = [Replicate() if placement.is_partial() else placement for placement in placements]
-    return tensor.redistribute(placements=wanted)  # type: ignore[attr-defined]
+    return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)  # type: ignore[attr-defined]
 
 
 def cut_dimensions(tensor: Tensor) -> set[int]:

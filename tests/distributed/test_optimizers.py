@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning_lora import LoRACallback
 from lightning_lora.optim import galore_optimizer, galore_param_groups, lora_param_groups
 from tests.distributed.nets import CONFIG, adapter_tensors
-from tests.distributed.runs import BATCHES, LitFSDP2, LitShared, LitTensorParallel, model_parallel
+from tests.distributed.runs import BATCHES, LitFSDP2, LitShared, model_parallel
 from tests.distributed.test_lightning import start
 
 pytestmark = pytest.mark.filterwarnings(
@@ -139,35 +139,3 @@ def test_lora_plus_on_a_divided_optimizer_is_refused_by_name(pool: Any, tmp_path
     """Its groups can no longer be split: B would train at A's rate."""
     with pytest.raises(RuntimeError, match=r"lora_plus_ratio=8\.0: ZeroRedundancyOptimizer divided .*lora_param_groups\(model, lr="):
         pool.run(fit_divided, str(tmp_path), 1, None, 1.0, 8.0)
-
-
-class LitMomentum(LitTensorParallel):
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=1e-2, momentum=0.9)
-
-
-def momenta(folder: str, epochs: int, ckpt: str | None = None) -> dict[str, Any]:
-    """Tensor parallelism under SGD, saved as shards."""
-    torch.manual_seed(7)
-    module, saver = LitMomentum(), ModelCheckpoint(folder, filename="last", enable_version_counter=False)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "use_distributed_sampler": False}
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=dist.get_world_size(),
-        strategy=model_parallel(tensor=True, shards=True),
-        max_epochs=epochs,
-        callbacks=[LoRACallback(CONFIG, merge_on_fit_end=False), saver],
-        **quiet,  # type: ignore[arg-type]
-    )
-    trainer.fit(module, ckpt_path=ckpt)
-    return {"losses": module.losses, "adapters": adapter_tensors(module)}
-
-
-def test_momentum_of_summands_is_saved_as_shards_and_resumes(pool: Any, tmp_path: Path) -> None:
-    """SGD's momentum begins as a gradient, which under tensor parallelism may be one summand on each process: no shard of anything."""
-    whole = pool.run(momenta, str(tmp_path / "whole"), 2)[0]
-    half = pool.run(momenta, str(tmp_path), 1)[0]
-    rest = pool.run(momenta, str(tmp_path / "rest"), 2, str(tmp_path / "last.ckpt"))[0]
-    assert half["losses"] + rest["losses"] == pytest.approx(whole["losses"], abs=1e-6)
-    for name, adapter in whole["adapters"].items():
-        torch.testing.assert_close(rest["adapters"][name], adapter, rtol=0, atol=1e-6, msg=name)
