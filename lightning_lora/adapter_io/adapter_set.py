@@ -233,7 +233,7 @@ def _read(root: nn.Module, path: str | Path, check_base: bool) -> dict[str, Pair
             B = target.spec.slices.placed(B)  # a pair on the whole fused projection
         if A.shape[0] != B.shape[1]:
             raise ValueError(f"{path}: {target.fqn!r} is a grouped convolution, whose rank cannot be padded; load it alone.")
-        pairs[clean_name(target.fqn)] = A, (B.float() * target.spec.scaling)
+        pairs[clean_name(target.fqn)] = A, B.to(torch.promote_types(B.dtype, torch.float32)) * target.spec.scaling
     return pairs
 
 

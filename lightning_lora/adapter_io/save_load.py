@@ -43,6 +43,7 @@ from lightning_lora.model.heads import saved_modules
 from lightning_lora.model.merge import remerging, unmerge_layers
 from lightning_lora.model.modes import restore_flags
 from lightning_lora.model.noted_state import base_buffers, has_extra_state
+from lightning_lora.model.whole_adapters import check_not_flattened, whole_adapters
 from lightning_lora.utils.names import adapter_root, bare, clean_name, modules_by_name
 from lightning_lora.utils.sharding import full_tensor, local_shard, local_tensor, on_first_rank
 from lightning_lora.utils.transformers_conventions import expert_family, loaded_from
@@ -75,10 +76,11 @@ def save_adapter(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
     layers = adapted_layers(root)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no LoRA layers to save; call apply_lora(model, config=...) first.")
-    if all(layer.lora_state.base_alone and not layer.lora_B.any() for layer in layers.values()):
-        raise ValueError("none of the model's adapters is active, and the folder would hold zeros; call adapters.use(name) first.")
     on_first_rank(lambda: check_free(folder, overwrite))
-    exported, config = export_layers(layers)
+    with whole_adapters(root):
+        if all(layer.lora_state.base_alone and not layer.lora_B.any() for layer in layers.values()):
+            raise ValueError("none of the model's adapters is active, and the folder would hold zeros; call adapters.use(name) first.")
+        exported, config = export_layers(layers)
     config = below(prefix, root, config, layers, exported)
     brought = brought_tensors(root) | base_buffers(root, moved=True)
     extras = extra_tensors(root, config, layers) | brought
@@ -126,6 +128,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
         lightning_lora.storage.regular_files.WrongPath: runs/leagl/adapter: there is no such adapter folder or checkpoint.
     """
     _, root = adapter_root(model)
+    check_not_flattened(root)
     adapter, report, tensors, brought = checked_adapter(root, path, check_base=check_base, allow_nonfinite=allow_nonfinite)
     around, modules = {clean_name(name): t for name, t in model.state_dict(keep_vars=True).items()}, dict(model.named_modules())
     outside = {} if root is model else adapter.outside

@@ -30,6 +30,7 @@ class Watch:
         self._finite = FiniteCheck(trainer.strategy, module, every) if finite else None
         self._compare = True
         self._target, self._held = target, self._count()
+        self._began = trainer.global_step  # not 0 in a second fit of one Trainer
 
     def before_batch(self) -> None:
         """Compare the adapters of all processes, once, after the first optimizer step. Look at what optimizers got since the last batch.
@@ -66,10 +67,11 @@ class Watch:
     def warn_of_no_step(self) -> None:
         """Warn if a whole fit has made no optimizer step: what is merged and saved is the adapter that it began with."""
         mocked = not any(optimizer.param_groups for optimizer in self.trainer.optimizers)  # Lightning counts the steps of none too
-        if mocked or self.trainer.global_step == 0:
+        if mocked or self.trainer.global_step == (0 if self.trainer.ckpt_path else self._began):
             rank_zero_warn(
-                "fit ended without a step of an optimizer that the Trainer has, so it trained no adapter. Is the training loader"
-                " empty, limit_train_batches or max_steps 0, or does configure_optimizers return None?"
+                "fit ended without a step of an optimizer that the Trainer has, so it trained no adapter. Is the training loader empty,"
+                " limit_train_batches or max_steps 0, max_epochs reached by an earlier fit of this Trainer, or does configure_optimizers"
+                " return None?"
             )
 
     def finish(self) -> None:

@@ -35,6 +35,7 @@ from lightning_lora.ops.output_scale import apply_output_scale
 from lightning_lora.quantization import formats
 from lightning_lora.registry import data_of, frozen_factor, has_start, init_check, init_of
 from lightning_lora.utils.gradient_reducer import kept_reduced
+from lightning_lora.utils.names import checked
 from lightning_lora.utils.parameters import make_parameter
 from lightning_lora.utils.sharding import local_tensor
 
@@ -285,9 +286,7 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
         >>> [name for name, layer in lora_layers(apply_lora(model)) if layer.rank == 8][:2]
         ['model.layers.0.self_attn.q_proj', 'model.layers.0.self_attn.v_proj']
     """
-    for name, module in model.named_modules():
-        if isinstance(module, LoRALayer):
-            yield name, module
+    yield from ((name, module) for name, module in checked(model).named_modules() if isinstance(module, LoRALayer))
 
 
 def kept_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -80,6 +80,17 @@ def zero_factors(model: nn.Module) -> list[Tensor]:
     return [factors[1] for factors in (layer.lora_factors() for layer in layers) if factors]
 
 
+def unwrapped(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer that a wrapper of Fabric's, or of Lightning's manual optimization, shows.
+
+    The wrapper is of a subclass of its class. Attributes that are set on the wrapper, such as ``param_groups``, do not reach it.
+    """
+    inner = getattr(optimizer, "optimizer", None)
+    if isinstance(inner, Optimizer) and isinstance(optimizer, type(inner)) and type(optimizer) is not type(inner):
+        return inner
+    return optimizer
+
+
 def check_ratio(ratio: float) -> None:
     """Raise ValueError if the ratio is not a finite number > 0."""
     if not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or not 0 < ratio < math.inf:

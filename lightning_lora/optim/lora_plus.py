@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_lora.optim.groups import RATE_OF_B, RATIO, check_ratio, zero_factors
+from lightning_lora.optim.groups import RATE_OF_B, RATIO, check_ratio, unwrapped, zero_factors
 from lightning_lora.optim.state import divides_state
 
 #: Key in a group that was split off: its rates are ``group[RATIO]`` times those of the last group before it that was not split off.
@@ -54,6 +54,7 @@ def apply_lora_plus(optimizer: Optimizer, model: nn.Module, ratio: float, *sched
         >>> apply_lora_plus(optimizer, model, 16, scheduler)
     """
     check_ratio(ratio)
+    optimizer = unwrapped(optimizer)
     if divides_state(optimizer):
         cls = type(optimizer).__name__
         raise ValueError(
@@ -190,7 +191,7 @@ def _hide_groups_of_b(scheduler: Any) -> None:
 def _on_users_groups(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with _users_groups(self.optimizer):
+        with _users_groups(unwrapped(self.optimizer)):
             return method(self, *args, **kwargs)
 
     return wrapped

@@ -26,7 +26,7 @@ from lightning_lora.layers.factors import Factors
 from lightning_lora.layers.slices import Sliced
 from lightning_lora.optim.before_step import before_step
 from lightning_lora.optim.gram import Pair, precondition
-from lightning_lora.optim.groups import PRECONDITION
+from lightning_lora.optim.groups import PRECONDITION, unwrapped
 from lightning_lora.utils.names import clean_name
 
 
@@ -71,6 +71,7 @@ def apply_preconditioner(optimizer: Optimizer, model: nn.Module, name: str, *, d
         >>> apply_preconditioner(optimizer, model, "riemannian")
     """
     check_preconditioner(model, name)
+    optimizer = unwrapped(optimizer)
     method = METHODS[name]
     damping = method.damping if damping is None else damping
     if not isinstance(damping, (int, float)) or isinstance(damping, bool) or not 0 < damping < math.inf:

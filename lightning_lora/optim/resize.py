@@ -21,6 +21,7 @@ from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.model.ranks import check_resizable, replace_values, spec_with, take_spec, with_ranks
 from lightning_lora.ops.other_rank import best_directions
 from lightning_lora.optim.carried import FactorChange, check_carried, check_optimizer
+from lightning_lora.optim.groups import unwrapped
 from lightning_lora.registry import belongs_to_packed_base, data_of, frozen_factor, init_of
 from lightning_lora.utils.names import adapter_root, clean_name, join
 from lightning_lora.utils.parameters import make_parameter
@@ -59,7 +60,8 @@ def resize_ranks(model: nn.Module, ranks: Mapping[str, int], optimizers: Optimiz
         >>> resize_ranks(model, {"layers.0.self_attn.q_proj": 4}, optimizer)
         {'model.layers.0.self_attn.q_proj': (8, 4)}
     """
-    return plan_resize(model, ranks, [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)).carry_out()
+    given = [optimizers] if isinstance(optimizers, Optimizer) else optimizers
+    return plan_resize(model, ranks, [unwrapped(optimizer) for optimizer in given]).carry_out()
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from lightning_lora.adapter_io.metadata import META, began_with, understood
 from lightning_lora.optim.state import holds_nan
+from lightning_lora.storage.sharded_checkpoint import PARTS
 from lightning_lora.strategies.adapted_part import AdaptedPart, parts_in
 from lightning_lora.utils.messages import counted
+from lightning_lora.utils.sharding import is_sharded
 from lightning_lora.utils.values import kind_of_numbers, nonfinite
 
 
@@ -70,6 +72,34 @@ def check_values(checkpoint: Mapping[str, Any], path: str, fitting: bool) -> Non
             f"{path}: {what}, so a training from there cannot recover: take an earlier"
             " checkpoint, or pass LoRACallback(allow_nonfinite=True) to go on anyway."
         )
+
+
+def check_whole(checkpoint: Mapping[str, Any]) -> None:
+    """Refuse shards in what callbacks, loops and the module's own hooks put into a checkpoint: only the first process's would be written.
+
+    Raises:
+        ValueError: there is one. The message says where.
+    """
+    for part in checkpoint.keys() - PARTS:
+        where = next(_sharded(checkpoint[part], str(part)), None)
+        if where is not None:
+            raise ValueError(
+                f"{where} is sharded, and the checkpoint would hold the first process's piece of it alone: give value.full_tensor() in"
+                ' state_dict or on_save_checkpoint. "Averages of adapters" in docs/callback.md does.'
+            )
+
+
+def _sharded(value: Any, where: str) -> Iterator[str]:
+    """Yield where in a value that may be nested there are sharded tensors."""
+    if isinstance(value, Tensor):
+        if is_sharded(value):
+            yield where
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            yield from _sharded(each, f"{where}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        for index, each in enumerate(value):
+            yield from _sharded(each, f"{where}[{index}]")
 
 
 def nan_states(checkpoint: Mapping[str, Any]) -> list[str]:

@@ -13,13 +13,15 @@ from typing import Any, TypeVar
 
 import lightning
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import BatchSizeFinder, Checkpoint, LearningRateFinder, ProgressBar
 
 T = TypeVar("T")
 
 #: Lightning's top-level packages.
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}
 _SECOND = {"lightning.pytorch": "pytorch_lightning", "lightning.fabric": "lightning_fabric"}
+# Callbacks that a Trainer knows by their class: it saves with them, asks them for the bar, or ends a fit when they raise.
+_KNOWN = (Checkpoint, ProgressBar, LearningRateFinder, BatchSizeFinder)
 #: A package of the second name → the same of the first.
 FIRST = {second: first for first, second in _SECOND.items()}
 
@@ -54,7 +56,7 @@ def check_namespace(trainer: Trainer, callbacks: list[Callback]) -> None:
 
     Raises:
         ValueError: the Trainer is ``pytorch_lightning``'s, and its minor version is not ``lightning``'s, with which the callbacks are
-            tested; or a checkpoint callback is of the other package, so the Trainer does not know it as one.
+            tested; or a callback that the Trainer goes by is of the other package.
     """
     mine = twin(Checkpoint, trainer)
     if mine is not Checkpoint:
@@ -65,10 +67,10 @@ def check_namespace(trainer: Trainer, callbacks: list[Callback]) -> None:
                 f" the same version of both. pip install pytorch-lightning=={lightning.__version__}"
             )
     for callback in callbacks:
-        if isinstance(callback, twins(Checkpoint)) and not isinstance(callback, mine):
+        if any(isinstance(callback, twins(cls)) and not isinstance(callback, twin(cls, trainer)) for cls in _KNOWN):
             raise ValueError(
-                f"callbacks: {type(callback).__name__} is not of the Trainer's package ({mine.__module__.rpartition('.callbacks')[0]}), so"
-                " the Trainer does not know it as a checkpoint callback: import both from one package."
+                f"callbacks: {type(callback).__name__} is not of the Trainer's package ({mine.__module__.rpartition('.callbacks')[0]}),"
+                " which knows such callbacks by their class: import both, and Tuner, from one package."
             )
 
 

@@ -35,7 +35,7 @@ from lightning_lora.optim.state import load_by_name, state_by_name
 from lightning_lora.strategies import flattened, module_state
 from lightning_lora.strategies.adapted_part import AdaptedPart, meta_of
 from lightning_lora.strategies.changed_state import ChangedState
-from lightning_lora.strategies.checkpoint_checks import check_fits, check_parts, check_values, naming, nan_states
+from lightning_lora.strategies.checkpoint_checks import check_fits, check_parts, check_values, check_whole, naming, nan_states
 from lightning_lora.strategies.checkpoint_io import DurableCheckpointIO, found, read, write_folder
 from lightning_lora.strategies.copied_hooks import CopiedHooks
 from lightning_lora.strategies.equal_ranks import synchronize
@@ -192,6 +192,7 @@ class StrategyHooks(CopiedHooks):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str, storage_options: Any = None) -> None:
         """Write the checkpoint, with the metadata that identifies its adapter: format version, config, base."""
+        check_whole(checkpoint)
         names = self._covered(tensors := checkpoint["state_dict"])
         meta = meta_of(self.parts, lambda root: self.state.identity(root, names))
         trains = {clean_name(name) for name, _ in kept_parameters(self.module)}

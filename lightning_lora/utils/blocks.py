@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from lightning_lora.utils import transformers_conventions
+from lightning_lora.utils.names import checked
 from lightning_lora.utils.torch_private import WRAPPED_CHILDREN
 
 BLOCKS = "an nn.ModuleList or nn.Sequential of at least two modules of one class that have modules and parameters inside"
@@ -26,7 +27,7 @@ def repeated_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     Args:
         model: any module, wrapped or not. Blocks are returned without torch's wrappers.
     """
-    named = {name for module in model.modules() for name in transformers_conventions.block_classes(module)}
+    named = {name for module in checked(model).modules() for name in transformers_conventions.block_classes(module)}
     lists = [list(_elements(name, module)) for name, module in model.named_modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
     found = [(fqn, block) for blocks in lists for fqn, block in blocks if named & {cls.__name__ for cls in type(block).__mro__}]
     names: dict[nn.Module, str] = {}

@@ -14,6 +14,14 @@ from lightning_lora.utils.torch_private import COMPILED_CHILD, FABRIC_CHILDREN, 
 _WRAPPERS = (COMPILED_CHILD, *WRAPPED_CHILDREN, *FABRIC_CHILDREN)
 
 
+def checked(model: nn.Module) -> nn.Module:
+    """Return a model. Raise ValueError if it is something else: its name, a Fabric, a list of parts."""
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else f"{model!r:.60}"
+        raise ValueError(f"model={what}: give a torch.nn.Module, such as AutoModelForCausalLM.from_pretrained(...) returns.")
+    return model
+
+
 def clean_name(name: str) -> str:
     """Return a fully qualified name without the wrappers' parts."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
@@ -34,7 +42,7 @@ def bare(model: nn.Module) -> nn.Module:
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
     """Return clean name → module, without the root. A module that two parents share appears under both names."""
     found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in checked(model).named_modules(remove_duplicate=False):
         found[clean_name(name)] = module  # a wrapped module comes after its wrapper and replaces it
     found.pop("", None)
     return found
@@ -73,7 +81,7 @@ def adapter_root(model: nn.Module) -> tuple[str, nn.Module]:
     the model itself. So an adapter of ``MyTask(model=llama)`` fits ``llama`` alone, and the reverse.
     """
     names: list[str] = []
-    while (inside := _wrapped(uncompiled(model))) is not None:
+    while (inside := _wrapped(uncompiled(checked(model)))) is not None:
         names, model = [*names, inside[0]], inside[1]
     if hasattr(task := uncompiled(model), "configure_optimizers"):
         children = [(name, child) for name, child in task.named_children() if next(child.parameters(), None) is not None]

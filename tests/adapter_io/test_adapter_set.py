@@ -226,3 +226,12 @@ def test_convolutions(tmp_path):
     with torch.no_grad(), adapters.rows(["a", "b"]):
         found = model(x)
     torch.testing.assert_close(found, torch.stack([wanted["a"][0], wanted["b"][1]]), rtol=1e-4, atol=1e-5)
+
+
+def test_factors_of_a_float64_model_keep_their_digits(tmp_path):
+    """The scaling was multiplied into B in float32."""
+    model = apply_lora(base("llama").double(), LoRAConfig(**CONFIGS["legal"]))
+    randomise(model)
+    adapters = load_adapters(served := base("llama").double(), {"legal": save_adapter(model, tmp_path / "adapter")})
+    adapters.use("legal")
+    torch.testing.assert_close(output(served), output(model), rtol=0, atol=1e-13)

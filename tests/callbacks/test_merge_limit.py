@@ -52,3 +52,11 @@ def test_a_fit_that_trains_nothing_says_so(case: str, tmp_path: Path, monkeypatc
         warnings.simplefilter("always")
         fit(tmp_path, module, 1, lora=LoRACallback(CONFIG, check_gradients=False), **limit)
     assert sum("fit ended without a step of an optimizer" in str(each.message) for each in found) == 1
+
+
+def test_a_second_fit_of_a_trainer_that_is_done_says_so(tmp_path: Path) -> None:
+    first, second = LitNet(), LitNet()
+    run = fit(tmp_path, first, 1)
+    with pytest.warns(UserWarning, match=r"fit ended without a step .* max_epochs reached by an earlier fit of this Trainer"):
+        run.fit(second)
+    assert first.losses and not second.losses

@@ -217,11 +217,13 @@ def test_our_own_tasks_are_lightnings(tmp_path: Path) -> None:
         trainer(pytorch_lightning, tmp_path, LoRACallback(CONFIG)).fit(made(CausalLMTask))
 
 
+@pytest.mark.parametrize("name", ["ModelCheckpoint", "RichProgressBar", "LearningRateFinder"])
 @PAIRS
-def test_a_checkpoint_callback_of_the_other_package_is_refused(mine: Any, other: Any, tmp_path: Path) -> None:
-    module = lit(mine)
-    with pytest.raises(ValueError, match=f"ModelCheckpoint is not of the Trainer's package \\({mine.__name__}\\)"):
-        trainer(mine, tmp_path, LoRACallback(CONFIG), saver(other, tmp_path)).fit(module)
+def test_a_callback_that_the_trainer_goes_by_is_refused_of_the_other_package(mine: Any, other: Any, name: str, tmp_path: Path) -> None:
+    """A Tuner adds its finder to the callbacks, and ends the fit by an exception of its own package."""
+    module, callback = lit(mine), getattr(other.callbacks, name)()
+    with pytest.raises(ValueError, match=f"{name} is not of the Trainer's package \\({mine.__name__}\\).*both, and Tuner, from one"):
+        trainer(mine, tmp_path, LoRACallback(CONFIG), callback).fit(module)
     assert not list(lora_layers(module))
 
 

@@ -12,12 +12,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from lightning_lora import apply_lora, export_adapter, export_merged, load_adapter, save_adapter
 from lightning_lora.strategies.checkpoint_io import read_folder, write_folder
 from lightning_lora.utils.sharding import local_tensor, on_first_rank
 from tests.distributed import runs
-from tests.distributed.nets import CONFIG, adapter_tensors, fill_adapters, make_net
+from tests.distributed.nets import CONFIG, Block, adapter_tensors, fill_adapters, make_data, make_net
 from tests.distributed.runs import run
 from tests.distributed.wrappers import BOTH, wrapped_and_adapted
 from tests.faults.kit import row
@@ -36,6 +38,31 @@ def save(name: str, order: str, folder: str) -> bool:
 @pytest.mark.parametrize(("name", "order"), BOTH)
 def test_a_sharded_model_saves_a_whole_adapter(pool: Any, tmp_path: Path, name: str, order: str) -> None:
     assert all(pool.run(save, name, order, str(tmp_path / "adapter")))
+    wanted = apply_lora(make_net(), config=CONFIG)
+    fill_adapters(wanted)
+    loaded = adapter_tensors(load_adapter(make_net(), tmp_path / "adapter"))
+    for key, tensor in adapter_tensors(wanted).items():
+        assert torch.equal(loaded[key], tensor)
+
+
+def save_flattened(folder: str) -> None:
+    """FSDP1 as Fabric wraps: adapters and base in one flat parameter."""
+    model = apply_lora(make_net(), config=CONFIG)
+    fill_adapters(model)
+    wrapped = FSDP(model, auto_wrap_policy=ModuleWrapPolicy({Block}), use_orig_params=True, device_id=torch.device("cpu"))
+    mine = list(wrapped.parameters())
+    save_adapter(wrapped, folder)
+    assert all(before is after for before, after in zip(mine, wrapped.parameters(), strict=True))
+    wrapped(make_data()[0]).sum().backward()
+    with pytest.raises(ValueError, match=r"FSDP1 flattened the adapter of 'layers.0.q' .*: load before FSDP1 wraps the model"):
+        load_adapter(wrapped, folder)
+    with pytest.raises(ValueError, match=r"the adapter of 'q' is part of an FSDP1 unit around Block"):
+        save_adapter(next(child for child in model.modules() if isinstance(child, Block)), folder, overwrite=True)
+
+
+def test_adapters_that_fsdp1_flattened_are_gathered(pool: Any, tmp_path: Path) -> None:
+    """The first process's piece was written, and loaded values were lost, in silence."""
+    pool.run(save_flattened, str(tmp_path / "adapter"))
     wanted = apply_lora(make_net(), config=CONFIG)
     fill_adapters(wanted)
     loaded = adapter_tensors(load_adapter(make_net(), tmp_path / "adapter"))

@@ -70,9 +70,8 @@ def test_the_samples_train_all_that_apply_lora_says_trains() -> None:
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 20}
     model = apply_lora(BertForSequenceClassification(BertConfig(**sizes)), LoRAConfig(target_modules=["query"], bias="all"))
     names = {**vars(lightning_lora), "torch": torch, "model": model}
-    (optimizer,) = re.findall(r"^optimizer = (.+?)(?:  #.*)?$", PAGES["loop"], re.MULTILINE)
-    groups = eval(optimizer, names).param_groups
-    samples = [[p for group in groups for p in group["params"]]]
+    optimizers = [eval(text, names) for text in re.findall(r"^optimizer = (.+?)(?:  #.*)?$", PAGES["loop"], re.MULTILINE)]
+    samples = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers]
     for text in (PAGES["performance"], str(lightning_lora.cuda_graph_step.__doc__)):
         (parameters,) = re.findall(r"with cuda_graph_step(\(.+\)):", text)
         samples.append(list(eval(parameters, names)))

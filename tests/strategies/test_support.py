@@ -27,6 +27,7 @@ def test_hooks_are_installed_once_and_come_off(tmp_path: Path) -> None:
     later = run.strategy._lora_hooks
     assert later is hooks and list(later.parts) == ["net"]
     assert later.originals["load_checkpoint"].__func__ is SingleDeviceStrategy.load_checkpoint
+    run.fit_loop.max_epochs = 2
     run.fit(LitNet())
     later = run.strategy._lora_hooks
     assert later is not hooks and later.state is not hooks.state

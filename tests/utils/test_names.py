@@ -7,6 +7,8 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim.swa_utils import AveragedModel
 
+from lightning_lora import get_lora_parameters
+from lightning_lora.utils.blocks import repeated_blocks
 from lightning_lora.utils.names import adapter_root, bare, clean_name, modules_by_name, persistent_buffers, second_names
 from tests.conftest import Task, TinyModel
 
@@ -120,3 +122,10 @@ def test_persistent_buffers_leave_the_others_out():
     module.register_buffer("kept", torch.ones(1))
     module.register_buffer("derived", torch.ones(1), persistent=False)
     assert list(persistent_buffers(module)) == ["kept"]
+
+
+@pytest.mark.parametrize("model", ["owner/model", None, {"a": 1}, nn.Linear, [nn.Linear(1, 1)]], ids=lambda model: type(model).__name__)
+@pytest.mark.parametrize("call", [adapter_root, modules_by_name, repeated_blocks, get_lora_parameters], ids=lambda call: call.__name__)
+def test_what_is_no_model_is_refused(call, model):
+    with pytest.raises(ValueError, match=r"^model=.*: give a torch.nn.Module"):
+        call(model)
