@@ -73,6 +73,8 @@ def _check(name: str) -> None:
     if not isinstance(content, dict):
         kind = "is empty" if content is None else f"holds a value of type {type(content).__name__}"
         raise ValueError(f"{where} {kind}; it should hold keys such as model:, data:, lora:, trainer:")
+    if (empty := next((key for key in ("model", "data", "lora", "trainer") if content.get(key, "") is None), None)) is not None:
+        raise ValueError(f"{where}: {empty}: is empty; write its options under it, or leave it out")
     twice = _twice(text)
     if twice is not None:
         raise ValueError(f"{where}, line {twice[1]}: the key {twice[0]!r} is there twice; remove one")
