@@ -104,7 +104,9 @@ class Answerer:
             try:
                 message["content"].encode()
             except UnicodeEncodeError as error:  # bytes of a pipe or an argument that Python could not read, which no tokenizer takes
-                raise ValueError(f"the message of {message['role']!r} is not UTF-8 (at character {error.start}); give it as UTF-8") from error
+                raise ValueError(
+                    f"the message of {message['role']!r} is not UTF-8 (at character {error.start}); give it as UTF-8"
+                ) from error
         if self.encodes:
             ids = self.tokenizer(self.prefix + source_of(conversation.messages))["input_ids"]
         else:

@@ -44,7 +44,11 @@ def test_a_name_that_there_is_not():
         (chosen_data, {"data": "train.jsonl"}, "data='train.jsonl' is no class; write data.train: in YAML"),
         (chosen_task, {"model": "owner/name"}, "model='owner/name' is no class; write model.model: in YAML"),
         (chosen_task, {"model": 3}, "model=3 is no class"),
-        (chosen_task, {"model": "tests"}, "model='tests': there are .*ClassificationTask, and a class.*; for a folder of this name write model.m"),
+        (
+            chosen_task,
+            {"model": "tests"},
+            "model='tests': there are .*ClassificationTask, and a class.*; for a folder of this name write model.m",
+        ),
         (chosen_task, {"model": {"class_path": "DPOTask", "model": "x"}}, "model.model stands beside class_path; .* under model.init_args"),
     ],
 )

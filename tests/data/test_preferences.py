@@ -84,7 +84,7 @@ def test_long_pairs_are_cut_and_counted(tmp_path):
 
 def test_pairs_whose_difference_is_cut_are_lost(tmp_path):
     alike = {**CONVERSATIONS["messages"], **{name: [answer("blue " * 30 + end)] for name, end in (("chosen", "sky"), ("rejected", "red"))}}
-    with pytest.raises(ValueError, match="1 of 2 rows lose their answer to max_length=16: .*pairs.jsonl:2"):
+    with pytest.raises(ValueError, match=r"1 of 2 rows lose their answer to max_length=16: .*pairs.jsonl:2"):
         load(tmp_path, [CONVERSATIONS["messages"], alike], max_length=16)
     with pytest.warns(UserWarning, match="1 of 2 rows are dropped"):
         assert len(load(tmp_path, [CONVERSATIONS["messages"], alike], max_length=16, long_rows="drop").examples["train"]) == 1
