@@ -162,8 +162,8 @@ def check_base(mine: dict[str, Any], saved: dict[str, Any], where: str) -> None:
     elif not same:
         raise OtherBase(
             f"{where} was trained on another base: fingerprint {saved['fingerprint']} ({saved['class']} {saved['name']!r}), this model has"
-            f" {mine['fingerprint']} ({mine['class']} {mine['name']!r}). Load that base (in float16 if it was then, not if not), or pass"
-            " check_base=False to use the adapter here anyway."
+            f" {mine['fingerprint']} ({mine['class']} {mine['name']!r}). Load that base (in float16 if it was then, not if not; one that is"
+            " drawn at random, from the same seed), or pass check_base=False to use the adapter here anyway."
         )
 
 

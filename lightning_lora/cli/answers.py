@@ -100,6 +100,13 @@ class Answerer:
         return min(room, self.sampling.max_new_tokens)
 
     def _encode(self, conversation: Conversation) -> list[int]:
+        for message in conversation.messages:
+            try:
+                message["content"].encode()
+            except UnicodeEncodeError as error:  # bytes of a pipe or an argument that Python could not read, which no tokenizer takes
+                raise ValueError(
+                    f"the message of {message['role']!r} is not UTF-8 (at character {error.start}); give it as UTF-8"
+                ) from error
         if self.encodes:
             ids = self.tokenizer(self.prefix + source_of(conversation.messages))["input_ids"]
         else:

@@ -42,6 +42,8 @@ def run_words(argv: Sequence[str]) -> list[str] | None:
         return ["--config", path, *options]
     if Path(path).suffix in READERS:
         return [f"--data.train={path}", *options]
+    if Path(path).is_file() and any(word.partition("=")[0] == "--model.model" for word in options):
+        raise ValueError(f"{path!r} has none of the endings of data files: {', '.join(READERS)}; unpack or rename it")
     return None
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, get_args, get_type_hints
 
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, Namespace
 
 from lightning_lora.utils.peft_words import in_our_words
 
@@ -75,6 +75,13 @@ def check_not_null(function: Callable[..., Any], arguments: dict[str, Any], pref
         optional = hint is Any or type(None) in get_args(hint) or parameter.default is None
         if name in arguments and arguments[name] is None and not optional:
             raise ValueError(f"{prefix}{name}=null: give a value, or leave it out")
+
+
+def check_groups(config: Namespace, names: Iterable[str]) -> None:
+    """Raise ValueError for groups of options that hold something else, such as null: the parser takes it."""
+    for name in names:
+        if not isinstance(config[name], Namespace):
+            raise ValueError(f"{name}={config[name]!r}: write its options under it, or leave it out")
 
 
 def check_seed(seed: int | bool) -> None:
@@ -226,7 +233,7 @@ def _expected(line: str) -> tuple[str, str | None]:
     if found := _TYPE.fullmatch(line):
         return _WORDS.get(found[1], found[1]), found[2]
     if found := _RESTRICTED.fullmatch(line) or _UNREAD.fullmatch(line):
-        number = "a whole number" if "int" in found[1].lower() else "a number"
+        number = "a whole number" if found[1].lower().endswith("int") else "a number"  # "ClosedUnitInterval" is none
         limits = found[3] if found.re is _RESTRICTED else ""
         for sign, word in (("v>=", "≥ "), ("v<=", "≤ "), ("v>", "> "), ("v<", "< ")):
             limits = limits.replace(sign, word)

@@ -45,6 +45,8 @@ def sweep(words: Sequence[str], as_json: bool = False) -> None:
         RuntimeError: every trial failed.
     """
     own, rest = own_options(words)
+    if any(word.partition("=")[0] == "--trainer.default_root_dir" for word in rest):
+        raise ValueError(f"--trainer.default_root_dir: a sweep writes into --folder, which is {own['folder']}; name it there")
     described, words = take_settings(rest)
     if not described:
         digests({"": words}, "")  # a misspelt option is the better answer

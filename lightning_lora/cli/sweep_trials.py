@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from lightning_lora.cli.messages import nearest
+from lightning_lora.cli.yaml_files import key_twice
 from lightning_lora.trials.naming import name_trials, text_of
 
 # Short name → the options of fit that it sets.
@@ -83,9 +84,11 @@ def _of_file(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         raise ValueError(f"--trials {file}: no such file; name a YAML list of mappings, such as - {{rank: 4, learning_rate: 1.0e-3}}")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.safe_load(text := file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--trials {file} is not YAML: {' '.join(str(error).split())}") from error
+    if (twice := key_twice(text)) is not None:
+        raise ValueError(f"--trials {file}, line {twice[1]}: the key {twice[0]!r} is there twice; remove one")
     if not isinstance(content, list) or not all(isinstance(each, dict) and each for each in content):
         raise ValueError(f"--trials {file} must be a list of mappings, such as - {{rank: 4, learning_rate: 1.0e-3}}")
     for number, each in enumerate(content):

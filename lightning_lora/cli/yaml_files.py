@@ -47,7 +47,7 @@ def unique_keys() -> Iterator[None]:
     usual = get_loader("yaml")
 
     def strict(text: str) -> Any:
-        twice = _twice(text)
+        twice = key_twice(text)
         if twice is not None:
             raise ValueError(f"{twice[0]!r} is there twice in {text!r}")
         return usual(text)
@@ -89,12 +89,14 @@ def _check(name: str) -> None:
     if not isinstance(content, dict):
         kind = "is empty" if content is None else f"holds a value of type {type(content).__name__}"
         raise ValueError(f"{where} {kind}; it should hold keys such as model:, data:, lora:, trainer:")
-    twice = _twice(text)
+    if (empty := next((key for key in ("model", "data", "lora", "trainer") if content.get(key, "") is None), None)) is not None:
+        raise ValueError(f"{where}: {empty}: is empty; write its options under it, or leave it out")
+    twice = key_twice(text)
     if twice is not None:
         raise ValueError(f"{where}, line {twice[1]}: the key {twice[0]!r} is there twice; remove one")
 
 
-def _twice(text: str) -> tuple[str, int] | None:
+def key_twice(text: str) -> tuple[str, int] | None:
     """Return the first key that a mapping has twice, and its line; None if there is none, or if this is no YAML."""
     try:
         nodes = [yaml.compose(text, Loader=_Loader)]

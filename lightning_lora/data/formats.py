@@ -63,14 +63,17 @@ def to_record(row: Any, format: str = "auto", columns: Mapping[str, str] | None 
     """
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, got {type(row).__name__}; a row is {FORMATS['prompt_response'].example}, for example")
-    row = {key: value for key, value in _renamed(row, columns or {}).items() if value is not None}  # tables have every key in every row
+    row = _renamed(row, columns or {})
+    nulls = sorted(key for key, value in row.items() if value is None)
+    row = {key: value for key, value in row.items() if value is not None}  # tables have every key in every row
+    null = f" (null: {', '.join(nulls)})" if nulls else ""
     if format == "auto":
-        format = _recognised(row)
+        format = _recognised(row, null)
     chosen = FORMATS[format]
     missing = [key for key in chosen.keys + chosen.answers * needs_answer if key not in row]
     if missing:
         raise ValueError(
-            f"no {' and no '.join(map(repr, missing))} among the keys {sorted(row)}, for the format {format!r}: {chosen.example}; "
+            f"no {' and no '.join(map(repr, missing))} among the keys {sorted(row)}{null}, for the format {format!r}: {chosen.example}; "
             "data.columns renames keys"
         )
     return chosen.read(row, needs_answer)
@@ -89,7 +92,7 @@ def check_format(format: str) -> None:
         raise ValueError(f"data.format={format!r} is not known; the formats are auto, {', '.join(FORMATS)}")
 
 
-def _recognised(row: Row) -> str:
+def _recognised(row: Row, null: str = "") -> str:
     for needs_answer in (True, False):  # text with a label before text alone
         for name, format in FORMATS.items():
             if set(format.keys + format.answers * needs_answer) <= row.keys():
@@ -101,7 +104,7 @@ def _recognised(row: Row) -> str:
                     )
                 return name
     known = "; ".join(f"{name}: {', '.join(format.keys + format.answers)}" for name, format in FORMATS.items())
-    raise ValueError(f"the keys {sorted(row)} are of no known format ({known}); rename them with data.columns")
+    raise ValueError(f"the keys {sorted(row)}{null} are of no known format ({known}); rename them with data.columns")
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
@@ -141,6 +144,8 @@ def _conversation(row: Row, messages: list[Message], needs_answer: bool, given: 
         not isinstance(choices, list) or not all(isinstance(c, str) for c in choices) or last["content"] not in choices
     ):
         raise ValueError(f"'choices' must be a list of texts that holds the answer {last['content']!r}, got {choices!r}")
+    if choices is not None and len({*choices}) < 2:
+        raise ValueError(f"'choices' holds only the answer {last['content']!r}, so every model would be right; add the others")
     return Conversation(messages, tools_of(row), choices, given)
 
 

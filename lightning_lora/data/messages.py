@@ -23,8 +23,9 @@ def text_of(value: Any, name: str) -> str:
     if isinstance(value, list) and value and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
         value = "".join([text_of(part.get("text"), f"the 'text' in {name}") for part in value])
     if not isinstance(value, str):
-        kind = "parts other than text" if isinstance(value, list) else f"{value!r:.60}"
-        raise ValueError(f"{name} must be text, got {kind}; write it as a JSON text")
+        if isinstance(value, list):
+            raise ValueError(f"{name} must be text, got parts other than text; only texts are read, so leave the other parts out")
+        raise ValueError(f"{name} must be text, got {value!r:.60}; write it as a JSON text")
     return value
 
 

@@ -50,9 +50,14 @@ def _raw(row: dict[str, Any], chosen: str, rejected: str) -> Pair:
     return _told_apart(Pair(start, chosen[len(start) :], rejected[len(start) :], tools_of(row)))
 
 
+def _says(answer: list[Message] | str) -> bool:
+    messages = [{"content": answer}] if isinstance(answer, str) else answer
+    return any(message["content"].strip() or message.get("tool_calls") for message in messages)
+
+
 def _told_apart(pair: Pair) -> Pair:
     if not pair.prompt:
         raise ValueError("'chosen' and 'rejected' have no prompt: add 'prompt', or begin both with it")
-    if not pair.chosen or not pair.rejected or pair.chosen == pair.rejected:
+    if not _says(pair.chosen) or not _says(pair.rejected) or pair.chosen == pair.rejected:
         raise ValueError("'chosen' and 'rejected' must both have an answer, and not the same one")
     return pair

@@ -82,6 +82,8 @@ class PreferenceDataModule(FileDataModule):
         if isinstance(record, Conversation):
             raise ValueError("the row has no 'chosen' and 'rejected'; add them, or name their columns with data.columns")
         chosen, rejected = (self._answered(record, answer) for answer in (record.chosen, record.rejected))
+        if chosen.ids == rejected.ids:  # the template strips texts, or the tokenizer normalizes them
+            raise ValueError("'chosen' and 'rejected' are the same tokens, so there is nothing to prefer; leave the row out")
         return [PairExample(chosen.ids, chosen.labels, rejected.ids, rejected.labels)]
 
     def _answered(self, pair: Pair, answer: list[Message] | str) -> Example:
@@ -110,7 +112,8 @@ class PreferenceDataModule(FileDataModule):
         for tokens in (example.chosen, example.chosen_labels, example.rejected, example.rejected_labels):
             del tokens[self.max_length :]
         labels = (example.chosen_labels, example.rejected_labels)
-        return "lost" if split == "predict" or any(all(label == IGNORE for label in answer) for answer in labels) else "cut"
+        nothing = example.chosen == example.rejected or any(all(label == IGNORE for label in answer) for answer in labels)
+        return "lost" if split == "predict" or nothing else "cut"
 
     @override
     def parts(self, example: PairExample) -> Iterator[Part]:

@@ -18,6 +18,18 @@ from lightning_lora.storage.regular_files import WrongPath
 
 # How files begin that are no text, and the endings that they usually have.
 PACKED = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"BZh": ".bz2", b"\xfd7zXZ": ".xz", b"PK\x03\x04": ".zip"}
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a key that an object has twice: the first value would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for number, (key, _) in enumerate(pairs) if key in [other for other, _ in pairs[:number]])
+        raise ValueError(f"the key {twice!r} is there twice; remove one")
+    return found
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_once)
 #: A row's place ("file:line"), and the parsed row.
 PlacedRow = tuple[str, Any]
 BOMS = {
@@ -118,7 +130,7 @@ def _read_lines(path: Path, text: str) -> Iterator[PlacedRow]:
         if line.strip():
             place = f"{path}:{number}"
             with _placed(place):
-                row = json.loads(line)
+                row = DECODER.decode(line)
                 check_characters(line, row)
             yield place, row
 
@@ -132,12 +144,12 @@ def _read_array(path: Path, text: str) -> Iterator[PlacedRow]:
 
 def _read_values(path: Path, text: str, position: int) -> Iterator[PlacedRow]:
     """Read values one after another, with or without commas between them."""
-    decoder, separators = json.JSONDecoder(), re.compile(r"[\s,]*")
+    separators = re.compile(r"[\s,]*")
     line, counted = 1, 0
     while (position := separators.match(text, position).end()) < len(text):  # type: ignore[union-attr]
         line, counted = line + text.count("\n", counted, position), position
         with _placed(f"{path}:{line}"):
-            row, position = decoder.raw_decode(text, counted)
+            row, position = DECODER.raw_decode(text, counted)
             check_characters(text[counted:position], row)
         yield f"{path}:{line}", row
 

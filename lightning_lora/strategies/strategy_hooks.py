@@ -40,6 +40,7 @@ from lightning_lora.strategies.checkpoint_io import DurableCheckpointIO, found, 
 from lightning_lora.strategies.copied_hooks import CopiedHooks
 from lightning_lora.strategies.equal_ranks import synchronize
 from lightning_lora.strategies.finite import check_finite
+from lightning_lora.strategies.kept_layers import keeping_adapters
 from lightning_lora.strategies.lightning_fields import check_fields
 from lightning_lora.strategies.lightning_private import saves_shards
 from lightning_lora.strategies.namespaces import twin, twins
@@ -146,7 +147,8 @@ class StrategyHooks(CopiedHooks):
         def configure_model() -> None:
             del self.module.configure_model
             self.state.note()
-            original()
+            with keeping_adapters(self.module):
+                original()
             self.state.rebase()
 
         self._watching = self.module.configure_model = configure_model  # type: ignore[method-assign]

@@ -13,7 +13,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_lora.adapter_io.save_load import save_adapter
 from lightning_lora.callbacks import LoRACallback
@@ -27,7 +27,7 @@ from lightning_lora.trials.joint_refusals import check_run
 from lightning_lora.trials.live_trial import LiveTrial, key_of
 from lightning_lora.trials.one_run import Mode
 from lightning_lora.trials.own_settings import OwnSettings, check_trials, read_settings
-from lightning_lora.trials.records import Records, check_one_trained, mode_of
+from lightning_lora.trials.records import Records, check_one_trained, mode_of, warn_of_unlogged
 from lightning_lora.trials.shared_copy import not_shared, own_what_trains, shared_copy
 from lightning_lora.trials.sweep import SweepResult
 from lightning_lora.utils.names import join
@@ -210,10 +210,7 @@ class _Run(Callback):
             if trial.outcome.status == "complete":
                 self._save(trial, "last")
         self._write()
-        if self.options.monitor is not None and not any(self.options.monitor in trial.outcome.seen for trial in self.trials):
-            rank_zero_warn(
-                f"monitor={self.options.monitor!r} was not logged; there are {', '.join(self.trials[0].outcome.seen) or 'none'}."
-            )
+        warn_of_unlogged(self.options.monitor, [trial.outcome for trial in self.trials])
         self.options.result = SweepResult([trial.outcome for trial in self.trials], None)
         rank_zero_info(f"\n{self.options.result}")
         check_one_trained(self.options.result.outcomes)

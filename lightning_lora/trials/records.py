@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_lora.storage.atomic_files import write_atomic
 from lightning_lora.trials.one_run import Mode, Outcome
@@ -87,6 +87,13 @@ class Records:
         if not isinstance(content, dict) or not all(isinstance(each, dict) and "described" in each for each in content.values()):
             raise ValueError(f"folder {self.folder}: {RECORD} is no record of a sweep; name another folder")
         return content
+
+
+def warn_of_unlogged(monitor: str | None, outcomes: Sequence[Outcome]) -> None:
+    """Warn if the value that trials are compared by was logged by none, as one whose name is misspelt."""
+    if monitor is not None and not any(monitor in outcome.seen for outcome in outcomes):
+        there = dict.fromkeys(name for outcome in outcomes for name in outcome.seen)
+        rank_zero_warn(f"monitor={monitor!r} was not logged; there are {', '.join(there) or 'none'}.")
 
 
 def mode_of(monitor: str) -> Mode:

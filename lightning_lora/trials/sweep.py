@@ -17,7 +17,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning_lora.strategies.namespaces import twins
 from lightning_lora.trials.naming import name_trials, text_of
 from lightning_lora.trials.one_run import Mode, Outcome
-from lightning_lora.trials.records import Records, best_of, check_one_trained, last_checkpoint, mode_of, table
+from lightning_lora.trials.records import Records, best_of, check_one_trained, last_checkpoint, mode_of, table, warn_of_unlogged
 from lightning_lora.trials.side_by_side import Made, SideBySide, Trial
 
 Make = Callable[[dict[str, Any], Path | None], tuple[Trainer, LightningModule, Mapping[str, Any]]]
@@ -126,6 +126,7 @@ def sweep(
         runner.run(runs)
     runner.changed()
     check_one_trained(outcomes)
+    warn_of_unlogged(monitor, outcomes)
     return SweepResult(outcomes, runner.reason)
 
 

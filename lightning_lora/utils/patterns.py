@@ -81,6 +81,10 @@ def no_match(field: str, text: str, names: Iterable[str]) -> str:
         return f"{field}: {text!r} matches no module, for there is none inside: adapt the part around it."
     near = difflib.get_close_matches(text.rpartition(".")[2], short, n=4, cutoff=0.5) or short[:8]
     hint = f" A single string is a regex over the whole name; for a plain name give a list: [{text!r}]." if text in short else ""
+    if "," in text and not is_regex(text):
+        hint = f" Several names are a list: {[part.strip() for part in text.split(',')]}."
+    elif field == "target_modules" and text.lower() in ("all", "all_linear", "all linear", "linear"):
+        hint = " For all linear layers write target_modules: all-linear."
     found = ", ".join(near) or "none"
     return f"{field}: {text!r} matches no module. Nearest names: {found}.{hint} (allow_unmatched=True accepts it beside others.)"
 

@@ -200,6 +200,27 @@ def test_layers_that_are_gone_are_refused_before_the_first_step(tmp_path: Path, 
     assert module.losses == [] and not {"setup", "configure_model"} & set(vars(module))
 
 
+class BuiltAnew(LitNet):
+    """Does not look whether the model is there."""
+
+    def __init__(self) -> None:
+        super().__init__(late=True)
+
+    def configure_model(self) -> None:
+        self.net = make_net()
+
+
+def test_a_model_that_is_built_anew_keeps_what_it_learnt(tmp_path: Path) -> None:
+    """``configure_model`` is called before each stage: ``test`` after ``fit`` would be of fresh weights."""
+    module, run = BuiltAnew(), trainer(tmp_path, LoRACallback(CONFIG), max_epochs=1)
+    run.fit(module)
+    trained = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    with pytest.raises(ValueError, match=r"^BuiltAnew\.configure_model built the model anew, without the adapter of 'net\.fc1' \(2 of 2"):
+        run.test(module, verbose=False)
+    assert module.state_dict().keys() == trained.keys()
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in module.state_dict().items())
+
+
 def test_a_hook_of_the_instance_is_put_back(tmp_path: Path) -> None:
     """Also after a run that was refused."""
     module = LitNet()

@@ -37,6 +37,26 @@ def test_a_name_that_there_is_not():
         chosen_task(["--model=DPOTaks"])
 
 
+@pytest.mark.parametrize(
+    ("choose", "content", "message"),
+    [
+        (chosen_data, {"data": ["train.jsonl"]}, r"data=\['train.jsonl'\] is no class; write data.train: in YAML, or --data.train as an"),
+        (chosen_data, {"data": "train.jsonl"}, "data='train.jsonl' is no class; write data.train: in YAML"),
+        (chosen_task, {"model": "owner/name"}, "model='owner/name' is no class; write model.model: in YAML"),
+        (chosen_task, {"model": 3}, "model=3 is no class"),
+        (
+            chosen_task,
+            {"model": "tests"},
+            "model='tests': there are .*ClassificationTask, and a class.*; for a folder of this name write model.m",
+        ),
+        (chosen_task, {"model": {"class_path": "DPOTask", "model": "x"}}, "model.model stands beside class_path; .* under model.init_args"),
+    ],
+)
+def test_what_is_no_class(choose, content, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        choose(["--config", str(content)])
+
+
 @pytest.mark.parametrize(("option", "choose", "base"), [("model", chosen_task, "Module"), ("data", chosen_data, "DataModule")])
 def test_a_class_of_another_kind_is_refused(option, choose, base):
     """`pytorch_lightning`'s are of another kind; parsing such a default ended in a traceback."""

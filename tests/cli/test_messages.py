@@ -75,6 +75,10 @@ Subclass types expect one of:
         ("unrecognized arguments: you", "'you' is one argument too many; options have names, such as --config run.yaml"),
         (CALLBACK, "every_n_steps=0: give a whole number"),
         ("Parser key \"a.b\":\n  Not of type PositiveFloat: could not convert string to float: 'x'", "a.b: expected a number, got x"),
+        (
+            'Parser key "top_p":\n  Not of type ClosedUnitInterval: 2 does not conform to restriction v>=0 and v<=1',
+            "top_p: expected a number ≥ 0 and ≤ 1, got 2",
+        ),
         ("Subcommand 'fit' does not accept option 'a.rnk'", "no option 'a.rnk'; did you mean 'rank'?"),
         ("first\n\n  second", "first second"),
         ("", "ArgumentError"),

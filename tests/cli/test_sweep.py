@@ -267,6 +267,8 @@ def test_a_folder_that_is_a_file_is_refused(run, tmp_path, capsys):
         (["--rank=2", "--trials=x.yaml"], "are two descriptions"),
         (["--trials=x.yaml"], "no such file"),
         (["--trials={wrong}"], "trial 1: 'ranks' is neither"),
+        (["--trials={twice}"], "twice.yaml, line 2: the key 'rank' is there twice; remove one"),
+        (["--rank=2,3", "--trainer.default_root_dir=there"], "a sweep writes into --folder, which is "),
         (["--rank=2,3", "--at_once=0"], "at least 1"),
         (["--rank=2,3", "--side_by_side=maybe"], "auto, true and false"),
         (["--rank=2,3", "--mode=most"], "min and max"),
@@ -284,7 +286,8 @@ def test_a_folder_that_is_a_file_is_refused(run, tmp_path, capsys):
 )
 def test_what_is_refused_leaves_nothing(run, words, message, tmp_path, capsys):
     (tmp_path / "wrong.yaml").write_text("- {ranks: 3}\n")
-    words = [word.replace("{wrong}", str(tmp_path / "wrong.yaml")) for word in words]
+    (tmp_path / "twice.yaml").write_text("- {rank: 3}\n- {rank: 3, rank: 4}\n")
+    words = [word.replace("{wrong}", str(tmp_path / "wrong.yaml")).replace("{twice}", str(tmp_path / "twice.yaml")) for word in words]
     assert main(["sweep", *run, "--folder", str(tmp_path / "sweep"), *words]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "sweep").exists()

@@ -17,6 +17,7 @@ from lightning_lora.cli.yaml_files import check_config_files, unique_keys
         (b"a:\n\tb: 1\n", r", line 2 is not YAML: .*; indent with spaces, not tabs"),
         (b"a: 1\nb: {c: 1,\n c: 2}\n", r", line 3: the key 'c' is there twice; remove one"),
         (b"a: [{b: 1, b: 2}]\n", r", line 1: the key 'b' is there twice"),
+        (b"a: 1\ntrainer:\n", r": trainer: is empty; write its options under it, or leave it out"),
         (b"a: \xef\n", r"is not UTF-8 \(.* at byte 3\); save it as UTF-8"),
         (b"\0\0", r"is not YAML"),
         (None, r": no such file; name a YAML file"),

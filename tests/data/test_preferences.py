@@ -82,10 +82,22 @@ def test_long_pairs_are_cut_and_counted(tmp_path):
         load(tmp_path, [CONVERSATIONS["messages"], long], max_length=4)
 
 
+def test_pairs_whose_difference_is_cut_are_lost(tmp_path):
+    alike = {**CONVERSATIONS["messages"], **{name: [answer("blue " * 30 + end)] for name, end in (("chosen", "sky"), ("rejected", "red"))}}
+    with pytest.raises(ValueError, match=r"1 of 2 rows lose their answer to max_length=16: .*pairs.jsonl:2"):
+        load(tmp_path, [CONVERSATIONS["messages"], alike], max_length=16)
+    with pytest.warns(UserWarning, match="1 of 2 rows are dropped"):
+        assert len(load(tmp_path, [CONVERSATIONS["messages"], alike], max_length=16, long_rows="drop").examples["train"]) == 1
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"prompt": "a", "chosen": "blue", "rejected": "blue"}, "must both have an answer, and not the same one"),
+        ({"prompt": "a", "chosen": "", "rejected": "blue"}, "must both have an answer, and not the same one"),
+        ({"prompt": "a", "chosen": "blue", "rejected": [answer(" ")]}, "must both have an answer, and not the same one"),
+        ({"prompt": "a", "chosen": "blue", "rejected": " blue "}, "are the same tokens, so there is nothing to prefer"),
+        ({"prompt": "a", "chosen": "blue", "rejected": None}, r"\(null: rejected\)"),
         ({"chosen": "blue", "rejected": "red"}, "have no prompt: add 'prompt'"),
         ({"prompt": "a", "response": "b"}, "the row has no 'chosen' and 'rejected'"),
         ({"text": "a"}, "PreferenceDataModule takes a pair of chosen and rejected"),

@@ -77,6 +77,8 @@ def test_latin_1_is_refused_with_the_cure(tmp_path):
     ("name", "content", "message"),
     [
         ("a.jsonl", '{"a": 1}\n{"a": 1\n{"a": 3}', r"a.jsonl:2 is not JSON \(Expecting ',' delimiter at column"),
+        ("a.jsonl", '{"a": 1}\n{"a": 1, "b": 2, "a": 3}', r"a.jsonl:2 cannot be read as JSON \(the key 'a' is there twice; remove one\)"),
+        ("a.json", '[{"a": 1},\n{"a": [{"b": 1, "b": 1}]}]', r"a.json:2 cannot be read as JSON \(the key 'b' is there twice"),
         ("a.jsonl", '{"a": 1}\n{"a": 1} {"b": 2}', r"a.jsonl:2 is not JSON \(Extra data at column 10\)"),
         ("a.json", '[{"a": 1},\n {"a": 2}\n', r"a.json:2 the array that begins the file has no end; close it with \]"),
         ("a.json", '[\n{"a": 1},\n {"a": }\n]', r"a.json:3 is not JSON \(Expecting value at line 3, column 8\)"),

@@ -261,6 +261,12 @@ def test_batches_that_are_read_by_number_may_be_shared():
     assert [each.status for each in found.outcomes] == ["complete"] * 3
 
 
+def test_a_monitor_that_nothing_logs_is_said():
+    with pytest.warns(UserWarning, match=r"monitor='val_los' was not logged; there are \w+"):
+        found = sweep(Maker(trainer={"max_epochs": 1}), TRIALS[:1], monitor="val_los")
+    assert found.best is None and found.outcomes[0].status == "complete"
+
+
 def test_side_by_side_may_be_required_or_left_out(served):
     with pytest.raises(ValueError, match="side_by_side=True: Own does not say"):
         sweep(Maker(Own), TRIALS, side_by_side=True)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightning_lora.utils.patterns import compile_pattern, compile_patterns, grouped, is_regex, layer_index, starred
+from lightning_lora.utils.patterns import compile_pattern, compile_patterns, grouped, is_regex, layer_index, no_match, starred
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,19 @@ def test_a_list_keeps_its_order_and_what_the_user_wrote():
 def test_what_is_no_name_is_refused(entry):
     with pytest.raises(ValueError, match=r"exclude_modules: .* is not a module name or regex; give a non-empty string"):
         compile_pattern(entry, "exclude_modules")
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("q_proj, v_proj", " Several names are a list: ['q_proj', 'v_proj']. (allow"),
+        ("q_proj", " give a list: ['q_proj']. (allow"),
+        ("all_linear", " For all linear layers write target_modules: all-linear. (allow"),
+        (r"q_proj{1,2}", " q_proj, k_proj. (allow"),
+    ],
+)
+def test_what_matches_nothing_is_told_what_was_meant(text, hint):
+    assert hint in no_match("target_modules", text, ["layers.0.q_proj", "layers.0.k_proj"])
 
 
 def test_an_invalid_regex_says_where():
