@@ -43,7 +43,7 @@ from lightning_lora.strategies.finite import check_finite
 from lightning_lora.strategies.lightning_fields import check_fields
 from lightning_lora.strategies.lightning_private import saves_shards
 from lightning_lora.strategies.namespaces import twin, twins
-from lightning_lora.strategies.new_optimizers import prepare
+from lightning_lora.strategies.new_optimizers import check_trains, prepare
 from lightning_lora.utils.messages import counted
 from lightning_lora.utils.names import clean_name, persistent_buffers
 from lightning_lora.utils.sharding import full_tensor, is_flattened, local_shard, local_tensor, on_first_rank, reshard
@@ -73,6 +73,7 @@ class StrategyHooks(CopiedHooks):
         self.parts: dict[str, AdaptedPart] = {}
         self.state = ChangedState.of(module)
         self.originals: dict[str, Callable[..., Any]] = {}
+        self.at_end: dict[str, Any] = {}  # what a checkpoint has that is written after the fit
         self._watching: Callable[[], None] | None = None
 
     @classmethod
@@ -166,6 +167,7 @@ class StrategyHooks(CopiedHooks):
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Call ``configure_optimizers`` with equal adapters on every rank and without frozen parameters. Then prepare what it returned."""
         synchronize(self.module)
+        check_trains(self.module)
         with only_trainable():
             self.originals["setup_optimizers"](trainer)
         prepare(self.strategy.optimizers, self.strategy.lr_scheduler_configs, self.module, self.parts.values())
@@ -197,8 +199,8 @@ class StrategyHooks(CopiedHooks):
         trains = {clean_name(name) for name, _ in kept_parameters(self.module)}
         if not any(part.allow_nonfinite for part in self.parts.values()):
             check_finite(self.strategy, {name: tensors[name] for name in tensors if name in trains}, nan_states(checkpoint))
-        beside = sorted(tensors.keys() - trains)
-        checkpoint = {**checkpoint, META: {**meta, "beside": beside} if beside else meta}
+        beside, after = sorted(tensors.keys() - trains), self.at_end if "optimizer_states" in checkpoint else {}
+        checkpoint = {**after, **checkpoint, META: {**meta, "beside": beside} if beside else meta}
         if saves_shards(self.strategy):
             write_folder(checkpoint, Path(self.strategy.broadcast(filepath)))
         else:
@@ -217,8 +219,7 @@ class StrategyHooks(CopiedHooks):
         check_fields(checkpoint, self.module.trainer, path)
         if not any(part.allow_nonfinite for part in self.parts.values()):
             check_values(checkpoint, path, self.module.trainer.state.fn == TrainerFn.FITTING)
-        names = self._covered(checkpoint["state_dict"])
-        missing = self.state.required(names)
+        missing = self.state.required(names := self._covered(checkpoint["state_dict"]))
         theirs = None if isinstance(self.strategy, twins(FSDPStrategy)) else module_state.state_of_user(self.module)
         if theirs is not None:  # what a user's state dict leaves out is not required
             missing = sorted(module_state.names_in(theirs, self.module).intersection(missing))
