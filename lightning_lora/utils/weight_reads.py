@@ -42,9 +42,8 @@ def weight_reads(model: nn.Module, ignored: Container[Any] = ()) -> dict[nn.Modu
         ignored: methods that are not followed.
     """
     found: dict[nn.Module, str] = {}
-    weights = {
-        id(module._parameters[name]): module for module in model.modules() for name in _WEIGHTS if module._parameters.get(name) is not None
-    }
+    own = ((module, name, parameter) for module in model.modules() for name, parameter in module._parameters.items())
+    weights = {id(parameter): module for module, name, parameter in own if name in _WEIGHTS and parameter is not None}
     for parent in model.modules():
         if _holds_modules(parent) and not type(parent).__module__.startswith(_WRAPPERS):
             _Visit(parent, found, ignored, weights).method(parent, "forward", {})
