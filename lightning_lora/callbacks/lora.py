@@ -21,13 +21,12 @@ from lightning_lora.callbacks.dropout import wake_and_log
 from lightning_lora.callbacks.late_models import when_built
 from lightning_lora.callbacks.late_weights import load_or_defer
 from lightning_lora.callbacks.merging import check_callbacks, check_mergeable, merge_and_log
-from lightning_lora.callbacks.out_of_memory import advise
 from lightning_lora.callbacks.processes import begin_together
 from lightning_lora.callbacks.refusals import check_apart, check_arguments, check_fit, check_precondition, frozen_parts, listed, submodule
 from lightning_lora.callbacks.start_report import log_start
 from lightning_lora.callbacks.starting import Start, adapted_part, log_beginning, see_others
 from lightning_lora.callbacks.sweep_option import Sweep
-from lightning_lora.callbacks.watch import Watch
+from lightning_lora.callbacks.watch import Watch, advise
 from lightning_lora.config import LoRAConfig, checked_config
 from lightning_lora.layers.base import lora_layers
 from lightning_lora.layers.state import Quantized
@@ -228,7 +227,7 @@ class LoRACallback(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restore the module if the run was refused before it began. Tear down, because Lightning does not. Advise if memory is out."""
-        advise(exception)
+        advise(exception, self._watch)
         if self._roll_call is not None:
             self._roll_call.answer(exception)
         if not any(is_sharded(p) for p in pl_module.parameters()) and not isinstance(trainer.strategy, twins(FSDPStrategy)):

@@ -39,6 +39,12 @@ class RandomNumbers(Companion):
         mine = random_states(trainer)
         checkpoint[KEY] = from_all_ranks(mine) if trainer.world_size > 1 else [mine]
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the states for checkpoints that are written after the fit, when this callback is gone: a run may go on from them."""
+        if (hooks := getattr(trainer.strategy, "_lora_hooks", None)) is not None:
+            hooks.at_end = {}
+            self.on_save_checkpoint(trainer, pl_module, hooks.at_end)
+
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore this process's state, or keep it for the first batch.
 

@@ -15,6 +15,7 @@ from lightning_lora.callbacks.sweep_option import Sweep
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers.base import lora_layers
 from lightning_lora.layers.rounding import check_limit
+from lightning_lora.model.frozen_parts import asleep
 from lightning_lora.model.heads import left_frozen
 from lightning_lora.model.targeting import TargetReport
 from lightning_lora.optim.groups import check_ratio
@@ -110,6 +111,12 @@ def check_fit(trainer: Trainer, module: LightningModule, target: nn.Module, part
         )
     if part is not None and part.config.variant == "adalora" and not any(hasattr(each, "allocator") for each in trainer.callbacks):  # type: ignore[attr-defined]
         rank_zero_warn("variant='adalora' under LoRACallback prunes no rank: use AdaLoRACallback, unless your module calls RankAllocator.")
+    if still := asleep(target):
+        rank_zero_warn(
+            f"{counted(len(still), 'adapted layer')} will not train: {', '.join(still[:4])}. Their adapters were frozen after LoRACallback"
+            " added them, as by requires_grad_(False) or freeze() in setup or configure_optimizers, or by a BaseFinetuning callback. LoRA"
+            " freezes the base itself, so leave that out; to leave out these layers, use exclude_modules."
+        )
     check_optimizers(trainer.optimizers, module, target)
     check_base_frozen(trainer.optimizers, target)
     check_savable(trainer, module)

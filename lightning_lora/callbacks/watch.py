@@ -6,7 +6,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_lora.callbacks.copy_check import CopyCheck
 from lightning_lora.callbacks.gradient_check import BATCHES, CURE, GradientCheck
+from lightning_lora.callbacks.out_of_memory import advise as advise_memory
 from lightning_lora.callbacks.refusals import check_base_frozen
 from lightning_lora.strategies import FiniteCheck
 from lightning_lora.strategies.equal_ranks import check_equal
@@ -28,6 +30,7 @@ class Watch:
         every = trainer.log_every_n_steps or BATCHES  # type: ignore[attr-defined]
         self._gradients = GradientCheck(target) if gradients else None
         self._finite = FiniteCheck(trainer.strategy, module, every) if finite else None
+        self.copies = CopyCheck(module)
         self._compare = True
         self._target, self._held = target, self._count()
         self._began = trainer.global_step  # not 0 in a second fit of one Trainer
@@ -38,6 +41,7 @@ class Watch:
         Raises:
             ValueError: one got a weight that has an adapter.
         """
+        self.copies.before_batch()
         if (held := self._count()) != self._held:
             self._held = held
             check_base_frozen(self.trainer.optimizers, self._target)
@@ -60,7 +64,7 @@ class Watch:
 
     def after_batch(self) -> None:
         """Count the batch. Raise RuntimeError if it is time for a check, and that fails."""
-        for check in (self._gradients, self._finite):
+        for check in (self._gradients, self._finite, self.copies):
             if check is not None:
                 check.after_batch()
 
@@ -76,7 +80,14 @@ class Watch:
 
     def finish(self) -> None:
         """Raise RuntimeError if a check fails at the end of training. Mark what training moved, for adapter folders."""
-        for check in (self._gradients, self._finite):
+        for check in (self._gradients, self._finite, self.copies):
             if check is not None:
                 check.finish()
         self.trainer.strategy._lora_hooks.state.bring()  # type: ignore[attr-defined]
+
+
+def advise(exception: BaseException, watch: Watch | None) -> None:
+    """Append what to do to an exception of a run: if memory is out, and if it may be of a copy without adapters."""
+    advise_memory(exception)
+    if watch is not None:
+        watch.copies.advise(exception)

@@ -29,7 +29,7 @@ from lightning_lora.callbacks.companions import add_companions
 from lightning_lora.cli.checkpoints import checkpoint_of, take_weights_of_run
 from lightning_lora.cli.choice import chosen_data, chosen_task, class_path
 from lightning_lora.cli.console import print_json
-from lightning_lora.cli.messages import arguments_of, check_groups, check_not_null, check_seed, default_of, one_line, usage
+from lightning_lora.cli.messages import check_groups, check_not_null, check_seed, default_of, one_line, usage
 from lightning_lora.cli.run_folder import BeganConfig, StderrProgressBar, no_folder_of_a_failed_start
 from lightning_lora.cli.run_results import LOGGER, RunResults, log_under_root, print_report
 from lightning_lora.cli.task_file import give_task

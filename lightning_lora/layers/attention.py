@@ -53,7 +53,11 @@ class LoRAMultiheadAttention(SeveralWeights):
 
     @classmethod
     def unfit(cls, module: Any) -> str | None:
-        """Return a reason if keys or values have another size than queries: such a module has a weight for each of the three."""
+        """Return a reason if a subclass has a forward of its own, whose place the adapter's forward would take, or if keys or values have
+        another size than queries: such a module has a weight for each of the three.
+        """
+        if getattr(type(module), "lora_base", type(module)).forward is not nn.MultiheadAttention.forward:
+            return "it has a forward of its own, in whose place the adapter's would run"
         if module._parameters.get("in_proj_weight", module) is None:
             return f"it has no in_proj_weight, but three weights (embed_dim={module.embed_dim}, kdim={module.kdim}, vdim={module.vdim})"
         return None

@@ -14,6 +14,7 @@ from lightning_lora.layers.adapting import adapt, unadapt
 from lightning_lora.layers.base import PREFIX, LoRALayer, lora_layers
 from lightning_lora.layers.spec import LayerSpec
 from lightning_lora.model.fast_paths import keep_off, put_back
+from lightning_lora.model.frozen_parts import begin_as_originals
 from lightning_lora.model.fuse import fuse, unfuse
 from lightning_lora.model.guards import guard, unguard
 from lightning_lora.model.heads import note_saved, saved_modules
@@ -91,8 +92,7 @@ def inject(model: nn.Module, config: LoRAConfig, report: TargetReport) -> nn.Mod
         reshard(model)  # after a forward pass FSDP2 keeps its root gathered: flags set on these copies would be lost
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        for parameter, _ in trained:
-            parameter.requires_grad_(False)
+        model.requires_grad_(False)
         prepare_quantized(model)
         for target in (*report.targets, *report.rows):
             try:
@@ -104,6 +104,7 @@ def inject(model: nn.Module, config: LoRAConfig, report: TargetReport) -> nn.Mod
         fuse(model)
         keep_off(model)
         _train_extras(model, config, report)
+        begin_as_originals(model, report.copies)
         guard(model)
         note_state(model)
         if is_distributed():
@@ -150,8 +151,7 @@ def already_applied(model: nn.Module, config: LoRAConfig, *, merged_too: bool = 
     report = find_targets(model, config)
     plain = [target.fqn for target in (*report.targets, *report.rows) if not isinstance(target.module, LoRALayer)]
     if plain:
-        here = layers[0][0]
-        raise ValueError(f"{here!r} has LoRA with this config, but {plain[0]!r}, also a target, has no adapter; {ways}, first.")
+        raise ValueError(f"{layers[0][0]!r} has LoRA with this config, but {plain[0]!r}, also a target, has no adapter; {ways}, first.")
     return True
 
 

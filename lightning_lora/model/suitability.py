@@ -47,6 +47,8 @@ class Suitability:
         own = adapted_class(type(module), _PLAIN, kind)
         if own is not None and (unfit := own.unfit(module)) is not None:
             return unfit
+        if own is not None and any((weight := module._parameters.get(name)) is not None and weight.is_complex() for name in own.adapted):
+            return "its weight is complex"
         if own is not None and format_of(module) is None and (computed := computed_weights(module, own)):
             return f"it computes its {computed[0]} anew at each call ({COMPUTED_BY})"
         return why_not_linear(module, kind, variant)

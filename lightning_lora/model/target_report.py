@@ -76,6 +76,7 @@ class TargetReport:
         total: number of elements of the model.
         passed_over: module name → why ``"all-linear"`` passed over this linear.
         rows: the modules with rows that train (``trainable_token_indices``), and those tied to them, which have the same rows.
+        copies: FQN of a frozen part → FQN of the part whose copy it is: its adapters do not train, they follow by your code.
     """
 
     targets: tuple[Target, ...]
@@ -85,6 +86,7 @@ class TargetReport:
     total: int
     passed_over: dict[str, str]
     rows: tuple[Target, ...] = ()
+    copies: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -119,6 +121,7 @@ class TargetReport:
         ]
         lines += [f"token rows: {line}" for line in self._row_lines()]
         lines += [f"passed over: {line}" for line in lines_of(self.passed_over)]
+        lines += [f"frozen: {name}, a copy of {of}, whose adapters begin as its" for name, of in self.copies.items()]
         if self.saved:
             lines.append(f"trained in full: {', '.join(self.saved)}")
         lines += [f"left out: {name}, {size:,} elements, {size / self.total:.0%} of the model" for name, size in self.left_out.items()]

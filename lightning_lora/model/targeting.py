@@ -20,7 +20,7 @@ from lightning_lora.layers.base import PREFIX, LoRALayer
 from lightning_lora.layers.classes import adapted_class
 from lightning_lora.layers.several_weights import SeveralWeights
 from lightning_lora.layers.spec import LayerSpec, Slices, check_options
-from lightning_lora.model.frozen_parts import mixed_with_frozen
+from lightning_lora.model.frozen_parts import frozen_copies, mixed_with_frozen
 from lightning_lora.model.fused_slices import chosen_slices, names_of, slice_names
 from lightning_lora.model.heads import saved_modules, within
 from lightning_lora.model.suitability import Suitability
@@ -104,8 +104,9 @@ def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False)
 
     rows, wrong = token_row_targets(model, config, modules, chosen, saved, suitability)
     problems += wrong
-    if not frozen_parts:
-        problems += mixed_with_frozen(model, {target.fqn: target.module for target in targets})
+    adapted = {target.fqn: target.module for target in targets}
+    copies = frozen_copies(model, adapted, saved, config)
+    problems += [] if frozen_parts else mixed_with_frozen(model, adapted, copies)
     fields = (wanted, excluded, *rules.values())
     if everything and passed_over and not chosen:
         problems += [f"target_modules='{ALL_LINEAR}' finds no linear that LoRA can adapt: {line}." for line in lines_of(passed_over)]
@@ -126,7 +127,7 @@ def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False)
     else:
         left = left_out({fqn: rest[fqn] for fqn in _several_weights(rest) if rest[fqn] not in chosen}, rest)
     hits = {each.name: dict(each.hits) for each in fields if each.hits}
-    return TargetReport(tuple(targets), hits, tuple(saved), left, total, passed_over, tuple(rows))
+    return TargetReport(tuple(targets), hits, tuple(saved), left, total, passed_over, tuple(rows), copies)
 
 
 def _chosen(

@@ -1,4 +1,4 @@
-"""What is done to the optimizers that ``configure_optimizers`` returned, before they take a step."""
+"""What is done to the optimizers that ``configure_optimizers`` returns, before they take a step."""
 
 from __future__ import annotations
 
@@ -13,6 +13,15 @@ from lightning_lora.optim.lora_plus import apply_lora_plus, check_kept, holds_b
 from lightning_lora.optim.preconditioning import apply_preconditioner, pairs_of
 from lightning_lora.optim.state import check_named
 from lightning_lora.strategies.adapted_part import AdaptedPart
+
+
+def check_trains(module: LightningModule) -> None:
+    """Raise ValueError if nothing trains. torch would only say that an optimizer got an empty list."""
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise ValueError(
+            f"nothing in {type(module).__name__} trains: its adapters were frozen after LoRACallback added them, as by freeze() or"
+            " requires_grad_(False) in setup, or by a BaseFinetuning callback. LoRA freezes the base itself, so leave that out."
+        )
 
 
 def prepare(optimizers: Sequence[Optimizer], schedulers: Sequence[Any], module: LightningModule, parts: Iterable[AdaptedPart]) -> None:

@@ -44,7 +44,7 @@ from lightning_lora.strategies.kept_layers import keeping_adapters
 from lightning_lora.strategies.lightning_fields import check_fields
 from lightning_lora.strategies.lightning_private import saves_shards
 from lightning_lora.strategies.namespaces import twin, twins
-from lightning_lora.strategies.new_optimizers import prepare
+from lightning_lora.strategies.new_optimizers import check_trains, prepare
 from lightning_lora.utils.messages import counted
 from lightning_lora.utils.names import clean_name, persistent_buffers
 from lightning_lora.utils.sharding import full_tensor, is_flattened, local_shard, local_tensor, on_first_rank, reshard
@@ -74,6 +74,7 @@ class StrategyHooks(CopiedHooks):
         self.parts: dict[str, AdaptedPart] = {}
         self.state = ChangedState.of(module)
         self.originals: dict[str, Callable[..., Any]] = {}
+        self.at_end: dict[str, Any] = {}  # what a checkpoint has that is written after the fit
         self._watching: Callable[[], None] | None = None
 
     @classmethod
@@ -168,6 +169,7 @@ class StrategyHooks(CopiedHooks):
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Call ``configure_optimizers`` with equal adapters on every rank and without frozen parameters. Then prepare what it returned."""
         synchronize(self.module)
+        check_trains(self.module)
         with only_trainable():
             self.originals["setup_optimizers"](trainer)
         prepare(self.strategy.optimizers, self.strategy.lr_scheduler_configs, self.module, self.parts.values())
@@ -200,8 +202,8 @@ class StrategyHooks(CopiedHooks):
         trains = {clean_name(name) for name, _ in kept_parameters(self.module)}
         if not any(part.allow_nonfinite for part in self.parts.values()):
             check_finite(self.strategy, {name: tensors[name] for name in tensors if name in trains}, nan_states(checkpoint))
-        beside = sorted(tensors.keys() - trains)
-        checkpoint = {**checkpoint, META: {**meta, "beside": beside} if beside else meta}
+        beside, after = sorted(tensors.keys() - trains), self.at_end if "optimizer_states" in checkpoint else {}
+        checkpoint = {**after, **checkpoint, META: {**meta, "beside": beside} if beside else meta}
         if saves_shards(self.strategy):
             write_folder(checkpoint, Path(self.strategy.broadcast(filepath)))
         else:
@@ -220,8 +222,7 @@ class StrategyHooks(CopiedHooks):
         check_fields(checkpoint, self.module.trainer, path)
         if not any(part.allow_nonfinite for part in self.parts.values()):
             check_values(checkpoint, path, self.module.trainer.state.fn == TrainerFn.FITTING)
-        names = self._covered(checkpoint["state_dict"])
-        missing = self.state.required(names)
+        missing = self.state.required(names := self._covered(checkpoint["state_dict"]))
         theirs = None if isinstance(self.strategy, twins(FSDPStrategy)) else module_state.state_of_user(self.module)
         if theirs is not None:  # what a user's state dict leaves out is not required
             missing = sorted(module_state.names_in(theirs, self.module).intersection(missing))
@@ -260,10 +261,8 @@ class StrategyHooks(CopiedHooks):
         places, extra = flattened.places(self.state.wrapped(), saved), module_state.extra_states(self.module)
         unknown = sorted(saved.keys() - places.keys() - extra.keys())
         if unknown and strict:
-            named = ", ".join(unknown[:4])
-            raise ValueError(
-                f"the checkpoint has {counted(len(unknown), 'tensor')} that {type(self.module).__name__} does not have: {named}."
-            )
+            many, mine = counted(len(unknown), "tensor"), type(self.module).__name__
+            raise ValueError(f"the checkpoint has {many} that {mine} does not have: {', '.join(unknown[:4])}.")
         check_fits(saved, places, module_state.places(self.module))
         lacking = sorted(extra.keys() - saved.keys())
         if lacking and strict:

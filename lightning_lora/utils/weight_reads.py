@@ -28,7 +28,8 @@ _METADATA = {
 
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 _WRAPPERS = ("torch.nn.parallel.", "torch.distributed.")  # read every weight, and change none that a layer computes with
-_ALL = {"parameters", "named_parameters", "state_dict"}  # methods of a layer that return its weight among others
+_ALL = {"parameters", "named_parameters", "state_dict"}  # methods that return the weights of a layer, or of all layers in a module
+_WEIGHTS = ("weight", "in_proj_weight")  # names of the parameters that layers multiply by; the second is nn.MultiheadAttention's
 
 
 def weight_reads(model: nn.Module, ignored: Container[Any] = ()) -> dict[nn.Module, str]:
@@ -41,9 +42,10 @@ def weight_reads(model: nn.Module, ignored: Container[Any] = ()) -> dict[nn.Modu
         ignored: methods that are not followed.
     """
     found: dict[nn.Module, str] = {}
-    weights = {id(module._parameters["weight"]): module for module in model.modules() if "weight" in module._parameters}
+    own = ((module, name, parameter) for module in model.modules() for name, parameter in module._parameters.items())
+    weights = {id(parameter): module for module, name, parameter in own if name in _WEIGHTS and parameter is not None}
     for parent in model.modules():
-        if parent._modules and not type(parent).__module__.startswith(_WRAPPERS):
+        if _holds_modules(parent) and not type(parent).__module__.startswith(_WRAPPERS):
             _Visit(parent, found, ignored, weights).method(parent, "forward", {})
             for step in (step for step in _STEPS if hasattr(type(parent), step)):
                 _Visit(parent, found, ignored, weights, products_only=True).method(parent, step, {})
@@ -129,9 +131,12 @@ class _Visit:
             for owner in objects:
                 if isinstance(owner, nn.Module):  # first, because most are, and asking for a Parameter takes long
                     if name in owner._parameters:
-                        self.record(owner if name == "weight" else self.weights.get(id(owner._parameters[name])), where, rest)
+                        self.record(owner if name in _WEIGHTS else self.weights.get(id(owner._parameters[name])), where, rest)
                     elif name in _ALL and "weight" in owner._parameters and rest:  # the method alone reads nothing
                         self.record(owner, where, [each for each in rest if each not in ("()", "*")])
+                    elif name in _ALL and len(rest) > 1 and rest[1].startswith("["):
+                        named = dict(owner.named_parameters(remove_duplicate=False))
+                        self.record(self.weights.get(id(named.get(rest[1][1:]))), where, rest[2:])
                     else:
                         following += self.attribute(owner, name, super_of, bool(rest))
                 elif isinstance(owner, tuple):
@@ -172,6 +177,12 @@ class _Visit:
         if not used:  # passed on, or called without module arguments
             self.method(owner, name, {}, after)
         return [(owner, name, {}, after)]
+
+
+def _holds_modules(parent: nn.Module) -> bool:
+    """Return whether a module has children, or others that are not registered as such."""
+    kept = [each for value in vars(parent).values() for each in (value if isinstance(value, (list, tuple)) else (value,))]
+    return bool(parent._modules) or any(isinstance(each, nn.Module) for each in kept)
 
 
 def _method(cls: type, name: str, after: type | None) -> tuple[Any, type | None]:

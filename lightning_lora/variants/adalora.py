@@ -41,6 +41,7 @@ class AdaLoRA(LoRALayer):
     Works with every kind where row i of A is multiplied with column i of B only.
     """
 
+    prunes = True  # ranks change in training, so a frozen copy would not stay alike
     lora_E: nn.Parameter
 
     @classmethod

@@ -77,6 +77,16 @@ def test_callbacks_that_unfreeze_adapted_weights_are_refused(callback: Any, mess
     assert torch.equal(module.backbone["up"].weight, before)
 
 
+class Freezes(Unfreezes):
+    """Freezes the backbone, with what is adapted in it."""
+
+    def freeze_before_training(self, module: Any) -> None:
+        self.freeze(module.backbone)
+
+    def finetune_function(self, module: Any, epoch: int, optimizer: Any) -> None:
+        """Unfreezes nothing."""
+
+
 class Head(Lit):
     def __init__(self) -> None:
         super().__init__()
@@ -99,3 +109,11 @@ def test_unfreezing_what_has_no_adapter_goes_on(tmp_path: Path) -> None:
     loaded = load_adapter(Head(), save_adapter(module, tmp_path / "a"))
     x = torch.arange(16.0).view(2, 8)
     torch.testing.assert_close(loaded.eval()(x), module.eval()(x))
+
+
+def test_adapters_that_were_frozen_after_the_setup(tmp_path: Path) -> None:
+    """Some of them are a warning; all of them are an error, where torch would say that a list is empty."""
+    with pytest.warns(UserWarning, match="1 adapted layer will not train: backbone.up. Their adapters were frozen after LoRACallback"):
+        trainer(tmp_path, LoRACallback(LoRAConfig(rank=2, target_modules=["up", "head"])), Freezes(), max_epochs=1).fit(Head())
+    with pytest.raises(ValueError, match="nothing in Lit trains: its adapters were frozen after LoRACallback added them"):
+        trainer(tmp_path, LoRACallback(CONFIG), Freezes(), max_epochs=1).fit(Lit())

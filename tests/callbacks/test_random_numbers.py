@@ -56,6 +56,25 @@ def test_a_resumed_run_draws_the_same(tmp_path: Path, step: int, shuffle: bool) 
     assert rest == whole[step:]
 
 
+def test_a_checkpoint_that_is_written_after_the_fit(tmp_path: Path) -> None:
+    """What was drawn since, as by a test, does not count."""
+
+    def run(epochs: int, ckpt: Path | None = None) -> tuple[Any, Any]:
+        torch.manual_seed(5)
+        module, fits = Drawing(True), trainer(tmp_path, LoRACallback(CONFIG, merge_on_fit_end=False), max_epochs=epochs)
+        for draws in (torch.manual_seed, random.seed, np.random.seed):
+            draws(1 if ckpt is None else 2)
+        fits.fit(module, ckpt_path=ckpt)
+        return module.drawn, fits
+
+    (whole, _), (_, first) = run(3), run(2)
+    torch.rand(3)
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    assert run(3, tmp_path / "a.ckpt")[0] == whole[8:]
+    first.save_checkpoint(tmp_path / "b.ckpt", weights_only=True)
+    assert KEY not in torch.load(tmp_path / "b.ckpt", weights_only=True)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

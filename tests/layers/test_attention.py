@@ -159,3 +159,21 @@ def test_variants_that_need_more_than_one_pair_are_refused():
     for variant, reason in (("adalora", own), ("lora_xs", own), ("vera", "shares its A and B among linear layers only")):
         with pytest.raises(ValueError, match=f"'mha' .*variant='{variant}' {reason}"):
             apply_lora(attention(), LoRAConfig(rank=2, target_modules=["mha"], variant=variant))
+
+
+class Scaled(nn.MultiheadAttention):
+    """The adapter's forward would leave out the scale."""
+
+    def forward(self, x):
+        return 2 * super().forward(x, x, x, need_weights=False)[0]
+
+
+def test_a_forward_of_its_own_is_refused_and_passed_over():
+    model = nn.ModuleDict({"mha": Scaled(8, 2), "fc": nn.Linear(8, 24)})
+    with pytest.raises(
+        ValueError, match=r"'mha' \(.*Scaled\): it has a forward of its own, in whose place the adapter's would run. Exclude"
+    ):
+        apply_lora(model, LoRAConfig(rank=2, target_modules=["mha"]))
+    with pytest.warns(UserWarning, match="leaves out"):
+        report = find_targets(model, LoRAConfig(rank=2, target_modules="all-linear"))
+    assert [target.fqn for target in report.targets] == ["fc"]

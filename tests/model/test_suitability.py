@@ -34,3 +34,10 @@ def test_computed_weights(change: Callable[[nn.Module], Any]) -> None:
     x = torch.ones(2, 4)
     output = model(x)
     torch.testing.assert_close(merge_lora(model)(x), output)
+
+
+def test_complex_weights() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64), nn.Linear(4, 32))
+    with pytest.raises(ValueError, match=r"'0' .* stores its weight as torch\.complex64"):
+        apply_lora(model, LoRAConfig(rank=2, target_modules=["0"]))
+    assert find_targets(model, LoRAConfig(rank=2, target_modules="all-linear")).passed_over == {"0": "its weight is complex"}

@@ -6,8 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.models.mobilebert.modeling_mobilebert import MobileBertConfig, MobileBertForMaskedLM
-from transformers.models.wavlm.modeling_wavlm import WavLMAttention
 
 from lightning_lora.utils.weight_reads import weight_reads
 
@@ -98,6 +96,13 @@ class Reads:
 
     def b__walrus(self, x):
         return x @ w if (w := self.b.weight) is not None else x
+
+    def b__by_its_name_among_parameters(self, x):
+        named = dict(self.named_parameters())
+        return self.a(x) @ named["b.weight"]
+
+    def inner_deep__by_its_name_in_a_state(self, x):
+        return F.linear(x, self.inner.state_dict(keep_vars=True)["deep.weight"])
 
     def b__by_a_getter(self, x):
         return x @ self.last().weight
@@ -238,6 +243,9 @@ class Asks:
         dtype, device = next(self.b.parameters()).dtype, next(iter(self.b.parameters())).device
         return self.a(x.to(dtype).to(device)) * sum(p.numel() for p in self.b.parameters()) + list(self.b.parameters())[0].shape[0]  # noqa: RUF015
 
+    def a_name_among_parameters(self, x):
+        return self.a(x.to(dict(self.named_parameters())["b.weight"].dtype)) + self.state_dict()["b.bias"]
+
     def elements_of_other_lists(self, x):
         return self.a(x) * sum(size["x"] for size in self.sizes)
 
@@ -287,14 +295,3 @@ def test_a_module_reads_its_own_weight():
 def test_the_function_that_reads_is_named():
     model = Base()
     assert weight_reads(model) == {model.b: "Base.forward"}
-
-
-def test_torch_and_transformers_modules():
-    layer = nn.TransformerEncoderLayer(4, 2, 8)
-    assert {layer.linear1, layer.linear2, layer.self_attn.out_proj} <= weight_reads(layer).keys()
-    attention = WavLMAttention(8, 2)
-    found = weight_reads(attention)
-    assert {attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj} == found.keys() - {attention.gru_rel_pos_linear}
-    sizes = {"vocab_size": 8, "hidden_size": 8, "embedding_size": 4, "num_attention_heads": 2, "num_hidden_layers": 1}
-    model = MobileBertForMaskedLM(MobileBertConfig(**sizes, intra_bottleneck_size=4))
-    assert model.cls.predictions.dense in weight_reads(model)
