@@ -78,7 +78,8 @@ def plain_copies(model: nn.Module) -> dict[str, str]:
 
 def asleep(model: nn.Module) -> list[str]:
     """Return the names of adapted layers none of whose adapter trains. Those of a copy of a part that trains are left out."""
-    layers = [(name, layer) for name, layer in lora_layers(model) if not any(p.requires_grad for p in layer.lora_parameters().values())]
+    adapters = ((name, layer, layer.lora_parameters().values()) for name, layer in lora_layers(model))
+    layers = [(name, layer) for name, layer, own in adapters if own and not any(p.requires_grad for p in own)]  # tied rows own nothing
     trains = [part for part in model.modules() if any(p.requires_grad for p in part.parameters())] if layers else []
     copies = [part for _, part in _frozen_parts(model) if any(_alike(each, other) for each in (part, *part.children()) for other in trains)]
     following = {module for part in copies for module in part.modules()}

@@ -87,8 +87,8 @@ class Turn:
         self._state.restore()
         try:
             if self._thread is None:
-                self._thread = ThreadPoolExecutor(1, initializer=own_cuda_graphs)
-                self._result = self._thread.submit(self._work)
+                self._thread = ThreadPoolExecutor(1)
+                self._result = self._thread.submit(own_cuda_graphs()(self._work))
                 self._result.add_done_callback(lambda _: self._requests.put(None))
             else:
                 self._answers.put(answer)

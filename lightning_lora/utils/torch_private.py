@@ -8,6 +8,7 @@ documents. ``tests/test_private_names.py`` lists them and refuses any others.
 
 from __future__ import annotations
 
+import ctypes
 import pickle
 import sys
 from collections import defaultdict
@@ -240,15 +241,25 @@ def dispatch_mode() -> type[Any]:
     return TorchDispatchMode
 
 
-def own_cuda_graphs() -> None:
-    """Let this thread record CUDA graphs: before 2.13, torch has a place for them in the thread alone that imported their module.
+@contextmanager
+def own_cuda_graphs() -> Iterator[None]:
+    """Let this thread record CUDA graphs, and free them at its end. Without the names a second thread that records fails before torch 2.13.
 
-    Without the names a second thread that records raises in torch.
+    Until then torch has a place for graphs in the thread alone that imported their module. It also releases one reference more than it
+    holds when a thread ends.
     """
-    trees: Any = sys.modules.get("torch._inductor.cudagraph_trees")
-    if trees is None:
-        return  # its import makes the place
-    kept: dict[str, Any] = {"tree_manager_containers": {}, "tree_manager_locks": defaultdict(Lock)}
-    for name, value in kept.items():
-        setattr(trees.local, name, value)
-        torch._C._stash_obj_in_tls(name, value)  # the threads of autograd have what is stashed
+    names, module = ("tree_manager_containers", "tree_manager_locks"), "torch._inductor.cudagraph_trees"
+    trees: Any = sys.modules.get(module)
+    if trees is not None and not hasattr(trees, "_initialize_tls"):
+        places: tuple[dict[Any, Any], ...] = ({}, defaultdict(Lock))
+        for name, value in zip(names, places, strict=True):
+            setattr(trees.local, name, value)
+            torch._C._stash_obj_in_tls(name, value)  # the threads of autograd have what is stashed
+    try:
+        yield
+    finally:
+        trees = sys.modules.get(module)
+        if trees is not None and not hasattr(trees, "_initialize_tls"):
+            for value in (getattr(trees.local, name) for name in names if hasattr(trees.local, name)):
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
+                value.clear()

@@ -24,11 +24,11 @@ class OwnForward(nn.Linear):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.calls = 0
+        self.calls, self.label = 0, None
 
-    def forward(self, input, shift=0.0):
-        self.calls += 1
-        return F.linear(input, self.weight, self.bias) + shift
+    def forward(self, input, label=None):
+        self.calls, self.label = self.calls + 1, label
+        return F.linear(input, self.weight, self.bias)
 
 
 class ScaledEmbedding(nn.Embedding):

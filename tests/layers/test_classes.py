@@ -49,8 +49,9 @@ def test_a_base_that_checks_its_subclasses():
 
 
 class Named(nn.Linear):
-    def forward(self, hidden, shift=0.0):
-        return super().forward(hidden) + shift
+    def forward(self, hidden, label=None):
+        self.label = label
+        return super().forward(hidden)
 
 
 @pytest.mark.parametrize("make", [lambda: Conv1D(6, 6), lambda: Named(6, 6)], ids=["Conv1D", "a subclass"])
@@ -60,7 +61,7 @@ def test_the_input_has_the_name_that_the_base_gives_it(make, variant):
     fill(apply_lora(model, config=LoRAConfig(rank=2, target_modules=["0"], dropout=0.5, variant=variant)))
     layer, x, found = model[0], torch.randn(3, 6), []
     name = "x" if layer.lora_base is Conv1D else "hidden"
-    more = {} if layer.lora_base is Conv1D else {"shift": 2.0}
+    more = {} if layer.lora_base is Conv1D else {"label": "a"}
     for args, kwargs in (((x,), more), ((), {name: x, **more}), ((), {"input": x, **more})):
         torch.manual_seed(0)
         found.append(layer(*args, **kwargs))
