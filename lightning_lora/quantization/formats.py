@@ -273,9 +273,12 @@ def _candidate(module: nn.Module) -> QuantizedFormat | None:
     if isinstance(module, torch.jit.ScriptModule):  # never quantized; its table of parameters is no dict
         return None
     weight = module._parameters.get("weight")
-    owners = (module, None if weight is None else local_tensor(weight), *map(module.__dict__.get, _MARKS))
-    names = (name for each in owners if each is not None for name in qualified_names(type(each)))
-    return next((QUANTIZED_FORMATS[name] for name in names if name in QUANTIZED_FORMATS), None)
+    for each in (module, None if weight is None else local_tensor(weight), *map(module.__dict__.get, _MARKS)):
+        if each is not None:
+            for name in qualified_names(type(each)):
+                if name in QUANTIZED_FORMATS:
+                    return QUANTIZED_FORMATS[name]
+    return None
 
 
 def _names(module: nn.Module) -> tuple[str, ...]:

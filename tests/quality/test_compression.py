@@ -30,5 +30,5 @@ def test_files_have_the_size_of_their_tensors(tmp_path: Path) -> None:
     sizes = record["bytes"]
     assert sizes["adapter_computed"] == 4 * record["trainable"] == 4 * 8 * 2 * (32 + 32 + 32 + 16)  # q (32, 32) and v (16, 32), two layers
     assert sizes["adapter_computed"] < sizes["adapter"] < sizes["adapter_computed"] + 4096  # names and the config
-    assert 3 * sizes["adapter_computed"] < sizes["checkpoint"] < 3 * sizes["adapter_computed"] + 20_000  # and two moments
+    assert 3 * sizes["adapter_computed"] < sizes["checkpoint"] < 3 * sizes["adapter_computed"] + 30_000  # two moments, random numbers
     assert "| tiny | r=8 on q, v | 1,792 |" in table([record])
