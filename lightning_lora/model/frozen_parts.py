@@ -8,6 +8,7 @@ momentum encoder (MoCo, BYOL, DINO), a target network (DQN, DDPG), an average. I
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ def frozen_copies(model: nn.Module, targets: Mapping[str, nn.Module], saved: Seq
 
     Args:
         model: the whole module, without adapters.
-        targets: FQN → module to adapt.
+        targets: FQN → module to adapt, or with rows that train.
         saved: FQNs of what trains in full.
         config: its init and variant.
     """
@@ -42,13 +43,11 @@ def frozen_copies(model: nn.Module, targets: Mapping[str, nn.Module], saved: Seq
     for name, frozen in _frozen_parts(model):
         hits = wanted & {*frozen.modules()}
         inside = [(fqn, part) for fqn, part in frozen.named_modules(prefix=name) if hits and hits <= {*part.modules()}]
-        pairs = (
-            (clean_name(fqn), clean_name(other))
-            for fqn, part in inside
-            for other, original in trains
-            if is_copy(part, original) and _below(fqn, targets, saved) == _below(other, targets, saved)
-        )
-        found.update([pair] if (pair := next(pairs, None)) else [])
+        for fqn, part in inside:
+            if originals := [other for other, original in trains if is_copy(part, original)]:
+                alike = (other for other in originals if _below(fqn, targets, saved) == _below(other, targets, saved))
+                found.update({clean_name(fqn): clean_name(other) for other in islice(alike, 1)})
+                break  # a layer in a copy whose other targets differ is none: pairs of the two would not match
     return found
 
 
@@ -105,7 +104,13 @@ def is_copy(part: nn.Module, original: nn.Module) -> bool:
 
 def _equal(mine: Tensor, theirs: Tensor) -> bool:
     same = (mine.shape, mine.dtype, mine.device) == (theirs.shape, theirs.dtype, theirs.device) and mine is not theirs
-    return same and not (mine.is_meta or is_sharded(mine) or is_sharded(theirs)) and torch.equal(mine, theirs)
+    if not same or mine.is_meta or is_sharded(mine) or is_sharded(theirs):
+        return False
+    mine, theirs = mine.detach(), theirs.detach()
+    if not hasattr(mine, "__tensor_flatten__"):
+        return torch.equal(mine, theirs)
+    parts = mine.__tensor_flatten__()[0]  # torchao's quantized weights cannot be compared as a whole
+    return type(mine) is type(theirs) and all(_equal(getattr(mine, part), getattr(theirs, part)) for part in parts)
 
 
 def _below(fqn: str, *names: Iterable[str]) -> list[set[str]]:

@@ -122,8 +122,8 @@ class TargetReport:
         lines += [f"token rows: {line}" for line in self._row_lines()]
         lines += [f"passed over: {line}" for line in lines_of(self.passed_over)]
         lines += [f"frozen: {name}, a copy of {of}, whose adapters begin as its" for name, of in self.copies.items()]
-        if self.saved:
-            lines.append(f"trained in full: {', '.join(self.saved)}")
+        if trained := [name for name in self.saved if not any(name.startswith(f"{copy}.") for copy in self.copies)]:
+            lines.append(f"trained in full: {', '.join(trained)}")
         lines += [f"left out: {name}, {size:,} elements, {size / self.total:.0%} of the model" for name, size in self.left_out.items()]
         return "\n".join(line.rstrip() for line in lines)
 

@@ -105,7 +105,7 @@ def resolve(model: nn.Module, config: LoRAConfig, *, frozen_parts: bool = False)
     rows, wrong = token_row_targets(model, config, modules, chosen, saved, suitability)
     problems += wrong
     adapted = {target.fqn: target.module for target in targets}
-    copies = frozen_copies(model, adapted, saved, config)
+    copies = frozen_copies(model, adapted | {target.fqn: target.module for target in rows}, saved, config)
     problems += [] if frozen_parts else mixed_with_frozen(model, adapted, copies)
     fields = (wanted, excluded, *rules.values())
     if everything and passed_over and not chosen:

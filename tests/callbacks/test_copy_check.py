@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRACallback, LoRAConfig
+from lightning_lora import LoRACallback, LoRAConfig, quantize_base
+from lightning_lora.layers.base import LoRALayer
 from tests.callbacks.changing_modules import Lit
 from tests.lit import bits, trainer
 
@@ -75,6 +76,46 @@ def test_torchs_errors_say_what_to_do(tmp_path: Path, follow: Any, error: str) -
 @pytest.mark.parametrize("options", [{"module": "backbone"}, {}])
 def test_a_reference_that_stays_is_no_news(tmp_path: Path, options: dict[str, Any], recwarn: pytest.WarningsRecorder) -> None:
     fit(tmp_path, by_nothing, **options)
+    assert not [warning for warning in recwarn if "copy" in str(warning.message)]
+
+
+def in_inference_mode(module: Follows) -> None:
+    with torch.inference_mode():
+        module.target = copy.deepcopy(module.backbone).requires_grad_(False)
+
+
+def quantized(module: Follows) -> None:
+    for part in (module.backbone, module.target):
+        quantize_base(part, "torchao-int8")
+
+
+@pytest.mark.parametrize("change", [in_inference_mode, quantized])
+@pytest.mark.parametrize("options", [{"module": "backbone"}, {}])
+def test_tensors_of_other_kinds(tmp_path: Path, change: Any, options: dict[str, Any], recwarn: pytest.WarningsRecorder) -> None:
+    """Ones without a count of writes, and ones that torch cannot compare."""
+    module = Follows(by_nothing)
+    change(module)
+    trainer(tmp_path, LoRACallback(CONFIG, merge_on_fit_end=False, **options), max_epochs=1).fit(module)
+    assert isinstance(module.target["up"], LoRALayer) == (options == {})
+    assert not [warning for warning in recwarn if "copy" in str(warning.message)]
+
+
+class Replaces(Follows):
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.target = copy.deepcopy(self.backbone).requires_grad_(False)
+
+
+class Drops(Follows):
+    def training_step(self, batch: Any, index: int) -> torch.Tensor:
+        return self(batch[0]).square().mean()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.target = None
+
+
+@pytest.mark.parametrize("cls", [Replaces, Drops])
+def test_a_copy_that_is_replaced_or_dropped(tmp_path: Path, cls: type[Follows], recwarn: pytest.WarningsRecorder) -> None:
+    trainer(tmp_path, LoRACallback(CONFIG, module="backbone", merge_on_fit_end=False), max_epochs=1).fit(cls(by_nothing))
     assert not [warning for warning in recwarn if "copy" in str(warning.message)]
 
 

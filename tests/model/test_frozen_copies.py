@@ -87,6 +87,18 @@ def test_what_would_tell_the_two_apart_is_refused(options: dict) -> None:
         apply_lora(pair(), LoRAConfig(rank=2, target_modules=["up", "down"], **options))
 
 
+def test_what_trains_in_full_and_rows_are_those_of_the_original() -> None:
+    """A copy that lacks the original's rows could not follow by pairs."""
+    report = find_targets(pair(), LoRAConfig(rank=2, target_modules=["up"], modules_to_save=["norm"]))
+    assert report.saved == ("online.norm", "target.norm") and "trained in full: online.norm\n" in f"{report}\n"
+    model = pair()
+    for part in model.values():
+        part.rows = nn.Embedding(3, 4, _weight=torch.ones(3, 4)).requires_grad_(part is model.online)
+    apply_lora(copy.deepcopy(model), LoRAConfig(rank=2, target_modules=["up"], trainable_token_indices={"rows": [1]}))
+    with pytest.raises(ValueError, match="in 'target', which is frozen as a whole"):
+        apply_lora(model, LoRAConfig(rank=2, target_modules=["up"], trainable_token_indices={"online.rows": [1]}))
+
+
 def test_other_weights_are_no_copy() -> None:
     model = pair()
     model.target.norm.bias += 1
