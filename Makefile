@@ -24,7 +24,8 @@ unit: $(VENV)/.test  ## the suite, WORKERS files at a time, on the CPU wherever 
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder  # in the order of tests/conftest.py
 
 gpu: $(VENV)/.test  ## what needs a GPU, or two
-	$(BIN)/python -m pytest tests/test_gpu.py tests/test_gpu_memory.py tests/ops tests/tasks/test_packing_gpu.py tests/distributed/test_two_gpus.py tests/distributed/test_pull_frozen.py
+	$(BIN)/python -m pytest tests/test_gpu.py tests/test_gpu_memory.py tests/ops tests/tasks/test_packing_gpu.py
+	$(BIN)/python -m pytest tests/distributed -k gpus
 
 matrix: $(VENV)/.test  ## what works under which strategy, printed by running it
 	$(BIN)/python -m tests.matrix

@@ -30,7 +30,14 @@ from torch import nn
 
 from lightning_lora.ops import backends
 from lightning_lora.utils.blocks import BLOCKS, repeated_blocks
-from lightning_lora.utils.torch_private import autograd_settings, change_dynamo, compiled_call, compiler_backend, set_compiled_call
+from lightning_lora.utils.torch_private import (
+    autograd_settings,
+    change_dynamo,
+    compiled_call,
+    compiler_backend,
+    place_for_cuda_graphs,
+    set_compiled_call,
+)
 from lightning_lora.utils.torch_private_parallel import keep_random_results
 
 # Global settings of Dynamo that blocks need.
@@ -86,6 +93,8 @@ def compile_layers(model: nn.Module, *, backend: str | Callable[..., Any] = "ind
                 " leave cuda_graphs out."
             )
     _change_settings()
+    if cuda_graphs:
+        place_for_cuda_graphs()
     for block in blocks.values():
         if compiled_call(block) is None:
             block.compile(backend=_prepared(backend, cuda_graphs))

@@ -241,25 +241,37 @@ def dispatch_mode() -> type[Any]:
     return TorchDispatchMode
 
 
+_TREES, _PLACES = "torch._inductor.cudagraph_trees", ("tree_manager_containers", "tree_manager_locks")
+
+
+def _trees_of_one_thread() -> Any:
+    """Return torch's module of CUDA graphs if it is imported and has a place for them in the importing thread alone; else None."""
+    trees = sys.modules.get(_TREES)
+    return None if hasattr(trees, "_initialize_tls") else trees
+
+
+def place_for_cuda_graphs() -> None:
+    """Give this thread a place for CUDA graphs. Without the names, all threads but the first that records fail before torch 2.13."""
+    trees = _trees_of_one_thread()
+    if trees is None or hasattr(trees.local, _PLACES[0]):
+        return
+    places: tuple[dict[Any, Any], ...] = ({}, defaultdict(Lock))
+    for name, value in zip(_PLACES, places, strict=True):
+        setattr(trees.local, name, value)
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))  # torch releases one reference more than it holds when a thread ends
+        torch._C._stash_obj_in_tls(name, value)  # the threads of autograd have what is stashed
+
+
 @contextmanager
 def own_cuda_graphs() -> Iterator[None]:
-    """Let this thread record CUDA graphs, and free them at its end. Without the names a second thread that records fails before torch 2.13.
-
-    Until then torch has a place for graphs in the thread alone that imported their module. It also releases one reference more than it
-    holds when a thread ends.
-    """
-    names, module = ("tree_manager_containers", "tree_manager_locks"), "torch._inductor.cudagraph_trees"
-    trees: Any = sys.modules.get(module)
-    if trees is not None and not hasattr(trees, "_initialize_tls"):
-        places: tuple[dict[Any, Any], ...] = ({}, defaultdict(Lock))
-        for name, value in zip(names, places, strict=True):
-            setattr(trees.local, name, value)
-            torch._C._stash_obj_in_tls(name, value)  # the threads of autograd have what is stashed
+    """Let this thread record CUDA graphs, and free them at its end, before torch 2.13."""
+    place_for_cuda_graphs()
+    given = _TREES in sys.modules  # else the place is torch's own, which an import in this thread makes
     try:
         yield
     finally:
-        trees = sys.modules.get(module)
-        if trees is not None and not hasattr(trees, "_initialize_tls"):
-            for value in (getattr(trees.local, name) for name in names if hasattr(trees.local, name)):
+        trees = _trees_of_one_thread()
+        for value in (getattr(trees.local, name) for name in _PLACES if hasattr(getattr(trees, "local", None), name)):
+            if not given:
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
-                value.clear()
+            value.clear()

@@ -8,8 +8,7 @@ import yaml
 from lightning_lora import LoRAConfig, apply_lora, get_lora_parameters, save_adapter
 from lightning_lora.cli.lightning_cli import LoRACLI
 from tests import tiny_lm
-
-PARSERS: dict = {}
+from tests.parsers import share_parser
 
 
 @pytest.fixture(autouse=True)
@@ -26,22 +25,11 @@ def no_classes_of_scripts():
 
 @pytest.fixture(autouse=True)
 def one_parser(monkeypatch):
-    """A parser of each command serves all tests of a process: making one takes 0.04 s."""
     make = LoRACLI.setup_parser
 
     def setup_parser(self, *args):
-        key = (type(self), self.command)
-        if self.command is None or not key[0].__module__.startswith("lightning_lora."):  # all commands, or a test's own class
-            return make(self, *args)
-        if key not in PARSERS:
-            make(self, *args)
-            PARSERS[key] = {name: vars(self)[name] for name in ("parser", "_subcommand_parsers", "_subcommand_method_arguments")}
-            return None
-        vars(self).update(PARSERS[key])
-        parser = self._subcommand_parsers[self.command]
-        parser.set_defaults(self.defaults)  # which depend on the words
-        parser.callback_keys = ["lora"]
-        return None
+        own = not type(self).__module__.startswith("lightning_lora.")  # a test's own class
+        make(self, *args) if self.command is None or own else share_parser(self, make, *args)
 
     monkeypatch.setattr(LoRACLI, "setup_parser", setup_parser)
 

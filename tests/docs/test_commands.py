@@ -7,7 +7,7 @@ import re
 import shlex
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 
@@ -15,6 +15,7 @@ from lightning_lora import LoRAConfig
 from lightning_lora.cli import commands, inspect_rows, main, sweep
 from lightning_lora.cli.lightning_cli import LoRACLI
 from tests.docs.pages import PAGES, ROOT, blocks
+from tests.parsers import share_parser
 
 CONFIGS = [(page, number) for page in PAGES for number in range(len(blocks(page, "yaml")))]
 
@@ -26,16 +27,10 @@ def command_lines() -> list[str]:
 
 
 class ParseOnly(LoRACLI):
-    """The command line's parser, one for all command lines of a command, without what follows: no model is made and nothing runs."""
-
-    made: ClassVar[dict[str | None, dict[str, Any]]] = {}
+    """The command line's parser, without what follows: no model is made and nothing runs."""
 
     def setup_parser(self, *args: Any) -> None:
-        if self.command not in self.made:
-            super().setup_parser(*args)
-            self.made[self.command] = {name: vars(self)[name] for name in ("parser", "_subcommand_parsers", "_subcommand_method_arguments")}
-        vars(self).update(self.made[self.command])
-        self._subcommand_parsers[str(self.command)].set_defaults(self.defaults)  # which depend on the words
+        share_parser(self, LoRACLI.setup_parser, *args)
 
     def _set_seed(self) -> None: ...
 

@@ -2,11 +2,13 @@
 
 import random
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
+from lightning_lora.model.compile import compile_layers, uncompile_layers
 from lightning_lora.trials.turns import ProcessState, Turn
 
 
@@ -99,12 +101,18 @@ def test_errors_go_in_and_out():
     assert isinstance(turn.error(), RuntimeError)
 
 
-def test_each_run_can_record_cuda_graphs(monkeypatch):
-    """Before 2.13, torch has a place for them in one thread alone; autograd's threads look among what is stashed."""
+@pytest.fixture
+def trees(monkeypatch):
+    """Torch's module of CUDA graphs as before 2.13: it has a place for them in one thread alone."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, at this import, in some releases
-        from torch._inductor import cudagraph_trees as trees
-    monkeypatch.delattr(trees, "_initialize_tls", raising=False)
+        from torch._inductor import cudagraph_trees
+    monkeypatch.delattr(cudagraph_trees, "_initialize_tls", raising=False)
+    return cudagraph_trees
+
+
+def test_each_run_can_record_cuda_graphs(trees):
+    """Autograd's threads look among what is stashed."""
     found = []
 
     def run():
@@ -117,3 +125,16 @@ def test_each_run_can_record_cuda_graphs(monkeypatch):
         turn = Turn(run)
         assert not turn.resume() and turn.error() is None
     assert found == [{}, {}] and found[0] is not found[1], "graphs are freed with their run"
+
+
+def test_a_thread_that_compiles_has_a_place_for_cuda_graphs(trees):
+    """The process's own thread records after runs that recorded in theirs."""
+
+    def run():
+        model = torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.Linear(2, 2)) for _ in range(2)))
+        compile_layers(model, cuda_graphs=True)
+        uncompile_layers(model)
+        return trees.get_obj(trees.local, "tree_manager_containers") is torch._C._get_obj_in_tls("tree_manager_containers")
+
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(run).result()
