@@ -83,12 +83,17 @@ def outputs_of(model: nn.Module, probe: Probe) -> dict[str, Tensor]:
     probe = _copied(probe)  # a model may change its input in place
     with torch.random.fork_rng(devices=gpus):
         torch.manual_seed(0)
-        if isinstance(probe, Mapping):
-            output = model(**probe)
-        elif isinstance(probe, (tuple, list)):
-            output = model(*probe)
-        else:
-            output = model(probe) if isinstance(probe, Tensor) else probe(model)
+        try:
+            if isinstance(probe, Mapping):
+                output = model(**probe)
+            elif isinstance(probe, (tuple, list)):
+                output = model(*probe)
+            else:
+                output = model(probe) if isinstance(probe, Tensor) else probe(model)
+        except NotImplementedError as error:  # torch's, of a module without forward, as many LightningModules are
+            if 'missing the required "forward"' not in str(error):
+                raise
+            raise ValueError(f"batch: {error}. Pass a function in its place, such as lambda model: model.backbone(x).") from error
     return {name or "output": full_tensor(tensor).clone() for name, tensor in tensors_in("", output)}
 
 

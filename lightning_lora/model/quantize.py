@@ -68,7 +68,7 @@ def quantize_base(
 
     Raises:
         ValueError: the format is not known, or a target cannot be quantized: it is adapted, sharded, tied to another module, neither a
-            plain ``nn.Linear`` nor experts that the format packs, of a size that does not fit the format, or on the meta device
+            plain ``nn.Linear`` nor experts that the format packs, of a size or dtype that does not fit the format, or on the meta device
             (experts, and formats but ``"fp8"`` and ``"nf4"``).
         ImportError: the library is not installed; the message names the extra.
 
@@ -229,6 +229,8 @@ def _refusal(target: Target, how: str, quantizer: Quantizer, owners: dict[int, l
             return "is sharded already: quantize before the model is parallelized"
         if not weight.is_floating_point():
             return f"has a weight of dtype {weight.dtype}: it is quantized, by a library that is not known here"
+        if weight.dtype == torch.float64 and not stacks and not quantizer.float64:
+            return "has a weight of float64, which this format does not pack: call model.float() first"
         if entries % unit:
             other = "'fp8'" if stacks else "'nf4'"
             what = f"{name} with matrices of " if stacks else ""

@@ -62,5 +62,5 @@ def _become(linear: Any, made: Any, weight: Any, device: torch.device) -> None:
     linear._parameters["weight"] = weight.to(device).to(home)
 
 
-QUANTIZERS["nf4"] = Quantizer(quantize_nf4, library_of, "Linear4bit", on_meta=True)
+QUANTIZERS["nf4"] = Quantizer(quantize_nf4, library_of, "Linear4bit", float64=False, on_meta=True)
 QUANTIZERS["int8"] = Quantizer(quantize_int8, library_of, "Linear8bit")

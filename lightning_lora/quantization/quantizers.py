@@ -23,6 +23,7 @@ class Quantizer:
         check_installed: imports the library, or raises ImportError that names the extra to install.
         makes: the format, as `lightning_lora.quantization.content.packed_digest` names it.
         unit: number that the count of the weight's entries must be a multiple of.
+        float64: True if it quantizes weights of float64.
         on_meta: True if ``pack`` makes an empty quantized layer of one on the meta device, to be filled later.
     """
 
@@ -30,6 +31,7 @@ class Quantizer:
     check_installed: Callable[[], Any]
     makes: str
     unit: int = 1
+    float64: bool = True
     on_meta: bool = False
 
 

@@ -116,4 +116,4 @@ QUANTIZED_FORMATS["torchao.quantization.Int8Tensor"] = Int8Format()
 QUANTIZED_FORMATS["torchao.quantization.quantize_.workflows.nf4.nf4_tensor.NF4Tensor"] = NF4Format()
 # 64 entries per block and 256 scales per block of scales. torchao supports other sizes, but a copy of the weight returns to these.
 QUANTIZERS["torchao-nf4"] = Quantizer(quantize_nf4, _library, "NF4", unit=64 * 256)
-QUANTIZERS["torchao-int8"] = Quantizer(quantize_int8, _library, "Int8")
+QUANTIZERS["torchao-int8"] = Quantizer(quantize_int8, _library, "Int8", float64=False)

@@ -92,6 +92,13 @@ def test_what_cannot_be_compared_changes_nothing(model: nn.Module, probe: Any, m
     assert snapshot(model) == before
 
 
+def test_a_module_without_forward_needs_a_function(model: nn.Module) -> None:
+    module = nn.ModuleDict({"net": model})
+    with pytest.raises(ValueError, match=r'ModuleDict.* is missing the required "forward" function\. Pass a function'):
+        probe_merge(module, IDS)
+    assert probe_merge(module, lambda module: module["net"](IDS))
+
+
 def test_a_merge_without_a_way_back_has_nothing_to_compare_with(model: nn.Module) -> None:
     merge_lora(model, reversible=False)
     before = snapshot(model)

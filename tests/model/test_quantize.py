@@ -204,6 +204,8 @@ def test_what_cannot_be_packed_is_named(make: Any) -> None:
     model = plain_stack()
     model.up = type("Own", (nn.Linear,), {})(128, 256)
     refused(model, r"'up' \(Own\) is no plain nn.Linear")
+    for how in ("nf4", "torchao-int8"):
+        refused(plain_stack().double(), r"'up' \(Linear\) has a weight of float64, .* call model.float\(\) first", how=how)
     with torch.device("meta"):
         meta = Stack()
     with pytest.raises(ValueError, match=r"'up' \(Linear\) is on the meta device"):
