@@ -154,6 +154,7 @@ def test_an_image_folder(kind, tmp_path, capsys, monkeypatch):
     assert main(["predict", "--config", report["config"], "--data.predict=images", "--trainer.logger=false"]) == 0
     assert {json.loads(line)["label"] for line in capsys.readouterr().out.splitlines() if line.startswith("{")} <= {"cat", "cow", "dog"}
     (tmp_path / "images" / "cat" / "0.png").write_bytes(b"no image")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # it would try for 20 s
     assert main(["init", model, "none", "--out=other.yaml", "--task=ImageClassificationTask"]) == 2
     assert "data.train='none': no such f" in capsys.readouterr().err
 
