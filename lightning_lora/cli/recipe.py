@@ -24,6 +24,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.data.formats import to_record
 from lightning_lora.data.images import ENDINGS
 from lightning_lora.data.reading import read_rows
+from lightning_lora.data.records import NothingToLearn
 from lightning_lora.data.splits import share_of
 from lightning_lora.ops.cross_entropy import IGNORE
 from lightning_lora.optim.advice import HALF, multiplies_half_slowly
@@ -181,6 +182,8 @@ def task_of(model: str, data: str, gguf_file: str | None) -> str:
     for place, row in rows:
         try:
             kinds.append(type(to_record(row)).__name__)
+        except NothingToLearn:
+            continue
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
     if not kinds:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from jinja2 import TemplateError
 
 from lightning_lora.data.batching import Example
-from lightning_lora.data.records import Conversation, Message
+from lightning_lora.data.records import Conversation, Message, NothingToLearn
 from lightning_lora.data.templates import check_options, set_template
 from lightning_lora.ops.cross_entropy import IGNORE
 
@@ -71,7 +71,7 @@ class Chat:
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message.get("weight", 1)]
         turns = [i for i in turns if i >= (conversation.given if train_on == "assistant" else len(messages) - 1)]
         if not turns:
-            raise ValueError("every answer has weight 0, or there is nothing to learn; leave the row out")
+            raise NothingToLearn("every answer has weight 0, or there is nothing to learn")
         if train_on == "all" and any("weight" in message for message in messages):
             raise ValueError("data.train_on=all learns every token, and a message has weight 0; use assistant or last")
         if turns[0] == 0:

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from tqdm import tqdm
 
 from lightning_lora.data.reading import PlacedRow
+from lightning_lora.data.records import NothingToLearn
 from lightning_lora.data.store import Examples
 from lightning_lora.utils.messages import counted
 
@@ -35,7 +36,8 @@ class Report:
 
     Attributes:
         rows: How many there were.
-        counts: How many were "cut", "dropped", "empty" or "lost": those of which cutting leaves nothing to learn.
+        counts: How many were "cut", "dropped", "empty", "left out" (`NothingToLearn`) or "lost": those of which cutting
+            leaves nothing to learn.
         places: The first five places of each.
         unread: Keys of the first row that nothing reads.
     """
@@ -61,11 +63,16 @@ class Report:
             )
         if not examples:
             reasons = ", ".join(f"{count} {thing}" for thing, count in self.counts.items())
-            raise ValueError(f"{name}: no row of {self.rows} is left ({reasons})")
+            first = f", first {self.places['left out'][0]}" if "left out" in self.places else ""
+            raise ValueError(f"{name}: no row of {self.rows} is left ({reasons}{first})")
 
     def say(self, name: str, lengths: list[int], max_length: int, cached: bool) -> None:
-        """Log the counts and lengths. Warn of rows that are cut or dropped."""
-        for thing, reason in (("cut", f"to max_length={max_length} tokens"), ("dropped", f"as longer than max_length={max_length} tokens")):
+        """Log the counts and lengths. Warn of rows that are cut, dropped or left out."""
+        for thing, reason in (
+            ("cut", f"to max_length={max_length} tokens"),
+            ("dropped", f"as longer than max_length={max_length} tokens"),
+            ("left out", "as nothing can be learnt from them"),
+        ):
             if count := self.counts.get(thing):
                 rank_zero_warn(f"{name}: {count} of {self.rows} rows are {thing} {reason}, first {self.places[thing][0]}")
         parts = [f"{counted(self.rows, 'row')}" + " (tokenized before)" * cached]
@@ -143,6 +150,8 @@ def _encode_chunk(start: int) -> Result | str:
     for place, row in chunk:
         try:
             found, things = encode(row)
+        except NothingToLearn as reason:
+            found, things = [], {"left out": f": {reason}"}
         except ValueError as error:
             return f"{place}: {error}"
         examples += found

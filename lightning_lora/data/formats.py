@@ -23,7 +23,7 @@ from lightning_lora.data.messages import (
     turns_of,
 )
 from lightning_lora.data.pairs import pair_of
-from lightning_lora.data.records import Conversation, Labelled, LabelledImage, Message, PlainText, Record, Tagged
+from lightning_lora.data.records import Conversation, Labelled, LabelledImage, Message, NothingToLearn, PlainText, Record, Tagged
 
 Row = dict[str, Any]
 ALSO = ("system", "system_prompt", "tools", "choices")  # what every conversation may have
@@ -138,7 +138,7 @@ def _conversation(row: Row, messages: list[Message], needs_answer: bool, given: 
     check_prompt(messages[:-1])
     for turn in messages[given:]:
         if turn["role"] == "assistant" and not turn["content"].strip() and not turn.get("tool_calls") and turn.get("weight", 1):
-            raise ValueError(f"the answer is {turn['content']!r}; it must be a text that is not empty, or there is nothing to learn")
+            raise NothingToLearn(f"the answer is {turn['content']!r}; it must be a text that is not empty, or there is nothing to learn")
     choices = row.get("choices")
     if choices is not None and (
         not isinstance(choices, list) or not all(isinstance(c, str) for c in choices) or last["content"] not in choices
@@ -233,7 +233,7 @@ def _tagged(row: Row, needs_answer: bool) -> Record:
 
 def _pair(row: Row, needs_answer: bool) -> Record:
     check_text_only(row)
-    return pair_of(row)
+    return pair_of(row, needs_answer)
 
 
 FORMATS: dict[str, RowFormat] = {

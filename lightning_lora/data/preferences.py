@@ -12,7 +12,7 @@ from typing_extensions import override
 from lightning_lora.data.batching import Example, collate_answers, collate_prompts
 from lightning_lora.data.chat import Chat
 from lightning_lora.data.file_data import FileDataModule
-from lightning_lora.data.records import Conversation, Message, Pair, Record
+from lightning_lora.data.records import Conversation, Message, NothingToLearn, Pair, Record
 from lightning_lora.data.shown import Part, by_token
 from lightning_lora.data.store import Examples
 from lightning_lora.data.templates import check_template, set_template
@@ -83,7 +83,7 @@ class PreferenceDataModule(FileDataModule):
             raise ValueError("the row has no 'chosen' and 'rejected'; add them, or name their columns with data.columns")
         chosen, rejected = (self._answered(record, answer) for answer in (record.chosen, record.rejected))
         if chosen.ids == rejected.ids:  # the template strips texts, or the tokenizer normalizes them
-            raise ValueError("'chosen' and 'rejected' are the same tokens, so there is nothing to prefer; leave the row out")
+            raise NothingToLearn("'chosen' and 'rejected' are the same tokens, so there is nothing to prefer")
         return [PairExample(chosen.ids, chosen.labels, rejected.ids, rejected.labels)]
 
     def _answered(self, pair: Pair, answer: list[Message] | str) -> Example:

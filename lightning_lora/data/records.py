@@ -9,6 +9,10 @@ from typing import Any
 Message = dict[str, Any]
 
 
+class NothingToLearn(ValueError):
+    """A row is in order and teaches nothing, such as one whose answer is empty. It is left out of a run and counted."""
+
+
 @dataclass
 class Conversation:
     """Turns to learn from, or to answer.

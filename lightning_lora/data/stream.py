@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from lightning_lora.data.encoding import Encode
 from lightning_lora.data.reading import PlacedRow
+from lightning_lora.data.records import NothingToLearn
 
 BUFFER = 1000  # examples of which the next one is drawn
 
@@ -61,6 +62,8 @@ class Stream(IterableDataset):
             for place, row in islice(self.read(), part, None, parts):
                 try:
                     examples, happened = self.encode(row)
+                except NothingToLearn:
+                    continue
                 except ValueError as error:
                     raise ValueError(f"{place}: {error}") from error
                 if "lost" in happened:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_lora import LoRACallback, apply_lora, save_adapter
 from lightning_lora.callbacks.interruption import Interruption
 from lightning_lora.layers.base import lora_layers
+from lightning_lora.strategies.kept_layers import keeping_adapters
 from tests.lit import CONFIG, LitNet, make_net, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:Be aware that when")
@@ -219,6 +220,14 @@ def test_a_model_that_is_built_anew_keeps_what_it_learnt(tmp_path: Path) -> None
         run.test(module, verbose=False)
     assert module.state_dict().keys() == trained.keys()
     assert all(torch.equal(tensor, trained[name]) for name, tensor in module.state_dict().items())
+
+
+def test_parts_deep_inside_are_put_back_too() -> None:
+    module = nn.ModuleDict({"part": nn.ModuleDict({"net": apply_lora(make_net(), config=CONFIG)})})
+    names = list(module.state_dict())
+    with pytest.raises(ValueError, match=r"without the adapter of 'part.net.fc1'"), keeping_adapters(module):
+        module["part"]["net"] = make_net()
+    assert list(module.state_dict()) == names
 
 
 def test_a_hook_of_the_instance_is_put_back(tmp_path: Path) -> None:

@@ -107,6 +107,15 @@ def test_what_is_cut_dropped_or_empty_is_counted_and_said(tmp_path, caplog):
         module(train=nothing).load("train")
 
 
+def test_rows_that_teach_nothing_are_left_out_and_said(tmp_path):
+    file = tiny_lm.write(tmp_path / "rows.jsonl", [*rows(3), *[empty := {**ROW, "response": ""}] * 2])
+    said = r"2 of 5 rows are left out as nothing can be learnt from them, first .*rows.jsonl:4: the answer is ''"
+    with pytest.warns(UserWarning, match=said):
+        assert len(module(train=file).load("train")) == 3  # one such row stopped the run
+    with pytest.raises(ValueError, match=r"no row of 1 is left \(1 left out, first .*rows.jsonl:1: the answer is ''"):
+        module(train=tiny_lm.write(tmp_path / "rows.jsonl", [empty])).load("train")
+
+
 def test_rows_are_tokenized_once(tmp_path, kept, monkeypatch, caplog):
     file, calls = tiny_lm.write(tmp_path / "rows.jsonl", [*rows(3), {**ROW, "response": "blue " * 30}]), encoded(monkeypatch)
 

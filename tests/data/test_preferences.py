@@ -90,13 +90,28 @@ def test_pairs_whose_difference_is_cut_are_lost(tmp_path):
         assert len(load(tmp_path, [CONVERSATIONS["messages"], alike], max_length=16, long_rows="drop").examples["train"]) == 1
 
 
+ALIKE = {
+    "one answer": {"prompt": "a", "chosen": "blue", "rejected": "blue"},
+    "one conversation": {"chosen": [USER, answer("blue")], "rejected": [USER, answer("blue")]},
+    "an empty message": {"prompt": "a", "chosen": "blue", "rejected": [answer(" ")]},
+    "the template strips": {"prompt": "a", "chosen": "blue", "rejected": " blue "},
+}
+
+
+@pytest.mark.parametrize("pair", ALIKE)
+def test_pairs_that_prefer_nothing_are_left_out_and_said(pair, tmp_path):
+    with pytest.warns(UserWarning, match=r"1 of 2 rows are left out .* first .*pairs.jsonl:2: 'chosen' and 'rejected' (must|are the same)"):
+        assert len(load(tmp_path, [CONVERSATIONS["messages"], ALIKE[pair]]).examples["train"]) == 1
+
+
+def test_predictions_lack_no_row(tmp_path):
+    with pytest.raises(ValueError, match=r"pairs.jsonl:2: 'chosen' and 'rejected' must both"):
+        load(tmp_path, [CONVERSATIONS["messages"], ALIKE["one conversation"]], "predict")
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "a", "chosen": "blue", "rejected": "blue"}, "must both have an answer, and not the same one"),
-        ({"prompt": "a", "chosen": "", "rejected": "blue"}, "must both have an answer, and not the same one"),
-        ({"prompt": "a", "chosen": "blue", "rejected": [answer(" ")]}, "must both have an answer, and not the same one"),
-        ({"prompt": "a", "chosen": "blue", "rejected": " blue "}, "are the same tokens, so there is nothing to prefer"),
         ({"prompt": "a", "chosen": "blue", "rejected": None}, r"\(null: rejected\)"),
         ({"chosen": "blue", "rejected": "red"}, "have no prompt: add 'prompt'"),
         ({"prompt": "a", "response": "b"}, "the row has no 'chosen' and 'rejected'"),

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_lora import LoRACallback, LoRAConfig
 from lightning_lora.data import ClassificationDataModule, InstructionDataModule
+from lightning_lora.data.records import NothingToLearn
 from lightning_lora.data.stream import Stream
 from lightning_lora.tasks import SequenceClassificationTask
 from tests import tiny_lm
@@ -54,6 +55,15 @@ def test_bad_rows_are_named():
     for rows, encode in (([], None), (range(3), lambda row: ([], {"empty": ""}))):
         with pytest.raises(ValueError, match="none is left for process 1 of 1"):
             next(iter(stream(rows, encode)))
+
+
+def test_rows_that_teach_nothing_are_left_out():
+    def encode(row):
+        if row % 2:
+            raise NothingToLearn
+        return [row], {}
+
+    assert list(islice(stream(encode=encode, buffer=1), 6)) == [0, 2, 4, 6, 8, 0]
 
 
 class Watch(L.LightningModule):
