@@ -26,7 +26,7 @@ from lightning_lora.storage.folders import aside, erase, put_back, remove, stand
 from lightning_lora.storage.read_checkpoint import located, read_checkpoint, readable
 from lightning_lora.storage.sharded_checkpoint import PARTS, REST, read_folder
 from lightning_lora.strategies.namespaces import twins
-from lightning_lora.utils.sharding import on_first_rank
+from lightning_lora.utils.sharding import on_first_rank, summed
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -124,7 +124,8 @@ def write_folder(checkpoint: dict[str, Any], path: Path) -> None:
 
     with _naming(path), held:
         on_first_rank(begin)
-        _write_shards(tensors, staged)
+        # A momentum that began as a gradient may be a sum over the ranks, of which torch would save the first rank's part.
+        _write_shards({name: summed(tensor) for name, tensor in tensors.items()}, staged)
         on_first_rank(finish)
 
 

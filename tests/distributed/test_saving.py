@@ -12,8 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import DTensor, Partial
 
 from lightning_lora import apply_lora, export_adapter, export_merged, load_adapter, save_adapter
 from lightning_lora.strategies.checkpoint_io import read_folder, write_folder
@@ -82,6 +84,19 @@ def test_a_sharded_model_exports_too(pool: Any, tmp_path: Path) -> None:
     loaded = adapter_tensors(load_adapter(make_net(), tmp_path / "served"))
     for key, tensor in adapter_tensors(wanted).items():
         assert torch.equal(loaded[key], tensor)
+
+
+def saved_sum(folder: str) -> torch.Tensor:
+    """What a folder of shards has of a sum over the ranks, as SGD's momentum is under tensor parallelism."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    summands = DTensor.from_local(torch.full((4,), dist.get_rank() + 1.0), mesh, [Partial()])
+    write_folder({"state_dict": {"x": summands}}, Path(folder, "last.ckpt"))
+    dist.barrier()
+    return read_folder(Path(folder, "last.ckpt"))["state_dict"]["x"]
+
+
+def test_a_sum_over_the_ranks_is_saved_as_such(pool: Any, tmp_path: Path) -> None:
+    assert all(torch.equal(found, torch.full((4,), 3.0)) for found in pool.run(saved_sum, str(tmp_path)))
 
 
 def folder_after_a_kill(folder: str) -> tuple[list[str], list[str]]:
