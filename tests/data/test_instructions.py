@@ -79,7 +79,6 @@ def test_choices_become_the_places_where_they_part(tmp_path):
         ({"instruction": "a"}, r"no 'output' among the keys \['instruction'\]"),
         ({"question": "a"}, r"the keys \['question'\] are of no known format \(preference: chosen, rejected; messages"),
         ({"prompt": 3, "response": "a"}, r"the prompt must be text"),
-        ({"prompt": "a", "response": ""}, r"the answer is ''"),
         ({"prompt": "a", "response": None}, r"no 'response' among the keys"),
         ({"messages": []}, r"there are no messages"),
         ({"messages": CHAT[:1]}, r"the last message must be the assistant's"),
