@@ -125,8 +125,8 @@ class MeanMatrix(Statistics):
         """Add the sums of all processes."""
         super().reduce()
         if self.finite and self.rows:
-            self.sum = summed(self.sum.to(self.layer.lora_A.dtype).expand(self.shape(self.layer)).contiguous())
-            self.calls = int(summed(torch.tensor(self.calls, device=self.sum.device)))
+            self.sum = over_processes(self.sum.to(self.layer.lora_A.dtype).expand(self.shape(self.layer)).contiguous())
+            self.calls = int(over_processes(torch.tensor(self.calls, device=self.sum.device)))
 
 
 def largest_svd(matrix: Tensor, many: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,7 +150,7 @@ def signs(rows: Tensor) -> Tensor:
     return torch.where(largest < 0, -1.0, 1.0).to(rows.dtype)
 
 
-def summed(tensor: Tensor) -> Tensor:
+def over_processes(tensor: Tensor) -> Tensor:
     """Return the sum of a tensor over all processes."""
     if is_distributed():
         torch.distributed.all_reduce(tensor)
